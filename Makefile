@@ -1,0 +1,36 @@
+# `make setup` once; `make demo` and `make test` call it. uv is used where it is installed, plain venv + pip otherwise.
+PYTHON ?= python3
+VLP_DATA ?= $(abspath ../shared/data)
+VENV := .venv
+BIN := $(VENV)/bin
+export VLP_DATA
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: setup demo test test-all lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $@
+
+demo: setup
+	vlp demo
+
+test: setup
+	python -m pytest -m "not slow"
+
+test-all: setup
+	python -m pytest
+
+lint: setup
+	ruff check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

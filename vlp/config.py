@@ -1,0 +1,291 @@
+"""The configuration: one typed tree, read strictly from YAML with dotted overrides.
+
+`load("configs/demo.yaml", ["train.batch=512"])` reports every problem at once, each with file and line. Plug-ins
+(sources, towers, terms, tasks) validate their own options by name through `vlp.plugin`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from vlp import schema
+from vlp.plugin import Keyed, KeyedPlugins, Named, Plugin
+from vlp.schema import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A span of training in any unit: `1000` (steps), `5%` (of the run), `3ep` (epochs), `200ksamples`, `2Msamples`."""
+
+    value: float
+    unit: Literal["steps", "%", "ep", "samples"]
+
+    @classmethod
+    def from_config(cls, value: Any) -> Duration:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|ep|samples|ksamples|Msamples)?", str(value))
+        if not match or isinstance(value, bool):
+            raise ValueError(f"found {value!r}, expected a duration: 1000 (steps), 5%, 3ep, 200ksamples or 2Msamples")
+        number, unit = float(match[1]), match[2] or "steps"
+        if unit == "steps" and number != int(number):
+            raise ValueError(f"found {value!r}, expected a whole number of steps")
+        factor = {"ksamples": 1e3, "Msamples": 1e6}.get(unit, 1)
+        return cls(number * factor, "samples" if unit.endswith("samples") else unit)  # type: ignore[arg-type]
+
+    def to_config(self) -> str | int:
+        return int(self.value) if self.unit == "steps" else f"{self.value:g}{self.unit}" if self.unit != "samples" else (
+            f"{self.value / 1e3:.12g}ksamples"
+        )
+
+    def steps(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> int:
+        """The span in optimiser steps of `batch` samples, at least 1 unless the value is 0; `%` needs `total` steps."""
+        if self.unit == "%" and total is None:
+            raise ValueError("a percentage has no meaning here; give steps, epochs (3ep) or samples (2Msamples)")
+        per_unit = {"steps": 1, "ep": steps_per_epoch, "samples": 1 / batch, "%": (total or 0) / 100}[self.unit]
+        return max(1, round(self.value * per_unit)) if self.value else 0
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training augmentation, in the terms of torchvision's RandomResizedCrop."""
+
+    scale: tuple[float, float] = (0.9, 1.0)  # share of the image's area that a crop covers
+    ratio: tuple[float, float] = (0.75, 1.3333333)  # width / height of a crop
+    flip: float = 0.0  # probability of a horizontal flip; harmful where captions say left and right
+    color: float = 0.0  # strength of brightness, contrast and saturation jitter: factors in [1 − color, 1 + color]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale} must satisfy 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio} must satisfy 0 < low <= high")
+        if not (0 <= self.flip <= 1 and 0 <= self.color < 1):
+            raise ValueError("flip must lie in [0, 1] and color in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Where a sample's text comes from."""
+
+    choose: Literal["seed", "first"] = "seed"  # one of several captions by (seed, epoch, sample), or always the first
+    class_templates: list[str] = field(default_factory=list)  # e.g. "a photo of a {}.": filled with the JSON's "class"
+    missing: Literal["error", "drop"] = "error"  # a sample without any text: refuse to start, or drop it and count it
+
+    def __post_init__(self) -> None:
+        bad = [t for t in self.class_templates if t.count("{}") != 1]
+        if bad:
+            raise ValueError(f"templates need exactly one {{}} for the class name: {bad}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and how it becomes batches."""
+
+    sources: list[Annotated[Plugin, Named("vlp.data.sources")]]
+    augment: Augment = Augment()
+    captions: Captions = field(default_factory=Captions)
+    workers: int = 1  # decoding processes a rank; 0 decodes in the training process
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one, e.g. [{name: shards, path: data/train}]")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The logit scale (inverse temperature): learned as its logarithm, clamped in the forward pass."""
+
+    init: float = 14.285714285714286  # 1 / 0.07
+    max: float = 100.0
+    learned: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.init <= self.max:
+            raise ValueError(f"scale init {self.init} must lie in (0, max = {self.max}]")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Two towers into one space. An open_clip architecture gives both; otherwise name one tower each."""
+
+    image_tower: Annotated[Plugin, Named("vlp.towers")]
+    text_tower: Annotated[Plugin, Named("vlp.towers")] | None = None  # may be absent where the image tower names both
+    embed_dim: int | None = None  # None: the architecture's
+    scale: Scale = Scale()
+    bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
+    pretrained: str | None = None  # open_clip tag, file of weights, or hf-hub:user/name; None: random
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with warm-up and cosine decay. Decay leaves gains, biases, embeddings, scale and bias alone."""
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup: Duration = Duration(5, "%")
+    final_lr: float = 0.0  # share of lr at the end of the cosine
+    clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
+            raise ValueError("lr and eps must be positive, weight_decay >= 0, final_lr in [0, 1]")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; expected a positive number or null")
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, how large and on what."""
+
+    duration: Duration
+    batch: int  # global: rows of one step over all ranks
+    micro_batches: int = 1  # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
+    optimizer: Optimizer = Optimizer()
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
+    engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"  # auto: what the launcher set up
+    compile: bool = False
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.micro_batches < 1:
+            raise ValueError("batch and micro_batches must be at least 1")
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """How the pairs of a step are formed and computed (vlp.pairwise)."""
+
+    topology: Any = "auto"  # auto | local | global | ring | {group: 8, layout: contiguous | strided | alternating}
+    impl: Literal["auto", "dense", "tiled", "triton"] = "auto"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When a run is saved and how many saves stay."""
+
+    every: Duration = Duration(25, "%")
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep is {self.keep}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is reported while training. Everything also goes to metrics.jsonl in the run's folder."""
+
+    every: Duration = Duration(10, "steps")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    out: str  # the run's folder
+    data: Data
+    model: Model
+    train: Train
+    objective: Annotated[KeyedPlugins, Keyed("vlp.losses")]
+    pairwise: Pairwise = Pairwise()
+    eval: Annotated[KeyedPlugins, Keyed("vlp.eval.tasks")] = field(default_factory=KeyedPlugins)
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = field(default_factory=Log)
+    seed: int = 0
+    resume: str = "never"  # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
+
+    def __post_init__(self) -> None:
+        if not self.objective:
+            raise ValueError("objective is empty; name at least one term, e.g. {infonce: {}}")
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and validate; raises ConfigError."""
+    path = Path(path)
+    try:
+        tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise ConfigError([Problem((), f"no configuration file {path}; the installed ones: {', '.join(shipped())}")]) from None
+    for override in overrides or []:
+        _override(tree, override, lines)
+    return parse(tree, lines)
+
+
+def parse(tree: dict[str, Any], lines: dict[schema.Path, str] | None = None) -> Config:
+    """Validate a plain mapping; raises ConfigError naming every problem, at its line where `lines` knows it."""
+    try:
+        return schema.parse(Config, tree)
+    except ConfigError as error:
+        raise ConfigError(error.problems, lines) from None
+
+
+def dump(config: Any) -> str:
+    """The resolved configuration as YAML that `load` reads back."""
+    return yaml.safe_dump(schema.plain(config), sort_keys=False, allow_unicode=True)
+
+
+def shipped() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = Path(__import__("vlp.configs", fromlist=["configs"]).__path__[0])
+    return sorted(p.name for p in folder.glob("*.yaml"))
+
+
+def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, str]]:
+    """Parse YAML into plain values and a map from each value's path to "file:line"; duplicate keys are an error."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([Problem((), f"{name}: not valid YAML: {error}")]) from None
+    if not isinstance(values, dict):
+        raise ConfigError([Problem((), f"{name}: found {type(values).__name__}, expected a mapping of sections")])
+    lines: dict[schema.Path, str] = {(): name}
+    problems: list[Problem] = []
+    _mark(root, (), name, lines, problems)
+    if problems:
+        raise ConfigError(problems, lines)
+    return values, lines
+
+
+def _mark(node: yaml.Node, path: schema.Path, name: str, lines: dict[schema.Path, str], problems: list[Problem]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            where = (*path, key.value)
+            if key.value in seen:
+                problems.append(Problem(where, "this key appears twice"))
+            seen.add(key.value)
+            lines[where] = f"{name}:{key.start_mark.line + 1}"
+            _mark(value, where, name, lines, problems)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*path, i)] = f"{name}:{value.start_mark.line + 1}"
+            _mark(value, (*path, i), name, lines, problems)
+
+
+def _override(tree: dict[str, Any], override: str, lines: dict[schema.Path, str]) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError([Problem((), f"override {override!r} is not of the form section.key=value")])
+    node: Any = tree
+    *parents, last = keys = [int(k) if k.isdigit() else k for k in name.split(".")]
+    try:
+        for key in parents:
+            if isinstance(node, dict) and node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        node[last] = yaml.safe_load(value)
+    except (TypeError, IndexError, KeyError):
+        raise ConfigError([Problem(tuple(keys), f"override {override!r} leads through something that is not a mapping")]) from None
+    lines[tuple(keys)] = f"override {override!r}"

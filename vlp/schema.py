@@ -1,0 +1,177 @@
+"""Strict dataclasses from plain mappings: unknown keys get a suggestion, all problems are reported at once.
+
+`parse(Cls, mapping)` walks the fields of a dataclass and converts by annotation: bool, int, float, str, None, Literal,
+unions, list[T], tuple[T, ...], dict[str, T], nested dataclasses; a class with a `from_config(value)` classmethod reads
+itself; and `Annotated[T, hook]` hands the value to `hook.parse(value, path, problems)` (plug-ins do that).
+A dataclass may raise ValueError in `__post_init__` for values that make no sense together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration, and where: `path` leads from the root to the value."""
+
+    path: Path
+    message: str
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one line a problem.
+
+    `lines` maps paths to "file:line"; a problem is placed at the nearest known ancestor of its path.
+    """
+
+    def __init__(self, problems: list[Problem], lines: dict[Path, str] | None = None) -> None:
+        self.problems = problems
+        super().__init__("\n".join(self._describe(p, lines or {}) for p in problems))
+
+    @staticmethod
+    def _describe(problem: Problem, lines: dict[Path, str]) -> str:
+        place = next((lines[problem.path[:i]] for i in range(len(problem.path), -1, -1) if problem.path[:i] in lines), "")
+        name = ".".join(map(str, problem.path))
+        return ": ".join(part for part in (place, name, problem.message) if part)
+
+
+def did_you_mean(name: str, choices: typing.Iterable[str]) -> str:
+    """A suggestion to append to an error: ", did you mean 'x'?" or the list of what exists."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices) or 'none'}"
+
+
+def parse(cls: type, value: Any, path: Path = ()) -> Any:
+    """Build dataclass `cls` from the mapping `value`; raises ConfigError naming every problem found."""
+    problems: list[Problem] = []
+    result = parse_into(cls, value, path, problems)
+    if problems:
+        raise ConfigError(problems)
+    return result
+
+
+def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem]) -> Any:
+    """Convert `value` by `annotation`, appending to `problems`; what is returned after a problem is meaningless."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return arguments[1].parse(value, path, problems)
+    if origin in (typing.Union, types.UnionType):
+        return _union(arguments, value, path, problems)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool) != any(a is value for a in arguments if isinstance(a, bool)):
+            hint = did_you_mean(value, map(str, arguments)) if isinstance(value, str) else f"; known: {arguments}"
+            problems.append(Problem(path, f"{value!r} is not a choice{hint}"))
+        return value
+    if origin in (list, tuple):
+        return _sequence(origin, arguments, value, path, problems)
+    if origin is dict or annotation is dict:
+        if not isinstance(value, dict):
+            return _wrong(value, "a mapping", path, problems)
+        inner = arguments[1] if arguments else Any
+        return {key: parse_into(inner, item, (*path, key), problems) for key, item in value.items()}
+    if annotation is Any:
+        return value
+    if dataclasses.is_dataclass(annotation):
+        return _dataclass(annotation, value, path, problems)
+    if hasattr(annotation, "from_config"):
+        try:
+            return annotation.from_config(value)
+        except ValueError as error:
+            problems.append(Problem(path, str(error)))
+            return None
+    return _scalar(annotation, value, path, problems)
+
+
+def _wrong(value: Any, expected: str, path: Path, problems: list[Problem]) -> None:
+    problems.append(Problem(path, f"found {value!r} ({type(value).__name__}), expected {expected}"))
+
+
+def _scalar(annotation: Any, value: Any, path: Path, problems: list[Problem]) -> Any:
+    if annotation in (None, type(None)):
+        return None if value is None else _wrong(value, "nothing (null)", path, problems)
+    if annotation is float:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
+            value = float(value)  # YAML 1.1 reads 1e-3, without a dot, as text
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                return _wrong(value, "a finite number", path, problems)
+            return float(value)
+        return _wrong(value, "a number", path, problems)
+    if annotation is int:
+        ok = isinstance(value, int) and not isinstance(value, bool)
+        return value if ok else _wrong(value, "a whole number", path, problems)
+    name = {str: "text", bool: "true or false"}.get(annotation)
+    if name is None:
+        raise TypeError(f"{'.'.join(map(str, path))}: annotation {annotation!r} is not supported by vlp.schema")
+    return value if isinstance(value, annotation) else _wrong(value, name, path, problems)
+
+
+def _union(arguments: tuple, value: Any, path: Path, problems: list[Problem]) -> Any:
+    attempts = []
+    for argument in arguments:
+        found: list[Problem] = []
+        result = parse_into(argument, value, path, found)
+        if not found:
+            return result
+        attempts.append((argument, found))
+    # The alternative whose outer form fits tells most: a mapping is meant for the dataclass, a list for the list.
+    shaped = [found for argument, found in attempts if any(p.path != path for p in found)]
+    problems.extend(shaped[0] if shaped else [min((f for a, f in attempts if a is not type(None)), key=len)[0]])
+    return None
+
+
+def _sequence(origin: type, arguments: tuple, value: Any, path: Path, problems: list[Problem]) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return _wrong(value, "a list", path, problems)
+    fixed = origin is tuple and arguments and Ellipsis not in arguments
+    if fixed and len(value) != len(arguments):
+        return _wrong(value, f"a list of {len(arguments)} items", path, problems)
+    kinds = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
+    return origin(parse_into(kind, item, (*path, i), problems) for i, (kind, item) in enumerate(zip(kinds, value)))
+
+
+def _dataclass(cls: type, value: Any, path: Path, problems: list[Problem]) -> Any:
+    if not isinstance(value, dict):
+        return _wrong(value, "a mapping", path, problems)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in value:
+        if key not in known:
+            problems.append(Problem((*path, key), f"unknown key {key!r}{did_you_mean(str(key), known)}"))
+    before, given = len(problems), {}
+    for name, spec in known.items():
+        if name in value:
+            given[name] = parse_into(hints[name], value[name], (*path, name), problems)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            problems.append(Problem(path, f"missing key {name!r}"))
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**given)
+    except ValueError as error:
+        problems.append(Problem(path, str(error)))
+        return None
+
+
+def plain(value: Any) -> Any:
+    """The inverse of `parse`: dataclasses (and whatever has `to_config`) back to mappings, lists and scalars."""
+    if hasattr(value, "to_config"):
+        return value.to_config()
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
