@@ -1,0 +1,90 @@
+"""Collectives on real ranks: values, and gradients that sum what every rank asks for."""
+
+import pytest
+import torch
+
+from tests import ranks
+from vlp import dist
+
+
+def _values(name):
+    """Gradient, through one collective, of the SUM over ranks of each rank's weighted output."""
+    group, r = dist.world(), dist.rank()
+    n = group.size
+    x = (torch.arange(2.0 * n, dtype=torch.float64) + 10 * r).requires_grad_()
+    y = getattr(dist, name)(x, group)
+    weight = torch.arange(1.0, y.numel() + 1, dtype=torch.float64) * (r + 1)
+    (y * weight).sum().backward()
+    return y.tolist(), x.grad.tolist()
+
+
+def _reference(name, n):
+    """The same on plain lists, from the definition of each collective."""
+    inputs = [[i + 10.0 * r for i in range(2 * n)] for r in range(n)]
+    # where[r] lists, for each output of rank r, the (rank, index) pairs that it sums
+    everyone = range(n)
+    where = {
+        "all_gather": [[[(k, i)] for k in everyone for i in range(2 * n)] for _ in everyone],
+        "reduce_scatter": [[[(k, i) for k in everyone] for i in (2 * r, 2 * r + 1)] for r in everyone],
+        "all_reduce": [[[(k, i) for k in everyone] for i in range(2 * n)] for _ in everyone],
+        "all_to_all": [[[(k, i)] for k in everyone for i in (2 * r, 2 * r + 1)] for r in everyone],
+    }[name]
+    outputs = [[sum(inputs[k][i] for k, i in cell) for cell in rank] for rank in where]
+    gradients = [[0.0] * (2 * n) for _ in everyone]
+    for r, rank in enumerate(where):
+        for position, cell in enumerate(rank):
+            for k, i in cell:
+                gradients[k][i] += (position + 1) * (r + 1)
+    return list(zip(outputs, gradients))
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_collectives_and_their_gradients(n_ranks):
+    names = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+    found = ranks.run(n_ranks, _every, names)
+    for rank in range(n_ranks):
+        for i, name in enumerate(names):
+            assert found[rank][i] == _reference(name, n_ranks)[rank], f"{name}, rank {rank}"
+
+
+def _every(names):
+    return [_values(name) for name in names]
+
+
+def _odd_and_even():
+    group = dist.subgroup([k for k in range(4) if k % 2 == dist.rank() % 2])
+    x = torch.tensor([float(dist.rank())])
+    received = dist.Shift([x], group).wait()[0]
+    return (
+        group.ranks,
+        dist.all_gather(x, group).tolist(),
+        received.tolist(),
+        dist.gather_objects(dist.rank(), group),
+        dist.all_sum(dist.rank()),
+        dist.broadcast_object(dist.rank(), group),
+    )
+
+
+def test_subgroups_and_ring():
+    for rank, (members, gathered, received, objects, total, first) in enumerate(ranks.run(4, _odd_and_even)):
+        mates = [rank % 2, rank % 2 + 2]
+        assert list(members) == mates and gathered == mates and objects == mates and first == mates[0]
+        assert received == [mates[1 - mates.index(rank)]] and total == 6
+
+
+def test_one_process_needs_no_group():
+    x = torch.randn(3, requires_grad=True)
+    group = dist.world()
+    for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
+        assert getattr(dist, name)(x, group) is x
+    assert (group.size, group.index, dist.world_size(), dist.is_main()) == (1, 0, 1, True)
+
+
+def _fails_on_one():
+    if dist.rank() == 1:
+        raise ValueError("told to")
+
+
+def test_a_failing_rank_is_reported():
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed(.|\n)*told to"):
+        ranks.run(2, _fails_on_one)
