@@ -1,0 +1,153 @@
+"""What a shard is: a webdataset tar in img2dataset's layout, and the writer that every tool uses.
+
+    folder/00000.tar          members of one sample follow one another, in this order:
+        000000000.jpg         the image, bytes as they came: .jpg .png .webp .gif .bmp
+        000000000.txt         the first caption, on one line
+        000000000.json        {"captions": […], "class": name where known, …}: everything else that is known
+        000000000.cls         the class number, where known
+    folder/00000_stats.json   counts; written after its tar, so a tar without it may be unfinished
+    folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
+
+A key is five digits of the shard and four (or more) of the sample. Foreign shards are read with any keys, member order
+and missing texts; `vlp.data.members` says what counts. Tars are reproducible (no times, owners or modes of the machine)
+and appear whole or not at all. Only the standard library is needed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vlp.data.index import index, write_atomically
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, split_name
+
+__all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
+
+
+class ShardWriter:
+    """Writes samples into numbered shards of `samples_per_shard`; a context manager.
+
+        with ShardWriter("data/train") as writer:
+            writer.add(None, image, "jpg", ["a red cube"], {"class": "cube"})
+
+    An exception inside the block leaves the finished shards and removes the unfinished one. Several processes may write
+    into one folder when their ranges of shard numbers (`first_shard`) do not meet. `overwrite=False` refuses a folder
+    that already holds tars.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        samples_per_shard: int = 10_000,
+        *,
+        first_shard: int = 0,
+        overwrite: bool = False,
+        shard_name: str = "{:05d}",  # clip_benchmark counts 0.tar, 1.tar, …
+    ) -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        self.shard_name = shard_name
+        self.paths: list[Path] = []  # finished shards
+        self.n_samples = 0
+        self._number = first_shard
+        self._digits = max(4, len(str(samples_per_shard - 1)))
+        self._tar: tarfile.TarFile | None = None
+        self._keys: set[str] = set()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not overwrite and first_shard == 0 and any(self.folder.glob("*.tar")):
+            raise FileExistsError(f"{self.folder} already holds shards; choose another folder or overwrite")
+
+    def add(
+        self,
+        key: str | None,  # None: the next number, as img2dataset counts
+        image: bytes,
+        ext: str,  # one of IMAGE_TYPES
+        captions: list[str],
+        meta: dict[str, Any] | None = None,
+        cls: int | None = None,
+        *,
+        txt: str | None = None,  # other text for the .txt; default: the first caption
+    ) -> str:
+        """Append one sample and return its key; raises ValueError for what could not be read back."""
+        ext = ext.lower().lstrip(".")
+        if key is None:
+            key = f"{self._number:05d}{len(self._keys):0{self._digits}d}"
+        self._check(key, image, ext, captions)
+        record = {**(meta or {}), "key": key, "captions": list(captions)}
+        text = " ".join(captions[0].split()) if captions and txt is None else txt
+        members = [(ext, image)]
+        if text is not None:
+            members.append(("txt", text.encode()))
+        encoded = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+        if len(encoded) > MAX_TEXT_BYTES:
+            raise ValueError(f"the JSON of {key!r} has {len(encoded)} bytes, more than {MAX_TEXT_BYTES}")
+        members.append(("json", encoded))
+        if cls is not None:
+            members.append(("cls", str(cls).encode()))
+        tar = self._tar or self._start()
+        for extension, data in members:
+            info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0, mode is 0644
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+        self._keys.add(key)
+        self.n_samples += 1
+        if len(self._keys) == self.samples_per_shard:
+            self._finish()
+        return key
+
+    def _check(self, key: str, image: bytes, ext: str, captions: list[str]) -> None:
+        if ext not in IMAGE_TYPES:
+            raise ValueError(f"image type {ext!r} of {key!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it")
+        if split_name(f"{key}.{ext}") != (key, ext):
+            raise ValueError(f"key {key!r} is not usable; it must be a relative path without dots")
+        if key in self._keys:
+            raise ValueError(f"key {key!r} appears twice in shard {self._number}")
+        if not 0 < len(image) <= MAX_IMAGE_BYTES:
+            raise ValueError(f"the image of {key!r} has {len(image)} bytes; expected 1 to {MAX_IMAGE_BYTES}")
+        if not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"captions of {key!r} are {captions!r}; expected a list of texts")
+
+    def _start(self) -> tarfile.TarFile:
+        self._tar = tarfile.open(self._temporary(), "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed in _finish or __exit__
+        return self._tar
+
+    def _name(self) -> str:
+        return self.shard_name.format(self._number)
+
+    def _temporary(self) -> Path:
+        return self.folder / f".{self._name()}.tar.tmp"
+
+    def _finish(self) -> None:
+        self._tar.close()
+        path = self.folder / f"{self._name()}.tar"
+        stats_path = self.folder / f"{self._name()}_stats.json"
+        stats_path.unlink(missing_ok=True)  # an overwritten shard must not be vouched for by the old statistics
+        with open(self._temporary(), "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self._temporary(), path)
+        n = len(self._keys)
+        stats = {"count": n, "successes": n, "failed_to_download": 0, "failed_to_resize": 0, "status_dict": {"success": n}}
+        write_atomically(stats_path, (json.dumps(stats, indent=1) + "\n").encode())
+        self.paths.append(path)
+        self._tar, self._keys = None, set()
+        self._number += 1
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and self._tar is not None:
+            self._finish()
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None
+            self._temporary().unlink(missing_ok=True)
+        if self.paths:
+            index(self.paths)

@@ -1,0 +1,239 @@
+"""The index of a folder of shards: where every usable sample lies, so that counts and random access read no tar.
+
+One file, `_index.bin`, lies beside the shards (or in the cache where the folder cannot be written): a JSON header naming
+each shard with its size, time of change, number of samples and problems, then 16 bytes a sample (`ROW`). A shard whose
+size or time differ from the header's, or that is not named there, is scanned again: its headers and small text members
+are read once. So foreign shards need no preparation, and an index can be deleted at any time.
+
+What a scan leaves out is in `Shard.problems`, never silent: samples without a usable image or with broken text, later
+samples that repeat a key, and what lies next to damage, because it might be half a sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from vlp.data.members import (
+    IMAGE_TYPES,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    TEXT_TYPES,
+    Content,
+    DamagedTar,
+    Member,
+    find_header,
+    read_text,
+    split_name,
+    walk,
+)
+
+ROW = struct.Struct("<QIHBB")  # offset and length of the sample's members in the tar, captions, negatives, flags
+CLASS, COUNTERFACTUALS, SCORE = 1, 2, 4  # flags: what the sample's JSON offers besides captions and negatives
+NAME = "_index.bin"
+_MAGIC = b"vlp shard index 1\n"
+_KEPT = 20  # problems of a shard that are kept in words; the others are only counted
+
+
+@dataclass
+class Shard:
+    """What the index knows of one tar."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    count: int = 0
+    n_problems: int = 0
+    problems: list[str] = field(default_factory=list)
+    rows: bytes = b""
+
+    def report(self, key: str, reason: str) -> None:
+        """Count one problem and keep it in words while there are few."""
+        self.n_problems += 1
+        if len(self.problems) < _KEPT:
+            self.problems.append(f"{key}: {reason}" if key else reason)
+
+
+def index(paths: list[Path]) -> list[Shard]:
+    """The shards at `paths`, in that order, scanning those that the folders' indices do not know; raises OSError."""
+    known: dict[Path, dict[str, Shard]] = {}
+    result, changed = [], set()
+    for path in paths:
+        if path.parent not in known:
+            known[path.parent] = _load(path.parent)
+        status = path.stat()
+        shard = known[path.parent].get(path.name)
+        if shard is None or (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            shard = scan(path)
+            known[path.parent][path.name] = shard
+            changed.add(path.parent)
+        result.append(shard)
+    for folder in changed:
+        _save(folder, known[folder])
+    return result
+
+
+def scan(path: Path) -> Shard:
+    """Read the headers and texts of one tar; damage costs only the samples beside it."""
+    with open(path, "rb", buffering=1 << 18) as file:
+        status = os.fstat(file.fileno())
+        shard = Shard(path.name, status.st_size, status.st_mtime_ns)
+        scanner = _Scanner(file, shard)
+        position, suspect = 0, False
+        while position < shard.size:
+            try:
+                for member in walk(file, position, shard.size):
+                    suspect = scanner.take(member, suspect)
+                break
+            except DamagedTar as error:
+                shard.report("", str(error))
+                scanner.finish(suspect=True)
+                suspect = True
+                position = find_header(file, error.offset + 1 + (-error.offset - 1) % 512, shard.size)
+        scanner.finish(suspect)
+    shard.rows = bytes(scanner.rows)
+    shard.count = len(shard.rows) // ROW.size
+    return shard
+
+
+class _Scanner:
+    """Gathers the consecutive members of one key into a row."""
+
+    def __init__(self, file: BinaryIO, shard: Shard) -> None:
+        self.file, self.shard = file, shard
+        self.rows = bytearray()
+        self.seen: set[str] = set()
+        self.key = ""
+        self.members: dict[str, Member] = {}
+        self.names: set[str] = set()
+
+    def take(self, member: Member, suspect: bool) -> bool:
+        """Add a member; returns whether the sample it belongs to lies next to damage."""
+        named = split_name(member.name)
+        if named is None or named[1] not in IMAGE_TYPES | TEXT_TYPES:
+            return suspect
+        kind = "image" if named[1] in IMAGE_TYPES else named[1]
+        if named[0] != self.key or member.name in self.names:
+            suspect = suspect and not self.members  # the sample after damage has ended: the next one is whole
+            self.finish()
+            self.key = named[0]
+        self.members.setdefault(kind, member)
+        self.names.add(member.name)
+        return suspect
+
+    def finish(self, suspect: bool = False) -> None:
+        """Close the sample in progress: a row, or a problem."""
+        key, members = self.key, self.members
+        self.key, self.members, self.names = "", {}, set()
+        if not members:
+            return
+        try:
+            if suspect:
+                raise ValueError("left out, because it lies beside damage and may be half a sample")
+            if key in self.seen:
+                raise ValueError("a second sample of this key; the first is kept")
+            row = self._row(key, members)
+        except ValueError as error:
+            self.shard.report(key, str(error))
+            return
+        self.seen.add(key)
+        self.rows += row
+
+    def _row(self, key: str, members: dict[str, Member]) -> bytes:
+        if "image" not in members:
+            raise ValueError("no image member")
+        size = members["image"].size
+        if not 0 < size <= MAX_IMAGE_BYTES:
+            raise ValueError(f"an image of {size} bytes")
+        content = Content(key)
+        texts = {kind: self._read(member) for kind, member in members.items() if kind != "image"}
+        read_text(content, texts)
+        for note in content.notes:
+            self.shard.report(key, note)
+        start, end = min(m.start for m in members.values()), max(m.end for m in members.values())
+        if end - start > 2 * MAX_IMAGE_BYTES:
+            raise ValueError(f"its members are spread over {end - start} bytes")
+        negatives = content.meta.get("negatives")
+        flags = CLASS * isinstance(content.meta.get("class"), str) | SCORE * ("score" in content.meta)
+        flags |= COUNTERFACTUALS * bool(content.meta.get("counterfactuals"))
+        n_negatives = len(negatives) if isinstance(negatives, list) else 0
+        return ROW.pack(start, end - start, min(len(content.captions), 65535), min(n_negatives, 255), flags)
+
+    def _read(self, member: Member) -> bytes:
+        if member.size > MAX_TEXT_BYTES:
+            raise ValueError(f"a text member of {member.size} bytes, more than {MAX_TEXT_BYTES}")
+        self.file.seek(member.offset)
+        return self.file.read(member.size)
+
+
+def cache_folder() -> Path:
+    """Where indices and downloads go that cannot lie beside their data: $VLP_CACHE, else ~/.cache/vlp."""
+    return Path(os.environ.get("VLP_CACHE") or Path.home() / ".cache" / "vlp")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path` so that a reader or a crash sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _places(folder: Path) -> list[Path]:
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+    return [folder / NAME, cache_folder() / "index" / f"{digest}.bin"]
+
+
+def _load(folder: Path) -> dict[str, Shard]:
+    for place in _places(folder):
+        try:
+            data = place.read_bytes()
+        except OSError:
+            continue
+        try:
+            return _parse(data)
+        except (ValueError, TypeError, KeyError) as error:
+            warnings.warn(f"{place} is not a usable index ({error}); its shards are scanned again", stacklevel=2)
+    return {}
+
+
+def _parse(data: bytes) -> dict[str, Shard]:
+    if not data.startswith(_MAGIC):
+        raise ValueError("it starts with other bytes")
+    start = len(_MAGIC) + 8
+    length = int.from_bytes(data[len(_MAGIC) : start], "little")
+    shards = [Shard(**fields) for fields in json.loads(data[start : start + length])]
+    position = start + length
+    for shard in shards:
+        shard.rows = data[position : position + shard.count * ROW.size]
+        position += shard.count * ROW.size
+    if position != len(data):
+        raise ValueError(f"it has {len(data)} bytes instead of {position}")
+    return {shard.name: shard for shard in shards}
+
+
+def _save(folder: Path, shards: dict[str, Shard]) -> None:
+    kept = [shards[name] for name in sorted(shards) if (folder / name).exists()]
+    header = json.dumps([{k: v for k, v in asdict(shard).items() if k != "rows"} for shard in kept]).encode()
+    data = _MAGIC + len(header).to_bytes(8, "little") + header + b"".join(shard.rows for shard in kept)
+    beside, cached = _places(folder)
+    try:
+        return write_atomically(beside, data)
+    except OSError:
+        pass  # a read-only folder is normal for shared data: the cache is the second place
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached, data)
+    except OSError as error:
+        warnings.warn(f"the index of {folder} could not be saved ({error}); it is built again next time", stacklevel=2)
