@@ -1,0 +1,265 @@
+"""Two towers into one space: pixels and token ids in, unit vectors, scale and bias out.
+
+The towers are open_clip's; parameter names are those of its CustomTextCLIP, except that scale and bias live in
+`scaling`, so that every training run is an open_clip model by a fixed rule (`open_clip_state_dict`).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from torch import Tensor, nn
+
+from vlp import config
+from vlp.towers import _assemble, _weights
+from vlp.types import Features, ImageSpec
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower with a shared embedding space.
+
+    Attributes: `image_spec` and `text_spec` say what the data must deliver, `embed_dim` is D, `open_clip_config` is the
+    `model_cfg` of open_clip_config.json, `scale_config` how the scale starts, is bounded, and whether it is learned.
+    """
+
+    def __init__(self, clip: open_clip.CustomTextCLIP, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any],
+                 scale: config.Scale) -> None:
+        """Take over the towers, scale and bias of `clip`, built from `model_cfg`."""
+        super().__init__()
+        self.visual, self.text = clip.visual, clip.text
+        self.open_clip_config = model_cfg
+        self.scale_config = scale
+        self.embed_dim: int = model_cfg["embed_dim"]
+        context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
+        self.image_spec = _assemble.image_spec(preprocess_cfg, self.visual.image_size)
+        self.text_spec = _assemble.text_spec(model_cfg["text_cfg"], context_length)
+        self.pixels = Pixels(self.image_spec)
+        bias = None if clip.logit_bias is None else clip.logit_bias.item()
+        self.scaling = Scaling(clip.logit_scale.item(), bias, scale)
+        self._locked: list[nn.Module] = []
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """[1] float32: the logarithm of the scale, not clamped."""
+        return self.scaling.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """[1] float32, or None."""
+        return self.scaling.logit_bias
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Features:
+        """Embed what is given: image [b, 3, H, W] as for `encode_image`, text [rows, L] as for `encode_text`."""
+        scale, bias = self.scaling()
+        return Features(
+            image=None if image is None else self.encode_image(image),
+            text=None if text is None else self.encode_text(text),
+            scale=scale,
+            bias=bias,
+        )
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is normalised here, on its
+        device; a floating-point image is taken as normalised already. H, W must be `image_spec.size`."""
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
+            raise ValueError(f"image has shape {tuple(image.shape)}; expected [b, 3, {', '.join(map(str, self.image_spec.size))}]")
+        pixels = image if image.is_floating_point() else self.pixels(image)
+        return _unit(self.visual(pixels.to(_dtype(self.visual))))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the context length, except
+        for Hugging Face towers, where it may be shorter."""
+        length = self.text_spec.context_length
+        if text.ndim != 2 or (text.shape[1] != length and not isinstance(self.text, HFTextEncoder)):
+            raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
+        return _unit(self.text(text))
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated modules of both towers, in order, outermost only: the units to shard (FSDP2) or recompute."""
+        return [*_repeated(self.visual), *_repeated(self.text)]
+
+    def set_activation_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
+        if enable and isinstance(self.visual, ModifiedResNet):
+            raise ValueError("open_clip's ResNets cannot recompute activations; set train.activation_checkpointing: false")
+        image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual  # the adapter would swallow a refusal
+        image.set_grad_checkpointing(enable)
+        if not isinstance(self.text, HFTextEncoder):
+            self.text.set_grad_checkpointing(enable)
+        elif enable:
+            self.text.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.text.transformer.gradient_checkpointing_disable()
+
+    def lock(self, *, image: bool = False, text: bool = False) -> None:
+        """Freeze towers (LiT, Zhai et al. 2022): no gradients, and evaluation mode even while training.
+
+        Of a timm or Hugging Face tower the trunk is locked and the projection learns; any other tower is locked whole.
+        """
+        chosen = [t for t, wanted in ((self.visual, image), (self.text, text)) if wanted]
+        self._locked = [_trunk(tower) for tower in chosen]
+        for module in self._locked:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        super().train(mode)
+        for module in self._locked:
+            module.eval()
+        return self
+
+    def open_clip_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names and shapes of open_clip's CustomTextCLIP."""
+        own = self.state_dict()
+        return {k.removeprefix("scaling."): v.reshape(()) if k.startswith("scaling.") else v for k, v in own.items()}
+
+
+class Pixels(nn.Module):
+    """uint8 RGB → float32 (x/255 − mean) / std, as open_clip's transform computes it."""
+
+    def __init__(self, spec: ImageSpec) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.float().div_(255).sub_(self.mean).div_(self.std)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Pixels:
+        return super()._apply(_never_rounding(fn), recurse)
+
+
+class Scaling(nn.Module):
+    """The logit scale exp(logit_scale), at most `config.max`, and the optional logit bias, never below float32.
+
+    bf16 stores ln 100 as 4.59375, which is 98.9: the parameters therefore ignore casts of the model. They are [1], not
+    scalars, because FSDP2 shards no scalars.
+    """
+
+    def __init__(self, log_scale: float, bias: float | None, settings: config.Scale) -> None:
+        super().__init__()
+        self.log_max = math.log(settings.max)
+        self.logit_scale = nn.Parameter(torch.tensor([log_scale], dtype=torch.float32), requires_grad=settings.learned)
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias], dtype=torch.float32))
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """(scale [], bias [] or None)."""
+        scale = _Ceiling.apply(self.logit_scale, self.log_max).exp().squeeze(0)
+        return scale, None if self.logit_bias is None else self.logit_bias.squeeze(0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Scaling:
+        return super()._apply(_never_rounding(fn), recurse)
+
+
+class _Ceiling(torch.autograd.Function):
+    """min(x, ceiling), whose gradient at and above the ceiling passes where descent lowers x.
+
+    A plain clamp has no gradient above its bound, so a scale that once got there would never come back; a plain
+    straight-through estimator would let it run away. Descent lowers x where the gradient is positive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ceiling: float) -> Tensor:
+        ctx.save_for_backward(x >= ceiling)
+        return x.clamp(max=ceiling)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (reached,) = ctx.saved_tensors
+        return torch.where(reached, gradient.clamp(min=0), gradient), None
+
+
+def build(model: config.Model) -> DualEncoder:
+    """The model that a configuration describes, on the CPU in float32.
+
+    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and, where the architecture
+    alone does not state it, their preprocessing. Raises ValueError for unknown names and for weights that do not fit.
+    """
+    model_cfg, preprocess_cfg = _assemble.assemble(model)
+    weights = None
+    if model.pretrained is not None:
+        architecture = getattr(model.image_tower.options, "architecture", None)
+        weights, stated = _weights.find(model.pretrained, architecture)
+        preprocess_cfg = stated | preprocess_cfg
+        model_cfg = without_downloads(model_cfg)
+    clip = _instantiate(model_cfg)
+    if weights is not None:
+        _weights.load_into(clip, weights)
+    encoder = DualEncoder(clip, without_downloads(model_cfg), preprocess_cfg, model.scale)
+    text = model.text_tower
+    encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
+    return encoder
+
+
+def load(reference: str | Path) -> DualEncoder:
+    """An exported model, from its folder, `local-dir:path` or `hf-hub:user/name`: any repository in open_clip's form.
+
+    The bound on the scale is the one it was trained with where `vlp` exported it, and 100 elsewhere.
+    """
+    folder = _weights.folder_of(reference)
+    described = _weights.read_config(folder)
+    model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
+    if "multimodal_cfg" in model_cfg:
+        raise ValueError(f"{reference} has a captioning decoder beside its two towers; expected a dual encoder")
+    clip = _instantiate(model_cfg)
+    _weights.load_into(clip, _weights.weights_in(folder))
+    scale = config.Scale(**described["vlp"]["scale"]) if "vlp" in described else config.Scale()
+    return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale)
+
+
+def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with towers that do not fetch weights of their own: all weights are in the model's file."""
+    flags = {"vision_cfg": ("timm_model_name", "timm_model_pretrained"), "text_cfg": ("hf_model_name", "hf_model_pretrained")}
+    changed = {name: model_cfg[name] | {flag: False} for name, (tower, flag) in flags.items() if tower in model_cfg[name]}
+    return model_cfg | changed
+
+
+def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
+    try:
+        return open_clip.CustomTextCLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"open_clip cannot build these towers: {error or type(error).__name__}; found {model_cfg}") from error
+
+
+def _locked(tower: Any) -> bool:
+    return tower.common is not None and tower.common.locked
+
+
+def _trunk(tower: nn.Module) -> nn.Module:
+    return tower.trunk if isinstance(tower, TimmModel) else tower.transformer if isinstance(tower, HFTextEncoder) else tower
+
+
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    """Members of the outermost lists and sequences whose members are all of one class."""
+    children = list(module.children())
+    alike = bool(children) and len({type(child) for child in children}) == 1
+    if alike and (isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(children) > 1)):
+        return children
+    return [block for child in children for block in _repeated(child)]
+
+
+def _unit(features: Tensor) -> Tensor:
+    wide = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+    return F.normalize(wide, dim=-1)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype  # asked at every call: engines swap parameters for cast ones
+
+
+def _never_rounding(fn: Any) -> Any:
+    """`fn` of Module._apply, except that a cast to fewer bits becomes a mere move to the device asked for."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype in (torch.float32, torch.float64) else tensor.to(result.device)
+
+    return moved

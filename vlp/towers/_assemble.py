@@ -1,0 +1,94 @@
+"""Two towers' sections become one open_clip configuration, and what the model tells the data about itself."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+from vlp import plugin
+from vlp.config import Model
+from vlp.plugin import Plugin
+from vlp.types import ImageSpec, TextSpec
+
+
+def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `model_cfg` and `preprocess_cfg` of open_clip_config.json that `model` describes.
+
+    Raises ValueError for a tower on the wrong side, towers that contradict each other, and a missing embed_dim.
+    """
+    image, text = model.image_tower, model.text_tower or model.image_tower
+    _require(image, "vision_cfg", "image tower")
+    if model.text_tower is None and not hasattr(image.module, "text_cfg"):
+        raise ValueError(f"image_tower {image.name!r} brings no text tower; add text_tower: one of {_able('text_cfg')}")
+    _require(text, "text_cfg", "text tower")
+    shared = _agree(image, text)
+    embed_dim = model.embed_dim or shared.pop("embed_dim", None)
+    if embed_dim is None:
+        raise ValueError(f"towers {image.name!r} and {text.name!r} leave the embedding size open; set model.embed_dim")
+    model_cfg = shared | {
+        "embed_dim": embed_dim,
+        "vision_cfg": image.module.vision_cfg(image.options),
+        "text_cfg": text.module.text_cfg(text.options),
+        "custom_text": True,  # the text tower stays a module of its own, so that every model has one layout
+        "init_logit_scale": math.log(model.scale.init),
+    }
+    if model.bias is not None:
+        model_cfg["init_logit_bias"] = model.bias
+    return model_cfg, _section(image, "preprocess_cfg")
+
+
+def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> ImageSpec:
+    """What pixels the image tower expects. `size` is the built tower's: one number or (height, width)."""
+    given = {ours: preprocess_cfg[theirs] for ours, theirs in _PIXELS.items() if preprocess_cfg.get(theirs) is not None}
+    if given.get("resize", "shortest") not in ("shortest", "squash"):
+        raise ValueError(f"resize_mode {given['resize']!r} is not supported; expected shortest or squash")
+    for name in {"mean", "std"} & set(given):
+        given[name] = tuple(given[name])
+    return ImageSpec(size=(size, size) if isinstance(size, int) else tuple(size), **given)
+
+
+_PIXELS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
+
+
+def preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
+    """The inverse of `image_spec`: the section of open_clip_config.json."""
+    given = {theirs: getattr(spec, ours) for ours, theirs in _PIXELS.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
+def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
+    """How captions become ids for this text section; open_clip's defaults are written out here, once."""
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    name = text_cfg.get("hf_tokenizer_name")
+    clean = options.pop("clean", "whitespace" if name else "lower")
+    if text_cfg.get("tokenizer_mode"):
+        options["tokenizer_mode"] = text_cfg["tokenizer_mode"]
+    return TextSpec(tokenizer=name or "clip", context_length=context_length, clean=clean, options=options)
+
+
+def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:
+    """Both towers' top-level keys. What only the text tower's architecture says about the pair does not count."""
+    ours, theirs = _section(image, "shared_cfg"), _section(text, "shared_cfg")
+    for key in set(ours) & set(theirs):
+        if ours[key] != theirs[key] and key != "embed_dim":
+            raise ValueError(
+                f"{key} is {ours[key]!r} for image_tower {image.name!r} and {theirs[key]!r} for text_tower {text.name!r}; "
+                f"one model has one {key}: make them equal"
+            )
+    return theirs | ours
+
+
+def _section(tower: Plugin, name: str) -> dict[str, Any]:
+    function = getattr(tower.module, name, None)
+    return dict(function(tower.options)) if function else {}
+
+
+def _require(tower: Plugin, function: str, role: str) -> None:
+    if not hasattr(tower.module, function):
+        raise ValueError(f"{tower.name!r} cannot be the {role}; expected one of {_able(function)}")
+
+
+def _able(function: str) -> list[str]:
+    modules: list[ModuleType] = [plugin.load("vlp.towers", name) for name in plugin.names("vlp.towers")]
+    return [module.__name__.rpartition(".")[2] for module in modules if hasattr(module, function)]

@@ -1,0 +1,48 @@
+"""A Hugging Face language model as the text tower, with its own tokenizer (open_clip's HFTextEncoder)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlp.schema import did_you_mean
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str  # Hub name or local folder of a roberta, xlm-roberta, bert, mt5 or m2m_100 model
+    context_length: int = 77  # L
+    pretrained: bool = True  # the language model's weights; false: random
+    tokenizer: str | None = None  # Hub name or local folder; None: the model's
+    pooler: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = None  # None: usual for it
+    proj: Literal["linear", "mlp"] = "linear"
+    clean: Literal["lower", "whitespace", "canonicalize"] = "whitespace"  # how captions are cleaned before tokens
+
+    def __post_init__(self) -> None:
+        if self.context_length < 3:
+            raise ValueError(f"context_length is {self.context_length}; begin, end and one word need at least 3")
+
+
+def text_cfg(options: Options) -> dict[str, Any]:
+    return {
+        "hf_model_name": options.model,
+        "hf_model_pretrained": options.pretrained,
+        "hf_tokenizer_name": options.tokenizer or options.model,
+        "hf_proj_type": options.proj,
+        "hf_pooler_type": options.pooler or _usual_pooler(options.model),
+        "context_length": options.context_length,
+        "tokenizer_kwargs": {"clean": options.clean},
+    }
+
+
+def _usual_pooler(model: str) -> str:
+    from open_clip.hf_configs import arch_dict
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(model).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no Hugging Face model configuration at {model!r}: {error}") from None
+    if kind not in arch_dict:
+        raise ValueError(f"{model!r} is a {kind!r} model, which open_clip cannot make a text tower{did_you_mean(kind, arch_dict)}")
+    return arch_dict[kind]["pooler"]

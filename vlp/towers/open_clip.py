@@ -1,0 +1,71 @@
+"""Any architecture that open_clip knows by name, or describes in a Hub repository or folder; image, text, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from vlp.schema import did_you_mean
+
+
+@dataclass(frozen=True)
+class Options:
+    architecture: str  # ViT-B-32, …; or hf-hub:user/name, local-dir:path (their architecture; `pretrained` loads weights)
+    image_size: int | None = None  # pixels, square; None: the architecture's
+    context_length: int | None = None  # L; None: the architecture's
+    patch_dropout: float = 0.0  # share of patches left out in training (FLIP); none in evaluation
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout is {self.patch_dropout}; expected a share in [0, 1)")
+
+
+def vision_cfg(options: Options) -> dict[str, Any]:
+    section = dict(_config(options.architecture)["vision_cfg"])
+    if options.image_size is not None:
+        if "timm_model_name" in section and options.image_size != section["image_size"]:
+            raise ValueError(
+                f"{options.architecture} has a timm image tower made for {section['image_size']} pixels; open_clip cannot "
+                f"reload it at {options.image_size}. Leave image_size out or choose another architecture"
+            )
+        section["image_size"] = options.image_size
+    return section | ({"patch_dropout": options.patch_dropout} if options.patch_dropout else {})
+
+
+def text_cfg(options: Options) -> dict[str, Any]:
+    section = dict(_config(options.architecture)["text_cfg"])
+    return section | ({"context_length": options.context_length} if options.context_length is not None else {})
+
+
+def shared_cfg(options: Options) -> dict[str, Any]:
+    """The architecture's other keys. Scale and bias are `vlp.config.Model`'s to say, and so is the class of the model."""
+    ours = {"vision_cfg", "text_cfg", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"}
+    return {"quick_gelu": False} | {k: v for k, v in _config(options.architecture).items() if k not in ours}
+
+
+def preprocess_cfg(options: Options) -> dict[str, Any]:
+    """What the folder or repository says; a name alone says nothing (its weights do: see `vlp.towers._weights`)."""
+    return _described(options.architecture)["preprocess_cfg"]
+
+
+def _config(architecture: str) -> dict[str, Any]:
+    config = _described(architecture)["model_cfg"]
+    if "multimodal_cfg" in config:
+        raise ValueError(f"{architecture} has a captioning decoder beside its two towers; choose a dual encoder, such as ViT-B-32")
+    return config
+
+
+@lru_cache(maxsize=4)
+def _described(architecture: str) -> dict[str, Any]:
+    """model_cfg and preprocess_cfg of a name, `hf-hub:` or `local-dir:`. Cached, so callers copy before they change."""
+    import open_clip
+
+    if architecture.startswith(("hf-hub:", "local-dir:")):
+        from vlp.towers._weights import folder_of, read_config
+
+        return read_config(folder_of(architecture))
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ValueError(f"open_clip knows no architecture {architecture!r}{did_you_mean(architecture, open_clip.list_models())}")
+    return {"model_cfg": config, "preprocess_cfg": {}}

@@ -1,0 +1,61 @@
+"""Any timm model as the image tower, projected into the shared space (open_clip's TimmModel)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlp.schema import did_you_mean
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str  # timm's name, optionally with a tag of weights: resnet50, convnext_tiny.fb_in22k
+    image_size: int | None = None  # pixels, square; None: what timm states for the model
+    pretrained: bool = False  # timm's own weights (downloaded); without them the trunk starts at random
+    pool: Literal["", "avg", "token", "map", "abs_attn", "rot_attn"] = ""  # "": the model's own
+    proj: Literal["linear", "mlp", "none"] = "linear"  # none: the trunk's features are the embedding
+    proj_bias: bool = False
+    drop: float = 0.0  # dropout before the projection
+    drop_path: float | None = None  # stochastic depth of the trunk
+    patch_dropout: float = 0.0  # share of patches left out in training (FLIP), where the model has patches
+
+
+def vision_cfg(options: Options) -> dict[str, Any]:
+    stated = _stated(options.model)
+    own_size = stated.input_size[-1]
+    if stated.fixed_input_size and options.image_size not in (None, own_size):
+        raise ValueError(
+            f"timm's {options.model} is made for {own_size} pixels and open_clip cannot reload it at {options.image_size}; "
+            f"leave image_size out, choose a model of that size, or use the tower 'vit'"
+        )
+    section = {
+        "timm_model_name": options.model,
+        "timm_model_pretrained": options.pretrained,
+        "timm_pool": options.pool,
+        # open_clip's empty projection makes timm's own head the projection: attention pools end with theirs
+        "timm_proj": "" if options.pool in ("abs_attn", "rot_attn") else options.proj,
+        "timm_proj_bias": options.proj_bias,
+        "timm_drop": options.drop,
+        "timm_drop_path": options.drop_path,
+        "image_size": options.image_size or own_size,
+    }
+    return section | ({"patch_dropout": options.patch_dropout} if options.patch_dropout else {})
+
+
+def preprocess_cfg(options: Options) -> dict[str, Any]:
+    """The pixels that the pretrained trunk saw; CLIP's normalisation for a random one."""
+    if not options.pretrained:
+        return {}
+    stated = _stated(options.model)
+    interpolation = stated.interpolation if stated.interpolation in ("bicubic", "bilinear") else "bicubic"
+    return {"mean": list(stated.mean), "std": list(stated.std), "interpolation": interpolation}
+
+
+def _stated(model: str) -> Any:
+    import timm
+
+    stated = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if stated is None:
+        raise ValueError(f"timm knows no model {model!r}{did_you_mean(model.split('.')[0], timm.list_models())}")
+    return stated
