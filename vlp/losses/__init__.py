@@ -1,0 +1,51 @@
+"""Objectives: one family a file, pure functions over `vlp.pairwise`. The folder is the registry.
+
+    objective = build({"infonce": {}, "uniformity": {"weight": 0.5}})
+    total, terms = objective(image=x, text=t, scale=scale)
+    total.backward()
+
+works in any trainer. On several ranks each returns its share, and averaging gradients over ranks (as DDP, FSDP and
+ZeRO do) gives exactly the gradient of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlp import dist, plugin
+from vlp.losses._objective import Common, Inputs, Objective, Schedule
+from vlp.pairwise import Engine, Topology
+
+__all__ = ["Common", "Inputs", "Objective", "Schedule", "build"]
+
+
+def build(
+    objective: Mapping[str, Any],
+    *,
+    group: Any = None,
+    topology: Any = "auto",
+    impl: str = "auto",
+    memory_budget: int | None = None,
+    seed: int = 0,
+) -> Objective:
+    """The callable objective of a configuration's `objective:` section, {name: options, …}.
+
+    group: a torch ProcessGroup; None: all ranks of an initialised process group, else this process alone.
+    topology: auto | local | global | ring | {group: g, layout: contiguous | strided | alternating,
+    exchange: gather | ring} (see `vlp.pairwise.topology`). impl: auto | dense | tiled | triton.
+    memory_budget: bytes for score tiles kept from forward (None: as many as the candidates' embeddings take).
+    seed: of alternating groups. Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError for
+    a topology that does not fit the ranks or an impl that this machine cannot run.
+    """
+    terms = plugin.keyed(__name__, objective)
+    if not terms:
+        raise ValueError(f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}")
+    engine = Engine(
+        ranks=dist.group_of(group),
+        topology=Topology.from_config(topology),
+        impl=impl,
+        memory_budget=memory_budget,
+        seed=seed,
+    )
+    return Objective(list(terms), engine)

@@ -1,0 +1,14 @@
+"""Exact reductions over image-text pairs in O(b·D) memory, on any number of ranks.
+
+    pairs = Engine(topology=Topology.from_config("global"), impl="auto").at(step)
+    rows, columns = pairs.margin_logsumexp(image, text, scale)
+    loss = pairs.mean(softplus(rows) + softplus(columns)) / 2
+
+Read `dense.py` for what is computed, `tiled.py` for how memory stays small, `exchange.py` for how ranks take part.
+"""
+
+from vlp.pairwise.pairs import IMPLEMENTATIONS, Engine, Pairs
+from vlp.pairwise.reduction import LOGSUMEXP, SUM, Reduction, Tile, softplus
+from vlp.pairwise.topology import Topology
+
+__all__ = ["IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Engine", "Pairs", "Reduction", "Tile", "Topology", "softplus"]

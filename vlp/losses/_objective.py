@@ -1,0 +1,188 @@
+"""From the `objective:` section of a configuration to one callable: total = Σ weight · term.
+
+A loss file holds
+    Options                          frozen dataclass of its configuration keys
+    NEEDS, or needs(options)         frozenset of the keywords it reads (fields of `Inputs`)
+    term(inputs, pairs, options)     this rank's share of the term: the mean over ranks is the term's value
+    MIN_CANDIDATES = 2               optional: it compares a row with others
+    initial_state(options)           optional: dict of tensors; `term` then takes `state` and returns (value, new state)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlp import dist
+from vlp.pairwise import Engine
+from vlp.plugin import Plugin
+from vlp.schema import did_you_mean
+
+ALWAYS = frozenset({"image", "text", "scale"})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A weight that moves linearly from `start` to `end` over the first `steps` steps, and stays there."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if min(self.start, self.end) < 0 or self.steps < 1:
+            raise ValueError(f"a schedule needs start, end >= 0 and steps >= 1, found {self}")
+
+    def at(self, step: int) -> float:
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+@dataclass(frozen=True)
+class Common:
+    """Keys of every term."""
+
+    weight: float | Schedule = 1.0  # factor of the term in the total, or {start, end, steps}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, float) and self.weight < 0:
+            raise ValueError(f"weight: found {self.weight}, expected a number >= 0")
+
+    def weight_at(self, step: int | None) -> float:
+        return self.weight.at(step or 0) if isinstance(self.weight, Schedule) else self.weight
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What terms may read: this rank's rows of one step. Embeddings are unit rows; nothing here normalises them."""
+
+    image: Tensor  # [b, D]
+    text: Tensor  # [b, D]
+    scale: Tensor | float  # 1/temperature, already exponentiated
+    bias: Tensor | float | None = None  # added to every score (sigmoid loss)
+    step: int | None = None  # optimiser step: groups that alternate, schedules, states
+    negatives: Tensor | None = None  # [b, K, D] hard captions
+    negatives_valid: Tensor | None = None  # [b, K] bool
+    negative_image: Tensor | None = None  # [b, D] an image that belongs to negatives[:, 0]
+    counterfactual: Tensor | None = None  # [b, D] or [b, C, D]
+    counterfactual_valid: Tensor | None = None  # [b] bool
+    ema_image: Tensor | None = None  # this model's moving average: [b, D]
+    ema_text: Tensor | None = None  # [b, D]
+    ema_negatives: Tensor | None = None  # [b, K, D]
+    teacher_image: Tensor | None = None  # another model: [b, D']
+    teacher_text: Tensor | None = None  # [b, D']
+    teacher_scale: Tensor | float | None = None
+    sample_id: Tensor | None = None  # [b] int64
+    score: Tensor | None = None  # [b] relevance of a pair
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tuple(v.shape) for name, v in values.items() if isinstance(v, Tensor) and v.dim()}
+
+
+KEYWORDS = tuple(f.name for f in fields(Inputs))
+
+
+class Objective:
+    """Called with keywords (see `Inputs`), returns `(total, terms)`.
+
+    total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}. Both are this rank's share: the
+    MEAN over ranks is the value, and the mean over ranks of gradients is the gradient, of the single-process term.
+    Keywords that no term needs are ignored. Raises ValueError for an unknown keyword, for a needed one that is
+    missing, and for rows that differ between ranks (checked at the first call) or change later.
+    State (queues, margins, …) moves only when `step` is given and gradients are enabled.
+    """
+
+    def __init__(self, plugins: list[Plugin], engine: Engine) -> None:
+        self.plugins, self.engine = plugins, engine
+        self.required = {p.label: _needs(p) for p in plugins}
+        self.needs = frozenset().union(*self.required.values()) - ALWAYS
+        self.state: dict[str, dict[str, Tensor]] = {
+            p.label: p.module.initial_state(p.options) for p in plugins if hasattr(p.module, "initial_state")
+        }
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+
+    def candidates(self, n_rows: int) -> int:
+        """n = g·b: how many columns a row of this rank is compared with. Uninformative scores give log n."""
+        return self.engine.group_size * n_rows
+
+    def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = self._inputs(keywords)
+        pairs = self.engine.at(inputs.step)
+        dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
+        total, terms = inputs.image.new_zeros((), dtype=dtype), {}
+        for plugin in self.plugins:
+            value = self._term(plugin, inputs, pairs).to(dtype)
+            terms[plugin.label] = value.detach()
+            total = total + plugin.common.weight_at(inputs.step) * value
+        return total, terms
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {label: {name: t.clone() for name, t in state.items()} for label, state in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        if state.keys() != self.state.keys():
+            raise ValueError(f"objective state of {sorted(state)}, but this objective keeps {sorted(self.state)}")
+        for label, tensors in state.items():
+            if tensors.keys() != self.state[label].keys():
+                raise ValueError(f"state of {label!r} holds {sorted(tensors)}, expected {sorted(self.state[label])}")
+            self.state[label] = {name: t.clone() for name, t in tensors.items()}
+
+    def _term(self, plugin: Plugin, inputs: Inputs, pairs: Any) -> Tensor:
+        if plugin.label not in self.state:
+            return plugin.module.term(inputs, pairs, plugin.options)
+        value, state = plugin.module.term(inputs, pairs, plugin.options, self.state[plugin.label])
+        if inputs.step is not None and torch.is_grad_enabled():
+            self.state[plugin.label] = {name: t.detach() for name, t in state.items()}
+        return value
+
+    def _inputs(self, keywords: dict[str, Any]) -> Inputs:
+        unknown = [f"unknown keyword {k!r}{did_you_mean(k, KEYWORDS)}" for k in keywords if k not in KEYWORDS]
+        missing = [
+            f"the term {label!r} needs {name!r}, which the call does not carry: give {name}=… or drop the term"
+            for label, needs in self.required.items()
+            for name in sorted(needs | ALWAYS)
+            if keywords.get(name) is None
+        ]
+        if unknown or missing:
+            raise ValueError("; ".join(unknown + missing))
+        inputs = Inputs(**{k: v for k, v in keywords.items() if k in self.needs | ALWAYS | {"step"}})
+        self._check(inputs)
+        return inputs
+
+    def _check(self, inputs: Inputs) -> None:
+        """Shapes, once: an exchange between ranks at the first call, a comparison with it afterwards."""
+        shapes = inputs.shapes()
+        if self._shapes is None:
+            self._check_first(shapes)
+            self._shapes = shapes
+        elif self.engine.ranks.size > 1 and shapes != self._shapes:
+            changed = {name: (self._shapes.get(name), s) for name, s in shapes.items() if s != self._shapes.get(name)}
+            raise ValueError(
+                f"shapes changed since the first step, {changed}: ranks would no longer match; "
+                "give every step the same rows on every rank, or build another objective"
+            )
+        elif shapes["image"] != shapes["text"]:
+            raise ValueError(f"image {shapes['image']} and text {shapes['text']} must have one shape [b, D]")
+
+    def _check_first(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        every = dist.gather_objects(shapes, self.engine.ranks)
+        for name in sorted(set().union(*every)):
+            if len({ranks.get(name) for ranks in every}) > 1:
+                sizes = {f"rank {r}": s.get(name) for r, s in zip(self.engine.ranks.ranks, every)}
+                raise ValueError(f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows")
+        if len(shapes["image"]) != 2 or shapes["image"] != shapes["text"]:
+            raise ValueError(f"image {shapes['image']} and text {shapes['text']} must have one shape [b, D]")
+        n = self.candidates(shapes["image"][0])
+        for plugin in self.plugins:
+            least = getattr(plugin.module, "MIN_CANDIDATES", 1)
+            if n < least:
+                raise ValueError(f"the term {plugin.label!r} needs at least {least} candidates a row, found {n}: raise "
+                                 "the batch size or the group size")  # fmt: skip
+
+
+def _needs(plugin: Plugin) -> frozenset[str]:
+    module = plugin.module
+    return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
