@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,27 @@ class Duration:
             raise ValueError("a percentage has no meaning here; give steps, epochs (3ep) or samples (2Msamples)")
         per_unit = {"steps": 1, "ep": steps_per_epoch, "samples": 1 / batch, "%": (total or 0) / 100}[self.unit]
         return max(1, round(self.value * per_unit)) if self.value else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The extent of a run in steps, by which durations become step counts."""
+
+    batch: int  # global
+    steps_per_epoch: int
+    total: int  # steps of the whole run
+
+    @classmethod
+    def of(cls, train: Train, steps_per_epoch: int) -> Plan:
+        total = train.duration.steps(batch=train.batch, steps_per_epoch=steps_per_epoch)
+        return cls(train.batch, steps_per_epoch, total)
+
+    def steps(self, duration: Duration) -> int:
+        return duration.steps(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
+
+    def due(self, every: Duration | None, step: int) -> bool:
+        """Whether something done `every` so often is due after `step` updates; at the end it always is."""
+        return step == self.total or (every is not None and step % max(1, self.steps(every)) == 0)
 
 
 @dataclass(frozen=True)
@@ -150,8 +172,8 @@ class Train:
     batch: int  # global: rows of one step over all ranks
     micro_batches: int = 1  # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
     optimizer: Optimizer = Optimizer()
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
-    engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"  # auto: what the launcher set up
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA and on CPUs with AMX
+    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"  # auto: what the launcher set up
     compile: bool = False
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -216,7 +238,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError([Problem((), f"no configuration file {path}; the installed ones: {', '.join(shipped())}")]) from None
+        raise ConfigError([Problem((), f"no configuration file {path}; installed ones: {', '.join(shipped())}")]) from None
     for override in overrides or []:
         _override(tree, override, lines)
     return parse(tree, lines)
@@ -235,10 +257,14 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(schema.plain(config), sort_keys=False, allow_unicode=True)
 
 
-def shipped() -> list[str]:
-    """Names of the configurations that come with the package."""
-    folder = Path(__import__("vlp.configs", fromlist=["configs"]).__path__[0])
-    return sorted(p.name for p in folder.glob("*.yaml"))
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    return {p.stem: p for p in sorted(Path(str(resources.files("vlp.configs"))).glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """A configuration's file by path, or by the name of a shipped one."""
+    return Path(name) if Path(name).exists() else shipped().get(name.removesuffix(".yaml"), Path(name))
 
 
 def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, str]]:

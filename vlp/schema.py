@@ -82,14 +82,14 @@ def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem])
         return {key: parse_into(inner, item, (*path, key), problems) for key, item in value.items()}
     if annotation is Any:
         return value
-    if dataclasses.is_dataclass(annotation):
-        return _dataclass(annotation, value, path, problems)
     if hasattr(annotation, "from_config"):
         try:
-            return annotation.from_config(value)
+            return value if isinstance(value, annotation) else annotation.from_config(value)
         except ValueError as error:
             problems.append(Problem(path, str(error)))
             return None
+    if dataclasses.is_dataclass(annotation):
+        return _dataclass(annotation, value, path, problems)
     return _scalar(annotation, value, path, problems)
 
 

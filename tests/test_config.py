@@ -1,0 +1,95 @@
+"""Strict configuration: every problem at once, at its line, with a suggestion; what is dumped reads back the same."""
+
+import pytest
+
+from vlp import config
+from vlp.config import Duration, Plan
+from vlp.schema import ConfigError, plain
+
+GOOD = """
+out: runs/x
+data:
+  sources:
+    - {name: shards, path: data/train}
+model:
+  image_tower: {name: vit, width: 64, layers: 1, patch_size: 8, image_size: 32}
+  text_tower: {name: transformer, width: 64, layers: 1, heads: 1}
+  embed_dim: 32
+train: {duration: 10, batch: 8}
+objective:
+  infonce: {}
+"""
+
+
+def load(tmp_path, text, overrides=()):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return config.load(path, list(overrides))
+
+
+def test_resolved_configuration_reads_back(tmp_path):
+    first = load(tmp_path, GOOD, ["train.optimizer.lr=1e-3", "train.duration=3ep", "checkpoint.every=200ksamples"])
+    assert first.train.optimizer.lr == 1e-3  # YAML 1.1 reads 1e-3 as text
+    again = load(tmp_path, config.dump(first))
+    assert plain(again) == plain(first)
+
+
+def test_all_problems_at_once_with_line_and_suggestion(tmp_path):
+    bad = GOOD.replace("batch: 8", "btach: 8").replace("layers: 1, heads: 1", "layers: one, heads: 1").replace("infonce", "infonec")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, bad, ["train.precision=fp8"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5, lines
+    text = str(caught.value)
+    for expected in (
+        "c.yaml:10: train.btach: unknown key 'btach', did you mean 'batch'?",
+        "missing key 'batch'",
+        "c.yaml:8: model.text_tower.layers: found 'one' (str), expected a whole number",
+        "c.yaml:12: objective.infonec: no 'infonec' in vlp.losses, did you mean 'infonce'?",
+        "override 'train.precision=fp8'",
+    ):
+        assert expected in text, (expected, text)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("train.batch=0", "at least 1"),
+    ("train.optimizer.lr=-1", "must be positive"),
+    ("train.optimizer.lr=.nan", "finite"),
+    ("train.duration=5 minutes", "expected a duration"),
+    ("data.sources=[]", "sources is empty"),
+    ("data.augment.scale=[0.9, 0.1]", "low <= high"),
+    ("objective={}", "objective is empty"),
+    ("model.scale.init=1000", "must lie in"),
+    ("data.captions.class_templates=[no place]", "exactly one {}"),
+    ("train=5", "expected a mapping"),
+    ("train.batch=true", "whole number"),
+])  # fmt: skip
+def test_senseless_values_are_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=None) as caught:
+        load(tmp_path, GOOD, [change])
+    assert message in str(caught.value)
+
+
+def test_duplicate_key_and_bad_yaml(tmp_path):
+    with pytest.raises(ConfigError, match="appears twice"):
+        load(tmp_path, GOOD + "out: other\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(tmp_path, "out: [")
+    with pytest.raises(ConfigError, match="no configuration file"):
+        config.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(("text", "steps"), [
+    (1000, 1000), ("5%", 10), ("3ep", 150), ("2ksamples", 20), ("2Msamples", 20_000), ("0%", 0), ("0.001%", 1),
+])  # fmt: skip
+def test_durations(text, steps):
+    plan = Plan(batch=100, steps_per_epoch=50, total=200)
+    duration = Duration.from_config(text)
+    assert plan.steps(duration) == steps
+    assert Duration.from_config(duration.to_config()) == duration
+
+
+def test_due_counts_every_period_and_the_end():
+    plan = Plan(batch=1, steps_per_epoch=10, total=25)
+    assert [s for s in range(1, 26) if plan.due(Duration(10, "steps"), s)] == [10, 20, 25]
+    assert [s for s in range(1, 26) if plan.due(None, s)] == [25]

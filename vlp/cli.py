@@ -1,0 +1,145 @@
+"""The `vlp` command. Nothing heavy is imported before a subcommand is known, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from vlp import __version__
+
+# What a person did wrong: shown as one message. Everything else keeps its traceback.
+EXPECTED = (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError)
+
+TRAIN_EXAMPLE = """examples:
+  vlp train configs/demo.yaml
+  vlp train caltech101 train.batch=512 out=runs/large
+  vlp train configs/demo.yaml resume=auto
+  accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py configs/demo.yaml
+"""
+EXPORT_EXAMPLE = """example:
+  vlp export runs/demo --to exported/demo
+"""
+DEMO_EXAMPLE = """example:
+  vlp demo --out runs/demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A message without traceback means: something to change on your side."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser(arguments)
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options)
+    except EXPECTED as error:
+        print(f"vlp: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__module__.startswith("vlp."):
+            print(f"vlp: {error}", file=sys.stderr)
+            return 1
+        raise
+
+
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; only the subcommand that `arguments` name is filled in with its options."""
+    parser = argparse.ArgumentParser(
+        prog="vlp", description="Pretrain, evaluate and export image-text dual encoders.",
+        epilog="`vlp COMMAND --help` shows the options and an example of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"vlp {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary, fill in (
+        ("train", "train a configuration", _train),
+        ("eval", "evaluate a model zero-shot, or compare results", _eval),
+        ("export", "write a run as a folder that transformers and open_clip load", _export),
+        ("data", "make, look at and enrich data sets", _data),
+        ("demo", "generate data, train, evaluate and export in a few minutes", _demo),
+    ):
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            fill(command)
+    return parser
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = TRAIN_EXAMPLE
+    parser.add_argument("config", help="a YAML file, or the name of an installed configuration (demo, caltech101, …)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys with YAML values: train.batch=512")
+
+    def run(options: argparse.Namespace) -> int:
+        from vlp import config
+        from vlp.eval.run import in_training
+        from vlp.train import train
+
+        train(config.load(config.find(options.config), options.overrides), in_training)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    _fill(parser, importlib.import_module("vlp.eval.run"))
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXPORT_EXAMPLE
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+    def run(options: argparse.Namespace) -> int:
+        from pathlib import Path
+
+        from vlp.export import export_run
+
+        for line in export_run(Path(options.run_folder), Path(options.to), overwrite=options.overwrite):
+            print(line)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    """One subcommand for every public module of vlp.data_tools."""
+    package = importlib.import_module("vlp.data_tools")
+    tools = parser.add_subparsers(title="tools", metavar="TOOL", required=True)
+    for name in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
+        tool = importlib.import_module(f"vlp.data_tools.{name}")
+        command = tools.add_parser(name, help=tool.HELP, description=tool.HELP,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+        _fill(command, tool)
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = DEMO_EXAMPLE
+    parser.add_argument("--out", default="runs/demo", help="folder for data, run and export (default: runs/demo)")
+
+    def run(options: argparse.Namespace) -> int:
+        from pathlib import Path
+
+        from vlp.demo import demo
+
+        return demo(Path(options.out))
+
+    parser.set_defaults(run=run)
+
+
+def _fill(parser: argparse.ArgumentParser, room: ModuleType) -> None:
+    """Let a module that brings `arguments`, `run` and `EXAMPLE` describe its own command."""
+    parser.epilog = room.EXAMPLE
+    room.arguments(parser)
+    parser.set_defaults(run=room.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

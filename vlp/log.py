@@ -1,0 +1,94 @@
+"""Console lines, metrics.jsonl and trackers. No arithmetic happens here; numbers arrive finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def say(message: str) -> None:
+    """A line for the person at the console, from one process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """A line that must not be missed; on the error stream of every process that has something to warn of."""
+    rank = os.environ.get("RANK")
+    print(f"warning{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+
+
+class Metrics:
+    """metrics.jsonl of a run: one JSON object a line with `step` and `kind` ("train" or "eval").
+
+    On a resume the lines after the resumed step are dropped, so that the file reads like an uninterrupted run.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one record and hand it to the operating system at once."""
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a line cut off by a kill
+
+
+class Trackers:
+    """TensorBoard, wandb or trackio by name, through Accelerate; a name whose package is missing is an error."""
+
+    def __init__(self, names: list[str], run: Path, config: dict[str, Any]) -> None:
+        from accelerate.tracking import filter_trackers
+
+        self._trackers = []
+        for tracker in filter_trackers(names, run) if names else []:
+            made = tracker(run.name, logging_dir=run) if tracker.requires_logging_directory else tracker(run.name)
+            made.store_init_configuration({"config": json.dumps(config)})
+            self._trackers.append(made)
+        missing = len(names) - len(self._trackers)
+        if missing:
+            raise ValueError(f"log.trackers names {names}, but {missing} of them cannot be used; install the package of each")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def progress(step: int, total: int, values: Mapping[str, float], eta_s: float) -> str:
+    """One console line: step, every value with four significant digits, and the time that remains."""
+    hours, rest = divmod(int(eta_s), 3600)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return f"step {step:>{len(str(total))}}/{total}  {shown}  eta {hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,157 @@
+"""One training step: batch → embeddings → terms → gradients → update → scalars. The one place that calls backward.
+
+A rank's b rows of a step are embedded in m micro-batches, but the objective sees all of them in one call, so the
+number of micro-batches changes memory and nothing else (BASIC, Pham et al. 2021; GradCache, Gao et al. 2021):
+
+    1. embed every micro-batch, for m > 1 without keeping activations;
+    2. evaluate the objective once on all embeddings of the step, with embeddings, scale and bias as leaves;
+    3. backpropagate ⟨embedding, gradient⟩ through each micro-batch, for m > 1 after embedding it again with the random
+       numbers of the first time. The gradients of scale and bias enter once, with the last micro-batch, so that every
+       parameter gets its gradient through the wrapped model and the ranks exchange gradients once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlp import dist
+from vlp.losses import Objective
+from vlp.parallel import Engine
+from vlp.seeds import derive
+from vlp.types import Batch
+
+IMAGES = ("image", "negative_image")  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
+TEXTS = ("text", "negatives", "counterfactual")  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
+LABELS = ("negatives_valid", "counterfactual_valid", "sample_id", "score")  # handed to the objective as they are
+
+
+class NonFiniteError(RuntimeError):
+    """Embeddings, loss or gradients with NaN or infinity; the model was not updated."""
+
+
+@dataclass
+class Training:
+    """What a step changes (the engine's model and optimiser, the objective's state, the step count) and its settings."""
+
+    engine: Engine
+    objective: Objective
+    learning_rate: Callable[[int], float]  # of the step
+    seed: int = 0
+    micro_batches: int = 1
+    dtype: torch.dtype = torch.float32  # of the towers' arithmetic
+    step: int = 0
+
+
+def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
+    """Update the model on this rank's rows of one step; returns detached scalars.
+
+    "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm". Loss and terms are this rank's share: their mean
+    over ranks is the value of the whole step. Raises NonFiniteError, on every rank and before the update, if any rank's
+    embeddings or gradients are not finite.
+    """
+    engine, step = training.engine, training.step
+    micro = [part.to(engine.device) for part in batch.split(training.micro_batches)]
+    keep_graph = len(micro) == 1
+
+    # 1. Embed.
+    with torch.set_grad_enabled(keep_graph):
+        outputs = [embed(training, part, i) for i, part in enumerate(micro)]
+
+    # 2. One objective over all rows of the step.
+    leaves = {name: _leaf([output[name] for output in outputs], training) for name in outputs[0]}
+    labels = {name: getattr(batch, name) for name in LABELS if getattr(batch, name) is not None}
+    labels = {name: value.to(engine.device, non_blocking=True) for name, value in labels.items()}
+    torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
+    total, terms = training.objective(**leaves, **labels, step=step)
+    gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
+    refuse_non_finite(leaves, [total, *gradients.values()], batch, step)
+
+    # 3. Through the towers.
+    for i, part in enumerate(micro):
+        output = outputs[i] if keep_graph else embed(training, part, i)
+        last = i == len(micro) - 1
+        engine.backward(surrogate(output, gradients, i, last), last)
+
+    # 4. Update.
+    lr = training.learning_rate(step)
+    norm = engine.update(lr)
+    training.step += 1
+    shown = {name: leaves[name].detach() for name in ("scale", "bias") if name in leaves}
+    return {"loss": total.detach(), **terms, **shown, "lr": torch.tensor(lr), "grad_norm": norm}
+
+
+def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
+    """Everything the objective needs of micro-batch `index`, through the wrapped model in one call.
+
+    Returns "image" and "text" [rows, D], further fields [rows, …, D], "scale" and (if the model has one) "bias" [].
+    Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that a second call repeats the first.
+    """
+    wanted = training.objective.needs | {"image", "text"}
+    pixels = {name: getattr(part, name) for name in IMAGES if name in wanted}
+    ids = {name: getattr(part, name) for name in TEXTS if name in wanted}
+    torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
+    with torch.autocast(training.engine.device.type, torch.bfloat16, enabled=training.dtype == torch.bfloat16):
+        features = training.engine.model(torch.cat(list(pixels.values())), torch.cat([v.flatten(0, -2) for v in ids.values()]))
+    result = dict(zip(pixels, features.image.split([len(v) for v in pixels.values()])))
+    rows = features.text.split([v.shape[:-1].numel() for v in ids.values()])
+    result |= {name: value.unflatten(0, ids[name].shape[:-1]) for name, value in zip(ids, rows)}
+    return result | {"scale": features.scale} | ({} if features.bias is None else {"bias": features.bias})
+
+
+def _leaf(parts: list[Tensor], training: Training) -> Tensor:
+    """The rows of all micro-batches as one leaf; bf16 on CUDA, where the pairwise kernels multiply in it."""
+    if parts[0].ndim == 0:  # scale and bias are the same for all micro-batches, and stay float32
+        return parts[0].detach().requires_grad_()
+    whole = torch.cat([part.detach() for part in parts])
+    return (whole.to(training.dtype) if whole.is_cuda else whole).requires_grad_()
+
+
+def surrogate(output: dict[str, Tensor], gradients: dict[str, Tensor], index: int, last: bool) -> Tensor:
+    """A scalar whose gradient in the parameters is the objective's, as far as micro-batch `index` carries it.
+
+    Σ_name ⟨output, gradient⟩ over this micro-batch's rows, and with the last one scale·∂L/∂scale + bias·∂L/∂bias.
+    """
+    total = output["scale"] * 0
+    for name, value in output.items():
+        if value.ndim:
+            rows = slice(index * len(value), (index + 1) * len(value))
+            total = total + (value * gradients[name][rows]).sum()
+        elif last:
+            total = total + value * gradients[name]
+    return total
+
+
+def refuse_non_finite(leaves: dict[str, Tensor], others: list[Tensor], batch: Batch, step: int) -> None:
+    """Raise NonFiniteError on every rank if anything is not finite on any; names tower and samples. Collective."""
+    bad = ~torch.stack([torch.isfinite(value).all() for value in (*leaves.values(), *others)]).all()
+    if not dist.all_reduce(bad.float(), dist.world()).item():
+        return
+    mine = []
+    for name in (n for n in (*IMAGES, *TEXTS) if n in leaves):
+        rows = (~torch.isfinite(leaves[name])).flatten(1).any(1).nonzero().flatten().tolist()
+        tower = "image" if name in IMAGES else "text"
+        mine += [f"{name} embedding ({tower} tower) of sample {batch.sample_id[row].item()} ({batch.key[row]})" for row in rows]
+    found = [line for lines in dist.gather_objects(mine) for line in lines]
+    named = "\n  ".join(found[:20]) or "loss or its gradient only: look at the scale, the bias and the weights of the terms"
+    more = f"\n  … and {len(found) - 20} more" if len(found) > 20 else ""
+    raise NonFiniteError(
+        f"NaN or infinity at step {step}; the model was not updated:\n  {named}{more}\n"
+        "Look at these samples, lower optimizer.lr, or set train.precision: float32. The last checkpoint is unharmed."
+    )
+
+
+def means_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Plain numbers, averaged over ranks: by the averaging convention, the values of the whole step. Collective."""
+    stacked = torch.stack([value.detach().float().cpu() for value in scalars.values()])
+    return dict(zip(scalars, _mean(stacked)))
+
+
+def _mean(values: Tensor) -> list[float]:
+    if dist.world_size() == 1:
+        return values.tolist()
+    gathered = dist.gather_objects(values.tolist())
+    return [sum(column) / len(column) for column in zip(*gathered)]

@@ -1,0 +1,259 @@
+"""The loop: step, log, evaluate, save. Everything that decides numbers lives in `vlp.step` and `vlp.data`."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlp import checkpoint, dist, log, losses, optim, parallel
+from vlp import config as configuration
+from vlp.config import Config, Plan
+from vlp.data.loader import Loader
+from vlp.model import DualEncoder
+from vlp.model import build as build_model
+from vlp.plugin import Plugin
+from vlp.schema import plain
+from vlp.seeds import derive
+from vlp.step import Training, means_over_ranks, train_step
+
+Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
+
+
+def train(config: Config, evaluate: Evaluate | None = None) -> Path:
+    """Run `config` to its end, or to a SIGTERM; returns the run's folder.
+
+    `evaluate` is called on every rank when tasks of `config.eval` are due. Raises FileExistsError for an output folder
+    that holds a run, ValueError for settings that do not fit each other or the data, CheckpointError for a checkpoint
+    that does not fit.
+    """
+    engine = parallel.start(config.train)
+    check_batch(config)
+    run = Path(config.out)
+    source = open_run(config)
+    torch.manual_seed(derive(config.seed, "init"))
+    model = build_model(config.model)
+    loader = Loader(
+        config.data, model.image_spec, model.text_spec,
+        batch=config.train.batch, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
+    )
+    objective = losses.build(config.objective, topology=config.pairwise.topology, impl=config.pairwise.impl)
+    check_needs(objective.needs, loader.carries, model)
+    plan = Plan.of(config.train, loader.steps_per_epoch)
+    contents = None
+    if source is not None:
+        contents = checkpoint.load(source)
+        checkpoint.restore(model, contents.model, source)
+    say_start(config, model, loader, plan, source)
+    engine.prepare(model, config.train)
+    warmup = plan.steps(config.train.optimizer.warmup)
+    training = Training(
+        engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
+        config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
+    )
+    if contents is not None:
+        engine.load_moments(contents.optimizer)
+        objective.load_state_dict(contents.objective)
+        loader.load_state_dict(contents.state["loader"])
+        training.step = contents.state["step"]
+        del contents
+    loop(config, training, loader, plan, evaluate, Reporter(config, plan, training.step))
+    return run
+
+
+def loop(
+    config: Config, training: Training, loader: Loader, plan: Plan, evaluate: Evaluate | None, report: Reporter
+) -> None:
+    """From the training's step to the plan's end."""
+    stop = StopSignal()
+    batches = iter(loader)
+    while training.step < plan.total:
+        with report.waiting():
+            batch = next(batches)
+        scalars = train_step(training, batch)
+        step = training.step
+        if step == 1 or plan.due(config.log.every, step):
+            report.training(step, means_over_ranks(scalars), loader.counters())
+        stopping = stop.on_any_rank(training.engine.device)
+        if stopping or plan.due(config.checkpoint.every, step):
+            save(config, training, loader)
+        if stopping and step < plan.total:
+            log.say(f"stopped by SIGTERM after step {step}; saved. Continue with resume=auto")
+            break
+        due = [task for task in config.eval if plan.due(task.common.every, step)]
+        if evaluate is not None and due:
+            report.evaluation(step, evaluate_now(evaluate, training, due))
+    report.close()
+
+
+def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) -> list[dict[str, Any]]:
+    """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
+    model = training.engine.evaluation_model().eval()
+    with torch.no_grad():
+        records = evaluate(model, tasks)
+    training.engine.model.train()
+    return records
+
+
+def save(config: Config, training: Training, loader: Loader) -> None:
+    """Write a checkpoint of the step just done. Collective."""
+    model, optimizer = training.engine.state()
+    state = {"step": training.step, "loader": loader.state_dict(), "versions": versions()}
+    if dist.is_main():
+        contents = checkpoint.Contents(model, optimizer, training.objective.state_dict(), state, configuration.dump(config))
+        checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
+    dist.barrier()  # no rank runs on, and perhaps is killed, before the checkpoint stands
+
+
+def open_run(config: Config) -> Path | None:
+    """Prepare the output folder; returns the checkpoint to continue from, the same on every rank, or None."""
+    run, outcome = Path(config.out), None
+    if dist.is_main():
+        try:
+            outcome = _open_run(config, run)
+        except (FileExistsError, checkpoint.CheckpointError) as error:
+            outcome = error  # raised on every rank, so that none waits for another
+    outcome = dist.broadcast_object(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _open_run(config: Config, run: Path) -> Path | None:
+    holds_run = (run / "config.yaml").exists()
+    if config.resume == "never":
+        if holds_run:
+            raise FileExistsError(f"{run} already holds a run; continue it with resume=auto, or choose another with out=…")
+        source = None
+    elif config.resume == "auto":
+        source = checkpoint.newest(run)
+        if source is None and checkpoint.all_of(run):
+            raise checkpoint.CheckpointError(f"every checkpoint of {run} is damaged; choose another folder with out=…")
+    else:
+        source = checkpoint.resolve(config.resume)
+    run.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        for key, (old, new) in changes(configuration.load(source / "config.yaml"), config).items():
+            log.say(f"resuming with another {key}: {old!r} -> {new!r}")
+    (run / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    return source
+
+
+def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two configurations."""
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix[:-1]: tree}
+        return {k: v for name, item in tree.items() for k, v in flat(item, f"{prefix}{name}.").items()}
+
+    before, after = flat(plain(old)), flat(plain(new))
+    different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - {"resume"}
+    return {key: (before.get(key), after.get(key)) for key in sorted(different)}
+
+
+def check_batch(config: Config) -> None:
+    """Refuse a batch that ranks and micro-batches do not divide."""
+    rows, world, parts = config.train.batch, dist.world_size(), config.train.micro_batches
+    if rows % (world * parts):
+        near = max(world * parts, rows // (world * parts) * world * parts)
+        raise ValueError(
+            f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; use train.batch={near}"
+        )
+
+
+def check_needs(needs: frozenset[str], carried: frozenset[str], model: DualEncoder) -> None:
+    """Refuse an objective whose terms need what neither the data nor the model supplies."""
+    supplied = carried | {"image", "text", "sample_id", "scale"} | ({"bias"} if model.logit_bias is not None else set())
+    missing = sorted(needs - supplied)
+    if "bias" in missing:
+        raise ValueError("the objective needs a logit bias; set model.bias (SigLIP: -10)")
+    if missing:
+        raise ValueError(f"the objective needs {missing}, but the data carries {sorted(carried)}; add them to the shards' JSON")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides numbers."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")}
+
+
+def say_start(config: Config, model: DualEncoder, loader: Loader, plan: Plan, source: Path | None) -> None:
+    count = sum(p.numel() for p in model.parameters())
+    terms = ", ".join(term.label for term in config.objective)
+    log.say(
+        f"{config.out}: {loader.n_samples:,} samples, {count / 1e6:.1f} M parameters, {plan.total:,} steps of {plan.batch} "
+        f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es), objective {terms}"
+        + (f", continuing {source}" if source else "")
+    )
+
+
+class StopSignal:
+    """Whether SIGTERM has come to any rank. Asked after every step; costs one all-reduce of a number."""
+
+    def __init__(self) -> None:
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def on_any_rank(self, device: torch.device) -> bool:
+        vote = torch.tensor(float(self.received), device=device)
+        return bool(dist.all_reduce(vote, dist.world()).item())
+
+
+class Reporter:
+    """Turns what the loop measured into console lines, metrics.jsonl and trackers, on the first rank."""
+
+    def __init__(self, config: Config, plan: Plan, step: int) -> None:
+        self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
+        self.records: list[dict[str, Any]] = []
+        if self.main:
+            self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)
+            self.trackers = log.Trackers(config.log.trackers, self.run, plain(config))
+        self.first = self.last = step
+        self.waited_s = 0.0
+        self.started = self.since = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - start
+
+    def training(self, step: int, scalars: Mapping[str, float], counters: Mapping[str, float]) -> None:
+        """Report the scalars of `step` with the speed since the last report."""
+        now = time.perf_counter()
+        passed = now - self.since
+        speed = {"samples_s": (step - self.last) * self.plan.batch / passed, "data_wait": self.waited_s / passed}
+        eta_s = (now - self.started) / (step - self.first) * (self.plan.total - step)
+        if self.main:
+            self.metrics.write(step, "train", {**scalars, **speed, **counters})
+            self.trackers.write(step, {**scalars, **speed})
+            log.say(log.progress(step, self.plan.total, {**scalars, **speed}, eta_s))
+        self.last, self.since, self.waited_s = step, now, 0.0
+
+    def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Report the records of an evaluation; those of the last step become the run's results.json."""
+        values = {f"{record['task']}.{name}": value for record in records for name, value in record["metrics"].items()}
+        if self.main:
+            self.metrics.write(step, "eval", values)
+            self.trackers.write(step, values)
+            log.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            if step == self.plan.total:
+                log.write_json(self.run / "results.json", records)
+        self.since = time.perf_counter()  # evaluation is no training time
+
+    def close(self) -> None:
+        if self.main:
+            self.metrics.close()
+            self.trackers.close()
