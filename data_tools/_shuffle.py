@@ -1,0 +1,52 @@
+"""Word-order shuffles of a caption: the four of ARO's order sets (arXiv 2210.01936, appendix), without a tagger.
+
+ARO tells nouns and adjectives apart with a part-of-speech model; here every word that is not a function word counts as one.
+"""
+
+from __future__ import annotations
+
+import random
+
+_FUNCTION_WORDS = """
+a an the this that these those some any each every all both another other is are was were be been being am has have had do does
+did can could will would and or but nor so yet if while as than then of in on at to from by with without for into onto over under
+above below near behind beside between among across along around through up down off out about against it its he him his she her
+they them their we our you your i me my there here who which what where when whose not no left right top bottom front next
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+
+def shuffles(text: str, rng: random.Random) -> dict[str, str]:
+    """Kind → shuffled caption, for every kind that changes the caption; equal results are kept once."""
+    words = text.rstrip(".").split()
+    end = text[len(text.rstrip(".")) :]
+    content = [i for i, word in enumerate(words) if word.lower().strip(",") not in FUNCTION_WORDS]
+    function = [i for i in range(len(words)) if i not in set(content)]
+    trigrams = [words[i : i + 3] for i in range(0, len(words), 3)]
+    results = {
+        "content words": _permuted_at(words, content, rng),
+        "function words": _permuted_at(words, function, rng),
+        "within trigrams": [word for part in trigrams for word in _permuted(part, rng)],
+        "trigrams": [word for part in _permuted(trigrams, rng) for word in part],
+    }
+    found: dict[str, str] = {}
+    for kind, shuffled in results.items():
+        if shuffled != words and (sentence := " ".join(shuffled) + end) not in found.values():
+            found[kind] = sentence
+    return found
+
+
+def _permuted(items: list, rng: random.Random) -> list:
+    """A random order other than the given one, where the items allow it."""
+    if all(item == items[0] for item in items):
+        return items
+    while (changed := rng.sample(items, len(items))) == items:
+        pass
+    return changed
+
+
+def _permuted_at(words: list[str], places: list[int], rng: random.Random) -> list[str]:
+    result = list(words)
+    for place, word in zip(places, _permuted([words[i] for i in places], rng)):
+        result[place] = word
+    return result
