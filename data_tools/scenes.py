@@ -7,7 +7,7 @@ several lengths. A scene is a pure function of (seed, split, index). `write` fil
     heldout/               shards in which every scene has a combination that training never shows
     zeroshot/              clip_benchmark's layout: 56 classes of color and shape that training shows
     novel_zeroshot/        the same with all 64 classes, pictures of the 8 color-shape combinations that training lacks
-    retrieval/             clip_benchmark's layout: three captions a picture, no caption twice
+    retrieval/             clip_benchmark's layout: three captions a picture, each true of this picture alone
     counting/ binding/ relations/ order/    shards whose JSON has "negatives": captions that are false of the picture
 
 A sample's JSON: {"scene": {"background", "groups", "relation", "objects"}, "captions", "heldout", "seed", "split", "index"};
@@ -171,17 +171,22 @@ def _write(job: tuple[Path, str, int, int, int, int]) -> None:
 
 
 def _unlike(seed: int, size: int, n: int) -> Iterator[Scene]:
-    """The first `n` retrieval scenes that share no caption, so that there is one right answer to every query."""
-    seen: set[str] = set()
+    """The first `n` retrieval scenes of which no two show the same group on the same background.
+
+    So no caption is true of two pictures, not even as a part of the truth, and every query has one right answer.
+    """
+    seen: set[tuple] = set()
     for index in range(20 * n + 1000):
         scene = generate(index, seed, "retrieval", size)
-        if seen.isdisjoint(scene.captions):
-            seen.update(scene.captions)
+        ground = scene.meta["scene"]["background"]
+        marks = {(ground["color"], ground["texture"], *group.values()) for group in scene.meta["scene"]["groups"]}
+        if seen.isdisjoint(marks):
+            seen |= marks
             n -= 1
             yield scene
         if not n:
             return
-    raise ValueError(f"there are no {n} more retrieval scenes whose captions all differ; ask for fewer")
+    raise ValueError(f"there are no {n} more retrieval scenes that all differ; ask for fewer")
 
 
 def _class_names(split: str) -> list[str]:

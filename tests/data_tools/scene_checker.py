@@ -16,7 +16,8 @@ NUMBER = "an|a|" + "|".join(NUMBERS) + r"|\d+"
 GROUP = rf"(?:(?:{NUMBER}) )?(?:(?:small|large) )?(?:{COLOR}) (?:{NOUN})\b"
 GROUND = r"(\w+) (gray|tan|teal|pink|brown)"
 PLACES = {
-    "to the left of": "left", "left of": "left", "to the right of": "right", "right of": "right", "above": "above", "below": "below",
+    "to the left of": "left", "left of": "left", "to the right of": "right", "right of": "right",
+    "above": "above", "below": "below",
     "on the left": "left", "on the right": "right", "at the top": "above", "at the bottom": "below",
 }  # fmt: skip
 RELATION = "|".join(p for p in PLACES if p.endswith("of") or " " not in p)
@@ -71,7 +72,8 @@ def _members(text: str, scene: dict[str, Any], answers: list[bool | None]) -> li
     words = text.split()
     noun, color = words[-1], words[-2]
     size = next((w for w in words if w in ("small", "large")), None)
-    fitting = [o for o in scene["objects"] if o["shape"] == SINGULAR.get(noun, noun) and o["color"] == color and size in (None, o["size"])]
+    kind = (SINGULAR.get(noun, noun), color)
+    fitting = [o for o in scene["objects"] if (o["shape"], o["color"]) == kind and size in (None, o["size"])]
     plural = noun in SINGULAR
     first = words[0]
     if first in ("a", "an"):

@@ -9,6 +9,7 @@ import math
 import tarfile
 from collections import Counter, deque
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_captions_are_true_and_different(split: str) -> None:
 def test_the_checker_refuses_captions_of_other_scenes() -> None:
     """Negative control: the same captions are (nearly) never true of another scene, and no gibberish is."""
     all_scenes = some("train")
-    wrong = [truth(c, b.meta["scene"]) for a, b in zip(all_scenes, all_scenes[1:]) for c in a.captions]
+    wrong = [truth(c, b.meta["scene"]) for a, b in pairwise(all_scenes) for c in a.captions]
     assert len(wrong) > 2500 and sum(w is True for w in wrong) / len(wrong) < 0.02
     assert not any(w is None for w in wrong)
     assert truth("red a circle", all_scenes[0].meta["scene"]) is None
@@ -198,7 +199,7 @@ def test_generate_is_pure_and_seeds_matter() -> None:
     a, b, c = scenes.generate(5, 1), scenes.generate(5, 1), scenes.generate(5, 2)
     assert a.image.tobytes() == b.image.tobytes() and a.meta == b.meta and a.captions == b.captions
     assert a.image.tobytes() != c.image.tobytes()
-    with pytest.raises(ValueError, match="no split 'trian'.*train"):
+    with pytest.raises(ValueError, match=r"no split 'trian'.*train"):
         scenes.generate(0, 0, "trian")
 
 
@@ -278,7 +279,7 @@ def test_retrieval_captions_belong_to_one_picture_each(folders: tuple[Path, Path
 
 
 def test_a_folder_with_shards_is_refused(folders: tuple[Path, Path]) -> None:
-    with pytest.raises(FileExistsError, match="train.*already hold shards"):
+    with pytest.raises(FileExistsError, match=r"train.*already hold shards"):
         scenes.write(folders[0], n_train=10)
 
 
