@@ -6,7 +6,7 @@ ranks return has exactly the value and the gradient of the single-process term.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ class Engine:
     """
 
     ranks: dist.Group = field(default_factory=dist.world)
-    topology: Topology = Topology()
+    topology: Topology = field(default_factory=Topology)
     impl: str = "auto"
     memory_budget: int | None = None
     tile_size: int = 0  # 0: the device's default
