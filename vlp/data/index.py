@@ -34,8 +34,8 @@ from vlp.data.members import (
     walk,
 )
 
-ROW = struct.Struct("<QIHBB")  # offset and length of the sample's members in the tar, captions, negatives, flags
-CLASS, COUNTERFACTUALS, SCORE = 1, 2, 4  # flags: what the sample's JSON offers besides captions and negatives
+ROW = struct.Struct("<QIBBBB")  # offset and length of the sample's members; captions, negatives, counterfactuals, flags
+CLASS, SCORE = 1, 2  # flags: what else the sample's JSON offers
 NAME = "_index.bin"
 _MAGIC = b"vlp shard index 1\n"
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
@@ -159,11 +159,10 @@ class _Scanner:
         start, end = min(m.start for m in members.values()), max(m.end for m in members.values())
         if end - start > 2 * MAX_IMAGE_BYTES:
             raise ValueError(f"its members are spread over {end - start} bytes")
-        negatives = content.meta.get("negatives")
         flags = CLASS * isinstance(content.meta.get("class"), str) | SCORE * ("score" in content.meta)
-        flags |= COUNTERFACTUALS * bool(content.meta.get("counterfactuals"))
-        n_negatives = len(negatives) if isinstance(negatives, list) else 0
-        return ROW.pack(start, end - start, min(len(content.captions), 65535), min(n_negatives, 255), flags)
+        lists = content.captions, content.meta.get("negatives"), content.meta.get("counterfactuals")
+        counts = [min(len(texts), 255) if isinstance(texts, (list, tuple)) else 0 for texts in lists]
+        return ROW.pack(start, end - start, *counts, flags)
 
     def _read(self, member: Member) -> bytes:
         if member.size > MAX_TEXT_BYTES:

@@ -1,0 +1,131 @@
+"""Local shards: `{name: shards, path: data/train}` or `path: "a/{00000..00041}.tar::b"`.
+
+A path is a folder (all its tars in order of name), a tar, or a pattern with braces; `::` joins several. Each sample is
+one positioned read of the span that the folder's index names, so any order costs the same and workers share nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from braceexpand import braceexpand
+
+from vlp.config import Captions
+from vlp.data.index import CLASS, ROW, SCORE, Shard, index
+from vlp.data.members import open_sample
+from vlp.data.sources import captions_of
+from vlp.types import Sample
+
+_ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("captions", "u1"), ("negatives", "u1"), ("counterfactuals", "u1"),
+                 ("flags", "u1")])  # fmt: skip
+assert _ROW.itemsize == ROW.size
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the shards are."""
+
+    path: str  # folder, tar, braces, several joined by ::
+
+
+def expand(path: str) -> list[Path]:
+    """The tars that a `path` option names, in order; raises ValueError for a part that names none."""
+    result: list[Path] = []
+    for part in path.split("::"):
+        for name in braceexpand(part):
+            place = Path(name).expanduser()
+            found = sorted(place.glob("*.tar")) if place.is_dir() else [place] if place.is_file() else []
+            if not found:
+                reason = "a folder without .tar files" if place.is_dir() else "neither a folder nor a tar file"
+                raise ValueError(f"shards path {name!r} is {reason}; expected shards as `vlp data pack` writes them")
+            result += found
+    return result
+
+
+def open(options: Options, captions: Captions) -> Shards:
+    """Index the shards (from the folder's index where it is current); raises ValueError or OSError."""
+    paths = expand(options.path)
+    return Shards(paths, index(paths), captions)
+
+
+class Shards:
+    """Random access to the samples of some tars (see `vlp.data.sources.Source`)."""
+
+    def __init__(self, paths: list[Path], shards: list[Shard], captions: Captions) -> None:
+        rows = np.frombuffer(b"".join(shard.rows for shard in shards), _ROW)
+        has_text = rows["captions"] > 0
+        if captions.class_templates:
+            has_text |= rows["flags"] & CLASS > 0
+        counts = np.array([shard.count for shard in shards])
+        self.paths, self.captions = [str(path) for path in paths], captions
+        self._problems = [f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems]
+        self.n_left_out = sum(shard.n_problems for shard in shards) + int((~has_text).sum())
+        if not has_text.all():
+            self._refuse_or_note(has_text, np.cumsum(counts))
+        shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)[has_text]
+        rows = rows[has_text]
+        if not len(rows):
+            problems = "; ".join(self._problems[:3]) or "no members that form samples"
+            raise ValueError(f"the shards {self.paths[0]}… hold no usable sample: {problems}")
+        self.n_negatives = int(rows["negatives"].max())
+        self.n_counterfactuals = int(rows["counterfactuals"].max())
+        self.scored = bool((rows["flags"] & SCORE > 0).all())
+        self._digest = hashlib.sha256(rows.tobytes() + shard_of.tobytes()).hexdigest()
+        # Tensors in shared memory: loader processes receive a handle instead of a copy.
+        self._rows = torch.from_numpy(rows.copy().view(np.uint8)).share_memory_()
+        self._shard_of = torch.from_numpy(shard_of).share_memory_()
+
+    def _refuse_or_note(self, has_text: np.ndarray, ends: np.ndarray) -> None:
+        bad = np.flatnonzero(~has_text)
+        per_shard = np.bincount(np.searchsorted(ends, bad, side="right"), minlength=len(self.paths))
+        lines = [f"{self.paths[s]}: {per_shard[s]} samples without text" for s in np.flatnonzero(per_shard)]
+        if self.captions.missing == "error":
+            raise ValueError(
+                f"{len(bad)} of {len(has_text)} samples have no caption ({'; '.join(lines[:3])}); set "
+                "captions.class_templates to make captions of class names, or captions.missing=drop to leave them out"
+            )
+        self._problems += lines
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __getitem__(self, i: int) -> Sample:
+        offset, length = ROW.unpack_from(self._rows.numpy(), i * ROW.size)[:2]
+        path = self.paths[int(self._shard_of[i])]
+        content = open_sample(_read(path, offset, length))
+        captions = captions_of(content.captions, content.meta, self.captions)
+        if not captions:
+            raise ValueError(f"{path}: {content.key!r} has no caption any more; the shard changed after it was indexed")
+        return Sample(i, content.key, content.image, content.image_type, captions, content.meta)
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+    def problems(self) -> list[str]:
+        return self._problems
+
+
+@lru_cache(maxsize=128)  # a process keeps this many shards open; the limit is commonly 1,024
+class _Handle:
+    """An open file that closes when it falls out of the cache."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):  # opening may have failed
+            os.close(self.fd)
+
+
+def _read(path: str, offset: int, length: int) -> bytes:
+    """Bytes of a shard at a position; a shard that grew shorter is a ValueError."""
+    data = os.pread(_Handle(path).fd, length, offset)
+    if len(data) != length:
+        raise ValueError(f"{path} ends before byte {offset + length}; it changed after it was indexed")
+    return data

@@ -1,0 +1,112 @@
+"""Captions to token ids [n, L], as the text tower's `TextSpec` says.
+
+"clip" gives exactly the ids of open_clip's SimpleTokenizer, several times faster: captions of plain ASCII need no
+repair, and a word's ids are looked up. One thing is different on purpose: a caption is data, so a literal
+`<start_of_text>` or `<end_of_text>` in it is spelled out like any other text; open_clip would end the caption there,
+because its towers read the features at the first end token.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import regex
+import torch
+from torch import Tensor
+
+from vlp.types import TextSpec
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of the tokenizers library do not survive a fork
+
+_LIMIT = 1 << 17  # words kept; without a bound the cache of a multilingual run grows for ever
+_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # SimpleTokenizer's pattern, special tokens left out
+
+
+def build(spec: TextSpec) -> ClipTokenizer | HubTokenizer:
+    """The tokenizer for `spec`: callable on a list of texts, returning int64 [n, L]; raises ValueError or OSError."""
+    if spec.options.get("reduction_mask"):
+        raise ValueError("reduction_mask draws tokens at random outside our seeds; choose plain truncation")
+    return ClipTokenizer(spec) if spec.tokenizer == "clip" else HubTokenizer(spec)
+
+
+class ClipTokenizer:
+    """open_clip's SimpleTokenizer with a fast path. `vocab_size` counts the special tokens too."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        from open_clip import tokenizer as theirs  # here, because importing open_clip takes seconds
+
+        self.context_length = spec.context_length
+        self._slow = theirs.SimpleTokenizer(context_length=spec.context_length, clean=spec.clean, **spec.options)
+        self.vocab_size = self._slow.vocab_size
+        # What cleaning comes to where the text has no mojibake, entities or control characters to repair.
+        self._clean = {
+            "lower": lambda text: " ".join(text.split()).lower(),
+            "whitespace": lambda text: " ".join(text.split()),
+            "canonicalize": theirs.canonicalize_text,
+        }[spec.clean]
+        self._pattern = regex.compile(_WORD, regex.IGNORECASE)
+        self._words: dict[str, list[int]] = {}
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Token ids, int64 [n, L], zero after the end token."""
+        return self.tokenize(texts)[0]
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
+        """Token ids, int64 [n, L], and how many texts were truncated."""
+        length, n_truncated = self.context_length, 0
+        first, last = self._slow.sot_token_id, self._slow.eot_token_id
+        result = np.zeros((len(texts), length), np.int64)
+        for row, text in zip(result, texts):
+            ids = [first, *self.encode(text)]
+            n_truncated += len(ids) >= length
+            ids[length - 1 :] = [last]
+            row[: len(ids)] = ids
+        return torch.from_numpy(result), n_truncated
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, without start, end or truncation."""
+        plain = text.isascii() and text.isprintable() and "&" not in text
+        cleaned = self._clean(text) if plain else self._slow.clean_fn(text)
+        ids: list[int] = []
+        for word in cleaned.split():  # no token spans white space
+            found = self._words.get(word)
+            ids += self._spell(word) if found is None else found
+        return ids
+
+    def _spell(self, word: str) -> list[int]:
+        slow = self._slow
+        ids: list[int] = []
+        for token in self._pattern.findall(word):
+            token = "".join(slow.byte_encoder[b] for b in token.encode("utf-8"))
+            ids.extend(slow.encoder[piece] for piece in slow.bpe(token).split(" "))
+        if len(self._words) >= _LIMIT:
+            self._words.clear()
+            slow.cache.clear()
+        self._words[word] = ids
+        return ids
+
+
+class HubTokenizer:
+    """A Hugging Face tokenizer by name or folder, with the semantics of open_clip's HFTokenizer."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        from open_clip.tokenizer import HFTokenizer
+
+        options: dict[str, Any] = dict(spec.options)
+        self.context_length = spec.context_length
+        self._inner = HFTokenizer(spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options)
+        self.vocab_size = len(self._inner.tokenizer)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Token ids, int64 [n, L], padded as the tokenizer does."""
+        return self._inner(texts)
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
+        """Token ids, int64 [n, L], and how many texts were truncated."""
+        ids = self._inner(texts)
+        pad = self._inner.tokenizer.pad_token_id
+        full = [i for i, row in enumerate(ids) if pad is None or row[-1] != pad]  # only these can have been cut
+        whole = [self._inner.tokenizer(self._inner.clean_fn(texts[i]), verbose=False).input_ids for i in full]
+        return ids, sum(len(w) > self.context_length for w in whole)
