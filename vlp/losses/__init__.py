@@ -43,7 +43,7 @@ def build(
         raise ValueError(f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}")
     engine = Engine(
         ranks=dist.group_of(group),
-        topology=Topology.from_config(topology),
+        topology=Topology.read(topology),
         impl=impl,
         memory_budget=memory_budget,
         seed=seed,

@@ -1,6 +1,6 @@
 """Exact reductions over image-text pairs in O(b·D) memory, on any number of ranks.
 
-    pairs = Engine(topology=Topology.from_config("global"), impl="auto").at(step)
+    pairs = Engine(topology=Topology.read("global"), impl="auto").at(step)
     rows, columns = pairs.margin_logsumexp(image, text, scale)
     loss = pairs.mean(softplus(rows) + softplus(columns)) / 2
 

@@ -35,7 +35,7 @@ class Topology:
             raise ValueError(f"group: {self.group} ranks; give at least 1, or 0 for all ranks")
 
     @classmethod
-    def from_config(cls, value: Any) -> Topology:
+    def read(cls, value: Any) -> Topology:
         """Read `auto | local | global | ring | {group, layout, exchange}`; ValueError says what is known."""
         if isinstance(value, Topology):
             return value
