@@ -19,6 +19,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from vlp import config
+from vlp.schema import plain
 from vlp.towers import _assemble, _weights
 from vlp.types import Features, ImageSpec
 
@@ -116,10 +117,24 @@ class DualEncoder(nn.Module):
             module.eval()
         return self
 
+    def description(self) -> dict[str, Any]:
+        """All that is needed to build this model again, weights aside: the content of open_clip_config.json, as JSON values.
+
+        open_clip reads `model_cfg` and `preprocess_cfg`; `vlp` is for `from_description`.
+        """
+        return {
+            "model_cfg": self.open_clip_config,
+            "preprocess_cfg": _assemble.preprocess_cfg(self.image_spec),
+            "vlp": {"scale": plain(self.scale_config)},
+        }
+
     def open_clip_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and shapes of open_clip's CustomTextCLIP."""
-        own = self.state_dict()
-        return {k.removeprefix("scaling."): v.reshape(()) if k.startswith("scaling.") else v for k, v in own.items()}
+        """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the forward pass bounds it."""
+        named = {key: value for key, value in self.state_dict().items() if not key.startswith("scaling.")}
+        named["logit_scale"] = self.logit_scale.detach().clamp(max=self.scaling.log_max).reshape(())
+        if self.logit_bias is not None:
+            named["logit_bias"] = self.logit_bias.detach().reshape(())
+        return named
 
 
 class Pixels(nn.Module):
@@ -199,20 +214,26 @@ def build(model: config.Model) -> DualEncoder:
     return encoder
 
 
-def load(reference: str | Path) -> DualEncoder:
-    """An exported model, from its folder, `local-dir:path` or `hf-hub:user/name`: any repository in open_clip's form.
+def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
+    """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
-    The bound on the scale is the one it was trained with where `vlp` exported it, and 100 elsewhere.
+    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is downloaded, except the
+    configuration of a Hugging Face text tower. A description without `vlp` gets the usual bound on the scale, 100.
     """
-    folder = _weights.folder_of(reference)
-    described = _weights.read_config(folder)
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
     if "multimodal_cfg" in model_cfg:
-        raise ValueError(f"{reference} has a captioning decoder beside its two towers; expected a dual encoder")
+        raise ValueError("this model has a captioning decoder beside its two towers; expected a dual encoder")
     clip = _instantiate(model_cfg)
-    _weights.load_into(clip, _weights.weights_in(folder))
+    if weights is not None:
+        _weights.load_into(clip, weights)
     scale = config.Scale(**described["vlp"]["scale"]) if "vlp" in described else config.Scale()
     return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale)
+
+
+def load(reference: str | Path) -> DualEncoder:
+    """An exported model, from its folder, `local-dir:path` or `hf-hub:user/name`: any repository in open_clip's form."""
+    folder = _weights.folder_of(reference)
+    return from_description(_weights.read_config(folder), _weights.weights_in(folder))
 
 
 def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""The model card: metadata that the Hub reads, how to load the model, what it scored, how it was trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from vlp.model import DualEncoder
+
+_TAGS = {None: [], "CLIPModel": ["transformers", "clip"], "SiglipModel": ["transformers", "siglip"]}
+
+
+def render(
+    model: DualEncoder, name: str, *, form: str | None, notes: Sequence[str], results: Sequence[Mapping[str, Any]],
+    training: Mapping[str, Any] | None, step: int | None, license: str | None,
+) -> str:  # fmt: skip
+    """The README.md of an exported folder called `name`. `form` is the transformers class it loads as, or None."""
+    parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step), "## Use", _usage(name, form)]
+    parts += ["## Forms", "\n".join(f"- {note}" for note in notes), "## Results", _results(results)]
+    if training is not None:
+        shown = yaml.safe_dump(_shareable(training), sort_keys=False, allow_unicode=True)
+        parts += ["## Data", _data(training), "## Training configuration", f"```yaml\n{shown}```"]
+    parts += ["## Limits", _LIMITS]
+    return "\n\n".join(parts) + "\n"
+
+
+_LIMITS = """\
+The model knows what its training pairs showed, and repeats their gaps and biases. Similarities rank candidates; they are
+not calibrated probabilities. Scores above hold for the data sets and protocols named there and say little about others.
+Resizing differs between libraries: transformers' image processor stays within one grey level (of 255) of open_clip's
+before normalisation, so embeddings of the same file differ slightly between libraries, and not at all on the same pixels."""
+
+
+def _front_matter(name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None) -> str:
+    metadata: dict[str, Any] = {
+        "library_name": "transformers" if form else "open_clip",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": ["contrastive", "open_clip", *_TAGS[form]],
+    }
+    if license is not None:
+        metadata["license"] = license
+    if results:
+        metadata["model-index"] = [{"name": name, "results": [_indexed(record) for record in results]}]
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---"
+
+
+def _indexed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record in the Hub's model-index form."""
+    kind = {"retrieval": "image-text-retrieval"}.get(record["task"], "zero-shot-image-classification")
+    data = _plain(record, "data") or record["task"]
+    metrics = [{"type": key, "name": key, "value": value} for key, value in _numbers(record)]
+    return {"task": {"type": kind, "name": record["task"]}, "dataset": {"type": data, "name": data}, "metrics": metrics}
+
+
+def _plain(record: Mapping[str, Any], key: str) -> str:
+    """A record's value as text, a path by its last part; what a record does not say stays empty."""
+    return PurePath(str(record[key])).name if key in record else ""
+
+
+def _numbers(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    finite = {k: v for k, v in record["metrics"].items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    return sorted(finite.items())
+
+
+def _summary(model: DualEncoder, step: int | None) -> str:
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    height, width = model.image_spec.size
+    scale, bias = model.scaling()
+    return (
+        f"An image-text dual encoder trained with vlp{'' if step is None else f', {step} steps'}: {count:.1f} million parameters, "
+        f"{height}×{width} pixels, {model.text_spec.context_length} tokens, {model.embed_dim}-dimensional embeddings, "
+        f"scale {scale.item():.4g}{'' if bias is None else f', bias {bias.item():.4g}'}."
+    )
+
+
+def _usage(name: str, form: str | None) -> str:
+    blocks = [f"""```python
+import open_clip
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")  # or hf-hub:user/{name}
+tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+```"""]
+    if form is not None:
+        padding = '"max_length"' if form == "SiglipModel" else "True"
+        blocks.append(f"""```python
+from transformers import AutoModel, AutoProcessor
+model, processor = AutoModel.from_pretrained("{name}"), AutoProcessor.from_pretrained("{name}")
+inputs = processor(text=["a cat", "a dog"], images=image, padding={padding}, truncation=True, return_tensors="pt")
+probabilities = model(**inputs).logits_per_image.{"sigmoid()" if form == "SiglipModel" else "softmax(dim=-1)"}
+```""")
+    return "\n\n".join(blocks)
+
+
+def _results(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return "Not evaluated."
+    rows = ["| task | data | protocol | metric | value |", "|---|---|---|---|---|"]
+    for record in results:
+        known = [_plain(record, key) for key in ("task", "data", "protocol")]
+        rows += [f"| {' | '.join(known)} | {key} | {value:.4g} |" for key, value in _numbers(record)]
+    return "\n".join(rows)
+
+
+def _data(training: Mapping[str, Any]) -> str:
+    sources = training["data"]["sources"] if "data" in training else []
+    lines = [", ".join(f"{key}: {value}" for key, value in _shareable(source).items()) for source in sources]
+    return "\n".join(f"- {line}" for line in lines) or "Not recorded."
+
+
+def _shareable(value: Any) -> Any:
+    """The configuration with absolute paths cut to their last part: a card is public, a machine's folders are not."""
+    if isinstance(value, Mapping):
+        return {key: _shareable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shareable(item) for item in value]
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value

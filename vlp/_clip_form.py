@@ -1,0 +1,161 @@
+"""A DualEncoder as transformers' CLIPModel and CLIPProcessor: whether it can be said so, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import open_clip
+from torch import Tensor
+
+from vlp.model import DualEncoder
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
+
+BEGIN, END = 49406, 49407  # ids of CLIP's special tokens; transformers pools at END, the largest id, as open_clip does
+
+# What CLIPModel cannot vary, per section of open_clip's configuration. Everything else maps onto a field of CLIPConfig.
+_BLOCKS = {
+    "ls_init_value": None, "act_kwargs": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
+    "scale_attn_inner": False, "scale_attn": False, "scale_fc": False,
+}  # fmt: skip
+_VISION = _BLOCKS | {
+    "timm_model_name": None, "attentional_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable", "pool_type": "tok",
+}  # fmt: skip
+_TEXT = _BLOCKS | {
+    "hf_model_name": None, "hf_tokenizer_name": None, "embed_cls": False, "no_causal_mask": False, "pool_type": "argmax",
+    "proj_bias": False, "proj_type": "linear", "vocab_size": END + 1,
+}  # fmt: skip
+
+
+def obstacles(model: DualEncoder) -> list[str]:
+    """Why `model` is no CLIPModel, one reason a line; empty where it is one."""
+    vision, text = sections(model)
+    found = [*_unlike("vision_cfg", vision, _VISION), *_unlike("text_cfg", text, _TEXT)]
+    if isinstance(vision.layers, (list, tuple)):
+        found.append("the image tower is a ResNet")
+    if model.image_spec.size[0] != model.image_spec.size[1]:
+        found.append(f"the image size {model.image_spec.size} is not square")
+    if not text.hf_tokenizer_name and (model.text_spec.clean != "lower" or set(model.text_spec.options) - {"reduction_mask"}):
+        found.append(f"captions are cleaned by {model.text_spec.clean!r} {model.text_spec.options}, CLIPTokenizer only lower-cases")
+    return found
+
+
+def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> CLIPModel:
+    """The CLIPModel with `weights`, which bear open_clip's names."""
+    from transformers import CLIPConfig, CLIPModel
+
+    vision, text = sections(model)
+    activation = "quick_gelu" if model.open_clip_config.get("quick_gelu", False) else "gelu"
+    both = {"projection_dim": model.embed_dim, "hidden_act": activation}
+    settings = CLIPConfig(
+        projection_dim=model.embed_dim,
+        vision_config=both | tower_config(vision, vision.width // vision.head_width)
+        | {"image_size": model.image_spec.size[0], "patch_size": vision.patch_size},
+        text_config=both | tower_config(text, text.heads)
+        | {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
+        | {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END},
+    )  # fmt: skip
+    result = CLIPModel(settings).eval()
+    renamed = {**dict(_vision(weights)), **dict(_text(weights)), "logit_scale": weights["logit_scale"]}
+    result.load_state_dict(renamed)
+    return result
+
+
+def processor(model: DualEncoder) -> CLIPProcessor:
+    """Tokenizer and image processor; the vocabulary is the one that open_clip carries, so nothing is downloaded."""
+    from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+
+    ours = open_clip.SimpleTokenizer()
+    words = ours.decoder
+    vocabulary = {words[i]: i for i in range(BEGIN)} | {"<|startoftext|>": BEGIN, "<|endoftext|>": END}
+    tokenizer = CLIPTokenizer(
+        vocab=vocabulary, merges=list(ours.bpe_ranks), model_max_length=model.text_spec.context_length
+    )
+    return CLIPProcessor(CLIPImageProcessor(**image_settings(model)), tokenizer)
+
+
+def image_settings(model: DualEncoder) -> dict[str, Any]:
+    """Arguments of a transformers image processor for the model's pixels."""
+    spec = model.image_spec
+    size = {"height": spec.size[0], "width": spec.size[1]}
+    cropped = spec.resize == "shortest"
+    return {
+        "size": {"shortest_edge": min(spec.size)} if cropped else size,
+        "do_center_crop": cropped,
+        "crop_size": size,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "resample": {"bilinear": 2, "bicubic": 3}[spec.interpolation],  # PIL's numbers
+    }
+
+
+def sections(model: DualEncoder) -> tuple[open_clip.CLIPVisionCfg, open_clip.CLIPTextCfg]:
+    """Both tower sections with open_clip's defaults filled in."""
+    config = model.open_clip_config
+    return open_clip.CLIPVisionCfg(**config["vision_cfg"]), open_clip.CLIPTextCfg(**config["text_cfg"])
+
+
+def tower_config(section: open_clip.CLIPVisionCfg | open_clip.CLIPTextCfg, heads: int) -> dict[str, Any]:
+    """The fields that transformers' towers share."""
+    return {
+        "hidden_size": section.width,
+        "intermediate_size": int(section.width * section.mlp_ratio),
+        "num_hidden_layers": section.layers,
+        "num_attention_heads": heads,
+        "layer_norm_eps": (section.norm_kwargs or {}).get("eps", 1e-5),  # torch's own where open_clip says nothing
+    }
+
+
+def _unlike(name: str, section: Any, required: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in required.items():
+        if getattr(section, key) != value:
+            yield f"{name}.{key} is {getattr(section, key)!r}, and CLIPModel knows only {value!r}"
+    if section.block_type not in (None, "default"):
+        yield f"{name}.block_type is {section.block_type!r}"
+    if set(section.norm_kwargs or {}) - {"eps"}:
+        yield f"{name}.norm_kwargs is {section.norm_kwargs!r}, and CLIPModel knows only eps"
+
+
+def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield "vision_model.embeddings.class_embedding", weights["visual.class_embedding"]
+    yield "vision_model.embeddings.patch_embedding.weight", weights["visual.conv1.weight"]
+    yield "vision_model.embeddings.position_embedding.weight", weights["visual.positional_embedding"]
+    yield "visual_projection.weight", weights["visual.proj"].T
+    for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        for kind in ("weight", "bias"):
+            yield f"vision_model.{theirs}.{kind}", weights[f"visual.{ours}.{kind}"]
+    yield from layers(weights, "visual.transformer.resblocks.", "vision_model.encoder.layers.")
+
+
+def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield "text_projection.weight", weights["text.text_projection"].T
+    yield from text_trunk(weights)
+
+
+def text_trunk(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """open_clip's TextTransformer without its projection, under the names of CLIPTextModel and SiglipTextModel."""
+    yield "text_model.embeddings.token_embedding.weight", weights["text.token_embedding.weight"]
+    yield "text_model.embeddings.position_embedding.weight", weights["text.positional_embedding"]
+    for kind in ("weight", "bias"):
+        yield f"text_model.final_layer_norm.{kind}", weights[f"text.ln_final.{kind}"]
+    yield from layers(weights, "text.transformer.resblocks.", "text_model.encoder.layers.")
+
+
+_LAYER = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
+
+
+def layers(weights: Mapping[str, Tensor], source: str, target: str) -> Iterator[tuple[str, Tensor]]:
+    """Residual attention blocks under transformers' names; the joint q, k, v projection becomes three."""
+    for key in (key for key in weights if key.startswith(source)):
+        number, part = key.removeprefix(source).split(".", 1)
+        if part.startswith("attn.in_proj_"):
+            for name, piece in zip("qkv", weights[key].chunk(3)):
+                yield f"{target}{number}.self_attn.{name}_proj.{part.removeprefix('attn.in_proj_')}", piece
+        else:
+            module, _, kind = part.rpartition(".")
+            yield f"{target}{number}.{_LAYER[module]}.{kind}", weights[key]

@@ -1,0 +1,134 @@
+"""A DualEncoder as transformers' SiglipModel and SiglipProcessor (Zhai et al. 2023): whether it can be said so, and how.
+
+That is a timm vision transformer pooled by attention, without class token and projection, beside open_clip's text
+transformer without causal mask, pooled at the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlp._clip_form import image_settings, sections, text_trunk, tower_config
+from vlp.model import DualEncoder
+
+if TYPE_CHECKING:
+    from transformers import SiglipModel, SiglipProcessor
+
+_TEXT = {
+    "hf_model_name": None, "embed_cls": False, "no_causal_mask": True, "pool_type": "last", "proj_type": "linear",
+    "ls_init_value": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False, "scale_attn_inner": False,
+    "scale_attn": False, "scale_fc": False,
+}  # fmt: skip
+
+
+def obstacles(model: DualEncoder) -> list[str]:
+    """Why `model` is no SiglipModel, one reason a line; empty where it is one."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    _, text = sections(model)
+    found = [f"text_cfg.{k} is {getattr(text, k)!r}, not {v!r}" for k, v in _TEXT.items() if getattr(text, k) != v]
+    if not text.hf_tokenizer_name:
+        found.append("it reads CLIP's tokens, which have no padding id of their own for SiglipModel to pool at")
+    trunk = getattr(model.visual, "trunk", None)
+    if not isinstance(trunk, VisionTransformer) or trunk.attn_pool is None or model.visual.head:
+        return [*found, "its image tower is no timm vision transformer pooled by attention, without projection"]
+    own = {key.partition(".")[0] for key in trunk.state_dict()}
+    if own != {"pos_embed", "patch_embed", "blocks", "norm", "attn_pool"}:
+        found.append(f"its vision transformer is made of {sorted(own)}")
+    if model.image_spec.size[0] != model.image_spec.size[1]:
+        found.append(f"the image size {model.image_spec.size} is not square")
+    return found
+
+
+def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> SiglipModel:
+    """The SiglipModel with `weights`, which bear open_clip's names."""
+    from transformers import SiglipConfig, SiglipModel
+
+    _, text = sections(model)
+    trunk = model.visual.trunk
+    block = trunk.blocks[0]
+    quick = model.open_clip_config.get("quick_gelu", False)
+    settings = SiglipConfig(
+        vision_config={
+            "hidden_size": trunk.embed_dim,
+            "intermediate_size": block.mlp.fc1.out_features,
+            "num_hidden_layers": len(trunk.blocks),
+            "num_attention_heads": block.attn.num_heads,
+            "layer_norm_eps": trunk.norm.eps,
+            "image_size": model.image_spec.size[0],
+            "patch_size": trunk.patch_embed.patch_size[0],
+            "hidden_act": "gelu_pytorch_tanh" if getattr(block.mlp.act, "approximate", "none") == "tanh" else "gelu",
+        },
+        text_config=tower_config(text, text.heads) | {
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "projection_size": model.embed_dim,
+            "hidden_act": "quick_gelu" if quick else "gelu_pytorch_tanh" if text.act_kwargs else "gelu",
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        },
+    )  # fmt: skip
+    result = SiglipModel(settings).eval()
+    result.load_state_dict({**dict(_vision(weights)), **dict(_text(weights)), **dict(_logits(weights))})
+    return result
+
+
+def processor(model: DualEncoder) -> SiglipProcessor:
+    """The model's own tokenizer and an image processor."""
+    from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor, SiglipProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(model.text_spec.tokenizer, model_max_length=model.text_spec.context_length)
+    tokenizer.model_input_names = ["input_ids"]  # padding was attended to in training, so no attention mask
+    settings = image_settings(model)
+    cropped = settings["do_center_crop"]
+    if not cropped:
+        del settings["do_center_crop"], settings["crop_size"]
+    return SiglipProcessor((CLIPImageProcessor if cropped else SiglipImageProcessor)(**settings), tokenizer)
+
+
+def _logits(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield "logit_scale", weights["logit_scale"].reshape(1)
+    yield "logit_bias", weights["logit_bias"].reshape(1) if "logit_bias" in weights else torch.zeros(1)
+
+
+def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    if "text.text_projection" in weights:  # a bare matrix where the projection has no bias
+        projection = weights["text.text_projection"].T
+        yield "text_model.head.weight", projection
+        yield "text_model.head.bias", torch.zeros(len(projection))
+    else:
+        yield "text_model.head.weight", weights["text.text_projection.weight"]
+        yield "text_model.head.bias", weights["text.text_projection.bias"]
+    yield from text_trunk(weights)
+
+
+_RENAMED = {
+    "pos_embed": "embeddings.position_embedding.weight", "patch_embed.proj": "embeddings.patch_embedding",
+    "norm": "post_layernorm", "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+    "attn_pool.latent": "head.probe", "attn_pool.proj": "head.attention.out_proj", "attn_pool.norm": "head.layernorm",
+    "attn_pool.mlp.fc1": "head.mlp.fc1", "attn_pool.mlp.fc2": "head.mlp.fc2",
+}  # fmt: skip
+
+
+def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    trunk = {k.removeprefix("visual.trunk."): v for k, v in weights.items() if k.startswith("visual.trunk.")}
+    for kind in ("weight", "bias"):  # one joint projection in transformers, two in timm
+        joint = torch.cat([trunk.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")])
+        yield f"vision_model.head.attention.in_proj_{kind}", joint
+    for key, tensor in trunk.items():
+        layer, part = "", key
+        if key.startswith("blocks."):
+            _, number, part = key.split(".", 2)
+            layer = f"encoder.layers.{number}."
+        module, _, kind = part.rpartition(".")
+        if module == "attn.qkv":
+            for name, piece in zip("qkv", tensor.chunk(3)):
+                yield f"vision_model.{layer}self_attn.{name}_proj.{kind}", piece
+        elif part in ("pos_embed", "attn_pool.latent"):
+            yield f"vision_model.{_RENAMED[part]}", tensor.squeeze(0) if part == "pos_embed" else tensor
+        else:
+            yield f"vision_model.{layer}{_RENAMED[module]}.{kind}", tensor

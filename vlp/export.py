@@ -1,0 +1,193 @@
+"""One model → one folder that other libraries load: open_clip always, transformers where its models can say the same.
+
+    open_clip      open_clip_config.json, open_clip_model.safetensors          every model
+    transformers   config.json, model.safetensors, processor, tokenizer        CLIPModel or SiglipModel, checked by running it
+    sentence-transformers   modules.json                                       whatever transformers loads as CLIPModel
+    ONNX           onnx/{image,text}.onnx                                      on request
+    README.md      the model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlp import _card, _clip_form, _siglip_form
+from vlp.model import DualEncoder, from_description
+from vlp.towers import _weights
+
+TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a written form and the model
+
+
+class ExportError(ValueError):
+    """A model that cannot be written where or as it was asked to be."""
+
+
+def export(
+    model: DualEncoder, to: Path | str, *, results: Sequence[Mapping[str, Any]] = (), training: Mapping[str, Any] | None = None,
+    step: int | None = None, license: str | None = None, onnx: bool = False, overwrite: bool = False,
+) -> list[str]:  # fmt: skip
+    """Write `model` to the folder `to`, and say in one line a form what was written, or why it was not.
+
+    results: evaluation records ({"task", "metrics", …}) and training: the resolved configuration, both for the card.
+    license: an identifier of the Hub, such as apache-2.0. onnx: also write both towers as ONNX (needs onnx and onnxscript).
+    The folder appears complete or not at all; ExportError if it exists and is not empty, unless `overwrite`.
+    """
+    to = Path(to)
+    with _appearing(to, overwrite) as folder:
+        weights = {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
+                   for k, v in model.open_clip_state_dict().items()}  # fmt: skip
+        notes = _write_open_clip(model, weights, folder)
+        reference = from_description(_weights.read_config(folder), _weights.weights_in(folder)).eval()
+        form, found = _write_transformers(reference, weights, folder)
+        notes += found
+        if onnx:
+            from vlp._onnx import write_onnx
+
+            notes += write_onnx(reference, folder / "onnx", TOLERANCE)
+        card = _card.render(
+            reference, to.name, form=form, notes=notes, results=results, training=training, step=step, license=license
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return notes
+
+
+def export_run(
+    run: Path | str, to: Path | str, *, license: str | None = None, onnx: bool = False, overwrite: bool = False
+) -> list[str]:
+    """`export` of a run's newest checkpoint, or of one checkpoint's folder, with the run's results and configuration.
+
+    results.json describes a run's last step; an earlier checkpoint is exported without results.
+    """
+    from vlp import checkpoint  # above this file in the order of rooms, and only needed here
+
+    path = checkpoint.resolve(run)
+    model = checkpoint.load_model(path)
+    home = path.parent.parent
+    recorded = home / "results.json"
+    newest = checkpoint.newest(home)
+    latest = newest is not None and newest.resolve() == path.resolve()
+    results = json.loads(recorded.read_text(encoding="utf-8")) if latest and recorded.exists() else ()
+    training = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    step = int(path.name.removeprefix("step_"))
+    return export(model, to, results=results, training=training, step=step, license=license, onnx=onnx, overwrite=overwrite)
+
+
+def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Path) -> list[str]:
+    notes = [f"open_clip: {_weights.CONFIG}, {_weights.WEIGHTS[0]}"]
+    described = json.loads(json.dumps(model.description()))  # a copy: what points into this machine is renamed below
+    text = described["model_cfg"]["text_cfg"]
+    if model.text_spec.tokenizer != "clip":
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(model.text_spec.tokenizer).save_pretrained(folder)
+        if Path(text["hf_tokenizer_name"]).is_dir():
+            text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
+    if "hf_model_name" in text:
+        model.text.config.save_pretrained(folder / _weights.TEXT_TOWER)
+        if Path(text["hf_model_name"]).is_dir():
+            text["hf_model_name"] = f"./{_weights.TEXT_TOWER}"
+            notes.append(f"open_clip: looks for the text tower in {text['hf_model_name']}, so run it inside the folder")
+    _write_json(folder / _weights.CONFIG, described)
+    _save_weights(weights, folder / _weights.WEIGHTS[0])
+    return notes
+
+
+def _write_transformers(model: DualEncoder, weights: dict[str, Tensor], folder: Path) -> tuple[str | None, list[str]]:
+    """Write the form that fits; returns the class's name, or None, and notes."""
+    refusals = []
+    for name, form in (("CLIPModel", _clip_form), ("SiglipModel", _siglip_form)):
+        reasons = form.obstacles(model)
+        if reasons:
+            refusals.append(f"no {name}, because " + "; ".join(reasons))
+            continue
+        network = form.network(model, weights)
+        difference = _difference(model, network)
+        if difference > TOLERANCE:
+            refusals.append(f"no {name}, because its embeddings differ by {difference:.1e}, more than {TOLERANCE:g}")
+            continue
+        network.config.architectures = [name]
+        network.config.save_pretrained(folder)
+        _save_weights(network.state_dict(), folder / "model.safetensors")
+        processor = form.processor(model)
+        processor.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)  # preprocessor_config.json, for transformers 4 and JavaScript
+        notes = [f"transformers: {name}, embeddings within {difference:.1e} of the model's"]
+        return name, [*notes, *_companions(model, form, folder)]
+    return None, [f"transformers: {refusal}" for refusal in refusals]
+
+
+def _companions(model: DualEncoder, form: ModuleType, folder: Path) -> Iterator[str]:
+    if form is _clip_form:
+        modules = [("", "CLIPModel"), ("1_Normalize", "Normalize")]
+        listing = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                   for i, (path, kind) in enumerate(modules)]  # fmt: skip
+        _write_json(folder / "modules.json", listing)
+        yield "sentence-transformers: modules.json"
+        if model.logit_bias is not None:
+            yield "transformers: CLIPModel has no logit bias; cosines, rankings and softmax are the model's, but no sigmoid is"
+
+
+@torch.no_grad()
+def _difference(model: DualEncoder, network: nn.Module) -> float:
+    """Largest difference between a transformers model and ours, on noise and on ids that end as the tokenizer ends them."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(4, 3, *model.image_spec.size, generator=generator)
+    rows, length = 4, model.text_spec.context_length
+    ids = torch.randint(1, _clip_form.sections(model)[1].vocab_size - 2, (rows, length), generator=generator)
+    ids[:, length // 2 :] = 0
+    ids[:, length // 2] = _clip_form.END if model.text_spec.tokenizer == "clip" else 1
+    ours, theirs = model(pixels, ids), network(input_ids=ids, pixel_values=pixels)
+    return max((ours.image - theirs.image_embeds).abs().max().item(), (ours.text - theirs.text_embeds).abs().max().item())
+
+
+@contextmanager
+def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `to` that takes its name once everything in it is on the disk."""
+    if to.is_file() or (to.is_dir() and any(to.iterdir()) and not overwrite):
+        kind = "a file" if to.is_file() else "a folder that is not empty"
+        raise ExportError(f"{to} is {kind}; choose another place" + ("" if to.is_file() else " or say to overwrite it"))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.parent / f".{to.name}.partial-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        replaced = to.parent / f".{to.name}.replaced-{os.getpid()}"
+        if to.exists():
+            os.replace(to, replaced)
+        os.replace(temporary, to)
+        _sync(to.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
+    shutil.copymode(path.parent / _weights.CONFIG, path)  # safetensors writes files that only their owner may read
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
