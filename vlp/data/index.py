@@ -15,11 +15,11 @@ import hashlib
 import json
 import os
 import struct
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from vlp import log
 from vlp.data.members import (
     IMAGE_TYPES,
     MAX_IMAGE_BYTES,
@@ -203,7 +203,7 @@ def _load(folder: Path) -> dict[str, Shard]:
         try:
             return _parse(data)
         except (ValueError, TypeError, KeyError) as error:
-            warnings.warn(f"{place} is not a usable index ({error}); its shards are scanned again", stacklevel=2)
+            log.warn(f"{place} is not a usable index ({error}); its shards are scanned again")
     return {}
 
 
@@ -235,4 +235,4 @@ def _save(folder: Path, shards: dict[str, Shard]) -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cached, data)
     except OSError as error:
-        warnings.warn(f"the index of {folder} could not be saved ({error}); it is built again next time", stacklevel=2)
+        log.warn(f"the index of {folder} could not be saved ({error}); it is built again next time")

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlp.config import Data
 from vlp.data import decode, text
-from vlp.data.mix import Mixture, derive
+from vlp.data.mix import Mixture
 from vlp.data.sources import Source
 from vlp.schema import plain
+from vlp.seeds import derive
 from vlp.types import Batch, ImageSpec, Sample, TextSpec
 
 _TRIES = 64  # stand-ins for one bad sample before the data is called unusable
@@ -202,7 +203,7 @@ class _Steps(Dataset):
         raise DataError(f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: {report.bad[-1]}")
 
     def _seed(self, purpose: str, step: int, row: int, sample_id: int) -> int:
-        return derive(purpose, self.mixture.seed, step, row, sample_id)
+        return derive(self.mixture.seed, purpose, step, row, sample_id)
 
     def _caption(self, sample: Sample, step: int, row: int) -> str:
         if self.data.captions.choose == "first" or len(sample.captions) == 1:

@@ -198,7 +198,7 @@ def read_text(content: Content, texts: dict[str, bytes]) -> None:
     if captions is None and content.meta.get("caption") is not None:
         captions = [content.meta["caption"]]
     if captions is None:
-        captions = decoded.get("txt", "").splitlines()
+        captions = decoded.get("txt", "").split("\n")
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError("the JSON's captions are not a list of texts")
     content.captions = tuple(c.strip() for c in captions if c.strip())

@@ -11,8 +11,6 @@ is computed, not looked up, so a billion samples cost no memory, no start-up tim
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -20,15 +18,10 @@ from fractions import Fraction
 import numpy as np
 
 from vlp.data.sources import Source
+from vlp.seeds import derive
 from vlp.types import Sample
 
 _ROUNDS = 6
-
-
-def derive(purpose: str, *numbers: int) -> int:
-    """A 64-bit number that depends on all arguments and on nothing else: the seed of every random choice."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=purpose.encode()).digest(), "little")
 
 
 def permute(n: int, key: int, i: np.ndarray) -> np.ndarray:
@@ -36,7 +29,7 @@ def permute(n: int, key: int, i: np.ndarray) -> np.ndarray:
     if n <= 1:
         return np.zeros_like(i)
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    keys = [np.uint64(derive("round", key & (2**63 - 1), r)) for r in range(_ROUNDS)]
+    keys = [np.uint64(derive(key, "round", r)) for r in range(_ROUNDS)]
     result = np.array(i, np.uint64)
     outside = np.ones(len(result), bool)
     while outside.any():  # the network permutes a power of four ≥ n; walk on until back within n (< 4 walks on average)
@@ -98,7 +91,7 @@ class Mixture:
         """
         s = self.source_of(sample_id)
         n, first = len(self.sources[s]), int(self.firsts[s])
-        key, present = derive("replace", self.seed, step, s), set(batch.tolist())
+        key, present = derive(self.seed, "replace", step, s), set(batch.tolist())
         own = first + permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
         yield from (int(i) for i in own if int(i) not in present)
         for wanted in (True, False):  # a source hardly larger than the batch: share, and at last repeat
@@ -108,7 +101,7 @@ class Mixture:
                     yield candidate
 
     def _permuted(self, n: int, epoch: int, stream: int, i: np.ndarray) -> np.ndarray:
-        return permute(n, derive("order", self.seed, stream, epoch), i) if self.shuffle else i
+        return permute(n, derive(self.seed, "order", stream, epoch), i) if self.shuffle else i
 
     def _deal(self, draws: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each source: which draws are its own, and how many it had before each draw."""

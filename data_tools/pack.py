@@ -1,0 +1,179 @@
+"""`vlp data pack`: images with captions or classes into shards, for training or in clip_benchmark's layout.
+
+SOURCE is a folder of images with a caption table, a folder with one sub-folder a class, or a tar with a table that names
+its members. Everything is checked before anything is written; the output appears at its place only when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+HELP = "pack images with captions or classes into shards"
+EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/train
+  vlp data pack imagenet/train --to data/imagenet
+  vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test --to data/caltech101 \\
+      --layout clip_benchmark --template "a photo of a {}."
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data pack`."""
+    add = parser.add_argument
+    add("source", help="folder of images, folder with one sub-folder a class, or a tar")
+    add("--to", required=True, metavar="DIR", help="the new folder")
+    add("--captions", metavar="TABLE", help=".csv, .tsv, .jsonl, .json or .parquet with one row an image or a caption")
+    add("--image-column", default="", metavar="NAME", help="column with image names (default: image, file_name, …)")
+    add("--caption-column", default=[], action="append", metavar="NAME", help="column with captions; may be repeated")
+    add("--class-column", default="", metavar="NAME", help="column with class names (default: class)")
+    add("--where", default=[], action="append", metavar="COLUMN=VALUE", help="only rows with this value; may be repeated")
+    add("--samples-per-shard", type=int, default=10_000, metavar="N")
+    add("--layout", choices=("train", "clip_benchmark"), default="train")
+    add("--split", default="test", help="name of the split's folder in clip_benchmark's layout (default: test)")
+    add("--template", default=[], action="append", metavar="TEXT", help="prompt with {} for the class (clip_benchmark)")
+    add("--on-missing", choices=("fail", "skip"), default="fail", help="rows whose image is missing or no usable image")
+    add("--overwrite", action="store_true", help="replace a folder that holds earlier output of this tool")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack; returns 1 after naming every unusable row, having written nothing. Raises ValueError, OSError."""
+    from vlp.data.archives import Folder, Tar
+
+    target = Path(args.to)
+    _check_target(target, args.overwrite)
+    archive = Folder(args.source) if Path(args.source).is_dir() else Tar(args.source)
+    items, classes = _table(args) if args.captions else _tree(archive, args.source)
+    if not items:
+        raise ValueError(f"no row of {args.captions or args.source} is left to pack; check --where")
+    usable, problems = _sort_out(items, archive, args)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems and args.on_missing == "fail":
+        print(f"{len(problems)} rows cannot be packed; nothing was written. --on-missing skip leaves them out", file=sys.stderr)
+        return 1
+    if not usable:
+        raise ValueError("no usable image is left to pack")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an earlier, killed call left behind
+    try:
+        n_shards = _write(usable, archive, classes, args, partial)
+        previous = target.with_name(f".{target.name}.previous")
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    n_captions = sum(len(item.captions) for item, _ in usable)
+    print(f"{target}: {len(usable)} images with {n_captions} captions and {len(classes)} classes in {n_shards} shards")
+    unused = len(archive.names) - len({name for _, name in usable})
+    if unused:
+        print(f"{unused} images in {args.source} were not packed (no row names them, or --where or --on-missing left them out)")
+    return 0
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file; --to names a new folder")
+    held = [path for path in target.rglob("*") if not path.is_dir()]
+    if held and not overwrite:
+        raise FileExistsError(f"{target} is not empty; choose another folder, or --overwrite to replace it")
+    ours = {".tar", ".txt", ".json", ".bin"}
+    foreign = [path for path in held if path.suffix not in ours or not any(target.rglob("*_stats.json"))]
+    if foreign:
+        raise FileExistsError(f"{target} holds files that no pack wrote, such as {foreign[0].name}; choose another folder")
+
+
+def _table(args: argparse.Namespace) -> tuple[list, list[str]]:
+    from vlp.data.tables import Columns, items
+
+    where = {}
+    for condition in args.where:
+        column, equals, value = condition.partition("=")
+        if not equals:
+            raise ValueError(f"--where {condition!r} is not of the form COLUMN=VALUE")
+        where[column] = value
+    return items(args.captions, Columns(args.image_column, tuple(args.caption_column), args.class_column), where)
+
+
+def _tree(archive, source: str) -> tuple[list, list[str]]:
+    from vlp.data.tables import Item
+
+    found = [Item(name, 0, [], {"image": name, "class": class_name(name.split("/")[0])}) for name in archive.names if "/" in name]
+    if not found or len(found) < len(archive.names):
+        loose = next((name for name in archive.names if "/" not in name), "none at all")
+        raise ValueError(f"{source} is no tree of class folders (images outside of one: {loose}); give --captions TABLE")
+    return found, sorted({item.meta["class"] for item in found})
+
+
+def class_name(folder: str) -> str:
+    """A folder's name as a class name: underscores are spaces."""
+    return folder.replace("_", " ").strip()
+
+
+def _sort_out(items: list, archive, args: argparse.Namespace) -> tuple[list, list[str]]:
+    """The items with the names of their images, and a line for each that cannot be packed."""
+    from vlp.data.archives import image_type
+    from vlp.data.members import IMAGE_TYPES
+
+    usable, problems = [], []
+    for item in items:
+        place = f"{args.captions}:{item.row}: " if args.captions else ""
+        name = archive.find(item.image)
+        if not image_type(item.image):
+            problems.append(f"{place}image {item.image!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it")
+        elif name is None:
+            problems.append(f"{place}image {item.image!r} is missing in {args.source}")
+        elif not item.captions and item.class_name is None:
+            problems.append(f"{place}image {item.image!r} has neither caption nor class")
+        else:
+            usable.append((item, name))
+    return usable, problems
+
+
+def _write(usable: list, archive, classes: list[str], args: argparse.Namespace, folder: Path) -> int:
+    from vlp.data.archives import image_type
+    from vlp.data.format import ShardWriter
+
+    benchmark = args.layout == "clip_benchmark"
+    retrieval = benchmark and not classes
+    inner = folder / args.split if benchmark else folder
+    number = {name: i for i, name in enumerate(classes)}
+    with ShardWriter(inner, args.samples_per_shard, shard_name="{}" if benchmark else "{:05d}") as writer:
+        for item, name in _progress(usable):
+            # clip_benchmark reads a retrieval caption a line; a training .txt holds one caption.
+            txt = "\n".join(" ".join(text.split()) for text in item.captions) if retrieval else None
+            cls = number[item.class_name] if item.class_name is not None else None
+            try:
+                writer.add(None, archive.read(name), image_type(name), item.captions, item.meta, cls, txt=txt)
+            except ValueError as error:
+                raise ValueError(f"{item.image}: {error}") from None
+    extra = {"classnames.txt": classes}
+    if benchmark:
+        (inner / "nshards.txt").write_text(f"{len(writer.paths)}\n")
+        extra["zeroshot_classification_templates.txt"] = [template.replace("{}", "{c}") for template in args.template]
+        extra["dataset_type.txt"] = ["retrieval"] if retrieval else []
+    for name, lines in extra.items():
+        if lines:
+            (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(writer.paths)
+
+
+def _progress(things: list) -> Iterator:
+    """The things, with a line on a terminal that says how far, how fast and how long still."""
+    started = shown = time.monotonic()
+    for i, thing in enumerate(things):
+        yield thing
+        now = time.monotonic()
+        if sys.stderr.isatty() and (now - shown > 0.2 or i + 1 == len(things)):
+            shown = now
+            rate = (i + 1) / (now - started)
+            end = "\n" if i + 1 == len(things) else ""
+            line = f"\r{i + 1}/{len(things)} images, {rate:.0f}/s, {(len(things) - i - 1) / rate:.0f} s left "
+            print(line, end=end, file=sys.stderr, flush=True)
