@@ -1,10 +1,23 @@
-"""Evaluation tasks, one a file. `Common` holds the keys that every task of a training configuration takes."""
+"""Evaluation tasks, one a file. `Common` holds the keys that every task of a training configuration takes.
+
+A task's file holds
+    Options                     a frozen dataclass: its configuration keys, one comment a field
+    VERSION                     int, raised whenever the same model and data would score differently
+    KNOWN_AS                    the name under which clip_benchmark records such a result
+    read(options)               the evaluation set, opened and checked, nothing decoded: start-up errors come from here
+    run(encoder, data, options, context) -> TaskResult
+and its docstring names the protocol's source.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vlp.config import Duration
+
+if TYPE_CHECKING:  # a configuration is validated without waiting for torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -12,3 +25,15 @@ class Common:
     """Keys of every task."""
 
     every: Duration | None = None  # how often during training; None: only at the end
+
+
+@dataclass
+class TaskResult:
+    """What a task found out. A score with `items` is Σ numerator / Σ denominator over them, and gets its interval there."""
+
+    dataset: str  # the set's name
+    items: dict[str, Tensor] = field(default_factory=dict)  # score -> [U, 2] numerator and denominator of each unit
+    values: dict[str, float] = field(default_factory=dict)  # scores that are no such ratio: a median, a distance
+    chance: dict[str, float] = field(default_factory=dict)  # score -> its expectation under random guessing
+    counts: dict[str, int] = field(default_factory=dict)  # how many images, texts, classes, skipped annotations
+    digest: str = ""  # content hash of pictures and annotations (Context.digest)

@@ -1,0 +1,228 @@
+"""Evaluation sets, however they lie on disk: `open_source(path, split)` finds out which of these it is.
+
+    folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
+                                    zeroshot_classification_templates.txt, dataset_type.txt
+    folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class", or captions)
+    folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
+    folder of folders               one folder of images a class
+    table.jsonl                     a line an image ("image", "class" or "captions", "split"), members of the .tar beside it
+    hf:user/name                    any of the above in a data set repository on the hub
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_missing, tar_members
+
+from vlp.data.members import IMAGE_TYPES, Content, read_text, split_name
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is known about it."""
+
+    picture: Picture
+    captions: tuple[str, ...] = ()
+    label: int | str | tuple[int, ...] | None = None  # class number, class name, or several numbers (multi-label)
+
+
+@dataclass
+class Source:
+    """An evaluation set as read, before a task asks something of it."""
+
+    name: str
+    records: list[Record]
+    classes: list[str] | None = None  # by class number, where the set lists them
+    templates: list[str] | None = None  # where the set brings its own
+    multilabel: bool = False
+    skipped: list[str] = field(default_factory=list)  # annotations left out because their images are missing
+
+
+def open_source(path: str, split: str = "test", missing: str = "error") -> Source:
+    """Read an evaluation set's index; a DataError says what was expected. No image is decoded here."""
+    root = _download(path[3:]) if path.startswith("hf:") else Path(path)
+    if not root.exists():
+        raise DataError(f"no evaluation data at {path}; give a folder, a .jsonl table or hf:USER/NAME")
+    if root.suffix == ".jsonl":
+        source = _table(root, split, missing)
+    elif (root / split / "nshards.txt").exists():
+        source = _clip_benchmark(root, split)
+    elif found := _split_files(root, split, "*.tar"):
+        source = _from_samples(root, (sample for tar in found for sample in _samples(tar)))
+    elif found := _split_files(root, split, "*.parquet") or _named_parquet(root, split):
+        source = _parquet(root, found)
+    else:
+        source = _tree(root, split)
+    if not source.records:
+        raise DataError(f"{path} holds no image in split {split!r}")
+    return replace(source, name=_short_name(path))
+
+
+def _short_name(path: str) -> str:
+    return path[3:] if path.startswith("hf:") else Path(path).stem if path.endswith(".jsonl") else Path(path).resolve().name
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repository, repo_type="dataset"))
+
+
+def _split_files(root: Path, split: str, pattern: str) -> list[Path]:
+    return sorted((root / split).glob(pattern)) or sorted(root.glob(pattern))
+
+
+def _named_parquet(root: Path, split: str) -> list[Path]:
+    """data/test-00000-of-00002.parquet and the like, at any depth, as the hub lays data sets out."""
+    return sorted(p for p in root.rglob("*.parquet") if p.name.startswith(split) or p.parent.name == split)
+
+
+# --- tars ---------------------------------------------------------------------------------------------------------------
+
+
+def _clip_benchmark(root: Path, split: str) -> Source:
+    """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by `datasets.builder.build_wds_dataset`)."""
+    text = (root / split / "nshards.txt").read_text().strip()
+    if not text.isdigit():
+        raise DataError(f"{root / split / 'nshards.txt'} holds {text!r}, expected the number of shards")
+    tars = [root / split / f"{i}.tar" for i in range(int(text))]
+    absent = [str(t) for t in tars if not t.exists()]
+    if absent:
+        raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
+    source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)))
+    return replace(
+        source,
+        classes=_lines(root / "classnames.txt"),
+        templates=_lines(root / "zeroshot_classification_templates.txt"),
+        multilabel=(_lines(root / "dataset_type.txt") or [""])[0] == "multilabel",
+    )
+
+
+def _lines(path: Path) -> list[str] | None:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else None
+
+
+def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Picture]]]:
+    """(key, {extension: member}) of each sample, in the tar's order."""
+    groups: dict[str, dict[str, Picture]] = {}
+    for name, member in tar_members(tar).items():
+        if parts := split_name(name):
+            groups.setdefault(parts[0], {})[parts[1]] = replace(member, name=f"{tar}:{name}")
+    yield from groups.items()
+
+
+def _from_samples(root: Path, samples: Iterator[tuple[str, dict[str, Picture]]]) -> Source:
+    records = []
+    for key, members in samples:
+        image = next((members[e] for e in members if e in IMAGE_TYPES), None)
+        if image is None:
+            raise DataError(f"sample {key!r} in {root} has no image member ({', '.join(sorted(IMAGE_TYPES))})")
+        content = Content(key=key)
+        try:
+            read_text(content, {e: members[e].read() for e in ("txt", "json", "cls") if e in members})
+        except ValueError as error:
+            raise DataError(f"sample {key!r} in {root}: {error}") from error
+        label = content.meta.get("class", content.meta.get("cls"))
+        if "npy" in members:
+            label = _multi_hot(members["npy"])
+        records.append(Record(image, content.captions, label))
+    return Source(str(root), records)
+
+
+def _multi_hot(member: Picture) -> tuple[int, ...]:
+    import numpy as np
+
+    values = np.load(io.BytesIO(member.read()), allow_pickle=False)
+    return tuple(np.flatnonzero(values).tolist())
+
+
+# --- tables and trees ---------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a DataError names the line that is not a mapping."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number} holds {type(row).__name__}, expected a mapping")
+        rows.append(row)
+    return rows
+
+
+def beside(table: Path) -> Path:
+    """Where a table's images are unless said otherwise: the .tar of the same name, else the table's folder."""
+    tar = table.with_suffix(".tar")
+    return tar if tar.exists() else table.parent
+
+
+def _table(path: Path, split: str, missing: str) -> Source:
+    rows = read_jsonl(path)
+    splits = sorted({str(row["split"]) for row in rows if "split" in row})
+    if splits and split not in splits:
+        raise DataError(f"{path} has no split {split!r}, only {splits}; pass split=…")
+    rows = [row for row in rows if not splits or row.get("split") == split]
+    nameless = [i for i, row in enumerate(rows) if not isinstance(row.get("image"), str)]
+    if nameless:
+        raise DataError(f"{path}: {len(nameless)} rows lack the key 'image' (the first: row {nameless[0]} of the split)")
+    collection = Collection(beside(path))
+    found = [(row, collection.find(row["image"])) for row in rows]
+    absent = [row["image"] for row, picture in found if picture is None]
+    refuse_missing(absent, len(rows), collection.root, missing)
+    records = [Record(picture, captions_of(row), row.get("class")) for row, picture in found if picture]
+    return Source(str(path), records, skipped=absent)
+
+
+def captions_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The captions of a table's row: `captions` (a list), else `caption` or `sentence` (a text or a list), else none."""
+    value = row.get("captions", row.get("caption", row.get("sentence", [])))
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _parquet(root: Path, files: list[Path]) -> Source:
+    import pyarrow.parquet as parquet
+
+    records: list[Record] = []
+    classes = None
+    for file in files:
+        table = parquet.read_table(file)
+        if "image" not in table.column_names:
+            raise DataError(f"{file} has no column 'image', only {table.column_names}")
+        features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        label = next((c for c in ("label", "fine_label", "labels", "cls") if c in table.column_names), None)
+        classes = classes or features.get(label, {}).get("names")
+        captions = next((c for c in ("captions", "caption", "text", "sentence") if c in table.column_names), None)
+        for i, row in enumerate(table.to_pylist()):
+            image = row["image"]
+            data = image["bytes"] if isinstance(image, dict) else image
+            if not data:
+                raise DataError(f"{file}: row {i} holds no image bytes; download the data set with its images embedded")
+            text = captions_of({"captions": row[captions]}) if captions and row[captions] else ()
+            value = row[label] if label else None
+            records.append(Record(Picture(f"{file}:{i}", data=data), text, tuple(value) if isinstance(value, list) else value))
+    return Source(str(root), records, classes=classes, multilabel=any(isinstance(r.label, tuple) for r in records))
+
+
+def _tree(root: Path, split: str) -> Source:
+    base = root / split if (root / split).is_dir() else root
+    records = []
+    for folder in sorted(p for p in base.iterdir() if p.is_dir()):
+        names = sorted(p for p in folder.rglob("*") if p.is_file() and is_image(p.name))
+        records += [Record(Picture(str(p), str(p)), label=folder.name) for p in names]
+    if not records:
+        raise DataError(
+            f"{base} is none of the known layouts: no {split}/nshards.txt, no .tar, no .parquet, and no folders of images "
+            "(one a class)"
+        )
+    return Source(str(root), records)

@@ -1,0 +1,161 @@
+"""Embeddings of pictures and texts: each once, dealt to the ranks batch by batch, kept on disk by content.
+
+Batches are the same whatever the number of ranks: batch k goes to rank k mod W, so two ranks give the same bits as one.
+Every rank runs its model equally often (a rank without a batch repeats one and drops the result), because a sharded
+model (FSDP, ZeRO-3) talks to the other ranks in its forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from vlp.eval import metrics
+from vlp.eval.models import Encoder
+from vlp.eval.pictures import Contents, DataError, Picture, write_atomically
+
+from vlp import dist
+
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """How an evaluation is carried out; nothing in here may change a score."""
+
+    batch: int = 64  # pictures or texts a forward pass
+    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))  # threads that decode, a rank
+    cache: Path | None = None  # where embeddings are kept; None: nowhere
+    progress: bool = False  # lines on stderr, from the first rank
+    contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
+
+    def digest(self, pictures: Sequence[Picture], *annotations: Any) -> str:
+        """Content hash of an evaluation set: its pictures and whatever is annotated; "" without `contents`."""
+        if self.contents is None:
+            return ""
+        own = self.contents.digest(pictures) if dist.is_main() else ""
+        whole = hashlib.sha256((dist.broadcast_object(own) + repr(annotations)).encode())
+        return whole.hexdigest()
+
+
+def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> Tensor:
+    """[n, D] float32 unit rows on the CPU of every rank, in the order of `pictures`; equal pictures are embedded once."""
+    unique = list(dict.fromkeys(pictures))
+    key = _key(encoder, "image", context, lambda: context.digest(unique))
+
+    def encode(batch: list[Tensor]) -> Tensor:
+        return encoder.encode_images(torch.stack(batch))
+
+    def prepare(picture: Picture) -> Tensor:
+        return encoder.prepare(picture.open())
+
+    return _spread(_kept(key, context, "images", unique, prepare, encode), unique, pictures)
+
+
+def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor:
+    """[n, D] float32 unit rows on the CPU of every rank, in the order of `captions`; equal texts are embedded once."""
+    unique = list(dict.fromkeys(captions))
+    key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
+    return _spread(_kept(key, context, "texts", unique, None, encoder.encode_texts), unique, captions)
+
+
+def _spread(rows: Tensor, unique: list, items: Sequence) -> Tensor:
+    place = {item: i for i, item in enumerate(unique)}
+    return rows if len(unique) == len(items) else rows[torch.tensor([place[item] for item in items])]
+
+
+def _key(encoder: Encoder, kind: str, context: Context, content: Callable[[], str]) -> str:
+    if context.cache is None or not encoder.fingerprint:
+        return ""
+    return hashlib.sha256(repr((CACHE_VERSION, kind, encoder.fingerprint, content())).encode()).hexdigest()
+
+
+def _kept(key: str, context: Context, what: str, items: list, prepare: Callable | None, encode: Callable) -> Tensor:
+    path = context.cache / f"{key}.safetensors" if key and context.cache else None
+    rows = _recall(path, len(items)) if path else None
+    if rows is not None:
+        return rows
+    rows = _embed(items, prepare, encode, what, context)
+    metrics.check_unit_rows(rows, what.rstrip("s"))
+    if path and dist.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save({"rows": rows}))
+    return rows
+
+
+def _recall(path: Path, n: int) -> Tensor | None:
+    """What is kept, if every rank can read it: ranks must agree on whether there is work to do."""
+    rows = None
+    if path.exists():
+        try:
+            rows = load_file(path)["rows"]
+        except Exception as error:
+            print(f"vlp eval: kept embeddings {path} cannot be read ({error}); computing them again", file=sys.stderr)
+    good = rows is not None and len(rows) == n
+    return rows if all(dist.gather_objects(good)) else None
+
+
+def _embed(items: list, prepare: Callable | None, encode: Callable, what: str, context: Context) -> Tensor:
+    if not items:
+        raise DataError(f"no {what} to embed; check the path and the split")
+    group = dist.world()
+    batches = [items[i : i + context.batch] for i in range(0, len(items), context.batch)]
+    rounds = -(-len(batches) // group.size)
+    mine = [batches[k] if k < len(batches) else batches[0] for k in range(group.index, rounds * group.size, group.size)]
+    rows, problem = [], None
+    try:
+        with torch.no_grad():
+            for batch in _reported(_prepared(prepare, mine, context.workers), what, len(items), group.size, context):
+                encoded = encode(batch)
+                rows.append(torch.nn.functional.pad(encoded, (0, 0, 0, context.batch - len(encoded))))
+    except DataError as error:
+        problem = str(error)
+    problems = [p for p in dist.gather_objects(problem) if p]  # one rank's bad picture must not leave the others waiting
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))
+    gathered = dist.all_gather(torch.stack(rows), group)  # [W · rounds, batch, D], rank by rank
+    in_order = gathered.view(group.size, rounds, *gathered.shape[1:]).transpose(0, 1)
+    return in_order.reshape(-1, gathered.shape[-1])[: len(items)].cpu()
+
+
+def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> Iterator[list]:
+    """The batches with `prepare` applied to each item, by threads (PIL decodes outside the interpreter's lock)."""
+    if prepare is None:
+        yield from batches
+        return
+    if workers == 0:
+        yield from ([prepare(item) for item in batch] for batch in batches)
+        return
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for batch in batches:
+            waiting.append([pool.submit(prepare, item) for item in batch])
+            if len(waiting) > 2:  # two batches ahead: enough to keep the model fed, little enough to hold
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _reported(batches: Iterator[list], what: str, total: int, n_ranks: int, context: Context) -> Iterator[list]:
+    start = said = time.monotonic()
+    done = 0
+    for batch in batches:
+        yield batch
+        done = min(total, done + len(batch) * n_ranks)
+        now = time.monotonic()
+        if context.progress and dist.is_main() and (now - said > 5 or (done == total and now - start > 5)):
+            said = now
+            print(f"  {what} {done:,}/{total:,}  {done / (now - start):,.0f}/s", file=sys.stderr, flush=True)

@@ -1,0 +1,72 @@
+"""ImageNet and its relatives: which folder means which class. Names come from open_clip, synset numbers from timm.
+
+A tree's folders are synsets (`n01440764`: ImageNet, -A, -R, Sketch), class numbers (`0` … `999`: V2) or ObjectNet's
+names. ImageNet-A and -R hold 200 classes and are scored among those 200, as their authors do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from vlp.eval.datasets import Source
+from vlp.eval.pictures import DataError
+
+SYNSET = re.compile(r"n\d{8}")
+
+
+def names() -> list[str]:
+    """The 1,000 class names that the field prompts with (open_clip's, which repair the originals)."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return list(IMAGENET_CLASSNAMES)
+
+
+def synsets(which: str = "imagenet") -> list[str]:
+    """Synset numbers in class order, from the lists that timm ships; `which`: imagenet, imagenet_a or imagenet_r."""
+    from importlib.resources import files
+
+    return (files("timm.data") / "_info" / f"{which}_synsets.txt").read_text().split()
+
+
+def looks_like(source: Source) -> bool:
+    """Whether the labels are synsets."""
+    return all(isinstance(r.label, str) and SYNSET.fullmatch(r.label) for r in source.records)
+
+
+def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]]:
+    """(class names, folder -> class number) for a tree whose folders are synsets or numbers.
+
+    The folders must be all 1,000 classes or the 200 of ImageNet-A or -R, since fewer classes make the task easier:
+    anything else is refused unless `partial`.
+    """
+    folders = sorted({str(r.label) for r in source.records})
+    all_names = names()
+    numbers = {s: i for i, s in enumerate(synsets())} if looks_like(source) else {str(i): i for i in range(len(all_names))}
+    unknown = [f for f in folders if f not in numbers]
+    if unknown:
+        raise DataError(f"{source.name}: {len(unknown)} folders are no ImageNet classes: {', '.join(unknown[:5])}")
+    complete = len(folders) == len(all_names)
+    if not complete and not partial and not any(set(folders) == set(synsets(w)) for w in ("imagenet_a", "imagenet_r")):
+        raise DataError(
+            f"{source.name} holds {len(folders)} of ImageNet's {len(all_names)} classes and is neither ImageNet-A nor -R; "
+            "complete it, or pass partial=true for a score among those classes only"
+        )
+    chosen = sorted(folders, key=numbers.__getitem__)
+    return [all_names[numbers[f]] for f in chosen], {f: i for i, f in enumerate(chosen)}
+
+
+def objectnet_folders(root: Path) -> dict[str, str] | None:
+    """Folder -> class name of ObjectNet's 113 classes that overlap with ImageNet, or None if this is not ObjectNet.
+
+    Source: ObjectNet's `mappings/folder_to_objectnet_label.json` and `objectnet_to_imagenet_1k.json`, as wise-ft and
+    clip_benchmark use them: scored among these 113, names in lower case.
+    """
+    places = (root / "mappings", root / "objectnet-1.0" / "mappings", root)
+    place = next((p for p in places if (p / "objectnet_to_imagenet_1k.json").exists()), None)
+    if place is None:
+        return None
+    labels = json.loads((place / "folder_to_objectnet_label.json").read_text(encoding="utf-8"))
+    overlap = json.loads((place / "objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
+    return {folder: label.lower() for folder, label in labels.items() if label in overlap}

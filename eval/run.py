@@ -1,0 +1,180 @@
+"""`vlp eval`: a model, tasks, results.json; the same tasks as a callable for the training loop; comparison of results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vlp.eval.embed import Context
+    from vlp.eval.models import Encoder
+
+    from vlp.model import DualEncoder
+    from vlp.plugin import Plugin
+
+HELP = "evaluate a model with the field's protocols, or compare two results"
+EXAMPLE = """examples:
+  vlp eval runs/demo --task zeroshot --data data/test
+  vlp eval ViT-B-32:laion2b_s34b_b79k --task zeroshot --data imagenet/val classes=imagenet templates=imagenet80
+  vlp eval exported/demo --task retrieval --data dataset_coco.json images=coco/ split=test --out results.json
+  vlp eval runs/a --suite suite.yaml --out a.json      (suite.yaml: {zeroshot: {data: …}, retrieval: {data: …}})
+  vlp eval --compare a.json b.json
+  accelerate launch --config_file launch/accelerate/cpu2.yaml -m vlp.cli eval runs/demo --task zeroshot --data data/test
+
+MODEL: a run, checkpoint or export of ours; ARCHITECTURE:TAG, hf-hub:… or local-dir:… of open_clip; a name or folder of
+transformers. key=value options of the task follow --task or --data.
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    from vlp.plugin import names
+
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="what to evaluate (see below)")
+    parser.add_argument("--task", nargs="+", metavar=("NAME", "key=value"), help=f"one of {', '.join(names('vlp.eval.tasks'))}")
+    parser.add_argument("--data", nargs="+", metavar=("PATH", "key=value"), help="the task's data; short for data=PATH")
+    parser.add_argument("--suite", metavar="FILE", help="YAML: several tasks with their options, as in a config's eval section")
+    parser.add_argument("--out", metavar="FILE", help="write results.json (and outcomes by unit beside it)")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, or folders of them: a table with intervals")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the forward pass")
+    parser.add_argument("--batch", type=int, default=64, help="images or texts a forward pass (default 64)")
+    parser.add_argument("--workers", type=int, help="threads that decode (default: cores, at most 8)")
+    parser.add_argument("--cache", metavar="DIR", help="where embeddings are kept (default ~/.cache/vlp/embeddings; none: nowhere)")
+    parser.add_argument("--quiet", action="store_true", help="no progress lines")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command; returns the exit status. Wrong input is a ValueError with what to do."""
+    if options.compare:
+        from vlp.eval.report import compare
+
+        print(compare(*options.compare))
+        return 0
+    if not options.model or not (options.task or options.suite):
+        raise ValueError("give MODEL and --task NAME --data PATH (or --suite FILE), or --compare A B; see vlp eval --help")
+    return _evaluate_command(options)
+
+
+def _evaluate_command(options: argparse.Namespace) -> int:
+    import torch
+    from vlp.eval import models, report
+
+    from vlp import dist, plugin
+
+    tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
+    data = read_all(tasks)  # wrong paths are found before a model is loaded
+    joined, device = _join_ranks(options.device)
+    autocast = torch.bfloat16 if options.precision == "bf16" else None
+    encoder = models.load(options.model, device, autocast)
+    records, items = evaluate(encoder, tasks, _context(options), data)
+    if dist.is_main():
+        print(report.table(records))
+        if options.out:
+            report.write(Path(options.out), records, items)
+            print(f"written: {options.out}")
+    dist.barrier()
+    if joined:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def read_all(tasks: list[Plugin]) -> list[Any]:
+    """Open every task's data, in the tasks' order: what is wrong with them shows here."""
+    return [task.module.read(task.options) for task in tasks]
+
+
+def evaluate(
+    encoder: Encoder,
+    tasks: list[Plugin],
+    context: Context,
+    data: list[Any] | None = None,  # from `read_all`; None: read now
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Run the tasks. Returns their records (vlp.eval.report) and the outcomes by unit, "label/score" -> [U, 2].
+
+    Collective: every rank calls it with the same tasks and gets the same results. The global random state is not touched.
+    """
+    from vlp.eval import report
+
+    from vlp import dist
+
+    records, items = [], {}
+    for task, opened in zip(tasks, data if data is not None else read_all(tasks)):
+        if context.progress and dist.is_main():
+            print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
+        result = task.module.run(encoder, opened, task.options, context)
+        records.append(report.record(task, encoder, result))
+        items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
+    if context.contents is not None and dist.is_main():
+        context.contents.save()
+    return records, items
+
+
+def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
+    """The training loop's callable: the records of `tasks` for a model in memory, the same on every rank.
+
+    Nothing is kept on disk and data are not hashed. Each rank embeds its share; the model's mode is put back.
+    """
+    from vlp.eval.embed import Context
+    from vlp.eval.models import from_model
+
+    was_training = model.training
+    model.eval()
+    try:
+        return evaluate(from_model(model), tasks, Context())[0]
+    finally:
+        model.train(was_training)
+
+
+def _tasks(options: argparse.Namespace) -> dict[str, Any]:
+    import yaml
+
+    if options.suite:
+        if options.task or options.data:
+            raise ValueError("--suite names the tasks itself; leave out --task and --data")
+        suite = yaml.safe_load(Path(options.suite).read_text(encoding="utf-8"))
+        if not isinstance(suite, dict):
+            raise ValueError(f"{options.suite} holds {type(suite).__name__}, expected a mapping of tasks to their options")
+        return suite.get("eval", suite)
+    name, *pairs = options.task
+    given: dict[str, Any] = {}
+    if options.data:
+        given["data"], *more = options.data
+        pairs += more
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{pair!r} is not of the form key=value")
+        given[key] = yaml.safe_load(value)
+    return {name: given}
+
+
+def _context(options: argparse.Namespace) -> Context:
+    from vlp.eval.embed import Context
+    from vlp.eval.pictures import Contents
+
+    cache = None
+    if options.cache != "none":
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        cache = Path(options.cache) if options.cache else home / "vlp" / "embeddings"
+    more = {} if options.workers is None else {"workers": options.workers}
+    contents = Contents(cache / "contents.json" if cache else None)
+    return Context(batch=options.batch, cache=cache, contents=contents, progress=not options.quiet, **more)
+
+
+def _join_ranks(device: str) -> tuple[bool, str]:
+    """Join the process group that a launcher announces (whether there was one to join), and choose this rank's device."""
+    import torch
+
+    cuda = torch.cuda.is_available() and device != "cpu"
+    join = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
+    if join:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    if device == "auto" and cuda:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    return join, "cpu" if device == "auto" else device

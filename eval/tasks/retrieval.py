@@ -1,0 +1,91 @@
+"""Image-text retrieval with several captions an image (Karpathy and Fei-Fei 2015; COCO, Flickr30k, Flickr8k).
+
+Text retrieval counts an image as found if any of its captions is among the k best of all captions; image retrieval is
+counted over captions, each of which seeks its one image. Ranks are exact; a tie counts against the model (vlp.eval.metrics).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from vlp.eval import embed, karpathy, metrics
+from vlp.eval.datasets import Source, open_source
+from vlp.eval.pictures import DataError
+from vlp.eval.tasks import TaskResult
+
+VERSION = 1
+KNOWN_AS = "zeroshot_retrieval"
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which images and captions."""
+
+    data: str  # shards, a table (vlp.eval.datasets) or a caption file (vlp.eval.karpathy)
+    images: str | None = None  # where a caption file's images are: a folder or a .tar; None: beside it
+    split: str = "test"
+    captions_per_image: int | None = None  # the first so many; None: all
+    missing: Literal["error", "skip"] = "error"  # annotations without their image
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        if self.captions_per_image is not None and self.captions_per_image < 1:
+            raise ValueError(f"captions_per_image is {self.captions_per_image}; expected at least 1")
+
+
+def read(options: Options) -> Source:
+    """Open the set; every image must have a caption."""
+    if options.data.endswith(karpathy.SUFFIXES):
+        source = karpathy.read(Path(options.data), options.images, options.split, options.missing)
+    else:
+        source = open_source(options.data, options.split, options.missing)
+    silent = [r.picture.name for r in source.records if not any(c.strip() for c in r.captions)]
+    if silent:
+        raise DataError(
+            f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; add one or remove the image"
+        )
+    return source
+
+
+def run(encoder: Any, data: Source, options: Options, context: embed.Context) -> TaskResult:
+    pictures = [r.picture for r in data.records]
+    captions = [list(r.captions[: options.captions_per_image]) for r in data.records]
+    owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
+    image = embed.images(encoder, pictures, context)
+    text = embed.texts(encoder, [caption for texts in captions for caption in texts], context)
+    image_rank, text_rank = metrics.retrieval_ranks(image, text, owner)
+    result = TaskResult(
+        data.name,
+        counts={"images": len(image), "captions": len(text), "skipped": len(data.skipped)},
+        digest=context.digest(pictures, captions),
+    )
+    per_image = torch.bincount(owner, minlength=len(image)).double()
+
+    def by_image(values: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(len(image), dtype=torch.float64).index_add_(0, owner, values.double())
+        return torch.stack([sums, per_image], 1)  # an image and its captions are drawn together in the bootstrap
+
+    one = torch.ones(len(image), dtype=torch.float64)
+    for k in KS:
+        result.items[f"image_retrieval_recall@{k}"] = by_image(text_rank <= k)
+        result.items[f"text_retrieval_recall@{k}"] = torch.stack([(image_rank <= k).double(), one], 1)
+        result.chance[f"image_retrieval_recall@{k}"] = min(1.0, k / len(image))
+        result.chance[f"text_retrieval_recall@{k}"] = _chance_any(per_image, len(text), k)
+    result.items["image_retrieval_mean_rank"] = by_image(text_rank)
+    result.items["text_retrieval_mean_rank"] = torch.stack([image_rank.double(), one], 1)
+    result.values["image_retrieval_median_rank"] = float(text_rank.double().quantile(0.5))
+    result.values["text_retrieval_median_rank"] = float(image_rank.double().quantile(0.5))
+    return result
+
+
+def _chance_any(own: torch.Tensor, total: int, k: int) -> float:
+    """Mean over images of 1 − C(total − own, k) / C(total, k): some own caption among k drawn at random."""
+    counts, sizes = own.unique(return_counts=True)
+    draws = math.comb(total, min(k, total))
+    missed = [math.comb(total - int(c), min(k, total)) / draws for c in counts]
+    return 1 - sum(m * int(s) for m, s in zip(missed, sizes)) / len(own)
