@@ -41,12 +41,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack; returns 1 after naming every unusable row, having written nothing. Raises ValueError, OSError."""
-    from vlp.data.archives import Folder, Tar
+    from vlp.data.archives import Archive
+    from vlp.data.tables import class_items
 
     target = Path(args.to)
     _check_target(target, args.overwrite)
-    archive = Folder(args.source) if Path(args.source).is_dir() else Tar(args.source)
-    items, classes = _table(args) if args.captions else _tree(archive, args.source)
+    archive = Archive(args.source)
+    items, classes = _table(args) if args.captions else class_items(archive)
     if not items:
         raise ValueError(f"no row of {args.captions or args.source} is left to pack; check --where")
     usable, problems = _sort_out(items, archive, args)
@@ -100,21 +101,6 @@ def _table(args: argparse.Namespace) -> tuple[list, list[str]]:
             raise ValueError(f"--where {condition!r} is not of the form COLUMN=VALUE")
         where[column] = value
     return items(args.captions, Columns(args.image_column, tuple(args.caption_column), args.class_column), where)
-
-
-def _tree(archive, source: str) -> tuple[list, list[str]]:
-    from vlp.data.tables import Item
-
-    found = [Item(name, 0, [], {"image": name, "class": class_name(name.split("/")[0])}) for name in archive.names if "/" in name]
-    if not found or len(found) < len(archive.names):
-        loose = next((name for name in archive.names if "/" not in name), "none at all")
-        raise ValueError(f"{source} is no tree of class folders (images outside of one: {loose}); give --captions TABLE")
-    return found, sorted({item.meta["class"] for item in found})
-
-
-def class_name(folder: str) -> str:
-    """A folder's name as a class name: underscores are spaces."""
-    return folder.replace("_", " ").strip()
 
 
 def _sort_out(items: list, archive, args: argparse.Namespace) -> tuple[list, list[str]]:

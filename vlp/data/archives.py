@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-from vlp.data.members import IMAGE_TYPES, Member, walk
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, walk
+
+
+class Place(NamedTuple):
+    """Bytes in a file; size −1 is the whole file."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes; raises OSError, or ValueError where they are no longer there or too many."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(MAX_IMAGE_BYTES + 1 if self.size < 0 else self.size)
+        if not 0 < len(data) <= MAX_IMAGE_BYTES or self.size not in (-1, len(data)):
+            raise ValueError(f"{self.path}: found {len(data)} bytes of an image")
+        return data
 
 
 def image_type(name: str) -> str:
@@ -14,43 +32,37 @@ def image_type(name: str) -> str:
     return extension if extension in IMAGE_TYPES else ""
 
 
-class Folder:
-    """Images below a folder, named by their path in it with forward slashes."""
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise ValueError(f"{self.root} is not a folder")
-        found = (Path(at, name) for at, _, names in os.walk(self.root, followlinks=True) for name in names if image_type(name))
-        self.names = sorted(path.relative_to(self.root).as_posix() for path in found)
-        self._known = set(self.names)
-
-    def find(self, name: str) -> str | None:
-        """The name under which an image that a table names is stored, or None. Nothing outside the folder is found."""
-        clean = os.path.normpath(name).replace(os.sep, "/")
-        return clean if clean in self._known else None
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-
-class Tar:
-    """Images in a tar, named by their member names."""
+class Archive:
+    """The images in a folder and below, or in a tar, by name: the path within, with forward slashes. Raises ValueError."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        with open(self.path, "rb", buffering=1 << 18) as file:
-            members = walk(file, 0, self.path.stat().st_size)
-            self._members: dict[str, Member] = {m.name.removeprefix("./"): m for m in members if image_type(m.name)}
-        self.names = sorted(self._members)
+        self.path = Path(path).expanduser()
+        if self.path.is_dir():
+            self._places = self._walk_folder()
+        elif self.path.is_file():
+            self._places = self._walk_tar()
+        else:
+            raise ValueError(f"{self.path} is neither a folder nor a tar file")
+        self.names = sorted(self._places)
 
     def find(self, name: str) -> str | None:
-        """The name under which an image that a table names is stored, or None."""
-        clean = name.removeprefix("./")
-        return clean if clean in self._members else None
+        """The stored name of an image that a table names, or None. Nothing outside the archive is ever found."""
+        clean = os.path.normpath(name).replace(os.sep, "/")
+        return clean if clean in self._places else None
+
+    def place(self, name: str) -> Place:
+        """Where an image of `names` lies."""
+        return self._places[name]
 
     def read(self, name: str) -> bytes:
-        member = self._members[name]
-        with open(self.path, "rb") as file:
-            file.seek(member.offset)
-            return file.read(member.size)
+        """The bytes of an image of `names`."""
+        return self._places[name].read()
+
+    def _walk_folder(self) -> dict[str, Place]:
+        found = (Path(at, name) for at, _, names in os.walk(self.path) for name in names if image_type(name))
+        return {path.relative_to(self.path).as_posix(): Place(str(path)) for path in found}
+
+    def _walk_tar(self) -> dict[str, Place]:
+        with open(self.path, "rb", buffering=1 << 18) as file:
+            members = walk(file, 0, self.path.stat().st_size)
+            return {m.name.removeprefix("./"): Place(str(self.path), m.offset, m.size) for m in members if image_type(m.name)}
