@@ -85,7 +85,7 @@ def _counting(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tupl
     group = scene["groups"][0]
     right = _fill(template, scene, rng)
     others = [{**scene, "groups": [{**group, "count": n}]} for n in COUNTED if n != group["count"]]
-    return right, [(_fill(template, other, rng), "number") for other in others]
+    return right, [(_fill(template, other, rng), "replace_number") for other in others]
 
 
 def _binding(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
@@ -97,7 +97,7 @@ def _binding(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple
     def describe(groups: list[dict[str, Any]]) -> str:
         return _fill(template, {**scene, "groups": groups}, rng, sized="size" in exchanged)
 
-    swaps = [(describe([{**a, name: z[name]}, {**z, name: a[name]}]), f"{name} swap") for name in exchanged]
+    swaps = [(describe([{**a, name: z[name]}, {**z, name: a[name]}]), f"swap_{name}") for name in exchanged]
     return describe([a, z]), swaps
 
 
@@ -108,10 +108,10 @@ def _relations(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tup
         a, z, relation = z, a, OPPOSITE[relation]
     which = rng.randrange(len(BESIDE[relation]))
     there, back = BESIDE[relation][which], BESIDE[OPPOSITE[relation]][which]
-    return f"{lead}{a} {there} {z}", [(f"{lead}{a} {back} {z}", "relation"), (f"{lead}{z} {there} {a}", "argument swap")]
+    return f"{lead}{a} {there} {z}", [(f"{lead}{a} {back} {z}", "replace_relation"), (f"{lead}{z} {there} {a}", "swap_groups")]
 
 
 def _order(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     # Exchanging the groups of "A and B", or the halves of "there are A above B", would give another true caption.
     right = _fill(rng.choice(["{a} {rel} {z}", "a picture of {a} {rel} {z}"]), scene, rng)
-    return right, [(text, f"order {name}") for name, text in shuffles(right, rng).items()]
+    return right, [(text, name) for name, text in shuffles(right, rng).items()]

@@ -24,10 +24,10 @@ def shuffles(text: str, rng: random.Random) -> dict[str, str]:
     function = [i for i in range(len(words)) if i not in set(content)]
     trigrams = [words[i : i + 3] for i in range(0, len(words), 3)]
     results = {
-        "content words": _permuted_at(words, content, rng),
-        "function words": _permuted_at(words, function, rng),
-        "within trigrams": [word for part in trigrams for word in _permuted(part, rng)],
-        "trigrams": [word for part in _permuted(trigrams, rng) for word in part],
+        "order_content_words": _permuted_at(words, content, rng),
+        "order_function_words": _permuted_at(words, function, rng),
+        "order_within_trigrams": [word for part in trigrams for word in _permuted(part, rng)],
+        "order_trigrams": [word for part in _permuted(trigrams, rng) for word in part],
     }
     found: dict[str, str] = {}
     for kind, shuffled in results.items():
