@@ -126,7 +126,11 @@ def _union(arguments: tuple, value: Any, path: Path, problems: list[Problem]) ->
             return result
         attempts.append((argument, found))
     # The alternative whose outer form fits tells most: a mapping is meant for the dataclass, a list for the list.
-    shaped = [found for argument, found in attempts if any(p.path != path for p in found)]
+    shaped = [
+        found
+        for argument, found in attempts
+        if any(p.path != path for p in found) or (dataclasses.is_dataclass(argument) and isinstance(value, dict))
+    ]
     problems.extend(shaped[0] if shaped else [min((f for a, f in attempts if a is not type(None)), key=len)[0]])
     return None
 
