@@ -45,12 +45,13 @@ def resampled(items: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Tenso
     """[resamples] scores of as many units drawn with replacement. What they compete with (the gallery) stays."""
     generator = torch.Generator().manual_seed(seed)
     items, n = items.double(), len(items)
+    at_once = max(1, 2_000_000 // n)  # resamples drawn together: bounded memory, few calls
     result = []
-    for _ in range(resamples):
-        drawn = torch.randint(n, (n,), generator=generator)
-        parts = items[drawn].sum(0)
-        result.append(parts[0] / parts[1])
-    return torch.stack(result).nan_to_num(0.0)
+    for done in range(0, resamples, at_once):
+        drawn = torch.randint(n, (min(at_once, resamples - done), n), generator=generator)
+        parts = items[drawn].sum(1)
+        result.append(parts[:, 0] / parts[:, 1])
+    return torch.cat(result).nan_to_num(0.0)
 
 
 def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float, float]:

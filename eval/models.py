@@ -192,17 +192,20 @@ def _tokenizer(build: Callable[[], Any], name: str) -> Any:
             f"the tokenizer of {name} is missing or broken ({error}); put its files beside the weights "
             "(tokenizer.json, tokenizer_config.json), or export the model again"
         ) from error
-    if not getattr(tokenizer, "vocab_size", 1):  # transformers answers an absent vocabulary with an empty tokenizer
-        raise ModelError(f"the tokenizer of {name} has no vocabulary; put tokenizer.json beside the weights")
+    if _ids(tokenizer, "a cat") == _ids(tokenizer, "a dog"):  # what transformers answers where the files are absent
+        raise ModelError(f"the tokenizer of {name} has no vocabulary; put its files (tokenizer.json) beside the weights")
     return tokenizer
 
 
+def _ids(tokenizer: Any, sentence: str) -> list[int]:
+    ids = tokenizer([sentence])
+    return ids[0].tolist() if isinstance(ids, Tensor) else ids["input_ids"][0]
+
+
 def _describe(tokenizer: Any) -> str:
-    """What a tokenizer does to a sentence, as far as a hash must know: its ids for a probe, and its length."""
-    probe = ["A photo of 2 Cats, naïve & café!", ""]
-    ids = tokenizer(probe)
-    ids = ids.tolist() if isinstance(ids, Tensor) else ids["input_ids"]
-    return json.dumps([type(tokenizer).__name__, ids])
+    """What a tokenizer does to a sentence, as far as a hash must know: its ids for two probes."""
+    probes = ("A photo of 2 Cats, naïve & café!", "")
+    return json.dumps([type(tokenizer).__name__, *(_ids(tokenizer, probe) for probe in probes)])
 
 
 def fingerprint(weights: Mapping[str, Tensor], preprocessing: str) -> str:

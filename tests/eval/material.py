@@ -69,6 +69,24 @@ def random_encoder(seed: int = 0) -> Encoder:
     return known_encoder(lambda n: direction(seed, "image", n), lambda t: direction(seed, "text", t))
 
 
+def matrix_encoder() -> Encoder:
+    """Real arithmetic without a network: pixels and letter counts times fixed matrices. Starts at once on a fresh rank."""
+    generator = torch.Generator().manual_seed(0)
+    of_pixels, of_letters = torch.randn(192, 24, generator=generator), torch.randn(128, 24, generator=generator)
+
+    def letters(text: str) -> Tensor:
+        return torch.bincount(torch.tensor([ord(c) % 128 for c in text or " "]), minlength=128).float()
+
+    return Encoder(
+        name="matrix",
+        pretrained="",
+        prepare=lambda p: torch.from_numpy(np.array(p.resize((8, 8)))).flatten() / 255 - 0.5,
+        image=lambda pixels: pixels @ of_pixels,
+        text=lambda texts: torch.stack([letters(t) for t in texts]) @ of_letters,
+        fingerprint="matrix",
+    )
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -132,6 +150,25 @@ def tiny_open_clip(folder: Path, seed: int = 0) -> Path:
     }
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": preprocess}))
     return folder
+
+
+def our_model(seed: int = 0):
+    """A small DualEncoder of ours, randomly initialised."""
+    from vlp import config
+    from vlp.model import build
+
+    def tower(**options):
+        return config.Named("vlp.towers").parse(options, (), [])
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(
+            config.Model(
+                image_tower=tower(name="vit", width=32, layers=1, head_width=16, patch_size=8, image_size=32),
+                text_tower=tower(name="transformer", width=32, layers=1, heads=2),
+                embed_dim=16,
+            )
+        )
 
 
 def members_of(tar: Path, names: list[str]) -> dict[str, bytes]:

@@ -1,11 +1,14 @@
 """Retrieval: known answers, every annotation format, and inputs that must be refused."""
 
+import itertools
 import json
 
 import pytest
+import torch
 from vlp.eval import run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
+from vlp.eval.tasks import retrieval
 
 from tests.eval import material
 from vlp import plugin

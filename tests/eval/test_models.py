@@ -1,0 +1,165 @@
+"""Every kind of model behind the one interface: equal to the library's own embeddings, and refused with a reason."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from vlp.eval import models
+from vlp.eval.models import ModelError
+
+from tests.eval import material
+
+SENTENCES = ["a photo of a cat", "Two dogs, & a café!", "", "word " * 100]
+
+
+@pytest.fixture(scope="module")
+def photos():
+    rows = material.read_jsonl(material.shared("coco_open.jsonl"))[:3]
+    pictures = material.members_of(material.shared("coco_open.tar"), [r["image"] for r in rows])
+    from vlp.eval.pictures import Picture
+
+    return [Picture(name, data=data).open() for name, data in pictures.items()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return material.tiny_open_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def unit(rows):
+    return torch.nn.functional.normalize(rows.detach().float(), dim=-1)
+
+
+def test_an_open_clip_folder_embeds_as_open_clip_does(tiny, photos):
+    import open_clip
+
+    encoder = models.load(f"local-dir:{tiny}")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny}")
+    model.eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{tiny}")(SENTENCES)
+    image, text = encoder.encode_images(photos), encoder.encode_texts(SENTENCES)
+    with torch.no_grad():  # as encoders do; with gradients torch takes other kernels
+        assert torch.equal(image, unit(model.encode_image(torch.stack([transform(p) for p in photos]))))
+        assert torch.equal(text, unit(model.encode_text(tokens)))
+    assert encoder.scale == pytest.approx(1 / 0.07, rel=1e-5)
+    assert torch.equal(models.load(str(tiny)).encode_images(photos), image)  # a folder needs no prefix
+    half = models.load(str(tiny), autocast=torch.bfloat16).encode_images(photos)
+    assert 1e-7 < (half - image).abs().max() < 0.05
+
+
+def test_the_fingerprint_depends_on_weights_and_preprocessing_alone(tiny, tmp_path):
+    first = models.load(str(tiny)).fingerprint
+    assert models.load(str(shutil.copytree(tiny, tmp_path / "copy"))).fingerprint == first
+    assert models.load(str(material.tiny_open_clip(tmp_path / "other", seed=1))).fingerprint != first
+    config = json.loads((tmp_path / "copy/open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = "squash"
+    (tmp_path / "copy/open_clip_config.json").write_text(json.dumps(config))
+    assert models.load(str(tmp_path / "copy")).fingerprint != first
+
+
+def word_tokenizer(folder, kind):
+    """A small tokenizer on disk, of letters."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers import models as pieces
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {c: i + 3 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    tokenizer = Tokenizer(pieces.WordLevel({"<pad>": 0, "<s>": 1, "<unk>": 2, **letters, "</s>": 30}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 30)])
+    inputs = ["input_ids"] if kind == "siglip" else ["input_ids", "attention_mask"]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_input_names=inputs
+    )
+    fast.save_pretrained(folder)
+
+
+def tiny_transformers(folder, kind):
+    import transformers as hf
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {**size, "vocab_size": 31, "max_position_embeddings": 12}, {**size, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    if kind == "clip":
+        text |= {"eos_token_id": 30, "bos_token_id": 1, "pad_token_id": 0}
+        model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        processor = hf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    else:
+        model = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=vision))
+        processor = hf.SiglipImageProcessor(size={"height": 16, "width": 16})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    word_tokenizer(folder, kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_transformers_folder_embeds_as_the_whole_model_scores(kind, photos, tmp_path):
+    """Cosines against the logits that the model's own forward pass gives for its own processors' output."""
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    folder = str(tiny_transformers(tmp_path / kind, kind))
+    encoder = models.load(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=photos, return_tensors="pt")
+    padding = {"padding": "max_length", "truncation": True, "max_length": 12}
+    tokens = AutoTokenizer.from_pretrained(folder)(SENTENCES, **padding, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**pixels, **{k: tokens[k] for k in encoder_inputs(kind)})
+    logits = output.logits_per_image - (model.logit_bias if kind == "siglip" else 0)
+    cosines = encoder.encode_images(photos) @ encoder.encode_texts(SENTENCES).T
+    assert torch.allclose(cosines * encoder.scale, logits, atol=1e-5)
+    assert encoder.fingerprint == models.load(folder).fingerprint
+
+
+def encoder_inputs(kind):
+    return ["input_ids"] if kind == "siglip" else ["input_ids", "attention_mask"]
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path):
+    folder = tiny_transformers(tmp_path / "clip", "clip")
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"tokenizer of .* (is missing|has no vocabulary).*tokenizer\.json"):
+        models.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("ViT-B-32", r"architecture without weights; write ViT-B-32:TAG \(known: .*openai"),
+        ("ViT-B-32:no_such_tag", "open_clip cannot load ViT-B-32:no_such_tag"),
+        ("no-such-model", "no model 'no-such-model'"),
+        ("local-dir:/nowhere", "open_clip cannot load local-dir:/nowhere"),
+    ],
+)
+def test_a_reference_that_is_no_model_is_refused(ref, message):
+    with pytest.raises(ModelError, match=message):
+        models.load(ref)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="is no model: expected a run or checkpoint"):
+        models.load(str(tmp_path))
+    from transformers import BertConfig, BertModel
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    BertModel(BertConfig(**size)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"transformers cannot load|needs a dual encoder"):
+        models.load(str(tmp_path))
+
+
+def test_our_own_model_embeds_as_its_towers_do(photos):
+    """In memory, as the training loop hands it over: uint8 pixels and its own tokenizer."""
+    from vlp.data import decode
+    from vlp.data import text as tokenizers
+
+    model = material.our_model().eval()
+    encoder = models.from_model(model, keep=True)
+    pixels = torch.stack([decode.evaluate(p, model.image_spec) for p in photos])
+    assert pixels.dtype == torch.uint8
+    assert torch.allclose(encoder.encode_images(photos), unit(model.encode_image(pixels)), atol=1e-6)
+    ids = tokenizers.build(model.text_spec)(SENTENCES)
+    assert torch.allclose(encoder.encode_texts(SENTENCES), unit(model.encode_text(ids)), atol=1e-6)
+    assert encoder.fingerprint != "" and models.from_model(model).fingerprint == ""
