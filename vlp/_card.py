@@ -31,8 +31,10 @@ def render(
 _LIMITS = """\
 The model knows what its training pairs showed, and repeats their gaps and biases. Similarities rank candidates; they are
 not calibrated probabilities. Scores above hold for the data sets and protocols named there and say little about others.
-Resizing differs between libraries: transformers' image processor stays within one grey level (of 255) of open_clip's
-before normalisation, so embeddings of the same file differ slightly between libraries, and not at all on the same pixels."""
+Libraries prepare inputs differently, so embeddings of the same file or sentence differ slightly between them, and not at
+all on the same pixels and ids: transformers' image processor stays within one grey level (of 255) of open_clip's, but where
+the margin to crop is odd it crops one pixel aside; and only open_clip repairs text (HTML entities, curly quotes, full-width
+letters, wrongly decoded characters) before it tokenizes."""
 
 
 def _front_matter(name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None) -> str:

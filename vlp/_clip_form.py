@@ -110,8 +110,10 @@ def tower_config(section: open_clip.CLIPVisionCfg | open_clip.CLIPTextCfg, heads
 
 def _unlike(name: str, section: Any, required: Mapping[str, Any]) -> Iterator[str]:
     for key, value in required.items():
-        if getattr(section, key) != value:
-            yield f"{name}.{key} is {getattr(section, key)!r}, and CLIPModel knows only {value!r}"
+        found = getattr(section, key)
+        if found != value:
+            # what is None by rights is a name or a folder when it is not: naming it would put paths into public notes
+            yield f"{name}.{key} is set" if value is None else f"{name}.{key} is {found!r}, and CLIPModel knows only {value!r}"
     if section.block_type not in (None, "default"):
         yield f"{name}.block_type is {section.block_type!r}"
     if set(section.norm_kwargs or {}) - {"eps"}:

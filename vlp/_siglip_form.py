@@ -30,7 +30,8 @@ def obstacles(model: DualEncoder) -> list[str]:
     from timm.models.vision_transformer import VisionTransformer
 
     _, text = sections(model)
-    found = [f"text_cfg.{k} is {getattr(text, k)!r}, not {v!r}" for k, v in _TEXT.items() if getattr(text, k) != v]
+    unlike = {key: value for key, value in _TEXT.items() if getattr(text, key) != value}
+    found = [f"text_cfg.{k} is set" if v is None else f"text_cfg.{k} is not {v!r}" for k, v in unlike.items()]
     if not text.hf_tokenizer_name:
         found.append("it reads CLIP's tokens, which have no padding id of their own for SiglipModel to pool at")
     trunk = getattr(model.visual, "trunk", None)
@@ -80,8 +81,11 @@ def processor(model: DualEncoder) -> SiglipProcessor:
     """The model's own tokenizer and an image processor."""
     from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor, SiglipProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(model.text_spec.tokenizer, model_max_length=model.text_spec.context_length)
-    tokenizer.model_input_names = ["input_ids"]  # padding was attended to in training, so no attention mask
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.text_spec.tokenizer,
+        model_max_length=model.text_spec.context_length,
+        model_input_names=["input_ids"],  # padding was attended to in training, so no attention mask
+    )
     settings = image_settings(model)
     cropped = settings["do_center_crop"]
     if not cropped:

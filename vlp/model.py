@@ -95,10 +95,13 @@ class DualEncoder(nn.Module):
         image.set_grad_checkpointing(enable)
         if not isinstance(self.text, HFTextEncoder):
             self.text.set_grad_checkpointing(enable)
-        elif enable:
-            self.text.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.text.transformer.gradient_checkpointing_disable()
+        else:  # transformers renamed the methods on its way from 5.17 to 5.23
+            trunk = self.text.transformer
+            word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
+            if enable:
+                getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
+            else:
+                getattr(trunk, f"{word}_checkpointing_disable")()
 
     def lock(self, *, image: bool = False, text: bool = False) -> None:
         """Freeze towers (LiT, Zhai et al. 2022): no gradients, and evaluation mode even while training.
@@ -259,10 +262,10 @@ def _trunk(tower: nn.Module) -> nn.Module:
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists and sequences whose members are all of one class."""
+    """Members of the outermost lists and sequences whose members are all of one class, and not single layers."""
     children = list(module.children())
-    alike = bool(children) and len({type(child) for child in children}) == 1
-    if alike and (isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(children) > 1)):
+    alike = len({type(child) for child in children}) == 1 and all(any(child.children()) for child in children)
+    if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
         return children
     return [block for child in children for block in _repeated(child)]
 
