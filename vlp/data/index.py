@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from vlp import log
 from vlp.data.members import (
+    BLOCK,
     IMAGE_TYPES,
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -95,11 +96,20 @@ def scan(path: Path) -> Shard:
                 shard.report("", str(error))
                 scanner.finish(suspect=True)
                 suspect = True
-                position = find_header(file, error.offset + 1 + (-error.offset - 1) % 512, shard.size)
+                position = find_header(file, error.offset + 1 + (-error.offset - 1) % BLOCK, shard.size)
+        if scanner.members and not _ends(file, shard.size):
+            shard.report("", "the file ends without the mark of a tar's end, so its last sample may be half")
+            suspect = True
         scanner.finish(suspect)
     shard.rows = bytes(scanner.rows)
     shard.count = len(shard.rows) // ROW.size
     return shard
+
+
+def _ends(file: BinaryIO, size: int) -> bool:
+    """Whether the file ends in the zeros that close a tar; one that was cut between two members does not."""
+    file.seek(max(0, size - BLOCK))
+    return file.read() == bytes(BLOCK)
 
 
 class _Scanner:
