@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlp.model import DualEncoder
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_GIVEN = {"image": "pixel_values", "text": "input_ids"}  # the inputs' names, which are transformers'
 
 
 class OnnxError(ValueError):
@@ -23,57 +24,45 @@ class OnnxError(ValueError):
 
 def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
     """Write image.onnx (`pixel_values` [b, 3, H, W] float32, normalised → `image_embeds` [b, D]) and text.onnx (`input_ids`
-    [rows, L] int64 → `text_embeds` [rows, D]) and compare both with PyTorch at other batch sizes; a line a file says how
-    close they are. The names are transformers'."""
+    [rows, L] int64 → `text_embeds` [rows, D]), and compare both with PyTorch at other batch sizes than the traced one; a
+    line a file says how close they are. OnnxError for missing packages, or beyond `tolerance`."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise OnnxError(f"ONNX needs packages that are not installed; run: pip install {' '.join(missing)}")
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    length = model.text_spec.context_length
-
-    def pixels(rows: int) -> Tensor:
-        return torch.randn(rows, 3, *model.image_spec.size, generator=generator)
-
-    def ids(rows: int) -> Tensor:
-        drawn = torch.randint(3, 400, (rows, length), generator=generator)
-        drawn[:, length // 2] = model.text.vocab_size - 1  # the end token of CLIP's vocabulary: where the tower pools
-        return drawn
-
-    return [
-        _write(_Tower(model.encode_image), "pixel_values", "image_embeds", pixels, folder / "image.onnx", tolerance),
-        _write(_Tower(model.encode_text), "input_ids", "text_embeds", ids, folder / "text.onnx", tolerance),
-    ]
+    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _GIVEN]
 
 
 class _Tower(nn.Module):
-    """One method of a model as a module, which is what torch.onnx takes."""
+    """One side of a model as a module of one input and one output, which is what torch.onnx takes."""
 
-    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: DualEncoder, side: str) -> None:
         super().__init__()
-        self.model = encode.__self__  # registers the parameters
-        self.name = encode.__name__
+        self.model, self.side = model, side
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self.model, self.name)(x)
+        return getattr(self.model(**{self.side: x}), self.side)
+
+    def example(self, rows: int) -> Tensor:
+        return self.model.example(rows, seed=rows)[list(_GIVEN).index(self.side)]
 
 
 @torch.no_grad()
-def _write(tower: nn.Module, given: str, made: str, draw: Callable[[int], Tensor], path: Path, tolerance: float) -> str:
+def _write(tower: _Tower, path: Path, tolerance: float) -> str:
     import onnxruntime
 
+    given, made = _GIVEN[tower.side], f"{tower.side}_embeds"
     large = sum(p.numel() * p.element_size() for p in tower.parameters()) > 2**30  # one ONNX file ends at 2 GiB
-
     with _quiet():
         torch.onnx.export(
-            tower.eval(), (draw(2),), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},),
+            tower.eval(), (tower.example(2),), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},),
             input_names=[given], output_names=[made], external_data=large, verbose=False,
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     difference = 0.0
-    for rows in (1, 3):  # not the size that was traced: the batch must be free
-        x = draw(rows)
-        found = torch.from_numpy(session.run(None, {given: x.numpy()})[0])
+    for rows in (1, 3):
+        x = tower.example(rows)
+        found = torch.from_numpy(session.run([made], {given: x.numpy()})[0])
         difference = max(difference, (found - tower(x)).abs().max().item())
     if difference > tolerance:
         raise OnnxError(f"{path.name} differs from PyTorch by {difference:.1e}, more than {tolerance:g}")

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -124,30 +123,34 @@ def _write_transformers(model: DualEncoder, weights: dict[str, Tensor], folder: 
         processor.save_pretrained(folder)
         processor.image_processor.save_pretrained(folder)  # preprocessor_config.json, for transformers 4 and JavaScript
         notes = [f"transformers: {name}, embeddings within {difference:.1e} of the model's"]
-        return name, [*notes, *_companions(model, form, folder)]
+        return name, [*notes, *_companions(model, name, folder)]
     return None, [f"transformers: {refusal}" for refusal in refusals]
 
 
-def _companions(model: DualEncoder, form: ModuleType, folder: Path) -> Iterator[str]:
-    if form is _clip_form:
-        modules = [("", "CLIPModel"), ("1_Normalize", "Normalize")]
-        listing = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                   for i, (path, kind) in enumerate(modules)]  # fmt: skip
-        _write_json(folder / "modules.json", listing)
-        yield "sentence-transformers: modules.json"
-        if model.logit_bias is not None:
-            yield "transformers: CLIPModel has no logit bias; cosines, rankings and softmax are the model's, but no sigmoid is"
+def _companions(model: DualEncoder, name: str, folder: Path) -> Iterator[str]:
+    """What other libraries need beside transformers' files, and what these cannot say."""
+    kind = {"CLIPModel": "CLIPModel", "SiglipModel": "Transformer"}[name]
+    modules = [("", kind), ("1_Normalize", "Normalize")]
+    listing = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+               for i, (path, kind) in enumerate(modules)]  # fmt: skip
+    _write_json(folder / "modules.json", listing)
+    if name == "SiglipModel":
+        ways = {"text": "get_text_features", "image": "get_image_features"}
+        _write_json(folder / "sentence_bert_config.json", {
+            "transformer_task": "feature-extraction",
+            "modality_config": {side: {"method": way, "method_output_name": "pooler_output"} for side, way in ways.items()},
+            "module_output_name": "sentence_embedding",
+            "processing_kwargs": {"text": {"padding": "max_length"}},  # the last token is pooled, so there must be as many
+        })  # fmt: skip
+    yield "sentence-transformers: modules.json" + (" (5.4 or newer)" if name == "SiglipModel" else "")
+    if name == "CLIPModel" and model.logit_bias is not None:
+        yield "transformers: CLIPModel has no logit bias; cosines, rankings and softmax are the model's, but no sigmoid is"
 
 
 @torch.no_grad()
 def _difference(model: DualEncoder, network: nn.Module) -> float:
-    """Largest difference between a transformers model and ours, on noise and on ids that end as the tokenizer ends them."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(4, 3, *model.image_spec.size, generator=generator)
-    rows, length = 4, model.text_spec.context_length
-    ids = torch.randint(1, _clip_form.sections(model)[1].vocab_size - 2, (rows, length), generator=generator)
-    ids[:, length // 2 :] = 0
-    ids[:, length // 2] = _clip_form.END if model.text_spec.tokenizer == "clip" else 1
+    """The largest difference of a coordinate between a transformers model's embeddings and ours."""
+    pixels, ids = model.example(4)
     ours, theirs = model(pixels, ids), network(input_ids=ids, pixel_values=pixels)
     return max((ours.image - theirs.image_embeds).abs().max().item(), (ours.text - theirs.text_embeds).abs().max().item())
 

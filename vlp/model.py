@@ -6,7 +6,6 @@ The towers are open_clip's; parameter names are those of its CustomTextCLIP, exc
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from vlp import config
 from vlp.schema import plain
 from vlp.towers import _assemble, _weights
-from vlp.types import Features, ImageSpec
+from vlp.towers._exact import Pixels, Scaling
+from vlp.types import Features
 
 
 class DualEncoder(nn.Module):
@@ -120,6 +120,17 @@ class DualEncoder(nn.Module):
             module.eval()
         return self
 
+    def example(self, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs to compare models on: normalised noise [rows, 3, H, W] and random ids [rows, L], the same for one seed.
+
+        Every row holds the largest id once, in the middle, which in CLIP's vocabulary ends a text.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randn(rows, 3, *self.image_spec.size, generator=generator)
+        ids = torch.randint(self.text.vocab_size - 1, (rows, self.text_spec.context_length), generator=generator)
+        ids[:, ids.shape[1] // 2] = self.text.vocab_size - 1
+        return pixels, ids
+
     def description(self) -> dict[str, Any]:
         """All that is needed to build this model again, weights aside: the content of open_clip_config.json, as JSON values.
 
@@ -138,61 +149,6 @@ class DualEncoder(nn.Module):
         if self.logit_bias is not None:
             named["logit_bias"] = self.logit_bias.detach().reshape(())
         return named
-
-
-class Pixels(nn.Module):
-    """uint8 RGB → float32 (x/255 − mean) / std, as open_clip's transform computes it."""
-
-    def __init__(self, spec: ImageSpec) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image.float().div_(255).sub_(self.mean).div_(self.std)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Pixels:
-        return super()._apply(_never_rounding(fn), recurse)
-
-
-class Scaling(nn.Module):
-    """The logit scale exp(logit_scale), at most `config.max`, and the optional logit bias, never below float32.
-
-    bf16 stores ln 100 as 4.59375, which is 98.9: the parameters therefore ignore casts of the model. They are [1], not
-    scalars, because FSDP2 shards no scalars.
-    """
-
-    def __init__(self, log_scale: float, bias: float | None, settings: config.Scale) -> None:
-        super().__init__()
-        self.log_max = math.log(settings.max)
-        self.logit_scale = nn.Parameter(torch.tensor([log_scale], dtype=torch.float32), requires_grad=settings.learned)
-        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias], dtype=torch.float32))
-
-    def forward(self) -> tuple[Tensor, Tensor | None]:
-        """(scale [], bias [] or None)."""
-        scale = _Ceiling.apply(self.logit_scale, self.log_max).exp().squeeze(0)
-        return scale, None if self.logit_bias is None else self.logit_bias.squeeze(0)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Scaling:
-        return super()._apply(_never_rounding(fn), recurse)
-
-
-class _Ceiling(torch.autograd.Function):
-    """min(x, ceiling), whose gradient at and above the ceiling passes where descent lowers x.
-
-    A plain clamp has no gradient above its bound, so a scale that once got there would never come back; a plain
-    straight-through estimator would let it run away. Descent lowers x where the gradient is positive.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ceiling: float) -> Tensor:
-        ctx.save_for_backward(x >= ceiling)
-        return x.clamp(max=ceiling)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (reached,) = ctx.saved_tensors
-        return torch.where(reached, gradient.clamp(min=0), gradient), None
 
 
 def build(model: config.Model) -> DualEncoder:
@@ -277,13 +233,3 @@ def _unit(features: Tensor) -> Tensor:
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype  # asked at every call: engines swap parameters for cast ones
-
-
-def _never_rounding(fn: Any) -> Any:
-    """`fn` of Module._apply, except that a cast to fewer bits becomes a mere move to the device asked for."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        result = fn(tensor)
-        return result if result.dtype in (torch.float32, torch.float64) else tensor.to(result.device)
-
-    return moved
