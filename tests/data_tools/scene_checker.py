@@ -10,11 +10,11 @@ from typing import Any
 
 NUMBERS = dict(zip("one two three four five six seven eight nine ten".split(), range(1, 11)))  # noqa: SIM905
 SINGULAR = {s + "s": s for s in ("circle", "square", "triangle", "star", "heart", "diamond", "ring")} | {"crosses": "cross"}
-COLOR = "red|orange|yellow|green|blue|purple|white|black"
+COLOR = "red|orange|yellow|green|blue|purple|white|black|pink|brown|gray|grey|teal|tan"  # more than there are: false, not unknown
 NOUN = "|".join([*SINGULAR, *SINGULAR.values()])
 NUMBER = "an|a|" + "|".join(NUMBERS) + r"|\d+"
 GROUP = rf"(?:(?:{NUMBER}) )?(?:(?:small|large) )?(?:{COLOR}) (?:{NOUN})\b"
-GROUND = r"(\w+) (gray|tan|teal|pink|brown)"
+GROUND = rf"(?P<texture>plain|striped|checkered|dotted|speckled) (?P<ground>{COLOR})"
 PLACES = {
     "to the left of": "left", "left of": "left", "to the right of": "right", "right of": "right",
     "above": "above", "below": "below",
@@ -47,7 +47,7 @@ def truth(sentence: str, scene: dict[str, Any]) -> bool | None:
     for pattern in SENTENCES:
         if match := pattern.fullmatch(sentence):
             found = match.groupdict()
-            answers = [_ground(match, scene)]
+            answers: list[bool | None] = [_ground(found, scene)]
             members = [_members(found[name], scene, answers) for name in ("a", "z") if found.get(name)]
             if found.get("verb"):
                 answers.append((found["verb"] == "is") == (len(members[0]) == 1) or None)
@@ -60,11 +60,9 @@ def truth(sentence: str, scene: dict[str, Any]) -> bool | None:
     return None
 
 
-def _ground(match: re.Match, scene: dict[str, Any]) -> bool:
-    texts = [text for text in match.groups() if text]
-    colors = [i for i, text in enumerate(texts) if text in ("gray", "tan", "teal", "pink", "brown")]
+def _ground(found: dict[str, str | None], scene: dict[str, Any]) -> bool:
     ground = scene["background"]
-    return all(texts[i] == ground["color"] and texts[i - 1] == ground["texture"] for i in colors)
+    return found.get("ground") is None or (found["ground"], found["texture"]) == (ground["color"], ground["texture"])
 
 
 def _members(text: str, scene: dict[str, Any], answers: list[bool | None]) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""Small English: words and their places, articles, plurals, capitals. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+IRREGULAR = {
+    "man": "men", "woman": "women", "gentleman": "gentlemen", "child": "children", "person": "people", "foot": "feet",
+    "goose": "geese", "mouse": "mice", "tooth": "teeth", "knife": "knives", "wolf": "wolves", "leaf": "leaves", "loaf": "loaves",
+    "shelf": "shelves", "bookshelf": "bookshelves", "scarf": "scarves", "calf": "calves", "half": "halves",
+    "sheep": "sheep", "deer": "deer", "fish": "fish", "broccoli": "broccoli", "aircraft": "aircraft",
+    "tomato": "tomatoes", "potato": "potatoes", "bus": "buses",
+}  # fmt: skip
+_PLURALS = frozenset(IRREGULAR.values()) - {"broccoli"}
+_SINGULAR_S = frozenset(["gas", "lens", "has", "was", "as", "always", "perhaps", "towards"])
+_SOUNDS_LIKE_YOU = ("uni", "use", "usu", "uti", "eu", "ubi", "one", "once", "ut")
+_SOUNDS_LIKE_UN = ("unin", "unid", "unim")
+_SILENT_H = ("hour", "honest", "heir", "honor")
+
+
+class Word(NamedTuple):
+    """A word of a caption, in lower case, and where it stands."""
+
+    text: str
+    start: int
+    end: int
+
+
+def words(caption: str) -> list[Word]:
+    """Words and whole numbers in order; hyphens and apostrophes inside a word belong to it."""
+    return [Word(m[0].lower(), m.start(), m.end()) for m in re.finditer(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+", caption)]
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun in the singular: "box" → "boxes", "woman" → "women"."""
+    if noun in IRREGULAR:
+        return IRREGULAR[noun]
+    if re.search(r"(s|x|z|ch|sh)$", noun):
+        return noun + "es"
+    return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
+
+
+def is_plural(word: str) -> bool:
+    """Whether a word looks like a noun in the plural."""
+    if word in _PLURALS:
+        return True
+    return word.endswith("s") and not word.endswith(("ss", "us", "is", "'s", "’s")) and word not in _SINGULAR_S
+
+
+def article(following: str) -> str:
+    """"a" or "an", by the sound that `following` starts with."""
+    word = following.lower()
+    if word[:1].isdigit():
+        return "an" if word[0] == "8" or word in ("11", "18") else "a"
+    if word.startswith(_SILENT_H):
+        return "an"
+    if word.startswith(_SOUNDS_LIKE_YOU) and not word.startswith(_SOUNDS_LIKE_UN):
+        return "a"
+    return "an" if word[:1] in tuple("aeiou") else "a"
+
+
+def edit(caption: str, changes: list[tuple[int, int, str]]) -> str:
+    """Replace the spans (start, end, new words), keep each place's capitals, and correct the articles before them."""
+    for start, end, new in sorted(changes, reverse=True):
+        old, before = caption[start:end], caption[:start]
+        if match := re.search(r"\b(an?)(\s+)$", before, re.IGNORECASE):
+            before = before[: match.start()] + _capitals_of(match[1], article(new)) + match[2]
+        caption = before + _capitals_of(old, new) + caption[end:]
+    return caption
+
+
+def _capitals_of(old: str, new: str) -> str:
+    if len(old) > 1 and old.isupper():
+        return new.upper()
+    return new[:1].upper() + new[1:] if old[:1].isupper() else new
+
+
+def bare(caption: str) -> str:
+    """The words alone: captions that differ in capitals and punctuation only are the same."""
+    return " ".join(re.findall(r"[\w’'-]+", caption.lower()))

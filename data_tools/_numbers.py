@@ -1,0 +1,81 @@
+"""Counts in captions: the number words and digits two to ten where they count something, and their exchange."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vlp.data_tools._language import Word, edit, is_plural, words
+from vlp.data_tools._shuffle import FUNCTION_WORDS
+
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_NAMES = {n: word for word, n in NUMBERS.items()}
+# Whole words only ("often" holds "ten"), and no part of a longer number, time, price, range or compound ("two-story").
+_NUMBER = re.compile(rf"(?<![\w.:/$€£#%'’-])(?:{'|'.join(NUMBERS)}|10|[2-9])(?![\w:/%'’-]|[.,]\d)", re.I)
+_BOUNDS = "at ?least|at ?most|more than|less than|fewer than|up to|over|about|around|almost|nearly|roughly|the other|another"
+_BOUND = re.compile(rf"\b({_BOUNDS})\s+$", re.I)
+_BOUND_AFTER = re.compile(r"\s*(?:\w+\s+){1,3}(at ?most|at ?least|or (more|less|fewer))\b", re.I)
+_RANGE_AFTER = re.compile(rf"\s*(-|–|,|or|to)\s*({'|'.join(NUMBERS)}|\d)", re.I)
+_RANGE_BEFORE = re.compile(rf"({'|'.join(NUMBERS)}|one|\d)\s*(-|–|or|to)\s*$", re.I)
+_NAMES_OF = "number|no|nr|route|bus|train|highway|gate|platform|page|channel|level|room|flight|grade|size|age"
+_NAMED = re.compile(rf"\b({_NAMES_OF})\.?\s+$", re.I)
+_UNIT_NAMES = """
+years feet inches miles hours minutes seconds dollars cents degrees percent pounds meters times days weeks months ways halves
+stories kilometers yards ounces colors
+"""
+_UNITS = frozenset(_UNIT_NAMES.split())
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number that counts something: `head` is the counted noun."""
+
+    start: int
+    end: int
+    value: int
+    head: str
+
+
+def counts(caption: str) -> tuple[list[Count], list[str]]:
+    """The counts of a caption, and for every number that is none, why not."""
+    found, refused = [], []
+    for match in _NUMBER.finditer(caption):
+        value = NUMBERS.get(match[0].lower()) or int(match[0])
+        before, after, head = caption[: match.start()], caption[match.end() :], _head(caption, match.end())
+        if _BOUND.search(before) or _BOUND_AFTER.match(after):
+            refused.append("a bound or part, no exact number")
+        elif _RANGE_AFTER.match(after) or _RANGE_BEFORE.search(before):
+            refused.append("a range")
+        elif _NAMED.search(before):
+            refused.append("a name or label")
+        elif re.search(r"\d\s+$", before) or re.match(r"\s*(\d|½)", after):
+            refused.append("part of a longer number")
+        elif head in _UNITS:
+            refused.append("a measure or the like")
+        elif not head:
+            refused.append("no plural noun after it")
+        else:
+            found.append(Count(match.start(), match.end(), value, head))
+    return found, refused
+
+
+def exchange(caption: str, found: list[Count], value: int) -> str:
+    """The caption with another number at these places, as a word or digits as before; a and an are corrected."""
+    written = {count: caption[count.start : count.end] for count in found}
+    return edit(caption, [(c.start, c.end, str(value) if text.isdigit() else _NAMES[value]) for c, text in written.items()])
+
+
+def counterfactuals(caption: str, found: list[Count]) -> list[str]:
+    """The caption with each of the eight other numbers from two to ten in the place of its one number."""
+    return [exchange(caption, found, n) for n in _NAMES if n != found[0].value]
+
+
+def _head(caption: str, start: int) -> str:
+    """The last word of the noun phrase that starts at `start` if the phrase is a plural, else ""."""
+    phrase: list[Word] = []
+    for word in words(caption[start:]):
+        gap = caption[start + (phrase[-1].end if phrase else 0) : start + word.start]
+        if gap.strip() or word.text in FUNCTION_WORDS or len(phrase) == 4:
+            break
+        phrase.append(word)
+    return next((word.text for word in phrase if is_plural(word.text)), "")

@@ -1,0 +1,92 @@
+"""Negatives by a language model of transformers that the user names: a masked one fills in other words, a causal one
+continues a prompt. Nothing vouches that they are false; `vlp data negatives` drops only what captions show to be true."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+from vlp.data_tools._language import edit, words
+from vlp.data_tools._rules import Negative
+from vlp.data_tools._shuffle import FUNCTION_WORDS
+
+N_WORDS = 2  # words of a caption that a masked model is asked for
+N_LIKELY = 20  # its most likely words to choose from; beyond them sentences fall apart
+
+
+class Masked:
+    """Replaces content words by others that a masked language model finds likely."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForMaskedLM.from_pretrained(name).eval()
+        # How the vocabulary tells a word's beginning: a mark of its own, or the lack of a mark on continuations.
+        self.marks = next((m for m in ("Ġ", "▁") if any(t.startswith(m) for t in self.tokenizer.get_vocab())), "")
+
+    def __call__(self, caption: str, rng: random.Random) -> list[Negative]:
+        import torch
+
+        places = [w for w in words(caption) if w.text not in FUNCTION_WORDS and w.text.isalpha()]
+        result = []
+        for word in rng.sample(places, min(N_WORDS, len(places))):
+            masked = caption[: word.start] + self.tokenizer.mask_token + caption[word.end :]
+            inputs = self.tokenizer(masked, return_tensors="pt", truncation=True)
+            place = (inputs.input_ids[0] == self.tokenizer.mask_token_id).nonzero()
+            if not len(place):
+                continue  # cut off with the end of a long caption
+            with torch.inference_mode():
+                logits = self.model(**inputs).logits[0, place[0, 0]]
+            fitting = [new for i in logits.topk(min(N_LIKELY, len(logits))).indices.tolist() if (new := self._word(i, caption))]
+            if fitting:
+                new = rng.choice(fitting)
+                result.append(Negative("masked", edit(caption, [(word.start, word.end, new)]), frozenset({new})))
+        return result
+
+    def _word(self, token: int, caption: str) -> str:
+        """A token as a whole word that the caption does not hold yet, else ""."""
+        text = self.tokenizer.decode([token]).strip().lower()
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        whole = text.isalpha() and piece.startswith(self.marks) and not piece.startswith("##")
+        known = text in FUNCTION_WORDS or text in {w.text for w in words(caption)} or token in self.tokenizer.all_special_ids
+        return text if whole and not known else ""
+
+
+class Causal:
+    """Takes the first line with which a causal language model continues the prompt (greedily, so always the same)."""
+
+    def __init__(self, name: str, prompt: str) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForCausalLM.from_pretrained(name).eval()
+        self.prompt = prompt
+
+    def __call__(self, caption: str, rng: random.Random) -> list[Negative]:
+        import torch
+
+        inputs = self.tokenizer(self.prompt.replace("{}", caption), return_tensors="pt")
+        length = inputs.input_ids.shape[1]
+        more = 2 * len(self.tokenizer(caption).input_ids) + 4
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        with torch.inference_mode():
+            output = self.model.generate(
+                inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=more, do_sample=False, pad_token_id=pad
+            )
+        lines = self.tokenizer.decode(output[0, length:], skip_special_tokens=True).strip().splitlines()
+        return [Negative("rewritten", lines[0].strip().strip('"'))] if lines and lines[0].strip() else []
+
+
+@cache
+def load(name: str, prompt: str) -> Masked | Causal:
+    """The rewriter for a model's name or folder; raises ValueError for a model that is neither masked nor causal."""
+    from transformers import AutoConfig
+
+    architectures = AutoConfig.from_pretrained(name).architectures or []
+    if any(a.endswith("ForMaskedLM") for a in architectures):
+        return Masked(name)
+    if any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+        return Causal(name, prompt)
+    kind = ", ".join(architectures) or "model of no named kind"
+    raise ValueError(f"rewriter {name!r} is a {kind}; expected a masked or a causal language model")

@@ -1,0 +1,231 @@
+"""`vlp data negatives`: shards → the same shards with hard-negative captions in every sample's JSON.
+
+Written fields, all of one length (at most K; fewer where fewer were found, none for a sample without any):
+    negatives        captions that are false of the picture
+    negatives_valid  true for each of them: what is not valid is not written, and the loader pads to K and masks
+    negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun, replace_number,
+                     replace_relation, order_*, masked, rewritten, or what --from says ("given" where it says nothing)
+    negatives_of     the number of the caption that each was made from, −1 where it was given
+
+Rules need no model and come from word lists (words.yaml). What is equal to a caption of the sample, or says of it what
+another of its captions says too, is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlp.data.members import Content
+    from vlp.data_tools._lexicon import Lexicon
+    from vlp.data_tools._rules import Negative
+
+HELP = "add hard-negative captions by rule, from a file, or by a language model"
+EXAMPLE = """vlp data negatives data/train --to data/train_negatives --k 4
+  vlp data negatives data/train --print 50
+  vlp data negatives data/train --to data/llm --kinds none --from negatives.jsonl
+"""
+KINDS = ("swap_attribute", "swap_noun", "replace_attribute", "replace_noun", "replace_number", "replace_relation", "order")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data negatives`."""
+    add = parser.add_argument
+    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    add("--to", metavar="DIR", help="folder for the new shards; a call with the same options goes on where one stopped")
+    add("--k", type=int, default=4, metavar="K", help="most negatives a sample (default: %(default)s)")
+    add("--kinds", default=",".join(KINDS), metavar="NAMES", help="rules, joined by commas, or none (default: %(default)s)")
+    add("--words", metavar="FILE.yaml", help="word lists to use instead of the tool's own (data_tools/words.yaml)")
+    add("--from", dest="given", metavar="FILE.jsonl", help='given negatives: {"key": …, "negatives": […], "kinds": […]} a line')
+    add("--rewriter", metavar="MODEL", help="masked or causal language model of transformers (name or folder) for more negatives")
+    add("--prompt", default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",
+        help="what a causal rewriter continues; {} is the caption")  # fmt: skip
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--processes", type=int, default=1, metavar="N", help="shards at the same time (default: %(default)s)")
+    add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N negatives to judge; without --to, write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the shards and print what was made, what was dropped and why."""
+    from vlp.data.sources.shards import expand
+    from vlp.data_tools._shards import claim, report, transform
+
+    if not args.to and not args.n_print:
+        raise ValueError("nothing to do: name --to DIR to write shards, or --print N to look at negatives")
+    sources = expand(args.source)
+    change = _change(args)
+    if args.n_print:
+        print(_examples(sources, change, args.n_print))
+    if args.to:
+        folder = Path(args.to)
+        claim(folder, "negatives", sources, change.settings())
+        counts = transform(sources, folder, "negatives", change, 1 if args.rewriter else args.processes)
+        if change.given:
+            counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
+        print(report(counts, f"{folder}:"))
+    return 0
+
+
+def _change(args: argparse.Namespace) -> AddNegatives:
+    from vlp.data_tools._lexicon import Lexicon
+    from vlp.schema import did_you_mean
+
+    kinds = () if args.kinds == "none" else tuple(args.kinds.split(","))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"no rule {kind!r}{did_you_mean(kind, KINDS)}")
+    if args.k < 1 or args.processes < 1:
+        raise ValueError(f"--k {args.k} and --processes {args.processes} must be at least 1")
+    if "{}" not in args.prompt:
+        raise ValueError(f"--prompt {args.prompt!r} lacks the {{}} that stands for the caption")
+    given = read_given(Path(args.given)) if args.given else {}
+    if not (kinds or given or args.rewriter):
+        raise ValueError("no source of negatives: leave --kinds at its default, or give --from or --rewriter")
+    return AddNegatives(args.k, kinds, args.seed, Lexicon.load(args.words), given, args.rewriter, args.prompt)
+
+
+def read_given(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """Key → (negative, kind) pairs of a JSONL file; raises ValueError with the line of the first mistake."""
+    result: dict[str, list[tuple[str, str]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts = row["negatives"]
+            kinds = row.get("kinds", ["given"] * len(texts))
+            right = isinstance(row["key"], str) and isinstance(texts, list) and isinstance(kinds, list)
+            right = right and len(kinds) == len(texts) and all(isinstance(text, str) for text in texts + kinds)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            right = False
+        if not right:
+            expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"]} (kinds may be left out)'
+            raise ValueError(f"{path}:{number}: found {line[:100]!r}, expected {expected}")
+        result.setdefault(row["key"], []).extend(zip(texts, kinds))
+    if not result:
+        raise ValueError(f"{path} holds no negatives")
+    return result
+
+
+@dataclass
+class AddNegatives:
+    """The change of one sample (see `vlp.data_tools._shards.Change`)."""
+
+    k: int
+    kinds: tuple[str, ...]
+    seed: int
+    lexicon: Lexicon
+    given: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    rewriter: str | None = None
+    prompt: str = "{}"
+
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on, besides the input."""
+        given = hashlib.sha256(json.dumps(self.given, sort_keys=True).encode()).hexdigest()[:16] if self.given else None
+        words = hashlib.sha256(repr(self.lexicon.entries).encode()).hexdigest()[:16]
+        model = {"rewriter": self.rewriter, "prompt": self.prompt if self.rewriter else None}
+        return {"k": self.k, "kinds": self.kinds, "seed": self.seed, "words": words, "given": given, **model}
+
+    def __call__(self, sample: Content, shard: int, counts: Counter[str]) -> tuple[list[str], dict[str, Any]]:
+        captions = list(sample.captions)
+        chosen = self.choose(sample.key, captions, counts)
+        if sample.meta.get("negatives"):
+            counts["samples whose earlier negatives were replaced"] += 1
+        meta = {
+            **sample.meta,
+            "negatives": [n.text for n, _ in chosen],
+            "negatives_valid": [True] * len(chosen),
+            "negative_kinds": [n.kind for n, _ in chosen],
+            "negatives_of": [i for _, i in chosen],
+        }
+        counts["samples without negatives" if not chosen else "samples with negatives"] += 1
+        counts.update(f"negatives written: {n.kind}" for n, _ in chosen)
+        return captions, meta
+
+    def choose(self, key: str, captions: list[str], counts: Counter[str]) -> list[tuple[Negative, int]]:
+        """At most K (negative, number of its caption) pairs: the given ones first, then every kind in turn."""
+        rng = random.Random(f"{self.seed}/{key}")
+        pool = self._valid(self._candidates(key, captions, rng, counts), captions, counts)
+        turns: dict[str, list[tuple[Negative, int]]] = {}
+        for item in pool:
+            kind = "order" if item[0].kind.startswith("order") else item[0].kind
+            turns.setdefault("given" if item[1] < 0 else kind, []).append(item)
+        chosen = turns.pop("given", [])[: self.k]
+        queues = [rng.sample(queue, len(queue)) for queue in turns.values()]
+        rng.shuffle(queues)
+        while len(chosen) < self.k and any(queues):
+            chosen += [queue.pop() for queue in queues if queue][: self.k - len(chosen)]
+        return chosen
+
+    def _candidates(self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]) -> list[tuple[Negative, int]]:
+        from vlp.data_tools._rules import Negative, propose
+
+        given = self.given.get(key, [])
+        counts["given: keys used"] += bool(given)
+        found = [(Negative(kind, text.strip()), -1) for text, kind in given]
+        for i, caption in enumerate(captions):
+            passed: Counter[str] = Counter()
+            negatives = propose(caption, self.lexicon, rng, self.kinds, passed)
+            if self.rewriter:
+                negatives += _rewriter(self.rewriter, self.prompt)(caption, rng)
+            found += [(negative, i) for negative in negatives]
+            counts["captions read"] += 1
+            counts.update({f"captions with {kind}": 1 for kind in {n.kind for n in negatives}})
+            counts.update({f"passed over: {reason}": n for reason, n in passed.items()})
+            if not negatives:
+                counts["captions without negatives"] += 1
+        return found
+
+    def _valid(
+        self, candidates: list[tuple[Negative, int]], captions: list[str], counts: Counter[str]
+    ) -> list[tuple[Negative, int]]:
+        from vlp.data_tools._language import bare
+
+        kept: list[tuple[Negative, int]] = []
+        true, seen = {bare(caption) for caption in captions}, set()
+        for negative, i in candidates:
+            others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
+            text = bare(negative.text)
+            if not text:
+                reason = "empty"
+            elif text in true:
+                reason = "equal to a caption"
+            elif any(word in others and re.search(rf"\b{re.escape(word)}\b", others) for word in negative.new_words):
+                reason = "says what another caption of the picture says"
+            elif text in seen:
+                reason = "repeated"
+            else:
+                seen.add(text)
+                kept.append((negative, i))
+                continue
+            counts[f"dropped: {reason}"] += 1
+        return kept
+
+
+def _rewriter(name: str, prompt: str) -> Any:
+    from vlp.data_tools._rewriter import load
+
+    return load(name, prompt)
+
+
+def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
+    """`n` random negatives below their captions."""
+    from vlp.data_tools._shards import samples
+
+    rng, found, counts = random.Random(change.seed), [], Counter()
+    for path in sources:
+        for sample in samples(path, counts):
+            captions = list(sample.captions)
+            for negative, i in change.choose(sample.key, captions, counts):
+                found.append((captions[i] if i >= 0 else captions[0] if captions else "", negative))
+    chosen = rng.sample(found, min(n, len(found)))
+    width = max((len(negative.kind) for _, negative in chosen), default=0)
+    return "\n".join(f"{'':{width}}  {caption}\n{negative.kind:{width}}  {negative.text}\n" for caption, negative in chosen)
