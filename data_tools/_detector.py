@@ -1,0 +1,24 @@
+"""How many objects of the most frequent class a detector of transformers, named by the user, sees in a picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+
+def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int]:
+    """(class, number) of the class seen most often above `threshold`; ("", 0) where nothing is seen."""
+    with Image.open(BytesIO(image)) as picture:
+        found = _pipeline(model)(picture.convert("RGB"), threshold=threshold)
+    return next(iter(Counter(box["label"] for box in found).most_common(1)), ("", 0))
+
+
+@cache
+def _pipeline(model: str) -> Any:
+    from transformers import pipeline
+
+    return pipeline("object-detection", model=model)

@@ -1,0 +1,194 @@
+"""`vlp data counting`: shards → shards of counting pairs, for the term `counting` (arXiv 2302.12066).
+
+Kept are samples with a caption that counts something from two to ten, in words or digits; each keeps that one caption,
+so that picture, caption and counterfactuals belong together. Written fields:
+    counterfactuals  the caption with other numbers, in random order (so that the first is a fair choice of one)
+    number           the number in the caption
+    all_captions     the captions that the sample came with
+
+A caption's number must count a plural noun exactly: no measure, range, bound, name or part of a compound. With
+--detector, the picture must show as many objects of its most frequent class as the caption says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlp.data.members import Content
+
+HELP = "select captions that count and add counterfactuals with other numbers"
+EXAMPLE = """vlp data counting data/train --to data/counting --balance equal
+  vlp data counting data/train --to data/counting --detector PekingU/rtdetr_r50vd --threshold 0.5
+  vlp data counting data/train --print 50
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data counting`."""
+    add = parser.add_argument
+    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    add("--to", metavar="DIR", help="folder for the new shards; a call with the same options goes on where one stopped")
+    add("--counterfactuals", type=int, default=8, metavar="C", help="1 to 8 a sample (default: %(default)s)")
+    add("--balance", default="none", metavar="HOW", help="none, equal (as many of each number as of the rarest), or the most")
+    add("--detector", metavar="MODEL", help="object detector of transformers (name or folder) that must agree with the caption")
+    add("--threshold", type=float, default=0.5, help="score from which a detected object counts (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--processes", type=int, default=1, metavar="N", help="shards at the same time (default: %(default)s)")
+    add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N captions to judge; without --to, write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Survey the captions, balance, write the shards, and print what was kept, what was dropped and why."""
+    from vlp.data.sources.shards import expand
+    from vlp.data_tools._shards import claim, report, transform
+
+    _check(args)
+    sources = expand(args.source)
+    if args.n_print:
+        print(_examples(sources, args))
+    if not args.to:
+        return 0
+    folder = Path(args.to)
+    settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
+    settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
+    claim(folder, "counting", sources, settings)
+    surveyed, counts = [], Counter()
+    for i, path in enumerate(sources):
+        surveyed.append(_survey(path, folder / f"{i:05d}_survey.json", args, counts))
+    chosen = balance([kept for kept, _ in surveyed], args.balance, args.seed)
+    for _, survey_counts in surveyed:
+        counts.update(survey_counts)
+    n_kept, n_chosen = sum(len(kept) for kept, _ in surveyed), sum(map(len, chosen))
+    if not n_chosen:
+        print(report(counts, f"{folder}:"), file=sys.stderr)
+        raise ValueError(f"no caption in {args.source} counts anything from two to ten; the reasons are listed above")
+    written = transform(sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), args.processes)
+    counts.update({name: n for name, n in written.items() if name.startswith(("number", "samples written"))})
+    counts["dropped: beyond the balance"] = n_kept - n_chosen
+    print(report(counts, f"{folder}:"))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.to and not args.n_print:
+        raise ValueError("nothing to do: name --to DIR to write shards, or --print N to look at captions")
+    if not 1 <= args.counterfactuals <= 8:
+        raise ValueError(f"--counterfactuals is {args.counterfactuals}; there are 1 to 8 other numbers from two to ten")
+    if args.balance not in ("none", "equal") and not (args.balance.isdigit() and int(args.balance)):
+        raise ValueError(f"--balance is {args.balance!r}; expected none, equal, or a number of samples")
+    if args.processes < 1 or not 0 < args.threshold < 1:
+        raise ValueError(f"--processes {args.processes} must be at least 1 and --threshold {args.threshold} in (0, 1)")
+
+
+def select(sample: Content, args: argparse.Namespace, counts: Counter[str]) -> tuple[int, int] | None:
+    """(index of the first usable caption, its number), or None; `counts` learns why captions and samples are dropped."""
+    from vlp.data_tools._numbers import counts as find
+
+    counted: list[tuple[int, int]] = []
+    for i, caption in enumerate(sample.captions):
+        found, refused = find(caption)
+        counts["captions read"] += 1
+        counts.update({f"captions dropped: {reason}": 1 for reason in set(refused) if not found})
+        if len({count.value for count in found}) > 1:
+            counts["captions dropped: several numbers"] += 1
+        elif found:
+            counted.append((i, found[0].value))
+        elif not refused:
+            counts["captions dropped: no number from two to ten"] += 1
+    counts["captions that count"] += len(counted)
+    if not counted:
+        counts["dropped: no caption counts"] += 1
+    elif len({number for _, number in counted}) > 1:
+        counts["dropped: the captions' numbers differ"] += 1
+    elif not args.detector or _seen(sample, counted[0][1], args, counts):
+        return counted[0]
+    return None
+
+
+def _seen(sample: Content, number: int, args: argparse.Namespace, counts: Counter[str]) -> bool:
+    from vlp.data_tools._detector import most_frequent
+
+    label, n = most_frequent(sample.image, args.detector, args.threshold)
+    if n != number:
+        counts["dropped: the detector sees nothing" if not label else "dropped: the detector counts another number"] += 1
+    return n == number
+
+
+Kept = list[tuple[str, int, int]]  # key, index of the caption, number
+
+
+def _survey(path: Path, note: Path, args: argparse.Namespace, counts: Counter[str]) -> tuple[Kept, Counter[str]]:
+    """What a shard offers; kept on disk, because a detector may have taken hours for it."""
+    from vlp.data.index import write_atomically
+    from vlp.data_tools._shards import samples
+
+    if not note.exists():
+        found: Counter[str] = Counter()
+        kept = [(sample.key, *chosen) for sample in samples(path, found) if (chosen := select(sample, args, found))]
+        write_atomically(note, json.dumps({"kept": kept, "counts": found}).encode())
+        print(f"{path.name}: {len(kept)} of {found['samples read']} samples count", file=sys.stderr)
+    result = json.loads(note.read_text(encoding="utf-8"))
+    return [tuple(item) for item in result["kept"]], Counter(result["counts"])
+
+
+def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[int, int]]]:
+    """For every shard, key → (caption, number) of the samples that stay; which ones is random but fixed by the seed."""
+    everything = [(shard, *item) for shard, kept in enumerate(surveyed) for item in kept]
+    numbers = Counter(number for *_, number in everything)
+    if how == "equal" and len(numbers) < 9:
+        missing = [str(n) for n in range(2, 11) if n not in numbers]
+        raise ValueError(f"--balance equal, but no caption counts {', '.join(missing)}; give the most of each number instead")
+    most = {"none": len(everything), "equal": min(numbers.values(), default=0)}.get(how) if not how.isdigit() else int(how)
+    result: list[dict[str, tuple[int, int]]] = [{} for _ in surveyed]
+    taken: Counter[int] = Counter()
+    for shard, key, caption, number in sorted(everything, key=lambda item: random.Random(f"{seed}/{item[:2]}").random()):
+        if taken[number] < most:
+            taken[number] += 1
+            result[shard][key] = (caption, number)
+    return result
+
+
+@dataclass
+class MakePairs:
+    """The change of one sample (see `vlp.data_tools._shards.Change`)."""
+
+    chosen: list[dict[str, tuple[int, int]]]  # a shard: key → (caption, number)
+    n_counterfactuals: int
+    seed: int
+
+    def __call__(self, sample: Content, shard: int, counts: Counter[str]) -> tuple[list[str], dict[str, Any]] | None:
+        if sample.key not in self.chosen[shard]:
+            return None
+        i, number = self.chosen[shard][sample.key]
+        caption = sample.captions[i]
+        texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[: self.n_counterfactuals]
+        counts[f"number {number:2}"] += 1
+        return [caption], {**sample.meta, "counterfactuals": texts, "number": number, "all_captions": list(sample.captions)}
+
+
+def wrong_counts(caption: str, rng: random.Random) -> list[str]:
+    """The caption with each of the eight other numbers, in random order; a number that stands twice changes twice."""
+    from vlp.data_tools._numbers import counterfactuals, counts
+
+    found, _ = counts(caption)
+    return rng.sample(texts := counterfactuals(caption, found), len(texts))
+
+
+def _examples(sources: list[Path], args: argparse.Namespace) -> str:
+    from vlp.data_tools._shards import samples
+
+    rng, found = random.Random(args.seed), []
+    for path in sources:
+        for sample in samples(path, Counter()):
+            if chosen := select(sample, args, Counter()):
+                caption = sample.captions[chosen[0]]
+                found.append(f"{chosen[1]:2}  {caption}\n    {wrong_counts(caption, rng)[0]}\n")
+    return "\n".join(rng.sample(found, min(args.n_print, len(found))))
