@@ -30,6 +30,7 @@ class Record:
     picture: Picture
     captions: tuple[str, ...] = ()
     label: int | str | tuple[int, ...] | None = None  # class number, class name, or several numbers (multi-label)
+    meta: dict[str, Any] = field(default_factory=dict)  # the sample's JSON, or the table's row
 
 
 @dataclass
@@ -131,7 +132,7 @@ def _from_samples(root: Path, samples: Iterator[tuple[str, dict[str, Picture]]])
         label = content.meta.get("class", content.meta.get("cls"))
         if "npy" in members:
             label = _multi_hot(members["npy"])
-        records.append(Record(image, content.captions, label))
+        records.append(Record(image, content.captions, label, content.meta))
     return Source(str(root), records)
 
 
@@ -180,7 +181,7 @@ def _table(path: Path, split: str, missing: str) -> Source:
     found = [(row, collection.find(row["image"])) for row in rows]
     absent = [row["image"] for row, picture in found if picture is None]
     refuse_missing(absent, len(rows), collection.root, missing)
-    records = [Record(picture, captions_of(row), row.get("class")) for row, picture in found if picture]
+    records = [Record(picture, captions_of(row), row.get("class"), row) for row, picture in found if picture]
     return Source(str(path), records, skipped=absent)
 
 

@@ -89,7 +89,7 @@ class Collection:
         else:
             raise DataError(f"no images at {root}: expected a folder of images or a .tar; give it as images=PATH")
         if not self.pictures:
-            raise DataError(f"{root} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
+            raise DataError(f"{root} holds no image ({', '.join(sorted(IMAGE_TYPES))}); give their folder or .tar as images=PATH")
         self.root = root
         self._by_last: dict[str, list[str]] = {}
         for name in self.pictures:

@@ -25,7 +25,7 @@ from vlp.plugin import Plugin
 from vlp.schema import plain
 
 PACKAGES = ("vlp", "torch", "torchvision", "open_clip_torch", "transformers", "pillow")
-LOWER_IS_BETTER = ("_rank", "centroid_distance", "linear_separability", "uniformity_image", "uniformity_text", "alignment")
+LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability")  # of the scores that have outcomes by unit
 
 
 def record(plugin: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]:

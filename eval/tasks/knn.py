@@ -1,0 +1,40 @@
+"""k nearest neighbours on image embeddings: the training images vote, weighted by e^{cos/T} (Wu et al. 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlp.eval import embed, metrics
+from vlp.eval.tasks import TaskResult, _labelled
+
+VERSION = 1
+KNOWN_AS = "knn"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which labelled set, and how many neighbours."""
+
+    data: str  # as for zeroshot, with both splits
+    split: str = "test"
+    train_split: str = "train"
+    k: int = 20
+    temperature: float = 0.07
+    missing: Literal["error", "skip"] = "error"  # annotations without their image
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.temperature <= 0:
+            raise ValueError(f"k is {self.k} and temperature {self.temperature}; expected k >= 1 and temperature > 0")
+
+
+def read(options: Options) -> _labelled.Splits:
+    return _labelled.read(options.data, options.train_split, options.split, options.missing)
+
+
+def run(encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context) -> TaskResult:
+    bank, queries = (_labelled.embedded(encoder, part, context) for part in (data.train, data.test))
+    ranks = metrics.nearest_neighbour_ranks(
+        queries, bank, data.train.labels, data.test.labels, len(data.test.classes), options.k, options.temperature
+    )
+    return _labelled.result(ranks, data, context, options.k, options.temperature)
