@@ -70,13 +70,28 @@ def test_negatives_are_written_and_nothing_else_changes(shards: Path, tmp_path: 
     assert re.search(r"samples without negatives +1\b", out) and re.search(r"samples written +6\b", out)
 
 
-def test_the_loader_pads_and_masks_samples_with_fewer_negatives(shards: Path, tmp_path: Path) -> None:
-    """K varies between samples: the index knows the most, and what is missing is masked."""
-    from vlp.data.index import ROW, index
+def test_the_loader_pads_and_masks_what_the_tools_write(tmp_path: Path) -> None:
+    """From captions to a batch: K varies between samples and is padded and masked; so are samples that do not count."""
+    from vlp.config import Data
+    from vlp.data.loader import Loader
+    from vlp.data.sources import Common
+    from vlp.data.sources.shards import Options
+    from vlp.data_tools._scene_draw import encode
+    from vlp.plugin import Plugin
+    from vlp.types import ImageSpec, TextSpec
 
-    call(negatives, shards, "--to", tmp_path / "out", "--k", 3)
-    rows = b"".join(shard.rows for shard in index(sorted((tmp_path / "out").glob("*.tar"))))
-    assert sorted({row[3] for row in ROW.iter_unpack(rows)})[0] == 0 and max(row[3] for row in ROW.iter_unpack(rows)) == 3
+    with ShardWriter(tmp_path / "in") as writer:
+        for i, captions in enumerate(CAPTIONS):
+            writer.add(f"k{i}", encode(scenes.generate(i, size=32).image), "jpg", captions)
+    call(negatives, tmp_path / "in", "--to", tmp_path / "n", "--k", 3)
+    call(counting, tmp_path / "in", "--to", tmp_path / "c")
+    sources = [Plugin("vlp.data.sources", "shards", Options(str(tmp_path / name)), Common()) for name in "nc"]
+    data = Data(sources, workers=0)
+    [batch] = [next(Loader(data, ImageSpec((32, 32)), TextSpec("clip", 16), batch=9, seed=0))]
+    written = [len(s.meta["negatives"]) for s in read(tmp_path / "n").values()] + [0] * 3
+    assert set(written) == {0, 1, 3} and [batch.negatives_valid[batch.sample_id == i].sum().item() for i in range(9)] == written
+    assert batch.negatives.shape == (9, 3, 16) and batch.counterfactual.shape == (9, 8, 16)
+    assert batch.counterfactual_valid.sum() == 3 and set(batch.sample_id[batch.counterfactual_valid].tolist()) == {6, 7, 8}
 
 
 def test_what_captions_show_to_be_true_is_dropped() -> None:
