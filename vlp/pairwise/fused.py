@@ -30,6 +30,7 @@ class Margin:
     def __init__(self, reduction: Reduction, block: Block) -> None:
         self.both_ways = bool(reduction.columns)
         self.unshifted = self._bound(block) <= self.BOUND
+        self.scratch: Tensor | None = None  # for dz, of one tile after another
 
     @staticmethod
     def _bound(block: Block) -> float:
@@ -66,10 +67,15 @@ class Margin:
             if self.both_ways:
                 d += (e - columns.to(e.dtype).unsqueeze(0)).exp_().mul_(by_column.to(e.dtype).unsqueeze(0))
         else:
-            d = (by_row * (shift - rows).exp_()).to(e.dtype).unsqueeze(1)
+            by_row = (by_row * (shift - rows).exp_()).to(e.dtype).unsqueeze(1)
+            by_column = (by_column * (shift - columns).exp_()).to(e.dtype).unsqueeze(0)
+            if self.scratch is None or self.scratch.numel() < e.numel():
+                self.scratch = e.new_empty(e.numel())
+            d = self.scratch[: e.numel()].view_as(e)
             if self.both_ways:
-                d = d + (by_column * (shift - columns).exp_()).to(e.dtype).unsqueeze(0)
-            d = d * e if not self.both_ways else d.mul_(e)
+                torch.add(by_row, by_column, out=d).mul_(e)
+            else:
+                torch.mul(by_row, e, out=d)
         _Pairs(tile, *d.shape).write(d, upstream[1])
         return Gradients([d])
 

@@ -26,8 +26,8 @@ class Engine:
     """How pairwise reductions are computed.
 
     topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device), `triton` (CUDA), `auto`.
-    memory_budget: bytes for score tiles kept from forward, which then need no recomputation; None: as many bytes as
-    the candidates' embeddings take, so that memory stays O(n·D). Raises ValueError, naming what is valid, for a group
+    memory_budget: bytes for score tiles kept from forward, which then need no recomputation; None: three times
+    the candidates' embeddings, so that memory stays O(n·D). Raises ValueError, naming what is valid, for a group
     size that does not divide the ranks, an unknown impl, or one that this machine cannot run.
     """
 
@@ -64,7 +64,7 @@ class Engine:
 
     def plan(self, group: dist.Group, block: Block) -> exchange.Plan:
         candidates = group.size * sum({id(t): t.nbytes for t in block.right}.values())
-        budget = candidates if self.memory_budget is None else self.memory_budget
+        budget = 3 * candidates if self.memory_budget is None else self.memory_budget
         ring = self.topology.exchange == "ring"
         return exchange.Plan(group, ring, self._implementation(block), budget, self.tile_size)
 

@@ -1,0 +1,93 @@
+"""Benchmark results: one printed table, one JSON file, one marked section of docs/results.md.
+
+A section is what lies between `<!-- name -->` and `<!-- /name -->`; it is replaced, or appended where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "docs" / "results.md"
+
+
+def publish(name: str, title: str, rows: list[dict[str, Any]], args: Any, notes: str = "") -> None:
+    """Print the table; write JSON to `args.json`, or with `args.publish` to docs/results/ and docs/results.md.
+
+    rows: one mapping a line with the same keys, the table's columns. notes: sentences under the table.
+    """
+    about = {"name": name, "command": command(), "hardware": hardware(), "commit": commit(), "notes": notes}
+    text = table(rows)
+    print(f"\n{title}\n\n{text}\n\n{notes}")
+    record = json.dumps({**about, "rows": rows}, indent=1)
+    if args.json:
+        Path(args.json).write_text(record + "\n")
+    if args.publish:
+        path = RESULTS.parent / "results" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(record + "\n")
+        body = f"### {title}\n\n`{about['command']}` on {about['hardware']}, commit {about['commit']}.\n\n{text}\n\n{notes}"
+        RESULTS.write_text(replace_section(RESULTS.read_text() if RESULTS.exists() else "# Results\n", name, body))
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--publish", action="store_true", help="write docs/results/ and the section of docs/results.md")
+
+
+def replace_section(document: str, name: str, body: str) -> str:
+    """The document with the section `name` holding `body`."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    section = f"{first}\n{body.strip()}\n{last}"
+    if first in document and last in document:
+        before, rest = document.split(first, 1)
+        return before + section + rest.split(last, 1)[1]
+    return document.rstrip("\n") + "\n\n" + section + "\n"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table; None is an empty cell, floats get three significant digits."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([cell(row[name]) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def command() -> str:
+    """As a reader of the repository would type it."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return " ".join(["python", str(name), *(a for a in sys.argv[1:] if a != "--publish")])
+
+
+def hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{os.cpu_count()} CPU cores ({_cpu_name()}), torch {torch.__version__}"
+
+
+def commit() -> str:
+    """Short hash, with + where the tree has changes; 'unknown' outside a clone."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
