@@ -2,7 +2,8 @@
 
     engine = parallel.start(config.train)      joins the processes that the launcher started, chooses the device
     engine.prepare(model, config.train)        wraps the model (weights already restored), builds the optimiser
-    engine.backward(loss, last=True)           accumulates; ranks are averaged at the last micro-batch, where allowed
+    with engine.micro_batch(last=True):        around a forward and its backward; ranks exchange gradients at the last
+        engine.backward(loss)                  one only, where the engine allows it
     engine.update(lr)                          clips, updates, clears; returns the gradient's norm
     engine.state() / engine.load_moments(...)  whole tensors by parameter name: the same for every engine and any W
 
@@ -15,7 +16,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +43,8 @@ class Engine(Protocol):
     model: nn.Module  # embeds for training; the plain module underneath must not be called for that
 
     def prepare(self, model: DualEncoder, options: config.Train) -> None: ...
-    def backward(self, loss: Tensor, last: bool) -> None: ...
+    def micro_batch(self, last: bool) -> AbstractContextManager: ...
+    def backward(self, loss: Tensor) -> None: ...
     def update(self, lr: float) -> Tensor: ...
     def state(self, everywhere: bool = False) -> State: ...
     def load_moments(self, moments: Mapping[str, Tensor]) -> None: ...
@@ -69,11 +71,13 @@ class Replicated:
         if dist.world_size() > 1:
             self.model = accelerator(self.device).prepare_model(self.model)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradients; the ranks exchange them only at the last one."""
-        quiet = not last and dist.world_size() > 1
-        with self.model.no_sync() if quiet else nullcontext():
-            loss.backward()
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around a forward and its backward. DDP decides already in the forward whether this backward will exchange."""
+        return nullcontext() if last or dist.world_size() == 1 else self.model.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients."""
+        loss.backward()
 
     def update(self, lr: float) -> Tensor:
         """One AdamW step at rate `lr`; returns the norm of the averaged gradient before clipping."""
@@ -131,9 +135,9 @@ class Sharded(Replicated):
         if options.compile:
             self.model.compile()
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def micro_batch(self, last: bool) -> AbstractContextManager:
         self.model.set_requires_gradient_sync(last)
-        loss.backward()
+        return nullcontext()
 
     def gradient_norm(self) -> Tensor:
         own = torch.stack([_local(p.grad).square().sum() for p in self._trained()]).sum()

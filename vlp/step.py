@@ -72,9 +72,10 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
 
     # 3. Through the towers.
     for i, part in enumerate(micro):
-        output = outputs[i] if keep_graph else embed(training, part, i)
         last = i == len(micro) - 1
-        engine.backward(surrogate(output, gradients, i, last), last)
+        with engine.micro_batch(last):
+            output = outputs[i] if keep_graph else embed(training, part, i)
+            engine.backward(surrogate(output, gradients, i, last))
 
     # 4. Update.
     lr = training.learning_rate(step)
@@ -105,7 +106,7 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
 def _leaf(parts: list[Tensor], training: Training) -> Tensor:
     """The rows of all micro-batches as one leaf; bf16 on CUDA, where the pairwise kernels multiply in it."""
     if parts[0].ndim == 0:  # scale and bias are the same for all micro-batches, and stay float32
-        return parts[0].detach().requires_grad_()
+        return parts[0].detach().clone().requires_grad_()
     whole = torch.cat([part.detach() for part in parts])
     return (whole.to(training.dtype) if whole.is_cuda else whole).requires_grad_()
 
@@ -115,13 +116,13 @@ def surrogate(output: dict[str, Tensor], gradients: dict[str, Tensor], index: in
 
     Σ_name ⟨output, gradient⟩ over this micro-batch's rows, and with the last one scale·∂L/∂scale + bias·∂L/∂bias.
     """
-    total = output["scale"] * 0
+    total = 0
     for name, value in output.items():
         if value.ndim:
             rows = slice(index * len(value), (index + 1) * len(value))
             total = total + (value * gradients[name][rows]).sum()
-        elif last:
-            total = total + value * gradients[name]
+        else:  # times 0 before the last: ZeRO-3 adds a gradient that first comes later to what the last step left there
+            total = total + value * (gradients[name] if last else 0)
     return total
 
 

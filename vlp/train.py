@@ -244,7 +244,7 @@ class Reporter:
 
     def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
         """Report the records of an evaluation; those of the last step become the run's results.json."""
-        values = {f"{record['task']}.{name}": value for record in records for name, value in record["metrics"].items()}
+        values = {f"{record['label']}.{name}": value for record in records for name, value in record["metrics"].items()}
         if self.main:
             self.metrics.write(step, "eval", values)
             self.trackers.write(step, values)

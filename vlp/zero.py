@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 
 import torch
@@ -40,10 +41,20 @@ class ZeRO:
         self.zero = self.model.optimizer  # DeepSpeed's optimiser over flat float32 shards
         if self.model.zero_optimization_stage() != self.stage:
             raise LaunchError(f"asked for ZeRO stage {self.stage}, obtained {self.model.zero_optimization_stage()}")
+        # DeepSpeed links parameters to AdamW's state in the middle of the first step, when only the first group's exists.
+        shards = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        for shard in shards:
+            self.zero.optimizer.state[shard] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(shard) for key in MOMENTS}}
+        if self.stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradients. Stage 1 reduces at the last one; 2 and 3 keep shards, so they always do."""
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around a forward and its backward. Stage 1 reduces at the last one; 2 and 3 keep shards, so they always do."""
         self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients."""
         self.model.backward(loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> Tensor:
@@ -58,7 +69,7 @@ class ZeRO:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         keep = everywhere or dist.is_main()
-        steps = [state["step"] for state in self.zero.optimizer.state.values() if "step" in state]
+        step = next(iter(self.zero.optimizer.state.values()))["step"]
         model = {name: value.detach().cpu().clone() for name, value in self.module.named_buffers() if self._is_saved(name)}
         moments: dict[str, Tensor] = {}
         for parameter in self.module.parameters():
@@ -67,11 +78,11 @@ class ZeRO:
                 model[name] = self._frozen(parameter)
                 continue
             whole = {"": safe_get_full_fp32_param(parameter)}
-            whole |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if steps}
+            whole |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if keep:
                 model[name] = whole.pop("").detach().cpu().clone()
                 moments |= {f"{key}.{name}": value.detach().cpu().clone() for key, value in whole.items()}
-                moments |= {f"step.{name}": steps[0].detach().cpu().clone()} if steps else {}
+                moments[f"step.{name}"] = step.detach().cpu().clone()
         return (model, moments) if keep else ({}, {})
 
     def _is_saved(self, buffer: str) -> bool:
@@ -84,15 +95,12 @@ class ZeRO:
             return parameter.detach().cpu().clone()
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Take over the optimiser's part of `state`. DeepSpeed makes AdamW's state at its first step, so it is made here."""
+        """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
         if not moments:
             return
-        shards = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         step = next(value for name, value in moments.items() if name.startswith("step."))
-        for shard in shards:
-            self.zero.optimizer.state[shard] = {"step": step.clone(), **{key: torch.zeros_like(shard) for key in MOMENTS}}
-        if self.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
+        for state in self.zero.optimizer.state.values():
+            state["step"].copy_(step)
         for parameter in self.module.parameters():
             for key in MOMENTS if parameter.requires_grad else ():
                 self._scatter(parameter, moments[f"{key}.{self.names[id(parameter)]}"].to(self.device), key)

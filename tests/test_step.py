@@ -1,0 +1,193 @@
+"""The step: any number of ranks and micro-batches gives the gradient of one process with the whole batch."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import ranks
+from vlp import config, dist, losses, parallel
+from vlp.model import build
+from vlp.step import NonFiniteError, Training, embed, train_step
+from vlp.types import Batch
+
+ROWS, LENGTH = 12, 77
+
+
+def make_batch(rows=slice(None)):
+    """The same ROWS samples on every rank; a rank takes its slice."""
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randint(0, 256, (ROWS, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    text = torch.randint(1, 400, (ROWS, LENGTH), generator=generator)
+    text[:, 9] = 49407  # end of text: the token that is pooled
+    text[:, 10:] = 0
+    return Batch(image[rows], text[rows], torch.arange(ROWS)[rows], [f"key{i}" for i in range(ROWS)][rows])
+
+
+def make_training(micro_batches=1, *, engine="ddp", patch_dropout=0.0, objective=None, double=True, clip_norm=None,
+                  weights=None):
+    vit = {"name": "vit", "width": 32, "layers": 2, "head_width": 16, "patch_size": 4, "image_size": 16}
+    model = config.Model(
+        image_tower=config.Named("vlp.towers").parse(vit | {"patch_dropout": patch_dropout}, (), []),
+        text_tower=config.Named("vlp.towers").parse({"name": "transformer", "width": 32, "layers": 2, "heads": 2}, (), []),
+        embed_dim=16, bias=-2.0,
+    )  # fmt: skip
+    options = config.Train(
+        config.Duration(4, "steps"), batch=ROWS, micro_batches=micro_batches, engine=engine, device="cpu", precision="float32",
+        optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder = build(model)
+    if weights:
+        encoder.load_state_dict(load_file(weights))
+    made = parallel.start(options)
+    made.prepare(encoder.double() if double else encoder, options)
+    return Training(made, losses.build(objective or {"infonce": {}, "siglip": {"weight": 0.3}}), lambda step: 1e-3,
+                    micro_batches=micro_batches)
+
+
+def own_rows():
+    size = ROWS // dist.world_size()
+    return slice(dist.rank() * size, (dist.rank() + 1) * size)
+
+
+def gradients_and_weights(micro_batches=1, steps=2, **options):
+    """First step's gradients (AdamW's first moment is (1 − β₁) of them) and the weights after `steps` updates."""
+    training = make_training(micro_batches, **options)
+    loss = []
+    for _ in range(steps):
+        scalars = train_step(training, make_batch(own_rows()))
+        loss.append(scalars["loss"].item())
+        if training.step == 1:
+            moments = training.engine.state(everywhere=True)[1]
+            first = {k.removeprefix("exp_avg."): v / 0.1 for k, v in moments.items() if k.startswith("exp_avg.")}
+    weights, _ = training.engine.state(everywhere=True)
+    return {k: v.flatten().tolist() for k, v in first.items()}, {k: v.flatten().tolist() for k, v in weights.items()}, loss
+
+
+def assert_close(one, other, tolerance, absolute=1e-12):
+    assert one.keys() == other.keys()
+    for name in one:
+        a, b = torch.tensor(one[name], dtype=torch.float64), torch.tensor(other[name], dtype=torch.float64)
+        assert torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(b) + absolute, name
+    return len(one)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    gradients, weights, loss = gradients_and_weights()
+    assert len(gradients) > 20
+    assert all(any(values) for values in gradients.values()), "an empty gradient proves nothing"
+    return gradients, weights, loss
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3, 4, 12])
+def test_micro_batches_change_nothing(reference, micro_batches):
+    gradients, weights, loss = gradients_and_weights(micro_batches)
+    assert assert_close(gradients, reference[0], 1e-10) > 20
+    assert_close(weights, reference[1], 1e-9)
+    assert loss == pytest.approx(reference[2], rel=1e-12)
+
+
+@pytest.mark.parametrize(("world", "micro_batches"), [(2, 1), (2, 3), (4, 3)])
+def test_ranks_change_nothing(reference, world, micro_batches):
+    results = ranks.run(world, gradients_and_weights, micro_batches)
+    for gradients, weights, _ in results:
+        assert_close(gradients, reference[0], 1e-10)
+        assert_close(weights, reference[1], 1e-9)
+    mean = [sum(values) / world for values in zip(*(loss for _, _, loss in results))]
+    assert mean == pytest.approx(reference[2], rel=1e-12)
+
+
+def fsdp2(micro_batches):
+    return gradients_and_weights(micro_batches, engine="fsdp2", clip_norm=0.05)
+
+
+def test_fsdp2_equals_one_process():
+    expected = gradients_and_weights(clip_norm=0.05)
+    for gradients, weights, _ in ranks.run(2, fsdp2, 3):
+        assert_close(gradients, expected[0], 1e-9)
+        assert_close(weights, expected[1], 1e-9)
+
+
+def test_random_patch_drop_is_replayed(monkeypatch):
+    """Two passes over three micro-batches equal one graph over the same three; without the replay they do not."""
+
+    def one_graph():
+        training = make_training(3, patch_dropout=0.5)
+        parts = [embed(training, part, i) for i, part in enumerate(make_batch().split(3))]
+        joined = {k: torch.cat([p[k] for p in parts]) if parts[0][k].ndim else parts[0][k] for k in parts[0]}
+        training.objective(**joined, step=0)[0].backward()
+        return {n: p.grad.flatten().tolist() for n, p in training.engine.module.named_parameters()}
+
+    expected = one_graph()
+    assert assert_close(gradients_and_weights(3, steps=1, patch_dropout=0.5)[0], expected, 1e-10) > 20
+
+    calls = iter(range(10**6))
+    monkeypatch.setattr("vlp.step.derive", lambda *position: next(calls))  # the known-wrong way: new randomness each pass
+    with pytest.raises(AssertionError):
+        assert_close(gradients_and_weights(3, steps=1, patch_dropout=0.5)[0], expected, 1e-3)
+
+
+def test_detached_micro_batches_are_not_exact(reference):
+    """Negative control: the usual gradient accumulation, each micro-batch with its own loss, is another gradient."""
+    training = make_training(3)
+    for i, part in enumerate(make_batch().split(3)):
+        (training.objective(**embed(training, part, i), step=0)[0] / 3).backward()
+    wrong = {n: p.grad.flatten().tolist() for n, p in training.engine.module.named_parameters()}
+    with pytest.raises(AssertionError):
+        assert_close(wrong, reference[0], 1e-2)
+
+
+def test_forward_count_and_one_loss():
+    """Two passes cost one more forward a micro-batch and no more losses; one micro-batch costs none."""
+    counts = {}
+    for parts in (1, 3):
+        training = make_training(parts)
+        seen = {"forward": 0, "loss": 0}
+        training.engine.module.register_forward_hook(lambda *_, seen=seen: seen.__setitem__("forward", seen["forward"] + 1))
+        inner = training.objective
+
+        def counted(inner=inner, seen=seen, **inputs):
+            seen["loss"] += 1
+            return inner(**inputs)
+
+        counted.needs = inner.needs
+        training.objective = counted
+        train_step(training, make_batch())
+        counts[parts] = seen
+    assert counts == {1: {"forward": 1, "loss": 1}, 3: {"forward": 6, "loss": 1}}
+
+
+def poisoned(rank):
+    """A NaN on one rank only."""
+    training = make_training(2, double=False)
+    before = training.engine.state(everywhere=True)[0]
+    batch = make_batch(own_rows())
+    if dist.rank() == rank:
+        hook = lambda _, __, out: out._replace(image=out.image.clone().index_fill_(0, torch.tensor([1]), float("nan")))  # noqa: E731
+        training.engine.module.register_forward_hook(hook)
+    try:
+        train_step(training, batch)
+    except NonFiniteError as error:
+        after = training.engine.state(everywhere=True)[0]
+        return str(error), all(torch.equal(before[k], after[k]) for k in before)
+    return "no error", False
+
+
+def test_nan_on_one_rank_stops_all_before_the_update():
+    for message, unchanged in ranks.run(2, poisoned, 1):
+        assert unchanged
+        assert "image embedding (image tower) of sample 7 (key7)" in message, message
+        assert "sample 10 (key10)" in message
+
+
+def test_carried_fields_reach_the_objective():
+    """Hard captions go through the text tower with the captions and come back in their own shape."""
+    batch = make_batch()
+    batch.negatives = batch.text[:, None].repeat(1, 2, 1)
+    batch.negatives_valid = torch.ones(ROWS, 2, dtype=torch.bool)
+    training = make_training()
+    training.objective.needs |= {"negatives", "negatives_valid"}
+    output = embed(training, batch, 0)
+    assert output["negatives"].shape == (ROWS, 2, 16)
+    torch.testing.assert_close(output["negatives"][:, 1], output["text"])
