@@ -57,11 +57,12 @@ class Lexicon:
         self._protected = _pattern(dict.fromkeys(w for p in protected for w in (str(p), plural(str(p))))) if protected else None
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> Lexicon:
-        """The lists of a YAML file; None: those that come with the tool."""
+    def load(cls, name: str | Path | None = None) -> Lexicon:
+        """The lists of a YAML file; None: those that come with the tool; "scenes": those of the generated scenes."""
         import yaml
 
-        path = Path(path) if path else Path(__file__).with_name("words.yaml")
+        shipped = {None: "words.yaml", "scenes": "words_scenes.yaml"}
+        path = Path(__file__).with_name(shipped[name]) if name in shipped else Path(name)
         return cls(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
     def find(self, caption: str, kind: str) -> list[Found]:

@@ -22,7 +22,8 @@ _NEGATION = re.compile(r"\b(no|not|none|never|neither|nor|nothing|nobody|without
 _PRONOUN = re.compile(r"\b(he|she|him|her|his|hers|himself|herself|men's|women's|man's|woman's)\b", re.I)
 _WITH_A_PART = re.compile(  # "a case with a lid", but neither "filled with" nor "with one leg in the air"
     r"\b(?!\w+(?:ed|ing|en)\b)(?!(?:all|busy|full|up|together|along|down|is|are|those|people)\b)\w+ with\|\s+"
-    r"(?!(?:one|some|both|several|many|few|his|her|its|their|each|other|all|no|lots|a lot|" + "|".join(NUMBERS) + r")\b)", re.I,
+    r"(?!(?:one|some|both|several|many|multiple|various|few|his|her|its|their|each|other|all|no|lots|a lot|"
+    + "|".join(NUMBERS) + r")\b)", re.I,
 )  # fmt: skip
 _EXISTS = re.compile(r"\b(there (is|are)|one of)\b", re.I)
 _DOUBLED = re.compile(r"\b(\w+)(?:,| and| or)* \1\b", re.I)  # "yellow and yellow", "box box"

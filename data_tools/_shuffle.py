@@ -17,7 +17,10 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def shuffles(text: str, rng: random.Random) -> dict[str, str]:
-    """Kind → shuffled caption, for every kind that changes the caption; equal results are kept once."""
+    """Kind → shuffled caption, for every kind that changes the caption; equal results are kept once.
+
+    Content words must change in three places: exchanging two may say the same ("a man walking", "a walking man").
+    """
     words = text.rstrip(".").split()
     end = text[len(text.rstrip(".")) :]
     content = [i for i, word in enumerate(words) if word.lower().strip(",") not in FUNCTION_WORDS]
@@ -31,18 +34,17 @@ def shuffles(text: str, rng: random.Random) -> dict[str, str]:
     }
     found: dict[str, str] = {}
     for kind, shuffled in results.items():
-        if shuffled != words and (sentence := " ".join(shuffled) + end) not in found.values():
+        n_moved = sum(a != b for a, b in zip(words, shuffled))
+        sentence = " ".join(shuffled) + end
+        if n_moved >= (3 if kind == "order_content_words" else 1) and sentence not in found.values():
             found[kind] = sentence
     return found
 
 
 def _permuted(items: list, rng: random.Random) -> list:
-    """A random order other than the given one, where the items allow it."""
-    if all(item == items[0] for item in items):
-        return items
-    while (changed := rng.sample(items, len(items))) == items:
-        pass
-    return changed
+    """Of some random orders the one that leaves the fewest items in their places."""
+    tries = [rng.sample(items, len(items)) for _ in range(6)]
+    return max(tries, key=lambda order: sum(a != b for a, b in zip(items, order)))
 
 
 def _permuted_at(words: list[str], places: list[int], rng: random.Random) -> list[str]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 HELP = "add hard-negative captions by rule, from a file, or by a language model"
 EXAMPLE = """vlp data negatives data/train --to data/train_negatives --k 4
   vlp data negatives data/train --print 50
+  vlp data negatives data/scenes/train --words scenes --to data/scenes/train_negatives
   vlp data negatives data/train --to data/llm --kinds none --from negatives.jsonl
 """
 KINDS = ("swap_attribute", "swap_noun", "replace_attribute", "replace_noun", "replace_number", "replace_relation", "order")
@@ -43,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", metavar="DIR", help="folder for the new shards; a call with the same options goes on where one stopped")
     add("--k", type=int, default=4, metavar="K", help="most negatives a sample (default: %(default)s)")
     add("--kinds", default=",".join(KINDS), metavar="NAMES", help="rules, joined by commas, or none (default: %(default)s)")
-    add("--words", metavar="FILE.yaml", help="word lists to use instead of the tool's own (data_tools/words.yaml)")
+    add("--words", metavar="FILE", help="other word lists (see data_tools/words.yaml); scenes: the words of `vlp data scenes`")
     add("--from", dest="given", metavar="FILE.jsonl", help='given negatives: {"key": …, "negatives": […], "kinds": […]} a line')
     add("--rewriter", metavar="MODEL", help="masked or causal language model of transformers (name or folder) for more negatives")
     add("--prompt", default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",

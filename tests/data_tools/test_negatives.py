@@ -54,7 +54,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_negatives_are_written_and_nothing_else_changes(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert call(negatives, shards, "--to", tmp_path / "out", "--k", 5) == 0
+    assert call(negatives, shards, "--to", tmp_path / "out", "--k", 8) == 0
     before, after = read(shards), read(tmp_path / "out")
     assert list(before) == list(after) and len(after) == 6
     for key, sample in after.items():
@@ -62,9 +62,9 @@ def test_negatives_are_written_and_nothing_else_changes(shards: Path, tmp_path: 
         assert (sample.image, sample.captions) == (before[key].image, before[key].captions)
         assert {k: v for k, v in meta.items() if not k.startswith("negative")} == before[key].meta
         assert len(meta["negatives"]) == len(meta["negatives_valid"]) == len(meta["negative_kinds"]) == len(meta["negatives_of"])
-        assert all(meta["negatives_valid"]) and len(meta["negatives"]) <= 5
+        assert all(meta["negatives_valid"]) and len(meta["negatives"]) <= 8
         assert len({bare(t) for t in [*meta["negatives"], *sample.captions]}) == len(meta["negatives"]) + len(sample.captions)
-    assert len(after["k0"].meta["negatives"]) == 5 and {"swap_attribute", "replace_noun"} <= set(after["k0"].meta["negative_kinds"])
+    assert len(after["k0"].meta["negatives"]) == 8 and {"swap_attribute", "replace_noun"} <= set(after["k0"].meta["negative_kinds"])
     assert after["k2"].meta["negatives"] == []  # "hm": no rule finds anything; the loader pads and masks
     out = capsys.readouterr().out
     assert re.search(r"samples without negatives +1\b", out) and re.search(r"samples written +6\b", out)

@@ -183,6 +183,8 @@ def test_shuffles_keep_the_words_and_change_the_order() -> None:
         assert sorted(text[:-1].split()) == sorted(caption[:-1].split()) and text != caption and text.endswith(".")
     assert found["order_content_words"].split()[0] == "a"
     assert shuffles("dog dog dog", random.Random(0)) == {}
+    for seed in range(50):
+        assert "order_content_words" not in shuffles("there is a man walking", random.Random(seed))
 
 
 def test_rules_are_pure() -> None:
@@ -194,9 +196,10 @@ def test_rules_are_pure() -> None:
 # --- truth on scenes -------------------------------------------------------------------------------------------------
 
 
-def test_negatives_by_rule_are_false_of_scenes() -> None:
+@pytest.mark.parametrize("words", [None, "scenes"])
+def test_negatives_by_rule_are_false_of_scenes(words: str | None) -> None:
     """Of thousands of negatives for true captions of scenes, the independent checker finds none true and knows most false."""
-    change = AddNegatives(50, KINDS, 0, LEXICON)
+    change = AddNegatives(50, KINDS, 0, Lexicon.load(words))
     verdicts: Counter[tuple[str, bool | None]] = Counter()
     for index in range(250):
         scene = scenes.generate(index, 11)
