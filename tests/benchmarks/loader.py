@@ -70,7 +70,7 @@ def report(results: dict[str, Any]) -> None:
             ratio = ours[key] / theirs[key] if theirs[key] else float("nan")
             print(f"{name + ': ' + key:34}{theirs[key]:12.1f}{ours[key]:12.1f}{ratio:8.2f}")
     error = results["pixel_error"]
-    print(f"pixels against Pillow's crop and resize: mean error {error['mean']:.3f} levels, largest of a photo {error['worst']:.3f}")
+    print(f"pixels against Pillow's: mean error {error['mean']:.3f} levels, largest of a photo {error['worst']:.3f}")
 
 
 def run(python: str, contender: str, folder: Path, size: int, args: argparse.Namespace) -> dict[str, float]:

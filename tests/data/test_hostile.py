@@ -281,3 +281,12 @@ def test_gigantic_numbers_in_json_stay_numbers(tmp_path):
     record = json.dumps({"captions": ["x"], "big": 10**300, "deep": {"a": [1] * 100}}).encode()
     source = open_shards(Options(str(write_tar(tmp_path / "0.tar", [("a.png", IMAGE), ("a.json", record)]))), Captions())
     assert source[0].meta["big"] == 10**300
+
+
+def test_odd_values_in_optional_fields_are_no_fields(tmp_path):
+    odd = [{"negatives": "abc", "score": "high"}, {"negatives": [1, None], "score": []}, {"counterfactuals": {"a": 1}}, {}]
+    records = [json.dumps({"captions": ["lone \ud800 surrogate"], **extra}).encode() for extra in odd]
+    members = [(f"{i}.{kind}", data) for i, r in enumerate(records) for kind, data in (("png", IMAGE), ("json", r))]
+    loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members)), 4)
+    batch = next(loader)
+    assert batch.score is None and batch.counterfactual is None and (batch.negatives is None or not batch.negatives_valid.any())

@@ -54,7 +54,8 @@ def train(data: bytes, spec: ImageSpec, augment: Augment, rng: random.Random) ->
     top, left, height, width = crop_box(image.shape[1], image.shape[2], augment, rng)
     image = image[:, top : top + height, left : left + width]
     if image.shape[1:] != spec.size:
-        image = F.interpolate(image[None], spec.size, mode=spec.interpolation, antialias=True)[0]
+        packed = image[None].contiguous(memory_format=torch.channels_last)  # what the vectorised kernel wants
+        image = F.interpolate(packed, spec.size, mode=spec.interpolation, antialias=True)[0]
     if augment.flip and rng.random() < augment.flip:
         image = image.flip(-1)
     if augment.color:

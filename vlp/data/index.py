@@ -169,7 +169,7 @@ class _Scanner:
         start, end = min(m.start for m in members.values()), max(m.end for m in members.values())
         if end - start > 2 * MAX_IMAGE_BYTES:
             raise ValueError(f"its members are spread over {end - start} bytes")
-        flags = CLASS * isinstance(content.meta.get("class"), str) | SCORE * ("score" in content.meta)
+        flags = CLASS * isinstance(content.meta.get("class"), str) | SCORE * isinstance(content.meta.get("score"), (int, float))
         lists = content.captions, content.meta.get("negatives"), content.meta.get("counterfactuals")
         counts = [min(len(texts), 255) if isinstance(texts, (list, tuple)) else 0 for texts in lists]
         return ROW.pack(start, end - start, *counts, flags)

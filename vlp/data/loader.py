@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -19,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vlp.config import Data
 from vlp.data import decode, text
 from vlp.data.mix import Mixture
-from vlp.data.sources import Source
+from vlp.data.sources import Source, text_list
 from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.types import Batch, ImageSpec, Sample, TextSpec
@@ -178,7 +179,7 @@ class _Steps(Dataset):
         self._tokenizer = self._tokenizer or text.build(self.text)
         ids = self.mixture.batch(step, self.size)
         report = Report([], 0)
-        images = torch.empty(len(self.rows), 3, *self.image.size, dtype=torch.uint8)
+        images = _new_pixels((len(self.rows), 3, *self.image.size))
         samples = [self._sample(step, row, ids, image, report) for row, image in zip(self.rows, images)]
         captions = [self._caption(sample, step, row) for sample, row in zip(samples, self.rows)]
         tokens, report.n_truncated = self._tokenizer.tokenize(captions)
@@ -214,11 +215,11 @@ class _Steps(Dataset):
         """The optional fields, from the samples' JSON."""
         result: dict[str, Tensor] = {}
         if k := self.optional.get("negatives", 0):
-            texts = [_texts(sample, "negatives")[:k] for sample in samples]
+            texts = [text_list(sample.meta, "negatives")[:k] for sample in samples]
             result["negatives"] = self._tokens([row + [""] * (k - len(row)) for row in texts])
             result["negatives_valid"] = torch.tensor([[i < len(row) for i in range(k)] for row in texts])
         if c := self.optional.get("counterfactual", 0):
-            texts = [_texts(sample, "counterfactuals") for sample in samples]
+            texts = [text_list(sample.meta, "counterfactuals") for sample in samples]
             # A sample with fewer than C repeats its own, so that a valid row has C real texts.
             result["counterfactual"] = self._tokens([[row[i % len(row)] if row else "" for i in range(c)] for row in texts])
             result["counterfactual_valid"] = torch.tensor([bool(row) for row in texts])
@@ -231,8 +232,12 @@ class _Steps(Dataset):
         return flat.view(len(rows), -1, flat.shape[-1])
 
 
-def _texts(sample: Sample, field: str) -> list[str]:
-    return [text for text in sample.meta.get(field) or [] if isinstance(text, str)]  # absent in samples that have none
+def _new_pixels(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised uint8; in a loader process already in the shared memory through which it will travel: one copy less."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 def _optional(sources: list[Source]) -> dict[str, int]:

@@ -48,6 +48,12 @@ class Source(Protocol):
         ...
 
 
+def text_list(meta: dict[str, Any], field: str) -> list[str]:
+    """The texts of an optional list in a sample's JSON; nothing where it is absent or something else."""
+    value = meta.get(field)
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
 def captions_of(captions: tuple[str, ...], meta: dict[str, Any], config: Captions) -> tuple[str, ...]:
     """A sample's texts: its captions, else its class name in the configured templates, else nothing."""
     if captions or not config.class_templates:

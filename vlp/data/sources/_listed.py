@@ -11,7 +11,7 @@ import torch
 
 from vlp.config import Captions
 from vlp.data.archives import Archive, Place, image_type
-from vlp.data.sources import captions_of
+from vlp.data.sources import captions_of, text_list
 from vlp.data.tables import Item
 from vlp.types import Sample
 
@@ -30,9 +30,9 @@ class Listed:
                 continue
             records.append(json.dumps([name, archive.place(name), texts, item.meta]).encode())
             digest.update(json.dumps([name, texts, item.meta]).encode())  # not the place: a data set may be moved
-            self.n_negatives = max(self.n_negatives, len(item.meta.get("negatives") or ()))
-            self.n_counterfactuals = max(self.n_counterfactuals, len(item.meta.get("counterfactuals") or ()))
-            self.scored = self.scored and "score" in item.meta
+            self.n_negatives = max(self.n_negatives, len(text_list(item.meta, "negatives")))
+            self.n_counterfactuals = max(self.n_counterfactuals, len(text_list(item.meta, "counterfactuals")))
+            self.scored = self.scored and isinstance(item.meta.get("score"), (int, float))
         self.n_left_out = len(self._problems)
         n_silent = len(named) - len(records)
         if n_silent and captions.missing == "error":
