@@ -204,9 +204,14 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     try:
-        return open_clip.CustomTextCLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
+        clip = open_clip.CustomTextCLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"open_clip cannot build these towers: {error or type(error).__name__}; found {model_cfg}") from error
+    if isinstance(clip.visual, TimmModel) and open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj == "none":
+        found, wanted = clip.visual.trunk.num_features, model_cfg["embed_dim"]
+        if found != wanted:
+            raise ValueError(f"the image tower gives {found} features without projection, and embed_dim is {wanted}; make them equal")
+    return clip
 
 
 def _locked(tower: Any) -> bool:

@@ -76,7 +76,10 @@ BAD = {
     "a misspelt architecture": ({"image_tower": {"name": "open_clip", "architecture": "ViT-B32"}}, "did you mean 'ViT-B-32'"),
     "an architecture with a decoder": (
         {"image_tower": {"name": "open_clip", "architecture": "coca_ViT-B-32"}}, "captioning decoder"),
-    "a misspelt timm model": ({"image_tower": {"name": "timm", "model": "resnet5"}}, "did you mean 'resnet50'"),
+    "a misspelt timm model": ({"image_tower": {"name": "timm", "model": "resnet5"}}, "close to it: resnet50"),
+    "an unknown tag of a timm model": (
+        {"image_tower": {"name": "timm", "model": "resnet50.none"}}, "has no tag 'none'; found resnet50."),
+    "a nameless timm model": ({"image_tower": {"name": "timm", "model": "zzzz"}}, "timm.list_models() has them"),
     "a timm size that cannot be reloaded": (
         {"image_tower": {"name": "timm", "model": "vit_tiny_patch16_224", "image_size": 64}}, "made for 224 pixels"),
     "towers that disagree": ({"text_tower": TEXT | {"quick_gelu": True}}, "quick_gelu is False for image_tower 'vit' and True"),
@@ -91,6 +94,11 @@ def test_bad_input(case):
     with pytest.raises(ValueError) as caught:
         _assemble.assemble(settings(**keys))
     assert message in str(caught.value)
+
+
+def test_features_that_are_no_embedding_of_the_size_asked_for():
+    with pytest.raises(ValueError, match=r"gives 96 features.*embed_dim is 48"):
+        tiny(image_tower={"name": "timm", "model": "test_resnet", "image_size": 64, "proj": "none"})
 
 
 @pytest.mark.parametrize(("tower", "message"), [

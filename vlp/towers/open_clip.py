@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from vlp.schema import did_you_mean
@@ -22,7 +21,7 @@ class Options:
 
 
 def vision_cfg(options: Options) -> dict[str, Any]:
-    section = dict(_config(options.architecture)["vision_cfg"])
+    section = _config(options.architecture)["vision_cfg"]
     if options.image_size is not None:
         if "timm_model_name" in section and options.image_size != section["image_size"]:
             raise ValueError(
@@ -34,7 +33,7 @@ def vision_cfg(options: Options) -> dict[str, Any]:
 
 
 def text_cfg(options: Options) -> dict[str, Any]:
-    section = dict(_config(options.architecture)["text_cfg"])
+    section = _config(options.architecture)["text_cfg"]
     return section | ({"context_length": options.context_length} if options.context_length is not None else {})
 
 
@@ -56,9 +55,8 @@ def _config(architecture: str) -> dict[str, Any]:
     return config
 
 
-@lru_cache(maxsize=4)
 def _described(architecture: str) -> dict[str, Any]:
-    """model_cfg and preprocess_cfg of a name, `hf-hub:` or `local-dir:`. Cached, so callers copy before they change."""
+    """model_cfg and preprocess_cfg of a name, `hf-hub:` or `local-dir:`; a new copy at every call."""
     import open_clip
 
     if architecture.startswith(("hf-hub:", "local-dir:")):

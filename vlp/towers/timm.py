@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from vlp.schema import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,13 @@ def preprocess_cfg(options: Options) -> dict[str, Any]:
 def _stated(model: str) -> Any:
     import timm
 
-    stated = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    if stated is None:
-        raise ValueError(f"timm knows no model {model!r}{did_you_mean(model.split('.')[0], timm.list_models())}")
-    return stated
+    name, _, tag = model.partition(".")
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"close to it: {', '.join(close)}" if close else "timm.list_models() has them"
+        raise ValueError(f"timm knows no model {model!r}; {hint}")
+    try:
+        return timm.get_pretrained_cfg(model)
+    except RuntimeError:
+        known = timm.list_pretrained(f"{name}.*")
+        raise ValueError(f"timm's {name} has no tag {tag!r}; found {', '.join(known) or 'none'}") from None
