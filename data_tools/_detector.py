@@ -21,4 +21,7 @@ def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int]
 def _pipeline(model: str) -> Any:
     from transformers import pipeline
 
-    return pipeline("object-detection", model=model)
+    try:
+        return pipeline("object-detection", model=model)
+    except OSError as error:
+        raise ValueError(f"detector {model!r} is neither a folder nor a reachable model of the Hub: {error}") from None

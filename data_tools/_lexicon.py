@@ -63,7 +63,10 @@ class Lexicon:
 
         shipped = {None: "words.yaml", "scenes": "words_scenes.yaml"}
         path = Path(__file__).with_name(shipped[name]) if name in shipped else Path(name)
-        return cls(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        try:
+            return cls(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
 
     def find(self, caption: str, kind: str) -> list[Found]:
         """The entries of a kind in a caption, in order, outside protected phrases; one word may be in several lists."""

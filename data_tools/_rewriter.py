@@ -83,7 +83,10 @@ def load(name: str, prompt: str) -> Masked | Causal:
     """The rewriter for a model's name or folder; raises ValueError for a model that is neither masked nor causal."""
     from transformers import AutoConfig
 
-    architectures = AutoConfig.from_pretrained(name).architectures or []
+    try:
+        architectures = AutoConfig.from_pretrained(name).architectures or []
+    except OSError as error:
+        raise ValueError(f"rewriter {name!r} is neither a folder nor a reachable model of the Hub: {error}") from None
     if any(a.endswith("ForMaskedLM") for a in architectures):
         return Masked(name)
     if any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):

@@ -1,56 +1,23 @@
-"""`vlp data negatives` and `vlp data counting` on shards: fields, reasons, resume, models named by the user."""
+"""`vlp data negatives` on shards: fields, reasons for dropping, given negatives, resume, coverage of human captions."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import random
 import re
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-
-from vlp.data.format import ShardWriter
 from vlp.data_tools import counting, negatives, scenes
 from vlp.data_tools._language import bare
 from vlp.data_tools._lexicon import Lexicon
-from vlp.data_tools._shards import samples
+
+from tests.data_tools.tools import CAPTIONS, call, read
+from vlp.data.format import ShardWriter
 
 REAL = Path(os.environ.get("VLP_DATA") or Path(__file__).parents[2] / "../shared/data")
-CAPTIONS = [
-    ["A red car next to a blue truck", "two vehicles on a road"],
-    ["Three black dogs sit under a large table", "three dogs"],
-    ["hm"],
-    ["a man often attends to ten horses", "a man and horses"],
-    ["two cats and four birds"],
-    ["An elephant"],
-]
-
-
-def call(tool: ModuleType, *options: Any) -> int:
-    parser = argparse.ArgumentParser()
-    tool.arguments(parser)
-    return tool.run(parser.parse_args([str(option) for option in options]))
-
-
-def read(folder: Path) -> dict[str, Any]:
-    return {s.key: s for path in sorted(folder.glob("*.tar")) for s in samples(path, Counter())}
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """Three shards of two samples with hand-written captions; the picture's bytes tell them apart."""
-    with ShardWriter(tmp_path / "in", 2) as writer:
-        for i, captions in enumerate(CAPTIONS):
-            writer.add(f"k{i}", f"image {i}".encode(), "jpg", captions, {"class": "x", "extra": [i]}, cls=i)
-    return tmp_path / "in"
-
-
-# --- negatives -------------------------------------------------------------------------------------------------------
 
 
 def test_negatives_are_written_and_nothing_else_changes(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -72,11 +39,12 @@ def test_negatives_are_written_and_nothing_else_changes(shards: Path, tmp_path: 
 
 def test_the_loader_pads_and_masks_what_the_tools_write(tmp_path: Path) -> None:
     """From captions to a batch: K varies between samples and is padded and masked; so are samples that do not count."""
+    from vlp.data_tools._scene_draw import encode
+
     from vlp.config import Data
     from vlp.data.loader import Loader
     from vlp.data.sources import Common
     from vlp.data.sources.shards import Options
-    from vlp.data_tools._scene_draw import encode
     from vlp.plugin import Plugin
     from vlp.types import ImageSpec, TextSpec
 
@@ -202,155 +170,6 @@ def test_examples_are_printed_and_nothing_is_written(shards: Path, capsys: pytes
     call(counting, shards, "--print", 5)
     assert "ten horses" in capsys.readouterr().out
     assert [p for p in sorted(shards.parent.rglob("*")) if p.name != "_index.bin"] == [p for p in before if p.name != "_index.bin"]
-
-
-# --- counting --------------------------------------------------------------------------------------------------------
-
-
-def test_counting_pairs(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert call(counting, shards, "--to", tmp_path / "out") == 0
-    after = read(tmp_path / "out")
-    assert {key: sample.meta["number"] for key, sample in after.items()} == {"k0": 2, "k1": 3, "k3": 10}
-    sample = after["k3"]
-    assert sample.captions == ("a man often attends to ten horses",) and sample.meta["all_captions"] == CAPTIONS[3]
-    texts = sample.meta["counterfactuals"]
-    numbers = "two three four five six seven eight nine".split()  # noqa: SIM905
-    assert sorted(texts) == sorted(f"a man often attends to {n} horses" for n in numbers)
-    assert texts != [f"a man often attends to {n} horses" for n in numbers]
-    out = capsys.readouterr().out
-    expected = {"captions dropped: several numbers": 1, "dropped: no caption counts": 3, "samples written": 3, "number 10": 1}
-    for line, n in expected.items():
-        assert re.search(rf"{line} +{n}\b", out), (line, out)
-
-
-def test_counting_without_any_number_is_an_error(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "in") as writer:
-        writer.add("a", b"x", "jpg", ["a dog", "often"])
-    with pytest.raises(ValueError, match=r"no caption in .* counts anything from two to ten"):
-        call(counting, tmp_path / "in", "--to", tmp_path / "out")
-
-
-def test_balance() -> None:
-    kept = [[(f"{n}-{i}", 0, n) for n in range(2, 11) for i in range(12 - n)], [("other", 0, 5)]]
-    equal = counting.balance(kept, "equal", 0)
-    assert Counter(n for shard in equal for _, n in shard.values()) == dict.fromkeys(range(2, 11), 2)
-    most = counting.balance(kept, "4", 0)
-    assert Counter(n for shard in most for _, n in shard.values()) == {n: min(4, 12 - n) for n in range(2, 11)}
-    assert sum(map(len, counting.balance(kept, "none", 0))) == sum(map(len, kept))
-    assert equal == counting.balance(kept, "equal", 0) != counting.balance(kept, "equal", 1)
-    with pytest.raises(ValueError, match="no caption counts 2, 3, 4, 6, 7, 8, 9, 10"):
-        counting.balance([[("a", 0, 5)]], "equal", 0)
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--balance", "even"], "expected none, equal, or a number"),
-    (["--counterfactuals", "9"], "1 to 8"),
-    (["--threshold", "1.5"], r"in \(0, 1\)"),
-])  # fmt: skip
-def test_senseless_counting_options_are_refused(shards: Path, tmp_path: Path, options: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(counting, shards, "--to", tmp_path / "out", *options)
-
-
-def test_the_detector_must_agree_and_is_asked_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlp.data_tools import _detector
-
-    asked = []
-
-    def seen(image: bytes, model: str, threshold: float) -> tuple[str, int]:
-        asked.append(image)
-        return {b"image 0": ("car", 2), b"image 1": ("dog", 4)}.get(image, ("", 0))
-
-    monkeypatch.setattr(_detector, "most_frequent", seen)
-    for _ in range(2):
-        call(counting, shards, "--to", tmp_path / "out", "--detector", "any")
-    assert list(read(tmp_path / "out")) == ["k0"] and len(asked) == 3
-    notes = [json.loads(p.read_text())["counts"] for p in sorted((tmp_path / "out").glob("*_survey.json"))]
-    assert notes[0]["dropped: the detector counts another number"] == notes[1]["dropped: the detector sees nothing"] == 1
-
-
-def test_counting_pairs_of_scenes_are_balanced(tmp_path: Path) -> None:
-    scenes.write(tmp_path / "s", n_train=1200, n_val=0, n_test=0, n_zeroshot=0, n_retrieval=0, n_proofs=0, size=16, processes=1)
-    call(counting, tmp_path / "s" / "train", "--to", tmp_path / "out", "--balance", "equal")
-    numbers = Counter(sample.meta["number"] for sample in read(tmp_path / "out").values())
-    assert set(numbers) == set(range(2, 11)) and len(set(numbers.values())) == 1 and min(numbers.values()) > 20
-
-
-# --- models named by the user ----------------------------------------------------------------------------------------
-
-WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "car", "truck", "two", "dogs", "cats", "under", "table"]
-
-
-@pytest.fixture(scope="module")
-def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A masked and a causal model with random weights, and a model that is neither."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]", "eos_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-    torch.manual_seed(0)
-    small = BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    made = {"masked": BertForMaskedLM(small), "neither": BertModel(small)}
-    ends = {"bos_token_id": 3, "eos_token_id": 3}
-    made["causal"] = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, **ends))
-    folder = tmp_path_factory.mktemp("models")
-    for name, model in made.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
-
-
-def test_a_masked_model_replaces_words(language_models: Path) -> None:
-    from vlp.data_tools._rewriter import load
-
-    rewrite = load(str(language_models / "masked"), "{}")
-    caption = "A red car under two table"
-    made = rewrite(caption, random.Random(0))
-    assert len(made) == 2
-    for negative in made:
-        old, new = caption.split(), negative.text.split()
-        changed = [(a, b) for a, b in zip(old, new) if a != b]
-        assert negative.kind == "masked" and len(old) == len(new) and len(changed) == 1
-        assert changed[0][1] in negative.new_words and changed[0][1] in WORDS
-
-
-def test_a_causal_model_continues_the_prompt(language_models: Path, shards: Path, tmp_path: Path) -> None:
-    model = language_models / "causal"
-    call(negatives, shards, "--to", tmp_path / "out", "--kinds", "none", "--rewriter", model, "--prompt", "two {} red")
-    kinds = Counter(kind for sample in read(tmp_path / "out").values() for kind in sample.meta["negative_kinds"])
-    assert set(kinds) == {"rewritten"} and kinds["rewritten"] >= 3
-
-
-def test_a_model_that_is_neither_is_refused(language_models: Path) -> None:
-    from vlp.data_tools._rewriter import load
-
-    with pytest.raises(ValueError, match="is a BertModel; expected a masked or a causal"):
-        load(str(language_models / "neither"), "{}")
-
-
-def test_a_detector_with_random_weights_runs(tmp_path: Path) -> None:
-    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
-
-    from vlp.data_tools._detector import most_frequent
-    from vlp.data_tools._scene_draw import encode
-
-    config = YolosConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32], patch_size=16,
-        num_detection_tokens=7, num_labels=2,
-    )  # fmt: skip
-    YolosForObjectDetection(config).save_pretrained(tmp_path)
-    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    image = encode(scenes.generate(0, size=32).image)
-    label, n = most_frequent(image, str(tmp_path), 0.01)
-    assert label and 1 <= n <= 7
-    assert most_frequent(image, str(tmp_path), 0.999) == ("", 0)
-
-
-# --- real captions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, field, least", [

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
-
-from tests.data_tools.scene_checker import truth
 from vlp.data_tools import scenes
 from vlp.data_tools._language import article, bare, edit, is_plural, plural
 from vlp.data_tools._lexicon import Lexicon
@@ -15,6 +14,8 @@ from vlp.data_tools._numbers import counterfactuals, counts, exchange
 from vlp.data_tools._rules import RULES, propose
 from vlp.data_tools._shuffle import shuffles
 from vlp.data_tools.negatives import KINDS, AddNegatives
+
+from tests.data_tools.scene_checker import truth
 
 LEXICON = Lexicon.load()
 TINY = {  # every choice is forced, so that the whole caption can be compared
@@ -238,3 +239,12 @@ def test_a_bad_rule_would_be_noticed() -> None:
 def test_wrong_word_lists_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Lexicon({**TINY, **change}, "words.yaml")
+
+
+def test_a_broken_word_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("attributes: [")
+    with pytest.raises(ValueError, match=r"mine\.yaml is not valid YAML"):
+        Lexicon.load(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"mine\.yaml: found no mapping"):
+        Lexicon.load(tmp_path / "mine.yaml")

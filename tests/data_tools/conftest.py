@@ -1,0 +1,19 @@
+"""Small shards with hand-written captions, for the tools that go from shards to shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data_tools.tools import CAPTIONS
+from vlp.data.format import ShardWriter
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three shards of two samples; the picture's bytes tell them apart."""
+    with ShardWriter(tmp_path / "in", 2) as writer:
+        for i, captions in enumerate(CAPTIONS):
+            writer.add(f"k{i}", f"image {i}".encode(), "jpg", captions, {"class": "x", "extra": [i]}, cls=i)
+    return tmp_path / "in"

@@ -1,0 +1,86 @@
+"""Language models and detectors that the user names: tiny ones with random weights, made here."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from vlp.data_tools import negatives, scenes
+
+from tests.data_tools.tools import call, read
+
+WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "car", "truck", "two", "dogs", "cats", "under", "table"]
+
+
+@pytest.fixture(scope="module")
+def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A masked and a causal model with random weights, and a model that is neither."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]", "eos_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    torch.manual_seed(0)
+    small = BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    made = {"masked": BertForMaskedLM(small), "neither": BertModel(small)}
+    ends = {"bos_token_id": 3, "eos_token_id": 3}
+    made["causal"] = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, **ends))
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_masked_model_replaces_words(language_models: Path) -> None:
+    from vlp.data_tools._rewriter import load
+
+    rewrite = load(str(language_models / "masked"), "{}")
+    caption = "A red car under two table"
+    made = rewrite(caption, random.Random(0))
+    assert len(made) == 2
+    for negative in made:
+        old, new = caption.split(), negative.text.split()
+        changed = [(a, b) for a, b in zip(old, new) if a != b]
+        assert negative.kind == "masked" and len(old) == len(new) and len(changed) == 1
+        assert changed[0][1] in negative.new_words and changed[0][1] in WORDS
+
+
+def test_a_causal_model_continues_the_prompt(language_models: Path, shards: Path, tmp_path: Path) -> None:
+    model = language_models / "causal"
+    call(negatives, shards, "--to", tmp_path / "out", "--kinds", "none", "--rewriter", model, "--prompt", "two {} red")
+    kinds = Counter(kind for sample in read(tmp_path / "out").values() for kind in sample.meta["negative_kinds"])
+    assert set(kinds) == {"rewritten"} and kinds["rewritten"] >= 3
+
+
+def test_a_model_that_is_neither_is_refused(language_models: Path) -> None:
+    from vlp.data_tools._rewriter import load
+
+    with pytest.raises(ValueError, match="is a BertModel; expected a masked or a causal"):
+        load(str(language_models / "neither"), "{}")
+    with pytest.raises(ValueError, match=r"rewriter '/no/such/model' is neither a folder"):
+        load("/no/such/model", "{}")
+
+
+def test_a_detector_with_random_weights_runs(tmp_path: Path) -> None:
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+    from vlp.data_tools._detector import most_frequent
+    from vlp.data_tools._scene_draw import encode
+
+    config = YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32], patch_size=16,
+        num_detection_tokens=7, num_labels=2,
+    )  # fmt: skip
+    YolosForObjectDetection(config).save_pretrained(tmp_path)
+    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    image = encode(scenes.generate(0, size=32).image)
+    label, n = most_frequent(image, str(tmp_path), 0.01)
+    assert label and 1 <= n <= 7
+    assert most_frequent(image, str(tmp_path), 0.999) == ("", 0)
+    with pytest.raises(ValueError, match=r"detector '/no/such/model' is neither a folder"):
+        most_frequent(image, "/no/such/model", 0.5)
