@@ -99,9 +99,8 @@ class Objective:
         self.plugins, self.engine = plugins, engine
         self.required = {p.label: _needs(p) for p in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
-        self.state: dict[str, dict[str, Tensor]] = {
-            p.label: p.module.initial_state(p.options) for p in plugins if hasattr(p.module, "initial_state")
-        }
+        stateful = {p.label: p for p in plugins if hasattr(p.module, "initial_state")}
+        self.state = {label: p.module.initial_state(p.options) for label, p in stateful.items()}
         self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def candidates(self, n_rows: int) -> int:

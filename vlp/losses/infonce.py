@@ -4,7 +4,7 @@
 
 cross-entropies over the texts of a row and over the images of a column (CLIP, arXiv 2103.00020, figure 3). With label
 smoothing ε the target is (1−ε)·δ_ij + ε/n (ALIGN, arXiv 2102.05918: ε = .1); λ weighs the directions (ConVIRT,
-arXiv 2010.00747, equation 4: λ = .75). Uninformative scores give log n, with n the candidates of a row.
+arXiv 2010.00747: λ = .75). Uninformative scores give log n, with n the candidates of a row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pairwise sigmoid loss of SigLIP (arXiv 2303.15343, equation 1).
+"""The pairwise sigmoid loss of SigLIP (arXiv 2303.15343).
 
     L = −(1/n) Σ_ij log σ(y_ij·(scale·x_i·t_j + bias)),      y_ii = 1, y_ij = −1 for j ≠ i.
 

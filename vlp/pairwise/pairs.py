@@ -202,6 +202,10 @@ class Pairs:
         """Σ values over the rows of the group, whole on each of its ranks: for terms that are no mean over rows."""
         return dist.all_reduce(values.sum(), self.group)
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Elementwise sum of `values` over ALL ranks, whole on each of them."""
+        return dist.all_reduce(values, self.engine.ranks)
+
     def log_sum(self, values: Tensor) -> Tensor:
         """log Σ e^values over the rows of the group, whole on each of its ranks. values: [b]."""
         return logsumexp(dist.all_gather(values, self.group), dim=0)

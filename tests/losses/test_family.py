@@ -1,0 +1,436 @@
+"""Every objective against a loop written from its equation, in float64, on 1, 2 and 4 ranks, gathered and on a ring.
+
+The ranks hold different numbers of valid captions and counting samples; values and the gradients of all inputs are
+compared, through `vlp.losses.build`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests import ranks
+from vlp import dist, plugin
+from vlp.losses import build
+
+B, D, K, C, TEACHER = 8, 5, 3, 2, 4
+CANDIDATES = range(B)
+
+
+def data() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+
+    def rows(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).requires_grad_()
+
+    given = {name: rows(B, D) for name in ("image", "text", "negative_image", "ema_image", "ema_text")}
+    given |= {"negatives": rows(B, K, D), "ema_negatives": rows(B, K, D), "counterfactual": rows(B, C, D)}
+    given |= {"teacher_image": rows(B, TEACHER), "teacher_text": rows(B, TEACHER)}
+    given |= {name: torch.tensor(v, dtype=torch.float64, requires_grad=True) for name, v in (("scale", 5.0), ("bias", -3.0))}
+    return given | {
+        "teacher_scale": torch.tensor(8.0, dtype=torch.float64),
+        # uneven: the first rank of four has no valid caption at all, the third has all
+        "negatives_valid": torch.tensor([0, 0, 5, 2, 7, 7, 4, 0]).unsqueeze(1).bitwise_and(torch.tensor([4, 2, 1])).bool(),
+        "counterfactual_valid": torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]).bool(),
+    }
+
+
+LEAVES = ("image", "text", "scale", "bias", "negatives", "negative_image", "counterfactual")
+NEVER = ("ema_image", "ema_text", "ema_negatives", "teacher_image", "teacher_text")  # teachers get no gradient
+
+
+# Loops, straight from the equations
+
+
+def log_sum(values) -> Tensor:
+    return torch.log(sum(torch.exp(v) for v in values))
+
+
+def z(d, i, j) -> Tensor:
+    return d["scale"] * (d["image"][i] @ d["text"][j])
+
+
+def others(i):
+    return [j for j in CANDIDATES if j != i]
+
+
+def both(one):
+    """Mean over rows of ½ (row term + column term); one(score, i) with score(j, k) the score that row j gives k."""
+
+    def loop(d):
+        rows = sum(one(lambda i, j: z(d, i, j), i, d) for i in CANDIDATES)
+        columns = sum(one(lambda i, j: z(d, j, i), i, d) for i in CANDIDATES)
+        return (rows + columns) / (2 * B)
+
+    return loop
+
+
+def infonce(score, i, d):
+    return log_sum(score(i, j) for j in CANDIDATES) - score(i, i)
+
+
+def siglip(d):
+    y = 2 * torch.eye(B) - 1
+    return sum(torch.log(1 + torch.exp(-y[i, j] * (z(d, i, j) + d["bias"]))) for i in CANDIDATES for j in CANDIDATES) / B
+
+
+def distance(a, b):
+    return ((a - b) ** 2).sum()
+
+
+def uniformity(d):
+    total = 0
+    for name in ("image", "text"):
+        e = d[name]
+        cells = [4 * (e[i] @ e[j]) - 4 for i in CANDIDATES for j in range(i + 1, B)]
+        total = total + 0.5 * (log_sum(cells) - math.log(len(cells)))
+    return total
+
+
+def cross_uniformity(d):
+    cells = [4 * (d["image"][i] @ d["text"][j]) - 4 for i in CANDIDATES for j in others(i)]
+    return log_sum(cells) - math.log(len(cells))
+
+
+def alignment(d):
+    return sum(distance(d["image"][i], d["text"][i]) for i in CANDIDATES) / B
+
+
+def decoupled(score, i, d):
+    return log_sum(score(i, j) for j in others(i)) - score(i, i)
+
+
+def decoupled_weighted(score, i, d):
+    own = [torch.exp((d["image"][k] @ d["text"][k]).detach() / 0.5) for k in CANDIDATES]
+    weight = 2 - B * own[i] / sum(own)
+    return log_sum(score(i, j) for j in others(i)) - weight * score(i, i)
+
+
+def hn_nce(alpha, beta):
+    def one(score, i, d):
+        norm = sum(torch.exp(beta * score(i, k)) for k in others(i))
+        hard = sum((B - 1) * torch.exp(beta * score(i, j)) / norm * torch.exp(score(i, j)) for j in others(i))
+        return -torch.log(torch.exp(score(i, i)) / (alpha * torch.exp(score(i, i)) + hard))
+
+    return one
+
+
+def counting(scaled):
+    def loop(d):
+        total, n = 0, 0
+        for i in CANDIDATES:
+            if d["counterfactual_valid"][i]:
+                g = [d["image"][i] @ t for t in (d["text"][i], *d["counterfactual"][i])]
+                g = [d["scale"] * v for v in g] if scaled else g
+                total, n = total - torch.log(torch.exp(g[0]) / sum(torch.exp(v) for v in g)), n + 1
+        return total / n
+
+    return loop
+
+
+def macl(d):
+    mean = sum((d["image"][i] @ d["text"][i]).detach() for i in CANDIDATES) / B
+    temperature = 0.1 * (1 + 0.5 * mean)
+    cosine = d["image"] @ d["text"].T / temperature
+    total = 0
+    for score in (cosine, cosine.T):
+        for i in CANDIDATES:
+            log_p = score[i, i] - log_sum(score[i])
+            total = total - log_p / (1 - torch.exp(log_p.detach())) / (2 * B)
+    return total
+
+
+def cyclip(d):
+    x, t = d["image"], d["text"]
+    return sum(
+        (x[i] @ x[j] - t[i] @ t[j]) ** 2 + (x[i] @ t[j] - x[j] @ t[i]) ** 2 for i in CANDIDATES for j in CANDIDATES
+    ) / (4 * B)
+
+
+def cwcl(frozen, sharpening):
+    def loop(d):
+        total, u = 0, d[frozen].detach()
+        score = (lambda i, j: z(d, i, j)) if frozen == "image" else (lambda i, j: z(d, j, i))
+        for i in CANDIDATES:
+            w = [(0.5 + 0.5 * u[i] @ u[j]) ** sharpening for j in CANDIDATES]
+            norm = log_sum(score(i, j) for j in CANDIDATES)
+            total = total - sum(w[j] * (score(i, j) - norm) for j in CANDIDATES) / sum(w) / (2 * B)
+            total = total - (score(i, i) - log_sum(score(j, i) for j in CANDIDATES)) / (2 * B)
+        return total
+
+    return loop
+
+
+def distill(d):
+    teacher = d["teacher_scale"] * d["teacher_image"].detach() @ d["teacher_text"].detach().T
+    student = d["scale"] * d["image"] @ d["text"].T
+    total = 0
+    for t, s in ((teacher, student), (teacher.T, student.T)):
+        for i in CANDIDATES:
+            p = torch.exp(t[i]) / torch.exp(t[i]).sum()
+            total = total - sum(p[j] * (s[i, j] - log_sum(s[i])) for j in CANDIDATES) / (2 * B)
+    return total
+
+
+def self_distillation(negatives):
+    def loop(d):
+        total = 0
+        for i in CANDIDATES:
+            total = total + distance(d["image"][i], d["ema_image"][i].detach())
+            total = total + distance(d["text"][i], d["ema_text"][i].detach())
+            for k in range(K) if negatives else ():
+                if d["negatives_valid"][i, k]:
+                    total = total + distance(d["negatives"][i, k], d["ema_negatives"][i, k].detach())
+        return total / B
+
+    return loop
+
+
+def captions(d, columns=range(K)):
+    return [d["negatives"][j, k] for j in CANDIDATES for k in columns if d["negatives_valid"][j, k]]
+
+
+def negclip(d, columns=range(K)):
+    total = 0
+    for i in CANDIDATES:
+        hard = [d["scale"] * (d["image"][i] @ n) for n in captions(d, columns)]
+        total = total + log_sum([*(z(d, i, j) for j in CANDIDATES), *hard]) - z(d, i, i)
+        total = total + log_sum(z(d, j, i) for j in CANDIDATES) - z(d, i, i)
+    return total / (2 * B)
+
+
+def triplet(d):
+    second, n, scale = 0, 0, d["scale"]
+    live = [j for j in CANDIDATES if d["negatives_valid"][j, 0]]
+    for i in live:
+        x, caption = d["negative_image"], d["negatives"][:, 0]
+        own = scale * (x[i] @ caption[i])
+        rows = [scale * (x[i] @ c) for c in [*(caption[j] for j in live), *d["text"]]]
+        second = second + (log_sum(rows) + log_sum(scale * (x[j] @ caption[i]) for j in live) - 2 * own) / 2
+        n += 1
+    return negclip(d, columns=[0]) + second / n
+
+
+def own(gamma, smoothing):
+    def loop(d):
+        total, n = 0, 0
+        for i in CANDIDATES:
+            hard = [d["negatives"][i, k] for k in range(K) if d["negatives_valid"][i, k]]
+            if not hard:
+                continue
+            scores = [d["scale"] * (d["image"][i] @ t) for t in (d["text"][i], *hard)]
+            for k, score in enumerate(scores):
+                log_p = score - log_sum(scores)
+                y = (1 - smoothing) * (k == 0) + smoothing / (1 + len(hard))
+                total = total - y * (1 - torch.exp(log_p)) ** gamma * log_p
+            n += 1
+        return total / n
+
+    return loop
+
+
+def text_grounded(d):
+    total, n = 0, 0
+    for i in CANDIDATES:
+        hard = [d["negatives"][i, k] for k in range(K) if d["negatives_valid"][i, k]]
+        if hard:
+            scores = [10 * (d["text"][i] @ t) for t in (d["ema_text"][i].detach(), *hard)]
+            total, n = total + log_sum(scores) - scores[0], n + 1
+    return total / n
+
+
+def rank(margin):
+    def loop(d):
+        cells = [(i, k) for i in CANDIDATES for k in range(K) if d["negatives_valid"][i, k]]
+        gap = [margin[k] + d["scale"] * (d["image"][i] @ d["negatives"][i, k]) - z(d, i, i) for i, k in cells]
+        return sum(torch.clamp(g, min=0) for g in gap) / len(cells)
+
+    return loop
+
+
+def intra(d):
+    total = 0
+    for i in CANDIDATES:
+        hard = [d["scale"] * (d["text"][i] @ n) for n in captions(d)]
+        total = total + log_sum([z(d, i, i), *hard]) - z(d, i, i)
+    return total / B
+
+
+FAMILY = [
+    ("infonce", {}, both(infonce)),
+    ("siglip", {}, siglip),
+    ("uniformity", {}, uniformity),
+    ("cross_uniformity", {}, cross_uniformity),
+    ("alignment", {}, alignment),
+    ("decoupled", {}, both(decoupled)),
+    ("decoupled", {"sigma": 0.5}, both(decoupled_weighted)),
+    ("hn_nce", {"alpha": 1, "beta": 0.25}, both(hn_nce(1, 0.25))),
+    ("hn_nce", {"alpha": 0.5, "beta": 1.5}, both(hn_nce(0.5, 1.5))),
+    ("hn_nce", {"alpha": 0, "beta": 0}, both(decoupled)),
+    ("hn_nce", {"alpha": 1, "beta": 0}, both(infonce)),
+    ("counting", {}, counting(False)),
+    ("counting", {"scaled": True}, counting(True)),
+    ("macl", {}, macl),
+    ("cyclip", {}, cyclip),
+    ("cwcl", {}, cwcl("image", 1)),
+    ("cwcl", {"frozen": "text", "sharpening": 4}, cwcl("text", 4)),
+    ("distill", {}, distill),
+    ("self_distillation", {}, self_distillation(False)),
+    ("self_distillation", {"negatives": True}, self_distillation(True)),
+    ("hard_negatives", {"kind": "negclip"}, negclip),
+    ("hard_negatives", {"kind": "triplet"}, triplet),
+    ("hard_negatives", {"kind": "own"}, own(0, 0)),
+    ("hard_negatives", {"kind": "own", "focal": 2, "label_smoothing": 0.02}, own(2, 0.02)),
+    ("hard_negatives", {"kind": "text"}, text_grounded),
+    ("hard_negatives", {"kind": "rank"}, rank([0, 0, 0])),
+    ("hard_negatives", {"kind": "intra"}, intra),
+]
+PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
+
+
+def gradients_of(value: Tensor, d: dict[str, Tensor]) -> list:
+    assert not any(g is not None and g.any() for g in torch.autograd.grad(
+        value, [d[name] for name in NEVER], retain_graph=True, allow_unused=True))  # fmt: skip
+    found = torch.autograd.grad(value, [d[name] for name in LEAVES], materialize_grads=True)
+    return [value.item(), *(g.tolist() for g in found)]
+
+
+def own_rows(d: dict[str, Tensor]) -> dict[str, Tensor]:
+    mine = slice(dist.rank() * B // dist.world_size(), (dist.rank() + 1) * B // dist.world_size())
+    return {name: v[mine] if v.dim() else v for name, v in d.items()}
+
+
+def on_rank() -> list[list]:
+    results = []
+    for impl, topology in PLANS:
+        results.append([])
+        for name, options, _ in FAMILY:
+            d = data()
+            objective = build({name: options}, impl=impl, topology=topology)
+            objective.engine = replace(objective.engine, tile_size=3)
+            results[-1].append(gradients_of(objective(**own_rows(d))[0], d))
+    return results
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_objectives_equal_loops(n_ranks):
+    expected = [gradients_of(loop(d), d) for _, _, loop in FAMILY for d in [data()]]
+    found = ranks.run(n_ranks, on_rank)
+    n_cases = n_live = 0
+    for p, plan in enumerate(PLANS):
+        for f, (name, options, _) in enumerate(FAMILY):
+            for i, leaf in enumerate(("value", *LEAVES)):
+                mean = sum(torch.tensor(found[k][p][f][i], dtype=torch.float64) for k in range(n_ranks)) / n_ranks
+                wanted = torch.tensor(expected[f][i], dtype=torch.float64)
+                error = (mean - wanted).norm()
+                assert error <= 1e-10 * wanted.norm() + 1e-12, f"{name} {options}, {plan}, {leaf}: {mean} is not {wanted}"
+                n_live += i > 0 and bool(wanted.norm() > 1e-6)
+            n_cases += 1
+    assert n_cases == 4 * 27 and n_live == 4 * 83, "the comparison must not be empty"
+
+
+def test_every_file_is_tested():
+    assert {name for name, _, _ in FAMILY} == set(plugin.names("vlp.losses")) and len(plugin.names("vlp.losses")) == 14
+
+
+def aligned() -> dict[str, Tensor]:
+    d = data()
+    with torch.no_grad():
+        d["text"].copy_(F.normalize(d["text"] + d["image"], dim=1))
+    return d
+
+
+def margins_on_rank() -> list:
+    d = aligned()
+    objective = build({"hard_negatives": {"kind": "rank"}})
+    first = objective(**own_rows(d), step=0)[0].item()
+    saved = objective.state_dict()
+    with torch.no_grad():
+        objective(**own_rows(d), step=1)  # no gradient: an evaluation moves nothing
+    objective(**own_rows(d))  # nor does a call without a step
+    unmoved = all(torch.equal(a, b) for a, b in zip(saved["rank"].values(), objective.state_dict()["rank"].values()))
+    later = build({"hard_negatives": {"kind": "rank"}})
+    later.load_state_dict(saved)
+    return [first, saved["rank"]["margin"].tolist(), unmoved, objective(**own_rows(d), step=1)[0].item(),
+            later(**own_rows(d), step=1)[0].item()]  # fmt: skip
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_the_margin_of_rank_is_the_previous_step_s(n_ranks):
+    d = aligned()
+    mean = sum(z(d, i, i) for i in CANDIDATES) / B
+    margin = []
+    for k in range(K):
+        live = [i for i in CANDIDATES if d["negatives_valid"][i, k]]
+        gap = mean - sum(d["scale"] * (d["image"][i] @ d["negatives"][i, k]) for i in live) / len(live)
+        margin.append(min(max(gap.item(), 0.0), 10.0))
+    assert max(margin) > 0
+    results = ranks.run(n_ranks, margins_on_rank)
+    first, second, loaded = (sum(r[i] for r in results) / n_ranks for i in (0, 3, 4))
+    assert first == pytest.approx(rank([0, 0, 0])(d).item(), rel=1e-10)
+    assert second == loaded == pytest.approx(rank(margin)(d).item(), rel=1e-10)
+    for result in results:
+        assert result[1] == pytest.approx(margin, rel=1e-10) and result[2]
+
+
+def test_uniformity_on_the_sphere_is_the_written_one():
+    """−2‖x − y‖² and 4x·y − 4 differ in gradient along x only: through a normalisation they are one."""
+    raw = {name: torch.randn(B, D, dtype=torch.float64).requires_grad_() for name in ("image", "text")}
+    unit = {name: F.normalize(v, dim=1) for name, v in raw.items()}
+
+    def mean_kernel(x, y, cells):
+        return torch.log(sum(torch.exp(-2 * distance(x[i], y[j])) for i, j in cells) / len(cells))
+
+    upper = [(i, j) for i in CANDIDATES for j in range(i + 1, B)]
+    written = (mean_kernel(unit["image"], unit["image"], upper) + mean_kernel(unit["text"], unit["text"], upper)) / 2
+    written = written + mean_kernel(unit["image"], unit["text"], [(i, j) for i in CANDIDATES for j in others(i)])
+    total, _ = build({"uniformity": {}, "cross_uniformity": {}})(**unit, scale=1.0)
+    torch.testing.assert_close(total, written, rtol=1e-12, atol=0)
+    for a, b in zip(*(torch.autograd.grad(v, list(raw.values()), retain_graph=True) for v in (total, written))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        assert b.norm() > 1e-2
+
+
+@pytest.mark.parametrize("name, options, changed, valid", [
+    ("counting", {}, "counterfactual", "counterfactual_valid"),
+    *(("hard_negatives", {"kind": k}, "negatives", "negatives_valid")
+      for k in ("negclip", "triplet", "own", "text", "rank", "intra")),
+    ("self_distillation", {"negatives": True}, "negatives", "negatives_valid"),
+])  # fmt: skip
+def test_invalid_entries_have_no_influence(name, options, changed, valid):
+    d = data()
+    before = gradients_of(build({name: options})(**d)[0], d)
+    with torch.no_grad():
+        d[changed][~d[valid]] = d[changed][~d[valid]].roll(1, dims=-1)
+    after = gradients_of(build({name: options})(**d)[0], d)
+    assert before == after
+    with torch.no_grad():
+        d[changed][d[valid]] *= 0.5
+    assert gradients_of(build({name: options})(**d)[0], d)[0] != before[0]
+    nothing = build({name: options})(**d | {valid: torch.zeros_like(d[valid])})[0]
+    if name == "counting" or options["kind" if "kind" in options else "negatives"] in ("own", "text", "rank"):
+        assert nothing == 0 and not any(torch.tensor(g).any() for g in gradients_of(nothing, d)[1:])
+
+
+@pytest.mark.parametrize("name", ["uniformity", "cross_uniformity", "decoupled", "hn_nce", "macl"])
+def test_terms_over_other_rows_need_two(name):
+    d = {k: v[:1] if v.dim() else v for k, v in data().items()}
+    with pytest.raises(ValueError, match=f"'{name}' needs at least 2 candidates a row, found 1"):
+        build({name: {}})(**d)
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("decoupled", {"sigma": 0}, "expected a number > 0"),
+    ("hn_nce", {"beta": -1}, "expected numbers >= 0"),
+    ("macl", {"alpha": 1}, "temperature could become negative"),
+    ("cwcl", {"frozen": "txt"}, "did you mean 'text'"),
+    ("hard_negatives", {"kind": "negclip", "focal": 2}, "belong to kind: own"),
+])  # fmt: skip
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build({name: options})

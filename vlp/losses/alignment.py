@@ -1,0 +1,24 @@
+"""Alignment of pairs (CUA, arXiv 2405.18570; Wang and Isola, arXiv 2005.10242).
+
+    L = mean_i ‖x_i − t_i‖²
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlp.losses._objective import Inputs
+from vlp.pairwise import Pairs
+
+NEEDS = frozenset({"image", "text"})
+
+
+@dataclass(frozen=True)
+class Options:
+    pass
+
+
+def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    return pairs.mean((inputs.image - inputs.text).square().sum(1))

@@ -1,0 +1,33 @@
+"""Teaching CLIP to count to ten (arXiv 2302.12066).
+
+    L = −mean over counting samples of log [ e^{g(x·t)} / (e^{g(x·t)} + Σ_c e^{g(x·t^cf_c)}) ]
+
+t^cf is the caption with another number word; the paper uses one, several give the variant over all other numbers. One
+direction; counterfactuals are not candidates of the contrastive loss, which the configuration adds as a term of its
+own (paper: weight 1 each). g is the raw cosine, or the cosine times the learned scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlp.losses._objective import Inputs
+from vlp.pairwise import Pairs, softplus
+
+NEEDS = frozenset({"image", "text", "scale", "counterfactual", "counterfactual_valid"})
+
+
+@dataclass(frozen=True)
+class Options:
+    scaled: bool = False  # multiply cosines by the learned scale
+
+
+def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    wrong = inputs.counterfactual if inputs.counterfactual.dim() == 3 else inputs.counterfactual.unsqueeze(1)
+    scale = inputs.scale if options.scaled else 1.0
+    positive = scale * (inputs.image * inputs.text).sum(1)
+    others = scale * (inputs.image.unsqueeze(1) * wrong).sum(2)
+    return pairs.mean(softplus(torch.logsumexp(others, 1) - positive), inputs.counterfactual_valid)

@@ -1,0 +1,34 @@
+"""Cyclic consistency of similarities (CyCLIP, arXiv 2205.14459).
+
+    L = in_modal·(1/n) Σ_ij (x_i·x_j − t_i·t_j)² + cross_modal·(1/n) Σ_ij (x_i·t_j − x_j·t_i)²
+
+Raw cosines; both weights ¼ in the paper. The contrastive loss is a term of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlp.losses._objective import Inputs
+from vlp.pairwise import SUM, Pairs, Reduction, Tile
+
+NEEDS = frozenset({"image", "text"})
+
+
+@dataclass(frozen=True)
+class Options:
+    in_modal: float = 0.25
+    cross_modal: float = 0.25
+
+
+def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    x, t = inputs.image, inputs.text
+    in_modal, cross_modal = pairs.reduce(Reduction(_squares, rows=(SUM, SUM)), [x, t, x, t], [x, t, t, x], paired=False)
+    return pairs.mean(options.in_modal * in_modal + options.cross_modal * cross_modal)
+
+
+def _squares(tile: Tile) -> tuple[Tensor, ...]:
+    xx, tt, xt, tx = tile.scores
+    return (xx - tt).square(), (xt - tx).square()

@@ -1,0 +1,37 @@
+"""Decoupled contrastive learning, DCL and DCLW (arXiv 2110.06848).
+
+    L = ½ Σ_directions mean_i [ −w_i z_ii + log Σ_{j≠i} e^{z_ij} ],      z_ij = scale·x_i·t_j
+
+the softmax without the positive in its denominator. w_i = 1, or with `sigma` w_i = 2 − n·softmax_i(s_ii/σ), detached,
+over the group: pairs that already agree weigh less (paper: σ = .5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlp.losses._objective import Inputs
+from vlp.pairwise import Pairs
+
+NEEDS = frozenset({"image", "text", "scale"})
+MIN_CANDIDATES = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    sigma: float | None = None  # σ of DCLW; null: DCL
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and self.sigma <= 0:
+            raise ValueError(f"sigma: found {self.sigma}, expected a number > 0, or null for unweighted pairs")
+
+
+def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
+    if options.sigma is None:
+        return pairs.mean((rows + columns) / 2 - positive)
+    cosine = (inputs.image * inputs.text).detach().sum(1).to(positive.dtype) / options.sigma
+    weight = 2 - pairs.candidates(len(rows)) * (cosine - pairs.log_sum(cosine)).exp()
+    return pairs.mean((rows + columns) / 2 - weight * positive)

@@ -1,0 +1,142 @@
+"""Hard captions as negatives: one family, whose `kind` gives the published terms. n_ik: caption k of sample i.
+
+negclip   (NegCLIP, arXiv 2210.01936) softmax of each image over all texts and all hard captions of the candidates;
+          of each text over images, unchanged; ½ each. Hard captions are never anchors.
+triplet   (TripletCLIP, arXiv 2411.02545) negclip(x, t, n) + negclip(x⁻, n, t) with n = n_i1 and its own image x⁻;
+          the second half is over the samples whose n_i1 is valid.
+own       (TSVLC; DeGLA IGC; FSC-CLIP) softmax of x_i over {t_i, n_i1 … n_iK}. With the target
+          y = (1−ε)δ + ε/(1 + #valid) on t_i and every valid caption: Σ_k y_k (1−p_k)^γ (−log p_k).
+text      (DeGLA TGC, arXiv 2504.16801) softmax of t_i over {t̄_i, n_i1 … n_iK}, t̄ of the moving average, scale 10.
+rank      (CE-CLIP CMR, arXiv 2306.08832) mean over valid of relu(m_k + z(x_i, n_ik) − z(x_i, t_i)) with an adaptive
+          margin m_k = mean_i z(x_i, t_i) − mean_i z(x_i, n_ik) of the PREVIOUS step, in [0, 10], 0 at first; state.
+intra     (CE-CLIP IMC) cross-entropy of [z(x_i, t_i); scale·t_i·every caption of the candidates] to the first.
+
+`own`, `text` and `rank` are sample terms: means over samples (or pairs i, k) with a valid caption, of all ranks.
+Invalid captions have no influence at all. Published weights: own .1 (IGC) or .5 (FSC), text .1, rank .2, intra .3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlp.losses._objective import Inputs
+from vlp.pairwise import Pairs, softplus
+
+CAPTIONS = {"negatives", "negatives_valid"}
+LARGEST_MARGIN = 10.0
+
+
+@dataclass(frozen=True)
+class Options:
+    kind: Literal["negclip", "triplet", "own", "text", "rank", "intra"] = "negclip"
+    focal: float = 0.0  # γ of `own` (FSC-CLIP: 2)
+    label_smoothing: float = 0.0  # ε of `own` (FSC-CLIP: .02)
+    text_scale: float = 10.0  # fixed scale of `text`
+
+    def __post_init__(self) -> None:
+        if (self.focal or self.label_smoothing) and self.kind != "own":
+            raise ValueError(f"focal and label_smoothing belong to kind: own, not {self.kind}; remove them")
+        if self.focal < 0 or not 0 <= self.label_smoothing < 1 or self.text_scale <= 0:
+            raise ValueError(f"expected focal >= 0, 0 <= label_smoothing < 1, text_scale > 0, found {self}")
+
+
+def label(options: Options) -> str:
+    return options.kind
+
+
+def needs(options: Options) -> frozenset[str]:
+    extra = {"triplet": {"negative_image"}, "text": {"ema_text"}}.get(options.kind, set())
+    return frozenset({"image", "text", "scale"} | CAPTIONS | extra)
+
+
+def initial_state(options: Options) -> dict[str, Tensor]:
+    """The margins of `rank`, one a caption position; empty until the first step says how many there are."""
+    return {"margin": torch.zeros(0)} if options.kind == "rank" else {}
+
+
+def term(inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    if options.kind == "rank":
+        return rank(inputs, pairs, state["margin"])
+    function = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}[options.kind]
+    return function(inputs, pairs, options), state
+
+
+def negclip(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
+    hard = _all_captions(inputs, pairs, inputs.image)
+    return pairs.mean(softplus(torch.logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
+
+
+def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    caption, valid = inputs.negatives[:, 0], inputs.negatives_valid[:, 0]
+    x, scale = inputs.negative_image, inputs.scale
+    positive = torch.as_tensor(scale) * (x * caption).sum(1)
+    rows = pairs.row_logsumexp(x, caption, scale, valid=valid, paired=True)
+    columns = pairs.row_logsumexp(caption, x, scale, valid=valid, paired=True)
+    hard = pairs.row_logsumexp(x, inputs.text, scale)
+    second = (softplus(torch.logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
+    first = Inputs(inputs.image, inputs.text, scale, negatives=caption.unsqueeze(1), negatives_valid=valid.unsqueeze(1))
+    return negclip(first, pairs, options) + pairs.mean(second, valid)
+
+
+def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    candidates = torch.cat([inputs.text.unsqueeze(1), inputs.negatives], 1)
+    valid = _with_positive(inputs.negatives_valid)
+    log_p = _log_softmax(torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, candidates), valid)
+    ε = options.label_smoothing
+    target = ε * valid.to(log_p.dtype) / valid.sum(1, keepdim=True)
+    target[:, 0] += 1 - ε
+    loss = -target * log_p
+    if options.focal:
+        loss = loss * (-torch.expm1(log_p)).clamp(min=0) ** options.focal
+    return pairs.mean(loss.sum(1), inputs.negatives_valid.any(1))
+
+
+def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    candidates = torch.cat([inputs.ema_text.detach().unsqueeze(1), inputs.negatives], 1)
+    z = options.text_scale * torch.einsum("bd,bkd->bk", inputs.text, candidates)
+    log_p = _log_softmax(z, _with_positive(inputs.negatives_valid))
+    return pairs.mean(-log_p[:, 0], inputs.negatives_valid.any(1))
+
+
+def intra(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    positive = torch.as_tensor(inputs.scale) * (inputs.image * inputs.text).sum(1)
+    return pairs.mean(softplus(_all_captions(inputs, pairs, inputs.text) - positive))
+
+
+def rank(inputs: Inputs, pairs: Pairs, margin: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    scale, valid = torch.as_tensor(inputs.scale), inputs.negatives_valid
+    positive = scale * (inputs.image * inputs.text).sum(1)
+    hard = scale * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
+    if margin.numel() == 0:
+        margin = torch.zeros(hard.shape[1])
+    margin = margin.to(hard)
+    loss = pairs.mean(torch.relu(margin + hard - positive.unsqueeze(1)), valid)
+    with torch.no_grad():
+        count = pairs.sum_over_ranks(valid.to(hard).sum(0))
+        total = pairs.sum_over_ranks(torch.where(valid, hard, 0).sum(0))
+        mean = pairs.sum_over_ranks(positive.sum()) / pairs.sum_over_ranks(torch.ones_like(positive).sum())
+        found = (mean - total / count.clamp(min=1)).clamp(0, LARGEST_MARGIN)
+        margin = torch.where(count > 0, found, margin)
+    return loss, {"margin": margin}
+
+
+def _all_captions(inputs: Inputs, pairs: Pairs, anchors: Tensor) -> Tensor:
+    """LSE over every valid hard caption of the group, [b]."""
+    return pairs.row_logsumexp(
+        anchors, inputs.negatives.flatten(0, 1), inputs.scale, valid=inputs.negatives_valid.flatten()
+    )
+
+
+def _with_positive(valid: Tensor) -> Tensor:
+    return torch.cat([torch.ones_like(valid[:, :1]), valid], 1)
+
+
+def _log_softmax(z: Tensor, valid: Tensor) -> Tensor:
+    """log softmax over the valid entries, 0 at the others: they take no part, and 0·(−∞) would be NaN."""
+    z = torch.where(valid, z, -torch.inf)
+    return torch.where(valid, z - torch.logsumexp(z, 1, keepdim=True), 0)
