@@ -20,8 +20,14 @@ TRAIN_EXAMPLE = """examples:
   vlp train configs/demo.yaml resume=auto
   accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py configs/demo.yaml
 """
-EXPORT_EXAMPLE = """example:
+EXPORT_EXAMPLE = """examples:
   vlp export runs/demo --to exported/demo
+  vlp export runs/demo/checkpoints/step_00000156 --to exported/half --license cc-by-4.0
+"""
+PUSH_EXAMPLE = """example:
+  vlp push exported/demo you/demo-clip --private
+
+The token is huggingface_hub's: `hf auth login`, or the environment variable HF_TOKEN. It is never written anywhere.
 """
 DEMO_EXAMPLE = """example:
   vlp demo --out runs/demo
@@ -61,6 +67,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         ("train", "train a configuration", _train),
         ("eval", "evaluate a model zero-shot, or compare results", _eval),
         ("export", "write a run as a folder that transformers and open_clip load", _export),
+        ("push", "upload an export to the Hugging Face Hub", _push),
         ("data", "make, look at and enrich data sets", _data),
         ("demo", "generate data, train, evaluate and export in a few minutes", _demo),
     ):
@@ -95,15 +102,37 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXPORT_EXAMPLE
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
+    parser.add_argument("--license", metavar="ID", help="licence for the model card, e.g. apache-2.0")
+    parser.add_argument("--onnx", action="store_true", help="also write both towers as ONNX (needs the package onnxscript)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
     def run(options: argparse.Namespace) -> int:
-        from pathlib import Path
-
         from vlp.export import export_run
 
-        for line in export_run(Path(options.run_folder), Path(options.to), overwrite=options.overwrite):
+        for line in export_run(
+            options.run_folder, options.to, license=options.license, onnx=options.onnx, overwrite=options.overwrite
+        ):
             print(line)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _push(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = PUSH_EXAMPLE
+    parser.add_argument("folder", metavar="DIR", help="what `vlp export` wrote")
+    parser.add_argument("repository", metavar="USER/NAME", help="created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create it private")
+    parser.add_argument("--overwrite", action="store_true", help="replace other content that is already there")
+    parser.add_argument("--endpoint", metavar="URL", help="another hub than huggingface_hub's default")
+
+    def run(options: argparse.Namespace) -> int:
+        from vlp.push import push
+
+        push(
+            options.folder, options.repository,
+            private=options.private, overwrite=options.overwrite, endpoint=options.endpoint,
+        )  # fmt: skip
         return 0
 
     parser.set_defaults(run=run)

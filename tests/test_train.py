@@ -1,0 +1,144 @@
+"""The loop end to end on generated scenes: resume, kill, damage, refusals, two processes by `accelerate launch`."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlp import checkpoint, config
+from vlp.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = """
+out: {out}
+data:
+  sources: [{{name: shards, path: {data}}}]
+  workers: 1
+model:
+  image_tower: {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16, patch_dropout: 0.25}}
+  text_tower: {{name: transformer, context_length: 24, width: 32, layers: 1, heads: 2}}
+  embed_dim: 16
+train: {{duration: 9, batch: 48, micro_batches: 2, precision: float32, optimizer: {{lr: 1e-3}}}}
+objective: {{infonce: {{}}}}
+log: {{every: 1}}
+checkpoint: {{every: 3, keep: 2}}
+"""
+
+
+@pytest.fixture
+def settings(scenes, tmp_path):
+    """Nine steps of 48 of 200 scenes: steps_per_epoch is 4, so checkpoints lie in mid-epoch."""
+
+    def make(*overrides, out="run"):
+        path = tmp_path / f"{out}.yaml"
+        path.write_text(SETTINGS.format(out=tmp_path / out, data=scenes / "train"))
+        return config.load(path, list(overrides))
+
+    return make
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def test_resume_in_mid_epoch_is_bit_for_bit(settings, capsys):
+    whole = train(settings(out="whole"))
+    assert sorted(losses(whole)) == list(range(1, 10))
+    assert [p.name for p in checkpoint.all_of(whole)] == ["step_00000006", "step_00000009"]
+    shutil.copytree(whole, whole.parent / "cut")
+    shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000009")
+    again = train(settings("resume=auto", out="cut"))
+    assert losses(again) == losses(whole)  # steps 7 to 9 were computed anew, 1 to 6 are those of before
+    one, other = (checkpoint.load(checkpoint.newest(run)) for run in (whole, again))
+    assert all(one.model[k].equal(other.model[k]) for k in one.model)
+    assert all(one.optimizer[k].equal(other.optimizer[k]) for k in one.optimizer)
+    assert len(one.optimizer) > 30
+
+
+def test_resume_without_the_loader_position_would_differ(settings):
+    """Negative control: another position of the data gives other losses."""
+    whole = train(settings("train.duration=4", out="whole"))
+    other = train(settings("train.duration=4", "seed=1", out="other"))
+    assert losses(whole)[4] != losses(other)[4]
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(settings, capsys):
+    whole = train(settings(out="whole"))
+    before = losses(whole)
+    weights = whole / "checkpoints" / "step_00000009" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (whole / "checkpoints" / "step_00000012.tmp").mkdir()  # what a kill in the middle of a save leaves
+    train(settings("resume=auto", out="whole"))
+    printed = capsys.readouterr()
+    assert "step_00000009/model.safetensors is damaged: found 1000 bytes" in printed.err
+    assert "step_00000006" in printed.out
+    assert losses(whole) == before
+
+
+def test_refusals(settings):
+    run = train(settings("train.duration=3"))
+    with pytest.raises(FileExistsError, match="already holds a run; continue it"):
+        train(settings())
+    with pytest.raises(checkpoint.CheckpointError, match="another architecture"):
+        train(settings("resume=auto", "model.embed_dim=24"))
+    for path in checkpoint.all_of(run):
+        (path / "state.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="every checkpoint of .* is damaged"):
+        train(settings("resume=auto"))
+    with pytest.raises(ValueError, match="micro-batches do not divide; use train.batch=48"):
+        train(settings("train.batch=49", out="other"))
+    with pytest.raises(ValueError, match="batch"):
+        train(settings("train.batch=400", out="large"))
+    with pytest.raises(ValueError, match="needs a logit bias"):
+        train(settings("objective={siglip: {}}", out="bias"))
+    with pytest.raises(ValueError, match="nowhere"):
+        train(settings("data.sources.0.path=/nowhere", out="absent"))
+
+
+def test_fewer_shards_than_workers(settings):
+    """200 scenes in one shard, three loader processes: the same batches as without any."""
+    none = train(settings("data.workers=0", "train.duration=5", out="none"))
+    three = train(settings("data.workers=3", "train.duration=5", out="three"))
+    assert losses(none) == losses(three)
+
+
+def test_sigterm_saves_and_the_rest_follows_bit_for_bit(settings, tmp_path):
+    whole = train(settings("train.duration=40", "checkpoint.every=100%", out="whole"))
+    settings(out="killed")
+    options = ("train.duration=40", "checkpoint.every=100%")
+    command = [sys.executable, "-m", "vlp.cli", "train", str(tmp_path / "killed.yaml"), *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopped by SIGTERM" in output
+    stopped_at = max(losses(tmp_path / "killed"))
+    assert 5 <= stopped_at < 40
+    train(settings("train.duration=40", "checkpoint.every=100%", "resume=auto", out="killed"))
+    assert losses(tmp_path / "killed") == losses(whole)
+
+
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml", "launch/train.py"]
+SAME = ("train.duration=20", "model.image_tower.patch_dropout=0")  # dropout masks depend on the ranks' share of a batch
+
+
+def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(settings, tmp_path):
+    one = losses(train(settings(*SAME, out="one")))
+    settings(out="two")
+    done = subprocess.run([sys.executable, *LAUNCH, str(tmp_path / "two.yaml"), *SAME], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stdout
+    two = losses(tmp_path / "two")
+    assert sorted(two) == sorted(one) == list(range(1, 21))
+    assert max(abs(two[s] - one[s]) / one[s] for s in one) <= 1e-5
