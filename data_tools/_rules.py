@@ -22,7 +22,7 @@ _NEGATION = re.compile(r"\b(no|not|none|never|neither|nor|nothing|nobody|without
 _PRONOUN = re.compile(r"\b(he|she|him|her|his|hers|himself|herself|men's|women's|man's|woman's)\b", re.I)
 _WITH_A_PART = re.compile(  # "a case with a lid", but neither "filled with" nor "with one leg in the air"
     r"\b(?!\w+(?:ed|ing|en)\b)(?!(?:all|busy|full|up|together|along|down|is|are|those|people)\b)\w+ with\|\s+"
-    r"(?!(?:one|some|both|several|many|multiple|various|few|his|her|its|their|each|other|all|no|lots|a lot|"
+    r"(?!(?:\d+|one|some|both|several|many|multiple|various|few|his|her|its|their|each|other|all|no|lots|a lot|"
     + "|".join(NUMBERS) + r")\b)", re.I,
 )  # fmt: skip
 _EXISTS = re.compile(r"\b(there (is|are)|one of)\b", re.I)
@@ -134,7 +134,7 @@ def _replace_relation(caption: str, lexicon: Lexicon, rng: random.Random, passed
         before = [noun for noun in nouns if noun.end <= found.start]
         if found.entry.section == "animate" and not (before and before[-1].entry.section == "animate"):
             continue
-        if re.match(r"\s*\d", caption[found.end :]):
+        if found.entry.text in ("over", "under") and re.match(r"\s*\d", caption[found.end :]):
             passed["replace_relation: 'over 20' and the like is no place"] += 1
             continue
         if found.entry.text == "with" and not _names_a_part(caption, found):

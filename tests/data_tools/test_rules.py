@@ -140,10 +140,11 @@ TABLE = [
     ("replace_noun", "a guy", ["a woman"]),
     ("replace_noun", "a man with his dog", []),
     ("replace_noun", "they box", []),
+    ("replace_relation", "a cow above 2 boxes", ["a cow under 2 boxes"]),
     ("replace_relation", "a cow under a tree", ["a cow above a tree"]),
     ("replace_relation", "a cow sitting on a hill", ["a cow standing on a hill"]),
     ("replace_relation", "a box sitting on a hill", []),  # it may as well be said to stand there
-    ("replace_relation", "above 20 boxes", []),
+    ("replace_relation", "under 20 boxes", []),
     ("replace_attribute", "a box that is not red", []),
     ("replace_attribute", "no red box", []),
     ("replace_number", "a dog", []),
