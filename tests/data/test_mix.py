@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlp.data.mix import Mixture, permute
+from vlp.data.mix import Mixture, Windows, permute
 from vlp.types import Sample
 
 
 class Numbers:
     """A source of n samples without content."""
 
-    n_left_out = n_negatives = n_counterfactuals = 0
+    n_left_out = n_negatives = n_counterfactuals = window = 0
     scored = False
 
     def __init__(self, n: int) -> None:
@@ -122,3 +122,20 @@ def test_stand_ins_exist_even_when_the_batch_is_the_whole_source():
 def test_a_billion_samples_cost_nothing():
     ids = mixture(10**9).batch(123_456, 4096)
     assert len(set(ids.tolist())) == 4096 and ids.max() < 10**9
+
+
+@pytest.mark.parametrize("runs", [[10] * 30, [1, 100, 3, 0, 0, 57, 9], [5], [7, 7]])
+@pytest.mark.parametrize("width", [1, 3, 50])
+def test_windows_permute_all_samples_and_keep_to_a_few_shards_at_a_time(runs, width):
+    runs = np.array(runs)
+    n, bounds = runs.sum(), np.cumsum(runs)
+    order = Windows(runs, width, 1)(np.arange(n))
+    assert sorted(order.tolist()) == list(range(n))
+    assert Windows(runs, width, 1)(np.array([n - 1, 0])).tolist() == [order[-1], order[0]]
+    shard = np.searchsorted(bounds, order, side="right")
+    last_use = {s: np.flatnonzero(shard == s).max() for s in set(shard.tolist())}
+    first_use = {s: np.flatnonzero(shard == s).min() for s in set(shard.tolist())}
+    for position in range(n):
+        assert sum(first_use[s] <= position <= last_use[s] for s in last_use) <= width
+    if n > 100:
+        assert Windows(runs, width, 2)(np.arange(n)).tolist() != order.tolist()

@@ -211,18 +211,22 @@ def _load(folder: Path) -> dict[str, Shard]:
         except OSError:
             continue
         try:
-            return _parse(data)
-        except (ValueError, TypeError, KeyError) as error:
+            return parse_index(data)
+        except ValueError as error:
             log.warn(f"{place} is not a usable index ({error}); its shards are scanned again")
     return {}
 
 
-def _parse(data: bytes) -> dict[str, Shard]:
+def parse_index(data: bytes) -> dict[str, Shard]:
+    """The shards that an index file describes, by name; raises ValueError."""
     if not data.startswith(_MAGIC):
         raise ValueError("it starts with other bytes")
     start = len(_MAGIC) + 8
     length = int.from_bytes(data[len(_MAGIC) : start], "little")
-    shards = [Shard(**fields) for fields in json.loads(data[start : start + length])]
+    try:
+        shards = [Shard(**fields) for fields in json.loads(data[start : start + length])]
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
     position = start + length
     for shard in shards:
         shard.rows = data[position : position + shard.count * ROW.size]
@@ -232,17 +236,21 @@ def _parse(data: bytes) -> dict[str, Shard]:
     return {shard.name: shard for shard in shards}
 
 
+def save_index(path: Path, shards: dict[str, Shard]) -> None:
+    """Write an index file; raises OSError."""
+    header = json.dumps([{k: v for k, v in asdict(shard).items() if k != "rows"} for shard in shards.values()]).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _MAGIC + len(header).to_bytes(8, "little") + header + b"".join(s.rows for s in shards.values()))
+
+
 def _save(folder: Path, shards: dict[str, Shard]) -> None:
-    kept = [shards[name] for name in sorted(shards) if (folder / name).exists()]
-    header = json.dumps([{k: v for k, v in asdict(shard).items() if k != "rows"} for shard in kept]).encode()
-    data = _MAGIC + len(header).to_bytes(8, "little") + header + b"".join(shard.rows for shard in kept)
+    kept = {name: shards[name] for name in sorted(shards) if (folder / name).exists()}
     beside, cached = _places(folder)
     try:
-        return write_atomically(beside, data)
+        return save_index(beside, kept)
     except OSError:
         pass  # a read-only folder is normal for shared data: the cache is the second place
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, data)
+        save_index(cached, kept)
     except OSError as error:
         log.warn(f"the index of {folder} could not be saved ({error}); it is built again next time")

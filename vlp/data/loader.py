@@ -170,6 +170,7 @@ class _Steps(Dataset):
     ) -> None:  # fmt: skip
         self.mixture, self.data, self.image, self.text, self.optional = mixture, data, image, text, optional
         self.size, self.rows = batch, range(rank * batch // world, (rank + 1) * batch // world)
+        self.ahead = mixture.ahead(batch)
         self._tokenizer: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,6 +179,8 @@ class _Steps(Dataset):
     def __getitem__(self, step: int) -> tuple[Batch, Report]:
         self._tokenizer = self._tokenizer or text.build(self.text)
         ids = self.mixture.batch(step, self.size)
+        if self.ahead:
+            self.mixture.prepare(self.mixture.batch(step + self.ahead, self.size))
         report = Report([], 0)
         images = _new_pixels((len(self.rows), 3, *self.image.size))
         samples = [self._sample(step, row, ids, image, report) for row, image in zip(self.rows, images)]

@@ -5,6 +5,8 @@ samples of all sources, cut into N // B whole batches; its last N mod B samples 
 With weights every source runs through permutations of its own, one after another, and the draws are dealt to the
 sources so evenly that among any first n draws each source has its share, to within one draw a source.
 
+Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time (`Windows`).
+
 Permutations are Feistel networks (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): the i-th element
 is computed, not looked up, so a billion samples cost no memory, no start-up time and no state to save.
 """
@@ -49,6 +51,32 @@ def _feistel(x: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
     return left << shift | right
 
 
+class Windows:
+    """A permutation that keeps to a few shards at a time, for data whose shards are fetched whole.
+
+    Shards are permuted; each `width` of them in that order are a window; samples are permuted within their window.
+    """
+
+    def __init__(self, runs: np.ndarray, width: int, key: int) -> None:  # runs: samples of each shard
+        order = permute(len(runs), derive(key, "shards"), np.arange(len(runs)))
+        self.firsts = (np.cumsum(runs) - runs)[order]  # number of each shard's first sample, in the order of reading
+        self.ends = np.cumsum(runs[order])
+        self.window_ends = self.ends[[*range(width - 1, len(runs) - 1, width), len(runs) - 1]]
+        self.sizes, self.key = runs[order], key
+
+    def __call__(self, i: np.ndarray) -> np.ndarray:
+        """Elements `i` of the permutation."""
+        window = np.searchsorted(self.window_ends, i, side="right")
+        result = np.empty_like(i)
+        for w in np.unique(window):
+            start = self.window_ends[w - 1] if w else 0
+            here = window == w
+            place = start + permute(int(self.window_ends[w] - start), derive(self.key, "window", int(w)), i[here] - start)
+            shard = np.searchsorted(self.ends, place, side="right")
+            result[here] = self.firsts[shard] + place - (self.ends[shard] - self.sizes[shard])
+        return result
+
+
 class Mixture:
     """Several sources as one numbered collection: sample_id counts through the sources in order."""
 
@@ -59,6 +87,11 @@ class Mixture:
         self.firsts = np.cumsum([0, *map(len, sources)])
         self.n_samples = int(self.firsts[-1])
         self.shares = None if weights[0] is None else [Fraction(w).limit_denominator(10**6) for w in weights]
+        width = max(source.window for source in sources)
+        whole = np.concatenate([_runs(source) for source in sources]) if width and self.shares is None else None
+        # Stream 0 is all sources together, stream s + 1 is source s: (samples of each shard, shards in a window).
+        self._shards = [(whole, width)] + [(_runs(source), source.window) if source.window else (None, 0) for source in sources]
+        self._windows: dict[int, Windows] = {}
 
     def read(self, sample_id: int) -> Sample:
         """The sample with this number; raises OSError or ValueError where it cannot be read."""
@@ -100,8 +133,29 @@ class Mixture:
                 if (candidate not in present) == wanted and candidate != sample_id:
                     yield candidate
 
+    def prepare(self, ids: np.ndarray) -> None:
+        """Let the sources fetch what these samples need, without waiting."""
+        for s, source in enumerate(self.sources):
+            if source.window:
+                source.prepare(ids[(ids >= self.firsts[s]) & (ids < self.firsts[s + 1])] - self.firsts[s])
+
+    def ahead(self, size: int) -> int:
+        """How many steps of `size` rows lie between a sample and the one a window later; 0 where nothing is fetched."""
+        spans = [source.window * len(source) / len(_runs(source)) for source in self.sources if source.window]
+        return max(1, int(max(spans) / size)) if spans else 0
+
     def _permuted(self, n: int, epoch: int, stream: int, i: np.ndarray) -> np.ndarray:
-        return permute(n, derive(self.seed, "order", stream, epoch), i) if self.shuffle else i
+        if not self.shuffle:
+            return i
+        key = derive(self.seed, "order", stream, epoch)
+        runs, width = self._shards[stream]
+        if runs is None:
+            return permute(n, key, i)
+        if key not in self._windows:
+            if len(self._windows) > 2 * len(self._shards):  # epochs that are over
+                self._windows.clear()
+            self._windows[key] = Windows(runs, width, key)
+        return self._windows[key](i)
 
     def _deal(self, draws: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each source: which draws are its own, and how many it had before each draw."""
@@ -113,3 +167,11 @@ class Mixture:
             mine_after = after * part.numerator // part.denominator
             yield (mine_after > mine_before).astype(bool), mine_before.astype(np.int64)
             before, after, left = before - mine_before, after - mine_after, left - share
+
+
+def _runs(source: Source) -> np.ndarray:
+    """Samples of each shard; a source without shards counts as runs of ten thousand."""
+    if source.window:
+        return source.runs
+    n = len(source)
+    return np.array([10_000] * (n // 10_000) + ([n % 10_000] if n % 10_000 else []), np.int64)

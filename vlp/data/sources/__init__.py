@@ -32,6 +32,8 @@ class Source(Protocol):
     n_negatives: int  # most hard-negative captions of any sample
     n_counterfactuals: int  # most counterfactual captions of any sample
     scored: bool  # every sample has a relevance
+    window: int  # shards that are fetched and shuffled together; 0: any order costs the same
+    # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to fetch their shards.
 
     def __len__(self) -> int: ...
 

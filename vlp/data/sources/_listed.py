@@ -19,6 +19,8 @@ from vlp.types import Sample
 class Listed:
     """Random access to items of an archive (see `vlp.data.sources.Source`); `named` pairs each with its stored name."""
 
+    window = 0
+
     def __init__(self, archive: Archive, named: Sequence[tuple[Item, str]], captions: Captions, problems: list[str]) -> None:
         records, self._problems, digest = [], list(problems), hashlib.sha256()
         self.n_negatives = self.n_counterfactuals = 0

@@ -57,7 +57,9 @@ def open(options: Options, captions: Captions) -> Shards:
 class Shards:
     """Random access to the samples of some tars (see `vlp.data.sources.Source`)."""
 
-    def __init__(self, paths: list[Path], shards: list[Shard], captions: Captions) -> None:
+    window = 0
+
+    def __init__(self, paths: list[Path] | list[str], shards: list[Shard], captions: Captions) -> None:
         rows = np.frombuffer(b"".join(shard.rows for shard in shards), _ROW)
         has_text = rows["captions"] > 0
         if captions.class_templates:
@@ -96,13 +98,24 @@ class Shards:
         return len(self._shard_of)
 
     def __getitem__(self, i: int) -> Sample:
+        return self.sample(i, self.paths[self.shard_of(i)])
+
+    def shard_of(self, i: int) -> int:
+        """The position in `paths` of the shard that holds sample i."""
+        return int(self._shard_of[i])
+
+    def sample(self, i: int, path: str) -> Sample:
+        """Sample i, read from `path`, a copy of its shard."""
         offset, length = ROW.unpack_from(self._rows.numpy(), i * ROW.size)[:2]
-        path = self.paths[int(self._shard_of[i])]
         content = open_sample(_read(path, offset, length))
         captions = captions_of(content.captions, content.meta, self.captions)
         if not captions:
             raise ValueError(f"{path}: {content.key!r} has no caption any more; the shard changed after it was indexed")
         return Sample(i, content.key, content.image, content.image_type, captions, content.meta)
+
+    def counts(self) -> np.ndarray:
+        """Usable samples of each shard, int64."""
+        return np.bincount(self._shard_of.numpy(), minlength=len(self.paths))
 
     def fingerprint(self) -> str:
         return self._digest

@@ -1,0 +1,148 @@
+"""Remote shards: the order keeps to a window, each shard is fetched once an epoch at most, failures are retried and told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from multiprocessing.pool import ThreadPool
+
+import fsspec
+import pytest
+
+from tests.data.material import data_of, loader_of, write_shards
+from tests.data.test_loader import joined, same, take
+from vlp.data import fetch
+from vlp.data.fetch import Cache
+from vlp.data.loader import DataError
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """40 shards of 10 samples behind an address, and an empty cache."""
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
+    return write_shards(tmp_path / "bucket", 400, 10)
+
+
+def remote(bucket, **options):
+    return {"name": "remote", "path": f"file://{bucket}/", "window": 3, **options}
+
+
+def cached(tmp_path) -> set[str]:
+    return {path.name for path in (tmp_path / "cache" / "shards").glob("*/*.tar")}
+
+
+def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch):
+    fetched: Counter[str] = Counter()
+    real = Cache._fetch
+    monkeypatch.setattr(Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1])
+    loader = loader_of(data_of(remote(bucket)), 10)
+    assert loader.n_samples == 400 and not fetched  # the index beside the shards was enough
+    next(loader)
+    assert sum(fetched.values()) <= 8
+    ids = [i for _ in range(39) for i in next(loader).sample_id.tolist()]
+    assert len(set(ids)) == 390 and set(fetched.values()) == {1}
+    windows = [{i // 10 for i in ids[start - 10 : start + 20]} for start in range(30, 360, 30)]
+    assert all(len(window) == 3 for window in windows)
+    one, two = (take(loader_of(data_of(remote(bucket)), 10), 3) for _ in range(2))
+    assert all(same(a, b) for a, b in zip(one, two))
+
+
+def test_ranks_workers_and_resuming_change_nothing(bucket):
+    data = data_of(remote(bucket), workers=2)
+    reference = take(loader_of(data_of(remote(bucket)), 8), 60)
+    loader = loader_of(data, 8)
+    assert all(same(next(loader), batch) for batch in reference[:20])
+    ranks = [loader_of(data_of(remote(bucket)), 8, rank=r, world=4) for r in range(4)]
+    for rank in ranks:
+        rank.load_state_dict(loader.state_dict())
+    assert all(same(joined([next(rank) for rank in ranks]), batch) for batch in reference[20:])
+
+
+def test_braces_lists_mixing_and_local_sources(bucket, tmp_path):
+    local = write_shards(tmp_path / "local", 50, 25, start=900)
+    path = f"file://{bucket}/{{00000..00004}}.tar::file://{bucket}/00039.tar"
+    data = data_of({**remote(bucket, path=path), "weight": 1}, {"name": "shards", "path": str(local), "weight": 1})
+    loader = loader_of(data, 10)
+    assert loader.n_samples == 110
+    seen = Counter(int(i) >= 60 for _ in range(22) for i in next(loader).sample_id)
+    assert seen[True] == seen[False] == 110
+    together = loader_of(data_of(remote(bucket, path=path), local), 10)
+    ids = [i for _ in range(11) for i in next(together).sample_id.tolist()]
+    assert sorted(ids) == list(range(110))
+
+
+def test_shards_without_an_index_are_fetched_once_to_make_it(bucket, tmp_path, capsys):
+    (bucket / "_index.bin").unlink()
+    assert loader_of(data_of(remote(bucket)), 8).n_samples == 400
+    assert "40 of 40 shards have no index" in capsys.readouterr().err and len(cached(tmp_path)) == 40
+    assert loader_of(data_of(remote(bucket)), 8).n_samples == 400
+    assert not capsys.readouterr().err and not (bucket / "_index.bin").exists()
+    os.truncate(bucket / "00007.tar", 10_240)  # a shard that changed is noticed by its size, its old copy is dropped
+    assert loader_of(data_of(remote(bucket)), 8).n_samples < 400
+    assert "1 of 40 shards" in capsys.readouterr().err
+
+
+def test_the_cache_stays_within_its_bound(bucket, tmp_path):
+    size = (bucket / "00000.tar").stat().st_size
+    loader = loader_of(data_of(remote(bucket, window=2, cache_gb=10 * size / 1e9)), 10)
+    most = 0
+    for _ in range(80):
+        next(loader)
+        most = max(most, len(cached(tmp_path)))
+    assert 3 <= most <= 11 and loader.counters()["bad_samples"] == 0
+    with pytest.raises(ValueError, match=r"three windows of 4 shards need"):
+        loader_of(data_of(remote(bucket, window=4, cache_gb=10 * size / 1e9)), 10)
+
+
+class Flaky:
+    """Fails every address `failures` times with `error`, then works."""
+
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.failures, self.error, self.seen, self.real = failures, error, Counter(), fsspec.open
+
+    def __call__(self, url, *args, **kwargs):
+        if str(url).endswith(".tar"):
+            self.seen[url] += 1
+            if self.seen[url] <= self.failures:
+                raise self.error
+        return self.real(url, *args, **kwargs)
+
+
+def test_failures_are_tried_again(bucket, tmp_path, monkeypatch):
+    reference = take(loader_of(data_of(remote(bucket)), 10), 10)
+    for copy in (tmp_path / "cache" / "shards").glob("*/*.tar"):
+        copy.unlink()
+    monkeypatch.setattr(fsspec, "open", Flaky(2, ConnectionResetError("connection reset")))
+    loader = loader_of(data_of(remote(bucket)), 10)
+    assert all(same(next(loader), batch) for batch in reference) and loader.counters()["bad_samples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(TimeoutError("stalled"), r"cannot fetch .*tar \(4 tries\): TimeoutError: stalled"),
+     (OSError(errno.ENOSPC, "No space left on device"), r"is full, set cache_gb lower or VLP_CACHE elsewhere")],
+)  # fmt: skip
+def test_a_server_that_stays_away_and_a_full_disk_end_the_run_with_the_reason(bucket, monkeypatch, error, message):
+    monkeypatch.setattr(fsspec, "open", Flaky(10**6, error))
+    with pytest.raises(DataError, match=message):
+        next(loader_of(data_of(remote(bucket)), 10))
+
+
+def test_a_shard_is_fetched_by_one_of_many_at_a_time(bucket, monkeypatch):
+    fetched: Counter[str] = Counter()
+    real = Cache._fetch
+    monkeypatch.setattr(Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1])
+    cache = Cache(10**9)
+    with ThreadPool(8) as pool:
+        paths = pool.map(cache.get, [f"file://{bucket}/00000.tar"] * 40)
+    assert len(set(paths)) == 1 and fetched.total() == 1
+    assert open(paths[0], "rb").read() == (bucket / "00000.tar").read_bytes()  # noqa: SIM115
+
+
+def test_wrong_addresses_say_so(bucket):
+    for path, message in ((f"file://{bucket}/none/", "names no shards"), (f"file://{bucket}/9.tar", "no shard at"),
+                          ("nosuch://x/0.tar", "nosuch")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            loader_of(data_of(remote(bucket, path=path)), 8)

@@ -1,0 +1,141 @@
+"""Shards elsewhere: `{name: remote, path: "s3://bucket/train/{00000..04095}.tar"}`, any address that fsspec knows.
+
+Shards are fetched whole and once, ahead of their use, into a bounded cache (`VLP_CACHE`). The order keeps to a window
+of shards at a time: shards are permuted each epoch, samples within their window. The index comes from an `_index.bin`
+beside the shards; where there is none, every shard is fetched once to make it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from braceexpand import braceexpand
+
+from vlp import log
+from vlp.config import Captions
+from vlp.data.fetch import Cache
+from vlp.data.index import NAME, Shard, cache_folder, parse_index, save_index, scan
+from vlp.data.sources.shards import Shards
+from vlp.types import Sample
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the shards are and how much of them is held here."""
+
+    path: str  # addresses with braces, several joined by ::, or a folder's address ending in /
+    window: int = 8  # shards whose samples are shuffled together
+    cache_gb: float = 50.0  # of local disk; must hold three windows
+    storage: dict[str, Any] = field(default_factory=dict)  # fsspec's options for this kind of address
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.cache_gb <= 0:
+            raise ValueError(f"window is {self.window} and cache_gb {self.cache_gb}; expected at least 1 and more than 0")
+
+
+def open(options: Options, captions: Captions) -> Remote:
+    """List and index the shards; raises ValueError or OSError."""
+    cache = Cache(int(options.cache_gb * 1e9), options.storage)
+    urls, sizes = _list(options)
+    for url, size in zip(urls, sizes):
+        cache.drop_if_changed(url, size)
+    shards = _index(urls, sizes, cache)
+    needed = 3 * options.window * max(sizes)  # this window, the next, and the one that slower processes still read
+    if needed > cache.limit_bytes:
+        raise ValueError(f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need {needed / 1e9:.2g}")
+    return Remote(Shards(urls, shards, captions), cache, options.window)
+
+
+def _list(options: Options) -> tuple[list[str], list[int]]:
+    urls: list[str] = []
+    for part in options.path.split("::"):
+        if part.endswith("/"):
+            file_system, root = fsspec.url_to_fs(part, **options.storage)
+            urls += sorted(file_system.unstrip_protocol(name) for name in file_system.glob(root.rstrip("/") + "/*.tar"))
+        else:
+            urls += braceexpand(part)
+    if not urls:
+        raise ValueError(f"{options.path!r} names no shards; expected .tar addresses or a folder's address ending in /")
+    try:
+        file_system, _ = fsspec.url_to_fs(urls[0], **options.storage)
+        return urls, [int(file_system.info(url)["size"]) for url in urls]
+    except ImportError as error:
+        raise ValueError(f"{urls[0]}: {error}") from None  # fsspec names the package to install
+    except FileNotFoundError as error:
+        raise ValueError(f"no shard at {error}") from None
+
+
+def _index(urls: list[str], sizes: list[int], cache: Cache) -> list[Shard]:
+    known: dict[str, Shard] = {}
+    for folder in sorted({url.rpartition("/")[0] for url in urls}):
+        for name, shard in _known(folder, cache).items():
+            known[f"{folder}/{name}"] = shard
+    stale = [url for url, size in zip(urls, sizes) if url not in known or known[url].size != size]
+    if stale:
+        log.warn(f"{len(stale)} of {len(urls)} shards have no index beside them; each is fetched once to make it")
+    for url in stale:
+        known[url] = scan(Path(cache.get(url)))
+    for folder in sorted({url.rpartition("/")[0] for url in stale}):
+        own = {u.rpartition("/")[2]: shard for u, shard in known.items() if u.rpartition("/")[0] == folder}
+        save_index(_place(folder, cache), own)
+    return [known[url] for url in urls]
+
+
+def _place(folder: str, cache: Cache) -> Path:
+    return cache_folder() / "index" / f"{cache.place(folder + '/x').parent.name}.bin"
+
+
+def _known(folder: str, cache: Cache) -> dict[str, Shard]:
+    """The index beside remote shards, else the one made here before, else nothing."""
+    for url in (f"{folder}/{NAME}", f"file://{_place(folder, cache)}"):
+        try:
+            with fsspec.open(url, "rb", **(cache.storage if url.startswith(folder) else {})) as file:
+                return parse_index(file.read())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            log.warn(f"{url} is not a usable index ({error}); its shards are scanned again")
+    return {}
+
+
+class Remote:
+    """Samples of remote shards through the cache (see `vlp.data.sources.Source`)."""
+
+    def __init__(self, shards: Shards, cache: Cache, window: int) -> None:
+        self.shards, self.cache, self.window = shards, cache, window
+        self.n_left_out, self.scored = shards.n_left_out, shards.scored
+        self.n_negatives, self.n_counterfactuals = shards.n_negatives, shards.n_counterfactuals
+        self.runs = shards.counts()
+        self._fetcher: ThreadPoolExecutor | None = None
+        self._asked: dict[str, None] = {}  # lately asked for, in order
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fetcher": None}  # threads stay behind
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.shards.sample(i, self.cache.get(self.shards.paths[self.shards.shard_of(i)]))
+
+    def prepare(self, ids: np.ndarray) -> None:
+        """Begin to fetch the shards of these samples in the background. What fails is tried again when it is read."""
+        self._fetcher = self._fetcher or ThreadPoolExecutor(1, "fetch")
+        for shard in {self.shards.shard_of(int(i)) for i in ids}:
+            url = self.shards.paths[shard]
+            if url not in self._asked:
+                self._asked[url] = None
+                self._fetcher.submit(self.cache.get, url)
+        while len(self._asked) > 4 * self.window:
+            self._asked.pop(next(iter(self._asked)))
+
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
+
+    def problems(self) -> list[str]:
+        return self.shards.problems()
