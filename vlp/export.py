@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlp import _card, _clip_form, _siglip_form
+from vlp import _card, _clip_form, _siglip_form, checkpoint
 from vlp.model import DualEncoder, from_description
 from vlp.towers import _weights
 
@@ -69,8 +69,6 @@ def export_run(
 
     results.json describes a run's last step; an earlier checkpoint is exported without results.
     """
-    from vlp import checkpoint  # above this file in the order of rooms, and only needed here
-
     path = checkpoint.resolve(run)
     model = checkpoint.load_model(path)
     home = path.parent.parent

@@ -210,7 +210,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     if isinstance(clip.visual, TimmModel) and open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj == "none":
         found, wanted = clip.visual.trunk.num_features, model_cfg["embed_dim"]
         if found != wanted:
-            raise ValueError(f"the image tower gives {found} features without projection, and embed_dim is {wanted}; make them equal")
+            raise ValueError(f"the image tower gives {found} features, unprojected, and embed_dim is {wanted}; make them equal")
     return clip
 
 

@@ -97,11 +97,15 @@ LOADED = """
 import json, sys
 import torch
 data = torch.load(sys.argv[1])
-from vlp.model import load
+from vlp import config, schema
+from vlp.model import build, load
 import open_clip
 from transformers import AutoModel, AutoProcessor
 with torch.no_grad():
     found = [load("hf-hub:someone/tiny").eval()(data["pixels"], data["ids"])[:2]]
+    tower = {"name": "open_clip", "architecture": "hf-hub:someone/tiny"}
+    built = build(schema.parse(config.Model, {"image_tower": tower, "pretrained": "hf-hub:someone/tiny"}))
+    found.append(built.eval()(data["pixels"], data["ids"])[:2])
     theirs = open_clip.create_model("hf-hub:someone/tiny").eval()
     found.append((theirs.encode_image(data["pixels"], normalize=True), theirs.encode_text(data["ids"], normalize=True)))
     network = AutoModel.from_pretrained("someone/tiny").eval()(input_ids=data["ids"], pixel_values=data["pixels"])
@@ -132,6 +136,6 @@ def test_every_library_loads_it_from_the_hub(kind, exported, hub, tmp_path):
                          capture_output=True, text=True, timeout=200)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     *differences, tokens = json.loads(ran.stdout.strip().splitlines()[-1])
-    assert len(differences) == 3 and max(differences) <= 1e-5
+    assert len(differences) == 4 and max(differences) <= 1e-5
     assert len(tokens[0]) == model.text_spec.context_length and (kind == "clip" or tokens[0][:4] == [8, 6, 10, 1])
     assert TOKEN not in ran.stdout + ran.stderr
