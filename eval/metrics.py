@@ -56,7 +56,7 @@ def retrieval_ranks(
     is 1 + the number of other images that score as high as its own. So R@k = mean(rank <= k) is the field's recall, by
     which an image is a hit if any of its captions is among the k best. Both come from one pass over tiles of scores.
     """
-    own = (text * image[owner]).sum(1)  # [M]
+    own = torch.cat([(t * image[o]).sum(1) for t, o in zip(text.split(TILE_ROWS), owner.split(TILE_ROWS))])  # [M]
     best = image.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, own, "amax")  # [N]
     image_rank, text_rank = torch.ones(len(image), dtype=torch.int32), torch.ones(len(text), dtype=torch.int32)
     image_bar, text_bar = best - TIE, own - TIE

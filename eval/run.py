@@ -71,6 +71,8 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     joined, device = _join_ranks(options.device)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     encoder = models.load(options.model, device, autocast)
+    if dist.is_main() and not options.quiet:
+        print(f"{encoder.name} on {device}, {dist.world_size()} rank(s)", file=sys.stderr, flush=True)
     records, items = evaluate(encoder, tasks, _context(options), data)
     if dist.is_main():
         print(report.table(records))

@@ -36,7 +36,7 @@ class Peak(threading.Thread):
     def run(self):
         while self.on:
             self.most = max(self.most, resident()); time.sleep(0.002)
-rows = load_file(sys.argv[1])
+rows = {name: value.clone() for name, value in load_file(sys.argv[1]).items()}  # out of the mapped file
 image, text, owner = rows["image"], rows["text"], rows["owner"]
 best, result, gained = float("inf"), None, 0.0
 for _ in range(int(sys.argv[2])):

@@ -152,23 +152,27 @@ def tiny_open_clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+OUR_CONFIG = {
+    "out": "runs/tiny",
+    "data": {"sources": [{"name": "shards", "path": "data"}]},
+    "model": {
+        "image_tower": {"name": "vit", "width": 32, "layers": 1, "head_width": 16, "patch_size": 8, "image_size": 32},
+        "text_tower": {"name": "transformer", "width": 32, "layers": 1, "heads": 2},
+        "embed_dim": 16,
+    },
+    "train": {"duration": 1, "batch": 4},
+    "objective": {"infonce": {}},
+}
+
+
 def our_model(seed: int = 0):
     """A small DualEncoder of ours, randomly initialised."""
     from vlp import config
     from vlp.model import build
 
-    def tower(**options):
-        return config.Named("vlp.towers").parse(options, (), [])
-
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build(
-            config.Model(
-                image_tower=tower(name="vit", width=32, layers=1, head_width=16, patch_size=8, image_size=32),
-                text_tower=tower(name="transformer", width=32, layers=1, heads=2),
-                embed_dim=16,
-            )
-        )
+        return build(config.parse(OUR_CONFIG).model)
 
 
 def members_of(tar: Path, names: list[str]) -> dict[str, bytes]:

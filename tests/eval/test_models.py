@@ -163,3 +163,23 @@ def test_our_own_model_embeds_as_its_towers_do(photos):
     ids = tokenizers.build(model.text_spec)(SENTENCES)
     assert torch.allclose(encoder.encode_texts(SENTENCES), unit(model.encode_text(ids)), atol=1e-6)
     assert encoder.fingerprint != "" and models.from_model(model).fingerprint == ""
+
+
+def test_a_run_a_checkpoint_and_an_export_embed_alike(photos, tmp_path):
+    from vlp import checkpoint, config
+    from vlp.export import export_run
+
+    model = material.our_model().eval()
+    state = checkpoint.Contents(model.state_dict(), {}, config=config.dump(config.parse(material.OUR_CONFIG)))
+    saved = checkpoint.save(tmp_path / "run", 1, state, keep=1)
+    memory = models.from_model(model, keep=True)
+    image, text = memory.encode_images(photos), memory.encode_texts(SENTENCES)
+    for ref in (tmp_path / "run", saved):
+        encoder = models.load(str(ref))
+        assert encoder.fingerprint == memory.fingerprint
+        assert torch.equal(encoder.encode_images(photos), image) and torch.equal(encoder.encode_texts(SENTENCES), text)
+    export_run(tmp_path / "run", tmp_path / "export")
+    exported = models.load(str(tmp_path / "export"))
+    assert torch.allclose(exported.encode_images(photos), image, atol=1e-5)
+    assert torch.allclose(exported.encode_texts(SENTENCES), text, atol=1e-5)
+    assert exported.scale == pytest.approx(memory.scale)
