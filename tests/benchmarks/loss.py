@@ -144,7 +144,7 @@ def loss_of(method: str, device: Any) -> Callable[..., Any]:
             from inf_cl import cal_inf_loss
         except ImportError:
             sys.exit("unavailable: the package inf_cl is not installed")
-        return lambda x, t, scale: cal_inf_loss(x, t, scale=scale)
+        return lambda x, t, scale: (cal_inf_loss(x, t, scale=scale) + cal_inf_loss(t, x, scale=scale)) / 2
     from vlp.losses import build
 
     term = "siglip" if method.endswith("siglip") else "infonce"

@@ -164,6 +164,56 @@ def step_of_rank(case: Case, dropout: float = 0.0, replay: bool = True) -> list:
     return [scalars["loss"].item(), *(g.tolist() for g in model.gradients())]
 
 
+N_CAPTIONS = 2
+MIXED = {"infonce": {}, "hard_negatives": {"kind": "own", "weight": 0.7}, "counting": {"weight": 1.3}}
+
+
+def mixed_batch(case: Case) -> tuple[Tensor, ...]:
+    """Images, texts, hard captions with validity, counterfactuals with validity: [B, …] of the whole step.
+
+    Of every 12 rows in turn 0, 6, 6 and 7 are counting samples, and the valid captions are as uneven.
+    """
+    x, t = pairs_of(case)
+    generator = torch.Generator().manual_seed(7)
+    others = F.normalize(torch.randn(case.B, N_CAPTIONS + 1, D, generator=generator, dtype=torch.float64), dim=2)
+    row = torch.arange(case.B)
+    counting = row % 12 < torch.tensor([0, 6, 6, 7])[row // 12 % 4]
+    valid = torch.stack([row % 5 < 2, counting & (row % 2 > 0)], 1)
+    return x, t, others[:, 1:], valid, others[:, 0], counting
+
+
+def mixed_step_of_rank(case: Case) -> list:
+    """As `step_of_rank`, with a batch term and two sample terms over uneven numbers of valid samples."""
+    x, t, captions, valid, wrong, counting = own_rows(case, *mixed_batch(case))
+    model = LinearTowers(case.scale)
+    objective = build(MIXED, impl=case.impl, topology=case.topology)
+    training = Training(PlainEngine(model), objective, lambda step: 0.0, micro_batches=case.micro_batches)
+    ids = torch.arange(len(x))
+    batch = Batch(x, t, ids, [str(i) for i in ids.tolist()], negatives=captions, negatives_valid=valid,
+                  counterfactual=wrong.unsqueeze(1), counterfactual_valid=counting)  # fmt: skip
+    scalars = train_step(training, batch)
+    return [scalars["loss"].item(), *(g.tolist() for g in model.gradients())]
+
+
+def mixed_truth(case: Case) -> list[Tensor]:
+    x, t, captions, valid, wrong, counting = mixed_batch(case)
+    model = LinearTowers(case.scale)
+    out = model(x, t)
+    loss = loss_of("infonce", out.image, out.text, out.scale, out.bias)
+    captions, wrong = (F.normalize(e @ model.text, dim=-1) for e in (captions, wrong))
+    own, n = torch.zeros(()), 0
+    for i in range(case.B):
+        if valid[i].any():
+            z = [out.scale * (out.image[i] @ c) for c in (out.text[i], *captions[i][valid[i]])]
+            own, n = own + torch.logsumexp(torch.stack(z), 0) - z[0], n + 1
+    loss = loss + 0.7 * own / n
+    gaps = [(out.image[i] @ wrong[i]) - (out.image[i] @ out.text[i]) for i in range(case.B) if counting[i]]
+    if gaps:
+        loss = loss + 1.3 * torch.log1p(torch.exp(torch.stack(gaps))).mean()
+    loss.backward()
+    return [loss.detach(), *model.gradients()]
+
+
 def step_truth(case: Case) -> list[Tensor]:
     x, t = pairs_of(case)
     model = LinearTowers(case.scale)

@@ -48,6 +48,18 @@ def test_full_product_in_float64():
     assert len(cases) == 432
 
 
+def test_uneven_valid_samples():
+    """Means over valid samples, 0, 6, 6 and 7 of them on four ranks and as uneven in the micro-batches."""
+    cases = [
+        Case("infonce", impl, n, topology, m, aligned=True)
+        for impl, n, topology, m in product(IMPLS, (1, 2, 4), ("global", "ring"), (1, 3, 4))
+    ]
+    for case, found in zip(cases, run_all("mixed_step_of_rank", cases)):
+        assert_equal(case, mean_over_ranks(found), exact.mixed_truth(case))
+    counts = exact.mixed_batch(cases[-1])[-1].view(4, -1).sum(1).tolist()
+    assert counts == [0, 6, 6, 7] and len(cases) == 36
+
+
 def covering(dtype: str) -> list[Case]:
     """Each (impl, loss) meets every value of every other factor."""
     others = [

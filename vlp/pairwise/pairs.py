@@ -142,10 +142,8 @@ class Pairs:
         valid: [c] bool, columns that take part; paired: leave out j = i. −∞ where no column remains.
         """
         masks = [] if valid is None else [_mask(valid, left)]
-        reduction = ROW_MARGIN
-        return self.reduce(
-            reduction, [left], [right], column_values=masks, shared=[_wide(scale, left)], paired=paired
-        )[0]
+        shared = [_wide(scale, left)]
+        return self.reduce(ROW_MARGIN, [left], [right], column_values=masks, shared=shared, paired=paired)[0]
 
     def softplus_sum(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """z = scale·x_i·t_j + bias: Σ_{j≠i} log(1 + e^{z_ij}) [b] and the positive z_ii [b]."""

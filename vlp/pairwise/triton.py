@@ -62,7 +62,7 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
         by_column = x.new_empty(n_blocks if reduction.columns else 0, n_columns, dtype=torch.float32)
         _statistics[(n_blocks, n_spans)](
             x[rows], t, *_scalars(block), by_row, positive, by_column, size, n_columns,
-            _offset(block, rows), D=x.shape[1], MODE=reduction.fused, COLUMNS=bool(reduction.columns), SPAN=SPAN, **meta,
+            *_offset(block, rows), D=x.shape[1], MODE=reduction.fused, COLUMNS=bool(reduction.columns), SPAN=SPAN, **meta,
         )  # fmt: skip
         results[0][rows] = _merge_parts(kinds[0], by_row)
         results[1][rows] = positive.double().sum(0)
@@ -113,7 +113,7 @@ def _chunk(
     by_column = [values[-1][columns] if reduction.columns else values[0] for values in (saved, upstream)]
     _weights[grid](
         x[rows], t[columns], *_scalars(block), saved[0][rows], upstream[0][rows], upstream[1][rows], *by_column,
-        dz, sums, m, n, _offset(block, rows, columns), D=x.shape[1], MODE=reduction.fused,
+        dz, sums, m, n, *_offset(block, rows, columns), D=x.shape[1], MODE=reduction.fused,
         COLUMNS=bool(reduction.columns), **meta,
     )  # fmt: skip
     return dz, sums.sum()
@@ -150,14 +150,13 @@ def _softplus(z):
 
 @triton.jit
 def _statistics(
-    x, t, scale_ptr, bias_ptr, by_row, positive_out, by_column, n_rows, n_columns, pairs,
+    x, t, scale_ptr, bias_ptr, by_row, positive_out, by_column, n_rows, n_columns, offset, paired,
     D: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Statistics of BM rows over SPAN column tiles, and of each of those columns over the BM rows."""
     block, span = tl.program_id(0), tl.program_id(1)
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
-    offset, paired = pairs
     rows = block * BM + tl.arange(0, BM)
     highest = tl.full((BM,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
@@ -192,12 +191,11 @@ def _statistics(
 @triton.jit
 def _weights(
     x, t, scale_ptr, bias_ptr, row_statistic, row_weight, positive_weight, column_statistic, column_weight, dz_out, sums,
-    n_rows, n_columns, pairs, D: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
+    n_rows, n_columns, offset, paired, D: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dz of one tile, and its sum: g^r e^{z − r} + g^c e^{z − c}, or g^r σ(z); the upstream weight at the own pair."""
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
-    offset, paired = pairs
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     z = _scores(x, t, rows, columns, n_rows, n_columns, scale, bias, D, BM, BN, BK)
@@ -276,10 +274,8 @@ def compile_ahead(D: int, dtype: str, mode: str, capability: int = 90) -> dict[s
         for name in kernel.arg_names:
             if name in constants:
                 signature[name] = "constexpr"
-            elif name in ("n_rows", "n_columns"):
+            elif name in ("n_rows", "n_columns", "offset", "paired"):
                 signature[name] = "i32"
-            elif name == "pairs":
-                signature[name] = ("i32", "i32")
             else:
                 signature[name] = f"*{dtype}" if name in ("x", "t", "dz_out") else "*fp32"
         # Tensors of torch are aligned; without the hint loads would be too narrow to pipeline.
