@@ -5,6 +5,7 @@
     folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class", or captions)
     folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
     folder of folders               one folder of images a class
+    folder of images                key.jpg with its captions in key.txt, a line each
     table.jsonl                     a line an image ("image", "class" or "captions", "split"), members of the .tar beside it
     hf:user/name                    any of the above in a data set repository on the hub
 """
@@ -47,7 +48,7 @@ class Source:
 
 def open_source(path: str, split: str = "test", missing: str = "error") -> Source:
     """Read an evaluation set's index; a DataError says what was expected. No image is decoded here."""
-    root = _download(path[3:]) if path.startswith("hf:") else Path(path)
+    root = _download(path[3:], split) if path.startswith("hf:") else Path(path)
     if not root.exists():
         raise DataError(f"no evaluation data at {path}; give a folder, a .jsonl table or hf:USER/NAME")
     if root.suffix == ".jsonl":
@@ -69,10 +70,12 @@ def _short_name(path: str) -> str:
     return path[3:] if path.startswith("hf:") else Path(path).stem if path.endswith(".jsonl") else Path(path).resolve().name
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, split: str) -> Path:
+    """Fetch what belongs to a split, by the names that the hub's data sets and clip_benchmark's use."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repository, repo_type="dataset"))
+    wanted = [f"{split}/*", f"*/{split}/*", f"{split}-*", f"*/{split}-*", f"{split}.*", f"*/{split}.*", "*.txt"]
+    return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
 
 
 def _split_files(root: Path, split: str, pattern: str) -> list[Path]:
@@ -218,12 +221,15 @@ def _parquet(root: Path, files: list[Path]) -> Source:
 def _tree(root: Path, split: str) -> Source:
     base = root / split if (root / split).is_dir() else root
     records = []
-    for folder in sorted(p for p in base.iterdir() if p.is_dir()):
+    for image in sorted(p for p in base.iterdir() if is_image(p.name) and p.with_suffix(".txt").exists()):
+        captions = [line.strip() for line in image.with_suffix(".txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+        records.append(Record(Picture(str(image), str(image)), tuple(captions)))
+    for folder in sorted(p for p in base.iterdir() if p.is_dir() and not records):
         names = sorted(p for p in folder.rglob("*") if p.is_file() and is_image(p.name))
         records += [Record(Picture(str(p), str(p)), label=folder.name) for p in names]
     if not records:
         raise DataError(
-            f"{base} is none of the known layouts: no {split}/nshards.txt, no .tar, no .parquet, and no folders of images "
-            "(one a class)"
+            f"{base} is none of the known layouts: no {split}/nshards.txt, no .tar, no .parquet, no folders of images (one a "
+            "class), no images with a .txt beside each"
         )
     return Source(str(root), records)

@@ -78,7 +78,8 @@ def _spread(rows: Tensor, unique: list, items: Sequence) -> Tensor:
 def _key(encoder: Encoder, kind: str, context: Context, content: Callable[[], str]) -> str:
     if context.cache is None or not encoder.fingerprint:
         return ""
-    return hashlib.sha256(repr((CACHE_VERSION, kind, encoder.fingerprint, content())).encode()).hexdigest()
+    what = (CACHE_VERSION, kind, encoder.fingerprint, str(encoder.autocast), content())
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def _kept(key: str, context: Context, what: str, items: list, prepare: Callable | None, encode: Callable) -> Tensor:

@@ -68,6 +68,11 @@ def _evaluate_command(options: argparse.Namespace) -> int:
 
     tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
     data = read_all(tasks)  # wrong paths are found before a model is loaded
+    if options.out:  # so is a result that could not be written
+        out = Path(options.out)
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'results.json'}")
+        out.parent.mkdir(parents=True, exist_ok=True)
     joined, device = _join_ranks(options.device)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     encoder = models.load(options.model, device, autocast)

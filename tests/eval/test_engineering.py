@@ -85,7 +85,11 @@ def test_changed_pictures_are_embedded_again(tmp_path):
     files[1].write_bytes(material.png(material.picture(77)))
     after = embed.images(encoder, pictures, context)
     assert torch.allclose(after[1], material.direction(77)) and torch.equal(after[[0, 2]], before[[0, 2]])
-    assert not torch.equal(embed.images(encoder, [pictures[0], Picture("c", str(files[0]), box=(0, 0, 4, 4))], context), before[:2])
+    half = replace(encoder, autocast=torch.bfloat16)
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
+    embed.images(half, pictures, context)  # another precision is another embedding
+    embed.images(encoder, [replace(p, box=(0, 0, 4, 4)) for p in pictures], context)  # and so is another part of a picture
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 4
 
 
 def test_a_damaged_kept_file_is_computed_again_and_said(room, tmp_path, capsys):
@@ -240,12 +244,15 @@ def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
         (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "split"), "not of the form key=value"),
         (("no-such-model", "--task", "zeroshot", "--data", "PHOTOS"), "no model 'no-such-model'"),
         (("MODEL",), "give MODEL and --task"),
+        (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "--suite", "suite.yaml"), "--suite names the tasks itself"),
+        (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "--out", "PHOTOS"), "is a folder; name a file"),
     ],
 )
 def test_wrong_commands_say_what_to_do_and_write_nothing(room, tmp_path, capsys, arguments, message):
     known = {"MODEL": room / "model0", "PHOTOS": room / "photos"}
     filled = [known.get(a, a) for a in arguments]
-    assert command(*filled, "--out", tmp_path / "r.json", "--cache", tmp_path / "kept", "--quiet") == 1
+    quiet = ["--cache", tmp_path / "kept", "--quiet"]
+    assert command("--out", tmp_path / "r.json", *quiet, *filled) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("r*"))
 

@@ -11,7 +11,7 @@ def rows(n: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-@pytest.fixture(autouse=True, params=[(1024, 4096), (7, 5)], ids=["one tile", "many tiles"])
+@pytest.fixture(params=[(1024, 4096), (7, 5)], ids=["one tile", "many tiles"])
 def tiles(request, monkeypatch):
     monkeypatch.setattr(metrics, "TILE_ROWS", request.param[0])
     monkeypatch.setattr(metrics, "TILE_COLUMNS", request.param[1])
@@ -29,6 +29,7 @@ def naive_retrieval(image, text, owner):
     return image_rank, text_rank
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("seed", range(3))
 def test_retrieval_ranks_equal_the_loop(seed):
     image, text = rows(23, seed=seed), rows(61, seed=seed + 10)
@@ -38,6 +39,7 @@ def test_retrieval_ranks_equal_the_loop(seed):
     assert [r.tolist() for r in found] == list(naive_retrieval(image, text, owner.tolist()))
 
 
+@pytest.mark.usefixtures("tiles")
 def test_retrieval_of_a_constant_encoder_ranks_everything_last():
     same = rows(1)
     image_rank, text_rank = metrics.retrieval_ranks(same.expand(9, -1), same.expand(27, -1), torch.arange(9).repeat(3))
@@ -52,6 +54,7 @@ def test_an_equal_foreign_caption_is_placed_before_the_right_one():
     assert text_rank.tolist() == [1, 3, 1]
 
 
+@pytest.mark.usefixtures("tiles")
 def test_class_ranks_equal_the_loop():
     image, classes = rows(31), rows(12, seed=1)
     labels = torch.randint(12, (31,), generator=torch.Generator().manual_seed(2))
@@ -79,6 +82,7 @@ def test_average_precision_equals_the_definition_and_places_ties_last():
     assert metrics.average_precision(scores, torch.zeros(3, 2, dtype=torch.bool)).tolist() == [0, 0]
 
 
+@pytest.mark.usefixtures("tiles")
 def test_representation_measures_equal_the_loops():
     x, t = (torch.nn.functional.normalize(rows(19, seed=seed).double(), dim=1) for seed in (0, 1))
     pairs = [(i, j) for i in range(19) for j in range(i)]
@@ -104,6 +108,7 @@ def test_logistic_regression_is_at_its_optimum():
     assert bias.grad.abs().max() < 1e-6
 
 
+@pytest.mark.usefixtures("tiles")
 def test_nearest_neighbours_equal_the_loop():
     bank, queries = rows(30, 8), rows(11, 8, seed=1)
     bank_labels, labels = torch.arange(30) % 4, torch.arange(11) % 4

@@ -76,6 +76,15 @@ def test_an_image_is_found_if_any_of_its_captions_is(shards):
     assert items["retrieval/image_retrieval_recall@1"][:, 1].tolist() == [len(c) for c in CAPTIONS]
 
 
+def test_a_folder_of_images_with_text_files_is_read(tmp_path):
+    for i, texts in enumerate(CAPTIONS):
+        (tmp_path / f"{i:02d}.png").write_bytes(material.png(material.picture(i)))
+        (tmp_path / f"{i:02d}.txt").write_text("\n".join(texts) + "\n")
+    record, _ = evaluate(perfect(), data=str(tmp_path))
+    assert record["counts"]["captions"] == 30
+    assert record["metrics"]["text_retrieval_recall@1"] == 1
+
+
 def test_only_the_first_captions_may_be_taken(shards):
     record, _ = evaluate(perfect(), data=str(shards), captions_per_image=1)
     assert record["counts"]["captions"] == 12

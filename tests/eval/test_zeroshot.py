@@ -1,5 +1,6 @@
 """Zero-shot classification: known answers, layouts, ImageNet's relatives, and inputs that must be refused."""
 
+import fnmatch
 import json
 import re
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from vlp.eval import imagenet, prompts, run
 from vlp.eval.embed import Context
-from vlp.eval.pictures import Contents, DataError
+from vlp.eval.pictures import Contents, DataError, Picture
 
 from tests.eval import material
 from vlp import plugin
@@ -108,7 +109,11 @@ def test_a_data_set_on_the_hub_is_fetched_and_read(shards, monkeypatch):
 
     asked = []
 
-    def download(name, repo_type):
+    def download(name, repo_type, allow_patterns):
+        files = [str(p.relative_to(shards)) for p in shards.rglob("*") if p.is_file()]
+        wanted = {f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in allow_patterns)}
+        assert wanted == set(files)
+        assert not any(fnmatch.fnmatch("train/0.tar", pattern) for pattern in allow_patterns)
         asked.append((name, repo_type))
         return str(shards)
 
@@ -154,6 +159,32 @@ def test_an_imagenet_tree_takes_names_and_templates_from_open_clip(tmp_path):
     data = plugin.keyed("vlp.eval.tasks", {"zeroshot": {"data": str(root), "partial": True}})
     assert run.read_all(data)[0].templates == prompts.templates("imagenet80")
     assert len(prompts.templates("imagenet80")) == 80
+
+
+def test_a_tree_of_real_photos_under_synsets_is_scored_by_a_real_model(tmp_path):
+    """Photos of Caltech 101 under ImageNet's numbers, against the 80-template classifier written out."""
+    from vlp.eval import models
+
+    known = {"airplanes": "n02690373", "leopards": "n02128385", "grand piano": "n03452741"}
+    rows = [r for r in material.read_jsonl(material.shared("caltech101.jsonl")) if r["split"] == "test"]
+    chosen = [r for r in rows if r["class"].replace("_", " ") in known][::4]
+    assert len({r["class"] for r in chosen}) == 3
+    for name, data in material.members_of(material.shared("caltech101.tar"), [r["image"] for r in chosen]).items():
+        synset = known[next(r["class"] for r in chosen if r["image"] == name).replace("_", " ")]
+        (tmp_path / "val" / synset).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / synset / name.split("/")[-1]).write_bytes(data)
+    encoder = models.load(str(material.tiny_open_clip(tmp_path / "model")))
+    record, items = evaluate(encoder, data=str(tmp_path), split="val", partial=True)
+    assert record["counts"] == {"images": len(chosen), "classes": 3, "templates": 80, "skipped": 0}
+    rows = []
+    for name in ("leopard", "airliner", "grand piano"):
+        rows.append(encoder.encode_texts(prompts.fill(prompts.templates("imagenet80"), [name])).double().mean(0))
+    classes = torch.stack([row / row.norm() for row in rows])
+    hits = []
+    for number, synset in enumerate(sorted(known.values())):
+        pictures = [Picture(p.name, str(p)).open() for p in sorted((tmp_path / "val" / synset).iterdir())]
+        hits += (((encoder.encode_images(pictures).double() @ classes.T).argmax(1)) == number).double().tolist()
+    assert items["zeroshot/acc1"][:, 0].tolist() == hits
 
 
 def test_a_tree_of_imagenet_r_is_scored_among_its_200_classes(tmp_path):
