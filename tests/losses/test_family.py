@@ -334,6 +334,31 @@ def test_objectives_equal_loops(n_ranks):
     assert n_cases == 4 * 27 and n_live == 4 * 83, "the comparison must not be empty"
 
 
+def test_half_precision_embeddings():
+    """bfloat16 inputs against the loops on the same rounded values, at a scale of 20."""
+    exact = data()
+    with torch.no_grad():
+        for value in exact.values():
+            if value.is_floating_point() and value.dim():
+                value.copy_(value.bfloat16())
+        exact["scale"].fill_(20)
+    n = 0
+    for name, options, loop in FAMILY:
+        given = {k: v.bfloat16() if v.is_floating_point() and v.dim() else v for k, v in exact.items()}
+        given = {k: v.detach().float() if v.dtype == torch.float64 else v.detach() for k, v in given.items()}
+        for leaf in LEAVES:
+            given[leaf].requires_grad_()
+        total, _ = build({name: options}, impl="tiled")(**given)
+        expected = loop(exact)
+        assert total.item() == pytest.approx(expected.item(), rel=2e-5, abs=1e-6), f"{name} {options}"
+        for leaf in LEAVES:
+            a, b = (torch.autograd.grad(v, d[leaf], retain_graph=True, materialize_grads=True)[0].double()
+                    for v, d in ((total, given), (expected, exact)))  # fmt: skip
+            assert (a - b).norm() <= 1e-2 * b.norm() + 1e-5, f"{name} {options}, {leaf}"
+            n += bool(b.norm() > 1e-6)
+    assert n == 83
+
+
 def test_every_file_is_tested():
     assert {name for name, _, _ in FAMILY} == set(plugin.names("vlp.losses")) and len(plugin.names("vlp.losses")) == 14
 

@@ -21,4 +21,5 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    inputs = inputs.wide()
     return pairs.mean((inputs.image - inputs.text).square().sum(1))

@@ -26,6 +26,7 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    inputs = inputs.wide()
     wrong = inputs.counterfactual if inputs.counterfactual.dim() == 3 else inputs.counterfactual.unsqueeze(1)
     scale = inputs.scale if options.scaled else 1.0
     positive = scale * (inputs.image * inputs.text).sum(1)

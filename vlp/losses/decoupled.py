@@ -32,6 +32,6 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
     if options.sigma is None:
         return pairs.mean((rows + columns) / 2 - positive)
-    cosine = (inputs.image * inputs.text).detach().sum(1).to(positive.dtype) / options.sigma
+    cosine = (positive / inputs.scale).detach() / options.sigma
     weight = 2 - pairs.candidates(len(rows)) * (cosine - pairs.log_sum(cosine)).exp()
     return pairs.mean((rows + columns) / 2 - weight * positive)

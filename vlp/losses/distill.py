@@ -25,6 +25,7 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    inputs = inputs.wide()  # the teacher's normalisers must fit its scores
     u, v = inputs.teacher_image.detach(), inputs.teacher_text.detach()
     scale, teacher_scale = (torch.as_tensor(s, device=u.device) for s in (inputs.scale, inputs.teacher_scale))
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)

@@ -73,8 +73,8 @@ def negclip(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     caption, valid = inputs.negatives[:, 0], inputs.negatives_valid[:, 0]
-    x, scale = inputs.negative_image, inputs.scale
-    positive = torch.as_tensor(scale) * (x * caption).sum(1)
+    x, scale, wide = inputs.negative_image, inputs.scale, inputs.wide()
+    positive = torch.as_tensor(scale) * (wide.negative_image * wide.negatives[:, 0]).sum(1)
     rows = pairs.row_logsumexp(x, caption, scale, valid=valid, paired=True)
     columns = pairs.row_logsumexp(caption, x, scale, valid=valid, paired=True)
     hard = pairs.row_logsumexp(x, inputs.text, scale)
@@ -84,6 +84,7 @@ def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 
 def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    inputs = inputs.wide()
     candidates = torch.cat([inputs.text.unsqueeze(1), inputs.negatives], 1)
     valid = _with_positive(inputs.negatives_valid)
     log_p = _log_softmax(torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, candidates), valid)
@@ -97,6 +98,7 @@ def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 
 def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    inputs = inputs.wide()
     candidates = torch.cat([inputs.ema_text.detach().unsqueeze(1), inputs.negatives], 1)
     z = options.text_scale * torch.einsum("bd,bkd->bk", inputs.text, candidates)
     log_p = _log_softmax(z, _with_positive(inputs.negatives_valid))
@@ -104,11 +106,13 @@ def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 
 def intra(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    positive = torch.as_tensor(inputs.scale) * (inputs.image * inputs.text).sum(1)
+    wide = inputs.wide()
+    positive = torch.as_tensor(inputs.scale) * (wide.image * wide.text).sum(1)
     return pairs.mean(softplus(_all_captions(inputs, pairs, inputs.text) - positive))
 
 
 def rank(inputs: Inputs, pairs: Pairs, margin: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    inputs = inputs.wide()
     scale, valid = torch.as_tensor(inputs.scale), inputs.negatives_valid
     positive = scale * (inputs.image * inputs.text).sum(1)
     hard = scale * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)

@@ -36,7 +36,8 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    own = (inputs.image * inputs.text).detach().sum(1)
+    wide = inputs.wide()
+    own = (wide.image * wide.text).detach().sum(1)
     mean = pairs.sum(own) / pairs.candidates(len(own))
     temperature = options.temperature * (1 + options.alpha * (mean - options.alignment))
     margins = pairs.margin_logsumexp(inputs.image, inputs.text, 1 / temperature)

@@ -29,6 +29,7 @@ def needs(options: Options) -> frozenset[str]:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    inputs = inputs.wide()
     distance = _squared(inputs.image, inputs.ema_image) + _squared(inputs.text, inputs.ema_text)
     if options.negatives:
         captions = _squared(inputs.negatives, inputs.ema_negatives)
