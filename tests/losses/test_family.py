@@ -360,7 +360,9 @@ def test_half_precision_embeddings():
 
 
 def test_every_file_is_tested():
-    assert {name for name, _, _ in FAMILY} == set(plugin.names("vlp.losses")) and len(plugin.names("vlp.losses")) == 14
+    elsewhere = {"sogclr"}  # has a state, and a file of tests of its own
+    assert {name for name, _, _ in FAMILY} | elsewhere == set(plugin.names("vlp.losses"))
+    assert len(plugin.names("vlp.losses")) == 15
 
 
 def aligned() -> dict[str, Tensor]:

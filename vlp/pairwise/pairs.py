@@ -208,6 +208,10 @@ class Pairs:
         """log Σ e^values over the rows of the group, whole on each of its ranks. values: [b]."""
         return logsumexp(dist.all_gather(values, self.group), dim=0)
 
+    def gather_over_ranks(self, values: Tensor) -> Tensor:
+        """[b, ...] of each rank -> [W·b, ...] of ALL ranks."""
+        return dist.all_gather(values, self.engine.ranks)
+
     def gather(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [n, ...] in group order; what ranks ask of it is summed. O(n) memory."""
         return dist.all_gather(values, self.group)
