@@ -6,6 +6,7 @@ A checkpoint is a folder `RUN/checkpoints/step_00000100` with
     optimizer.safetensors   AdamW's moments and step of every trainable parameter: "exp_avg.<name>", …
     objective.safetensors   state of the objective's terms
     state.json              step, loader position, library versions
+    model.json              DualEncoder.description(): architecture, preprocessing, tokenizer
     config.yaml             the resolved configuration
     manifest.json           size and SHA-256 of each file above, written last
 
@@ -28,10 +29,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlp import config as configuration
 from vlp import log
-from vlp.model import DualEncoder
-from vlp.model import build as build_model
+from vlp.model import DualEncoder, from_description
 
 FOLDER = "checkpoints"
 
@@ -49,6 +48,7 @@ class Contents:
     objective: Mapping[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     config: str = ""  # YAML
+    description: dict[str, Any] = field(default_factory=dict)  # of the model
 
 
 def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
@@ -63,6 +63,7 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     for name in ("model", "optimizer", "objective"):
         save_file({k: v.detach().cpu().contiguous() for k, v in getattr(contents, name).items()}, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps(contents.state, indent=1), encoding="utf-8")
+    (temporary / "model.json").write_text(json.dumps(contents.description, indent=1), encoding="utf-8")
     (temporary / "config.yaml").write_text(contents.config, encoding="utf-8")
     manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -82,7 +83,8 @@ def load(path: Path) -> Contents:
     verify(path)
     tensors = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer", "objective")}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Contents(**tensors, state=state, config=(path / "config.yaml").read_text(encoding="utf-8"))
+    description = json.loads((path / "model.json").read_text(encoding="utf-8"))
+    return Contents(**tensors, state=state, config=(path / "config.yaml").read_text(encoding="utf-8"), description=description)
 
 
 def verify(path: Path) -> None:
@@ -131,8 +133,7 @@ def load_model(ref: str | Path) -> DualEncoder:
     """The trained model of a run's or checkpoint's folder, on CPU, in evaluation mode. No optimiser state is read."""
     path = resolve(ref)
     verify(path)
-    config = configuration.load(path / "config.yaml", ["model.pretrained=null"])  # the weights come from the checkpoint
-    model = build_model(config.model)
+    model = from_description(json.loads((path / "model.json").read_text(encoding="utf-8")))
     restore(model, load_file(path / "model.safetensors"), path)
     return model.eval()
 

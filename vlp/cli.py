@@ -103,7 +103,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
     parser.add_argument("--license", metavar="ID", help="licence for the model card, e.g. apache-2.0")
-    parser.add_argument("--onnx", action="store_true", help="also write both towers as ONNX (needs the package onnxscript)")
+    parser.add_argument("--onnx", action="store_true", help="also write both towers as ONNX (needs pip install vlp[hub])")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
     def run(options: argparse.Namespace) -> int:
@@ -129,10 +129,11 @@ def _push(parser: argparse.ArgumentParser) -> None:
     def run(options: argparse.Namespace) -> int:
         from vlp.push import push
 
-        push(
+        address = push(
             options.folder, options.repository,
             private=options.private, overwrite=options.overwrite, endpoint=options.endpoint,
         )  # fmt: skip
+        print(address)
         return 0
 
     parser.set_defaults(run=run)

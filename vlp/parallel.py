@@ -41,6 +41,7 @@ class Engine(Protocol):
 
     device: torch.device
     model: nn.Module  # embeds for training; the plain module underneath must not be called for that
+    description: dict[str, Any]  # DualEncoder.description() of the model
 
     def prepare(self, model: DualEncoder, options: config.Train) -> None: ...
     def micro_batch(self, last: bool) -> AbstractContextManager: ...
@@ -60,6 +61,7 @@ class Replicated:
     def prepare(self, model: DualEncoder, options: config.Train) -> None:
         """Take over `model` with its weights; afterwards call `self.model` to embed for training."""
         self.module = model.to(self.device)
+        self.description = model.description()
         self.clip_norm = options.optimizer.clip_norm
         if options.activation_checkpointing:
             self.module.set_activation_checkpointing(True)

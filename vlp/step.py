@@ -68,6 +68,9 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     total, terms = training.objective(**leaves, **labels, step=step)
     gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
+    for name in ("scale", "bias"):  # the scale's ceiling looks at the gradient's sign, so it must be the ranks' common one
+        if name in gradients:
+            gradients[name] = dist.all_reduce(gradients[name], dist.world()) / dist.world_size()
     refuse_non_finite(leaves, [total, *gradients.values()], batch, step)
 
     # 3. Through the towers.

@@ -106,7 +106,9 @@ def save(config: Config, training: Training, loader: Loader) -> None:
     model, optimizer = training.engine.state()
     state = {"step": training.step, "loader": loader.state_dict(), "versions": versions()}
     if dist.is_main():
-        contents = checkpoint.Contents(model, optimizer, training.objective.state_dict(), state, configuration.dump(config))
+        contents = checkpoint.Contents(
+            model, optimizer, training.objective.state_dict(), state, configuration.dump(config), training.engine.description
+        )
         checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
     dist.barrier()  # no rank runs on, and perhaps is killed, before the checkpoint stands
 

@@ -31,7 +31,7 @@ class ZeRO:
 
         if options.compile:
             raise ValueError("train.compile does not work with DeepSpeed; set compile: false, or engine: ddp or fsdp2")
-        self.plain = copy.deepcopy(model)
+        self.plain, self.description = copy.deepcopy(model), model.description()
         if options.activation_checkpointing:
             model.set_activation_checkpointing(True)
         self.names = {id(p): name for name, p in model.named_parameters()}

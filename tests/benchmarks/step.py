@@ -1,0 +1,165 @@
+"""The whole training step beside open_clip's own `train_one_epoch`: same architecture, batch, precision and AdamW.
+
+    python tests/benchmarks/step.py --architecture ViT-B-32 --batch 64 --micro 1 4
+
+One process a measurement. MFU is the share of the device's measured matmul rate that the step's useful FLOPs make: one
+forward and backward of both towers and the loss, counted by torch's FLOP counter, so that a second forward lowers it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from tests.benchmarks import report
+from tests.benchmarks.loss import matmul_rate, peak_memory
+
+METHODS = ("vlp", "vlp compile", "vlp checkpointing", "open_clip", "open_clip checkpointing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", default="ViT-B-32", help="any of open_clip's")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--micro", type=int, nargs="+", default=[1, 4], help="micro-batches; open_clip calls it accum-freq")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="bf16")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    report.add_arguments(parser)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measure(SimpleNamespace(**json.loads(args.worker)))))
+        return
+    rows = [in_own_process(args, method, micro) for micro in args.micro for method in args.methods]
+    for row in rows:
+        peer = next((r for r in rows if (r["method"], r["micro-batches"]) == ("open_clip", row["micro-batches"])), None)
+        both = peer and row["samples/s"] and peer["samples/s"]
+        row["speed / open_clip"] = row["samples/s"] / peer["samples/s"] if both else None
+        row["memory / open_clip"] = row["extra MiB"] / peer["extra MiB"] if both else None
+    notes = (
+        f"{args.architecture}, batch {args.batch}, {args.precision}, mean of {args.steps} steps after a warm-up. Extra memory: the "
+        "peak of a step above model and optimiser state."
+    )
+    report.publish("step", "Training step", rows, args, notes)
+
+
+def in_own_process(args: argparse.Namespace, method: str, micro: int) -> dict[str, Any]:
+    work = {"method": method, "micro": micro} | {k: getattr(args, k) for k in ("architecture", "batch", "precision", "steps")}
+    done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(work)], capture_output=True, text=True)
+    row: dict[str, Any] = {"method": method, "micro-batches": micro}
+    if done.returncode:
+        note = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:80]
+        return row | dict.fromkeys(("samples/s", "MFU", "extra MiB")) | {"note": note}
+    row |= json.loads(done.stdout.strip().splitlines()[-1]) | {"note": None}
+    print(report.table([row]).splitlines()[-1], file=sys.stderr)
+    return row
+
+
+def measure(work: SimpleNamespace) -> dict[str, Any]:
+    """In the worker: build, warm up, measure."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = (open_clip_step if work.method.startswith("open_clip") else our_step)(work, device)
+    run()
+    flops = count_flops(work, device)
+    extra = peak_memory(run, device)
+    start = time.perf_counter()
+    for _ in range(work.steps):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    took = (time.perf_counter() - start) / work.steps
+    rate = matmul_rate(device, torch.bfloat16 if work.precision == "bf16" else torch.float32, 768)
+    return {"samples/s": work.batch / took, "MFU": flops / took / rate, "extra MiB": extra / 2**20}
+
+
+def samples(rows: int, model: Any) -> tuple[Any, Any]:
+    """Random uint8 pixels of the model's size and token ids with one end-of-text."""
+    import torch
+
+    size = model.visual.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    text = torch.randint(1, 40000, (rows, 77))
+    text[:, 20] = 49407
+    return torch.randint(0, 256, (rows, 3, *size), dtype=torch.uint8), text
+
+
+def our_step(work: SimpleNamespace, device: Any) -> Any:
+    import torch
+
+    from vlp import config, losses, parallel, plugin, schema
+    from vlp.model import build
+    from vlp.step import Training, train_step
+    from vlp.types import Batch
+
+    tower = {"name": "open_clip", "architecture": work.architecture}
+    train = {"duration": 100, "batch": work.batch, "micro_batches": work.micro, "precision": work.precision}
+    train |= {"compile": "compile" in work.method, "activation_checkpointing": "checkpointing" in work.method}
+    options = schema.parse(config.Train, train)
+    engine = parallel.start(options)
+    model = build(schema.parse(config.Model, {"image_tower": tower}))
+    image, text = samples(work.batch, model)
+    engine.prepare(model, options)
+    training = Training(engine, losses.build(plugin.keyed("vlp.losses", {"infonce": {}})), lambda step: 1e-4,
+                        micro_batches=work.micro, dtype=parallel.precision(options, device))  # fmt: skip
+    batch = Batch(image, text, torch.arange(work.batch), [str(i) for i in range(work.batch)])
+    return lambda: train_step(training, batch)
+
+
+def open_clip_step(work: SimpleNamespace, device: Any) -> Any:
+    """One call of open_clip's train_one_epoch on a loader of `accum_freq` batches: one update."""
+    import open_clip
+    import torch
+    from open_clip.loss import ClipLoss
+    from open_clip_train.train import train_one_epoch
+
+    model = open_clip.create_model(work.architecture, device=device, output_dict=True)
+    if "checkpointing" in work.method:
+        model.set_grad_checkpointing(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    image, text = samples(work.batch, model)
+    pixels = image.float() / 255  # its transform normalises in the loader's workers
+    size = work.batch // work.micro
+
+    class Loader(list):
+        num_batches, num_samples = work.micro, work.batch
+
+    batches = Loader((pixels[i : i + size], text[i : i + size]) for i in range(0, work.batch, size))
+    data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
+    args = SimpleNamespace(
+        device=str(device), precision="amp_bf16" if work.precision == "bf16" else "fp32", distill=False, accum_freq=work.micro,
+        skip_scheduler=True, horovod=False, grad_clip_norm=1.0, log_every_n_steps=10**9, batch_size=size, world_size=1, rank=0,
+        local_rank=0, wandb=False, save_logs=False,
+    )  # fmt: skip
+    return lambda: train_one_epoch(model, data, ClipLoss(), 0, optimizer, None, None, None, args)
+
+
+def count_flops(work: SimpleNamespace, device: Any) -> int:
+    """One forward and backward of towers and loss over the batch, from a run of 2 rows scaled to it, plus the loss."""
+    import open_clip
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = open_clip.create_model(work.architecture).to(device)
+    image, text = samples(2, model)
+    with FlopCounterMode(display=False) as counter:
+        x, t, _ = model(image.float().to(device), text.to(device))[:3]
+        (x.sum() + t.sum()).backward()
+    width = x.shape[1]
+    del model
+    torch.cuda.empty_cache()
+    return counter.get_total_flops() * work.batch // 2 + 6 * work.batch**2 * width
+
+
+if __name__ == "__main__":
+    main()
