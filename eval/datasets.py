@@ -23,6 +23,8 @@ from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_m
 
 from vlp.data.members import IMAGE_TYPES, Content, read_text, split_name
 
+SPLITS = ("train", "val", "valid", "validation", "test")  # folder names that are no classes
+
 
 @dataclass(frozen=True)
 class Record:
@@ -220,6 +222,9 @@ def _parquet(root: Path, files: list[Path]) -> Source:
 
 def _tree(root: Path, split: str) -> Source:
     base = root / split if (root / split).is_dir() else root
+    other = sorted(p.name for p in base.iterdir() if p.is_dir() and p.name in SPLITS) if base == root else []
+    if other:  # else the splits would be taken for classes
+        raise DataError(f"{root} has no split {split!r}, only {', '.join(other)}; pass split=…")
     records = []
     for image in sorted(p for p in base.iterdir() if is_image(p.name) and p.with_suffix(".txt").exists()):
         captions = [line.strip() for line in image.with_suffix(".txt").read_text(encoding="utf-8").splitlines() if line.strip()]

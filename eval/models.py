@@ -84,7 +84,7 @@ def load(ref: str, device: str | torch.device = "cpu", autocast: torch.dtype | N
             known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise ModelError(f"{name} is an architecture without weights; write {name}:TAG (known: {known}) or {name}:FILE")
         return _open_clip(name, tag, device, autocast)
-    if "/" in ref and ":" not in ref and not ref.startswith(("/", ".")):
+    if ref.count("/") == 1 and ":" not in ref and not ref.startswith(("/", ".")):
         return _transformers(ref, device, autocast)
     raise ModelError(
         f"no model {ref!r}: no such file or folder, no open_clip architecture (NAME:TAG; `open_clip.list_models()`), "

@@ -52,7 +52,7 @@ def run(encoder: Any, data: Source, options: Options, context: embed.Context) ->
     kinds: dict[str, list[float]] = {}
     for record, s in zip(data.records, scores):
         for kind, hit in zip(record.meta.get("negative_kinds", []), metrics.strictly_above(s[0], s[1:]).tolist()):
-            kinds.setdefault(f"acc_{kind}", []).append(float(hit))
+            kinds.setdefault(f"acc_{kind.replace(' ', '_')}", []).append(float(hit))
     result.items |= {kind: _choices.accuracy(torch.tensor(hits)) for kind, hits in sorted(kinds.items())}
     result.chance |= dict.fromkeys(kinds, 0.5)
     return result

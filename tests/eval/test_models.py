@@ -131,6 +131,7 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path):
         ("ViT-B-32", r"architecture without weights; write ViT-B-32:TAG \(known: .*openai"),
         ("ViT-B-32:no_such_tag", "open_clip cannot load ViT-B-32:no_such_tag"),
         ("no-such-model", "no model 'no-such-model'"),
+        ("runs/none/export", "no model 'runs/none/export': no such file or folder"),
         ("local-dir:/nowhere", "open_clip cannot load local-dir:/nowhere"),
     ],
 )

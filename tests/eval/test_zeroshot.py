@@ -257,6 +257,13 @@ def test_missing_shards_images_and_splits_are_named(shards, tmp_path):
         evaluate(perfect(), data=str(tmp_path / "t.jsonl"), split="val")
 
 
+def test_splits_are_not_taken_for_classes(tmp_path):
+    tree(tmp_path / "train", ["cat"])
+    tree(tmp_path / "val", ["cat"])
+    with pytest.raises(DataError, match="no split 'test', only train, val"):
+        evaluate(perfect(), data=str(tmp_path))
+
+
 def test_a_picture_that_does_not_open_is_named(tmp_path):
     root = tree(tmp_path, ["cat", "dog"])
     (root / "dog" / "a.png").write_bytes(b"\x89PNG no more")
