@@ -19,9 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_missing, tar_members
-
 from vlp.data.members import IMAGE_TYPES, Content, read_text, split_name
+from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_missing, tar_members
 
 SPLITS = ("train", "val", "valid", "validation", "test")  # folder names that are no classes
 

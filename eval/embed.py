@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from vlp import dist
 from vlp.eval import metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Contents, DataError, Picture, write_atomically
-
-from vlp import dist
 
 CACHE_VERSION = 1
 

@@ -16,11 +16,11 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
 from vlp.eval import confidence
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError, write_atomically
 from vlp.eval.tasks import TaskResult
-
 from vlp.plugin import Plugin
 from vlp.schema import plain
 

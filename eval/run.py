@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
     from vlp.eval.embed import Context
     from vlp.eval.models import Encoder
-
     from vlp.model import DualEncoder
     from vlp.plugin import Plugin
 
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate_command(options: argparse.Namespace) -> int:
     import torch
-    from vlp.eval import models, report
 
     from vlp import dist, plugin
+    from vlp.eval import models, report
 
     tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
     data = read_all(tasks)  # wrong paths are found before a model is loaded
@@ -105,9 +105,8 @@ def evaluate(
 
     Collective: every rank calls it with the same tasks and gets the same results. The global random state is not touched.
     """
-    from vlp.eval import report
-
     from vlp import dist
+    from vlp.eval import report
 
     records, items = [], {}
     for task, opened in zip(tasks, data if data is not None else read_all(tasks)):

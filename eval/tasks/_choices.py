@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vlp.eval import embed, metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vlp.eval import embed, metrics
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, _choices, zeroshot

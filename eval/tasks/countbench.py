@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import beside, read_jsonl
 from vlp.eval.pictures import DataError, Picture

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
 from vlp.eval import embed, metrics
 from vlp.eval.tasks import TaskResult, _labelled
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import Source, open_source
 from vlp.eval.pictures import DataError

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import Source
 from vlp.eval.pictures import DataError

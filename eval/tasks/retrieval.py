@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from vlp.eval import embed, karpathy, metrics
 from vlp.eval.datasets import Source, open_source
 from vlp.eval.pictures import DataError

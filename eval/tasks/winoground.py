@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import read_jsonl
 from vlp.eval.pictures import Collection, DataError, refuse_missing

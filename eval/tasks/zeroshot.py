@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from vlp.eval import embed, imagenet, metrics, prompts
 from vlp.eval.datasets import Record, Source, open_source
 from vlp.eval.pictures import DataError

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+
 from vlp.eval.models import Encoder
 
 DATA = Path(os.environ.get("VLP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))

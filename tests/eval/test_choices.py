@@ -6,13 +6,13 @@ import types
 
 import pytest
 import torch
+
+from tests.eval import material
+from vlp import plugin
 from vlp.eval import models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import countbench, order, sugarcrepe, sugarcrepe_pp
-
-from tests.eval import material
-from vlp import plugin
 
 
 def evaluate(task, encoder, **options):

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vlp.eval import embed, models, report, run
-from vlp.eval.embed import Context
-from vlp.eval.pictures import Contents, DataError, Picture
 
 from tests import ranks
 from tests.eval import material
 from vlp import cli, plugin
+from vlp.eval import embed, models, report, run
+from vlp.eval.embed import Context
+from vlp.eval.pictures import Contents, DataError, Picture
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from vlp.eval import confidence, metrics
 
 

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from vlp.eval import models
-from vlp.eval.models import ModelError
 
 from tests.eval import material
+from vlp.eval import models
+from vlp.eval.models import ModelError
 
 SENTENCES = ["a photo of a cat", "Two dogs, & a café!", "", "word " * 100]
 
@@ -171,7 +171,8 @@ def test_a_run_a_checkpoint_and_an_export_embed_alike(photos, tmp_path):
     from vlp.export import export_run
 
     model = material.our_model().eval()
-    state = checkpoint.Contents(model.state_dict(), {}, config=config.dump(config.parse(material.OUR_CONFIG)))
+    written = config.dump(config.parse(material.OUR_CONFIG))
+    state = checkpoint.Contents(model.state_dict(), {}, config=written, description=model.description())
     saved = checkpoint.save(tmp_path / "run", 1, state, keep=1)
     memory = models.from_model(model, keep=True)
     image, text = memory.encode_images(photos), memory.encode_texts(SENTENCES)

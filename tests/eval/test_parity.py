@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from vlp.eval import embed, models, run
-from vlp.eval.embed import Context
 
 from tests.eval import material, parity
 from vlp import plugin
+from vlp.eval import embed, models, run
+from vlp.eval.embed import Context
 
 FROZEN = json.loads((Path(__file__).parent / "parity.json").read_text())
 

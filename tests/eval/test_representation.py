@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+
+from tests.eval import material
+from vlp import plugin
 from vlp.eval import metrics, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import linear_probe
-
-from tests.eval import material
-from vlp import plugin
 
 
 def evaluate(task, encoder, **options):

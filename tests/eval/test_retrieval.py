@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
+
+from tests.eval import material
+from vlp import plugin
 from vlp.eval import run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import retrieval
-
-from tests.eval import material
-from vlp import plugin
 
 CAPTIONS = [[f"picture {i} says {k}" for k in range(2 + i % 2)] for i in range(12)]
 

@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from vlp.eval import imagenet, prompts, run
-from vlp.eval.embed import Context
-from vlp.eval.pictures import Contents, DataError, Picture
 
 from tests.eval import material
 from vlp import plugin
+from vlp.eval import imagenet, prompts, run
+from vlp.eval.embed import Context
+from vlp.eval.pictures import Contents, DataError, Picture
 
 CLASSES = ["cat", "dog", "bird", "fish", "ant", "bee"]
 LABELS = [0, 0, 0, 0, 1, 1, 2, 3, 3, 4, 5, 5]
