@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,20 @@ def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: Path) -> 
             + "\n  ".join(sorted(wrong)[:5]) + more + "\nUse the run's own config.yaml, or a new output folder."
         )
     model.load_state_dict(dict(weights))
+
+
+def flat(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """{term: {name: tensor}} as {"term/name": tensor}."""
+    return {f"{term}/{name}": tensor for term, tensors in state.items() for name, tensor in tensors.items()}
+
+
+def nested(tensors: Mapping[str, Tensor], terms: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `flat`; `terms` names those that may be without a tensor."""
+    state: dict[str, dict[str, Tensor]] = {term: {} for term in terms}
+    for key, tensor in tensors.items():
+        term, _, name = key.rpartition("/")
+        state.setdefault(term, {})[name] = tensor
+    return state
 
 
 def _sha256(path: Path) -> str:

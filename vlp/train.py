@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,14 +44,15 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         config.data, model.image_spec, model.text_spec,
         batch=config.train.batch, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
     )
-    objective = losses.build(config.objective, topology=config.pairwise.topology, impl=config.pairwise.impl)
+    pairwise = config.pairwise
+    objective = losses.build(config.objective, topology=pairwise.topology, impl=pairwise.impl, seed=config.seed)
     check_needs(objective.needs, loader.carries, model)
     plan = Plan.of(config.train, loader.steps_per_epoch)
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
         checkpoint.restore(model, contents.model, source)
-    say_start(config, model, loader, plan, source)
+    say_start(config, model, loader, objective, plan, source)
     engine.prepare(model, config.train)
     warmup = plan.steps(config.train.optimizer.warmup)
     training = Training(
@@ -59,7 +61,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     )
     if contents is not None:
         engine.load_moments(contents.optimizer)
-        objective.load_state_dict(contents.objective)
+        objective.load_state_dict(checkpoint.nested(contents.objective, objective.state))
         loader.load_state_dict(contents.state["loader"])
         training.step = contents.state["step"]
         del contents
@@ -106,8 +108,9 @@ def save(config: Config, training: Training, loader: Loader) -> None:
     model, optimizer = training.engine.state()
     state = {"step": training.step, "loader": loader.state_dict(), "versions": versions()}
     if dist.is_main():
+        objective = checkpoint.flat(training.objective.state_dict())
         contents = checkpoint.Contents(
-            model, optimizer, training.objective.state_dict(), state, configuration.dump(config), training.engine.description
+            model, optimizer, objective, state, configuration.dump(config), training.engine.description
         )
         checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
     dist.barrier()  # no rank runs on, and perhaps is killed, before the checkpoint stands
@@ -187,14 +190,17 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")}
 
 
-def say_start(config: Config, model: DualEncoder, loader: Loader, plan: Plan, source: Path | None) -> None:
+def say_start(
+    config: Config, model: DualEncoder, loader: Loader, objective: losses.Objective, plan: Plan, source: Path | None
+) -> None:
     count = sum(p.numel() for p in model.parameters())
     terms = ", ".join(term.label for term in config.objective)
+    n = objective.candidates(plan.batch // dist.world_size())
     log.say(
         f"{config.out}: {loader.n_samples:,} samples, {count / 1e6:.1f} M parameters, {plan.total:,} steps of {plan.batch} "
-        f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es), objective {terms}"
-        + (f", continuing {source}" if source else "")
+        f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es)"
     )
+    log.say(f"objective {terms}; {n} candidates a row, log n = {math.log(n):.3f}" + (f"; continuing {source}" if source else ""))
 
 
 class StopSignal:
