@@ -160,7 +160,7 @@ def _transformers(name: str, device: torch.device, autocast: torch.dtype | None)
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ModelError(f"{name} is a {type(model).__name__}; evaluation needs a dual encoder such as CLIPModel or SiglipModel")
     tokenizer = _tokenizer(lambda: AutoTokenizer.from_pretrained(name), name)
-    length = model.config.text_config.max_position_embeddings
+    length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
 
     def text(texts: list[str]) -> Tensor:
         # All sentences to the full length: SigLIP was trained without a mask, so its padding is part of the input.

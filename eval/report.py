@@ -63,7 +63,7 @@ def items_path(results: Path) -> Path:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The results for the eye: score, 95 % interval, chance."""
+    """The results for the eye: score, 95 % interval, chance; below, what was counted and what was left out."""
     rows = [("task", "data", "score", "value", "95 %", "chance")]
     for r in records:
         for name, value in r["metrics"].items():
@@ -71,7 +71,9 @@ def table(records: list[dict[str, Any]]) -> str:
             interval = f"{bounds[0]:.4f} … {bounds[1]:.4f}" if bounds else ""
             chance = f"{r['chance'][name]:.4f}" if name in r["chance"] else ""
             rows.append((r["label"], r["dataset"], name, f"{value:.4f}", interval, chance))
-    return _aligned(rows)
+    counts = [f"{r['label']}: " + ", ".join(f"{n:,} {what}" for what, n in r["counts"].items() if n) for r in records]
+    skipped = [f"{r['label']}: NOT COMPARABLE, {r['counts']['skipped']:,} left out" for r in records if r["counts"]["skipped"]]
+    return "\n".join([_aligned(rows), *counts, *skipped])
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:

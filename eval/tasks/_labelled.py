@@ -47,11 +47,12 @@ def result(ranks: Tensor, data: Splits, context: embed.Context, *settings: Any) 
     items = {"acc1": _choices.accuracy(first), "mean_per_class_recall": torch.stack([first * weights, weights], 1)}
     if n_classes >= 5:
         items["acc5"] = _choices.accuracy(ranks <= 5)
+    n_skipped = sum(len(part.source.skipped) for part in (data.train, data.test))
     pictures = [r.picture for part in (data.train, data.test) for r in part.source.records]
     return TaskResult(
         data.test.source.name,
         items=items,
         chance={name: (5 if name == "acc5" else 1) / n_classes for name in items},
-        counts={"train_images": len(data.train.labels), "images": len(ranks), "classes": n_classes},
+        counts={"train_images": len(data.train.labels), "images": len(ranks), "classes": n_classes, "skipped": n_skipped},
         digest=context.digest(pictures, data.train.labels.tolist(), data.test.labels.tolist(), settings),
     )

@@ -49,10 +49,10 @@ def read(options: Options) -> Data:
         rows = [{**row, "subset": s, "image": row["filename"]} for s, items in files.items() for row in items.values()]
         _choices.need_keys(rows, ("caption", "negative_caption"), path)
         images = options.images or options.data
-    absent_subsets = [s for s in SUBSETS if not any(row["subset"] == s for row in rows)]
-    if absent_subsets:
-        raise DataError(f"{path} has no item of {', '.join(absent_subsets)}; the mean is over all {len(SUBSETS)} subsets")
     rows, skipped = _choices.attach(rows, [row["image"] for row in rows], Path(images), options.missing)
+    empty = [s for s in SUBSETS if not any(row["subset"] == s for row in rows)]
+    if empty:
+        raise DataError(f"{path} has no item of {', '.join(empty)}; the mean is over all {len(SUBSETS)} subsets")
     return Data(rows, skipped, "sugar_crepe")
 
 

@@ -113,6 +113,13 @@ def test_sugarcrepe_refuses_absent_files_and_images(tmp_path):
         evaluate("sugarcrepe", likes("yes"), **options)
     record, _ = evaluate("sugarcrepe", likes("yes"), **options, missing="skip")
     assert record["counts"]["skipped"] == 7
+    for i in range(1, 10):
+        (tmp_path / "images" / f"{i}.png").unlink()
+    kept = json.loads((tmp_path / "data" / "add_att.json").read_text())
+    kept["0"]["filename"] = "20.png"
+    (tmp_path / "data" / "add_att.json").write_text(json.dumps(kept))
+    with pytest.raises(DataError, match=r"no item of add_obj, .*; the mean is over all 7 subsets"):
+        evaluate("sugarcrepe", likes("yes"), **options, missing="skip")
     (tmp_path / "data" / "swap_obj.json").unlink()
     with pytest.raises(DataError, match=r"no annotations at .*swap_obj\.json"):
         evaluate("sugarcrepe", likes("yes"), **options)
@@ -321,7 +328,7 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
     record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path / "s"))
     assert record["metrics"] == {"acc": 1 / 4, "acc_swap": 1, "acc_negation": 0}  # "yes not" ties with "yes"
     assert record["chance"]["acc"] == pytest.approx((1 / 2 + 3 / 3) / 4)
-    assert record["counts"] == {"images": 4, "negatives": 7, "skipped": 1}
+    assert record["counts"] == {"images": 4, "negatives": 7, "without_negatives": 1, "skipped": 0}
     material.write_tar(tmp_path / "t" / "00000.tar", members[-2:])
     with pytest.raises(DataError, match="vlp data negatives"):
         evaluate("negatives", likes("yes"), data=str(tmp_path / "t"))

@@ -185,7 +185,9 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
     assert len(record["data_sha256"]) == len(record["model_sha256"]) == 64
     assert torch.__version__.startswith(record["versions"]["torch"])
     assert record["intervals_95"]["acc1"][0] <= record["metrics"]["acc1"] <= record["intervals_95"]["acc1"][1]
-    assert "mean_per_class_recall" in shown and "chance" in shown
+    assert "mean_per_class_recall" in shown and "chance" in shown and "NOT COMPARABLE" not in shown
+    left_out = record | {"counts": {"images": 3, "skipped": 2}}
+    assert "zeroshot: NOT COMPARABLE, 2 left out" in report.table([left_out])
     items = report.open_results(str(out))[1]
     assert items["zeroshot/acc1"][:, 0].mean().item() == pytest.approx(record["metrics"]["acc1"])
     assert not list(out.parent.glob(".*"))

@@ -78,7 +78,7 @@ def test_probes_find_clusters_and_nothing_in_noise(task, labelled):
     options = {"data": str(labelled)} | ({"decays": [1e-3, 1e-1]} if task == "linear_probe" else {})
     record = evaluate(task, clustered(0.5), **options)
     assert record["metrics"]["acc1"] == record["metrics"]["mean_per_class_recall"] == 1
-    assert record["counts"] == {"train_images": 80, "images": 40, "classes": 4}
+    assert record["counts"] == {"train_images": 80, "images": 40, "classes": 4, "skipped": 0}
     low, high = evaluate(task, clustered(1e6), **options)["intervals_95"]["acc1"]
     assert low < 0.25 + 0.1 and high > 0.25 - 0.1
     assert evaluate(task, material.constant(), **options)["metrics"]["acc1"] <= 0.25
@@ -89,7 +89,7 @@ def test_the_probe_chooses_its_decay_on_every_fifth_training_image_of_a_class(la
     labels = torch.arange(60) % 2
     rows = torch.randn(60, 30, generator=generator) + 0.4 * labels[:, None]
     held = torch.tensor([(i // 2) % 5 == 4 for i in range(60)])
-    options = linear_probe.Options(data="", decays=[1e-6, 1e-3, 1e-1, 1e2])
+    options = linear_probe.Options(data="", decays=[1e-3, 1e-1, 1e2])
     scores = {}
     for decay in options.decays:
         weight, bias = metrics.logistic_regression(rows[~held], labels[~held], 2, decay)
