@@ -34,7 +34,7 @@ def build(
     group: a torch ProcessGroup; None: all ranks of an initialised process group, else this process alone.
     topology: auto | local | global | ring | {group: g, layout: contiguous | strided | alternating,
     exchange: gather | ring} (see `vlp.pairwise.topology`). impl: auto | dense | tiled | triton.
-    memory_budget: bytes for score tiles kept from forward (None: three times the candidates' embeddings).
+    memory_budget: bytes for score tiles kept from forward (None: twice the candidates' embeddings).
     seed: of alternating groups. Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError for
     a topology that does not fit the ranks or an impl that this machine cannot run.
     """

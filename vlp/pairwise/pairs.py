@@ -26,7 +26,7 @@ class Engine:
     """How pairwise reductions are computed.
 
     topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device), `triton` (CUDA), `auto`.
-    memory_budget: bytes for score tiles kept from forward, which then need no recomputation; None: three times
+    memory_budget: bytes for score tiles kept from forward, which then need no recomputation; None: twice
     the candidates' embeddings, so that memory stays O(n·D). Raises ValueError, naming what is valid, for a group
     size that does not divide the ranks, an unknown impl, or one that this machine cannot run.
     """
@@ -64,7 +64,7 @@ class Engine:
 
     def plan(self, group: dist.Group, block: Block) -> exchange.Plan:
         candidates = group.size * sum({id(t): t.nbytes for t in block.right}.values())
-        budget = 3 * candidates if self.memory_budget is None else self.memory_budget
+        budget = 2 * candidates if self.memory_budget is None else self.memory_budget
         ring = self.topology.exchange == "ring"
         return exchange.Plan(group, ring, self._implementation(block), budget, self.tile_size)
 
