@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlp import checkpoint, config
+from vlp.eval.run import in_training
 from vlp.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,9 +90,9 @@ def test_refusals(settings):
         train(settings("resume=auto", "model.embed_dim=24"))
     for path in checkpoint.all_of(run):
         (path / "state.json").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="every checkpoint of .* is damaged"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"every checkpoint of .* is damaged"):
         train(settings("resume=auto"))
-    with pytest.raises(ValueError, match="micro-batches do not divide; use train.batch=48"):
+    with pytest.raises(ValueError, match=r"micro-batches do not divide; use train\.batch=48"):
         train(settings("train.batch=49", out="other"))
     with pytest.raises(ValueError, match="batch"):
         train(settings("train.batch=400", out="large"))
@@ -132,13 +133,19 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerat
 SAME = ("train.duration=20", "model.image_tower.patch_dropout=0")  # dropout masks depend on the ranks' share of a batch
 
 
-def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(settings, tmp_path):
-    one = losses(train(settings(*SAME, out="one")))
+def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(settings, scenes, tmp_path):
+    """Losses, and the evaluation inside training, by `accelerate launch` and by one process."""
+    options = (*SAME, f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}, every: 50%}}}}")
+    one = train(settings(*options, out="one"), in_training)
     settings(out="two")
-    done = subprocess.run([sys.executable, *LAUNCH, str(tmp_path / "two.yaml"), *SAME], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240)  # fmt: skip
+    command = [sys.executable, *LAUNCH, str(tmp_path / "two.yaml"), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es)" in done.stdout
     two = losses(tmp_path / "two")
-    assert sorted(two) == sorted(one) == list(range(1, 21))
-    assert max(abs(two[s] - one[s]) / one[s] for s in one) <= 1e-5
+    assert sorted(two) == sorted(losses(one)) == list(range(1, 21))
+    assert max(abs(two[s] - loss) / loss for s, loss in losses(one).items()) <= 1e-5
+    results = [json.loads((run / "results.json").read_text())[0]["metrics"] for run in (one, tmp_path / "two")]
+    assert results[0] == pytest.approx(results[1], abs=0.02)  # of 56 pictures, one may lie on an edge
+    evaluated = [json.loads(line)["step"] for line in (one / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+    assert evaluated == [10, 20]
