@@ -104,14 +104,15 @@ def test_samples_with_broken_members_are_left_out_and_named(tmp_path, member, re
     broken = [(name, data) for name, data in sample(1) if name != member[0]] + [member]
     path = write_tar(tmp_path / "0.tar", sample(0) + broken + sample(2))
     shard = scan(path)
-    assert (shard.count, shard.n_problems) == (2, 1) and "0001: " in shard.problems[0] and reason in shard.problems[0]
+    assert (shard.count, shard.n_left_out, shard.n_problems) == (2, 1, 1)
+    assert "0001: " in shard.problems[0] and reason in shard.problems[0]
     assert keys(path) == ["0000", "0002"]
 
 
 def test_captions_that_are_not_utf8_are_kept_with_a_note(tmp_path):
     path = write_tar(tmp_path / "0.tar", [("a.png", IMAGE), ("a.txt", "café".encode("latin-1"))])
     source = open_shards(Options(str(path)), Captions())
-    assert source[0].captions == ("caf\ufffd",) and "not UTF-8" in source.problems()[0]
+    assert source[0].captions == ("caf\ufffd",) and "not UTF-8" in source.problems()[0] and source.n_left_out == 0
 
 
 def test_a_truncated_tar_gives_its_whole_samples_and_no_half_one(tmp_path):

@@ -50,7 +50,8 @@ class Shard:
     size: int
     mtime_ns: int
     count: int = 0
-    n_problems: int = 0
+    n_left_out: int = 0  # samples that are in the tar but not in `rows`
+    n_problems: int = 0  # those, and what is odd or damaged besides
     problems: list[str] = field(default_factory=list)
     rows: bytes = b""
 
@@ -151,6 +152,7 @@ class _Scanner:
             row = self._row(key, members)
         except ValueError as error:
             self.shard.report(key, str(error))
+            self.shard.n_left_out += 1
             return
         self.seen.add(key)
         self.rows += row

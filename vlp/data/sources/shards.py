@@ -67,7 +67,7 @@ class Shards:
         counts = np.array([shard.count for shard in shards])
         self.paths, self.captions = [str(path) for path in paths], captions
         self._problems = [f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems]
-        self.n_left_out = sum(shard.n_problems for shard in shards) + int((~has_text).sum())
+        self.n_left_out = sum(shard.n_left_out for shard in shards) + int((~has_text).sum())
         if not has_text.all():
             self._refuse_or_note(has_text, np.cumsum(counts))
         shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)[has_text]

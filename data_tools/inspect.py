@@ -1,0 +1,85 @@
+"""`vlp data inspect`: what a data set holds, from its index and a sample of its images, and how fast it reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HELP = "show counts, picture sizes, caption lengths and reading speed of shards"
+EXAMPLE = """vlp data inspect data/train
+  vlp data inspect "data/{00000..00041}.tar" --samples 5000 --json summary.json
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data inspect`."""
+    parser.add_argument("path", help="folder of shards, tar, or pattern with braces; several joined by ::")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="samples to read, at random (default: 1000)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the summary. Raises ValueError, OSError."""
+    from vlp.data.index import write_atomically
+
+    summary = summarise(args.path, args.samples)
+    for name, value in summary.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        shown = "\n  ".join(["", *map(str, value)]) if isinstance(value, list) else shown
+        print(f"{name.replace('_', ' '):<22}{shown if shown != '' else 'none'}")
+    if args.json:
+        write_atomically(args.json, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    return 0
+
+
+def summarise(path: str, n: int) -> dict[str, Any]:
+    """Counts of the whole data set, and distributions over n of its samples drawn at random (the same each time)."""
+    from vlp.config import Captions
+    from vlp.data.decode import BadImage, decode
+    from vlp.data.sources.shards import Options
+    from vlp.data.sources.shards import open as open_shards
+
+    # Samples without captions are data too: the template only keeps those with a class from being dropped.
+    source = open_shards(Options(path), Captions(class_templates=["{}"], missing="drop"))
+    drawn = random.Random(0).sample(range(len(source)), min(n, len(source)))
+    started = time.monotonic()
+    samples = [source[i] for i in drawn]
+    read_s = time.monotonic() - started
+    started, sizes, unreadable = time.monotonic(), [], []
+    for sample in samples:
+        try:
+            sizes.append(tuple(decode(sample.image).shape[1:]))
+        except BadImage as error:
+            unreadable.append(f"{sample.key}: {error}")
+    decode_s = time.monotonic() - started
+    fields = Counter(field for sample in samples for field in sample.meta)
+    return {
+        "shards": len(source.paths),
+        "samples": len(source),
+        "bytes": sum(Path(p).stat().st_size for p in source.paths),
+        "left_out": source.n_left_out,
+        "problems": source.problems()[:10],
+        "samples_read": len(samples),
+        "unreadable_images": unreadable[:10],
+        "image_types": dict(Counter(sample.image_type for sample in samples).most_common()),
+        "height_px": quantiles([height for height, _ in sizes]),
+        "width_px": quantiles([width for _, width in sizes]),
+        "image_kB": quantiles([round(len(sample.image) / 1e3, 1) for sample in samples]),
+        "captions_a_sample": quantiles([len(sample.captions) for sample in samples]),
+        "words_a_caption": quantiles([len(text.split()) for sample in samples for text in sample.captions]),
+        "json_fields": dict(fields.most_common()),
+        "read_samples_a_s": round(len(samples) / max(read_s, 1e-9)),
+        "decode_samples_a_s": round(len(samples) / max(decode_s, 1e-9)),
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Smallest, 5 %, median, 95 %, largest."""
+    ordered = sorted(values)
+    places = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in places.items()} if ordered else {}
