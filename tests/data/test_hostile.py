@@ -291,3 +291,23 @@ def test_odd_values_in_optional_fields_are_no_fields(tmp_path):
     loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members)), 4)
     batch = next(loader)
     assert batch.score is None and batch.counterfactual is None and (batch.negatives is None or not batch.negatives_valid.any())
+
+
+@pytest.mark.slow
+def test_a_thousand_shards_of_which_several_are_bad(tmp_path):
+    """Cut, damaged and unreadable shards among 1,000: the rest is trained on whole, and memory stays where it was."""
+    import resource
+
+    write_shards(tmp_path, 8_000, 8)
+    paths = sorted(tmp_path.glob("*.tar"))
+    for i, path in enumerate(paths[100::150]):
+        data = path.read_bytes()
+        path.write_bytes([data[:5000], data.replace(b"ustar", b"USTAR", 3), os.urandom(len(data))][i % 3])
+    loader = loader_of(data_of(tmp_path), 64)
+    assert 7_900 <= loader.n_samples < 8_000 and len(loader.problems()) >= 7
+    ids = [i for _ in range(loader.steps_per_epoch) for i in next(loader).sample_id.tolist()]
+    assert len(ids) == len(set(ids)) and loader.counters()["bad_samples"] == 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(6 * loader.steps_per_epoch):
+        next(loader)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8_000  # kB
