@@ -100,10 +100,11 @@ def _clip_benchmark(root: Path, split: str) -> Source:
     absent = [str(t) for t in tars if not t.exists()]
     if absent:
         raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
-    source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)))
+    classes = _lines(root / "classnames.txt")
+    source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)), "cls" if classes else "class")
     return replace(
         source,
-        classes=_lines(root / "classnames.txt"),
+        classes=classes,
         templates=_lines(root / "zeroshot_classification_templates.txt"),
         multilabel=(_lines(root / "dataset_type.txt") or [""])[0] == "multilabel",
     )
@@ -122,8 +123,9 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Picture]]]:
     yield from groups.items()
 
 
-def _from_samples(root: Path, samples: Iterator[tuple[str, dict[str, Picture]]]) -> Source:
-    records = []
+def _from_samples(root: Path, samples: Iterator[tuple[str, dict[str, Picture]]], prefer: str = "class") -> Source:
+    """`prefer`: which label counts where a sample has both, its class's number (cls) or its name (class)."""
+    records, other = [], "class" if prefer == "cls" else "cls"
     for key, members in samples:
         image = next((members[e] for e in members if e in IMAGE_TYPES), None)
         if image is None:
@@ -133,7 +135,7 @@ def _from_samples(root: Path, samples: Iterator[tuple[str, dict[str, Picture]]])
             read_text(content, {e: members[e].read() for e in ("txt", "json", "cls") if e in members})
         except ValueError as error:
             raise DataError(f"sample {key!r} in {root}: {error}") from error
-        label = content.meta.get("class", content.meta.get("cls"))
+        label = content.meta.get(prefer, content.meta.get(other))
         if "npy" in members:
             label = _multi_hot(members["npy"])
         records.append(Record(image, content.captions, label, content.meta))

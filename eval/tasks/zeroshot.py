@@ -129,7 +129,7 @@ def _named(source: Source, options: Options) -> tuple[list[str], torch.Tensor]:
             classes = names
             if all(p in known for p in plain.values()):
                 number = {p: known[plain[p]] for p in ordered}
-            elif len(names) == len(ordered):
+            elif len(names) == len(ordered) and options.classes:
                 number = {p: i for i, p in enumerate(ordered)}  # names for the folders, in their sorted order
             else:
                 lost = [p for p in ordered if plain[p] not in known]

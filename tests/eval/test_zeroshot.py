@@ -133,6 +133,34 @@ def test_several_labels_a_picture_give_mean_average_precision(tmp_path):
     assert record["chance"]["mean_average_precision"] == pytest.approx(15 / 24)
 
 
+def test_shards_of_our_own_tool_are_read_as_their_table_is(tmp_path):
+    """clip_benchmark's layout by `vlp data pack`, with numbers and names, against the JSONL that it was packed from."""
+    from vlp import cli
+
+    table, tar = material.shared("caltech101.jsonl"), material.shared("caltech101.tar")
+    rows = [r for r in material.read_jsonl(table) if r["split"] == "test"][::40]
+    material.write_tar(tmp_path / "t.tar", list(material.members_of(tar, [r["image"] for r in rows]).items()))
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack = ["data", "pack", tmp_path / "t.tar", "--captions", tmp_path / "t.jsonl", "--layout", "clip_benchmark"]
+    assert cli.main([*map(str, pack), "--template", "a photo of a {}.", "--to", str(tmp_path / "packed")]) == 0
+    encoder = material.matrix_encoder()
+    packed, _ = evaluate(encoder, data=str(tmp_path / "packed"))
+    direct, _ = evaluate(encoder, data=str(tmp_path / "t.jsonl"), templates="photo")
+    assert packed["counts"] == direct["counts"] and packed["metrics"] == direct["metrics"]
+
+
+def test_numbers_count_before_names_where_the_set_lists_its_classes(tmp_path):
+    members = []
+    for i, label in enumerate(LABELS):
+        meta = {"class": CLASSES[label].upper() + " (some)"}
+        members += [(f"{i}.png", material.png(material.picture(i))), (f"{i}.json", json.dumps(meta).encode())]
+        members.append((f"{i}.cls", str(label).encode()))
+    material.write_tar(tmp_path / "test" / "0.tar", members)
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "classnames.txt").write_text("\n".join(CLASSES))
+    assert evaluate(perfect(), data=str(tmp_path))[0]["metrics"]["acc1"] == 1
+
+
 # --- ImageNet and its relatives -------------------------------------------------------------------------------------------
 
 
