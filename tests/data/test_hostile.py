@@ -204,7 +204,7 @@ def corrupt(folder, every: int) -> set[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_are_replaced_in_place_and_nothing_else_moves(tmp_path, workers):
+def test_bad_samples_are_replaced_in_place_and_nothing_else_moves(tmp_path, workers, capsys):
     good = write_shards(tmp_path / "good", 100, 10)
     bad = corrupt(write_shards(tmp_path / "bad", 100, 10), every=25)
     assert len(bad) == 4
@@ -222,6 +222,8 @@ def test_bad_samples_are_replaced_in_place_and_nothing_else_moves(tmp_path, work
         assert len(set(b.sample_id.tolist())) == 20
     assert loader.counters()["bad_samples"] >= n_replaced >= 10
     assert all("no readable image" in reason and key for _, key, reason in loader.bad)
+    said = capsys.readouterr().err
+    assert all(f"sample {i} {key!r} was replaced by another: BadImage" in said for i, key, _ in loader.bad)
     again = [loader_of(data_of(tmp_path / "bad"), 20, rank=r, world=4) for r in range(4)]
     reference = loader_of(data_of(tmp_path / "bad"), 20)
     for _ in range(10):

@@ -147,7 +147,7 @@ def test_what_cannot_work_is_an_error_that_says_what_to_change(shards, tmp_path)
         loader_of(data_of(empty.parent), 10)
 
 
-def test_missing_captions_are_refused_or_dropped_and_counted(tmp_path):
+def test_missing_captions_are_refused_or_dropped_and_counted(tmp_path, capsys):
     image = encoded(picture(1))
     members = [(f"{i}.{kind}", data) for i in range(8) for kind, data in (("png", image), ("txt", b"hi" if i % 2 else b" "))]
     path = write_tar(tmp_path / "0.tar", members)
@@ -155,6 +155,7 @@ def test_missing_captions_are_refused_or_dropped_and_counted(tmp_path):
         loader_of(data_of(path), 4)
     loader = loader_of(data_of(path, captions={"missing": "drop"}), 4)
     assert loader.n_samples == 4 and loader.counters()["left_out_samples"] == 4
+    assert "4 samples of the data are left out; what was found:" in capsys.readouterr().err
     assert sorted(next(loader).key) == ["1", "3", "5", "7"] and "4 samples without text" in loader.problems()[0]
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from vlp import log
 from vlp.config import Data
 from vlp.data import decode, text
 from vlp.data.mix import Mixture
@@ -87,6 +88,9 @@ class Loader:
         self._n_bad = self._n_truncated = 0
         self._waited_s = 0.0
         self._batches: Iterator[tuple[Batch, Report]] | None = None
+        if rank == 0 and (found := self.problems()):
+            lines = "".join(f"\n  {line}" for line in found[:5])
+            log.warn(f"{self.n_left_out} samples of the data are left out; what was found:{lines}" + "\n  …" * (len(found) > 5))
 
     def problems(self) -> list[str]:
         """What the sources left out or found odd, in words."""
@@ -109,7 +113,9 @@ class Loader:
         self._position += 1
         self._n_truncated += report.n_truncated
         self._n_bad += len(report.bad)
-        self.bad += report.bad[: 100 - len(self.bad)]
+        for sample_id, key, reason in report.bad[: 100 - len(self.bad)]:
+            self.bad.append((sample_id, key, reason))
+            log.warn(f"sample {sample_id} {key!r} was replaced by another: {reason}")
         if self._n_bad > 16 + self._bad_share * self._rows * (self._position - self._start):
             names = "\n".join(f"  sample {i} {key!r}: {reason}" for i, key, reason in self.bad[:20])
             raise DataError(f"{self._n_bad} samples could not be used by step {self._position}:\n{names}\nrepair or remove them")
