@@ -52,8 +52,8 @@ def _front_matter(name: str, form: str | None, results: Sequence[Mapping[str, An
 
 def _indexed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record in the Hub's model-index form."""
-    kind = {"retrieval": "image-text-retrieval"}.get(record["task"], "zero-shot-image-classification")
-    data = _plain(record, "data") or record["task"]
+    kind = {"zeroshot_retrieval": "image-text-retrieval"}.get(record["task"], "zero-shot-image-classification")
+    data = _plain(record, "dataset") or record["task"]
     metrics = [{"type": key, "name": key, "value": value} for key, value in _numbers(record)]
     return {"task": {"type": kind, "name": record["task"]}, "dataset": {"type": data, "name": data}, "metrics": metrics}
 
@@ -101,7 +101,8 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         return "Not evaluated."
     rows = ["| task | data | protocol | metric | value |", "|---|---|---|---|---|"]
     for record in results:
-        known = [_plain(record, key) for key in ("task", "data", "protocol")]
+        protocol = "{name} v{version}".format(**record["protocol"]) if "protocol" in record else ""
+        known = [record["task"], _plain(record, "dataset"), protocol]
         rows += [f"| {' | '.join(known)} | {key} | {value:.4g} |" for key, value in _numbers(record)]
     return "\n".join(rows)
 

@@ -85,10 +85,12 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
     def run(options: argparse.Namespace) -> int:
         from vlp import config
-        from vlp.eval.run import in_training
+        from vlp.eval.run import in_training, read_all
         from vlp.train import train
 
-        train(config.load(config.find(options.config), options.overrides), in_training)
+        loaded = config.load(config.find(options.config), options.overrides)
+        read_all(loaded.eval)  # wrong evaluation data show now, not hours later
+        train(loaded, in_training)
         return 0
 
     parser.set_defaults(run=run)

@@ -125,8 +125,10 @@ def exported(tmp_path_factory):
     """One exported model, for the tests that only read the folder."""
     folder = tmp_path_factory.mktemp("exported") / "tiny-clip"
     records = [
-        {"task": "zero_shot", "data": "/somewhere/private/caltech101", "protocol": 1, "metrics": {"top1": 0.2749, "top5": 0.5}},
-        {"task": "retrieval", "data": "coco", "protocol": 1, "metrics": {"image_to_text_r1": 0.125, "undefined": float("nan")}},
+        {"task": "zeroshot_classification", "dataset": "/somewhere/private/caltech101",
+         "protocol": {"name": "zeroshot", "version": 1}, "metrics": {"acc1": 0.2749, "acc5": 0.5}},
+        {"task": "zeroshot_retrieval", "dataset": "coco", "protocol": {"name": "retrieval", "version": 1},
+         "metrics": {"text_retrieval_recall@1": 0.125, "undefined": float("nan")}},
     ]
     training = {"out": "/somewhere/private/run", "data": {"sources": [{"name": "shards", "path": "/somewhere/private/train"}]}}
     export.export(tiny(), folder, results=records, training=training, step=1200, license="apache-2.0")
@@ -188,9 +190,9 @@ def test_the_card_holds_metadata_results_and_no_private_paths(exported):
     assert metadata["license"] == "apache-2.0" and metadata["library_name"] == "transformers"
     assert metadata["pipeline_tag"] == "zero-shot-image-classification"
     first, second = metadata["model-index"][0]["results"]
-    assert {m["type"]: m["value"] for m in first["metrics"]} == {"top1": 0.2749, "top5": 0.5}
-    assert first["dataset"]["name"] == "caltech101" and [m["type"] for m in second["metrics"]] == ["image_to_text_r1"]
-    assert "| zero_shot | caltech101 | 1 | top1 | 0.2749 |" in body and "1200 steps" in body
+    assert {m["type"]: m["value"] for m in first["metrics"]} == {"acc1": 0.2749, "acc5": 0.5}
+    assert first["dataset"]["name"] == "caltech101" and [m["type"] for m in second["metrics"]] == ["text_retrieval_recall@1"]
+    assert "| zeroshot_classification | caltech101 | zeroshot v1 | acc1 | 0.2749 |" in body and "1200 steps" in body
     assert "private" not in card and "name: shards" in body
 
 
@@ -258,8 +260,9 @@ def test_a_run_is_exported_with_its_results(tmp_path):
     for step in (10, 20):
         with torch.no_grad():
             model.logit_scale.fill_(step / 10)
-        checkpoint.save(run, step, checkpoint.Contents(model.state_dict(), {}, config=yaml.safe_dump(whole)), keep=2)
-    (run / "results.json").write_text(json.dumps([{"task": "zero_shot", "data": "scenes", "metrics": {"top1": 0.75}}]))
+        contents = checkpoint.Contents(model.state_dict(), {}, config=yaml.safe_dump(whole), description=model.description())
+        checkpoint.save(run, step, contents, keep=2)
+    (run / "results.json").write_text(json.dumps([{"task": "zero_shot", "dataset": "scenes", "metrics": {"top1": 0.75}}]))
     export.export_run(run, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert "| zero_shot | scenes |  | top1 | 0.75 |" in card and "20 steps" in card
