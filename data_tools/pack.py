@@ -10,12 +10,14 @@ import argparse
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 HELP = "pack images with captions or classes into shards"
 EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/train
   vlp data pack imagenet/train --to data/imagenet
+  vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train      (and --part 3/3 for the test set)
   vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test --to data/caltech101 \\
       --layout clip_benchmark --template "a photo of a {}."
 """
@@ -31,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--caption-column", default=[], action="append", metavar="NAME", help="column with captions; may be repeated")
     add("--class-column", default="", metavar="NAME", help="column with class names (default: class)")
     add("--where", default=[], action="append", metavar="COLUMN=VALUE", help="only rows with this value; may be repeated")
+    add("--part", metavar="K/N", help="only these of N parts, chosen by a hash of the image's name: 1,2/3 to train, 3/3 to test")
     add("--samples-per-shard", type=int, default=10_000, metavar="N")
     add("--layout", choices=("train", "clip_benchmark"), default="train")
     add("--split", default="test", help="name of the split's folder in clip_benchmark's layout (default: test)")
@@ -48,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     _check_target(target, args.overwrite)
     archive = Archive(args.source)
     items, classes = _table(args) if args.captions else class_items(archive)
+    if args.part:
+        items = [item for item in items if _in_part(item.image, args.part)]
     if not items:
-        raise ValueError(f"no row of {args.captions or args.source} is left to pack; check --where")
+        raise ValueError(f"no row of {args.captions or args.source} is left to pack; check --where and --part")
     usable, problems = _sort_out(items, archive, args)
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -75,6 +80,15 @@ def run(args: argparse.Namespace) -> int:
     if unused:
         print(f"{unused} images in {args.source} were not packed (no row names them, or --where or --on-missing left them out)")
     return 0
+
+
+def _in_part(name: str, part: str) -> bool:
+    """Whether a name belongs to the parts "K,…/N": the same split of a set in every call and on every machine."""
+    chosen, _, total = part.partition("/")
+    numbers = chosen.split(",")
+    if not (total.isdecimal() and all(k.isdecimal() and 1 <= int(k) <= int(total) for k in numbers)):
+        raise ValueError(f"--part {part!r} is not of the form K/N with 1 <= K <= N, such as 3/3 or 1,2/3")
+    return str(zlib.crc32(name.encode()) % int(total) + 1) in numbers
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

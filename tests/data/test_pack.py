@@ -169,6 +169,23 @@ def test_parts_of_a_table_number_their_classes_alike(tmp_path):
     assert items(path, Columns(), {"split": "t"})[1] == items(path, Columns(), {"split": "s"})[1] == ["a", "b", "c"]
 
 
+def test_parts_by_name_are_disjoint_and_together_everything(tmp_path, capsys):
+    """By a hash of the name: the same split of twelve photos in every call."""
+    (tmp_path / "tree" / "fox").mkdir(parents=True)
+    for i in range(12):
+        (tmp_path / "tree" / "fox" / f"{i}.png").write_bytes(encoded(picture(i)))
+    sizes = {}
+    for part in ("1,2/3", "3/3", "1/1"):
+        folder = tmp_path / part.replace("/", "_")
+        assert pack(tmp_path / "tree", "--part", part, "--to", folder) == 0
+        packed = open_shards(Options(str(folder)), Captions(class_templates=["{}"]))
+        sizes[part] = sorted(packed[i].image for i in range(len(packed)))
+    assert sorted(sizes["1,2/3"] + sizes["3/3"]) == sizes["1/1"]
+    assert 0 < len(sizes["3/3"]) < len(sizes["1,2/3"]) < len(sizes["1/1"]) == 12
+    assert pack(tmp_path / "tree", "--part", "4/3", "--to", tmp_path / "none") == 1
+    assert "not of the form K/N" in capsys.readouterr().err
+
+
 @needs_data
 def test_real_photos_in_clip_benchmarks_layout(tmp_path):
     """The files that clip_benchmark's build_wds_dataset reads, with the decoding and tuples that it asks webdataset for."""
