@@ -1,8 +1,8 @@
 """Run a function on W real processes that talk gloo: `ranks.run(2, function, *args) -> [result of rank 0, of rank 1]`.
 
 `function(*args)` runs on every rank with `torch.distributed` initialised; it must be importable by name (a module's
-top level) and return plain objects (lists, numbers), not tensors. A forkserver that has torch preloaded starts the
-ranks in about a tenth of a second after first use.
+top level) and return plain objects (lists, numbers), not tensors. A forkserver that has torch and the system preloaded
+starts the ranks in about a tenth of a second after first use.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+# Imported once, in the forkserver; what is missing here every rank would import again, for seconds.
+PRELOADED = ["torch", "torch.distributed", "vlp.step", "tests.ranks"]
 
 
-def run(n_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120, preload: tuple = ()) -> list[Any]:
+def run(n_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
     """Results in rank order; an exception on any rank is raised here as RuntimeError with that rank's traceback."""
     context = multiprocessing.get_context("forkserver")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the forkserver when torch is first imported there
-    context.set_forkserver_preload(["torch", "torch.distributed", "tests.ranks", "vlp.losses", "vlp.pairwise", *preload])
+    context.set_forkserver_preload(PRELOADED)
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(n_ranks)]
     processes = [

@@ -30,7 +30,7 @@ def run_all(function: str, cases: list[Case], *args) -> list[list]:
         by_ranks[case.n_ranks].append(case)
     results = {}
     for n, group in by_ranks.items():
-        found = ranks.run(n, exact.every, function, group, *args, preload=("tests.pairwise.exact",))
+        found = ranks.run(n, exact.every, function, group, *args)
         results |= {case: [found[rank][i] for rank in range(n)] for i, case in enumerate(group)}
     return [results[case] for case in cases]
 
