@@ -56,6 +56,10 @@ class Batch:
         """The same batch with every tensor on `device` (copied without blocking the host)."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (torch's DataLoader calls this), from which a GPU copies by itself."""
+        return self._map(lambda value: value.pin_memory())
+
     def split(self, parts: int) -> list[Batch]:
         """`parts` micro-batches of equal size, in order. `parts` must divide b."""
         if len(self) % parts:

@@ -282,13 +282,13 @@ FAMILY = [
     ("distill", {}, distill),
     ("self_distillation", {}, self_distillation(False)),
     ("self_distillation", {"negatives": True}, self_distillation(True)),
-    ("hard_negatives", {"kind": "negclip"}, negclip),
-    ("hard_negatives", {"kind": "triplet"}, triplet),
-    ("hard_negatives", {"kind": "own"}, own(0, 0)),
-    ("hard_negatives", {"kind": "own", "focal": 2, "label_smoothing": 0.02}, own(2, 0.02)),
-    ("hard_negatives", {"kind": "text"}, text_grounded),
-    ("hard_negatives", {"kind": "rank"}, rank([0, 0, 0])),
-    ("hard_negatives", {"kind": "intra"}, intra),
+    ("hard_negatives", {"form": "negclip"}, negclip),
+    ("hard_negatives", {"form": "triplet"}, triplet),
+    ("hard_negatives", {"form": "own"}, own(0, 0)),
+    ("hard_negatives", {"form": "own", "focal": 2, "smoothing": 0.02}, own(2, 0.02)),
+    ("hard_negatives", {"form": "text"}, text_grounded),
+    ("hard_negatives", {"form": "rank"}, rank([0, 0, 0])),
+    ("hard_negatives", {"form": "intra"}, intra),
 ]
 PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
 
@@ -374,16 +374,16 @@ def aligned() -> dict[str, Tensor]:
 
 def margins_on_rank() -> list:
     d = aligned()
-    objective = build({"hard_negatives": {"kind": "rank"}})
+    objective = build({"hard_negatives": {"form": "rank"}})
     first = objective(**own_rows(d), step=0)[0].item()
     saved = objective.state_dict()
     with torch.no_grad():
         objective(**own_rows(d), step=1)  # no gradient: an evaluation moves nothing
     objective(**own_rows(d))  # nor does a call without a step
-    unmoved = all(torch.equal(a, b) for a, b in zip(saved["rank"].values(), objective.state_dict()["rank"].values()))
-    later = build({"hard_negatives": {"kind": "rank"}})
+    unmoved = all(torch.equal(a, b) for a, b in zip(saved["hard_negatives.rank"].values(), objective.state_dict()["hard_negatives.rank"].values()))
+    later = build({"hard_negatives": {"form": "rank"}})
     later.load_state_dict(saved)
-    return [first, saved["rank"]["margin"].tolist(), unmoved, objective(**own_rows(d), step=1)[0].item(),
+    return [first, saved["hard_negatives.rank"]["margin"].tolist(), unmoved, objective(**own_rows(d), step=1)[0].item(),
             later(**own_rows(d), step=1)[0].item()]  # fmt: skip
 
 
@@ -425,7 +425,7 @@ def test_uniformity_on_the_sphere_is_the_written_one():
 
 @pytest.mark.parametrize("name, options, changed, valid", [
     ("counting", {}, "counterfactual", "counterfactual_valid"),
-    *(("hard_negatives", {"kind": k}, "negatives", "negatives_valid")
+    *(("hard_negatives", {"form": k}, "negatives", "negatives_valid")
       for k in ("negclip", "triplet", "own", "text", "rank", "intra")),
     ("self_distillation", {"negatives": True}, "negatives", "negatives_valid"),
 ])  # fmt: skip
@@ -440,7 +440,7 @@ def test_invalid_entries_have_no_influence(name, options, changed, valid):
         d[changed][d[valid]] *= 0.5
     assert gradients_of(build({name: options})(**d)[0], d)[0] != before[0]
     nothing = build({name: options})(**d | {valid: torch.zeros_like(d[valid])})[0]
-    if name == "counting" or options["kind" if "kind" in options else "negatives"] in ("own", "text", "rank"):
+    if name == "counting" or options["form" if "form" in options else "negatives"] in ("own", "text", "rank"):
         assert nothing == 0 and not any(torch.tensor(g).any() for g in gradients_of(nothing, d)[1:])
 
 
@@ -456,7 +456,7 @@ def test_terms_over_other_rows_need_two(name):
     ("hn_nce", {"beta": -1}, "expected numbers >= 0"),
     ("macl", {"alpha": 1}, "temperature could become negative"),
     ("cwcl", {"frozen": "txt"}, "did you mean 'text'"),
-    ("hard_negatives", {"kind": "negclip", "focal": 2}, "belong to kind: own"),
+    ("hard_negatives", {"form": "negclip", "focal": 2}, "belong to form: own"),
 ])  # fmt: skip
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):

@@ -154,6 +154,7 @@ class Loader:
             context.set_forkserver_preload(["vlp.data.loader", "open_clip"])
             options = {"multiprocessing_context": context, "prefetch_factor": 2, "timeout": _STALL_S}
         sampler = _From(self._position)
+        options["pin_memory"] = torch.cuda.is_available()
         return iter(DataLoader(self._steps, batch_size=None, sampler=sampler, num_workers=self._workers, **options))
 
 

@@ -1,4 +1,4 @@
-"""Hard captions as negatives: one family, whose `kind` gives the published terms. n_ik: caption k of sample i.
+"""Hard captions as negatives: one family, whose `form` gives the published terms. n_ik: caption k of sample i.
 
 negclip   (NegCLIP, arXiv 2210.01936) softmax of each image over all texts and all hard captions of the candidates;
           of each text over images, unchanged; ½ each. Hard captions are never anchors.
@@ -32,36 +32,36 @@ LARGEST_MARGIN = 10.0
 
 @dataclass(frozen=True)
 class Options:
-    kind: Literal["negclip", "triplet", "own", "text", "rank", "intra"] = "negclip"
+    form: Literal["negclip", "triplet", "own", "text", "rank", "intra"] = "negclip"
     focal: float = 0.0  # γ of `own` (FSC-CLIP: 2)
-    label_smoothing: float = 0.0  # ε of `own` (FSC-CLIP: .02)
+    smoothing: float = 0.0  # ε of `own` (FSC-CLIP: .02)
     text_scale: float = 10.0  # fixed scale of `text`
 
     def __post_init__(self) -> None:
-        if (self.focal or self.label_smoothing) and self.kind != "own":
-            raise ValueError(f"focal and label_smoothing belong to kind: own, not {self.kind}; remove them")
-        if self.focal < 0 or not 0 <= self.label_smoothing < 1 or self.text_scale <= 0:
-            raise ValueError(f"expected focal >= 0, 0 <= label_smoothing < 1, text_scale > 0, found {self}")
+        if (self.focal or self.smoothing) and self.form != "own":
+            raise ValueError(f"focal and smoothing belong to form: own, not {self.form}; remove them")
+        if self.focal < 0 or not 0 <= self.smoothing < 1 or self.text_scale <= 0:
+            raise ValueError(f"expected focal >= 0, 0 <= smoothing < 1, text_scale > 0, found {self}")
 
 
 def label(options: Options) -> str:
-    return options.kind
+    return f"hard_negatives.{options.form}"
 
 
 def needs(options: Options) -> frozenset[str]:
-    extra = {"triplet": {"negative_image"}, "text": {"ema_text"}}.get(options.kind, set())
+    extra = {"triplet": {"negative_image"}, "text": {"ema_text"}}.get(options.form, set())
     return frozenset({"image", "text", "scale"} | CAPTIONS | extra)
 
 
 def initial_state(options: Options) -> dict[str, Tensor]:
     """The margins of `rank`, one a caption position; empty until the first step says how many there are."""
-    return {"margin": torch.zeros(0)} if options.kind == "rank" else {}
+    return {"margin": torch.zeros(0)} if options.form == "rank" else {}
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    if options.kind == "rank":
+    if options.form == "rank":
         return rank(inputs, pairs, state["margin"])
-    function = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}[options.kind]
+    function = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}[options.form]
     return function(inputs, pairs, options), state
 
 
@@ -88,7 +88,7 @@ def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     candidates = torch.cat([inputs.text.unsqueeze(1), inputs.negatives], 1)
     valid = _with_positive(inputs.negatives_valid)
     log_p = _log_softmax(torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, candidates), valid)
-    ε = options.label_smoothing
+    ε = options.smoothing
     target = ε * valid.to(log_p.dtype) / valid.sum(1, keepdim=True)
     target[:, 0] += 1 - ε
     loss = -target * log_p
