@@ -34,7 +34,7 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) over `groups`."""
-    return torch.optim.AdamW(groups(model, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps)
+    return torch.optim.AdamW(groups(model, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
 def learning_rate(options: Optimizer, step: int, warmup: int, total: int) -> float:

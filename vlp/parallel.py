@@ -118,7 +118,7 @@ class Replicated:
         for name, parameter in self.module.named_parameters():
             if f"step.{name}" in moments:
                 parts = {key: _part(moments[f"{key}.{name}"].to(self.device), parameter) for key in MOMENTS}
-                self.optimizer.state[parameter] = {"step": moments[f"step.{name}"].clone(), **parts}
+                self.optimizer.state[parameter] = {"step": moments[f"step.{name}"].to(self.device, copy=True), **parts}
 
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""

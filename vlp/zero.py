@@ -44,7 +44,8 @@ class ZeRO:
         # DeepSpeed links parameters to AdamW's state in the middle of the first step, when only the first group's exists.
         shards = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         for shard in shards:
-            self.zero.optimizer.state[shard] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(shard) for key in MOMENTS}}
+            zeros = {key: torch.zeros_like(shard) for key in MOMENTS}
+            self.zero.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **zeros}
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
