@@ -90,7 +90,8 @@ def loop(
             break
         due = [task for task in config.eval if plan.due(task.common.every, step)]
         if evaluate is not None and due:
-            report.evaluation(step, evaluate_now(evaluate, training, due))
+            with report.paused():
+                report.evaluation(step, evaluate_now(evaluate, training, due))
     report.close()
 
 
@@ -259,7 +260,14 @@ class Reporter:
             log.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
             if step == self.plan.total:
                 log.write_json(self.run / "results.json", records)
-        self.since = time.perf_counter()  # evaluation is no training time
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is no training time."""
+        start = time.perf_counter()
+        yield
+        passed = time.perf_counter() - start
+        self.started, self.since = self.started + passed, self.since + passed
 
     def close(self) -> None:
         if self.main:

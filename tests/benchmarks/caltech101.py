@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ RETRIEVAL = ("text_retrieval_recall@1", "image_retrieval_recall@1")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parallel", type=int, default=2, help="seeds trained side by side, the cores shared out among them")
     parser.add_argument("overrides", nargs="*", default=[], help="key=value for vlp train")
     report.add_arguments(parser)
     args = parser.parse_args()
     pack()
-    runs = [train(seed, args.overrides) for seed in args.seeds]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        runs = list(pool.map(lambda seed: train(seed, args.overrides, (os.cpu_count() or 1) // args.parallel), args.seeds))
     final = [{r["label"]: r for r in json.loads((run / "results.json").read_text())} for run in runs]
     guess = {label: record["chance"] for label, record in final[0].items()}
     rows = accuracy(runs, guess)
@@ -43,7 +46,9 @@ def main() -> None:
         values = [100 * results["retrieval"]["metrics"][name] for results in final]
         rows.append(row(f"COCO {name}, %", "", values, 100 * guess["retrieval"][name]))
     notes = (
-        f"{len(runs)} seeds, mean ± standard deviation; 2,893 held-out photos, 100 classes. After training on a hundred class "
+        f"{len(runs)} seeds, mean ± standard deviation, {args.parallel} runs side by side on the cores; 2,893 held-out photos, 100 "
+        "classes. For scale: a ViT 6x192 with InfoNCE, written down in a few lines, reached top-1 27, 38, 44 and mean per-class "
+        "recall 14, 23, 30 at the same samples seen. After training on a hundred class "
         "names the retrieval on COCO's sentences (111 photos, 555 captions) only shows that the path works."
     )
     report.publish("caltech101", "Caltech 101 from scratch, zero-shot", rows, args, notes)
@@ -64,10 +69,10 @@ def pack() -> None:
             vlp(*command, "--to", str(folder))
 
 
-def train(seed: int, overrides: list[str]) -> Path:
+def train(seed: int, overrides: list[str], threads: int) -> Path:
     run = Path("runs") / "caltech101" / f"seed{seed}"
     if not (run / "results.json").exists():
-        vlp("train", "caltech101", f"seed={seed}", f"out={run}", "resume=auto", *overrides)
+        vlp("train", "caltech101", f"seed={seed}", f"out={run}", "resume=auto", *overrides, threads=max(1, threads))
     return run
 
 
@@ -103,8 +108,9 @@ def global_batch(run: Path) -> int:
     return config.load(run / "config.yaml").train.batch
 
 
-def vlp(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "vlp.cli", *arguments], check=True)
+def vlp(*arguments: str, threads: int | None = None) -> None:
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    subprocess.run([sys.executable, "-m", "vlp.cli", *arguments], check=True, env=environment)
 
 
 if __name__ == "__main__":
