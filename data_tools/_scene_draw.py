@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
+
 from vlp.data_tools._scene_words import BACKGROUNDS, COLORS
 
 SUPERSAMPLING = 8

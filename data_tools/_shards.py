@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlp.data.format import ShardWriter, index
-from vlp.data.index import ROW, write_atomically
+from vlp.data.index import ROW
 from vlp.data.members import open_sample
+from vlp.files import write_atomically
 
 if TYPE_CHECKING:
     from vlp.data.members import Content

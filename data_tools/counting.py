@@ -47,9 +47,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Survey the captions, balance, write the shards, and print what was kept, what was dropped and why."""
-    from vlp.data_tools._shards import claim, report, transform
-
     from vlp.data.sources.shards import expand
+    from vlp.data_tools._shards import claim, report, transform
 
     _check(args)
     sources = expand(args.source)
@@ -129,8 +128,7 @@ Kept = list[tuple[str, int, int]]  # key, index of the caption, number
 def _survey(path: Path, note: Path, args: argparse.Namespace, counts: Counter[str]) -> tuple[Kept, Counter[str]]:
     """What a shard offers; kept on disk, because a detector may have taken hours for it."""
     from vlp.data_tools._shards import samples
-
-    from vlp.data.index import write_atomically
+    from vlp.files import write_atomically
 
     if not note.exists():
         found: Counter[str] = Counter()

@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the summary. Raises ValueError, OSError."""
-    from vlp.data.index import write_atomically
+    from vlp.files import write_atomically
 
     summary = summarise(args.path, args.samples)
     for name, value in summary.items():

@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlp.data.members import Content
     from vlp.data_tools._lexicon import Lexicon
     from vlp.data_tools._rules import Negative
-
-    from vlp.data.members import Content
 
 HELP = "add hard-negative captions by rule, from a file, or by a language model"
 EXAMPLE = """vlp data negatives data/train --to data/train_negatives --k 4
@@ -57,9 +56,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the shards and print what was made, what was dropped and why."""
-    from vlp.data_tools._shards import claim, report, transform
-
     from vlp.data.sources.shards import expand
+    from vlp.data_tools._shards import claim, report, transform
 
     if not args.to and not args.n_print:
         raise ValueError("nothing to do: name --to DIR to write shards, or --print N to look at negatives")
@@ -79,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _change(args: argparse.Namespace) -> AddNegatives:
     from vlp.data_tools._lexicon import Lexicon
-
     from vlp.schema import did_you_mean
 
     kinds = () if args.kinds == "none" else tuple(args.kinds.split(","))

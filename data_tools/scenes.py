@@ -156,9 +156,8 @@ def _map(jobs: list[tuple], processes: int) -> Iterator[None]:
 
 def _write(job: tuple[Path, str, int, int, int, int]) -> None:
     """One shard of a split, or one whole evaluation set."""
-    from vlp.data_tools._scene_draw import encode
-
     from vlp.data.format import ShardWriter
+    from vlp.data_tools._scene_draw import encode
 
     folder, split, first, n, seed, size = job
     layout = folder / split / "test" if split in BENCHMARKS else folder / split

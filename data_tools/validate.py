@@ -26,8 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 where every member of every shard is fine, else 1 after naming what is not. Raises ValueError, OSError."""
-    from vlp.data.index import write_atomically
     from vlp.data.sources.shards import expand
+    from vlp.files import write_atomically
 
     paths = expand(args.path)
     started, reports, n_samples = time.monotonic(), [], 0

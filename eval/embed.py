@@ -25,7 +25,8 @@ from torch import Tensor
 from vlp import dist
 from vlp.eval import metrics
 from vlp.eval.models import Encoder
-from vlp.eval.pictures import Contents, DataError, Picture, write_atomically
+from vlp.eval.pictures import Contents, DataError, Picture
+from vlp.files import write_atomically
 
 CACHE_VERSION = 1
 

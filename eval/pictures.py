@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlp.data.members import IMAGE_TYPES, walk
+from vlp.files import write_atomically
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what training reads; nothing else is ever handed to a decoder
 
@@ -153,13 +154,3 @@ class Contents:
             with open(path, "rb") as file:
                 self.known[path] = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
         return self.known[path][2]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from vlp.eval import confidence
 from vlp.eval.models import Encoder
-from vlp.eval.pictures import DataError, write_atomically
+from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
+from vlp.files import write_atomically
 from vlp.plugin import Plugin
 from vlp.schema import plain
 

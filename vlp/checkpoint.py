@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlp import log
+from vlp.files import sync
 from vlp.model import DualEncoder, from_description
 
 FOLDER = "checkpoints"
@@ -68,11 +69,11 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
+        sync(path)
+    sync(temporary)
     shutil.rmtree(final, ignore_errors=True)  # only there if an earlier save of this very step was found damaged
     os.replace(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     for old in all_of(run)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -171,11 +172,3 @@ def nested(tensors: Mapping[str, Tensor], terms: Iterable[str]) -> dict[str, dic
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -68,6 +68,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         ("eval", "evaluate a model zero-shot, or compare results", _eval),
         ("export", "write a run as a folder that transformers and open_clip load", _export),
         ("push", "upload an export to the Hugging Face Hub", _push),
+        ("report", "write a page about a run, or compare two", _report),
         ("data", "make, look at and enrich data sets", _data),
         ("demo", "generate data, train, evaluate and export in a few minutes", _demo),
     ):
@@ -139,6 +140,10 @@ def _push(parser: argparse.ArgumentParser) -> None:
         return 0
 
     parser.set_defaults(run=run)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    _fill(parser, importlib.import_module("vlp.eval.page"))
 
 
 def _data(parser: argparse.ArgumentParser) -> None:

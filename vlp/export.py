@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlp import _card, _clip_form, _siglip_form, checkpoint
+from vlp.files import sync
 from vlp.model import DualEncoder, from_description
 from vlp.towers import _weights
 
@@ -166,12 +167,12 @@ def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         replaced = to.parent / f".{to.name}.replaced-{os.getpid()}"
         if to.exists():
             os.replace(to, replaced)
         os.replace(temporary, to)
-        _sync(to.parent)
+        sync(to.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -184,11 +185,3 @@ def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlp.files import write_atomically
+
 
 def say(message: str) -> None:
     """A line for the person at the console, from one process only."""
@@ -32,9 +34,7 @@ class Metrics:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
@@ -75,16 +75,6 @@ class Trackers:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.finish()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def progress(step: int, total: int, values: Mapping[str, float], eta_s: float) -> str:

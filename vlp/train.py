@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -17,6 +18,7 @@ from vlp import checkpoint, dist, log, losses, optim, parallel
 from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
+from vlp.files import write_atomically
 from vlp.model import DualEncoder
 from vlp.model import build as build_model
 from vlp.plugin import Plugin
@@ -259,7 +261,7 @@ class Reporter:
             self.trackers.write(step, values)
             log.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
             if step == self.plan.total:
-                log.write_json(self.run / "results.json", records)
+                write_atomically(self.run / "results.json", (json.dumps(records, indent=1) + "\n").encode())
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -380,7 +380,8 @@ def margins_on_rank() -> list:
     with torch.no_grad():
         objective(**own_rows(d), step=1)  # no gradient: an evaluation moves nothing
     objective(**own_rows(d))  # nor does a call without a step
-    unmoved = all(torch.equal(a, b) for a, b in zip(saved["hard_negatives.rank"].values(), objective.state_dict()["hard_negatives.rank"].values()))
+    margins = [state["hard_negatives.rank"]["margin"] for state in (saved, objective.state_dict())]
+    unmoved = torch.equal(*margins)
     later = build({"hard_negatives": {"form": "rank"}})
     later.load_state_dict(saved)
     return [first, saved["hard_negatives.rank"]["margin"].tolist(), unmoved, objective(**own_rows(d), step=1)[0].item(),

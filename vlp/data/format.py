@@ -23,8 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vlp.data.index import index, write_atomically
+from vlp.data.index import index
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, split_name
+from vlp.files import write_atomically
 
 __all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
 

@@ -34,6 +34,7 @@ from vlp.data.members import (
     split_name,
     walk,
 )
+from vlp.files import write_atomically
 
 ROW = struct.Struct("<QIBBBB")  # offset and length of the sample's members; captions, negatives, counterfactuals, flags
 CLASS, SCORE = 1, 2  # flags: what else the sample's JSON offers
@@ -186,19 +187,6 @@ class _Scanner:
 def cache_folder() -> Path:
     """Where indices and downloads go that cannot lie beside their data: $VLP_CACHE, else ~/.cache/vlp."""
     return Path(os.environ.get("VLP_CACHE") or Path.home() / ".cache" / "vlp")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that a reader or a crash sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _places(folder: Path) -> list[Path]:
