@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from vlp.data_tools import counting, scenes
 
 from tests.data_tools.tools import CAPTIONS, call, read
 from vlp.data.format import ShardWriter
+from vlp.data_tools import counting, scenes
 
 
 def test_counting_pairs(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from vlp.data_tools import negatives, scenes
 
 from tests.data_tools.tools import call, read
+from vlp.data_tools import negatives, scenes
 
 WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "car", "truck", "two", "dogs", "cats", "under", "table"]
 
@@ -69,6 +69,7 @@ def test_a_model_that_is_neither_is_refused(language_models: Path) -> None:
 
 def test_a_detector_with_random_weights_runs(tmp_path: Path) -> None:
     from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+
     from vlp.data_tools._detector import most_frequent
     from vlp.data_tools._scene_draw import encode
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vlp.data_tools import counting, negatives, scenes
-from vlp.data_tools._language import bare
-from vlp.data_tools._lexicon import Lexicon
 
 from tests.data_tools.tools import CAPTIONS, call, read
 from vlp.data.format import ShardWriter
+from vlp.data_tools import counting, negatives, scenes
+from vlp.data_tools._language import bare
+from vlp.data_tools._lexicon import Lexicon
 
 REAL = Path(os.environ.get("VLP_DATA") or Path(__file__).parents[2] / "../shared/data")
 
@@ -39,12 +39,11 @@ def test_negatives_are_written_and_nothing_else_changes(shards: Path, tmp_path: 
 
 def test_the_loader_pads_and_masks_what_the_tools_write(tmp_path: Path) -> None:
     """From captions to a batch: K varies between samples and is padded and masked; so are samples that do not count."""
-    from vlp.data_tools._scene_draw import encode
-
     from vlp.config import Data
     from vlp.data.loader import Loader
     from vlp.data.sources import Common
     from vlp.data.sources.shards import Options
+    from vlp.data_tools._scene_draw import encode
     from vlp.plugin import Plugin
     from vlp.types import ImageSpec, TextSpec
 

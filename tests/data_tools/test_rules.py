@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from tests.data_tools.scene_checker import truth
 from vlp.data_tools import scenes
 from vlp.data_tools._language import article, bare, edit, is_plural, plural
 from vlp.data_tools._lexicon import Lexicon
@@ -14,8 +16,6 @@ from vlp.data_tools._numbers import counterfactuals, counts, exchange
 from vlp.data_tools._rules import RULES, propose
 from vlp.data_tools._shuffle import shuffles
 from vlp.data_tools.negatives import KINDS, AddNegatives
-
-from tests.data_tools.scene_checker import truth
 
 LEXICON = Lexicon.load()
 TINY = {  # every choice is forced, so that the whole caption can be compared

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+
+from tests.data_tools.scene_checker import truth
 from vlp.data_tools import scenes
 from vlp.data_tools._scene_sample import SPLITS
 from vlp.data_tools._scene_words import COLORS, HELDOUT_COUNTS, HELDOUT_KINDS, KINDS, TRAINED_KINDS
-
-from tests.data_tools.scene_checker import truth
 
 N_PIXELS = 40  # scenes whose pixels are looked at
 N_CAPTIONS = 600  # scenes of each split whose captions are checked
