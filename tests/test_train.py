@@ -100,6 +100,7 @@ def test_refusals(settings):
         train(settings("objective={siglip: {}}", out="bias"))
     with pytest.raises(ValueError, match="nowhere"):
         train(settings("data.sources.0.path=/nowhere", out="absent"))
+    assert not (run.parent / "absent").exists()  # a refused run leaves nothing that would be in its own way
 
 
 def test_fewer_shards_than_workers(settings):

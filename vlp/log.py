@@ -57,16 +57,9 @@ class Trackers:
     """TensorBoard, wandb or trackio by name, through Accelerate; a name whose package is missing is an error."""
 
     def __init__(self, names: list[str], run: Path, config: dict[str, Any]) -> None:
-        from accelerate.tracking import filter_trackers
-
-        self._trackers = []
-        for tracker in filter_trackers(names, run) if names else []:
-            made = tracker(run.name, logging_dir=run) if tracker.requires_logging_directory else tracker(run.name)
-            made.store_init_configuration({"config": json.dumps(config)})
-            self._trackers.append(made)
-        missing = len(names) - len(self._trackers)
-        if missing:
-            raise ValueError(f"log.trackers names {names}, but {missing} of them cannot be used; install the package of each")
+        self._trackers = [_tracker(name, run) for name in names]
+        for tracker in self._trackers:
+            tracker.store_init_configuration({"config": json.dumps(config)})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self._trackers:
@@ -75,6 +68,21 @@ class Trackers:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.finish()
+
+
+def _tracker(name: str, run: Path) -> Any:
+    import torch
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    PartialState(cpu=not torch.cuda.is_available())  # Accelerate's trackers ask it which process they are in
+    if name not in [str(getattr(found, "value", found)) for found in get_available_trackers()]:
+        raise ValueError(f"log.trackers names {name!r}, whose package is not installed: pip install {name}, or leave it out")
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind(run.name, logging_dir=run) if kind.requires_logging_directory else kind(run.name)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    return tracker
 
 
 def progress(step: int, total: int, values: Mapping[str, float], eta_s: float) -> str:

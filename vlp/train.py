@@ -120,7 +120,7 @@ def save(config: Config, training: Training, loader: Loader) -> None:
 
 
 def open_run(config: Config) -> Path | None:
-    """Prepare the output folder; returns the checkpoint to continue from, the same on every rank, or None."""
+    """The checkpoint to continue from, the same on every rank, or None. Refuses a folder that holds another run."""
     run, outcome = Path(config.out), None
     if dist.is_main():
         try:
@@ -145,11 +145,9 @@ def _open_run(config: Config, run: Path) -> Path | None:
             raise checkpoint.CheckpointError(f"every checkpoint of {run} is damaged; choose another folder with out=…")
     else:
         source = checkpoint.resolve(config.resume)
-    run.mkdir(parents=True, exist_ok=True)
     if source is not None:
         for key, (old, new) in changes(configuration.load(source / "config.yaml"), config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
-    (run / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
     return source
 
 
@@ -226,10 +224,11 @@ class Reporter:
 
     def __init__(self, config: Config, plan: Plan, step: int) -> None:
         self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
-        self.records: list[dict[str, Any]] = []
         if self.main:
-            self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)
             self.trackers = log.Trackers(config.log.trackers, self.run, plain(config))
+            self.run.mkdir(parents=True, exist_ok=True)  # not before everything was checked: config.yaml makes it a run
+            write_atomically(self.run / "config.yaml", configuration.dump(config).encode())
+            self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)
         self.first = self.last = step
         self.waited_s = 0.0
         self.started = self.since = time.perf_counter()

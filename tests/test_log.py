@@ -1,0 +1,35 @@
+"""metrics.jsonl after a resume, trackers by name, the progress line."""
+
+import json
+
+import pytest
+
+from vlp import log
+
+
+def test_metrics_of_a_resumed_run_read_like_an_uninterrupted_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = log.Metrics(path)
+    for step in (1, 2, 3, 4):
+        metrics.write(step, "train", {"loss": step / 2})
+    metrics.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+    metrics = log.Metrics(path, resumed_step=2)
+    metrics.write(3, "train", {"loss": 9.0})
+    metrics.close()
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.5, 1.0, 9.0]
+
+
+def test_a_tracker_by_name_and_one_that_is_not_installed(tmp_path):
+    pytest.importorskip("tensorboard")
+    trackers = log.Trackers(["tensorboard"], tmp_path / "run", {"seed": 1})
+    trackers.write(1, {"loss": 2.0})
+    trackers.close()
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    with pytest.raises(ValueError, match="'trackio', whose package is not installed: pip install trackio"):
+        log.Trackers(["trackio"], tmp_path / "run", {})
+
+
+def test_progress_line_is_short_and_says_what_remains():
+    assert log.progress(7, 100, {"loss": 1.23456, "samples_s": 900.123}, 3725) == "step   7/100  loss 1.235  samples_s 900.1  eta 1:02:05"
