@@ -32,4 +32,5 @@ def test_a_tracker_by_name_and_one_that_is_not_installed(tmp_path):
 
 
 def test_progress_line_is_short_and_says_what_remains():
-    assert log.progress(7, 100, {"loss": 1.23456, "samples_s": 900.123}, 3725) == "step   7/100  loss 1.235  samples_s 900.1  eta 1:02:05"
+    line = log.progress(7, 100, {"loss": 1.23456, "samples_s": 900.123}, 3725)
+    assert line == "step   7/100  loss 1.235  samples_s 900.1  eta 1:02:05"
