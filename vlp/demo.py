@@ -1,4 +1,4 @@
-"""`vlp demo`: the whole path on generated scenes, from nothing to an exported model, in a few minutes."""
+"""`vlp demo`: the whole path on generated scenes, from nothing to an exported model and a report, in a few minutes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlp import config, log
 from vlp.data_tools import scenes
+from vlp.eval import page
 from vlp.eval.run import in_training
 from vlp.export import export_run
 from vlp.train import train
@@ -17,7 +18,7 @@ TIMES_CHANCE = 5  # the demo fails below this
 
 
 def demo(out: Path) -> int:
-    """Make data, train configs/demo.yaml, evaluate, export into `out`; 0 if every score is at least 5 times chance.
+    """Make data, train configs/demo.yaml, evaluate, export and report into `out`; 0 if every score is at least 5 times chance.
 
     An earlier demo in `out` is replaced; a folder that holds anything else is refused.
     """
@@ -34,6 +35,7 @@ def demo(out: Path) -> int:
     moved += [f"eval.{task}.data={data / task}" for task in ("zeroshot", "retrieval")]
     train(config.load(config.find("demo"), moved), in_training)
     messages = export_run(out, out / "export")
+    page.write(out)
     passed = summary(out, messages, time.perf_counter() - started)
     return 0 if passed else 1
 
@@ -49,7 +51,7 @@ def summary(out: Path, messages: list[str], seconds: float) -> bool:
     log.say("\nheld-out scenes         score   chance   times chance")
     for name, score, chance in rows:
         log.say(f"{name:<22} {score:6.1%} {chance:8.2%} {score / chance:10.0f}")
-    places = {"data": "data", "run": ".", "results": "results.json", "curves": "metrics.jsonl", "model": "export"}
+    places = {"data": "data", "run": ".", "results": "results.json", "curves": "metrics.jsonl", "model": "export", "report": "report.html"}
     for name, place in places.items():
         log.say(f"{name:<9}{out / place}")
     for message in messages:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ class ZeRO:
         if options.activation_checkpointing:
             model.set_activation_checkpointing(True)
         self.names = {id(p): name for name, p in model.named_parameters()}
+        # Accelerate refuses settings given in code beside the launcher's; `settings` has already joined the two.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         plugin = DeepSpeedPlugin(hf_ds_config=settings(self.stage, options, self.device))
         self.model, _ = accelerator(self.device, plugin).prepare(model, optim.build(model, options.optimizer))
         self.module = self.model.module
@@ -124,10 +128,13 @@ class ZeRO:
 
 
 def settings(stage: int, options: config.Train, device: torch.device) -> dict:
-    """DeepSpeed's configuration: launch/deepspeed/zero<stage>.json with what this run's configuration decides."""
-    base = json.loads((files("vlp.launch") / "deepspeed" / f"zero{stage}.json").read_text(encoding="utf-8"))
+    """DeepSpeed's configuration: the launcher's deepspeed_config_file, else launch/deepspeed/zero<stage>.json, with what
+    this run's configuration decides."""
+    given = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    file = Path(given) if given else files("vlp.launch") / "deepspeed" / f"zero{stage}.json"
+    base = json.loads(file.read_text(encoding="utf-8"))
     if base["zero_optimization"]["stage"] != stage:
-        raise ValueError(f"launch/deepspeed/zero{stage}.json asks for stage {base['zero_optimization']['stage']}")
+        raise LaunchError(f"train.engine asks for zero{stage}, but {file} for stage {base['zero_optimization']['stage']}")
     return base | {
         "train_micro_batch_size_per_gpu": options.batch // dist.world_size() // options.micro_batches,
         "gradient_accumulation_steps": 1,
