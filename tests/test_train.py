@@ -82,6 +82,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(settings, capsys
     assert losses(whole) == before
 
 
+def test_a_run_killed_before_its_last_evaluation_gets_it_on_resume(settings, scenes):
+    tasks = f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}}}}}"
+    run = train(settings("train.duration=2", tasks))
+    assert not (run / "results.json").exists()  # as if killed: the last checkpoint stands, nothing was evaluated
+    train(settings("train.duration=2", tasks, "resume=auto"), in_training)
+    (record,) = json.loads((run / "results.json").read_text())
+    assert record["label"] == "zeroshot" and 0 <= record["metrics"]["acc1"] <= 1
+
+
 def test_refusals(settings):
     run = train(settings("train.duration=3"))
     with pytest.raises(FileExistsError, match="already holds a run; continue it"):

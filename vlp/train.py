@@ -91,9 +91,11 @@ def loop(
             log.say(f"stopped by SIGTERM after step {step}; saved. Continue with resume=auto")
             break
         due = [task for task in config.eval if plan.due(task.common.every, step)]
-        if evaluate is not None and due:
+        if evaluate is not None and due and step < plan.total:
             with report.paused():
                 report.evaluation(step, evaluate_now(evaluate, training, due))
+    if evaluate is not None and config.eval and training.step == plan.total:  # also of a run resumed at its end
+        report.evaluation(plan.total, evaluate_now(evaluate, training, config.eval))
     report.close()
 
 
