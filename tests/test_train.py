@@ -107,6 +107,10 @@ def test_refusals(settings):
         train(settings("train.batch=400", out="large"))
     with pytest.raises(ValueError, match="needs a logit bias"):
         train(settings("objective={siglip: {}}", out="bias"))
+    with pytest.raises(ValueError, match="add them with vlp data counting"):
+        train(settings("objective={infonce: {}, counting: {}}", out="count"))
+    with pytest.raises(ValueError, match="a moving average or a teacher"):
+        train(settings("objective={infonce: {}, self_distillation: {}}", out="ema"))
     with pytest.raises(ValueError, match="nowhere"):
         train(settings("data.sources.0.path=/nowhere", out="absent"))
     assert not (run.parent / "absent").exists()  # a refused run leaves nothing that would be in its own way

@@ -182,8 +182,17 @@ def check_needs(needs: frozenset[str], carried: frozenset[str], model: DualEncod
     missing = sorted(needs - supplied)
     if "bias" in missing:
         raise ValueError("the objective needs a logit bias; set model.bias (SigLIP: -10)")
+    models = [name for name in missing if name.startswith(("ema_", "teacher_"))]
+    if models:
+        raise ValueError(
+            f"the objective needs {models} of a moving average or a teacher, which `vlp train` does not run; "
+            "drop the term, or call vlp.losses.build in a trainer that has them"
+        )
     if missing:
-        raise ValueError(f"the objective needs {missing}, but the data carries {sorted(carried)}; add them to the shards' JSON")
+        tools = {"negatives": "vlp data negatives", "counterfactual": "vlp data counting"}
+        makers = sorted({tools[n.removesuffix("_valid")] for n in missing if n.removesuffix("_valid") in tools})
+        hint = f"add them with {' and '.join(makers)}" if makers else "add them to the shards' JSON"
+        raise ValueError(f"the objective needs {missing}, but the data carries {sorted(carried)}; {hint}")
 
 
 def versions() -> dict[str, str]:
