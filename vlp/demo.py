@@ -51,7 +51,8 @@ def summary(out: Path, messages: list[str], seconds: float) -> bool:
     log.say("\nheld-out scenes         score   chance   times chance")
     for name, score, chance in rows:
         log.say(f"{name:<22} {score:6.1%} {chance:8.2%} {score / chance:10.0f}")
-    places = {"data": "data", "run": ".", "results": "results.json", "curves": "metrics.jsonl", "model": "export", "report": "report.html"}
+    places = {"data": "data", "run": ".", "results": "results.json", "curves": "metrics.jsonl", "model": "export"}
+    places |= {"report": "report.html"}
     for name, place in places.items():
         log.say(f"{name:<9}{out / place}")
     for message in messages:

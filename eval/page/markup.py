@@ -1,0 +1,104 @@
+"""HTML from Python: whatever is not `Html` is escaped, so no caption, path or message can become markup."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+VOID = {"br", "img", "input", "meta"}
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
+    """An element. Children are Html, text (escaped), numbers, None (nothing) or lists of these; `class_` means class."""
+    marks = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items() if value is not None
+    )
+    return Html(f"<{name}{marks}>" if name in VOID else f"<{name}{marks}>{join(children)}</{name}>")
+
+
+def join(children: Iterable[Any]) -> Html:
+    """Children one after another."""
+    parts = []
+    for child in children:
+        if isinstance(child, (list, tuple)):
+            parts.append(join(child))
+        elif child is not None:
+            parts.append(child if isinstance(child, Html) else escape(str(child)))
+    return Html("".join(parts))
+
+
+def section(key: str, title: str, *children: Any, lead: str | None = None) -> Html:
+    """A part of the page with its heading, and one sentence on what it shows."""
+    return tag("section", tag("h2", title), tag("p", lead, class_="lead") if lead else None, *children, id=key)
+
+
+def note(text: str) -> Html:
+    """What is missing, and why."""
+    return tag("p", text, class_="note")
+
+
+def more(title: str, *children: Any, open_: bool = False) -> Html:
+    """A part that is folded away."""
+    return tag("details", tag("summary", title), *children, **({"open": ""} if open_ else {}))
+
+
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], numeric: int = 1) -> Html:
+    """A table that scrolls in itself where it is too wide; columns from `numeric` on are aligned as numbers."""
+
+    def cells(kind: str, row: Sequence[Any]) -> list[Html]:
+        return [tag(kind, cell, class_="n" if i >= numeric else None) for i, cell in enumerate(row)]
+
+    body = [tag("tr", cells("td", row)) for row in rows]
+    return tag("div", tag("table", tag("thead", tag("tr", cells("th", head))), tag("tbody", body)), class_="wide")
+
+
+def number(value: float) -> str:
+    """A number for the eye: four significant digits, no exponent where people would not write one."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}|(?i:\bbearer\s+|\btoken[=:]\s*)[^\s'\"]+")
+_ADDRESS = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s'\"<>]*")
+_PATH = re.compile(r"(?<![\w.:/~…-])(?:~|/|[A-Za-z]:\\)[^\s'\"<>,;:()]*[/\\][^\s'\"<>,;:()]*")
+
+
+def private(text: str) -> str:
+    """The text without tokens, and of addresses and absolute paths the last part only: pages get passed on."""
+
+    def last(place: str) -> str:
+        return re.split(r"[/\\]", re.split(r"[?#]", place)[0].rstrip("/\\"))[-1]
+
+    text = _TOKEN.sub("(hidden)", text)
+    text = _ADDRESS.sub(lambda m: f"{m[1]}: …/{last(m[0])}", text)
+    return _PATH.sub(lambda m: f"…/{last(m[0])}", text)
+
+
+def page(title: str, sections: Sequence[Html]) -> str:
+    """The whole document, with its style and its few lines of script inside."""
+    own = resources.files("vlp.eval.page")
+    style, script = ((own / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    names = [re.search(r'id="([\w-]+)"><h2>([^<]*)', s) for s in sections]
+    links = [tag("a", Html(found[2]), href=f"#{found[1]}") for found in names if found]
+    head = tag(
+        "head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"), tag("title", f"{title} · vlp report"),
+        tag("style", Html(style)),
+    )  # fmt: skip
+    body = tag(
+        "body", tag("header", tag("p", "vlp report", class_="kind"), tag("h1", title)), tag("nav", links),
+        tag("main", sections), tag("div", id="tip", hidden="hidden"), tag("script", Html(script)),
+    )  # fmt: skip
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"

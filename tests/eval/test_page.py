@@ -1,0 +1,352 @@
+"""The report's page: parsed as HTML, on whole, partial and hostile runs; nothing loaded, nothing private, nothing unescaped."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.eval.material import OUR_CONFIG, our_model, png
+from vlp import checkpoint, cli, config
+from vlp.data.format import ShardWriter
+from vlp.data_tools.scenes import generate
+from vlp.eval import page
+from vlp.eval.page import charts, findings, markup, runs
+
+SECTIONS = ["summary", "curves", "scores", "space", "confusion", "retrieval", "examples", "configuration", "environment"]
+HOSTILE = '<script>alert("x")</script> & <img src=http://evil/x onerror=alert(1)>'
+
+
+class Reader(HTMLParser):
+    """Collects what the tests ask about, and checks that elements nest."""
+
+    VOID = ("meta", "img", "input", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.sections, self.texts, self.resources = [], [], {}, [], []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.resources += [attrs[k] for k in ("src", "href", "xlink:href", "srcset", "data") if k in attrs]
+        assert not any(name.startswith("on") for name in attrs), (tag, attrs)
+        if tag == "section":
+            self.sections[attrs["id"]] = ""
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+            if "section" in self.open:
+                last = next(reversed(self.sections))
+                self.sections[last] += f" {data}"
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def count(self, tag, **attrs):
+        return sum(t == tag and all(a.get(k.rstrip("_")) == v for k, v in attrs.items()) for t, a in self.tags)
+
+
+def read(file):
+    text = Path(file).read_text(encoding="utf-8")
+    got = Reader(text)
+    assert list(got.sections) == SECTIONS
+    assert all(r.startswith(("#", "data:image/webp;base64,")) for r in got.resources), got.resources
+    assert got.count("script") == got.count("style") == 1
+    assert not re.search(r"@import|url\(|https?://", text)
+    return got
+
+
+def make_run(folder, data=None, steps=6, evals=(3, 6), checkpoints=True, **changes):
+    """A run's folder as training leaves it, without the training: a random model and invented curves."""
+    tree = {**OUR_CONFIG, "out": str(folder), "train": {"duration": 6, "batch": 4}, **changes}
+    if data is not None:
+        tree["eval"] = {"zeroshot": {"data": str(data / "zeroshot")}, "retrieval": {"data": str(data / "retrieval")}}
+    parsed = config.parse(tree)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.dump(parsed))
+    records = [
+        {"step": s, "kind": "train", "loss": 3 / s, "infonce": 2 / s, "uniformity": 1 / s, "scale": 14.0 + s, "lr": 1e-3 / s,
+         "grad_norm": 1.0, "samples_s": 100.0 + s, "data_wait": 0.01, "waited_s": 0.1, "bad_samples": 0}
+        for s in range(1, steps + 1)
+    ]  # fmt: skip
+    scores = {"zeroshot.acc1": 0.3, "retrieval.text_retrieval_recall@1": 0.2, "representation.centroid_distance": 0.8}
+    records += [{"step": s, "kind": "eval", **scores} for s in evals if s <= steps]
+    records.sort(key=lambda r: r["step"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if evals and steps >= 6:
+        record = {"label": "zeroshot", "dataset": "zeroshot", "metrics": {"acc1": 0.3}, "chance": {"acc1": 0.02},
+                  "intervals_95": {"acc1": [0.2, 0.4]}}  # fmt: skip
+        (folder / "results.json").write_text(json.dumps([record]))
+    if checkpoints:
+        model = our_model()
+        state = {"step": steps, "loader": {"samples": 40}, "versions": {"torch": "9.9.9"}}
+        contents = checkpoint.Contents(
+            model.state_dict(), {"x": torch.ones(1)}, {"x": torch.ones(1)}, state, config.dump(parsed), model.description()
+        )
+        checkpoint.save(folder, steps, contents, keep=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(scenes, tmp_path_factory):
+    """A whole run with its page."""
+    run = make_run(tmp_path_factory.mktemp("page") / "whole", scenes)
+    (run / "data").mkdir()
+    for name in ("counting", "order"):
+        shutil.copytree(scenes / name, run / "data" / name)
+    page.write(run, samples=40)
+    return run
+
+
+def test_whole_run_shows_everything(whole):
+    got = read(whole / "report.html")
+    assert "What is missing" not in got.text
+    titles = ["loss", "infonce", "uniformity", "logit scale", "learning rate", "samples a second", "share of time waiting for data"]
+    for title in titles:
+        assert title in got.sections["curves"]
+    assert "30.0%" in got.sections["summary"] and "2.0%" in got.sections["summary"] and "20.0% – 40.0%" in got.sections["summary"]
+    assert got.count("svg", class_="chart") == 8 + 2 + 1  # training (with its two terms), scores, the logged gap
+    assert got.count("svg", class_="scatter") == 1
+    assert got.count("circle", class_="c0") == got.count("circle", class_="c1") == 20
+    assert "taken for" in got.sections["confusion"]
+    assert got.count("table", class_="matrix") == 1
+    assert got.count("figure", class_="right") == 6  # every text query shows its right image
+    assert got.count("img") > 40
+    assert "counting" in got.sections["examples"] and "chance 11.1%" in got.sections["examples"]
+    assert "order" in got.sections["examples"]
+    assert "9.9.9" in got.sections["environment"] and "cores" in got.sections["environment"]
+    assert "train" in got.sections["configuration"]
+    assert (whole / "report.html").stat().st_size < 400_000
+    assert not [p for p in whole.iterdir() if p.name.endswith(".part")]
+
+
+def test_page_holds_no_place_beyond_the_run(whole, scenes):
+    text = (whole / "report.html").read_text()
+    assert str(whole.parent) not in text and str(scenes) not in text and str(Path.home()) + "/" not in text
+    assert "…/zeroshot" in text
+
+
+def test_same_run_gives_the_same_page(whole, tmp_path):
+    again = page.write(whole, to=tmp_path / "again.html", samples=40)
+    assert again.read_bytes() == (whole / "report.html").read_bytes()
+
+
+def test_two_runs_side_by_side(whole, tmp_path, scenes):
+    other = make_run(tmp_path / "other", scenes, seed=7, train={"duration": 6, "batch": 8})
+    got = read(page.write(whole, other, both=True, samples=20))
+    assert (whole / "report-other.html").exists()
+    assert got.count("svg", class_="scatter") == 2
+    assert "difference" in got.sections["summary"]
+    assert re.search(r"train\.batch\s+4\s+8", got.sections["configuration"])
+    assert re.search(r"\bseed\s+0\s+7", got.sections["configuration"])
+    assert "out" not in got.sections["configuration"].split()[:12]
+    against = read(page.write(whole, other, to=tmp_path / "against.html", samples=20))
+    assert against.count("svg", class_="scatter") == 1
+    assert against.count("g", class_="s1") == got.count("g", class_="s1") > 8
+    with pytest.raises(ValueError, match="same run"):
+        page.write(whole, whole.parent / "." / whole.name)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    first, second = make_run(tmp_path / "a" / "run", checkpoints=False), make_run(tmp_path / "b" / "run", checkpoints=False)
+    got = read(page.write(first, second, with_model=False))
+    assert "a/run" in got.text and "b/run" in got.text
+
+
+def test_without_model(whole, tmp_path):
+    got = read(page.write(whole, to=tmp_path / "plain.html", with_model=False))
+    assert all("--no-model" in got.sections[key] for key in ("space", "confusion", "retrieval", "examples"))
+    assert got.count("img") == 0
+
+
+def test_hostile_texts_are_shown_and_not_run(tmp_path, scenes):
+    folder = tmp_path / "shards"
+    with ShardWriter(folder, 100) as writer:
+        for i in range(12):
+            scene = generate(i, size=32)
+            meta = {"caption": f"{HOSTILE} {i}", "negatives": [f"</article>{HOSTILE}"]}
+            writer.add(None, png(scene.image), "png", [f"{HOSTILE} {i}"], meta, None)
+    run = make_run(tmp_path / "run", eval={"retrieval": {"data": str(folder)}, "negatives": {"data": str(folder)}})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 7, "kind": "train", "loss": 1.0, "<script>term": 2.0}) + "\n")
+    record = {"label": "<b>x</b>", "dataset": HOSTILE, "metrics": {"<i>": 1.0}, "chance": {}}
+    (run / "results.json").write_text(json.dumps([record]))
+    text = page.write(run).read_text()
+    got = Reader(text)
+    assert got.count("script") == 1
+    assert not got.count("b", class_="evil") and "<b>x</b>" in got.text
+    assert HOSTILE in got.sections["retrieval"]
+    assert HOSTILE in got.sections["examples"]
+    assert all(r.startswith(("#", "data:")) for r in got.resources)
+
+
+def test_secrets_and_places_stay_out(tmp_path):
+    token = "hf_" + "A1b2C3d4" * 4
+    run = make_run(tmp_path / "home" / "anna" / "run", checkpoints=False)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["data"]["sources"] = [
+        {"name": "shards", "path": "/home/anna/secret-project/train"}, {"name": "shards", "path": f"{run}/data/train"},
+        {"name": "shards", "path": f"pipe:curl -H 'Authorization: Bearer {token}' https://anna:pw@host.example/x/a.tar?sig=zzz"},
+        {"name": "shards", "path": "~/elsewhere/shards", "api_token": "plainsecret"},
+    ]  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    got = read(page.write(run, with_model=False))
+    text = (run / "report.html").read_text()
+    for secret in (token, "plainsecret", "anna", "secret-project", "sig=zzz", "pw@", "elsewhere"):
+        assert secret not in text, secret
+    shown = got.sections["configuration"]
+    assert "…/train" in shown and "data/train" in shown and "…/shards" in shown and "…/a.tar" in shown and "(hidden)" in shown
+
+
+def test_private_leaves_other_words_alone():
+    for text in ("timm/vit_base", "hf-hub:user/name", "a red/blue ring", "R@1 / R@5", "1/0.07", "and/or"):
+        assert markup.private(text) == text
+    assert markup.private("no data at /home/anna/x/y; give one") == "no data at …/y; give one"
+    assert markup.private("C:\\Users\\anna\\x failed") == "…/x failed"
+
+
+def partial(folder, what, scenes):
+    """A run with something missing, and what its page must say."""
+    if what == "going":
+        run = make_run(folder, scenes, steps=4)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "kind": "train", "lo')
+        return run, ["unfinished: step 4 of 6", "the last line of metrics.jsonl was left out", "results.json"]
+    if what == "no checkpoint":
+        return make_run(folder, scenes, checkpoints=False), ["no checkpoint", "only what the run logged is shown"]
+    if what == "damaged checkpoint":
+        run = make_run(folder, scenes)
+        next(run.glob("checkpoints/*/model.safetensors")).write_bytes(b"x")
+        return run, ["all 1 checkpoints are damaged"]
+    if what == "no eval section":
+        return make_run(folder, evals=()), ["the configuration has no eval section", "names no zeroshot task", "names no retrieval"]
+    if what == "no data":
+        gone = folder / "gone"
+        return make_run(folder, gone), ["no evaluation data at …/retrieval", "no evaluation data at …/zeroshot"]
+    if what == "only a checkpoint":
+        run = make_run(folder, scenes)
+        for name in ("config.yaml", "metrics.jsonl", "results.json"):
+            (run / name).unlink()
+        return run, ["no curves: metrics.jsonl is not there", "the configuration is that of checkpoints/step_00000006"]
+    if what == "nothing but a configuration":
+        run = make_run(folder, checkpoints=False)
+        (run / "metrics.jsonl").write_text("")
+        (run / "results.json").unlink()
+        return run, ["no training record yet", "no checkpoint", "unfinished: step 0 of 6"]
+    run = make_run(folder, checkpoints=False, steps=5)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "kind": "train", "loss": NaN}\nnonsense\n{"step": 7, "kind": "train", "loss": Infinity}\n')
+    (run / "config.yaml").write_text("a: [")
+    (run / "results.json").write_text("{")
+    said = ["not finite at step 6 and 1 more", "line 8 of metrics.jsonl was left out"]
+    return run, [*said, "config.yaml cannot be read", "results.json cannot be read"]
+
+
+KINDS = ["going", "no checkpoint", "damaged checkpoint", "no eval section", "no data", "only a checkpoint",
+         "nothing but a configuration", "diverged and broken"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_partial_run_says_what_is_missing(what, tmp_path, scenes):
+    run, said = partial(tmp_path / "run", what, scenes)
+    got = read(page.write(run, samples=10))
+    for sentence in said:
+        assert sentence in got.text, (sentence, got.text[:3000])
+    assert str(tmp_path) not in (run / "report.html").read_text()
+
+
+def test_no_run_is_a_message(tmp_path, capsys):
+    (tmp_path / "something").write_text("x")
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert cli.main(["report", str(folder)]) == 1
+        assert re.search(r"is no (run|folder).*config\.yaml, metrics\.jsonl", capsys.readouterr().err)
+    run = make_run(tmp_path / "run", checkpoints=False)
+    assert cli.main(["report", str(run), "--to", str(tmp_path)]) == 1
+    assert "is a folder; name a file" in capsys.readouterr().err
+    assert cli.main(["report", str(run), str(run), "--against", str(run)]) == 1
+    assert cli.main(["report", str(run), "--samples", "1"]) == 1
+
+
+def test_command_and_its_help(tmp_path, capsys):
+    run = make_run(tmp_path / "run", checkpoints=False)
+    assert cli.main(["report", str(run), "--no-model", "--to", str(tmp_path / "new" / "page.html")]) == 0
+    assert "page.html" in capsys.readouterr().out
+    read(tmp_path / "new" / "page.html")
+    program = "import sys; from vlp.cli import main\ntry: main(['report', '--help'])\nexcept SystemExit: print(sorted(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "vlp report runs/demo" in output
+    assert not any(f"'{heavy}'" in output for heavy in ("torch", "numpy", "PIL", "yaml"))
+
+
+def test_long_curves_keep_their_spikes():
+    points = [(float(i), 1.0) for i in range(100_000)]
+    points[54_321] = (54_321.0, 99.0)
+    points[77_777] = (77_777.0, -5.0)
+    kept = charts.downsampled(points)
+    assert len(kept) <= charts.MAX_POINTS
+    assert kept == sorted(kept) and kept[0] == points[0] and kept[-1] == points[-1]
+    assert points[54_321] in kept and points[77_777] in kept
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, -1.1), (1e-7, 1e-3), (14.28, 14.29), (0, 123456)])
+def test_ticks_are_few_round_and_inside(low, high):
+    got = charts.ticks(low, high)
+    assert 2 <= len(got) <= 6
+    assert all(low - 1e-9 * (high - low) <= t <= high + 1e-9 * (high - low) for t in got)
+
+
+def test_curves_of_one_point_and_of_none():
+    assert "<circle" in charts.curve("x", [charts.Series("a", [(1.0, 2.0)])])
+    assert "no finite value" in charts.curve("x", [charts.Series("a", [(1.0, float("nan"))])])
+
+
+def test_projection_is_the_singular_value_decomposition():
+    rows = torch.randn(14, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plane = findings.projection(rows[:7], rows[7:])
+    flat = torch.tensor([*plane.image, *plane.text], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.cov(rows.T))
+    expected = (rows - rows.mean(0)) @ vectors[:, [-1, -2]]
+    torch.testing.assert_close(flat.abs(), expected.abs())
+    assert plane.shares == pytest.approx([float(values[-1] / values.sum()), float(values[-2] / values.sum())])
+
+
+def test_failures_come_first_and_an_image_is_asked_for_once():
+    image = torch.eye(4)
+    text = torch.nn.functional.normalize(image[[0, 1, 0, 2, 3]] + torch.tensor([[0.0], [0], [0], [0], [0]]), dim=1)
+    owner = torch.tensor([0, 1, 2, 2, 3])  # the third caption belongs to image 2 but looks like image 0
+    right = owner[:, None] == torch.arange(4)
+    got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
+    assert [q.place for q in got] == [2, 0, 1]
+    assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
+    shown, hits = findings.choices([torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])], 3)
+    assert shown == [0, 2, 1] and hits == [False, True, False]  # a tie is no hit
+
+
+def test_worst_classes_and_what_they_are_taken_for():
+    classes = torch.eye(3)
+    image, labels = classes[[0, 0, 2, 2, 1]], torch.tensor([0, 0, 1, 1, 1])
+    worst = findings.confusions(image, classes, labels, worst=1)
+    assert [(c.number, c.hits, c.n, dict(c.answers), c.wrong) for c in worst] == [(1, 1, 3, {2: 2, 1: 1}, 2)]
+
+
+def test_steps_in_epochs_need_the_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", train={"duration": "2ep", "batch": 4})
+    assert runs.read(run).planned_steps == 20
+    shutil.rmtree(run / "checkpoints")
+    assert runs.read(run).planned_steps is None
