@@ -5,102 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from tests.eval.material import OUR_CONFIG, our_model, png
-from vlp import checkpoint, cli, config
+from tests.eval.material import png
+from tests.eval.page_material import Reader, make_run, read
+from vlp import cli
 from vlp.data.format import ShardWriter
 from vlp.data_tools.scenes import generate
 from vlp.eval import page
-from vlp.eval.page import charts, findings, markup, runs
+from vlp.eval.page import runs
 
-SECTIONS = ["summary", "curves", "scores", "space", "confusion", "retrieval", "examples", "configuration", "environment"]
 HOSTILE = '<script>alert("x")</script> & <img src=http://evil/x onerror=alert(1)>'
-
-
-class Reader(HTMLParser):
-    """Collects what the tests ask about, and checks that elements nest."""
-
-    VOID = ("meta", "img", "input", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.sections, self.texts, self.resources = [], [], {}, [], []
-        self.feed(text)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        self.resources += [attrs[k] for k in ("src", "href", "xlink:href", "srcset", "data") if k in attrs]
-        assert not any(name.startswith("on") for name in attrs), (tag, attrs)
-        if tag == "section":
-            self.sections[attrs["id"]] = ""
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
-            if "section" in self.open:
-                last = next(reversed(self.sections))
-                self.sections[last] += f" {data}"
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def count(self, tag, **attrs):
-        return sum(t == tag and all(a.get(k.rstrip("_")) == v for k, v in attrs.items()) for t, a in self.tags)
-
-
-def read(file):
-    text = Path(file).read_text(encoding="utf-8")
-    got = Reader(text)
-    assert list(got.sections) == SECTIONS
-    assert all(r.startswith(("#", "data:image/webp;base64,")) for r in got.resources), got.resources
-    assert got.count("script") == got.count("style") == 1
-    assert not re.search(r"@import|url\(|https?://", text)
-    return got
-
-
-def make_run(folder, data=None, steps=6, evals=(3, 6), checkpoints=True, **changes):
-    """A run's folder as training leaves it, without the training: a random model and invented curves."""
-    tree = {**OUR_CONFIG, "out": str(folder), "train": {"duration": 6, "batch": 4}, **changes}
-    if data is not None:
-        tree["eval"] = {"zeroshot": {"data": str(data / "zeroshot")}, "retrieval": {"data": str(data / "retrieval")}}
-    parsed = config.parse(tree)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.dump(parsed))
-    records = [
-        {"step": s, "kind": "train", "loss": 3 / s, "infonce": 2 / s, "uniformity": 1 / s, "scale": 14.0 + s, "lr": 1e-3 / s,
-         "grad_norm": 1.0, "samples_s": 100.0 + s, "data_wait": 0.01, "waited_s": 0.1, "bad_samples": 0}
-        for s in range(1, steps + 1)
-    ]  # fmt: skip
-    scores = {"zeroshot.acc1": 0.3, "retrieval.text_retrieval_recall@1": 0.2, "representation.centroid_distance": 0.8}
-    records += [{"step": s, "kind": "eval", **scores} for s in evals if s <= steps]
-    records.sort(key=lambda r: r["step"])
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    if evals and steps >= 6:
-        record = {"label": "zeroshot", "dataset": "zeroshot", "metrics": {"acc1": 0.3}, "chance": {"acc1": 0.02},
-                  "intervals_95": {"acc1": [0.2, 0.4]}}  # fmt: skip
-        (folder / "results.json").write_text(json.dumps([record]))
-    if checkpoints:
-        model = our_model()
-        state = {"step": steps, "loader": {"samples": 40}, "versions": {"torch": "9.9.9"}}
-        contents = checkpoint.Contents(
-            model.state_dict(), {"x": torch.ones(1)}, {"x": torch.ones(1)}, state, config.dump(parsed), model.description()
-        )
-        checkpoint.save(folder, steps, contents, keep=2)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -214,13 +132,6 @@ def test_secrets_and_places_stay_out(tmp_path):
     assert "…/train" in shown and "data/train" in shown and "…/shards" in shown and "…/a.tar" in shown and "(hidden)" in shown
 
 
-def test_private_leaves_other_words_alone():
-    for text in ("timm/vit_base", "hf-hub:user/name", "a red/blue ring", "R@1 / R@5", "1/0.07", "and/or"):
-        assert markup.private(text) == text
-    assert markup.private("no data at /home/anna/x/y; give one") == "no data at …/y; give one"
-    assert markup.private("C:\\Users\\anna\\x failed") == "…/x failed"
-
-
 def partial(folder, what, scenes):
     """A run with something missing, and what its page must say."""
     if what == "going":
@@ -292,57 +203,6 @@ def test_command_and_its_help(tmp_path, capsys):
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert "vlp report runs/demo" in output
     assert not any(f"'{heavy}'" in output for heavy in ("torch", "numpy", "PIL", "yaml"))
-
-
-def test_long_curves_keep_their_spikes():
-    points = [(float(i), 1.0) for i in range(100_000)]
-    points[54_321] = (54_321.0, 99.0)
-    points[77_777] = (77_777.0, -5.0)
-    kept = charts.downsampled(points)
-    assert len(kept) <= charts.MAX_POINTS
-    assert kept == sorted(kept) and kept[0] == points[0] and kept[-1] == points[-1]
-    assert points[54_321] in kept and points[77_777] in kept
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, -1.1), (1e-7, 1e-3), (14.28, 14.29), (0, 123456)])
-def test_ticks_are_few_round_and_inside(low, high):
-    got = charts.ticks(low, high)
-    assert 2 <= len(got) <= 6
-    assert all(low - 1e-9 * (high - low) <= t <= high + 1e-9 * (high - low) for t in got)
-
-
-def test_curves_of_one_point_and_of_none():
-    assert "<circle" in charts.curve("x", [charts.Series("a", [(1.0, 2.0)])])
-    assert "no finite value" in charts.curve("x", [charts.Series("a", [(1.0, float("nan"))])])
-
-
-def test_projection_is_the_singular_value_decomposition():
-    rows = torch.randn(14, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    plane = findings.projection(rows[:7], rows[7:])
-    flat = torch.tensor([*plane.image, *plane.text], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(torch.cov(rows.T))
-    expected = (rows - rows.mean(0)) @ vectors[:, [-1, -2]]
-    torch.testing.assert_close(flat.abs(), expected.abs())
-    assert plane.shares == pytest.approx([float(values[-1] / values.sum()), float(values[-2] / values.sum())])
-
-
-def test_failures_come_first_and_an_image_is_asked_for_once():
-    image = torch.eye(4)
-    text = torch.nn.functional.normalize(image[[0, 1, 0, 2, 3]] + torch.tensor([[0.0], [0], [0], [0], [0]]), dim=1)
-    owner = torch.tensor([0, 1, 2, 2, 3])  # the third caption belongs to image 2 but looks like image 0
-    right = owner[:, None] == torch.arange(4)
-    got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
-    assert [q.place for q in got] == [2, 0, 1]
-    assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
-    shown, hits = findings.choices([torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])], 3)
-    assert shown == [0, 2, 1] and hits == [False, True, False]  # a tie is no hit
-
-
-def test_worst_classes_and_what_they_are_taken_for():
-    classes = torch.eye(3)
-    image, labels = classes[[0, 0, 2, 2, 1]], torch.tensor([0, 0, 1, 1, 1])
-    worst = findings.confusions(image, classes, labels, worst=1)
-    assert [(c.number, c.hits, c.n, dict(c.answers), c.wrong) for c in worst] == [(1, 1, 3, {2: 2, 1: 1}, 2)]
 
 
 def test_steps_in_epochs_need_the_checkpoint(tmp_path):

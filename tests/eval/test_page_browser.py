@@ -3,7 +3,7 @@
 import pytest
 
 from tests.eval.browser import available, browser
-from tests.eval.test_page import make_run
+from tests.eval.page_material import make_run
 from vlp.eval import page
 
 OVERFLOWING = """
