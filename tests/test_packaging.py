@@ -51,7 +51,7 @@ def test_help_imports_nothing_heavy():
         assert f"'{heavy}'" not in output
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export", "push", "demo", "data", "data pack", "data scenes"])
+@pytest.mark.parametrize("command", ["train", "eval", "export", "push", "report", "demo", "data", "data pack", "data scenes"])
 def test_every_command_has_help(command):
     done = subprocess.run([sys.executable, "-m", "vlp.cli", *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,8 @@ def demo(out: Path) -> int:
     data = out / "data"
     scenes.write(data)
     moved = [f"out={out}", f"data.sources.0.path={data / 'train'}"]
-    moved += [f"eval.{task}.data={data / task}" for task in ("zeroshot", "retrieval")]
+    sets = {"zeroshot": "zeroshot", "retrieval": "retrieval", "representation": "retrieval"}
+    moved += [f"eval.{task}.data={data / folder}" for task, folder in sets.items()]
     train(config.load(config.find("demo"), moved), in_training)
     messages = export_run(out, out / "export")
     page.write(out)
