@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=14.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timeout-s", type=float, default=600)
+    parser.add_argument("--section", default="loss", help="of docs/results.md, with --publish")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     report.add_arguments(parser)
     args = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
         "Median of the repeats. floor: 8B²D FLOPs at the matmul rate measured in the same process; extra memory: peak "
         "above the embeddings; against open_clip: the ratio of times and of extra memory at the same B and D."
     )
-    report.publish("loss", "Contrastive loss, forward and backward", rows, args, notes)
+    report.publish(args.section, "Contrastive loss, forward and backward", rows, args, notes)
 
 
 def in_own_process(args: argparse.Namespace, method: str, batch: int, dim: int) -> dict[str, Any] | None:
