@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batches", type=int, default=40, help=f"measured batches of {BATCH}, a repeat")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--publish", action="store_true", help="write docs/results/ and the section of docs/results.md")
     parser.add_argument("--data", type=Path, default=os.environ.get("VLP_DATA") or REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "vlp" / "benchmarks")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -56,21 +57,26 @@ def main() -> None:
                 runs[contender].append(run(python, contender, folder, size, args))
         results["sets"][name] = {c: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for c, rs in runs.items()}
     results["pixel_error"] = pixel_error(Path(args.data))
-    report(results)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    publish(results, args)
 
 
-def report(results: dict[str, Any]) -> None:
-    """The table."""
-    print(f"{'':34}{'open_clip':>12}{'vlp':>12}{'ratio':>8}")
-    for name, both in results["sets"].items():
-        ours, theirs = both["vlp"], both["open_clip"]
-        for key in ours:
-            ratio = ours[key] / theirs[key] if theirs[key] else float("nan")
-            print(f"{name + ': ' + key:34}{theirs[key]:12.1f}{ours[key]:12.1f}{ratio:8.2f}")
+def publish(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """The table, a row a set and measure."""
+    sys.path.insert(0, str(REPOSITORY))  # here and not above: open_clip's environment runs this file too
+    from tests.benchmarks import report
+
+    rows = [
+        {"set": name, "measure": key, "open_clip": theirs[key], "vlp": ours[key],
+         "vlp / open_clip": ours[key] / theirs[key] if theirs[key] else None}
+        for name, (ours, theirs) in ((name, (both["vlp"], both["open_clip"])) for name, both in results["sets"].items())
+        for key in ours
+    ]  # fmt: skip
     error = results["pixel_error"]
-    print(f"pixels against Pillow's: mean error {error['mean']:.3f} levels, largest of a photo {error['worst']:.3f}")
+    notes = (
+        f"{args.workers} workers, batches of {BATCH}, median of {args.repeats} runs. CPU seconds are of all processes and threads. "
+        f"Pixels against Pillow's: mean error {error['mean']:.3f} levels, largest of a photo {error['worst']:.3f}."
+    )
+    report.publish("loader", "Loader beside open_clip's webdataset pipeline", rows, args, notes)
 
 
 def run(python: str, contender: str, folder: Path, size: int, args: argparse.Namespace) -> dict[str, float]:

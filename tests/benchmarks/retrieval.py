@@ -2,7 +2,6 @@
 
     python tests/benchmarks/retrieval.py                       ours, and clip_benchmark's formula as 1.6.2 computes it
     python tests/benchmarks/retrieval.py --peer .../bin/python an environment with clip-benchmark: its own functions
-    python tests/benchmarks/retrieval.py --json
 
 Each side runs in a process of its own, so that its peak memory is its own; the table gives the time of all recalls (1, 5,
 10, both ways; ours with all ranks) and the resident memory gained over the embeddings.
@@ -16,6 +15,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from tests.benchmarks import report
 
 OURS = """
 import sys, time, json, threading, torch
@@ -73,7 +76,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=5, help="an image")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3, help="the best time counts")
-    parser.add_argument("--json", action="store_true")
+    report.add_arguments(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.safetensors"
@@ -81,20 +84,25 @@ def main() -> None:
         results = {"vlp": measure(sys.executable, OURS + MEASURE_OURS + RUN, rows, options.repeats)}
         if options.peer:
             results["clip_benchmark"] = measure(options.peer, PEER + MEASURE_PEER + RUN, rows, 1)
-    if options.json:
-        print(json.dumps({"images": options.images, "captions": options.images * options.captions, "dim": options.dim, **results}))
-        return
-    print(f"{options.images * options.captions:,} captions, {options.images:,} images, D = {options.dim}")
-    print(f"{'':16}{'seconds':>9}{'MiB':>8}{'T2I R@1':>10}{'I2T R@1':>10}")
-    for name, r in results.items():
-        at1 = [r["metrics"][f"{way}_retrieval_recall@1"] for way in ("image", "text")]
-        print(f"{name:16}{r['seconds']:9.2f}{r['memory_mib']:8.0f}{at1[0]:10.4f}{at1[1]:10.4f}")
+    table = [
+        {
+            "method": name,
+            "s": r["seconds"],
+            "extra MiB": r["memory_mib"],
+            "image R@1": r["metrics"]["image_retrieval_recall@1"],
+            "text R@1": r["metrics"]["text_retrieval_recall@1"],
+            "time / clip_benchmark": r["seconds"] / results["clip_benchmark"]["seconds"] if options.peer else None,
+        }
+        for name, r in results.items()
+    ]
+    n_captions = options.images * options.captions
+    notes = f"{n_captions:,} captions, {options.images:,} images, D = {options.dim}; all recalls at 1, 5 and 10."
     if options.peer:
-        print(f"{results['clip_benchmark']['seconds'] / results['vlp']['seconds']:.0f}× faster")
         ours, peers = (r["metrics"] for r in results.values())
-        print("largest difference of a recall:", max(abs(ours[name] - peers[name]) for name in ours))
+        notes += f" Largest difference of a recall: {max(abs(ours[name] - peers[name]) for name in ours):.1g}."
     else:
-        print("clip_benchmark was not run: name an interpreter that has it with --peer")
+        notes += " clip_benchmark was not run: name an interpreter that has it with --peer."
+    report.publish("retrieval", "Exact retrieval, once embedded", table, options, notes)
 
 
 def embed(path: Path, n_images: int, n_captions: int, dim: int) -> None:
