@@ -78,7 +78,7 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
     # 3. Through the towers.
     for i, part in enumerate(micro):
         last = i == len(micro) - 1
-        with engine.micro_batch(last):
+        with engine.micro_batch(last), _attention(training):  # around backward too: it may recompute the towers
             output = outputs[i] if keep_graph else embed(training, part, i)
             engine.backward(surrogate(output, gradients, i, last))
 
@@ -101,7 +101,7 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     ids = {name: getattr(part, name) for name in TEXTS if name in wanted}
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
     half = training.dtype == torch.bfloat16
-    with torch.autocast(training.engine.device.type, torch.bfloat16, enabled=half), _attention(training.engine.device, half):
+    with torch.autocast(training.engine.device.type, torch.bfloat16, enabled=half), _attention(training):
         features = training.engine.model(torch.cat(list(pixels.values())), torch.cat([v.flatten(0, -2) for v in ids.values()]))
     result = dict(zip(pixels, features.image.split([len(v) for v in pixels.values()])))
     rows = features.text.split([v.shape[:-1].numel() for v in ids.values()])
@@ -109,9 +109,10 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     return result | {"scale": features.scale} | ({} if features.bias is None else {"bias": features.bias})
 
 
-def _attention(device: torch.device, half: bool) -> AbstractContextManager:
-    """On a CPU, the backward of torch's fused bf16 attention takes five times that of the plain one (torch 2.15, AMX)."""
-    return sdpa_kernel(SDPBackend.MATH) if half and device.type == "cpu" else nullcontext()
+def _attention(training: Training) -> AbstractContextManager:
+    """On a CPU, the backward of torch's fused bf16 attention takes several times that of the plain one (torch 2.15, AMX)."""
+    plain = training.dtype == torch.bfloat16 and training.engine.device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def _leaf(parts: list[Tensor], training: Training) -> Tensor:
