@@ -12,6 +12,7 @@ import pytest
 
 from vlp import checkpoint, config
 from vlp.eval.run import in_training
+from vlp.export import export_run
 from vlp.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,19 @@ def test_a_run_killed_before_its_last_evaluation_gets_it_on_resume(settings, sce
     assert record["label"] == "zeroshot" and 0 <= record["metrics"]["acc1"] <= 1
 
 
+def test_training_starts_from_a_run_or_from_its_export(settings, tmp_path):
+    first = train(settings("train.duration=3", out="first"))
+    export_run(first, tmp_path / "export")
+    begun = {}
+    for name, source in (("run", first), ("export", tmp_path / "export"), ("random", None)):
+        begun[name] = losses(train(settings("train.duration=1", f"init_from={source or 'null'}", out=name)))[1]
+    assert begun["run"] == begun["export"] != begun["random"]
+    with pytest.raises(checkpoint.CheckpointError, match="another architecture"):
+        train(settings(f"init_from={first}", "model.embed_dim=24", out="other"))
+    with pytest.raises(ValueError, match="nowhere"):
+        train(settings("init_from=nowhere", out="none"))
+
+
 def test_refusals(settings):
     run = train(settings("train.duration=3"))
     with pytest.raises(FileExistsError, match="already holds a run; continue it"):
@@ -105,6 +119,8 @@ def test_refusals(settings):
         train(settings("train.batch=49", out="other"))
     with pytest.raises(ValueError, match="batch"):
         train(settings("train.batch=400", out="large"))
+    with pytest.raises(ValueError, match="group"):
+        train(settings("pairwise.topology={group: 3}", out="group"))
     with pytest.raises(ValueError, match="needs a logit bias"):
         train(settings("objective={siglip: {}}", out="bias"))
     with pytest.raises(ValueError, match="add them with vlp data counting"):

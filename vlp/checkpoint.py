@@ -32,6 +32,7 @@ from torch import Tensor
 from vlp import log
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
+from vlp.model import load as load_export
 
 FOLDER = "checkpoints"
 
@@ -139,7 +140,14 @@ def load_model(ref: str | Path) -> DualEncoder:
     return model.eval()
 
 
-def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: Path) -> None:
+def load_any(ref: str) -> DualEncoder:
+    """The model of a run, a checkpoint, an exported folder, `local-dir:path` or `hf-hub:user/name`."""
+    if (Path(ref) / FOLDER).exists() or (Path(ref) / "manifest.json").exists():
+        return load_model(ref)
+    return load_export(ref)
+
+
+def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Load weights strictly; CheckpointError lists what does not fit."""
     own = model.state_dict()
     wrong = [f"{k}: not in the checkpoint" for k in own.keys() - weights.keys()]
@@ -149,8 +157,8 @@ def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: Path) -> 
     if wrong:
         more = f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(
-            f"{source} is a checkpoint of another architecture than the configuration's model:\n  "
-            + "\n  ".join(sorted(wrong)[:5]) + more + "\nUse the run's own config.yaml, or a new output folder."
+            f"{source} has another architecture than the configuration's model:\n  "
+            + "\n  ".join(sorted(wrong)[:5]) + more + "\nUse its own `model` section, or another source of weights."
         )
     model.load_state_dict(dict(weights))
 

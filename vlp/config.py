@@ -189,6 +189,7 @@ class Pairwise:
 
     topology: Any = "auto"  # auto | local | global | ring | {group: 8, layout: contiguous | strided | alternating}
     impl: Literal["auto", "dense", "tiled", "triton"] = "auto"
+    memory_budget: int | None = None  # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
     seed: int = 0
+    init_from: str | None = None  # weights to start from: a run, a checkpoint, an export, or hf-hub:user/name of one
     resume: str = "never"  # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
 
     def __post_init__(self) -> None:

@@ -42,12 +42,13 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     source = open_run(config)
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
+    if config.init_from is not None:
+        checkpoint.restore(model, checkpoint.load_any(config.init_from).state_dict(), config.init_from)
     loader = Loader(
         config.data, model.image_spec, model.text_spec,
         batch=config.train.batch, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
     )
-    pairwise = config.pairwise
-    objective = losses.build(config.objective, topology=pairwise.topology, impl=pairwise.impl, seed=config.seed)
+    objective = losses.build(config.objective, **vars(config.pairwise), seed=config.seed)
     check_needs(objective.needs, loader.carries, model)
     plan = Plan.of(config.train, loader.steps_per_epoch)
     contents = None
