@@ -165,7 +165,7 @@ def step_of_rank(case: Case, dropout: float = 0.0, replay: bool = True) -> list:
 
 
 N_CAPTIONS = 2
-MIXED = {"infonce": {}, "hard_negatives": {"kind": "own", "weight": 0.7}, "counting": {"weight": 1.3}}
+MIXED = {"infonce": {}, "hard_negatives": {"form": "own", "weight": 0.7}, "counting": {"weight": 1.3}}
 
 
 def mixed_batch(case: Case) -> tuple[Tensor, ...]:
