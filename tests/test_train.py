@@ -1,6 +1,7 @@
 """The loop end to end on generated scenes: resume, kill, damage, refusals, two processes by `accelerate launch`."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlp import checkpoint, config
 from vlp.eval.run import in_training
@@ -144,7 +146,9 @@ def test_sigterm_saves_and_the_rest_follows_bit_for_bit(settings, tmp_path):
     settings(out="killed")
     options = ("train.duration=40", "checkpoint.every=100%")
     command = [sys.executable, "-m", "vlp.cli", "train", str(tmp_path / "killed.yaml"), *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # Sums are added up in another order by another number of threads; tests.ranks leaves OMP_NUM_THREADS=1 to children.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
