@@ -65,11 +65,18 @@ def test_resume_in_mid_epoch_is_bit_for_bit(settings, capsys):
     assert len(one.optimizer) > 30
 
 
-def test_resume_without_the_loader_position_would_differ(settings):
-    """Negative control: another position of the data gives other losses."""
-    whole = train(settings("train.duration=4", out="whole"))
-    other = train(settings("train.duration=4", "seed=1", out="other"))
-    assert losses(whole)[4] != losses(other)[4]
+@pytest.mark.parametrize("forgotten", ["the loader's position", "the moments"])
+def test_a_resume_that_forgets_something_is_noticed(settings, monkeypatch, forgotten):
+    """Negative control: the same comparison fails when the data start over, or AdamW does."""
+    whole = train(settings("train.duration=6", out="whole"))
+    shutil.copytree(whole, whole.parent / "cut")
+    shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000006")
+    name = "vlp.data.loader.Loader.load_state_dict" if "loader" in forgotten else "vlp.parallel.Replicated.load_moments"
+    monkeypatch.setattr(name, lambda self, state: None)
+    again = losses(train(settings("train.duration=6", "resume=auto", out="cut")))
+    before = losses(whole)
+    assert {s: again[s] for s in (1, 2, 3)} == {s: before[s] for s in (1, 2, 3)}
+    assert all(again[s] != before[s] for s in (5, 6))
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(settings, capsys):

@@ -118,11 +118,6 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
     return box[0]
 
 
-def all_sum(value: float | int, group: Group | None = None) -> float | int:
-    """Sum of a plain number over the ranks (an int stays exact)."""
-    return sum(gather_objects(value, group))
-
-
 def all_gather(value: Tensor, group: Group) -> Tensor:
     """[b, ...] of each rank -> [g·b, ...] in group order. Gradient: reduce-scatter with SUM."""
     return value if group.size == 1 else _AllGather.apply(value, group)

@@ -60,7 +60,7 @@ def _odd_and_even():
         dist.all_gather(x, group).tolist(),
         received.tolist(),
         dist.gather_objects(dist.rank(), group),
-        dist.all_sum(dist.rank()),
+        dist.all_reduce(x, dist.world()).item(),
         dist.broadcast_object(dist.rank(), group),
     )
 
