@@ -75,7 +75,17 @@ class Inputs:
     teacher_text: Tensor | None = None  # [b, D']
     teacher_scale: Tensor | float | None = None
     sample_id: Tensor | None = None  # [b] int64
-    score: Tensor | None = None  # [b] relevance of a pair
+    score: Tensor | None = None  # [b] relevance of a pair, >= 0
+    image_views: Tensor | None = None  # [V, b, D] further augmentations of the images, from a projection of their own
+    text_views: Tensor | None = None  # [V, b, D]
+    view_scale: Tensor | float | None = None  # 1/temperature of terms between views; None: scale
+    queue_image: Tensor | None = None  # [Q, D] keys of earlier steps, equal on all ranks; rows of zeros: still empty
+    queue_text: Tensor | None = None  # [Q, D]
+    teacher_scores: Tensor | None = None  # [b, K] a teacher's score of each hard caption: higher fits the image better
+    caption_logits: Tensor | None = None  # [b, L, V] at position l: for the token caption_ids[:, l]
+    caption_ids: Tensor | None = None  # [b, L] int64
+    concept_logits: Tensor | None = None  # [b, C] of an auxiliary head on the image tower
+    concept_targets: Tensor | None = None  # [b, C] >= 0, a teacher's weights of the concepts; a row of zeros has none
 
     def wide(self) -> Inputs:
         """The same with half-precision tensors as float32: for scores that a term computes itself. At a scale of 100
