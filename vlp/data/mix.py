@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -102,10 +103,18 @@ class Mixture:
         """The position of the source that a sample belongs to."""
         return int(np.searchsorted(self.firsts, sample_id, side="right")) - 1
 
+    def steps_per_epoch(self, size: int) -> int:
+        """Batches of `size` rows that an epoch gives."""
+        return self.n_samples // size
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on besides sources, weights, seed and shuffle; JSON-able. A resumed run compares it."""
+        return {}
+
     def batch(self, step: int, size: int) -> np.ndarray:
         """Sample ids [size] of one step's global batch, int64."""
         if self.shares is None:
-            epoch, position = divmod(step, self.n_samples // size)
+            epoch, position = divmod(step, self.steps_per_epoch(size))
             return self._permuted(self.n_samples, epoch, 0, position * size + np.arange(size))
         draws = step * size + np.arange(size)
         result = np.empty(size, np.int64)
