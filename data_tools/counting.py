@@ -13,16 +13,20 @@ A caption's number must count a plural noun exactly: no measure, range, bound, n
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vlp.data_tools import _work
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
+    from vlp.data_tools._shards import Changed
 
 HELP = "select captions that count and add counterfactuals with other numbers"
 EXAMPLE = """vlp data counting data/train --to data/counting --balance equal
@@ -41,17 +45,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--detector", metavar="MODEL", help="object detector of transformers (name or folder) that must agree with the caption")
     add("--threshold", type=float, default=0.5, help="score from which a detected object counts (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--processes", type=int, default=1, metavar="N", help="shards at the same time (default: %(default)s)")
     add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N captions to judge; without --to, write nothing")
+    _work.arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Survey the captions, balance, write the shards, and print what was kept, what was dropped and why."""
     from vlp.data.sources.shards import expand
-    from vlp.data_tools._shards import claim, report, transform
+    from vlp.data_tools._shards import claim, marks, transform
 
     _check(args)
-    sources = expand(args.source)
+    sources, hands = expand(args.source), _work.crew(args)
     if args.n_print:
         print(_examples(sources, args))
     if not args.to:
@@ -60,20 +64,19 @@ def run(args: argparse.Namespace) -> int:
     settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)
-    surveyed, counts = [], Counter()
-    for i, path in enumerate(sources):
-        surveyed.append(_survey(path, folder / f"{i:05d}_survey.json", args, counts))
-    chosen = balance([kept for kept, _ in surveyed], args.balance, args.seed)
-    for _, survey_counts in surveyed:
-        counts.update(survey_counts)
-    n_kept, n_chosen = sum(len(kept) for kept, _ in surveyed), sum(map(len, chosen))
+    surveyed = _work.carry_out("survey", marks(sources, folder, "survey"), partial(_survey, args=args), hands)
+    if None in surveyed:
+        return 0
+    counts = _work.total(surveyed)
+    chosen = balance([[tuple(item) for item in result["kept"]] for result in surveyed], args.balance, args.seed)
+    n_kept, n_chosen = sum(len(result["kept"]) for result in surveyed), sum(map(len, chosen))
     if not n_chosen:
-        print(report(counts, f"{folder}:"), file=sys.stderr)
+        print(_work.report(counts, f"{folder}:"), file=sys.stderr)
         raise ValueError(f"no caption in {args.source} counts anything from two to ten; the reasons are listed above")
-    written = transform(sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), args.processes)
+    written = _work.total(transform(sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), hands))
     counts.update({name: n for name, n in written.items() if name.startswith(("number", "samples written"))})
     counts["dropped: beyond the balance"] = n_kept - n_chosen
-    print(report(counts, f"{folder}:"))
+    print(_work.report(counts, f"{folder}:"))
     return 0
 
 
@@ -84,8 +87,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--counterfactuals is {args.counterfactuals}; there are 1 to 8 other numbers from two to ten")
     if args.balance not in ("none", "equal") and not (args.balance.isdigit() and int(args.balance)):
         raise ValueError(f"--balance is {args.balance!r}; expected none, equal, or a number of samples")
-    if args.processes < 1 or not 0 < args.threshold < 1:
-        raise ValueError(f"--processes {args.processes} must be at least 1 and --threshold {args.threshold} in (0, 1)")
+    if not 0 < args.threshold < 1:
+        raise ValueError(f"--threshold {args.threshold} must lie in (0, 1)")
 
 
 def select(sample: Content, args: argparse.Namespace, counts: Counter[str]) -> tuple[int, int] | None:
@@ -125,18 +128,13 @@ def _seen(sample: Content, number: int, args: argparse.Namespace, counts: Counte
 Kept = list[tuple[str, int, int]]  # key, index of the caption, number
 
 
-def _survey(path: Path, note: Path, args: argparse.Namespace, counts: Counter[str]) -> tuple[Kept, Counter[str]]:
-    """What a shard offers; kept on disk, because a detector may have taken hours for it."""
+def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> _work.Result:
+    """What a shard offers; kept on disk, because a detector may take hours for it."""
     from vlp.data_tools._shards import samples
-    from vlp.files import write_atomically
 
-    if not note.exists():
-        found: Counter[str] = Counter()
-        kept = [(sample.key, *chosen) for sample in samples(path, found) if (chosen := select(sample, args, found))]
-        write_atomically(note, json.dumps({"kept": kept, "counts": found}).encode())
-        print(f"{path.name}: {len(kept)} of {found['samples read']} samples count", file=sys.stderr)
-    result = json.loads(note.read_text(encoding="utf-8"))
-    return [tuple(item) for item in result["kept"]], Counter(result["counts"])
+    counts: Counter[str] = Counter()
+    kept = [(sample.key, *chosen) for sample in samples(job[1], counts) if (chosen := select(sample, args, counts))]
+    return {"kept": kept, "counts": counts}
 
 
 def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[int, int]]]:
@@ -158,20 +156,24 @@ def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[i
 
 @dataclass
 class MakePairs:
-    """The change of one sample (see `vlp.data_tools._shards.Change`)."""
+    """The change of a shard's samples (see `vlp.data_tools._shards.Change`)."""
 
     chosen: list[dict[str, tuple[int, int]]]  # a shard: key → (caption, number)
     n_counterfactuals: int
     seed: int
 
-    def __call__(self, sample: Content, shard: int, counts: Counter[str]) -> tuple[list[str], dict[str, Any]] | None:
-        if sample.key not in self.chosen[shard]:
-            return None
-        i, number = self.chosen[shard][sample.key]
-        caption = sample.captions[i]
-        texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[: self.n_counterfactuals]
-        counts[f"number {number:2}"] += 1
-        return [caption], {**sample.meta, "counterfactuals": texts, "number": number, "all_captions": list(sample.captions)}
+    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
+        from vlp.data_tools._shards import Changed
+
+        for sample in samples:
+            if sample.key not in self.chosen[shard]:
+                continue
+            i, number = self.chosen[shard][sample.key]
+            caption = sample.captions[i]
+            texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[: self.n_counterfactuals]
+            counts[f"number {number:2}"] += 1
+            fields = {"counterfactuals": texts, "number": number, "all_captions": list(sample.captions)}
+            yield Changed(sample, [caption], {**sample.meta, **fields})
 
 
 def wrong_counts(caption: str, rng: random.Random) -> list[str]:

@@ -19,14 +19,18 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vlp.data_tools import _work
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
     from vlp.data_tools._lexicon import Lexicon
     from vlp.data_tools._rules import Negative
+    from vlp.data_tools._shards import Changed
 
 HELP = "add hard-negative captions by rule, from a file, or by a language model"
 EXAMPLE = """vlp data negatives data/train --to data/train_negatives --k 4
@@ -50,28 +54,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",
         help="what a causal rewriter continues; {} is the caption")  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--processes", type=int, default=1, metavar="N", help="shards at the same time (default: %(default)s)")
     add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N negatives to judge; without --to, write nothing")
+    _work.arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the shards and print what was made, what was dropped and why."""
     from vlp.data.sources.shards import expand
-    from vlp.data_tools._shards import claim, report, transform
+    from vlp.data_tools._shards import claim, transform
 
     if not args.to and not args.n_print:
         raise ValueError("nothing to do: name --to DIR to write shards, or --print N to look at negatives")
-    sources = expand(args.source)
+    sources, hands = expand(args.source), _work.crew(args)
     change = _change(args)
     if args.n_print:
         print(_examples(sources, change, args.n_print))
     if args.to:
         folder = Path(args.to)
         claim(folder, "negatives", sources, change.settings())
-        counts = transform(sources, folder, "negatives", change, 1 if args.rewriter else args.processes)
-        if change.given:
+        if args.rewriter:
+            hands = replace(hands, processes=1)  # the model takes all cores
+        results = transform(sources, folder, "negatives", change, hands)
+        counts = _work.total(results)
+        if change.given and None not in results:
             counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
-        print(report(counts, f"{folder}:"))
+        print(_work.report(counts, f"{folder}:"))
     return 0
 
 
@@ -83,8 +90,8 @@ def _change(args: argparse.Namespace) -> AddNegatives:
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"no rule {kind!r}{did_you_mean(kind, KINDS)}")
-    if args.k < 1 or args.processes < 1:
-        raise ValueError(f"--k {args.k} and --processes {args.processes} must be at least 1")
+    if args.k < 1:
+        raise ValueError(f"--k {args.k} must be at least 1")
     if "{}" not in args.prompt:
         raise ValueError(f"--prompt {args.prompt!r} lacks the {{}} that stands for the caption")
     given = read_given(Path(args.given)) if args.given else {}
@@ -118,7 +125,7 @@ def read_given(path: Path) -> dict[str, list[tuple[str, str]]]:
 
 @dataclass
 class AddNegatives:
-    """The change of one sample (see `vlp.data_tools._shards.Change`)."""
+    """The change of a shard's samples (see `vlp.data_tools._shards.Change`)."""
 
     k: int
     kinds: tuple[str, ...]
@@ -135,7 +142,14 @@ class AddNegatives:
         model = {"rewriter": self.rewriter, "prompt": self.prompt if self.rewriter else None}
         return {"k": self.k, "kinds": self.kinds, "seed": self.seed, "words": words, "given": given, **model}
 
-    def __call__(self, sample: Content, shard: int, counts: Counter[str]) -> tuple[list[str], dict[str, Any]]:
+    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
+        from vlp.data_tools._shards import Changed
+
+        for sample in samples:
+            yield Changed(sample, list(sample.captions), self.fields(sample, counts))
+
+    def fields(self, sample: Content, counts: Counter[str]) -> dict[str, Any]:
+        """The sample's JSON with its negatives."""
         captions = list(sample.captions)
         chosen = self.choose(sample.key, captions, counts)
         if sample.meta.get("negatives"):
@@ -149,7 +163,7 @@ class AddNegatives:
         }
         counts["samples without negatives" if not chosen else "samples with negatives"] += 1
         counts.update(f"negatives written: {n.kind}" for n, _ in chosen)
-        return captions, meta
+        return meta
 
     def choose(self, key: str, captions: list[str], counts: Counter[str]) -> list[tuple[Negative, int]]:
         """At most K (negative, number of its caption) pairs: the given ones first, then every kind in turn."""

@@ -49,12 +49,14 @@ class ShardWriter:
         first_shard: int = 0,
         overwrite: bool = False,
         shard_name: str = "{:05d}",  # clip_benchmark counts 0.tar, 1.tar, …
+        indexed: bool = True,  # False: whoever finishes the folder indexes it, once instead of after every shard
     ) -> None:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
         self.shard_name = shard_name
+        self.indexed = indexed
         self.paths: list[Path] = []  # finished shards
         self.n_samples = 0
         self._number = first_shard
@@ -150,5 +152,5 @@ class ShardWriter:
             self._tar.close()
             self._tar = None
             self._temporary().unlink(missing_ok=True)
-        if self.paths:
+        if self.paths and self.indexed:
             index(self.paths)
