@@ -9,7 +9,7 @@ LAYERS = [
     ("vlp.cli", "vlp.launch", "vlp.demo"),
     ("vlp.eval", "vlp.data_tools", "vlp.export", "vlp.push"),
     ("vlp.train",),
-    ("vlp.step", "vlp.checkpoint", "vlp.parallel", "vlp.zero", "vlp.optim"),
+    ("vlp.step", "vlp.teacher", "vlp.checkpoint", "vlp.parallel", "vlp.zero", "vlp.optim"),
     ("vlp.model", "vlp.losses", "vlp.data"),
     ("vlp.towers", "vlp.pairwise"),
     ("vlp.config", "vlp.dist", "vlp.log", "vlp.seeds"),

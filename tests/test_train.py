@@ -134,7 +134,7 @@ def test_refusals(settings):
         train(settings("objective={siglip: {}}", out="bias"))
     with pytest.raises(ValueError, match="add them with vlp data counting"):
         train(settings("objective={infonce: {}, counting: {}}", out="count"))
-    with pytest.raises(ValueError, match="a moving average or a teacher"):
+    with pytest.raises(ValueError, match=r"needs \['ema_image', 'ema_text'\]; set teacher.ema"):
         train(settings("objective={infonce: {}, self_distillation: {}}", out="ema"))
     with pytest.raises(ValueError, match="nowhere"):
         train(settings("data.sources.0.path=/nowhere", out="absent"))

@@ -5,6 +5,7 @@ A checkpoint is a folder `RUN/checkpoints/step_00000100` with
     model.safetensors       every parameter and buffer, whole, float32 where training holds float32
     optimizer.safetensors   AdamW's moments and step of every trainable parameter: "exp_avg.<name>", …
     objective.safetensors   state of the objective's terms
+    teacher.safetensors     moving average of the model and queue, where the run has them
     state.json              step, loader position, library versions
     model.json              DualEncoder.description(): architecture, preprocessing, tokenizer
     config.yaml             the resolved configuration
@@ -35,6 +36,7 @@ from vlp.model import DualEncoder, from_description
 from vlp.model import load as load_export
 
 FOLDER = "checkpoints"
+TENSORS = ("model", "optimizer", "objective", "teacher")  # each a .safetensors file
 
 
 class CheckpointError(RuntimeError):
@@ -51,6 +53,7 @@ class Contents:
     state: dict[str, Any] = field(default_factory=dict)
     config: str = ""  # YAML
     description: dict[str, Any] = field(default_factory=dict)  # of the model
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
@@ -62,7 +65,7 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name in ("model", "optimizer", "objective"):
+    for name in TENSORS:
         save_file({k: v.detach().cpu().contiguous() for k, v in getattr(contents, name).items()}, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps(contents.state, indent=1), encoding="utf-8")
     (temporary / "model.json").write_text(json.dumps(contents.description, indent=1), encoding="utf-8")
@@ -83,7 +86,7 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
 def load(path: Path) -> Contents:
     """Read and verify a checkpoint's folder; CheckpointError says which file is damaged and how."""
     verify(path)
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer", "objective")}
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     description = json.loads((path / "model.json").read_text(encoding="utf-8"))
     return Contents(**tensors, state=state, config=(path / "config.yaml").read_text(encoding="utf-8"), description=description)

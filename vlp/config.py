@@ -79,21 +79,65 @@ class Augment:
     ratio: tuple[float, float] = (0.75, 1.3333333)  # width / height of a crop
     flip: float = 0.0  # probability of a horizontal flip; harmful where captions say left and right
     color: float = 0.0  # strength of brightness, contrast and saturation jitter: factors in [1 − color, 1 + color]
+    grayscale: float = 0.0  # probability of gray
+    blur: float = 0.0  # probability of a Gaussian blur, σ of .1 to 2 px at 224 px and in proportion at other sizes
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale {self.scale} must satisfy 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio} must satisfy 0 < low <= high")
-        if not (0 <= self.flip <= 1 and 0 <= self.color < 1):
-            raise ValueError("flip must lie in [0, 1] and color in [0, 1)")
+        if not all(0 <= p <= 1 for p in (self.flip, self.grayscale, self.blur)) or not 0 <= self.color < 1:
+            raise ValueError("flip, grayscale and blur must lie in [0, 1] and color in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StrongAugment(Augment):
+    """Augmentation of further views, of SimCLR's kind; it still leaves left and right alone."""
+
+    scale: tuple[float, float] = (0.4, 1.0)
+    color: float = 0.4
+    grayscale: float = 0.2
+    blur: float = 0.5
+
+
+@dataclass(frozen=True)
+class TextAugment:
+    """How a caption becomes a further view: the probability of each change, for each word that it can happen to."""
+
+    stop_words: float = 0.3  # a stop word is left out
+    synonyms: float = 0.2  # a word of the list in vlp.data.wording becomes another of the same meaning
+    swaps: float = 0.1  # a word changes places with the next one
+    deletions: float = 0.1  # a word is left out, whatever it is
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in vars(self).values()):
+            raise ValueError(f"probabilities must lie in [0, 1], found {self}")
+
+
+@dataclass(frozen=True)
+class Views:
+    """Further, strongly augmented views of every image and caption: Batch.image_views and Batch.text_views."""
+
+    n: int = 1  # A
+    augment: StrongAugment = StrongAugment()
+    text: TextAugment = TextAugment()
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; expected at least 1 (leave `views` out for none)")
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Where a sample's text comes from."""
+    """Where a sample's text comes from.
 
-    choose: Literal["seed", "first"] = "seed"  # one of several captions by (seed, epoch, sample), or always the first
+    seed: one of its captions by (seed, step, row). first: always the first. all: every pair (image, caption) stands in
+    the epoch by itself (the first 255 captions of a sample). weights: as `seed`, by the weights of the positions.
+    """
+
+    choose: Literal["seed", "first", "all", "weights"] = "seed"
+    weights: list[float] = field(default_factory=list)  # of the first, second, … caption; further ones are not taken
     class_templates: list[str] = field(default_factory=list)  # e.g. "a photo of a {}.": filled with the JSON's "class"
     missing: Literal["error", "drop"] = "error"  # a sample without any text: refuse to start, or drop it and count it
 
@@ -101,6 +145,8 @@ class Captions:
         bad = [t for t in self.class_templates if t.count("{}") != 1]
         if bad:
             raise ValueError(f"templates need exactly one {{}} for the class name: {bad}")
+        if (self.choose == "weights") != bool(self.weights) or min(self.weights, default=1) <= 0:
+            raise ValueError(f"choose is {self.choose} and weights are {self.weights}; positive weights belong to choose: weights")
 
 
 @dataclass(frozen=True)
@@ -110,14 +156,25 @@ class Data:
     sources: list[Annotated[Plugin, Named("vlp.data.sources")]]
     augment: Augment = Augment()
     captions: Captions = field(default_factory=Captions)
-    workers: int = 1  # decoding processes a rank; 0 decodes in the training process
+    views: Views | None = None
+    together: int = 1  # G: batches are made of whole groups of G samples of one "origin" (a field of their JSON)
+    replacement: bool = False  # independent uniform draws (within a source's share) instead of whole epochs
     shuffle: bool = True
+    bad_share: float = 0.01  # more unusable samples than 16 + this share of the rows end the run
+    workers: int = 1  # decoding processes a rank; 0 decodes in the training process
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty; name at least one, e.g. [{name: shards, path: data/train}]")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; expected 0 or more")
+        if self.workers < 0 or self.together < 1 or not 0 <= self.bad_share <= 1:
+            raise ValueError(
+                f"workers is {self.workers}, together {self.together}, bad_share {self.bad_share}; expected workers >= 0, "
+                "together >= 1 and bad_share in [0, 1]"
+            )
+        if self.replacement and not self.shuffle:
+            raise ValueError("replacement draws at random; it does not go with shuffle: false")
+        if self.together > 1 and self.captions.choose == "all":
+            raise ValueError("together makes batches of samples, captions.choose: all of captions; take one of the two")
 
 
 @dataclass(frozen=True)
@@ -184,6 +241,21 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """What gives terms embeddings without gradient, beside the trained model (vlp.teacher)."""
+
+    ema: float | None = None  # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
+    queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
+    model: str | None = None  # another, frozen model: a run, a checkpoint, an export, or hf-hub:user/name
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
+        if self.queue < 0 or (self.queue and self.ema is None):
+            raise ValueError(f"queue is {self.queue} with ema {self.ema}: expected a size >= 0, and ema where it is not 0")
+
+
+@dataclass(frozen=True)
 class Pairwise:
     """How the pairs of a step are formed and computed (vlp.pairwise)."""
 
@@ -222,6 +294,7 @@ class Config:
     train: Train
     objective: Annotated[KeyedPlugins, Keyed("vlp.losses")]
     pairwise: Pairwise = Pairwise()
+    teacher: Teacher = Teacher()
     eval: Annotated[KeyedPlugins, Keyed("vlp.eval.tasks")] = field(default_factory=KeyedPlugins)
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
@@ -232,6 +305,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.objective:
             raise ValueError("objective is empty; name at least one term, e.g. {infonce: {}}")
+        if 0 < self.teacher.queue < self.train.batch:
+            raise ValueError(f"teacher.queue is {self.teacher.queue}, smaller than train.batch {self.train.batch}; enlarge it")
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

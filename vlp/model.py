@@ -6,6 +6,7 @@ The towers are open_clip's; parameter names are those of its CustomTextCLIP, exc
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from vlp import config
 from vlp.schema import plain
 from vlp.towers import _assemble, _weights
 from vlp.towers._exact import Pixels, Scaling
-from vlp.types import Features
+from vlp.types import Batch, Features
+
+IMAGES = ("image", "negative_image")  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
+TEXTS = ("text", "negatives", "counterfactual")  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
 
 
 class DualEncoder(nn.Module):
@@ -171,6 +175,28 @@ def build(model: config.Model) -> DualEncoder:
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
     return encoder
+
+
+def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+    """The wanted fields of IMAGES and TEXTS, by one call of `model`: a DualEncoder or what an engine wrapped around one.
+
+    Returns them by name, [b, …, D], with "scale" and (if the model has one) "bias", [].
+    """
+    pixels = {name: getattr(batch, name) for name in IMAGES if name in wanted}
+    ids = {name: getattr(batch, name) for name in TEXTS if name in wanted}
+    features = model(
+        torch.cat(list(pixels.values())) if pixels else None,
+        torch.cat([value.flatten(0, -2) for value in ids.values()]) if ids else None,
+    )
+    result = {}
+    for shapes, found in (
+        ({name: value.shape[:-3] for name, value in pixels.items()}, features.image),
+        ({name: value.shape[:-1] for name, value in ids.items()}, features.text),
+    ):
+        if shapes:
+            parts = found.split([shape.numel() for shape in shapes.values()])
+            result |= {name: part.unflatten(0, shapes[name]) for name, part in zip(shapes, parts)}
+    return result | {"scale": features.scale} | ({} if features.bias is None else {"bias": features.bias})
 
 
 def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:

@@ -6,6 +6,7 @@
         engine.backward(loss)                  one only, where the engine allows it
     engine.update(lr)                          clips, updates, clears; returns the gradient's norm
     engine.state() / engine.load_moments(...)  whole tensors by parameter name: the same for every engine and any W
+    engine.average() / engine.follow(...)      a moving average of the model (vlp.teacher)
 
 Only `vlp.step` calls backward and update. Every engine averages gradients over ranks.
 """
@@ -49,6 +50,9 @@ class Engine(Protocol):
     def update(self, lr: float) -> Tensor: ...
     def state(self, everywhere: bool = False) -> State: ...
     def load_moments(self, moments: Mapping[str, Tensor]) -> None: ...
+    def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module: ...
+    def follow(self, average: nn.Module, decay: float) -> None: ...
+    def whole(self, average: nn.Module) -> dict[str, Tensor]: ...
     def evaluation_model(self) -> DualEncoder: ...
 
 
@@ -103,7 +107,7 @@ class Replicated:
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
         keep = everywhere or dist.is_main()
-        model = {name: whole for name, value in self.module.state_dict().items() if (whole := _whole(value, keep)) is not None}
+        model = _whole_state(self.module, keep)
         moments = {
             f"{key}.{name}": whole
             for name, parameter in self.module.named_parameters()
@@ -120,6 +124,24 @@ class Replicated:
                 parts = {key: _part(moments[f"{key}.{name}"].to(self.device), parameter) for key in MOMENTS}
                 self.optimizer.state[parameter] = {"step": moments[f"step.{name}"].to(self.device, copy=True), **parts}
 
+    def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every rank calls it together."""
+        copied = copy.deepcopy(self.module).requires_grad_(False)
+        if weights is not None:
+            copied.load_state_dict(dict(weights))
+        return copied.eval()
+
+    def follow(self, average: nn.Module, decay: float) -> None:
+        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken over."""
+        own, new = ([_local(p.detach()) for p in module.parameters()] for module in (average, self.module))
+        torch._foreach_lerp_(own, new, 1 - decay)
+        for mine, its in zip(average.buffers(), self.module.buffers()):
+            mine.copy_(its)
+
+    def whole(self, average: nn.Module) -> dict[str, Tensor]:
+        """State of what `average` returned, as whole tensors on the CPU of the first rank. Collective."""
+        return _whole_state(average, dist.is_main())
+
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""
         return self.module
@@ -130,12 +152,22 @@ class Sharded(Replicated):
 
     def wrap(self, options: config.Train) -> None:
         self.plain = copy.deepcopy(self.module).cpu()
-        mesh = torch.distributed.init_device_mesh(self.device.type, (dist.world_size(),))
-        for block in self.module.blocks():
-            fully_shard(block, mesh=mesh)
-        self.model = fully_shard(self.module, mesh=mesh)
+        self.mesh = torch.distributed.init_device_mesh(self.device.type, (dist.world_size(),))
+        self.model = self.shard(self.module)
         if options.compile:
             self.model.compile()
+
+    def shard(self, module: DualEncoder, **options: Any) -> nn.Module:
+        for block in module.blocks():
+            fully_shard(block, mesh=self.mesh, **options)
+        return fully_shard(module, mesh=self.mesh, **options)
+
+    def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        copied = copy.deepcopy(self.plain).requires_grad_(False)
+        if weights is not None:
+            copied.load_state_dict(dict(weights))
+        # By default the outermost module would stay whole after a forward without a backward.
+        return self.shard(copied.to(self.device).eval(), reshard_after_forward=True)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         self.model.set_requires_gradient_sync(last)
@@ -228,6 +260,10 @@ def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
     """A CPU copy of all ranks' parts, or None where it is not kept; every rank must call it for a sharded tensor."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu().clone() if keep else None
+
+
+def _whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    return {name: whole for name, value in module.state_dict().items() if (whole := _whole(value, keep)) is not None}
 
 
 def _part(whole: Tensor, like: Tensor) -> Tensor:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlp import dist
+from vlp import dist, model
 from vlp.losses import Objective
+from vlp.model import IMAGES, TEXTS
 from vlp.parallel import Engine
 from vlp.seeds import derive
+from vlp.teacher import Teacher
 from vlp.types import Batch
 
-IMAGES = ("image", "negative_image")  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
-TEXTS = ("text", "negatives", "counterfactual")  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
 LABELS = ("negatives_valid", "counterfactual_valid", "sample_id", "score")  # handed to the objective as they are
 
 
@@ -46,6 +46,7 @@ class Training:
     micro_batches: int = 1
     dtype: torch.dtype = torch.float32  # of the towers' arithmetic
     step: int = 0
+    teacher: Teacher | None = None
 
 
 def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
@@ -67,8 +68,9 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
     leaves = {name: _leaf([output[name] for output in outputs], training) for name in outputs[0]}
     labels = {name: getattr(batch, name) for name in LABELS if getattr(batch, name) is not None}
     labels = {name: value.to(engine.device, non_blocking=True) for name, value in labels.items()}
+    taught = learn(training, micro)
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
-    total, terms = training.objective(**leaves, **labels, step=step)
+    total, terms = training.objective(**leaves, **labels, **taught, step=step)
     gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
     for name in ("scale", "bias"):  # the scale's ceiling looks at the gradient's sign, so it must be the ranks' common one
         if name in gradients:
@@ -85,6 +87,8 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
     # 4. Update.
     lr = training.learning_rate(step)
     norm = engine.update(lr)
+    if training.teacher is not None:
+        training.teacher.follow(taught, step)
     training.step += 1
     shown = {name: leaves[name].detach() for name in ("scale", "bias") if name in leaves}
     return {"loss": total.detach(), **terms, **shown, "lr": torch.tensor(lr), "grad_norm": norm}
@@ -96,17 +100,23 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     Returns "image" and "text" [rows, D], further fields [rows, …, D], "scale" and (if the model has one) "bias" [].
     Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that a second call repeats the first.
     """
-    wanted = training.objective.needs | {"image", "text"}
-    pixels = {name: getattr(part, name) for name in IMAGES if name in wanted}
-    ids = {name: getattr(part, name) for name in TEXTS if name in wanted}
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
-    half = training.dtype == torch.bfloat16
-    with torch.autocast(training.engine.device.type, torch.bfloat16, enabled=half), _attention(training):
-        features = training.engine.model(torch.cat(list(pixels.values())), torch.cat([v.flatten(0, -2) for v in ids.values()]))
-    result = dict(zip(pixels, features.image.split([len(v) for v in pixels.values()])))
-    rows = features.text.split([v.shape[:-1].numel() for v in ids.values()])
-    result |= {name: value.unflatten(0, ids[name].shape[:-1]) for name, value in zip(ids, rows)}
-    return result | {"scale": features.scale} | ({} if features.bias is None else {"bias": features.bias})
+    with _arithmetic(training), _attention(training):
+        return model.embed(training.engine.model, part, training.objective.needs | {"image", "text"})
+
+
+def learn(training: Training, micro: list[Batch]) -> dict[str, Tensor]:
+    """What the teacher gives for all micro-batches, without gradient and in the arithmetic of the towers."""
+    if training.teacher is None:
+        return {}
+    with torch.no_grad(), _arithmetic(training), _attention(training):
+        parts = [training.teacher.embed(part) for part in micro]
+    joined = {name: torch.cat([part[name] for part in parts]) if value.ndim else value for name, value in parts[0].items()}
+    return {name: _for_pairs(value, training) if value.ndim else value for name, value in (joined | training.teacher.queue).items()}
+
+
+def _arithmetic(training: Training) -> AbstractContextManager:
+    return torch.autocast(training.engine.device.type, torch.bfloat16, enabled=training.dtype == torch.bfloat16)
 
 
 def _attention(training: Training) -> AbstractContextManager:
@@ -116,11 +126,15 @@ def _attention(training: Training) -> AbstractContextManager:
 
 
 def _leaf(parts: list[Tensor], training: Training) -> Tensor:
-    """The rows of all micro-batches as one leaf; bf16 on CUDA, where the pairwise kernels multiply in it."""
+    """The rows of all micro-batches as one leaf."""
     if parts[0].ndim == 0:  # scale and bias are the same for all micro-batches, and stay float32
         return parts[0].detach().clone().requires_grad_()
-    whole = torch.cat([part.detach() for part in parts])
-    return (whole.to(training.dtype) if whole.is_cuda else whole).requires_grad_()
+    return _for_pairs(torch.cat([part.detach() for part in parts]), training).requires_grad_()
+
+
+def _for_pairs(rows: Tensor, training: Training) -> Tensor:
+    """bf16 on CUDA, where the pairwise kernels multiply in it."""
+    return rows.to(training.dtype) if rows.is_cuda else rows
 
 
 def surrogate(output: dict[str, Tensor], gradients: dict[str, Tensor], index: int, last: bool) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, log, losses, optim, parallel
+from vlp import checkpoint, dist, log, losses, optim, parallel, teacher
 from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
@@ -49,7 +49,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         batch=config.train.batch, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
     )
     objective = losses.build(config.objective, **vars(config.pairwise), seed=config.seed)
-    check_needs(objective.needs, loader.carries, model)
+    check_needs(objective.needs, loader.carries | teacher.supplies(config.teacher), model)
     plan = Plan.of(config.train, loader.steps_per_epoch)
     contents = None
     if source is not None:
@@ -62,6 +62,9 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
         config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
     )
+    if teacher.supplies(config.teacher):
+        saved = {} if contents is None else contents.teacher
+        training.teacher = teacher.Teacher(config.teacher, engine, model, objective.needs, seed=config.seed, saved=saved)
     if contents is not None:
         engine.load_moments(contents.optimizer)
         objective.load_state_dict(checkpoint.nested(contents.objective, objective.state))
@@ -112,11 +115,12 @@ def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) ->
 def save(config: Config, training: Training, loader: Loader) -> None:
     """Write a checkpoint of the step just done. Collective."""
     model, optimizer = training.engine.state()
+    taught = {} if training.teacher is None else training.teacher.state()
     state = {"step": training.step, "loader": loader.state_dict(), "versions": versions()}
     if dist.is_main():
         objective = checkpoint.flat(training.objective.state_dict())
         contents = checkpoint.Contents(
-            model, optimizer, objective, state, configuration.dump(config), training.engine.description
+            model, optimizer, objective, state, configuration.dump(config), training.engine.description, taught
         )
         checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
     dist.barrier()  # no rank runs on, and perhaps is killed, before the checkpoint stands
@@ -183,17 +187,21 @@ def check_needs(needs: frozenset[str], carried: frozenset[str], model: DualEncod
     missing = sorted(needs - supplied)
     if "bias" in missing:
         raise ValueError("the objective needs a logit bias; set model.bias (SigLIP: -10)")
-    models = [name for name in missing if name.startswith(("ema_", "teacher_"))]
-    if models:
-        raise ValueError(
-            f"the objective needs {models} of a moving average or a teacher, which `vlp train` does not run; "
-            "drop the term, or call vlp.losses.build in a trainer that has them"
-        )
+    for prefix, remedy in REMEDIES.items():
+        if names := [name for name in missing if name.startswith(prefix)]:
+            raise ValueError(f"the objective needs {names}; {remedy}")
     if missing:
         tools = {"negatives": "vlp data negatives", "counterfactual": "vlp data counting"}
         makers = sorted({tools[n.removesuffix("_valid")] for n in missing if n.removesuffix("_valid") in tools})
         hint = f"add them with {' and '.join(makers)}" if makers else "add them to the shards' JSON"
         raise ValueError(f"the objective needs {missing}, but the data carries {sorted(carried)}; {hint}")
+
+
+REMEDIES = {
+    "ema_": "set teacher.ema to the decay of the moving average that gives them (DeGLA .9996, BriVL .99)",
+    "queue_": "set teacher.queue to the number of pairs to keep, and teacher.ema (BriVL .99)",
+    "teacher_": "set teacher.model, or store its embeddings with `vlp data embed` and name them in the source's `embeddings`",
+}
 
 
 def versions() -> dict[str, str]:

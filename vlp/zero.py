@@ -94,7 +94,7 @@ class ZeRO:
         return buffer in self.plain.state_dict()
 
     def _frozen(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], enabled=self.stage == 3):
             return parameter.detach().cpu().clone()
@@ -120,6 +120,27 @@ class ZeRO:
         shard, _ = self.zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
         padded = torch.cat([value.flatten(), value.new_zeros(shard.numel() * dist.world_size() - value.numel())])
         shard.data.copy_(padded[dist.rank() * shard.numel() :][: shard.numel()])
+
+    def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A frozen copy of the model as `prepare` got it, or with `weights`, whole on every rank at every stage."""
+        copied = copy.deepcopy(self.plain).requires_grad_(False)
+        if weights is not None:
+            copied.load_state_dict(dict(weights))
+        return copied.to(self.device).eval()
+
+    def follow(self, average: nn.Module, decay: float) -> None:
+        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken over. Collective."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for own, new in zip(average.parameters(), self.module.parameters()):
+            with GatheredParameters([new], enabled=self.stage == 3):
+                own.lerp_(new.detach().to(own.dtype), 1 - decay)
+        for mine, its in zip(average.buffers(), self.module.buffers()):
+            mine.copy_(its)
+
+    def whole(self, average: nn.Module) -> dict[str, Tensor]:
+        """State of what `average` returned, on the CPU of the first rank."""
+        return {name: value.cpu().clone() for name, value in average.state_dict().items()} if dist.is_main() else {}
 
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""

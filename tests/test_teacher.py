@@ -1,0 +1,125 @@
+"""The moving average, the queue of its keys and the frozen teacher: exact under every engine, and carried by checkpoints."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.test_step import make_batch, make_training, own_rows
+from tests.test_train import losses, settings  # noqa: F401  (a fixture)
+from vlp import checkpoint, config
+from vlp.step import train_step
+from vlp.teacher import Teacher
+from vlp.train import train
+
+OBJECTIVE = {"infonce": {}, "self_distillation": {"weight": 3.0}}
+DECAY, STEPS, QUEUE = 0.7, 3, 32
+
+
+def averaged(engine="ddp", micro_batches=1, queue=0):
+    """Losses, weights after every step, and the teacher's state, of STEPS steps."""
+    training = make_training(micro_batches, engine=engine, objective=OBJECTIVE, double=False)
+    model = training.engine.evaluation_model()
+    options = config.Teacher(ema=DECAY, queue=queue)
+    training.teacher = Teacher(options, training.engine, model, training.objective.needs, seed=0, saved={})
+    weights = [as_lists(training.engine.state(everywhere=True)[0])]
+    terms = []
+    for _ in range(STEPS):
+        terms.append(train_step(training, make_batch(own_rows()))["self_distillation"].item())
+        weights.append(as_lists(training.engine.state(everywhere=True)[0]))
+    return terms, weights, as_lists(training.teacher.state())
+
+
+def as_lists(tensors):
+    return {name: value.double().flatten().tolist() for name, value in tensors.items()}
+
+
+def distance(one, other):
+    return max((torch.tensor(one[k]) - torch.tensor(other[k])).abs().max().item() for k in one)
+
+
+def check_recursion(terms, weights, state):
+    expected = weights[0]
+    for now in weights[1:]:
+        expected = {k: (DECAY * torch.tensor(v) + (1 - DECAY) * torch.tensor(now[k])).tolist() for k, v in expected.items()}
+    average = {k.removeprefix("ema_"): v for k, v in state.items()}
+    assert average.keys() == expected.keys() and len(average) > 20
+    assert distance(average, expected) < 1e-6
+    assert distance(average, weights[-1]) > 1e-4  # the weights themselves would not do
+    assert terms[0] == pytest.approx(0, abs=1e-9) and terms[1] > 1e-6  # before any update the average is the model
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", pytest.param("zero1", marks=pytest.mark.slow),
+                                    pytest.param("zero3", marks=pytest.mark.slow)])  # fmt: skip
+def test_the_average_is_the_recursion_over_the_weights(engine):
+    """Of one process, and of two ranks with three micro-batches under every engine, with the same values of the term."""
+    expected = averaged()
+    check_recursion(*expected)
+    results = ranks.run(2, averaged, engine, 3)
+    check_recursion(*results[0])
+    assert not results[1][2]  # the first rank alone writes it
+    mean = [sum(values) / 2 for values in zip(*(terms for terms, _, _ in results))]
+    assert mean == pytest.approx(expected[0], rel=1e-4, abs=1e-9)
+
+
+def keys():
+    """Queue after STEPS steps, its content at the start, and the average's embeddings before each update."""
+    training = make_training(objective=OBJECTIVE, double=False)
+    options = config.Teacher(ema=DECAY, queue=QUEUE)
+    model = training.engine.evaluation_model()
+    training.teacher = Teacher(options, training.engine, model, training.objective.needs, seed=0, saved={})
+    start = training.teacher.queue["queue_text"].clone()
+    seen = []
+    for _ in range(STEPS):
+        with torch.no_grad():
+            every = make_batch()
+            seen.append(training.teacher.average(every.image, every.text).text)
+        train_step(training, make_batch(own_rows()))
+    return [t.tolist() for t in (training.teacher.queue["queue_text"], start, torch.cat(seen))]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_queue_holds_the_latest_keys_of_all_ranks(world):
+    queue, start, seen = (torch.tensor(v) for v in (keys() if world == 1 else ranks.run(2, keys)[1]))
+    assert start.norm(dim=1) == pytest.approx(torch.ones(QUEUE))
+    assert len(seen) == 36 and len(queue) == QUEUE  # the last four of 36 keys stand where the first four stood
+    expected = torch.cat([seen[QUEUE:], seen[4:QUEUE]])
+    assert (queue - expected).abs().max() < 1e-5
+    assert (queue - torch.cat([seen[:4], seen[4:QUEUE]])).abs().max() > 1e-3  # the first keys would be other ones
+
+
+def test_a_resume_continues_average_margins_and_sample_states_bit_for_bit(settings, scenes):  # noqa: F811
+    """Also a negative control: without the saved average the losses differ."""
+    options = (
+        f"data.sources=[{{name: shards, path: {scenes / 'binding'}}}]", "train.batch=6", "teacher.ema=0.9", "log.every=1",
+        "objective={infonce: {}, self_distillation: {negatives: true, weight: 5}, "
+        "hard_negatives: [{form: rank}, {form: text}, {form: own}]}",
+    )  # fmt: skip
+    whole = train(settings(*options, out="whole"))
+    for name in ("cut", "lost"):
+        shutil.copytree(whole, whole.parent / name)
+        shutil.rmtree(whole.parent / name / "checkpoints" / "step_00000009")
+    again = train(settings(*options, "resume=auto", out="cut"))
+    assert losses(again) == losses(whole)
+    one, other = (checkpoint.load(checkpoint.newest(run)) for run in (whole, again))
+    assert all(one.teacher[k].equal(other.teacher[k]) for k in one.teacher) and len(one.teacher) > 20
+    assert all(one.objective[k].equal(other.objective[k]) for k in one.objective) and one.objective
+    contents = checkpoint.load(checkpoint.newest(whole.parent / "lost"))
+    contents.teacher = {}
+    checkpoint.save(whole.parent / "lost", 6, contents, keep=2)
+    lost = losses(train(settings(*options, "resume=auto", out="lost")))
+    assert lost[6] == losses(whole)[6] and lost[7] != losses(whole)[7]
+
+
+def test_a_frozen_teacher_is_distilled_and_one_of_another_size_refused(settings, tmp_path):  # noqa: F811
+    first = train(settings("train.duration=3", out="first"))
+    distill = ("objective={infonce: {}, distill: {}}", "train.duration=3")
+    run = train(settings(*distill, f"teacher.model={first}", out="student"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["distill"] > 0 for line in lines if line["kind"] == "train")
+    with pytest.raises(ValueError, match=r"image_spec.size \(16, 16\), but the model has \(24, 24\)"):
+        train(settings(*distill, f"teacher.model={first}", "model.image_tower.image_size=24", out="large"))
+    with pytest.raises(ValueError, match=r"set teacher\.model, or store its embeddings"):
+        train(settings(*distill, out="none"))
