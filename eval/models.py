@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.towers._weights import STAGES
+
 if TYPE_CHECKING:
     from vlp.model import DualEncoder
 
@@ -66,6 +68,10 @@ def load(ref: str, device: str | torch.device = "cpu", autocast: torch.dtype | N
             from vlp.checkpoint import load_model
 
             return from_model(load_model(path), name=ref, device=device, autocast=autocast, keep=True)
+        if (path / STAGES).exists():
+            from vlp.model import load as load_export
+
+            return from_model(load_export(path), name=ref, device=device, autocast=autocast, keep=True)
         if (path / "open_clip_config.json").exists():
             return _open_clip(f"local-dir:{ref}", "", device, autocast, shown=ref)
         if (path / "config.json").exists():

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vlp.model import DualEncoder
+from vlp.stages import Stages
 
 _TAGS = {None: [], "CLIPModel": ["transformers", "clip"], "SiglipModel": ["transformers", "siglip"]}
 
@@ -26,6 +27,29 @@ def render(
         parts += ["## Data", _data(training), "## Training configuration", f"```yaml\n{shown}```"]
     parts += ["## Limits", _LIMITS]
     return "\n\n".join(parts) + "\n"
+
+
+def render_stages(model: Stages, name: str, members: Sequence[str], license: str | None) -> str:
+    """The README.md of a folder of several stages."""
+    metadata = {"library_name": "vlp", "pipeline_tag": "zero-shot-image-classification", "tags": ["contrastive"]}
+    metadata |= {} if license is None else {"license": license}
+    dims = " + ".join(str(member.embed_dim) for member in model.members)
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False)}---
+
+# {name}
+
+{len(members)} image-text dual encoders, trained in stages with vlp. An embedding is theirs, one after another, divided by
+√{len(members)}: {dims} = {model.embed_dim} dimensions, unit length. Its cosine is the mean of theirs, and so is its
+scale, {model().scale.item():.4g}.
+
+```python
+import vlp.model
+model = vlp.model.load("{name}")  # or hf-hub:user/{name}
+```
+
+Other libraries load each stage by itself: {", ".join(f"[{member}]({member}/README.md)" for member in members)}.
+"""
 
 
 _LIMITS = """\

@@ -23,6 +23,7 @@ TRAIN_EXAMPLE = """examples:
 EXPORT_EXAMPLE = """examples:
   vlp export runs/demo --to exported/demo
   vlp export runs/demo/checkpoints/step_00000156 --to exported/half --license cc-by-4.0
+  vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl       (stages: their embeddings one after another)
 """
 PUSH_EXAMPLE = """example:
   vlp push exported/demo you/demo-clip --private
@@ -103,19 +104,19 @@ def _eval(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXPORT_EXAMPLE
-    parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or one of its checkpoints; several: one model")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
     parser.add_argument("--license", metavar="ID", help="licence for the model card, e.g. apache-2.0")
     parser.add_argument("--onnx", action="store_true", help="also write both towers as ONNX (needs pip install vlp[hub])")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
     def run(options: argparse.Namespace) -> int:
-        from vlp.export import export_run
+        from vlp.export import export_run, export_stages
 
-        for line in export_run(
-            options.run_folder, options.to, license=options.license, onnx=options.onnx, overwrite=options.overwrite
-        ):
-            print(line)
+        settings = {"license": options.license, "onnx": options.onnx, "overwrite": options.overwrite}
+        first, *others = options.runs
+        written = export_stages(options.runs, options.to, **settings) if others else export_run(first, options.to, **settings)
+        print("\n".join(written))
         return 0
 
     parser.set_defaults(run=run)

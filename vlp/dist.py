@@ -138,6 +138,17 @@ def all_to_all(value: Tensor, group: Group) -> Tensor:
     return value if group.size == 1 else _AllToAll.apply(value, group)
 
 
+def exchange_rows(value: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """The first send[0] rows go to the group's first rank, the next send[1] to its second, …; returns what came, rank by
+    rank: receive[k] rows of rank k. Not differentiable."""
+    if group.size == 1:
+        return value
+    bits = value.view(torch.uint8) if value.dtype == torch.bool else value  # gloo exchanges no bool
+    result = bits.new_empty(sum(receive), *bits.shape[1:])
+    torch_dist.all_to_all_single(result, bits.contiguous(), receive, send, group=group.handle)
+    return result.view(value.dtype)
+
+
 class Shift:
     """Tensors on their way to the next rank of a ring, while this rank computes: `Shift(tensors, group).wait()`.
 

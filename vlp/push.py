@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from vlp.towers._weights import CONFIG
+from vlp.towers._weights import CONFIG, STAGES
 
 # httpx's or httpx2's, whichever this version of huggingface_hub speaks with
 _HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -75,16 +75,17 @@ def _commit(hub: HfApi, repository: str, changes: list[Any], attempts: int, wait
 
 def _contents(folder: Path, repository: str) -> Mapping[str, Path | bytes]:
     """Files by their path in the repository. A tokenizer that lies beside the model is named by the repository there."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and not (folder / STAGES).is_file():
         raise PushError(f"{folder} is no exported model: it holds no {CONFIG}; run vlp export first")
     contents: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
-    described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    text = described["model_cfg"]["text_cfg"]
-    if "hf_tokenizer_name" in text and text["hf_tokenizer_name"] == ".":
-        text["hf_tokenizer_name"] = repository
-        contents[CONFIG] = (json.dumps(described, indent=2) + "\n").encode()
+    if CONFIG in contents:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        text = described["model_cfg"]["text_cfg"]
+        if "hf_tokenizer_name" in text and text["hf_tokenizer_name"] == ".":
+            text["hf_tokenizer_name"] = repository
+            contents[CONFIG] = (json.dumps(described, indent=2) + "\n").encode()
     return contents
 
 

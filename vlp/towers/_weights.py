@@ -15,6 +15,7 @@ from vlp.schema import did_you_mean
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the first one found is read
+STAGES = "vlp_stages.json"  # of a folder whose members are such folders (vlp.stages)
 TEXT_TOWER = "text_tower"  # a folder of our exports: the configuration of a Hugging Face text tower
 
 
@@ -113,9 +114,9 @@ def _snapshot(repository: str) -> Path:
     import huggingface_hub
 
     try:
-        wanted = [CONFIG, "*.json", "*.txt", "*.model", f"{TEXT_TOWER}/*", WEIGHTS[0]]
+        wanted = [CONFIG, "*.json", "*.txt", "*.model", f"{TEXT_TOWER}/*", WEIGHTS[0], f"*/{WEIGHTS[0]}"]
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
-        if not (folder / WEIGHTS[0]).exists():
+        if not (folder / WEIGHTS[0]).exists() and not (folder / STAGES).exists():
             huggingface_hub.hf_hub_download(repository, WEIGHTS[1])
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise ValueError(f"could not get {repository} from the Hub: {error}") from error

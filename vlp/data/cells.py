@@ -1,0 +1,154 @@
+"""Batches from one cell at a time: the order of multistage contrastive learning (MCL, Zhang et al. 2024, arXiv 2402.11816).
+
+An earlier stage's image features, clustered, give every sample a label (`vlp data cells`). A cell is the samples that
+agree in all labels given. Every global batch comes from one cell, so that what earlier stages tell apart is of no help
+and the next one must learn something else.
+
+An epoch holds size // B batches of every cell, all of them in a random order: every sample stands in it at most once, and
+size mod B samples of each cell, other ones each epoch, are left out. Batches are a pure function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from vlp import log
+from vlp.data.mix import Mixture, permute
+from vlp.data.sources import Source
+from vlp.files import write_atomically
+from vlp.seeds import derive
+
+_PROBES = 64  # samples whose content is compared when labels are read: tars of equal layout may hold other pictures
+
+
+def collection(mixture: Mixture) -> str:
+    """A hash that changes whenever samples are added, moved or (as far as 64 of them tell) exchanged."""
+    total = hashlib.sha256("".join(source.fingerprint() for source in mixture.sources).encode())
+    for i in np.unique(np.linspace(0, mixture.n_samples - 1, _PROBES).astype(int)):
+        try:
+            sample = mixture.read(int(i))
+            total.update(sample.key.encode() + b"\0" + sample.image)
+        except (OSError, ValueError):
+            total.update(b"unreadable")
+    return total.hexdigest()
+
+
+def write_labels(path: Path, labels: np.ndarray, n_clusters: int, mixture: Mixture, made_by: dict[str, Any]) -> None:
+    """Keep a label in [0, n_clusters) for every sample of `mixture`, int32 [n], with what they were made for."""
+    about = {"n_clusters": n_clusters, "collection": collection(mixture), **made_by}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save({"labels": labels.astype(np.int32)}, metadata={"vlp cells": json.dumps(about)}))
+
+
+def read_labels(path: str | Path, mixture: Mixture) -> tuple[np.ndarray, int]:
+    """(labels [n], number of clusters); ValueError where the file is no such file or was made for other samples."""
+    remedy = "make labels for these sources with vlp data cells"
+    try:
+        with safe_open(path, "numpy") as file:
+            about, labels = json.loads(file.metadata()["vlp cells"]), file.get_tensor("labels")
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no labels of cells ({error or type(error).__name__}); {remedy}") from None
+    if len(labels) != mixture.n_samples:
+        raise ValueError(f"{path} labels {len(labels)} samples, but the data has {mixture.n_samples}; {remedy}")
+    if about["collection"] != collection(mixture):
+        raise ValueError(f"{path} was made for other samples than those of the data; {remedy}")
+    return labels, about["n_clusters"]
+
+
+class Cells(Mixture):
+    """A mixture whose batches of `batch` rows each come from one cell. `labels`: files, one for each earlier stage.
+
+    Cells smaller than a batch are an error, or with `small="merge"` pooled: in the order of their labels, first stage
+    first, until a pool fills a batch; what remains at the end joins the last pool, or the largest cell.
+    """
+
+    def __init__(
+        self, sources: list[Source], weights: list[float | None], *, seed: int, shuffle: bool,
+        labels: Sequence[str], batch: int, small: str = "error", **drawing: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(sources, weights, seed=seed, shuffle=shuffle, **drawing)
+        if self.shares is not None or self.together > 1 or self.every_caption or self.replacement:
+            raise ValueError(
+                "batches from cells exclude weights of sources and data.together, every_caption and replacement; leave them out"
+            )
+        if any(source.window for source in sources):
+            raise ValueError("a batch from one cell would fetch many remote shards; copy them here and use `name: shards`")
+        combined = np.zeros(self.n_samples, np.int64)
+        for path in labels:
+            own, n_clusters = read_labels(path, self)
+            combined = combined * n_clusters + own
+        _, cell, sizes = np.unique(combined, return_inverse=True, return_counts=True)
+        if n_small := int((sizes < batch).sum()):
+            if small == "error":
+                raise ValueError(
+                    f"{n_small} of {len(sizes)} cells are smaller than the batch of {batch} (the smallest has {sizes.min()} "
+                    "samples); set train.batch lower, cluster into fewer, or set small: merge"
+                )
+            cell = _pooled(sizes, batch)[cell]
+        self.sizes = np.bincount(cell)
+        log.say(f"cells: {len(self.sizes)} of {self.sizes.min():,} to {self.sizes.max():,} samples; {n_small} small ones pooled")
+        self._starts = np.cumsum(self.sizes) - self.sizes
+        self._cell_of_slot = np.repeat(np.arange(len(self.sizes)), self.sizes // batch)  # slots: the batches of an epoch
+        # In shared memory, as loader processes receive it; half the bytes where 32 bits are enough.
+        members = np.argsort(cell, kind="stable").astype(np.int32 if self.n_samples < 2**31 else np.int64)
+        self._members = torch.from_numpy(members).share_memory_()
+        self._digest = hashlib.sha256(cell.astype(np.int32).tobytes()).hexdigest()[:16]
+
+    def steps_per_epoch(self, size: int) -> int:
+        return len(self._cell_of_slot)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"cells": self._digest}
+
+    def batch(self, step: int, size: int) -> np.ndarray:
+        epoch, cell, turn = self._place(step)
+        return self._samples(cell, self._shuffled(int(self.sizes[cell]), turn * size + np.arange(size), "cell", epoch, cell))
+
+    def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
+        """Stand-ins of the same cell, chosen as `Mixture` chooses among a source."""
+        _, cell, _ = self._place(step)
+        n, present, key = int(self.sizes[cell]), set(batch.tolist()), derive(self.seed, "replace", step)
+        own = permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
+        yield from (i for i in self._samples(cell, own).tolist() if i not in present)
+        for wanted in (True, False):  # a cell hardly larger than the batch: share, and at last repeat
+            for i in range(n):
+                (candidate,) = self._samples(cell, permute(n, key, np.array([i]))).tolist()
+                if (candidate not in present) == wanted and candidate != sample_id:
+                    yield candidate
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """(epoch, cell, which of the cell's batches in this epoch) of a step."""
+        epoch, position = divmod(step, len(self._cell_of_slot))
+        slot = int(self._shuffled(len(self._cell_of_slot), np.array([position]), "cells", epoch)[0])
+        cell = int(self._cell_of_slot[slot])
+        return epoch, cell, slot - int(np.searchsorted(self._cell_of_slot, cell))
+
+    def _samples(self, cell: int, i: np.ndarray) -> np.ndarray:
+        return self._members.numpy()[self._starts[cell] + i].astype(np.int64)
+
+    def _shuffled(self, n: int, i: np.ndarray, purpose: str, *position: int) -> np.ndarray:
+        return permute(n, derive(self.seed, purpose, *position), i) if self.shuffle else i
+
+
+def _pooled(sizes: np.ndarray, batch: int) -> np.ndarray:
+    """The new number of every cell, small ones pooled as `Cells` says."""
+    pool_of = np.arange(len(sizes))
+    open_pool: list[int] = []
+    last = None
+    for c in np.flatnonzero(sizes < batch):
+        open_pool.append(c)
+        if sizes[open_pool].sum() >= batch:
+            last = pool_of[open_pool] = open_pool[0]
+            open_pool = []
+    if open_pool:
+        pool_of[open_pool] = np.argmax(sizes) if last is None else last
+    return np.unique(pool_of, return_inverse=True)[1]

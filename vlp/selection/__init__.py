@@ -1,0 +1,58 @@
+"""Which samples a step trains on, where that is not left to chance. The folder is the registry.
+
+    jest    the most learnable part of a larger batch, for the model of the moment
+    mcl     every global batch from one cell of what earlier models see alike
+
+A file holds `Options` and `open(options, config, model, engine) -> Selection`, called once at the start, before the
+engine takes over the model; it raises ValueError for settings that do not fit the model or the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlp.data.mix import Mixture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlp.config import Config
+    from vlp.model import DualEncoder
+    from vlp.parallel import Engine
+    from vlp.step import Training
+    from vlp.types import Batch
+
+    Choose = Callable[[Training, Batch], tuple[Batch, dict[str, Tensor]]]
+
+
+def keep_all(training: Training, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+    """What was loaded is trained on."""
+    return batch, {}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the rows of a step are found."""
+
+    loaded: int  # rows of all ranks that the loader delivers a step
+    mixture: Callable[..., Mixture] = Mixture  # which samples those are (vlp.data.mix)
+    needs: frozenset[str] = frozenset()  # optional fields of Batch that choosing reads
+    choose: Choose = keep_all  # (training, this rank's loaded rows) -> (its rows of the step, scalars to log). Collective.
+
+    def check(self, carried: frozenset[str]) -> None:
+        """Refuse data whose batches do not carry what choosing reads."""
+        if missing := sorted(self.needs - carried):
+            raise ValueError(
+                f"the selection needs {missing}, but the data carries {sorted(carried)}; store them with `vlp data embed` and "
+                "name them in the source's `embeddings`"
+            )
+
+
+def build(config: Config, model: DualEncoder, engine: Engine) -> Selection:
+    """The selection that `config.selection` names; without one every row that is loaded is trained on."""
+    if not config.selection:
+        return Selection(config.train.batch)
+    (plugin,) = config.selection
+    return plugin.module.open(plugin.options, config, model, engine)

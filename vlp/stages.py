@@ -1,0 +1,65 @@
+"""Several dual encoders as one model: their embeddings, one after another (MCL's stages, arXiv 2402.11816).
+
+    z = [z_1; …; z_S] / √S, so that a cosine is the mean of the members' cosines;
+    scale and bias are the means of the members' (the bias only where all have one).
+
+A folder of such a model holds vlp_stages.json, {"members": ["stage_1", …]}, and each member as `vlp export` writes it, which
+other libraries load by itself. `vlp.model.load` and all that takes a model by name read the folder as one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlp.model import DualEncoder
+from vlp.model import load as load_member
+from vlp.towers._weights import STAGES
+from vlp.types import Features
+
+
+class Stages(nn.Module):
+    """Dual encoders that read the same pixels and tokens, concatenated; called as a DualEncoder is."""
+
+    def __init__(self, members: Sequence[DualEncoder]) -> None:
+        super().__init__()
+        for what in ("image_spec", "text_spec"):
+            first, *others = (getattr(member, what) for member in members)
+            if odd := [other for other in others if other != first]:
+                raise ValueError(f"stages must read the same batch, but {what} is {first} and {odd[0]}; train them alike")
+        self.members = nn.ModuleList(members)
+        self.image_spec, self.text_spec = members[0].image_spec, members[0].text_spec
+        self.embed_dim = sum(member.embed_dim for member in members)
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None, pairs: int = 0) -> Features:
+        """Embed what is given, as `DualEncoder.forward` does. `pairs` is for heads, which exports do not have."""
+        found = [member(image, text) for member in self.members]
+        bias = None if any(f.bias is None for f in found) else torch.stack([f.bias for f in found]).mean()
+        return Features(
+            image=None if image is None else _joined([f.image for f in found]),
+            text=None if text is None else _joined([f.text for f in found]),
+            scale=torch.stack([f.scale for f in found]).mean(),
+            bias=bias,
+        )
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """[b, 3, H, W] → [b, ΣD] unit rows."""
+        return _joined([member.encode_image(image) for member in self.members])
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """[rows, L] → [rows, ΣD] unit rows."""
+        return _joined([member.encode_text(text) for member in self.members])
+
+
+def load(folder: Path) -> Stages:
+    """The model that `export` wrote to a folder, on the CPU."""
+    described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
+    return Stages([load_member(folder / name) for name in described["members"]])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, dim=-1) / len(parts) ** 0.5
