@@ -295,6 +295,7 @@ class Config:
     objective: Annotated[KeyedPlugins, Keyed("vlp.losses")]
     pairwise: Pairwise = Pairwise()
     teacher: Teacher = Teacher()
+    selection: Annotated[KeyedPlugins, Keyed("vlp.selection")] = field(default_factory=KeyedPlugins)
     eval: Annotated[KeyedPlugins, Keyed("vlp.eval.tasks")] = field(default_factory=KeyedPlugins)
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
@@ -305,6 +306,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.objective:
             raise ValueError("objective is empty; name at least one term, e.g. {infonce: {}}")
+        if len(self.selection) > 1:
+            raise ValueError(f"selection names {[plugin.name for plugin in self.selection]}; one at a time")
         if 0 < self.teacher.queue < self.train.batch:
             raise ValueError(f"teacher.queue is {self.teacher.queue}, smaller than train.batch {self.train.batch}; enlarge it")
 

@@ -5,6 +5,8 @@
     sentence-transformers   modules.json                                       whatever transformers loads as CLIPModel
     ONNX           onnx/{image,text}.onnx                                      on request
     README.md      the model card
+
+Several runs make one model of their embeddings one after another, which only vlp loads (vlp.stages).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlp import _card, _clip_form, _siglip_form, checkpoint
+from vlp import _card, _clip_form, _siglip_form, checkpoint, stages
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
 from vlp.towers import _weights
@@ -80,6 +82,26 @@ def export_run(
     training = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     step = int(path.name.removeprefix("step_"))
     return export(model, to, results=results, training=training, step=step, license=license, onnx=onnx, overwrite=overwrite)
+
+
+def export_stages(
+    runs: Sequence[Path | str], to: Path | str, *, license: str | None = None, onnx: bool = False, overwrite: bool = False
+) -> list[str]:
+    """Several runs as one model, the concatenation of their embeddings (vlp.stages), each written as `export_run` does.
+
+    Only vlp loads the whole; ValueError where the runs read other pixels or tokens than the first.
+    """
+    to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
+    with _appearing(to, overwrite) as folder:
+        for run, name in zip(runs, names):
+            export_run(run, folder / name, license=license, onnx=onnx)
+        _write_json(folder / _weights.STAGES, {"members": names})
+        card = _card.render_stages(stages.load(folder), to.name, names, license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return [
+        f"vlp: {_weights.STAGES}; the embeddings of {len(names)} stages one after another",
+        f"open_clip, transformers: no model of theirs joins several pairs of towers; each of {', '.join(names)} loads by itself",
+    ]
 
 
 def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Path) -> list[str]:

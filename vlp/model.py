@@ -216,8 +216,13 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
 
 
 def load(reference: str | Path) -> DualEncoder:
-    """An exported model, from its folder, `local-dir:path` or `hf-hub:user/name`: any repository in open_clip's form."""
+    """An exported model, from its folder, `local-dir:path` or `hf-hub:user/name`: any repository in open_clip's form, or
+    an export of several stages, which is a `vlp.stages.Stages`."""
     folder = _weights.folder_of(reference)
+    if (folder / _weights.STAGES).exists():
+        from vlp import stages
+
+        return stages.load(folder)
     return from_description(_weights.read_config(folder), _weights.weights_in(folder))
 
 

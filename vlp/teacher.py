@@ -77,14 +77,14 @@ class Teacher:
         return {EMA + name: value for name, value in average.items()} | (self.queue if dist.is_main() else {})
 
 
-def frozen(reference: str, student: DualEncoder) -> DualEncoder:
-    """The model behind `reference`; ValueError if it cannot read the student's pixels and tokens."""
+def frozen(reference: str, student: DualEncoder, key: str = "teacher.model") -> DualEncoder:
+    """The model behind `reference`, set at `key`; ValueError if it cannot read the student's pixels and tokens."""
     model = checkpoint.load_any(reference).requires_grad_(False).eval()
     for what in ("image_spec.size", "text_spec"):
         own, wanted = (_attribute(m, what) for m in (model, student))
         if own != wanted:
             raise ValueError(
-                f"teacher.model {reference} has {what} {own}, but the model has {wanted}: both read the same batch; take a "
+                f"{key} {reference} has {what} {own}, but the model has {wanted}: both read the same batch; take a "
                 "teacher that agrees, or store its embeddings with `vlp data embed` and name them in the source's `embeddings`"
             )
     return model

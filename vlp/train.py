@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, log, losses, optim, parallel, teacher
+from vlp import checkpoint, dist, log, losses, optim, parallel, selection, teacher
 from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
@@ -24,6 +24,7 @@ from vlp.model import build as build_model
 from vlp.plugin import Plugin
 from vlp.schema import plain
 from vlp.seeds import derive
+from vlp.selection import Selection
 from vlp.step import Training, means_over_ranks, train_step
 
 Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
@@ -44,10 +45,12 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     model = build_model(config.model)
     if config.init_from is not None:
         checkpoint.restore(model, checkpoint.load_any(config.init_from).state_dict(), config.init_from)
+    chosen = selection.build(config, model, engine)
     loader = Loader(
-        config.data, model.image_spec, model.text_spec,
-        batch=config.train.batch, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
+        config.data, model.image_spec, model.text_spec, mixture=chosen.mixture,
+        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
     )
+    chosen.check(loader.carries)
     objective = losses.build(config.objective, **vars(config.pairwise), seed=config.seed)
     check_needs(objective.needs, loader.carries | teacher.supplies(config.teacher), model)
     plan = Plan.of(config.train, loader.steps_per_epoch)
@@ -71,12 +74,12 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         loader.load_state_dict(contents.state["loader"])
         training.step = contents.state["step"]
         del contents
-    loop(config, training, loader, plan, evaluate, Reporter(config, plan, training.step))
+    loop(config, training, loader, chosen, plan, evaluate, Reporter(config, plan, training.step))
     return run
 
 
 def loop(
-    config: Config, training: Training, loader: Loader, plan: Plan, evaluate: Evaluate | None, report: Reporter
+    config: Config, training: Training, loader: Loader, chosen: Selection, plan: Plan, evaluate: Evaluate | None, report: Reporter
 ) -> None:
     """From the training's step to the plan's end."""
     stop = StopSignal()
@@ -84,7 +87,8 @@ def loop(
     while training.step < plan.total:
         with report.waiting():
             batch = next(batches)
-        scalars = train_step(training, batch)
+        batch, about = chosen.choose(training, batch)
+        scalars = train_step(training, batch) | about
         step = training.step
         if step == 1 or plan.due(config.log.every, step):
             report.training(step, means_over_ranks(scalars), loader.counters())
