@@ -69,7 +69,7 @@ def _one_thread() -> None:
 def check_shard(path: str) -> dict[str, Any]:
     """{"shard", "samples" (good ones), "n_problems", "problems" (the first in words)} of one tar, read anew."""
     from vlp.data.decode import decode
-    from vlp.data.index import ROW, scan
+    from vlp.data.index import CLASS, ROW, scan
     from vlp.data.members import open_sample
 
     shard = scan(Path(path))
@@ -83,7 +83,9 @@ def check_shard(path: str) -> dict[str, Any]:
                 content = open_sample(file.read(length))
                 key = content.key
                 decode(content.image)
-                if not n_captions and not flags:
+                if content.negative_image:
+                    decode(content.negative_image)
+                if not n_captions and not flags & CLASS:
                     raise ValueError("neither caption nor class")
             except ValueError as error:
                 shard.report(key, str(error))

@@ -28,6 +28,8 @@ class Sample:
     image_type: str  # extension without dot, lower case, from the allow-list of vlp.data.format
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    negative_image: bytes = b""  # the encoded image of the first of the meta's "negatives"; empty: none
+    embeddings: tuple[Any, Any] | None = None  # a teacher's, of image and first caption: arrays [D'] each
 
 
 @dataclass
@@ -40,10 +42,20 @@ class Batch:
     key: list[str]  # [b]
     negatives: Tensor | None = None  # [b, K, L] token ids of hard-negative captions
     negatives_valid: Tensor | None = None  # [b, K] bool
-    negative_image: Tensor | None = None  # [b, 3, H, W] uint8, an image that belongs to negatives[:, 0]
+    negative_image: Tensor | None = None  # [b, 3, H, W] uint8, of negatives[:, 0], which is valid only beside one; else black
     counterfactual: Tensor | None = None  # [b, C, L] token ids: the caption with another number word
     counterfactual_valid: Tensor | None = None  # [b] bool: the counting samples
     score: Tensor | None = None  # [b] float32 relevance of a pair
+    image_views: Tensor | None = None  # [b, V, 3, H, W] uint8, further augmentations of `image`
+    text_views: Tensor | None = None  # [b, V, L] token ids of reworded captions
+    teacher_image: Tensor | None = None  # [b, D'] float32 stored embeddings of another model
+    teacher_text: Tensor | None = None  # [b, D']
+    teacher_scores: Tensor | None = None  # [b, K] float32, a teacher's score of each of `negatives`
+    concept_targets: Tensor | None = None  # [b, C] float32 >= 0, a teacher's weights of the concepts in the image
+    image_views: Tensor | None = None  # [b, A, 3, H, W] uint8, further augmented views of `image`
+    text_views: Tensor | None = None  # [b, A, L] token ids of the caption in other words
+    teacher_image: Tensor | None = None  # [b, D'] float32 unit rows that another model gave the whole image
+    teacher_text: Tensor | None = None  # [b, D'] float32 unit rows that it gave the first caption
 
     def __len__(self) -> int:
         return len(self.key)
@@ -103,4 +115,9 @@ class Features(NamedTuple):
     image: Tensor | None  # [b, D] unit rows
     text: Tensor | None  # [rows, D] unit rows
     scale: Tensor  # [] float32, already exponentiated and clamped
-    bias: Tensor | None  # [] float32
+    bias: Tensor | None = None  # [] float32
+    image_views: Tensor | None = None  # [b·V, D] unit rows, by the head for views
+    text_views: Tensor | None = None  # [b·V, D]
+    view_scale: Tensor | None = None  # [] float32
+    concept_logits: Tensor | None = None  # [b, C]
+    caption_logits: Tensor | None = None  # [b, L − 1, vocabulary]: position l is about token l + 1

@@ -2,8 +2,10 @@
 
     folder/00000.tar          members of one sample follow one another, in this order:
         000000000.jpg         the image, bytes as they came: .jpg .png .webp .gif .bmp
+        000000000.negative.jpg  an image that the first of the JSON's "negatives" is true of, where there is one
         000000000.txt         the first caption, on one line
-        000000000.json        {"captions": […], "class": name where known, …}: everything else that is known
+        000000000.json        {"captions": […], "class": name where known, "origin": the same for the variations of one
+                              picture, which follow one another, …}: everything else that is known
         000000000.cls         the class number, where known
     folder/00000_stats.json   counts; written after its tar, so a tar without it may be unfinished
     folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
@@ -24,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from vlp.data.index import index
-from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, split_name
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, NEGATIVE, split_name
 from vlp.files import write_atomically
 
 __all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
@@ -77,15 +79,18 @@ class ShardWriter:
         cls: int | None = None,
         *,
         txt: str | None = None,  # other text for the .txt; default: the first caption
+        negative_image: tuple[bytes, str] | None = None,  # bytes and type of an image that the first negative is true of
     ) -> str:
         """Append one sample and return its key; raises ValueError for what could not be read back."""
         ext = ext.lower().lstrip(".")
         if key is None:
             key = f"{self._number:05d}{len(self._keys):0{self._digits}d}"
         self._check(key, image, ext, captions)
+        if negative_image is not None:
+            self._check(key, *negative_image, captions)
         record = {**(meta or {}), "key": key, "captions": list(captions)}
         text = " ".join(captions[0].split()) if captions and txt is None else txt
-        members = [(ext, image)]
+        members = [(ext, image)] + ([(NEGATIVE + negative_image[1], negative_image[0])] if negative_image else [])
         if text is not None:
             members.append(("txt", text.encode()))
         encoded = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()

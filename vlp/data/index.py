@@ -17,19 +17,19 @@ import os
 import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vlp import log
 from vlp.data.members import (
     BLOCK,
-    IMAGE_TYPES,
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
-    TEXT_TYPES,
     Content,
     DamagedTar,
     Member,
+    check_images,
     find_header,
+    member_kind,
     read_text,
     split_name,
     walk,
@@ -38,8 +38,10 @@ from vlp.files import write_atomically
 
 ROW = struct.Struct("<QIBBBB")  # offset and length of the sample's members; captions, negatives, counterfactuals, flags
 CLASS, SCORE = 1, 2  # flags: what else the sample's JSON offers
+PICTURED = 4  # flag: it has an image of its first negative
+CONTINUES = 8  # flag: its origin is that of the sample before it
 NAME = "_index.bin"
-_MAGIC = b"vlp shard index 1\n"
+_MAGIC = b"vlp shard index 2\n"
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
 
 
@@ -54,6 +56,7 @@ class Shard:
     n_left_out: int = 0  # samples that are in the tar but not in `rows`
     n_problems: int = 0  # those, and what is odd or damaged besides
     problems: list[str] = field(default_factory=list)
+    keys: str = ""  # SHA-256, in hex, of the keys of `rows`, one a line: what lies beside a shard can name it by them
     rows: bytes = b""
 
     def report(self, key: str, reason: str) -> None:
@@ -105,6 +108,7 @@ def scan(path: Path) -> Shard:
         scanner.finish(suspect)
     shard.rows = bytes(scanner.rows)
     shard.count = len(shard.rows) // ROW.size
+    shard.keys = hashlib.sha256("\n".join(scanner.seen).encode()).hexdigest()
     return shard
 
 
@@ -120,7 +124,8 @@ class _Scanner:
     def __init__(self, file: BinaryIO, shard: Shard) -> None:
         self.file, self.shard = file, shard
         self.rows = bytearray()
-        self.seen: set[str] = set()
+        self.seen: dict[str, None] = {}  # keys of the rows, in their order
+        self.origin: Any = None  # of the last row; None: it has none
         self.key = ""
         self.members: dict[str, Member] = {}
         self.names: set[str] = set()
@@ -128,9 +133,9 @@ class _Scanner:
     def take(self, member: Member, suspect: bool) -> bool:
         """Add a member; returns whether the sample it belongs to lies next to damage."""
         named = split_name(member.name)
-        if named is None or named[1] not in IMAGE_TYPES | TEXT_TYPES:
+        kind = member_kind(named[1]) if named else None
+        if kind is None:
             return suspect
-        kind = "image" if named[1] in IMAGE_TYPES else named[1]
         if named[0] != self.key or member.name in self.names:
             suspect = suspect and not self.members  # the sample after damage has ended: the next one is whole
             self.finish()
@@ -155,25 +160,28 @@ class _Scanner:
             self.shard.report(key, str(error))
             self.shard.n_left_out += 1
             return
-        self.seen.add(key)
+        self.seen[key] = None
         self.rows += row
 
     def _row(self, key: str, members: dict[str, Member]) -> bytes:
-        if "image" not in members:
-            raise ValueError("no image member")
-        size = members["image"].size
-        if not 0 < size <= MAX_IMAGE_BYTES:
-            raise ValueError(f"an image of {size} bytes")
+        check_images(members)
         content = Content(key)
-        texts = {kind: self._read(member) for kind, member in members.items() if kind != "image"}
+        texts = {kind: self._read(member) for kind, member in members.items() if kind not in ("image", "negative")}
         read_text(content, texts)
         for note in content.notes:
             self.shard.report(key, note)
         start, end = min(m.start for m in members.values()), max(m.end for m in members.values())
         if end - start > 2 * MAX_IMAGE_BYTES:
             raise ValueError(f"its members are spread over {end - start} bytes")
-        flags = CLASS * isinstance(content.meta.get("class"), str) | SCORE * isinstance(content.meta.get("score"), (int, float))
-        lists = content.captions, content.meta.get("negatives"), content.meta.get("counterfactuals")
+        meta, before = content.meta, self.origin
+        self.origin = meta.get("origin")
+        flags = (
+            CLASS * isinstance(meta.get("class"), str)
+            | SCORE * isinstance(meta.get("score"), (int, float))
+            | PICTURED * ("negative" in members)
+            | CONTINUES * (self.origin is not None and self.origin == before)
+        )
+        lists = content.captions, meta.get("negatives"), meta.get("counterfactuals")
         counts = [min(len(texts), 255) if isinstance(texts, (list, tuple)) else 0 for texts in lists]
         return ROW.pack(start, end - start, *counts, flags)
 

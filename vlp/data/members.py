@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 IMAGE_TYPES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_TYPES = frozenset({"txt", "json", "cls"})
+NEGATIVE = "negative."  # KEY.negative.jpg: the image of the sample's first negative caption
 MAX_TEXT_BYTES = 1 << 20  # a caption file or JSON beyond this is an attack or an accident
 MAX_IMAGE_BYTES = 1 << 28
 
@@ -52,6 +53,8 @@ class Content:
     key: str
     image: bytes = b""
     image_type: str = ""
+    negative_image: bytes = b""  # empty: none
+    negative_image_type: str = ""
     captions: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # oddities that did not cost the sample
@@ -68,6 +71,15 @@ def split_name(name: str) -> tuple[str, str] | None:
     parts = match[1].replace("\\", "/").replace("\0", "").split("/")
     key = "/".join(part for part in parts if part not in ("", ".", ".."))
     return (key, match[2].lower()) if key else None
+
+
+def member_kind(extension: str) -> str | None:
+    """What a member is to its sample: "image", "negative" (an image), one of TEXT_TYPES; None: nothing that counts."""
+    if extension in IMAGE_TYPES:
+        return "image"
+    if extension.removeprefix(NEGATIVE) in IMAGE_TYPES:
+        return "negative"
+    return extension if extension in TEXT_TYPES else None
 
 
 def walk(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
@@ -158,26 +170,32 @@ def open_sample(span: bytes) -> Content:
     content = Content(key="")
     for member in walk(BytesIO(span), 0, len(span)):
         named = split_name(member.name)
-        if named is None or named[1] not in IMAGE_TYPES | TEXT_TYPES:
+        kind = member_kind(named[1]) if named else None
+        if kind is None:
             continue
         content.key = content.key or named[0]
-        kind = "image" if named[1] in IMAGE_TYPES else named[1]
         if named[0] != content.key:
             raise ValueError(f"members of {content.key!r} and {named[0]!r} are mixed; the index is out of date")
         if kind not in found:
             found[kind] = member
-            content.image_type = named[1] if kind == "image" else content.image_type
-    if "image" not in found:
-        raise ValueError(f"no image member ({', '.join(sorted(IMAGE_TYPES))})")
-    if found["image"].size > MAX_IMAGE_BYTES:
-        raise ValueError(f"an image of {found['image'].size} bytes, more than {MAX_IMAGE_BYTES}")
-    image = found.pop("image")
-    content.image = span[image.offset : image.offset + image.size]
-    if not content.image:
-        raise ValueError("an image of zero bytes")
-    texts = {kind: span[m.offset : m.offset + m.size] for kind, m in found.items()}
-    read_text(content, texts)
+            if kind == "image":
+                content.image_type = named[1]
+            elif kind == "negative":
+                content.negative_image_type = named[1].removeprefix(NEGATIVE)
+    check_images(found)
+    data = {kind: span[m.offset : m.offset + m.size] for kind, m in found.items()}
+    content.image, content.negative_image = data.pop("image"), data.pop("negative", b"")
+    read_text(content, data)
     return content
+
+
+def check_images(members: dict[str, Member]) -> None:
+    """Raise ValueError unless there is an image, and every image (by kind) has a size that one can have."""
+    if "image" not in members:
+        raise ValueError(f"no image member ({', '.join(sorted(IMAGE_TYPES))})")
+    for kind, name in (("image", "an image"), ("negative", "a negative image")):
+        if kind in members and not 0 < members[kind].size <= MAX_IMAGE_BYTES:
+            raise ValueError(f"{name} of {members[kind].size} bytes; expected 1 to {MAX_IMAGE_BYTES}")
 
 
 def read_text(content: Content, texts: dict[str, bytes]) -> None:

@@ -1,9 +1,12 @@
 """Which sample stands at which row of which step: a pure function of (seed, step), in constant memory.
 
-Rows of all steps are numbered: draw = step · B + row. Without weights an epoch is one pseudo-random permutation of all
-samples of all sources, cut into N // B whole batches; its last N mod B samples are left out (other ones each epoch).
-With weights every source runs through permutations of its own, one after another, and the draws are dealt to the
-sources so evenly that among any first n draws each source has its share, to within one draw a source.
+What is drawn are units (`vlp.data.units`) of G rows: a sample, one of its captions, or G samples of one origin, which
+stand next to each other in their batch. Units of all steps are numbered: draw = step · B/G + position. Without weights an
+epoch is one pseudo-random permutation of all N units of all sources, cut into whole batches; what remains at its end is
+left out (other units each epoch). With weights every source runs through permutations of its own, one after another, and
+the draws are dealt to the sources so evenly that among any first n draws each source has its share, to within one draw a
+source. A source whose share of a batch is a whole number of draws has exactly that many in every batch: 8 of 256 for 1/32.
+With `replacement` a draw is any unit (of its source, with weights), independent of all others.
 
 Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time (`Windows`).
 
@@ -16,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from vlp.data.sources import Source
+from vlp.data.units import CaptionsOfSamples, Origins, Samples, Units
 from vlp.seeds import derive
 from vlp.types import Sample
 
@@ -45,11 +50,21 @@ def _feistel(x: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = x >> shift, x & mask
     for key in keys:
-        mixed = right + key
-        for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # the finaliser of splitmix64
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(multiplier)
-        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+        left, right = right, left ^ (_scramble(right + key) & mask)
     return left << shift | right
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    """A hash of uint64 numbers: the finaliser of splitmix64."""
+    for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        x = (x ^ (x >> np.uint64(29))) * np.uint64(multiplier)
+    return x ^ (x >> np.uint64(32))
+
+
+def uniform(n: int, key: int, i: np.ndarray) -> np.ndarray:
+    """Draws `i` of the sequence of independent uniform numbers in range(n) that `key` names; int64 like `i`."""
+    steps = i.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's, so that neighbouring draws differ in all bits
+    return (_scramble(_scramble(steps + np.uint64(key))) % np.uint64(n)).astype(np.int64)
 
 
 class Windows:
@@ -81,17 +96,25 @@ class Windows:
 class Mixture:
     """Several sources as one numbered collection: sample_id counts through the sources in order."""
 
-    def __init__(self, sources: list[Source], weights: list[float | None], *, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, sources: list[Source], weights: list[float | None], *, seed: int, shuffle: bool = True,
+        together: int = 1, every_caption: bool = False, replacement: bool = False,
+    ) -> None:  # fmt: skip
         if any(w is None for w in weights) and any(w is not None for w in weights):
             raise ValueError(f"weights are {weights}: give every source a weight, or none (every sample once an epoch)")
         self.sources, self.seed, self.shuffle = sources, seed, shuffle
+        self.together, self.every_caption, self.replacement = together, every_caption, replacement
         self.firsts = np.cumsum([0, *map(len, sources)])
         self.n_samples = int(self.firsts[-1])
+        self.units = [_units(source, together, every_caption, shuffle) for source in sources]
+        self._check()
+        self.n_units = sum(map(len, self.units))
         self.shares = None if weights[0] is None else [Fraction(w).limit_denominator(10**6) for w in weights]
         width = max(source.window for source in sources)
-        whole = np.concatenate([_runs(source) for source in sources]) if width and self.shares is None else None
-        # Stream 0 is all sources together, stream s + 1 is source s: (samples of each shard, shards in a window).
-        self._shards = [(whole, width)] + [(_runs(source), source.window) if source.window else (None, 0) for source in sources]
+        runs = [_runs(source, units) for source, units in zip(sources, self.units)] if width else [None] * len(sources)
+        whole = np.concatenate(runs) if width and self.shares is None else None
+        # Stream 0 is all sources together, stream s + 1 is source s: (units of each shard, shards in a window).
+        self._shards = [(whole, width)] + [(own if s.window else None, s.window) for s, own in zip(sources, runs)]
         self._windows: dict[int, Windows] = {}
 
     def read(self, sample_id: int) -> Sample:
@@ -105,28 +128,23 @@ class Mixture:
 
     def steps_per_epoch(self, size: int) -> int:
         """Batches of `size` rows that an epoch gives."""
-        return self.n_samples // size
+        return self.n_units // (size // self.together)
 
     def identity(self) -> dict[str, Any]:
         """What the order depends on besides sources, weights, seed and shuffle; JSON-able. A resumed run compares it."""
-        return {}
+        return {"together": self.together, "replacement": self.replacement}
 
     def batch(self, step: int, size: int) -> np.ndarray:
-        """Sample ids [size] of one step's global batch, int64."""
-        if self.shares is None:
-            epoch, position = divmod(step, self.steps_per_epoch(size))
-            return self._permuted(self.n_samples, epoch, 0, position * size + np.arange(size))
-        draws = step * size + np.arange(size)
-        result = np.empty(size, np.int64)
-        for s, (mine, count) in enumerate(self._deal(draws)):
-            n = len(self.sources[s])
-            for epoch in range(int(count[mine].min()) // n, int(count[mine].max()) // n + 1) if mine.any() else ():
-                now = mine & (count // n == epoch)
-                result[now] = self.firsts[s] + self._permuted(n, epoch, s + 1, count[now] % n)
-        return result
+        """Sample ids [size] of one step's global batch, int64; size is a multiple of G."""
+        return self._rows(step, size)[0]
+
+    def captions(self, step: int, size: int) -> np.ndarray | None:
+        """Which caption of its sample stands in each row [size] of a step, where captions are drawn by themselves."""
+        return self._rows(step, size)[1] if self.every_caption else None
 
     def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
-        """Stand-ins for a sample that cannot be read: others of its source, not in the batch while there are such.
+        """Stand-ins for a sample that cannot be read: others of its origin, then of its source, not in the batch while
+        there are such.
 
         Rows of one batch try different stand-ins (those at positions row, row + B, … of a permutation), so that ranks
         need not know of each other's losses to avoid using one twice.
@@ -134,8 +152,9 @@ class Mixture:
         s = self.source_of(sample_id)
         n, first = len(self.sources[s]), int(self.firsts[s])
         key, present = derive(self.seed, "replace", step, s), set(batch.tolist())
+        others = [int(first + i) for i in self.units[s].others(sample_id - first) if first + i not in present]
         own = first + permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
-        yield from (int(i) for i in own if int(i) not in present)
+        yield from (int(i) for i in chain(others[row % self.together :: self.together], own) if int(i) not in present)
         for wanted in (True, False):  # a source hardly larger than the batch: share, and at last repeat
             for i in range(n):
                 candidate = first + int(permute(n, key, np.array([i]))[0])
@@ -150,8 +169,55 @@ class Mixture:
 
     def ahead(self, size: int) -> int:
         """How many steps of `size` rows lie between a sample and the one a window later; 0 where nothing is fetched."""
-        spans = [source.window * len(source) / len(_runs(source)) for source in self.sources if source.window]
+        pairs = zip(self.sources, self.units)
+        spans = [s.window * len(units) * self.together / len(s.runs) for s, units in pairs if s.window]
         return max(1, int(max(spans) / size)) if spans else 0
+
+    def _check(self) -> None:
+        for s, (source, units) in enumerate(zip(self.sources, self.units)):
+            if not len(units):
+                raise ValueError(
+                    f"data.together is {self.together}, but no origin in source {s} has as many samples; variations of one "
+                    'origin follow one another and share the "origin" of their JSON. Set together lower, or leave it out'
+                )
+            if self.replacement and source.window:
+                raise ValueError(
+                    f"data.replacement draws from all of a source at any time, but source {s} fetches whole shards in turn; "
+                    "copy it to a local disk (source shards), or leave replacement out"
+                )
+
+    def _rows(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        n = size // self.together
+        sample, caption = np.empty((2, n, self.together), np.int64)
+        for s, (mine, number, rounds) in enumerate(self._drawn(step, n)):
+            own, caption[mine] = self.units[s].rows(number, derive(self.seed, "unit", s), rounds)
+            sample[mine] = self.firsts[s] + own
+        return sample.ravel(), caption.ravel()
+
+    def _drawn(self, step: int, n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each source: which of the step's n draws are its own, the units drawn, and the round of each."""
+        position = np.arange(n)
+        if self.shares is not None:
+            for s, (mine, count) in enumerate(self._deal(step, n)):
+                yield mine, *self._order(s + 1, len(self.units[s]), count[mine])
+            return
+        epoch, step = divmod(step, self.n_units // n)
+        number, rounds = self._order(0, self.n_units, epoch * self.n_units + step * n + position)
+        first = 0
+        for units in self.units:
+            mine = (first <= number) & (number < first + len(units))
+            yield mine, number[mine] - first, rounds[mine]
+            first += len(units)
+
+    def _order(self, stream: int, n: int, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Elements `count` of a stream's endless sequence of n units, and the round of each: its epoch, else itself."""
+        if self.replacement:
+            return uniform(n, derive(self.seed, "draw", stream), count), count
+        number, epoch = np.empty_like(count), count // n
+        for e in np.unique(epoch):
+            now = epoch == e
+            number[now] = self._permuted(n, int(e), stream, count[now] % n)
+        return number, epoch
 
     def _permuted(self, n: int, epoch: int, stream: int, i: np.ndarray) -> np.ndarray:
         if not self.shuffle:
@@ -166,21 +232,30 @@ class Mixture:
             self._windows[key] = Windows(runs, width, key)
         return self._windows[key](i)
 
-    def _deal(self, draws: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each source: which draws are its own, and how many it had before each draw."""
-        before, after = draws.astype(object), draws.astype(object) + 1  # Python integers: products exceed 64 bits
-        left = sum(self.shares)
-        for share in self.shares:
-            part = share / left if left else Fraction(0)
+    def _deal(self, step: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each source: which of the step's n draws are its own, and how many it had before each draw."""
+        before = (step * n + np.arange(n)).astype(object)  # Python integers: products exceed 64 bits
+        after, left = before + 1, sum(self.shares)
+        result: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # Each takes its part of what those before it left, so only where these took whole numbers is its own exact.
+        for s in sorted(range(len(self.shares)), key=lambda s: (self.shares[s] / sum(self.shares) * n).denominator > 1):
+            part = self.shares[s] / left
             mine_before = before * part.numerator // part.denominator
             mine_after = after * part.numerator // part.denominator
-            yield (mine_after > mine_before).astype(bool), mine_before.astype(np.int64)
-            before, after, left = before - mine_before, after - mine_after, left - share
+            result[s] = (mine_after > mine_before).astype(bool), mine_before.astype(np.int64)
+            before, after, left = before - mine_before, after - mine_after, left - self.shares[s]
+        return [result[s] for s in range(len(self.shares))]
 
 
-def _runs(source: Source) -> np.ndarray:
-    """Samples of each shard; a source without shards counts as runs of ten thousand."""
+def _units(source: Source, together: int, every_caption: bool, shuffle: bool) -> Units:
+    if together > 1:
+        return Origins(source, together, shuffle)
+    return CaptionsOfSamples(source) if every_caption else Samples(source)
+
+
+def _runs(source: Source, units: Units) -> np.ndarray:
+    """Units of each shard; a source without shards counts as runs of ten thousand."""
     if source.window:
-        return source.runs
-    n = len(source)
+        return np.diff(units.before(np.cumsum([0, *source.runs])))
+    n = len(units)
     return np.array([10_000] * (n // 10_000) + ([n % 10_000] if n % 10_000 else []), np.int64)

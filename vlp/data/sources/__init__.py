@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vlp.config import Captions
+    from vlp.data.embedded import Embeddings
     from vlp.types import Sample
 
 
@@ -26,13 +29,18 @@ class Common:
 
 
 class Source(Protocol):
-    """Samples by number. It is sent to every loader process, so it holds no open files and few Python objects."""
+    """Samples by number. It is sent to every loader process, so it holds no open files and few Python objects.
 
-    n_left_out: int  # samples that exist but cannot be used (damaged, without text where those are dropped)
-    n_negatives: int  # most hard-negative captions of any sample
-    n_counterfactuals: int  # most counterfactual captions of any sample
-    scored: bool  # every sample has a relevance
-    window: int  # shards that are fetched and shuffled together; 0: any order costs the same
+    A source inherits this protocol and overrides what it offers.
+    """
+
+    n_left_out: int = 0  # samples that exist but cannot be used (damaged, without text where those are dropped)
+    n_negatives: int = 0  # most hard-negative captions of any sample
+    n_counterfactuals: int = 0  # most counterfactual captions of any sample
+    pictured: bool = False  # some sample has an image of its first negative
+    scored: bool = False  # every sample has a relevance
+    embeddings: Embeddings | None = None  # a teacher's, of every sample
+    window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to fetch their shards.
 
     def __len__(self) -> int: ...
@@ -47,7 +55,15 @@ class Source(Protocol):
 
     def problems(self) -> list[str]:
         """What was left out or odd, in words, as far as it was kept."""
-        ...
+        return []
+
+    def n_captions(self) -> np.ndarray:
+        """How many captions each sample has, int64 [n]."""
+        raise ValueError(f"{type(self).__name__} does not know how many captions its samples have; pack it into shards")
+
+    def origins(self) -> np.ndarray:
+        """The number of each sample's origin, int64 [n], never falling: variations of one origin follow one another."""
+        raise ValueError(f"{type(self).__name__} does not know the origins of its samples; pack it into shards")
 
 
 def text_list(meta: dict[str, Any], field: str) -> list[str]:

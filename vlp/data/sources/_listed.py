@@ -6,20 +6,20 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from vlp.config import Captions
 from vlp.data.archives import Archive, Place, image_type
-from vlp.data.sources import captions_of, text_list
+from vlp.data.sources import Source, captions_of, text_list
 from vlp.data.tables import Item
 from vlp.types import Sample
 
 
-class Listed:
-    """Random access to items of an archive (see `vlp.data.sources.Source`); `named` pairs each with its stored name."""
-
-    window = 0
+class Listed(Source):
+    """Random access to items of an archive; `named` pairs each with its stored name."""
 
     def __init__(self, archive: Archive, named: Sequence[tuple[Item, str]], captions: Captions, problems: list[str]) -> None:
         records, self._problems, digest = [], list(problems), hashlib.sha256()
@@ -53,9 +53,18 @@ class Listed:
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> Sample:
-        record = self._text[self._ends[i] : self._ends[i + 1]].numpy().tobytes()
-        name, place, captions, meta = json.loads(record)
+        name, place, captions, meta = self._record(i)
         return Sample(i, os.path.splitext(name)[0], Place(*place).read(), image_type(name), tuple(captions), meta)
+
+    def _record(self, i: int) -> tuple[str, list, list[str], dict[str, Any]]:
+        return tuple(json.loads(self._text[self._ends[i] : self._ends[i + 1]].numpy().tobytes()))
+
+    def n_captions(self) -> np.ndarray:
+        return np.array([len(self._record(i)[2]) for i in range(len(self))], np.int64)
+
+    def origins(self) -> np.ndarray:
+        names = [self._record(i)[3].get("origin") for i in range(len(self))]
+        return np.cumsum([name is None or name != before for name, before in zip(names, [None, *names])])
 
     def fingerprint(self) -> str:
         return self._digest

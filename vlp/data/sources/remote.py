@@ -20,6 +20,7 @@ from vlp import log
 from vlp.config import Captions
 from vlp.data.fetch import Cache
 from vlp.data.index import NAME, Shard, cache_folder, parse_index, save_index, scan
+from vlp.data.sources import Source
 from vlp.data.sources.shards import Shards
 from vlp.types import Sample
 
@@ -103,12 +104,12 @@ def _known(folder: str, cache: Cache) -> dict[str, Shard]:
     return {}
 
 
-class Remote:
-    """Samples of remote shards through the cache (see `vlp.data.sources.Source`)."""
+class Remote(Source):
+    """Samples of remote shards through the cache."""
 
     def __init__(self, shards: Shards, cache: Cache, window: int) -> None:
         self.shards, self.cache, self.window = shards, cache, window
-        self.n_left_out, self.scored = shards.n_left_out, shards.scored
+        self.n_left_out, self.scored, self.pictured = shards.n_left_out, shards.scored, shards.pictured
         self.n_negatives, self.n_counterfactuals = shards.n_negatives, shards.n_counterfactuals
         self.runs = shards.counts()
         self._fetcher: ThreadPoolExecutor | None = None
@@ -133,6 +134,12 @@ class Remote:
                 self._fetcher.submit(self.cache.get, url)
         while len(self._asked) > 4 * self.window:
             self._asked.pop(next(iter(self._asked)))
+
+    def n_captions(self) -> np.ndarray:
+        return self.shards.n_captions()
+
+    def origins(self) -> np.ndarray:
+        return self.shards.origins()
 
     def fingerprint(self) -> str:
         return self.shards.fingerprint()

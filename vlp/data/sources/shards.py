@@ -17,9 +17,10 @@ import torch
 from braceexpand import braceexpand
 
 from vlp.config import Captions
-from vlp.data.index import CLASS, ROW, SCORE, Shard, index
+from vlp.data.embedded import Embeddings
+from vlp.data.index import CLASS, CONTINUES, PICTURED, ROW, SCORE, Shard, index
 from vlp.data.members import open_sample
-from vlp.data.sources import captions_of
+from vlp.data.sources import Source, captions_of
 from vlp.types import Sample
 
 _ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("captions", "u1"), ("negatives", "u1"), ("counterfactuals", "u1"),
@@ -32,6 +33,7 @@ class Options:
     """Where the shards are."""
 
     path: str  # folder, tar, braces, several joined by ::
+    embeddings: str | None = None  # folder that `vlp data embed` made from these shards: a teacher's embeddings
 
 
 def expand(path: str) -> list[Path]:
@@ -51,15 +53,15 @@ def expand(path: str) -> list[Path]:
 def open(options: Options, captions: Captions) -> Shards:
     """Index the shards (from the folder's index where it is current); raises ValueError or OSError."""
     paths = expand(options.path)
-    return Shards(paths, index(paths), captions)
+    return Shards(paths, index(paths), captions, options.embeddings)
 
 
-class Shards:
-    """Random access to the samples of some tars (see `vlp.data.sources.Source`)."""
+class Shards(Source):
+    """Random access to the samples of some tars."""
 
-    window = 0
-
-    def __init__(self, paths: list[Path] | list[str], shards: list[Shard], captions: Captions) -> None:
+    def __init__(
+        self, paths: list[Path] | list[str], shards: list[Shard], captions: Captions, embeddings: str | None = None
+    ) -> None:
         rows = np.frombuffer(b"".join(shard.rows for shard in shards), _ROW)
         has_text = rows["captions"] > 0
         if captions.class_templates:
@@ -68,20 +70,38 @@ class Shards:
         self.paths, self.captions = [str(path) for path in paths], captions
         self._problems = [f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems]
         self.n_left_out = sum(shard.n_left_out for shard in shards) + int((~has_text).sum())
+        shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
+        place = np.arange(len(rows)) - (np.cumsum(counts) - counts)[shard_of]  # in its shard
         if not has_text.all():
             self._refuse_or_note(has_text, np.cumsum(counts))
-        shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)[has_text]
-        rows = rows[has_text]
+            origin = np.cumsum(rows["flags"] & CONTINUES == 0)[has_text]
+            rows, shard_of, place = rows[has_text], shard_of[has_text], place[has_text]
+            first = np.diff(origin, prepend=0) > 0  # also of those whose origin's first sample was left out
+            rows["flags"] = np.where(first, rows["flags"] & (255 - CONTINUES), rows["flags"])
         if not len(rows):
             problems = "; ".join(self._problems[:3]) or "no members that form samples"
             raise ValueError(f"the shards {self.paths[0]}… hold no usable sample: {problems}")
         self.n_negatives = int(rows["negatives"].max())
         self.n_counterfactuals = int(rows["counterfactuals"].max())
+        lonely = int((rows["negatives"][rows["flags"] & PICTURED == 0] > 0).sum())
+        self.pictured = bool((rows["flags"] & PICTURED > 0).any())
+        if self.pictured and lonely:
+            self._problems.append(f"{self.paths[0]}…: the first negative of {lonely} samples is masked: no image belongs to it")
         self.scored = bool((rows["flags"] & SCORE > 0).all())
         self._digest = hashlib.sha256(rows.tobytes() + shard_of.tobytes()).hexdigest()
         # Tensors in shared memory: loader processes receive a handle instead of a copy.
         self._rows = torch.from_numpy(rows.copy().view(np.uint8)).share_memory_()
         self._shard_of = torch.from_numpy(shard_of).share_memory_()
+        if embeddings is not None:
+            own = rows["captions"]
+            always_first = bool((own > 0).all() and (captions.choose == "first" or (own == 1).all()))
+            self.embeddings = Embeddings(embeddings, self.paths, shards, with_text=always_first)
+            self._place = torch.from_numpy(place.astype(np.int32)).share_memory_()
+            if not always_first:
+                self._problems.append(
+                    f"{embeddings}: teacher_text is left out, because it is of first captions and training also takes others; "
+                    "set captions.choose=first and no class_templates to have it"
+                )
 
     def _refuse_or_note(self, has_text: np.ndarray, ends: np.ndarray) -> None:
         bad = np.flatnonzero(~has_text)
@@ -111,11 +131,22 @@ class Shards:
         captions = captions_of(content.captions, content.meta, self.captions)
         if not captions:
             raise ValueError(f"{path}: {content.key!r} has no caption any more; the shard changed after it was indexed")
-        return Sample(i, content.key, content.image, content.image_type, captions, content.meta)
+        row = self.embeddings and self.embeddings.row(self.shard_of(i), int(self._place[i]))
+        return Sample(i, content.key, content.image, content.image_type, captions, content.meta, content.negative_image, row)
 
     def counts(self) -> np.ndarray:
         """Usable samples of each shard, int64."""
         return np.bincount(self._shard_of.numpy(), minlength=len(self.paths))
+
+    def n_captions(self) -> np.ndarray:
+        own = self._column("captions").astype(np.int64)  # the index counts to 255
+        return np.where(own > 0, own, len(self.captions.class_templates))
+
+    def origins(self) -> np.ndarray:
+        return np.cumsum(self._column("flags") & CONTINUES == 0)
+
+    def _column(self, name: str) -> np.ndarray:
+        return self._rows.numpy().view(_ROW)[name]
 
     def fingerprint(self) -> str:
         return self._digest

@@ -1,0 +1,68 @@
+"""Embeddings that a teacher gave the samples of shards before training: written by `vlp data embed`, read row by row.
+
+DIR/STEM.safetensors belongs to the shard STEM.tar: `image` and `text` [n, D] float16 in the order of its n usable samples,
+and metadata "model", "scale" and "keys" (SHA-256 in hex of the samples' keys, one a line).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vlp.data.index import Shard
+
+
+class Teacher(NamedTuple):
+    """Which model embedded, its inverse temperature, and the width of its rows."""
+
+    model: str
+    scale: float
+    width: int
+
+
+class Embeddings:
+    """What `folder` holds for some shards. Raises ValueError where it does not fit them.
+
+    `with_text`: the captions of training are those that were embedded, the first ones.
+    """
+
+    def __init__(self, folder: str, paths: list[str], shards: list[Shard], with_text: bool) -> None:
+        self.with_text = with_text
+        self._paths = [str(Path(folder).expanduser() / f"{Path(path).stem}.safetensors") for path in paths]
+        if len(set(self._paths)) < len(self._paths):
+            raise ValueError(f"embeddings {folder!r}: several shards have one name; make each folder of shards a source of its own")
+        kinds = {_check(path, shard): path for path, shard in zip(self._paths, shards)}
+        if len(kinds) > 1:
+            found = "; ".join(f"{path}: {teacher}" for teacher, path in kinds.items())
+            raise ValueError(f"embeddings {folder!r} are of several models ({found}); make them anew with `vlp data embed`")
+        [self.teacher] = kinds
+
+    def row(self, shard: int, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and text embedding, float16 [D] each, of sample i of a shard."""
+        file = _opened(self._paths[shard])
+        return file.get_slice("image")[i], file.get_slice("text")[i]
+
+
+def _check(path: str, shard: Shard) -> Teacher:
+    """Whose embeddings the file of a shard holds."""
+    remedy = f"make it with `vlp data embed` from the shard {shard.name}"
+    try:
+        file = _opened(path)
+        about, shapes = file.metadata(), [tuple(file.get_slice(name).get_shape()) for name in ("image", "text")]
+        model, scale, keys = about["model"], float(about["scale"]), about["keys"]
+        (n, width), _ = shapes
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no embeddings ({type(error).__name__}: {error}); {remedy}") from None
+    if shapes[0] != shapes[1] or n != shard.count or keys != shard.keys:
+        raise ValueError(f"{path} holds {shapes[0]} images and {shapes[1]} texts for other samples than the {shard.count} of "
+                         f"{shard.name}; {remedy}")  # fmt: skip
+    return Teacher(model, scale, width)
+
+
+@lru_cache(maxsize=128)  # a process keeps this many files mapped; only the rows that are read take memory
+def _opened(path: str) -> Any:
+    return safe_open(path, "numpy")

@@ -1,0 +1,112 @@
+"""What is drawn at once from a source: a sample, one caption of a sample, or G samples of one origin.
+
+Units are numbered 0 ≤ u < len(units), in the order of their samples. `rows` says what stands in a unit's rows; `before`
+how many units begin before a sample, which tells the units of a shard.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from vlp.data.sources import Source
+from vlp.seeds import derive
+
+
+class Units(Protocol):
+    """The units of one source."""
+
+    n_left_out: int  # samples of the source that stand in no unit
+
+    def __len__(self) -> int: ...
+
+    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and captions [n, G] of `units` [n]; caption −1 is still to be chosen.
+
+        Where a unit has more samples than rows, they are drawn by `key` and by its number in `rounds` [n].
+        """
+        ...
+
+    def before(self, samples: np.ndarray) -> np.ndarray:
+        """How many units begin before each of these samples."""
+        ...
+
+    def others(self, sample: int) -> np.ndarray:
+        """The samples that may take this one's place in its unit before all others."""
+        ...
+
+
+class Samples:
+    """Every sample is a unit."""
+
+    n_left_out = 0
+
+    def __init__(self, source: Source) -> None:
+        self.n = len(source)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return units[:, None], np.full((len(units), 1), -1)
+
+    def before(self, samples: np.ndarray) -> np.ndarray:
+        return samples
+
+    def others(self, sample: int) -> np.ndarray:
+        return np.empty(0, np.int64)
+
+
+class CaptionsOfSamples(Samples):
+    """Every caption of a sample is a unit."""
+
+    def __init__(self, source: Source) -> None:
+        self._ends = _shared(np.cumsum(source.n_captions()))  # units up to and with a sample
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sample = np.searchsorted(self._ends.numpy(), units, side="right")
+        return sample[:, None], (units - self.before(sample))[:, None]
+
+    def before(self, samples: np.ndarray) -> np.ndarray:
+        return np.where(samples > 0, self._ends.numpy()[samples - 1], 0)
+
+
+class Origins(Samples):
+    """`size` samples of one origin are a unit; origins with fewer are left out."""
+
+    def __init__(self, source: Source, size: int, shuffle: bool) -> None:
+        starts = np.flatnonzero(np.diff(source.origins(), prepend=-1))
+        counts = np.diff(starts, append=len(source))
+        whole = counts >= size
+        self.size, self.shuffle, self.n_left_out = size, shuffle, int(counts[~whole].sum())
+        self._starts, self._counts = _shared(starts[whole]), _shared(counts[whole])
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        result = self._starts.numpy()[units][:, None] + np.arange(self.size)
+        counts = self._counts.numpy()[units]
+        for i in np.flatnonzero(counts > self.size) if self.shuffle else ():
+            chance = random.Random(derive(key, "members", int(units[i]), int(rounds[i])))
+            result[i] += np.array(chance.sample(range(counts[i]), self.size)) - np.arange(self.size)
+        return result, np.full(result.shape, -1)
+
+    def before(self, samples: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts.numpy(), samples)
+
+    def others(self, sample: int) -> np.ndarray:
+        unit = int(np.searchsorted(self._starts.numpy(), sample, side="right")) - 1
+        start = int(self._starts[unit])
+        return np.arange(start, start + int(self._counts[unit]))
+
+
+def _shared(values: np.ndarray) -> torch.Tensor:
+    """In shared memory: loader processes receive a handle instead of a copy."""
+    return torch.from_numpy(values.astype(np.int64)).share_memory_()
