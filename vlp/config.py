@@ -81,6 +81,7 @@ class Augment:
     color: float = 0.0  # strength of brightness, contrast and saturation jitter: factors in [1 − color, 1 + color]
     grayscale: float = 0.0  # probability of gray
     blur: float = 0.0  # probability of a Gaussian blur, σ of .1 to 2 px at 224 px and in proportion at other sizes
+    scaled_decoding: bool = False  # decode a JPEG at 1/2, 1/4 or 1/8 where its crop stays large enough: faster, a few levels off
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -191,6 +192,36 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class ViewHead:
+    """Projection of further views, D → width → D, with a scale of its own."""
+
+    width: int = 2048
+    text: bool = True  # captions have views too; false for slip alone
+    scale: Scale = Scale()
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A multimodal decoder of the text tower's width."""
+
+    layers: int = 3
+    heads: int | None = None  # None: as many as the text tower has
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Trained parts that only the objective reads; exports leave them out (vlp.heads)."""
+
+    views: ViewHead | None = None  # image_views, text_views (with data.views)
+    concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
+    captions: Captioner | None = None  # caption_logits
+
+    def __post_init__(self) -> None:
+        if self.concepts < 0:
+            raise ValueError(f"concepts is {self.concepts}; expected the number of concepts, or 0 for none")
+
+
+@dataclass(frozen=True)
 class Model:
     """Two towers into one space. An open_clip architecture gives both; otherwise name one tower each."""
 
@@ -199,6 +230,7 @@ class Model:
     embed_dim: int | None = None  # None: the architecture's
     scale: Scale = Scale()
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
+    heads: Heads = Heads()
     pretrained: str | None = None  # open_clip tag, file of weights, or hf-hub:user/name; None: random
 
 

@@ -80,6 +80,31 @@ def test_crops_have_torchvisions_distribution(size, scale):
 
 
 @needs_data
+@pytest.mark.parametrize(("size", "shrink"), [(200, 2), (100, 4), (40, 8), (400, 1)])
+def test_scaled_decoding_shows_the_same_crop_of_fewer_pixels(photos, size, shrink, monkeypatch):
+    used, real = [], decode.decode_jpeg
+
+    def spied(data, **options):
+        used.append(options["min_factor"])
+        return real(data, **options)
+
+    monkeypatch.setattr(decode, "decode_jpeg", spied)
+    spec, errors = ImageSpec((size, size)), []
+    for i, data in enumerate(photos):
+        full, scaled = (decode.train(data, spec, Augment(scaled_decoding=on), random.Random(i)).int() for on in (False, True))
+        errors.append((full - scaled).abs().float().mean().item())
+        assert errors[-1] < (full - full.roll(2, -1)).abs().float().mean()  # what a crop two pixels off would come to
+    assert max(used) == shrink and used.count(shrink) > len(photos) / 2
+    assert np.mean(errors) < (5 if shrink > 1 else 1e-9)
+
+
+def test_pictures_that_cannot_be_scaled_while_decoding_are_what_they_were():
+    for data in (encoded(picture(1, (200, 160))), encoded(picture(1, (200, 160)).convert("CMYK"), "JPEG")):
+        crops = [decode.train(data, ImageSpec((32, 32)), Augment(scaled_decoding=on), random.Random(0)) for on in (False, True)]
+        assert torch.equal(*crops)
+
+
+@needs_data
 @pytest.mark.parametrize("size", [(224, 224), (64, 64), (96, 160), (160, 96)])
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
