@@ -11,6 +11,7 @@ ZeRO do) gives exactly the gradient of one process with the whole batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
@@ -28,6 +29,8 @@ def build(
     impl: str = "auto",
     memory_budget: int | None = None,
     seed: int = 0,
+    samples: int | None = None,
+    steps: int | None = None,
 ) -> Objective:
     """The callable objective of a configuration's `objective:` section, {name: options, …}.
 
@@ -35,12 +38,14 @@ def build(
     topology: auto | local | global | ring | {group: g, layout: contiguous | strided | alternating,
     exchange: gather | ring} (see `vlp.pairwise.topology`). impl: auto | dense | tiled | triton.
     memory_budget: bytes for score tiles kept from forward (None: twice the candidates' embeddings).
-    seed: of alternating groups. Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError for
-    a topology that does not fit the ranks or an impl that this machine cannot run.
+    seed: of alternating groups and of what terms draw. samples, steps: of the run, for terms that keep numbers of
+    each sample, or follow a schedule, and whose options leave them open. Raises ConfigError (a ValueError) naming every
+    problem of the mapping, ValueError for a topology that does not fit the ranks or an impl that this machine cannot run.
     """
     terms = plugin.keyed(__name__, objective)
     if not terms:
         raise ValueError(f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}")
+    terms = [_for_run(term, samples, steps) for term in terms]
     engine = Engine(
         ranks=dist.group_of(group),
         topology=Topology.read(topology),
@@ -48,4 +53,10 @@ def build(
         memory_budget=memory_budget,
         seed=seed,
     )
-    return Objective(list(terms), engine)
+    return Objective(terms, engine)
+
+
+def _for_run(term: plugin.Plugin, samples: int | None, steps: int | None) -> plugin.Plugin:
+    if not hasattr(term.module, "for_run"):
+        return term
+    return replace(term, options=term.module.for_run(term.options, samples, steps))

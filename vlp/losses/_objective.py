@@ -4,8 +4,11 @@ A loss file holds
     Options                          frozen dataclass of its configuration keys
     NEEDS, or needs(options)         frozenset of the keywords it reads (fields of `Inputs`)
     term(inputs, pairs, options)     this rank's share of the term: the mean over ranks is the term's value
+    OPTIONAL                         optional: further keywords that it reads where the call carries them
     MIN_CANDIDATES = 2               optional: it compares a row with others
-    initial_state(options)           optional: dict of tensors; `term` then takes `state` and returns (value, new state)
+    initial_state(options)           optional: dict of tensors and `Table`s; `term` then takes `state` and returns
+                                     (value, new state), a `Write` standing for a table
+    for_run(options, samples, steps) optional: the options with what only the run knows
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vlp import dist
+from vlp.losses._table import Table, Write
 from vlp.pairwise import Engine
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
@@ -89,8 +93,9 @@ class Inputs:
 
     def wide(self) -> Inputs:
         """The same with half-precision tensors as float32: for scores that a term computes itself. At a scale of 100
-        a product rounded to bfloat16 is off by a quarter. (The reductions of `vlp.pairwise` accumulate in float32.)"""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        a product rounded to bfloat16 is off by a quarter. (The reductions of `vlp.pairwise` accumulate in float32.)
+        Not caption_logits, by far the largest: their term widens them itself."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "caption_logits"}
         half = (torch.bfloat16, torch.float16)
         return replace(self, **{n: v.float() for n, v in values.items() if isinstance(v, Tensor) and v.dtype in half})
 
@@ -100,6 +105,33 @@ class Inputs:
 
 
 KEYWORDS = tuple(f.name for f in fields(Inputs))
+NOT_BY_ROW = {"scale", "bias", "step", "view_scale", "teacher_scale", "queue_image", "queue_text"}
+VIEWS = {"image_views", "text_views"}  # rows are their second dimension
+
+# Keywords that not every model and data set has, and what supplies them.
+SUPPLIERS = {
+    "bias": "a model with a logit bias",
+    "negatives": "shards with hard captions",
+    "negative_image": "shards with an image of a hard caption",
+    "counterfactual": "shards with counterfactual captions",
+    "score": "shards with a relevance of each pair",
+    "sample_id": "the loader: a stable number of each sample",
+    "ema_image": "a moving average of the model",
+    "ema_text": "a moving average of the model",
+    "ema_negatives": "a moving average of the model",
+    "queue_image": "a queue of the moving average's embeddings",
+    "queue_text": "a queue of the moving average's embeddings",
+    "teacher_image": "a teacher model or its stored embeddings",
+    "teacher_text": "a teacher model or its stored embeddings",
+    "teacher_scale": "a teacher model",
+    "teacher_scores": "a teacher's scores of the hard captions",
+    "image_views": "further augmentations of each image",
+    "text_views": "further augmentations of each caption",
+    "caption_logits": "a text decoder",
+    "caption_ids": "a text decoder",
+    "concept_logits": "an auxiliary head on the image tower",
+    "concept_targets": "a teacher's concepts of each image",
+}
 
 
 class Objective:
@@ -109,15 +141,18 @@ class Objective:
     MEAN over ranks is the value, and the mean over ranks of gradients is the gradient, of the single-process term.
     Keywords that no term needs are ignored. Raises ValueError for an unknown keyword, for a needed one that is
     missing, and for rows that differ between ranks (checked at the first call) or change later.
-    State (queues, margins, …) moves only when `step` is given and gradients are enabled.
+    State (margins, numbers of each sample, …) moves only when `step` is given and gradients are enabled.
     """
 
     def __init__(self, plugins: list[Plugin], engine: Engine) -> None:
         self.plugins, self.engine = plugins, engine
         self.required = {p.label: _needs(p) for p in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
+        self.reads = self.needs.union(ALWAYS, {"step"}, *(getattr(p.module, "OPTIONAL", ()) for p in plugins))
         stateful = {p.label: p for p in plugins if hasattr(p.module, "initial_state")}
         self.state = {label: p.module.initial_state(p.options) for label, p in stateful.items()}
+        for table in (s for state in self.state.values() for s in state.values() if isinstance(s, Table)):
+            table.place(engine.ranks)  # now, not at the first step: memory that is not there should be missed at once
         self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def candidates(self, n_rows: int) -> int:
@@ -136,35 +171,46 @@ class Objective:
         return total, terms
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {label: {name: t.clone() for name, t in state.items()} for label, state in self.state.items()}
+        """{label: {name: tensor}}. Numbers of each sample are whole, [samples, c], on the first rank and empty on the
+        others. Collective."""
+        return {
+            label: {name: s.whole() if isinstance(s, Table) else s.clone() for name, s in state.items()}
+            for label, state in self.state.items()
+        }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take what the first rank of any number of ranks saved; every rank brings the whole. Collective."""
         if state.keys() != self.state.keys():
             raise ValueError(f"objective state of {sorted(state)}, but this objective keeps {sorted(self.state)}")
         for label, tensors in state.items():
-            if tensors.keys() != self.state[label].keys():
-                raise ValueError(f"state of {label!r} holds {sorted(tensors)}, expected {sorted(self.state[label])}")
-            self.state[label] = {name: t.clone() for name, t in tensors.items()}
+            own = self.state[label]
+            if tensors.keys() != own.keys():
+                raise ValueError(f"state of {label!r} holds {sorted(tensors)}, expected {sorted(own)}")
+            for name, tensor in tensors.items():
+                if isinstance(own[name], Table):
+                    own[name].load(tensor)
+                else:
+                    own[name] = tensor.clone()
 
     def _term(self, plugin: Plugin, inputs: Inputs, pairs: Any) -> Tensor:
         if plugin.label not in self.state:
             return plugin.module.term(inputs, pairs, plugin.options)
         value, state = plugin.module.term(inputs, pairs, plugin.options, self.state[plugin.label])
         if inputs.step is not None and torch.is_grad_enabled():
-            self.state[plugin.label] = {name: t.detach() for name, t in state.items()}
+            self.state[plugin.label] = {n: s.apply() if isinstance(s, Write) else s.detach() for n, s in state.items()}
         return value
 
     def _inputs(self, keywords: dict[str, Any]) -> Inputs:
         unknown = [f"unknown keyword {k!r}{did_you_mean(k, KEYWORDS)}" for k in keywords if k not in KEYWORDS]
         missing = [
-            f"the term {label!r} needs {name!r}, which the call does not carry: give {name}=… or drop the term"
+            f"the term {label!r} needs {name!r}, which the call does not carry: give {name}=…{_from(name)}, or drop the term"
             for label, needs in self.required.items()
             for name in sorted(needs | ALWAYS)
             if keywords.get(name) is None
         ]
         if unknown or missing:
             raise ValueError("; ".join(unknown + missing))
-        inputs = Inputs(**{k: v for k, v in keywords.items() if k in self.needs | ALWAYS | {"step"}})
+        inputs = Inputs(**{k: v for k, v in keywords.items() if k in self.reads})
         self._check(inputs)
         return inputs
 
@@ -191,6 +237,10 @@ class Objective:
                 raise ValueError(f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows")
         if len(shapes["image"]) != 2 or shapes["image"] != shapes["text"]:
             raise ValueError(f"image {shapes['image']} and text {shapes['text']} must have one shape [b, D]")
+        b = shapes["image"][0]
+        wrong = {name: s for name, s in shapes.items() if name not in NOT_BY_ROW and b not in s[int(name in VIEWS) :][:1]}
+        if wrong:
+            raise ValueError(f"image has {b} rows, but found {wrong}: give every tensor the same rows, [b, …] or [V, b, D]")
         n = self.candidates(shapes["image"][0])
         for plugin in self.plugins:
             least = getattr(plugin.module, "MIN_CANDIDATES", 1)
@@ -202,3 +252,8 @@ class Objective:
 def _needs(plugin: Plugin) -> frozenset[str]:
     module = plugin.module
     return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
+
+
+def _from(name: str) -> str:
+    supplier = SUPPLIERS.get(name.removesuffix("_valid"))
+    return f" (from {supplier})" if supplier else ""

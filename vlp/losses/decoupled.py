@@ -2,8 +2,8 @@
 
     L = ½ Σ_directions mean_i [ −w_i z_ii + log Σ_{j≠i} e^{z_ij} ],      z_ij = scale·x_i·t_j
 
-the softmax without the positive in its denominator. w_i = 1, or with `sigma` w_i = 2 − n·softmax_i(s_ii/σ), detached,
-over the group: pairs that already agree weigh less (paper: σ = .5).
+the softmax without the positive in its denominator. w_i = 1 (DCL), or weighted w_i = 2 − n·softmax_i(s_ii/σ),
+detached, over the group (DCLW): pairs that already agree weigh less. x, t: [b, D].
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ MIN_CANDIDATES = 2
 
 @dataclass(frozen=True)
 class Options:
-    sigma: float | None = None  # σ of DCLW; null: DCL
+    weighted: bool = False  # DCLW
+    sigma: float = 0.5  # σ of its weights
 
     def __post_init__(self) -> None:
-        if self.sigma is not None and self.sigma <= 0:
-            raise ValueError(f"sigma: found {self.sigma}, expected a number > 0, or null for unweighted pairs")
+        if self.sigma <= 0:
+            raise ValueError(f"sigma: found {self.sigma}, expected a number > 0")
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
-    if options.sigma is None:
+    if not options.weighted:
         return pairs.mean((rows + columns) / 2 - positive)
     cosine = (positive / inputs.scale).detach() / options.sigma
     weight = 2 - pairs.candidates(len(rows)) * (cosine - pairs.log_sum(cosine)).exp()

@@ -1,14 +1,23 @@
-"""Distillation of similarities from another dual encoder (TinyCLIP, MobileCLIP, arXiv 2311.17049).
+"""Distillation from a teacher: one family, whose `form` says what is taught.
 
-    L = ½ Σ_directions mean_i −Σ_j softmax_j(z^T_ij) · log softmax_j(z_ij),      z^T = teacher_scale·u·v
+similarity  (TinyCLIP, MobileCLIP, arXiv 2311.17049) the teacher's similarities of a whole row and column,
+                L = ½ Σ_directions mean_i −Σ_j softmax_j(z^T_ij) · log softmax_j(z_ij),   z^T = teacher_scale·u·v
+            with the teacher's embeddings u, v: [b, D'], of any width, and its own scale (1/temperature)
+ranking     (CPRD) the order in which the teacher puts hard captions, by ListMLE over the valid ones: with n_(1), n_(2), …
+            the captions by falling teacher_scores [b, K],
+                L = mean_i −Σ_r log [ e^{z(x_i, n_(r))} / Σ_{q≥r} e^{z(x_i, n_(q))} ]
+            a sample term over the samples with a valid caption; invalid ones have no influence
+concepts    (DiHT, arXiv 2301.02280) the concepts that a teacher sees in an image, by auxiliary heads on the image tower,
+                L = mean_i −Σ_c q_ic · log softmax(concept_logits_i)_c,   q_i = concept_targets_i / Σ_c concept_targets_ic
+            both [b, C]; a sample term over the samples with a target that is not zero
 
-cross-entropy of the student's rows and columns to the teacher's, whose embeddings u, v may have another width and
-carry no gradient. Two passes: the teacher's normalisers, then the weighted sums.
+Nothing of the teacher has a gradient.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,16 +25,33 @@ from torch import Tensor
 from vlp.losses._objective import Inputs
 from vlp.pairwise import SUM, Pairs, Reduction, Tile, softplus
 
-NEEDS = frozenset({"image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"})
+FORMS = {
+    "similarity": {"image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"},
+    "ranking": {"image", "scale", "negatives", "negatives_valid", "teacher_scores"},
+    "concepts": {"concept_logits", "concept_targets"},
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    pass
+    form: Literal["similarity", "ranking", "concepts"] = "similarity"
+
+
+def label(options: Options) -> str:
+    return "distill" if options.form == "similarity" else f"distill.{options.form}"
+
+
+def needs(options: Options) -> frozenset[str]:
+    return frozenset(FORMS[options.form])
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    inputs = inputs.wide()  # the teacher's normalisers must fit its scores
+    function = {"similarity": similarity, "ranking": ranking, "concepts": concepts}[options.form]
+    return function(inputs.wide(), pairs)
+
+
+def similarity(inputs: Inputs, pairs: Pairs) -> Tensor:
+    """Two passes: the teacher's normalisers (why scores must be wide: they have to fit), then the weighted sums."""
     u, v = inputs.teacher_image.detach(), inputs.teacher_text.detach()
     scale, teacher_scale = (torch.as_tensor(s, device=u.device) for s in (inputs.scale, inputs.teacher_scale))
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
@@ -47,3 +73,21 @@ def _expected_scores(tile: Tile) -> tuple[Tensor, ...]:
     by_row = (teacher - tile.row_values[0].unsqueeze(1)).exp()
     by_column = (teacher - tile.column_values[0].unsqueeze(0)).exp()
     return student * by_row, student * by_column
+
+
+def ranking(inputs: Inputs, pairs: Pairs) -> Tensor:
+    valid = inputs.negatives_valid
+    z = torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
+    order = inputs.teacher_scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    z, ranked = z.gather(1, order), valid.gather(1, order)
+    below = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool, device=z.device).triu()  # q ≥ r
+    left = torch.where(below & ranked.unsqueeze(1), z.unsqueeze(1), -torch.inf).masked_fill(~ranked.unsqueeze(2), 0)
+    loss = torch.where(ranked, torch.logsumexp(left, 2) - z, 0).sum(1)
+    return pairs.mean(loss, valid.any(1))
+
+
+def concepts(inputs: Inputs, pairs: Pairs) -> Tensor:
+    target = inputs.concept_targets.detach()
+    total = target.sum(1)
+    log_p = torch.log_softmax(inputs.concept_logits, 1)
+    return pairs.mean(-(target * log_p).sum(1) / torch.where(total > 0, total, 1), total > 0)

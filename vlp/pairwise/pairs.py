@@ -7,7 +7,7 @@ ranks return has exactly the value and the gradient of the single-process term.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,12 @@ class Pairs:
         """n: the candidates of a row."""
         return self.group.size * n_rows
 
+    @property
+    def alone(self) -> Pairs:
+        """The same for columns that every rank holds whole, like a queue: they are gathered from nobody, and must not
+        need a gradient."""
+        return replace(self, group=dist.Group((self.group.ranks[self.group.index],)))
+
     # Reductions of scores
 
     def reduce(
@@ -172,14 +178,21 @@ class Pairs:
         Returns scores [b, k] and columns [b, k, D], differentiable in both towers, and positions [b, k] of the
         columns in group order. The choice itself has no gradient. ValueError where fewer than k columns remain.
         """
+        gathered, positions = self._hardest(left, right, k, paired)
+        columns = gathered[positions]
+        return torch.einsum("bd,bkd->bk", _wide_rows(left), _wide_rows(columns)), columns, positions
+
+    def hardest(self, left: Tensor, right: Tensor, k: int, *, paired: bool = True) -> Tensor:
+        """Only the positions [b, k] of `top_k`, in O(b·k) memory."""
+        return self._hardest(left, right, k, paired)[1]
+
+    def _hardest(self, left: Tensor, right: Tensor, k: int, paired: bool) -> tuple[Tensor, Tensor]:
         gathered = dist.all_gather(right, self.group)
         remaining = len(gathered) - int(paired)
         if k > remaining:
             raise ValueError(f"top {k} of {remaining} candidates; use at most {remaining}, or a larger batch")
         offset = self.group.index * len(right) if paired else None
-        positions = tiled.top_columns(left.detach(), gathered.detach(), k, offset)
-        columns = gathered[positions]
-        return torch.einsum("bd,bkd->bk", _wide_rows(left), _wide_rows(columns)), columns, positions
+        return gathered, tiled.top_columns(left.detach(), gathered.detach(), k, offset)
 
     # Means and sums over rows
 
@@ -238,7 +251,7 @@ def _same_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[tuple[
 def _wide(value: Any, like: Tensor) -> Tensor:
     """A number or 0-d tensor in the accumulation dtype of `like`."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.as_tensor(value, device=like.device).to(dtype)
+    return torch.as_tensor(value, device=like.device, dtype=dtype)
 
 
 def _wide_rows(rows: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""Contrastive losses with a moving estimate of each sample's normaliser, for sogclr, isogclr and fastclip.
+
+    h_ij = s_ij − s_ii,   g_i = mean_{j≠i} e^{h_ij/τ_i},   u_i ← (1−γ) u_i + γ g_i   (at the first visit u_i = g_i)
+
+    fixed, individual   L = mean_i mean_{j≠i} sg(w_ij)·h_ij,   w_ij = e^{h_ij/τ_i} / u_i
+    learned             L = mean_i [ sg(τ)·g_i / u_i + τ (log u_i + ρ) ],   u detached
+
+½ of each for images (h_ij over texts) and texts, each with its own u and τ. Kept is log u: e^{h/τ} overflows float32 at
+τ = .01. Each function takes and returns `{"samples": Table}`, see `_table`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from vlp.losses._objective import Inputs
+from vlp.losses._table import Table, Write
+from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Reduction, Tile
+
+State = dict[str, Table | Write]
+LOG_U, TEMPERATURE, MOMENTUM = slice(0, 2), slice(2, 4), slice(4, 6)  # columns of a table, for image and text each
+UNSEEN = (-math.inf, -math.inf)  # log u of a sample not met yet
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Keys of every such loss."""
+
+    samples: int | None = None  # in the run's index: sample_id < samples; null: `vlp train` fills it in
+    gamma: float = 0.9  # γ, the weight of the batch's estimate
+    gamma_end: float | None = None  # cosine from gamma to gamma_end …
+    gamma_steps: int | None = None  # … over this many steps; null: half the run's, which `vlp train` fills in
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples: found {self.samples}, expected at least 1, or null")
+        if not all(0 < g <= 1 for g in (self.gamma, self.gamma if self.gamma_end is None else self.gamma_end)):
+            raise ValueError(f"gamma and gamma_end: found {self.gamma}, {self.gamma_end}, expected 0 < γ <= 1")
+        if self.gamma_steps is not None and (self.gamma_end is None or self.gamma_steps < 1):
+            raise ValueError(f"gamma_steps: found {self.gamma_steps}; give at least 1, together with gamma_end")
+
+    def gamma_at(self, step: int) -> float:
+        """γ of a step; with an unknown number of steps it stays at `gamma`."""
+        if self.gamma_end is None or self.gamma_steps is None:
+            return self.gamma
+        progress = min(step / self.gamma_steps, 1.0)
+        return self.gamma_end + (self.gamma - self.gamma_end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Individual:
+    """How the temperature of each sample is learned: τ_i ← clip(τ_i − lr·v_i), v_i the moving mean of its gradient."""
+
+    start: float
+    rho: float
+    lr: float
+    decay: float
+    lowest: float
+    highest: float
+    largest_gradient: float = 5.0
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """Numbers of a sample not met yet: log u, τ and v, for image and text each."""
+        return (*UNSEEN, self.start, self.start, 0.0, 0.0)
+
+    def update(self, temperature: Tensor, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        limit = self.largest_gradient
+        momentum = self.decay * momentum + (1 - self.decay) * gradient.clamp(-limit, limit)
+        return (temperature - self.lr * momentum).clamp(self.lowest, self.highest), momentum
+
+
+AnyMoving = TypeVar("AnyMoving", bound=Moving)
+
+
+def for_run(options: AnyMoving, samples: int | None, steps: int | None) -> AnyMoving:
+    """The options with what only the run knows, where the configuration leaves it open."""
+    if options.samples is None:
+        options = replace(options, samples=samples)
+    if options.gamma_end is not None and options.gamma_steps is None and steps is not None:
+        options = replace(options, gamma_steps=max(steps // 2, 1))
+    return options
+
+
+def fixed(inputs: Inputs, pairs: Pairs, options: Moving, state: State, temperature: float) -> tuple[Tensor, State]:
+    """One constant τ for all samples."""
+    old = _read(inputs, state)
+    log_g = _uniform_log_estimates(inputs, pairs, 1 / temperature)
+    log_u = _moved(old[:, LOG_U], log_g.detach(), options.gamma_at(inputs.step or 0))
+    gaps = weighted_gaps(inputs, pairs, torch.full_like(log_u, 1 / temperature), log_u)
+    return pairs.mean(gaps.sum(1)) / 2, _write(inputs, state, log_u)
+
+
+def individual(inputs: Inputs, pairs: Pairs, options: Moving, state: State, learning: Individual) -> tuple[Tensor, State]:
+    """A τ for each sample and modality, whose gradient is log u_i + ρ − mean_{j≠i} w_ij h_ij / τ_i."""
+    old = _read(inputs, state)
+    temperature = old[:, TEMPERATURE]
+    log_g = _individual_log_estimates(inputs, pairs, 1 / temperature)
+    log_u = _moved(old[:, LOG_U], log_g, options.gamma_at(inputs.step or 0))
+    gaps = weighted_gaps(inputs, pairs, 1 / temperature, log_u)
+    gradient = log_u + learning.rho - gaps.detach() / temperature
+    new = torch.cat([log_u, *learning.update(temperature, old[:, MOMENTUM], gradient)], 1)
+    return pairs.mean(gaps.sum(1)) / 2, _write(inputs, state, new)
+
+
+def learned(inputs: Inputs, pairs: Pairs, options: Moving, state: State, rho: float) -> tuple[Tensor, State]:
+    """One τ = 1 / scale that the model learns. At γ = 1 its exact gradient is that of the robust objective."""
+    old = _read(inputs, state)
+    log_g = _uniform_log_estimates(inputs, pairs, inputs.scale)
+    log_u = _moved(old[:, LOG_U], log_g.detach(), options.gamma_at(inputs.step or 0))
+    temperature = 1 / torch.as_tensor(inputs.scale, device=log_u.device)
+    value = temperature.detach() * (log_g - log_u).exp() + temperature * (log_u + rho)
+    return pairs.mean(value.sum(1)) / 2, _write(inputs, state, log_u)
+
+
+def weighted_gaps(inputs: Inputs, pairs: Pairs, inverse: Tensor, log_u: Tensor) -> Tensor:
+    """mean_{j≠i} sg(e^{h_ij/τ_i} / u_i)·h_ij, [b, 2] for images and texts. inverse: 1/τ, [b, 2] as log_u."""
+
+    def gaps(tile: Tile) -> tuple[Tensor, ...]:
+        found = []
+        for (own, inverse, log_u), axis in ((tile.row_values, 1), (tile.column_values, 0)):
+            h = tile.scores[0] - own.unsqueeze(axis)
+            weight = (inverse.unsqueeze(axis) * h.detach() - log_u.unsqueeze(axis)).exp()
+            found.append((weight * h).masked_fill(tile.positive, 0))
+        return tuple(found)
+
+    return _sums(inputs, pairs, Reduction(gaps, rows=(SUM,), columns=(SUM,)), inverse, log_u) / _others(inputs, pairs)
+
+
+def _uniform_log_estimates(inputs: Inputs, pairs: Pairs, scale: Tensor | float) -> Tensor:
+    """log g, [b, 2], at one temperature: the fused reduction."""
+    margins = pairs.margin_logsumexp(inputs.image, inputs.text, scale)
+    return torch.stack(margins, 1) - math.log(_others(inputs, pairs))
+
+
+@torch.no_grad()
+def _individual_log_estimates(inputs: Inputs, pairs: Pairs, inverse: Tensor) -> Tensor:
+    def exponents(tile: Tile) -> tuple[Tensor, ...]:
+        return tuple(
+            (inverse.unsqueeze(axis) * (tile.scores[0] - own.unsqueeze(axis))).masked_fill(tile.positive, -torch.inf)
+            for (own, inverse), axis in ((tile.row_values, 1), (tile.column_values, 0))
+        )
+
+    reduction = Reduction(exponents, rows=(LOGSUMEXP,), columns=(LOGSUMEXP,))
+    return _sums(inputs, pairs, reduction, inverse) - math.log(_others(inputs, pairs))
+
+
+def _sums(inputs: Inputs, pairs: Pairs, reduction: Reduction, *values: Tensor) -> Tensor:
+    """A reduction whose tiles see s_ii and `values` [b, 2] of their rows (first column) and columns (second): [b, 2]."""
+    wide = inputs.wide()
+    own = (wide.image * wide.text).sum(1)
+    by_row, by_column = ([own, *(v[:, side].to(own.dtype) for v in values)] for side in (0, 1))
+    found = pairs.reduce(reduction, [inputs.image], [inputs.text], row_values=by_row, column_values=by_column)
+    return torch.stack(found, 1)
+
+
+def _moved(log_u: Tensor, log_g: Tensor, γ: float) -> Tensor:
+    """log((1−γ) u + γ g), and log g at the first visit."""
+    mixed = torch.logaddexp(log_u + (math.log(1 - γ) if γ < 1 else -math.inf), log_g + math.log(γ))
+    return torch.where(log_u == -torch.inf, log_g, mixed)
+
+
+def _others(inputs: Inputs, pairs: Pairs) -> int:
+    return pairs.candidates(len(inputs.image)) - 1
+
+
+def _read(inputs: Inputs, state: State) -> Tensor:
+    return state["samples"].read(inputs.sample_id).double()
+
+
+def _write(inputs: Inputs, state: State, values: Tensor) -> State:
+    return {"samples": Write(state["samples"], inputs.sample_id, values)}

@@ -1,0 +1,39 @@
+"""Self-supervision of the image tower beside the contrastive loss (SLIP, arXiv 2112.12750): SimCLR's NT-Xent.
+
+    L = (1/2n) Σ_i −log [ e^{v_i·v_i'/τ} / Σ_{k≠i} e^{v_i·v_k/τ} ]   over the 2n views v of the group's n images,
+
+v_i' being the other view of the same image. The views are image_views[0] and [1], [b, D] unit rows from a projection
+of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlp.losses._objective import Inputs
+from vlp.pairwise import Pairs, softplus
+
+NEEDS = frozenset({"image_views"})
+
+
+@dataclass(frozen=True)
+class Options:
+    temperature: float = 0.1  # τ
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: found {self.temperature}, expected a number > 0")
+
+
+def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    if len(inputs.image_views) < 2:
+        raise ValueError(f"slip needs 2 image views, found {len(inputs.image_views)}; raise the number of views")
+    first, second = inputs.image_views[:2]
+    scale = 1 / options.temperature
+    rows, columns, positive = pairs.logsumexp(first, second, scale)
+    rows = torch.logaddexp(rows, pairs.row_logsumexp(first, first, scale, paired=True))
+    columns = torch.logaddexp(columns, pairs.row_logsumexp(second, second, scale, paired=True))
+    return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2
