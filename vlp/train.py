@@ -51,9 +51,11 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
     )
     chosen.check(loader.carries)
-    objective = losses.build(config.objective, **vars(config.pairwise), seed=config.seed)
-    check_needs(objective.needs, loader.carries | teacher.supplies(config.teacher), model)
     plan = Plan.of(config.train, loader.steps_per_epoch)
+    objective = losses.build(
+        config.objective, **vars(config.pairwise), seed=config.seed, samples=loader.n_samples, steps=plan.total
+    )
+    check_needs(objective.needs, loader.carries | teacher.supplies(config.teacher), model)
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
@@ -121,8 +123,8 @@ def save(config: Config, training: Training, loader: Loader) -> None:
     model, optimizer = training.engine.state()
     taught = {} if training.teacher is None else training.teacher.state()
     state = {"step": training.step, "loader": loader.state_dict(), "versions": versions()}
+    objective = checkpoint.flat(training.objective.state_dict())
     if dist.is_main():
-        objective = checkpoint.flat(training.objective.state_dict())
         contents = checkpoint.Contents(
             model, optimizer, objective, state, configuration.dump(config), training.engine.description, taught
         )
