@@ -145,7 +145,7 @@ class Chooser:
     def _reference(self, parts: list[Batch]) -> Embedded:
         self.images.n_new = self.texts.n_new = 0
         if self.reference is None:
-            found = [tuple(F.normalize(rows.float(), dim=1) for rows in (part.teacher_image, part.teacher_text)) for part in parts]
+            found = [(part.teacher_image, part.teacher_text) for part in parts]
         else:
             found = [(self.images(part.image), self.texts(part.text)) for part in parts]
         image, text = (torch.cat(rows) for rows in zip(*found))
