@@ -56,7 +56,10 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     """Write a sample under a key (None: the next number) with everything that our format holds of it."""
     sample, captions, meta = changed
     cls = meta.get("cls")
-    writer.add(key, sample.image, sample.image_type, captions, meta, cls if isinstance(cls, int) else None)
+    negative = (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
+    writer.add(
+        key, sample.image, sample.image_type, captions, meta, cls if isinstance(cls, int) else None, negative_image=negative
+    )  # fmt: skip
 
 
 def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]) -> None:
@@ -81,14 +84,14 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     write_atomically(note, json.dumps(claimed, indent=1).encode())
 
 
-def marks(sources: list[Path], folder: Path, tool: str) -> list[Job]:
+def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
     """A job for every shard: (its number, its path), with a mark in `folder`."""
     return [Job(folder / f"{i:05d}_{tool}.json", (i, path), path.stat().st_size) for i, path in enumerate(sources)]
 
 
 def transform(sources: list[Path], folder: Path, tool: str, change: Change, crew: Crew) -> list[Result | None]:
     """Write this crew's source shards, changed, into the claimed `folder`; returns what `carry_out` returns."""
-    results = carry_out(tool, marks(sources, folder, tool), partial(_one, folder=folder, change=change), crew)
+    results = carry_out(tool, jobs(sources, folder, tool), partial(_one, folder=folder, change=change), crew)
     if None not in results:
         index(sorted(folder.glob("*.tar")))
     return results

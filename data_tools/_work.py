@@ -60,9 +60,10 @@ class WorkerLost(RuntimeError):
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every tool that goes over shards."""
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="shards at the same time (default: %(default)s)")
-    parser.add_argument("--part", metavar="K/N", help="only every N-th shard from the K-th on, for N machines that share the "
-                        "output's folder (default: the rank in RANK and WORLD_SIZE or SLURM_PROCID and SLURM_NTASKS, else 1/1)")  # fmt: skip
+    add = parser.add_argument
+    add("--processes", type=int, default=1, metavar="N", help="shards at the same time (default: %(default)s)")
+    add("--part", metavar="K/N", help="only every N-th shard from the K-th on, for N machines that share the output's folder "
+        "(default: the rank in RANK and WORLD_SIZE or SLURM_PROCID and SLURM_NTASKS, else 1/1)")  # fmt: skip
 
 
 def crew(args: argparse.Namespace) -> Crew:

@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Survey the captions, balance, write the shards, and print what was kept, what was dropped and why."""
     from vlp.data.sources.shards import expand
-    from vlp.data_tools._shards import claim, marks, transform
+    from vlp.data_tools._shards import claim, jobs, transform
 
     _check(args)
     sources, hands = expand(args.source), _work.crew(args)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)
-    surveyed = _work.carry_out("survey", marks(sources, folder, "survey"), partial(_survey, args=args), hands)
+    surveyed = _work.carry_out("survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands)
     if None in surveyed:
         return 0
     counts = _work.total(surveyed)

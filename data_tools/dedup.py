@@ -1,0 +1,83 @@
+"""`vlp data dedup`: shards → the same shards without copies, and without what evaluation sets hold (--against).
+
+Two pictures are copies where their perceptual hashes differ in at most --distance of 64 bits and their colors, on a grid
+of 4 × 4, by at most 12 of 255 levels on average; with --embeddings also where their cosine is at least --cosine. The
+sample that comes first in the order of the shards stays: a sample is dropped if and only if it is a copy of one that
+stays before it, or of one in --against. The outcome depends on nothing but the input and the options.
+
+    DIR/copies.jsonl    every dropped sample beside the one that it is a copy of, for a person to judge
+
+On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or half the size are found, 93 % of those
+with 2 % cut off the edges, 52 % with 5 %, no mirrored ones; two pairs of photos are taken for copies, and nearly are.
+
+Memory to decide: about 150 bytes a sample, and 2·D with embeddings. Hashes compare about n²/2¹¹ pairs at 4 bits: a
+million samples take a minute, ten million two hours. Cosines take n² · D operations: a million samples of 512 numbers are
+5e14, an hour or two on a dozen cores, a minute on a GPU.
+Pictures that do not open stay, and are counted: `vlp data validate` names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from vlp.data_tools import _work
+
+HELP = "drop copies by perceptual hash and embedding, and what evaluation sets hold"
+EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
+  vlp data dedup data/raw --to data/clean --against data/coco_test --against data/imagenet_val --keep-copies
+  vlp data dedup data/raw --to data/unique --embeddings data/raw_embedded --cosine 0.95      (files of `vlp data embed`)
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data dedup`."""
+    add = parser.add_argument
+    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
+    add("--against", action="append", default=[], metavar="SHARDS", help="drop what these hold, too; may be repeated")
+    add("--keep-copies", action="store_true", help="drop only what --against holds")
+    add("--distance", type=int, default=4, metavar="BITS", help="most differing bits of 64; -1: no hashes (default: %(default)s)")
+    add("--embeddings", action="append", default=[], metavar="DIR",
+        help="what `vlp data embed` wrote for the shards, and for those of --against; may be repeated")  # fmt: skip
+    add("--cosine", type=float, default=0.95, metavar="X", help="least cosine of copies, with --embeddings (default: %(default)s)")
+    _work.arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
+    from vlp.data.sources.shards import expand
+    from vlp.data_tools._copies import DropCopies, decided, survey
+    from vlp.data_tools._near import Limits
+    from vlp.data_tools._shards import claim, jobs, transform
+
+    _check(args)
+    sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)
+    against = [path for place in args.against for path in expand(place)]
+    settings = {"distance": args.distance, "keep_copies": args.keep_copies, "embeddings": args.embeddings}
+    settings |= {"cosine": args.cosine} if args.embeddings else {}
+    claim(folder, "dedup", sources, settings | {"against": [[path.name, path.stat().st_size] for path in against]})
+    everything = against + sources
+    surveyed = _work.carry_out("fingerprints", jobs(everything, folder, "fingerprints"), partial(survey, folder=folder), crew)
+    if None in surveyed:
+        return 0
+    limits = Limits(args.distance, args.cosine, args.keep_copies)
+    copy_of = decided(folder, everything, len(against), surveyed, args.embeddings, limits)
+    n_against = sum(result["samples"] for result in surveyed[: len(against)])
+    results = transform(sources, folder, "dedup", DropCopies(copy_of[len(against) :], n_against), crew)
+    counts = _work.total(results)
+    counts["unreadable: pictures"] = _work.total(surveyed[len(against) :])["unreadable: pictures"]
+    print(_work.report(counts, f"{folder}:"))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not -1 <= args.distance <= 8:
+        raise ValueError(f"--distance {args.distance} is no number of bits from 0 to 8 (beyond, unlike pictures meet), nor -1")
+    if args.distance < 0 and not args.embeddings:
+        raise ValueError("nothing to compare: --distance -1 turns the hashes off, and no --embeddings DIR is given")
+    if not 0 < args.cosine <= 1:
+        raise ValueError(f"--cosine {args.cosine} must lie in (0, 1]")
+    if args.keep_copies and not args.against:
+        raise ValueError("--keep-copies drops only what --against SHARDS holds; name them")

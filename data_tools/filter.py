@@ -1,0 +1,302 @@
+"""`vlp data filter`: shards → the same shards without the samples and captions that a rule refuses, counted by reason.
+
+Rules about the picture or the sample drop the sample. Rules about captions drop captions, and the sample with its last
+one. A score keeps the cosine of every caption that stays, in the JSON's `clip_scores`.
+
+Of DiHT's rules (complexity, action, text; arXiv 2301.02280) --min-relations and --action are rough stand-ins for English
+captions, without a parser (see _captions.py); text in the picture is not looked for, because that takes a text detector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlp.data_tools import _encoder, _work
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vlp.data.members import Content
+    from vlp.data_tools._encoder import Model
+    from vlp.data_tools._shards import Changed
+
+HELP = "keep what rules, a list or a model's score let pass; count the rest by reason"
+EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3 --min-words 3 --max-repeats 10 --languages en
+  vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8
+  vlp data filter data/raw --to data/top --model ViT-B-32:laion2b_s34b_b79k --min-score 0.28
+  vlp data filter data/pool --to data/subset --uids subset.npy      (DataComp's lists)
+  vlp data filter data/raw --to data/cat --min-relations 1 --action
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data filter`."""
+    add = parser.add_argument
+    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
+    add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")
+    add("--max-aspect", type=float, default=0.0, metavar="R", help="most length of the longer side, in shorter ones")
+    add("--uids", metavar="FILE", help="keep only these: .npy of DataComp (pairs of 64-bit halves), .txt with a uid or key a line")
+    add("--min-words", type=int, default=0, metavar="N", help="fewest words of a caption")
+    add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
+    add("--match", default="", metavar="REGEX", help="what a caption must hold, with Python's syntax, searched anywhere")
+    add("--reject", default="", metavar="REGEX", help="what no caption may hold")
+    add("--max-repeats", type=int, default=0, metavar="N", help="most samples with one caption; takes 24 bytes a caption of memory")
+    add("--languages", default="", metavar="CODES", help="such as en,de; guessed by script and stop words, which is rough")
+    add("--min-relations", type=int, default=0, metavar="N", help="fewest relations of things in a caption (DiHT's complexity)")
+    add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
+    add("--min-score", type=float, metavar="X", help="least cosine of picture and caption under --model")
+    _encoder.arguments(parser)
+    _work.arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the shards; print what stays and why the rest does not."""
+    from vlp.data.sources.shards import expand
+    from vlp.data_tools._shards import claim, transform
+
+    rules, sources, crew = _rules(args), expand(args.source), _work.crew(args)
+    model, folder = _encoder.Model.of(args), Path(args.to)
+    settings = asdict(rules) | (model.settings() if model else {})
+    claim(folder, "filter", sources, settings | {"uids": _digest(args.uids) if args.uids else ""})
+    repeated = None
+    if rules.max_repeats:
+        repeated = _repeated(sources, folder, rules.max_repeats, crew)
+        if repeated is None:
+            return 0
+    results = transform(sources, folder, "filter", Filter(rules, model, repeated), crew)
+    counts = _work.total(results)
+    print(_work.report(counts, f"{folder}:"))
+    if None not in results and not counts["samples written"]:
+        raise ValueError(f"no sample of {args.source} is left; the reasons are listed above")
+    return 0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may stay; 0 and "" rule nothing out."""
+
+    min_side: int = 0
+    max_aspect: float = 0.0
+    uids: str = ""
+    min_words: int = 0
+    max_words: int = 0
+    match: str = ""
+    reject: str = ""
+    max_repeats: int = 0
+    languages: tuple[str, ...] = ()
+    min_relations: int = 0
+    action: bool = False
+    min_score: float | None = None
+
+    def refuse_sample(self, sample: Content) -> str:
+        """Why a sample is dropped whatever its captions, or ""."""
+        from vlp.data_tools._pictures import size
+
+        if self.uids and not _listed(self.uids, sample):
+            return "not in the list"
+        if self.min_side or self.max_aspect:
+            try:
+                short, long = sorted(size(sample.image))
+            except ValueError:
+                return "no readable picture"
+            if short < self.min_side:
+                return f"shorter side below {self.min_side} px"
+            if self.max_aspect and long > self.max_aspect * short:
+                return f"longer than {self.max_aspect:g} times its shorter side"
+        return ""
+
+    def refuse_caption(self, caption: str) -> str:
+        """Why a caption is dropped by itself, or ""."""
+        from vlp.data_tools import _captions
+
+        n_words = len(caption.split())
+        checks = {
+            f"fewer than {self.min_words} words": n_words < self.min_words,
+            f"more than {self.max_words} words": 0 < self.max_words < n_words,
+            "does not hold what it must": self.match and not re.search(self.match, caption),
+            "holds what it must not": self.reject and re.search(self.reject, caption),
+            "another language": self.languages and _captions.language(caption) not in self.languages,
+            f"fewer than {self.min_relations} relations": self.min_relations and _captions.complexity(caption) < self.min_relations,
+            "no action": self.action and not _captions.has_action(caption),
+        }
+        return next((reason for reason, refused in checks.items() if refused), "")
+
+    def about_captions(self) -> bool:
+        """Whether a sample needs a caption to stay."""
+        mine = (self.min_words, self.max_words, self.match, self.reject, self.max_repeats, self.languages, self.min_relations)
+        return any((*mine, self.action, self.min_score is not None))
+
+
+def _rules(args: argparse.Namespace) -> Rules:
+    languages = tuple(filter(None, args.languages.split(",")))
+    given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
+    rules = Rules(**given | {"languages": languages, "uids": args.uids or ""})
+    if rules == Rules():
+        raise ValueError("no rule is given, such as --min-side 200 or --min-words 3; `vlp data filter --help` lists them")
+    if (args.min_score is None) != (not args.model):
+        raise ValueError("--min-score X and --model REF go together: one is the least cosine, the other says whose")
+    numbers = [rules.min_side, rules.min_words, rules.max_words, rules.max_repeats, rules.min_relations]
+    if min(numbers) < 0 or 0 < rules.max_aspect < 1 or 0 < rules.max_words < rules.min_words:
+        raise ValueError("no number may be negative, --max-aspect not below 1, --max-words not below --min-words")
+    for pattern in (rules.match, rules.reject):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    if args.uids and Path(args.uids).suffix not in (".npy", ".txt"):
+        raise ValueError(f"--uids {args.uids!r} is neither .npy nor .txt")
+    return rules
+
+
+@dataclass(frozen=True)
+class Filter:
+    """The change of a shard's samples (see `vlp.data_tools._shards.Change`)."""
+
+    rules: Rules
+    model: Model | None = None
+    repeated: np.ndarray | None = field(default=None, repr=False)  # sorted hashes of captions that too many samples have
+
+    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
+        from vlp.data_tools._shards import Changed
+
+        passed = (sample for sample in samples if self._passes(sample, counts))
+        if self.model:
+            yield from self._scored(self.model, passed, counts)
+        else:
+            yield from (Changed(sample, list(sample.captions), sample.meta) for sample in passed)
+
+    def _passes(self, sample: Content, counts: Counter[str]) -> bool:
+        """Whether a sample stays before its score; its captions become those that do."""
+        if reason := self.rules.refuse_sample(sample):
+            counts[f"dropped: {reason}"] += 1
+            return False
+        if self.rules.about_captions():
+            reasons = [self.rules.refuse_caption(caption) or self._too_common(caption) for caption in sample.captions]
+            return _keep(sample, reasons, counts)
+        return True
+
+    def _too_common(self, caption: str) -> str:
+        import numpy as np
+
+        if self.repeated is None or not len(self.repeated):
+            return ""
+        place = np.searchsorted(self.repeated, hashed := _hash(caption))
+        found = place < len(self.repeated) and self.repeated[place] == hashed
+        return f"in more than {self.rules.max_repeats} samples" if found else ""
+
+    def _scored(self, model: Model, samples: Iterable[Content], counts: Counter[str]) -> Iterator[Changed]:
+        from vlp.data_tools._shards import Changed
+
+        for batch, images in model.batches(samples, counts):
+            texts = model.encoder().encode_texts([caption for sample in batch for caption in sample.captions]).cpu()
+            parts = texts.split([len(sample.captions) for sample in batch])
+            for sample, image, rows in zip(batch, images, parts):
+                if not image.any():
+                    counts["dropped: no readable picture"] += 1
+                    continue
+                scores = [round(score, 4) for score in (rows @ image).tolist()]
+                counts.update(f"captions with a score from {score // 0.05 * 0.05:+.2f}" for score in scores)
+                low = [f"score below {self.rules.min_score:g}" if score < self.rules.min_score else "" for score in scores]
+                if _keep(sample, low, counts):
+                    kept = [score for score, reason in zip(scores, low) if not reason]
+                    yield Changed(sample, list(sample.captions), {**sample.meta, "clip_scores": kept})
+
+
+def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
+    """Leave the captions without a reason to drop them; whether there is one."""
+    counts.update(f"captions dropped: {reason}" for reason in reasons if reason)
+    if any(reasons) and "negatives_of" in sample.meta and not all(reasons):
+        raise ValueError(f"{sample.key!r} has negatives that name its captions by number; filter before `vlp data negatives`")
+    sample.captions = tuple(caption for caption, reason in zip(sample.captions, reasons) if not reason)
+    if not sample.captions:
+        counts["dropped: no caption left" if reasons else "dropped: no caption"] += 1
+    return bool(sample.captions)
+
+
+def _repeated(sources: list[Path], folder: Path, most: int, crew: _work.Crew) -> np.ndarray | None:
+    """Sorted hashes of the captions that more than `most` samples have; None while other machines still read theirs."""
+    import numpy as np
+
+    from vlp.data_tools._shards import jobs
+
+    survey = jobs(sources, folder, "captions")
+    if None in _work.carry_out("captions", survey, partial(_survey, folder=folder), crew):
+        return None
+    found = [np.load(_hashes(folder, number)) for number in range(len(sources))]
+    values, n = np.unique(np.concatenate(found), return_counts=True)
+    return values[n > most]
+
+
+def _survey(job: tuple[int, Path], *, folder: Path) -> _work.Result:
+    import io
+
+    import numpy as np
+
+    from vlp.data_tools._shards import samples
+    from vlp.files import write_atomically
+
+    counts: Counter[str] = Counter()
+    found = [words for sample in samples(job[1], counts) for words in {_hash(caption) for caption in sample.captions}]
+    file = io.BytesIO()
+    np.save(file, np.array(found, np.uint64))
+    write_atomically(_hashes(folder, job[0]), file.getvalue())
+    return {"counts": counts}
+
+
+def _hashes(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}_captions.npy"
+
+
+def _hash(caption: str) -> np.uint64:
+    """64 bits of a caption's words, whatever its capitals and punctuation."""
+    import numpy as np
+
+    from vlp.data_tools._language import bare
+
+    return np.uint64(int.from_bytes(hashlib.blake2b(bare(caption).encode(), digest_size=8).digest(), "little"))
+
+
+def _listed(path: str, sample: Content) -> bool:
+    """Whether a list holds the sample: by `uid` in its JSON (32 hexadecimal digits, as DataComp has it), in a .txt also by key."""
+    import numpy as np
+
+    uid = sample.meta.get("uid")
+    if path.endswith(".txt"):
+        return not _lines(path).isdisjoint((uid, sample.key))
+    if not (isinstance(uid, str) and re.fullmatch("[0-9a-fA-F]{32}", uid)):
+        return False
+    pairs = _pairs(path)
+    high, low = int(uid[:16], 16), int(uid[16:], 16)
+    first, last = (pairs["f0"].searchsorted(np.uint64(high), side) for side in ("left", "right"))
+    return np.uint64(low) in pairs["f1"][first:last]
+
+
+@cache
+def _lines(path: str) -> frozenset[str]:
+    return frozenset(Path(path).read_text(encoding="utf-8").split())
+
+
+@cache
+def _pairs(path: str) -> np.ndarray:
+    """The halves of the uids, sorted; a sorted file, such as DataComp's, is mapped into memory rather than read."""
+    import numpy as np
+
+    pairs = np.load(path, mmap_mode="r")
+    if pairs.dtype != np.dtype("u8,u8") or pairs.ndim != 1:
+        raise ValueError(f"{path} holds {pairs.dtype} {pairs.shape}; expected DataComp's pairs of 64-bit halves, dtype u8,u8")
+    high = pairs["f0"]
+    return pairs if (high[1:] >= high[:-1]).all() else np.sort(pairs)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
