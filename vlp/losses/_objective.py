@@ -193,10 +193,13 @@ class Objective:
                     own[name] = tensor.clone()
 
     def _term(self, plugin: Plugin, inputs: Inputs, pairs: Any) -> Tensor:
-        if plugin.label not in self.state:
-            return plugin.module.term(inputs, pairs, plugin.options)
-        value, state = plugin.module.term(inputs, pairs, plugin.options, self.state[plugin.label])
-        if inputs.step is not None and torch.is_grad_enabled():
+        own = [self.state[plugin.label]] if plugin.label in self.state else []
+        try:
+            found = plugin.module.term(inputs, pairs, plugin.options, *own)
+        except ValueError as error:
+            raise ValueError(f"the term {plugin.label!r}: {error}") from error
+        value, state = found if own else (found, {})
+        if own and inputs.step is not None and torch.is_grad_enabled():
             self.state[plugin.label] = {n: s.apply() if isinstance(s, Write) else s.detach() for n, s in state.items()}
         return value
 

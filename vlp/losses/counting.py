@@ -2,9 +2,9 @@
 
     L = −mean over counting samples of log [ e^{g(x·t)} / (e^{g(x·t)} + Σ_c e^{g(x·t^cf_c)}) ]
 
-t^cf is the caption with another number word; the paper uses one, several give the variant over all other numbers. One
-direction; counterfactuals are not candidates of the contrastive loss, which the configuration adds as a term of its
-own (paper: weight 1 each). g is the raw cosine, or the cosine times the learned scale.
+x, t: [b, D]; t^cf: [b, C, D] is the caption with another number word; the paper uses one, several give the variant over
+all other numbers. One direction; counterfactuals are not candidates of the contrastive loss, which the configuration
+adds as a term of its own (paper: weight 1 each). g is the raw cosine, or the cosine times the learned scale.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Continuously weighted contrastive loss (CWCL, arXiv 2309.14580), for one frozen tower.
 
-    anchored at the frozen modality:  −(1/n) Σ_i (1/Σ_j w_ij) Σ_j w_ij log softmax_j z_ij
-    anchored at the other:            plain cross-entropy;          ½ of each
+    L = ½ [ −(1/n) Σ_i (1/Σ_j w_ij) Σ_j w_ij log softmax_j z_ij   (anchored at the frozen modality; x, t: [b, D])
+            + plain cross-entropy ]                               (anchored at the other)
 
 w_ij = (½ + ½ u_i·u_j)^sharpening with u the frozen tower's embeddings, detached. Unrelated pairs have w near ½:
 a sharpening above 1 (an addition of this project) lowers it.

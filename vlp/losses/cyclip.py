@@ -2,7 +2,7 @@
 
     L = in_modal·(1/n) Σ_ij (x_i·x_j − t_i·t_j)² + cross_modal·(1/n) Σ_ij (x_i·t_j − x_j·t_i)²
 
-Raw cosines; both weights ¼ in the paper. The contrastive loss is a term of its own.
+x, t: [b, D], raw cosines; both weights ¼ in the paper. The contrastive loss is a term of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ NEEDS = frozenset({"image", "text"})
 class Options:
     in_modal: float = 0.25
     cross_modal: float = 0.25
+
+    def __post_init__(self) -> None:
+        if min(self.in_modal, self.cross_modal) < 0 or not self.in_modal + self.cross_modal:
+            raise ValueError(f"in_modal and cross_modal: expected numbers >= 0, one of them positive, found {self}")
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:

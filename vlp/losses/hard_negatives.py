@@ -1,4 +1,6 @@
-"""Hard captions as negatives: one family, whose `form` gives the published terms. n_ik: caption k of sample i.
+"""Hard captions as negatives: one family, whose `form` gives the published terms.
+
+x, t: [b, D] images and texts; n: [b, K, D], n_ik being caption k of sample i.
 
 negclip   (NegCLIP, arXiv 2210.01936) softmax of each image over all texts and all hard captions of the candidates;
           of each text over images, unchanged; ½ each. Hard captions are never anchors.

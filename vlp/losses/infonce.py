@@ -1,6 +1,6 @@
 """InfoNCE, the loss of CLIP, ALIGN, BASIC and ConVIRT.
 
-    L = (1/B) Σ_i [ λ·CE(z_i·, i) + (1−λ)·CE(z_·i, i) ],      z_ij = scale·x_i·t_j,
+    L = (1/B) Σ_i [ λ·CE(z_i·, i) + (1−λ)·CE(z_·i, i) ],      z_ij = scale·x_i·t_j,   x, t: [b, D],
 
 cross-entropies over the texts of a row and over the images of a column (CLIP, arXiv 2103.00020, figure 3). With label
 smoothing ε the target is (1−ε)·δ_ij + ε/n (ALIGN, arXiv 2102.05918: ε = .1); λ weighs the directions (ConVIRT,

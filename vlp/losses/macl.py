@@ -3,8 +3,8 @@
     A = mean sg(s_ii) over the group,   τ = τ₀ (1 + α (A − A₀)),   P_i = softmax of the pair at temperature τ,
     L = ½ Σ_directions mean_i sg(1 / (1 − P_i)) · (−log P_i)
 
-The factor restores the gradient that vanishes for easy pairs; 1 − P_i = σ(q_i) with the margin q, and the factor is
-clamped at `max_factor`. The model's learned scale takes no part.
+x, t: [b, D]. The factor restores the gradient that vanishes for easy pairs; 1 − P_i = σ(q_i) with the margin q, and the
+factor is clamped at `max_factor`. The model's learned scale takes no part.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     L = ½ Σ_directions mean_i −log [ e^{z_ii} / (Σ_j e^{z_ij} + Σ_{n ∈ Q} e^{scale·x_i·n} + Σ_{h ∈ H_i} e^{scale·x_i·h}) ]
 
-Q: [Q, D] the queue of the other modality, rows of zeros being empty. H_i: [mixed, D] mixtures of pairs of the N members
-of Q that score highest with x_i, norm(α n + (1−α) n'), α ~ U(0, 1), and of the query with one of them,
+x, t: [b, D]; Q: [Q, D] the queue of the other modality, rows of zeros being empty. H_i: [mixed, D] mixtures of pairs of
+the N members of Q that score highest with x_i, norm(α n + (1−α) n'), α ~ U(0, 1), and of the query with one of them,
 norm(β x_i + (1−β) n), β ~ U(0, ½). Neither Q nor H has a gradient. With nothing mixed this is InfoNCE with a queue; in
 the paper, which has one modality, the pair itself is the only candidate of the batch (`in_batch: false`).
 

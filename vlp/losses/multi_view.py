@@ -1,4 +1,4 @@
-"""Contrast between augmented views (CLIP-rocket, arXiv 2212.08653).
+"""Contrast between augmented views (CLIP-rocket, arXiv 2305.08675).
 
     L = 1/(1+A)·L_CLIP(x, t) + A/(1+A)·mean over all A² pairs of views (a, c) of L_CLIP^ε(x_a, t_c)
 

@@ -2,8 +2,8 @@
 
     L = mean_i w_i·½ [CE(z_i·, i) + CE(z_·i, i)],   w_i = score_i^power,   z_ij = scale·x_i·t_j
 
-score: [b] >= 0. power 1 is the score itself, 0 is `infonce`; `normalize` divides by the mean weight of all ranks, for
-scores that are not near 1.
+x, t: [b, D], score: [b] >= 0. Power 1 is the score itself, 0 is `infonce`; `normalize` divides by the mean weight of
+all ranks, for scores that are not near 1.
 """
 
 from __future__ import annotations

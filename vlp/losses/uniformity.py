@@ -2,8 +2,9 @@
 
     L = ½ log mean_{i<j} e^{−2‖x_i − x_j‖²} + ½ log mean_{i<j} e^{−2‖t_i − t_j‖²}
 
-Unit rows are assumed: −2‖x_i − x_j‖² = 4x_i·x_j − 4, whose gradient differs from the written one only along x_i, where
-normalisation removes it. A logarithm of a mean is no mean over rows: every rank of a group returns the group's value.
+x, t: [b, D]. Unit rows are assumed: −2‖x_i − x_j‖² = 4x_i·x_j − 4, whose gradient differs from the written one only
+along x_i, where normalisation removes it. A logarithm of a mean is no mean over rows: every rank of a group returns the
+group's value.
 """
 
 from __future__ import annotations
