@@ -86,19 +86,19 @@ def private(text: str) -> str:
     return _PATH.sub(lambda m: f"…/{last(m[0])}", text)
 
 
-def page(title: str, sections: Sequence[Html]) -> str:
-    """The whole document, with its style and its few lines of script inside."""
+def page(title: str, sections: Sequence[Html], kind: str = "vlp report") -> str:
+    """The whole document, with its style and its few lines of script inside; `kind` says which command made it."""
     own = resources.files("vlp.eval.page")
     style, script = ((own / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
     names = [re.search(r'id="([\w-]+)"><h2>([^<]*)', s) for s in sections]
     links = [tag("a", Html(found[2]), href=f"#{found[1]}") for found in names if found]
     head = tag(
         "head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"), tag("title", f"{title} · vlp report"),
+        tag("meta", name="color-scheme", content="light dark"), tag("title", f"{title} · {kind}"),
         tag("style", Html(style)),
     )  # fmt: skip
     body = tag(
-        "body", tag("header", tag("p", "vlp report", class_="kind"), tag("h1", title)), tag("nav", links),
+        "body", tag("header", tag("p", kind, class_="kind"), tag("h1", title)), tag("nav", links),
         tag("main", sections), tag("div", id="tip", hidden="hidden"), tag("script", Html(script)),
     )  # fmt: skip
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"

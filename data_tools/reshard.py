@@ -1,0 +1,128 @@
+"""`vlp data reshard`: shards → shards of another size, in the same order or shuffled by a seed.
+
+The order of all samples is fixed first (16 bytes a sample of memory, 24 while shuffling), then every new shard is made by
+itself, so that machines and processes share the work and a killed call goes on. Shuffled, every sample is read from its
+own place: slow on disks that turn, and from remote shards. A shuffle parts the variations of one origin that lie side by
+side, and a cut between two shards may, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlp.data_tools import _work
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HELP = "write shards of another number of samples or bytes, in order or shuffled"
+EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 --shuffle 0 --processes 8
+  vlp data reshard "a/{000..099}.tar::b" --to data/train --megabytes-per-shard 500 --renumber
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data reshard`."""
+    add = parser.add_argument
+    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
+    add("--samples-per-shard", type=int, metavar="N", help="default: 10000, unless --megabytes-per-shard is given")
+    add("--megabytes-per-shard", type=float, metavar="MB", help="a shard ends before the sample that would exceed this")
+    add("--shuffle", type=int, metavar="SEED", help="permute all samples (default: keep their order)")
+    add("--renumber", action="store_true", help="give new keys; the old ones stay in the JSON as source_key")
+    _work.arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan the new shards, write them, and print how many samples they hold."""
+    from vlp.data.format import index
+    from vlp.data.sources.shards import expand
+    from vlp.data_tools._shards import claim
+
+    if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
+        raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
+    sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)
+    n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
+    limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
+    claim(folder, "reshard", sources, {**limits, "shuffle": args.shuffle, "renumber": args.renumber})
+    shards = index(sources)
+    if problems := sum(shard.n_problems for shard in shards):
+        print(f"{problems} problems in the input, which `vlp data validate` names; what they concern is left out")
+    spans = _spans([shard.rows for shard in shards], args.shuffle)
+    if not len(spans):
+        raise ValueError(f"{args.source} holds no usable sample")
+    jobs = [
+        _work.Job(folder / f"{number:05d}_reshard.json", (number, spans[start:stop]), int(spans["length"][start:stop].sum()))
+        for number, (start, stop) in enumerate(_cuts(spans["length"], **limits))
+    ]
+    results = _work.carry_out("reshard", jobs, Write([str(path) for path in sources], folder, args.renumber), crew)
+    if None not in results:
+        index(sorted(folder.glob("*.tar")))
+    print(_work.report(_work.total(results), f"{folder}: {len(jobs)} shards"))
+    return 0
+
+
+def _spans(rows: list[bytes], seed: int | None) -> np.ndarray:
+    """(shard, offset, length) of every sample in the order of the output."""
+    import numpy as np
+
+    from vlp.data.index import ROW
+
+    spans = np.zeros(sum(map(len, rows)) // ROW.size, np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4")]))
+    row = np.dtype({"names": ["offset", "length"], "formats": ["<u8", "<u4"], "offsets": [0, 8], "itemsize": ROW.size})
+    start = 0
+    for shard, data in enumerate(rows):
+        found = np.frombuffer(data, row)
+        part = spans[start : start + len(found)]
+        part["shard"], part["offset"], part["length"] = shard, found["offset"], found["length"]
+        start += len(found)
+    return spans if seed is None else spans[np.random.Generator(np.random.PCG64(seed)).permutation(len(spans))]
+
+
+def _cuts(lengths: np.ndarray, n_samples: int, n_bytes: int) -> list[tuple[int, int]]:
+    """(first, end) of each new shard: as many samples as neither limit forbids (0: none), at least one."""
+    import numpy as np
+
+    ends, cuts, start = np.cumsum(lengths, dtype=np.int64), [], 0
+    while start < len(lengths):
+        before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, before + n_bytes, "right")) if n_bytes else len(lengths)
+        stop = max(start + 1, min(stop, start + n_samples if n_samples else stop, len(lengths)))
+        cuts.append((start, stop))
+        start = stop
+    return cuts
+
+
+@dataclass(frozen=True)
+class Write:
+    """The work on one new shard."""
+
+    sources: list[str]
+    folder: Path
+    renumber: bool
+
+    def __call__(self, job: tuple[int, np.ndarray]) -> _work.Result:
+        from vlp.data.format import ShardWriter
+        from vlp.data.members import open_sample
+        from vlp.data_tools._shards import Changed, put
+
+        number, spans = job
+        counts: Counter[str] = Counter()
+        with ShardWriter(self.folder, len(spans) + 1, first_shard=number, overwrite=True, indexed=False) as writer:
+            for shard, offset, length in spans.tolist():
+                with open(self.sources[shard], "rb") as file:
+                    file.seek(offset)
+                    sample = open_sample(file.read(length))
+                counts["samples read"] += 1
+                meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
+                try:
+                    put(writer, Changed(sample, list(sample.captions), meta), None if self.renumber else sample.key)
+                except ValueError as error:
+                    advice = "" if self.renumber else "; --renumber gives new keys"
+                    raise ValueError(f"{self.sources[shard]}: {error}{advice}") from None
+                counts["samples written"] += 1
+        return {"counts": counts}

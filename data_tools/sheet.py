@@ -1,0 +1,139 @@
+"""`vlp data sheet`: some samples of a data set with their captions, as one picture or one page, to look at.
+
+Samples are drawn by seed. Where there are more shards than samples, as many shards are drawn first and only those are
+read, so that a look at a large data set stays quick; samples of small shards are then drawn more often than others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import random
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlp.data.members import Content
+
+HELP = "a contact sheet of random samples with their captions, as PNG or HTML"
+EXAMPLE = """vlp data sheet data/train --to sheet.html
+  vlp data sheet data/train --to sheet.png --samples 60 --columns 6 --seed 1
+"""
+_GAP, _LINE, _MAX_LINES = 8, 13, 6  # pixels, pixels, lines of caption under a picture of a PNG
+
+
+class Shown(NamedTuple):
+    """A sample on the sheet; without a picture, `problem` says why."""
+
+    key: str
+    captions: tuple[str, ...]
+    picture: Image | None
+    problem: str
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data sheet`."""
+    add = parser.add_argument
+    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    add("--to", required=True, type=Path, metavar="FILE", help=".html (all captions, any script) or .png")
+    add("--samples", type=int, default=48, metavar="N", help="default: %(default)s")
+    add("--columns", type=int, default=6, metavar="N", help="pictures side by side in a PNG (default: %(default)s)")
+    add("--size", type=int, default=192, metavar="PX", help="longest side of a picture (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the sheet and say what is on it. Raises ValueError."""
+    from vlp.data.sources.shards import expand
+    from vlp.files import write_atomically
+
+    if args.to.suffix not in (".html", ".png"):
+        raise ValueError(f"--to {args.to} is neither .html nor .png")
+    if min(args.samples, args.columns) < 1 or args.size < 16:
+        raise ValueError("--samples and --columns must be at least 1, --size at least 16")
+    counts: Counter[str] = Counter()
+    drawn = draw(expand(args.source), args.samples, args.seed, counts)
+    if not drawn:
+        raise ValueError(f"{args.source} holds no usable sample")
+    shown = [show(sample, args.size) for sample in drawn]
+    data = page(shown, args.source).encode() if args.to.suffix == ".html" else png(shown, args.columns, args.size)
+    args.to.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.to, data)
+    broken = sum(item.picture is None for item in shown)
+    print(f"{args.to}: {len(shown)} samples, {broken} without a readable picture; {counts['problems']} problems in the shards read")
+    return 0
+
+
+def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Content]:
+    """At most `n` samples in random order, the same for the same shards and seed."""
+    from vlp.data.index import ROW, index
+    from vlp.data.members import open_sample
+
+    rng = random.Random(seed)
+    paths = sorted(rng.sample(paths, min(n, len(paths))))
+    shards = index(paths)
+    counts["problems"] += sum(shard.n_problems for shard in shards)
+    places = [(path, shard, i) for path, shard in zip(paths, shards) for i in range(shard.count)]
+    result = []
+    for path, shard, i in rng.sample(places, min(n, len(places))):
+        offset, length, *_ = ROW.unpack_from(shard.rows, i * ROW.size)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            result.append(open_sample(file.read(length)))
+    return result
+
+
+def show(sample: Content, size: int) -> Shown:
+    """A sample with its picture at the size of the sheet."""
+    from vlp.data_tools._pictures import thumbnail
+
+    try:
+        return Shown(sample.key, sample.captions, thumbnail(sample.image, size), "")
+    except ValueError as error:
+        return Shown(sample.key, sample.captions, None, str(error))
+
+
+def page(shown: list[Shown], title: str) -> str:
+    """The sheet as one HTML page that loads nothing; captions are text and never markup."""
+    from vlp.eval.page import markup
+    from vlp.eval.page.markup import tag
+
+    cards = []
+    for item in shown:
+        if item.picture is None:
+            seen = markup.note(item.problem)
+        else:
+            file = io.BytesIO()
+            item.picture.save(file, "JPEG", quality=88)
+            data = base64.b64encode(file.getvalue()).decode()
+            seen = tag("img", src=f"data:image/jpeg;base64,{data}", alt="", style="max-width:100%")
+        texts = tag("ol", [tag("li", tag("span", caption)) for caption in item.captions], class_="texts")
+        cards.append(tag("figure", tag("figcaption", item.key), seen, texts, class_="card"))
+    section = markup.section("samples", f"{len(shown)} samples", tag("div", cards, class_="cards"))
+    return markup.page(markup.private(title), [section], "vlp data sheet")
+
+
+def png(shown: list[Shown], columns: int, size: int) -> bytes:
+    """The sheet as one picture: the first captions below, cut to a few lines; letters beyond the font's show as boxes."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(11)
+    height = size + _GAP + _LINE * _MAX_LINES
+    rows = -(-len(shown) // columns)
+    sheet = Image.new("RGB", (columns * (size + _GAP) + _GAP, rows * (height + _GAP) + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, item in enumerate(shown):
+        left, top = _GAP + place % columns * (size + _GAP), _GAP + place // columns * (height + _GAP)
+        if item.picture is not None:
+            sheet.paste(item.picture, (left + (size - item.picture.width) // 2, top + size - item.picture.height))
+        text = item.problem or (item.captions[0] if item.captions else "(no caption)")
+        lines = textwrap.wrap(text, max(8, size // 6))[:_MAX_LINES]
+        pen.text((left, top + size + _GAP // 2), "\n".join(lines), "firebrick" if item.problem else "black", font, spacing=1)
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()
