@@ -12,6 +12,7 @@ LAYERS = [
     ("vlp.selection",),
     ("vlp.step", "vlp.teacher", "vlp.checkpoint", "vlp.parallel", "vlp.zero", "vlp.optim"),
     ("vlp.model", "vlp.stages", "vlp.losses", "vlp.data"),
+    ("vlp.heads",),
     ("vlp.towers", "vlp.pairwise"),
     ("vlp.config", "vlp.dist", "vlp.log", "vlp.seeds"),
     ("vlp.plugin",),

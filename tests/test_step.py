@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from vlp import config, dist, losses, parallel
+from vlp import config, dist, losses, parallel, schema
 from vlp.model import build
 from vlp.step import NonFiniteError, Training, embed, train_step
 from vlp.types import Batch
@@ -24,12 +24,13 @@ def make_batch(rows=slice(None)):
 
 
 def make_training(micro_batches=1, *, engine="ddp", patch_dropout=0.0, objective=None, double=True, clip_norm=None,
-                  weights=None, checkpointing=False):
+                  weights=None, checkpointing=False, heads=None, length=LENGTH):
     vit = {"name": "vit", "width": 32, "layers": 2, "head_width": 16, "patch_size": 4, "image_size": 16}
+    text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
     model = config.Model(
         image_tower=config.Named("vlp.towers").parse(vit | {"patch_dropout": patch_dropout}, (), []),
-        text_tower=config.Named("vlp.towers").parse({"name": "transformer", "width": 32, "layers": 2, "heads": 2}, (), []),
-        embed_dim=16, bias=-2.0,
+        text_tower=config.Named("vlp.towers").parse(text, (), []),
+        embed_dim=16, bias=-2.0, heads=schema.parse(config.Heads, heads or {}),
     )  # fmt: skip
     options = config.Train(
         config.Duration(4, "steps"), batch=ROWS, micro_batches=micro_batches, engine=engine, device="cpu", precision="float32",
@@ -50,12 +51,12 @@ def own_rows():
     return slice(dist.rank() * size, (dist.rank() + 1) * size)
 
 
-def gradients_and_weights(micro_batches=1, steps=2, **options):
+def gradients_and_weights(micro_batches=1, steps=2, batch=make_batch, **options):
     """First step's gradients (AdamW's first moment is (1 − β₁) of them) and the weights after `steps` updates."""
     training = make_training(micro_batches, **options)
     loss = []
     for _ in range(steps):
-        scalars = train_step(training, make_batch(own_rows()))
+        scalars = train_step(training, batch(own_rows()))
         loss.append(scalars["loss"].item())
         if training.step == 1:
             moments = training.engine.state(everywhere=True)[1]

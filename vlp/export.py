@@ -107,6 +107,7 @@ def export_stages(
 def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Path) -> list[str]:
     notes = [f"open_clip: {_weights.CONFIG}, {_weights.WEIGHTS[0]}"]
     described = json.loads(json.dumps(model.description()))  # a copy: what points into this machine is renamed below
+    del described["vlp"]["heads"]  # exports embed, and heads do not
     text = described["model_cfg"]["text_cfg"]
     if model.text_spec.tokenizer != "clip":
         from transformers import AutoTokenizer

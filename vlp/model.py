@@ -19,13 +19,15 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.schema import plain
+from vlp.heads import Heads
+from vlp.schema import parse, plain
 from vlp.towers import _assemble, _weights
 from vlp.towers._exact import Pixels, Scaling
 from vlp.types import Batch, Features
 
 IMAGES = ("image", "negative_image")  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
 TEXTS = ("text", "negatives", "counterfactual")  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
+VIEWS = ("image_views", "text_views")  # Batch fields of further views: [b, V, …] -> [b, V, D] by the head for views
 
 
 class DualEncoder(nn.Module):
@@ -36,8 +38,8 @@ class DualEncoder(nn.Module):
     """
 
     def __init__(self, clip: open_clip.CustomTextCLIP, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any],
-                 scale: config.Scale) -> None:
-        """Take over the towers, scale and bias of `clip`, built from `model_cfg`."""
+                 scale: config.Scale, heads: config.Heads) -> None:
+        """Take over the towers, scale and bias of `clip`, built from `model_cfg`; heads start at random."""
         super().__init__()
         self.visual, self.text = clip.visual, clip.text
         self.open_clip_config = model_cfg
@@ -49,6 +51,8 @@ class DualEncoder(nn.Module):
         self.pixels = Pixels(self.image_spec)
         bias = None if clip.logit_bias is None else clip.logit_bias.item()
         self.scaling = Scaling(clip.logit_scale.item(), bias, scale)
+        self.heads_config = heads
+        self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
 
     @property
@@ -61,35 +65,58 @@ class DualEncoder(nn.Module):
         """[1] float32, or None."""
         return self.scaling.logit_bias
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Features:
-        """Embed what is given: image [b, 3, H, W] as for `encode_image`, text [rows, L] as for `encode_text`."""
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None, image_views: Tensor | None = None,
+        text_views: Tensor | None = None, pairs: int = 0,
+    ) -> Features:  # fmt: skip
+        """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for `encode_text`.
+
+        Views go through the head for views. The heads for concepts and captions read the first `pairs` rows.
+        """
         scale, bias = self.scaling()
-        return Features(
-            image=None if image is None else self.encode_image(image),
-            text=None if text is None else self.encode_text(text),
-            scale=scale,
-            bias=bias,
-        )
+        found: dict[str, Tensor] = {}
+        tokens: dict[str, Tensor | None] = {}
+        for name, own, views, tower in (("image", image, image_views, self._image), ("text", text, text_views, self._text)):
+            if own is None:
+                continue
+            features, tokens[name] = tower(own if views is None else torch.cat([own, views]))
+            found[name] = _unit(features[: len(own)])
+            if views is not None:
+                found[f"{name}_views"] = _unit(getattr(self.heads.views, name)(_unit(features[len(own) :])))
+            if name == "image" and pairs and self.heads.concepts is not None:
+                found["concept_logits"] = self.heads.concepts(features[:pairs])
+        if self.heads.views is not None and (image_views is not None or text_views is not None):
+            found["view_scale"] = self.heads.views.scaling()[0]
+        if pairs and self.heads.captions is not None:
+            found["caption_logits"] = self.heads.captions(tokens["image"][:pairs], tokens["text"][:pairs])
+        return Features(**({"image": None, "text": None} | found), scale=scale, bias=bias)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is normalised here, on its
         device; a floating-point image is taken as normalised already. H, W must be `image_spec.size`."""
+        return _unit(self._image(image)[0])
+
+    def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tower's features [rows, D], and its tokens where a head reads them."""
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
             raise ValueError(f"image has shape {tuple(image.shape)}; expected [b, 3, {', '.join(map(str, self.image_spec.size))}]")
         pixels = image if image.is_floating_point() else self.pixels(image)
-        return _unit(self.visual(pixels.to(_dtype(self.visual))))
+        return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the context length, except
         for Hugging Face towers, where it may be shorter."""
+        return _unit(self._text(text)[0])
+
+    def _text(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         length = self.text_spec.context_length
         if text.ndim != 2 or (text.shape[1] != length and not isinstance(self.text, HFTextEncoder)):
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
-        return _unit(self.text(text))
+        return _with_tokens(self.text(text))
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated modules of both towers, in order, outermost only: the units to shard (FSDP2) or recompute."""
-        return [*_repeated(self.visual), *_repeated(self.text)]
+        """The repeated modules of towers and heads, in order, outermost only: the units to shard (FSDP2) or recompute."""
+        return [*_repeated(self.visual), *_repeated(self.text), *_repeated(self.heads)]
 
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
@@ -143,12 +170,12 @@ class DualEncoder(nn.Module):
         return {
             "model_cfg": self.open_clip_config,
             "preprocess_cfg": _assemble.preprocess_cfg(self.image_spec),
-            "vlp": {"scale": plain(self.scale_config)},
+            "vlp": {"scale": plain(self.scale_config), "heads": plain(self.heads_config)},
         }
 
     def open_clip_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the forward pass bounds it."""
-        named = {key: value for key, value in self.state_dict().items() if not key.startswith("scaling.")}
+        named = {key: value for key, value in self.state_dict().items() if not key.startswith(("scaling.", "heads."))}
         named["logit_scale"] = self.logit_scale.detach().clamp(max=self.scaling.log_max).reshape(())
         if self.logit_bias is not None:
             named["logit_bias"] = self.logit_bias.detach().reshape(())
@@ -171,24 +198,28 @@ def build(model: config.Model) -> DualEncoder:
     clip = _instantiate(model_cfg)
     if weights is not None:
         _weights.load_into(clip, weights)
-    encoder = DualEncoder(clip, without_downloads(model_cfg), preprocess_cfg, model.scale)
+    encoder = DualEncoder(clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads)
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
     return encoder
 
 
 def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
-    """The wanted fields of IMAGES and TEXTS, by one call of `model`: a DualEncoder or what an engine wrapped around one.
+    """What is wanted of a batch, by one call of `model`: a DualEncoder or what an engine wrapped around one.
 
-    Returns them by name, [b, …, D], with "scale" and (if the model has one) "bias", [].
+    Returns the wanted fields of IMAGES, TEXTS and views by name, [b, …, D], the wanted outputs of heads, [b, …], and
+    "scale", "bias" and "view_scale" as far as the model has them, [].
     """
     pixels = {name: getattr(batch, name) for name in IMAGES if name in wanted}
     ids = {name: getattr(batch, name) for name in TEXTS if name in wanted}
+    views = {name: getattr(batch, name) for name in VIEWS if name in wanted}
     features = model(
         torch.cat(list(pixels.values())) if pixels else None,
         torch.cat([value.flatten(0, -2) for value in ids.values()]) if ids else None,
+        **{name: value.flatten(0, 1) for name, value in views.items()},
+        pairs=len(batch) if {"concept_logits", "caption_logits"} & set(wanted) else 0,
     )
-    result = {}
+    result = {name: getattr(features, name).unflatten(0, value.shape[:2]) for name, value in views.items()}
     for shapes, found in (
         ({name: value.shape[:-3] for name, value in pixels.items()}, features.image),
         ({name: value.shape[:-1] for name, value in ids.items()}, features.text),
@@ -196,7 +227,9 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         if shapes:
             parts = found.split([shape.numel() for shape in shapes.values()])
             result |= {name: part.unflatten(0, shapes[name]) for name, part in zip(shapes, parts)}
-    return result | {"scale": features.scale} | ({} if features.bias is None else {"bias": features.bias})
+    others = {name: getattr(features, name) for name in ("concept_logits", "caption_logits") if name in wanted}
+    scalars = {name: getattr(features, name) for name in ("scale", "bias", "view_scale")}
+    return result | others | {name: value for name, value in scalars.items() if value is not None}
 
 
 def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
@@ -211,8 +244,9 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
     clip = _instantiate(model_cfg)
     if weights is not None:
         _weights.load_into(clip, weights)
-    scale = config.Scale(**described["vlp"]["scale"]) if "vlp" in described else config.Scale()
-    return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale)
+    ours = described.get("vlp", {})
+    scale, heads = parse(config.Scale, ours.get("scale", {})), parse(config.Heads, ours.get("heads", {}))
+    return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
 
 
 def load(reference: str | Path) -> DualEncoder:
@@ -260,6 +294,10 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
     if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
         return children
     return [block for child in children for block in _repeated(child)]
+
+
+def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    return output if isinstance(output, tuple) else (output, None)
 
 
 def _unit(features: Tensor) -> Tensor:

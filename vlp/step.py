@@ -22,13 +22,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlp import dist, model
 from vlp.losses import Objective
-from vlp.model import IMAGES, TEXTS
+from vlp.model import IMAGES, TEXTS, VIEWS
 from vlp.parallel import Engine
 from vlp.seeds import derive
 from vlp.teacher import Teacher
 from vlp.types import Batch
 
-LABELS = ("negatives_valid", "counterfactual_valid", "sample_id", "score")  # handed to the objective as they are
+MEASURED = 512  # rows that `geometry` looks at
+LABELS = (  # Batch fields handed to the objective as they are
+    "negatives_valid", "counterfactual_valid", "sample_id", "score", "teacher_image", "teacher_text", "teacher_scores",
+    "concept_targets",
+)  # fmt: skip
 
 
 class NonFiniteError(RuntimeError):
@@ -49,12 +53,12 @@ class Training:
     teacher: Teacher | None = None
 
 
-def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
+def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[str, Tensor]:
     """Update the model on this rank's rows of one step; returns detached scalars.
 
-    "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm". Loss and terms are this rank's share: their mean
-    over ranks is the value of the whole step. Raises NonFiniteError, on every rank and before the update, if any rank's
-    embeddings or gradients are not finite.
+    "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm", with `measure` also `geometry`. Loss and terms are
+    this rank's share: their mean over ranks is the value of the whole step. Raises NonFiniteError, on every rank and
+    before the update, if any rank's embeddings or gradients are not finite.
     """
     engine, step = training.engine, training.step
     micro = [part.to(engine.device) for part in batch.split(training.micro_batches)]
@@ -66,14 +70,13 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
 
     # 2. One objective over all rows of the step.
     leaves = {name: _leaf([output[name] for output in outputs], training) for name in outputs[0]}
-    labels = {name: getattr(batch, name) for name in LABELS if getattr(batch, name) is not None}
-    labels = {name: value.to(engine.device, non_blocking=True) for name, value in labels.items()}
     taught = learn(training, micro)
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
-    total, terms = training.objective(**leaves, **labels, **taught, step=step)
+    views_first = {name: value.transpose(0, 1) for name, value in leaves.items() if name in VIEWS}  # [V, b, D]
+    total, terms = training.objective(**leaves | views_first, **labels(training, batch), **taught, step=step)
     gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
-    for name in ("scale", "bias"):  # the scale's ceiling looks at the gradient's sign, so it must be the ranks' common one
-        if name in gradients:
+    for name, value in leaves.items():  # a scale's ceiling looks at the gradient's sign: it must be the ranks' common one
+        if not value.ndim:
             gradients[name] = dist.all_reduce(gradients[name], dist.world()) / dist.world_size()
     refuse_non_finite(leaves, [total, *gradients.values()], batch, step)
 
@@ -90,7 +93,9 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
     if training.teacher is not None:
         training.teacher.follow(taught, step)
     training.step += 1
-    shown = {name: leaves[name].detach() for name in ("scale", "bias") if name in leaves}
+    shown = {name: value.detach() for name, value in leaves.items() if not value.ndim}
+    if measure:
+        shown |= geometry(leaves["image"].detach(), leaves["text"].detach())
     return {"loss": total.detach(), **terms, **shown, "lr": torch.tensor(lr), "grad_norm": norm}
 
 
@@ -103,6 +108,29 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
     with _arithmetic(training), _attention(training):
         return model.embed(training.engine.model, part, training.objective.needs | {"image", "text"})
+
+
+def labels(training: Training, batch: Batch) -> dict[str, Tensor]:
+    """What the objective reads of the batch itself."""
+    found = {name: getattr(batch, name) for name in LABELS if getattr(batch, name) is not None}
+    if "caption_ids" in training.objective.needs:
+        found["caption_ids"] = batch.text[:, 1:]
+    return {name: value.to(training.engine.device, non_blocking=True) for name, value in found.items()}
+
+
+def geometry(image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """How this rank's embeddings [b, D] lie: gap ‖mean x − mean t‖, alignment mean ‖x_i − t_i‖², and uniformity
+    log mean_{i<j} e^{−2‖x_i − x_j‖²} of images and of texts (Wang & Isola 2020), from the first MEASURED rows.
+
+    2·MEASURED²·D multiplications, 0.5 GFLOP at D = 512, and only where a step is logged.
+    """
+    image, text = (rows[:MEASURED].float() for rows in (image, text))
+    found = {"gap": (image.mean(0) - text.mean(0)).norm(), "alignment": (image - text).square().sum(1).mean()}
+    for name, rows in (("image", image), ("text", text)):
+        if len(rows) > 1:
+            squares = 2 - 2 * (rows @ rows.T)[torch.ones(len(rows), len(rows), device=rows.device).triu(1).bool()]
+            found[f"uniformity_{name}"] = (-2 * squares).exp().mean().log()
+    return {f"space.{name}": value for name, value in found.items()}
 
 
 def learn(training: Training, micro: list[Batch]) -> dict[str, Tensor]:
@@ -158,9 +186,9 @@ def refuse_non_finite(leaves: dict[str, Tensor], others: list[Tensor], batch: Ba
     if not dist.all_reduce(bad.float(), dist.world()).item():
         return
     mine = []
-    for name in (n for n in (*IMAGES, *TEXTS) if n in leaves):
+    for name in (n for n in (*IMAGES, *TEXTS, *VIEWS) if n in leaves):
         rows = (~torch.isfinite(leaves[name])).flatten(1).any(1).nonzero().flatten().tolist()
-        tower = "image" if name in IMAGES else "text"
+        tower = "image" if "image" in name else "text"
         mine += [f"{name} embedding ({tower} tower) of sample {batch.sample_id[row].item()} ({batch.key[row]})" for row in rows]
     found = [line for lines in dist.gather_objects(mine) for line in lines]
     named = "\n  ".join(found[:20]) or "loss or its gradient only: look at the scale, the bias and the weights of the terms"

@@ -3,7 +3,7 @@
     ema    the model's moving average, w̄ ← d·w̄ + (1 − d)·w after every update: ema_image, ema_text, ema_negatives
            (decay d: DeGLA .9996, BriVL .99; Tarvainen & Valpola 2017)
     queue  the moving average's embeddings of the latest Q pairs of all ranks: queue_image, queue_text (MoCo, He et al.
-           2020); at the start random unit vectors
+           2020); at the start zeros, which the terms leave out
     model  another, frozen model: teacher_image, teacher_text, teacher_scale
 
 The average and the queue are part of the checkpoint. The average has float32 weights of its own, sharded where the
@@ -15,13 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlp import checkpoint, config, dist
 from vlp.model import DualEncoder, embed
 from vlp.parallel import Engine
-from vlp.seeds import derive
 from vlp.types import Batch
 
 EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"
@@ -39,9 +37,8 @@ class Teacher:
     """The teacher of a run, once the engine holds the model. `saved`: the result of `state` to continue from."""
 
     def __init__(
-        self, options: config.Teacher, engine: Engine, model: DualEncoder, needs: frozenset[str], *, seed: int,
-        saved: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
+        self, options: config.Teacher, engine: Engine, model: DualEncoder, needs: frozenset[str], saved: Mapping[str, Tensor]
+    ) -> None:
         self.decay, self.engine = options.ema, engine
         self.needs = needs | ({"ema_image", "ema_text"} if options.queue else set())
         weights = {name.removeprefix(EMA): value for name, value in saved.items() if name.startswith(EMA)}
@@ -49,10 +46,8 @@ class Teacher:
         self.frozen = None if options.model is None else frozen(options.model, model).to(engine.device)
         self.queue = {name: value.to(engine.device) for name, value in saved.items() if name.startswith(QUEUE)}
         if options.queue and not self.queue:
-            generator = torch.Generator().manual_seed(derive(seed, "queue"))
-            for name in ("queue_image", "queue_text"):
-                random = torch.randn(options.queue, model.embed_dim, generator=generator)
-                self.queue[name] = F.normalize(random, dim=1).to(engine.device)
+            empty = torch.zeros(options.queue, model.embed_dim, device=engine.device)
+            self.queue = {"queue_image": empty, "queue_text": empty.clone()}
 
     def embed(self, part: Batch) -> dict[str, Tensor]:
         """The needed embeddings of a micro-batch, [rows, …, D], with "teacher_scale" [] of a frozen model."""

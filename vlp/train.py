@@ -69,7 +69,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     )
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
-        training.teacher = teacher.Teacher(config.teacher, engine, model, objective.needs, seed=config.seed, saved=saved)
+        training.teacher = teacher.Teacher(config.teacher, engine, model, objective.needs, saved)
     if contents is not None:
         engine.load_moments(contents.optimizer)
         objective.load_state_dict(checkpoint.nested(contents.objective, objective.state))
@@ -90,9 +90,10 @@ def loop(
         with report.waiting():
             batch = next(batches)
         batch, about = chosen.choose(training, batch)
-        scalars = train_step(training, batch) | about
+        logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
+        scalars = train_step(training, batch, measure=logged) | about
         step = training.step
-        if step == 1 or plan.due(config.log.every, step):
+        if logged:
             report.training(step, means_over_ranks(scalars), loader.counters())
         stopping = stop.on_any_rank(training.engine.device)
         if stopping or plan.due(config.checkpoint.every, step):
@@ -189,8 +190,10 @@ def check_batch(config: Config) -> None:
 
 def check_needs(needs: frozenset[str], carried: frozenset[str], model: DualEncoder) -> None:
     """Refuse an objective whose terms need what neither the data nor the model supplies."""
-    supplied = carried | {"image", "text", "sample_id", "scale"} | ({"bias"} if model.logit_bias is not None else set())
-    missing = sorted(needs - supplied)
+    supplied = carried | model.heads.supplies() | {"image", "text", "sample_id", "scale", "caption_ids"}
+    missing = sorted(needs - supplied - ({"bias"} if model.logit_bias is not None else set()))
+    if idle := sorted(model.heads.supplies() - needs):
+        raise ValueError(f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), or add a term")
     if "bias" in missing:
         raise ValueError("the objective needs a logit bias; set model.bias (SigLIP: -10)")
     for prefix, remedy in REMEDIES.items():
@@ -206,6 +209,11 @@ def check_needs(needs: frozenset[str], carried: frozenset[str], model: DualEncod
 REMEDIES = {
     "ema_": "set teacher.ema to the decay of the moving average that gives them (DeGLA .9996, BriVL .99)",
     "queue_": "set teacher.queue to the number of pairs to keep, and teacher.ema (BriVL .99)",
+    "image_views": "set data.views and model.heads.views",
+    "text_views": "set data.views and model.heads.views",
+    "concept_logits": "set model.heads.concepts to the number of concepts",
+    "concept_targets": "store each sample's weights of the concepts in its JSON, as the list `concepts`",
+    "caption_logits": "set model.heads.captions",
     "teacher_": "set teacher.model, or store its embeddings with `vlp data embed` and name them in the source's `embeddings`",
 }
 

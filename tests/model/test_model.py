@@ -114,14 +114,14 @@ def test_autocast_keeps_rows_and_scale_in_float32():
     model = tiny(bias=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         features = model(*inputs(model))
-    assert {t.dtype for t in features} == {torch.float32}
+    assert {t.dtype for t in features if t is not None} == {torch.float32}
     torch.testing.assert_close(features.text.norm(dim=1), torch.ones(3))
 
 
 def test_float64_reaches_everything():
     model = tiny(bias=0.0).double()
     pixels, ids = inputs(model)
-    assert {t.dtype for t in model(model.pixels(pixels), ids)} == {torch.float64}
+    assert {t.dtype for t in model(model.pixels(pixels), ids) if t is not None} == {torch.float64}
 
 
 # ---- what engines and recipes ask of the model

@@ -1,0 +1,105 @@
+"""Views, concepts and captions: trained with the towers, exact at any number of ranks and micro-batches, left out of exports."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.model.tiny import inputs, tiny
+from tests.test_step import assert_close, gradients_and_weights, make_batch
+from vlp import export
+from vlp.model import embed, from_description, load
+from vlp.types import Batch
+
+LENGTH = 10
+HEADS = {"views": {"width": 24}, "concepts": 5, "captions": {"layers": 1}}
+OBJECTIVE = {"multi_view": {}, "slip": {}, "captioning": {"weight": 2}, "distill": {"form": "concepts"}, "infonce": {}}
+
+
+def rich_batch(rows=slice(None)):
+    """`make_batch` of short captions, with two views of each image and text, and weights of five concepts."""
+    plain = make_batch()
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(0, 256, (len(plain), 2, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    texts = torch.randint(1, 400, (len(plain), 2, LENGTH), generator=generator)
+    texts[..., -1] = 49407
+    concepts = torch.rand(len(plain), 5, generator=generator)
+    return dataclasses.replace(
+        make_batch(rows), text=plain.text[rows, :LENGTH], image_views=images[rows], text_views=texts[rows],
+        concept_targets=concepts[rows],
+    )  # fmt: skip
+
+
+def run(micro_batches=1, engine="ddp"):
+    return gradients_and_weights(micro_batches, batch=rich_batch, engine=engine, heads=HEADS, objective=OBJECTIVE, length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    gradients, weights, loss = run()
+    mine = {name for name in gradients if name.startswith("heads.")}
+    assert len(mine) > 20 and {name.split(".")[1] for name in mine} == set(HEADS)
+    assert all(any(gradients[name]) for name in mine)
+    return gradients, weights, loss
+
+
+def test_micro_batches_change_nothing(reference):
+    gradients, weights, _ = run(3)
+    assert assert_close(gradients, reference[0], 1e-10) > 40
+    assert_close(weights, reference[1], 1e-9)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_ranks_change_nothing(reference, engine):
+    for gradients, weights, _ in ranks.run(2, run, 2, engine):
+        assert_close(gradients, reference[0], 1e-9)
+        assert_close(weights, reference[1], 1e-9)
+
+
+def test_what_heads_give():
+    model = tiny(heads=HEADS)
+    pixels, ids = inputs(model)
+    batch = Batch(pixels, ids, torch.arange(3), list("abc"), image_views=pixels[:, None].repeat(1, 2, 1, 1, 1),
+                  text_views=ids[:, None].repeat(1, 2, 1))  # fmt: skip
+    found = embed(model, batch, {"image", "text", "image_views", "text_views", "concept_logits", "caption_logits"})
+    assert found["image_views"].shape == found["text_views"].shape == (3, 2, 48)
+    assert torch.allclose(found["image_views"].norm(dim=-1), torch.ones(3, 2))
+    assert torch.equal(found["image_views"][:, 0], found["image_views"][:, 1])  # the same view twice
+    assert (found["image_views"][:, 0] - found["image"]).abs().max() > 0.01  # by a projection of their own
+    assert found["concept_logits"].shape == (3, 5)
+    assert found["caption_logits"].shape == (3, ids.shape[1] - 1, model.text.vocab_size)
+    bare = embed(model, batch, {"image", "text"})
+    assert torch.equal(bare["image"], found["image"]) and bare.keys() == {"image", "text", "scale"}
+
+
+def test_a_caption_position_sees_the_image_and_the_words_before_it():
+    model = tiny(heads={"captions": {}})
+    pixels, ids = inputs(model)
+
+    def logits(pixels, ids):
+        return model(pixels, ids, pairs=3).caption_logits
+
+    before, changed = logits(pixels, ids), ids.clone()
+    changed[:, 4] += 1
+    after = logits(pixels, changed)
+    assert torch.equal(before[:, :4], after[:, :4])  # the prediction of token 4 stands at position 3
+    assert (before[:, 4:] - after[:, 4:]).abs().max() > 1e-4
+    assert (before - logits(255 - pixels, ids)).abs().flatten(1).max(1).values.min() > 1e-4
+
+
+def test_heads_return_from_a_checkpoint_and_stay_out_of_an_export(tmp_path):
+    model = tiny(heads=HEADS)
+    again = from_description(model.description())
+    assert again.state_dict().keys() == model.state_dict().keys()
+    export.export(model, tmp_path / "export")
+    exported = load(tmp_path / "export").eval()
+    assert not [name for name in exported.state_dict() if name.startswith("heads.")]
+    pixels, ids = inputs(model)
+    assert torch.allclose(exported.encode_image(pixels), model.encode_image(pixels), atol=1e-6)
+    assert torch.allclose(exported.encode_text(ids), model.encode_text(ids), atol=1e-6)
+
+
+def test_a_captioner_needs_a_tower_with_tokens():
+    with pytest.raises(ValueError, match=r"heads\.captions reads the towers' tokens.*found TimmModel"):
+        tiny(image_tower={"name": "timm", "model": "resnet10t", "image_size": 32}, heads={"captions": {}})
