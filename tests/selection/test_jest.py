@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from tests import ranks
 from vlp import checkpoint, config
+from vlp.cli import main
 from vlp.config import ConfigError
 from vlp.seeds import derive
 from vlp.selection.jest import Embedded, Remembered, exchange, select
@@ -212,6 +213,20 @@ def test_a_run_that_stops_goes_on_exactly_and_counts_its_cost(home, scenes):
     assert one.state["loader"]["batch"] == 32
 
 
+def test_stored_embeddings_choose_as_the_reference_does(home, scenes):
+    shards, stored = scenes / "train", home / "stored"
+    assert main(["data", "embed", str(shards), "--model", str(home / "reference"), "--to", str(stored)]) == 0
+    plain = ("data.augment.scale=[1.0, 1.0]", "data.captions.choose=first", "train.duration=2")
+    by_model = logged(train(settings(home, scenes, "by_model", chosen_by(home), *plain)))
+    scale, bias = (v.item() for v in checkpoint.load_model(home / "reference").scaling())
+    by_rows = chosen_by(home, reference="precomputed", scale=scale, bias=bias)
+    source = f"data.sources=[{{name: shards, path: {shards}, embeddings: {stored}}}]"
+    by_file = logged(train(settings(home, scenes, "by_file", by_rows, source, *plain)))
+    assert [r["jest.reference_rows"] for r in by_file] == [0, 0]
+    assert by_file[0]["jest.learnability"] == pytest.approx(by_model[0]["jest.learnability"], rel=1e-3)  # stored as float16
+    assert by_file[0]["jest.learnability_chosen"] == pytest.approx(by_model[0]["jest.learnability_chosen"], rel=1e-3)
+
+
 def losses_of(path, *overrides):
     run = train(config.load(path, list(overrides)))
     return [(record["loss"], record["jest.reference_rows"], record["jest.learnability_chosen"]) for record in logged(run)]
@@ -237,6 +252,7 @@ def test_refusals(home, scenes):
     refused("set both to those of the model", 'selection={"jest": {"reference": "precomputed"}}', error=ConfigError)
     refused("one at a time", 'selection={"jest": {"reference": "x"}, "mcl": {"labels": ["y"]}}', error=ConfigError)
     refused("5 chunks of jest do not divide train.batch 16", chosen_by(home, chunks=5))
+    refused("leave out data.together", chosen_by(home), "data.together=2")
     refused("set model.bias", chosen_by(home), "model.bias=null", "objective={infonce: {}}")
     refused("selection.jest.reference .* has image_spec.size", chosen_by(home), "model.image_tower.image_size=24")
     refused("selection.jest.reference .* has text_spec", chosen_by(home), "model.text_tower.context_length=20")
