@@ -32,27 +32,28 @@ class Embeddings:
 
     def __init__(self, folder: str, paths: list[str], shards: list[Shard], with_text: bool) -> None:
         self.with_text = with_text
-        self._paths = [str(Path(folder).expanduser() / f"{Path(path).stem}.safetensors") for path in paths]
-        if len(set(self._paths)) < len(self._paths):
+        self._files = [Path(folder).expanduser() / f"{Path(path).stem}.safetensors" for path in paths]
+        if len(set(self._files)) < len(self._files):
             raise ValueError(f"embeddings {folder!r}: several shards have one name; make each folder of shards a source of its own")
-        kinds = {_check(path, shard): path for path, shard in zip(self._paths, shards)}
+        kinds = {_check(path, shard): path for path, shard in zip(self._files, shards)}
         if len(kinds) > 1:
             found = "; ".join(f"{path}: {teacher}" for teacher, path in kinds.items())
             raise ValueError(f"embeddings {folder!r} are of several models ({found}); make them anew with `vlp data embed`")
         [self.teacher] = kinds
+        self._times = [path.stat().st_mtime_ns for path in self._files]
 
     def row(self, shard: int, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and text embedding, float16 [D] each, of sample i of a shard."""
-        file = _opened(self._paths[shard])
+        file = _opened(self._files[shard], self._times[shard])
         return file.get_slice("image")[i], file.get_slice("text")[i]
 
 
-def _check(path: str, shard: Shard) -> Teacher:
+def _check(path: Path, shard: Shard) -> Teacher:
     """Whose embeddings the file of a shard holds."""
     remedy = f"make it with `vlp data embed` from the shard {shard.name}"
     try:
-        file = _opened(path)
-        about, shapes = file.metadata(), [tuple(file.get_slice(name).get_shape()) for name in ("image", "text")]
+        with safe_open(path, "numpy") as file:
+            about, shapes = file.metadata(), [tuple(file.get_slice(name).get_shape()) for name in ("image", "text")]
         model, scale, keys = about["model"], float(about["scale"]), about["keys"]
         (n, width), _ = shapes
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -64,5 +65,5 @@ def _check(path: str, shard: Shard) -> Teacher:
 
 
 @lru_cache(maxsize=128)  # a process keeps this many files mapped; only the rows that are read take memory
-def _opened(path: str) -> Any:
+def _opened(path: Path, mtime_ns: int) -> Any:
     return safe_open(path, "numpy")

@@ -38,7 +38,7 @@ _GROUPS = """
     beautiful pretty lovely
     happy cheerful
     fast quick rapid
-    under below beneath underneath
+    below beneath
     beside near
     several various
     shiny glossy
