@@ -123,6 +123,7 @@ def png(shown: list[Shown], columns: int, size: int) -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(11)
+    size = max(96, *(max(item.picture.size) for item in shown if item.picture is not None)) if size > 96 else size
     height = size + _GAP + _LINE * _MAX_LINES
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (size + _GAP) + _GAP, rows * (height + _GAP) + _GAP), "white")

@@ -66,6 +66,25 @@ def scatter(pairs: Sequence[tuple[Point, Point, str]], names: tuple[str, str], k
     return tag("div", switch, legend, drawing, class_="plot")
 
 
+def bars(title: str, rows: Sequence[tuple[str, float]], said: str = "") -> Html:
+    """A card with a bar for every (label, number); where labels would touch, every second, third, … is shown."""
+    if not rows:
+        return tag("figure", tag("figcaption", title), tag("p", "nothing to count", class_="note"), class_="card")
+    plot = _Plot((0, len(rows)), (0, max(n for _, n in rows) or 1))
+    floor, every = HEIGHT - BOTTOM, -(-len(rows) * (8 + 6 * max(len(label) for label, _ in rows)) // (WIDTH - LEFT - RIGHT))
+    drawn = []
+    for i, (label, n) in enumerate(rows):
+        (left, top), (right, _) = plot.at(i, n), plot.at(i + 1, n)
+        shape = {"x": left + 1, "y": top, "width": max(right - left - 2, 1), "height": floor - top}
+        shape = {name: f"{value:.1f}" for name, value in shape.items()}
+        drawn.append(tag("rect", tag("title", f"{label}: {number(n)}"), class_="c0", **shape))
+        if i % every == 0:
+            drawn.append(tag("text", label, x=f"{(left + right) / 2:.1f}", y=HEIGHT - 7, text_anchor="middle"))
+    view = {"class_": "bars", "role": "img", "viewBox": f"0 0 {WIDTH} {HEIGHT}", "aria_label": title}
+    drawing = tag("svg", plot.axes(across=False), drawn, **view)
+    return tag("figure", tag("figcaption", title, tag("b", said)), drawing, class_="card")
+
+
 def downsampled(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     """At most `limit` points: of each stretch its lowest and its highest, and both ends, so that no spike is lost."""
     if len(points) <= limit:
@@ -107,13 +126,13 @@ class _Plot:
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    def axes(self) -> list[Html]:
+    def axes(self, across: bool = True) -> list[Html]:
         drawn = []
         for value in ticks(*self.y):
             y = f"{self.at(self.x[0], value)[1]:.1f}"
             drawn.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
             drawn.append(tag("text", number(value), x=LEFT - 6, y=y, dy="0.32em", text_anchor="end"))
-        for value in ticks(*self.x):
+        for value in ticks(*self.x) if across else ():
             x = f"{self.at(value, self.y[0])[0]:.1f}"
             shown = f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
             drawn.append(tag("text", shown, x=x, y=HEIGHT - 7, text_anchor="middle"))

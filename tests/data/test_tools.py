@@ -11,10 +11,10 @@ from tests.data.test_hostile import corrupt
 from vlp.cli import main
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys, workers):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys, processes):
     write_shards(tmp_path / "s", 60, 10)
-    assert main(["data", "validate", str(tmp_path / "s"), "--workers", workers]) == 0
+    assert main(["data", "validate", str(tmp_path / "s"), "--processes", processes]) == 0
     assert "6 shards, 60 good samples, 0 problems in 0 shards" in capsys.readouterr().out
     bad = corrupt(tmp_path / "s", every=15)
     path = tmp_path / "s" / "00001.tar"
@@ -23,7 +23,7 @@ def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys
     names = ("a.png", "a.txt", "b.png", "c.txt", "a.png")
     write_tar(tmp_path / "s" / "00006.tar", [(name, image if name.endswith("png") else b"x") for name in names])
     report = tmp_path / "report.json"
-    assert main(["data", "validate", str(tmp_path / "s"), "--workers", workers, "--json", str(report)]) == 1
+    assert main(["data", "validate", str(tmp_path / "s"), "--processes", processes, "--json", str(report)]) == 1
     said, found = capsys.readouterr().out, json.loads(report.read_text())
     for number in bad - set(range(10, 20)):
         assert f"{number // 10:05d}{number % 10:04d}: no readable image" in said
