@@ -6,6 +6,8 @@ Written fields, all of one length (at most K; fewer where fewer were found, none
     negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun, replace_number,
                      replace_relation, order_*, masked, rewritten, or what --from says ("given" where it says nothing)
     negatives_of     the number of the caption that each was made from, −1 where it was given
+A line of --from may name an image (a path from the file's folder) that its first negative is true of: it becomes the
+sample's KEY.negative.jpg, which the form `triplet` of the term hard_negatives needs.
 
 Rules need no model and come from word lists (words.yaml). What is equal to a caption of the sample, or says of it what
 another of its captions says too, is dropped and counted.
@@ -49,7 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--k", type=int, default=4, metavar="K", help="most negatives a sample (default: %(default)s)")
     add("--kinds", default=",".join(KINDS), metavar="NAMES", help="rules, joined by commas, or none (default: %(default)s)")
     add("--words", metavar="FILE", help="other word lists (see data_tools/words.yaml); scenes: the words of `vlp data scenes`")
-    add("--from", dest="given", metavar="FILE.jsonl", help='given negatives: {"key": …, "negatives": […], "kinds": […]} a line')
+    add("--from", dest="given", metavar="FILE.jsonl",
+        help='given negatives: {"key": …, "negatives": […], "kinds": […], "image": PATH of the first\'s} a line')  # fmt: skip
     add("--rewriter", metavar="MODEL", help="masked or causal language model of transformers (name or folder) for more negatives")
     add("--prompt", default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",
         help="what a causal rewriter continues; {} is the caption")  # fmt: skip
@@ -94,15 +97,21 @@ def _change(args: argparse.Namespace) -> AddNegatives:
         raise ValueError(f"--k {args.k} must be at least 1")
     if "{}" not in args.prompt:
         raise ValueError(f"--prompt {args.prompt!r} lacks the {{}} that stands for the caption")
-    given = read_given(Path(args.given)) if args.given else {}
+    given, images = read_given(Path(args.given)) if args.given else ({}, {})
     if not (kinds or given or args.rewriter):
         raise ValueError("no source of negatives: leave --kinds at its default, or give --from or --rewriter")
-    return AddNegatives(args.k, kinds, args.seed, Lexicon.load(args.words), given, args.rewriter, args.prompt)
+    return AddNegatives(args.k, kinds, args.seed, Lexicon.load(args.words), given, images, args.rewriter, args.prompt)
 
 
-def read_given(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Key → (negative, kind) pairs of a JSONL file; raises ValueError with the line of the first mistake."""
+def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, Path]]:
+    """Key → (negative, kind) pairs, and key → image of the first of them, of a JSONL file.
+
+    Raises ValueError with the line of the first mistake.
+    """
+    from vlp.data.members import IMAGE_TYPES
+
     result: dict[str, list[tuple[str, str]]] = {}
+    images: dict[str, Path] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -112,15 +121,21 @@ def read_given(path: Path) -> dict[str, list[tuple[str, str]]]:
             kinds = row.get("kinds", ["given"] * len(texts))
             right = isinstance(row["key"], str) and isinstance(texts, list) and isinstance(kinds, list)
             right = right and len(kinds) == len(texts) and all(isinstance(text, str) for text in texts + kinds)
+            image = path.parent / row["image"] if "image" in row else None
         except (ValueError, KeyError, TypeError, AttributeError):
             right = False
         if not right:
-            expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"]} (kinds may be left out)'
+            expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"], "image": "…"} (kinds and image may be left out)'
             raise ValueError(f"{path}:{number}: found {line[:100]!r}, expected {expected}")
+        if image is not None:
+            if not image.is_file() or image.suffix.lower()[1:] not in IMAGE_TYPES or not texts or row["key"] in result:
+                expected = f"a {', '.join(sorted(IMAGE_TYPES))} file beside the first negatives of {row['key']!r}"
+                raise ValueError(f"{path}:{number}: found the image {str(image)!r}, expected {expected}")
+            images[row["key"]] = image
         result.setdefault(row["key"], []).extend(zip(texts, kinds))
     if not result:
         raise ValueError(f"{path} holds no negatives")
-    return result
+    return result, images
 
 
 @dataclass
@@ -132,12 +147,14 @@ class AddNegatives:
     seed: int
     lexicon: Lexicon
     given: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)  # of the first given negative
     rewriter: str | None = None
     prompt: str = "{}"
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on, besides the input."""
-        given = hashlib.sha256(json.dumps(self.given, sort_keys=True).encode()).hexdigest()[:16] if self.given else None
+        told = [self.given, {key: [image.name, image.stat().st_size] for key, image in self.images.items()}]
+        given = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16] if self.given else None
         words = hashlib.sha256(repr(self.lexicon.entries).encode()).hexdigest()[:16]
         model = {"rewriter": self.rewriter, "prompt": self.prompt if self.rewriter else None}
         return {"k": self.k, "kinds": self.kinds, "seed": self.seed, "words": words, "given": given, **model}
@@ -154,6 +171,7 @@ class AddNegatives:
         chosen = self.choose(sample.key, captions, counts)
         if sample.meta.get("negatives"):
             counts["samples whose earlier negatives were replaced"] += 1
+        self._picture(sample, chosen, counts)
         meta = {
             **sample.meta,
             "negatives": [n.text for n, _ in chosen],
@@ -164,6 +182,18 @@ class AddNegatives:
         counts["samples without negatives" if not chosen else "samples with negatives"] += 1
         counts.update(f"negatives written: {n.kind}" for n, _ in chosen)
         return meta
+
+    def _picture(self, sample: Content, chosen: list[tuple[Negative, int]], counts: Counter[str]) -> None:
+        """Give the sample the image of its first negative; one of an earlier first negative goes with that."""
+        sample.negative_image, sample.negative_image_type = b"", ""
+        image = self.images.get(sample.key)
+        if image is None:
+            return
+        if chosen and chosen[0][1] < 0 and chosen[0][0].text == self.given[sample.key][0][0].strip():
+            sample.negative_image, sample.negative_image_type = image.read_bytes(), image.suffix.lower()[1:]
+            counts["negative images written"] += 1
+        else:
+            counts["dropped: negative images whose caption was dropped"] += 1
 
     def choose(self, key: str, captions: list[str], counts: Counter[str]) -> list[tuple[Negative, int]]:
         """At most K (negative, number of its caption) pairs: the given ones first, then every kind in turn."""

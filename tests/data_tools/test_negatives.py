@@ -96,6 +96,32 @@ def test_given_negatives_come_by_key(shards: Path, tmp_path: Path, capsys: pytes
     assert re.search(r"given: keys without a sample +1\b", out) and re.search(r"given: keys used +2\b", out)
 
 
+def test_a_given_negative_may_bring_an_image(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It goes where its caption goes: not to a sample whose caption is dropped, and away with the next negatives."""
+    (tmp_path / "made").mkdir()
+    for name in ("a.PNG", "b.jpg"):
+        (tmp_path / "made" / name).write_bytes(f"picture {name}".encode())
+    table = tmp_path / "given.jsonl"
+    rows = [
+        {"key": "k2", "negatives": ["hum", "ham"], "image": "made/a.PNG"}, {"key": "k0", "negatives": ["a blue car"]},
+        {"key": "k5", "negatives": ["an elephant!", "a mouse"], "image": "made/b.jpg"},
+    ]  # fmt: skip
+    table.write_text("\n".join(map(json.dumps, rows)))
+    call(negatives, shards, "--to", tmp_path / "out", "--kinds", "none", "--from", table)
+    after = read(tmp_path / "out")
+    pictured = {key: (s.negative_image, s.negative_image_type) for key, s in after.items() if s.negative_image}
+    assert pictured == {"k2": (b"picture a.PNG", "png")}
+    assert after["k2"].meta["negatives"] == ["hum", "ham"] and after["k5"].meta["negatives"] == ["a mouse"]
+    out = capsys.readouterr().out
+    assert re.search(r"negative images written +1\b", out) and re.search(r"images whose caption was dropped +1\b", out)
+    call(negatives, tmp_path / "out", "--to", tmp_path / "again")
+    assert not any(sample.negative_image for sample in read(tmp_path / "again").values())
+    for wrong in ({"image": "made/none.png"}, {"image": "given.jsonl"}, {"image": "made/b.jpg", "negatives": []}, {"image": 3}):
+        table.write_text(json.dumps({"key": "k2", "negatives": ["hum"], **wrong}))
+        with pytest.raises(ValueError, match=r"given\.jsonl:1: found .*expected"):
+            negatives.read_given(table)
+
+
 @pytest.mark.parametrize("line", [
     "{", '{"key": "a"}', '{"key": "a", "negatives": ["x"], "kinds": []}', '{"key": 3, "negatives": []}', "[]",
     '{"key": "a", "negatives": "x"}', '{"key": "a", "negatives": [1]}',
