@@ -12,9 +12,9 @@ number of micro-batches changes memory and nothing else (BASIC, Pham et al. 2021
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Training:
     dtype: torch.dtype = torch.float32  # of the towers' arithmetic
     step: int = 0
     teacher: Teacher | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)  # keywords of the objective that no step changes
 
 
 def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     taught = learn(training, micro)
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     views_first = {name: value.transpose(0, 1) for name, value in leaves.items() if name in VIEWS}  # [V, b, D]
-    total, terms = training.objective(**leaves | views_first, **labels(training, batch), **taught, step=step)
+    total, terms = training.objective(**leaves | views_first, **labels(training, batch), **taught, **training.constants, step=step)
     gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
     for name, value in leaves.items():  # a scale's ceiling looks at the gradient's sign: it must be the ranks' common one
         if not value.ndim:

@@ -55,7 +55,8 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     objective = losses.build(
         config.objective, **vars(config.pairwise), seed=config.seed, samples=loader.n_samples, steps=plan.total
     )
-    check_needs(objective.needs, loader.carries | teacher.supplies(config.teacher), model)
+    stored = {} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale}
+    check_needs(objective.needs, loader.carries | stored.keys() | teacher.supplies(config.teacher), model)
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
@@ -65,7 +66,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     warmup = plan.steps(config.train.optimizer.warmup)
     training = Training(
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
-        config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
+        config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device), constants=stored,
     )
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher

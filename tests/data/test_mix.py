@@ -15,7 +15,7 @@ class Numbers:
     """A source of n samples without content."""
 
     n_left_out = n_negatives = n_counterfactuals = window = 0
-    scored = False
+    labels = frozenset()
 
     def __init__(self, n: int) -> None:
         self.n = n

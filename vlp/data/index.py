@@ -37,7 +37,8 @@ from vlp.data.members import (
 from vlp.files import write_atomically
 
 ROW = struct.Struct("<QIBBBB")  # offset and length of the sample's members; captions, negatives, counterfactuals, flags
-CLASS, SCORE = 1, 2  # flags: what else the sample's JSON offers
+CLASS = 1  # flag: the sample's JSON names its class
+LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}  # flags: numbers of the sample's JSON that terms read
 PICTURED = 4  # flag: it has an image of its first negative
 CONTINUES = 8  # flag: its origin is that of the sample before it
 NAME = "_index.bin"
@@ -177,7 +178,7 @@ class _Scanner:
         self.origin = meta.get("origin")
         flags = (
             CLASS * isinstance(meta.get("class"), str)
-            | SCORE * isinstance(meta.get("score"), (int, float))
+            | sum(LABELS[name] for name in labels_of(meta))
             | PICTURED * ("negative" in members)
             | CONTINUES * (self.origin is not None and self.origin == before)
         )
@@ -190,6 +191,16 @@ class _Scanner:
             raise ValueError(f"a text member of {member.size} bytes, more than {MAX_TEXT_BYTES}")
         self.file.seek(member.offset)
         return self.file.read(member.size)
+
+
+def labels_of(meta: dict[str, Any]) -> frozenset[str]:
+    """Which of LABELS a sample's JSON holds: "score" is a number, the others are lists of numbers."""
+    found = {name for name in LABELS if name in meta}
+    lists = {name: [meta[name]] if name == "score" else meta[name] for name in found}
+    return frozenset(
+        name for name, values in lists.items()
+        if isinstance(values, list) and values and all(isinstance(v, (int, float)) for v in values)
+    )  # fmt: skip
 
 
 def cache_folder() -> Path:

@@ -45,8 +45,13 @@ def optional_fields(sources: list[Source], data: Data) -> dict[str, int]:
             fields["negative_image"] = 1
     if c := max(source.n_counterfactuals for source in sources):
         fields |= {"counterfactual": c, "counterfactual_valid": c}
-    if all(source.scored for source in sources):
+    labels = frozenset.intersection(*(source.labels for source in sources))
+    if "score" in labels:
         fields["score"] = 1
+    if "negative_scores" in labels and "negatives" in fields:
+        fields["teacher_scores"] = k
+    if "concepts" in labels:
+        fields["concept_targets"] = len(sources[0][0].meta["concepts"])
     if all(source.embeddings for source in sources):
         width = sources[0].embeddings.teacher.width
         fields["teacher_image"] = width
@@ -124,7 +129,7 @@ class Steps(Dataset):
         if views is None:
             out["image"].copy_(decode.train(sample.image, self.image, augment, chance("pixels")))
         else:
-            image = decode.decode(sample.image)  # once for all views
+            image = decode.decode(sample.image)  # once for all views, so at full size
             out["image"].copy_(decode.random_crop(image, self.image, augment, chance("pixels")))
             for v, view in enumerate(out["image_views"]):
                 view.copy_(decode.random_crop(image, self.image, views.augment, chance("view", v)))
@@ -162,6 +167,12 @@ class Steps(Dataset):
             result["counterfactual_valid"] = torch.tensor([bool(row) for row in texts])
         if "score" in self.optional:
             result["score"] = torch.tensor([float(sample.meta["score"]) for sample in samples], dtype=torch.float32)
+        if k := self.optional.get("teacher_scores", 0):
+            lists = [_numbers(sample, "negative_scores", len(text_list(sample.meta, "negatives")))[:k] for sample in samples]
+            result["teacher_scores"] = torch.tensor([row + [0.0] * (k - len(row)) for row in lists], dtype=torch.float32)
+        if c := self.optional.get("concept_targets", 0):
+            lists = [_numbers(sample, "concepts", c) for sample in samples]
+            result["concept_targets"] = torch.tensor(lists, dtype=torch.float32)
         for i, name in enumerate(("teacher_image", "teacher_text")):
             if name in self.optional:
                 rows = np.stack([sample.embeddings[i] for sample in samples])
@@ -182,6 +193,16 @@ class Steps(Dataset):
     def _tokens(self, rows: list[list[str]]) -> Tensor:
         flat = self._tokenizer([text for row in rows for text in row])
         return flat.view(len(rows), -1, flat.shape[-1])
+
+
+def _numbers(sample: Sample, field: str, count: int) -> list[float]:
+    values = sample.meta[field]
+    if len(values) != count:
+        raise DataError(
+            f"sample {sample.key!r} has {len(values)} numbers in {field!r}, expected {count}: one for each "
+            f"{'of its negatives' if field == 'negative_scores' else 'concept, as the first sample has'}"
+        )
+    return [float(value) for value in values]
 
 
 def _new_pixels(shape: tuple[int, ...]) -> Tensor:

@@ -38,7 +38,7 @@ class Source(Protocol):
     n_negatives: int = 0  # most hard-negative captions of any sample
     n_counterfactuals: int = 0  # most counterfactual captions of any sample
     pictured: bool = False  # some sample has an image of its first negative
-    scored: bool = False  # every sample has a relevance
+    labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Embeddings | None = None  # a teacher's, of every sample
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to fetch their shards.

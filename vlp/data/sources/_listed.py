@@ -13,6 +13,7 @@ import torch
 
 from vlp.config import Captions
 from vlp.data.archives import Archive, Place, image_type
+from vlp.data.index import LABELS, labels_of
 from vlp.data.sources import Source, captions_of, text_list
 from vlp.data.tables import Item
 from vlp.types import Sample
@@ -24,7 +25,7 @@ class Listed(Source):
     def __init__(self, archive: Archive, named: Sequence[tuple[Item, str]], captions: Captions, problems: list[str]) -> None:
         records, self._problems, digest = [], list(problems), hashlib.sha256()
         self.n_negatives = self.n_counterfactuals = 0
-        self.scored = True
+        self.labels = frozenset(LABELS)
         for item, name in named:
             texts = captions_of(tuple(item.captions), item.meta, captions)
             if not texts:
@@ -34,7 +35,7 @@ class Listed(Source):
             digest.update(json.dumps([name, texts, item.meta]).encode())  # not the place: a data set may be moved
             self.n_negatives = max(self.n_negatives, len(text_list(item.meta, "negatives")))
             self.n_counterfactuals = max(self.n_counterfactuals, len(text_list(item.meta, "counterfactuals")))
-            self.scored = self.scored and isinstance(item.meta.get("score"), (int, float))
+            self.labels &= labels_of(item.meta)
         self.n_left_out = len(self._problems)
         n_silent = len(named) - len(records)
         if n_silent and captions.missing == "error":

@@ -109,7 +109,7 @@ class Remote(Source):
 
     def __init__(self, shards: Shards, cache: Cache, window: int) -> None:
         self.shards, self.cache, self.window = shards, cache, window
-        self.n_left_out, self.scored, self.pictured = shards.n_left_out, shards.scored, shards.pictured
+        self.n_left_out, self.labels, self.pictured = shards.n_left_out, shards.labels, shards.pictured
         self.n_negatives, self.n_counterfactuals = shards.n_negatives, shards.n_counterfactuals
         self.runs = shards.counts()
         self._fetcher: ThreadPoolExecutor | None = None

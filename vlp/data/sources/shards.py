@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 
 from vlp.config import Captions
 from vlp.data.embedded import Embeddings
-from vlp.data.index import CLASS, CONTINUES, PICTURED, ROW, SCORE, Shard, index
+from vlp.data.index import CLASS, CONTINUES, LABELS, PICTURED, ROW, Shard, index
 from vlp.data.members import open_sample
 from vlp.data.sources import Source, captions_of
 from vlp.types import Sample
@@ -87,7 +87,7 @@ class Shards(Source):
         self.pictured = bool((rows["flags"] & PICTURED > 0).any())
         if self.pictured and lonely:
             self._problems.append(f"{self.paths[0]}…: the first negative of {lonely} samples is masked: no image belongs to it")
-        self.scored = bool((rows["flags"] & SCORE > 0).all())
+        self.labels = frozenset(name for name, flag in LABELS.items() if (rows["flags"] & flag > 0).all())
         self._digest = hashlib.sha256(rows.tobytes() + shard_of.tobytes()).hexdigest()
         # Tensors in shared memory: loader processes receive a handle instead of a copy.
         self._rows = torch.from_numpy(rows.copy().view(np.uint8)).share_memory_()

@@ -1,0 +1,67 @@
+"""Numbers of a sample's JSON that terms read: relevance, a teacher's scores of negatives, weights of concepts."""
+
+import json
+
+import pytest
+import torch
+
+from tests.data.material import data_of, encoded, loader_of, picture
+from vlp.data.format import ShardWriter
+from vlp.data.loader import DataError
+
+
+def write(folder, **changed):
+    """Eight samples whose numbers tell which they are; `changed` replaces the JSON of the fifth."""
+    with ShardWriter(folder, 3) as writer:
+        for i in range(8):
+            meta = {
+                "score": i / 2, "negatives": [f"not {i}"] * (1 + i % 2), "negative_scores": [i, -i][: 1 + i % 2],
+                "concepts": [0, i, 0.5],
+            }  # fmt: skip
+            writer.add(f"k{i}", encoded(picture(i)), "png", [f"text {i}"], meta | (changed if i == 5 else {}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_labels_reach_their_rows(tmp_path, kind):
+    source = write(tmp_path / "s") if kind == "shards" else folder(tmp_path / "f")
+    loader = loader_of(data_of(source), 4)
+    assert loader.carries >= {"score", "teacher_scores", "concept_targets"}
+    seen = 0
+    for _ in range(2):
+        batch = next(loader)
+        for row, key in enumerate(batch.key):
+            i = int(key.removesuffix(".png")[-1])
+            assert batch.score[row] == i / 2
+            assert batch.teacher_scores[row].tolist() == [i, -i if i % 2 else 0]
+            assert batch.negatives_valid[row].tolist() == [True, bool(i % 2)]
+            assert torch.equal(batch.concept_targets[row], torch.tensor([0, i, 0.5]))
+            seen += 1
+    assert seen == 8
+
+
+def folder(path):
+    """The same as a folder of pictures with a table."""
+    path.mkdir()
+    lines = []
+    for i in range(8):
+        (path / f"k{i}.png").write_bytes(encoded(picture(i)))
+        lines.append({"image": f"k{i}.png", "caption": f"text {i}", "score": i / 2, "negatives": [f"not {i}"] * (1 + i % 2),
+                      "negative_scores": [i, -i][: 1 + i % 2], "concepts": [0, i, 0.5]})  # fmt: skip
+    (path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"name": "folder", "path": str(path), "captions": str(path / "captions.jsonl")}
+
+
+def test_a_label_that_one_sample_lacks_is_not_carried(tmp_path):
+    loader = loader_of(data_of(write(tmp_path / "s", score="high", concepts=None, negative_scores=[])), 4)
+    assert not loader.carries & {"score", "teacher_scores", "concept_targets"}
+
+
+@pytest.mark.parametrize(("field", "values", "expected"), [
+    ("concepts", [1, 2], "sample 'k5' has 2 numbers in 'concepts', expected 3: one for each concept"),
+    ("negative_scores", [1, 2, 3], "sample 'k5' has 3 numbers in 'negative_scores', expected 2: one for each of its negatives"),
+])  # fmt: skip
+def test_another_number_of_numbers_is_named(tmp_path, field, values, expected):
+    loader = loader_of(data_of(write(tmp_path / "s", **{field: values})), 8)
+    with pytest.raises(DataError, match=expected):
+        next(loader)
