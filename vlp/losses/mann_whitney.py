@@ -11,11 +11,12 @@ and h³·√3/216 times the largest fourth derivative, 1/(8τ⁴)).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vlp.losses._objective import Inputs
 from vlp.pairwise import SUM, Pairs, Reduction, Tile, softplus
@@ -30,7 +31,7 @@ LIMIT = 1.01  # of the nodes: rounding takes cosines a little above 1
 @dataclass(frozen=True)
 class Options:
     tau: float = 0.01  # τ
-    exact: int = 2048  # candidates up to which every comparison is made
+    exact: int = 1024  # candidates up to which every comparison is made
 
     def __post_init__(self) -> None:
         if self.tau <= 0 or self.exact < 0:
@@ -45,26 +46,52 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     shared = [positives] if exact else curve(positives, τ)
 
     def losses(tile: Tile) -> tuple[Tensor, ...]:
-        found = compare(tile.scores[0], *tile.shared, τ) if exact else interpolate(tile.scores[0], *tile.shared, τ / NODES_A_TAU)
+        scores = tile.scores[0]
+        found = Compare.apply(scores, *tile.shared, τ)[0] if exact else interpolate(scores, *tile.shared, τ / NODES_A_TAU)
         return (found.masked_fill(tile.positive, 0),)
 
     rows = pairs.reduce(Reduction(losses, rows=(SUM,)), [inputs.image], [inputs.text], shared=shared)[0]
     return pairs.mean(rows) / (n * (n - 1))
 
 
-def compare(scores: Tensor, positives: Tensor, τ: float) -> Tensor:
-    """F at every score, of the scores' shape."""
-    parts = positives.split(max(BLOCK // scores.numel(), 1))
-    return sum(checkpoint(_softplus_sum, scores, part, τ, use_reentrant=False, preserve_rng_state=False) for part in parts)
+class Compare(torch.autograd.Function):
+    """(scores s of any shape, positives [n], τ) -> F(s) and τF'(s), a block of positives at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, positives: Tensor, τ: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(scores, positives)
+        ctx.τ = τ
+        total, slope = torch.zeros_like(scores), torch.zeros_like(scores)
+        for gap, _ in _gaps(scores, positives, τ):
+            total += softplus(gap).sum(0)
+            slope += gap.sigmoid_().sum(0)
+        return total, slope
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_total: Tensor, d_slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        scores, positives = ctx.saved_tensors
+        d_scores, d_positives = torch.zeros_like(scores), torch.empty_like(positives)
+        for gap, block in _gaps(scores, positives, ctx.τ):
+            p = gap.sigmoid_()
+            d_gap = p * (d_total + d_slope * (1 - p)) / ctx.τ
+            d_scores += d_gap.sum(0)
+            d_positives[block] = -d_gap.flatten(1).sum(1)
+        return d_scores, d_positives, None
 
 
-def curve(positives: Tensor, τ: float) -> list[Tensor]:
+def _gaps(scores: Tensor, positives: Tensor, τ: float) -> Iterator[tuple[Tensor, slice]]:
+    """(s − s_ii)/τ, [positives of a block, *shape of the scores]."""
+    size = max(BLOCK // scores.numel(), 1)
+    for start in range(0, len(positives), size):
+        block = slice(start, start + size)
+        yield (scores - positives[block].view(-1, *[1] * scores.dim())) / τ, block
+
+
+def curve(positives: Tensor, τ: float) -> tuple[Tensor, Tensor]:
     """F and τF' at nodes τ/8 apart over [−1.01, 1.01]."""
     h = τ / NODES_A_TAU
-    nodes = torch.arange(int(2 * LIMIT / h) + 2, device=positives.device).to(positives) * h - LIMIT
-    parts = nodes.split(max(BLOCK // len(positives), 1))
-    found = [checkpoint(_with_slope, part, positives, τ, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return [torch.cat(values) for values in zip(*found)]
+    return Compare.apply(torch.arange(int(2 * LIMIT / h) + 2, device=positives.device).to(positives) * h - LIMIT, positives, τ)
 
 
 def interpolate(scores: Tensor, values: Tensor, slopes: Tensor, h: float) -> Tensor:
@@ -75,12 +102,3 @@ def interpolate(scores: Tensor, values: Tensor, slopes: Tensor, h: float) -> Ten
     f, g = values[left], values[left + 1]
     a, b = slopes[left] / NODES_A_TAU, slopes[left + 1] / NODES_A_TAU
     return f + t * (a + t * (3 * (g - f) - 2 * a - b + t * (2 * (f - g) + a + b)))
-
-
-def _softplus_sum(scores: Tensor, positives: Tensor, τ: float) -> Tensor:
-    return softplus((scores - positives.view(-1, *[1] * scores.dim())) / τ).sum(0)
-
-
-def _with_slope(nodes: Tensor, positives: Tensor, τ: float) -> tuple[Tensor, Tensor]:
-    gap = (nodes.unsqueeze(1) - positives) / τ
-    return softplus(gap).sum(1), torch.sigmoid(gap).sum(1)

@@ -1,0 +1,142 @@
+"""Time and memory of every objective over pairs, forward and backward, at growing batches.
+
+    python tests/benchmarks/terms.py --batch 2048 8192 --dim 256
+
+One process a measurement, as in loss.py. Extra memory is the peak above what stood before the call: embeddings,
+queues and whatever else the term reads. `growth` is its ratio to the row above: at a fourfold batch 4 is O(B·D), less
+where tiles of a fixed size weigh, and 16 would be a stored matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from tests.benchmarks import report
+from tests.benchmarks.loss import peak_memory, seconds
+
+# Objectives whose rows meet the rows of others, with options where the defaults would not show the point. (Own-sample
+# terms and captioning hold what they are given, and nothing of B².)
+TERMS: dict[str, dict[str, Any]] = {
+    "infonce": {"label_smoothing": 0.1},
+    "siglip": {},
+    "decoupled": {"weighted": True},
+    "hn_nce": {},
+    "cwcl": {},
+    "macl": {},
+    "cyclip": {},
+    "uniformity": {},
+    "cross_uniformity": {},
+    "distill": {},
+    "ranked": {},
+    "sogclr": {},
+    "isogclr": {},
+    "fastclip": {},
+    "mann_whitney": {},
+    "momentum_queue": {},
+    "mixing": {"hardest": 64, "mixed_pairs": 64, "mixed_queries": 16},
+    "multi_view": {},
+    "slip": {},
+    "hard_negatives": {"form": "negclip"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--terms", nargs="+", default=list(TERMS), choices=TERMS)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--timeout-s", type=float, default=600)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    report.add_arguments(parser)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measure(**json.loads(args.worker))))
+        return
+    rows: list[dict[str, Any]] = []
+    for term in args.terms:
+        smaller = None
+        for batch in args.batch:
+            row = in_own_process(args, term, batch)
+            row["growth"] = row["extra MiB"] / smaller if smaller and row["extra MiB"] else None
+            smaller = row["extra MiB"]
+            rows.append(row)
+    notes = (
+        "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. growth: extra memory "
+        "against the batch above. Queues hold B keys, views are 2, hard captions 2 a sample; mixing mixes 80 a row; "
+        "mann_whitney makes all n³ comparisons up to 1,024 candidates and interpolates above."
+    )
+    report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
+
+
+def in_own_process(args: argparse.Namespace, term: str, batch: int) -> dict[str, Any]:
+    work = {"term": term, "B": batch, "D": args.dim, "device": args.device, "repeats": args.repeats}
+    command = [sys.executable, __file__, "--worker", json.dumps(work)]
+    row: dict[str, Any] = {"term": term, "B": batch, "D": args.dim}
+    empty = dict.fromkeys(("ms", "extra MiB"))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s)
+        row |= json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else empty
+        note = None if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:80]
+    except subprocess.TimeoutExpired:
+        row, note = row | empty, f"over {args.timeout_s:.0f} s"
+    row |= {"embeddings MiB": 2 * batch * args.dim * 4 / 2**20, "one matrix MiB": batch**2 * 4 / 2**20, "note": note}
+    print(report.table([row]).splitlines()[-1], file=sys.stderr)
+    return row
+
+
+def measure(term: str, B: int, D: int, device: str | None, repeats: int) -> dict[str, Any]:
+    """In the worker: build the inputs, warm up on a part of them, measure the peak and the times."""
+    import torch
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run_on(term, 256, D, device)()  # imports, kernels, thread pools
+    run = run_on(term, B, D, device)
+    extra = peak_memory(run, device)
+    return {"ms": statistics.median(seconds(run, device) for _ in range(repeats)) * 1e3, "extra MiB": extra / 2**20}
+
+
+def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
+    """One forward and backward of the term on B random pairs."""
+    import torch
+
+    from vlp.losses import build
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(*shape, D, device=device), dim=-1)
+
+    torch.manual_seed(0)
+    leaves = {"image": rows(B), "text": rows(B), "scale": torch.tensor(14.0), "bias": torch.tensor(-10.0)}
+    objective = build({term: TERMS[term]}, samples=B)
+    others = {
+        "teacher_image": lambda: rows(B), "teacher_text": lambda: rows(B), "ema_image": lambda: rows(B),
+        "ema_text": lambda: rows(B), "queue_image": lambda: rows(B), "queue_text": lambda: rows(B),
+        "image_views": lambda: rows(2, B), "text_views": lambda: rows(2, B), "negatives": lambda: rows(B, 2),
+        "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
+        "teacher_scale": lambda: 20.0, "score": lambda: torch.rand(B, device=device),
+        "sample_id": lambda: torch.arange(B, device=device),
+    }  # fmt: skip
+    given = {name: make() for name, make in others.items() if name in objective.needs}
+    leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
+    leaves |= {n: given.pop(n).requires_grad_() for n in ("image_views", "text_views", "negatives") if n in given}
+
+    def run() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+        objective(**leaves, **given, step=0)[0].backward()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
