@@ -1,0 +1,170 @@
+"""A Hugging Face data set: `{name: huggingface, path: user/photos, split: train}`, or `path:` a local folder.
+
+Read through `datasets` (the extra `vlp[datasets]`), which downloads it once and maps it into memory: any order costs the
+same, and resuming is exact. The folder is one that `save_to_disk` wrote or that `load_dataset` understands (parquet,
+images with a metadata file, …). Images are taken as they are stored; `datasets` decodes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vlp.config import Captions
+from vlp.data.archives import Place, image_type
+from vlp.data.index import LABELS, labels_of
+from vlp.data.sources import Source, captions_of, text_list
+from vlp.data.tables import CAPTION_COLUMNS, CLASS_COLUMNS
+from vlp.schema import did_you_mean
+from vlp.types import Sample
+
+if TYPE_CHECKING:
+    import datasets
+
+_FIELDS = ("negatives", "counterfactuals", *LABELS)  # columns that mean what they mean in a shard's JSON
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which data set, and which of its columns matter."""
+
+    path: str  # user/name on the Hub, or a folder
+    split: str = "train"  # also slices, as `datasets` reads them: train[:10%]
+    config: str = ""  # the data set's configuration (subset), where it has several
+    revision: str = ""  # branch, tag or commit on the Hub
+    image_column: str = ""  # empty: the only column of images
+    caption_columns: list[str] = field(default_factory=list)  # empty: captions, caption, text, title or sentence
+    class_column: str = ""  # empty: class, or the only column of class labels
+
+
+def open(options: Options, captions: Captions) -> HubSet:
+    """Load the data set and look at its texts; raises ValueError or OSError."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("the source huggingface needs the package datasets: pip install 'vlp[datasets]'") from None
+    table = _load(datasets, options)
+    image = _image_column(datasets, table, options)
+    table = table.cast_column(image, datasets.Image(decode=False))
+    return HubSet(table, image, _caption_columns(table, options), _class_column(datasets, table, options), captions, options.path)
+
+
+def _load(datasets: Any, options: Options) -> datasets.Dataset:
+    saved = Path(options.path).expanduser()
+    if (saved / "state.json").exists():
+        return datasets.load_from_disk(saved)
+    if (saved / "dataset_dict.json").exists():
+        splits = datasets.load_from_disk(saved)
+        if options.split not in splits:
+            raise ValueError(f"{saved} has no split {options.split!r}{did_you_mean(options.split, splits)}")
+        return splits[options.split]
+    where = str(saved) if saved.is_dir() else options.path
+    return datasets.load_dataset(where, options.config or None, split=options.split, revision=options.revision or None)
+
+
+def _image_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
+    kinds = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.Image)}
+    if options.image_column:
+        return _known(options.image_column, table, options)
+    if len(kinds) != 1:
+        raise ValueError(f"{options.path} has image columns {sorted(kinds)}; name the one to use with image_column")
+    return next(iter(kinds))
+
+
+def _caption_columns(table: datasets.Dataset, options: Options) -> list[str]:
+    named = [_known(name, table, options) for name in options.caption_columns]
+    return named or [name for name in CAPTION_COLUMNS if name in table.column_names][:1]
+
+
+def _class_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
+    if options.class_column:
+        return _known(options.class_column, table, options)
+    labels = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+    usual = [name for name in CLASS_COLUMNS if name in table.column_names]
+    return (usual or (labels if len(labels) == 1 else []) or [""])[0]
+
+
+def _known(name: str, table: datasets.Dataset, options: Options) -> str:
+    if name not in table.column_names:
+        raise ValueError(f"{options.path} has no column {name!r}{did_you_mean(name, table.column_names)}")
+    return name
+
+
+class HubSet(Source):
+    """Random access to the rows of a `datasets.Dataset` that have a text; a row's number is its key."""
+
+    def __init__(self, table: datasets.Dataset, image: str, texts: list[str], label: str, captions: Captions, name: str) -> None:
+        self.image, self.texts, self.label, self.captions, self.name = image, texts, label, captions, name
+        self._fields = [field for field in _FIELDS if field in table.column_names]
+        self._table = table.select_columns(list(dict.fromkeys([image, *texts, *filter(None, [label]), *self._fields])))
+        self._classes = getattr(table.features.get(label), "names", None)  # of a column of class labels: numbers
+        counts, digest = [], hashlib.sha256()
+        self.labels = frozenset(LABELS)
+        for row in self._table.remove_columns(image):
+            found, meta = self._text(row)
+            counts.append(len(found))
+            digest.update(json.dumps([found, meta]).encode())
+            self.n_negatives = max(self.n_negatives, len(text_list(meta, "negatives")))
+            self.n_counterfactuals = max(self.n_counterfactuals, len(text_list(meta, "counterfactuals")))
+            self.labels &= labels_of(meta)
+        self._digest = digest.hexdigest()
+        rows = np.flatnonzero(counts)
+        self.n_left_out = len(counts) - len(rows)
+        if self.n_left_out and captions.missing == "error":
+            raise ValueError(
+                f"{self.n_left_out} of the {len(counts)} rows of {name} have no caption in {texts or 'any usual column'}; "
+                "set caption_columns, captions.class_templates, or captions.missing=drop to leave them out"
+            )
+        if not len(rows):
+            raise ValueError(f"{name} holds no usable sample")
+        self._rows = torch.from_numpy(rows).share_memory_()
+        self._counts = torch.tensor(counts)[self._rows].share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Sample:
+        number = int(self._rows[i])
+        row = self._table[number]
+        image = row.pop(self.image) or {"bytes": None, "path": None}
+        data = image["bytes"]
+        if data is None and image["path"]:
+            data = Place(image["path"]).read()
+        if not data:
+            raise ValueError(f"row {number} of {self.name} has no image")
+        captions, meta = self._text(row)
+        return Sample(i, f"{number:09d}", data, image_type(image["path"] or "") or _type(data), captions, meta)
+
+    def _text(self, row: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """A row's captions, and what a shard's JSON would hold besides."""
+        meta = {name: row[name] for name in self._fields if row[name] is not None}
+        if self.label and row[self.label] is not None:
+            value = row[self.label]
+            meta["class"] = self._classes[value].replace("_", " ") if self._classes else str(value)
+        found = []
+        for column in self.texts:
+            value = row[column]
+            found += [value] if isinstance(value, str) else value or []
+        if not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{self.name}: {self.texts} hold {found!r}; expected texts or lists of texts")
+        return captions_of(tuple(text.strip() for text in found if text.strip()), meta, self.captions), meta
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+    def problems(self) -> list[str]:
+        return [f"{self.name}: {self.n_left_out} rows without text"] if self.n_left_out else []
+
+    def n_captions(self) -> np.ndarray:
+        return self._counts.numpy()
+
+
+def _type(data: bytes) -> str:
+    """The usual extension of an image without a name, by its first bytes."""
+    return {b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}.get(data[:2], "jpg")
