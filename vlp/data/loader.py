@@ -33,9 +33,10 @@ _STALL_S = 900  # a batch that takes longer than this is a hang: a dead mount, a
 class Loader:
     """This rank's batches of an endless run over the configured data; an iterator.
 
-    `mixture` decides which samples a step holds (vlp.data.mix). An epoch is `steps_per_epoch` = n_samples // batch steps;
-    without weights every sample stands in it at most once, and n_samples mod batch samples, other ones each epoch, are left
-    out. `carries` names the optional fields of its batches.
+    `mixture` decides which samples a step holds (vlp.data.mix). An epoch is `steps_per_epoch` whole batches of all that is
+    drawn: samples, or their captions, or groups of one origin. Without weights or replacement each stands in it at most
+    once, and what is left after the last whole batch, other ones each epoch, is left out. `carries` names the optional
+    fields of its batches.
     A sample that cannot be read or decoded is replaced in place by another of its source and reported in `bad`; more
     than 16 + `data.bad_share` of the rows delivered so far end the run with a DataError that lists some of them.
     """
@@ -51,6 +52,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         mixture: Callable[..., Mixture] = Mixture,
+        pixels: bool = True,  # False: images are neither decoded nor carried (Batch.image has no pixels)
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(f"a batch of {batch} cannot be cut for rank {rank} of {world}; choose a multiple of {world}")
@@ -62,9 +64,10 @@ class Loader:
         if not self.steps_per_epoch:
             raise ValueError(f"a batch of {batch} is larger than the data ({self.n_samples} samples); set train.batch lower")
         fields = optional_fields(sources, data)
+        self.widths = fields  # of the optional fields that its batches carry
         self.carries = frozenset(fields)
         self.teacher_scale = _teacher_scale(sources)  # of teacher_image and teacher_text; None: they are not carried
-        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields)
+        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields, pixels)
         self._identity = _identity(self._mixture, data, batch, seed)
         self._workers, self._bad_share, self._rows = data.workers, data.bad_share, batch // world
         self.bad: list[tuple[int, str, str]] = []  # the first hundred bad samples: id, key, reason

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,10 @@ class Windows:
 
 
 class Mixture:
-    """Several sources as one numbered collection: sample_id counts through the sources in order."""
+    """Several sources as one numbered collection: sample_id counts through the sources in order.
+
+    Drawn are single samples, or with `together` = G > 1 groups of G of one origin, or with `every_caption` captions.
+    """
 
     def __init__(
         self, sources: list[Source], weights: list[float | None], *, seed: int, shuffle: bool = True,
@@ -154,7 +156,8 @@ class Mixture:
         key, present = derive(self.seed, "replace", step, s), set(batch.tolist())
         others = [int(first + i) for i in self.units[s].others(sample_id - first) if first + i not in present]
         own = first + permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
-        yield from (int(i) for i in chain(others[row % self.together :: self.together], own) if int(i) not in present)
+        yield from others[row % self.together :: self.together]
+        yield from (int(i) for i in own if int(i) not in present)
         for wanted in (True, False):  # a source hardly larger than the batch: share, and at last repeat
             for i in range(n):
                 candidate = first + int(permute(n, key, np.array([i]))[0])
