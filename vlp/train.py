@@ -232,6 +232,7 @@ def say_start(
     count = sum(p.numel() for p in model.parameters())
     terms = ", ".join(term.label for term in config.objective)
     n = objective.candidates(plan.batch // dist.world_size())
+    "negative_image": "attach images with `vlp data negatives --from FILE.jsonl`, whose lines may name one",
     log.say(
         f"{config.out}: {loader.n_samples:,} samples, {count / 1e6:.1f} M parameters, {plan.total:,} steps of {plan.batch} "
         f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es)"
