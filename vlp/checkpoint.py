@@ -143,11 +143,14 @@ def load_model(ref: str | Path) -> DualEncoder:
     return model.eval()
 
 
+def is_ours(ref: str | Path) -> bool:
+    """Whether there is a run's or a checkpoint's folder of this name."""
+    return (Path(ref) / FOLDER).exists() or (Path(ref) / "manifest.json").exists()
+
+
 def load_any(ref: str) -> DualEncoder:
     """The model of a run, a checkpoint, an exported folder, `local-dir:path` or `hf-hub:user/name`."""
-    if (Path(ref) / FOLDER).exists() or (Path(ref) / "manifest.json").exists():
-        return load_model(ref)
-    return load_export(ref)
+    return load_model(ref) if is_ours(ref) else load_export(ref)
 
 
 def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:

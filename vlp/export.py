@@ -87,14 +87,18 @@ def export_run(
 def export_stages(
     runs: Sequence[Path | str], to: Path | str, *, license: str | None = None, onnx: bool = False, overwrite: bool = False
 ) -> list[str]:
-    """Several runs as one model, the concatenation of their embeddings (vlp.stages), each written as `export_run` does.
+    """Several models as one, the concatenation of their embeddings (vlp.stages), each written as `export` does.
 
-    Only vlp loads the whole; ValueError where the runs read other pixels or tokens than the first.
+    A run may also be an export or hf-hub:user/name (the pretrained model that stages start from). Only vlp loads the whole.
+    ValueError where one reads other pixels or tokens than the first.
     """
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with _appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            export_run(run, folder / name, license=license, onnx=onnx)
+            if checkpoint.is_ours(run):
+                export_run(run, folder / name, license=license, onnx=onnx)
+            else:
+                export(checkpoint.load_any(str(run)), folder / name, license=license, onnx=onnx)
         _write_json(folder / _weights.STAGES, {"members": names})
         card = _card.render_stages(stages.load(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
