@@ -1,7 +1,7 @@
 """Whether the objectives do what they promise: arms that differ in one thing, trained on generated scenes, over several seeds.
 
     python tests/benchmarks/evidence.py --seeds 0 1 2 --jobs 2 --publish
-    python tests/benchmarks/evidence.py --show                              # the tables of what has finished
+    python tests/benchmarks/evidence.py --table                             # the tables of what has finished
 
 Every arm is evidence.yaml (model, optimiser, duration, data: chosen with plain `infonce` on a validation split, then
 frozen) with another objective or topology, on one thread a process, so that arms of a seed share initial weights and
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument("--out", default="runs/evidence", help="folder of data and runs (default: %(default)s)")
-    parser.add_argument("--show", action="store_true", help="train nothing, print the tables of what has finished")
+    parser.add_argument("--table", action="store_true", help="train nothing, print the tables of what has finished")
     parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)  # this script, in its own process
     parser.add_argument("--publish", action="store_true", help="write docs/results/ and the sections of docs/results.md")
     parser.set_defaults(json=None)
@@ -128,7 +128,7 @@ def main() -> None:
     if args.run:
         train(args.run[0], int(args.run[1]))
         return
-    if not args.show:
+    if not args.table:
         make_data(out / "data")
         todo = [(arm, seed) for seed in args.seeds for arm in args.arms if finished(out, arm, seed) is None]
         with ThreadPoolExecutor(args.jobs) as pool:
