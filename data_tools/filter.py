@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
     add("--match", default="", metavar="REGEX", help="what a caption must hold, with Python's syntax, searched anywhere")
     add("--reject", default="", metavar="REGEX", help="what no caption may hold")
-    add("--max-repeats", type=int, default=0, metavar="N", help="most samples with one caption; takes 24 bytes a caption of memory")
+    add("--max-repeats", type=int, default=0, metavar="N", help="most samples with one caption; takes 32 bytes a caption of memory")
     add("--languages", default="", metavar="CODES", help="such as en,de; guessed by script and stop words, which is rough")
     add("--min-relations", type=int, default=0, metavar="N", help="fewest relations of things in a caption (DiHT's complexity)")
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
@@ -140,10 +140,10 @@ def _rules(args: argparse.Namespace) -> Rules:
     languages = tuple(filter(None, args.languages.split(",")))
     given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
     rules = Rules(**given | {"languages": languages, "uids": args.uids or ""})
-    if rules == Rules():
-        raise ValueError("no rule is given, such as --min-side 200 or --min-words 3; `vlp data filter --help` lists them")
     if (args.min_score is None) != (not args.model):
         raise ValueError("--min-score X and --model REF go together: one is the least cosine, the other says whose")
+    if rules == Rules():
+        raise ValueError("no rule is given, such as --min-side 200 or --min-words 3; `vlp data filter --help` lists them")
     numbers = [rules.min_side, rules.min_words, rules.max_words, rules.max_repeats, rules.min_relations]
     if min(numbers) < 0 or 0 < rules.max_aspect < 1 or 0 < rules.max_words < rules.min_words:
         raise ValueError("no number may be negative, --max-aspect not below 1, --max-words not below --min-words")

@@ -1,0 +1,179 @@
+"""`vlp data dedup`: planted copies, naive references for neighbours and for who stays, evaluation sets, embeddings."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.material import REAL, needs_data
+from tests.data_tools.tools import call, read
+from tests.eval.material import tiny_open_clip
+from vlp.data.format import ShardWriter
+from vlp.data_tools import dedup, embed, scenes
+from vlp.data_tools._near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
+from vlp.data_tools._scene_draw import encode
+
+
+def recoded(data: bytes, quality: int = 60, scale: float = 1.0) -> bytes:
+    file = io.BytesIO()
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image.resize((round(image.width * scale), round(image.height * scale))).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """in/: 24 scenes, a copy of every fourth right after it, a broken picture; eval/: copies of the scenes 1 and 5."""
+    folder = tmp_path_factory.mktemp("planted")
+    pictures = [encode(scenes.generate(i).image) for i in range(24)]
+    with ShardWriter(folder / "in", 7) as writer:
+        for i, data in enumerate(pictures):
+            writer.add(f"scene{i}", data, "jpg", [f"scene {i}"])
+            if i % 4 == 0:
+                writer.add(f"copy{i}", recoded(data), "jpg", ["copy"])
+        writer.add("broken", b"no picture", "jpg", ["broken"])
+    with ShardWriter(folder / "eval", 7) as writer:
+        for i in (1, 5):
+            writer.add(f"item{i}", recoded(pictures[i]), "jpg", ["held out"])
+    return folder
+
+
+COPIES = {f"copy{i}" for i in range(0, 24, 4)}
+
+
+@pytest.mark.parametrize("options, gone", [
+    ([], COPIES),
+    (["--against", "EVAL"], COPIES | {"scene1", "scene5"}),
+    (["--against", "EVAL", "--keep-copies", "--processes", "2"], {"scene1", "scene5"}),
+])  # fmt: skip
+def test_planted_copies_go_and_nothing_else(planted: Path, tmp_path: Path, capsys, options: list[str], gone: set[str]) -> None:
+    options = [str(planted / "eval") if option == "EVAL" else option for option in options]
+    before = read(planted / "in")
+    for _ in range(2):  # the second call finds everything finished
+        assert call(dedup, planted / "in", "--to", tmp_path / "out", *options) == 0
+        after = read(tmp_path / "out")
+        assert list(after) == [key for key in before if key not in gone]
+        said = capsys.readouterr().out
+        for reason, n in {"copies of an earlier sample": len(gone & COPIES), "held by --against": len(gone - COPIES)}.items():
+            assert re.search(rf"dropped: {reason} +{n}\b", said) or n == 0
+        assert re.search(r"unreadable: pictures +1\b", said)
+    told = [json.loads(line) for line in (tmp_path / "out" / "copies.jsonl").read_text().splitlines()]
+    shards = {str(path): list(read_one(path)) for path in [*(planted / "in").glob("*.tar"), *(planted / "eval").glob("*.tar")]}
+    pairs = {shards[t["shard"]][t["sample"]]: shards[t["copy_of"]["shard"]][t["copy_of"]["sample"]] for t in told}
+    assert pairs == {key: re.sub("copy", "scene", key) if key in COPIES else re.sub("scene", "item", key) for key in gone}
+
+
+def read_one(path: Path) -> list[str]:
+    from vlp.data_tools._shards import samples
+
+    return [sample.key for sample in samples(path, Counter())]
+
+
+def test_neighbours_are_those_of_a_loop_over_all_pairs() -> None:
+    rng, n_found, n_color = np.random.default_rng(0), 0, 0
+    prints = np.zeros(160, FINGERPRINT)
+    prints["hash"][:80] = rng.integers(0, 2**64, 80, np.uint64)
+    for i in range(80, 160):  # near one of the first, by 0 to 9 bits
+        flips = sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 10), False))
+        prints["hash"][i] = prints["hash"][i - 80] ^ np.uint64(flips)
+    prints["grid"] = rng.integers(0, 30, (160, 1), np.uint8) + rng.integers(0, 3, (160, 48), np.uint8)
+    for distance in (0, 1, 4, 8):
+        expected: dict[int, list[int]] = {}
+        for i in range(160):
+            for j in range(160):
+                near = int(prints["hash"][i] ^ prints["hash"][j]).bit_count() <= distance
+                alike = np.abs(prints["grid"][i].astype(int) - prints["grid"][j]).mean() <= COLORS
+                n_color += near and not alike
+                if i != j and near and alike:
+                    expected.setdefault(i, []).append(j)
+        assert neighbours(prints, distance) == expected
+        n_found += sum(map(len, expected.values()))
+    assert n_found > 100 and n_color > 50
+
+
+@pytest.mark.parametrize("keep_copies", [False, True])
+@pytest.mark.parametrize("block", [4, 1000])
+def test_who_stays_is_decided_as_by_a_loop(monkeypatch: pytest.MonkeyPatch, keep_copies: bool, block: int) -> None:
+    monkeypatch.setattr("vlp.data_tools._near.BLOCK", block)
+    n_dropped = n_by_cosine = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        prints = np.zeros(40, FINGERPRINT)
+        base = rng.integers(0, 2**64, 12, np.uint64)
+        # A chain of flips: near is not transitive, so the order decides.
+        prints["hash"] = base[rng.integers(0, 12, 40)] ^ ((np.uint64(1) << rng.integers(0, 6, 40, np.uint64)) - np.uint64(1))
+        prints["seen"] = rng.random(40) < 0.9
+        rows = rng.normal(size=(10, 8))[rng.integers(0, 10, 40)] + 0.35 * rng.normal(size=(40, 8))
+        rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+        limits, n_fixed = Limits(2, 0.97, keep_copies), 8
+        copy_of, cosines = decide(prints, [rows[:8], rows[8:21], rows[21:]], n_fixed, limits)
+        stays = list(range(n_fixed))
+        for j in range(n_fixed, 40):
+            near = [i for i in stays if prints["seen"][i] and prints["seen"][j]
+                    and int(prints["hash"][i] ^ prints["hash"][j]).bit_count() <= 2]  # fmt: skip
+            similar = [i for i in stays if rows[i].astype(np.float32) @ rows[j].astype(np.float32) >= 0.97]
+            if near or similar:
+                assert copy_of[j] in (near or similar) and np.isnan(cosines[j]) == bool(near)
+                n_dropped, n_by_cosine = n_dropped + 1, n_by_cosine + (not near)
+            else:
+                assert copy_of[j] == -1
+                stays += [] if keep_copies else [j]
+        assert (copy_of[:n_fixed] == -1).all()
+    assert n_dropped > 60 and n_by_cosine > 10
+
+
+def test_color_tells_shapes_apart_that_a_gray_hash_takes_for_one() -> None:
+    red, green, dark = (Image.new("RGB", (64, 64), color) for color in ((180, 60, 60), (60, 112, 60), (60, 60, 60)))
+    (hash_red, grid_red), (hash_green, grid_green) = fingerprint(red), fingerprint(green)
+    assert hash_red == hash_green == fingerprint(dark)[0]
+    assert np.abs(grid_red.astype(int) - grid_green).mean() > COLORS
+
+
+def test_embeddings_find_copies_that_hashes_miss(planted: Path, tmp_path: Path) -> None:
+    ref = f"local-dir:{tiny_open_clip(tmp_path / 'model')}"
+    with ShardWriter(tmp_path / "in") as writer:
+        for key, sample in read(planted / "in").items():
+            writer.add(key, sample.image, "jpg", ["x"])
+            if key == "scene0":
+                writer.add("same", sample.image, "jpg", ["x"])
+    call(embed, tmp_path / "in", "--to", tmp_path / "e", "--model", ref)
+    options = ("--distance", -1, "--embeddings", tmp_path / "e", "--cosine", 0.999999)
+    call(dedup, tmp_path / "in", "--to", tmp_path / "out", *options)
+    assert set(read(tmp_path / "in")) - set(read(tmp_path / "out")) == {"same"}
+    assert json.loads((tmp_path / "out" / "copies.jsonl").read_text())["by"] == "cosine 1.000"
+    with pytest.raises(ValueError, match=r"has no embeddings of its samples in .*; `vlp data embed` makes them"):
+        call(dedup, planted / "in", "--to", tmp_path / "other", *options)
+
+
+@needs_data
+def test_photos_recoded_and_halved_are_found_and_distinct_ones_are_not() -> None:
+    from vlp.data_tools._pictures import rgb
+
+    with tarfile.open(REAL / "caltech101.tar") as tar:
+        photos = [tar.extractfile(member).read() for member in [m for m in tar.getmembers() if m.isfile()][::80]]
+    versions = [photos, [recoded(p, 40) for p in photos], [recoded(p, 90, 0.5) for p in photos]]
+    prints = np.array([(*fingerprint(rgb(data, 64)), True) for version in versions for data in version], FINGERPRINT)
+    copy_of, _ = decide(prints, [], 0, Limits(4, 1.0, False))
+    n = len(photos)
+    assert n > 100 and (copy_of[:n] == -1).mean() > 0.98
+    for k in (1, 2):
+        assert (copy_of[k * n : (k + 1) * n] == np.arange(n)).mean() > 0.95
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--distance", 20], "no number of bits from 0 to 8"),
+    (["--distance", -1], "nothing to compare"),
+    (["--cosine", 0], r"must lie in \(0, 1\]"),
+    (["--keep-copies"], "drops only what --against SHARDS holds"),
+])  # fmt: skip
+def test_senseless_options_are_refused(planted: Path, tmp_path: Path, options: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(dedup, planted / "in", "--to", tmp_path / "out", *options)

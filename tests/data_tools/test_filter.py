@@ -1,0 +1,160 @@
+"""`vlp data filter`: every rule against a plain reading of it, counted by reason; scores; lists; what is refused."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.material import encoded, picture
+from tests.data_tools.tools import call, read
+from tests.eval.material import tiny_open_clip
+from vlp.data.format import ShardWriter
+from vlp.data_tools import _captions
+from vlp.data_tools import filter as filtering
+
+SAMPLES = [  # key, size, captions, uid
+    ("wide", (300, 60), ["a red bus on a road"], "0" * 32),
+    ("small", (40, 40), ["a red bus on a road"], f"{1:016x}{2:016x}"),
+    ("plain", (80, 80), ["a man riding a horse", "photo"], f"{2**64 - 1:016x}{2**64 - 1:016x}"),
+    ("link", (80, 60), ["see https://x.org now please", "two dogs"], "not a uid"),
+    ("german", (80, 60), ["ein Hund auf dem Sofa"], None),
+    ("none", (80, 60), [], None),
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    with ShardWriter(tmp_path / "in", 4) as writer:
+        for i, (key, size, captions, uid) in enumerate(SAMPLES):
+            writer.add(key, encoded(picture(i, size)), "png", captions, {} if uid is None else {"uid": uid})
+        writer.add("broken", b"no picture", "jpg", ["a red bus on a road"])
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("options, left, reasons", [
+    (["--min-side", 60], {"wide": 1, "plain": 2, "link": 2, "german": 1, "none": 0},
+     {"dropped: shorter side below 60 px": 1, "dropped: no readable picture": 1}),
+    (["--max-aspect", 2], {"small": 1, "plain": 2, "link": 2, "german": 1, "none": 0},
+     {"dropped: longer than 2 times its shorter side": 1, "dropped: no readable picture": 1}),
+    (["--min-words", 4, "--max-words", 5], {"plain": 1, "link": 1, "german": 1},
+     {"captions dropped: fewer than 4 words": 2, "captions dropped: more than 5 words": 3, "dropped: no caption left": 3,
+      "dropped: no caption": 1}),
+    (["--reject", "https?://|dogs"], {"wide": 1, "small": 1, "plain": 2, "german": 1, "broken": 1},
+     {"captions dropped: holds what it must not": 2, "dropped: no caption left": 1, "dropped: no caption": 1}),
+    (["--match", "(?i)DOG|hund"], {"link": 1, "german": 1},
+     {"captions dropped: does not hold what it must": 6, "dropped: no caption left": 4, "dropped: no caption": 1}),
+    (["--max-repeats", 2], {"plain": 2, "link": 2, "german": 1},
+     {"captions dropped: in more than 2 samples": 3, "dropped: no caption left": 3, "dropped: no caption": 1}),
+    (["--languages", "de"], {"german": 1},
+     {"captions dropped: another language": 7, "dropped: no caption left": 5, "dropped: no caption": 1}),
+    (["--min-relations", 1, "--action"], {"plain": 1},
+     {"captions dropped: no action": 3, "captions dropped: fewer than 1 relations": 4, "dropped: no caption left": 5,
+      "dropped: no caption": 1}),
+])  # fmt: skip
+def test_rules_keep_and_count(source: Path, tmp_path: Path, capsys, options: list, left: dict, reasons: dict) -> None:
+    assert call(filtering, source, "--to", tmp_path / "out", *options) == 0
+    before, after = read(source), read(tmp_path / "out")
+    assert {key: len(sample.captions) for key, sample in after.items()} == left
+    for key, sample in after.items():
+        assert sample.image == before[key].image and set(sample.captions) <= set(before[key].captions)
+    said = dict(re.findall(r"^  (.*\S) +([\d,]+)$", capsys.readouterr().out, re.MULTILINE))
+    assert said.pop("samples read") == "7" and said.pop("samples written") == str(len(left))
+    assert {reason: int(n) for reason, n in said.items()} == reasons
+
+
+def test_a_list_of_uids_is_datacomp_s(source: Path, tmp_path: Path) -> None:
+    pairs = np.array([(0, 0), (1, 3), (2**64 - 1, 2**64 - 1)], "u8,u8")
+    np.save(tmp_path / "subset.npy", pairs)
+    call(filtering, source, "--to", tmp_path / "a", "--uids", tmp_path / "subset.npy")
+    assert list(read(tmp_path / "a")) == ["wide", "plain"]
+    (tmp_path / "subset.txt").write_text(f"{1:016x}{2:016x}\ngerman\n")
+    call(filtering, source, "--to", tmp_path / "b", "--uids", tmp_path / "subset.txt")
+    assert list(read(tmp_path / "b")) == ["small", "german"]
+    np.save(tmp_path / "wrong.npy", np.arange(3))
+    with pytest.raises(ValueError, match=r"holds int64 \(3,\); expected DataComp's pairs"):
+        call(filtering, source, "--to", tmp_path / "c", "--uids", tmp_path / "wrong.npy")
+
+
+def test_uids_are_found_as_in_a_set(tmp_path: Path) -> None:
+    from vlp.data.members import Content
+
+    rng, n = random.Random(0), 0
+    halves = [rng.choice([0, 1, 2, 2**63, 2**64 - 1]) for _ in range(40)]
+    listed = {(rng.choice(halves), rng.choice(halves)) for _ in range(12)}
+    np.save(tmp_path / "u.npy", np.array(list(listed), "u8,u8"))  # in no order
+    for high in set(halves):
+        for low in set(halves):
+            sample = Content("k", meta={"uid": f"{high:016x}{low:016x}"})
+            assert filtering._listed(str(tmp_path / "u.npy"), sample) == ((high, low) in listed)
+            n += 1
+    assert n == 25 and 0 < len(listed) < 25
+
+
+def test_a_score_is_the_model_s_cosine(source: Path, tmp_path: Path, capsys) -> None:
+    from PIL import Image
+
+    from vlp.eval.models import load
+
+    ref = f"local-dir:{tiny_open_clip(tmp_path / 'model')}"
+    encoder, cosines = load(ref), {}
+    for i, (key, size, captions, _) in enumerate(SAMPLES):
+        if captions:
+            image = picture(i, size)
+            assert isinstance(image, Image.Image)
+            rows = encoder.encode_texts(captions) @ encoder.encode_images([image])[0]
+            cosines |= {(key, caption): float(cosine) for caption, cosine in zip(captions, rows)}
+    limit = sorted(cosines.values())[3] - 1e-4
+    call(filtering, source, "--to", tmp_path / "out", "--model", ref, "--min-score", limit, "--batch", 2)
+    after = read(tmp_path / "out")
+    kept = {(key, c): s for key, sample in after.items() for c, s in zip(sample.captions, sample.meta["clip_scores"])}
+    assert kept == {pair: pytest.approx(cosine, abs=1e-4) for pair, cosine in cosines.items() if cosine >= limit}
+    assert len(kept) == len(cosines) - 3
+    said = capsys.readouterr().out
+    assert re.search(r"unreadable: pictures +1\b", said) and re.search(r"captions dropped: score below \S+ +3\b", said)
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "no rule is given, such as --min-side"),
+    (["--min-words", -1], "no number may be negative"),
+    (["--min-words", 5, "--max-words", 3], "--max-words not below --min-words"),
+    (["--max-aspect", 0.5], "--max-aspect not below 1"),
+    (["--match", "("], "'\\(' is no regular expression"),
+    (["--min-score", 0.3], "--min-score X and --model REF go together"),
+    (["--model", "x"], "--min-score X and --model REF go together"),
+    (["--uids", "list.csv"], "neither .npy nor .txt"),
+    (["--min-side", 9999], "no sample of .* is left; the reasons are listed above"),
+    (["--model", "nowhere/at/all", "--min-score", 0.3], "no model 'nowhere/at/all'"),
+])  # fmt: skip
+def test_senseless_rules_are_refused(source: Path, tmp_path: Path, options: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(filtering, source, "--to", tmp_path / "out", *options)
+
+
+def test_negatives_that_name_captions_by_number_come_after(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "in") as writer:
+        writer.add("k", encoded(picture(0)), "png", ["a dog on a sofa", "dog"], {"negatives": ["a cat"], "negatives_of": [1]})
+    with pytest.raises(ValueError, match="filter before `vlp data negatives`"):
+        call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--min-words", 2)
+    assert call(filtering, tmp_path / "in", "--to", tmp_path / "b", "--min-words", 1) == 0
+
+
+@pytest.mark.parametrize("caption, language, complexity, action", [
+    ("a photo", "en", 0, False),
+    ("The dog is on a sofa.", "en", 1, False),
+    ("A dog running on the grass in front of a house", "en", 2, True),
+    ("the building near the king of the railing", "en", 2, False),
+    ("a man is riding a wave", "en", 1, True),
+    ("two men watch as she swings a bat", "en", 1, True),
+    ("ein Hund und eine Katze", "de", 0, False), ("un chien dans la maison", "fr", 0, False),
+    ("el perro y la gata", "es", 0, False), ("een hond op de bank", "nl", 0, False), ("собака на траве", "ru", 0, False),
+    ("一只狗", "zh", 0, False), ("草の上の犬", "ja", 0, False), ("강아지", "ko", 0, False), ("كلب", "ar", 0, False),
+    ("IMG_0042", "unclear", 0, False), ("", "unclear", 0, False),
+])  # fmt: skip
+def test_what_captions_are_like(caption: str, language: str, complexity: int, action: bool) -> None:
+    assert _captions.language(caption) == language
+    assert (_captions.complexity(caption), _captions.has_action(caption)) == (complexity, action)

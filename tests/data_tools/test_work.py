@@ -1,0 +1,157 @@
+"""The common way over shards: processes, going on after a kill, parts of many machines, what goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.data_tools.tools import CAPTIONS, call
+from vlp.data.format import ShardWriter
+from vlp.data_tools import _work, negatives
+from vlp.data_tools import filter as filtering
+
+
+def write(folder: Path, n_shards: int, per_shard: int) -> Path:
+    with ShardWriter(folder, per_shard) as writer:
+        for i in range(n_shards * per_shard):
+            writer.add(None, f"image {i}".encode(), "jpg", CAPTIONS[i % len(CAPTIONS)])
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.tar"))}
+
+
+def times(paths: list[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in paths}
+
+
+def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in", 16, 40), tmp_path / "out"
+    command = [sys.executable, "-m", "vlp.cli", "data", "negatives", str(source), "--processes", "2", "--to"]
+    tool = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("0*_negatives.json"))) < 4 and tool.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(tool.pid).children(recursive=True)
+    os.kill(tool.pid, signal.SIGKILL)
+    tool.wait()
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive, "a process that outlives its parent would write what the next call writes"
+    marks = list(out.glob("0*_negatives.json"))
+    assert 4 <= len(marks) < 16, "the kill came too late to tell anything"
+    tars = [out / f"{mark.name[:5]}.tar" for mark in marks]
+    before = times(marks + tars)
+    again = subprocess.run([*command, str(out)], capture_output=True, text=True, check=True)
+    assert f"{len(marks)} of 16 shards are finished already" in again.stderr
+    assert times(marks + tars) == before
+    call(negatives, source, "--to", tmp_path / "whole")
+    assert digests(out) == digests(tmp_path / "whole") and len(digests(out)) == 16
+    marks[0].unlink()  # negative control: a shard without its mark is made again
+    call(negatives, source, "--to", out)
+    changed = {name for name, now in times(marks + tars).items() if before[name] != now}
+    assert changed == {marks[0].name, tars[0].name} and digests(out) == digests(tmp_path / "whole")
+
+
+def test_the_parts_of_two_machines_are_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    source, options = write(tmp_path / "in", 5, 6), ("--min-words", 3, "--max-repeats", 9)
+    call(filtering, source, "--to", tmp_path / "whole", *options)
+    whole = capsys.readouterr().out.split("\n", 1)[1]
+    out = tmp_path / "parts"
+    for rank in ("0", "1", "0", "1"):  # two calls each, because repeats are counted before anything is written
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        monkeypatch.setenv("SLURM_NTASKS", "2")
+        call(filtering, source, "--to", out, *options)
+        told = capsys.readouterr()
+        assert f"part {int(rank) + 1} of 2 is {3 - int(rank)} of 5 shards" in told.err
+        assert ("unfinished" in told.err) == (not (out / "_index.bin").exists()), "only the last one finds all shards finished"
+    assert told.out.split("\n", 1)[1] == whole
+    assert digests(out) == digests(tmp_path / "whole") and len(digests(out)) == 5
+    call(filtering, source, "--to", tmp_path / "half", "--min-words", 3, "--part", "1/2")  # the option goes before the rank
+    assert sorted(digests(tmp_path / "half")) == ["00000.tar", "00002.tar", "00004.tar"]
+
+
+@pytest.mark.parametrize("part, environment, expected", [
+    (None, {}, (1, 1)),
+    ("3/8", {"RANK": "0", "WORLD_SIZE": "2"}, (3, 8)),
+    (None, {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (2, 2)),
+    (None, {"RANK": "1"}, (1, 1)),
+    ("0/2", {}, None), ("3/2", {}, None), ("1", {}, None), ("a/b", {}, None), ("", {"RANK": "2", "WORLD_SIZE": "2"}, None),
+    ("", {"SLURM_PROCID": "x", "SLURM_NTASKS": "2"}, None),
+])  # fmt: skip
+def test_who_takes_which_part(monkeypatch: pytest.MonkeyPatch, part: str, environment: dict, expected: tuple | None) -> None:
+    for name in (name for names in _work.RANKS for name in names):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = argparse.Namespace(part=part, processes=1)
+    if expected is None:
+        with pytest.raises(ValueError, match="names no part of the shards; expected --part K/N"):
+            _work.crew(args)
+    else:
+        crew = _work.crew(args)
+        assert (crew.part, crew.parts) == expected
+
+
+def test_every_job_is_one_machine_s() -> None:
+    jobs, n = list(range(17)), 0
+    for parts in range(1, 20):
+        taken = [job for part in range(1, parts + 1) for job in _work.Crew(part=part, parts=parts).share(jobs)]
+        assert sorted(taken) == jobs
+        n += 1
+    assert n == 19
+
+
+def end_at_three(number: int) -> _work.Result:
+    if number == 3:
+        os._exit(9)
+    return {"counts": {"samples read": 1}}
+
+
+def fail_at_three(number: int) -> _work.Result:
+    if number == 3:
+        raise ValueError("three is broken")
+    return {"counts": {"samples read": 1}}
+
+
+@pytest.mark.parametrize("work, processes, error, message", [
+    (end_at_three, 2, _work.WorkerLost, "fewer --processes"),
+    (fail_at_three, 2, ValueError, "three is broken"),
+    (fail_at_three, 1, ValueError, "three is broken"),
+])  # fmt: skip
+def test_a_failure_ends_the_call_and_keeps_what_is_finished(tmp_path: Path, work, processes, error, message) -> None:
+    jobs = [_work.Job(tmp_path / f"{i}.json", i, 1) for i in range(6)]
+    with pytest.raises(error, match=message):
+        _work.carry_out("test", jobs, work, _work.Crew(processes))
+    finished = {path.stem for path in tmp_path.glob("*.json")}
+    assert "3" not in finished and finished >= ({"0", "1", "2"} if processes == 1 else set())
+    assert all(json.loads(path.read_text())["counts"] == {"samples read": 1} for path in tmp_path.glob("*.json"))
+
+
+def test_progress_tells_shards_throughput_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    clock = iter([0.0, 2.0, 8.0, 20.0])
+    monkeypatch.setattr(_work.time, "monotonic", lambda: next(clock))
+    jobs = [_work.Job(tmp_path / f"{i}.json", i, size) for i, size in enumerate((10, 30, 60))]
+    _work.carry_out("test", jobs, fail_at_three, _work.Crew())
+    assert capsys.readouterr().err.splitlines() == [
+        "test: 1/3 shards, 1 samples, 0/s, 0:18 left",  # a tenth of the bytes in two seconds
+        "test: 3/3 shards, 3 samples, 0/s, took 0:20",  # eight seconds after the first line was too soon for another
+    ]
+
+
+def test_processes_must_be_at_least_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--processes 0 must be at least 1"):
+        call(negatives, write(tmp_path / "in", 1, 2), "--to", tmp_path / "out", "--processes", 0)
