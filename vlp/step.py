@@ -52,6 +52,7 @@ class Training:
     step: int = 0
     teacher: Teacher | None = None
     constants: Mapping[str, float] = field(default_factory=dict)  # keywords of the objective that no step changes
+    precomputed: bool = False  # the image tower does not run: the batch's teacher_image are its embeddings
 
 
 def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[str, Tensor]:
@@ -106,9 +107,11 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     Returns "image" and "text" [rows, D], further fields [rows, …, D], "scale" and (if the model has one) "bias" [].
     Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that a second call repeats the first.
     """
+    wanted = training.objective.needs | {"image", "text"}
+    given = {"image": part.teacher_image} if training.precomputed else {}
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
     with _arithmetic(training), _attention(training):
-        return model.embed(training.engine.model, part, training.objective.needs | {"image", "text"})
+        return given | model.embed(training.engine.model, part, wanted - given.keys())
 
 
 def labels(training: Training, batch: Batch) -> dict[str, Tensor]:

@@ -45,10 +45,11 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     model = build_model(config.model)
     if config.init_from is not None:
         checkpoint.restore(model, checkpoint.load_any(config.init_from).state_dict(), config.init_from)
+    precomputed = config.model.image_tower.common is not None and config.model.image_tower.common.precomputed
     chosen = selection.build(config, model, engine)
     loader = Loader(
         config.data, model.image_spec, model.text_spec, mixture=chosen.mixture,
-        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(),
+        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(), pixels=not precomputed,
     )
     chosen.check(loader.carries)
     plan = Plan.of(config.train, loader.steps_per_epoch)
@@ -57,6 +58,8 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     )
     stored = {} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale}
     check_needs(objective.needs, loader.carries | stored.keys() | teacher.supplies(config.teacher), model)
+    if precomputed:
+        check_precomputed(objective.needs, loader, model)
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
@@ -66,7 +69,8 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     warmup = plan.steps(config.train.optimizer.warmup)
     training = Training(
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
-        config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device), constants=stored,
+        config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
+        constants=stored, precomputed=precomputed,
     )
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
@@ -207,14 +211,31 @@ def check_needs(needs: frozenset[str], carried: frozenset[str], model: DualEncod
         raise ValueError(f"the objective needs {missing}, but the data carries {sorted(carried)}; {hint}")
 
 
+def check_precomputed(needs: frozenset[str], loader: Loader, model: DualEncoder) -> None:
+    """Refuse stored embeddings of the image tower that cannot stand for it."""
+    pictures = sorted(needs & {"negative_image", "image_views", "ema_image", "concept_logits", "caption_logits"})
+    if pictures:
+        raise ValueError(f"the objective needs {pictures}, which come from pixels; set image_tower.precomputed: false")
+    if any(p.requires_grad for p in model.visual.parameters()):
+        raise ValueError("part of the image tower still learns (the projection of a timm trunk); precomputed needs it whole")
+    width = loader.widths.get("teacher_image")
+    if width != model.embed_dim:
+        raise ValueError(
+            f"image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` with this image tower): "
+            f"found width {width}, expected {model.embed_dim}"
+        )
+
+
 REMEDIES = {
     "ema_": "set teacher.ema to the decay of the moving average that gives them (DeGLA .9996, BriVL .99)",
     "queue_": "set teacher.queue to the number of pairs to keep, and teacher.ema (BriVL .99)",
     "image_views": "set data.views and model.heads.views",
     "text_views": "set data.views and model.heads.views",
     "concept_logits": "set model.heads.concepts to the number of concepts",
+    "negative_image": "attach images with `vlp data negatives --from FILE.jsonl`, whose lines may name one",
     "concept_targets": "store each sample's weights of the concepts in its JSON, as the list `concepts`",
     "caption_logits": "set model.heads.captions",
+    "teacher_scores": "store a score of each of a sample's negatives in its JSON, as the list `negative_scores`",
     "teacher_": "set teacher.model, or store its embeddings with `vlp data embed` and name them in the source's `embeddings`",
 }
 
@@ -232,7 +253,6 @@ def say_start(
     count = sum(p.numel() for p in model.parameters())
     terms = ", ".join(term.label for term in config.objective)
     n = objective.candidates(plan.batch // dist.world_size())
-    "negative_image": "attach images with `vlp data negatives --from FILE.jsonl`, whose lines may name one",
     log.say(
         f"{config.out}: {loader.n_samples:,} samples, {count / 1e6:.1f} M parameters, {plan.total:,} steps of {plan.batch} "
         f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es)"

@@ -67,8 +67,9 @@ class Steps(Dataset):
 
     def __init__(
         self, mixture: Mixture, data: Data, image: ImageSpec, text: TextSpec, batch: int, rank: int, world: int,
-        optional: dict[str, int],
+        optional: dict[str, int], pixels: bool,
     ) -> None:  # fmt: skip
+        self.pixels = pixels
         self.mixture, self.data, self.image, self.text, self.optional = mixture, data, image, text, optional
         self.size, self.rows = batch, range(rank * batch // world, (rank + 1) * batch // world)
         self.ahead = mixture.ahead(batch)
@@ -97,6 +98,8 @@ class Steps(Dataset):
 
     def _new_pictures(self) -> dict[str, Tensor]:
         """Uninitialised rows of the fields that hold pictures."""
+        if not self.pixels:
+            return {"image": torch.empty(len(self.rows), 3, 0, 0, dtype=torch.uint8)}
         shapes = {"image": (3, *self.image.size)}
         if "negative_image" in self.optional:
             shapes["negative_image"] = shapes["image"]
@@ -121,6 +124,8 @@ class Steps(Dataset):
 
     def _draw(self, sample: Sample, step: int, row: int, out: dict[str, Tensor]) -> None:
         """Write the sample's pictures; raises ValueError for one that cannot be decoded."""
+        if not self.pixels:
+            return
 
         def chance(purpose: str, *position: int) -> random.Random:
             return random.Random(self._seed(purpose, step, row, sample.sample_id, *position))

@@ -22,3 +22,8 @@ class Common:
     """Keys that every tower takes."""
 
     locked: bool = False  # LiT: the tower keeps its weights, batch statistics included (a timm trunk; not its projection)
+    precomputed: bool = False  # of a locked image tower: training reads its embeddings from the sources' `embeddings`
+
+    def __post_init__(self) -> None:
+        if self.precomputed and not self.locked:
+            raise ValueError("precomputed embeddings stay as they are, so the tower must be locked: set locked: true")

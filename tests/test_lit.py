@@ -1,0 +1,50 @@
+"""LiT: a locked image tower, run on pixels or read from embeddings that `vlp data embed` stored."""
+
+import json
+
+import pytest
+import torch
+
+from tests.data_tools.tools import call
+from tests.test_train import settings  # noqa: F401  (a fixture)
+from vlp import checkpoint
+from vlp.data_tools import embed
+from vlp.train import train
+
+LOCKED = ("model.image_tower.locked=true", "model.image_tower.patch_dropout=0", "data.augment={scale: [1, 1], ratio: [1, 1]}",
+          "train.duration=4", "data.captions.choose=first", "data.workers=0")  # fmt: skip
+
+
+def curve(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_stored_embeddings_train_as_the_locked_tower_does(settings, scenes, tmp_path):  # noqa: F811
+    tower = train(settings("train.duration=9", "train.optimizer.lr=3e-3", "data.workers=0", out="tower"))
+    call(embed, scenes / "train", "--model", tower, "--to", tmp_path / "embedded")
+    start = f"init_from={tower}"
+    on_pixels = train(settings(*LOCKED, start, out="pixels"))
+    stored = (*LOCKED, start, "model.image_tower.precomputed=true", f"data.sources.0.embeddings={tmp_path / 'embedded'}")
+    from_store = train(settings(*stored, out="stored"))
+    assert curve(from_store) == pytest.approx(curve(on_pixels), rel=2e-3)  # float16, and an evaluation's resizing
+    other = train(settings("data.shuffle=false", *stored, out="other"))
+    assert curve(other)[1:] != pytest.approx(curve(on_pixels)[1:], rel=2e-3)  # other rows would not do
+    trained = checkpoint.load_model(from_store)
+    before = checkpoint.load_model(tower)
+    assert all(torch.equal(v, before.visual.state_dict()[k]) for k, v in trained.visual.state_dict().items())
+    assert not torch.equal(trained.text.token_embedding.weight, before.text.token_embedding.weight)
+
+
+def test_what_cannot_be_precomputed_is_refused(settings, scenes, tmp_path):  # noqa: F811
+    tower = train(settings("train.duration=1", out="tower"))
+    call(embed, scenes / "train", "--model", tower, "--to", tmp_path / "embedded")
+    stored = (*LOCKED, "model.image_tower.precomputed=true", f"data.sources.0.embeddings={tmp_path / 'embedded'}")
+    for changes, message in (
+        (("model.image_tower.locked=false",), "set locked: true"),
+        (("model.embed_dim=24",), "found width 16, expected 24"),
+        (("data.sources.0.embeddings=null",), "found width None, expected 16"),
+        (("teacher.ema=0.9", "objective={infonce: {}, self_distillation: {}}"), "'ema_image'.*which come from pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(settings(*stored, *changes, out="refused"))
