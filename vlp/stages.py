@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vlp.data.text import build as tokenizer
 from vlp.model import DualEncoder
 from vlp.model import load as load_member
 from vlp.towers._weights import STAGES
-from vlp.types import Features
+from vlp.types import Features, TextSpec
+
+_PROBES = ("A photo of 2 red Circles, naïve & café!", "two dogs")
 
 
 class Stages(nn.Module):
@@ -27,12 +31,15 @@ class Stages(nn.Module):
 
     def __init__(self, members: Sequence[DualEncoder]) -> None:
         super().__init__()
-        for what in ("image_spec", "text_spec"):
-            first, *others = (getattr(member, what) for member in members)
-            if odd := [other for other in others if other != first]:
-                raise ValueError(f"stages must read the same batch, but {what} is {first} and {odd[0]}; train them alike")
+        first, *others = members
+        for other in others:
+            if other.image_spec != first.image_spec or not _same_tokens(other.text_spec, first.text_spec):
+                raise ValueError(
+                    f"stages must read the same pixels and tokens, but these read {first.image_spec}, {first.text_spec} and "
+                    f"{other.image_spec}, {other.text_spec}; train them alike"
+                )
         self.members = nn.ModuleList(members)
-        self.image_spec, self.text_spec = members[0].image_spec, members[0].text_spec
+        self.image_spec, self.text_spec = first.image_spec, first.text_spec
         self.embed_dim = sum(member.embed_dim for member in members)
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None, pairs: int = 0) -> Features:
@@ -59,6 +66,13 @@ def load(folder: Path) -> Stages:
     """The model that `export` wrote to a folder, on the CPU."""
     described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
     return Stages([load_member(folder / name) for name in described["members"]])
+
+
+def _same_tokens(one: TextSpec, other: TextSpec) -> bool:
+    """Whether two specifications make the same ids; every export brings a copy of its tokenizer, in a folder of its own."""
+    if replace(one, tokenizer=other.tokenizer) != other:
+        return False
+    return one == other or tokenizer(one)(list(_PROBES)).equal(tokenizer(other)(list(_PROBES)))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -1,13 +1,18 @@
 """MCL: clustering, batches from one cell, and three stages that become one model."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from tests.model.loopback_hub import TOKEN, loopback_hub
+from tests.model.tiny import inputs, language_model, tiny
 from tests.selection.test_jest import settings
 from vlp import checkpoint, stages
 from vlp.cli import main
@@ -17,7 +22,9 @@ from vlp.data.mix import Mixture
 from vlp.data.sources import shards
 from vlp.data_tools.cells import kmeans, nearest
 from vlp.eval.models import load as load_encoder
-from vlp.export import export_run
+from vlp.export import export, export_run, export_stages
+from vlp.model import load as load_model
+from vlp.push import push
 from vlp.train import train
 
 B = 16
@@ -206,8 +213,22 @@ def test_stages_must_read_the_same_batch(scenes, tmp_path):
     other = train(settings(tmp_path, scenes, "other", "train.duration=1", "model.image_tower.image_size=24"))
     assert main(["export", str(one), str(other), "--to", str(tmp_path / "joined")]) == 1
     assert not (tmp_path / "joined").exists()
-    with pytest.raises(ValueError, match=r"image_spec is .*size=\(16, 16\).* and .*size=\(24, 24\)"):
+    with pytest.raises(ValueError, match=r"same pixels and tokens.*size=\(16, 16\).* and .*size=\(24, 24\)"):
         stages.Stages([checkpoint.load_model(one), checkpoint.load_model(other)])
+
+
+def test_stages_bring_their_own_copies_of_a_tokenizer(tmp_path):
+    text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
+    members = [tiny(seed=seed, text_tower=text) for seed in (0, 1)]
+    for i, member in enumerate(members):
+        export(member, tmp_path / f"stage{i}")
+    export_stages([tmp_path / "stage0", tmp_path / "stage1"], tmp_path / "joined")
+    loaded = load_model(tmp_path / "joined").eval()
+    assert loaded.members[0].text_spec != loaded.members[1].text_spec  # in folders of their own
+    pixels, ids = inputs(members[0])
+    with torch.no_grad():
+        whole, parts = loaded(pixels, ids), [member(pixels, ids) for member in members]
+    torch.testing.assert_close(whole.image @ whole.text.T, sum(p.image @ p.text.T for p in parts) / 2)
 
 
 def test_more_clusters_than_samples(source, scenes, tmp_path, capsys):
@@ -219,3 +240,34 @@ def test_more_clusters_than_samples(source, scenes, tmp_path, capsys):
     found, n_clusters = read_labels(tmp_path / "cells.safetensors", mixture(source))
     assert len(found) == 200 and n_clusters == 10 and len(set(found.tolist())) > 1
 
+
+
+LOADED = """
+import json, torch
+from vlp.model import load
+model = load("hf-hub:someone/joined").eval()
+pixels, ids = model.members[0].example(2)
+with torch.no_grad():
+    print(json.dumps([model.embed_dim, (model(pixels, ids).image @ model(pixels, ids).text.T).tolist()]))
+"""
+
+
+@pytest.mark.slow
+def test_stages_travel_over_a_hub(tmp_path, monkeypatch):
+    members = [tiny(seed=seed).eval() for seed in (0, 1)]
+    for i, member in enumerate(members):
+        export(member, tmp_path / f"stage{i}")
+    export_stages([tmp_path / "stage0", tmp_path / "stage1"], tmp_path / "joined")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with loopback_hub() as hub:
+        push(tmp_path / "joined", "someone/joined", endpoint=hub.url, say=lambda line: None)
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        ran = subprocess.run([sys.executable, "-c", LOADED], env=environment, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    embed_dim, scores = json.loads(ran.stdout.strip().splitlines()[-1])
+    pixels, ids = members[0].example(2)
+    with torch.no_grad():
+        parts = [member(pixels, ids) for member in members]
+    assert embed_dim == sum(member.embed_dim for member in members)
+    torch.testing.assert_close(torch.tensor(scores), sum(p.image @ p.text.T for p in parts) / 2, atol=1e-5, rtol=0)
