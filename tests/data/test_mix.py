@@ -14,7 +14,7 @@ from vlp.types import Sample
 class Numbers:
     """A source of n samples without content."""
 
-    n_left_out = n_negatives = n_counterfactuals = window = 0
+    n_left_out = n_negatives = n_counterfactuals = window = reserve = 0
     labels = frozenset()
 
     def __init__(self, n: int) -> None:

@@ -108,10 +108,10 @@ class Mixture:
         self.together, self.every_caption, self.replacement = together, every_caption, replacement
         self.firsts = np.cumsum([0, *map(len, sources)])
         self.n_samples = int(self.firsts[-1])
+        self.shares = None if weights[0] is None else [Fraction(w).limit_denominator(10**6) for w in weights]
         self.units = [_units(source, together, every_caption, shuffle) for source in sources]
         self._check()
         self.n_units = sum(map(len, self.units))
-        self.shares = None if weights[0] is None else [Fraction(w).limit_denominator(10**6) for w in weights]
         width = max(source.window for source in sources)
         runs = [_runs(source, units) for source, units in zip(sources, self.units)] if width else [None] * len(sources)
         whole = np.concatenate(runs) if width and self.shares is None else None
@@ -152,7 +152,7 @@ class Mixture:
         need not know of each other's losses to avoid using one twice.
         """
         s = self.source_of(sample_id)
-        n, first = len(self.sources[s]), int(self.firsts[s])
+        n, first = self.sources[s].reserve or len(self.sources[s]), int(self.firsts[s])
         key, present = derive(self.seed, "replace", step, s), set(batch.tolist())
         others = [int(first + i) for i in self.units[s].others(sample_id - first) if first + i not in present]
         own = first + permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
@@ -182,6 +182,10 @@ class Mixture:
                 raise ValueError(
                     f"data.together is {self.together}, but no origin in source {s} has as many samples; variations of one "
                     'origin follow one another and share the "origin" of their JSON. Set together lower, or leave it out'
+                )
+            if source.reserve and (self.replacement or (self.shares is None and len(self.sources) > 1)):
+                raise ValueError(
+                    f"source {s} is a stream, read in its own order: give every source a weight, and leave data.replacement out"
                 )
             if self.replacement and source.window:
                 raise ValueError(
@@ -223,7 +227,7 @@ class Mixture:
         return number, epoch
 
     def _permuted(self, n: int, epoch: int, stream: int, i: np.ndarray) -> np.ndarray:
-        if not self.shuffle:
+        if not self.shuffle or self.sources[max(0, stream - 1)].reserve:  # one that cannot jump
             return i
         key = derive(self.seed, "order", stream, epoch)
         runs, width = self._shards[stream]

@@ -41,6 +41,7 @@ class Source(Protocol):
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Embeddings | None = None  # a teacher's, of every sample
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
+    reserve: int = 0  # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at any time
     # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to fetch their shards.
 
     def __len__(self) -> int: ...

@@ -1,0 +1,159 @@
+"""The source `webdataset`: URLs and own pipelines in order, over ranks, workers and parts; what a stream cannot do is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+import webdataset as wds
+
+from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
+from tests.data.test_loader import joined, same, take
+from vlp.data.loader import DataError
+from vlp.data.sources import webdataset as source_module
+from vlp.data.sources.webdataset import StreamError
+
+PER_SHARD, N = 10, 80
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("stream"), N, PER_SHARD)
+
+
+@pytest.fixture(autouse=True)
+def settings(shards, monkeypatch):
+    monkeypatch.setenv("SHARDS", str(shards))
+    monkeypatch.setattr(source_module, "RESERVE", 8)
+    monkeypatch.setattr(source_module, "_PAUSE_S", 0.001)
+
+
+def stream(shards, **options):
+    return {"name": "webdataset", "urls": f"{shards}/{{00000..00007}}.tar", "samples": N, **options}
+
+
+def numbers(batches) -> list[int]:
+    """The samples' numbers as their keys tell: shard and place."""
+    return [int(key[:5]) * PER_SHARD + int(key[5:]) for batch in batches for key in batch.key]
+
+
+def own(part: int, parts: int):
+    """A pipeline such as a user writes: every third sample of each shard goes."""
+    folder = os.environ["SHARDS"]
+    urls = [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.endswith(".tar")]
+    keep = wds.select(lambda sample: int(sample["__key__"]) % 3 > 0)
+    return wds.DataPipeline(wds.SimpleShardList(urls[part::parts]), wds.tarfile_to_samples(), keep)
+
+
+def decoding(part: int, parts: int):
+    return wds.DataPipeline(own(part, parts), wds.decode("pil"))
+
+
+def failing(part: int, parts: int):
+    yield from list(own(part, parts))[:5]
+    raise ConnectionError("connection lost")
+
+
+def test_a_pass_is_in_order_and_the_same_again(shards):
+    loader = loader_of(data_of(stream(shards)), 16)
+    assert loader.n_samples == N and loader.steps_per_epoch == 5
+    batches = take(loader, 12)
+    assert numbers(batches[:5]) == list(range(N)) == numbers(batches[5:10])
+    assert not torch.equal(batches[0].image, batches[5].image)  # crops are drawn anew
+
+
+@pytest.mark.parametrize("options", [{}, {"parts": 4, "run": 4}, {"parts": 3, "run": 5, "buffer": 12}])
+def test_ranks_workers_and_resuming_change_nothing(shards, options):
+    data = data_of(stream(shards, **options))
+    reference = take(loader_of(data, 16), 12)
+    if options.get("buffer") is None and options:
+        assert numbers(reference[:5]) != list(range(N)) and sorted(numbers(reference[:5])) == list(range(N))
+    running = loader_of(data, 16)
+    take(running, 7)
+    state = json.loads(json.dumps(running.state_dict()))
+    for world in (2, 4):
+        ranks = [loader_of(data, 16, rank=r, world=world) for r in range(world)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        assert all(same(joined([next(rank) for rank in ranks]), batch) for batch in reference[7:])
+    if options.get("parts") == 4:
+        several = loader_of(data_of(stream(shards, **options), workers=2), 16)
+        assert all(same(next(several), batch) for batch in reference)
+
+
+def test_each_part_is_read_by_one_process_where_parts_and_runs_fit(shards, monkeypatch):
+    opened = Counter()
+    real = source_module.Stream._open
+    monkeypatch.setattr(source_module.Stream, "_open", lambda self, part: (opened.update([part]), real(self, part))[1])
+    rank = loader_of(data_of(stream(shards, parts=4, run=4)), 8, rank=1, world=2)
+    take(rank, 9)
+    assert opened == {0: 1, 1: 1, 3: 1}  # 0 for the reserve, of which every process keeps a copy
+
+
+def test_own_pipelines_buffers_and_weights(shards, tmp_path):
+    pipeline = {"name": "webdataset", "pipeline": f"{__name__}:own", "samples": 48}
+    found = numbers(take(loader_of(data_of(pipeline), 16), 3))
+    expected = [i for i in range(N) if (i // PER_SHARD * 10_000 + i % PER_SHARD) % 3]
+    assert found == expected[:48]
+    mixed = numbers(take(loader_of(data_of({**pipeline, "buffer": 20}), 16), 3))
+    assert mixed != found and len(set(mixed)) == 48 and set(mixed) <= set(expected)
+    local = write_shards(tmp_path, 20, 10, start=500)
+    both = data_of({**pipeline, "weight": 3}, {"name": "shards", "path": str(local), "weight": 1})
+    batch = next(loader_of(both, 16))
+    assert (batch.sample_id >= 48).sum() == 4
+
+
+def test_a_part_that_ends_before_the_pass_starts_again(shards):
+    loader = loader_of(data_of(stream(shards, samples=100)), 20)
+    assert numbers(take(loader, 5)) == [i % N for i in range(100)]
+
+
+def test_bad_samples_are_replaced_by_the_first_of_the_pass(tmp_path):
+    members = []
+    for i in range(40):
+        members += [(f"{i:04d}.png", b"no picture" if i in (2, 30) else encoded(picture(i))), (f"{i:04d}.txt", b"a text")]
+        members += [(f"{i:04d}.pyd", pickle.dumps({"never": "opened"}))]
+    members[31 * 3 + 1] = ("0031.txt", b" ")
+    path = write_tar(tmp_path / "0.tar", members)
+    data = data_of({"name": "webdataset", "urls": str(path), "samples": 40})
+    reference, loader = loader_of(data, 10), loader_of(data, 10)
+    batches = take(loader, 4)
+    assert {key for _, key, _ in loader.bad} == {"0002", "0030", ""} and len(loader.bad) == 3
+    assert "no caption" in loader.bad[-1][2]
+    replaced = [key for batch in batches[3:] for row, key in enumerate(batch.key) if int(key) != 30 + row]
+    assert len(replaced) == 2 and all(int(key) < 8 for key in replaced)
+    assert all(same(next(reference), batch) for batch in batches)
+
+
+def test_decoded_samples_and_broken_streams_end_the_run_with_what_to_change(shards):
+    with pytest.raises(StreamError, match=r"gives 'png' as Image; expected bytes: take out decode"):
+        next(loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:decoding", "samples": 40}), 8))
+    with pytest.raises(StreamError, match=r"part 0 .* fails at sample 5 \(4 tries\): ConnectionError: connection lost"):
+        take(loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:failing", "samples": 40}), 8), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"parts": 9}, "urls names 8 shards; set parts lower"),
+     ({"urls": "", "pipeline": "nothing:at_all"}, "No module named 'nothing'"),
+     ({"urls": "", "pipeline": f"{__name__}:absent"}, "has no attribute 'absent'")],
+)  # fmt: skip
+def test_what_cannot_be_opened_says_why(shards, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader_of(data_of(stream(shards, **options)), 8)
+
+
+def test_streams_refuse_what_needs_random_access(shards, tmp_path):
+    local = {"name": "shards", "path": str(shards)}
+    with pytest.raises(ValueError, match="source 0 is a stream"):
+        loader_of(data_of(stream(shards), local), 8)
+    for options in ({"replacement": True}, {"together": 2}, {"captions": {"choose": "all"}}):
+        with pytest.raises(ValueError, match=r"stream|pack it into shards"):
+            loader_of(data_of(stream(shards), **options), 8)
+    state = loader_of(data_of(stream(shards)), 8).state_dict()
+    with pytest.raises(DataError, match="sources"):
+        loader_of(data_of(stream(shards, parts=2)), 8).load_state_dict(state)

@@ -1,0 +1,195 @@
+"""A webdataset stream: `{name: webdataset, urls: "pipe:aws s3 cp s3://b/{000..199}.tar -", samples: 1000000}`.
+
+Either `urls`, read as webdataset reads them, or `pipeline: package.module:function`, your own pipeline:
+
+    def function(part: int, parts: int) -> Iterable[dict]:  # samples as webdataset gives them before any decoding
+        return wds.DataPipeline(wds.SimpleShardList(URLS[part::parts]), wds.tarfile_to_samples(), wds.select(good))
+
+Members stay bytes: webdataset's own decoder, which runs pickles, is never used. Prefer the sources `shards` and `remote`
+wherever the data are plain shards. A stream has no random access, so here
+
+- a pass is `samples` long and in the stream's own order, the same in every pass; a part that ends sooner starts again;
+- resuming is exact if the stream gives the same samples in the same order again, and takes the time to read up to there;
+- `parts` streams give `run` samples each in turn. Every loader process reads the parts that its rows come from: with
+  parts = ranks × workers and run = train.batch / ranks exactly one each. Other numbers give the same batches, read more often;
+- a sample is known by its number in the pass; its key is webdataset's `__key__`, where there is one;
+- bad samples are replaced by some of the first `RESERVE` of the pass, which every process keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from braceexpand import braceexpand
+
+from vlp.config import Captions
+from vlp.data.members import IMAGE_TYPES, TEXT_TYPES, Content, read_text
+from vlp.data.sources import Source, captions_of
+from vlp.types import Sample
+
+RESERVE = 64
+_TRIES = 4
+_PAUSE_S = 1.0  # before a stream that failed is opened again; doubled before each further try
+
+
+class StreamError(RuntimeError):
+    """A stream that cannot be read on, or holds something other than undecoded samples."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which stream, how long a pass over it is, and in how many parts it is read."""
+
+    samples: int  # of a pass: an epoch
+    urls: str = ""  # with braces, several joined by ::, `pipe:` as webdataset knows it
+    pipeline: str = ""  # package.module:function
+    parts: int = 1  # streams that are read beside one another
+    run: int = 64  # samples taken from a part before the next one's turn
+    buffer: int = 0  # samples of a part among which the order is drawn; webdataset's shuffle, with a fixed seed
+
+    def __post_init__(self) -> None:
+        if bool(self.urls) == bool(self.pipeline):
+            raise ValueError("give either urls or pipeline")
+        if self.pipeline and not all(self.pipeline.partition(":")):
+            raise ValueError(f"pipeline is {self.pipeline!r}; expected package.module:function")
+        if min(self.samples, self.parts, self.run) < 1 or self.buffer < 0:
+            raise ValueError("samples, parts and run must be at least 1, buffer at least 0")
+
+
+def open(options: Options, captions: Captions) -> Stream:
+    """Check that the stream can be opened; nothing is read yet. Raises ValueError."""
+    stream = Stream(options, captions)
+    if options.urls and len(stream.urls) < options.parts:
+        raise ValueError(f"parts is {options.parts}, but urls names {len(stream.urls)} shards; set parts lower")
+    if options.pipeline:
+        _function(options.pipeline)
+    return stream
+
+
+class Stream(Source):
+    """Samples of a stream by their number in a pass, cheap where the numbers rise (see the module)."""
+
+    def __init__(self, options: Options, captions: Captions) -> None:
+        self.options, self.captions = options, captions
+        self.urls = [url for part in options.urls.split("::") for url in braceexpand(part)] if options.urls else []
+        self.reserve = min(RESERVE, options.samples)
+        self._first: list[Sample] = []
+        self._parts: dict[int, _Part] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_first": [], "_parts": {}}  # open streams stay in their process
+
+    def __len__(self) -> int:
+        return self.options.samples
+
+    def __getitem__(self, i: int) -> Sample:
+        if not self._first:
+            self._first = [self._take(k) for k in range(self.reserve)]
+        sample = self._first[i] if i < self.reserve else self._take(i)
+        if isinstance(sample, ValueError):
+            raise sample
+        return sample
+
+    def _take(self, i: int) -> Sample | ValueError:
+        """Sample i, or what is wrong with it."""
+        turn, place = divmod(i, self.options.run)
+        position, part = divmod(turn, self.options.parts)
+        if part not in self._parts:
+            self._parts[part] = _Part(lambda: self._open(part), f"part {part} of the webdataset stream")
+        found = self._parts[part].take(position * self.options.run + place)
+        try:
+            return _sample(i, found, self.captions)
+        except ValueError as error:
+            return error
+
+    def _open(self, part: int) -> Iterable[dict[str, Any]]:
+        import webdataset as wds
+
+        if self.options.pipeline:
+            stream = _function(self.options.pipeline)(part, self.options.parts)
+        else:
+            stream = wds.DataPipeline(wds.SimpleShardList(self.urls[part :: self.options.parts]), wds.tarfile_to_samples())
+        if not self.options.buffer:
+            return stream
+        return wds.filters.shuffle(self.options.buffer, initial=self.options.buffer, rng=random.Random(part))(iter(stream))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps([asdict(self.options), self.urls]).encode()).hexdigest()
+
+
+class _Part:
+    """One endless stream at a position, opened again where it ends or where an earlier sample is wanted."""
+
+    def __init__(self, start: Callable[[], Iterable[dict[str, Any]]], name: str) -> None:
+        self.start, self.name, self.position = start, name, 0
+        self._samples: Iterator[dict[str, Any]] | None = None
+
+    def take(self, position: int) -> dict[str, Any]:
+        """The sample at `position`; raises StreamError after several tries."""
+        for attempt in range(_TRIES):
+            try:
+                return self._advance(position)
+            except StreamError:
+                raise
+            except Exception as error:  # the pipeline is somebody else's: a network, a decoder, anything
+                self._samples = None
+                if attempt == _TRIES - 1:
+                    raise StreamError(
+                        f"{self.name} fails at sample {self.position} ({_TRIES} tries): {type(error).__name__}: {error}"
+                    ) from error
+                time.sleep(_PAUSE_S * 2**attempt)
+        raise AssertionError
+
+    def _advance(self, position: int) -> dict[str, Any]:
+        if self._samples is None or position < self.position:
+            self._samples, self.position = self._endless(), 0
+        while True:
+            sample = next(self._samples)
+            self.position += 1
+            if self.position > position:
+                return sample
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        while True:
+            empty = True
+            for sample in self.start():
+                empty = False
+                yield sample
+            if empty:
+                raise StreamError(f"{self.name} is empty")
+
+
+def _sample(i: int, found: dict[str, Any], captions: Captions) -> Sample:
+    """webdataset's mapping of extensions to bytes as a sample; raises ValueError for one that cannot be used."""
+    if not isinstance(found, dict):
+        raise StreamError(f"the webdataset pipeline gives {type(found).__name__}; expected mappings: take out to_tuple and batched")
+    members = {kind.lower(): value for kind, value in found.items() if kind.lower() in IMAGE_TYPES | TEXT_TYPES}
+    for kind, value in members.items():
+        if isinstance(value, str) and kind in TEXT_TYPES:
+            members[kind] = value.encode()
+        elif not isinstance(value, bytes):
+            raise StreamError(f"the webdataset pipeline gives {kind!r} as {type(value).__name__}; expected bytes: take out decode")
+    kind = next((kind for kind in members if kind in IMAGE_TYPES), None)
+    if kind is None or not members[kind]:
+        raise ValueError(f"no image among the members {sorted(k for k in found if not k.startswith('__'))}")
+    content = Content(str(found.get("__key__", i)), members[kind], kind)
+    read_text(content, {name: value for name, value in members.items() if name in TEXT_TYPES})
+    texts = captions_of(content.captions, content.meta, captions)
+    if not texts:
+        raise ValueError("no caption")
+    return Sample(i, content.key, content.image, kind, texts, content.meta)
+
+
+def _function(name: str) -> Callable[[int, int], Iterable[dict[str, Any]]]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"pipeline {name!r}: {error}") from None
