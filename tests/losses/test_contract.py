@@ -99,6 +99,19 @@ def test_defaults_give_finite_gradients_and_ranks_agree():
             assert (mean - values[i]).norm() <= 1e-9 * values[i].norm() + 1e-12, f"{name}, {leaf}"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_aligned_pairs_and_identical_rows_stay_finite_in_float32(name):
+    """At a scale of 100: texts that are the images' own embeddings; then one embedding for all rows."""
+    for same in (False, True):
+        d = {k: v.detach().float() if v.is_floating_point() else v for k, v in given().items()}
+        d["image"] = d["image"][:1].expand(8, -1).contiguous() if same else d["image"]
+        d |= {"text": d["image"].clone(), "scale": torch.tensor(100.0)}
+        leaves = [d[leaf].requires_grad_() for leaf in LEAVES]
+        total, _ = build({name: {}})(**d, step=0)
+        found = torch.autograd.grad(total, leaves, materialize_grads=True)
+        assert total.isfinite() and all(g.isfinite().all() for g in found), f"same: {same}"
+
+
 def test_what_is_missing_is_named_with_the_term_and_its_supplier():
     n = 0
     for name in NAMES:

@@ -257,3 +257,14 @@ def test_a_table_of_other_data_is_refused():
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         build({name: options})
+
+
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "fastclip"])
+def test_aligned_pairs_at_a_low_temperature_stay_finite(name):
+    """e^{−h/τ} of the pair itself, which has no part in the loss, is over float32's range."""
+    x = torch.eye(B).requires_grad_()
+    options = {"temperature": 0.01} if name != "fastclip" else {}
+    scale = torch.tensor(100.0, requires_grad=True)
+    total, _ = build({name: options})(image=x, text=torch.eye(B), scale=scale, sample_id=torch.arange(B), step=0)
+    total.backward()
+    assert total.isfinite() and x.grad.isfinite().all() and x.grad.norm() > 1e-3

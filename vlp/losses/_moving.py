@@ -25,6 +25,7 @@ from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Reduction, Tile
 State = dict[str, Table | Write]
 LOG_U, TEMPERATURE, MOMENTUM = slice(0, 2), slice(2, 4), slice(4, 6)  # columns of a table, for image and text each
 UNSEEN = (-math.inf, -math.inf)  # log u of a sample not met yet
+LARGEST_GRADIENT = 5.0  # of a temperature
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,29 @@ class Moving:
 
 
 @dataclass(frozen=True)
-class Individual:
-    """How the temperature of each sample is learned: τ_i ← clip(τ_i − lr·v_i), v_i the moving mean of its gradient."""
+class Individual(Moving):
+    """Keys of a loss that learns a temperature for each sample: τ_i ← clip(τ_i − lr·v_i), v_i the moving mean of its
+    gradient, clipped at ±5."""
 
-    start: float
-    rho: float
-    lr: float
-    decay: float
-    lowest: float
-    highest: float
-    largest_gradient: float = 5.0
+    temperature: float = 0.03  # τ of every sample at first
+    rho: float = 6.5  # ρ: the larger, the lower the temperatures (6.5 for CC3M, 8.5 for CC12M in FastCLIP)
+    temperature_lr: float = 0.01
+    temperature_decay: float = 0.9  # of v
+    min_temperature: float = 0.005
+    max_temperature: float = 1.0
 
-    @property
-    def fill(self) -> tuple[float, ...]:
-        """Numbers of a sample not met yet: log u, τ and v, for image and text each."""
-        return (*UNSEEN, self.start, self.start, 0.0, 0.0)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.min_temperature <= self.temperature <= self.max_temperature:
+            raise ValueError(f"expected 0 < min_temperature <= temperature <= max_temperature, found {self}")
+        if self.temperature_lr < 0 or not 0 <= self.temperature_decay < 1:
+            raise ValueError(f"expected temperature_lr >= 0 and 0 <= temperature_decay < 1, found {self}")
 
-    def update(self, temperature: Tensor, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        limit = self.largest_gradient
-        momentum = self.decay * momentum + (1 - self.decay) * gradient.clamp(-limit, limit)
-        return (temperature - self.lr * momentum).clamp(self.lowest, self.highest), momentum
+    def descend(self, temperature: Tensor, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """τ and v after a step."""
+        decay, limit = self.temperature_decay, LARGEST_GRADIENT
+        momentum = decay * momentum + (1 - decay) * gradient.clamp(-limit, limit)
+        return (temperature - self.temperature_lr * momentum).clamp(self.min_temperature, self.max_temperature), momentum
 
 
 AnyMoving = TypeVar("AnyMoving", bound=Moving)
@@ -87,6 +91,16 @@ def for_run(options: AnyMoving, samples: int | None, steps: int | None) -> AnyMo
     return options
 
 
+def state_of(options: Moving) -> State:
+    """log u of image and text."""
+    return {"samples": Table(UNSEEN, options.samples)}
+
+
+def individual_state_of(options: Individual) -> State:
+    """log u, τ and v of image and text."""
+    return {"samples": Table((*UNSEEN, options.temperature, options.temperature, 0.0, 0.0), options.samples)}
+
+
 def fixed(inputs: Inputs, pairs: Pairs, options: Moving, state: State, temperature: float) -> tuple[Tensor, State]:
     """One constant τ for all samples."""
     old = _read(inputs, state)
@@ -96,15 +110,15 @@ def fixed(inputs: Inputs, pairs: Pairs, options: Moving, state: State, temperatu
     return pairs.mean(gaps.sum(1)) / 2, _write(inputs, state, log_u)
 
 
-def individual(inputs: Inputs, pairs: Pairs, options: Moving, state: State, learning: Individual) -> tuple[Tensor, State]:
+def individual(inputs: Inputs, pairs: Pairs, options: Individual, state: State) -> tuple[Tensor, State]:
     """A τ for each sample and modality, whose gradient is log u_i + ρ − mean_{j≠i} w_ij h_ij / τ_i."""
     old = _read(inputs, state)
     temperature = old[:, TEMPERATURE]
     log_g = _individual_log_estimates(inputs, pairs, 1 / temperature)
     log_u = _moved(old[:, LOG_U], log_g, options.gamma_at(inputs.step or 0))
     gaps = weighted_gaps(inputs, pairs, 1 / temperature, log_u)
-    gradient = log_u + learning.rho - gaps.detach() / temperature
-    new = torch.cat([log_u, *learning.update(temperature, old[:, MOMENTUM], gradient)], 1)
+    gradient = log_u + options.rho - gaps.detach() / temperature
+    new = torch.cat([log_u, *options.descend(temperature, old[:, MOMENTUM], gradient)], 1)
     return pairs.mean(gaps.sum(1)) / 2, _write(inputs, state, new)
 
 
@@ -125,8 +139,8 @@ def weighted_gaps(inputs: Inputs, pairs: Pairs, inverse: Tensor, log_u: Tensor) 
         found = []
         for (own, inverse, log_u), axis in ((tile.row_values, 1), (tile.column_values, 0)):
             h = tile.scores[0] - own.unsqueeze(axis)
-            weight = (inverse.unsqueeze(axis) * h.detach() - log_u.unsqueeze(axis)).exp()
-            found.append((weight * h).masked_fill(tile.positive, 0))
+            exponent = inverse.unsqueeze(axis) * h.detach() - log_u.unsqueeze(axis)
+            found.append(exponent.masked_fill(tile.positive, -torch.inf).exp() * h)  # the pair itself could overflow
         return tuple(found)
 
     return _sums(inputs, pairs, Reduction(gaps, rows=(SUM,), columns=(SUM,)), inverse, log_u) / _others(inputs, pairs)

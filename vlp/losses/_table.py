@@ -31,10 +31,9 @@ class Table:
 
     def __init__(self, fill: Sequence[float], samples: int | None) -> None:
         self.fill, self.samples, self.grows = torch.tensor(fill, dtype=torch.float32), samples or 0, samples is None
-        self.place(dist.Group())
 
     def place(self, ranks: dist.Group) -> None:
-        """Make room for this rank's share, all of it new."""
+        """Make room for this rank's share, all of it new. Before anything else."""
         self.ranks = ranks
         self.own = self.fill.repeat(-(-self.samples // ranks.size), 1)
 

@@ -16,10 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlp.losses import _moving, isogclr
+from vlp.losses import _moving
 from vlp.losses._moving import State
 from vlp.losses._objective import Inputs
-from vlp.losses._table import Table
 from vlp.pairwise import Pairs
 
 MIN_CANDIDATES = 2
@@ -27,12 +26,11 @@ for_run = _moving.for_run
 
 
 @dataclass(frozen=True)
-class Options(isogclr.Options):
-    """As `isogclr`; v1 keeps `temperature`, v3 has the model's, and rho is theirs that learn it."""
+class Options(_moving.Individual):
+    """v1 keeps `temperature`, v3 has the model's; rho is theirs that learn it."""
 
     gamma: float = 1.0
     gamma_end: float | None = 0.2
-    rho: float = 6.5  # CC3M; 8.5 for CC12M
     version: Literal["v1", "v2", "v3"] = "v3"
 
 
@@ -41,12 +39,12 @@ def needs(options: Options) -> frozenset[str]:
 
 
 def initial_state(options: Options) -> State:
-    return {"samples": Table(options.learning().fill if options.version == "v2" else _moving.UNSEEN, options.samples)}
+    return _moving.individual_state_of(options) if options.version == "v2" else _moving.state_of(options)
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options, state: State) -> tuple[Tensor, State]:
     if options.version == "v1":
         return _moving.fixed(inputs, pairs, options, state, options.temperature)
     if options.version == "v2":
-        return _moving.individual(inputs, pairs, options, state, options.learning())
+        return _moving.individual(inputs, pairs, options, state)
     return _moving.learned(inputs, pairs, options, state, options.rho)

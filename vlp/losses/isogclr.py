@@ -16,7 +16,6 @@ from torch import Tensor
 from vlp.losses import _moving
 from vlp.losses._moving import State
 from vlp.losses._objective import Inputs
-from vlp.losses._table import Table
 from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"image", "text", "sample_id"})
@@ -25,31 +24,13 @@ for_run = _moving.for_run
 
 
 @dataclass(frozen=True)
-class Options(_moving.Moving):
-    temperature: float = 0.03  # τ of every sample at first
-    rho: float = 6.5  # ρ: the larger, the lower the temperatures
-    temperature_lr: float = 0.01  # of plain descent on v
-    temperature_decay: float = 0.9  # of v
-    min_temperature: float = 0.005
-    max_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.min_temperature <= self.temperature <= self.max_temperature:
-            raise ValueError(f"expected 0 < min_temperature <= temperature <= max_temperature, found {self}")
-        if self.temperature_lr < 0 or not 0 <= self.temperature_decay < 1:
-            raise ValueError(f"expected temperature_lr >= 0 and 0 <= temperature_decay < 1, found {self}")
-
-    def learning(self) -> _moving.Individual:
-        return _moving.Individual(
-            start=self.temperature, rho=self.rho, lr=self.temperature_lr, decay=self.temperature_decay,
-            lowest=self.min_temperature, highest=self.max_temperature,
-        )  # fmt: skip
+class Options(_moving.Individual):
+    pass
 
 
 def initial_state(options: Options) -> State:
-    return {"samples": Table(options.learning().fill, options.samples)}
+    return _moving.individual_state_of(options)
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options, state: State) -> tuple[Tensor, State]:
-    return _moving.individual(inputs, pairs, options, state, options.learning())
+    return _moving.individual(inputs, pairs, options, state)

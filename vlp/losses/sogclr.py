@@ -16,7 +16,6 @@ from torch import Tensor
 from vlp.losses import _moving
 from vlp.losses._moving import State
 from vlp.losses._objective import Inputs
-from vlp.losses._table import Table
 from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"image", "text", "sample_id"})
@@ -35,7 +34,7 @@ class Options(_moving.Moving):
 
 
 def initial_state(options: Options) -> State:
-    return {"samples": Table(_moving.UNSEEN, options.samples)}
+    return _moving.state_of(options)
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options, state: State) -> tuple[Tensor, State]:
