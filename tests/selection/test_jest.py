@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import ranks
-from vlp import checkpoint, config
+from vlp import checkpoint, config, dist
 from vlp.cli import main
 from vlp.config import ConfigError
 from vlp.seeds import derive
@@ -85,8 +85,6 @@ def test_one_chunk_of_equal_models_is_uniform(same):
 
 def selected(seed, n_chosen=12, chunks=4):
     """On any number of ranks: what is chosen, and this rank's rows after the exchange."""
-    from vlp import dist
-
     group = dist.world()
     mine = slice(group.index * N // group.size, (group.index + 1) * N // group.size)
     models = [Embedded(m.image[mine], m.text[mine], m.scale, m.bias) for m in (embedded(seed, noise=1.5), embedded(seed + 100))]
@@ -229,15 +227,16 @@ def test_stored_embeddings_choose_as_the_reference_does(home, scenes):
 
 def losses_of(path, *overrides):
     run = train(config.load(path, list(overrides)))
+    dist.barrier()  # the first rank has written its log
     return [(record["loss"], record["jest.reference_rows"], record["jest.learnability_chosen"]) for record in logged(run)]
 
 
-def test_two_ranks_train_on_what_one_chooses(home, scenes):
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.slow) for e in ("fsdp2", "zero2", "zero3"))])
+def test_two_ranks_train_on_what_one_chooses(home, scenes, engine):
     settings(home, scenes, "one")
     options = (chosen_by(home, cache=0), "train.duration=3", "model.image_tower.patch_dropout=0", "train.micro_batches=1")
-    alone = losses_of(home / "one.yaml", *options)
-    ranks.run(2, losses_of, home / "one.yaml", *options, f"out={home / 'two'}")
-    together = [(r["loss"], r["jest.reference_rows"], r["jest.learnability_chosen"]) for r in logged(home / "two")]
+    alone = losses_of(home / "one.yaml", *options, f"out={home / f'one_{engine}'}")
+    together = ranks.run(2, losses_of, home / "one.yaml", *options, f"out={home / engine}", f"train.engine={engine}")[0]
     assert len(alone) == 3
     np.testing.assert_allclose(together, alone, rtol=1e-4)
 
