@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
 
+from vlp.data.embedded import Embeddings
+from vlp.data.index import index
 from vlp.data_tools._near import FINGERPRINT, Limits, decide, fingerprint
 from vlp.data_tools._pictures import rgb
 from vlp.data_tools._shards import Changed, samples
@@ -27,16 +27,15 @@ if TYPE_CHECKING:
 def survey(job: tuple[int, Path], *, folder: Path) -> Result:
     """The fingerprints of a shard's pictures, in a file beside the mark."""
     number, path = job
-    counts, keys, prints = Counter(), [], []
+    counts, prints = Counter(), []
     for sample in samples(path, counts):
-        keys.append(sample.key)
         try:
             prints.append((*fingerprint(rgb(sample.image, 64)), True))
         except ValueError:
             counts["unreadable: pictures"] += 1
             prints.append((0, np.zeros(48, np.uint8), False))
     _save(_prints(folder, number), np.array(prints, FINGERPRINT))
-    return {"counts": counts, "samples": len(keys), "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
+    return {"counts": counts, "samples": len(prints)}
 
 
 def _prints(folder: Path, number: int) -> Path:
@@ -44,18 +43,20 @@ def _prints(folder: Path, number: int) -> Path:
 
 
 def decided(
-    folder: Path, paths: list[Path], n_against: int, surveyed: list[Result], embeddings: list[str], limits: Limits
+    folder: Path, groups: list[list[Path]], surveyed: list[Result], embeddings: list[str], limits: Limits
 ) -> list[np.ndarray]:
-    """A shard: for each sample the number, over all `paths`, of the one that it is a copy of, −1 where it stays.
+    """A shard of all groups: for each sample the number of the one that it is a copy of, −1 where it stays.
 
-    Decided once and kept in `folder`, with copies.jsonl for people. Raises ValueError.
+    The samples of all groups but the last stay whatever they are. Decided once and kept in `folder`, with copies.jsonl for
+    people. Raises ValueError.
     """
     sizes = [result["samples"] for result in surveyed]
     ends, kept = np.cumsum(sizes), folder / "_copies.npy"
     if not kept.exists():
+        paths = [path for group in groups for path in group]
         prints = np.concatenate([np.load(_prints(folder, number)) for number in range(len(paths))])
-        pieces = _embedded(paths, surveyed, embeddings) if embeddings else []
-        copy_of, cosines = decide(prints, pieces, sum(sizes[:n_against]), limits)
+        pieces = embedded(groups, embeddings) if embeddings else []
+        copy_of, cosines = decide(prints, pieces, sum(sizes[: -len(groups[-1])]), limits)
         lines = _told(copy_of, cosines, lambda sample: _place(sample, paths, ends))
         write_atomically(folder / "copies.jsonl", "".join(lines).encode())
         _save(kept, copy_of)
@@ -79,25 +80,12 @@ def _save(path: Path, array: np.ndarray) -> None:
     write_atomically(path, file.getvalue())
 
 
-def _embedded(paths: list[Path], surveyed: list[Result], folders: list[str]) -> list[np.ndarray]:
-    """Each shard's picture embeddings [n, D], mapped from disk; raises ValueError for a shard that has none or others."""
-    pieces, models = [], set()
-    for path, result in zip(paths, surveyed):
-        for folder in folders:
-            file = Path(folder) / f"{path.stem}.safetensors"
-            if not file.exists():
-                continue
-            with safe_open(file, "numpy") as opened:
-                about = opened.metadata()
-                if about["keys"] == result["keys"]:
-                    pieces.append(opened.get_tensor("image"))
-                    models.add(about["model"])
-                    break
-        else:
-            raise ValueError(f"{path} has no embeddings of its samples in {', '.join(folders)}; `vlp data embed` makes them")
-    if len(models) > 1:
-        raise ValueError(f"the embeddings are of several models ({', '.join(sorted(models))}); embed all shards with one")
-    return pieces
+def embedded(groups: list[list[Path]], folders: list[str]) -> list[np.ndarray]:
+    """The picture embeddings [n, D] of each shard of each group, from the group's folder; raises ValueError."""
+    found = [Embeddings(folder, [*map(str, paths)], index(paths), with_text=False) for folder, paths in zip(folders, groups)]
+    if len(models := {(one.teacher.model, one.teacher.width) for one in found}) > 1:
+        raise ValueError(f"--embeddings are of several models ({', '.join(str(m) for m in sorted(models))}); embed all with one")
+    return [one.images(shard) for one, paths in zip(found, groups) for shard in range(len(paths))]
 
 
 @dataclass(frozen=True)

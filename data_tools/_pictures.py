@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from typing import TYPE_CHECKING
 
 from vlp.data.members import IMAGE_TYPES
@@ -41,8 +40,9 @@ def _open(data: bytes) -> Image:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"no readable image: {str(error).split('<')[0].strip()[:100]}") from None
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"an image of {image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+    return image

@@ -40,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-copies", action="store_true", help="drop only what --against holds")
     add("--distance", type=int, default=4, metavar="BITS", help="most differing bits of 64; -1: no hashes (default: %(default)s)")
     add("--embeddings", action="append", default=[], metavar="DIR",
-        help="what `vlp data embed` wrote for the shards, and for those of --against; may be repeated")  # fmt: skip
+        help="what `vlp data embed` wrote for SOURCE; once more for each --against, in their order")  # fmt: skip
     add("--cosine", type=float, default=0.95, metavar="X", help="least cosine of copies, with --embeddings (default: %(default)s)")
     _work.arguments(parser)
 
@@ -54,20 +54,20 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)
-    against = [path for place in args.against for path in expand(place)]
+    against = [expand(place) for place in args.against]
+    fixed = [path for group in against for path in group]
     settings = {"distance": args.distance, "keep_copies": args.keep_copies, "embeddings": args.embeddings}
     settings |= {"cosine": args.cosine} if args.embeddings else {}
-    claim(folder, "dedup", sources, settings | {"against": [[path.name, path.stat().st_size] for path in against]})
-    everything = against + sources
-    surveyed = _work.carry_out("fingerprints", jobs(everything, folder, "fingerprints"), partial(survey, folder=folder), crew)
+    claim(folder, "dedup", sources, settings | {"against": [[path.name, path.stat().st_size] for path in fixed]})
+    surveyed = _work.carry_out("fingerprints", jobs(fixed + sources, folder, "fingerprints"), partial(survey, folder=folder), crew)
     if None in surveyed:
         return 0
     limits = Limits(args.distance, args.cosine, args.keep_copies)
-    copy_of = decided(folder, everything, len(against), surveyed, args.embeddings, limits)
-    n_against = sum(result["samples"] for result in surveyed[: len(against)])
-    results = transform(sources, folder, "dedup", DropCopies(copy_of[len(against) :], n_against), crew)
+    copy_of = decided(folder, [*against, sources], surveyed, args.embeddings[1:] + args.embeddings[:1], limits)
+    n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
+    results = transform(sources, folder, "dedup", DropCopies(copy_of[len(fixed) :], n_fixed), crew)
     counts = _work.total(results)
-    counts["unreadable: pictures"] = _work.total(surveyed[len(against) :])["unreadable: pictures"]
+    counts["unreadable: pictures"] = _work.total(surveyed[len(fixed) :])["unreadable: pictures"]
     print(_work.report(counts, f"{folder}:"))
     return 0
 
@@ -77,6 +77,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--distance {args.distance} is no number of bits from 0 to 8 (beyond, unlike pictures meet), nor -1")
     if args.distance < 0 and not args.embeddings:
         raise ValueError("nothing to compare: --distance -1 turns the hashes off, and no --embeddings DIR is given")
+    if args.embeddings and len(args.embeddings) != 1 + len(args.against):
+        given = len(args.embeddings)
+        raise ValueError(f"--embeddings is given {given} times; expected once for the source and once for each --against")
     if not 0 < args.cosine <= 1:
         raise ValueError(f"--cosine {args.cosine} must lie in (0, 1]")
     if args.keep_copies and not args.against:

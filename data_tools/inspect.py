@@ -43,6 +43,7 @@ def summarise(path: str, n: int) -> dict[str, Any]:
     from vlp.data.decode import BadImage, decode
     from vlp.data.sources.shards import Options
     from vlp.data.sources.shards import open as open_shards
+    from vlp.data_tools.stats import quantiles
 
     # Samples without captions are data too: the template only keeps those with a class from being dropped.
     source = open_shards(Options(path), Captions(class_templates=["{}"], missing="drop"))
@@ -67,19 +68,12 @@ def summarise(path: str, n: int) -> dict[str, Any]:
         "samples_read": len(samples),
         "unreadable_images": unreadable[:10],
         "image_types": dict(Counter(sample.image_type for sample in samples).most_common()),
-        "height_px": quantiles([height for height, _ in sizes]),
-        "width_px": quantiles([width for _, width in sizes]),
-        "image_kB": quantiles([round(len(sample.image) / 1e3, 1) for sample in samples]),
-        "captions_a_sample": quantiles([len(sample.captions) for sample in samples]),
-        "words_a_caption": quantiles([len(text.split()) for sample in samples for text in sample.captions]),
+        "height_px": quantiles(Counter(height for height, _ in sizes)),
+        "width_px": quantiles(Counter(width for _, width in sizes)),
+        "image_kB": quantiles(Counter(round(len(sample.image) / 1e3, 1) for sample in samples)),
+        "captions_a_sample": quantiles(Counter(len(sample.captions) for sample in samples)),
+        "words_a_caption": quantiles(Counter(len(text.split()) for sample in samples for text in sample.captions)),
         "json_fields": dict(fields.most_common()),
         "read_samples_a_s": round(len(samples) / max(read_s, 1e-9)),
         "decode_samples_a_s": round(len(samples) / max(decode_s, 1e-9)),
     }
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Smallest, 5 %, median, 95 %, largest."""
-    ordered = sorted(values)
-    places = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
-    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in places.items()} if ordered else {}

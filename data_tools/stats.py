@@ -105,7 +105,7 @@ def _merged(results: list[_work.Result], name: str) -> Counter:
 
 
 def quantiles(values: Counter) -> dict[str, float]:
-    """Smallest, 5 %, median, 95 %, largest of counted numbers; {} for names."""
+    """Smallest, 5 %, median, 95 %, largest of counted numbers; {} where there are none, and for names."""
     if not values or isinstance(next(iter(values)), str):
         return {}
     places = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}

@@ -149,8 +149,12 @@ def test_embeddings_find_copies_that_hashes_miss(planted: Path, tmp_path: Path) 
     call(dedup, tmp_path / "in", "--to", tmp_path / "out", *options)
     assert set(read(tmp_path / "in")) - set(read(tmp_path / "out")) == {"same"}
     assert json.loads((tmp_path / "out" / "copies.jsonl").read_text())["by"] == "cosine 1.000"
-    with pytest.raises(ValueError, match=r"has no embeddings of its samples in .*; `vlp data embed` makes them"):
+    with pytest.raises(ValueError, match=r"for other samples than the 7 of 00000\.tar; make it with `vlp data embed`"):
         call(dedup, planted / "in", "--to", tmp_path / "other", *options)
+    call(embed, planted / "eval", "--to", tmp_path / "held", "--model", ref)
+    options = ("--against", planted / "eval", *options[:4], "--embeddings", tmp_path / "held", "--cosine", 0.99)
+    call(dedup, tmp_path / "in", "--to", tmp_path / "both", *options)
+    assert {"same", "scene1", "scene5"} <= set(read(tmp_path / "in")) - set(read(tmp_path / "both"))
 
 
 @needs_data
@@ -171,9 +175,11 @@ def test_photos_recoded_and_halved_are_found_and_distinct_ones_are_not() -> None
 @pytest.mark.parametrize("options, message", [
     (["--distance", 20], "no number of bits from 0 to 8"),
     (["--distance", -1], "nothing to compare"),
+    (["--embeddings", "e", "--against", "IN"], "--embeddings is given 1 times; expected once for the source"),
     (["--cosine", 0], r"must lie in \(0, 1\]"),
     (["--keep-copies"], "drops only what --against SHARDS holds"),
 ])  # fmt: skip
 def test_senseless_options_are_refused(planted: Path, tmp_path: Path, options: list, message: str) -> None:
+    options = [planted / "in" if option == "IN" else option for option in options]
     with pytest.raises(ValueError, match=message):
         call(dedup, planted / "in", "--to", tmp_path / "out", *options)

@@ -47,6 +47,10 @@ class Embeddings:
         file = _opened(self._files[shard], self._times[shard])
         return file.get_slice("image")[i], file.get_slice("text")[i]
 
+    def images(self, shard: int) -> np.ndarray:
+        """All image embeddings of a shard, float16 [n, D]."""
+        return _opened(self._files[shard], self._times[shard]).get_tensor("image")
+
 
 def _check(path: Path, shard: Shard) -> Teacher:
     """Whose embeddings the file of a shard holds."""
