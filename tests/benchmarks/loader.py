@@ -4,13 +4,15 @@
 
 Measured in one run, each contender in processes of its own, alternating, after a warm-up: samples per second of wall
 clock, and per CPU-second over all processes and threads (which other load on the machine disturbs least); bytes read;
-memory (proportional set size of all processes). open_clip's training loader needs webdataset ≤ 0.2.86, so it gets an
-environment of its own in the cache: this one plus that version.
+memory (proportional set size of all processes). Scaled decoding (`data.augment.scaled_decoding`) is ours too, an option
+that moves pixels more. open_clip's training loader needs webdataset ≤ 0.2.86, so it gets an environment of its own in
+the cache: this one plus that version.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -27,13 +29,14 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 BATCH, CONTEXT = 64, 77
-SETS = {"photos at 224 px": 224, "64-px shards": 64}
+PHOTOS, SMALL, TINY = "photos", "photos at quality 85", "64-px shards"
+SIZES = {PHOTOS: 224, SMALL: 224, TINY: 64}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=40, help=f"measured batches of {BATCH}, a repeat")
+    parser.add_argument("--batches", type=int, default=40, help=f"measured batches of {BATCH}; four times as many at 64 px")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--publish", action="store_true", help="write docs/results/ and the section of docs/results.md")
@@ -45,36 +48,37 @@ def main() -> None:
     args = parser.parse_args()
     if args.contender:
         batches = CONTENDERS[args.contender](args.shards, args.size, args.workers)
-        print(json.dumps(measure(batches, args.batches, args.workers)))
+        print(json.dumps(measure(batches, args.batches * (4 if args.size == SIZES[TINY] else 1), args.workers)))
         return
-    pythons = {"vlp": sys.executable, "open_clip": peer_python(args.cache)}
-    results: dict[str, Any] = {"workers": args.workers, "batch": BATCH, "cpus": os.cpu_count(), "sets": {}}
-    for name, size in SETS.items():
-        folder = prepare(args.cache, Path(args.data), size)
-        runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in pythons}
+    pythons = {"open_clip": peer_python(args.cache), "vlp": sys.executable, "scaled": sys.executable}
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for name, size in SIZES.items():
+        folder = prepare(args.cache, Path(args.data), name)
+        contenders = [c for c in pythons if c != "scaled" or name != TINY]  # whose images have no pixels to spare
+        runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
         for _ in range(args.repeats):
-            for contender, python in pythons.items():
-                runs[contender].append(run(python, contender, folder, size, args))
-        results["sets"][name] = {c: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for c, rs in runs.items()}
-    results["pixel_error"] = pixel_error(Path(args.data))
-    publish(results, args)
+            for contender in contenders:
+                runs[contender].append(run(pythons[contender], contender, folder, size, args))
+        results[name] = {c: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for c, rs in runs.items()}
+    publish(results, {scaled: pixel_error(Path(args.data), scaled) for scaled in (False, True)}, args)
 
 
-def publish(results: dict[str, Any], args: argparse.Namespace) -> None:
+def publish(results: dict[str, Any], error: dict[bool, dict[str, float]], args: argparse.Namespace) -> None:
     """The table, a row a set and measure."""
     sys.path.insert(0, str(REPOSITORY))  # here and not above: open_clip's environment runs this file too
     from tests.benchmarks import report
 
-    rows = [
-        {"set": name, "measure": key, "open_clip": theirs[key], "vlp": ours[key],
-         "vlp / open_clip": ours[key] / theirs[key] if theirs[key] else None}
-        for name, (ours, theirs) in ((name, (both["vlp"], both["open_clip"])) for name, both in results["sets"].items())
-        for key in ours
-    ]  # fmt: skip
-    error = results["pixel_error"]
+    rows = []
+    for name, found in results.items():
+        for key, theirs in found["open_clip"].items():
+            ours, scaled = found["vlp"][key], found.get("scaled", {}).get(key)
+            rows.append({"set": f"{name} → {SIZES[name]} px", "measure": key, "open_clip": theirs, "vlp": ours,
+                         "vlp / open_clip": ours / theirs, "vlp, scaled decoding": scaled,
+                         "scaled / open_clip": scaled and scaled / theirs})  # fmt: skip
     notes = (
         f"{args.workers} workers, batches of {BATCH}, median of {args.repeats} runs. CPU seconds are of all processes and threads. "
-        f"Pixels against Pillow's: mean error {error['mean']:.3f} levels, largest of a photo {error['worst']:.3f}."
+        f"Pixels against Pillow's: mean error {error[False]['mean']:.3f} levels, largest of a photo {error[False]['worst']:.3f}; "
+        f"with scaled decoding {error[True]['mean']:.2f} and {error[True]['worst']:.1f}."
     )
     report.publish("loader", "Loader beside open_clip's webdataset pipeline", rows, args, notes)
 
@@ -90,29 +94,46 @@ def run(python: str, contender: str, folder: Path, size: int, args: argparse.Nam
 
 
 def measure(batches: Iterator[Any], n: int, workers: int) -> dict[str, float]:
-    """Rates over n batches of what `batches` yields, after a warm-up that fills every worker's queue."""
+    """Rates over n batches of what `batches` yields, after a warm-up.
+
+    Work is counted from one moment at which every queue is full and all processes rest to another such moment, so that
+    exactly n batches were made between them; time is taken once the batches of the first queue are used up.
+    """
     import psutil
 
-    def used() -> tuple[float, float, float]:
-        tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        times = [process.cpu_times() for process in tree]
-        read = sum(process.io_counters().read_chars for process in tree)
-        return time.perf_counter(), sum(t.user + t.system for t in times), read
-
-    for _ in range(4 * max(1, workers)):
+    queued = 4 * max(1, workers)
+    for _ in range(queued):
         next(batches)
-    wall, cpu, read = used()
-    for _ in range(n):
+    cpu, read = rest()
+    for i in range(queued + n):
         next(batches)
+        if i == queued - 1:
+            started = time.perf_counter()
+    wall = time.perf_counter() - started
+    now = rest()
     memory = sum(p.memory_full_info().pss for p in [psutil.Process(), *psutil.Process().children(recursive=True)])
-    now = used()
+    made = (queued + n) * BATCH
     return {
-        "samples / s": n * BATCH / (now[0] - wall), "samples / CPU s": n * BATCH / (now[1] - cpu),
-        "kB read / sample": (now[2] - read) / n / BATCH / 1e3, "memory, MB": memory / 1e6,
+        "samples / s": n * BATCH / wall, "samples / CPU s": made / (now[0] - cpu),
+        "kB read / sample": (now[1] - read) / made / 1e3, "memory, MB": memory / 1e6,
     }  # fmt: skip
 
 
-def ours(shards: str, size: int, workers: int) -> Iterator[Any]:
+def rest() -> tuple[float, float]:
+    """CPU seconds and bytes read of this process and its children so far, as soon as they do nothing for a while."""
+    import psutil
+
+    last = -1.0
+    while True:
+        tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        cpu = sum(t.user + t.system for t in (process.cpu_times() for process in tree))
+        if cpu - last < 0.02:
+            return cpu, sum(process.io_counters().read_chars for process in tree)
+        last = cpu
+        time.sleep(1)
+
+
+def ours(shards: str, size: int, workers: int, scaled: bool = False) -> Iterator[Any]:
     """vlp.data.loader with its default augmentation."""
     sys.path.insert(0, str(REPOSITORY))
     from vlp.config import Data
@@ -120,7 +141,8 @@ def ours(shards: str, size: int, workers: int) -> Iterator[Any]:
     from vlp.schema import parse
     from vlp.types import ImageSpec, TextSpec
 
-    data = parse(Data, {"sources": [{"name": "shards", "path": shards}], "workers": workers})
+    source, augment = {"name": "shards", "path": shards}, {"scaled_decoding": scaled}
+    data = parse(Data, {"sources": [source], "workers": workers, "augment": augment})
     return iter(Loader(data, ImageSpec((size, size)), TextSpec("clip", CONTEXT), batch=BATCH, seed=0))
 
 
@@ -138,26 +160,26 @@ def open_clips(shards: str, size: int, workers: int) -> Iterator[Any]:
     return iter(info.dataloader)
 
 
-CONTENDERS = {"vlp": ours, "open_clip": open_clips}
+CONTENDERS = {"vlp": ours, "scaled": functools.partial(ours, scaled=True), "open_clip": open_clips}
 
 
-def prepare(cache: Path, data: Path, size: int) -> Path:
-    """Shards of about 1,300 photos at original size, or of 6,000 small ones; written once."""
+def prepare(cache: Path, data: Path, name: str) -> Path:
+    """Shards of about 1,300 photos, as they are or encoded anew, or of 6,000 images of 64 px; written once."""
     from PIL import Image
 
     from vlp.data.format import ShardWriter
 
-    folder = cache / f"shards_{size}"
+    folder = cache / name.replace(" ", "_")
     if (folder / "done").exists():
         return folder
     chance = random.Random(0)
-    with tarfile.open(data / ("coco_open.tar" if size == 224 else "caltech101.tar")) as tar:
-        images = [tar.extractfile(member).read() for member in tar.getmembers()[: 1000 if size == 64 else None]]
+    with tarfile.open(data / ("caltech101.tar" if name == TINY else "coco_open.tar")) as tar:
+        images = [tar.extractfile(member).read() for member in tar.getmembers()[: 1000 if name == TINY else None]]
     lines = (data / "coco_open.jsonl").read_text().splitlines()
     captions = [caption for line in lines for caption in json.loads(line)["captions"]]
-    if size == 64:
-        images = [small(Image.open(io.BytesIO(data))) for data in images]
-    repeats = 12 if size == 224 else 6
+    if name != PHOTOS:
+        images = [encoded_anew(Image.open(io.BytesIO(image)).convert("RGB"), name == TINY) for image in images]
+    repeats = 6 if name == TINY else 12
     with ShardWriter(folder, len(images) * repeats // 12, overwrite=True) as writer:
         for _ in range(repeats):
             for image in chance.sample(images, len(images)):
@@ -166,13 +188,13 @@ def prepare(cache: Path, data: Path, size: int) -> Path:
     return folder
 
 
-def small(image: Any) -> bytes:
+def encoded_anew(image: Any, tiny: bool) -> bytes:
     file = io.BytesIO()
-    image.convert("RGB").resize((64, 64)).save(file, "JPEG", quality=90)
+    (image.resize((64, 64)) if tiny else image).save(file, "JPEG", quality=90 if tiny else 85)
     return file.getvalue()
 
 
-def pixel_error(data: Path) -> dict[str, float]:
+def pixel_error(data: Path, scaled: bool) -> dict[str, float]:
     """Mean absolute difference in levels between our training crops and Pillow's crop and bicubic resize, 224 px."""
     import numpy as np
     from PIL import Image
@@ -181,14 +203,14 @@ def pixel_error(data: Path) -> dict[str, float]:
     from vlp.data.decode import crop_box, train
     from vlp.types import ImageSpec
 
-    errors = []
+    augment, errors = Augment(scaled_decoding=scaled), []
     with tarfile.open(data / "coco_open.tar") as tar:
         for i, member in enumerate(tar.getmembers()):
             encoded = tar.extractfile(member).read()
             image = Image.open(io.BytesIO(encoded)).convert("RGB")
-            top, left, h, w = crop_box(image.height, image.width, Augment(), random.Random(i))
+            top, left, h, w = crop_box(image.height, image.width, augment, random.Random(i))
             expected = np.asarray(image.crop((left, top, left + w, top + h)).resize((224, 224), Image.Resampling.BICUBIC))
-            found = train(encoded, ImageSpec((224, 224)), Augment(), random.Random(i)).permute(1, 2, 0).numpy()
+            found = train(encoded, ImageSpec((224, 224)), augment, random.Random(i)).permute(1, 2, 0).numpy()
             errors.append(float(np.abs(found.astype(int) - expected).mean()))
     return {"mean": statistics.mean(errors), "worst": max(errors)}
 
