@@ -28,7 +28,7 @@ model:
   text_tower: {{name: transformer, context_length: 24, width: 32, layers: 1, heads: 2}}
   embed_dim: 16
 train: {{duration: 9, batch: 48, micro_batches: 2, precision: float32, optimizer: {{lr: 1e-3}}}}
-objective: {{infonce: {{}}}}
+objective: {{infonce: {{}}, fastclip: {{version: v2}}}}
 log: {{every: 1}}
 checkpoint: {{every: 3, keep: 2}}
 """
@@ -65,13 +65,17 @@ def test_resume_in_mid_epoch_is_bit_for_bit(settings, capsys):
     assert len(one.optimizer) > 30
 
 
-@pytest.mark.parametrize("forgotten", ["the loader's position", "the moments"])
+@pytest.mark.parametrize("forgotten", ["the loader's position", "the moments", "the numbers of each sample"])
 def test_a_resume_that_forgets_something_is_noticed(settings, monkeypatch, forgotten):
-    """Negative control: the same comparison fails when the data start over, or AdamW does."""
+    """Negative control: the same comparison fails when the data start over, or AdamW does, or the objective."""
     whole = train(settings("train.duration=6", out="whole"))
     shutil.copytree(whole, whole.parent / "cut")
     shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000006")
-    name = "vlp.data.loader.Loader.load_state_dict" if "loader" in forgotten else "vlp.parallel.Replicated.load_moments"
+    name = {
+        "the loader's position": "vlp.data.loader.Loader.load_state_dict",
+        "the moments": "vlp.parallel.Replicated.load_moments",
+        "the numbers of each sample": "vlp.losses._table.Table.load",
+    }[forgotten]
     monkeypatch.setattr(name, lambda self, state: None)
     again = losses(train(settings("train.duration=6", "resume=auto", out="cut")))
     before = losses(whole)
