@@ -13,8 +13,8 @@ trains on B/W. `train.batch` stays B, and samples count when trained on; an epoc
 so it holds keep·n trained samples. Apart from rounding the set is a function of seed, step and weights, at any W.
 
 Cost a step: N rows embedded by θ without gradient (in evaluation mode: no dropout, no patch drop) and up to N by the
-reference, in parts of a micro-batch; logged as jest.scored_rows and jest.reference_rows. Scoring needs 2·N·B pairs for each
-model, shared by the ranks; memory O(N/W·D + B/chunks·D) a rank besides tiles of `_BLOCK` × B/chunks scores, never N².
+reference, in parts of a micro-batch; logged as jest.scored_rows and jest.reference_rows. Scoring needs up to 2·N·B pairs for
+each model, shared by the ranks; memory O(N/W·D + B/chunks·D) a rank besides tiles of `_BLOCK` × B/chunks scores, never N².
 
 Both models need a bias, which the sigmoid loss is made for: train with the term `siglip` and `model.bias`. A reference
 without one (CLIP) takes it from the option `bias`. Its embedding size is its own affair.
@@ -76,12 +76,13 @@ def open(options: Options, config: Config, model: DualEncoder, engine: Engine) -
     if options.reference == "precomputed":
         return Selection(loaded, needs=frozenset({"teacher_image", "teacher_text"}), choose=Chooser(options))
     reference = teacher.frozen(options.reference, model, "selection.jest.reference").to(engine.device)
-    if reference.logit_bias is None and options.bias is None:
+    chooser = Chooser(options, reference)
+    if chooser.bias is None:
         raise ValueError(
             f"{options.reference} has no logit bias, which the sigmoid loss needs; set selection.jest.bias, or take a reference "
             "trained with the term siglip"
         )
-    return Selection(loaded, choose=Chooser(options, reference))
+    return Selection(loaded, choose=chooser)
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,8 @@ class Chooser:
     @torch.no_grad()
     def __call__(self, training: Training, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
         device, more = training.engine.device, round(1 / self.options.keep)
-        parts = [part.to(device) for part in batch.split(training.micro_batches * more)]
         with torch.autocast(device.type, torch.bfloat16, enabled=training.dtype == torch.bfloat16):
-            learner, reference = self._learner(training.engine.model, parts), self._reference(parts)
+            learner, reference = self._embed(training.engine.model, batch.split(training.micro_batches * more), device)
         n_loaded = len(batch) * dist.world_size()
         chosen, own = select(learner, reference, n_loaded // more, self.options.chunks, training.seed, training.step)
         n_embedded = torch.tensor((self.images.n_new + self.texts.n_new) / 2, device=device)
@@ -136,22 +136,21 @@ class Chooser:
             "jest.reference_rows": dist.all_reduce(n_embedded, dist.world()),
         }
 
-    def _learner(self, model: nn.Module, parts: list[Batch]) -> Embedded:
-        """By the wrapped model, which every rank calls equally often."""
-        model.eval()
-        found = [model(part.image, part.text) for part in parts]
-        model.train()
-        image, text = (torch.cat([getattr(features, name) for features in found]) for name in ("image", "text"))
-        return Embedded(image, text, found[0].scale, found[0].bias)
-
-    def _reference(self, parts: list[Batch]) -> Embedded:
+    def _embed(self, model: nn.Module, parts: list[Batch], device: torch.device) -> tuple[Embedded, Embedded]:
+        """By the learner, wrapped, which every rank calls equally often, and by the reference; one part at a time on the device."""
         self.images.n_new = self.texts.n_new = 0
-        if self.reference is None:
-            found = [(part.teacher_image, part.teacher_text) for part in parts]
-        else:
-            found = [(self.images(part.image), self.texts(part.text)) for part in parts]
-        image, text = (torch.cat(rows) for rows in zip(*found))
-        return Embedded(image, text, self.scale, self.bias)
+        found = []
+        model.eval()
+        for part in parts:
+            part = part.to(device)
+            own = model(part.image, part.text)
+            other = (part.teacher_image, part.teacher_text) if self.reference is None else (
+                self.images(part.image), self.texts(part.text)
+            )  # fmt: skip
+            found.append((own.image, own.text, *other))
+        model.train()
+        x, t, u, v = (torch.cat(rows) for rows in zip(*found))
+        return Embedded(x, t, own.scale, own.bias), Embedded(u, v, self.scale, self.bias)
 
 
 class Remembered:
