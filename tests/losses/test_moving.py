@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests import ranks
 from vlp import dist
-from vlp.losses import build
+from vlp.losses import _table, build
 
 B, D, N = 8, 5, 14
 IDS = [[3, 1, 4, 0, 5, 9, 2, 6], [6, 10, 3, 5, 8, 7, 13, 1]]  # five samples come back, on other ranks
@@ -133,6 +133,7 @@ def test_learned_temperatures_reach_their_limits():
 
 
 def first_half():
+    _table.CHUNK = 2  # of 4 to 14 rows a rank, with a rest
     objective = made(*CASES[5])
     take(objective, 0)
     return objective.state_dict()["fastclip"]["samples"].tolist()
@@ -140,21 +141,20 @@ def first_half():
 
 def second_half(saved):
     objective = made(*CASES[5])
-    if saved is not None:
+    if saved is not None:  # else forgotten
         objective.load_state_dict({"fastclip": {"samples": torch.tensor(saved)}})
     return [take(objective, 1), objective.state_dict()["fastclip"]["samples"].tolist()]
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize("before, after", [(4, 1), (2, 4)])
 def test_resumed_on_other_ranks_equals_uninterrupted(before, after):
     objective = made(*CASES[5])
     take(objective, 0)
     expected = [take(objective, 1), objective.state_dict()["fastclip"]["samples"].tolist()]
     saved = ranks.run(before, first_half)[0]
     results = ranks.run(after, second_half, saved)
-    forgotten = ranks.run(after, second_half, None)
-    for found, same in ((results, True), (forgotten, False)):
-        mean = sum(torch.tensor(r[0][1], dtype=torch.float64) for r in found) / after
+    for found, same in ((results, True), ([second_half(None)], False)):
+        mean = sum(torch.tensor(r[0][1], dtype=torch.float64) for r in found) / len(found)
         assert torch.allclose(mean, torch.tensor(expected[0][1], dtype=torch.float64), rtol=1e-6, atol=1e-9) == same
     torch.testing.assert_close(torch.tensor(results[0][1]), torch.tensor(expected[1]), rtol=1e-6, atol=1e-6)
 
