@@ -140,7 +140,7 @@ def test_labels_of_other_samples_are_refused(source, labelled, scenes, tmp_path)
     for name in ("no.safetensors", "absent.safetensors"):
         with pytest.raises(ValueError, match=f"{name} holds no labels"):
             read_labels(tmp_path / name, mixture(source))
-    with pytest.raises(ValueError, match="leave them out"):
+    with pytest.raises(ValueError, match="leave the weights out"):
         cells(source, [path], weight=1.0)
 
 
