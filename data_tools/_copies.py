@@ -96,7 +96,7 @@ class DropCopies:
     n_fixed: int  # samples of --against
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
-        for sample, other in zip(samples, self.copy_of[shard]):
+        for sample, other in zip(samples, self.copy_of[shard], strict=True):
             if other < 0:
                 yield Changed(sample, list(sample.captions), sample.meta)
             else:

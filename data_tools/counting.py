@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Survey the captions, balance, write the shards, and print what was kept, what was dropped and why."""
-    from vlp.data.sources.shards import expand
+    from vlp.data.paths import expand
     from vlp.data_tools._shards import claim, jobs, transform
 
     _check(args)

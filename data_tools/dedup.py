@@ -47,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
-    from vlp.data.sources.shards import expand
+    from vlp.data.paths import expand
     from vlp.data_tools._copies import DropCopies, decided, survey
     from vlp.data_tools._near import Limits
     from vlp.data_tools._shards import claim, jobs, transform

@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and print what was embedded."""
-    from vlp.data.sources.shards import expand
+    from vlp.data.paths import expand
     from vlp.data_tools._shards import claim, jobs
 
     sources, crew = expand(args.source), _work.crew(args)

@@ -14,7 +14,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +60,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
-    from vlp.data.sources.shards import expand
+    from vlp.data.paths import expand
     from vlp.data_tools._shards import claim, transform
 
     rules, sources, crew = _rules(args), expand(args.source), _work.crew(args)
@@ -132,8 +132,7 @@ class Rules:
 
     def about_captions(self) -> bool:
         """Whether a sample needs a caption to stay."""
-        mine = (self.min_words, self.max_words, self.match, self.reject, self.max_repeats, self.languages, self.min_relations)
-        return any((*mine, self.action, self.min_score is not None))
+        return replace(self, min_side=0, max_aspect=0.0, uids="") != Rules()
 
 
 def _rules(args: argparse.Namespace) -> Rules:

@@ -40,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan the new shards, write them, and print how many samples they hold."""
     from vlp.data.format import index
-    from vlp.data.sources.shards import expand
+    from vlp.data.paths import expand
     from vlp.data_tools._shards import claim
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:

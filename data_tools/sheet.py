@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the sheet and say what is on it. Raises ValueError."""
-    from vlp.data.sources.shards import expand
+    from vlp.data.paths import expand
     from vlp.files import write_atomically
 
     if args.to.suffix not in (".html", ".png"):

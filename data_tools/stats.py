@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count, and write the page once all shards are counted."""
-    from vlp.data.sources.shards import expand
+    from vlp.data.paths import expand
     from vlp.data_tools._shards import claim, jobs
     from vlp.files import write_atomically
 

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from tests.data_tools.tools import CAPTIONS, call
 from vlp.data.format import ShardWriter
-from vlp.data_tools import _work, negatives
+from vlp.data_tools import _work, negatives, reshard
 from vlp.data_tools import filter as filtering
 
 
@@ -62,6 +63,30 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
     call(negatives, source, "--to", out)
     changed = {name for name, now in times(marks + tars).items() if before[name] != now}
     assert changed == {marks[0].name, tars[0].name} and digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    source, out, rng, n_kills = write(tmp_path / "in", 12, 200), tmp_path / "out", random.Random(0), 0
+    options = [str(source), "--samples-per-shard", "25", "--shuffle", "0", "--processes", "3"]
+
+    def finished() -> int:
+        return len(list(out.glob("0*_reshard.json")))
+
+    while True:
+        enough = finished() + rng.randint(1, 12)
+        tool = subprocess.Popen([sys.executable, "-m", "vlp.cli", "data", "reshard", *options, "--to", str(out)])
+        while tool.poll() is None and finished() < enough:
+            time.sleep(0.002)
+        if tool.poll() is not None:
+            break
+        tool.kill()
+        tool.wait()
+        n_kills += 1
+    assert tool.returncode == 0 and n_kills >= 4
+    call(reshard, *options[:-2], "--to", tmp_path / "whole")
+    assert digests(out) == digests(tmp_path / "whole") and len(digests(out)) == 96
+    assert not list(out.glob(".*.tar.tmp"))
 
 
 def test_the_parts_of_two_machines_are_the_whole(

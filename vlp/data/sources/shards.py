@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from braceexpand import braceexpand
 
 from vlp.config import Captions
 from vlp.data.embedded import Embeddings
 from vlp.data.index import CLASS, CONTINUES, LABELS, PICTURED, ROW, Shard, index
 from vlp.data.members import open_sample
+from vlp.data.paths import expand
 from vlp.data.sources import Source, captions_of
 from vlp.types import Sample
 
@@ -34,20 +34,6 @@ class Options:
 
     path: str  # folder, tar, braces, several joined by ::
     embeddings: str | None = None  # folder that `vlp data embed` made from these shards: a teacher's embeddings
-
-
-def expand(path: str) -> list[Path]:
-    """The tars that a `path` option names, in order; raises ValueError for a part that names none."""
-    result: list[Path] = []
-    for part in path.split("::"):
-        for name in braceexpand(part):
-            place = Path(name).expanduser()
-            found = sorted(place.glob("*.tar")) if place.is_dir() else [place] if place.is_file() else []
-            if not found:
-                reason = "a folder without .tar files" if place.is_dir() else "neither a folder nor a tar file"
-                raise ValueError(f"shards path {name!r} is {reason}; expected shards as `vlp data pack` writes them")
-            result += found
-    return result
 
 
 def open(options: Options, captions: Captions) -> Shards:
