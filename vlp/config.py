@@ -157,7 +157,7 @@ class Data:
     sources: list[Annotated[Plugin, Named("vlp.data.sources")]]
     augment: Augment = Augment()
     captions: Captions = field(default_factory=Captions)
-    views: Views | None = None
+    views: Views | None = None  # further views for terms that compare them; None: none
     together: int = 1  # G: batches are made of whole groups of G samples of one "origin" (a field of their JSON)
     replacement: bool = False  # independent uniform draws (within a source's share) instead of whole epochs
     shuffle: bool = True

@@ -145,6 +145,8 @@ def test_composition_that_cannot_be_is_refused(variations, tmp_path, monkeypatch
         loader_of(data_of(variations, together=3), 8, world=2)
     with pytest.raises(ValueError, match=r"no origin in source 0 has as many samples.*lower"):
         loader_of(data_of(variations, together=9), 9)
+    with pytest.raises(ValueError, match=r"a batch of 42 is larger than the data \(13 groups of 3\)"):
+        loader_of(data_of(variations, together=3), 42)
     with pytest.raises(ValueError, match="fetches whole shards in turn"):
         loader_of(data_of({"name": "remote", "path": f"file://{variations}/"}, replacement=True), 4)
     for wrong in ({"together": 2, "captions": {"choose": "all"}}, {"replacement": True, "shuffle": False}, {"together": 0},

@@ -62,7 +62,8 @@ class Loader:
         self.n_samples = self._mixture.n_samples
         self.steps_per_epoch = self._mixture.steps_per_epoch(batch)
         if not self.steps_per_epoch:
-            raise ValueError(f"a batch of {batch} is larger than the data ({self.n_samples} samples); set train.batch lower")
+            held = f"{self.n_samples} samples" if data.together == 1 else f"{self._mixture.n_units} groups of {data.together}"
+            raise ValueError(f"a batch of {batch} is larger than the data ({held}); set train.batch lower")
         fields = optional_fields(sources, data)
         self.widths = fields  # of the optional fields that its batches carry
         self.carries = frozenset(fields)
