@@ -36,6 +36,7 @@ _SCRIPTS = {
     "ARMENIAN": "hy",
 }  # fmt: skip
 UNCLEAR = "unclear"  # too few or contradictory words in Latin letters
+LANGUAGES = (*_STOP_WORDS, *dict.fromkeys(_SCRIPTS.values()), UNCLEAR)
 
 _RELATIONS = frozenset("""
 on in at with under above below over behind inside underneath beneath atop near beside by between among across along around

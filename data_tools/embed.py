@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 from vlp.data_tools import _encoder, _work
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlp.data.members import Content
     from vlp.data_tools._encoder import Model
 
 HELP = "embed pictures and captions with a model, one file a shard"
@@ -79,7 +82,7 @@ class Embed:
         write_atomically(self.folder / f"{job[1].stem}.safetensors", save(tensors, about))
         return {"counts": counts}
 
-    def _texts(self, batch: list, counts: Counter[str]):
+    def _texts(self, batch: list[Content], counts: Counter[str]) -> Tensor:
         import torch
 
         rows = torch.zeros(len(batch), self.model.width())

@@ -136,7 +136,11 @@ class Rules:
 
 
 def _rules(args: argparse.Namespace) -> Rules:
+    from vlp.data_tools._captions import LANGUAGES
+
     languages = tuple(filter(None, args.languages.split(",")))
+    if unknown := set(languages) - set(LANGUAGES):
+        raise ValueError(f"--languages does not know {', '.join(sorted(unknown))}; it tells apart {', '.join(LANGUAGES)}")
     given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
     rules = Rules(**given | {"languages": languages, "uids": args.uids or ""})
     if (args.min_score is None) != (not args.model):

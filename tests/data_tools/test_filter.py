@@ -126,6 +126,7 @@ def test_a_score_is_the_model_s_cosine(source: Path, tmp_path: Path, capsys) -> 
     (["--match", "("], "'\\(' is no regular expression"),
     (["--min-score", 0.3], "--min-score X and --model REF go together"),
     (["--model", "x"], "--min-score X and --model REF go together"),
+    (["--languages", "en,english"], "does not know english; it tells apart en, de"),
     (["--uids", "list.csv"], "neither .npy nor .txt"),
     (["--min-side", 9999], "no sample of .* is left; the reasons are listed above"),
     (["--model", "nowhere/at/all", "--min-score", 0.3], "no model 'nowhere/at/all'"),
