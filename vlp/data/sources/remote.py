@@ -7,6 +7,7 @@ beside the shards; where there is none, every shard is fetched once to make it.
 
 from __future__ import annotations
 
+import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,17 +33,20 @@ class Options:
     path: str  # addresses with braces, several joined by ::, or a folder's address ending in /
     window: int = 8  # shards whose samples are shuffled together
     cache_gb: float = 50.0  # of local disk; must hold three windows
+    stall_s: float = 60.0  # http and s3: a connection silent for so long is given up, and the shard tried again
     storage: dict[str, Any] = field(default_factory=dict)  # fsspec's options for this kind of address
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.cache_gb <= 0:
-            raise ValueError(f"window is {self.window} and cache_gb {self.cache_gb}; expected at least 1 and more than 0")
+        if self.window < 1 or min(self.cache_gb, self.stall_s) <= 0:
+            raise ValueError(
+                f"window is {self.window}, cache_gb {self.cache_gb}, stall_s {self.stall_s}; expected at least 1, and more than 0"
+            )
 
 
 def open(options: Options, captions: Captions) -> Remote:
     """List and index the shards; raises ValueError or OSError."""
-    cache = Cache(int(options.cache_gb * 1e9), options.storage)
-    urls, sizes = _list(options)
+    cache = Cache(int(options.cache_gb * 1e9), _storage(options))
+    urls, sizes = _list(options.path, cache.storage)
     for url, size in zip(urls, sizes):
         cache.drop_if_changed(url, size)
     shards = _index(urls, sizes, cache)
@@ -52,18 +56,32 @@ def open(options: Options, captions: Captions) -> Remote:
     return Remote(Shards(urls, shards, captions), cache, options.window)
 
 
-def _list(options: Options) -> tuple[list[str], list[int]]:
+def _storage(options: Options) -> dict[str, Any]:
+    """fsspec's options, with the patience of `stall_s` instead of a limit on the whole transfer or none."""
+    storage, patience = options.storage, options.stall_s
+    if options.path.startswith("s3://"):
+        limits = {"connect_timeout": patience, "read_timeout": patience}
+        return {**storage, "config_kwargs": {**limits, **storage.get("config_kwargs", {})}}
+    if options.path.startswith(("http://", "https://")) and importlib.util.find_spec("aiohttp"):  # else fsspec asks for it
+        from aiohttp import ClientTimeout
+
+        limit = ClientTimeout(total=None, sock_connect=patience, sock_read=patience)
+        return {**storage, "client_kwargs": {"timeout": limit, **storage.get("client_kwargs", {})}}
+    return storage
+
+
+def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[int]]:
     urls: list[str] = []
-    for part in options.path.split("::"):
+    for part in path.split("::"):
         if part.endswith("/"):
-            file_system, root = fsspec.url_to_fs(part, **options.storage)
+            file_system, root = fsspec.url_to_fs(part, **storage)
             urls += sorted(file_system.unstrip_protocol(name) for name in file_system.glob(root.rstrip("/") + "/*.tar"))
         else:
             urls += braceexpand(part)
     if not urls:
-        raise ValueError(f"{options.path!r} names no shards; expected .tar addresses or a folder's address ending in /")
+        raise ValueError(f"{path!r} names no shards; expected .tar addresses or a folder's address ending in /")
     try:
-        file_system, _ = fsspec.url_to_fs(urls[0], **options.storage)
+        file_system, _ = fsspec.url_to_fs(urls[0], **storage)
         return urls, [int(file_system.info(url)["size"]) for url in urls]
     except ImportError as error:
         raise ValueError(f"{urls[0]}: {error}") from None  # fsspec names the package to install

@@ -1,0 +1,123 @@
+"""A folder behind http:// and s3:// on this machine, with the faults of real ones: errors, dropped connections, stalls.
+
+It answers what fsspec's HTTP and S3 file systems ask of a server that holds files: HEAD, GET with ranges, and S3's
+ListObjectsV2 on `/bucket`. Requests are neither signed nor checked.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+STALL_S = 5
+
+
+class Store(ThreadingHTTPServer):
+    """`faults`: how the next bodies of tars go wrong, one each: "error", "drop" or "stall". `served`: bodies sent whole."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.lock = root, threading.Lock()
+        self.faults: list[str] = []
+        self.suffered: Counter[str] = Counter()
+        self.served: Counter[str] = Counter()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fault(self, name: str) -> str:
+        """The fault that this body suffers, or nothing."""
+        with self.lock:
+            found = self.faults.pop(0) if self.faults and name.endswith(".tar") else ""
+            self.suffered[found] += 1
+            return found
+
+    def handle_error(self, request: object, address: object) -> None:
+        """A client that goes away is part of the play."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Store
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        address = urlsplit(self.path)
+        name = unquote(address.path).removeprefix("/bucket").strip("/")
+        if "list-type=2" in address.query:
+            return self._send(200, self._listing(parse_qs(address.query)), body)
+        file = self.server.root / name
+        if not file.is_file():
+            return self._send(404, b"", body)
+        data = file.read_bytes()
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not match:
+            return self._send(200, data, body, name)
+        first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+        self._send(206, data[first : last + 1], body, name, f"bytes {first}-{last}/{len(data)}")
+
+    def _listing(self, query: dict[str, list[str]]) -> bytes:
+        prefix = query.get("prefix", [""])[0]
+        files = sorted(path.relative_to(self.server.root).as_posix() for path in self.server.root.rglob("*") if path.is_file())
+        entries = "".join(
+            f"<Contents><Key>{escape(name)}</Key><Size>{(self.server.root / name).stat().st_size}</Size>"
+            '<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"0"</ETag></Contents>'
+            for name in files if name.startswith(prefix)
+        )  # fmt: skip
+        return f"<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
+
+    def _send(self, status: int, data: bytes, body: bool, name: str = "", content_range: str = "") -> None:
+        fault = self.server.fault(name) if body else ""
+        if fault == "error":
+            status, data = 500, b"try again"
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("ETag", '"0"')
+        if content_range and status == 206:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        if not body:
+            return
+        if fault in ("drop", "stall"):
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            if fault == "stall":
+                time.sleep(STALL_S)
+            self.close_connection = True
+            return
+        self.wfile.write(data)
+        self.server.served[name] += status < 300
+
+
+@contextmanager
+def store(root: Path) -> Iterator[Store]:
+    """Serve a folder while the block runs."""
+    server = Store(root)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
