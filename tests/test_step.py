@@ -1,5 +1,7 @@
 """The step: any number of ranks and micro-batches gives the gradient of one process with the whole batch."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -204,3 +206,48 @@ def test_carried_fields_reach_the_objective():
     output = embed(training, batch, 0)
     assert output["negatives"].shape == (ROWS, 2, 16)
     torch.testing.assert_close(output["negatives"][:, 1], output["text"])
+
+
+def negatives_batch(rows=slice(None)):
+    """`make_batch` with two hard captions a sample, five of the 24 valid, and three counting samples."""
+    generator = torch.Generator().manual_seed(8)
+    texts = torch.randint(1, 400, (ROWS, 4, LENGTH), generator=generator)
+    texts[..., 9], texts[..., 10:] = 49407, 0
+    mask = torch.zeros(ROWS, 2, dtype=torch.bool)
+    mask[[0, 1, 4, 7, 11], [0, 1, 1, 0, 0]] = True
+    counting = torch.arange(ROWS) % 5 == 0
+    return dataclasses.replace(
+        make_batch(rows), negatives=texts[rows, :2], negatives_valid=mask[rows], counterfactual=texts[rows, 2:],
+        counterfactual_valid=counting[rows],
+    )  # fmt: skip
+
+
+NEGATIVES = {"hard_negatives": [{"form": "negclip"}, {"form": "own", "weight": 0.5}], "counting": {"counterfactuals": "all"}}
+
+
+def with_negatives(micro_batches=1, engine="ddp"):
+    return gradients_and_weights(micro_batches, batch=negatives_batch, objective=NEGATIVES, engine=engine)
+
+
+def test_only_valid_captions_pass_the_text_tower():
+    """12 captions, 5 hard ones and 3 counting samples' 2 counterfactuals, by hooks; the others change nothing."""
+    training = make_training(objective=NEGATIVES)
+    rows = []
+    training.engine.module.text.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    batch = negatives_batch()
+    before = train_step(training, batch)["loss"]
+    assert rows == [12 + 5 + 3 * 2]
+    batch.negatives[~batch.negatives_valid] = 7
+    batch.counterfactual[~batch.counterfactual_valid] = 7
+    assert train_step(make_training(objective=NEGATIVES), batch)["loss"] == before
+    batch.negatives[0, 0, 3] += 1
+    assert train_step(make_training(objective=NEGATIVES), batch)["loss"] != before
+
+
+def test_ranks_with_unequal_numbers_of_valid_captions_change_nothing():
+    expected = with_negatives()
+    assert_close(with_negatives(4)[0], expected[0], 1e-10)  # the second micro-batch has one valid caption, the third two
+    for engine in ("ddp", "fsdp2"):
+        for gradients, weights, _ in ranks.run(2, with_negatives, 3, engine):
+            assert_close(gradients, expected[0], 1e-9)
+            assert_close(weights, expected[1], 1e-9)

@@ -1,7 +1,7 @@
 """Trained parts beside the two towers that only an objective reads: they take part in training and leave with export.
 
     views     a two-layer projection of the embeddings of further views for each modality, with a scale of its own
-              (multi_view, after CLIP-rocket, arXiv 2304.13080; slip): image_views, text_views, view_scale
+              (multi_view, after CLIP-rocket, arXiv 2305.08675; slip): image_views, text_views, view_scale
     concepts  a linear layer from the image tower's output, before it is normalised: concept_logits (distill)
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa, arXiv 2205.01917): caption_logits
 """

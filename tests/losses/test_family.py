@@ -134,12 +134,12 @@ def hn_nce(alpha, beta):
     return one
 
 
-def counting(scaled):
+def counting(scaled, n_wrong):
     def loop(d):
         total, n = 0, 0
         for i in CANDIDATES:
             if d["counterfactual_valid"][i]:
-                g = [d["image"][i] @ t for t in (d["text"][i], *d["counterfactual"][i])]
+                g = [d["image"][i] @ t for t in (d["text"][i], *d["counterfactual"][i][:n_wrong])]
                 g = [d["scale"] * v for v in g] if scaled else g
                 total, n = total - torch.log(torch.exp(g[0]) / sum(torch.exp(v) for v in g)), n + 1
         return total / n
@@ -406,8 +406,10 @@ FAMILY = [
     ("hn_nce", {"alpha": 0.5, "beta": 1.5}, both(hn_nce(0.5, 1.5))),
     ("hn_nce", {"alpha": 0, "beta": 0}, both(decoupled)),
     ("hn_nce", {"alpha": 1, "beta": 0}, both(infonce)),
-    ("counting", {}, counting(False)),
-    ("counting", {"scaled": True}, counting(True)),
+    ("counting", {}, counting(False, 1)),
+    ("counting", {"logits": "scaled"}, counting(True, 1)),
+    ("counting", {"counterfactuals": "all"}, counting(False, None)),
+    ("counting", {"logits": "scaled", "counterfactuals": "all"}, counting(True, None)),
     ("macl", {}, macl),
     ("cyclip", {}, cyclip),
     ("cwcl", {}, cwcl("image", 1)),
@@ -437,7 +439,7 @@ FAMILY = [
     ("hard_negatives", {"form": "rank"}, rank([0, 0, 0])),
     ("hard_negatives", {"form": "intra"}, intra),
 ]
-N_LIVE = 119  # inputs that have a gradient, over all cases
+N_LIVE = 126  # inputs that have a gradient, over all cases
 PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
 
 
@@ -485,7 +487,7 @@ def test_objectives_equal_loops(n_ranks):
                 assert error <= 1e-10 * wanted.norm() + 1e-12, f"{name} {options}, {plan}, {leaf}: {mean} is not {wanted}"
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
-    assert n_cases == 4 * len(FAMILY) == 4 * 41 and n_live == 4 * N_LIVE, "the comparison must not be empty"
+    assert n_cases == 4 * len(FAMILY) == 4 * 43 and n_live == 4 * N_LIVE, "the comparison must not be empty"
 
 
 def test_half_precision_embeddings():

@@ -2,14 +2,16 @@
 
     L = −mean over counting samples of log [ e^{g(x·t)} / (e^{g(x·t)} + Σ_c e^{g(x·t^cf_c)}) ]
 
-x, t: [b, D]; t^cf: [b, C, D] is the caption with another number word; the paper uses one, several give the variant over
-all other numbers. One direction; counterfactuals are not candidates of the contrastive loss, which the configuration
-adds as a term of its own (paper: weight 1 each). g is the raw cosine, or the cosine times the learned scale.
+x, t: [b, D]; t^cf: [b, D] or [b, C, D] is the caption with another number word. `one` (the paper) takes the first, which
+`vlp data counting` draws uniformly; `all` is the variant over all C. One direction; counterfactuals are not candidates
+of the contrastive loss, which the configuration adds as a term of its own (paper: weight 1 each). g is the `raw` cosine,
+or the cosine `scaled` by the learned scale.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +24,15 @@ NEEDS = frozenset({"image", "text", "scale", "counterfactual", "counterfactual_v
 
 @dataclass(frozen=True)
 class Options:
-    scaled: bool = False  # multiply cosines by the learned scale
+    logits: Literal["raw", "scaled"] = "raw"
+    counterfactuals: Literal["one", "all"] = "one"
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     inputs = inputs.wide()
     wrong = inputs.counterfactual if inputs.counterfactual.dim() == 3 else inputs.counterfactual.unsqueeze(1)
-    scale = inputs.scale if options.scaled else 1.0
+    wrong = wrong[:, :1] if options.counterfactuals == "one" else wrong
+    scale = inputs.scale if options.logits == "scaled" else 1.0
     positive = scale * (inputs.image * inputs.text).sum(1)
     others = scale * (inputs.image.unsqueeze(1) * wrong).sum(2)
     return pairs.mean(softplus(torch.logsumexp(others, 1) - positive), inputs.counterfactual_valid)
