@@ -56,7 +56,7 @@ def kinds_of_data(folder: Path) -> list[list[dict[str, Any]]]:
     return [[many, one], [one], weighted, [stream], [remote], [{**remote, "weight": 2}, {**one, "weight": 1}]]
 
 
-@pytest.mark.parametrize("trials", [6, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("trials", [3, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_a_run_killed_at_any_moment_continues_exactly(tmp_path, monkeypatch, trials):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     context = multiprocessing.get_context("forkserver")
@@ -69,8 +69,8 @@ def test_a_run_killed_at_any_moment_continues_exactly(tmp_path, monkeypatch, tri
     assert len({steps[0] for steps in reference}) == len(data)
     chance, n_killed, n_compared = random.Random(trials), 0, 0
     for trial in range(trials):
-        kind, out, state = trial % len(data), tmp_path / f"{trial}.jsonl", None
-        for life in range(3):
+        kind, out, state = 2 * trial % len(data) + trial // 3 % 2, tmp_path / f"{trial}.jsonl", None
+        for life in range(2):
             workers = 1 if trial % 60 == 59 and life == 0 else 0
             world = chance.choice([1, 2, 3, 4])
             child = context.Process(
@@ -91,7 +91,7 @@ def test_a_run_killed_at_any_moment_continues_exactly(tmp_path, monkeypatch, tri
         assert [line[0] for line in lines] == list(range(len(lines))), trial
         assert [line[1] for line in lines] == reference[kind][: len(lines)], (trial, kind)
         n_compared += len(lines)
-    assert n_killed > 2 * trials and n_compared > 6 * trials
+    assert n_killed == 2 * trials and n_compared > 6 * trials
 
 
 def tree_bytes() -> int:
