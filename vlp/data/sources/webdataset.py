@@ -11,9 +11,11 @@ wherever the data are plain shards. A stream has no random access, so here
 - a pass is `samples` long and in the stream's own order, the same in every pass; a part that ends sooner starts again;
 - resuming is exact if the stream gives the same samples in the same order again, and takes the time to read up to there;
 - `parts` streams give `run` samples each in turn. Every loader process reads the parts that its rows come from: with
-  parts = ranks × workers and run = train.batch / ranks exactly one each. Other numbers give the same batches, read more often;
+  parts = ranks × workers and run = train.batch / ranks exactly one each. Other ranks and workers change no batch, but
+  read parts more than once;
 - a sample is known by its number in the pass; its key is webdataset's `__key__`, where there is one;
-- bad samples are replaced by some of the first `RESERVE` of the pass, which every process keeps.
+- bad samples, here also those without a text, are replaced by some of the first `RESERVE` of the pass, which every
+  process keeps.
 """
 
 from __future__ import annotations
