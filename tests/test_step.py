@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from tests import ranks
 from vlp import config, dist, losses, parallel, schema
+from vlp.eval import metrics
 from vlp.model import build
-from vlp.step import NonFiniteError, Training, embed, train_step
+from vlp.step import MEASURED, NonFiniteError, Training, embed, geometry, train_step
 from vlp.types import Batch
 
 ROWS, LENGTH = 12, 77
@@ -251,3 +252,24 @@ def test_ranks_with_unequal_numbers_of_valid_captions_change_nothing():
         for gradients, weights, _ in ranks.run(2, with_negatives, 3, engine):
             assert_close(gradients, expected[0], 1e-9)
             assert_close(weights, expected[1], 1e-9)
+
+
+def test_geometry_is_that_of_the_evaluation():
+    """Of more rows than are looked at: the first ones count, and the evaluation's functions give the same."""
+    generator = torch.Generator().manual_seed(2)
+    image, text = (torch.nn.functional.normalize(torch.randn(MEASURED + 40, 8, generator=generator) + 0.3, dim=1) for _ in range(2))
+    found = geometry(image, text)
+    x, t = image[:MEASURED].double(), text[:MEASURED].double()
+    expected = {
+        "space.gap": metrics.centroid_distance(x, t), "space.alignment": metrics.alignment(x, t),
+        "space.uniformity_image": metrics.uniformity(x), "space.uniformity_text": metrics.uniformity(t),
+    }  # fmt: skip
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
+    assert metrics.centroid_distance(image.double(), text.double()) != pytest.approx(expected["space.gap"], rel=1e-4)
+    assert geometry(image[:1], text[:1]).keys() == {"space.gap", "space.alignment"}  # a uniformity needs two rows
+
+
+def test_geometry_is_shown_when_asked_for():
+    training = make_training()
+    assert "space.gap" not in train_step(training, make_batch())
+    assert train_step(training, make_batch(), measure=True)["space.gap"] > 0

@@ -119,7 +119,7 @@ def test_a_frozen_teacher_is_distilled_and_one_of_another_size_refused(settings,
     run = train(settings(*distill, f"teacher.model={first}", out="student"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(line["distill"] > 0 for line in lines if line["kind"] == "train")
-    with pytest.raises(ValueError, match=r"image_spec.size \(16, 16\), but the model has \(24, 24\)"):
+    with pytest.raises(ValueError, match=r"reads \(16, 16\) pixels .*, but the model \(24, 24\)"):
         train(settings(*distill, f"teacher.model={first}", "model.image_tower.image_size=24", out="large"))
     with pytest.raises(ValueError, match=r"set teacher\.model, or store its embeddings"):
         train(settings(*distill, out="none"))

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vlp.data.text import build as tokenizer
+from vlp.data.text import same_tokens
 from vlp.model import DualEncoder
 from vlp.model import load as load_member
 from vlp.towers._weights import STAGES
-from vlp.types import Features, TextSpec
-
-_PROBES = ("A photo of 2 red Circles, naïve & café!", "two dogs")
+from vlp.types import Features
 
 
 class Stages(nn.Module):
@@ -33,7 +30,7 @@ class Stages(nn.Module):
         super().__init__()
         first, *others = members
         for other in others:
-            if other.image_spec != first.image_spec or not _same_tokens(other.text_spec, first.text_spec):
+            if other.image_spec != first.image_spec or not same_tokens(other.text_spec, first.text_spec):
                 raise ValueError(
                     f"stages must read the same pixels and tokens, but these read {first.image_spec}, {first.text_spec} and "
                     f"{other.image_spec}, {other.text_spec}; train them alike"
@@ -66,13 +63,6 @@ def load(folder: Path) -> Stages:
     """The model that `export` wrote to a folder, on the CPU."""
     described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
     return Stages([load_member(folder / name) for name in described["members"]])
-
-
-def _same_tokens(one: TextSpec, other: TextSpec) -> bool:
-    """Whether two specifications make the same ids; every export brings a copy of its tokenizer, in a folder of its own."""
-    if replace(one, tokenizer=other.tokenizer) != other:
-        return False
-    return one == other or tokenizer(one)(list(_PROBES)).equal(tokenizer(other)(list(_PROBES)))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

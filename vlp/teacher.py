@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlp import checkpoint, config, dist
+from vlp.data.text import same_tokens
 from vlp.model import DualEncoder, embed
 from vlp.parallel import Engine
 from vlp.types import Batch
@@ -75,18 +76,11 @@ class Teacher:
 def frozen(reference: str, student: DualEncoder, key: str = "teacher.model") -> DualEncoder:
     """The model behind `reference`, set at `key`; ValueError if it cannot read the student's pixels and tokens."""
     model = checkpoint.load_any(reference).requires_grad_(False).eval()
-    for what in ("image_spec.size", "text_spec"):
-        own, wanted = (_attribute(m, what) for m in (model, student))
-        if own != wanted:
-            raise ValueError(
-                f"{key} {reference} has {what} {own}, but the model has {wanted}: both read the same batch; take a "
-                "teacher that agrees, or store its embeddings with `vlp data embed` and name them in the source's `embeddings`"
-            )
+    own, wanted = ((m.image_spec.size, m.text_spec) for m in (model, student))
+    if own[0] != wanted[0] or not same_tokens(own[1], wanted[1]):
+        raise ValueError(
+            f"{key} {reference} reads {own[0]} pixels and {own[1]}, but the model {wanted[0]} and {wanted[1]}: both get the "
+            "same batch; take one that agrees, or store its embeddings with `vlp data embed` and name them in the source's "
+            "`embeddings`"
+        )
     return model
-
-
-def _attribute(model: DualEncoder, path: str) -> object:
-    value: object = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

@@ -9,6 +9,7 @@ because its towers read the features at the first end token.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from vlp.types import TextSpec
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of the tokenizers library do not survive a fork
 
+_PROBES = ["A photo of 2 red Circles, naïve & café!", "two dogs"]
 _LIMIT = 1 << 17  # words kept; without a bound the cache of a multilingual run grows for ever
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # SimpleTokenizer's pattern, special tokens left out
 
@@ -29,6 +31,13 @@ def build(spec: TextSpec) -> ClipTokenizer | HubTokenizer:
     if spec.options.get("reduction_mask"):
         raise ValueError("reduction_mask draws tokens at random outside our seeds; choose plain truncation")
     return ClipTokenizer(spec) if spec.tokenizer == "clip" else HubTokenizer(spec)
+
+
+def same_tokens(one: TextSpec, other: TextSpec) -> bool:
+    """Whether two specifications make the same ids; every export brings a copy of its tokenizer, in a folder of its own."""
+    if replace(one, tokenizer=other.tokenizer) != other:
+        return False
+    return one == other or build(one)(_PROBES).equal(build(other)(_PROBES))
 
 
 class ClipTokenizer:
