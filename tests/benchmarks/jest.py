@@ -3,7 +3,7 @@
     python tests/benchmarks/jest.py --seeds 0 1 2 --publish
 
 Of 16,000 generated scenes half have the caption of another scene. The reference is jest.yaml on 4,000 other scenes with
-their own captions, 80 thousand samples. Every arm is jest.yaml for 40 thousand trained samples of the noisy scenes, on one
+their own captions, 80 thousand samples. Every arm is jest.yaml for 24 thousand trained samples of the noisy scenes, on one
 thread a run. Work counts rows: a trained one as three forward passes, one scored or embedded by the reference as one;
 training the reference is not counted. Finished runs in --out are kept.
 """
