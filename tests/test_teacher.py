@@ -121,5 +121,5 @@ def test_a_frozen_teacher_is_distilled_and_one_of_another_size_refused(settings,
     assert all(line["distill"] > 0 for line in lines if line["kind"] == "train")
     with pytest.raises(ValueError, match=r"reads \(16, 16\) pixels .*, but the model \(24, 24\)"):
         train(settings(*distill, f"teacher.model={first}", "model.image_tower.image_size=24", out="large"))
-    with pytest.raises(ValueError, match=r"set teacher\.model, or store its embeddings"):
+    with pytest.raises(ValueError, match=r"'distill' needs 'teacher_image'.*teacher\.model.*vlp data embed"):
         train(settings(*distill, out="none"))

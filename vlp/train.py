@@ -57,7 +57,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         config.objective, **vars(config.pairwise), seed=config.seed, samples=loader.n_samples, steps=plan.total
     )
     stored = {} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale}
-    check_needs(objective.needs, loader.carries | stored.keys() | teacher.supplies(config.teacher), model)
+    check_needs(objective, loader.carries | stored.keys() | teacher.supplies(config.teacher), model)
     if precomputed:
         check_precomputed(objective.needs, loader, model)
     contents = None
@@ -193,22 +193,19 @@ def check_batch(config: Config) -> None:
         )
 
 
-def check_needs(needs: frozenset[str], carried: frozenset[str], model: DualEncoder) -> None:
-    """Refuse an objective whose terms need what neither the data nor the model supplies."""
+def check_needs(objective: losses.Objective, carried: frozenset[str], model: DualEncoder) -> None:
+    """Refuse an objective whose terms need what neither the data nor the model supplies, and heads that no term reads."""
     supplied = carried | model.heads.supplies() | {"image", "text", "sample_id", "scale", "caption_ids"}
-    missing = sorted(needs - supplied - ({"bias"} if model.logit_bias is not None else set()))
-    if idle := sorted(model.heads.supplies() - needs):
-        raise ValueError(f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), or add a term")
-    if "bias" in missing:
-        raise ValueError("the objective needs a logit bias; set model.bias (SigLIP: -10)")
-    for prefix, remedy in REMEDIES.items():
-        if names := [name for name in missing if name.startswith(prefix)]:
-            raise ValueError(f"the objective needs {names}; {remedy}")
+    supplied |= {"bias"} if model.logit_bias is not None else set()
+    missing = [
+        f"the term {label!r} needs {name!r}, which this run does not have; it comes from {losses.supplier(name)}"
+        for label, needs in objective.required.items()
+        for name in sorted(needs - supplied)
+    ]
     if missing:
-        tools = {"negatives": "vlp data negatives", "counterfactual": "vlp data counting"}
-        makers = sorted({tools[n.removesuffix("_valid")] for n in missing if n.removesuffix("_valid") in tools})
-        hint = f"add them with {' and '.join(makers)}" if makers else "add them to the shards' JSON"
-        raise ValueError(f"the objective needs {missing}, but the data carries {sorted(carried)}; {hint}")
+        raise ValueError("\n".join(missing))
+    if idle := sorted(model.heads.supplies() - objective.needs):
+        raise ValueError(f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), or add a term")
 
 
 def check_precomputed(needs: frozenset[str], loader: Loader, model: DualEncoder) -> None:
@@ -224,20 +221,6 @@ def check_precomputed(needs: frozenset[str], loader: Loader, model: DualEncoder)
             f"image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` with this image tower): "
             f"found width {width}, expected {model.embed_dim}"
         )
-
-
-REMEDIES = {
-    "ema_": "set teacher.ema to the decay of the moving average that gives them (DeGLA .9996, BriVL .99)",
-    "queue_": "set teacher.queue to the number of pairs to keep, and teacher.ema (BriVL .99)",
-    "image_views": "set data.views and model.heads.views",
-    "text_views": "set data.views and model.heads.views",
-    "concept_logits": "set model.heads.concepts to the number of concepts",
-    "negative_image": "attach images with `vlp data negatives --from FILE.jsonl`, whose lines may name one",
-    "concept_targets": "store each sample's weights of the concepts in its JSON, as the list `concepts`",
-    "caption_logits": "set model.heads.captions",
-    "teacher_scores": "store a score of each of a sample's negatives in its JSON, as the list `negative_scores`",
-    "teacher_": "set teacher.model, or store its embeddings with `vlp data embed` and name them in the source's `embeddings`",
-}
 
 
 def versions() -> dict[str, str]:

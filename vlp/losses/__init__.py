@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
-from vlp.losses._objective import Common, Inputs, Objective, Schedule
+from vlp.losses._objective import Common, Inputs, Objective, Schedule, supplier
 from vlp.pairwise import Engine, Topology
 
-__all__ = ["Common", "Inputs", "Objective", "Schedule", "build"]
+__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "supplier"]
 
 
 def build(

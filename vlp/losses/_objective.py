@@ -108,29 +108,32 @@ KEYWORDS = tuple(f.name for f in fields(Inputs))
 NOT_BY_ROW = {"scale", "bias", "step", "view_scale", "teacher_scale", "queue_image", "queue_text"}
 VIEWS = {"image_views", "text_views"}  # rows are their second dimension
 
-# Keywords that not every model and data set has, and what supplies them.
+_EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
+_QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
+_TEACHER = "a teacher model (teacher.model) or its stored embeddings (vlp data embed, and the source's `embeddings`)"
+# Keywords that not every model and data set has, and what supplies them: in `vlp train`, what is in parentheses.
 SUPPLIERS = {
-    "bias": "a model with a logit bias",
-    "negatives": "shards with hard captions",
-    "negative_image": "shards with an image of a hard caption",
-    "counterfactual": "shards with counterfactual captions",
-    "score": "shards with a relevance of each pair",
+    "bias": "a model with a logit bias (model.bias; SigLIP -10)",
+    "negatives": "shards with hard captions (vlp data negatives)",
+    "negative_image": "shards with an image of a hard caption (vlp data negatives --from FILE.jsonl)",
+    "counterfactual": "shards with counterfactual captions (vlp data counting)",
+    "score": "shards with a relevance of each pair (the JSON's `score`)",
     "sample_id": "the loader: a stable number of each sample",
-    "ema_image": "a moving average of the model",
-    "ema_text": "a moving average of the model",
-    "ema_negatives": "a moving average of the model",
-    "queue_image": "a queue of the moving average's embeddings",
-    "queue_text": "a queue of the moving average's embeddings",
-    "teacher_image": "a teacher model or its stored embeddings",
-    "teacher_text": "a teacher model or its stored embeddings",
-    "teacher_scale": "a teacher model",
-    "teacher_scores": "a teacher's scores of the hard captions",
-    "image_views": "further augmentations of each image",
-    "text_views": "further augmentations of each caption",
-    "caption_logits": "a text decoder",
-    "caption_ids": "a text decoder",
-    "concept_logits": "an auxiliary head on the image tower",
-    "concept_targets": "a teacher's concepts of each image",
+    "ema_image": _EMA,
+    "ema_text": _EMA,
+    "ema_negatives": _EMA,
+    "queue_image": _QUEUE,
+    "queue_text": _QUEUE,
+    "teacher_image": _TEACHER,
+    "teacher_text": _TEACHER,
+    "teacher_scale": _TEACHER,
+    "teacher_scores": "a teacher's scores of the hard captions (the JSON's `negative_scores`)",
+    "image_views": "further augmentations of each image (data.views and model.heads.views)",
+    "text_views": "further augmentations of each caption (data.views and model.heads.views)",
+    "caption_logits": "a text decoder (model.heads.captions)",
+    "caption_ids": "a text decoder (model.heads.captions)",
+    "concept_logits": "an auxiliary head on the image tower (model.heads.concepts)",
+    "concept_targets": "a teacher's concepts of each image (the JSON's `concepts`)",
 }
 
 
@@ -206,7 +209,7 @@ class Objective:
     def _inputs(self, keywords: dict[str, Any]) -> Inputs:
         unknown = [f"unknown keyword {k!r}{did_you_mean(k, KEYWORDS)}" for k in keywords if k not in KEYWORDS]
         missing = [
-            f"the term {label!r} needs {name!r}, which the call does not carry: give {name}=…{_from(name)}, or drop the term"
+            f"the term {label!r} needs {name!r}, which the call does not carry{_from(name)}: give {name}=… or drop the term"
             for label, needs in self.required.items()
             for name in sorted(needs | ALWAYS)
             if keywords.get(name) is None
@@ -257,6 +260,10 @@ def _needs(plugin: Plugin) -> frozenset[str]:
     return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
 
 
+def supplier(name: str) -> str:
+    """What a keyword comes from, in words; empty for those that every call has."""
+    return SUPPLIERS.get(name.removesuffix("_valid"), "")
+
+
 def _from(name: str) -> str:
-    supplier = SUPPLIERS.get(name.removesuffix("_valid"))
-    return f" (from {supplier})" if supplier else ""
+    return f" (it comes from {supplier(name)})" if supplier(name) else ""
