@@ -146,7 +146,8 @@ TABLES |= {
         GUARDS,
         f"Six epochs of 4,000 scenes at a rate of {rate}, chosen with InfoNCE. Every objective with its defaults: FastCLIP with "
         "rho 6.5, MACL with alpha .5 and temperature .1, HN-NCE with alpha 1 and beta .25, SigLIP from scale 10 and bias -10, "
-        "the others from scale 14.3.",
+        "the others from scale 14.3. FastCLIP pays for estimates that lag behind a model which learns fast: without memory "
+        "(gamma 1) its R@1 is 40.0 and 37.7 % at B = 256, with it 30.3 and 27.6 % (seed 0).",
     )
     for batch, rate in RATES.items()
 }
