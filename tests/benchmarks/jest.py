@@ -52,7 +52,8 @@ def main() -> None:
     rows = [row for title, key in SCORES.items() for row in compare(out, title, key, args.seeds)]
     notes = (
         f"{len(args.seeds)} seed(s), mean ± standard deviation. The level to reach is the best score of uniform sampling with the "
-        "same seed. Work in forward passes a trained sample of that arm: 3 for the sample, the rest for scoring and reference."
+        "same seed; every arm trains on 24,000 samples. Work in forward passes: 3 for a trained sample, 1 for a scored one, 1 "
+        "for one new to the reference. Training the reference on 80,000 clean samples is not counted."
     )
     report.publish("jest", "Joint example selection on half-noisy scenes", rows, args, notes)
 
