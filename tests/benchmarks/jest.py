@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -100,12 +101,12 @@ def compare(out: Path, title: str, key: str, seeds: list[int]) -> list[dict[str,
     rows = []
     for arm in ARMS:
         reached = [next((s for s, score in curves[arm, seed] if score >= levels[seed]), None) for seed in seeds]
-        passes = statistics.mean(work(out / name(arm, seed)) for seed in seeds)
-        samples = None if None in reached else statistics.mean(reached)
+        hits = None if None in reached else [(s, s * work(out / name(arm, seed), s)) for s, seed in zip(reached, seeds)]
+        samples, passes = (None, None) if hits is None else (round(statistics.mean(part)) for part in zip(*hits))
         rows.append({
             "score": title, "arm": arm, "at the end": spread([100 * curves[arm, seed][-1][1] for seed in seeds]),
-            "samples trained to uniform's best": samples and round(samples), "work a sample": passes,
-            "work to it": samples and round(samples * passes),
+            "samples trained to uniform's best": samples,
+            "work a sample": statistics.mean(work(out / name(arm, seed)) for seed in seeds), "work to it": passes,
         })  # fmt: skip
     return rows
 
@@ -115,9 +116,9 @@ def curve(run: Path, key: str) -> list[tuple[int, float]]:
     return [(r["step"] * BATCH, r[key]) for r in records(run) if r["kind"] == "eval" and key in r]
 
 
-def work(run: Path) -> float:
-    """Forward passes a trained sample."""
-    steps = [r for r in records(run) if r["kind"] == "train"]
+def work(run: Path, samples: float = math.inf) -> float:
+    """Forward passes a trained sample, over the first so many; the reference has more to embed early on."""
+    steps = [r for r in records(run) if r["kind"] == "train" and r["step"] * BATCH <= samples]
     return 3 + statistics.mean(r.get("jest.scored_rows", 0) + r.get("jest.reference_rows", 0) for r in steps) / BATCH
 
 
