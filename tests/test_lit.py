@@ -48,3 +48,11 @@ def test_what_cannot_be_precomputed_is_refused(settings, scenes, tmp_path):  # n
     ):
         with pytest.raises(ValueError, match=message):
             train(settings(*stored, *changes, out="refused"))
+
+
+def test_two_sources_of_a_teachers_embeddings_are_refused(settings, scenes, tmp_path):  # noqa: F811
+    tower = train(settings("train.duration=1", out="tower"))
+    call(embed, scenes / "train", "--model", tower, "--to", tmp_path / "embedded")
+    with pytest.raises(ValueError, match="leave out one of them"):
+        train(settings("objective={infonce: {}, distill: {}}", f"teacher.model={tower}", "data.captions.choose=first",
+                       f"data.sources.0.embeddings={tmp_path / 'embedded'}", out="twice"))  # fmt: skip

@@ -58,6 +58,8 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     )
     stored = {} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale}
     check_needs(objective, loader.carries | stored.keys() | teacher.supplies(config.teacher), model)
+    if config.teacher.model is not None and "teacher_image" in loader.carries:
+        raise ValueError("both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave out one of them")
     if precomputed:
         check_precomputed(objective.needs, loader, model)
     contents = None

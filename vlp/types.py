@@ -46,14 +46,10 @@ class Batch:
     counterfactual: Tensor | None = None  # [b, C, L] token ids: the caption with another number word
     counterfactual_valid: Tensor | None = None  # [b] bool: the counting samples
     score: Tensor | None = None  # [b] float32 relevance of a pair
-    image_views: Tensor | None = None  # [b, V, 3, H, W] uint8, further augmentations of `image`
-    text_views: Tensor | None = None  # [b, V, L] token ids of reworded captions
-    teacher_image: Tensor | None = None  # [b, D'] float32 stored embeddings of another model
-    teacher_text: Tensor | None = None  # [b, D']
     teacher_scores: Tensor | None = None  # [b, K] float32, a teacher's score of each of `negatives`
     concept_targets: Tensor | None = None  # [b, C] float32 >= 0, a teacher's weights of the concepts in the image
-    image_views: Tensor | None = None  # [b, A, 3, H, W] uint8, further augmented views of `image`
-    text_views: Tensor | None = None  # [b, A, L] token ids of the caption in other words
+    image_views: Tensor | None = None  # [b, V, 3, H, W] uint8, further augmented views of `image`
+    text_views: Tensor | None = None  # [b, V, L] token ids of the caption in other words
     teacher_image: Tensor | None = None  # [b, D'] float32 unit rows that another model gave the whole image
     teacher_text: Tensor | None = None  # [b, D'] float32 unit rows that it gave the first caption
 

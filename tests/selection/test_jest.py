@@ -252,6 +252,7 @@ def test_refusals(home, scenes):
     refused("one at a time", 'selection={"jest": {"reference": "x"}, "mcl": {"labels": ["y"]}}', error=ConfigError)
     refused("5 chunks of jest do not divide train.batch 16", chosen_by(home, chunks=5))
     refused("leave out data.together", chosen_by(home), "data.together=2")
+    refused("embeds the pixels", chosen_by(home), "model.image_tower.locked=true", "model.image_tower.precomputed=true")
     refused("set model.bias", chosen_by(home), "model.bias=null", "objective={infonce: {}}")
     refused("selection.jest.reference .* reads \\(16, 16\\) pixels", chosen_by(home), "model.image_tower.image_size=24")
     refused("selection.jest.reference .* but the model .*context_length=20", chosen_by(home), "model.text_tower.context_length=20")
