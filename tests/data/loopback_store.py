@@ -21,7 +21,10 @@ STALL_S = 5
 
 
 class Store(ThreadingHTTPServer):
-    """`faults`: how the next bodies of tars go wrong, one each: "error", "drop" or "stall". `served`: bodies sent whole."""
+    """`faults`: how the next bodies of tars go wrong, one each: "error", "drop", "stall" or "away".
+
+    While "away" is the next one, HEAD fails too. `served`: bodies sent whole.
+    """
 
     daemon_threads = True
 
@@ -42,6 +45,11 @@ class Store(ThreadingHTTPServer):
             found = self.faults.pop(0) if self.faults and name.endswith(".tar") else ""
             self.suffered[found] += 1
             return found
+
+    def away(self, name: str) -> bool:
+        """Whether not even a HEAD is answered now."""
+        with self.lock:
+            return self.faults[:1] == ["away"] and name.endswith(".tar")
 
     def handle_error(self, request: object, address: object) -> None:
         """A client that goes away is part of the play."""
@@ -89,6 +97,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.fault(name) if body else ""
         if fault == "error":
             status, data = 500, b"try again"
+        elif fault == "away" or (not body and self.server.away(name)):
+            status, data = 503, b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")

@@ -59,6 +59,20 @@ def test_a_server_that_fails_now_and_then_costs_nothing_but_time(server, kind, f
     assert server.suffered[fault] >= 2 and loader.counters()["bad_samples"] == 0
 
 
+def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
+    cache, name = fetch.Cache(10**9), "train/00000.tar"
+    server.faults = ["away", "away"]
+    with open(cache.get(f"{server.url}/{name}"), "rb") as copy:
+        assert copy.read() == (server.root / name).read_bytes()
+    assert server.suffered["away"] == 2
+    with pytest.raises(OSError, match=r"cannot fetch http://127.0.0.1:1/0.tar \(4 tries\): ClientConnector"):
+        cache.get("http://127.0.0.1:1/0.tar")  # refused
+    before = server.suffered.total()
+    with pytest.raises(FileNotFoundError):
+        cache.get(f"{server.url}/train/99999.tar")
+    assert server.suffered.total() == before + 1
+
+
 def test_a_server_that_never_recovers_ends_the_run_with_its_name(server):
     loader = loader_of(data_of(http(server)), 10)
     server.faults = ["error"] * 1000

@@ -66,13 +66,14 @@ class Cache:
                         raise OSError(f"{url} gave {target.tell()} of {expected} bytes")
                 os.replace(temporary, path)
                 return
-            except FileNotFoundError:
-                raise
             except Exception as error:  # each file system has errors of its own; all are tried again and then OSErrors
+                if _absent(error, url):
+                    raise
                 full = isinstance(error, OSError) and error.errno == errno.ENOSPC
                 if attempt == _TRIES - 1 or full:
                     hint = f"; the disk of {path.parent} is full, set cache_gb lower or VLP_CACHE elsewhere" if full else ""
-                    raise OSError(f"cannot fetch {url} ({attempt + 1} tries): {type(error).__name__}: {error}{hint}") from error
+                    told = error.__cause__ if isinstance(error, FileNotFoundError) else error  # what http met in truth
+                    raise OSError(f"cannot fetch {url} ({attempt + 1} tries): {type(told).__name__}: {told}{hint}") from error
                 time.sleep(_PAUSE_S * 2**attempt)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -91,6 +92,13 @@ class Cache:
             if copy != keep:
                 copy.unlink(missing_ok=True)
                 excess -= size
+
+
+def _absent(error: Exception, url: str) -> bool:
+    """Whether there is no such file. fsspec's http says so of every failure to open: 503, refused connections, timeouts."""
+    cause = error.__cause__
+    told = cause is None or not url.startswith(("http://", "https://")) or getattr(cause, "status", None) == 404
+    return isinstance(error, FileNotFoundError) and told
 
 
 @contextlib.contextmanager
