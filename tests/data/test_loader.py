@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.data.material import IMAGE, TEXT, data_of, encoded, loader_of, picture, write_shards, write_tar
+from vlp.data import loader as loader_module
 from vlp.data.loader import DataError
 from vlp.types import Batch
 
@@ -194,6 +195,12 @@ def test_truncated_captions_are_counted(tmp_path):
     loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members)), 6)
     take(loader, 3)
     assert loader.counters()["truncated_captions"] == 6
+
+
+def test_a_batch_that_never_comes_is_called_a_stall(shards, monkeypatch):
+    monkeypatch.setattr(loader_module, "_STALL_S", 1e-3)
+    with pytest.raises(DataError, match=r"step 0 took more than 0.001 s to load: a stalled disk"):
+        next(loader_of(data_of(shards / "many", workers=1), 8))
 
 
 def test_what_is_sent_to_a_worker_is_small(shards):

@@ -12,9 +12,11 @@ import pytest
 
 from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_loader import joined, same, take
+from vlp.config import Captions
 from vlp.data import fetch
 from vlp.data.fetch import Cache
 from vlp.data.loader import DataError
+from vlp.data.sources import remote as module
 
 
 @pytest.fixture
@@ -121,13 +123,25 @@ def test_failures_are_tried_again(bucket, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(TimeoutError("stalled"), r"cannot fetch .*tar \(4 tries\): TimeoutError: stalled"),
+    [(TimeoutError("timed out"), r"cannot fetch .*tar \(4 tries\): TimeoutError: timed out"),
      (OSError(errno.ENOSPC, "No space left on device"), r"is full, set cache_gb lower or VLP_CACHE elsewhere")],
 )  # fmt: skip
 def test_a_server_that_stays_away_and_a_full_disk_end_the_run_with_the_reason(bucket, monkeypatch, error, message):
     monkeypatch.setattr(fsspec, "open", Flaky(10**6, error))
     with pytest.raises(DataError, match=message):
         next(loader_of(data_of(remote(bucket)), 10))
+
+
+def test_a_shard_that_failed_rests_before_it_is_tried_again(bucket, monkeypatch):
+    source = module.open(module.Options(f"file://{bucket}/"), Captions())
+    flaky = Flaky(4, ConnectionResetError("connection reset"))
+    monkeypatch.setattr(fsspec, "open", flaky)
+    for i in range(10):
+        with pytest.raises(OSError, match=r"cannot fetch .*00000.tar \(4 tries\)"):
+            source[i]
+    assert flaky.seen.total() == 4
+    monkeypatch.setattr(module, "_REST_S", 0)
+    assert source[3].sample_id == 3
 
 
 def test_a_shard_is_fetched_by_one_of_many_at_a_time(bucket, monkeypatch):

@@ -100,8 +100,9 @@ class Loader:
         try:
             batch, report = next(self._batches)
         except RuntimeError as error:
-            if "timed out" in str(error):
-                raise DataError(f"step {self._position} took more than {_STALL_S} s to load: a stalled disk or mount?") from error
+            if str(error).startswith("DataLoader timed out"):  # torch's own, not one of ours that tells of a time-out
+                what = f"step {self._position} took more than {_STALL_S} s to load"
+                raise DataError(f"{what}: a stalled disk, mount or server?") from error
             raise
         self._waited_s += time.perf_counter() - started
         self._position += 1

@@ -8,6 +8,8 @@ beside the shards; where there is none, every shard is fetched once to make it.
 from __future__ import annotations
 
 import importlib.util
+import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,8 @@ from vlp.data.index import NAME, Shard, cache_folder, parse_index, save_index, s
 from vlp.data.sources import Source
 from vlp.data.sources.shards import Shards
 from vlp.types import Sample
+
+_REST_S = 300.0  # before a shard that failed all tries is asked for again
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class Remote(Source):
         self.runs = shards.counts()
         self._fetcher: ThreadPoolExecutor | None = None
         self._asked: dict[str, None] = {}  # lately asked for, in order
+        self._failed: dict[str, tuple[float, str]] = {}  # when and why a shard could not be had
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fetcher": None}  # threads stay behind
@@ -140,7 +145,18 @@ class Remote(Source):
         return len(self.shards)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.shards.sample(i, self.cache.get(self.shards.paths[self.shards.shard_of(i)]))
+        return self.shards.sample(i, self._copy(self.shards.paths[self.shards.shard_of(i)]))
+
+    def _copy(self, url: str) -> str:
+        """The local copy of a shard. One that failed rests, or each of its samples would wait for all tries anew."""
+        since, reason = self._failed.get(url, (-math.inf, ""))
+        if time.monotonic() < since + _REST_S:
+            raise OSError(reason)
+        try:
+            return self.cache.get(url)
+        except OSError as error:
+            self._failed[url] = (time.monotonic(), str(error))
+            raise
 
     def prepare(self, ids: np.ndarray) -> None:
         """Begin to fetch the shards of these samples in the background. What fails is tried again when it is read."""
