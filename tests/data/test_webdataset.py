@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections import Counter
+from glob import glob
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_decoded_samples_and_broken_streams_end_the_run_with_what_to_change(shar
         next(loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:decoding", "samples": 40}), 8))
     with pytest.raises(StreamError, match=r"part 0 .* fails at sample 5 \(4 tries\): ConnectionError: connection lost"):
         take(loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:failing", "samples": 40}), 8), 2)
+
+
+def lenient(part: int, parts: int):
+    urls = wds.SimpleShardList([os.environ["DAMAGED"], *sorted(glob(os.environ["SHARDS"] + "/*.tar"))])
+    return wds.DataPipeline(urls, wds.tarfile_to_samples(handler=wds.ignore_and_continue))
+
+
+def test_a_damaged_tar_ends_the_run_or_is_skipped_by_an_own_pipeline(shards, tmp_path, monkeypatch):
+    short, double = tmp_path / "short.tar", tmp_path / "double.tar"
+    short.write_bytes((shards / "00000.tar").read_bytes()[:700])
+    write_tar(double, [("7.png", encoded(picture(7))), ("7.txt", b"one"), ("7.txt", b"two")])
+    for path, message in ((short, "short.tar"), (double, "7.txt: duplicate file name")):
+        with pytest.raises(StreamError, match=rf"part 0 .* \(4 tries\): .*{message}"):
+            next(loader_of(data_of({"name": "webdataset", "urls": str(path), "samples": 40}), 8))
+        monkeypatch.setenv("DAMAGED", str(path))
+        loader = loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:lenient", "samples": 40}), 8)
+        assert set(numbers(take(loader, 5)[1:])) <= set(range(N))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vlp.cli import main
 from vlp.config import Captions
 from vlp.data.cells import Cells, read_labels, write_labels
 from vlp.data.mix import Mixture
-from vlp.data.sources import shards
+from vlp.data.sources import shards, webdataset
 from vlp.data_tools.cells import kmeans, nearest
 from vlp.eval.models import load as load_encoder
 from vlp.export import export, export_run, export_stages
@@ -142,6 +142,9 @@ def test_labels_of_other_samples_are_refused(source, labelled, scenes, tmp_path)
             read_labels(tmp_path / name, mixture(source))
     with pytest.raises(ValueError, match="leave the weights out"):
         cells(source, [path], weight=1.0)
+    stream = webdataset.open(webdataset.Options(samples=200, urls=str(tar)), Captions())
+    with pytest.raises(ValueError, match="a stream gives them in turn; pack it into shards"):
+        cells(stream, [path])
 
 
 def test_kmeans_finds_separate_groups_and_rests_at_a_fixed_point():

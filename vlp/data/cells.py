@@ -81,6 +81,8 @@ class Cells(Mixture):
             raise ValueError("batches from cells and weights of sources exclude each other; leave the weights out")
         if any(source.window for source in sources):
             raise ValueError("a batch from one cell would fetch many remote shards; copy them here and use `name: shards`")
+        if any(source.reserve for source in sources):
+            raise ValueError("a batch from one cell needs samples from anywhere, a stream gives them in turn; pack it into shards")
         combined = np.zeros(self.n_samples, np.int64)
         for path in labels:
             own, n_clusters = read_labels(path, self)

@@ -14,6 +14,9 @@ wherever the data are plain shards. A stream has no random access, so here
   parts = ranks × workers and run = train.batch / ranks exactly one each. Other ranks and workers change no batch, but
   read parts more than once;
 - a sample is known by its number in the pass; its key is webdataset's `__key__`, where there is one;
+- a damaged tar (cut short, or with a member twice) ends the run after some tries: it looks like a connection that broke,
+  and to skip what a broken connection held would change the order. Leave the tar out of `urls`, or skip the damage in a
+  pipeline of your own with `wds.tarfile_to_samples(handler=wds.warn_and_continue)`;
 - bad samples, here also those without a text, are replaced by some of the first `RESERVE` of the pass, which every
   process keeps.
 """
