@@ -115,6 +115,16 @@ def test_wrong_columns_are_named(tmp_path, options, message):
         opened(tmp_path, **options)
 
 
+def test_choices_that_a_saved_folder_cannot_follow_are_refused(tmp_path):
+    table(2).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table(2), "test": table(3)}).save_to_disk(tmp_path / "split")
+    for folder, options in (("one", {"split": "test"}), ("one", {"revision": "v2"}), ("split", {"config": "large"})):
+        [(name, value)] = options.items()
+        with pytest.raises(ValueError, match=rf"written by save_to_disk.*{name}: {value}; leave it out"):
+            opened(tmp_path / folder, **options)
+    assert len(opened(tmp_path / "split", split="test")) == 3
+
+
 def test_wrong_splits_and_ambiguous_images_say_what_there_is(tmp_path):
     datasets.DatasetDict({"train": table(2)}).save_to_disk(tmp_path / "split")
     with pytest.raises(ValueError, match=r"no split 'trian'.*train"):

@@ -57,15 +57,29 @@ def open(options: Options, captions: Captions) -> HubSet:
 
 def _load(datasets: Any, options: Options) -> datasets.Dataset:
     saved = Path(options.path).expanduser()
-    if (saved / "state.json").exists():
+    single, several = ((saved / name).exists() for name in ("state.json", "dataset_dict.json"))
+    if single or several:
+        _refuse_choices(options, ("split", "config", "revision") if single else ("config", "revision"))
+    if single:
         return datasets.load_from_disk(saved)
-    if (saved / "dataset_dict.json").exists():
+    if several:
         splits = datasets.load_from_disk(saved)
         if options.split not in splits:
             raise ValueError(f"{saved} has no split {options.split!r}{did_you_mean(options.split, splits)}")
         return splits[options.split]
     where = str(saved) if saved.is_dir() else options.path
     return datasets.load_dataset(where, options.config or None, split=options.split, revision=options.revision or None)
+
+
+def _refuse_choices(options: Options, names: tuple[str, ...]) -> None:
+    """A folder of `save_to_disk` holds what was chosen when it was written."""
+    default = Options(options.path)
+    asked = [f"{name}: {getattr(options, name)}" for name in names if getattr(options, name) != getattr(default, name)]
+    if asked:
+        raise ValueError(
+            f"{options.path} was written by save_to_disk, so there is nothing to choose with {', '.join(asked)}; "
+            "leave it out, or name the data set that the folder was made from"
+        )
 
 
 def _image_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
