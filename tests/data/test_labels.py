@@ -65,3 +65,23 @@ def test_another_number_of_numbers_is_named(tmp_path, field, values, expected):
     loader = loader_of(data_of(write(tmp_path / "s", **{field: values})), 8)
     with pytest.raises(DataError, match=expected):
         next(loader)
+
+
+def test_scores_of_no_negatives_are_no_missing_label(tmp_path):
+    loader = loader_of(data_of(write(tmp_path / "s", negatives=[], negative_scores=[])), 8)
+    batch = next(loader)
+    row = batch.key.index("k5")
+    assert batch.teacher_scores[row].tolist() == [0, 0] and not batch.negatives_valid[row].any()
+    assert batch.teacher_scores.any(1).sum() == 6  # not k0, whose score is 0, and not k5
+
+
+@pytest.mark.parametrize(("changed", "expected"), [
+    ({"negatives_valid": [False, True]}, [False, True]),
+    ({"negatives_valid": [True, 0]}, [True, False]),
+    ({"negatives_valid": [False]}, [True, True]),  # of another length: it belongs to other negatives
+    ({"negatives": ["not 5", " \n"]}, [True, False]),
+])  # fmt: skip
+def test_masked_and_empty_negatives_do_not_count(tmp_path, changed, expected):
+    batch = next(loader_of(data_of(write(tmp_path / "s", **changed)), 8))
+    assert batch.negatives_valid[batch.key.index("k5")].tolist() == expected
+    assert batch.negatives_valid.sum() == 10 + sum(expected)  # of the others, none is masked

@@ -194,12 +194,16 @@ class _Scanner:
 
 
 def labels_of(meta: dict[str, Any]) -> frozenset[str]:
-    """Which of LABELS a sample's JSON holds: "score" is a number, the others are lists of numbers."""
+    """Which of LABELS a sample's JSON holds: "score" is a number, the others are lists of numbers.
+
+    A list may be empty only as the scores of no negatives.
+    """
     found = {name for name in LABELS if name in meta}
     lists = {name: [meta[name]] if name == "score" else meta[name] for name in found}
     return frozenset(
         name for name, values in lists.items()
-        if isinstance(values, list) and values and all(isinstance(v, (int, float)) for v in values)
+        if isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
+        and (values or (name == "negative_scores" and not meta.get("negatives")))
     )  # fmt: skip
 
 

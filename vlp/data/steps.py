@@ -161,8 +161,9 @@ class Steps(Dataset):
         result: dict[str, Tensor] = {}
         if k := self.optional.get("negatives", 0):
             texts = [text_list(sample.meta, "negatives")[:k] for sample in samples]
+            valid = [_valid(sample)[:k] for sample in samples]
             result["negatives"] = self._tokens([row + [""] * (k - len(row)) for row in texts])
-            result["negatives_valid"] = torch.tensor([[i < len(row) for i in range(k)] for row in texts])
+            result["negatives_valid"] = torch.tensor([row + [False] * (k - len(row)) for row in valid])
             if "negative_image" in self.optional:
                 result["negatives_valid"][:, 0] &= torch.tensor([bool(sample.negative_image) for sample in samples])
         if c := self.optional.get("counterfactual", 0):
@@ -198,6 +199,14 @@ class Steps(Dataset):
     def _tokens(self, rows: list[list[str]]) -> Tensor:
         flat = self._tokenizer([text for row in rows for text in row])
         return flat.view(len(rows), -1, flat.shape[-1])
+
+
+def _valid(sample: Sample) -> list[bool]:
+    """Which of a sample's negatives count: those with a text that its JSON does not mask."""
+    texts, mask = text_list(sample.meta, "negatives"), sample.meta.get("negatives_valid")
+    if not isinstance(mask, list) or len(mask) != len(texts):
+        mask = [True] * len(texts)
+    return [bool(text.strip()) and bool(valid) for text, valid in zip(texts, mask)]
 
 
 def _numbers(sample: Sample, field: str, count: int) -> list[float]:
