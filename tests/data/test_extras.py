@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tests.data.material import IMAGE, TEXT, data_of, encoded, loader_of, picture, write_tar
+from tests.data.material import IMAGE, TEXT, data_of, encoded, loader_of, picture, write_shards, write_tar
 from tests.data.test_loader import take
 from vlp.config import Augment, Captions, TextAugment
 from vlp.data import decode
@@ -236,6 +236,17 @@ def test_a_teachers_embeddings_come_with_their_samples(embedded):
     assert loader_of(data_of(shards, captions=first), 8).teacher_scale is None
     loader = loader_of(data_of(source, captions={"missing": "drop"}), 8)  # other captions than the embedded ones
     assert loader.carries == {"teacher_image"} and "teacher_text is left out" in loader.problems()[-1]
+
+
+def test_a_picture_that_did_not_open_for_the_teacher_is_replaced_even_without_pixels(tmp_path):
+    shards = write_shards(tmp_path / "shards", 24, 24)
+    source = {"name": "shards", "path": str(shards), "embeddings": str(write_embeddings(tmp_path / "teacher", shards))}
+    for pixels in (False, True):  # row 0 is zero
+        loader = loader_of(data_of(source), 24, pixels=pixels)
+        batch = next(loader)
+        assert batch.teacher_image.any(1).all() and 0 not in batch.sample_id
+        [(i, _, reason)] = loader.bad
+        assert i == 0 and "its picture did not open" in reason
 
 
 def test_embeddings_that_do_not_fit_are_refused_by_name(embedded, tmp_path):

@@ -118,6 +118,8 @@ class Shards(Source):
         if not captions:
             raise ValueError(f"{path}: {content.key!r} has no caption any more; the shard changed after it was indexed")
         row = self.embeddings and self.embeddings.row(self.shard_of(i), int(self._place[i]))
+        if row is not None and not row[0].any():
+            raise ValueError(f"{path}: {content.key!r} has no image embedding: its picture did not open for `vlp data embed`")
         return Sample(i, content.key, content.image, content.image_type, captions, content.meta, content.negative_image, row)
 
     def counts(self) -> np.ndarray:
