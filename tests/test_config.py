@@ -61,6 +61,8 @@ def test_all_problems_at_once_with_line_and_suggestion(tmp_path):
     ("objective={}", "objective is empty"),
     ("model.scale.init=1000", "must lie in"),
     ("data.captions.class_templates=[no place]", "exactly one {}"),
+    ("data={sources: [{name: shards, path: x}], views: {n: 1}, augment: {scaled_decoding: true}}", "does not go with views"),
+    ("data={sources: [{name: shards, path: x}], views: {augment: {scaled_decoding: true}}}", "does not go with views"),
     ("train=5", "expected a mapping"),
     ("train.batch=true", "whole number"),
 ])  # fmt: skip

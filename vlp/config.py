@@ -176,6 +176,8 @@ class Data:
             raise ValueError("replacement draws at random; it does not go with shuffle: false")
         if self.together > 1 and self.captions.choose == "all":
             raise ValueError("together makes batches of samples, captions.choose: all of captions; take one of the two")
+        if self.views and (self.augment.scaled_decoding or self.views.augment.scaled_decoding):
+            raise ValueError("scaled_decoding does not go with views: all crops of an image come from one decoding at full size")
 
 
 @dataclass(frozen=True)
