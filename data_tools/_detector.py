@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from io import BytesIO
 from typing import Any
 
-from PIL import Image
+from vlp.data_tools._pictures import rgb
 
 
-def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int]:
-    """(class, number) of the class seen most often above `threshold`; ("", 0) where nothing is seen."""
-    with Image.open(BytesIO(image)) as picture:
-        found = _pipeline(model)(picture.convert("RGB"), threshold=threshold)
+def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int] | None:
+    """(class, number) of the class seen most often above `threshold`; ("", 0) where nothing is seen.
+
+    None for a picture that does not open; ValueError for a model that cannot be loaded.
+    """
+    detect = _pipeline(model)
+    try:
+        picture = rgb(image)
+    except ValueError:
+        return None
+    found = detect(picture, threshold=threshold)
     return next(iter(Counter(box["label"] for box in found).most_common(1)), ("", 0))
 
 

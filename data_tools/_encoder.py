@@ -65,6 +65,7 @@ class Model:
         Threads decode the next batch while the model computes; no more than two batches are held.
         """
         samples, waiting = iter(samples), deque()
+        self.encoder()  # before the threads ask for it: functools.cache does not lock, so that each would load its own
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             while batch := list(islice(samples, self.batch)):
                 waiting.append((batch, [pool.submit(self._pixels, sample) for sample in batch]))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import random
+import re
+import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.data.material import encoded, picture
 from tests.data_tools.tools import call, read
-from vlp.data_tools import negatives, scenes
+from tests.eval.material import tiny_open_clip
+from vlp.data.members import Content
+from vlp.data_tools import counting, negatives, scenes
+from vlp.data_tools._encoder import Model
 
 WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "car", "truck", "two", "dogs", "cats", "under", "table"]
 
@@ -67,21 +74,50 @@ def test_a_model_that_is_neither_is_refused(language_models: Path) -> None:
         load("/no/such/model", "{}")
 
 
-def test_a_detector_with_random_weights_runs(tmp_path: Path) -> None:
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    """One of two classes and seven boxes, with random weights."""
     from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
-
-    from vlp.data_tools._detector import most_frequent
-    from vlp.data_tools._scene_draw import encode
 
     config = YolosConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32], patch_size=16,
         num_detection_tokens=7, num_labels=2,
     )  # fmt: skip
-    YolosForObjectDetection(config).save_pretrained(tmp_path)
-    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    YolosForObjectDetection(config).save_pretrained(tmp_path / "detector")
+    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "detector")
+    return tmp_path / "detector"
+
+
+def test_a_detector_with_random_weights_runs(detector: Path) -> None:
+    from vlp.data_tools._detector import most_frequent
+    from vlp.data_tools._scene_draw import encode
+
     image = encode(scenes.generate(0, size=32).image)
-    label, n = most_frequent(image, str(tmp_path), 0.01)
+    label, n = most_frequent(image, str(detector), 0.01)
     assert label and 1 <= n <= 7
-    assert most_frequent(image, str(tmp_path), 0.999) == ("", 0)
+    assert most_frequent(image, str(detector), 0.999) == ("", 0)
+    assert most_frequent(image[: len(image) // 2], str(detector), 0.01) is None  # cut short
     with pytest.raises(ValueError, match=r"detector '/no/such/model' is neither a folder"):
         most_frequent(image, "/no/such/model", 0.5)
+
+
+def test_pictures_that_do_not_open_are_counted_and_passed_over(detector: Path, shards: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(ValueError, match="no caption in"):  # all of these pictures are broken
+        call(counting, shards, "--to", tmp_path / "out", "--detector", detector)
+    assert re.search(r"dropped: no readable picture +3\b", capsys.readouterr().err)
+
+
+def test_a_model_is_loaded_before_threads_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlp.eval import models
+
+    loaded, load = [], models.load
+
+    def watched(*options: Any) -> Any:
+        loaded.append(threading.current_thread())
+        return load(*options)
+
+    monkeypatch.setattr(models, "load", watched)
+    model = Model(f"local-dir:{tiny_open_clip(tmp_path / 'model')}", "cpu", batch=4)
+    samples = [Content(str(i), encoded(picture(i))) for i in range(8)]
+    assert sum(len(rows) for _, rows in model.batches(samples, Counter())) == 8
+    assert loaded == [threading.current_thread()]
