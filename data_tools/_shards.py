@@ -52,6 +52,31 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
             yield open_sample(file.read(length))
 
 
+def keep_captions(sample: Content, kept: list[int]) -> None:
+    """Leave the captions of these numbers, their `clip_scores`, and the negatives that were made from them or given.
+
+    The image of the first negative goes with it. Lists of other lengths, which belong to something else, stay.
+    """
+    meta = sample.meta
+
+    def cut(name: str, n: int, places: list[int]) -> None:
+        values = meta.get(name)
+        if isinstance(values, list) and len(values) == n:
+            meta[name] = [values[i] for i in places]
+
+    cut("clip_scores", len(sample.captions), kept)
+    sample.captions = tuple(sample.captions[i] for i in kept)
+    made_from = meta.get("negatives_of")
+    if isinstance(made_from, list):
+        number = {-1: -1} | {old: new for new, old in enumerate(kept)}
+        stay = [j for j, caption in enumerate(made_from) if caption in number]
+        for name in ("negatives", "negatives_valid", "negative_kinds", "negative_scores"):
+            cut(name, len(made_from), stay)
+        meta["negatives_of"] = [number[made_from[j]] for j in stay]
+        if stay[:1] != [0]:
+            sample.negative_image, sample.negative_image_type = b"", ""
+
+
 def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     """Write a sample under a key (None: the next number) with everything that our format holds of it."""
     sample, captions, meta = changed

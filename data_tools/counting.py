@@ -1,7 +1,7 @@
 """`vlp data counting`: shards → shards of counting pairs, for the term `counting` (arXiv 2302.12066).
 
 Kept are samples with a caption that counts something from two to ten, in words or digits; each keeps that one caption,
-so that picture, caption and counterfactuals belong together. Written fields:
+so that picture, caption and counterfactuals belong together, and the negatives that are not of other captions. Written fields:
     counterfactuals  the caption with other numbers, in random order (so that the first is a fair choice of one)
     number           the number in the caption
     all_captions     the captions that the sample came with
@@ -119,7 +119,11 @@ def select(sample: Content, args: argparse.Namespace, counts: Counter[str]) -> t
 def _seen(sample: Content, number: int, args: argparse.Namespace, counts: Counter[str]) -> bool:
     from vlp.data_tools._detector import most_frequent
 
-    label, n = most_frequent(sample.image, args.detector, args.threshold)
+    found = most_frequent(sample.image, args.detector, args.threshold)
+    if found is None:
+        counts["dropped: no readable picture"] += 1
+        return False
+    label, n = found
     if n != number:
         counts["dropped: the detector sees nothing" if not label else "dropped: the detector counts another number"] += 1
     return n == number
@@ -163,7 +167,7 @@ class MakePairs:
     seed: int
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
-        from vlp.data_tools._shards import Changed
+        from vlp.data_tools._shards import Changed, keep_captions
 
         for sample in samples:
             if sample.key not in self.chosen[shard]:
@@ -173,6 +177,7 @@ class MakePairs:
             texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[: self.n_counterfactuals]
             counts[f"number {number:2}"] += 1
             fields = {"counterfactuals": texts, "number": number, "all_captions": list(sample.captions)}
+            keep_captions(sample, [i])
             yield Changed(sample, [caption], {**sample.meta, **fields})
 
 

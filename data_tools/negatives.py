@@ -173,7 +173,7 @@ class AddNegatives:
             counts["samples whose earlier negatives were replaced"] += 1
         self._picture(sample, chosen, counts)
         meta = {
-            **sample.meta,
+            **{name: value for name, value in sample.meta.items() if name != "negative_scores"},  # of the earlier negatives
             "negatives": [n.text for n, _ in chosen],
             "negatives_valid": [True] * len(chosen),
             "negative_kinds": [n.kind for n, _ in chosen],

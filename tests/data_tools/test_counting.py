@@ -30,6 +30,25 @@ def test_counting_pairs(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert re.search(rf"{line} +{n}\b", out), (line, out)
 
 
+def test_what_belongs_to_other_captions_goes_with_them(tmp_path: Path) -> None:
+    lists = {
+        "negatives": ["given", "of 1", "of 0", "of 1 too"], "negatives_of": [-1, 1, 0, 1], "negative_kinds": list("abcd"),
+        "negatives_valid": [True, False, True, True], "negative_scores": [1, 2, 3, 4], "clip_scores": [0.1, 0.2],
+    }  # fmt: skip
+    later = {"negatives": ["of 0", "of 1"], "negatives_of": [0, 1]}
+    with ShardWriter(tmp_path / "in") as writer:
+        for key, meta in (("a", lists), ("b", later)):
+            writer.add(key, b"x", "jpg", ["a dog", "two dogs"], meta, negative_image=(b"y", "jpg"))
+    call(counting, tmp_path / "in", "--to", tmp_path / "out")
+    after = read(tmp_path / "out")
+    assert {name: after["a"].meta[name] for name in lists} == {
+        "negatives": ["given", "of 1", "of 1 too"], "negatives_of": [-1, 0, 0], "negative_kinds": list("abd"),
+        "negatives_valid": [True, False, True], "negative_scores": [1, 2, 4], "clip_scores": [0.2],
+    }  # fmt: skip
+    assert (after["b"].meta["negatives"], after["b"].meta["negatives_of"]) == (["of 1"], [0])
+    assert (after["a"].negative_image, after["b"].negative_image) == (b"y", b"")  # it shows the first negative
+
+
 def test_counting_without_any_number_is_an_error(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "in") as writer:
         writer.add("a", b"x", "jpg", ["a dog", "often"])

@@ -136,6 +136,16 @@ def test_senseless_rules_are_refused(source: Path, tmp_path: Path, options: list
         call(filtering, source, "--to", tmp_path / "out", *options)
 
 
+def test_earlier_scores_go_with_their_captions(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "in") as writer:
+        for key, scores in (("k", [0.1, 0.2, 0.3]), ("other", [0.5])):
+            writer.add(key, encoded(picture(0)), "png", ["a dog on a sofa", "dog", "two dogs"], {"clip_scores": scores})
+    call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--min-words", 2)
+    after = read(tmp_path / "out")
+    assert {key: s.meta["clip_scores"] for key, s in after.items()} == {"k": [0.1, 0.3], "other": [0.5]}
+    assert after["k"].captions == ("a dog on a sofa", "two dogs")
+
+
 def test_negatives_that_name_captions_by_number_come_after(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "in") as writer:
         writer.add("k", encoded(picture(0)), "png", ["a dog on a sofa", "dog"], {"negatives": ["a cat"], "negatives_of": [1]})

@@ -96,6 +96,14 @@ def test_given_negatives_come_by_key(shards: Path, tmp_path: Path, capsys: pytes
     assert re.search(r"given: keys without a sample +1\b", out) and re.search(r"given: keys used +2\b", out)
 
 
+def test_scores_of_earlier_negatives_go_with_them(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "in") as writer:
+        writer.add("k", b"x", "jpg", ["a red car"], {"negatives": ["old"], "negative_scores": [0.3], "score": 1})
+    call(negatives, tmp_path / "in", "--to", tmp_path / "out", "--k", 1)
+    meta = read(tmp_path / "out")["k"].meta
+    assert "negative_scores" not in meta and meta["score"] == 1 and len(meta["negatives"]) == 1 != meta["negatives"].count("old")
+
+
 def test_a_given_negative_may_bring_an_image(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It goes where its caption goes: not to a sample whose caption is dropped, and away with the next negatives."""
     (tmp_path / "made").mkdir()
