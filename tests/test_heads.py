@@ -8,7 +8,7 @@ import torch
 from tests import ranks
 from tests.model.tiny import inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
-from vlp import export
+from vlp import export, losses
 from vlp.model import embed, from_description, load
 from vlp.types import Batch
 
@@ -68,7 +68,7 @@ def test_what_heads_give():
     assert torch.equal(found["image_views"][:, 0], found["image_views"][:, 1])  # the same view twice
     assert (found["image_views"][:, 0] - found["image"]).abs().max() > 0.01  # by a projection of their own
     assert found["concept_logits"].shape == (3, 5)
-    assert found["caption_logits"].shape == (3, ids.shape[1] - 1, model.text.vocab_size)
+    assert found["caption_nll"].shape == (3, ids.shape[1] - 1) and (found["caption_nll"] > 0).all()
     bare = embed(model, batch, {"image", "text"})
     assert torch.equal(bare["image"], found["image"]) and bare.keys() == {"image", "text", "scale"}
 
@@ -77,15 +77,26 @@ def test_a_caption_position_sees_the_image_and_the_words_before_it():
     model = tiny(heads={"captions": {}})
     pixels, ids = inputs(model)
 
-    def logits(pixels, ids):
-        return model(pixels, ids, pairs=3).caption_logits
+    def nll(pixels, ids):
+        return model(pixels, ids, pairs=3).caption_nll
 
-    before, changed = logits(pixels, ids), ids.clone()
+    before, changed = nll(pixels, ids), ids.clone()
     changed[:, 4] += 1
-    after = logits(pixels, changed)
-    assert torch.equal(before[:, :4], after[:, :4])  # the prediction of token 4 stands at position 3
-    assert (before[:, 4:] - after[:, 4:]).abs().max() > 1e-4
-    assert (before - logits(255 - pixels, ids)).abs().flatten(1).max(1).values.min() > 1e-4
+    after = nll(pixels, changed)
+    assert torch.equal(before[:, :3], after[:, :3])  # position 3 is about token 4, and those from 4 on see it
+    assert ((before[:, 3:6] - after[:, 3:6]).abs() > 1e-5).all()
+    assert (before - nll(255 - pixels, ids)).abs().amax(1).min() > 1e-4
+
+
+def test_token_losses_stand_for_logits():
+    logits = torch.randn(4, 5, 9, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, 9, (4, 5))
+    objective, unit = losses.build({"captioning": {}}), torch.ones(4, 1, dtype=torch.float64)
+    total, _ = objective(image=unit, text=unit, scale=1.0, caption_logits=logits, caption_ids=ids)
+    nll = -logits.log_softmax(2).gather(2, ids.unsqueeze(2)).squeeze(2)
+    other, _ = objective(image=unit, text=unit, scale=1.0, caption_nll=nll, caption_ids=ids)
+    assert torch.allclose(total, other)
+    assert torch.allclose(*(torch.autograd.grad(v, logits, retain_graph=True)[0] for v in (total, other)))
 
 
 def test_heads_return_from_a_checkpoint_and_stay_out_of_an_export(tmp_path):

@@ -123,3 +123,27 @@ def test_a_frozen_teacher_is_distilled_and_one_of_another_size_refused(settings,
         train(settings(*distill, f"teacher.model={first}", "model.image_tower.image_size=24", out="large"))
     with pytest.raises(ValueError, match=r"'distill' needs 'teacher_image'.*teacher\.model.*vlp data embed"):
         train(settings(*distill, out="none"))
+
+
+def test_what_no_term_reads_is_refused_and_so_is_another_queue(settings):  # noqa: F811
+    for changes, message in (
+        (("teacher.ema=0.9",), r"teacher\.ema is set, but no term reads"),
+        (("teacher.model=nowhere",), r"teacher\.model is set, but no term reads"),
+        (("data.views={n: 1}",), r"data\.views is set, but no term reads"),
+        (("data.views={n: 1}", "model.heads={views: {text: false, width: 8}}", "objective={slip: {}}"), r"set data\.views\.n to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(settings(*changes, out="refused"))
+    queued = ("objective={momentum_queue: {}}", "teacher.ema=0.9", "train.duration=3")
+    train(settings(*queued, "teacher.queue=64", out="queued"))
+    with pytest.raises(ValueError, match="queue holds 64 pairs, not 96"):
+        train(settings(*queued, "teacher.queue=96", "resume=auto", out="queued"))
+
+
+def test_a_start_from_other_heads_keeps_the_towers(settings, capsys):  # noqa: F811
+    views = ("data.views={n: 2}", "model.heads={views: {width: 8}}", "objective={multi_view: {}}", "train.duration=1")
+    bare = train(settings("train.duration=1", "log.every=1", out="bare"))
+    with_heads = train(settings(*views, f"init_from={bare}", out="views"))
+    assert "heads.views start at random" in capsys.readouterr().out
+    train(settings("train.duration=1", f"init_from={with_heads}", out="back"))
+    assert "heads.views are left out" in capsys.readouterr().out

@@ -86,7 +86,8 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
 def load(path: Path) -> Contents:
     """Read and verify a checkpoint's folder; CheckpointError says which file is damaged and how."""
     verify(path)
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
+    files = {name: path / f"{name}.safetensors" for name in TENSORS}
+    tensors = {name: load_file(file) for name, file in files.items() if file.exists()}  # what `verify` has found complete
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     description = json.loads((path / "model.json").read_text(encoding="utf-8"))
     return Contents(**tensors, state=state, config=(path / "config.yaml").read_text(encoding="utf-8"), description=description)

@@ -3,13 +3,15 @@
     views     a two-layer projection of the embeddings of further views for each modality, with a scale of its own
               (multi_view, after CLIP-rocket, arXiv 2305.08675; slip): image_views, text_views, view_scale
     concepts  a linear layer from the image tower's output, before it is normalised: concept_logits (distill)
-    captions  a multimodal decoder over the towers' tokens (captioning, after CoCa, arXiv 2205.01917): caption_logits
+    captions  a multimodal decoder over the towers' tokens (captioning, after CoCa, arXiv 2205.01917): caption_nll,
+              which stands for caption_logits
 """
 
 from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
@@ -46,9 +48,11 @@ class Captioner(nn.Module):
         )
         nn.init.normal_(self.decoder.text_projection, std=width**-0.5)  # open_clip leaves it as the memory was
 
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
-        """[b, patches, width of the image tower], [b, L, width of the text tower] → [b, L − 1, vocabulary]."""
-        return self.decoder(self.bridge(image_tokens), text_tokens[:, :-1])
+    def forward(self, image_tokens: Tensor, text_tokens: Tensor, ids: Tensor) -> Tensor:
+        """−log p of the tokens ids[:, 1:], [b, L − 1], from [b, patches, width of the image tower] and [b, L, width of the
+        text tower]. Position l sees the image and the tokens up to l. The logits, [b, L − 1, vocabulary], do not leave."""
+        logits = self.decoder(self.bridge(image_tokens), text_tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
 
 class Heads(nn.Module):

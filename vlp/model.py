@@ -89,7 +89,7 @@ class DualEncoder(nn.Module):
         if self.heads.views is not None and (image_views is not None or text_views is not None):
             found["view_scale"] = self.heads.views.scaling()[0]
         if pairs and self.heads.captions is not None:
-            found["caption_logits"] = self.heads.captions(tokens["image"][:pairs], tokens["text"][:pairs])
+            found["caption_nll"] = self.heads.captions(tokens["image"][:pairs], tokens["text"][:pairs], text[:pairs])
         return Features(**({"image": None, "text": None} | found), scale=scale, bias=bias)
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -125,6 +125,8 @@ class DualEncoder(nn.Module):
             raise ValueError("open_clip's ResNets cannot recompute activations; set train.activation_checkpointing: false")
         image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual  # the adapter would swallow a refusal
         image.set_grad_checkpointing(enable)
+        if self.heads.captions is not None:
+            self.heads.captions.decoder.set_grad_checkpointing(enable)
         if not isinstance(self.text, HFTextEncoder):
             self.text.set_grad_checkpointing(enable)
         else:  # transformers renamed the methods on its way from 5.17 to 5.23
@@ -231,9 +233,9 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         whole = result[name].new_zeros(*ids[name].shape[:-1], result[name].shape[-1])
         whole[mask] = result[name].view_as(whole[mask])
         result[name] = whole
-    others = {name: getattr(features, name) for name in ("concept_logits", "caption_logits") if name in wanted}
+    others = {"concept_logits": features.concept_logits, "caption_nll": features.caption_nll}
     scalars = {name: getattr(features, name) for name in ("scale", "bias", "view_scale")}
-    return result | others | {name: value for name, value in scalars.items() if value is not None}
+    return result | {name: value for name, value in (others | scalars).items() if value is not None}
 
 
 def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:

@@ -12,9 +12,11 @@ number of micro-batches changes memory and nothing else (BASIC, Pham et al. 2021
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +60,10 @@ class Training:
 def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[str, Tensor]:
     """Update the model on this rank's rows of one step; returns detached scalars.
 
-    "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm", with `measure` also `geometry`. Loss and terms are
-    this rank's share: their mean over ranks is the value of the whole step. Raises NonFiniteError, on every rank and
-    before the update, if any rank's embeddings or gradients are not finite.
+    "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm"; with `measure` also "log_n", what a row's term is
+    worth when nothing is known, "valid.negatives" and "valid.counterfactual", the shares of this rank's texts that take
+    part, and `geometry`. Loss and terms are this rank's share: their mean over ranks is the value of the whole step.
+    Raises NonFiniteError, on every rank and before the update, if any rank's embeddings or gradients are not finite.
     """
     engine, step = training.engine, training.step
     micro = [part.to(engine.device) for part in batch.split(training.micro_batches)]
@@ -75,12 +78,13 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     taught = learn(training, micro)
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     views_first = {name: value.transpose(0, 1) for name, value in leaves.items() if name in VIEWS}  # [V, b, D]
-    total, terms = training.objective(**leaves | views_first, **labels(training, batch), **taught, **training.constants, step=step)
+    given = labels(training, batch) | taught | training.constants
+    total, terms = training.objective(**leaves | views_first, **given, step=step)
     gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
     for name, value in leaves.items():  # a scale's ceiling looks at the gradient's sign: it must be the ranks' common one
         if not value.ndim:
             gradients[name] = dist.all_reduce(gradients[name], dist.world()) / dist.world_size()
-    refuse_non_finite(leaves, [total, *gradients.values()], batch, step)
+    refuse_non_finite(leaves, given, [total, *gradients.values()], batch, step)
 
     # 3. Through the towers.
     for i, part in enumerate(micro):
@@ -97,6 +101,8 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     training.step += 1
     shown = {name: value.detach() for name, value in leaves.items() if not value.ndim}
     if measure:
+        shown |= {f"valid.{name}": getattr(batch, mask).float().mean() for name, mask in model.VALID.items() if name in leaves}
+        shown |= {"log_n": torch.tensor(math.log(training.objective.candidates(len(batch))))}
         shown |= geometry(leaves["image"].detach(), leaves["text"].detach())
     return {"loss": total.detach(), **terms, **shown, "lr": torch.tensor(lr), "grad_norm": norm}
 
@@ -184,16 +190,20 @@ def surrogate(output: dict[str, Tensor], gradients: dict[str, Tensor], index: in
     return total
 
 
-def refuse_non_finite(leaves: dict[str, Tensor], others: list[Tensor], batch: Batch, step: int) -> None:
-    """Raise NonFiniteError on every rank if anything is not finite on any; names tower and samples. Collective."""
+def refuse_non_finite(
+    leaves: dict[str, Tensor], given: dict[str, Any], others: list[Tensor], batch: Batch, step: int
+) -> None:
+    """Raise NonFiniteError on every rank if anything is not finite on any; names what and which samples. Collective."""
     bad = ~torch.stack([torch.isfinite(value).all() for value in (*leaves.values(), *others)]).all()
     if not dist.all_reduce(bad.float(), dist.world()).item():
         return
     mine = []
-    for name in (n for n in (*IMAGES, *TEXTS, *VIEWS) if n in leaves):
-        rows = (~torch.isfinite(leaves[name])).flatten(1).any(1).nonzero().flatten().tolist()
-        tower = "image" if "image" in name else "text"
-        mine += [f"{name} embedding ({tower} tower) of sample {batch.sample_id[row].item()} ({batch.key[row]})" for row in rows]
+    tensors = {n: v for n, v in (leaves | given).items() if isinstance(v, Tensor) and v.ndim and v.is_floating_point()}
+    for name, value in tensors.items():
+        rows = (~torch.isfinite(value)).flatten(1).any(1) if value.ndim > 1 else ~torch.isfinite(value)
+        for row in rows.nonzero().flatten().tolist():
+            of = f" of sample {batch.sample_id[row].item()} ({batch.key[row]})" if len(value) == len(batch) else f", row {row}"
+            mine.append(f"{name}{f' embedding ({_tower(name)} tower)' if name in (*IMAGES, *TEXTS, *VIEWS) else ''}{of}")
     found = [line for lines in dist.gather_objects(mine) for line in lines]
     named = "\n  ".join(found[:20]) or "loss or its gradient only: look at the scale, the bias and the weights of the terms"
     more = f"\n  … and {len(found) - 20} more" if len(found) > 20 else ""
@@ -201,6 +211,10 @@ def refuse_non_finite(leaves: dict[str, Tensor], others: list[Tensor], batch: Ba
         f"NaN or infinity at step {step}; the model was not updated:\n  {named}{more}\n"
         "Look at these samples, lower optimizer.lr, or set train.precision: float32. The last checkpoint is unharmed."
     )
+
+
+def _tower(name: str) -> str:
+    return "image" if "image" in name else "text"
 
 
 def means_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -45,10 +45,12 @@ class Teacher:
         weights = {name.removeprefix(EMA): value for name, value in saved.items() if name.startswith(EMA)}
         self.average = None if options.ema is None else engine.average(weights or None)
         self.frozen = None if options.model is None else frozen(options.model, model).to(engine.device)
-        self.queue = {name: value.to(engine.device) for name, value in saved.items() if name.startswith(QUEUE)}
-        if options.queue and not self.queue:
+        self.queue: dict[str, Tensor] = {}
+        if options.queue:
             empty = torch.zeros(options.queue, model.embed_dim, device=engine.device)
-            self.queue = {"queue_image": empty, "queue_text": empty.clone()}
+            self.queue = {name: saved.get(name, empty).to(engine.device, copy=True) for name in ("queue_image", "queue_text")}
+        if found := {len(kept) for kept in self.queue.values()} - {options.queue}:
+            raise ValueError(f"the checkpoint's queue holds {found.pop()} pairs, not {options.queue}; resume with that teacher.queue")
 
     def embed(self, part: Batch) -> dict[str, Tensor]:
         """The needed embeddings of a micro-batch, [rows, …, D], with "teacher_scale" [] of a frozen model."""

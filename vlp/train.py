@@ -44,7 +44,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
-        checkpoint.restore(model, checkpoint.load_any(config.init_from).state_dict(), config.init_from)
+        start_from(model, config.init_from)
     precomputed = config.model.image_tower.common is not None and config.model.image_tower.common.precomputed
     chosen = selection.build(config, model, engine)
     loader = Loader(
@@ -58,10 +58,11 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     )
     stored = {} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale}
     check_needs(objective, loader.carries | stored.keys() | teacher.supplies(config.teacher), model)
+    check_use(objective, config, loader)
     if config.teacher.model is not None and "teacher_image" in loader.carries:
         raise ValueError("both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave out one of them")
     if precomputed:
-        check_precomputed(objective.needs, loader, model)
+        check_precomputed(objective.needs, teacher.supplies(config.teacher), loader, model)
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
@@ -210,9 +211,38 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
         raise ValueError(f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), or add a term")
 
 
-def check_precomputed(needs: frozenset[str], loader: Loader, model: DualEncoder) -> None:
+def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
+    """Refuse what costs time or memory and is read by no term, and fewer views than a term needs."""
+    for name, given in (
+        ("teacher.ema", {"ema_image", "ema_text", "ema_negatives"} if config.teacher.ema is not None else set()),
+        ("teacher.queue", {"queue_image", "queue_text"} if config.teacher.queue else set()),
+        ("teacher.model", {"teacher_image", "teacher_text"} if config.teacher.model is not None else set()),
+        ("data.views", {"image_views", "text_views"} if config.data.views is not None else set()),
+    ):
+        if given and not given & (objective.needs | ({"ema_image"} if config.teacher.queue else set())):
+            raise ValueError(f"{name} is set, but no term reads {' or '.join(sorted(given))}; drop it, or add a term")
+    for term in objective.plugins:
+        least, found = getattr(term.module, "MIN_VIEWS", 0), loader.widths.get("image_views", 0)
+        if found < least:
+            raise ValueError(f"the term {term.label!r} needs {least} image views, found {found}; set data.views.n to {least}")
+
+
+def start_from(model: DualEncoder, reference: str) -> None:
+    """Take the weights of a run or export. Heads start at random where it has none; heads that only it has stay away."""
+    weights = checkpoint.load_any(reference).state_dict()
+    fresh = {name: value for name, value in model.state_dict().items() if name.startswith("heads.") and name not in weights}
+    foreign = {name for name in weights if name.startswith("heads.")} - model.state_dict().keys()
+    for names, what in ((fresh, "start at random"), (foreign, "are left out")):
+        if names:
+            log.say(f"init_from {reference}: {', '.join(sorted({'.'.join(n.split('.')[:2]) for n in names}))} {what}")
+    checkpoint.restore(model, {n: v for n, v in weights.items() if n not in foreign} | fresh, reference)
+
+
+def check_precomputed(needs: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder) -> None:
     """Refuse stored embeddings of the image tower that cannot stand for it."""
-    pictures = sorted(needs & {"negative_image", "image_views", "ema_image", "concept_logits", "caption_logits"})
+    pictures = sorted(
+        needs & {"negative_image", "image_views", "concept_logits", "caption_logits"} | taught & {"ema_image", "teacher_image"}
+    )
     if pictures:
         raise ValueError(f"the objective needs {pictures}, which come from pixels; set image_tower.precomputed: false")
     if any(p.requires_grad for p in model.visual.parameters()):

@@ -116,4 +116,4 @@ class Features(NamedTuple):
     text_views: Tensor | None = None  # [b·V, D]
     view_scale: Tensor | None = None  # [] float32
     concept_logits: Tensor | None = None  # [b, C]
-    caption_logits: Tensor | None = None  # [b, L − 1, vocabulary]: position l is about token l + 1
+    caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first

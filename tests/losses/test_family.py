@@ -612,3 +612,13 @@ def test_terms_over_other_rows_need_two(name):
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         build({name: options})
+
+
+@pytest.mark.parametrize("form", ["negclip", "triplet"])
+def test_one_candidate_without_a_valid_caption_gives_zero_and_no_gradient(form):
+    shapes = {"image": (1, 4), "text": (1, 4), "negatives": (1, 2, 4), "negative_image": (1, 4)}
+    unit = torch.nn.functional.normalize
+    d = {n: unit(torch.randn(shape, dtype=torch.float64), dim=-1).requires_grad_() for n, shape in shapes.items()}
+    total, _ = build({"hard_negatives": {"form": form}})(**d, negatives_valid=torch.zeros(1, 2, dtype=torch.bool), scale=10.0)
+    assert total == 0
+    assert all(not g.any() for g in torch.autograd.grad(total, list(d.values()), materialize_grads=True))  # and none is NaN

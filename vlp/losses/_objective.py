@@ -6,6 +6,7 @@ A loss file holds
     term(inputs, pairs, options)     this rank's share of the term: the mean over ranks is the term's value
     OPTIONAL                         optional: further keywords that it reads where the call carries them
     MIN_CANDIDATES = 2               optional: it compares a row with others
+    MIN_VIEWS = 2                    optional: further views of an image that it needs
     initial_state(options)           optional: dict of tensors and `Table`s; `term` then takes `state` and returns
                                      (value, new state), a `Write` standing for a table
     for_run(options, samples, steps) optional: the options with what only the run knows
@@ -88,6 +89,7 @@ class Inputs:
     teacher_scores: Tensor | None = None  # [b, K] a teacher's score of each hard caption: higher fits the image better
     caption_logits: Tensor | None = None  # [b, L, V] at position l: for the token caption_ids[:, l]
     caption_ids: Tensor | None = None  # [b, L] int64
+    caption_nll: Tensor | None = None  # [b, L] −log p of each token, instead of caption_logits, which are V times larger
     concept_logits: Tensor | None = None  # [b, C] of an auxiliary head on the image tower
     concept_targets: Tensor | None = None  # [b, C] >= 0, a teacher's weights of the concepts; a row of zeros has none
 
@@ -104,6 +106,7 @@ class Inputs:
         return {name: tuple(v.shape) for name, v in values.items() if isinstance(v, Tensor) and v.dim()}
 
 
+INSTEAD = {"caption_logits": "caption_nll"}  # keywords that another one can stand for
 KEYWORDS = tuple(f.name for f in fields(Inputs))
 NOT_BY_ROW = {"scale", "bias", "step", "view_scale", "teacher_scale", "queue_image", "queue_text"}
 VIEWS = {"image_views", "text_views"}  # rows are their second dimension
@@ -184,7 +187,10 @@ class Objective:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take what the first rank of any number of ranks saved; every rank brings the whole. Collective."""
         if state.keys() != self.state.keys():
-            raise ValueError(f"objective state of {sorted(state)}, but this objective keeps {sorted(self.state)}")
+            raise ValueError(
+                f"found objective state of {sorted(state)}, but this objective keeps {sorted(self.state)}; resume with the "
+                "objective of the checkpoint, or start anew from its weights with init_from"
+            )
         for label, tensors in state.items():
             own = self.state[label]
             if tensors.keys() != own.keys():
@@ -212,7 +218,7 @@ class Objective:
             f"the term {label!r} needs {name!r}, which the call does not carry{_from(name)}: give {name}=… or drop the term"
             for label, needs in self.required.items()
             for name in sorted(needs | ALWAYS)
-            if keywords.get(name) is None
+            if keywords.get(name) is None and keywords.get(INSTEAD.get(name, name)) is None
         ]
         if unknown or missing:
             raise ValueError("; ".join(unknown + missing))

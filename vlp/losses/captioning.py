@@ -19,6 +19,7 @@ from vlp.losses._objective import Inputs
 from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"caption_logits", "caption_ids"})
+OPTIONAL = frozenset({"caption_nll"})
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,13 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    logits, ids = inputs.caption_logits, inputs.caption_ids
+    ids = inputs.caption_ids
+    valid = (ids != options.padding) & (ids >= 0)
+    if inputs.caption_nll is not None:
+        return pairs.mean(inputs.caption_nll, valid)
+    logits = inputs.caption_logits
     if logits.shape[:2] != ids.shape:
         raise ValueError(f"caption_logits {tuple(logits.shape)} and caption_ids {tuple(ids.shape)}: expected [b, L, V] and [b, L]")
-    valid = (ids != options.padding) & (ids >= 0)
     target = torch.where(valid, ids, 0).flatten()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return pairs.mean(F.cross_entropy(logits.flatten(0, 1), target, reduction="none").view_as(ids), valid)

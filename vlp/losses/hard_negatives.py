@@ -42,6 +42,8 @@ class Options:
     def __post_init__(self) -> None:
         if (self.focal or self.smoothing) and self.form != "own":
             raise ValueError(f"focal and smoothing belong to form: own, not {self.form}; remove them")
+        if self.text_scale != 10 and self.form != "text":
+            raise ValueError(f"text_scale belongs to form: text, not {self.form}; remove it")
         if self.focal < 0 or not 0 <= self.smoothing < 1 or self.text_scale <= 0:
             raise ValueError(f"expected focal >= 0, 0 <= smoothing < 1, text_scale > 0, found {self}")
 
@@ -70,7 +72,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor
 def negclip(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
     hard = _all_captions(inputs, pairs, inputs.image)
-    return pairs.mean(softplus(torch.logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
+    return pairs.mean(softplus(_either(rows, hard) - positive) + softplus(columns - positive)) / 2
 
 
 def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
@@ -80,9 +82,15 @@ def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     rows = pairs.row_logsumexp(x, caption, scale, valid=valid, paired=True)
     columns = pairs.row_logsumexp(caption, x, scale, valid=valid, paired=True)
     hard = pairs.row_logsumexp(x, inputs.text, scale)
-    second = (softplus(torch.logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
+    second = (softplus(_either(rows, hard) - positive) + softplus(columns - positive)) / 2
     first = Inputs(inputs.image, inputs.text, scale, negatives=caption.unsqueeze(1), negatives_valid=valid.unsqueeze(1))
     return negclip(first, pairs, options) + pairs.mean(second, valid)
+
+
+def _either(one: Tensor, other: Tensor) -> Tensor:
+    """log(e^one + e^other), with gradient 0 where both are −∞: one candidate, and no valid caption."""
+    none = (one == -torch.inf) & (other == -torch.inf)
+    return torch.logaddexp(one.masked_fill(none, 0), other.masked_fill(none, 0)).masked_fill(none, -torch.inf)
 
 
 def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:

@@ -29,8 +29,6 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    if (inputs.score < 0).any():
-        raise ValueError(f"score: found {inputs.score.min().item():g}, expected numbers >= 0; shift them in the data")
     rows, columns = (softplus(q) for q in pairs.margin_logsumexp(inputs.image, inputs.text, inputs.scale))
     weight = inputs.score.to(rows.dtype) ** options.power
     if options.normalize:

@@ -17,6 +17,7 @@ from vlp.losses._objective import Inputs
 from vlp.pairwise import Pairs, softplus
 
 NEEDS = frozenset({"image_views"})
+MIN_VIEWS = 2
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    if len(inputs.image_views) < 2:
-        raise ValueError(f"slip needs 2 image views, found {len(inputs.image_views)}; raise the number of views")
+    if len(inputs.image_views) < MIN_VIEWS:
+        raise ValueError(f"found {len(inputs.image_views)} image views, expected at least 2; raise data.views.n")
     first, second = inputs.image_views[:2]
     scale = 1 / options.temperature
     rows, columns, positive = pairs.logsumexp(first, second, scale)
