@@ -49,8 +49,8 @@ class Teacher:
         if options.queue:
             empty = torch.zeros(options.queue, model.embed_dim, device=engine.device)
             self.queue = {name: saved.get(name, empty).to(engine.device, copy=True) for name in ("queue_image", "queue_text")}
-        if found := {len(kept) for kept in self.queue.values()} - {options.queue}:
-            raise ValueError(f"the checkpoint's queue holds {found.pop()} pairs, not {options.queue}; resume with that teacher.queue")
+        if wrong := {len(kept) for kept in self.queue.values()} - {options.queue}:
+            raise ValueError(f"the checkpoint's queue holds {wrong.pop()} pairs, not {options.queue}; set teacher.queue to that")
 
     def embed(self, part: Batch) -> dict[str, Tensor]:
         """The needed embeddings of a micro-batch, [rows, …, D], with "teacher_scale" [] of a frozen model."""

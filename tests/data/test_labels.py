@@ -57,6 +57,12 @@ def test_a_label_that_one_sample_lacks_is_not_carried(tmp_path):
     assert not loader.carries & {"score", "teacher_scores", "concept_targets"}
 
 
+def test_a_score_below_zero_is_named(tmp_path):
+    for score in (-1, float("nan")):
+        with pytest.raises(DataError, match="sample 'k5' has the score"):
+            next(loader_of(data_of(write(tmp_path / f"s{score}", score=score)), 8))
+
+
 @pytest.mark.parametrize(("field", "values", "expected"), [
     ("concepts", [1, 2], "sample 'k5' has 2 numbers in 'concepts', expected 3: one for each concept"),
     ("negative_scores", [1, 2, 3], "sample 'k5' has 3 numbers in 'negative_scores', expected 2: one for each of its negatives"),
