@@ -174,7 +174,7 @@ class Steps(Dataset):
         if "score" in self.optional:
             for sample in samples:
                 if not 0 <= sample.meta["score"] < math.inf:
-                    raise DataError(f"sample {sample.key!r} has the score {sample.meta['score']}, expected a number >= 0; shift them")
+                    raise DataError(f"sample {sample.key!r} has the score {sample.meta['score']}, expected a number >= 0")
             result["score"] = torch.tensor([float(sample.meta["score"]) for sample in samples], dtype=torch.float32)
         if k := self.optional.get("teacher_scores", 0):
             lists = [_numbers(sample, "negative_scores", len(text_list(sample.meta, "negatives")))[:k] for sample in samples]
