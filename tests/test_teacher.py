@@ -51,8 +51,7 @@ def check_recursion(terms, weights, state):
     assert terms[0] == pytest.approx(0, abs=1e-9) and terms[1] > 1e-6  # before any update the average is the model
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", pytest.param("zero1", marks=pytest.mark.slow),
-                                    pytest.param("zero3", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_the_average_is_the_recursion_over_the_weights(engine):
     """Of one process, and of two ranks with three micro-batches under every engine, with the same values of the term."""
     expected = averaged()

@@ -219,12 +219,12 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     masks = {name: getattr(batch, mask) for name, mask in VALID.items() if name in ids}
     texts = {name: (value[masks[name]] if name in masks else value).flatten(0, -2) for name, value in ids.items()}
     views = {name: getattr(batch, name) for name in VIEWS if name in wanted}
+    pairs = {"pairs": len(batch)} if {"concept_logits", "caption_logits"} & set(wanted) else {}
     features = model(
         torch.cat(list(pixels.values())) if pixels else None,
         torch.cat(list(texts.values())) if texts else None,
-        **{name: value.flatten(0, 1) for name, value in views.items()},
-        pairs=len(batch) if {"concept_logits", "caption_logits"} & set(wanted) else 0,
-    )
+        **{name: value.flatten(0, 1) for name, value in views.items()}, **pairs,
+    )  # fmt: skip
     result = {name: getattr(features, name).unflatten(0, value.shape[:2]) for name, value in views.items()}
     for fields, found in ((pixels, features.image), (texts, features.text)):
         if fields:

@@ -132,7 +132,7 @@ def changed(name, **values):
 @pytest.mark.parametrize("call, message", [
     (changed("mixing", queue_text=lambda q: q[:7]), "'mixing': a queue of 7 is smaller than the batch of 8"),
     (changed("momentum_queue", queue_image=lambda q: q[:5]), "'momentum_queue': a queue of 5 is smaller than the batch of 8"),
-    (changed("slip", image_views=lambda v: v[:1]), "'slip': slip needs 2 image views, found 1"),
+    (changed("slip", image_views=lambda v: v[:1]), "'slip': found 1 image views, expected at least 2"),
     (changed("multi_view", text_views=lambda v: v[:1]), "found 2 image and 1 text views"),
     (changed("multi_view", text_views=lambda v: v[:, :5]), r"image has 8 rows, but found {'text_views': \(2, 5, 5\)}"),
     (changed("ranked", score=lambda s: s - 1), "'ranked': score: found -1, expected numbers >= 0"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from vlp import dist
 from vlp.losses import build
 from vlp.step import Training, train_step
-from vlp.types import Batch
+from vlp.types import Batch, Features
 
 D = 8
 BIAS = -1.5
@@ -122,13 +121,13 @@ class LinearTowers(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.replay, self.calls = replay, 0
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> SimpleNamespace:
+    def forward(self, pixels: Tensor, ids: Tensor) -> Features:
         if not self.replay:  # what a step does that forgets to restore the random state
             self.calls += 1
             torch.manual_seed(self.calls)
         image = F.normalize(self.dropout(pixels) @ self.image, dim=1)
         text = F.normalize(self.dropout(ids) @ self.text, dim=1)
-        return SimpleNamespace(image=image, text=text, scale=self.scale, bias=self.bias)
+        return Features(image, text, self.scale, self.bias)
 
     def gradients(self) -> list[Tensor]:
         return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]

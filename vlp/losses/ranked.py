@@ -29,6 +29,8 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    if pairs.sum_over_ranks((inputs.score < 0).sum().float()):  # so that every rank raises
+        raise ValueError(f"score: found {inputs.score.min().item():g}, expected numbers >= 0; shift them in the data")
     rows, columns = (softplus(q) for q in pairs.margin_logsumexp(inputs.image, inputs.text, inputs.scale))
     weight = inputs.score.to(rows.dtype) ** options.power
     if options.normalize:
