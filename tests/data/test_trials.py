@@ -57,7 +57,7 @@ def kinds_of_data(folder: Path) -> list[list[dict[str, Any]]]:
     return [[many, one], [one], weighted, [stream], [remote], [{**remote, "weight": 2}, {**one, "weight": 1}]]
 
 
-@pytest.mark.parametrize("trials", [3, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("trials", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_a_run_killed_at_any_moment_continues_exactly(tmp_path, monkeypatch, trials):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     context = multiprocessing.get_context("forkserver")
