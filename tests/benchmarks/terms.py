@@ -45,7 +45,9 @@ TERMS: dict[str, dict[str, Any]] = {
     "mixing": {"hardest": 64, "mixed_pairs": 64, "mixed_queries": 16},
     "multi_view": {},
     "slip": {},
-    "hard_negatives": {"form": "negclip"},
+    "hard_negatives.negclip": {"form": "negclip"},
+    "hard_negatives.triplet": {"form": "triplet"},
+    "hard_negatives.intra": {"form": "intra"},
 }
 
 
@@ -117,18 +119,19 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
 
     torch.manual_seed(0)
     leaves = {"image": rows(B), "text": rows(B), "scale": torch.tensor(14.0), "bias": torch.tensor(-10.0)}
-    objective = build({term: TERMS[term]}, samples=B)
+    objective = build({term.partition(".")[0]: TERMS[term]}, samples=B)
     others = {
         "teacher_image": lambda: rows(B), "teacher_text": lambda: rows(B), "ema_image": lambda: rows(B),
         "ema_text": lambda: rows(B), "queue_image": lambda: rows(B), "queue_text": lambda: rows(B),
         "image_views": lambda: rows(2, B), "text_views": lambda: rows(2, B), "negatives": lambda: rows(B, 2),
+        "negative_image": lambda: rows(B),
         "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
         "teacher_scale": lambda: 20.0, "score": lambda: torch.rand(B, device=device),
         "sample_id": lambda: torch.arange(B, device=device),
     }  # fmt: skip
     given = {name: make() for name, make in others.items() if name in objective.needs}
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
-    leaves |= {n: given.pop(n).requires_grad_() for n in ("image_views", "text_views", "negatives") if n in given}
+    leaves |= {n: given.pop(n).requires_grad_() for n in ("image_views", "text_views", "negatives", "negative_image") if n in given}
 
     def run() -> None:
         for leaf in leaves.values():
