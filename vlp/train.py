@@ -320,7 +320,8 @@ class Reporter:
         if self.main:
             self.metrics.write(step, "train", {**scalars, **speed, **counters})
             self.trackers.write(step, {**scalars, **speed})
-            log.say(log.progress(step, self.plan.total, {**scalars, **speed}, eta_s))
+            shown = {name: value for name, value in scalars.items() if name != "log_n" and not name.startswith("space.")}
+            log.say(log.progress(step, self.plan.total, {**shown, **speed}, eta_s))
         self.last, self.since, self.waited_s = step, now, 0.0
 
     def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:

@@ -12,7 +12,12 @@ from vlp.eval.page.runs import NOT_SCALARS, Run
 
 FIRST = ("loss",)
 SPEED = {"scale": "logit scale", "bias": "logit bias", "lr": "learning rate", "grad_norm": "gradient norm",
-         "samples_s": "samples a second", "data_wait": "share of time waiting for data"}  # fmt: skip
+         "samples_s": "samples a second", "data_wait": "share of time waiting for data",
+         "space.gap": "distance of the centroids, in training", "space.alignment": "alignment, in training",
+         "space.uniformity_image": "uniformity of images, in training",
+         "space.uniformity_text": "uniformity of texts, in training",
+         "valid.negatives": "share of hard captions that are valid",
+         "valid.counterfactual": "share of rows that count", "log_n": "loss of uninformative scores, log n"}  # fmt: skip
 COUNTERS = {"bad_samples": "damaged samples", "truncated_captions": "captions cut to the text tower's length",
             "left_out_samples": "samples left out", "waited_s": "seconds waited for data"}  # fmt: skip
 GEOMETRY = ("centroid_distance", "uniformity", "alignment", "separability", "effective_rank", "temperature")
