@@ -235,6 +235,11 @@ class Model:
     heads: Heads = Heads()
     pretrained: str | None = None  # open_clip tag, file of weights, or hf-hub:user/name; None: random
 
+    @property
+    def precomputed(self) -> bool:
+        """Whether training reads the image tower's embeddings from the data instead of running it."""
+        return self.image_tower.common is not None and self.image_tower.common.precomputed
+
 
 @dataclass(frozen=True)
 class Optimizer:

@@ -202,8 +202,8 @@ def refuse_non_finite(
     for name, value in tensors.items():
         rows = (~torch.isfinite(value)).flatten(1).any(1) if value.ndim > 1 else ~torch.isfinite(value)
         for row in rows.nonzero().flatten().tolist():
-            of = f" of sample {batch.sample_id[row].item()} ({batch.key[row]})" if len(value) == len(batch) else f", row {row}"
-            mine.append(f"{name}{f' embedding ({_tower(name)} tower)' if name in (*IMAGES, *TEXTS, *VIEWS) else ''}{of}")
+            of = f"of sample {batch.sample_id[row].item()} ({batch.key[row]})" if len(value) == len(batch) else f"row {row}"
+            mine.append(f"{_described(name)} {of}")
     found = [line for lines in dist.gather_objects(mine) for line in lines]
     named = "\n  ".join(found[:20]) or "loss or its gradient only: look at the scale, the bias and the weights of the terms"
     more = f"\n  … and {len(found) - 20} more" if len(found) > 20 else ""
@@ -213,8 +213,9 @@ def refuse_non_finite(
     )
 
 
-def _tower(name: str) -> str:
-    return "image" if "image" in name else "text"
+def _described(name: str) -> str:
+    tower = "image" if "image" in name else "text"
+    return f"{name} embedding ({tower} tower)" if name in (*IMAGES, *TEXTS, *VIEWS) else name
 
 
 def means_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:

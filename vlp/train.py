@@ -45,11 +45,10 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     model = build_model(config.model)
     if config.init_from is not None:
         start_from(model, config.init_from)
-    precomputed = config.model.image_tower.common is not None and config.model.image_tower.common.precomputed
     chosen = selection.build(config, model, engine)
     loader = Loader(
         config.data, model.image_spec, model.text_spec, mixture=chosen.mixture,
-        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(), pixels=not precomputed,
+        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(), pixels=not config.model.precomputed,
     )
     chosen.check(loader.carries)
     plan = Plan.of(config.train, loader.steps_per_epoch)
@@ -61,7 +60,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     check_use(objective, config, loader)
     if config.teacher.model is not None and "teacher_image" in loader.carries:
         raise ValueError("both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave out one of them")
-    if precomputed:
+    if config.model.precomputed:
         check_precomputed(objective.needs, teacher.supplies(config.teacher), loader, model)
     contents = None
     if source is not None:
@@ -73,7 +72,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     training = Training(
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
         config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
-        constants=stored, precomputed=precomputed,
+        constants=stored, precomputed=config.model.precomputed,
     )
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher

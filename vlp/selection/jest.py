@@ -70,7 +70,7 @@ def open(options: Options, config: Config, model: DualEncoder, engine: Engine) -
         raise ValueError(f"{options.chunks} chunks of jest do not divide train.batch {batch}; change one of them")
     if config.data.together > 1:
         raise ValueError("jest chooses single samples and would tear groups apart; leave out data.together")
-    if config.model.image_tower.common is not None and config.model.image_tower.common.precomputed:
+    if config.model.precomputed:
         raise ValueError("jest embeds the pixels of its super-batches; set model.image_tower.precomputed: false")
     if model.logit_bias is None:
         raise ValueError("jest scores pairs by the sigmoid loss, which needs a logit bias; set model.bias (-10) and train siglip")
