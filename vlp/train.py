@@ -25,7 +25,7 @@ from vlp.plugin import Plugin
 from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.selection import Selection
-from vlp.step import Training, means_over_ranks, train_step
+from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
 
 Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
 
@@ -73,6 +73,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
         config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
         constants=stored, precomputed=config.model.precomputed,
+        may_skip=config.train.max_skipped if config.train.non_finite == "skip" else 0,
     )
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
@@ -82,6 +83,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         objective.load_state_dict(checkpoint.nested(contents.objective, objective.state))
         loader.load_state_dict(contents.state["loader"])
         training.step = contents.state["step"]
+        training.skipped = contents.state.get("skipped", 0)  # absent before steps could be left out
         del contents
     loop(config, training, loader, chosen, plan, evaluate, Reporter(config, plan, training.step))
     return run
@@ -98,7 +100,10 @@ def loop(
             batch = next(batches)
         batch, about = chosen.choose(training, batch)
         logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
-        scalars = train_step(training, batch, measure=logged) | about
+        try:
+            scalars = train_step(training, batch, measure=logged) | about
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}\n{ways_out(Path(config.out))}") from None
         step = training.step
         if logged:
             report.training(step, means_over_ranks(scalars), loader.counters())
@@ -126,11 +131,25 @@ def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) ->
     return records
 
 
+def ways_out(run: Path) -> str:
+    """What a run that met NaN or infinity can go on from, in words."""
+    saved = checkpoint.all_of(run)
+    if not saved:
+        return "There is no checkpoint yet. Start anew with a lower optimizer.lr, or with train.non_finite=skip."
+    older = f", or resume={saved[-2]}" if len(saved) > 1 else ""
+    return (
+        f"The weights of {saved[-1]} are finite, but from there the run comes to this very step again. Go on with "
+        f"resume=auto and a lower optimizer.lr or train.non_finite=skip{older}, or train.precision=float32."
+    )
+
+
 def save(config: Config, training: Training, loader: Loader) -> None:
     """Write a checkpoint of the step just done. Collective."""
     model, optimizer = training.engine.state()
     taught = {} if training.teacher is None else training.teacher.state()
-    state = {"step": training.step, "loader": loader.state_dict(), "versions": versions()}
+    state = {
+        "step": training.step, "skipped": training.skipped, "loader": loader.state_dict(), "versions": versions(),
+    }  # fmt: skip
     objective = checkpoint.flat(training.objective.state_dict())
     if dist.is_main():
         contents = checkpoint.Contents(
