@@ -61,7 +61,10 @@ def attempt(engine, place, value, may_skip, guilty_rank=0):
     return message, everything(training) == before, training.step
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero1", "zero3"))])
+SLOW = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero1", "zero3")]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", *SLOW])
 @pytest.mark.parametrize("place", PLACES)
 def test_nothing_moves_on_two_ranks(engine, place):
     n_compared = 0
@@ -123,15 +126,16 @@ def test_the_message_names_samples_and_the_budget_ends_the_run(capsys):
     for _ in range(2):
         train_step(training, make_batch())
     assert capsys.readouterr().err.count("image embedding (image tower) of sample 1 (key1)") == 2
-    with pytest.raises(NonFiniteError, match=r"(?s)step 2; nothing was updated.*sample 1 \(key1\).*2 such steps.*max_skipped") as found:
+    message = r"(?s)step 2; nothing was updated.*sample 1 \(key1\).*2 such steps.*max_skipped"
+    with pytest.raises(NonFiniteError, match=message):
         train_step(training, make_batch())
-    assert "\n" in str(found.value) and training.skipped == 3
+    assert training.skipped == 3
 
 
 def test_an_overflow_in_the_towers_is_named_as_one():
     training = make_training(double=False)
     poison_gradient(training.engine.module, float("inf"))
-    with pytest.raises(NonFiniteError, match="no embedding: an overflow in the loss .* or in the towers' backward pass"):
+    with pytest.raises(NonFiniteError, match=r"no embedding: an overflow .* in the towers"):
         train_step(training, make_batch())
 
 

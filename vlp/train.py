@@ -85,6 +85,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         training.step = contents.state["step"]
         training.skipped = contents.state.get("skipped", 0)  # absent before steps could be left out
         del contents
+        set_branch_aside(run, training.step)
     loop(config, training, loader, chosen, plan, evaluate, Reporter(config, plan, training.step))
     return run
 
@@ -151,12 +152,19 @@ def save(config: Config, training: Training, loader: Loader) -> None:
         "step": training.step, "skipped": training.skipped, "loader": loader.state_dict(), "versions": versions(),
     }  # fmt: skip
     objective = checkpoint.flat(training.objective.state_dict())
+    error = None
     if dist.is_main():
         contents = checkpoint.Contents(
             model, optimizer, objective, state, configuration.dump(config), training.engine.description, taught
         )
-        checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
-    dist.barrier()  # no rank runs on, and perhaps is killed, before the checkpoint stands
+        try:
+            checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
+        except (OSError, checkpoint.CheckpointError) as failure:
+            error = failure
+    # No rank runs on, and perhaps is killed, before the checkpoint stands; and none waits where it could not be written.
+    error = dist.broadcast_object(error)
+    if error is not None:
+        raise error
 
 
 def open_run(config: Config) -> Path | None:
@@ -185,10 +193,27 @@ def _open_run(config: Config, run: Path) -> Path | None:
             raise checkpoint.CheckpointError(f"every checkpoint of {run} is damaged; choose another folder with out=…")
     else:
         source = checkpoint.resolve(config.resume)
+        if holds_run and source.parent.resolve() != (run / checkpoint.FOLDER).resolve():
+            raise FileExistsError(
+                f"{run} holds another run than {source}, which would be overwritten; choose a new folder with out=…, or "
+                f"continue the one that is there with resume=auto"
+            )
     if source is not None:
         for key, (old, new) in changes(configuration.load(source / "config.yaml"), config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
     return source
+
+
+def set_branch_aside(run: Path, step: int) -> None:
+    """Mark what the run had beyond the step that it goes on from. Called by all ranks, done by one."""
+    if not dist.is_main():
+        return
+    abandoned = checkpoint.abandon(run, step)
+    for path in abandoned:
+        log.say(f"going on from step {step}: {path.name} is of the branch that is left")
+    results = run / "results.json"
+    if abandoned and results.exists():
+        results.replace(run / f"results{checkpoint.ABANDONED}.json")
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
