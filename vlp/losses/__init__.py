@@ -60,6 +60,13 @@ def build(
 
 
 def _for_run(term: plugin.Plugin, samples: int | None, steps: int | None) -> plugin.Plugin:
+    """The term with what only the run knows; ValueError for a schedule that the run is too short for."""
+    weight = term.common.weight
+    if isinstance(weight, Schedule) and steps is not None and weight.steps > steps:
+        raise ValueError(
+            f"objective.{term.name}.weight moves over {weight.steps:,} steps, but the run has {steps:,}: it would never reach "
+            f"{weight.end:g}; lower its steps, or name the value at the run's end"
+        )
     if not hasattr(term.module, "for_run"):
         return term
     return replace(term, options=term.module.for_run(term.options, samples, steps))

@@ -86,8 +86,15 @@ def for_run(options: AnyMoving, samples: int | None, steps: int | None) -> AnyMo
     """The options with what only the run knows, where the configuration leaves it open."""
     if options.samples is None:
         options = replace(options, samples=samples)
-    if options.gamma_end is not None and options.gamma_steps is None and steps is not None:
-        options = replace(options, gamma_steps=max(steps // 2, 1))
+    if options.gamma_end is None or steps is None:
+        return options
+    if options.gamma_steps is None:
+        return replace(options, gamma_steps=max(steps // 2, 1))
+    if options.gamma_steps > steps:
+        raise ValueError(
+            f"gamma_steps is {options.gamma_steps:,}, but the run has {steps:,} steps: γ would never reach gamma_end; lower it, "
+            "or leave it out for half the run"
+        )
     return options
 
 
