@@ -125,14 +125,18 @@ def test_what_is_missing_is_named_with_the_term_and_its_supplier():
     assert n == 25 and set(SUPPLIERS) <= set(KEYWORDS)
 
 
+def shortened(queue):
+    return queue[:7]
+
+
 def changed(name, **values):
     d = given() | {key: change(given()[key]) for key, change in values.items()}
     return lambda: build({name: {}})(**d)
 
 
 @pytest.mark.parametrize("call, message", [
-    (changed("mixing", queue_text=lambda q: q[:7], queue_image=lambda q: q[:7]), "'mixing': a queue of 7 is smaller than the batch of 8"),
-    (changed("momentum_queue", queue_image=lambda q: q[:5], queue_text=lambda q: q[:5]), "'momentum_queue': a queue of 5 is smaller than the batch of 8"),
+    *((changed(name, queue_text=shortened, queue_image=shortened), f"'{name}': a queue of 7 is smaller than the batch of 8")
+      for name in ("mixing", "momentum_queue")),
     (changed("slip", image_views=lambda v: v[:1]), "'slip': found 1 image views, expected at least 2"),
     (changed("ranked", score=lambda s: s - 1), "'ranked': score: found -1, expected numbers >= 0"),
 ])  # fmt: skip

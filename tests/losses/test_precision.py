@@ -19,7 +19,8 @@ B, D, K, Z = 6, 48, 3, 9
 SCALE = 100.0
 GAPS = (2.0, 5.0, 9.0, 13.0, 16.0, 18.5)  # of scores: losses from .1 to 1e-8
 CASES = [
-    ("infonce", {}), ("decoupled", {}), ("siglip", {}), ("hn_nce", {}), ("ranked", {}), ("macl", {}), ("multi_view", {"label_smoothing": 0}),
+    ("infonce", {}), ("decoupled", {}), ("siglip", {}), ("hn_nce", {}), ("ranked", {}), ("macl", {}),
+    ("multi_view", {"label_smoothing": 0}),
     ("cwcl", {"sharpening": 400}), ("counting", {"logits": "scaled"}),
     ("counting", {"logits": "scaled", "counterfactuals": "all"}), ("momentum_queue", {"temperature": 0.01}),
     ("mixing", {"mixed_pairs": 0, "mixed_queries": 0}), ("slip", {"temperature": 0.01}), ("mann_whitney", {"tau": 0.01}),
@@ -62,7 +63,6 @@ def aligned(gap: float) -> dict[str, Tensor]:
         "concept_logits": logits[:, 0] * 0 + (gap + math.log(Z)) * F.one_hot(torch.tensor(2), Z), "concept_targets": concepts,
         "caption_logits": logits, "teacher_scores": torch.arange(K).flip(0).expand(B, K).double(), "score": torch.ones(B).double(),
     }  # fmt: skip
-    # For ListMLE the captions of one sample lie `gap` apart in the teacher's order.
     d = {name: value.float() for name, value in d.items()}
     d |= {"scale": torch.tensor(SCALE), "teacher_scale": torch.tensor(2 * SCALE), "bias": torch.tensor(-SCALE * cosine - gap / 2)}
     d |= {"negatives_valid": torch.ones(B, K, dtype=torch.bool), "counterfactual_valid": torch.ones(B, dtype=torch.bool)}
@@ -70,7 +70,7 @@ def aligned(gap: float) -> dict[str, Tensor]:
 
 
 def ordered(d: dict[str, Tensor], gap: float) -> dict[str, Tensor]:
-    """Captions k of a sample at a score of 100 − k·gap."""
+    """For ListMLE, captions of a sample that lie `gap` apart in the teacher's order: at scores of 100 − k·gap."""
     x = d["image"].double()
     side = F.normalize(torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0][:K].unsqueeze(0).expand(B, K, D), dim=-1)
     side = F.normalize(side - (side @ x.unsqueeze(2)) * x.unsqueeze(1), dim=-1)
