@@ -196,7 +196,7 @@ def _exchange(value: Tensor, group: Group) -> Tensor:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the backward of an autograd Function that is no function of the graph: with create_graph=True it raises.
+    """Decorate the backward of an autograd Function whose gradient has no graph: with create_graph=True it raises.
 
     (torch's once_differentiable returns gradients without a graph where the upstream gradient has none: a penalty on the
     gradient would then be silently constant.)

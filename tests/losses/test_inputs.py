@@ -96,6 +96,7 @@ N_DTYPES = 445
 @pytest.mark.parametrize("change, message", [
     ({"image": [[1.0]]}, r"image: found list, expected a tensor \[b, D\]"),
     ({"scale": "10"}, "scale: found str, expected a number"),
+    ({"step": torch.tensor(3)}, "step: found Tensor, expected a whole number"),
     ({"image": torch.zeros(0, 5), "text": torch.zeros(0, 5)}, r"image: found \[0, 5\].*each at least 1"),
     ({"text": torch.zeros(8, 5, device="meta")}, "text: found on meta, expected cpu, where image is"),
     ({"image": torch.ones(3), "text": torch.ones(3)}, r"(?s)image: found \[3\].*text: found \[3\]"),

@@ -5,8 +5,10 @@ The letters of the shapes are those of `vlp.types`; in one call each of them sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, get_type_hints
+from numbers import Integral, Real
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +68,7 @@ class Inputs:
     negatives_valid: Annotated[Tensor | None, mask("b K")] = None
     negative_image: Annotated[Tensor | None, unit("b D", valid="negatives_valid")] = None
     # the caption with another number, of the samples that count
-    counterfactual: Annotated[
-        Tensor | None, unit("b D", "b C D", valid="counterfactual_valid")
-    ] = None
+    counterfactual: Annotated[Tensor | None, unit("b D", "b C D", valid="counterfactual_valid")] = None
     counterfactual_valid: Annotated[Tensor | None, mask("b")] = None
     # this model's moving average
     ema_image: Annotated[Tensor | None, unit("b D")] = None
@@ -102,17 +102,15 @@ class Inputs:
         """The same with half-precision tensors as float32: for scores that a term computes itself. At a scale of 100
         a product rounded to bfloat16 is off by a quarter. (The reductions of `vlp.pairwise` accumulate in float32.)
         Not caption_logits, by far the largest: their term widens them itself."""
-        large = {"caption_logits"}
-        return self._changed(
-            lambda name, value: value.float() if value.dtype in HALF and name not in large else value
-        )
+        half = {name for name, value in self.tensors().items() if value.dtype in HALF} - {"caption_logits"}
+        return self._changed(lambda name, value: value.float() if name in half else value)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor that is no number."""
         return {name: tuple(value.shape) for name, value in self.tensors().items() if value.dim()}
 
     def tensors(self) -> dict[str, Tensor]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: getattr(self, name) for name in FORMS}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def prepared(self, normalize: bool) -> Inputs:
@@ -136,9 +134,11 @@ class Inputs:
         bound: dict[str, tuple[int, str]] = {}  # letter -> its number, and the keyword that it comes from
         device = getattr(self.image, "device", None)
         found = []
+        if not isinstance(self.step, Integral | None):
+            found.append(f"step: found {type(self.step).__name__}, expected a whole number")
         for name, form in FORMS.items():
             value = getattr(self, name)
-            if value is None or (form == NUMBER and isinstance(value, (int, float))):
+            if value is None or (form == NUMBER and isinstance(value, Real)):
                 continue
             if not isinstance(value, Tensor):
                 found.append(f"{name}: found {type(value).__name__}, expected {_written(form)}")
@@ -184,7 +184,7 @@ class Inputs:
             valid = valid[:, 0]
         return valid if valid.dim() == value.dim() - 1 else valid.unsqueeze(1).expand(value.shape[:-1])
 
-    def _changed(self, change: Any) -> Inputs:
+    def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
         return replace(self, **{name: change(name, value) for name, value in self.tensors().items()})
 
 
