@@ -12,18 +12,28 @@ from vlp.train import train
 PLAN = Plan(batch=32, steps_per_epoch=10, total=50)
 
 
-@pytest.mark.parametrize("warmup, steps", [("50", 50), ("5%", 2), ("100%", 50), ("5ep", 50), ("1600samples", 50), ("0", 0)])
+@pytest.mark.parametrize(
+    "warmup, steps",
+    [("50", 50), ("5%", 2), ("100%", 50), ("5ep", 50), ("1600samples", 50), ("0", 0)],
+)
 def test_a_warmup_within_the_run(warmup, steps):
     options = Optimizer(warmup=Duration.from_config(warmup))
     assert optim.warmup_steps(options, PLAN) == steps
     if steps:
-        reached = max(optim.learning_rate(options, step, steps, PLAN.total) for step in range(PLAN.total))
+        reached = max(
+            optim.learning_rate(options, step, steps, PLAN.total) for step in range(PLAN.total)
+        )
         assert reached == options.lr
 
 
-@pytest.mark.parametrize("warmup, found", [("51", "51"), ("10000", "10,000"), ("6ep", "60"), ("2ksamples", "62")])
+@pytest.mark.parametrize(
+    "warmup, found", [("51", "51"), ("10000", "10,000"), ("6ep", "60"), ("2ksamples", "62")]
+)
 def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers(warmup, found):
-    with pytest.raises(ValueError, match=f"train.optimizer.warmup is {found} steps, but the run has 50: .*warmup=5%"):
+    with pytest.raises(
+        ValueError,
+        match=f"train.optimizer.warmup is {found} steps, but the run has 50: .*warmup=5%",
+    ):
         optim.warmup_steps(Optimizer(warmup=Duration.from_config(warmup)), PLAN)
 
 

@@ -1,7 +1,7 @@
 """The boundary between an objective's arithmetic and its caller's autograd.
 
-Inside, a graph of its own: autocast reaches neither its forward nor its backward pass, wherever these are called, and
-nobody differentiates a gradient that knows only its first derivative.
+Inside, a graph of its own: autocast reaches neither its forward nor its backward pass, wherever
+these are called, and nobody differentiates a gradient that knows only its first derivative.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ Evaluate = Callable[[Inputs], tuple[Tensor, dict[str, Tensor]]]
 
 
 def evaluated(evaluate: Evaluate, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """`evaluate(inputs)` inside the boundary: the total as one node of the caller's graph, and the detached terms."""
+    """`evaluate(inputs)` inside the boundary.
+
+    Returns the total as one node of the caller's graph, and the detached terms.
+    """
     outer = {name: value for name, value in inputs.tensors().items() if value.requires_grad}
     with _no_autocast(inputs.image):
         if not outer or not torch.is_grad_enabled():
@@ -37,7 +40,8 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inner: tuple[Tensor, ...], *outer: Tensor) -> Tensor:
-        # As saved tensors they live as long as the caller's graph: one backward frees them, unless it retains the graph.
+        # As saved tensors they live as long as the caller's graph: a backward frees them, unless it
+        # retains the graph.
         ctx.save_for_backward(*inner)
         return inner[0].detach().clone()
 
@@ -46,7 +50,9 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         total, *leaves = ctx.saved_tensors
         with _no_autocast(total):
-            return None, *torch.autograd.grad(total, leaves, gradient, retain_graph=True, allow_unused=True)
+            return None, *torch.autograd.grad(
+                total, leaves, gradient, retain_graph=True, allow_unused=True
+            )
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""What an objective may read, in one table: shape, dtype, and what the rows must be, of every keyword.
+"""What an objective may read, in one table: shape, dtype and kind of rows of every keyword.
 
 The letters of the shapes are those of `vlp.types`; in one call each of them stands for one number.
 """
@@ -21,7 +21,9 @@ DTYPES = {
     "int64": (torch.int64,),
 }
 CONVERSION = {"floats": ".float()", "bool": ".bool()", "int64": ".long()"}
-TOLERANCE = 0.01  # of a unit row's norm: rows that were normalised in bfloat16 are off by up to .004
+TOLERANCE = (
+    0.01  # of a unit row's norm: rows that were normalised in bfloat16 are off by up to .004
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Form:
     shapes: tuple[str, ...]
     dtype: Literal["floats", "bool", "int64"] = "floats"
     unit: bool = False  # the last dimension holds unit rows
-    valid: str = ""  # the mask that says which rows take part; the others have no influence, be they NaN
+    valid: str = (
+        ""  # the mask that says which rows take part; the others have no influence, be they NaN
+    )
     zeros: bool = False  # rows of zeros are allowed among unit rows
 
 
@@ -56,7 +60,10 @@ NUMBER = floats("")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What terms may read: this rank's rows of one step. Terms find embeddings as unit rows and masked rows as zeros."""
+    """What terms may read: this rank's rows of one step.
+
+    Terms find embeddings as unit rows, and rows that take no part as zeros.
+    """
 
     image: Annotated[Tensor, unit("b D")]
     text: Annotated[Tensor, unit("b D")]
@@ -68,7 +75,9 @@ class Inputs:
     negatives_valid: Annotated[Tensor | None, mask("b K")] = None
     negative_image: Annotated[Tensor | None, unit("b D", valid="negatives_valid")] = None
     # the caption with another number, of the samples that count
-    counterfactual: Annotated[Tensor | None, unit("b D", "b C D", valid="counterfactual_valid")] = None
+    counterfactual: Annotated[Tensor | None, unit("b D", "b C D", valid="counterfactual_valid")] = (
+        None
+    )
     counterfactual_valid: Annotated[Tensor | None, mask("b")] = None
     # this model's moving average
     ema_image: Annotated[Tensor | None, unit("b D")] = None
@@ -80,7 +89,8 @@ class Inputs:
     teacher_scale: Annotated[Tensor | float | None, NUMBER] = None
     sample_id: Annotated[Tensor | None, ids("b")] = None
     score: Annotated[Tensor | None, floats("b")] = None  # relevance of a pair, >= 0
-    # further augmentations, from a projection of their own; view_scale: 1/temperature between them, None: scale
+    # further augmentations, from a projection of their own; view_scale: 1/temperature between
+    # them, None: scale
     image_views: Annotated[Tensor | None, unit("V b D")] = None
     text_views: Annotated[Tensor | None, unit("V b D")] = None
     view_scale: Annotated[Tensor | float | None, NUMBER] = None
@@ -89,20 +99,26 @@ class Inputs:
     queue_text: Annotated[Tensor | None, unit("Q D", zeros=True)] = None
     # a teacher's score of each hard caption: higher fits the image better
     teacher_scores: Annotated[Tensor | None, floats("b K")] = None
-    # logits at position l are for the token caption_ids[:, l]; caption_nll is −log p of each token, instead of
-    # caption_logits, which are Z times larger
+    # logits at position l are for the token caption_ids[:, l]; caption_nll is −log p of each
+    # token, instead of caption_logits, which are Z times larger
     caption_logits: Annotated[Tensor | None, floats("b L Z")] = None
     caption_ids: Annotated[Tensor | None, ids("b L")] = None
     caption_nll: Annotated[Tensor | None, floats("b L")] = None
-    # an auxiliary head on the image tower; a teacher's weights of the concepts, >= 0, a row of zeros having none
+    # an auxiliary head on the image tower; a teacher's weights of the concepts, >= 0, a row of
+    # zeros having none
     concept_logits: Annotated[Tensor | None, floats("b M")] = None
     concept_targets: Annotated[Tensor | None, floats("b M")] = None
 
     def wide(self) -> Inputs:
-        """The same with half-precision tensors as float32: for scores that a term computes itself. At a scale of 100
-        a product rounded to bfloat16 is off by a quarter. (The reductions of `vlp.pairwise` accumulate in float32.)
-        Not caption_logits, by far the largest: their term widens them itself."""
-        half = {name for name, value in self.tensors().items() if value.dtype in HALF} - {"caption_logits"}
+        """The same with half-precision tensors as float32: for scores that a term computes itself.
+
+        At a scale of 100 a product rounded to bfloat16 is off by a quarter. (The reductions of
+        `vlp.pairwise` accumulate in float32.) Not caption_logits, by far the largest: their term
+        widens them itself.
+        """
+        half = {name for name, value in self.tensors().items() if value.dtype in HALF} - {
+            "caption_logits"
+        }
         return self._changed(lambda name, value: value.float() if name in half else value)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,7 +130,7 @@ class Inputs:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def prepared(self, normalize: bool) -> Inputs:
-        """As terms read them: numbers are 0-d, rows that take no part are zeros, and rows are unit if `normalize`."""
+        """As terms read them: numbers 0-d, rows that take no part zeros, rows unit if `normalize`."""
 
         def prepare(name: str, value: Tensor) -> Tensor:
             form = FORMS[name]
@@ -124,14 +140,18 @@ class Inputs:
             if taking_part is not None:  # an infinite value times a weight of 0 would be NaN
                 value = torch.where(taking_part.unsqueeze(-1), value, 0)
             if normalize and form.unit:
-                value = F.normalize(value.float() if value.dtype in HALF else value, dim=-1).to(value.dtype)
+                value = F.normalize(value.float() if value.dtype in HALF else value, dim=-1).to(
+                    value.dtype
+                )
             return value
 
         return self._changed(prepare)
 
     def problems(self) -> list[str]:
-        """A line for every keyword whose shape, dtype or device is another than the table's. No host sync."""
-        bound: dict[str, tuple[int, str]] = {}  # letter -> its number, and the keyword that it comes from
+        """A line for every keyword whose shape, dtype or device is not the table's. No host sync."""
+        bound: dict[
+            str, tuple[int, str]
+        ] = {}  # letter -> its number, and the keyword that it comes from
         device = getattr(self.image, "device", None)
         found = []
         if not isinstance(self.step, Integral | None):
@@ -149,8 +169,10 @@ class Inputs:
         return found
 
     def unit_problems(self, normalize: bool) -> list[str]:
-        """A line for every keyword with finite rows that are not unit, or with rows of zeros if they will be normalised.
-        Reads the norms: a host sync on a GPU."""
+        """A line for every keyword with finite rows that are not unit (`normalize`: that are zeros).
+
+        Reads the norms: a host sync on a GPU.
+        """
         found = []
         for name, value in self.tensors().items():
             form = FORMS[name]
@@ -167,33 +189,42 @@ class Inputs:
             if wrong.any():
                 row = wrong.nonzero()[0].tolist()
                 found.append(
-                    f"{name}: row {', '.join(map(str, row))} has norm {norms[tuple(row)].item():.4g}, expected unit rows; "
-                    "divide rows by their norm (torch.nn.functional.normalize), or build(…, normalize=True)"
+                    f"{name}: row {', '.join(map(str, row))} has norm "
+                    f"{norms[tuple(row)].item():.4g}, expected unit rows; divide rows by their norm "
+                    "(torch.nn.functional.normalize), or build(…, normalize=True)"
                 )
         return found
 
     def _taking_part(self, name: str, value: Tensor) -> Tensor | None:
-        """Which rows of a keyword take part, bool, for a shape without its last dimension; None: all.
+        """Which rows of a keyword take part, bool, of its shape but the last dimension; None: all.
 
-        A mask [b, K] serves one row a sample by its first column, a mask [b] serves all rows of a sample.
+        A mask [b, K] serves one row a sample by its first column, a mask [b] all rows of a sample.
         """
         valid = getattr(self, FORMS[name].valid) if FORMS[name].valid else None
         if valid is None:
             return None
         if valid.dim() == value.dim():
             valid = valid[:, 0]
-        return valid if valid.dim() == value.dim() - 1 else valid.unsqueeze(1).expand(value.shape[:-1])
+        return (
+            valid if valid.dim() == value.dim() - 1 else valid.unsqueeze(1).expand(value.shape[:-1])
+        )
 
     def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-        return replace(self, **{name: change(name, value) for name, value in self.tensors().items()})
+        return replace(
+            self, **{name: change(name, value) for name, value in self.tensors().items()}
+        )
 
 
 _HINTS = get_type_hints(Inputs, include_extras=True)
-FORMS: dict[str, Form] = {name: hint.__metadata__[0] for name, hint in _HINTS.items() if hasattr(hint, "__metadata__")}
+FORMS: dict[str, Form] = {
+    name: hint.__metadata__[0] for name, hint in _HINTS.items() if hasattr(hint, "__metadata__")
+}
 KEYWORDS = tuple(f.name for f in fields(Inputs))
 
 
-def _shape_problem(name: str, form: Form, value: Tensor, bound: dict[str, tuple[int, str]]) -> list[str]:
+def _shape_problem(
+    name: str, form: Form, value: Tensor, bound: dict[str, tuple[int, str]]
+) -> list[str]:
     """A line, or nothing; then the letters of `name` are bound."""
     found = f"{name}: found {list(value.shape)}, expected {_written(form)}"
     if form == NUMBER:
@@ -205,9 +236,15 @@ def _shape_problem(name: str, form: Form, value: Tensor, bound: dict[str, tuple[
     if 0 in value.shape:
         return [f"{found}, each at least 1: pad with a row that its mask leaves out"]
     sizes = dict(zip(shape.split(), value.shape))
-    others = {letter: bound[letter] for letter in sizes if letter in bound and bound[letter][0] != sizes[letter]}
+    others = {
+        letter: bound[letter]
+        for letter in sizes
+        if letter in bound and bound[letter][0] != sizes[letter]
+    }
     if others:
-        reasons = ", ".join(f"{letter} is {size} in {source}" for letter, (size, source) in others.items())
+        reasons = ", ".join(
+            f"{letter} is {size} in {source}" for letter, (size, source) in others.items()
+        )
         return [f"{name}: found {list(value.shape)}, expected {_bracketed(shape)}, and {reasons}"]
 
     for letter, size in sizes.items():
@@ -219,7 +256,9 @@ def _dtype_problem(name: str, form: Form, value: Tensor) -> list[str]:
     if value.dtype in DTYPES[form.dtype]:
         return []
     given = str(value.dtype).removeprefix("torch.")
-    return [f"{name}: found {given}, expected {form.dtype}; convert with {name}{CONVERSION[form.dtype]}"]
+    return [
+        f"{name}: found {given}, expected {form.dtype}; convert with {name}{CONVERSION[form.dtype]}"
+    ]
 
 
 def _written(form: Form) -> str:
@@ -233,4 +272,6 @@ def _bracketed(shape: str) -> str:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32 if rows.dtype in HALF else rows.dtype)
+    return torch.linalg.vector_norm(
+        rows, dim=-1, dtype=torch.float32 if rows.dtype in HALF else rows.dtype
+    )

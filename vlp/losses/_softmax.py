@@ -1,7 +1,8 @@
 """−log p of a softmax over few entries without the difference of two large numbers.
 
-The plain form log Σ_j e^{z_j} − z_t rounds to 0 where p is near 1, and its gradient p − 1 to the rounding of p: in float32
-100 % wrong at a loss of 1e-7. With the entry itself left out of the sum nothing cancels (see `vlp.pairwise.reduction`).
+The plain form log Σ_j e^{z_j} − z_t rounds to 0 where p is near 1, and its gradient p − 1 to the
+rounding of p: in float32 100 % wrong at a loss of 1e-7. With the entry itself left out of the sum
+nothing cancels (see `vlp.pairwise.reduction`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from vlp.pairwise import logsumexp, softplus
 
 
 def margin(scores: Tensor, target: Tensor | int) -> Tensor:
-    """q = log Σ_{j≠t} e^{z_j} − z_t along the last dimension: −log p_t = softplus(q) and 1 − p_t = σ(q).
+    """The margin q = log Σ_{j≠t} e^{z_j} − z_t: −log p_t = softplus(q) and 1 − p_t = σ(q).
 
-    scores: [..., n], −∞ where an entry takes no part; target: t of every row, [...] int64 or one number, and finite there.
-    −∞ with zero gradient where no other entry takes part.
+    scores: [..., n], −∞ where an entry takes no part; target: t of every row, [...] int64 or one
+    number, where the score is finite. Returns [...]; −∞ with zero gradient where no other entry
+    takes part.
     """
     place = torch.as_tensor(target, device=scores.device).expand(scores.shape[:-1]).unsqueeze(-1)
     others = scores.scatter(-1, place, -torch.inf)
@@ -24,9 +26,10 @@ def margin(scores: Tensor, target: Tensor | int) -> Tensor:
 
 
 def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    """−Σ_j y_j log softmax(z)_j along the last dimension, [...]. target: [..., n] y >= 0 whose sum is 1, without gradient.
+    """Cross-entropy −Σ_j y_j log softmax(z)_j along the last dimension, [...].
 
-    Centred on the entry t that the target prefers: softplus(q_t) − Σ_{j≠t} y_j (z_j − z_t).
+    target: [..., n] y >= 0 whose sum is 1, without gradient. Centred on the entry t
+    that the target prefers: softplus(q_t) − Σ_{j≠t} y_j (z_j − z_t).
     """
     preferred = target.argmax(-1, keepdim=True)
     gaps = scores - scores.gather(-1, preferred)
