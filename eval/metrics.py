@@ -108,7 +108,7 @@ def strictly_above(right: Tensor, wrong: Tensor) -> Tensor:
 
 
 def centroid_distance(image: Tensor, text: Tensor) -> float:
-    """The modality gap ‖mean x − mean t‖₂ (Liang et al. 2022; Eslami and de Melo 2024)."""
+    """The modality gap ‖mean x − mean t‖₂ (Liang et al. 2022; Fahim, Murphy and Fyshe 2024)."""
     return float((image.double().mean(0) - text.double().mean(0)).norm())
 
 

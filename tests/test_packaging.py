@@ -51,6 +51,19 @@ def test_help_imports_nothing_heavy():
         assert f"'{heavy}'" not in output
 
 
+def test_rooms_are_there_once_they_are_asked_for():
+    """`import vlp; vlp.losses.build(…)`, without an import of torch before."""
+    program = (
+        "import sys, vlp\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy'\n"
+        "objective = vlp.losses.build({'infonce': {}})\n"
+        "print(objective.candidates(7), vlp.eval.__name__, vlp.data_tools.__name__, vlp.types.Batch.__name__)\n"
+        "print(hasattr(vlp, 'loses'), hasattr(vlp, '_card'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["7", "vlp.eval", "vlp.data_tools", "Batch", "False", "False"], done.stderr
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "export", "push", "report", "demo", "data", "data pack", "data scenes"])
 def test_every_command_has_help(command):
     done = subprocess.run([sys.executable, "-m", "vlp.cli", *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)

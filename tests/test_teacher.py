@@ -89,6 +89,19 @@ def test_the_queue_holds_the_latest_keys_of_all_ranks(world):
     assert (queue - torch.cat([seen[:4], seen[4:QUEUE]])).abs().max() > 1e-3  # the first keys would be other ones
 
 
+def test_keys_that_are_not_finite_do_not_enter_the_queue():
+    training = make_training(objective=OBJECTIVE, double=False)
+    options = config.Teacher(ema=DECAY, queue=QUEUE)
+    teacher = Teacher(options, training.engine, training.engine.evaluation_model(), training.objective.needs, {})
+    width = teacher.queue["queue_text"].shape[1]
+    rows = torch.nn.functional.normalize(torch.randn(3, width), dim=1)
+    broken = rows.clone()
+    broken[1, 0] = torch.nan
+    teacher.follow({"ema_image": rows, "ema_text": broken}, step=0)
+    assert torch.equal(teacher.queue["queue_image"][:3], rows)
+    assert torch.equal(teacher.queue["queue_text"][:3], torch.stack([rows[0], torch.zeros(width), rows[2]]))
+
+
 def test_a_resume_continues_average_margins_and_sample_states_bit_for_bit(settings, scenes):  # noqa: F811
     """Also a negative control: without the saved average the losses differ."""
     options = (

@@ -16,8 +16,9 @@ identity makes it 1/W.)
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +195,25 @@ def _exchange(value: Tensor, group: Group) -> Tensor:
     return result
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the backward of an autograd Function whose gradient has no graph: with create_graph=True it raises.
+
+    (torch's once_differentiable returns gradients without a graph where the upstream gradient has none: a penalty on the
+    gradient would then be silently constant.)
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True: gradients of objectives and of exchanges between ranks cannot be differentiated again. "
+                "Call backward or torch.autograd.grad without it, or write the term in plain torch"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
@@ -201,6 +221,7 @@ class _AllGather(torch.autograd.Function):
         return _gather(value, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _scatter_sum(gradient, ctx.group), None
 
@@ -212,6 +233,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _scatter_sum(value, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _gather(gradient, ctx.group), None
 
@@ -223,6 +245,7 @@ class _AllReduce(torch.autograd.Function):
         return _sum(value, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _sum(gradient, ctx.group), None
 
@@ -234,5 +257,6 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(value, group)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _exchange(gradient, ctx.group), None

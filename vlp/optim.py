@@ -8,7 +8,7 @@ import re
 import torch
 from torch import nn
 
-from vlp.config import Optimizer
+from vlp.config import Optimizer, Plan
 
 # Tables of vectors that are looked up or added, not multiplied: pulling them towards zero has no reason.
 EMBEDDING = re.compile(
@@ -35,6 +35,17 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) over `groups`."""
     return torch.optim.AdamW(groups(model, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+
+
+def warmup_steps(options: Optimizer, plan: Plan) -> int:
+    """Updates of the warm-up. ValueError if the run ends before it: the rate would never reach lr."""
+    steps = plan.steps(options.warmup)
+    if steps > plan.total:
+        raise ValueError(
+            f"train.optimizer.warmup is {steps:,} steps, but the run has {plan.total:,}: its rate would end at "
+            f"{plan.total / steps:.2g} of lr; give train.optimizer.warmup=5%, or a longer train.duration"
+        )
+    return steps
 
 
 def learning_rate(options: Optimizer, step: int, warmup: int, total: int) -> float:

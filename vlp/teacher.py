@@ -65,7 +65,9 @@ class Teacher:
         """After update number `step`: move the average, and let the step's keys replace the queue's oldest. Collective."""
         for name, kept in self.queue.items():
             keys = dist.all_gather(embedded[name.replace(QUEUE, EMA)].to(kept.dtype), dist.world())
-            kept[(step * len(keys) + torch.arange(len(keys), device=kept.device)) % len(kept)] = keys
+            places = (step * len(keys) + torch.arange(len(keys), device=kept.device)) % len(kept)
+            finite = keys.isfinite().all(1, keepdim=True)  # a key with NaN would spoil every later step
+            kept[places] = torch.where(finite, keys, kept[places])
         if self.average is not None:
             self.engine.follow(self.average, self.decay)
 

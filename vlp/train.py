@@ -52,6 +52,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     )
     chosen.check(loader.carries)
     plan = Plan.of(config.train, loader.steps_per_epoch)
+    warmup = optim.warmup_steps(config.train.optimizer, plan)
     objective = losses.build(
         config.objective, **vars(config.pairwise), seed=config.seed, samples=loader.n_samples, steps=plan.total
     )
@@ -68,7 +69,6 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         checkpoint.restore(model, contents.model, source)
     say_start(config, model, loader, objective, plan, source)
     engine.prepare(model, config.train)
-    warmup = plan.steps(config.train.optimizer.warmup)
     training = Training(
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
         config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),

@@ -4,6 +4,8 @@ Shape legend, used in every docstring of this project:
     b  rows of this rank in one step (m micro-batches split b)
     W  ranks        g  ranks in a group        B = W·b  rows of a step        n = g·b  candidates of a row
     D  embedding    K  hard-negative captions a sample        C  counterfactuals a sample        L  tokens
+    D' embedding of another model        V  further views     M  concepts of a teacher
+    Q  keys of a queue                   Z  tokens of the vocabulary
 
 A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it is refused at
 start-up by name (see `vlp.losses`).
@@ -47,7 +49,7 @@ class Batch:
     counterfactual_valid: Tensor | None = None  # [b] bool: the counting samples
     score: Tensor | None = None  # [b] float32 relevance of a pair
     teacher_scores: Tensor | None = None  # [b, K] float32, a teacher's score of each of `negatives`
-    concept_targets: Tensor | None = None  # [b, C] float32 >= 0, a teacher's weights of the concepts in the image
+    concept_targets: Tensor | None = None  # [b, M] float32 >= 0, a teacher's weights of the concepts in the image
     image_views: Tensor | None = None  # [b, V, 3, H, W] uint8, further augmented views of `image`
     text_views: Tensor | None = None  # [b, V, L] token ids of the caption in other words
     teacher_image: Tensor | None = None  # [b, D'] float32 unit rows that another model gave the whole image
@@ -115,5 +117,5 @@ class Features(NamedTuple):
     image_views: Tensor | None = None  # [b·V, D] unit rows, by the head for views
     text_views: Tensor | None = None  # [b·V, D]
     view_scale: Tensor | None = None  # [] float32
-    concept_logits: Tensor | None = None  # [b, C]
+    concept_logits: Tensor | None = None  # [b, M]
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first

@@ -2,7 +2,7 @@
 
 centroid_distance     ‖mean x − mean t‖₂ (Liang et al. 2022)
 linear_separability   held-out accuracy of a logistic regression that tells images from texts, 80 % of the pairs for
-                      fitting (Eslami and de Melo 2024); 0.5 means no gap. Penalty as in scikit-learn at C = 1.
+                      fitting (Fahim, Murphy and Fyshe 2024); 0.5 means no gap. Penalty as in scikit-learn at C = 1.
 uniformity_image, _text; alignment     Wang and Isola 2020
 effective_rank_image, _text            Roy and Vetterli 2007
 temperature           1 / scale

@@ -69,7 +69,7 @@ def test_bad_configurations(objective, message):
     [
         ({"imgae": 1}, r"unknown keyword 'imgae', did you mean 'image'\?"),
         ({"bias": None}, "the term 'siglip' needs 'bias'"),
-        ({"image": torch.zeros(5, 4)}, r"image \(5, 4\) and text \(6, 4\)"),
+        ({"image": torch.zeros(5, 4)}, r"text: found \[6, 4\], expected \[b, D\], and b is 5 in image"),
     ],
 )
 def test_bad_calls(change, message):

@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
-from vlp.losses._objective import Common, Inputs, Objective, Schedule, supplier
+from vlp.losses._inputs import Inputs
+from vlp.losses._objective import Common, Objective, Schedule, supplier
 from vlp.pairwise import Engine, Topology
 
 __all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "supplier"]
@@ -31,6 +32,7 @@ def build(
     seed: int = 0,
     samples: int | None = None,
     steps: int | None = None,
+    normalize: bool = False,
 ) -> Objective:
     """The callable objective of a configuration's `objective:` section, {name: options, …}.
 
@@ -39,7 +41,8 @@ def build(
     exchange: gather | ring} (see `vlp.pairwise.topology`). impl: auto | dense | tiled | triton.
     memory_budget: bytes for score tiles kept from forward (None: twice the candidates' embeddings).
     seed: of alternating groups and of what terms draw. samples, steps: of the run, for terms that keep numbers of
-    each sample, or follow a schedule, and whose options leave them open. Raises ConfigError (a ValueError) naming every
+    each sample, or follow a schedule, and whose options leave them open. normalize: divide the rows of all embeddings by
+    their norm; without it, rows that are not unit are refused. Raises ConfigError (a ValueError) naming every
     problem of the mapping, ValueError for a topology that does not fit the ranks or an impl that this machine cannot run.
     """
     terms = plugin.keyed(__name__, objective)
@@ -53,10 +56,17 @@ def build(
         memory_budget=memory_budget,
         seed=seed,
     )
-    return Objective(terms, engine)
+    return Objective(terms, engine, normalize)
 
 
 def _for_run(term: plugin.Plugin, samples: int | None, steps: int | None) -> plugin.Plugin:
+    """The term with what only the run knows; ValueError for a schedule that the run is too short for."""
+    weight = term.common.weight
+    if isinstance(weight, Schedule) and steps is not None and weight.steps > steps:
+        raise ValueError(
+            f"objective.{term.name}.weight moves over {weight.steps:,} steps, but the run has {steps:,}: it would never reach "
+            f"{weight.end:g}; lower its steps, or name the value at the run's end"
+        )
     if not hasattr(term.module, "for_run"):
         return term
     return replace(term, options=term.module.for_run(term.options, samples, steps))

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
+from vlp.losses._inputs import Inputs
 from vlp.losses._table import Table, Write
 from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Reduction, Tile
 
@@ -86,8 +86,15 @@ def for_run(options: AnyMoving, samples: int | None, steps: int | None) -> AnyMo
     """The options with what only the run knows, where the configuration leaves it open."""
     if options.samples is None:
         options = replace(options, samples=samples)
-    if options.gamma_end is not None and options.gamma_steps is None and steps is not None:
-        options = replace(options, gamma_steps=max(steps // 2, 1))
+    if options.gamma_end is None or steps is None:
+        return options
+    if options.gamma_steps is None:
+        return replace(options, gamma_steps=max(steps // 2, 1))
+    if options.gamma_steps > steps:
+        raise ValueError(
+            f"gamma_steps is {options.gamma_steps:,}, but the run has {steps:,} steps: γ would never reach gamma_end; lower it, "
+            "or leave it out for half the run"
+        )
     return options
 
 
@@ -107,7 +114,8 @@ def fixed(inputs: Inputs, pairs: Pairs, options: Moving, state: State, temperatu
     log_g = _uniform_log_estimates(inputs, pairs, 1 / temperature)
     log_u = _moved(old[:, LOG_U], log_g.detach(), options.gamma_at(inputs.step or 0))
     gaps = weighted_gaps(inputs, pairs, torch.full_like(log_u, 1 / temperature), log_u)
-    return pairs.mean(gaps.sum(1)) / 2, _write(inputs, state, log_u)
+    loss = pairs.mean(gaps.sum(1)) / 2
+    return loss, _write(inputs, pairs, state, log_u, loss)
 
 
 def individual(inputs: Inputs, pairs: Pairs, options: Individual, state: State) -> tuple[Tensor, State]:
@@ -119,7 +127,8 @@ def individual(inputs: Inputs, pairs: Pairs, options: Individual, state: State) 
     gaps = weighted_gaps(inputs, pairs, 1 / temperature, log_u)
     gradient = log_u + options.rho - gaps.detach() / temperature
     new = torch.cat([log_u, *options.descend(temperature, old[:, MOMENTUM], gradient)], 1)
-    return pairs.mean(gaps.sum(1)) / 2, _write(inputs, state, new)
+    loss = pairs.mean(gaps.sum(1)) / 2
+    return loss, _write(inputs, pairs, state, new, loss)
 
 
 def learned(inputs: Inputs, pairs: Pairs, options: Moving, state: State, rho: float) -> tuple[Tensor, State]:
@@ -129,7 +138,8 @@ def learned(inputs: Inputs, pairs: Pairs, options: Moving, state: State, rho: fl
     log_u = _moved(old[:, LOG_U], log_g.detach(), options.gamma_at(inputs.step or 0))
     temperature = 1 / torch.as_tensor(inputs.scale, device=log_u.device)
     value = temperature.detach() * (log_g - log_u).exp() + temperature * (log_u + rho)
-    return pairs.mean(value.sum(1)) / 2, _write(inputs, state, log_u)
+    loss = pairs.mean(value.sum(1)) / 2
+    return loss, _write(inputs, pairs, state, log_u, loss)
 
 
 def weighted_gaps(inputs: Inputs, pairs: Pairs, inverse: Tensor, log_u: Tensor) -> Tensor:
@@ -187,5 +197,8 @@ def _read(inputs: Inputs, state: State) -> Tensor:
     return state["samples"].read(inputs.sample_id).double()
 
 
-def _write(inputs: Inputs, state: State, values: Tensor) -> State:
-    return {"samples": Write(state["samples"], inputs.sample_id, values)}
+def _write(inputs: Inputs, pairs: Pairs, state: State, values: Tensor, loss: Tensor) -> State:
+    """The new numbers [b, c] of the rows; none where the loss of any rank is not finite (a table leaves NaN out), since an
+    infinite row may leave other rows' sums finite and wrong."""
+    n_broken = pairs.sum_over_ranks((~loss.detach().isfinite()).to(values.dtype))
+    return {"samples": Write(state["samples"], inputs.sample_id, torch.where(n_broken > 0, torch.nan, values))}

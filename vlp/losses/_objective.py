@@ -14,15 +14,18 @@ A loss file holds
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlp import dist
+from vlp.losses._boundary import evaluated
+from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
-from vlp.pairwise import Engine
+from vlp.pairwise import Engine, Pairs
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
@@ -60,57 +63,7 @@ class Common:
         return self.weight.at(step or 0) if isinstance(self.weight, Schedule) else self.weight
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What terms may read: this rank's rows of one step. Embeddings are unit rows; nothing here normalises them."""
-
-    image: Tensor  # [b, D]
-    text: Tensor  # [b, D]
-    scale: Tensor | float  # 1/temperature, already exponentiated
-    bias: Tensor | float | None = None  # added to every score (sigmoid loss)
-    step: int | None = None  # optimiser step: groups that alternate, schedules, states
-    negatives: Tensor | None = None  # [b, K, D] hard captions
-    negatives_valid: Tensor | None = None  # [b, K] bool
-    negative_image: Tensor | None = None  # [b, D] an image that belongs to negatives[:, 0]
-    counterfactual: Tensor | None = None  # [b, D] or [b, C, D]
-    counterfactual_valid: Tensor | None = None  # [b] bool
-    ema_image: Tensor | None = None  # this model's moving average: [b, D]
-    ema_text: Tensor | None = None  # [b, D]
-    ema_negatives: Tensor | None = None  # [b, K, D]
-    teacher_image: Tensor | None = None  # another model: [b, D']
-    teacher_text: Tensor | None = None  # [b, D']
-    teacher_scale: Tensor | float | None = None
-    sample_id: Tensor | None = None  # [b] int64
-    score: Tensor | None = None  # [b] relevance of a pair, >= 0
-    image_views: Tensor | None = None  # [V, b, D] further augmentations of the images, from a projection of their own
-    text_views: Tensor | None = None  # [V, b, D]
-    view_scale: Tensor | float | None = None  # 1/temperature of terms between views; None: scale
-    queue_image: Tensor | None = None  # [Q, D] keys of earlier steps, equal on all ranks; rows of zeros: still empty
-    queue_text: Tensor | None = None  # [Q, D]
-    teacher_scores: Tensor | None = None  # [b, K] a teacher's score of each hard caption: higher fits the image better
-    caption_logits: Tensor | None = None  # [b, L, V] at position l: for the token caption_ids[:, l]
-    caption_ids: Tensor | None = None  # [b, L] int64
-    caption_nll: Tensor | None = None  # [b, L] −log p of each token, instead of caption_logits, which are V times larger
-    concept_logits: Tensor | None = None  # [b, C] of an auxiliary head on the image tower
-    concept_targets: Tensor | None = None  # [b, C] >= 0, a teacher's weights of the concepts; a row of zeros has none
-
-    def wide(self) -> Inputs:
-        """The same with half-precision tensors as float32: for scores that a term computes itself. At a scale of 100
-        a product rounded to bfloat16 is off by a quarter. (The reductions of `vlp.pairwise` accumulate in float32.)
-        Not caption_logits, by far the largest: their term widens them itself."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "caption_logits"}
-        half = (torch.bfloat16, torch.float16)
-        return replace(self, **{n: v.float() for n, v in values.items() if isinstance(v, Tensor) and v.dtype in half})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: tuple(v.shape) for name, v in values.items() if isinstance(v, Tensor) and v.dim()}
-
-
 INSTEAD = {"caption_logits": "caption_nll"}  # keywords that another one can stand for
-KEYWORDS = tuple(f.name for f in fields(Inputs))
-NOT_BY_ROW = {"scale", "bias", "step", "view_scale", "teacher_scale", "queue_image", "queue_text"}
-VIEWS = {"image_views", "text_views"}  # rows are their second dimension
 
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
@@ -146,13 +99,19 @@ class Objective:
 
     total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}. Both are this rank's share: the
     MEAN over ranks is the value, and the mean over ranks of gradients is the gradient, of the single-process term.
-    Keywords that no term needs are ignored. Raises ValueError for an unknown keyword, for a needed one that is
-    missing, and for rows that differ between ranks (checked at the first call) or change later.
-    State (margins, numbers of each sample, …) moves only when `step` is given and gradients are enabled.
+    Keywords that no term needs are ignored. Autocast has no influence, on the backward pass neither; gradients cannot be
+    differentiated again (NotImplementedError).
+
+    Raises ValueError for an unknown keyword, for a needed one that is missing, for shapes and dtypes that are not those of
+    `Inputs`, for shapes that differ between ranks or change later on several ranks, and for rows that are not unit, within
+    1 % (`normalize` makes them so). Norms are measured at the first call, where ranks agree on what they found, and after
+    it only where that is free: on the CPU of a single process.
+    State (margins, numbers of each sample, …) moves only when `step` is given and gradients are enabled, and never by what
+    is not finite.
     """
 
-    def __init__(self, plugins: list[Plugin], engine: Engine) -> None:
-        self.plugins, self.engine = plugins, engine
+    def __init__(self, plugins: list[Plugin], engine: Engine, normalize: bool = False) -> None:
+        self.plugins, self.engine, self.normalize = plugins, engine, normalize
         self.required = {p.label: _needs(p) for p in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
         self.reads = self.needs.union(ALWAYS, {"step"}, *(getattr(p.module, "OPTIONAL", ()) for p in plugins))
@@ -160,7 +119,7 @@ class Objective:
         self.state = {label: p.module.initial_state(p.options) for label, p in stateful.items()}
         for table in (s for state in self.state.values() for s in state.values() if isinstance(s, Table)):
             table.place(engine.ranks)  # now, not at the first step: memory that is not there should be missed at once
-        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # of the first call
 
     def candidates(self, n_rows: int) -> int:
         """n = g·b: how many columns a row of this rank is compared with. Uninformative scores give log n."""
@@ -174,7 +133,11 @@ class Objective:
     def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], Moves]:
         """As a call, but the state stays; `commit` makes the moves returned, once the step is known to count."""
         inputs = self._inputs(keywords)
-        pairs = self.engine.at(inputs.step)
+        self._check(inputs)
+        return evaluated(partial(self._evaluate, self.engine.at(inputs.step)), inputs)
+
+    def _evaluate(self, pairs: Pairs, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor], Moves]:
+        inputs = inputs.prepared(self.normalize)
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
         total, terms, moves = inputs.image.new_zeros((), dtype=dtype), {}, {}
         for plugin in self.plugins:
@@ -234,38 +197,42 @@ class Objective:
         ]
         if unknown or missing:
             raise ValueError("; ".join(unknown + missing))
-        inputs = Inputs(**{k: v for k, v in keywords.items() if k in self.reads})
-        self._check(inputs)
-        return inputs
+        return Inputs(**{k: v for k, v in keywords.items() if k in self.reads})
 
     def _check(self, inputs: Inputs) -> None:
-        """Shapes, once: an exchange between ranks at the first call, a comparison with it afterwards."""
-        shapes = inputs.shapes()
-        if self._shapes is None:
-            self._check_first(shapes)
-            self._shapes = shapes
-        elif self.engine.ranks.size > 1 and shapes != self._shapes:
+        """Everything that can be refused before a term runs. The first call exchanges it between ranks, later ones do not."""
+        first, alone = self._shapes is None, self.engine.ranks.size == 1
+        problems = inputs.problems()
+        if not problems and (first or (alone and inputs.image.device.type == "cpu")):
+            problems = inputs.unit_problems(self.normalize)
+        shapes = inputs.shapes() if not problems else {}
+        if first:
+            problems = self._agreed(problems, shapes)
+        elif not alone and not problems and shapes != self._shapes:
             changed = {name: (self._shapes.get(name), s) for name, s in shapes.items() if s != self._shapes.get(name)}
-            raise ValueError(
+            problems = [
                 f"shapes changed since the first step, {changed}: ranks would no longer match; "
                 "give every step the same rows on every rank, or build another objective"
-            )
-        elif shapes["image"] != shapes["text"]:
-            raise ValueError(f"image {shapes['image']} and text {shapes['text']} must have one shape [b, D]")
+            ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        self._check_candidates(len(inputs.image))
+        self._shapes = self._shapes or shapes
 
-    def _check_first(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        every = dist.gather_objects(shapes, self.engine.ranks)
-        for name in sorted(set().union(*every)):
-            if len({ranks.get(name) for ranks in every}) > 1:
-                sizes = {f"rank {r}": s.get(name) for r, s in zip(self.engine.ranks.ranks, every)}
-                raise ValueError(f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows")
-        if len(shapes["image"]) != 2 or shapes["image"] != shapes["text"]:
-            raise ValueError(f"image {shapes['image']} and text {shapes['text']} must have one shape [b, D]")
-        b = shapes["image"][0]
-        wrong = {name: s for name, s in shapes.items() if name not in NOT_BY_ROW and b not in s[int(name in VIEWS) :][:1]}
-        if wrong:
-            raise ValueError(f"image has {b} rows, but found {wrong}: give every tensor the same rows, [b, …] or [V, b, D]")
-        n = self.candidates(shapes["image"][0])
+    def _agreed(self, problems: list[str], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+        """The problems of all ranks, or those between them: every rank raises what one rank found."""
+        every = dist.gather_objects((problems, shapes), self.engine.ranks)
+        if found := [problem for problems, _ in every for problem in problems]:
+            return list(dict.fromkeys(found))
+        different = []
+        for name in sorted(set().union(*(shapes for _, shapes in every))):
+            sizes = {f"rank {r}": s.get(name) for r, (_, s) in zip(self.engine.ranks.ranks, every)}
+            if len(set(sizes.values())) > 1:
+                different.append(f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows")
+        return different
+
+    def _check_candidates(self, n_rows: int) -> None:
+        n = self.candidates(n_rows)
         for plugin in self.plugins:
             least = getattr(plugin.module, "MIN_CANDIDATES", 1)
             if n < least:

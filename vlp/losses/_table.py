@@ -47,8 +47,11 @@ class Table:
         return dist.reduce_scatter(torch.where(mine.unsqueeze(1), found, 0), self.ranks)
 
     def write(self, ids: Tensor, values: Tensor) -> None:
-        """Store [b, c] values of this rank's rows at their owners. Of a sample that comes twice the last row counts."""
+        """Store [b, c] values of this rank's rows at their owners. Of a sample that comes twice the last row counts, and
+        rows that are not finite are left out: a bad step would spoil their samples for the whole run."""
         every, values = dist.all_gather(ids, self.ranks), dist.all_gather(values.detach().float(), self.ranks)
+        finite = values.isfinite().all(1)
+        every, values = every[finite], values[finite]
         samples, where = every.unique(return_inverse=True)
         order = torch.arange(len(every), device=every.device)
         last = torch.zeros_like(samples).scatter_reduce_(0, where, order, "amax")

@@ -2,7 +2,7 @@
 
     L = −mean over tokens (i, l) that are no padding of log softmax(caption_logits[i, l])[caption_ids[i, l]]
 
-caption_logits: [b, L, V] the decoder's, already shifted, so that position l predicts caption_ids[:, l]: [b, L] int64. A
+caption_logits: [b, L, Z] the decoder's, already shifted, so that position l predicts caption_ids[:, l]: [b, L] int64. A
 sample term whose mean runs over the tokens of all ranks, so a long caption weighs more. CoCa: weight 2 beside InfoNCE
 of weight 1.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
-from vlp.pairwise import Pairs
+from vlp.losses._inputs import HALF, Inputs
+from vlp.losses._softmax import margin
+from vlp.pairwise import Pairs, softplus
 
 NEEDS = frozenset({"caption_logits", "caption_ids"})
 OPTIONAL = frozenset({"caption_nll"})
@@ -32,9 +32,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     valid = (ids != options.padding) & (ids >= 0)
     if inputs.caption_nll is not None:
         return pairs.mean(inputs.caption_nll, valid)
-    logits = inputs.caption_logits
-    if logits.shape[:2] != ids.shape:
-        raise ValueError(f"caption_logits {tuple(logits.shape)} and caption_ids {tuple(ids.shape)}: expected [b, L, V] and [b, L]")
-    target = torch.where(valid, ids, 0).flatten()
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return pairs.mean(F.cross_entropy(logits.flatten(0, 1), target, reduction="none").view_as(ids), valid)
+    # Padding is cut off before the softmax, whose gradient would carry a NaN there into everything.
+    logits = torch.where(valid.unsqueeze(2), inputs.caption_logits, 0)
+    logits = logits.float() if logits.dtype in HALF else logits
+    return pairs.mean(softplus(margin(logits, torch.where(valid, ids, 0))), valid)

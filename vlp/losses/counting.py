@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
+from vlp.losses._inputs import Inputs
 from vlp.pairwise import Pairs, softplus
 
 NEEDS = frozenset({"image", "text", "scale", "counterfactual", "counterfactual_valid"})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
+from vlp.losses._inputs import Inputs
 from vlp.losses.uniformity import log_mean_kernel
 from vlp.pairwise import Pairs
 

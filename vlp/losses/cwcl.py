@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
+from vlp.losses._inputs import Inputs
 from vlp.pairwise import SUM, Pairs, Reduction, Tile, softplus
 
 NEEDS = frozenset({"image", "text", "scale"})
@@ -37,10 +37,12 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
     def weighted(tile: Tile) -> tuple[Tensor, ...]:
         w = ((1 + tile.scores[1]) / 2).clamp(min=0) ** options.sharpening
-        return w * tile.scores[0], w
+        gaps = (tile.scores[0] - tile.row_values[0].unsqueeze(1)).masked_fill(tile.positive, 0)
+        return w * gaps, w
 
-    u = frozen.detach()
-    sums, weights = pairs.reduce(Reduction(weighted, rows=(SUM, SUM)), [frozen, u], [other, u], paired=False)
-    # log softmax_j z_ij = z_ij − (log-sum-exp over all j), and the latter is z_ii + softplus(margin).
-    soft = positive + softplus(rows - positive) - torch.as_tensor(inputs.scale) * sums / weights
+    u, wide = frozen.detach(), inputs.wide()
+    own = (wide.image * wide.text).sum(1)
+    gaps, weights = pairs.reduce(Reduction(weighted, rows=(SUM, SUM)), [frozen, u], [other, u], row_values=[own])
+    # Centred on the pair, where −log softmax_i = softplus(margin): −log softmax_j = softplus(margin) − (z_ij − z_ii).
+    soft = softplus(rows - positive) - torch.as_tensor(inputs.scale) * gaps / weights
     return pairs.mean((soft + softplus(columns - positive)) / 2)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
+from vlp.losses._inputs import Inputs
 from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"image", "text", "scale"})

@@ -17,8 +17,8 @@ from typing import Literal
 from torch import Tensor
 
 from vlp.losses import _moving
+from vlp.losses._inputs import Inputs
 from vlp.losses._moving import State
-from vlp.losses._objective import Inputs
 from vlp.pairwise import Pairs
 
 MIN_CANDIDATES = 2

@@ -25,8 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
-from vlp.pairwise import Pairs, softplus
+from vlp.losses._inputs import Inputs
+from vlp.losses._softmax import margin
+from vlp.pairwise import Pairs, logaddexp, softplus
 
 CAPTIONS = {"negatives", "negatives_valid"}
 LARGEST_MARGIN = 10.0
@@ -72,7 +73,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor
 def negclip(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
     hard = _all_captions(inputs, pairs, inputs.image)
-    return pairs.mean(softplus(_either(rows, hard) - positive) + softplus(columns - positive)) / 2
+    return pairs.mean(softplus(logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
 
 
 def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
@@ -82,37 +83,31 @@ def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     rows = pairs.row_logsumexp(x, caption, scale, valid=valid, paired=True)
     columns = pairs.row_logsumexp(caption, x, scale, valid=valid, paired=True)
     hard = pairs.row_logsumexp(x, inputs.text, scale)
-    second = (softplus(_either(rows, hard) - positive) + softplus(columns - positive)) / 2
+    second = (softplus(logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
     first = Inputs(inputs.image, inputs.text, scale, negatives=caption.unsqueeze(1), negatives_valid=valid.unsqueeze(1))
     return negclip(first, pairs, options) + pairs.mean(second, valid)
 
 
-def _either(one: Tensor, other: Tensor) -> Tensor:
-    """log(e^one + e^other), with gradient 0 where both are −∞: one candidate, and no valid caption."""
-    none = (one == -torch.inf) & (other == -torch.inf)
-    return torch.logaddexp(one.masked_fill(none, 0), other.masked_fill(none, 0)).masked_fill(none, -torch.inf)
-
-
 def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     inputs = inputs.wide()
-    candidates = torch.cat([inputs.text.unsqueeze(1), inputs.negatives], 1)
-    valid = _with_positive(inputs.negatives_valid)
-    log_p = _log_softmax(torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, candidates), valid)
-    ε = options.smoothing
-    target = ε * valid.to(log_p.dtype) / valid.sum(1, keepdim=True)
-    target[:, 0] += 1 - ε
-    loss = -target * log_p
-    if options.focal:
-        loss = loss * (-torch.expm1(log_p)).clamp(min=0) ** options.focal
-    return pairs.mean(loss.sum(1), inputs.negatives_valid.any(1))
+    z, ε, valid = _own_scores(inputs.image, inputs.text, inputs, inputs.scale), options.smoothing, inputs.negatives_valid
+    loss = _focal(margin(z, 0), options.focal)
+
+    if ε:
+        share = ε / (1 + valid.sum(1)).to(z.dtype)
+        loss = (1 - ε + share) * loss
+        for k in range(valid.shape[1]):
+            takes_part = valid[:, k]
+            finite = z.masked_fill(~takes_part.unsqueeze(1), 0)  # the margin of what takes no part would be infinite
+            caption = _focal(margin(finite, k + 1), options.focal)
+            loss = loss + share * torch.where(takes_part, caption, 0)
+    return pairs.mean(loss, valid.any(1))
 
 
 def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     inputs = inputs.wide()
-    candidates = torch.cat([inputs.ema_text.detach().unsqueeze(1), inputs.negatives], 1)
-    z = options.text_scale * torch.einsum("bd,bkd->bk", inputs.text, candidates)
-    log_p = _log_softmax(z, _with_positive(inputs.negatives_valid))
-    return pairs.mean(-log_p[:, 0], inputs.negatives_valid.any(1))
+    z = _own_scores(inputs.text, inputs.ema_text.detach(), inputs, options.text_scale)
+    return pairs.mean(softplus(margin(z, 0)), inputs.negatives_valid.any(1))
 
 
 def intra(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
@@ -121,22 +116,24 @@ def intra(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     return pairs.mean(softplus(_all_captions(inputs, pairs, inputs.text) - positive))
 
 
-def rank(inputs: Inputs, pairs: Pairs, margin: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def rank(inputs: Inputs, pairs: Pairs, adaptive: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """adaptive: [K] the margins m_k of the previous step, or [0] before the first."""
     inputs = inputs.wide()
     scale, valid = torch.as_tensor(inputs.scale), inputs.negatives_valid
     positive = scale * (inputs.image * inputs.text).sum(1)
     hard = scale * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
-    if margin.numel() == 0:
-        margin = torch.zeros(hard.shape[1])
-    margin = margin.to(hard)
-    loss = pairs.mean(torch.relu(margin + hard - positive.unsqueeze(1)), valid)
+    if adaptive.numel() == 0:
+        adaptive = torch.zeros(hard.shape[1])
+    adaptive = adaptive.to(hard)
+    loss = pairs.mean(torch.relu(adaptive + hard - positive.unsqueeze(1)), valid)
     with torch.no_grad():
         count = pairs.sum_over_ranks(valid.to(hard).sum(0))
         total = pairs.sum_over_ranks(torch.where(valid, hard, 0).sum(0))
         mean = pairs.sum_over_ranks(positive.sum()) / pairs.sum_over_ranks(torch.ones_like(positive).sum())
-        found = (mean - total / count.clamp(min=1)).clamp(0, LARGEST_MARGIN)
-        margin = torch.where(count > 0, found, margin)
-    return loss, {"margin": margin}
+        gap = mean - total / count.clamp(min=1)
+        moves = (count > 0) & gap.isfinite()
+        adaptive = torch.where(moves, gap.clamp(0, LARGEST_MARGIN), adaptive)
+    return loss, {"margin": adaptive}
 
 
 def _all_captions(inputs: Inputs, pairs: Pairs, anchors: Tensor) -> Tensor:
@@ -146,11 +143,14 @@ def _all_captions(inputs: Inputs, pairs: Pairs, anchors: Tensor) -> Tensor:
     )
 
 
-def _with_positive(valid: Tensor) -> Tensor:
-    return torch.cat([torch.ones_like(valid[:, :1]), valid], 1)
+def _own_scores(anchor: Tensor, positive: Tensor, inputs: Inputs, scale: Tensor | float) -> Tensor:
+    """Scores of each anchor with its positive and its own captions, [b, 1 + K]; −∞ for those that are not valid."""
+    candidates = torch.cat([positive.unsqueeze(1), inputs.negatives], 1)
+    z = torch.as_tensor(scale) * torch.einsum("bd,bkd->bk", anchor, candidates)
+    return torch.cat([z[:, :1], z[:, 1:].masked_fill(~inputs.negatives_valid, -torch.inf)], 1)
 
 
-def _log_softmax(z: Tensor, valid: Tensor) -> Tensor:
-    """log softmax over the valid entries, 0 at the others: they take no part, and 0·(−∞) would be NaN."""
-    z = torch.where(valid, z, -torch.inf)
-    return torch.where(valid, z - torch.logsumexp(z, 1, keepdim=True), 0)
+def _focal(q: Tensor, γ: float) -> Tensor:
+    """(1 − p)^γ (−log p) of a probability p = σ(−q), by the logarithm of 1 − p = σ(q)."""
+    loss = softplus(q)
+    return loss * (-γ * softplus(-q)).exp() if γ else loss

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
+from vlp import dist
+from vlp.losses._inputs import Inputs
 from vlp.pairwise import SUM, Pairs, Reduction, Tile, softplus
 
 NEEDS = frozenset({"image", "text"})
@@ -68,7 +69,7 @@ class Compare(torch.autograd.Function):
         return total, slope
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dist.first_order
     def backward(ctx: Any, d_total: Tensor, d_slope: Tensor) -> tuple[Tensor, Tensor, None]:
         scores, positives = ctx.saved_tensors
         d_scores, d_positives = torch.zeros_like(scores), torch.empty_like(positives)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlp.losses._objective import Inputs
+from vlp.losses._inputs import Inputs
 from vlp.losses._queue import filled
-from vlp.pairwise import Pairs, softplus
+from vlp.pairwise import Pairs, logaddexp, softplus
 from vlp.seeds import derive
 
 NEEDS = frozenset({"image", "text", "scale", "queue_image", "queue_text"})
@@ -49,8 +49,8 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     else:
         positive = scale * (inputs.image * inputs.text).sum(1)
         rows = columns = torch.full_like(positive, -torch.inf)
-    rows = torch.logaddexp(rows, _from_queue(inputs.image, inputs.queue_text, scale, inputs.step, "text", pairs, options))
-    columns = torch.logaddexp(columns, _from_queue(inputs.text, inputs.queue_image, scale, inputs.step, "image", pairs, options))
+    rows = logaddexp(rows, _from_queue(inputs.image, inputs.queue_text, scale, inputs.step, "text", pairs, options))
+    columns = logaddexp(columns, _from_queue(inputs.text, inputs.queue_image, scale, inputs.step, "image", pairs, options))
     return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2
 
 
@@ -73,7 +73,7 @@ def _from_queue(
             _mixed_logsumexp, query[rows], queue, scale, hardest[rows], first_row + start, seed, options,
             use_reentrant=False, preserve_rng_state=False,
         ))  # fmt: skip
-    return torch.logaddexp(found, torch.cat(parts))
+    return logaddexp(found, torch.cat(parts))
 
 
 def _mixed_logsumexp(

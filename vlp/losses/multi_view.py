@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vlp.losses import infonce
-from vlp.losses._objective import Inputs
+from vlp.losses._inputs import Inputs
 from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"image", "text", "scale", "image_views", "text_views"})
@@ -31,8 +31,6 @@ class Options:
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     n_views = len(inputs.image_views)
-    if len(inputs.text_views) != n_views:
-        raise ValueError(f"found {n_views} image and {len(inputs.text_views)} text views; give equally many")
     scale = inputs.scale if inputs.view_scale is None else inputs.view_scale
     smoothed = infonce.Options(label_smoothing=options.label_smoothing)
     local = sum(

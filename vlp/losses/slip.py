@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vlp.losses._objective import Inputs
-from vlp.pairwise import Pairs, softplus
+from vlp.losses._inputs import Inputs
+from vlp.pairwise import Pairs, logaddexp, softplus
 
 NEEDS = frozenset({"image_views"})
 MIN_VIEWS = 2
@@ -35,6 +34,6 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     first, second = inputs.image_views[:2]
     scale = 1 / options.temperature
     rows, columns, positive = pairs.logsumexp(first, second, scale)
-    rows = torch.logaddexp(rows, pairs.row_logsumexp(first, first, scale, paired=True))
-    columns = torch.logaddexp(columns, pairs.row_logsumexp(second, second, scale, paired=True))
+    rows = logaddexp(rows, pairs.row_logsumexp(first, first, scale, paired=True))
+    columns = logaddexp(columns, pairs.row_logsumexp(second, second, scale, paired=True))
     return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2

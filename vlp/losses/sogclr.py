@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlp.losses import _moving
+from vlp.losses._inputs import Inputs
 from vlp.losses._moving import State
-from vlp.losses._objective import Inputs
 from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"image", "text", "sample_id"})

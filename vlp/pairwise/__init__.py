@@ -8,7 +8,10 @@ Read `dense.py` for what is computed, `tiled.py` for how memory stays small, `ex
 """
 
 from vlp.pairwise.pairs import IMPLEMENTATIONS, Engine, Pairs
-from vlp.pairwise.reduction import LOGSUMEXP, SUM, Reduction, Tile, softplus
+from vlp.pairwise.reduction import LOGSUMEXP, SUM, Reduction, Tile, logaddexp, logsumexp, softplus
 from vlp.pairwise.topology import Topology
 
-__all__ = ["IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Engine", "Pairs", "Reduction", "Tile", "Topology", "softplus"]
+__all__ = [
+    "IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Engine", "Pairs", "Reduction", "Tile", "Topology", "logaddexp", "logsumexp",
+    "softplus",
+]  # fmt: skip

@@ -106,7 +106,7 @@ class _Local(torch.autograd.Function):
         return tuple(statistics)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dist.first_order
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         block, statistics = ctx.restore(ctx.saved_tensors)
         needed = ctx.needs_input_grad[3:]
@@ -141,7 +141,7 @@ class _Ring(torch.autograd.Function):
         return statistics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dist.first_order
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         block, statistics = ctx.restore(ctx.saved_tensors)
         reduction, plan, n_columns = ctx.reduction, ctx.plan, block.shape[1]

@@ -124,6 +124,13 @@ def logsumexp(values: Tensor, dim: int) -> Tensor:
     return result.masked_fill(empty.squeeze(dim), -torch.inf)
 
 
+def logaddexp(first: Tensor, second: Tensor) -> Tensor:
+    """log(e^first + e^second); −∞ with zero gradient where both are −∞ (torch's gradient is NaN there)."""
+    empty = (first == -torch.inf) & (second == -torch.inf)
+    result = torch.logaddexp(first.masked_fill(empty, 0), second.masked_fill(empty, 0))
+    return result.masked_fill(empty, -torch.inf)
+
+
 def reduce_matrix(values: Tensor, kind: str, dim: int) -> Tensor:
     return values.sum(dim) if kind == SUM else logsumexp(values, dim)
 
