@@ -81,9 +81,9 @@ class DualEncoder(nn.Module):
             if own is None:
                 continue
             features, tokens[name] = tower(own if views is None else torch.cat([own, views]))
-            found[name] = _unit(features[: len(own)])
+            found[name] = _unit(features[: own.shape[0]])
             if views is not None:
-                found[f"{name}_views"] = _unit(getattr(self.heads.views, name)(_unit(features[len(own) :])))
+                found[f"{name}_views"] = _unit(getattr(self.heads.views, name)(_unit(features[own.shape[0] :])))
             if name == "image" and pairs and self.heads.concepts is not None:
                 found["concept_logits"] = self.heads.concepts(features[:pairs])
         if self.heads.views is not None and (image_views is not None or text_views is not None):
