@@ -34,6 +34,7 @@ from vlp import log
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
 from vlp.model import load as load_export
+from vlp.towers._references import resolve as resolve_reference
 
 FOLDER = "checkpoints"
 TENSORS = ("model", "optimizer", "objective", "teacher")  # each a .safetensors file
@@ -144,14 +145,13 @@ def load_model(ref: str | Path) -> DualEncoder:
     return model.eval()
 
 
-def is_ours(ref: str | Path) -> bool:
-    """Whether there is a run's or a checkpoint's folder of this name."""
-    return (Path(ref) / FOLDER).exists() or (Path(ref) / "manifest.json").exists()
+def load_any(ref: str | Path, like: DualEncoder | None = None) -> DualEncoder:
+    """The model behind any reference (vlp.towers._references), on the CPU; ValueError or CheckpointError says what is there.
 
-
-def load_any(ref: str) -> DualEncoder:
-    """The model of a run, a checkpoint, an exported folder, `local-dir:path` or `hf-hub:user/name`."""
-    return load_model(ref) if is_ours(ref) else load_export(ref)
+    `like`: the model whose architecture a file of weights alone has.
+    """
+    found = resolve_reference(ref)
+    return load_model(found.path) if found.kind == "run" else load_export(found, like)
 
 
 def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:

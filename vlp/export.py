@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vlp import _card, _clip_form, _siglip_form, checkpoint, stages
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
-from vlp.towers import _weights
+from vlp.towers import _references, _weights
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a written form and the model
 
@@ -51,7 +51,7 @@ def export(
         weights = {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
                    for k, v in model.open_clip_state_dict().items()}  # fmt: skip
         notes = _write_open_clip(model, weights, folder)
-        reference = from_description(_weights.read_config(folder), _weights.weights_in(folder)).eval()
+        reference = from_description(_references.read_config(folder), _weights.weights_in(folder)).eval()
         form, found = _write_transformers(reference, weights, folder)
         notes += found
         if onnx:
@@ -70,9 +70,13 @@ def export_run(
 ) -> list[str]:
     """`export` of a run's newest checkpoint, or of one checkpoint's folder, with the run's results and configuration.
 
-    results.json describes a run's last step; an earlier checkpoint is exported without results.
+    results.json describes a run's last step; an earlier checkpoint is exported without results. Any other reference to a
+    model (vlp.towers._references) is exported as it is.
     """
-    path = checkpoint.resolve(run)
+    found = _references.resolve(run)
+    if found.kind != "run":
+        return export(checkpoint.load_any(run), to, license=license, onnx=onnx, overwrite=overwrite)
+    path = checkpoint.resolve(found.path)
     model = checkpoint.load_model(path)
     home = path.parent.parent
     recorded = home / "results.json"
@@ -95,37 +99,34 @@ def export_stages(
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with _appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            if checkpoint.is_ours(run):
-                export_run(run, folder / name, license=license, onnx=onnx)
-            else:
-                export(checkpoint.load_any(str(run)), folder / name, license=license, onnx=onnx)
-        _write_json(folder / _weights.STAGES, {"members": names})
+            export_run(run, folder / name, license=license, onnx=onnx)
+        _write_json(folder / _references.STAGES, {"members": names})
         card = _card.render_stages(stages.load(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return [
-        f"vlp: {_weights.STAGES}; the embeddings of {len(names)} stages one after another",
+        f"vlp: {_references.STAGES}; the embeddings of {len(names)} stages one after another",
         f"open_clip, transformers: no model of theirs joins several pairs of towers; each of {', '.join(names)} loads by itself",
     ]
 
 
 def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Path) -> list[str]:
-    notes = [f"open_clip: {_weights.CONFIG}, {_weights.WEIGHTS[0]}"]
+    notes = [f"open_clip: {_references.CONFIG}, {_weights.WEIGHTS}"]
     described = json.loads(json.dumps(model.description()))  # a copy: what points into this machine is renamed below
     del described["vlp"]["heads"]  # exports embed, and heads do not
     text = described["model_cfg"]["text_cfg"]
     if model.text_spec.tokenizer != "clip":
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(model.text_spec.tokenizer).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model.text_spec.tokenizer, trust_remote_code=False).save_pretrained(folder)
         if Path(text["hf_tokenizer_name"]).is_dir():
             text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
     if "hf_model_name" in text:
-        model.text.config.save_pretrained(folder / _weights.TEXT_TOWER)
+        model.text.config.save_pretrained(folder / _references.TEXT_TOWER)
         if Path(text["hf_model_name"]).is_dir():
-            text["hf_model_name"] = f"./{_weights.TEXT_TOWER}"
+            text["hf_model_name"] = f"./{_references.TEXT_TOWER}"
             notes.append(f"open_clip: looks for the text tower in {text['hf_model_name']}, so run it inside the folder")
-    _write_json(folder / _weights.CONFIG, described)
-    _save_weights(weights, folder / _weights.WEIGHTS[0])
+    _write_json(folder / _references.CONFIG, described)
+    _save_weights(weights, folder / _weights.WEIGHTS)
     return notes
 
 
@@ -207,7 +208,7 @@ def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
 
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
-    shutil.copymode(path.parent / _weights.CONFIG, path)  # safetensors writes files that only their owner may read
+    shutil.copymode(path.parent / _references.CONFIG, path)  # safetensors writes files that only their owner may read
 
 
 def _write_json(path: Path, value: Any) -> None:

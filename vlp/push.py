@@ -18,10 +18,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from vlp.towers._weights import CONFIG, STAGES
+from vlp.towers._hub import http_error
+from vlp.towers._references import CONFIG, STAGES
 
-# httpx's or httpx2's, whichever this version of huggingface_hub speaks with
-_HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_HTTPError = http_error()
 _GENERATED = {".gitattributes"}  # what a Hub itself puts into a new repository
 
 

@@ -129,10 +129,10 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path):
     ("ref", "message"),
     [
         ("ViT-B-32", r"architecture without weights; write ViT-B-32:TAG \(known: .*openai"),
-        ("ViT-B-32:no_such_tag", "open_clip cannot load ViT-B-32:no_such_tag"),
+        ("ViT-B-32:no_such_tag", "ViT-B-32 has no weights 'no_such_tag': no such file, and no tag; known: .*openai"),
         ("no-such-model", "no model 'no-such-model'"),
         ("runs/none/export", "no model 'runs/none/export': no such file or folder"),
-        ("local-dir:/nowhere", "open_clip cannot load local-dir:/nowhere"),
+        ("local-dir:/nowhere", "no folder /nowhere. What works: a run or checkpoint"),
     ],
 )
 def test_a_reference_that_is_no_model_is_refused(ref, message):
@@ -141,7 +141,7 @@ def test_a_reference_that_is_no_model_is_refused(ref, message):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="is no model: expected a run or checkpoint"):
+    with pytest.raises(ModelError, match=r"is no model: it holds nothing. What works: a run or checkpoint"):
         models.load(str(tmp_path))
     from transformers import BertConfig, BertModel
 

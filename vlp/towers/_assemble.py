@@ -60,11 +60,17 @@ def preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
 def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
     """How captions become ids for this text section; open_clip's defaults are written out here, once."""
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    foreign = sorted(options.keys() - _TOKENIZER_OPTIONS)
+    if foreign:  # the rest would reach transformers, where trust_remote_code runs what a folder brings along
+        raise ValueError(f"tokenizer_kwargs holds {', '.join(foreign)}; expected only {', '.join(sorted(_TOKENIZER_OPTIONS))}")
     name = text_cfg.get("hf_tokenizer_name")
     clean = options.pop("clean", "whitespace" if name else "lower")
     if text_cfg.get("tokenizer_mode"):
         options["tokenizer_mode"] = text_cfg["tokenizer_mode"]
     return TextSpec(tokenizer=name or "clip", context_length=context_length, clean=clean, options=options)
+
+
+_TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "reduction_mask"}
 
 
 def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:
