@@ -7,6 +7,7 @@ The towers are open_clip's; parameter names are those of its CustomTextCLIP, exc
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from vlp import config, log
+from vlp.data.text import same_tokens
 from vlp.heads import Heads
 from vlp.schema import parse, plain
 from vlp.towers import _assemble, _references, _weights
@@ -278,6 +280,27 @@ def load(reference: str | Path | _references.Reference, like: DualEncoder | None
         )
     described = like.description()
     return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)
+
+
+def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
+    """Refuse weights of `source` for a `model` that computes or sees something else than they were trained for.
+
+    ValueError for another activation or other pixels; other tokens are said, because a text tower may be new. The size of
+    pixels is left to the shapes of the weights.
+    """
+    if not isinstance(source, DualEncoder):
+        raise ValueError(f"{name} holds several models; name one of them")
+    quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
+    _weights.same_activation(*quick, f"the weights of {name}", None)
+    pixels = [replace(m.image_spec, size=model.image_spec.size) for m in (source, model)]
+    if pixels[0] != pixels[1]:
+        raise ValueError(
+            f"{name} was trained on {pixels[0]}, and this model reads {pixels[1]}; set model.pretrained to it instead, which "
+            "takes over its preprocessing"
+        )
+    length = model.text_spec.context_length
+    if not same_tokens(replace(source.text_spec, context_length=length), model.text_spec):
+        log.warn(f"{name} read its captions as {source.text_spec}, and this model reads {model.text_spec}")
 
 
 def _trained_on(stated: dict[str, Any], configured: dict[str, Any], reference: str) -> dict[str, Any]:

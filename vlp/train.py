@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, log, losses, optim, parallel, selection, teacher
+from vlp import checkpoint, dist, log, losses, optim, parallel, selection, stored_embeddings, teacher
 from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
 from vlp.files import write_atomically
-from vlp.model import DualEncoder
+from vlp.model import DualEncoder, check_alike
 from vlp.model import build as build_model
 from vlp.plugin import Plugin
 from vlp.schema import plain
@@ -62,6 +62,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         raise ValueError("both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave out one of them")
     if config.model.precomputed:
         check_precomputed(objective.needs, teacher.supplies(config.teacher), loader, model)
+    stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
@@ -227,8 +228,10 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
 
 
 def start_from(model: DualEncoder, reference: str) -> None:
-    """Take the weights of a run or export. Heads start at random where it has none; heads that only it has stay away."""
-    weights = checkpoint.load_any(reference).state_dict()
+    """Take the weights of another model. Heads start at random where it has none; heads that only it has stay away."""
+    source = checkpoint.load_any(reference, like=model)
+    check_alike(source, model, f"init_from {reference}")
+    weights = source.state_dict()
     fresh = {name: value for name, value in model.state_dict().items() if name.startswith("heads.") and name not in weights}
     foreign = {name for name in weights if name.startswith("heads.")} - model.state_dict().keys()
     for names, what in ((fresh, "start at random"), (foreign, "are left out")):
