@@ -23,6 +23,7 @@ from vlp.towers import _hub
 
 CONFIG = "open_clip_config.json"
 STAGES = "vlp_stages.json"  # of a folder whose members are exports (vlp.stages)
+MANIFEST = "vlp_export.json"  # of an export: its name and the files that it wrote
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # endings of weights; npz is big_vision's
 
 _HUB = ("hf-hub:", "hf:")
@@ -151,6 +152,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
     return value
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files below a folder, links among them, by their path in it."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+
+
+def exported_files(folder: Path) -> list[str]:
+    """The files that an export wrote there, by its own list; none where it is no export."""
+    return read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else []
 
 
 def listing(folder: Path, most: int = 8) -> str:
