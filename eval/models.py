@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlp.towers import _references, _weights
 from vlp.towers._references import Reference
+from vlp.towers.huggingface import language_config, reason
 
 if TYPE_CHECKING:
     from vlp.model import DualEncoder
@@ -140,7 +141,6 @@ def _open_clip(
 
     from vlp.data import text as tokenizers
     from vlp.towers._assemble import text_spec
-    from vlp.towers.huggingface import language_config
 
     spec = text_spec(text_cfg, open_clip.CLIPTextCfg(**text_cfg).context_length)
     if text_cfg.get("hf_model_name"):
@@ -174,7 +174,7 @@ def _transformers(found: Reference, device: torch.device, autocast: torch.dtype 
         model = AutoModel.from_pretrained(folder, trust_remote_code=False).to(device).eval()
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers', safetensors' and torch's own kinds
-        raise ModelError(f"transformers cannot load {name}: {str(error)[:600]}") from error
+        raise ModelError(f"transformers cannot load {name}: {reason(error)}") from error
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ModelError(f"{name} is a {type(model).__name__}; evaluation needs a dual encoder such as CLIPModel or SiglipModel")
     tokenizer = _tokenizer(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
@@ -211,7 +211,7 @@ def _tokenizer(build: Callable[[], Any], name: str) -> Any:
         tokenizer = build()
     except Exception as error:
         raise ModelError(
-            f"the tokenizer of {name} is missing or broken ({error}); put its files beside the weights "
+            f"the tokenizer of {name} is missing or broken ({reason(error)}); put its files beside the weights "
             "(tokenizer.json, tokenizer_config.json), or export the model again"
         ) from error
     if _ids(tokenizer, "a cat") == _ids(tokenizer, "a dog"):  # what transformers answers where the files are absent

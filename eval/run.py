@@ -25,8 +25,8 @@ EXAMPLE = """examples:
   vlp eval --compare a.json b.json
   accelerate launch --config_file launch/accelerate/cpu2.yaml -m vlp.cli eval runs/demo --task zeroshot --data data/test
 
-MODEL: a run, checkpoint or export of ours; ARCHITECTURE:TAG, hf-hub:… or local-dir:… of open_clip; a name or folder of
-transformers. key=value options of the task follow --task or --data.
+MODEL: a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip or transformers; ARCHITECTURE:TAG, or
+ARCHITECTURE:FILE (also FILE.json:FILE) for weights such as epoch_32.pt. key=value options of the task follow --task or --data.
 """
 
 

@@ -7,7 +7,6 @@ The towers are open_clip's; parameter names are those of its CustomTextCLIP, exc
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
-from vlp import config, log
-from vlp.data.text import same_tokens
+from vlp import config
 from vlp.heads import Heads
 from vlp.schema import parse, plain
 from vlp.towers import _assemble, _references, _weights
@@ -199,7 +197,7 @@ def build(model: config.Model) -> DualEncoder:
     if model.pretrained is not None:
         architecture = getattr(model.image_tower.options, "architecture", None)
         weights = _weights.find(model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False)))
-        preprocess_cfg = _trained_on(weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained)
+        preprocess_cfg = _assemble.trained_on(weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained)
         model_cfg = without_downloads(model_cfg)
     clip = _instantiate(model_cfg)
     if weights is not None:
@@ -280,39 +278,6 @@ def load(reference: str | Path | _references.Reference, like: DualEncoder | None
         )
     described = like.description()
     return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)
-
-
-def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
-    """Refuse weights of `source` for a `model` that computes or sees something else than they were trained for.
-
-    ValueError for another activation or other pixels; other tokens are said, because a text tower may be new. The size of
-    pixels is left to the shapes of the weights.
-    """
-    if not isinstance(source, DualEncoder):
-        raise ValueError(f"{name} holds several models; name one of them")
-    quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
-    _weights.same_activation(*quick, f"the weights of {name}", None)
-    pixels = [replace(m.image_spec, size=model.image_spec.size) for m in (source, model)]
-    if pixels[0] != pixels[1]:
-        raise ValueError(
-            f"{name} was trained on {pixels[0]}, and this model reads {pixels[1]}; set model.pretrained to it instead, which "
-            "takes over its preprocessing"
-        )
-    length = model.text_spec.context_length
-    if not same_tokens(replace(source.text_spec, context_length=length), model.text_spec):
-        log.warn(f"{name} read its captions as {source.text_spec}, and this model reads {model.text_spec}")
-
-
-def _trained_on(stated: dict[str, Any], configured: dict[str, Any], reference: str) -> dict[str, Any]:
-    """The preprocess_cfg of a tower with weights from `reference`: as those were trained, said where the tower differs."""
-    differing = {key: value for key, value in stated.items() if key in configured and configured[key] != value}
-    differing = {key: value for key, value in differing.items() if key in ("mean", "std", "interpolation", "resize_mode")}
-    if differing:
-        log.warn(
-            f"pretrained {reference} was trained on pixels with {differing}, which is taken; the image tower alone would have "
-            f"{ {key: configured[key] for key in differing} }"
-        )
-    return configured | stated
 
 
 def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:

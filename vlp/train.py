@@ -19,7 +19,7 @@ from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
 from vlp.files import write_atomically
-from vlp.model import DualEncoder, check_alike
+from vlp.model import DualEncoder
 from vlp.model import build as build_model
 from vlp.plugin import Plugin
 from vlp.schema import plain
@@ -230,7 +230,7 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
 def start_from(model: DualEncoder, reference: str) -> None:
     """Take the weights of another model. Heads start at random where it has none; heads that only it has stay away."""
     source = checkpoint.load_any(reference, like=model)
-    check_alike(source, model, f"init_from {reference}")
+    checkpoint.check_alike(source, model, f"init_from {reference}")
     weights = source.state_dict()
     fresh = {name: value for name, value in model.state_dict().items() if name.startswith("heads.") and name not in weights}
     foreign = {name for name in weights if name.startswith("heads.")} - model.state_dict().keys()

@@ -6,7 +6,7 @@ import math
 from types import ModuleType
 from typing import Any
 
-from vlp import plugin
+from vlp import log, plugin
 from vlp.config import Model
 from vlp.plugin import Plugin
 from vlp.types import ImageSpec, TextSpec
@@ -55,6 +55,18 @@ def preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
     """The inverse of `image_spec`: the section of open_clip_config.json."""
     given = {theirs: getattr(spec, ours) for ours, theirs in _PIXELS.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
+def trained_on(stated: dict[str, Any], configured: dict[str, Any], reference: str) -> dict[str, Any]:
+    """The preprocess_cfg of a tower with weights from `reference`: as those were trained, said where the tower differs."""
+    differing = {key: value for key, value in stated.items() if key in configured and configured[key] != value}
+    differing = {key: value for key, value in differing.items() if key in ("mean", "std", "interpolation", "resize_mode")}
+    if differing:
+        log.warn(
+            f"pretrained {reference} was trained on pixels with {differing}, which is taken; the image tower alone would have "
+            f"{ {key: configured[key] for key in differing} }"
+        )
+    return configured | stated
 
 
 def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:

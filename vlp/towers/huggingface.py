@@ -48,8 +48,15 @@ def language_config(model: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"no Hugging Face model configuration at {model!r}: {reason}") from None
+        raise ValueError(f"no Hugging Face model configuration at {model!r}: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """What transformers says in a line; where it would have code of the folder run, that vlp does not."""
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return "it needs code that it brings along, which vlp never runs; convert it to a class of transformers"
+    return said[:300]
 
 
 def _usual_pooler(model: str) -> str:
