@@ -76,7 +76,7 @@ def load(ref: str, device: str | torch.device = "cpu", autocast: torch.dtype | N
 
         from vlp.checkpoint import load_any
 
-        return from_model(load_any(ref), name=ref, device=device, autocast=autocast, keep=True)
+        return from_model(load_any(found), name=ref, device=device, autocast=autocast, keep=True)
     except ModelError:
         raise
     except ValueError as error:

@@ -35,6 +35,7 @@ from vlp.data.text import same_tokens
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
 from vlp.model import load as load_export
+from vlp.towers._references import Reference
 from vlp.towers._references import resolve as resolve_reference
 from vlp.towers._weights import same_activation
 
@@ -147,7 +148,7 @@ def load_model(ref: str | Path) -> DualEncoder:
     return model.eval()
 
 
-def load_any(ref: str | Path, like: DualEncoder | None = None) -> DualEncoder:
+def load_any(ref: str | Path | Reference, like: DualEncoder | None = None) -> DualEncoder:
     """The model behind any reference (vlp.towers._references), on the CPU; ValueError or CheckpointError says what is there.
 
     `like`: the model whose architecture a file of weights alone has.

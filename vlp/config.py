@@ -339,7 +339,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
     seed: int = 0
-    init_from: str | None = None  # weights to start from: a run, a checkpoint, an export, or hf-hub:user/name of one
+    init_from: str | None = None  # weights to start from: any reference (vlp.towers._references)
     resume: str = "never"  # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
 
     def __post_init__(self) -> None:

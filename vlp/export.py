@@ -78,7 +78,7 @@ def export_run(
     """
     found = _references.resolve(run)
     if found.kind != "run":
-        return export(checkpoint.load_any(run), to, license=license, onnx=onnx, overwrite=overwrite, home=home)
+        return export(checkpoint.load_any(found), to, license=license, onnx=onnx, overwrite=overwrite, home=home)
     path = checkpoint.resolve(found.path)
     model = checkpoint.load_model(path)
     home = path.parent.parent

@@ -262,7 +262,7 @@ def load(reference: str | Path | _references.Reference, like: DualEncoder | None
     `like`: the model whose architecture a file of weights alone has. Stages give a `vlp.stages.Stages`. ValueError says
     what was found where the model was looked for.
     """
-    found = reference if isinstance(reference, _references.Reference) else _references.resolve(reference)
+    found = _references.resolve(reference)
     if found.kind == "stages":
         from vlp import stages
 

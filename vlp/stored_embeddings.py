@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from vlp import checkpoint, log
+from vlp import checkpoint, dist, log
 from vlp.data import decode
 from vlp.data import text as tokenizers
 from vlp.data.sources import Source
@@ -28,27 +28,38 @@ LEAST_COSINE = 0.99  # float16, bfloat16 and a library's own resizing stay above
 def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> None:
     """Raise ValueError where a source's `embeddings` are not those of `model`'s image tower, or of the teacher they name.
 
-    What cannot be compared, because the teacher or the pixels are not here, is said.
+    What cannot be compared, because the teacher or the pixels are not here, is said. Collective: the first rank compares.
     """
-    for source in sources:
-        if source.embeddings is None:
-            continue
-        folder, name = source.embeddings.folder, source.embeddings.teacher.model
-        judge = model if precomputed else _teacher(name, folder)
-        if judge is None:
-            continue
-        samples, pixels = _opened(source, judge.image_spec)
-        if not samples:
-            log.say(f"{folder}: not compared with {name}, because no picture could be opened")
-            continue
+    problem = None
+    if dist.is_main():
+        try:
+            for source in sources:
+                if source.embeddings is not None:
+                    _check(source, model, precomputed)
+        except ValueError as error:
+            problem = str(error)
+    problem = dist.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
 
-        whose = "this run's image tower" if precomputed else name
-        stored = torch.from_numpy(np.stack([sample.embeddings[0] for sample in samples])).float()
-        _compare("image", _embedded(judge, image=pixels), stored, folder, whose)
-        if not precomputed and source.embeddings.with_text:
-            tokens = tokenizers.build(judge.text_spec)([sample.captions[0] for sample in samples])
-            stored = torch.from_numpy(np.stack([sample.embeddings[1] for sample in samples])).float()
-            _compare("text", _embedded(judge, text=tokens), stored, folder, whose)
+
+def _check(source: Source, model: DualEncoder, precomputed: bool) -> None:
+    folder, name = source.embeddings.folder, source.embeddings.teacher.model
+    judge = model if precomputed else _teacher(name, folder)
+    if judge is None:
+        return
+    samples, pixels = _opened(source, judge.image_spec)
+    if not samples:
+        log.say(f"{folder}: not compared with {name}, because no picture could be opened")
+        return
+
+    whose = "this run's image tower" if precomputed else name
+    stored = torch.from_numpy(np.stack([sample.embeddings[0] for sample in samples])).float()
+    _compare("image", _embedded(judge, image=pixels), stored, folder, whose)
+    if not precomputed and source.embeddings.with_text:
+        tokens = tokenizers.build(judge.text_spec)([sample.captions[0] for sample in samples])
+        stored = torch.from_numpy(np.stack([sample.embeddings[1] for sample in samples])).float()
+        _compare("text", _embedded(judge, text=tokens), stored, folder, whose)
 
 
 def _teacher(name: str, folder: str) -> nn.Module | None:

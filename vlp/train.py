@@ -26,6 +26,7 @@ from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import Training, means_over_ranks, train_step
+from vlp.towers._references import resolve as resolve_reference
 
 Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
 
@@ -41,6 +42,8 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     check_batch(config)
     run = Path(config.out)
     source = open_run(config)
+    for reference in filter(None, (config.init_from, config.teacher.model)):
+        resolve_reference(reference)  # a mistyped one is answered before the data are read
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
@@ -62,11 +65,11 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         raise ValueError("both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave out one of them")
     if config.model.precomputed:
         check_precomputed(objective.needs, teacher.supplies(config.teacher), loader, model)
-    stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
         checkpoint.restore(model, contents.model, source)
+    stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
     say_start(config, model, loader, objective, plan, source)
     engine.prepare(model, config.train)
     warmup = plan.steps(config.train.optimizer.warmup)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,19 @@ def test_only_what_the_export_wrote_is_published(exported, hub, tmp_path):
     _, said = quickly(folder, hub)
     assert said == [f"left out, because no export wrote them: {', '.join(sorted([*foreign, 'passwd']))}"]
     assert not set(hub.repos[REPO]) & {*foreign, "passwd"} and b"SECRET" not in b"".join(hub.repos[REPO].values())
+
+
+def test_stages_load_from_the_hub_as_their_card_says(exported, hub, tmp_path, monkeypatch):
+    from tests.model.test_references import use_hub
+
+    export.export_stages([exported, exported], tmp_path / "mcl")
+    quickly(tmp_path / "mcl", hub)
+    use_hub(monkeypatch, hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    [block] = re.findall("```python\n(.*?)```", hub.repos[REPO]["README.md"].decode(), re.DOTALL)
+    ran = {}
+    exec(block, ran)
+    assert ran["model"].embed_dim == 96 and REPO in block
 
 
 def test_files_that_are_lost_or_lead_out_are_refused(exported, hub, tmp_path):

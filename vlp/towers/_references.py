@@ -45,11 +45,13 @@ class Reference:
     tag: str = ""
 
 
-def resolve(reference: str | Path) -> Reference:
+def resolve(reference: str | Path | Reference) -> Reference:
     """What `reference` means; a ValueError lists what was found at its place and what would work.
 
     Only `hf-hub:`, `hf:` and a USER/NAME that cannot be a path here ask a Hub.
     """
+    if isinstance(reference, Reference):
+        return reference
     text = str(reference)
     if text.startswith(_HUB):
         return in_folder(text, _hub.snapshot(text.partition(":")[2]))
