@@ -81,9 +81,9 @@ def export_run(
         return export(checkpoint.load_any(found), to, license=license, onnx=onnx, overwrite=overwrite, home=home)
     path = checkpoint.resolve(found.path)
     model = checkpoint.load_model(path)
-    home = path.parent.parent
-    recorded = home / "results.json"
-    newest = checkpoint.newest(home)
+    whole = path.parent.parent
+    recorded = whole / "results.json"
+    newest = checkpoint.newest(whole)
     latest = newest is not None and newest.resolve() == path.resolve()
     results = json.loads(recorded.read_text(encoding="utf-8")) if latest and recorded.exists() else ()
     training = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))

@@ -96,7 +96,10 @@ def test_a_language_model_tower_loads_again_without_its_source(tmp_path, monkeyp
     text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
     model = tiny(text_tower=text)
     expected = models.from_model(model).encode_texts(["two red circles", "a dog"])
-    notes = export.export(model, tmp_path / "out")
+    contents = checkpoint.Contents(model.state_dict(), {}, config="out: run", description=model.description())
+    checkpoint.save(tmp_path / "run", 1, contents, keep=1)
+    export.export_stages([tmp_path / "run"] * 2, tmp_path / "stages")
+    notes = export.export_run(tmp_path / "run", tmp_path / "out")
     os.rename(tmp_path / "bert", tmp_path / "gone")
     _, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(text=ids).text, model(text=ids).text)
@@ -108,6 +111,7 @@ def test_a_language_model_tower_loads_again_without_its_source(tmp_path, monkeyp
     rows = [encoder.encode_texts(["two red circles", "a dog"]) for encoder in encoders]
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
     assert torch.allclose(rows[0], expected, atol=TOLERANCE)
+    open_clip.create_model("local-dir:../stages/stage_2")
     theirs = open_clip.create_model("local-dir:../out").eval()
     tokens = open_clip.get_tokenizer("local-dir:../out")(["two red circles", "a dog"])
     assert tokens.tolist() == [[8, 6, 10, 1] + [0] * 8, [3, 12, 1] + [0] * 9]
