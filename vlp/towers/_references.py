@@ -24,6 +24,12 @@ from vlp.towers import _hub
 CONFIG = "open_clip_config.json"
 STAGES = "vlp_stages.json"  # of a folder whose members are exports (vlp.stages)
 MANIFEST = "vlp_export.json"  # of an export: its name and the files that it wrote
+TEXT_TOWER = "text_tower"  # a folder of our exports: the configuration of a Hugging Face text tower
+# The names that open_clip gives the weights of a folder, in its order of preference.
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)  # fmt: skip
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # endings of weights; npz is big_vision's
 
 _HUB = ("hf-hub:", "hf:")
@@ -140,9 +146,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {"preprocess_cfg": {}} | config
 
 
-TEXT_TOWER = "text_tower"  # a folder of our exports: the configuration of a Hugging Face text tower
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a ValueError says what is wrong with it."""
     try:
@@ -186,13 +189,6 @@ def _of_file(text: str, path: Path) -> Reference:
     if described and path.name in ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS):
         return in_folder(text, path.parent)
     return Reference(text, "file", path)
-
-
-# The names that open_clip gives the weights of a folder, in its order of preference.
-OPEN_CLIP_WEIGHTS = (
-    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-)  # fmt: skip
 
 
 def _with_weights(text: str, architecture: str, weights: str) -> Reference:
