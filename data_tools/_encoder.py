@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """The options of a tool that uses a model."""
     add = parser.add_argument
-    add("--model", required=required, metavar="REF", help="a run, checkpoint or export, ARCHITECTURE:TAG or hf-hub:USER/NAME of "
-        "open_clip, USER/NAME of transformers")  # fmt: skip
+    add("--model", required=required, metavar="REF", help="a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip "
+        "or transformers; ARCHITECTURE:TAG or ARCHITECTURE:FILE")  # fmt: skip
     add("--device", default="auto", help="auto: the GPU of the launcher's local rank, or the CPU (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="N", help="samples a forward pass (default: %(default)s)")
     add("--bf16", action="store_true", help="compute in bfloat16: faster, cosines differ by about 0.001")

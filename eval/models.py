@@ -1,10 +1,11 @@
 """Any dual encoder behind one small interface: pictures and sentences in, unit rows out, its own preprocessing inside.
 
-    load("runs/demo")                          our run (newest checkpoint), checkpoint, or exported folder
-    load("ViT-B-32:laion2b_s34b_b79k")         open_clip architecture and weights (a tag or a file)
-    load("hf-hub:user/name"), load("local-dir:folder")     as open_clip writes them
-    load("openai/clip-vit-base-patch32"), load("folder")   transformers CLIP and SigLIP
-    from_model(model)                          a vlp.model.DualEncoder in memory, inside training
+    load("runs/demo")        every reference of vlp.towers._references: runs, exports, folders and tags of open_clip,
+                             ARCHITECTURE:FILE, transformers folders, hf-hub:user/name
+    from_model(model)        a vlp.model.DualEncoder in memory, inside training
+
+vlp's own models are run by vlp. Foreign ones are run by the library they come from, with its own pixels; their
+tokenizers are built here, so that no code of a folder runs and truncated texts are counted.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vlp.towers._weights import STAGES
+from vlp.towers import _references, _weights
+from vlp.towers._references import Reference
+from vlp.towers.huggingface import language_config, reason
 
 if TYPE_CHECKING:
     from vlp.model import DualEncoder
@@ -41,6 +43,7 @@ class Encoder:
     text: Callable[[list[str]], Tensor]  # n sentences -> [n, D]; tokenizes
     scale: float = 1.0  # the learned inverse temperature, for the record
     device: str | torch.device = "cpu"
+    n_truncated: Callable[[list[str]], int] = lambda texts: 0  # how many sentences are longer than the context
     fingerprint: str = ""  # content hash of weights and preprocessing; "": embeddings are not kept
     autocast: torch.dtype | None = None  # None: the model's own precision
 
@@ -60,42 +63,24 @@ class Encoder:
 
 
 def load(ref: str, device: str | torch.device = "cpu", autocast: torch.dtype | None = None) -> Encoder:
-    """The encoder that `ref` names (see the top of this file); a ModelError says what is wrong with it."""
+    """The encoder that `ref` names (vlp.towers._references); a ModelError says what was found and what would work."""
     device = torch.device(device)
-    path = Path(ref)
-    if path.exists():
-        if (path / "checkpoints").is_dir() or (path / "manifest.json").exists():
-            from vlp.checkpoint import load_model
+    try:
+        found = _references.resolve(ref)
+        if found.kind == "tag":
+            return _of_tag(found, device, autocast)
+        if found.kind == "transformers":
+            return _transformers(found, device, autocast)
+        if found.kind == "open_clip" and "vlp" not in _references.read_config(found.path):
+            return _of_folder(found, device, autocast)
 
-            return from_model(load_model(path), name=ref, device=device, autocast=autocast, keep=True)
-        if (path / STAGES).exists():
-            from vlp.model import load as load_export
+        from vlp.checkpoint import load_any
 
-            return from_model(load_export(path), name=ref, device=device, autocast=autocast, keep=True)
-        if (path / "open_clip_config.json").exists():
-            return _open_clip(f"local-dir:{ref}", "", device, autocast, shown=ref)
-        if (path / "config.json").exists():
-            return _transformers(ref, device, autocast)
-        raise ModelError(
-            f"{ref} is no model: expected a run or checkpoint of vlp (checkpoints/ or manifest.json), an export "
-            "(open_clip_config.json) or a transformers folder (config.json)"
-        )
-    if ref.startswith(("hf-hub:", "local-dir:")):
-        return _open_clip(ref, "", device, autocast)
-    name, _, tag = ref.partition(":")
-    import open_clip
-
-    if name in open_clip.list_models():
-        if not tag:
-            known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise ModelError(f"{name} is an architecture without weights; write {name}:TAG (known: {known}) or {name}:FILE")
-        return _open_clip(name, tag, device, autocast)
-    if ref.count("/") == 1 and ":" not in ref and not ref.startswith(("/", ".")):
-        return _transformers(ref, device, autocast)
-    raise ModelError(
-        f"no model {ref!r}: no such file or folder, no open_clip architecture (NAME:TAG; `open_clip.list_models()`), "
-        "no hf-hub:USER/NAME, no USER/NAME of transformers"
-    )
+        return from_model(load_any(found), name=ref, device=device, autocast=autocast, keep=True)
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 def from_model(
@@ -127,51 +112,81 @@ def from_model(
         text=lambda texts: model(text=tokenizer(texts).to(device)).text,
         scale=scale,
         device=device,
+        n_truncated=lambda texts: tokenizer.tokenize(texts)[1],
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
     )
 
 
-def _open_clip(name: str, tag: str, device: torch.device, autocast: torch.dtype | None, shown: str = "") -> Encoder:
+def _of_tag(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
+    """open_clip's own weights for one of its architectures."""
     import open_clip
 
+    _weights.check_tag(found.architecture, found.tag)
+    text_cfg = open_clip.get_model_config(found.architecture)["text_cfg"]
+    return _open_clip(found.architecture, found.tag, found.architecture, text_cfg, device, autocast)
+
+
+def _of_folder(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
+    """A folder in open_clip's form that somebody else wrote."""
+    _weights.weights_in(found.path)  # without any, open_clip would go on with random ones
+    text_cfg = _references.read_config(found.path)["model_cfg"]["text_cfg"]
+    return _open_clip(f"local-dir:{found.path}", "", found.text, text_cfg, device, autocast)
+
+
+def _open_clip(
+    name: str, tag: str, shown: str, text_cfg: dict[str, Any], device: torch.device, autocast: torch.dtype | None
+) -> Encoder:  # fmt: skip
+    import open_clip
+
+    from vlp.data import text as tokenizers
+    from vlp.towers._assemble import text_spec
+
+    spec = text_spec(text_cfg, open_clip.CLIPTextCfg(**text_cfg).context_length)
+    if text_cfg.get("hf_model_name"):
+        language_config(text_cfg["hf_model_name"])  # refuses code of its own, which open_clip would ask the terminal about
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None, device=device)
-    except (RuntimeError, FileNotFoundError, OSError, ValueError) as error:
-        raise ModelError(f"open_clip cannot load {name}{':' + tag if tag else ''}: {error}") from error
-    tokenizer = _tokenizer(lambda: open_clip.get_tokenizer(name), shown or name)
+    except Exception as error:  # torch's, safetensors', the Hub's and open_clip's own kinds
+        raise ModelError(f"open_clip cannot load {shown}{':' + tag if tag else ''}: {str(error)[:600]}") from error
+    tokenizer = _tokenizer(lambda: tokenizers.build(spec), shown)
     model.eval()
     preprocessing = repr((sorted(open_clip.get_model_preprocess_cfg(model).items()), _describe(tokenizer)))
     return Encoder(
-        name=shown or name,
+        name=shown,
         pretrained=tag,
         prepare=transform,
         image=model.encode_image,
         text=lambda texts: model.encode_text(tokenizer(texts).to(device)),
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
+        n_truncated=lambda texts: tokenizer.tokenize(texts)[1],
         fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
     )
 
 
-def _transformers(name: str, device: torch.device, autocast: torch.dtype | None) -> Encoder:
+def _transformers(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+    name, folder = found.text, str(found.path)
     try:
-        model = AutoModel.from_pretrained(name).to(device).eval()
-        processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"transformers cannot load {name}: {error}") from error
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False).to(device).eval()
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers', safetensors' and torch's own kinds
+        raise ModelError(f"transformers cannot load {name}: {reason(error)}") from error
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ModelError(f"{name} is a {type(model).__name__}; evaluation needs a dual encoder such as CLIPModel or SiglipModel")
-    tokenizer = _tokenizer(lambda: AutoTokenizer.from_pretrained(name), name)
+    tokenizer = _tokenizer(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
 
     def text(texts: list[str]) -> Tensor:
         # All sentences to the full length: SigLIP was trained without a mask, so its padding is part of the input.
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(device)
         return _pooled(model.get_text_features(**{k: tokens[k] for k in tokens if k in ("input_ids", "attention_mask")}))
+
+    def n_truncated(texts: list[str]) -> int:
+        return sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids)
 
     return Encoder(
         name=name,
@@ -181,6 +196,7 @@ def _transformers(name: str, device: torch.device, autocast: torch.dtype | None)
         text=text,
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
+        n_truncated=n_truncated,
         fingerprint=fingerprint(model.state_dict(), processor.to_json_string() + _describe(tokenizer)),
         autocast=autocast,
     )
@@ -195,7 +211,7 @@ def _tokenizer(build: Callable[[], Any], name: str) -> Any:
         tokenizer = build()
     except Exception as error:
         raise ModelError(
-            f"the tokenizer of {name} is missing or broken ({error}); put its files beside the weights "
+            f"the tokenizer of {name} is missing or broken ({reason(error)}); put its files beside the weights "
             "(tokenizer.json, tokenizer_config.json), or export the model again"
         ) from error
     if _ids(tokenizer, "a cat") == _ids(tokenizer, "a dog"):  # what transformers answers where the files are absent

@@ -25,8 +25,8 @@ EXAMPLE = """examples:
   vlp eval --compare a.json b.json
   accelerate launch --config_file launch/accelerate/cpu2.yaml -m vlp.cli eval runs/demo --task zeroshot --data data/test
 
-MODEL: a run, checkpoint or export of ours; ARCHITECTURE:TAG, hf-hub:… or local-dir:… of open_clip; a name or folder of
-transformers. key=value options of the task follow --task or --data.
+MODEL: a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip or transformers; ARCHITECTURE:TAG, or
+ARCHITECTURE:FILE (also FILE.json:FILE) for weights such as epoch_32.pt. key=value options of the task follow --task or --data.
 """
 
 
@@ -112,7 +112,10 @@ def evaluate(
     for task, opened in zip(tasks, data if data is not None else read_all(tasks)):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
+        context.truncated.clear()
         result = task.module.run(encoder, opened, task.options, context)
+        if n_truncated := context.truncated.total():
+            result.counts["truncated_texts"] = n_truncated
         records.append(report.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
     if context.contents is not None and dist.is_main():

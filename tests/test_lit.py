@@ -50,6 +50,44 @@ def test_what_cannot_be_precomputed_is_refused(settings, scenes, tmp_path):  # n
             train(settings(*stored, *changes, out="refused"))
 
 
+def test_embeddings_of_another_model_or_order_are_refused(settings, scenes, tmp_path):  # noqa: F811
+    """Of the right width and for the same samples, but other weights, other pixels, or exchanged rows."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    longer = ("train.duration=9", "train.optimizer.lr=3e-3", "data.workers=0")
+    tower, other = train(settings(*longer, out="tower")), train(settings(*longer, "seed=5", out="other"))
+    for name, model in (("right", tower), ("foreign", other)):
+        call(embed, scenes / "train", "--model", model, "--to", tmp_path / name)
+    (tmp_path / "rolled").mkdir()
+    for path in (tmp_path / "right").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        rows = {key: value.roll(1, dims=0).contiguous() for key, value in load_file(path).items()}
+        save_file(rows, tmp_path / "rolled" / path.name, about)
+    start = (*LOCKED, "train.duration=1", f"init_from={tower}", "model.image_tower.precomputed=true")
+    distilled = ("train.duration=1", "data.workers=0", "objective={infonce: {}, distill: {}}", "data.captions.choose=first")
+    n_refused = 0
+    for changes, whose in ((start, "this run's image tower"), (distilled, str(tower))):
+        train(settings(*changes, f"data.sources.0.embeddings={tmp_path / 'right'}", out=f"right{n_refused}"))
+        for wrong in ("foreign", "rolled"):
+            if wrong == "foreign" and whose == str(tower):  # by its own account made by the other model, and so it is
+                continue
+            with pytest.raises(ValueError, match=f"image embeddings are not made by {whose}: 8 samples .* cosines .*0.99"):
+                train(settings(*changes, f"data.sources.0.embeddings={tmp_path / wrong}", out="refused"))
+            n_refused += 1
+    assert n_refused == 3 and not (tmp_path / "refused").exists()
+
+
+def test_a_teacher_that_is_not_here_is_said(settings, scenes, tmp_path, capsys):  # noqa: F811
+    tower = train(settings("train.duration=1", out="tower"))
+    call(embed, scenes / "train", "--model", tower, "--to", tmp_path / "embedded")
+    tower.rename(tmp_path / "moved")
+    train(settings("train.duration=1", "data.workers=0", "objective={infonce: {}, distill: {}}", "data.captions.choose=first",
+                   f"data.sources.0.embeddings={tmp_path / 'embedded'}", out="distilled"))  # fmt: skip
+    assert f"embedded: not compared with {tower}, which is not on this machine" in capsys.readouterr().out
+
+
 def test_two_sources_of_a_teachers_embeddings_are_refused(settings, scenes, tmp_path):  # noqa: F811
     tower = train(settings("train.duration=1", out="tower"))
     call(embed, scenes / "train", "--model", tower, "--to", tmp_path / "embedded")

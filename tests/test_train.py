@@ -118,6 +118,25 @@ def test_training_starts_from_a_run_or_from_its_export(settings, tmp_path):
         train(settings("init_from=nowhere", out="none"))
 
 
+def test_a_start_from_weights_that_compute_or_see_something_else_is_refused(settings, tmp_path, capsys):
+    """Shapes fit, and every number would be wrong: another activation, other normalisation, other resizing."""
+    first = train(settings("train.duration=1", out="first"))
+    export_run(first, tmp_path / "export")
+    stated = tmp_path / "export/open_clip_config.json"
+    described = json.loads(stated.read_text())
+    quick = ("model.image_tower.quick_gelu=true", "model.text_tower.quick_gelu=true")
+    with pytest.raises(ValueError, match=r"init_from .* trained with GELU, and this model has quick GELU; set quick_gelu: false"):
+        train(settings(f"init_from={first}", *quick, out="quick"))
+    with pytest.raises(ValueError, match=r"weights of .* were trained with GELU, and this model has quick GELU"):
+        train(settings(f"model.pretrained={first}", *quick, out="quick"))
+    described["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    stated.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"trained on ImageSpec.*mean=\(0.5, 0.5, 0.5\).*set model.pretrained to it instead"):
+        train(settings(f"init_from={tmp_path / 'export'}", out="mean"))
+    run = train(settings(f"model.pretrained={tmp_path / 'export'}", "train.duration=1", out="taken"))  # as the message says
+    assert checkpoint.load_model(run).image_spec.mean == (0.5, 0.5, 0.5)
+
+
 def test_refusals(settings):
     run = train(settings("train.duration=3"))
     with pytest.raises(FileExistsError, match="already holds a run; continue it"):

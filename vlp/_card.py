@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vlp._private import shareable
 from vlp.model import DualEncoder
 from vlp.stages import Stages
 
@@ -20,10 +21,11 @@ def render(
     training: Mapping[str, Any] | None, step: int | None, license: str | None,
 ) -> str:  # fmt: skip
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads as, or None."""
-    parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step), "## Use", _usage(name, form)]
+    onnx = any(note.startswith("ONNX") for note in notes)
+    parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step), "## Use", _usage(name, form, onnx)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes), "## Results", _results(results)]
     if training is not None:
-        shown = yaml.safe_dump(_shareable(training), sort_keys=False, allow_unicode=True)
+        shown = yaml.safe_dump(shareable(training), sort_keys=False, allow_unicode=True)
         parts += ["## Data", _data(training), "## Training configuration", f"```yaml\n{shown}```"]
     parts += ["## Limits", _LIMITS]
     return "\n\n".join(parts) + "\n"
@@ -43,10 +45,7 @@ def render_stages(model: Stages, name: str, members: Sequence[str], license: str
 √{len(members)}: {dims} = {model.embed_dim} dimensions, unit length. Its cosine is the mean of theirs, and so is its
 scale, {model().scale.item():.4g}.
 
-```python
-import vlp.model
-model = vlp.model.load("{name}")  # or hf-hub:user/{name}
-```
+{_vlp_block(name)}
 
 Other libraries load each stage by itself: {", ".join(f"[{member}]({member}/README.md)" for member in members)}.
 """
@@ -84,7 +83,7 @@ def _indexed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(record: Mapping[str, Any], key: str) -> str:
     """A record's value as text, a path by its last part; what a record does not say stays empty."""
-    return PurePath(str(record[key])).name if key in record else ""
+    return PurePath(str(record[key])).name if record.get(key) is not None else ""
 
 
 def _numbers(record: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -103,44 +102,81 @@ def _summary(model: DualEncoder, step: int | None) -> str:
     )
 
 
-def _usage(name: str, form: str | None) -> str:
+def _usage(name: str, form: str | None, onnx: bool) -> str:
+    """How each library loads the model, as code that runs where the folder lies; `published` makes it the repository's."""
     blocks = [f"""```python
 import open_clip
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")  # or hf-hub:user/{name}
+import torch
+from PIL import Image
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")
 tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+model.eval()
+with torch.no_grad():
+    pixels = preprocess(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
+    image = model.encode_image(pixels, normalize=True)
+    text = model.encode_text(tokenizer(["a cat", "a dog"]), normalize=True)
+print(image @ text.T)
 ```"""]
     if form is not None:
         padding = '"max_length"' if form == "SiglipModel" else "True"
+        to_probabilities = "sigmoid()" if form == "SiglipModel" else "softmax(dim=-1)"
         blocks.append(f"""```python
+import torch
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
+
 model, processor = AutoModel.from_pretrained("{name}"), AutoProcessor.from_pretrained("{name}")
+image = Image.open("photo.jpg").convert("RGB")
 inputs = processor(text=["a cat", "a dog"], images=image, padding={padding}, truncation=True, return_tensors="pt")
-probabilities = model(**inputs).logits_per_image.{"sigmoid()" if form == "SiglipModel" else "softmax(dim=-1)"}
+with torch.no_grad():
+    print(model(**inputs).logits_per_image.{to_probabilities})
 ```""")
+        blocks.append(f"""```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+image, text = model.encode([Image.open("photo.jpg").convert("RGB")]), model.encode(["a cat", "a dog"])
+print(model.similarity(image, text))
+```""")
+    blocks.append(_vlp_block(name))
+    if onnx:
+        blocks.append("`onnx/image.onnx` and `onnx/text.onnx` take what open_clip's `preprocess` and `tokenizer` give.")
     return "\n\n".join(blocks)
 
 
+def _vlp_block(name: str) -> str:
+    return f"""```python
+from vlp.model import load
+
+model = load("local-dir:{name}").eval()
+```"""
+
+
+def published(card: str, name: str, repository: str) -> str:
+    """The card of the folder `name` as it stands in a repository: its code loads from there."""
+    return card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"').replace(f'("{name}")', f'("{repository}")')
+
+
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
+    """Every score beside its 95 % interval and what guessing would give, as far as the record has them."""
     if not results:
         return "Not evaluated."
-    rows = ["| task | data | protocol | metric | value |", "|---|---|---|---|---|"]
+    rows = ["| task | data | protocol | metric | value | 95 % interval | chance |", "|---|---|---|---|---|---|---|"]
     for record in results:
         protocol = "{name} v{version}".format(**record["protocol"]) if "protocol" in record else ""
-        known = [record["task"], _plain(record, "dataset"), protocol]
-        rows += [f"| {' | '.join(known)} | {key} | {value:.4g} |" for key, value in _numbers(record)]
+        intervals, chance = record.get("intervals_95") or {}, record.get("chance") or {}
+        for key, value in _numbers(record):
+            interval = " to ".join(f"{bound:.4g}" for bound in intervals.get(key) or ())
+            guessed = f"{chance[key]:.4g}" if chance.get(key) is not None else ""
+            cells = [record["task"], _plain(record, "dataset"), protocol, key, f"{value:.4g}", interval, guessed]
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def _data(training: Mapping[str, Any]) -> str:
     sources = training["data"]["sources"] if "data" in training else []
-    lines = [", ".join(f"{key}: {value}" for key, value in _shareable(source).items()) for source in sources]
+    stated = [{key: value for key, value in shareable(source).items() if value is not None} for source in sources]
+    lines = [", ".join(f"{key}: {value}" for key, value in source.items()) for source in stated]
     return "\n".join(f"- {line}" for line in lines) or "Not recorded."
-
-
-def _shareable(value: Any) -> Any:
-    """The configuration with absolute paths cut to their last part: a card is public, a machine's folders are not."""
-    if isinstance(value, Mapping):
-        return {key: _shareable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_shareable(item) for item in value]
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value

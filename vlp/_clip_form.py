@@ -9,6 +9,7 @@ import open_clip
 from torch import Tensor
 
 from vlp.model import DualEncoder
+from vlp.towers._transformers import CLIP_VISION, LAYER, TEXT
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
@@ -121,13 +122,9 @@ def _unlike(name: str, section: Any, required: Mapping[str, Any]) -> Iterator[st
 
 
 def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield "vision_model.embeddings.class_embedding", weights["visual.class_embedding"]
-    yield "vision_model.embeddings.patch_embedding.weight", weights["visual.conv1.weight"]
-    yield "vision_model.embeddings.position_embedding.weight", weights["visual.positional_embedding"]
     yield "visual_projection.weight", weights["visual.proj"].T
-    for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
-        for kind in ("weight", "bias"):
-            yield f"vision_model.{theirs}.{kind}", weights[f"visual.{ours}.{kind}"]
+    for ours, theirs in CLIP_VISION.items():
+        yield f"vision_model.{theirs}", weights[f"visual.{ours}"]
     yield from layers(weights, "visual.transformer.resblocks.", "vision_model.encoder.layers.")
 
 
@@ -138,17 +135,9 @@ def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def text_trunk(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """open_clip's TextTransformer without its projection, under the names of CLIPTextModel and SiglipTextModel."""
-    yield "text_model.embeddings.token_embedding.weight", weights["text.token_embedding.weight"]
-    yield "text_model.embeddings.position_embedding.weight", weights["text.positional_embedding"]
-    for kind in ("weight", "bias"):
-        yield f"text_model.final_layer_norm.{kind}", weights[f"text.ln_final.{kind}"]
+    for ours, theirs in TEXT.items():
+        yield f"text_model.{theirs}", weights[f"text.{ours}"]
     yield from layers(weights, "text.transformer.resblocks.", "text_model.encoder.layers.")
-
-
-_LAYER = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
 
 
 def layers(weights: Mapping[str, Tensor], source: str, target: str) -> Iterator[tuple[str, Tensor]]:
@@ -160,4 +149,4 @@ def layers(weights: Mapping[str, Tensor], source: str, target: str) -> Iterator[
                 yield f"{target}{number}.self_attn.{name}_proj.{part.removeprefix('attn.in_proj_')}", piece
         else:
             module, _, kind = part.rpartition(".")
-            yield f"{target}{number}.{_LAYER[module]}.{kind}", weights[key]
+            yield f"{target}{number}.{LAYER[module]}.{kind}", weights[key]

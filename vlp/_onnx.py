@@ -53,17 +53,25 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
 
     given, made = _GIVEN[tower.side], f"{tower.side}_embeds"
     large = sum(p.numel() * p.element_size() for p in tower.parameters()) > 2**30  # one ONNX file ends at 2 GiB
-    with _quiet():
-        torch.onnx.export(
-            tower.eval(), (tower.example(2),), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},),
-            input_names=[given], output_names=[made], external_data=large, verbose=False,
-        )  # fmt: skip
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     difference = 0.0
-    for rows in (1, 3):
-        x = tower.example(rows)
-        found = torch.from_numpy(session.run([made], {given: x.numpy()})[0])
-        difference = max(difference, (found - tower(x)).abs().max().item())
+    try:
+        with _quiet():
+            torch.onnx.export(
+                tower.eval(), (tower.example(2),), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},),
+                input_names=[given], output_names=[made], external_data=large, verbose=False,
+            )  # fmt: skip
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+        for rows in (1, 3):  # other numbers of rows than the traced one: a frozen axis shows here
+            x = tower.example(rows)
+            embedded = torch.from_numpy(session.run([made], {given: x.numpy()})[0])
+            difference = max(difference, (embedded - tower(x)).abs().max().item())
+    except Exception as error:  # the exporter and onnxruntime raise kinds of their own
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise OnnxError(
+            f"the {tower.side} tower cannot be written as ONNX ({type(error).__name__}: {reason}); "
+            "leave out --onnx, or report it with the model's configuration"
+        ) from error
     if difference > tolerance:
         raise OnnxError(f"{path.name} differs from PyTorch by {difference:.1e}, more than {tolerance:g}")
     return f"ONNX: {path.parent.name}/{path.name}, embeddings within {difference:.1e} of PyTorch's"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlp._clip_form import image_settings, sections, text_trunk, tower_config
 from vlp.model import DualEncoder
+from vlp.towers._transformers import TIMM
 
 if TYPE_CHECKING:
     from transformers import SiglipModel, SiglipProcessor
@@ -83,6 +84,7 @@ def processor(model: DualEncoder) -> SiglipProcessor:
 
     tokenizer = AutoTokenizer.from_pretrained(
         model.text_spec.tokenizer,
+        trust_remote_code=False,
         model_max_length=model.text_spec.context_length,
         model_input_names=["input_ids"],  # padding was attended to in training, so no attention mask
     )
@@ -109,15 +111,6 @@ def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     yield from text_trunk(weights)
 
 
-_RENAMED = {
-    "pos_embed": "embeddings.position_embedding.weight", "patch_embed.proj": "embeddings.patch_embedding",
-    "norm": "post_layernorm", "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj",
-    "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-    "attn_pool.latent": "head.probe", "attn_pool.proj": "head.attention.out_proj", "attn_pool.norm": "head.layernorm",
-    "attn_pool.mlp.fc1": "head.mlp.fc1", "attn_pool.mlp.fc2": "head.mlp.fc2",
-}  # fmt: skip
-
-
 def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     trunk = {k.removeprefix("visual.trunk."): v for k, v in weights.items() if k.startswith("visual.trunk.")}
     for kind in ("weight", "bias"):  # one joint projection in transformers, two in timm
@@ -133,6 +126,6 @@ def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             for name, piece in zip("qkv", tensor.chunk(3)):
                 yield f"vision_model.{layer}self_attn.{name}_proj.{kind}", piece
         elif part in ("pos_embed", "attn_pool.latent"):
-            yield f"vision_model.{_RENAMED[part]}", tensor.squeeze(0) if part == "pos_embed" else tensor
+            yield f"vision_model.{TIMM[part]}", tensor.squeeze(0) if part == "pos_embed" else tensor
         else:
-            yield f"vision_model.{layer}{_RENAMED[module]}.{kind}", tensor
+            yield f"vision_model.{layer}{TIMM[module]}.{kind}", tensor

@@ -25,17 +25,21 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlp import log
+from vlp.data.text import same_tokens
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
 from vlp.model import load as load_export
+from vlp.towers._references import Reference
+from vlp.towers._references import resolve as resolve_reference
+from vlp.towers._weights import same_activation
 
 FOLDER = "checkpoints"
 ABANDONED = ".abandoned"  # ending of a checkpoint that the run did not go on from
@@ -219,14 +223,34 @@ def load_model(ref: str | Path) -> DualEncoder:
     return model.eval()
 
 
-def is_ours(ref: str | Path) -> bool:
-    """Whether there is a run's or a checkpoint's folder of this name."""
-    return (Path(ref) / FOLDER).exists() or (Path(ref) / "manifest.json").exists()
+def load_any(ref: str | Path | Reference, like: DualEncoder | None = None) -> DualEncoder:
+    """The model behind any reference (vlp.towers._references), on the CPU; ValueError or CheckpointError says what is there.
+
+    `like`: the model whose architecture a file of weights alone has.
+    """
+    found = resolve_reference(ref)
+    return load_model(found.path) if found.kind == "run" else load_export(found, like)
 
 
-def load_any(ref: str) -> DualEncoder:
-    """The model of a run, a checkpoint, an exported folder, `local-dir:path` or `hf-hub:user/name`."""
-    return load_model(ref) if is_ours(ref) else load_export(ref)
+def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
+    """Refuse weights of `source` for a `model` that computes or sees something else than they were trained for.
+
+    ValueError for another activation or other pixels; other tokens are said, because a text tower may be new. The size of
+    pixels is left to the shapes of the weights.
+    """
+    if not isinstance(source, DualEncoder):
+        raise ValueError(f"{name} holds several models; name one of them")
+    quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
+    same_activation(*quick, f"the weights of {name}", None)
+    pixels = [replace(m.image_spec, size=model.image_spec.size) for m in (source, model)]
+    if pixels[0] != pixels[1]:
+        raise ValueError(
+            f"{name} was trained on {pixels[0]}, and this model reads {pixels[1]}; set model.pretrained to it instead, which "
+            "takes over its preprocessing"
+        )
+    length = model.text_spec.context_length
+    if not same_tokens(replace(source.text_spec, context_length=length), model.text_spec):
+        log.warn(f"{name} read its captions as {source.text_spec}, and this model reads {model.text_spec}")
 
 
 def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -104,11 +104,11 @@ def _eval(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXPORT_EXAMPLE
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run or one of its checkpoints; several (or exports): one model")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, a checkpoint, or any model; several: one model of them")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
     parser.add_argument("--license", metavar="ID", help="licence for the model card, e.g. apache-2.0")
     parser.add_argument("--onnx", action="store_true", help="also write both towers as ONNX (needs pip install vlp[hub])")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export; files that no export wrote stay")
 
     def run(options: argparse.Namespace) -> int:
         from vlp.export import export_run, export_stages

@@ -233,7 +233,7 @@ class Model:
     scale: Scale = Scale()
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
     heads: Heads = Heads()
-    pretrained: str | None = None  # open_clip tag, file of weights, or hf-hub:user/name; None: random
+    pretrained: str | None = None  # open_clip tag, or any reference (vlp.towers._references); None: random
 
     @property
     def precomputed(self) -> bool:
@@ -289,7 +289,7 @@ class Teacher:
 
     ema: float | None = None  # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
     queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
-    model: str | None = None  # another, frozen model: a run, a checkpoint, an export, or hf-hub:user/name
+    model: str | None = None  # another, frozen model: any reference (vlp.towers._references)
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -343,7 +343,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
     seed: int = 0
-    init_from: str | None = None  # weights to start from: a run, a checkpoint, an export, or hf-hub:user/name of one
+    init_from: str | None = None  # weights to start from: any reference (vlp.towers._references)
     resume: str = "never"  # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vlp import _card, _clip_form, _siglip_form, checkpoint, stages
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
-from vlp.towers import _weights
+from vlp.towers import _references, _weights
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a written form and the model
 
@@ -38,20 +38,22 @@ class ExportError(ValueError):
 
 def export(
     model: DualEncoder, to: Path | str, *, results: Sequence[Mapping[str, Any]] = (), training: Mapping[str, Any] | None = None,
-    step: int | None = None, license: str | None = None, onnx: bool = False, overwrite: bool = False,
+    step: int | None = None, license: str | None = None, onnx: bool = False, overwrite: bool = False, home: Path | None = None,
 ) -> list[str]:  # fmt: skip
     """Write `model` to the folder `to`, and say in one line a form what was written, or why it was not.
 
     results: evaluation records ({"task", "metrics", …}) and training: the resolved configuration, both for the card.
     license: an identifier of the Hub, such as apache-2.0. onnx: also write both towers as ONNX (needs onnx and onnxscript).
-    The folder appears complete or not at all; ExportError if it exists and is not empty, unless `overwrite`.
+    home: where the folder will lie in the end, if not at `to`.
+    The folder appears complete or not at all; ExportError if it exists and is not empty, unless `overwrite`, which keeps
+    every file that no export wrote.
     """
     to = Path(to)
     with _appearing(to, overwrite) as folder:
         weights = {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
                    for k, v in model.open_clip_state_dict().items()}  # fmt: skip
-        notes = _write_open_clip(model, weights, folder)
-        reference = from_description(_weights.read_config(folder), _weights.weights_in(folder)).eval()
+        notes = _write_open_clip(model, weights, folder, (home or to).resolve())
+        reference = from_description(_references.read_config(folder), _weights.weights_in(folder)).eval()
         form, found = _write_transformers(reference, weights, folder)
         notes += found
         if onnx:
@@ -66,22 +68,29 @@ def export(
 
 
 def export_run(
-    run: Path | str, to: Path | str, *, license: str | None = None, onnx: bool = False, overwrite: bool = False
-) -> list[str]:
+    run: Path | str, to: Path | str, *, license: str | None = None, onnx: bool = False, overwrite: bool = False,
+    home: Path | None = None,
+) -> list[str]:  # fmt: skip
     """`export` of a run's newest checkpoint, or of one checkpoint's folder, with the run's results and configuration.
 
-    results.json describes a run's last step; an earlier checkpoint is exported without results.
+    results.json describes a run's last step; an earlier checkpoint is exported without results. Any other reference to a
+    model (vlp.towers._references) is exported as it is.
     """
-    path = checkpoint.resolve(run)
+    found = _references.resolve(run)
+    if found.kind != "run":
+        return export(checkpoint.load_any(found), to, license=license, onnx=onnx, overwrite=overwrite, home=home)
+    path = checkpoint.resolve(found.path)
     model = checkpoint.load_model(path)
-    home = path.parent.parent
-    recorded = home / "results.json"
-    newest = checkpoint.newest(home)
+    whole = path.parent.parent
+    recorded = whole / "results.json"
+    newest = checkpoint.newest(whole)
     latest = newest is not None and newest.resolve() == path.resolve()
     results = json.loads(recorded.read_text(encoding="utf-8")) if latest and recorded.exists() else ()
     training = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     step = int(path.name.removeprefix("step_"))
-    return export(model, to, results=results, training=training, step=step, license=license, onnx=onnx, overwrite=overwrite)
+    return export(
+        model, to, results=results, training=training, step=step, license=license, onnx=onnx, overwrite=overwrite, home=home
+    )
 
 
 def export_stages(
@@ -95,37 +104,38 @@ def export_stages(
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with _appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            if checkpoint.is_ours(run):
-                export_run(run, folder / name, license=license, onnx=onnx)
-            else:
-                export(checkpoint.load_any(str(run)), folder / name, license=license, onnx=onnx)
-        _write_json(folder / _weights.STAGES, {"members": names})
+            export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
+        _write_json(folder / _references.STAGES, {"members": names})
         card = _card.render_stages(stages.load(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return [
-        f"vlp: {_weights.STAGES}; the embeddings of {len(names)} stages one after another",
+        f"vlp: {_references.STAGES}; the embeddings of {len(names)} stages one after another",
         f"open_clip, transformers: no model of theirs joins several pairs of towers; each of {', '.join(names)} loads by itself",
     ]
 
 
-def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Path) -> list[str]:
-    notes = [f"open_clip: {_weights.CONFIG}, {_weights.WEIGHTS[0]}"]
+def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Path, home: Path) -> list[str]:
+    notes = [f"open_clip: {_references.CONFIG}, {_weights.WEIGHTS}"]
     described = json.loads(json.dumps(model.description()))  # a copy: what points into this machine is renamed below
     del described["vlp"]["heads"]  # exports embed, and heads do not
     text = described["model_cfg"]["text_cfg"]
     if model.text_spec.tokenizer != "clip":
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(model.text_spec.tokenizer).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model.text_spec.tokenizer, trust_remote_code=False).save_pretrained(folder)
         if Path(text["hf_tokenizer_name"]).is_dir():
             text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
     if "hf_model_name" in text:
-        model.text.config.save_pretrained(folder / _weights.TEXT_TOWER)
+        model.text.config.save_pretrained(folder / _references.TEXT_TOWER)
         if Path(text["hf_model_name"]).is_dir():
-            text["hf_model_name"] = f"./{_weights.TEXT_TOWER}"
-            notes.append(f"open_clip: looks for the text tower in {text['hf_model_name']}, so run it inside the folder")
-    _write_json(folder / _weights.CONFIG, described)
-    _save_weights(weights, folder / _weights.WEIGHTS[0])
+            # transformers, which open_clip asks, takes a path or a repository; `vlp push` writes the latter
+            text["hf_model_name"] = str(home / _references.TEXT_TOWER)
+            notes.append("open_clip: finds the text tower by this folder's path; vlp reads it wherever the folder is moved")
+    vision = described["model_cfg"]["vision_cfg"]
+    if vision.get("timm_model_name") and vision.get("act_kwargs"):
+        notes.append("open_clip: has exact GELU in timm's towers, and this one the tanh form: its images differ slightly there")
+    _write_json(folder / _references.CONFIG, described)
+    _save_weights(weights, folder / _weights.WEIGHTS)
     return notes
 
 
@@ -183,7 +193,10 @@ def _difference(model: DualEncoder, network: nn.Module) -> float:
 
 @contextmanager
 def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `to` that takes its name once everything in it is on the disk."""
+    """A temporary folder beside `to` that takes its name once everything in it is on the disk.
+
+    It ends with the list of its files (MANIFEST). Of a folder that it replaces, files that no export wrote are carried over.
+    """
     if to.is_file() or (to.is_dir() and any(to.iterdir()) and not overwrite):
         kind = "a file" if to.is_file() else "a folder that is not empty"
         raise ExportError(f"{to} is {kind}; choose another place" + ("" if to.is_file() else " or say to overwrite it"))
@@ -193,8 +206,13 @@ def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        files = sorted([*_references.files_of(temporary), _references.MANIFEST])
+        _write_json(temporary / _references.MANIFEST, {"name": to.name, "files": files})
+        _carry_over(to, temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
+            if not path.is_symlink():
+                sync(path)
+
         replaced = to.parent / f".{to.name}.replaced-{os.getpid()}"
         if to.exists():
             os.replace(to, replaced)
@@ -205,9 +223,22 @@ def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _carry_over(old: Path, new: Path) -> None:
+    """Copy what no export wrote from the folder `old` into `new`; ExportError where this export has a file of that name."""
+    if not old.is_dir():
+        return
+    foreign = sorted(set(_references.files_of(old)) - set(_references.exported_files(old)))
+    taken = [name for name in foreign if (new / name).exists()]
+    if taken:
+        raise ExportError(f"{old} holds {', '.join(taken[:3])}, which no export wrote and this one would replace; move it away")
+    for name in foreign:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(old / name, new / name, follow_symlinks=False)
+
+
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
-    shutil.copymode(path.parent / _weights.CONFIG, path)  # safetensors writes files that only their owner may read
+    shutil.copymode(path.parent / _references.CONFIG, path)  # safetensors writes files that only their owner may read
 
 
 def _write_json(path: Path, value: Any) -> None:

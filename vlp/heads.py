@@ -52,7 +52,7 @@ class Captioner(nn.Module):
         """−log p of the tokens ids[:, 1:], [b, L − 1], from [b, patches, width of the image tower] and [b, L, width of the
         text tower]. Position l sees the image and the tokens up to l. The logits, [b, L − 1, vocabulary], do not leave."""
         logits = self.decoder(self.bridge(image_tokens), text_tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
 
 
 class Heads(nn.Module):

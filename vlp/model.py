@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from vlp import config
 from vlp.heads import Heads
 from vlp.schema import parse, plain
-from vlp.towers import _assemble, _weights
+from vlp.towers import _assemble, _references, _weights
 from vlp.towers._exact import Pixels, Scaling
+from vlp.towers.huggingface import language_config
 from vlp.types import Batch, Features
 
 IMAGES = ("image", "negative_image")  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
@@ -81,9 +82,9 @@ class DualEncoder(nn.Module):
             if own is None:
                 continue
             features, tokens[name] = tower(own if views is None else torch.cat([own, views]))
-            found[name] = _unit(features[: len(own)])
+            found[name] = _unit(features[: own.shape[0]])
             if views is not None:
-                found[f"{name}_views"] = _unit(getattr(self.heads.views, name)(_unit(features[len(own) :])))
+                found[f"{name}_views"] = _unit(getattr(self.heads.views, name)(_unit(features[own.shape[0] :])))
             if name == "image" and pairs and self.heads.concepts is not None:
                 found["concept_logits"] = self.heads.concepts(features[:pairs])
         if self.heads.views is not None and (image_views is not None or text_views is not None):
@@ -188,19 +189,19 @@ class DualEncoder(nn.Module):
 def build(model: config.Model) -> DualEncoder:
     """The model that a configuration describes, on the CPU in float32.
 
-    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and, where the architecture
-    alone does not state it, their preprocessing. Raises ValueError for unknown names and for weights that do not fit.
+    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and their preprocessing, as
+    far as it is stated beside them. Raises ValueError for unknown names and for weights that do not fit.
     """
     model_cfg, preprocess_cfg = _assemble.assemble(model)
     weights = None
     if model.pretrained is not None:
         architecture = getattr(model.image_tower.options, "architecture", None)
-        weights, stated = _weights.find(model.pretrained, architecture)
-        preprocess_cfg = stated | preprocess_cfg
+        weights = _weights.find(model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False)))
+        preprocess_cfg = _assemble.trained_on(weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained)
         model_cfg = without_downloads(model_cfg)
     clip = _instantiate(model_cfg)
     if weights is not None:
-        _weights.load_into(clip, weights)
+        _weights.load_into(clip, weights.path)
     encoder = DualEncoder(clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads)
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
@@ -255,15 +256,28 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
     return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
 
 
-def load(reference: str | Path) -> DualEncoder:
-    """An exported model, from its folder, `local-dir:path` or `hf-hub:user/name`: any repository in open_clip's form, or
-    an export of several stages, which is a `vlp.stages.Stages`."""
-    folder = _weights.folder_of(reference)
-    if (folder / _weights.STAGES).exists():
+def load(reference: str | Path | _references.Reference, like: DualEncoder | None = None) -> DualEncoder:
+    """The model behind a reference (vlp.towers._references), a run's excepted: `vlp.checkpoint.load_any` takes those too.
+
+    `like`: the model whose architecture a file of weights alone has. Stages give a `vlp.stages.Stages`. ValueError says
+    what was found where the model was looked for.
+    """
+    found = _references.resolve(reference)
+    if found.kind == "stages":
         from vlp import stages
 
-        return stages.load(folder)
-    return from_description(_weights.read_config(folder), _weights.weights_in(folder))
+        return stages.load(found.path)
+    if found.kind == "run":
+        raise ValueError(f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it")
+    weights = _weights.behind(found)
+    if weights.described:
+        return from_description(weights.described, weights.path)
+    if like is None:
+        raise ValueError(
+            f"{found.text} holds weights, which do not say their architecture; write {_references.architecture_hint(found.path)}"
+        )
+    described = like.description()
+    return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)
 
 
 def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
@@ -274,6 +288,9 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
+    text = model_cfg["text_cfg"]
+    if text.get("hf_model_name"):
+        language_config(text["hf_model_name"])  # refuses code of its own, which open_clip would ask the terminal about
     try:
         clip = open_clip.CustomTextCLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -282,7 +299,16 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         found, wanted = clip.visual.trunk.num_features, model_cfg["embed_dim"]
         if found != wanted:
             raise ValueError(f"the image tower gives {found} features, unprojected, and embed_dim is {wanted}; make them equal")
+    if isinstance(clip.visual, TimmModel):
+        _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
     return clip
+
+
+def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
+    """Give a timm tower the GELU of its weights (SigLIP's is the tanh form); open_clip cannot tell timm which."""
+    for module in tower.trunk.modules():
+        if act_kwargs and isinstance(module, nn.GELU):
+            module.approximate = act_kwargs["approximate"]
 
 
 def _locked(tower: Any) -> bool:

@@ -18,10 +18,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from vlp.towers._weights import CONFIG, STAGES
+from vlp import _card
+from vlp.towers._hub import http_error
+from vlp.towers._references import CONFIG, MANIFEST, TEXT_TOWER, exported_files, files_of, read_json
 
-# httpx's or httpx2's, whichever this version of huggingface_hub speaks with
-_HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_HTTPError = http_error()
 _GENERATED = {".gitattributes"}  # what a Hub itself puts into a new repository
 
 
@@ -40,7 +41,7 @@ def push(
     (PushError) unless `overwrite`, which replaces all of them; one that holds just these is left as it is.
     """
     folder, hub = Path(folder), HfApi(endpoint=endpoint)
-    contents = _contents(folder, repository)
+    contents = _contents(folder, repository, say)
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         present = {e.path: e for e in hub.list_repo_tree(repository, recursive=True) if isinstance(e, RepoFile)}
@@ -73,20 +74,48 @@ def _commit(hub: HfApi, repository: str, changes: list[Any], attempts: int, wait
     raise AssertionError("attempts must be at least 1")
 
 
-def _contents(folder: Path, repository: str) -> Mapping[str, Path | bytes]:
-    """Files by their path in the repository. A tokenizer that lies beside the model is named by the repository there."""
-    if not (folder / CONFIG).is_file() and not (folder / STAGES).is_file():
-        raise PushError(f"{folder} is no exported model: it holds no {CONFIG}; run vlp export first")
-    contents: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    if CONFIG in contents:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        text = described["model_cfg"]["text_cfg"]
-        if "hf_tokenizer_name" in text and text["hf_tokenizer_name"] == ".":
-            text["hf_tokenizer_name"] = repository
-            contents[CONFIG] = (json.dumps(described, indent=2) + "\n").encode()
+def _contents(folder: Path, repository: str, say: Callable[[str], None]) -> Mapping[str, Path | bytes]:
+    """What an export wrote, by its path in the repository; nothing else that lies in the folder is published.
+
+    The card, a tokenizer and a text tower that lie beside the model are named by the repository there.
+    """
+    names = exported_files(folder)
+    if not names:
+        raise PushError(f"{folder} is no export: it holds no {MANIFEST}, which lists what is published; run vlp export first")
+    contents: dict[str, Path | bytes] = {name: _inside(folder, name) for name in names}
+    others = sorted(set(files_of(folder)) - set(names))
+    if others:
+        say(f"left out, because no export wrote them: {', '.join(others)}")
+
+    title = read_json(folder / MANIFEST)["name"]
+    contents["README.md"] = _card.published((folder / "README.md").read_text(encoding="utf-8"), title, repository).encode()
+    for name in names:
+        if name.rpartition("/")[2] == CONFIG:
+            at_root = name == CONFIG
+            contents[name] = _named(folder / name, repository if at_root else "", contents)
     return contents
+
+
+def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> bytes:
+    """open_clip_config.json as it is published. transformers finds a text tower as the configuration of the repository."""
+    described = read_json(path)
+    text = described["model_cfg"]["text_cfg"]
+    if repository and text.get("hf_tokenizer_name") == ".":
+        text["hf_tokenizer_name"] = repository
+    if Path(text.get("hf_model_name") or "").is_absolute():
+        text["hf_model_name"] = repository or f"./{TEXT_TOWER}"  # a stage in a subfolder is vlp's to load
+        if repository:
+            contents["config.json"] = path.parent / TEXT_TOWER / "config.json"
+    return (json.dumps(described, indent=2) + "\n").encode()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise PushError(f"{folder} has lost {name}, which its export wrote; export it again")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise PushError(f"{path} leads out of the folder, to {path.resolve()}; put the file itself there")
+    return path
 
 
 def _same(ours: Path | bytes, theirs: RepoFile) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlp.data.text import same_tokens
 from vlp.model import DualEncoder
 from vlp.model import load as load_member
-from vlp.towers._weights import STAGES
+from vlp.towers._references import STAGES
 from vlp.types import Features
 
 

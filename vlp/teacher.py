@@ -79,7 +79,7 @@ class Teacher:
 
 def frozen(reference: str, student: DualEncoder, key: str = "teacher.model") -> DualEncoder:
     """The model behind `reference`, set at `key`; ValueError if it cannot read the student's pixels and tokens."""
-    model = checkpoint.load_any(reference).requires_grad_(False).eval()
+    model = checkpoint.load_any(reference, like=student).requires_grad_(False).eval()
     own, wanted = ((m.image_spec.size, m.text_spec) for m in (model, student))
     if own[0] != wanted[0] or not same_tokens(own[1], wanted[1]):
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, log, losses, optim, parallel, selection, teacher
+from vlp import checkpoint, dist, log, losses, optim, parallel, selection, stored_embeddings, teacher
 from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
@@ -26,6 +26,7 @@ from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
+from vlp.towers._references import resolve as resolve_reference
 
 Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
 
@@ -41,6 +42,8 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     check_batch(config)
     run = Path(config.out)
     source = open_run(config)
+    for reference in filter(None, (config.init_from, config.teacher.model)):
+        resolve_reference(reference)  # a mistyped one is answered before the data are read
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
@@ -67,6 +70,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     if source is not None:
         contents = checkpoint.load(source)
         checkpoint.restore(model, contents.model, source)
+    stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
     say_start(config, model, loader, objective, plan, source)
     engine.prepare(model, config.train)
     training = Training(
@@ -271,8 +275,10 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
 
 
 def start_from(model: DualEncoder, reference: str) -> None:
-    """Take the weights of a run or export. Heads start at random where it has none; heads that only it has stay away."""
-    weights = checkpoint.load_any(reference).state_dict()
+    """Take the weights of another model. Heads start at random where it has none; heads that only it has stay away."""
+    source = checkpoint.load_any(reference, like=model)
+    checkpoint.check_alike(source, model, f"init_from {reference}")
+    weights = source.state_dict()
     fresh = {name: value for name, value in model.state_dict().items() if name.startswith("heads.") and name not in weights}
     foreign = {name for name in weights if name.startswith("heads.")} - model.state_dict().keys()
     for names, what in ((fresh, "start at random"), (foreign, "are left out")):

@@ -129,10 +129,10 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path):
     ("ref", "message"),
     [
         ("ViT-B-32", r"architecture without weights; write ViT-B-32:TAG \(known: .*openai"),
-        ("ViT-B-32:no_such_tag", "open_clip cannot load ViT-B-32:no_such_tag"),
+        ("ViT-B-32:no_such_tag", "ViT-B-32 has no weights 'no_such_tag': no such file, and no tag; known: .*openai"),
         ("no-such-model", "no model 'no-such-model'"),
         ("runs/none/export", "no model 'runs/none/export': no such file or folder"),
-        ("local-dir:/nowhere", "open_clip cannot load local-dir:/nowhere"),
+        ("local-dir:/nowhere", "no folder /nowhere. What works: a run or checkpoint"),
     ],
 )
 def test_a_reference_that_is_no_model_is_refused(ref, message):
@@ -141,7 +141,7 @@ def test_a_reference_that_is_no_model_is_refused(ref, message):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="is no model: expected a run or checkpoint"):
+    with pytest.raises(ModelError, match=r"is no model: it holds nothing. What works: a run or checkpoint"):
         models.load(str(tmp_path))
     from transformers import BertConfig, BertModel
 
@@ -185,3 +185,53 @@ def test_a_run_a_checkpoint_and_an_export_embed_alike(photos, tmp_path):
     assert torch.allclose(exported.encode_images(photos), image, atol=1e-5)
     assert torch.allclose(exported.encode_texts(SENTENCES), text, atol=1e-5)
     assert exported.scale == pytest.approx(memory.scale)
+
+
+def test_weights_of_the_other_activation_are_refused(tmp_path, monkeypatch):
+    """Both ways, as training refuses them; open_clip only warns, and every score would be wrong."""
+    import open_clip.pretrained
+
+    tags = {"quick": {"file": "none", "quick_gelu": True}, "plain": {"file": "none"}}
+    for architecture in ("ViT-S-32-alt", "ViT-B-32-quickgelu", "ViT-B-32"):
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, architecture, tags)
+    cases = {
+        "ViT-S-32-alt:quick": "'quick' were trained with quick GELU, and this model has GELU; use an architecture with quick GELU",
+        "ViT-B-32:quick": "use architecture ViT-B-32-quickgelu",
+        "ViT-B-32-quickgelu:plain": "'plain' were trained with GELU, and this model has quick GELU; use architecture ViT-B-32",
+    }
+    for reference, message in cases.items():
+        with pytest.raises(ModelError, match=message):
+            models.load(reference)
+    assert len(cases) == 3
+
+
+def test_truncated_texts_are_counted_by_every_kind_of_encoder(tiny, tmp_path):
+    from vlp.eval import embed
+
+    long = ["word " * 100, "a " * 76, "short", ""]  # begin and end take two of the 77
+    folders = {"open_clip": str(tiny), "transformers": str(tiny_transformers(tmp_path / "clip", "clip"))}
+    assert models.load(folders["open_clip"]).n_truncated(long) == 2
+    assert models.load(folders["transformers"]).n_truncated(["abcdefghijk", "abcdefghij", "a"]) == 1  # 12 with begin and end
+    assert models.from_model(material.our_model().eval()).n_truncated(long) == 2
+    encoder, context = models.load(folders["open_clip"]), embed.Context(cache=tmp_path / "cache")
+    for _ in range(2):  # computed, then kept
+        context.truncated.clear()
+        embed.texts(encoder, [*long, long[0]], context)
+        assert context.truncated.total() == 2
+
+
+def test_a_record_tells_of_truncated_texts(tiny, tmp_path):
+    from vlp import plugin
+    from vlp.eval import embed, run
+
+    samples = [(material.png(material.picture(i)), ["a dog " * (60 if i == 1 else 1) + str(i)]) for i in range(3)]
+    root = material.clip_benchmark_set(tmp_path / "set", samples, n_shards=1)
+    tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": str(root)}})
+    (record,), _ = run.evaluate(models.load(str(tiny)), tasks, embed.Context())
+    assert record["counts"]["truncated_texts"] == 1
+
+
+def test_an_open_clip_folder_without_weights_is_not_evaluated_at_random(tiny, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text((tiny / "open_clip_config.json").read_text())
+    with pytest.raises(ModelError, match=r"holds no weights: it holds open_clip_config.json; expected open_clip_model.safetensors"):
+        models.load(str(tmp_path))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.model.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
 from vlp import checkpoint, export
+from vlp.eval import models
 from vlp.model import load
 
 TOLERANCE = 1e-5  # of the issue: largest difference of a coordinate on the same pixels
@@ -94,15 +95,25 @@ def test_every_library_gives_the_models_embeddings(case, tmp_path):
 def test_a_language_model_tower_loads_again_without_its_source(tmp_path, monkeypatch):
     text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
     model = tiny(text_tower=text)
-    notes = export.export(model, tmp_path / "out")
+    expected = models.from_model(model).encode_texts(["two red circles", "a dog"])
+    contents = checkpoint.Contents(model.state_dict(), {}, config="out: run", description=model.description())
+    checkpoint.save(tmp_path / "run", 1, contents, keep=1)
+    export.export_stages([tmp_path / "run"] * 2, tmp_path / "stages")
+    notes = export.export_run(tmp_path / "run", tmp_path / "out")
     os.rename(tmp_path / "bert", tmp_path / "gone")
     _, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(text=ids).text, model(text=ids).text)
-    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "out").glob("*.json"))
-    assert not any(str(tmp_path) in note for note in notes)
-    monkeypatch.chdir(tmp_path / "out")  # as the notes say
-    theirs = open_clip.create_model("local-dir:.").eval()
-    tokens = open_clip.get_tokenizer("local-dir:.")(["two red circles", "a dog"])
+    assert not any(str(tmp_path / "bert") in path.read_text() for path in (tmp_path / "out").glob("*.json"))
+    assert not any(str(tmp_path) in text for text in (*notes, (tmp_path / "out/README.md").read_text()))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # from any working directory, by any reference
+    encoders = [models.load(str(tmp_path / "out")), models.load("../out"), models.load("local-dir:../out")]
+    rows = [encoder.encode_texts(["two red circles", "a dog"]) for encoder in encoders]
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+    assert torch.allclose(rows[0], expected, atol=TOLERANCE)
+    open_clip.create_model("local-dir:../stages/stage_2")
+    theirs = open_clip.create_model("local-dir:../out").eval()
+    tokens = open_clip.get_tokenizer("local-dir:../out")(["two red circles", "a dog"])
     assert tokens.tolist() == [[8, 6, 10, 1] + [0] * 8, [3, 12, 1] + [0] * 9]
     torch.testing.assert_close(theirs.encode_text(ids, normalize=True), model(text=ids).text, rtol=0, atol=TOLERANCE)
 
@@ -126,11 +137,17 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "tiny-clip"
     records = [
         {"task": "zeroshot_classification", "dataset": "/somewhere/private/caltech101",
-         "protocol": {"name": "zeroshot", "version": 1}, "metrics": {"acc1": 0.2749, "acc5": 0.5}},
-        {"task": "zeroshot_retrieval", "dataset": "coco", "protocol": {"name": "retrieval", "version": 1},
+         "protocol": {"name": "zeroshot", "version": 1}, "metrics": {"acc1": 0.2749, "acc5": 0.5},
+         "intervals_95": {"acc1": [0.2586, 0.2911]}, "chance": {"acc1": 0.01}},
+        {"task": "zeroshot_retrieval", "dataset": None, "intervals_95": None, "protocol": {"name": "retrieval", "version": 1},
          "metrics": {"text_retrieval_recall@1": 0.125, "undefined": float("nan")}},
     ]
-    training = {"out": "/somewhere/private/run", "data": {"sources": [{"name": "shards", "path": "/somewhere/private/train"}]}}
+    sources = [{"name": "shards", "path": "/somewhere/private/train", "embeddings": None},
+               {"name": "remote", "path": "https://me:pass@host/a/{0..3}.tar?X-Amz-Signature=SIGNED",
+                "storage": {"client_kwargs": {"headers": {"Authorization": "Bearer SIGNED"}}}},
+               {"name": "shards", "path": "../private/a::~/private/b"}]  # fmt: skip
+    training = {"out": "/somewhere/private/run", "init_from": "runs/private/first", "hf_token": "SIGNED"}
+    training["data"] = {"sources": sources}
     export.export(tiny(), folder, results=records, training=training, step=1200, license="apache-2.0")
     return folder
 
@@ -192,8 +209,10 @@ def test_the_card_holds_metadata_results_and_no_private_paths(exported):
     first, second = metadata["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in first["metrics"]} == {"acc1": 0.2749, "acc5": 0.5}
     assert first["dataset"]["name"] == "caltech101" and [m["type"] for m in second["metrics"]] == ["text_retrieval_recall@1"]
-    assert "| zeroshot_classification | caltech101 | zeroshot v1 | acc1 | 0.2749 |" in body and "1200 steps" in body
-    assert "private" not in card and "name: shards" in body
+    assert "| zeroshot_classification | caltech101 | zeroshot v1 | acc1 | 0.2749 | 0.2586 to 0.2911 | 0.01 |" in body
+    assert "| zeroshot_classification | caltech101 | zeroshot v1 | acc5 | 0.5 |  |  |" in body and "1200 steps" in body
+    assert "private" not in card and "name: shards" in body and "host/a/{0..3}.tar" in body
+    assert not any(secret in card for secret in ("SIGNED", "pass@", "storage", "None"))
 
 
 def test_the_hub_accepts_the_card(exported):
@@ -220,9 +239,22 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     with pytest.raises(export.ExportError, match="not empty"):
         export.export(tiny(), out)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "mine.txt").read_text() == "precious"
+    (out / ".git").mkdir()
+    (out / ".git/config").write_text("theirs")
+    (out / "link").symlink_to("/nowhere")
     export.export(tiny(), out, overwrite=True)
-    assert not (out / "mine.txt").exists() and (out / "README.md").exists()
+    assert (out / "mine.txt").read_text() == "precious" and (out / ".git/config").read_text() == "theirs"
+    assert (out / "link").is_symlink() and (out / "config.json").exists()
+    mean = {"image_tower": VIT | {"pool": "avg"}}
+    export.export(tiny(**mean), out, overwrite=True)  # its forms are fewer: what the first export wrote goes
+    assert (out / "mine.txt").exists() and not (out / "config.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("of a thesis")
+    with pytest.raises(export.ExportError, match=r"README.md, which no export wrote and this one would replace"):
+        export.export(tiny(), project, overwrite=True)
+    assert [p.name for p in project.iterdir()] == ["README.md"] and sorted(p.name for p in tmp_path.iterdir()) == ["out", "project"]
     with pytest.raises(export.ExportError, match="is a file"):
         export.export(tiny(), out / "README.md")
 
@@ -265,7 +297,7 @@ def test_a_run_is_exported_with_its_results(tmp_path):
     (run / "results.json").write_text(json.dumps([{"task": "zero_shot", "dataset": "scenes", "metrics": {"top1": 0.75}}]))
     export.export_run(run, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert "| zero_shot | scenes |  | top1 | 0.75 |" in card and "20 steps" in card
+    assert "| zero_shot | scenes |  | top1 | 0.75 |  |  |" in card and "20 steps" in card
     pixels, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(pixels, ids).image, model(pixels, ids).image)
     export.export_run(run / "checkpoints/step_00000010", tmp_path / "earlier")  # its results are not those of the end

@@ -260,19 +260,19 @@ def test_positions_are_interpolated_for_another_image_size(tmp_path):
 
 def test_weights_that_do_not_fit(tmp_path):
     _, path = weights_file(tmp_path, "pt", image_tower=VIT | {"layers": 3})
-    with pytest.raises(ValueError, match=r"(?s)do not fit this model.*resblocks.2"):
+    with pytest.raises(ValueError, match=r"do not fit this model: \d+ of \d+ tensors fit; 12 not known here \(visual.*resblocks.2"):
         tiny(pretrained=str(path))
 
 
 def test_damaged_weights(tmp_path):
     _, path = weights_file(tmp_path, "safetensors")
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="do not fit this model, or are damaged"):
+    with pytest.raises(ValueError, match=r"weights.safetensors is damaged, or no file of weights"):
         tiny(pretrained=str(path))
 
 
 def test_weights_that_do_not_exist():
-    with pytest.raises(ValueError, match="no file, no folder, no hf-hub:user/name and no open_clip tag"):
+    with pytest.raises(ValueError, match=r"pretrained: no model 'laion2b': no such file or folder. What works: "):
         tiny(pretrained="laion2b")
     with pytest.raises(ValueError, match="did you mean 'laion400m_e32'"):
         tiny(image_tower={"name": "open_clip", "architecture": "ViT-B-32"}, text_tower=None, pretrained="laion400m_e3")

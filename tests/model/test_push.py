@@ -1,20 +1,26 @@
 """Pushing an export to a Hub on this machine, and loading it from there with every library."""
 
 import hashlib
+import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.model.loopback_hub import TOKEN, loopback_hub
-from tests.model.tiny import inputs, siglip, tiny
+from tests.model.tiny import inputs, language_model, siglip, tiny
 from vlp import export
 from vlp.push import PushError, push
 
 REPO = "someone/tiny"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,11 @@ def test_all_files_arrive_in_one_commit_and_a_second_push_changes_nothing(export
     address, _ = quickly(exported, hub)
     assert address == f"{hub.url}/{REPO}/commit/1"
     there = {path: data for path, data in hub.repos[REPO].items() if path != ".gitattributes"}
-    assert there == {str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    written = {str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    card = there.pop("README.md").decode()
+    local = written.pop("README.md").decode()
+    assert local.replace('"local-dir:tiny"', f'"hf-hub:{REPO}"').replace('("tiny")', f'("{REPO}")') == card
+    assert there == written and "local-dir" not in card
     _, said = quickly(exported, hub)
     assert said == [f"{REPO} holds this model already"] and len(hub.uploads) == 2
 
@@ -74,7 +84,46 @@ def test_other_content_is_not_replaced_unless_asked(exported, hub):
         quickly(exported, hub)
     assert hub.repos[REPO]["their.txt"] == b"precious"
     quickly(exported, hub, overwrite=True)
-    assert "their.txt" not in hub.repos[REPO] and hub.repos[REPO]["README.md"] == (exported / "README.md").read_bytes()
+    assert "their.txt" not in hub.repos[REPO] and f"hf-hub:{REPO}".encode() in hub.repos[REPO]["README.md"]
+
+
+def test_only_what_the_export_wrote_is_published(exported, hub, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    foreign = [".env", ".DS_Store", ".ipynb_checkpoints/card-checkpoint.md", "notes.txt", "onnx/mine.onnx"]
+    for name in foreign:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("SECRET")
+    (folder / "passwd").symlink_to("/etc/passwd")
+    _, said = quickly(folder, hub)
+    assert said == [f"left out, because no export wrote them: {', '.join(sorted([*foreign, 'passwd']))}"]
+    assert not set(hub.repos[REPO]) & {*foreign, "passwd"} and b"SECRET" not in b"".join(hub.repos[REPO].values())
+
+
+def test_stages_load_from_the_hub_as_their_card_says(exported, hub, tmp_path, monkeypatch):
+    from tests.model.test_references import use_hub
+
+    export.export_stages([exported, exported], tmp_path / "mcl")
+    quickly(tmp_path / "mcl", hub)
+    use_hub(monkeypatch, hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    [block] = re.findall("```python\n(.*?)```", hub.repos[REPO]["README.md"].decode(), re.DOTALL)
+    ran = {}
+    exec(block, ran)
+    assert ran["model"].embed_dim == 96 and REPO in block
+
+
+def test_files_that_are_lost_or_lead_out_are_refused(exported, hub, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(PushError, match=r"has lost tokenizer.json, which its export wrote"):
+        quickly(folder, hub)
+    (folder / "tokenizer.json").symlink_to("/etc/passwd")
+    with pytest.raises(PushError, match=r"tokenizer.json leads out of the folder, to /etc/passwd"):
+        quickly(folder, hub)
+    (folder / "vlp_export.json").write_text('{"name": "tiny", "files": ["../../etc/passwd", "/etc/passwd"]}')
+    with pytest.raises(PushError, match=r"leads out of the folder|has lost"):
+        quickly(folder, hub)
+    assert REPO not in hub.repos
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "with space/x", "-bad-"])
@@ -94,12 +143,14 @@ def test_nobody_listens(exported):
 
 
 LOADED = """
-import json, sys
+import importlib.util, json, re, sys
 import torch
-data = torch.load(sys.argv[1])
+kept, form = sys.argv[1:]
+data = torch.load(kept)
 from vlp import config, schema
 from vlp.model import build, load
-import open_clip
+from vlp.eval import models
+import huggingface_hub, open_clip
 from transformers import AutoModel, AutoProcessor
 with torch.no_grad():
     found = [load("hf-hub:someone/tiny").eval()(data["pixels"], data["ids"])[:2]]
@@ -108,34 +159,54 @@ with torch.no_grad():
     found.append(built.eval()(data["pixels"], data["ids"])[:2])
     theirs = open_clip.create_model("hf-hub:someone/tiny").eval()
     found.append((theirs.encode_image(data["pixels"], normalize=True), theirs.encode_text(data["ids"], normalize=True)))
-    network = AutoModel.from_pretrained("someone/tiny").eval()(input_ids=data["ids"], pixel_values=data["pixels"])
-    found.append((network.image_embeds, network.text_embeds))
-AutoProcessor.from_pretrained("someone/tiny")
-tokens = open_clip.get_tokenizer("hf-hub:someone/tiny")(["two red circles"])
+    if form == "transformers":
+        network = AutoModel.from_pretrained("someone/tiny").eval()(input_ids=data["ids"], pixel_values=data["pixels"])
+        found.append((network.image_embeds, network.text_embeds))
+    texts = ["two red circles"]
+    own, ids = models.load("hf-hub:someone/tiny"), open_clip.get_tokenizer("hf-hub:someone/tiny")(texts)
+    found.append((data["image"], data["text"] + own.encode_texts(texts) - theirs.encode_text(ids, normalize=True)))
+
+card = open(huggingface_hub.hf_hub_download("someone/tiny", "README.md")).read()
+blocks = re.findall("```python\\n(.*?)```", card, re.DOTALL)
+installed = bool(importlib.util.find_spec("sentence_transformers"))
+ran = [exec(block, {}) for block in blocks if installed or "sentence_transformers" not in block]
 print(json.dumps([max((i - data["image"]).abs().max().item(), (t - data["text"]).abs().max().item()) for i, t in found]
-                 + [tokens.tolist()]))
+                 + [ids.tolist(), len(blocks), len(ran)]))
 """
 
 
-@pytest.mark.parametrize("kind", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
-def test_every_library_loads_it_from_the_hub(kind, exported, hub, tmp_path):
+@pytest.mark.parametrize("kind", ["clip", "huggingface", pytest.param("siglip", marks=pytest.mark.slow)])
+def test_every_library_loads_it_from_the_hub_and_the_card_runs(kind, exported, hub, tmp_path):
     folder, model = exported, tiny()
     prelude = ""
     if kind == "siglip":  # whose tokenizer lies in the repository, under a name that only the push knows
         model = tiny(image_tower=siglip(tmp_path), text_tower=None, embed_dim=None, bias=-10.0)
+        prelude = "from tests.model.tiny import register_small_siglip\nregister_small_siglip()\n"
+    if kind == "huggingface":  # so does its text tower
+        text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
+        model = tiny(text_tower=text)
+    if kind != "clip":
         folder = tmp_path / "out"
         export.export(model, folder)
-        prelude = "from tests.model.tiny import register_small_siglip\nregister_small_siglip()\n"
     quickly(folder, hub)
+    if kind == "huggingface":
+        shutil.rmtree(tmp_path / "bert")
+        shutil.rmtree(folder)
+        assert str(tmp_path).encode() not in b"".join(hub.repos[REPO].values())
     pixels, ids = inputs(model)
     with torch.no_grad():
         features = model(pixels, ids)
     torch.save({"pixels": model.pixels(pixels), "ids": ids, "image": features.image, "text": features.text}, tmp_path / "kept.pt")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run([sys.executable, "-c", prelude + LOADED, str(tmp_path / "kept.pt")], env=environment,
-                         capture_output=True, text=True, timeout=200)  # fmt: skip
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    form = "open_clip" if kind == "huggingface" else "transformers"
+    ran = subprocess.run([sys.executable, "-c", prelude + LOADED, str(tmp_path / "kept.pt"), form], env=environment,
+                         cwd=tmp_path, capture_output=True, text=True, timeout=200)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
-    *differences, tokens = json.loads(ran.stdout.strip().splitlines()[-1])
-    assert len(differences) == 4 and max(differences) <= 1e-5
+    *differences, tokens, n_blocks, n_ran = json.loads(ran.stdout.strip().splitlines()[-1])
+    assert len(differences) == (4 if kind == "huggingface" else 5) and max(differences) <= 1e-5
     assert len(tokens[0]) == model.text_spec.context_length and (kind == "clip" or tokens[0][:4] == [8, 6, 10, 1])
+    n_skipped = 0 if form == "open_clip" or importlib.util.find_spec("sentence_transformers") else 1
+    assert n_blocks == (2 if kind == "huggingface" else 4) and n_ran == n_blocks - n_skipped
     assert TOKEN not in ran.stdout + ran.stderr

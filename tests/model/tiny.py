@@ -92,5 +92,9 @@ def register_small_siglip() -> None:
         keys = {key: kwargs[key] for key in ("num_classes", "global_pool") if key in kwargs}
         return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, class_token=False, **keys)
 
-    if not timm.is_model("vit_small_for_tests"):
-        timm.models.register_model(vit_small_for_tests)
+    def vit_small_siglip_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+        return vit_small_for_tests(**kwargs)
+
+    for made in (vit_small_for_tests, vit_small_siglip_32):
+        if not timm.is_model(made.__name__):
+            timm.models.register_model(made)

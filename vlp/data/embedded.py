@@ -31,7 +31,7 @@ class Embeddings:
     """
 
     def __init__(self, folder: str, paths: list[str], shards: list[Shard], with_text: bool) -> None:
-        self.with_text = with_text
+        self.folder, self.with_text = folder, with_text
         self._files = [Path(folder).expanduser() / f"{Path(path).stem}.safetensors" for path in paths]
         if len(set(self._files)) < len(self._files):
             raise ValueError(f"embeddings {folder!r}: several shards have one name; make each folder of shards a source of its own")

@@ -58,6 +58,7 @@ class Loader:
             raise ValueError(f"a batch of {batch} cannot be cut for rank {rank} of {world}; choose a multiple of {world}")
         sources = [plugin.module.open(plugin.options, data.captions) for plugin in data.sources]
         weights = [plugin.common.weight for plugin in data.sources]
+        self.sources = sources
         self._mixture = mixture(sources, weights, seed=seed, shuffle=data.shuffle, **_drawing(data, batch // world, mixture))
         self.n_samples = self._mixture.n_samples
         self.steps_per_epoch = self._mixture.steps_per_epoch(batch)

@@ -103,7 +103,7 @@ class HubTokenizer:
     def __init__(self, spec: TextSpec) -> None:
         from open_clip.tokenizer import HFTokenizer
 
-        options: dict[str, Any] = dict(spec.options)
+        options: dict[str, Any] = dict(spec.options) | {"trust_remote_code": False}  # its folder may bring code along
         self.context_length = spec.context_length
         self._inner = HFTokenizer(spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options)
         self.vocab_size = len(self._inner.tokenizer)

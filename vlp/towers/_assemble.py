@@ -6,7 +6,7 @@ import math
 from types import ModuleType
 from typing import Any
 
-from vlp import plugin
+from vlp import log, plugin
 from vlp.config import Model
 from vlp.plugin import Plugin
 from vlp.types import ImageSpec, TextSpec
@@ -57,14 +57,32 @@ def preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
+def trained_on(stated: dict[str, Any], configured: dict[str, Any], reference: str) -> dict[str, Any]:
+    """The preprocess_cfg of a tower with weights from `reference`: as those were trained, said where the tower differs."""
+    differing = {key: value for key, value in stated.items() if key in configured and configured[key] != value}
+    differing = {key: value for key, value in differing.items() if key in ("mean", "std", "interpolation", "resize_mode")}
+    if differing:
+        log.warn(
+            f"pretrained {reference} was trained on pixels with {differing}, which is taken; the image tower alone would have "
+            f"{ {key: configured[key] for key in differing} }"
+        )
+    return configured | stated
+
+
 def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
     """How captions become ids for this text section; open_clip's defaults are written out here, once."""
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    foreign = sorted(options.keys() - _TOKENIZER_OPTIONS)
+    if foreign:  # the rest would reach transformers, where trust_remote_code runs what a folder brings along
+        raise ValueError(f"tokenizer_kwargs holds {', '.join(foreign)}; expected only {', '.join(sorted(_TOKENIZER_OPTIONS))}")
     name = text_cfg.get("hf_tokenizer_name")
     clean = options.pop("clean", "whitespace" if name else "lower")
     if text_cfg.get("tokenizer_mode"):
         options["tokenizer_mode"] = text_cfg["tokenizer_mode"]
     return TextSpec(tokenizer=name or "clip", context_length=context_length, clean=clean, options=options)
+
+
+_TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "reduction_mask"}
 
 
 def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:

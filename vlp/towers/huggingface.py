@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlp.schema import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,31 @@ def text_cfg(options: Options) -> dict[str, Any]:
     }
 
 
-def _usual_pooler(model: str) -> str:
-    from open_clip.hf_configs import arch_dict
+def language_config(model: str) -> PretrainedConfig:
+    """transformers' configuration of a language model by name or folder; ValueError for none, and for one with code.
+
+    Code that a folder or repository brings along is never run, nor asked about.
+    """
     from transformers import AutoConfig
 
     try:
-        kind = AutoConfig.from_pretrained(model).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no Hugging Face model configuration at {model!r}: {error}") from None
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no Hugging Face model configuration at {model!r}: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """What transformers says in a line; where it would have code of the folder run, that vlp does not."""
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return "it needs code that it brings along, which vlp never runs; convert it to a class of transformers"
+    return said[:300]
+
+
+def _usual_pooler(model: str) -> str:
+    from open_clip.hf_configs import arch_dict
+
+    kind = language_config(model).model_type
     if kind not in arch_dict:
         raise ValueError(f"{model!r} is a {kind!r} model, which open_clip cannot make a text tower{did_you_mean(kind, arch_dict)}")
     return arch_dict[kind]["pooler"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlp.schema import did_you_mean
+from vlp.towers._references import describe
 
 
 @dataclass(frozen=True)
 class Options:
-    architecture: str  # ViT-B-32, …; or hf-hub:user/name, local-dir:path (their architecture; `pretrained` loads weights)
+    architecture: str  # ViT-B-32, …; FILE.json of your own; hf-hub:user/name or a folder (`pretrained` loads weights)
     image_size: int | None = None  # pixels, square; None: the architecture's
     context_length: int | None = None  # L; None: the architecture's
     patch_dropout: float = 0.0  # share of patches left out in training (FLIP); none in evaluation
@@ -45,25 +45,11 @@ def shared_cfg(options: Options) -> dict[str, Any]:
 
 def preprocess_cfg(options: Options) -> dict[str, Any]:
     """What the folder or repository says; a name alone says nothing (its weights do: see `vlp.towers._weights`)."""
-    return _described(options.architecture)["preprocess_cfg"]
+    return describe(options.architecture)["preprocess_cfg"]
 
 
 def _config(architecture: str) -> dict[str, Any]:
-    config = _described(architecture)["model_cfg"]
+    config = describe(architecture)["model_cfg"]
     if "multimodal_cfg" in config:
         raise ValueError(f"{architecture} has a captioning decoder beside its two towers; choose a dual encoder, such as ViT-B-32")
     return config
-
-
-def _described(architecture: str) -> dict[str, Any]:
-    """model_cfg and preprocess_cfg of a name, `hf-hub:` or `local-dir:`; a new copy at every call."""
-    import open_clip
-
-    if architecture.startswith(("hf-hub:", "local-dir:")):
-        from vlp.towers._weights import folder_of, read_config
-
-        return read_config(folder_of(architecture))
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        raise ValueError(f"open_clip knows no architecture {architecture!r}{did_you_mean(architecture, open_clip.list_models())}")
-    return {"model_cfg": config, "preprocess_cfg": {}}

@@ -1,0 +1,124 @@
+"""Whether embeddings that a run reads from its data are those of the model that they stand for.
+
+A file of embeddings says which samples it belongs to, and a width; both fit many models. So a few samples are embedded
+again before the first step, by the run's own locked image tower or by the teacher that the files name, and compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from vlp import checkpoint, dist, log
+from vlp.data import decode
+from vlp.data import text as tokenizers
+from vlp.data.sources import Source
+from vlp.model import DualEncoder
+from vlp.types import ImageSpec, Sample
+
+N_SAMPLES = 8  # of each source
+MARGIN = 0.002  # by which another sample's row may lie nearer: equal pictures, rounding
+LEAST_COSINE = 0.99  # float16, bfloat16 and a library's own resizing stay above; other weights, pixels or rows do not
+
+
+def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> None:
+    """Raise ValueError where a source's `embeddings` are not those of `model`'s image tower, or of the teacher they name.
+
+    What cannot be compared, because the teacher or the pixels are not here, is said. Collective: the first rank compares.
+    """
+    problem = None
+    if dist.is_main():
+        try:
+            for source in sources:
+                if source.embeddings is not None:
+                    _check(source, model, precomputed)
+        except ValueError as error:
+            problem = str(error)
+    problem = dist.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+
+
+def _check(source: Source, model: DualEncoder, precomputed: bool) -> None:
+    folder, name = source.embeddings.folder, source.embeddings.teacher.model
+    judge = model if precomputed else _teacher(name, folder)
+    if judge is None:
+        return
+    samples, pixels = _opened(source, judge.image_spec)
+    if not samples:
+        log.say(f"{folder}: not compared with {name}, because no picture could be opened")
+        return
+
+    whose = "this run's image tower" if precomputed else name
+    stored = torch.from_numpy(np.stack([sample.embeddings[0] for sample in samples])).float()
+    _compare("image", _embedded(judge, image=pixels), stored, folder, whose)
+    if not precomputed and source.embeddings.with_text:
+        tokens = tokenizers.build(judge.text_spec)([sample.captions[0] for sample in samples])
+        stored = torch.from_numpy(np.stack([sample.embeddings[1] for sample in samples])).float()
+        _compare("text", _embedded(judge, text=tokens), stored, folder, whose)
+
+
+def _teacher(name: str, folder: str) -> nn.Module | None:
+    """The model that made the embeddings, where it lies on this machine."""
+    if not Path(name.removeprefix("local-dir:")).expanduser().exists():
+        log.say(f"{folder}: not compared with {name}, which is not on this machine")
+        return None
+    try:
+        return checkpoint.load_any(name).eval()
+    except (ValueError, checkpoint.CheckpointError) as error:
+        log.say(f"{folder}: not compared with {name}, which cannot be loaded here ({error})")
+        return None
+
+
+def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
+    """Up to N_SAMPLES samples that open, spread over the source (its first ones where shards are fetched whole)."""
+    n_tried = 4 * N_SAMPLES
+    places = range(n_tried) if source.window or source.reserve else np.linspace(0, len(source) - 1, n_tried).astype(int)
+    numbers = dict.fromkeys(int(i) for i in places if i < len(source))
+    wide = list(numbers)[::4] + [i for k, i in enumerate(numbers) if k % 4]  # the others stand in for pictures that do not open
+    samples, pixels = [], []
+    for number in wide:
+        try:
+            sample = source[number]
+            picture = decode.evaluate(sample.image, spec)
+        except (OSError, ValueError):
+            continue  # the loader counts and names it
+        samples.append(sample)
+        pixels.append(picture)
+        if len(samples) == N_SAMPLES:
+            break
+    return samples, torch.stack(pixels) if pixels else torch.empty(0)
+
+
+@torch.no_grad()
+def _embedded(model: nn.Module, **rows: Tensor) -> Tensor:
+    """[n, D] by `model` in evaluation mode, whose mode is put back."""
+    was_training = model.training
+    model.eval()
+    [side] = rows
+    embedded = getattr(model(**rows), side).float()
+    model.train(was_training)
+    return embedded
+
+
+def _compare(side: str, again: Tensor, stored: Tensor, folder: str, whose: str) -> None:
+    """ValueError unless each stored row is the one embedded again, and no other sample's."""
+    made_by = f"made by {whose}"
+    if again.shape != stored.shape:
+        width = stored.shape[1]
+        raise ValueError(f"{folder}: {side} embeddings of width {width} are not {made_by}, whose width is {again.shape[1]}")
+    cosines = cosine_similarity(again, stored)
+    others = cosine_similarity(again[:, None], stored[None], dim=-1).fill_diagonal_(-1)
+    swapped = (others.max(dim=1).values > cosines + MARGIN) & stored.any(dim=1)
+    if cosines.min() >= LEAST_COSINE and not swapped.any():
+        return
+    shown = ", ".join(f"{c:.3f}" for c in cosines.tolist())
+    raise ValueError(
+        f"{folder}: the {side} embeddings are not {made_by}: {len(cosines)} samples embedded again have cosines {shown} with "
+        f"them, expected at least {LEAST_COSINE}{'; some lie nearer to the row of another sample' if swapped.any() else ''}. "
+        "Weights, picture size, or the order of samples differ; make them anew with `vlp data embed` and this model"
+    )
