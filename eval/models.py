@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlp.towers._weights import STAGES
+from vlp.schema import parse
+from vlp.towers._weights import CONFIG, STAGES
+from vlp.types import ON_WHITE, Decoding
 
 if TYPE_CHECKING:
     from vlp.model import DualEncoder
@@ -43,6 +45,7 @@ class Encoder:
     device: str | torch.device = "cpu"
     fingerprint: str = ""  # content hash of weights and preprocessing; "": embeddings are not kept
     autocast: torch.dtype | None = None  # None: the model's own precision
+    decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -129,6 +132,7 @@ def from_model(
         device=device,
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
+        decoding=model.image_spec.decoding,
     )
 
 
@@ -141,18 +145,42 @@ def _open_clip(name: str, tag: str, device: torch.device, autocast: torch.dtype 
         raise ModelError(f"open_clip cannot load {name}{':' + tag if tag else ''}: {error}") from error
     tokenizer = _tokenizer(lambda: open_clip.get_tokenizer(name), shown or name)
     model.eval()
-    preprocessing = repr((sorted(open_clip.get_model_preprocess_cfg(model).items()), _describe(tokenizer)))
+    settings = open_clip.get_model_preprocess_cfg(model)
+    preprocessing = repr((sorted(settings.items()), _describe(tokenizer)))
     return Encoder(
         name=shown or name,
         pretrained=tag,
-        prepare=transform,
+        prepare=_cut_first(transform) if settings["resize_mode"] == "shortest" else transform,
         image=model.encode_image,
         text=lambda texts: model.encode_text(tokenizer(texts).to(device)),
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
         fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
+        decoding=_stated_decoding(name),
     )
+
+
+def _stated_decoding(name: str) -> Decoding:
+    """How a model of open_clip's form had its pictures decoded: our exports say so, for others the default holds."""
+    kind, _, place = name.partition(":")
+    if kind == "hf-hub":
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(place, CONFIG))  # already in the Hub's cache: the model is loaded
+    elif kind == "local-dir":
+        file = Path(place) / CONFIG
+    else:
+        return ON_WHITE
+    described = json.loads(file.read_text(encoding="utf-8"))
+    return parse(Decoding, described.get("preprocess_cfg", {}).get("decoding", {}), ("preprocess_cfg", "decoding"))
+
+
+def _cut_first(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image], Tensor]:
+    """A transform that resizes the shorter side and cuts the centre, without gigabytes for very long pictures."""
+    from vlp.data.decode import middle
+
+    return lambda picture: transform(middle(picture))
 
 
 def _transformers(name: str, device: torch.device, autocast: torch.dtype | None) -> Encoder:
@@ -168,6 +196,11 @@ def _transformers(name: str, device: torch.device, autocast: torch.dtype | None)
     tokenizer = _tokenizer(lambda: AutoTokenizer.from_pretrained(name), name)
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
 
+    def pixels(picture: Image.Image) -> Tensor:
+        return processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    cut = getattr(processor, "do_center_crop", False) and processor.size.get("shortest_edge")
+
     def text(texts: list[str]) -> Tensor:
         # All sentences to the full length: SigLIP was trained without a mask, so its padding is part of the input.
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(device)
@@ -176,7 +209,7 @@ def _transformers(name: str, device: torch.device, autocast: torch.dtype | None)
     return Encoder(
         name=name,
         pretrained="",
-        prepare=lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"][0],
+        prepare=_cut_first(pixels) if cut else pixels,
         image=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
         text=text,
         scale=float(model.logit_scale.detach().float().exp()),
