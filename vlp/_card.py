@@ -11,6 +11,7 @@ import yaml
 
 from vlp.model import DualEncoder
 from vlp.stages import Stages
+from vlp.types import ON_WHITE
 
 _TAGS = {None: [], "CLIPModel": ["transformers", "clip"], "SiglipModel": ["transformers", "siglip"]}
 
@@ -21,6 +22,7 @@ def render(
 ) -> str:  # fmt: skip
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads as, or None."""
     parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step), "## Use", _usage(name, form)]
+    parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes), "## Results", _results(results)]
     if training is not None:
         shown = yaml.safe_dump(_shareable(training), sort_keys=False, allow_unicode=True)
@@ -56,9 +58,9 @@ _LIMITS = """\
 The model knows what its training pairs showed, and repeats their gaps and biases. Similarities rank candidates; they are
 not calibrated probabilities. Scores above hold for the data sets and protocols named there and say little about others.
 Libraries prepare inputs differently, so embeddings of the same file or sentence differ slightly between them, and not at
-all on the same pixels and ids: transformers' image processor stays within one grey level (of 255) of open_clip's, but where
-the margin to crop is odd it crops one pixel aside; and only open_clip repairs text (HTML entities, curly quotes, full-width
-letters, wrongly decoded characters) before it tokenizes."""
+all on the same pixels and ids: of an opaque, upright picture transformers' image processor stays within one grey level (of
+255) of open_clip's, but where the margin to crop is odd it crops one pixel aside; and only open_clip repairs text (HTML
+entities, curly quotes, full-width letters, wrongly decoded characters) before it tokenizes."""
 
 
 def _front_matter(name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None) -> str:
@@ -118,6 +120,30 @@ inputs = processor(text=["a cat", "a dog"], images=image, padding={padding}, tru
 probabilities = model(**inputs).logits_per_image.{"sigmoid()" if form == "SiglipModel" else "softmax(dim=-1)"}
 ```""")
     return "\n\n".join(blocks)
+
+
+def _pictures(model: DualEncoder, form: str | None) -> str:
+    """What the model saw of stored pictures, which libraries show it something else, and how to show them the same."""
+    decoding = model.image_spec.decoding
+    turned = "turned as its Exif orientation says" if decoding.exif else "left as stored, whatever its Exif orientation says"
+    opened = "ImageOps.exif_transpose(Image.open(path))" if decoding.exif else "Image.open(path)"
+    white = "white " if decoding.background == ON_WHITE.background else ""
+    lines = [
+        f"In training and evaluation transparent pixels lay on {white}{decoding.background}, and every picture was {turned}.",
+        "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
+    ]
+    if form is not None:
+        lines.append(
+            "transformers' processors put transparent pixels on white and turn nothing; its pipelines turn a picture and drop its "
+            "transparency."
+        )
+    return " ".join(lines) + f""" For the same pixels everywhere:
+
+```python
+from PIL import Image, ImageOps
+image = {opened}.convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, {(*decoding.background, 255)}), image).convert("RGB")
+```"""
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
