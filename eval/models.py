@@ -162,22 +162,23 @@ def _open_clip(name: str, tag: str, device: torch.device, autocast: torch.dtype 
 
 
 def _stated_decoding(name: str) -> Decoding:
-    """How a model of open_clip's form had its pictures decoded: our exports say so, for others the default holds."""
+    """How a model of open_clip's form had its pictures decoded: our exports say it, others do not."""
     kind, _, place = name.partition(":")
     if kind == "hf-hub":
         from huggingface_hub import hf_hub_download
 
-        file = Path(hf_hub_download(place, CONFIG))  # already in the Hub's cache: the model is loaded
+        file = Path(hf_hub_download(place, CONFIG))  # in the Hub's cache: the model is loaded
     elif kind == "local-dir":
         file = Path(place) / CONFIG
     else:
         return ON_WHITE
     described = json.loads(file.read_text(encoding="utf-8"))
-    return parse(Decoding, described.get("preprocess_cfg", {}).get("decoding", {}), ("preprocess_cfg", "decoding"))
+    stated = described.get("preprocess_cfg", {}).get("decoding", {})
+    return parse(Decoding, stated, ("preprocess_cfg", "decoding"))
 
 
 def _cut_first(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image], Tensor]:
-    """A transform that resizes the shorter side and cuts the centre, without gigabytes for very long pictures."""
+    """A transform that resizes the shorter side and cuts the centre, but without gigabytes."""
     from vlp.data.decode import middle
 
     return lambda picture: transform(middle(picture))

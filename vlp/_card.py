@@ -123,26 +123,30 @@ probabilities = model(**inputs).logits_per_image.{"sigmoid()" if form == "Siglip
 
 
 def _pictures(model: DualEncoder, form: str | None) -> str:
-    """What the model saw of stored pictures, which libraries show it something else, and how to show them the same."""
+    """What the model saw of stored pictures, what other libraries show it, and how to show it the same."""
     decoding = model.image_spec.decoding
-    turned = "turned as its Exif orientation says" if decoding.exif else "left as stored, whatever its Exif orientation says"
+    turned = "turned as its Exif orientation says"
+    if not decoding.exif:
+        turned = "left as stored, whatever its Exif orientation says"
     opened = "ImageOps.exif_transpose(Image.open(path))" if decoding.exif else "Image.open(path)"
     white = "white " if decoding.background == ON_WHITE.background else ""
     lines = [
-        f"In training and evaluation transparent pixels lay on {white}{decoding.background}, and every picture was {turned}.",
+        f"In training and evaluation transparent pixels lay on {white}{decoding.background},",
+        f"and every picture was {turned}.",
         "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
     ]
     if form is not None:
-        lines.append(
-            "transformers' processors put transparent pixels on white and turn nothing; its pipelines turn a picture and drop its "
-            "transparency."
-        )
+        lines += [
+            "transformers' processors put transparent pixels on white and turn nothing;",
+            "its pipelines turn a picture and drop its transparency.",
+        ]
     return " ".join(lines) + f""" For the same pixels everywhere:
 
 ```python
 from PIL import Image, ImageOps
 image = {opened}.convert("RGBA")
-image = Image.alpha_composite(Image.new("RGBA", image.size, {(*decoding.background, 255)}), image).convert("RGB")
+background = Image.new("RGBA", image.size, {(*decoding.background, 255)})
+image = Image.alpha_composite(background, image).convert("RGB")
 ```"""
 
 

@@ -1,4 +1,4 @@
-"""Whether another library prepares the pixels that a model was trained on, tried on a picture that has everything."""
+"""Whether another library prepares the pixels that a model was trained on, tried on one picture."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from vlp.types import ImageSpec
 
 
 def sample(spec: ImageSpec) -> bytes:
-    """A PNG for this spec: smooth colours, transparent towards one side, stored lying down with an Exif orientation.
+    """A PNG for this spec: smooth colours, partly transparent, lying down with an Exif orientation.
 
-    Once turned it is a half taller than wide, and resizing leaves an even margin to cut: libraries round odd ones apart.
+    Once turned it is a half taller than wide, and resizing leaves an even margin to cut: libraries
+    round odd ones apart.
     """
     short = 2 * max(spec.size)
     long = short + 4 * (max(spec.size) // 4)
     y, x = np.mgrid[:short, :long]
-    channels = [255 * x / long, 255 * y / short, 128 + 60 * np.sin(x / 9), 255 * (x + y) / (long + short)]
+    alpha = 255 * (x + y) / (long + short)
+    channels = [255 * x / long, 255 * y / short, 128 + 60 * np.sin(x / 9), alpha]
     image = Image.fromarray(np.stack(channels, -1).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -32,10 +34,10 @@ def sample(spec: ImageSpec) -> bytes:
 
 
 def difference(spec: ImageSpec, prepare: Callable[[Image.Image], Tensor]) -> float:
-    """The largest difference in levels of 255 between a library's pixels of `sample` and those of training.
+    """The largest difference, in levels of 255, between a library's pixels of `sample` and training's.
 
-    prepare: the library's way from a Pillow image, turned or not as training saw it and with its alpha channel, to
-    normalised pixels [3, H, W].
+    prepare: the library's way from a Pillow image, turned or not as training saw it and with its alpha
+    channel, to normalised pixels [3, H, W].
     """
     data = sample(spec)
     image = Image.open(BytesIO(data))

@@ -235,7 +235,7 @@ class Model:
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
     heads: Heads = Heads()
     pretrained: str | None = None  # open_clip tag, file of weights, or hf-hub:user/name; None: random
-    decoding: Decoding | None = None  # how pictures become RGB; None: as `pretrained` says, or white and upright
+    decoding: Decoding | None = None  # None: as `pretrained` says, or on white and upright
 
     @property
     def precomputed(self) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import yaml
+from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from vlp.towers import _weights
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a written form and the model
-LEVELS = 1.01  # of 255: largest difference of a pixel between a processor and training; resizing rounds differently
+LEVELS = 1.01  # of 255: largest difference of a pixel between a processor and training, from rounding
 
 
 class ExportError(ValueError):
@@ -185,13 +186,19 @@ def _difference(model: DualEncoder, network: nn.Module) -> float:
 
 
 def _unlike_training(model: DualEncoder, processor: Any) -> Iterator[str]:
-    """A note where a transformers processor gives other pixels than training, on a real picture with transparency."""
-    levels = _pixels.difference(model.image_spec, lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0])
+    """A note where a processor gives other pixels than training, on a picture with transparency."""
+
+    def prepare(image: Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    levels = _pixels.difference(model.image_spec, prepare)
     if levels <= LEVELS:
         return
+    note = f"transformers: its processor's pixels of a transparent picture are {levels:.0f} levels off"
     background = model.image_spec.decoding.background
-    white = "" if background == ON_WHITE.background else f"; it puts transparent pixels on white, and training on {background}"
-    yield f"transformers: its processor's pixels of a picture with transparency are up to {levels:.0f} levels off{white}"
+    if background != ON_WHITE.background:
+        note += f"; it puts transparent pixels on white, and training on {background}"
+    yield note
 
 
 @contextmanager

@@ -86,14 +86,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a stored picture becomes RGB, in training, evaluation and every tool; travels with the model."""
+    """How a stored picture becomes RGB, in training and evaluation; travels with the model."""
 
-    background: tuple[int, int, int] = (255, 255, 255)  # RGB of 0 to 255 behind transparent pixels; white, as transformers
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels; white, as transformers
     exif: bool = True  # turn the picture upright, as its Exif orientation says
 
     def __post_init__(self) -> None:
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
-            raise ValueError(f"background is {self.background}; expected red, green and blue of 0 to 255")
+            raise ValueError(
+                f"background is {self.background}; expected red, green and blue of 0 to 255"
+            )
 
 
 ON_WHITE = Decoding()  # upright, transparent pixels on white: where no model says otherwise

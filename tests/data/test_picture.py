@@ -1,4 +1,4 @@
-"""One way from bytes to RGB: every format and mode against arithmetic written out here, damage, bombs and slow files."""
+"""One way from bytes to RGB: formats and modes against arithmetic written out here, damage, bombs."""
 
 from __future__ import annotations
 
@@ -42,10 +42,16 @@ def every_reader(data: bytes, decoding: Decoding = ON_WHITE) -> list[np.ndarray]
     whole = Augment(scale=(1.0, 1.0), ratio=(width / height,) * 2)
     trained = decode.train(data, spec, whole, random.Random(0))
     shown = [trained, decode.decode(data, decoding), decode.evaluate(data, spec)]
-    return [*(tensor.permute(1, 2, 0).numpy() for tensor in shown), np.asarray(rgb(data, decoding)), array(data, decoding)]
+    return [
+        *(tensor.permute(1, 2, 0).numpy() for tensor in shown),
+        np.asarray(rgb(data, decoding)),
+        array(data, decoding),
+    ]
 
 
-def assert_all_see(data: bytes, expected: np.ndarray, decoding: Decoding = ON_WHITE, atol: int = 0) -> None:
+def assert_all_see(
+    data: bytes, expected: np.ndarray, decoding: Decoding = ON_WHITE, atol: int = 0
+) -> None:
     seen = every_reader(data, decoding)
     assert len(seen) == 5
     for found in seen:
@@ -68,7 +74,9 @@ def test_every_format_is_told_by_its_content(name):
     data = encoded(image, name, **SAVED[name])
     expected = pixels(Image.open(io.BytesIO(data)))
     assert_all_see(data, expected)
-    assert np.abs(expected.astype(int) - pixels(image)).mean() < (3 if name in ("JPEG", "AVIF") else 0.01)
+    assert np.abs(expected.astype(int) - pixels(image)).mean() < (
+        3 if name in ("JPEG", "AVIF") else 0.01
+    )
     assert header(data) == (50, 40, False, False)
 
 
@@ -88,11 +96,14 @@ def test_portable_pixmaps_in_both_forms(kind, mode, plain):
         values = np.asarray(image).astype(int)
         values = 1 - values if mode == "1" else values
         magic = {"pbm": "P1", "pgm": "P2", "ppm": "P3"}[kind]
-        data = f"{magic}\n50 40\n{'' if mode == '1' else '255'}\n{' '.join(map(str, values.ravel()))}\n".encode()
+        largest = "" if mode == "1" else "255"
+        data = f"{magic}\n50 40\n{largest}\n{' '.join(map(str, values.ravel()))}\n".encode()
     assert_all_see(data, pixels(image))
 
 
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"])
+@pytest.mark.parametrize(
+    "compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"]
+)
 def test_compressed_tiffs(compression):
     data = encoded(PHOTO, "TIFF", compression=compression)
     assert_all_see(data, pixels(Image.open(io.BytesIO(data))))
@@ -100,9 +111,17 @@ def test_compressed_tiffs(compression):
 
 @pytest.mark.parametrize("name", ["WEBP", "GIF", "TIFF", "PNG", "AVIF", "MPO"])
 def test_the_first_of_several_pictures_counts(name):
-    options = {"lossless": True} if name == "WEBP" else {"quality": 95} if name in ("AVIF", "MPO") else {}
+    options = (
+        {"lossless": True} if name == "WEBP" else {"quality": 95} if name in ("AVIF", "MPO") else {}
+    )
     first = PHOTO.convert("P") if name == "GIF" else PHOTO
-    data = encoded(first, name, save_all=True, append_images=[ImageOps.invert(PHOTO).convert(first.mode)], **options)
+    data = encoded(
+        first,
+        name,
+        save_all=True,
+        append_images=[ImageOps.invert(PHOTO).convert(first.mode)],
+        **options,
+    )
     assert Image.open(io.BytesIO(data)).n_frames == 2
     found = every_reader(data)[0].astype(int)
     assert np.abs(found - pixels(first)).mean() < 3
@@ -116,7 +135,10 @@ def test_the_first_of_several_pictures_counts(name):
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         (b"  <!DOCTYPE html><html></html>", "HTML"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "'heic'"),
-        (b"\xd7\xcd\xc6\x9a" + bytes(40), "no readable image"),  # WMF, which Pillow hands to Windows
+        (
+            b"\xd7\xcd\xc6\x9a" + bytes(40),
+            "no readable image",
+        ),  # WMF, which Pillow hands to Windows
         (b"8BPS\0\1" + bytes(40), "a Photoshop document"),
         (b"\x1f\x8b\x08" + bytes(40), "gzip"),
         (encoded(PHOTO, "ICO"), "no readable image"),
@@ -136,7 +158,9 @@ ALPHA = np.linspace(0, 255, 50).round().astype(np.uint8)[None].repeat(40, 0)
 COLOURS = np.asarray(PHOTO)
 
 
-@pytest.mark.parametrize("name", ["1", "L", "P", "CMYK jpeg", "CMYK tiff", "YCbCr tiff", "gray jpeg", "RGB"])
+@pytest.mark.parametrize(
+    "name", ["1", "L", "P", "CMYK jpeg", "CMYK tiff", "YCbCr tiff", "gray jpeg", "RGB"]
+)
 def test_opaque_modes_are_as_pillow_converts_them(name):
     mode, _, form = name.partition(" ")
     mode = "L" if mode == "gray" else mode
@@ -175,14 +199,18 @@ def test_every_mode_with_alpha_is_composited(mode):
     for decoding in (Decoding(), BLUE):
         found = np.asarray(to_rgb(image, decoding)).astype(int)
         # Premultiplied colours are stored rounded, so the darkest alphas come back a few levels off.
-        assert np.abs(found - on(decoding.background, colours, ALPHA)).max() <= (2 if mode.endswith("a") else 1)
+        assert np.abs(found - on(decoding.background, colours, ALPHA)).max() <= (
+            2 if mode.endswith("a") else 1
+        )
 
 
 def test_composition_is_that_of_transformers():
     transforms = pytest.importorskip("transformers.image_transforms")
     values, alpha = np.mgrid[:256, :256].astype(np.uint8)
     image = Image.fromarray(np.stack([values, values, values, alpha], -1))
-    assert np.array_equal(np.asarray(to_rgb(image)), transforms.convert_to_rgb(image, return_numpy=True))
+    assert np.array_equal(
+        np.asarray(to_rgb(image)), transforms.convert_to_rgb(image, return_numpy=True)
+    )
 
 
 def transparent_png(image: Image.Image, transparency: bytes) -> bytes:
@@ -205,7 +233,12 @@ def raw_png(rows: np.ndarray, depth: int, colour_type: int, transparency: bytes)
     }
     body = b""
     for name, content in chunks.items():
-        body += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        body += (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -215,8 +248,16 @@ def test_transparent_colours_of_pngs_are_background():
     colour = np.stack([gray, gray, gray + 1], -1)
     cases = {
         "L": (transparent_png(Image.fromarray(gray), struct.pack(">H", 200)), [9, 9, 9]),
-        "RGB": (transparent_png(Image.fromarray(colour), struct.pack(">3H", 200, 200, 201)), [9, 9, 10]),
-        "I;16": (transparent_png(Image.fromarray(gray.astype(np.uint16) * 257), struct.pack(">H", 200 * 257)), [9, 9, 9]),
+        "RGB": (
+            transparent_png(Image.fromarray(colour), struct.pack(">3H", 200, 200, 201)),
+            [9, 9, 10],
+        ),
+        "I;16": (
+            transparent_png(
+                Image.fromarray(gray.astype(np.uint16) * 257), struct.pack(">H", 200 * 257)
+            ),
+            [9, 9, 9],
+        ),
     }
     palette = Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
     alphas = bytes(0 if i == palette.getpixel((2, 1)) else 255 for i in range(2))
@@ -233,9 +274,15 @@ def test_transparent_colours_of_pngs_are_background():
 def test_transparent_colours_count_at_the_depth_they_are_stored_in():
     shown = {}
     # 4 bits: the second pixel of each row is 5, shown as 85.
-    shown["L;4"] = (raw_png(np.array([[0x25, 0x2F]] * 2, np.uint8), 4, 0, struct.pack(">H", 5)), [34, None, 34, 255])
+    shown["L;4"] = (
+        raw_png(np.array([[0x25, 0x2F]] * 2, np.uint8), 4, 0, struct.pack(">H", 5)),
+        [34, None, 34, 255],
+    )
     # 2 bits: 0 1 2 3.
-    shown["L;2"] = (raw_png(np.array([[0b00011011]] * 2, np.uint8), 2, 0, struct.pack(">H", 1)), [0, None, 170, 255])
+    shown["L;2"] = (
+        raw_png(np.array([[0b00011011]] * 2, np.uint8), 2, 0, struct.pack(">H", 1)),
+        [0, None, 170, 255],
+    )
     wide = np.array([[10 * 257] * 3, [200 * 257] * 3], ">u2").reshape(1, -1)
     row = np.frombuffer(wide.tobytes(), np.uint8).reshape(1, -1)
     shown["RGB;16"] = (raw_png(row, 16, 2, struct.pack(">3H", *[200 * 257] * 3)), [10, None])
@@ -246,7 +293,10 @@ def test_transparent_colours_count_at_the_depth_they_are_stored_in():
                 assert seen == (list(BLUE.background) if value is None else [value] * 3), name
 
 
-@pytest.mark.parametrize("name", ["PNG", "TIFF", "TIFF big-endian", "PGM", "PGM of 12 bits", "TIFF of 32 bits", "negative TIFF"])
+@pytest.mark.parametrize(
+    "name",
+    ["PNG", "TIFF", "TIFF big-endian", "PGM", "PGM of 12 bits", "TIFF of 32 bits", "negative TIFF"],
+)
 def test_sixteen_bit_gray_is_its_upper_eight_bits(name):
     values = GRAY.astype(np.uint16) * 256 + 77
     expected = GRAY
@@ -279,7 +329,10 @@ def test_floats_are_read_between_0_and_1():
     [
         (GRAY.astype(np.float32), "floats from .* to .*; expected 0 to 1: save"),
         (np.full((4, 4), np.nan, np.float32), "floats from nan"),
-        (np.full((4, 4), 70_000, np.int32), "integers from 70000 to 70000 in 32 bits; expected 16-bit"),
+        (
+            np.full((4, 4), 70_000, np.int32),
+            "integers from 70000 to 70000 in 32 bits; expected 16-bit",
+        ),
         (np.full((4, 4), -1, np.int32), "integers from -1 to"),
         (np.full((4, 4), 200, np.int32), "integers from 200 to 200 in 32 bits"),
     ],
@@ -357,7 +410,9 @@ def test_training_crops_show_the_same_part_of_a_turned_picture(orientation, scal
     spec, augment = ImageSpec((56, 56)), Augment(scale=(0.5, 1.0), scaled_decoding=scaled)
     n_crops = 0
     for seed in range(5):
-        expected = decode.random_crop(torch.from_numpy(np.array(image)).permute(2, 0, 1), spec, augment, random.Random(seed))
+        expected = decode.random_crop(
+            torch.from_numpy(np.array(image)).permute(2, 0, 1), spec, augment, random.Random(seed)
+        )
         found = decode.train(data, spec, augment, random.Random(seed))
         difference = (found.int() - expected.int()).abs().float().mean()
         assert difference < (found.int() - expected.flip(-1).int()).abs().float().mean() / 4
@@ -370,7 +425,9 @@ def test_training_crops_show_the_same_part_of_a_turned_picture(orientation, scal
 def test_damaged_exif_never_costs_the_picture(name):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
-    options = {"WEBP": {"lossless": True}, "MPO": {"save_all": True, "append_images": [PHOTO]}}.get(name, {})
+    options = {"WEBP": {"lossless": True}, "MPO": {"save_all": True, "append_images": [PHOTO]}}.get(
+        name, {}
+    )
     data = encoded(PHOTO, name, exif=exif, **options)
     start, size = data.index(b"MM\0*"), len(exif.tobytes()) - len(b"Exif\0\0")
     chance = random.Random(0)
@@ -382,7 +439,9 @@ def test_damaged_exif_never_costs_the_picture(name):
         if name == "PNG":
             at = data.index(b"eXIf")
             length = int.from_bytes(data[at - 4 : at], "big")
-            damaged[at + 4 + length : at + 8 + length] = struct.pack(">I", zlib.crc32(damaged[at : at + 4 + length]))
+            damaged[at + 4 + length : at + 8 + length] = struct.pack(
+                ">I", zlib.crc32(damaged[at : at + 4 + length])
+            )
         seen = every_reader(bytes(damaged))
         assert all(np.array_equal(found, seen[0]) for found in seen)
         assert seen[0].shape in ((50, 40, 3), (40, 50, 3))
@@ -394,20 +453,29 @@ def test_damaged_exif_never_costs_the_picture(name):
 
 
 def chunked_png(width: int, height: int, extra: bytes = b"") -> bytes:
-    """A PNG that claims this size in gray of 1 bit, with the data of all its rows where they are few."""
+    """A PNG that claims this size in gray of 1 bit, with all its data where it is little."""
     rows = zlib.compress(bytes((1 + -(-width // 8)) * height), 9) if width * height < 10**8 else b""
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     body = b""
     for name, content in ((b"IHDR", head), (b"zTXt", extra), (b"IDAT", rows), (b"IEND", b"")):
         if content or name == b"IEND":
-            body += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+            body += (
+                struct.pack(">I", len(content))
+                + name
+                + content
+                + struct.pack(">I", zlib.crc32(name + content))
+            )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
 def tiff_of(width: int, height: int) -> bytes:
     data = bytearray(encoded(Image.new("L", (16, 16)), "TIFF"))
     for tag, value in ((256, width), (257, height)):
-        at = next(data.index(start) for start in (struct.pack("<HH", tag, kind) for kind in (3, 4)) if start in data)
+        at = next(
+            data.index(start)
+            for start in (struct.pack("<HH", tag, kind) for kind in (3, 4))
+            if start in data
+        )
         data[at : at + 12] = struct.pack("<HHII", tag, 4, 1, value)
     return bytes(data)
 
@@ -489,7 +557,7 @@ def test_jpegs_of_absurdly_many_scans_are_refused_at_once():
 def test_rare_forms_that_are_slow_to_read_are_refused_when_large(monkeypatch):
     monkeypatch.setattr("vlp.data.picture.MAX_SLOW_BYTES", 1000)
     numbers = " ".join(["7"] * 3 * 600)
-    with pytest.raises(BadImage, match="a rare form of PPM that is slow to read; save it as PNG"):
+    with pytest.raises(BadImage, match="a rare form of PPM, which is slow to read; save it as PNG"):
         array(f"P3\n30 20\n255\n{numbers}\n".encode())
     assert array(encoded(PHOTO, "PPM")).shape == (40, 50, 3)
 
@@ -508,16 +576,23 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_pictures_are_refused_never_half_shown(name):
-    for read in (array, rgb, decode.decode, lambda data: decode.evaluate(data, ImageSpec((224, 224)))):
+    for read in (
+        array,
+        rgb,
+        decode.decode,
+        lambda data: decode.evaluate(data, ImageSpec((224, 224))),
+    ):
         with pytest.raises(BadImage, match=r"\w+"):
             read(BROKEN[name])
 
 
 @pytest.mark.parametrize("cases", [300, pytest.param(6000, marks=pytest.mark.slow)])
 def test_mutated_pictures_decode_or_are_refused(cases):
-    """Whatever bytes are changed, cut or repeated: pixels or a BadImage, and the header agrees with the pixels."""
+    """Whatever bytes are changed, cut or repeated: pixels of the header's size, or a BadImage."""
     chance = random.Random(cases)
-    originals = [encoded(PHOTO.convert("P") if name == "GIF" else PHOTO, name) for name in IMAGE_FORMATS]
+    originals = [
+        encoded(PHOTO.convert("P") if name == "GIF" else PHOTO, name) for name in IMAGE_FORMATS
+    ]
     originals += [many_scans(20), turned(6)]
     n_decoded = n_refused = 0
     for i in range(cases):
@@ -545,5 +620,38 @@ def test_mutated_pictures_decode_or_are_refused(cases):
 
 def test_a_background_is_three_values_of_a_byte():
     for wrong in ((256, 0, 0), (-1, 0, 0), (0, 0)):
-        with pytest.raises(ValueError, match=r"background is .*; expected red, green and blue of 0 to 255"):
+        with pytest.raises(
+            ValueError, match=r"background is .*; expected red, green and blue of 0 to 255"
+        ):
             Decoding(background=wrong)
+
+
+# ---- tools
+
+
+def test_tools_look_at_upright_pictures_of_every_kind(tmp_path):
+    from vlp.data.format import ShardWriter
+    from vlp.data_tools import inspect, stats, validate
+    from vlp.data_tools._near import fingerprint
+
+    clear = PHOTO.copy()
+    clear.putalpha(Image.fromarray(ALPHA))
+    members = {
+        "jpg": turned(6),
+        "tif": encoded(PHOTO, "TIFF"),
+        "png": encoded(clear),
+        "avif": encoded(PHOTO, "AVIF"),
+    }
+    with ShardWriter(tmp_path / "in", 10) as writer:
+        for kind, data in members.items():
+            writer.add(kind, data, kind, ["a caption"])
+    summary = inspect.summarise(str(tmp_path / "in"), 10)
+    assert (summary["turned_by_exif"], summary["with_transparency"]) == (1, 1)
+    assert summary["unreadable_images"] == [] and summary["samples_read"] == 4
+    [shard] = (tmp_path / "in").glob("*.tar")
+    assert validate.check_shard((0, shard))["samples"] == 4
+    assert dict(stats.count((0, shard))["width"]) == {40: 1, 50: 3}
+
+    deep = encoded(Image.fromarray(GRAY.astype(np.uint16) * 257))
+    flat = encoded(Image.fromarray(GRAY))
+    assert fingerprint(rgb(deep, side=64))[0] == fingerprint(rgb(flat, side=64))[0] != 0

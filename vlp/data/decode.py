@@ -1,7 +1,7 @@
-"""Encoded images to uint8 pixels [3, H, W]: a random crop for training, open_clip's transform for evaluation.
+"""Encoded images to uint8 pixels [3, H, W]: training's crops, open_clip's transform for evaluation.
 
-What a picture's bytes become is decided in `vlp.data.picture`, for training and evaluation alike. Cropping comes before
-resizing, and pixels stay uint8: normalisation is the model's, on the device.
+What a picture's bytes become is decided in `vlp.data.picture`, for training and evaluation alike.
+Cropping comes before resizing, and pixels stay uint8: normalisation is the model's, on the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlp.data import picture
 from vlp.types import ON_WHITE, Decoding, ImageSpec
 
 _SHRINKS = (8, 4, 2)  # what libjpeg-turbo scales by in vector code; other eighths are slower than no scaling
-_REACH = 3  # pixels around a box that count when it is enlarged: 2 of the bicubic filter, 1 for rounding
+_REACH = 3  # pixels around a part that count when it is enlarged: 2 for bicubic, 1 for rounding
 _THIN = 16  # what is enlarged to this many times its part that counts is cut before
 
 
@@ -124,29 +124,34 @@ def evaluate(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
 
 
 def _resized_part(
-    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], method: Image.Resampling
+    image: Image.Image,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    method: Image.Resampling,
 ) -> Image.Image:
     """`image.resize(size, method).crop(box)` without ever holding the resized picture.
 
-    Equal to it but for rounding, by a level at most: first the rows, then the columns, as Pillow does when it enlarges.
+    Equal to it but for rounding, by a level at most: first the rows, then the columns, as Pillow does
+    when it enlarges.
     """
     across, down = image.width / size[0], image.height / size[1]
     left, top, right, bottom = box[0] * across, box[1] * down, box[2] * across, box[3] * down
     width, height = box[2] - box[0], box[3] - box[1]
 
-    # Cut to what the filter can reach: the part is small, and Pillow's 32-bit coordinates within it are exact enough.
+    # Cut to what the filter can reach: Pillow's 32-bit coordinates within so small a part are exact.
     x, y = max(0, math.floor(left) - _REACH), max(0, math.floor(top) - _REACH)
-    near = (x, y, min(image.width, math.ceil(right) + _REACH), min(image.height, math.ceil(bottom) + _REACH))
-    part = image.crop(near)
+    end_x = min(image.width, math.ceil(right) + _REACH)
+    end_y = min(image.height, math.ceil(bottom) + _REACH)
+    part = image.crop((x, y, end_x, end_y))
 
     rows = part.resize((width, part.height), method, (left - x, 0, right - x, part.height))
     return rows.resize((width, height), method, (0, top - y, width, bottom - y))
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """The central part of a very long picture, for transforms that resize the shorter side and then cut the centre.
+    """The centre of a very long picture, for transforms that resize its shorter side and cut.
 
-    Any other picture comes back as it is. The scale of what remains differs by less than a pixel in the long side.
+    Any other picture comes back as it is. What such a transform gives moves by less than two pixels.
     """
     short, long = min(image.size), max(image.size)
     if long <= _THIN * short:
@@ -155,8 +160,9 @@ def middle(image: Image.Image) -> Image.Image:
     # An even number of pixels goes, so that the middle stays where it was.
     kept = _THIN * short + (long - _THIN * short) % 2
     start = (long - kept) // 2
-    box = (start, 0, start + kept, short) if image.width == long else (0, start, short, start + kept)
-    return image.crop(box)
+    if image.width == long:
+        return image.crop((start, 0, start + kept, short))
+    return image.crop((0, start, short, start + kept))
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:

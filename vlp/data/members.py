@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, BinaryIO
 
-# Pillow's names of the formats that are read, with the extensions that say so. Content decides what a picture is; an
-# extension only whether a member or file is taken for one. None of these readers runs code or another program.
+# Pillow's names of the formats that are read, with the extensions that say so. Content decides what a
+# picture is; an extension only whether a member or file is taken for one. None of these readers runs
+# code or another program.
 IMAGE_FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
     "PNG": ("png", "apng"),

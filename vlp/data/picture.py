@@ -1,17 +1,21 @@
 """Encoded pictures to upright RGB: the one way in, for training, evaluation and every tool.
 
-The format is told by content, never by name, and only formats of IMAGE_FORMATS are opened: none of their readers runs
-other programs. Of animations and stacks of pages the first picture counts. The header is checked against the limits
-below before anything is decoded, and whatever goes wrong with one picture is a BadImage.
+The format is told by content, never by name, and only formats of IMAGE_FORMATS are opened: none of
+their readers runs other programs. Of animations and stacks of pages the first picture counts. The
+header is checked against the limits below before anything is decoded, and whatever goes wrong with
+one picture is a BadImage.
 
-- gray of 16 bits: the upper eight, v >> 8; 32-bit integers where they are 16-bit values; floats where they lie in [0, 1]
-- transparency (alpha channels, palettes, PNG's transparent colours): composited on `Decoding.background`
-- Exif orientation: turned upright unless `Decoding.exif` is false. A TIFF's own orientation is part of its format and
-  always obeyed. Damaged Exif counts as upright
+- gray of 16 bits: the upper eight, v >> 8; 32-bit integers where they are 16-bit values; floats
+  where they lie in [0, 1]
+- transparency (alpha channels, palettes, PNG's transparent colours): composited on
+  `Decoding.background`
+- Exif orientation: turned upright unless `Decoding.exif` is false. A TIFF's own orientation is part
+  of its format and always obeyed. Damaged Exif counts as upright
 - CMYK, YCCK, YCbCr, LAB, palettes: Pillow's conversion
 
-JPEGs in gray or colours are decoded by simplejpeg (libjpeg-turbo), whose pixels equal Pillow's bit for bit in three
-quarters of the time, and which can decode at a half, a quarter or an eighth of the size; all else is Pillow's.
+JPEGs in gray or colours are decoded by simplejpeg (libjpeg-turbo), whose pixels equal Pillow's bit
+for bit in three quarters of the time, and which can decode at a half, a quarter or an eighth of the
+size; all else is Pillow's.
 """
 
 from __future__ import annotations
@@ -31,14 +35,14 @@ from vlp.types import ON_WHITE, Decoding
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 268 MB of RGB
 MAX_SIDE = 65_535  # the longest that JPEG knows
-MAX_SCANS = 100  # of one JPEG; encoders write about ten, and each costs a pass over the whole picture
+MAX_SCANS = 100  # of one JPEG; encoders write about ten, and each costs a pass over the picture
 MAX_SLOW_BYTES = 1 << 24  # for readers written in Python: about half a microsecond a byte
 
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for negatives
 _SLOW_READERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's names
 _JPEG = b"\xff\xd8\xff"
 _APP1, _START_OF_SCAN = 0xE1, 0xDA  # Exif and XMP lie in APP1
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, of every coding process
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frames, of every process
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 
 # By Exif orientation. Pillow counts its rotations counterclockwise.
@@ -82,7 +86,7 @@ class Header(NamedTuple):
 
 
 def header(data: bytes, decoding: Decoding = ON_WHITE) -> Header:
-    """Size and peculiarities of an encoded picture; raises BadImage for a giant and for no picture."""
+    """Size and peculiarities of an encoded picture; raises BadImage for a giant or no picture."""
     image = _open(data)
     with _quietly():
         orientation = _orientation(image)
@@ -94,7 +98,10 @@ def header(data: bytes, decoding: Decoding = ON_WHITE) -> Header:
 
 
 def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Image:
-    """The picture in RGB; with `side`, a JPEG may come at a fraction of its size, not below `side`. Raises BadImage."""
+    """The picture in RGB; raises BadImage.
+
+    side: a JPEG may come at a fraction of its size, not below this many pixels; 0 for the whole.
+    """
     image = _open(data)
     try:
         with _quietly():
@@ -106,12 +113,17 @@ def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Imag
             return picture if turn is None else picture.transpose(turn)
     except BadImage:
         raise
-    except Exception as error:  # Pillow's readers raise many kinds (OSError, SyntaxError, struct.error, MemoryError, …)
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, MemoryError, …
         raise _undecodable(image.format, error) from None
 
 
 def to_rgb(image: Image.Image, decoding: Decoding = ON_WHITE) -> Image.Image:
-    """An image of any of Pillow's modes in RGB, transparency composited. BadImage for values without an agreed white."""
+    """An image of any of Pillow's modes in RGB, transparency composited.
+
+    Raises BadImage for values without an agreed white.
+    """
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_wide_gray(image, decoding)
     if not _has_transparency(image):
@@ -127,7 +139,8 @@ def to_rgb(image: Image.Image, decoding: Decoding = ON_WHITE) -> Image.Image:
 def array(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> np.ndarray:
     """The pixels of `rgb` as uint8 [H, W, 3]; raises BadImage.
 
-    shrink = 2, 4 or 8 gives a JPEG that `jpeg_size` knows at 1/shrink of its height and width, rounded up.
+    shrink = 2, 4 or 8 gives a JPEG that `jpeg_size` knows at 1/shrink of its height and width,
+    rounded up.
     """
     jpeg = _fast_jpeg(data)
     if jpeg is None:
@@ -146,7 +159,10 @@ def array(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> np.nda
 
 
 def jpeg_size(data: bytes, decoding: Decoding = ON_WHITE) -> tuple[int, int] | None:
-    """(height, width), upright, of a JPEG in gray or colours; None for all that is Pillow's. Raises BadImage for a giant."""
+    """(height, width), upright, of a JPEG in gray or colours; None for all that is Pillow's.
+
+    Raises BadImage for a giant.
+    """
     jpeg = _fast_jpeg(data)
     if jpeg is None:
         return None
@@ -187,7 +203,7 @@ def _fast_jpeg(data: bytes) -> _Jpeg | None:
 
 
 def _read_markers(data: bytes) -> bool:
-    """Whether a JPEG may carry an orientation (Exif, XMP); BadImage where its scans are too many to decode."""
+    """Whether a JPEG may carry an orientation (Exif, XMP). Raises BadImage for too many scans."""
     at, n_components = 2, 0
     has_metadata = progressive = False
     while at + 10 <= len(data) and data[at] == 0xFF:
@@ -227,14 +243,17 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage(f"no readable image: {_why_unreadable(data, error)}") from None
     _refuse_giant(image.height, image.width)
     if image.tile and image.tile[0].codec_name in _SLOW_READERS and len(data) > MAX_SLOW_BYTES:
-        raise BadImage(f"{len(data)} bytes of a rare form of {image.format} that is slow to read; save it as PNG")
+        raise BadImage(
+            f"{len(data)} bytes of a rare form of {image.format}, which is slow to read; "
+            "save it as PNG"
+        )
     _scale_transparent_colour(image)
     return image
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep Pillow's warnings (bombs, corrupt Exif) from the user: what matters of them becomes a BadImage."""
+    """Keep Pillow's warnings from the user: what matters of them becomes a BadImage."""
     with warnings.catch_warnings():
         # Only Pillow's: threads that decode side by side may leave this filter behind.
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -242,6 +261,8 @@ def _quietly() -> Iterator[None]:
 
 
 def _why_unreadable(data: bytes, error: Exception) -> str:
+    if not data:
+        return "the file is empty"
     beginning = data[:64].lstrip()
     kind = next((name for start, name in _FOREIGN.items() if beginning.startswith(start)), "")
     if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
@@ -259,7 +280,8 @@ def _refuse_giant(height: int, width: int) -> None:
 
 
 def _undecodable(kind: str | None, error: Exception) -> BadImage:
-    return BadImage(f"cannot decode the {kind or 'image'}: {(str(error) or type(error).__name__)[:100]}")
+    reason = str(error) or type(error).__name__
+    return BadImage(f"cannot decode the {kind or 'image'}: {reason[:100]}")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -284,11 +306,12 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _has_transparency(image: Image.Image) -> bool:
-    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or image.info.get("transparency") is not None
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    return has_alpha or image.info.get("transparency") is not None
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
-    """Bring a PNG's transparent colour, which Pillow gives as stored, to the eight bits that the pixels will have."""
+    """Bring a PNG's transparent colour, which Pillow gives as stored, to the pixels' eight bits."""
     found = image.info.get("transparency")
     if image.format != "PNG" or not image.tile or isinstance(found, bytes) or found is None:
         return
@@ -304,18 +327,22 @@ def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
     low, high = values.min(), values.max()
     if image.mode == "F":
         if not 0 <= low <= high <= 1:
-            raise BadImage(f"floats from {low:g} to {high:g}; expected 0 to 1: save the picture with 8 or 16 bits")
+            raise BadImage(
+                f"floats from {low:g} to {high:g}; expected 0 to 1: "
+                "save the picture with 8 or 16 bits"
+            )
         gray = np.rint(values * 255)
     else:
-        # Pillow gives a PNM's values of more than 8 bits as 0 to 65535, in 32 bits. Elsewhere 32 bits have no agreed white.
+        # Pillow gives a PNM's values of more than 8 bits as 0 to 65535, in 32 bits. Elsewhere 32 bits
+        # have no agreed white.
         dark = image.mode == "I" and image.format != "PPM" and high < 256
         if not 0 <= low <= high < 1 << 16 or dark:
             raise BadImage(
-                f"integers from {low} to {high} in {values.itemsize * 8} bits; expected 16-bit values, of which the upper "
-                "eight bits count: save the picture with 8 or 16 bits"
+                f"integers from {low} to {high} in {values.itemsize * 8} bits; expected 16-bit values, "
+                "of which the upper eight bits count: save the picture with 8 or 16 bits"
             )
         gray = values >> 8
-        # Pillow turns a TIFF's white-is-zero gray the right way at 8 bits only; radiographs come so at 16.
+        # Pillow inverts a TIFF's white-is-zero gray at 8 bits only; radiographs come so at 16.
         if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             gray = 255 - gray
     picture = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
@@ -324,4 +351,3 @@ def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
     if transparent is not None:
         picture.paste(decoding.background, mask=Image.fromarray(values == transparent))
     return picture
-

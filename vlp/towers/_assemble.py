@@ -55,7 +55,13 @@ def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> I
 
 
 # Fields of ImageSpec by open_clip's names; it passes over `decoding`, which is ours.
-_PIXELS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode", "decoding": "decoding"}
+_PIXELS = {
+    "mean": "mean",
+    "std": "std",
+    "interpolation": "interpolation",
+    "resize": "resize_mode",
+    "decoding": "decoding",
+}
 
 
 def preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
