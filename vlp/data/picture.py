@@ -20,6 +20,7 @@ size; all else is Pillow's.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ MAX_SLOW_BYTES = 1 << 24  # for readers written in Python: about half a microsec
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for negatives
 _SLOW_READERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's names
 _JPEG = b"\xff\xd8\xff"
-_APP1, _START_OF_SCAN = 0xE1, 0xDA  # Exif and XMP lie in APP1
+_APP1, _START_OF_SCAN, _END_OF_IMAGE = 0xE1, 0xDA, 0xD9  # Exif and XMP lie in APP1
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a scan, 0 or a restart follows 0xFF
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frames, of every process
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 
@@ -113,9 +115,8 @@ def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Imag
             return picture if turn is None else picture.transpose(turn)
     except BadImage:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, MemoryError, …
+    # Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, MemoryError and others.
+    except Exception as error:
         raise _undecodable(image.format, error) from None
 
 
@@ -222,15 +223,24 @@ def _read_markers(data: bytes) -> bool:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
     # Something lies between the segments. Decoders skip it, so nothing is known about the rest.
-    _refuse_scans(data, 0)
+    _refuse_scans(data, 2)
     return True
 
 
 def _refuse_scans(data: bytes, start: int) -> None:
-    # Within a scan 0xFF is always followed by 0, so this finds markers only.
-    n_scans = data.count(bytes((0xFF, _START_OF_SCAN)), start)
-    if n_scans > MAX_SCANS:
-        raise BadImage(f"a JPEG of {n_scans} scans, more than {MAX_SCANS}; save it again")
+    """Raise BadImage for more than MAX_SCANS scans between a marker and the end of the picture.
+
+    Phones append films behind that end, in which any marker may occur.
+    """
+    n_scans = 0
+    found = _MARKER.search(data, start)
+    while found and data[found.start() + 1] != _END_OF_IMAGE:
+        if data[found.start() + 1] == _START_OF_SCAN:
+            n_scans += 1
+        if n_scans > MAX_SCANS:
+            raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, slow to decode; save it again")
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        found = _MARKER.search(data, found.end() + length)
 
 
 def _open(data: bytes) -> Image.Image:
