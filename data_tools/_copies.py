@@ -14,8 +14,8 @@ import numpy as np
 
 from vlp.data.embedded import Embeddings
 from vlp.data.index import index
+from vlp.data.picture import BadImage, rgb
 from vlp.data_tools._near import FINGERPRINT, Limits, decide, fingerprint
-from vlp.data_tools._pictures import rgb
 from vlp.data_tools._shards import Changed, samples
 from vlp.data_tools._work import Result
 from vlp.files import write_atomically
@@ -30,8 +30,8 @@ def survey(job: tuple[int, Path], *, folder: Path) -> Result:
     counts, prints = Counter(), []
     for sample in samples(path, counts):
         try:
-            prints.append((*fingerprint(rgb(sample.image, 64)), True))
-        except ValueError:
+            prints.append((*fingerprint(rgb(sample.image, side=64)), True))
+        except BadImage:
             counts["unreadable: pictures"] += 1
             prints.append((0, np.zeros(48, np.uint8), False))
     _save(_prints(folder, number), np.array(prints, FINGERPRINT))

@@ -6,7 +6,7 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
-from vlp.data_tools._pictures import rgb
+from vlp.data.picture import BadImage, rgb
 
 
 def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int] | None:
@@ -17,7 +17,7 @@ def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int]
     detect = _pipeline(model)
     try:
         picture = rgb(image)
-    except ValueError:
+    except BadImage:
         return None
     found = detect(picture, threshold=threshold)
     return next(iter(Counter(box["label"] for box in found).most_common(1)), ("", 0))

@@ -12,8 +12,6 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from vlp.data_tools._pictures import rgb
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -79,8 +77,11 @@ class Model:
         return _width(self)
 
     def _pixels(self, sample: Content) -> Tensor | None:
+        from vlp.data.picture import rgb
+
+        encoder = self.encoder()
         try:
-            return self.encoder().prepare(rgb(sample.image))
+            return encoder.prepare(rgb(sample.image, encoder.decoding))
         except ValueError:
             return None
 

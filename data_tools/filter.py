@@ -99,14 +99,14 @@ class Rules:
 
     def refuse_sample(self, sample: Content) -> str:
         """Why a sample is dropped whatever its captions, or ""."""
-        from vlp.data_tools._pictures import size
+        from vlp.data.picture import BadImage, header
 
         if self.uids and not _listed(self.uids, sample):
             return "not in the list"
         if self.min_side or self.max_aspect:
             try:
-                short, long = sorted(size(sample.image))
-            except ValueError:
+                short, long = sorted(header(sample.image)[:2])
+            except BadImage:
                 return "no readable picture"
             if short < self.min_side:
                 return f"shorter side below {self.min_side} px"

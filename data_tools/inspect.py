@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 def summarise(path: str, n: int) -> dict[str, Any]:
     """Counts of the whole data set, and distributions over n of its samples drawn at random (the same each time)."""
     from vlp.config import Captions
-    from vlp.data.decode import BadImage, decode
+    from vlp.data.picture import BadImage, array, header
     from vlp.data.sources.shards import Options
     from vlp.data.sources.shards import open as open_shards
     from vlp.data_tools.stats import quantiles
@@ -51,13 +51,15 @@ def summarise(path: str, n: int) -> dict[str, Any]:
     started = time.monotonic()
     samples = [source[i] for i in drawn]
     read_s = time.monotonic() - started
-    started, sizes, unreadable = time.monotonic(), [], []
+    started, sizes, readable, unreadable = time.monotonic(), [], [], []
     for sample in samples:
         try:
-            sizes.append(tuple(decode(sample.image).shape[1:]))
+            sizes.append(array(sample.image).shape[:2])
+            readable.append(sample.image)
         except BadImage as error:
             unreadable.append(f"{sample.key}: {error}")
     decode_s = time.monotonic() - started
+    headers = [header(image) for image in readable]
     fields = Counter(field for sample in samples for field in sample.meta)
     return {
         "shards": len(source.paths),
@@ -68,6 +70,8 @@ def summarise(path: str, n: int) -> dict[str, Any]:
         "samples_read": len(samples),
         "unreadable_images": unreadable[:10],
         "image_types": dict(Counter(sample.image_type for sample in samples).most_common()),
+        "turned_by_exif": sum(1 for found in headers if found.turned),
+        "with_transparency": sum(1 for found in headers if found.transparent),
         "height_px": quantiles(Counter(height for height, _ in sizes)),
         "width_px": quantiles(Counter(width for _, width in sizes)),
         "image_kB": quantiles(Counter(round(len(sample.image) / 1e3, 1) for sample in samples)),

@@ -90,12 +90,14 @@ def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Con
 
 def show(sample: Content, size: int) -> Shown:
     """A sample with its picture at the size of the sheet."""
-    from vlp.data_tools._pictures import thumbnail
+    from vlp.data.picture import BadImage, rgb
 
     try:
-        return Shown(sample.key, sample.captions, thumbnail(sample.image, size), "")
-    except ValueError as error:
+        picture = rgb(sample.image, side=2 * size)
+    except BadImage as error:
         return Shown(sample.key, sample.captions, None, str(error))
+    picture.thumbnail((size, size))
+    return Shown(sample.key, sample.captions, picture, "")
 
 
 def page(shown: list[Shown], title: str) -> str:

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def count(job: tuple[int, Path]) -> _work.Result:
     """{"counts", and for each name of PICTURES and CAPTIONS {value: how often}} of one shard."""
+    from vlp.data.picture import BadImage, header
     from vlp.data_tools import _captions, _numbers
-    from vlp.data_tools._pictures import size
     from vlp.data_tools._shards import samples
 
     counts: Counter[str] = Counter()
@@ -76,8 +76,8 @@ def count(job: tuple[int, Path]) -> _work.Result:
         values["kilobytes"][round(len(sample.image) / 1000)] += 1
         values["captions"][len(sample.captions)] += 1
         try:
-            width, height = size(sample.image)
-        except ValueError:
+            width, height, *_ = header(sample.image)
+        except BadImage:
             counts["unreadable: pictures"] += 1
         else:
             values["width"][width] += 1

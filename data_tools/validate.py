@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
 
 def check_shard(job: tuple[int, Path]) -> _work.Result:
     """{"shard", "samples" (good ones), "n_problems", "problems" (the first in words), "counts"} of one tar, read anew."""
-    from vlp.data.decode import decode
     from vlp.data.index import CLASS, ROW, scan
     from vlp.data.members import open_sample
+    from vlp.data.picture import array
 
     _, path = job
     shard = scan(path)
@@ -68,9 +68,9 @@ def check_shard(job: tuple[int, Path]) -> _work.Result:
             try:
                 content = open_sample(file.read(length))
                 key = content.key
-                decode(content.image)
+                array(content.image)
                 if content.negative_image:
-                    decode(content.negative_image)
+                    array(content.negative_image)
                 if not n_captions and not flags & CLASS:
                     raise ValueError("neither caption nor class")
             except ValueError as error:

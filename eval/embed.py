@@ -28,7 +28,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.files import write_atomically
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 2: transparency on white, Exif orientation, gray of 16 bits
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
         return encoder.encode_images(torch.stack(batch))
 
     def prepare(picture: Picture) -> Tensor:
-        return encoder.prepare(picture.open())
+        return encoder.prepare(picture.open(encoder.decoding))
 
     return _spread(_kept(key, context, "images", unique, prepare, encode), unique, pictures)
 
@@ -81,7 +81,7 @@ def _spread(rows: Tensor, unique: list, items: Sequence) -> Tensor:
 def _key(encoder: Encoder, kind: str, context: Context, content: Callable[[], str]) -> str:
     if context.cache is None or not encoder.fingerprint:
         return ""
-    what = (CACHE_VERSION, kind, encoder.fingerprint, str(encoder.autocast), content())
+    what = (CACHE_VERSION, kind, encoder.fingerprint, repr(encoder.decoding), str(encoder.autocast), content())
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.schema import parse
 from vlp.towers import _references, _weights
 from vlp.towers._references import Reference
 from vlp.towers.huggingface import language_config, reason
+from vlp.types import ON_WHITE, Decoding
 
 if TYPE_CHECKING:
     from vlp.model import DualEncoder
@@ -46,6 +48,7 @@ class Encoder:
     n_truncated: Callable[[list[str]], int] = lambda texts: 0  # how many sentences are longer than the context
     fingerprint: str = ""  # content hash of weights and preprocessing; "": embeddings are not kept
     autocast: torch.dtype | None = None  # None: the model's own precision
+    decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -115,6 +118,7 @@ def from_model(
         n_truncated=lambda texts: tokenizer.tokenize(texts)[1],
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
+        decoding=model.image_spec.decoding,
     )
 
 
@@ -130,8 +134,11 @@ def _of_tag(found: Reference, device: torch.device, autocast: torch.dtype | None
 def _of_folder(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
     """A folder in open_clip's form that somebody else wrote."""
     _weights.weights_in(found.path)  # without any, open_clip would go on with random ones
-    text_cfg = _references.read_config(found.path)["model_cfg"]["text_cfg"]
-    return _open_clip(f"local-dir:{found.path}", "", found.text, text_cfg, device, autocast)
+    described = _references.read_config(found.path)
+    text_cfg = described["model_cfg"]["text_cfg"]
+    encoder = _open_clip(f"local-dir:{found.path}", "", found.text, text_cfg, device, autocast)
+    stated = described.get("preprocess_cfg", {}).get("decoding", {})  # exports of ours say it, others do not
+    return replace(encoder, decoding=parse(Decoding, stated, ("preprocess_cfg", "decoding")))
 
 
 def _open_clip(
@@ -151,11 +158,12 @@ def _open_clip(
         raise ModelError(f"open_clip cannot load {shown}{':' + tag if tag else ''}: {str(error)[:600]}") from error
     tokenizer = _tokenizer(lambda: tokenizers.build(spec), shown)
     model.eval()
-    preprocessing = repr((sorted(open_clip.get_model_preprocess_cfg(model).items()), _describe(tokenizer)))
+    settings = open_clip.get_model_preprocess_cfg(model)
+    preprocessing = repr((sorted(settings.items()), _describe(tokenizer)))
     return Encoder(
         name=shown,
         pretrained=tag,
-        prepare=transform,
+        prepare=_cut_first(transform) if settings["resize_mode"] == "shortest" else transform,
         image=model.encode_image,
         text=lambda texts: model.encode_text(tokenizer(texts).to(device)),
         scale=float(model.logit_scale.detach().float().exp()),
@@ -164,6 +172,13 @@ def _open_clip(
         fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
     )
+
+
+def _cut_first(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image], Tensor]:
+    """A transform that resizes the shorter side and cuts the centre, but without gigabytes."""
+    from vlp.data.decode import middle
+
+    return lambda picture: transform(middle(picture))
 
 
 def _transformers(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
@@ -180,6 +195,11 @@ def _transformers(found: Reference, device: torch.device, autocast: torch.dtype 
     tokenizer = _tokenizer(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
 
+    def pixels(picture: Image.Image) -> Tensor:
+        return processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    cut = getattr(processor, "do_center_crop", False) and processor.size.get("shortest_edge")
+
     def text(texts: list[str]) -> Tensor:
         # All sentences to the full length: SigLIP was trained without a mask, so its padding is part of the input.
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(device)
@@ -191,7 +211,7 @@ def _transformers(found: Reference, device: torch.device, autocast: torch.dtype 
     return Encoder(
         name=name,
         pretrained="",
-        prepare=lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"][0],
+        prepare=_cut_first(pixels) if cut else pixels,
         image=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
         text=text,
         scale=float(model.logit_scale.detach().float().exp()),

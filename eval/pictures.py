@@ -7,7 +7,6 @@ what the pictures hold, which names the embeddings that are kept on disk.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,10 +15,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlp.data import picture
 from vlp.data.members import IMAGE_TYPES, walk
 from vlp.files import write_atomically
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what training reads; nothing else is ever handed to a decoder
+from vlp.types import ON_WHITE, Decoding
 
 
 class DataError(ValueError):
@@ -46,12 +45,11 @@ class Picture:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
-    def open(self) -> Image.Image:
+    def open(self, decoding: Decoding = ON_WHITE) -> Image.Image:
         """The decoded image in RGB; a DataError names the picture that does not open."""
         try:
-            image = Image.open(io.BytesIO(self.read()), formats=FORMATS)
-            image = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = picture.rgb(self.read(), decoding)
+        except (OSError, picture.BadImage) as error:
             raise DataError(f"image {self.name} does not open ({error}); repair or remove it and its annotation") from error
         if self.border:
             image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))

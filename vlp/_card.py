@@ -12,6 +12,7 @@ import yaml
 from vlp._private import shareable
 from vlp.model import DualEncoder
 from vlp.stages import Stages
+from vlp.types import ON_WHITE
 
 _TAGS = {None: [], "CLIPModel": ["transformers", "clip"], "SiglipModel": ["transformers", "siglip"]}
 
@@ -23,6 +24,7 @@ def render(
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads as, or None."""
     onnx = any(note.startswith("ONNX") for note in notes)
     parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step), "## Use", _usage(name, form, onnx)]
+    parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes), "## Results", _results(results)]
     if training is not None:
         shown = yaml.safe_dump(shareable(training), sort_keys=False, allow_unicode=True)
@@ -55,9 +57,9 @@ _LIMITS = """\
 The model knows what its training pairs showed, and repeats their gaps and biases. Similarities rank candidates; they are
 not calibrated probabilities. Scores above hold for the data sets and protocols named there and say little about others.
 Libraries prepare inputs differently, so embeddings of the same file or sentence differ slightly between them, and not at
-all on the same pixels and ids: transformers' image processor stays within one grey level (of 255) of open_clip's, but where
-the margin to crop is odd it crops one pixel aside; and only open_clip repairs text (HTML entities, curly quotes, full-width
-letters, wrongly decoded characters) before it tokenizes."""
+all on the same pixels and ids: of an opaque, upright picture transformers' image processor stays within one grey level (of
+255) of open_clip's, but where the margin to crop is odd it crops one pixel aside; and only open_clip repairs text (HTML
+entities, curly quotes, full-width letters, wrongly decoded characters) before it tokenizes."""
 
 
 def _front_matter(name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None) -> str:
@@ -157,6 +159,34 @@ model = load("local-dir:{name}").eval()
 def published(card: str, name: str, repository: str) -> str:
     """The card of the folder `name` as it stands in a repository: its code loads from there."""
     return card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"').replace(f'("{name}")', f'("{repository}")')
+
+
+def _pictures(model: DualEncoder, form: str | None) -> str:
+    """What the model saw of stored pictures, what other libraries show it, and how to show it the same."""
+    decoding = model.image_spec.decoding
+    turned = "turned as its Exif orientation says"
+    if not decoding.exif:
+        turned = "left as stored, whatever its Exif orientation says"
+    opened = "ImageOps.exif_transpose(Image.open(path))" if decoding.exif else "Image.open(path)"
+    white = "white " if decoding.background == ON_WHITE.background else ""
+    lines = [
+        f"In training and evaluation transparent pixels lay on {white}{decoding.background},",
+        f"and every picture was {turned}.",
+        "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
+    ]
+    if form is not None:
+        lines += [
+            "transformers' processors put transparent pixels on white and turn nothing;",
+            "its pipelines turn a picture and drop its transparency.",
+        ]
+    return " ".join(lines) + f""" For the same pixels everywhere:
+
+```python
+from PIL import Image, ImageOps
+image = {opened}.convert("RGBA")
+background = Image.new("RGBA", image.size, {(*decoding.background, 255)})
+image = Image.alpha_composite(background, image).convert("RGB")
+```"""
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ import yaml
 from vlp import schema
 from vlp.plugin import Keyed, KeyedPlugins, Named, Plugin
 from vlp.schema import ConfigError, Problem
+from vlp.types import Decoding
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ class Model:
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
     heads: Heads = Heads()
     pretrained: str | None = None  # open_clip tag, or any reference (vlp.towers._references); None: random
+    decoding: Decoding | None = None  # None: as `pretrained` says, or on white and upright
 
     @property
     def precomputed(self) -> bool:

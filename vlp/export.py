@@ -21,15 +21,18 @@ from typing import Any
 
 import torch
 import yaml
+from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlp import _card, _clip_form, _siglip_form, checkpoint, stages
+from vlp import _card, _clip_form, _pixels, _siglip_form, checkpoint, stages
 from vlp.files import sync
 from vlp.model import DualEncoder, from_description
 from vlp.towers import _references, _weights
+from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a written form and the model
+LEVELS = 1.01  # of 255: largest difference of a pixel between a processor and training, from rounding
 
 
 class ExportError(ValueError):
@@ -159,6 +162,7 @@ def _write_transformers(model: DualEncoder, weights: dict[str, Tensor], folder: 
         processor.save_pretrained(folder)
         processor.image_processor.save_pretrained(folder)  # preprocessor_config.json, for transformers 4 and JavaScript
         notes = [f"transformers: {name}, embeddings within {difference:.1e} of the model's"]
+        notes += _unlike_training(model, processor.image_processor)
         return name, [*notes, *_companions(model, name, folder)]
     return None, [f"transformers: {refusal}" for refusal in refusals]
 
@@ -189,6 +193,22 @@ def _difference(model: DualEncoder, network: nn.Module) -> float:
     pixels, ids = model.example(4)
     ours, theirs = model(pixels, ids), network(input_ids=ids, pixel_values=pixels)
     return max((ours.image - theirs.image_embeds).abs().max().item(), (ours.text - theirs.text_embeds).abs().max().item())
+
+
+def _unlike_training(model: DualEncoder, processor: Any) -> Iterator[str]:
+    """A note where a processor gives other pixels than training, on a picture with transparency."""
+
+    def prepare(image: Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    levels = _pixels.difference(model.image_spec, prepare)
+    if levels <= LEVELS:
+        return
+    note = f"transformers: its processor's pixels of a transparent picture are {levels:.0f} levels off"
+    background = model.image_spec.decoding.background
+    if background != ON_WHITE.background:
+        note += f"; it puts transparent pixels on white, and training on {background}"
+    yield note
 
 
 @contextmanager

@@ -87,6 +87,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How a stored picture becomes RGB, in training and evaluation; travels with the model."""
+
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels; white, as transformers
+    exif: bool = True  # turn the picture upright, as its Exif orientation says
+
+    def __post_init__(self) -> None:
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            raise ValueError(
+                f"background is {self.background}; expected red, green and blue of 0 to 255"
+            )
+
+
+ON_WHITE = Decoding()  # upright, transparent pixels on white: where no model says otherwise
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """How an image becomes the pixels a tower was made for; travels with the model."""
 
@@ -95,6 +112,7 @@ class ImageSpec:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize: Literal["shortest", "squash"] = "shortest"  # shortest side to size, then centre crop; or both sides to size
+    decoding: Decoding = ON_WHITE
 
 
 @dataclass(frozen=True)

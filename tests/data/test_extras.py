@@ -79,8 +79,8 @@ def test_members_of_negatives_lie_beside_the_image_and_come_back(tmp_path):
     foreign = [("a.txt", b"x"), ("a.negative.PNG", encoded(picture(1))), ("a.negative.txt", b"no"), ("a.png", encoded(picture(2)))]
     source = open_shards(Options(str(write_tar(tmp_path / "foreign" / "0.tar", foreign))), Captions())
     assert (source[0].negative_image, source[0].captions) == (encoded(picture(1)), ("x",))
-    with ShardWriter(tmp_path / "w") as writer, pytest.raises(ValueError, match="image type 'tif'"):
-        writer.add(None, encoded(picture(1)), "png", ["x"], negative_image=(b"x", "tif"))
+    with ShardWriter(tmp_path / "w") as writer, pytest.raises(ValueError, match="image type 'psd'"):
+        writer.add(None, encoded(picture(1)), "png", ["x"], negative_image=(b"x", "psd"))
 
 
 def test_a_negative_image_that_does_not_open_replaces_the_sample(tmp_path):

@@ -159,12 +159,12 @@ def test_embeddings_find_copies_that_hashes_miss(planted: Path, tmp_path: Path) 
 
 @needs_data
 def test_photos_recoded_and_halved_are_found_and_distinct_ones_are_not() -> None:
-    from vlp.data_tools._pictures import rgb
+    from vlp.data.picture import rgb
 
     with tarfile.open(REAL / "caltech101.tar") as tar:
         photos = [tar.extractfile(member).read() for member in [m for m in tar.getmembers() if m.isfile()][::80]]
     versions = [photos, [recoded(p, 40) for p in photos], [recoded(p, 90, 0.5) for p in photos]]
-    prints = np.array([(*fingerprint(rgb(data, 64)), True) for version in versions for data in version], FINGERPRINT)
+    prints = np.array([(*fingerprint(rgb(data, side=64)), True) for version in versions for data in version], FINGERPRINT)
     copy_of, _ = decide(prints, [], 0, Limits(4, 1.0, False))
     n = len(photos)
     assert n > 100 and (copy_of[:n] == -1).mean() > 0.98

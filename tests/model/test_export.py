@@ -11,11 +11,13 @@ import open_clip
 import pytest
 import torch
 import yaml
-from PIL import Image
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from tests.model.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
-from vlp import checkpoint, export
+from vlp import _pixels, checkpoint, export
+from vlp.data import decode
 from vlp.eval import models
 from vlp.model import load
 
@@ -195,6 +197,68 @@ def test_squashed_pixels_agree_too(tmp_path):
     inputs_ = processor(text=["two red circles"], images=image, padding="max_length", return_tensors="pt")
     assert (preprocess(image) - inputs_["pixel_values"][0]).abs().max() * 127.5 <= 1.01
     assert inputs_["input_ids"].tolist() == [[8, 6, 10, 1] + [0] * 8] and "attention_mask" not in inputs_
+
+
+def shown(pixels):
+    """Normalised pixels [3, H, W] as levels of 255."""
+    mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
+    return (pixels * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
+
+
+def code_of(card):
+    """The Python of the card's section about pictures."""
+    return card.split("## Pictures")[1].split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (10, 60, 200)])
+@pytest.mark.parametrize("exif", [True, False])
+def test_the_cards_code_shows_every_library_what_training_saw(tmp_path, background, exif):
+    from transformers import AutoProcessor
+
+    model = tiny(decoding={"background": list(background), "exif": exif})
+    notes = export.export(model, tmp_path / "out")
+    off = [note for note in notes if "levels off" in note]
+    assert len(off) == (background != (255, 255, 255))  # transformers knows only white, and the export says so
+    assert all(str(background) in note for note in off)
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"transparent pixels lay on {'white ' if background[0] == 255 else ''}{background}" in card
+    assert ("turned as its Exif" in card) == exif
+
+    (tmp_path / "picture.png").write_bytes(_pixels.sample(model.image_spec))
+    names = {"path": tmp_path / "picture.png"}
+    exec(code_of(card), names)
+    seen = decode.evaluate((tmp_path / "picture.png").read_bytes(), model.image_spec)
+    _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")
+    assert torch.equal(shown(preprocess(names["image"])).round().to(torch.uint8), seen)
+    theirs = AutoProcessor.from_pretrained(tmp_path / "out")(images=names["image"], return_tensors="pt").pixel_values[0]
+    assert (shown(theirs) - seen).abs().max() <= export.LEVELS
+
+
+def test_other_libraries_do_with_pictures_what_the_card_says(exported, tmp_path):
+    """If one of them learns to turn or to composite, the card must change."""
+    from transformers import AutoProcessor
+    from transformers.image_utils import load_image
+
+    path, spec = tmp_path / "picture.png", load(exported).image_spec
+    path.write_bytes(_pixels.sample(spec))
+    stored = Image.open(path)
+    upright = ImageOps.exif_transpose(stored)
+    assert stored.size == upright.size[::-1] and stored.mode == "RGBA"
+
+    def pixels(image):
+        return decode.evaluate(image, spec)
+
+    _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{exported}")
+    hidden = shown(preprocess(stored))  # resized with alpha, which is dropped then
+    assert (hidden - pixels(stored.convert("RGB"))).abs().mean() < 5 < (hidden - pixels(stored)).abs().mean()
+    processor = AutoProcessor.from_pretrained(exported)
+    theirs = shown(processor(images=stored, return_tensors="pt").pixel_values[0])
+    assert (theirs - pixels(stored)).abs().max() <= export.LEVELS
+    assert torch.equal(pixels(load_image(str(path))), pixels(upright.convert("RGB")))
+    seen = decode.evaluate(path.read_bytes(), spec)
+    assert torch.equal(seen, pixels(upright))
+    for wrong in (stored, stored.convert("RGB"), upright.convert("RGB")):
+        assert (pixels(wrong).int() - seen.int()).abs().max() > 60
 
 
 # ---- the card and the folder

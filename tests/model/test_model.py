@@ -1,6 +1,7 @@
 """The dual encoder: what it computes, how its scale is bounded, what it allows engines to do with it."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -10,8 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.model.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
-from vlp import config
-from vlp.model import Scaling, build, from_description
+from vlp import config, export
+from vlp.model import Scaling, build, from_description, load
+from vlp.schema import ConfigError
+from vlp.types import ON_WHITE, Decoding
 
 BLOCKED = {"name": "timm", "model": "test_resnet", "image_size": 64}
 
@@ -281,6 +284,27 @@ def test_weights_that_do_not_exist():
 def test_a_tag_of_the_other_activation_names_the_architecture():
     with pytest.raises(ValueError, match="use architecture ViT-B-32-quickgelu"):
         tiny(image_tower={"name": "open_clip", "architecture": "ViT-B-32"}, text_tower=None, pretrained="openai")
+
+
+def test_how_pictures_are_decoded_travels_with_the_model(tmp_path):
+    said = Decoding((10, 60, 200), exif=False)
+    model = tiny(decoding={"background": [10, 60, 200], "exif": False})
+    assert model.image_spec.decoding == said
+    assert from_description(json.loads(json.dumps(model.description()))).image_spec == model.image_spec
+
+    folder = str(tmp_path / "out")
+    export.export(model, folder)
+    assert load(folder).image_spec == model.image_spec
+    started = {"image_tower": {"name": "open_clip", "architecture": f"local-dir:{folder}"}, "text_tower": None}
+    for keys in ({**started, "embed_dim": None}, {"pretrained": folder}):
+        assert tiny(**keys).image_spec.decoding == said
+        assert tiny(**keys, decoding={}).image_spec.decoding == ON_WHITE
+
+    earlier = model.description()
+    del earlier["preprocess_cfg"]["decoding"]  # as models of before are described
+    assert from_description(earlier).image_spec.decoding == ON_WHITE
+    with pytest.raises(ConfigError, match=r"background is \(300, 0, 0\); expected red, green and blue"):
+        tiny(decoding={"background": [300, 0, 0]})
 
 
 def test_a_description_rebuilds_the_model_without_weights(tmp_path):

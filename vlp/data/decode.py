@@ -1,78 +1,45 @@
-"""Encoded images to uint8 pixels [3, H, W]: a random crop for training, open_clip's transform for evaluation.
+"""Encoded images to uint8 pixels [3, H, W]: training's crops, open_clip's transform for evaluation.
 
-JPEGs are decoded by simplejpeg (libjpeg-turbo), whose pixels equal Pillow's bit for bit in three quarters of the time and
-which can decode at a half, a quarter or an eighth of the size; everything else (CMYK, palettes, 16 bit, animations: their
-first frame, PNG, WebP, GIF, BMP) takes Pillow's way. Cropping comes before resizing, and pixels stay uint8: normalisation
-is the model's, on the device. EXIF orientation is ignored and transparency dropped, as open_clip's pipelines do, so that
-training sees what evaluation and exported models see.
+What a picture's bytes become is decided in `vlp.data.picture`, for training and evaluation alike.
+Cropping comes before resizing, and pixels stay uint8: normalisation is the model's, on the device.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import warnings
-from io import BytesIO
 
 import numpy as np
 import torch
 from PIL import Image
-from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as color
 
 from vlp.config import Augment
-from vlp.types import ImageSpec
+from vlp.data import picture
+from vlp.types import ON_WHITE, Decoding, ImageSpec
 
-MAX_PIXELS = 100_000_000  # a decompression bomb: 300 MB of pixels for one sample
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_JPEG = b"\xff\xd8\xff"
 _SHRINKS = (8, 4, 2)  # what libjpeg-turbo scales by in vector code; other eighths are slower than no scaling
+_REACH = 3  # pixels around a part that count when it is enlarged: 2 for bicubic, 1 for rounding
+_THIN = 16  # what is enlarged to this many times its part that counts is cut before
 
 
-class BadImage(ValueError):
-    """The bytes are no picture that training can use; the message says why."""
-
-
-def decode(data: bytes, shrink: int = 1) -> Tensor:
-    """The stored pixels as uint8 [3, H, W], RGB; raises BadImage. The format is told by content, not by name.
-
-    shrink = 2, 4 or 8 gives a JPEG that `jpeg_size` knows at 1/shrink of its height and width, rounded up.
-    """
-    size = jpeg_size(data)
-    if size is None:
-        return _to_tensor(_rgb(_open(data)))
-    height, width = (-(-side // shrink) for side in size)
-    try:
-        pixels = decode_jpeg(data, min_height=height, min_width=width, min_factor=shrink)
-    except ValueError as error:
-        raise BadImage(f"cannot decode the JPEG: {str(error)[:100]}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG in gray or colours; None for all that is left to Pillow. Raises BadImage for a giant."""
-    if not data.startswith(_JPEG):
-        return None
-    try:
-        height, width, space, _ = decode_jpeg_header(data)
-    except ValueError:
-        return None  # Pillow reads it, or says what is wrong
-    _refuse_giant(height, width)
-    return None if space in ("CMYK", "YCCK") else (height, width)
+def decode(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> Tensor:
+    """The picture as uint8 [3, H, W], RGB; raises BadImage. `shrink` as in `picture.array`."""
+    return _to_tensor(picture.array(data, decoding, shrink))
 
 
 def train(data: bytes, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
     """`random_crop` of an encoded image; with `augment.scaled_decoding` its crop is of reduced pixels. Raises BadImage."""
-    size = jpeg_size(data) if augment.scaled_decoding else None
+    size = picture.jpeg_size(data, spec.decoding) if augment.scaled_decoding else None
     if size is None:
-        return random_crop(decode(data), spec, augment, rng)
+        return random_crop(decode(data, spec.decoding), spec, augment, rng)
     box = crop_box(*size, augment, rng)
     shrink = next((s for s in _SHRINKS if box[2] >= s * spec.size[0] and box[3] >= s * spec.size[1]), 1)
     top, left, height, width = (side / shrink for side in box)
     top, left = round(top), round(left)
-    image = decode(data, shrink)[:, top : top + round(height), left : left + round(width)]
+    image = decode(data, spec.decoding, shrink)[:, top : top + round(height), left : left + round(width)]
     return _augmented(image, spec, augment, rng)
 
 
@@ -130,11 +97,14 @@ def evaluate(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
 
     "shortest" resizes the shortest side and cuts the centre; "squash" resizes both sides. Raises BadImage.
     """
-    image = _rgb(_open(image) if isinstance(image, bytes) else image)
+    if isinstance(image, bytes):
+        image = picture.rgb(image, spec.decoding)
+    image = picture.to_rgb(image, spec.decoding)
     height, width = spec.size
     method = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
     if spec.resize == "squash":
-        return _to_tensor(image.resize((width, height), method))
+        return _to_tensor(np.array(image.resize((width, height), method)))
+
     if height == width:  # torchvision's Resize rounds the long side down
         short, long = min(image.size), max(image.size)
         other = int(height * long / short)
@@ -143,38 +113,57 @@ def evaluate(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
         method = Image.Resampling.BICUBIC
         ratio = min(image.height / height, image.width / width)
         size = (round(image.width / ratio), round(image.height / ratio))
+
+    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    box = (left, top, left + width, top + height)
+    if size[0] > image.width and max(size) > _THIN * max(spec.size):
+        return _to_tensor(np.array(_resized_part(image, size, box, method)))
     if size != image.size:
         image = image.resize(size, method)
-    top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)
-    return _to_tensor(image.crop((left, top, left + width, top + height)))
+    return _to_tensor(np.array(image.crop(box)))
 
 
-def _open(data: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(BytesIO(data), formats=_FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"no readable image: {str(error).split('<')[0].strip()[:100]}") from None
-    _refuse_giant(image.height, image.width)
-    return image
+def _resized_part(
+    image: Image.Image,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    method: Image.Resampling,
+) -> Image.Image:
+    """`image.resize(size, method).crop(box)` without ever holding the resized picture.
+
+    Equal to it but for rounding, by a level at most: first the rows, then the columns, as Pillow does
+    when it enlarges.
+    """
+    across, down = image.width / size[0], image.height / size[1]
+    left, top, right, bottom = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    width, height = box[2] - box[0], box[3] - box[1]
+
+    # Cut to what the filter can reach: Pillow's 32-bit coordinates within so small a part are exact.
+    x, y = max(0, math.floor(left) - _REACH), max(0, math.floor(top) - _REACH)
+    end_x = min(image.width, math.ceil(right) + _REACH)
+    end_y = min(image.height, math.ceil(bottom) + _REACH)
+    part = image.crop((x, y, end_x, end_y))
+
+    rows = part.resize((width, part.height), method, (left - x, 0, right - x, part.height))
+    return rows.resize((width, height), method, (0, top - y, width, bottom - y))
 
 
-def _refuse_giant(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"an image of {width}×{height} pixels, more than {MAX_PIXELS}")
+def middle(image: Image.Image) -> Image.Image:
+    """The centre of a very long picture, for transforms that resize its shorter side and cut.
+
+    Any other picture comes back as it is. What such a transform gives moves by less than two pixels.
+    """
+    short, long = min(image.size), max(image.size)
+    if long <= _THIN * short:
+        return image
+
+    # An even number of pixels goes, so that the middle stays where it was.
+    kept = _THIN * short + (long - _THIN * short) % 2
+    start = (long - kept) // 2
+    if image.width == long:
+        return image.crop((start, 0, start + kept, short))
+    return image.crop((0, start, short, start + kept))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    try:
-        if image.mode.startswith("I"):  # 16 bit gray: Pillow's own conversion would cut everything off at 255
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "transparency expressed in bytes": it is dropped on purpose
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, EOFError, …)
-        raise BadImage(f"cannot decode the {image.format or 'image'}: {str(error)[:100]}") from None
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)

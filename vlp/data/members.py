@@ -14,7 +14,21 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, BinaryIO
 
-IMAGE_TYPES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+# Pillow's names of the formats that are read, with the extensions that say so. Content decides what a
+# picture is; an extension only whether a member or file is taken for one. None of these readers runs
+# code or another program.
+IMAGE_FORMATS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
+    "PNG": ("png", "apng"),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",),
+    "PPM": ("ppm", "pgm", "pbm", "pnm", "pfm"),
+    "JPEG2000": ("jp2", "j2k", "jpf", "jpx"),
+}
+IMAGE_TYPES = frozenset().union(*IMAGE_FORMATS.values())
 TEXT_TYPES = frozenset({"txt", "json", "cls"})
 NEGATIVE = "negative."  # KEY.negative.jpg: the image of the sample's first negative caption
 MAX_TEXT_BYTES = 1 << 20  # a caption file or JSON beyond this is an attack or an accident

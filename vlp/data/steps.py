@@ -134,7 +134,7 @@ class Steps(Dataset):
         if views is None:
             out["image"].copy_(decode.train(sample.image, self.image, augment, chance("pixels")))
         else:
-            image = decode.decode(sample.image)  # once for all views, so at full size
+            image = decode.decode(sample.image, self.image.decoding)  # once for all views, so at full size
             out["image"].copy_(decode.random_crop(image, self.image, augment, chance("pixels")))
             for v, view in enumerate(out["image_views"]):
                 view.copy_(decode.random_crop(image, self.image, views.augment, chance("view", v)))

@@ -9,7 +9,8 @@ from typing import Any
 from vlp import log, plugin
 from vlp.config import Model
 from vlp.plugin import Plugin
-from vlp.types import ImageSpec, TextSpec
+from vlp.schema import parse, plain
+from vlp.types import Decoding, ImageSpec, TextSpec
 
 
 def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -35,7 +36,10 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     if model.bias is not None:
         model_cfg["init_logit_bias"] = model.bias
-    return model_cfg, _section(image, "preprocess_cfg")
+    preprocess_cfg = _section(image, "preprocess_cfg")
+    if model.decoding is not None:
+        preprocess_cfg["decoding"] = plain(model.decoding)
+    return model_cfg, preprocess_cfg
 
 
 def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> ImageSpec:
@@ -45,16 +49,24 @@ def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> I
         raise ValueError(f"resize_mode {given['resize']!r} is not supported; expected shortest or squash")
     for name in {"mean", "std"} & set(given):
         given[name] = tuple(given[name])
+    if "decoding" in given:
+        given["decoding"] = parse(Decoding, given["decoding"], ("preprocess_cfg", "decoding"))
     return ImageSpec(size=(size, size) if isinstance(size, int) else tuple(size), **given)
 
 
-_PIXELS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
+# Fields of ImageSpec by open_clip's names; it passes over `decoding`, which is ours.
+_PIXELS = {
+    "mean": "mean",
+    "std": "std",
+    "interpolation": "interpolation",
+    "resize": "resize_mode",
+    "decoding": "decoding",
+}
 
 
 def preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
     """The inverse of `image_spec`: the section of open_clip_config.json."""
-    given = {theirs: getattr(spec, ours) for ours, theirs in _PIXELS.items()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    return {theirs: plain(getattr(spec, ours)) for ours, theirs in _PIXELS.items()}
 
 
 def trained_on(stated: dict[str, Any], configured: dict[str, Any], reference: str) -> dict[str, Any]:

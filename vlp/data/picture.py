@@ -1,0 +1,363 @@
+"""Encoded pictures to upright RGB: the one way in, for training, evaluation and every tool.
+
+The format is told by content, never by name, and only formats of IMAGE_FORMATS are opened: none of
+their readers runs other programs. Of animations and stacks of pages the first picture counts. The
+header is checked against the limits below before anything is decoded, and whatever goes wrong with
+one picture is a BadImage.
+
+- gray of 16 bits: the upper eight, v >> 8; 32-bit integers where they are 16-bit values; floats
+  where they lie in [0, 1]
+- transparency (alpha channels, palettes, PNG's transparent colours): composited on
+  `Decoding.background`
+- Exif orientation: turned upright unless `Decoding.exif` is false. A TIFF's own orientation is part
+  of its format and always obeyed. Damaged Exif counts as upright
+- CMYK, YCCK, YCbCr, LAB, palettes: Pillow's conversion
+
+JPEGs in gray or colours are decoded by simplejpeg (libjpeg-turbo), whose pixels equal Pillow's bit
+for bit in three quarters of the time, and which can decode at a half, a quarter or an eighth of the
+size; all else is Pillow's.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+from simplejpeg import decode_jpeg, decode_jpeg_header
+
+from vlp.data.members import IMAGE_FORMATS
+from vlp.types import ON_WHITE, Decoding
+
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 268 MB of RGB
+MAX_SIDE = 65_535  # the longest that JPEG knows
+MAX_SCANS = 100  # of one JPEG; encoders write about ten, and each costs a pass over the picture
+MAX_SLOW_BYTES = 1 << 24  # for readers written in Python: about half a microsecond a byte
+
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for negatives
+_SLOW_READERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's names
+_JPEG = b"\xff\xd8\xff"
+_APP1, _START_OF_SCAN, _END_OF_IMAGE = 0xE1, 0xDA, 0xD9  # Exif and XMP lie in APP1
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a scan, 0 or a restart follows 0xFF
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frames, of every process
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+
+# By Exif orientation. Pillow counts its rotations counterclockwise.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+
+# How files begin that people take for pictures, for messages only.
+_FOREIGN = {
+    b"%PDF": "a PDF",
+    b"%!PS": "PostScript",
+    b"8BPS": "a Photoshop document",
+    b"<svg": "SVG",
+    b"<?xm": "XML",
+    b"<!DO": "HTML",
+    b"<!do": "HTML",
+    b"<htm": "HTML",
+    b"PK\3\4": "a zip archive",
+    b"\x1f\x8b\x08": "gzip",
+}
+
+
+class BadImage(ValueError):
+    """The bytes are no picture that can be used; the message says why."""
+
+
+class Header(NamedTuple):
+    """What a picture's header says. No pixel is decoded for it."""
+
+    width: int  # as shown, after turning
+    height: int
+    turned: bool  # its Exif orientation is not 1
+    transparent: bool  # it has an alpha channel or a transparent colour
+
+
+def header(data: bytes, decoding: Decoding = ON_WHITE) -> Header:
+    """Size and peculiarities of an encoded picture; raises BadImage for a giant or no picture."""
+    image = _open(data)
+    with _quietly():
+        orientation = _orientation(image)
+    width, height = image.size
+    # Pillow gives a TIFF's size as it will be after loading, which turns it.
+    if orientation in _SIDEWAYS and decoding.exif and image.format != "TIFF":
+        width, height = height, width
+    return Header(width, height, orientation != 1, _has_transparency(image))
+
+
+def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Image:
+    """The picture in RGB; raises BadImage.
+
+    side: a JPEG may come at a fraction of its size, not below this many pixels; 0 for the whole.
+    """
+    image = _open(data)
+    try:
+        with _quietly():
+            if side:
+                image.draft("RGB", (side, side))
+            image.load()
+            turn = _TURNS.get(_orientation(image)) if decoding.exif else None
+            picture = to_rgb(image, decoding)
+            return picture if turn is None else picture.transpose(turn)
+    except BadImage:
+        raise
+    # Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, MemoryError and others.
+    except Exception as error:
+        raise _undecodable(image.format, error) from None
+
+
+def to_rgb(image: Image.Image, decoding: Decoding = ON_WHITE) -> Image.Image:
+    """An image of any of Pillow's modes in RGB, transparency composited.
+
+    Raises BadImage for values without an agreed white.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_wide_gray(image, decoding)
+    if not _has_transparency(image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "La":  # premultiplied gray, from which Pillow knows one way
+        image = image.convert("LA")
+    layer = image.convert("RGBA")
+    whole = Image.new("RGB", image.size, decoding.background)
+    whole.paste(layer, mask=layer)
+    return whole
+
+
+def array(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> np.ndarray:
+    """The pixels of `rgb` as uint8 [H, W, 3]; raises BadImage.
+
+    shrink = 2, 4 or 8 gives a JPEG that `jpeg_size` knows at 1/shrink of its height and width,
+    rounded up.
+    """
+    jpeg = _fast_jpeg(data)
+    if jpeg is None:
+        picture = rgb(data, decoding)
+        try:
+            return np.array(picture)
+        except MemoryError as error:
+            raise _undecodable(None, error) from None
+
+    height, width = (-(-side // shrink) for side in (jpeg.height, jpeg.width))
+    try:
+        pixels = decode_jpeg(data, min_height=height, min_width=width, min_factor=shrink)
+    except Exception as error:
+        raise _undecodable("JPEG", error) from None
+    return _turned(pixels, jpeg.orientation()) if decoding.exif else pixels
+
+
+def jpeg_size(data: bytes, decoding: Decoding = ON_WHITE) -> tuple[int, int] | None:
+    """(height, width), upright, of a JPEG in gray or colours; None for all that is Pillow's.
+
+    Raises BadImage for a giant.
+    """
+    jpeg = _fast_jpeg(data)
+    if jpeg is None:
+        return None
+    sideways = decoding.exif and jpeg.orientation() in _SIDEWAYS
+    return (jpeg.width, jpeg.height) if sideways else (jpeg.height, jpeg.width)
+
+
+class _Jpeg(NamedTuple):
+    """A JPEG that simplejpeg decodes, as its header describes it."""
+
+    data: bytes
+    height: int  # as stored
+    width: int
+    has_metadata: bool
+
+    def orientation(self) -> int:
+        """The Exif orientation, read by Pillow: nothing is turned by other rules than its own."""
+        if not self.has_metadata:
+            return 1
+        try:
+            with _quietly():
+                return _orientation(Image.open(BytesIO(self.data), formats=("JPEG",)))
+        except Exception:  # damaged metadata never cost the picture
+            return 1
+
+
+def _fast_jpeg(data: bytes) -> _Jpeg | None:
+    if not data.startswith(_JPEG):
+        return None
+    try:
+        height, width, space, _ = decode_jpeg_header(data)
+    except Exception:
+        return None  # Pillow reads it, or says what is wrong
+    if space in ("CMYK", "YCCK"):
+        return None
+    _refuse_giant(height, width)
+    return _Jpeg(data, height, width, _read_markers(data))
+
+
+def _read_markers(data: bytes) -> bool:
+    """Whether a JPEG may carry an orientation (Exif, XMP). Raises BadImage for too many scans."""
+    at, n_components = 2, 0
+    has_metadata = progressive = False
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker == _START_OF_SCAN:
+            if progressive or data[at + 4] < n_components:
+                _refuse_scans(data, at)
+            return has_metadata
+        if marker == _APP1:
+            has_metadata = True
+        elif marker in _FRAMES:
+            progressive, n_components = marker in _PROGRESSIVE, data[at + 9]
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+    # Something lies between the segments. Decoders skip it, so nothing is known about the rest.
+    _refuse_scans(data, 2)
+    return True
+
+
+def _refuse_scans(data: bytes, start: int) -> None:
+    """Raise BadImage for more than MAX_SCANS scans between a marker and the end of the picture.
+
+    Phones append films behind that end, in which any marker may occur.
+    """
+    n_scans = 0
+    found = _MARKER.search(data, start)
+    while found and data[found.start() + 1] != _END_OF_IMAGE:
+        if data[found.start() + 1] == _START_OF_SCAN:
+            n_scans += 1
+        if n_scans > MAX_SCANS:
+            raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, slow to decode; save it again")
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        found = _MARKER.search(data, found.end() + length)
+
+
+def _open(data: bytes) -> Image.Image:
+    if data.startswith(_JPEG):
+        _read_markers(data)
+    try:
+        with _quietly():
+            image = Image.open(BytesIO(data), formats=tuple(IMAGE_FORMATS))
+    except Exception as error:
+        raise BadImage(f"no readable image: {_why_unreadable(data, error)}") from None
+    _refuse_giant(image.height, image.width)
+    if image.tile and image.tile[0].codec_name in _SLOW_READERS and len(data) > MAX_SLOW_BYTES:
+        raise BadImage(
+            f"{len(data)} bytes of a rare form of {image.format}, which is slow to read; "
+            "save it as PNG"
+        )
+    _scale_transparent_colour(image)
+    return image
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep Pillow's warnings from the user: what matters of them becomes a BadImage."""
+    with warnings.catch_warnings():
+        # Only Pillow's: threads that decode side by side may leave this filter behind.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _why_unreadable(data: bytes, error: Exception) -> str:
+    if not data:
+        return "the file is empty"
+    beginning = data[:64].lstrip()
+    kind = next((name for start, name in _FOREIGN.items() if beginning.startswith(start)), "")
+    if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
+        kind = f"the container {data[8:12].decode('latin-1').strip()!r} (HEIC, or a film)"
+    if kind:
+        return f"found {kind}, expected {', '.join(IMAGE_FORMATS)}; convert it or leave it out"
+    return str(error).split("<")[0].strip()[:100]
+
+
+def _refuse_giant(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"an image of {width}×{height} pixels, more than {MAX_PIXELS}")
+    if max(height, width) > MAX_SIDE:
+        raise BadImage(f"an image of {width}×{height} pixels, with a side of more than {MAX_SIDE}")
+
+
+def _undecodable(kind: str | None, error: Exception) -> BadImage:
+    reason = str(error) or type(error).__name__
+    return BadImage(f"cannot decode the {kind or 'image'}: {reason[:100]}")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The Exif orientation, 1 to 8; 1 where there is none or it is damaged."""
+    try:
+        # Not the PNG class's own: it would decode the whole picture to look for Exif behind it.
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [H, W, 3] turned as Pillow turns a picture by `_TURNS`."""
+    if orientation in _SIDEWAYS:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    return has_alpha or image.info.get("transparency") is not None
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Bring a PNG's transparent colour, which Pillow gives as stored, to the pixels' eight bits."""
+    found = image.info.get("transparency")
+    if image.format != "PNG" or not image.tile or isinstance(found, bytes) or found is None:
+        return
+    raw_mode = image.tile[0].args
+    if raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in found)
+    elif raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = found * {"L;2": 85, "L;4": 17}[raw_mode]
+
+
+def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not 0 <= low <= high <= 1:
+            raise BadImage(
+                f"floats from {low:g} to {high:g}; expected 0 to 1: "
+                "save the picture with 8 or 16 bits"
+            )
+        gray = np.rint(values * 255)
+    else:
+        # Pillow gives a PNM's values of more than 8 bits as 0 to 65535, in 32 bits. Elsewhere 32 bits
+        # have no agreed white.
+        dark = image.mode == "I" and image.format != "PPM" and high < 256
+        if not 0 <= low <= high < 1 << 16 or dark:
+            raise BadImage(
+                f"integers from {low} to {high} in {values.itemsize * 8} bits; expected 16-bit values, "
+                "of which the upper eight bits count: save the picture with 8 or 16 bits"
+            )
+        gray = values >> 8
+        # Pillow inverts a TIFF's white-is-zero gray at 8 bits only; radiographs come so at 16.
+        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            gray = 255 - gray
+    picture = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        picture.paste(decoding.background, mask=Image.fromarray(values == transparent))
+    return picture
