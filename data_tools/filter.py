@@ -216,12 +216,10 @@ class Filter:
 
 def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
     """Leave the captions without a reason to drop them; whether there is one."""
-    from vlp.data_tools._shards import keep_captions
+    from vlp.data_tools._belonging import keep_captions
 
     counts.update(f"captions dropped: {reason}" for reason in reasons if reason)
-    if any(reasons) and "negatives_of" in sample.meta and not all(reasons):
-        raise ValueError(f"{sample.key!r} has negatives that name its captions by number; filter before `vlp data negatives`")
-    keep_captions(sample, [i for i, reason in enumerate(reasons) if not reason])
+    keep_captions(sample, [i for i, reason in enumerate(reasons) if not reason], counts)
     if not sample.captions:
         counts["dropped: no caption left" if reasons else "dropped: no caption"] += 1
     return bool(sample.captions)

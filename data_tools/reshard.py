@@ -108,6 +108,7 @@ class Write:
     def __call__(self, job: tuple[int, np.ndarray]) -> _work.Result:
         from vlp.data.format import ShardWriter
         from vlp.data.members import open_sample
+        from vlp.data_tools._belonging import settle
         from vlp.data_tools._shards import Changed, put
 
         number, spans = job
@@ -117,6 +118,7 @@ class Write:
                 with open(self.sources[shard], "rb") as file:
                     file.seek(offset)
                     sample = open_sample(file.read(length))
+                settle(sample, counts)
                 counts["samples read"] += 1
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
                 try:

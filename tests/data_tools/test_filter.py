@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.material import encoded, picture
+from tests.data.material import encoded, picture, write_tar
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
@@ -146,12 +147,28 @@ def test_earlier_scores_go_with_their_captions(tmp_path: Path) -> None:
     assert after["k"].captions == ("a dog on a sofa", "two dogs")
 
 
-def test_negatives_that_name_captions_by_number_come_after(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "in") as writer:
-        writer.add("k", encoded(picture(0)), "png", ["a dog on a sofa", "dog"], {"negatives": ["a cat"], "negatives_of": [1]})
-    with pytest.raises(ValueError, match="filter before `vlp data negatives`"):
-        call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--min-words", 2)
-    assert call(filtering, tmp_path / "in", "--to", tmp_path / "b", "--min-words", 1) == 0
+def test_negatives_and_counterfactuals_go_with_their_captions(tmp_path: Path, capsys) -> None:
+    meta = {
+        "captions": [" ", "dog", "a dog on a sofa", "two dogs on it"], "negatives": ["of 1", "of 2", "given", "of 3", "of blank"],
+        "negatives_of": [1, 2, -1, 3, 0], "negatives_valid": [True, False, True, True, True], "negative_scores": [1, 2, 3, 4, 5],
+        "counterfactuals": ["three dogs", "one dog"], "counterfactuals_of": [3, 1],
+    }  # fmt: skip
+    wrong = {"captions": ["dog", "a dog on a sofa"], "negatives": ["x"], "negatives_of": [2], "negative_scores": [1]}
+    image = encoded(picture(0))
+    members = []
+    for key, told in (("a", meta), ("b", wrong)):
+        members += [(f"{key}.png", image), (f"{key}.negative.png", image), (f"{key}.json", json.dumps(told).encode())]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--min-words", 2)
+    after = read(tmp_path / "out")
+    assert after["a"].captions == ("a dog on a sofa", "two dogs on it")
+    assert {name: after["a"].meta[name] for name in meta if name != "captions"} == {
+        "negatives": ["of 2", "given", "of 3"], "negatives_of": [0, -1, 1], "negatives_valid": [False, True, True],
+        "negative_scores": [2, 3, 4], "counterfactuals": ["three dogs"], "counterfactuals_of": [1],
+    }  # fmt: skip
+    assert not after["a"].negative_image  # it was of a negative of the caption that went
+    assert after["b"].meta["negatives"] == [] and not after["b"].negative_image
+    assert re.search(r"negatives dropped: negatives_of is malformed +1\b", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("caption, language, complexity, action", [

@@ -52,6 +52,16 @@ def test_a_page_of_samples_holds_pictures_and_captions_as_text(source: Path, tmp
     assert f"{n} samples, 1 without a readable picture; 2 problems in the shards read" in capsys.readouterr().out
 
 
+def test_a_sheet_shows_negatives_under_their_caption(tmp_path: Path) -> None:
+    meta = {"negatives": ["no lion", "no <dog>", "nothing", "masked"], "negatives_of": [1, 0, -1, 0]}
+    with ShardWriter(tmp_path / "in") as writer:
+        writer.add("k", b"x", "jpg", ["a dog", "a lion"], meta | {"negatives_valid": [True, True, True, False]})
+    call(sheet, tmp_path / "in", "--to", tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    lines = re.findall(r"<li><(?:span|small)>(.*?)</", page)
+    assert lines == ["a dog", "not: no &lt;dog&gt;", "not: nothing", "a lion", "not: no lion", "not: nothing"]
+
+
 def test_a_sheet_s_samples_are_its_seed_s(source: Path, tmp_path: Path) -> None:
     drawn = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
