@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
     add("--against", action="append", default=[], metavar="SHARDS", help="drop what these hold, too; may be repeated")
     add("--captions", choices=("merge", "keep-first"), default="merge",
-        help="what the captions of copies come to: the sample that stays takes them over, or they go (default: %(default)s)")  # fmt: skip
+        help="whether the sample that stays takes over the captions of its copies (default: %(default)s)")  # fmt: skip
     add("--keep-copies", action="store_true", help="drop only what --against holds")
     add("--distance", type=int, default=4, metavar="BITS", help="most differing bits of 64; -1: no hashes (default: %(default)s)")
     add("--embeddings", action="append", default=[], metavar="DIR",

@@ -51,6 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--reject", default="", metavar="REGEX", help="what no caption may hold")
     add("--max-repeats", type=int, default=0, metavar="N", help="most samples with one caption; takes 32 bytes a caption of memory")
     add("--languages", default="", metavar="CODES", help="such as en,de; guessed by script and stop words, which is rough")
+    add("--unclear", choices=("keep", "drop"), default="keep",
+        help="captions whose language cannot be told, such as names and numbers (default: %(default)s)")  # fmt: skip
     add("--min-relations", type=int, default=0, metavar="N", help="fewest relations of things in a caption (DiHT's complexity)")
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
     add("--min-score", type=float, metavar="X", help="least cosine of picture and caption under --model")
@@ -93,6 +95,7 @@ class Rules:
     reject: str = ""
     max_repeats: int = 0
     languages: tuple[str, ...] = ()
+    unclear: str = "keep"
     min_relations: int = 0
     action: bool = False
     min_score: float | None = None
@@ -119,12 +122,14 @@ class Rules:
         from vlp.data_tools import _captions
 
         n_words = len(caption.split())
+        is_in = _captions.is_in(caption, self.languages) if self.languages else True
         checks = {
             f"fewer than {self.min_words} words": n_words < self.min_words,
             f"more than {self.max_words} words": 0 < self.max_words < n_words,
             "does not hold what it must": self.match and not re.search(self.match, caption),
             "holds what it must not": self.reject and re.search(self.reject, caption),
-            "another language": self.languages and _captions.language(caption) not in self.languages,
+            "another language": is_in is False,
+            "language unclear": is_in is None and self.unclear == "drop",
             f"fewer than {self.min_relations} relations": self.min_relations and _captions.complexity(caption) < self.min_relations,
             "no action": self.action and not _captions.has_action(caption),
         }
@@ -136,11 +141,15 @@ class Rules:
 
 
 def _rules(args: argparse.Namespace) -> Rules:
-    from vlp.data_tools._captions import LANGUAGES
+    from vlp.data_tools._captions import LANGUAGES, UNCLEAR
 
-    languages = tuple(filter(None, args.languages.split(",")))
+    languages = tuple(code.strip() for code in args.languages.split(",") if code.strip())
     if unknown := set(languages) - set(LANGUAGES):
         raise ValueError(f"--languages does not know {', '.join(sorted(unknown))}; it tells apart {', '.join(LANGUAGES)}")
+    if UNCLEAR in languages and args.unclear == "drop":
+        raise ValueError(f"--languages names {UNCLEAR}, --unclear drop refuses it; leave one of them out")
+    if args.unclear == "drop" and not languages:
+        raise ValueError("--unclear drop belongs to --languages CODES, which is not given")
     given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
     rules = Rules(**given | {"languages": languages, "uids": args.uids or ""})
     if (args.min_score is None) != (not args.model):
@@ -184,8 +193,18 @@ class Filter:
             return False
         if self.rules.about_captions():
             reasons = [self.rules.refuse_caption(caption) or self._too_common(caption) for caption in sample.captions]
+            self._count_unclear(sample.captions, reasons, counts)
             return _keep(sample, reasons, counts)
         return True
+
+    def _count_unclear(self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]) -> None:
+        """Say how many captions stay although their language is not known to be one that is wanted."""
+        from vlp.data_tools._captions import is_in
+
+        if self.rules.languages:
+            kept = [caption for caption, reason in zip(captions, reasons) if not reason]
+            unclear = sum(is_in(caption, self.rules.languages) is None for caption in kept)
+            counts.update({"captions kept: language unclear (--unclear drop refuses them)": unclear} if unclear else {})
 
     def _too_common(self, caption: str) -> str:
         import numpy as np

@@ -51,8 +51,12 @@ def source(tmp_path: Path) -> Path:
      {"captions dropped: does not hold what it must": 6, "dropped: no caption left": 4, "dropped: no caption": 1}),
     (["--max-repeats", 2], {"plain": 2, "link": 2, "german": 1},
      {"captions dropped: in more than 2 samples": 3, "dropped: no caption left": 3, "dropped: no caption": 1}),
-    (["--languages", "de"], {"german": 1},
-     {"captions dropped: another language": 7, "dropped: no caption left": 5, "dropped: no caption": 1}),
+    (["--languages", "de"], {"plain": 1, "link": 2, "german": 1},
+     {"captions dropped: another language": 4, "captions kept: language unclear (--unclear drop refuses them)": 3,
+      "dropped: no caption left": 3, "dropped: no caption": 1}),
+    (["--languages", "de", "--unclear", "drop"], {"german": 1},
+     {"captions dropped: another language": 4, "captions dropped: language unclear": 3, "dropped: no caption left": 5,
+      "dropped: no caption": 1}),
     (["--min-relations", 1, "--action"], {"plain": 1},
      {"captions dropped: no action": 3, "captions dropped: fewer than 1 relations": 4, "dropped: no caption left": 5,
       "dropped: no caption": 1}),
@@ -128,6 +132,8 @@ def test_a_score_is_the_model_s_cosine(source: Path, tmp_path: Path, capsys) -> 
     (["--min-score", 0.3], "--min-score X and --model REF go together"),
     (["--model", "x"], "--min-score X and --model REF go together"),
     (["--languages", "en,english"], "does not know english; it tells apart en, de"),
+    (["--languages", "en,unclear", "--unclear", "drop"], "leave one of them out"),
+    (["--min-side", 9, "--unclear", "drop"], "belongs to --languages"),
     (["--uids", "list.csv"], "neither .npy nor .txt"),
     (["--min-side", 9999], "no sample of .* is left; the reasons are listed above"),
     (["--model", "nowhere/at/all", "--min-score", 0.3], "no model 'nowhere/at/all'"),
@@ -169,6 +175,23 @@ def test_negatives_and_counterfactuals_go_with_their_captions(tmp_path: Path, ca
     assert not after["a"].negative_image  # it was of a negative of the caption that went
     assert after["b"].meta["negatives"] == [] and not after["b"].negative_image
     assert re.search(r"negatives dropped: negatives_of is malformed +1\b", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("caption, wanted, expected", [
+    *((caption, ["en"], None) for caption in (
+        "Golden retriever puppy", "Red Nike Air Max 90", "Paris Saint-Germain 2019", "#sunset #beach", "IMG_0042.jpg", "12345",
+        "!!!", "", "Die Hard poster", "El Paso skyline", "Café noir", "ＲＥＤ ＣＡＲ", "𝐑𝐞𝐝 𝐜𝐚𝐫", "iPhone 13 手机", "Hund",
+    )),
+    *((caption, ["en"], True) for caption in ("two dogs", "A red car, on the road", "photo of El Paso and the river")),
+    *((caption, ["en"], False) for caption in (
+        "ein Hund auf dem Sofa", "le chat est sur la table", "собака на траве", "草の上の犬", "一只狗", "강아지", "ሰላም ልዑል",
+    )),
+    ("日本", ["ja"], None), ("日本", ["zh"], True), ("日本", ["en"], False), ("草の上の犬", ["zh"], False),
+    ("Golden retriever puppy", ["ru", "zh"], False), ("Golden retriever puppy", ["ru", "de"], None), ("42", ["ru"], None),
+    ("a dog on the sofa", ["de", "ru"], False), ("a dog on the sofa", ["de", "en"], True), ("собака", ["ru"], True),
+])  # fmt: skip
+def test_what_cannot_be_told_is_no_other_language(caption: str, wanted: list[str], expected: bool | None) -> None:
+    assert _captions.is_in(caption, wanted) is expected
 
 
 @pytest.mark.parametrize("caption, language, complexity, action", [
