@@ -11,13 +11,15 @@ A line of --from may name an image (a path from the file's folder) that its firs
 sample's KEY.negative.jpg, which the form `triplet` of the term hard_negatives needs.
 
 Rules need no model and come from word lists (words.yaml). What is equal to a caption of the sample, or says of it what
-another of its captions says too, is dropped and counted.
+another of its captions says too, is dropped and counted. Of a long caption the first 1,200 characters are changed, which
+is more than text towers read.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -202,13 +204,16 @@ class AddNegatives:
 
         The given ones come first and belong to every caption; then come each caption's own, its kinds in turn.
         """
-        rng = random.Random(f"{self.seed}/{key}")
-        pool = self._valid(self._candidates(key, captions, rng, counts), captions, counts)
+        from vlp.data_tools._rules import head
+
+        rng, heads = random.Random(f"{self.seed}/{key}"), [head(caption) for caption in captions]
+        pool = self._valid(self._candidates(key, heads, rng, counts), heads, counts)
         chosen = [item for item in pool if item[1] == GIVEN][: self.k]
         n_own = self.k - len(chosen)
-        for number in range(len(captions)):
+        for number, caption in enumerate(captions):
+            rest = caption[len(heads[number]) :]
             own = [negative for negative, i in pool if i == number]
-            chosen += [(negative, number) for negative in _in_turn(own, rng)[:n_own]]
+            chosen += [(replace(negative, text=negative.text + rest), number) for negative in _in_turn(own, rng)[:n_own]]
         return chosen
 
     def _candidates(self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]) -> list[tuple[Negative, int]]:
@@ -239,22 +244,23 @@ class AddNegatives:
 
         kept: list[tuple[Negative, int]] = []
         true, seen = {bare(caption) for caption in captions}, set()  # seen: (text, number of its caption)
-        for negative, i in candidates:
+        for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
             others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
-            text = bare(negative.text)
-            if not text:
-                reason = "empty"
-            elif text in true:
-                reason = "equal to a caption"
-            elif any(word in others and re.search(rf"\b{re.escape(word)}\b", others) for word in negative.new_words):
-                reason = "says what another caption of the picture says"
-            elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
-                reason = "repeated"
-            else:
-                seen.add((text, i))
-                kept.append((negative, i))
-                continue
-            counts[f"dropped: {reason}"] += 1
+            for negative, _ in group:
+                text = bare(negative.text)
+                if not text:
+                    reason = "empty"
+                elif text in true:
+                    reason = "equal to a caption"
+                elif any(word in others and re.search(rf"\b{re.escape(word)}\b", others) for word in negative.new_words):
+                    reason = "says what another caption of the picture says"
+                elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
+                    reason = "repeated"
+                else:
+                    seen.add((text, i))
+                    kept.append((negative, i))
+                    continue
+                counts[f"dropped: {reason}"] += 1
         return kept
 
 
