@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools import _encoder, _work
+from vlp.data_tools._conditions import parse, refuse, refuse_unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 HELP = "keep what rules, a list or a model's score let pass; count the rest by reason"
 EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3 --min-words 3 --max-repeats 10 --languages en
+  vlp data filter data/raw --to data/clean --keep "similarity > 0.28" --drop "punsafe >= 0.5" --drop "license in by-nc,unknown"
   vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8
   vlp data filter data/raw --to data/top --model ViT-B-32:laion2b_s34b_b79k --min-score 0.28
   vlp data filter data/pool --to data/subset --uids subset.npy      (DataComp's lists)
@@ -44,6 +46,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
     add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")
     add("--max-aspect", type=float, default=0.0, metavar="R", help="most length of the longer side, in shorter ones")
+    add("--keep", action="append", default=[], metavar="RULE",
+        help="keep what fulfils it: 'FIELD < NUMBER' (<= > >=), 'FIELD == VALUE' (!=), 'FIELD in A,B', 'FIELD present' (absent), "
+        "FIELD being one of the sample's JSON; a sample without that value is dropped; may be repeated")  # fmt: skip
+    add("--drop", action="append", default=[], metavar="RULE",
+        help="drop what fulfils it; a sample without that value stays; may be repeated")  # fmt: skip
     add("--uids", metavar="FILE", help="keep only these: .npy of DataComp (pairs of 64-bit halves), .txt with a uid or key a line")
     add("--min-words", type=int, default=0, metavar="N", help="fewest words of a caption")
     add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
@@ -67,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     rules, sources, crew = _rules(args), expand(args.source), _work.crew(args)
     model, folder = _encoder.Model.of(args), Path(args.to)
+    refuse_unknown(rules.keep + rules.drop, _metas(sources))
     settings = asdict(rules) | (model.settings() if model else {})
     claim(folder, "filter", sources, settings | {"uids": _digest(args.uids) if args.uids else ""})
     repeated = None
@@ -88,6 +96,8 @@ class Rules:
 
     min_side: int = 0
     max_aspect: float = 0.0
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
     uids: str = ""
     min_words: int = 0
     max_words: int = 0
@@ -137,7 +147,15 @@ class Rules:
 
     def about_captions(self) -> bool:
         """Whether a sample needs a caption to stay."""
-        return replace(self, min_side=0, max_aspect=0.0, uids="") != Rules()
+        return replace(self, min_side=0, max_aspect=0.0, keep=(), drop=(), uids="") != Rules()
+
+
+def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
+    """The JSON of all samples, one by one."""
+    from vlp.data_tools._shards import samples
+
+    for path in sources:
+        yield from (sample.meta for sample in samples(path, Counter()))
 
 
 def _rules(args: argparse.Namespace) -> Rules:
@@ -151,7 +169,10 @@ def _rules(args: argparse.Namespace) -> Rules:
     if args.unclear == "drop" and not languages:
         raise ValueError("--unclear drop belongs to --languages CODES, which is not given")
     given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
-    rules = Rules(**given | {"languages": languages, "uids": args.uids or ""})
+    for text in (*args.keep, *args.drop):
+        parse(text)
+    lists = {"languages": languages, "keep": tuple(args.keep), "drop": tuple(args.drop)}
+    rules = Rules(**given | lists | {"uids": args.uids or ""})
     if (args.min_score is None) != (not args.model):
         raise ValueError("--min-score X and --model REF go together: one is the least cosine, the other says whose")
     if rules == Rules():
@@ -188,7 +209,8 @@ class Filter:
 
     def _passes(self, sample: Content, counts: Counter[str]) -> bool:
         """Whether a sample stays before its score; its captions become those that do."""
-        if reason := self.rules.refuse_sample(sample):
+        reason = self.rules.refuse_sample(sample) or refuse(sample.meta, self.rules.keep, self.rules.drop, counts)
+        if reason:
             counts[f"dropped: {reason}"] += 1
             return False
         if self.rules.about_captions():

@@ -72,6 +72,63 @@ def test_rules_keep_and_count(source: Path, tmp_path: Path, capsys, options: lis
     assert {reason: int(n) for reason, n in said.items()} == reasons
 
 
+FIELDS = {  # key -> JSON
+    "a": {"similarity": 0.3, "punsafe": 0.1, "license": "by", "exif": {"iso": 100}, "tags": ["cat", "dog"], "ok": True},
+    "b": {"similarity": "0.25", "punsafe": 0.5, "license": "cc0", "exif": {"iso": "800"}, "tags": [], "ok": False},
+    "c": {"similarity": float("nan"), "license": None, "tags": ["bird"], "a b": 1, "x.y": 2},
+    "d": {"similarity": "high", "punsafe": 0.7, "license": "3"},
+}
+
+
+@pytest.mark.parametrize("options, left, reasons", [
+    (["--keep", "similarity > 0.28"], "a", {"--keep similarity > 0.28: not so": 1, "--keep similarity > 0.28: no such value": 2}),
+    (["--keep", "similarity>=.25"], "ab", {"--keep similarity>=.25: no such value": 2}),
+    (["--drop", "punsafe >= 0.5"], "ac", {"--drop punsafe >= 0.5": 2}),
+    (["--drop", "punsafe<.2", "--drop", "punsafe > .6"], "bc", {"--drop punsafe<.2": 1, "--drop punsafe > .6": 1}),
+    (["--keep", "license == by"], "a", {"--keep license == by: not so": 2, "--keep license == by: no such value": 1}),
+    (["--keep", "license in by, cc0"], "ab",
+     {"--keep license in by, cc0: not so": 1, "--keep license in by, cc0: no such value": 1}),
+    (["--keep", "license == 3"], "d", {"--keep license == 3: not so": 2, "--keep license == 3: no such value": 1}),
+    (["--keep", "license == null"], "c", {"--keep license == null: not so": 3}),
+    (["--drop", "license != by"], "ac", {"--drop license != by": 2}),
+    (["--keep", "exif.iso <= 100"], "a", {"--keep exif.iso <= 100: not so": 1, "--keep exif.iso <= 100: no such value": 2}),
+    (["--keep", "tags in cat,bird"], "ac", {"--keep tags in cat,bird: not so": 1, "--keep tags in cat,bird: no such value": 1}),
+    (["--keep", "ok == true"], "a", {"--keep ok == true: not so": 1, "--keep ok == true: no such value": 2}),
+    (["--drop", "punsafe absent"], "abd", {"--drop punsafe absent": 1}),
+    (["--keep", "a b present"], "c", {"--keep a b present: not so": 3}),
+    (["--keep", "x.y < 3"], "c", {"--keep x.y < 3: no such value": 3}),
+    (["--keep", "license == '3'"], "d", {"--keep license == '3': not so": 2, "--keep license == '3': no such value": 1}),
+])  # fmt: skip
+def test_rules_about_fields(tmp_path: Path, capsys, options: list[str], left: str, reasons: dict[str, int]) -> None:
+    with ShardWriter(tmp_path / "in", 2) as writer:
+        for key, meta in FIELDS.items():
+            writer.add(key, b"x", "jpg", ["a dog"], meta)
+    call(filtering, tmp_path / "in", "--to", tmp_path / "out", *options)
+    assert "".join(read(tmp_path / "out")) == left
+    said = dict(re.findall(r"^  dropped: (.*\S) +([\d,]+)$", capsys.readouterr().out, re.MULTILINE))
+    assert {reason: int(n) for reason, n in said.items()} == reasons
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--keep", "similarty > 0.28"], r"no sample has that field, did you mean 'similarity'.*; the fields are a b, captions, exif"),
+    (["--drop", "license > 3.5", "--drop", "tags > 1"], "'tags > 1': no sample has a number in it"),
+    (["--drop", "nowhere present"], "no sample has that field"),
+    (["--keep", "similarity > high"], "compares with 'high', which is no number"),
+    (["--keep", "similarity"], "is no condition; expected FIELD < NUMBER"),
+    (["--keep", "similarity = 3"], "is no condition"), (["--keep", "similarity => 3"], "is no condition"),
+    (["--keep", "similarity >"], "names no value"), (["--keep", "similarity present 3"], "names a value"),
+    (["--keep", "__import__('os').system('x')"], "is no condition"), (["--keep", ""], "is no condition"),
+    (["--keep", "similarity > nan"], "no number"),
+])  # fmt: skip
+def test_rules_that_ask_for_nothing_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    with ShardWriter(tmp_path / "in", 2) as writer:
+        for key, meta in FIELDS.items():
+            writer.add(key, b"x", "jpg", ["a dog"], meta)
+    with pytest.raises(ValueError, match=message):
+        call(filtering, tmp_path / "in", "--to", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_list_of_uids_is_datacomp_s(source: Path, tmp_path: Path) -> None:
     pairs = np.array([(0, 0), (1, 3), (2**64 - 1, 2**64 - 1)], "u8,u8")
     np.save(tmp_path / "subset.npy", pairs)
