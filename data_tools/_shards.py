@@ -59,10 +59,10 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     """Write a sample under a key (None: the next number) with everything that our format holds of it."""
     sample, captions, meta = changed
     cls = meta.get("cls")
+    if type(cls) is not int or not 0 <= cls < 10**9:
+        cls = None  # it stays in the JSON; a .cls of it would not be read back
     negative = (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
-    writer.add(
-        key, sample.image, sample.image_type, captions, meta, cls if isinstance(cls, int) else None, negative_image=negative
-    )  # fmt: skip
+    writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)
 
 
 def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     sources, hands = expand(args.source), _work.crew(args)
     if args.n_print:
-        print(_examples(sources, args))
+        print(_work.printable(_examples(sources, args)))
     if not args.to:
         return 0
     folder = Path(args.to)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     sources, hands = expand(args.source), _work.crew(args)
     change = _change(args)
     if args.n_print:
-        print(_examples(sources, change, args.n_print))
+        print(_work.printable(_examples(sources, change, args.n_print)))
     if args.to:
         folder = Path(args.to)
         claim(folder, "negatives", sources, change.settings())
@@ -132,6 +132,8 @@ def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, 
             expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"], "image": "…"} (kinds and image may be left out)'
             raise ValueError(f"{path}:{number}: found {line[:100]!r}, expected {expected}")
         if image is not None:
+            if not image.resolve().is_relative_to(path.parent.resolve()):
+                raise ValueError(f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; copy it there")
             if not image.is_file() or image.suffix.lower()[1:] not in IMAGE_TYPES or not texts or row["key"] in result:
                 expected = f"a {', '.join(sorted(IMAGE_TYPES))} file beside the first negatives of {row['key']!r}"
                 raise ValueError(f"{path}:{number}: found the image {str(image)!r}, expected {expected}")

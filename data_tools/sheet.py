@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if not drawn:
         raise ValueError(f"{args.source} holds no usable sample")
     shown = [show(sample, args.size) for sample in drawn]
-    data = page(shown, args.source).encode() if args.to.suffix == ".html" else png(shown, args.columns, args.size)
+    data = page(shown, args.source).encode(errors="replace") if args.to.suffix == ".html" else png(shown, args.columns, args.size)
     args.to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.to, data)
     broken = sum(item.picture is None for item in shown)

@@ -92,8 +92,8 @@ class ShardWriter:
         text = " ".join(captions[0].split()) if captions and txt is None else txt
         members = [(ext, image)] + ([(NEGATIVE + negative_image[1], negative_image[0])] if negative_image else [])
         if text is not None:
-            members.append(("txt", text.encode()))
-        encoded = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+            members.append(("txt", text.encode(errors="surrogatepass").decode(errors="replace").encode()))
+        encoded = _json(record)
         if len(encoded) > MAX_TEXT_BYTES:
             raise ValueError(f"the JSON of {key!r} has {len(encoded)} bytes, more than {MAX_TEXT_BYTES}")
         members.append(("json", encoded))
@@ -159,3 +159,11 @@ class ShardWriter:
             self._temporary().unlink(missing_ok=True)
         if self.paths and self.indexed:
             index(self.paths)
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    """JSON in UTF-8; a lone surrogate, which JSON can hold and UTF-8 cannot, stays as its escape."""
+    try:
+        return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError:
+        return json.dumps(record, sort_keys=True).encode()
