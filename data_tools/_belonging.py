@@ -46,8 +46,9 @@ def keep_captions(sample: Content, kept: list[int], counts: Counter[str]) -> Non
     first = _first_negative(sample)
     for name in LISTS:
         if sample.meta.get(f"{name}_of") is not None:
-            stay = [wrong for wrong in _taken(sample, name, counts) if wrong.made_from in (None, *captions)]
-            sample.meta |= _told(name, stay, captions, counts)
+            found = _taken(sample, name, counts)
+            stay = [wrong for wrong in found if wrong.made_from in (None, *captions)]
+            _write(sample.meta, _told(name, stay, captions, counts))
     sample.captions = tuple(captions)
     if "captions" in sample.meta:
         sample.meta["captions"] = captions
@@ -63,30 +64,41 @@ def settle(sample: Content, counts: Counter[str]) -> None:
 
 
 def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
-    """Give a sample the captions of another one of the same picture, and what belongs to them; whether they fit in.
+    """Give a sample the captions of another of the same picture; whether all of them fit in.
 
-    Picture, key and all other fields are the sample's own; `merged_keys` names the others.
+    What belongs to the captions comes with them. Picture, key and all other fields are the sample's
+    own; `merged_keys` names the others.
     """
     captions = list(dict.fromkeys([*sample.captions, *other.captions]))
     parts = [sample, other]
     if other.negative_image and not sample.negative_image:
         parts.reverse()  # an image belongs to the first negative
 
-    lists: dict[str, Any] = {}
+    meta, told = dict(sample.meta), Counter()
     for name in LISTS:
-        lists |= _joined(name, parts, captions, counts)
-    lists |= _joined_scores(sample, other, captions, counts)
-    keys = [*sample.meta.get("merged_keys", []), other.key]
-    meta = {**sample.meta, **lists, "captions": captions, "merged_keys": keys}
-    meta = {name: value for name, value in meta.items() if value is not None}
+        _write(meta, _joined(name, parts, captions, told))
+    _write(meta, _joined_scores(parts, captions, told))
+    meta["captions"] = captions
+    meta["merged_keys"] = [*sample.meta.get("merged_keys", []), other.key]
     if len(captions) > MOST_CAPTIONS or len(json.dumps(meta)) > MOST_BYTES:
         return False
 
-    first, image = _first_negative(parts[0]), (parts[0].negative_image, parts[0].negative_image_type)
-    counts["merged: captions that the earlier sample did not have"] += len(captions) - len(sample.captions)
+    told["merged: captions that the earlier sample did not have"] = len(captions) - len(sample.captions)
+    counts.update(told)
+    first, image, kind = _first_negative(parts[0]), parts[0].negative_image, parts[0].negative_image_type
     sample.meta, sample.captions = meta, tuple(captions)
-    sample.negative_image, sample.negative_image_type = image if _first_negative(sample) == first else (b"", "")
+    same = _first_negative(sample) == first
+    sample.negative_image, sample.negative_image_type = (image, kind) if same else (b"", "")
     return True
+
+
+def _write(meta: dict[str, Any], lists: dict[str, Any]) -> None:
+    """Put lists into a sample's JSON, and take those out that are None; an empty one says nothing new."""
+    for name, values in lists.items():
+        if values is None:
+            meta.pop(name, None)
+        elif values or name in meta:
+            meta[name] = values
 
 
 def _first_negative(sample: Content) -> str:
@@ -95,7 +107,7 @@ def _first_negative(sample: Content) -> str:
 
 
 def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
-    """The wrong captions of a sample. Where nothing says whose they are, they are its only caption's, else given."""
+    """The wrong captions of a sample; where nothing says whose, they are its only caption's, else given."""
     wrong = read(sample.meta, name, sample.captions)
     if wrong.problem:
         counts[f"{name} dropped: {name}_of is malformed"] += 1
@@ -103,28 +115,35 @@ def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
     if sample.meta.get(f"{name}_of") is None and len(sample.captions) == 1:
         made_from = [sample.captions[0]] * len(made_from)
 
-    lists = {beside: sample.meta.get(beside) for beside in BESIDE[name]}
-    lists = {beside: v for beside, v in lists.items() if isinstance(v, list) and len(v) == len(wrong.texts)}
-    entries = [{beside: values[place] for beside, values in lists.items()} for place in range(len(wrong.texts))]
-    return [Wrong(*row) for row in zip(wrong.texts, made_from, entries)]
+    beside: list[dict[str, Any]] = [{} for _ in wrong.texts]
+    for list_name in BESIDE[name]:
+        values = sample.meta.get(list_name)
+        if isinstance(values, list) and len(values) == len(beside):
+            for entries, value in zip(beside, values):
+                entries[list_name] = value
+    return [Wrong(*row) for row in zip(wrong.texts, made_from, beside)]
 
 
 def _told(name: str, wrong: list[Wrong], captions: list[str], counts: Counter[str]) -> dict[str, Any]:
-    """The lists of a sample's JSON that say this of its wrong captions; None for a list that it must not have."""
+    """The lists that say this of a sample's wrong captions; None for one that it must not have."""
     number = {None: GIVEN} | {caption: i for i, caption in reversed(list(enumerate(captions)))}
-    told: dict[str, Any] = {name: [w.text for w in wrong], f"{name}_of": [number[w.made_from] for w in wrong]}
+    lists: dict[str, Any] = {name: [], f"{name}_of": []}
+    for one in wrong:
+        lists[name].append(one.text)
+        lists[f"{name}_of"].append(number[one.made_from])
+
     for beside, missing in BESIDE[name].items():
-        written = [beside in w.beside for w in wrong]
-        values = [w.beside.get(beside, missing) for w in wrong]
-        if any(written) and (missing is not None or all(written)):
-            told[beside] = values
-        elif any(written):
+        n_written = sum(beside in one.beside for one in wrong)
+        whole = n_written == len(wrong) or (n_written and missing is not None)
+        lists[beside] = [one.beside.get(beside, missing) for one in wrong] if whole else None
+        if n_written and not whole:
             counts[f"{beside} dropped: not all copies have them"] += 1
-            told[beside] = None
-    return told
+    return lists
 
 
-def _joined(name: str, parts: list[Content], captions: list[str], counts: Counter[str]) -> dict[str, Any]:
+def _joined(
+    name: str, parts: list[Content], captions: list[str], counts: Counter[str]
+) -> dict[str, Any]:
     """The lists for the wrong captions of all parts; {} where no part has any."""
     if not any(part.meta.get(name) for part in parts):
         return {}
@@ -138,10 +157,10 @@ def _joined(name: str, parts: list[Content], captions: list[str], counts: Counte
     return _told(name, list(joined.values()), captions, counts)
 
 
-def _joined_scores(sample: Content, other: Content, captions: list[str], counts: Counter[str]) -> dict[str, Any]:
-    """`clip_scores` of all captions, where both samples have one for each of theirs."""
+def _joined_scores(parts: list[Content], captions: list[str], counts: Counter[str]) -> dict[str, Any]:
+    """`clip_scores` of all captions, where all parts have one for each of theirs."""
     scores: dict[str, Any] = {}
-    for part in (other, sample):
+    for part in parts:
         values = part.meta.get("clip_scores")
         if isinstance(values, list) and len(values) == len(part.captions):
             scores |= dict(zip(part.captions, values))

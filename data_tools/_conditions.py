@@ -61,17 +61,23 @@ def parse(text: str) -> Condition:
         raise ValueError(f"{text!r} is no condition; expected {forms}, such as 'similarity > 0.28'")
     sign, told = match["sign"] or match["word"], match["value"] or match["list"] or ""
     if (sign in ("present", "absent")) == bool(told):
-        raise ValueError(f"{text!r} {'names a value' if told else 'names no value'}; expected {forms}")
+        raise ValueError(
+            f"{text!r} {'names a value' if told else 'names no value'}; expected {forms}"
+        )
     if sign in ORDERED:
         number = _number(told)
         if number is None or number != number:
-            raise ValueError(f"{text!r} compares with {told!r}, which is no number; texts are compared with == or !=")
+            raise ValueError(
+                f"{text!r} compares with {told!r}, which is no number; texts are compared with == or !="
+            )
         return Condition(text, match["field"], sign, (number,))
     parts = told.split(",") if sign == "in" else [told] if told else []
     return Condition(text, match["field"], sign, tuple(_value(part) for part in parts))
 
 
-def refuse(meta: dict[str, Any], keep: tuple[str, ...], drop: tuple[str, ...], counts: Counter[str]) -> str:
+def refuse(
+    meta: dict[str, Any], keep: tuple[str, ...], drop: tuple[str, ...], counts: Counter[str]
+) -> str:
     """Why a sample with this JSON is dropped, or "": it fails a condition of `keep`, or fulfils one of `drop`.
 
     Where a condition cannot be asked, because the field is missing or no number, `keep` drops the sample and `drop` keeps
@@ -96,20 +102,32 @@ def refuse_unknown(conditions: tuple[str, ...], metas: Iterable[dict[str, Any]])
     for n, meta in enumerate(metas):
         if n < 1000:
             fields |= fields_of(meta)
-        waiting = [c for c in waiting if c.sign not in ("present", "absent") or _look_up(meta, c.field) is _NOWHERE]
+        waiting = [
+            c
+            for c in waiting
+            if c.sign not in ("present", "absent") or _look_up(meta, c.field) is _NOWHERE
+        ]
         waiting = [c for c in waiting if c.sign in ("present", "absent") or c.holds(meta) is None]
         if not waiting:
             return
     if waiting:
         condition = waiting[0]
-        why = "has a number in it" if condition.field in fields and condition.sign in ORDERED else "has that field"
+        why = (
+            "has a number in it"
+            if condition.field in fields and condition.sign in ORDERED
+            else "has that field"
+        )
         near = did_you_mean(condition.field, fields)
-        raise ValueError(f"{condition.text!r}: no sample {why}{near}; the fields are {', '.join(sorted(fields))}")
+        raise ValueError(
+            f"{condition.text!r}: no sample {why}{near}; the fields are {', '.join(sorted(fields))}"
+        )
 
 
 def fields_of(meta: dict[str, Any]) -> set[str]:
     """The names that a condition may use for this JSON."""
-    inner = {f"{name}.{key}" for name, value in meta.items() if isinstance(value, dict) for key in value}
+    inner = {
+        f"{name}.{key}" for name, value in meta.items() if isinstance(value, dict) for key in value
+    }
     return set(meta) | inner
 
 

@@ -55,13 +55,18 @@ class Data:
 def read(options: Options) -> Data:
     source = open_source(options.data, options.split, options.missing)
     offered = [choices_of(record) for record in source.records]
-    problems = [wrong_captions.read(record.meta, "negatives", record.captions).problem for record in source.records]
+    problems = [
+        wrong_captions.read(record.meta, "negatives", record.captions).problem
+        for record in source.records
+    ]
     problems = [problem for problem in problems if problem]
 
     choices = [choice for own in offered for choice in own]
     if not choices:
         why = f" ({len(problems)} samples: {problems[0]})" if problems else ""
-        raise DataError(f"no sample of {options.data} has negatives in its JSON{why}; write them with `vlp data negatives`")
+        raise DataError(
+            f"no sample of {options.data} has negatives in its JSON{why}; write them with `vlp data negatives`"
+        )
     return Data(source, choices, offered.count([]) - len(problems), len(problems))
 
 
@@ -69,7 +74,9 @@ def choices_of(record: Record) -> list[Choice]:
     """Each caption of a picture that has valid negatives, with those that belong to it."""
     negatives = wrong_captions.read(record.meta, "negatives", record.captions)
     captions = list(dict.fromkeys(record.captions))
-    if record.meta.get("negatives_of") is None:  # nothing says whose they are: they stand against the first caption
+    if (
+        record.meta.get("negatives_of") is None
+    ):  # nothing says whose they are: they stand against the first caption
         captions = [record.meta["caption"]] if record.meta.get("caption") else captions[:1]
     kinds = record.meta.get("negative_kinds")
     if not isinstance(kinds, list) or len(kinds) != len(negatives.texts):
@@ -80,7 +87,13 @@ def choices_of(record: Record) -> list[Choice]:
         places = [place for place in negatives.of(caption) if negatives.valid[place]]
         texts = [negatives.texts[place] for place in places]
         if texts:
-            choices.append(Choice(record.picture, [caption, *texts], [kinds[place] for place in places] if kinds else []))
+            choices.append(
+                Choice(
+                    record.picture,
+                    [caption, *texts],
+                    [kinds[place] for place in places] if kinds else [],
+                )
+            )
     return choices
 
 
@@ -94,7 +107,9 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     for choice, s in zip(data.choices, scores):
         above = metrics.strictly_above(s[0], s[1:]).tolist()
         for kind, hit in zip(choice.kinds, above):
-            told.setdefault(f"acc_{kind.replace(' ', '_')}", []).append((choice.picture, float(hit)))
+            told.setdefault(f"acc_{kind.replace(' ', '_')}", []).append(
+                (choice.picture, float(hit))
+            )
 
     chance = sum(1 / len(group) for group in captions) / len(captions)
     return TaskResult(

@@ -129,13 +129,13 @@ def test_copies_may_lose_their_captions_if_told_so(tmp_path: Path) -> None:
 
 def test_scores_and_the_image_of_a_negative_follow(tmp_path: Path) -> None:
     """The image is the first negative's, so its sample's negatives go first."""
-    first = {"negatives": ["a cat"], "clip_scores": [0.1]}
+    first = {"negatives": ["a cat"], "clip_scores": [0.1], "license": None}
     second = {"negatives": ["two", "three"], "negatives_of": [0, -1], "clip_scores": [0.3, 0.1]}
     samples = [("a", ["a dog"], first, False), ("b", ["one dog", "a dog"], second, True)]
     sample = alike(tmp_path, samples)["a"]
     assert sample.captions == ("a dog", "one dog") and sample.meta["clip_scores"] == [0.1, 0.3]
     assert sample.meta["negatives"] == ["two", "three", "a cat"] and sample.meta["negatives_of"] == [1, -1, 0]
-    assert sample.negative_image == b"b" and "negatives_valid" not in sample.meta
+    assert sample.meta["license"] is None and sample.negative_image == b"b" and "negatives_valid" not in sample.meta
 
 
 def test_a_sample_takes_no_more_captions_than_the_index_counts(tmp_path: Path, capsys) -> None:

@@ -43,22 +43,42 @@ def test_families_stay_together(tmp_path: Path, options: tuple) -> None:
         members = []
         for origin, v in keys[shard : shard + 5]:
             told = {"captions": ["x"], "origin": origin, "v": v}
-            members += [(f"{origin}-{v}.png", encoded(picture(v))), (f"{origin}-{v}.json", json.dumps(told).encode())]
+            members += [
+                (f"{origin}-{v}.png", encoded(picture(v))),
+                (f"{origin}-{v}.json", json.dumps(told).encode()),
+            ]
         write_tar(tmp_path / "in" / f"{shard:05d}.tar", members)
-    assert any(run[-1][0] == next_run[0][0] for run, next_run in itertools.pairwise(families(tmp_path / "in")))
-    call(reshard, tmp_path / "in", "--to", tmp_path / "out", *(options or ()), "--samples-per-shard", 6)
+    assert any(
+        run[-1][0] == next_run[0][0]
+        for run, next_run in itertools.pairwise(families(tmp_path / "in"))
+    )
+    call(
+        reshard,
+        tmp_path / "in",
+        "--to",
+        tmp_path / "out",
+        *(options or ()),
+        "--samples-per-shard",
+        6,
+    )
     found = families(tmp_path / "out")
-    assert dict(run for shard in found for run in shard) == sizes and sum(map(len, found)) == len(sizes)
+    assert dict(run for shard in found for run in shard) == sizes and sum(map(len, found)) == len(
+        sizes
+    )
     assert all(sum(n for _, n in shard) <= 6 for shard in found if ("large", 9) not in shard)
     order = [sample.meta for sample in read(tmp_path / "out").values()]
     for origin, size in sizes.items():
         assert [meta["v"] for meta in order if meta["origin"] == origin] == list(range(size))
         n += 1
-    assert n == 13 and ([meta["origin"] for meta in order] == [origin for origin, _ in keys]) == (not options)
+    assert n == 13 and ([meta["origin"] for meta in order] == [origin for origin, _ in keys]) == (
+        not options
+    )
     source = open_shards(Options(str(tmp_path / "out")), Captions())
     assert len(Origins(source, 3, False)) == sum(size >= 3 for size in sizes.values())
     call(filtering, tmp_path / "out", "--to", tmp_path / "some", "--drop", "v == 1")
-    assert dict(run for shard in families(tmp_path / "some") for run in shard) == {o: n - (n > 1) for o, n in sizes.items()}
+    assert dict(run for shard in families(tmp_path / "some") for run in shard) == {
+        o: n - (n > 1) for o, n in sizes.items()
+    }
 
 
 def test_a_writer_ends_no_shard_within_a_family(tmp_path: Path) -> None:
@@ -66,5 +86,10 @@ def test_a_writer_ends_no_shard_within_a_family(tmp_path: Path) -> None:
         for origin, size in (("a", 2), ("b", 4), ("c", 1), (None, 4), ("d", 3), ("e", 1)):
             for _ in range(size):
                 writer.add(None, b"x", "jpg", ["x"], {} if origin is None else {"origin": origin})
-    assert families(tmp_path) == [[("a", 2), ("b", 4)], [("c", 1), (None, 2)], [(None, 2), ("d", 3)], [("e", 1)]]
+    assert families(tmp_path) == [
+        [("a", 2), ("b", 4)],
+        [("c", 1), (None, 2)],
+        [(None, 2), ("d", 3)],
+        [("e", 1)],
+    ]
     assert len(read(tmp_path)) == 15

@@ -58,9 +58,14 @@ def test_an_odd_class_number_does_not_cost_the_sample(tmp_path: Path, cls: Any) 
 
 
 @pytest.mark.parametrize("tool, options", TOOLS, ids=NAMES)
-def test_keys_do_not_lead_out_of_the_folder(tmp_path: Path, tool: ModuleType, options: list[Any]) -> None:
+def test_keys_do_not_lead_out_of_the_folder(
+    tmp_path: Path, tool: ModuleType, options: list[Any]
+) -> None:
     keys = ["../../evil", "/etc/evil1", "a/../../evil2", "..\\..\\evil3", "./evil4"]
-    shard(tmp_path / "x" / "in" / "0.tar", {key: {"captions": ["two dogs on a red sofa"]} for key in keys})
+    shard(
+        tmp_path / "x" / "in" / "0.tar",
+        {key: {"captions": ["two dogs on a red sofa"]} for key in keys},
+    )
     before = files(tmp_path)
     assert call(tool, tmp_path / "x" / "in", "--to", tmp_path / "x" / "out", *options) == 0
     new = files(tmp_path) - before

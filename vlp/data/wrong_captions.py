@@ -32,7 +32,11 @@ class WrongCaptions:
 
     def of(self, caption: str) -> list[int]:
         """The places of the texts that belong to a caption, in their order."""
-        return [place for place, source in enumerate(self.made_from) if source in (None, caption.strip())]
+        return [
+            place
+            for place, source in enumerate(self.made_from)
+            if source in (None, caption.strip())
+        ]
 
     def most(self, captions: Sequence[str]) -> int:
         """How many texts belong to the caption that has most of them; without captions, the given ones."""
