@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Collection
 from functools import cache
 from itertools import pairwise
 
@@ -66,15 +67,46 @@ def language(caption: str) -> str:
     Rough: one language stands for a script that several share (ru for all Cyrillic, ar for Persian too), and a caption in
     Latin letters without stop words, such as a name, is UNCLEAR.
     """
-    scripts = Counter(_script(letter) for letter in caption if letter.isalpha())
-    if scripts["HIRAGANA"] + scripts["KATAKANA"]:
-        return "ja"  # kana stand among Chinese characters
-    script = max(scripts, key=lambda name: scripts[name], default="")
+    script = script_of(caption)
     if script != "LATIN":
         return _SCRIPTS.get(script, UNCLEAR)
-    votes = Counter(name for word in words(caption) for name in _LANGUAGES_OF.get(word.text, ()))
-    best = votes.most_common(2)
+    best = _votes(caption).most_common(2)
     return best[0][0] if best and (len(best) == 1 or best[0][1] > best[1][1]) else UNCLEAR
+
+
+def is_in(caption: str, languages: Collection[str]) -> bool | None:
+    """Whether a caption is in one of these languages; None where that cannot be told.
+
+    In Latin letters it takes two more stop words of another language than of all these to say no: one alone may belong to
+    a name ("Die Hard", "El Paso"). Without letters nothing can be told, and Chinese characters alone may be Japanese.
+    """
+    script, guess = script_of(caption), language(caption)
+    if guess in languages:
+        return True
+    if script == "":
+        return None
+    if script != "LATIN":
+        return None if script == "CJK" and "ja" in languages else False
+    wanted = [name for name in languages if name in _STOP_WORDS]
+    if not wanted:
+        return False
+    votes = _votes(caption)
+    return False if max(votes.values(), default=0) >= 2 + max(votes[name] for name in wanted) else None
+
+
+def script_of(caption: str) -> str:
+    """The script of most letters by Unicode's name (LATIN, CJK, …), HIRAGANA for all Japanese; "" without letters."""
+    if not caption.isascii():
+        caption = unicodedata.normalize("NFKC", caption)  # letters in bold, in circles, of full width
+    scripts = Counter(_script(letter) for letter in caption if letter.isalpha())
+    if scripts["HIRAGANA"] + scripts["KATAKANA"]:
+        return "HIRAGANA"  # kana stand among Chinese characters
+    return max(scripts, key=lambda name: scripts[name], default="")
+
+
+def _votes(caption: str) -> Counter[str]:
+    """How many of a caption's words are stop words of each language."""
+    return Counter(name for word in words(caption) for name in _LANGUAGES_OF.get(word.text, ()))
 
 
 @cache

@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vlp.data.embedded import Embeddings
-from vlp.data.index import index
+from vlp.data.index import ROW, index
+from vlp.data.members import open_sample
 from vlp.data.picture import BadImage, rgb
+from vlp.data_tools._belonging import merge, settle
 from vlp.data_tools._near import FINGERPRINT, Limits, decide, fingerprint
 from vlp.data_tools._shards import Changed, samples
 from vlp.data_tools._work import Result
@@ -94,10 +96,44 @@ class DropCopies:
 
     copy_of: list[np.ndarray]  # a shard: for each sample what it is a copy of, −1 where it stays
     n_fixed: int  # samples of --against
+    merging: dict[int, list[Place]] | None  # number of a sample that stays -> its copies; None: their captions go, too
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
-        for sample, other in zip(samples, self.copy_of[shard], strict=True):
-            if other < 0:
-                yield Changed(sample, list(sample.captions), sample.meta)
+        first = self.n_fixed + sum(map(len, self.copy_of[:shard]))
+        for number, (sample, other) in enumerate(zip(samples, self.copy_of[shard], strict=True), first):
+            if 0 <= other < self.n_fixed:
+                counts["dropped: held by --against"] += 1
+            elif other >= 0:
+                counts["dropped: copies of an earlier sample"] += 1
             else:
-                counts["dropped: held by --against" if other < self.n_fixed else "dropped: copies of an earlier sample"] += 1
+                for place in (self.merging or {}).get(number, ()):
+                    _merge(sample, place, counts)
+                yield Changed(sample, list(sample.captions), sample.meta)
+
+
+class Place(NamedTuple):
+    """Where a sample lies."""
+
+    path: str
+    offset: int
+    length: int
+
+
+def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
+    with open(place.path, "rb") as file:
+        file.seek(place.offset)
+        other = open_sample(file.read(place.length))
+    settle(other, counts)
+    fits = merge(sample, other, counts)
+    counts["merged: copies into an earlier sample" if fits else "not merged: more captions than a sample may hold"] += 1
+
+
+def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dict[int, list[Place]]:
+    """Number of each sample that has copies -> where these lie, in their order."""
+    result: dict[int, list[Place]] = {}
+    for path, shard, others in zip(sources, index(sources), copy_of):
+        rows = list(ROW.iter_unpack(shard.rows))
+        for i in np.flatnonzero(others >= n_fixed).tolist():
+            offset, length, *_ = rows[i]
+            result.setdefault(int(others[i]), []).append(Place(str(path), offset, length))
+    return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 IRREGULAR = {
@@ -19,6 +21,9 @@ _SOUNDS_LIKE_UN = ("unin", "unid", "unim")
 _SILENT_H = ("hour", "honest", "heir", "honor")
 
 
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+")
+
+
 class Word(NamedTuple):
     """A word of a caption, in lower case, and where it stands."""
 
@@ -29,7 +34,13 @@ class Word(NamedTuple):
 
 def words(caption: str) -> list[Word]:
     """Words and whole numbers in order; hyphens and apostrophes inside a word belong to it."""
-    return [Word(m[0].lower(), m.start(), m.end()) for m in re.finditer(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+", caption)]
+    return list(each_word(caption))
+
+
+def each_word(caption: str, start: int = 0, end: int = sys.maxsize) -> Iterator[Word]:
+    """The words between two places of a caption, found one by one."""
+    for match in _WORD.finditer(caption, start, end):
+        yield Word(match[0].lower(), match.start(), match.end())
 
 
 def plural(noun: str) -> str:
@@ -60,14 +71,24 @@ def article(following: str) -> str:
     return "an" if word[:1] in tuple("aeiou") else "a"
 
 
+_ARTICLE = re.compile(r"\b(an?)(\s+)$", re.IGNORECASE)
+_BLANKS = 16  # most characters of an article and what follows it
+
+
 def edit(caption: str, changes: list[tuple[int, int, str]]) -> str:
-    """Replace the spans (start, end, new words), keep each place's capitals, and correct the articles before them."""
-    for start, end, new in sorted(changes, reverse=True):
-        old, before = caption[start:end], caption[:start]
-        if match := re.search(r"\b(an?)(\s+)$", before, re.IGNORECASE):
-            before = before[: match.start()] + _capitals_of(match[1], article(new)) + match[2]
-        caption = before + _capitals_of(old, new) + caption[end:]
-    return caption
+    """Replace the spans (start, end, new words), keep each place's capitals, and correct the articles before them.
+
+    Takes time in proportion to the caption's length.
+    """
+    pieces, done = [], 0
+    for start, end, new in sorted(changes):
+        if match := _ARTICLE.search(caption, max(done, start - _BLANKS), start):
+            pieces += [caption[done : match.start()], _capitals_of(match[1], article(new)), match[2]]
+        else:
+            pieces.append(caption[done:start])
+        pieces.append(_capitals_of(caption[start:end], new))
+        done = end
+    return "".join([*pieces, caption[done:]])
 
 
 def _capitals_of(old: str, new: str) -> str:

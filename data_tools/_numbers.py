@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vlp.data_tools._language import Word, edit, is_plural, words
+from vlp.data_tools._language import Word, each_word, edit, is_plural
 from vlp.data_tools._shuffle import FUNCTION_WORDS
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
@@ -24,6 +24,7 @@ years feet inches miles hours minutes seconds dollars cents degrees percent poun
 stories kilometers yards ounces colors
 """
 _UNITS = frozenset(_UNIT_NAMES.split())
+_NEAR = 60  # characters on either side that say what a number is; all of a long text at every number takes minutes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def counts(caption: str) -> tuple[list[Count], list[str]]:
     found, refused = [], []
     for match in _NUMBER.finditer(caption):
         value = NUMBERS.get(match[0].lower()) or int(match[0])
-        before, after, head = caption[: match.start()], caption[match.end() :], _head(caption, match.end())
+        before = caption[max(0, match.start() - _NEAR) : match.start()]
+        after, head = caption[match.end() : match.end() + _NEAR], _head(caption, match.end())
         if _BOUND.search(before) or _BOUND_AFTER.match(after):
             refused.append("a bound or part, no exact number")
         elif _RANGE_AFTER.match(after) or _RANGE_BEFORE.search(before):
@@ -73,8 +75,8 @@ def counterfactuals(caption: str, found: list[Count]) -> list[str]:
 def _head(caption: str, start: int) -> str:
     """The last word of the noun phrase that starts at `start` if the phrase is a plural, else ""."""
     phrase: list[Word] = []
-    for word in words(caption[start:]):
-        gap = caption[start + (phrase[-1].end if phrase else 0) : start + word.start]
+    for word in each_word(caption, start, start + 2 * _NEAR):
+        gap = caption[phrase[-1].end if phrase else start : word.start]
         if gap.strip() or word.text in FUNCTION_WORDS or len(phrase) == 4:
             break
         phrase.append(word)

@@ -18,6 +18,7 @@ from vlp.data_tools._lexicon import Found, Lexicon
 from vlp.data_tools._numbers import NUMBERS, counts, exchange
 from vlp.data_tools._shuffle import FUNCTION_WORDS, shuffles
 
+HEAD = 1_200  # characters of a caption that are changed: text towers read 77 tokens of it, the longest in use 248
 _NEGATION = re.compile(r"\b(no|not|none|never|neither|nor|nothing|nobody|without|cannot|\w+n['’]t)\b", re.I)
 _PRONOUN = re.compile(r"\b(he|she|him|her|his|hers|himself|herself|men's|women's|man's|woman's)\b", re.I)
 _WITH_A_PART = re.compile(  # "a case with a lid", but neither "filled with" nor "with one leg in the air"
@@ -47,6 +48,14 @@ class Negative:
     kind: str
     text: str
     new_words: frozenset[str] = frozenset()
+
+
+def head(caption: str) -> str:
+    """The part of a caption that rules look at: whole words within its first HEAD characters."""
+    if len(caption) <= HEAD:
+        return caption
+    cut = caption[: HEAD + 1]
+    return cut[: cut.rfind(" ")] if " " in cut else cut[:HEAD]
 
 
 def propose(caption: str, lexicon: Lexicon, rng: random.Random, kinds: tuple[str, ...], passed: Counter[str]) -> list[Negative]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vlp.data.format import ShardWriter, index
 from vlp.data.index import ROW, scan
 from vlp.data.members import open_sample
+from vlp.data_tools._belonging import settle
 from vlp.data_tools._work import Crew, Job, Result, carry_out
 from vlp.files import write_atomically
 
@@ -49,42 +50,19 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
         for offset, length, *_ in ROW.iter_unpack(shard.rows):
             file.seek(offset)
             counts["samples read"] += 1
-            yield open_sample(file.read(length))
-
-
-def keep_captions(sample: Content, kept: list[int]) -> None:
-    """Leave the captions of these numbers, their `clip_scores`, and the negatives that were made from them or given.
-
-    The image of the first negative goes with it. Lists of other lengths, which belong to something else, stay.
-    """
-    meta = sample.meta
-
-    def cut(name: str, n: int, places: list[int]) -> None:
-        values = meta.get(name)
-        if isinstance(values, list) and len(values) == n:
-            meta[name] = [values[i] for i in places]
-
-    cut("clip_scores", len(sample.captions), kept)
-    sample.captions = tuple(sample.captions[i] for i in kept)
-    made_from = meta.get("negatives_of")
-    if isinstance(made_from, list):
-        number = {-1: -1} | {old: new for new, old in enumerate(kept)}
-        stay = [j for j, caption in enumerate(made_from) if caption in number]
-        for name in ("negatives", "negatives_valid", "negative_kinds", "negative_scores"):
-            cut(name, len(made_from), stay)
-        meta["negatives_of"] = [number[made_from[j]] for j in stay]
-        if stay[:1] != [0]:
-            sample.negative_image, sample.negative_image_type = b"", ""
+            sample = open_sample(file.read(length))
+            settle(sample, counts)
+            yield sample
 
 
 def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     """Write a sample under a key (None: the next number) with everything that our format holds of it."""
     sample, captions, meta = changed
     cls = meta.get("cls")
+    if type(cls) is not int or not 0 <= cls < 10**9:
+        cls = None  # it stays in the JSON; a .cls of it would not be read back
     negative = (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
-    writer.add(
-        key, sample.image, sample.image_type, captions, meta, cls if isinstance(cls, int) else None, negative_image=negative
-    )  # fmt: skip
+    writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)
 
 
 def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]) -> None:

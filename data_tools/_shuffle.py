@@ -24,7 +24,7 @@ def shuffles(text: str, rng: random.Random) -> dict[str, str]:
     words = text.rstrip(".").split()
     end = text[len(text.rstrip(".")) :]
     content = [i for i, word in enumerate(words) if word.lower().strip(",") not in FUNCTION_WORDS]
-    function = [i for i in range(len(words)) if i not in set(content)]
+    function = sorted(set(range(len(words))) - set(content))
     trigrams = [words[i : i + 3] for i in range(0, len(words), 3)]
     results = {
         "order_content_words": _permuted_at(words, content, rng),

@@ -117,6 +117,11 @@ def report(counts: Counter[str], title: str) -> str:
     return "\n".join([title, *(f"  {name:{width}}  {counts[name]:>9,}" for name in sorted(counts))])
 
 
+def printable(text: str) -> str:
+    """The text as a terminal or a file in UTF-8 takes it: a lone surrogate becomes a question mark."""
+    return text.encode(errors="replace").decode()
+
+
 def _finished(work: Work, jobs: list[Job], processes: int) -> Iterator[tuple[Job, Result]]:
     """Each job with its result as soon as it is there."""
     if min(processes, len(jobs)) <= 1:

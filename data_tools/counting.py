@@ -2,9 +2,10 @@
 
 Kept are samples with a caption that counts something from two to ten, in words or digits; each keeps that one caption,
 so that picture, caption and counterfactuals belong together, and the negatives that are not of other captions. Written fields:
-    counterfactuals  the caption with other numbers, in random order (so that the first is a fair choice of one)
-    number           the number in the caption
-    all_captions     the captions that the sample came with
+    counterfactuals     the caption with other numbers, in random order
+    counterfactuals_of  0 for each of them: the number of the caption that it was made from, beside which alone it is used
+    number              the number in the caption
+    all_captions        the captions that the sample came with
 
 A caption's number must count a plural noun exactly: no measure, range, bound, name or part of a compound. With
 --detector, the picture must show as many objects of its most frequent class as the caption says.
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     sources, hands = expand(args.source), _work.crew(args)
     if args.n_print:
-        print(_examples(sources, args))
+        print(_work.printable(_examples(sources, args)))
     if not args.to:
         return 0
     folder = Path(args.to)
@@ -167,7 +168,8 @@ class MakePairs:
     seed: int
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
-        from vlp.data_tools._shards import Changed, keep_captions
+        from vlp.data_tools._belonging import keep_captions
+        from vlp.data_tools._shards import Changed
 
         for sample in samples:
             if sample.key not in self.chosen[shard]:
@@ -176,8 +178,9 @@ class MakePairs:
             caption = sample.captions[i]
             texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[: self.n_counterfactuals]
             counts[f"number {number:2}"] += 1
-            fields = {"counterfactuals": texts, "number": number, "all_captions": list(sample.captions)}
-            keep_captions(sample, [i])
+            fields = {"counterfactuals": texts, "counterfactuals_of": [0] * len(texts)}
+            fields |= {"number": number, "all_captions": list(sample.captions)}
+            keep_captions(sample, [i], counts)
             yield Changed(sample, [caption], {**sample.meta, **fields})
 
 

@@ -5,6 +5,9 @@ of 4 × 4, by at most 12 of 255 levels on average; with --embeddings also where 
 sample that comes first in the order of the shards stays: a sample is dropped if and only if it is a copy of one that
 stays before it, or of one in --against. The outcome depends on nothing but the input and the options.
 
+The captions of a copy are not lost: the sample that stays takes them over, with their negatives, counterfactuals and
+scores (--captions merge); its JSON names the copies in "merged_keys". What evaluation sets hold goes altogether.
+
     DIR/copies.jsonl    every dropped sample beside the one that it is a copy of, for a person to judge
 
 On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or half the size are found, 93 % of those
@@ -37,6 +40,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
     add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
     add("--against", action="append", default=[], metavar="SHARDS", help="drop what these hold, too; may be repeated")
+    add("--captions", choices=("merge", "keep-first"), default="merge",
+        help="whether the sample that stays takes over the captions of its copies (default: %(default)s)")  # fmt: skip
     add("--keep-copies", action="store_true", help="drop only what --against holds")
     add("--distance", type=int, default=4, metavar="BITS", help="most differing bits of 64; -1: no hashes (default: %(default)s)")
     add("--embeddings", action="append", default=[], metavar="DIR",
@@ -48,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
     from vlp.data.paths import expand
-    from vlp.data_tools._copies import DropCopies, decided, survey
+    from vlp.data_tools._copies import DropCopies, decided, merging, survey
     from vlp.data_tools._near import Limits
     from vlp.data_tools._shards import claim, jobs, transform
 
@@ -57,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     against = [expand(place) for place in args.against]
     fixed = [path for group in against for path in group]
     settings = {"distance": args.distance, "keep_copies": args.keep_copies, "embeddings": args.embeddings}
+    settings |= {"captions": args.captions}
     settings |= {"cosine": args.cosine} if args.embeddings else {}
     claim(folder, "dedup", sources, settings | {"against": [[path.name, path.stat().st_size] for path in fixed]})
     surveyed = _work.carry_out("fingerprints", jobs(fixed + sources, folder, "fingerprints"), partial(survey, folder=folder), crew)
@@ -65,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(args.distance, args.cosine, args.keep_copies)
     copy_of = decided(folder, [*against, sources], surveyed, args.embeddings[1:] + args.embeddings[:1], limits)
     n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
-    results = transform(sources, folder, "dedup", DropCopies(copy_of[len(fixed) :], n_fixed), crew)
+    copy_of = copy_of[len(fixed) :]
+    taken = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
+    results = transform(sources, folder, "dedup", DropCopies(copy_of, n_fixed, taken), crew)
     counts = _work.total(results)
     counts["unreadable: pictures"] = _work.total(surveyed[len(fixed) :])["unreadable: pictures"]
     print(_work.report(counts, f"{folder}:"))

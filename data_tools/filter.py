@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools import _encoder, _work
+from vlp.data_tools._conditions import parse, refuse, refuse_unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 HELP = "keep what rules, a list or a model's score let pass; count the rest by reason"
 EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3 --min-words 3 --max-repeats 10 --languages en
+  vlp data filter data/raw --to data/clean --keep "similarity > 0.28" --drop "punsafe >= 0.5" --drop "license in by-nc,unknown"
   vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8
   vlp data filter data/raw --to data/top --model ViT-B-32:laion2b_s34b_b79k --min-score 0.28
   vlp data filter data/pool --to data/subset --uids subset.npy      (DataComp's lists)
@@ -44,6 +46,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
     add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")
     add("--max-aspect", type=float, default=0.0, metavar="R", help="most length of the longer side, in shorter ones")
+    add("--keep", action="append", default=[], metavar="RULE",
+        help="keep what fulfils it: 'FIELD < NUMBER' (<= > >=), 'FIELD == VALUE' (!=), 'FIELD in A,B', 'FIELD present' (absent), "
+        "FIELD being one of the sample's JSON; a sample without that value is dropped; may be repeated")  # fmt: skip
+    add("--drop", action="append", default=[], metavar="RULE",
+        help="drop what fulfils it; a sample without that value stays; may be repeated")  # fmt: skip
     add("--uids", metavar="FILE", help="keep only these: .npy of DataComp (pairs of 64-bit halves), .txt with a uid or key a line")
     add("--min-words", type=int, default=0, metavar="N", help="fewest words of a caption")
     add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
@@ -51,6 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--reject", default="", metavar="REGEX", help="what no caption may hold")
     add("--max-repeats", type=int, default=0, metavar="N", help="most samples with one caption; takes 32 bytes a caption of memory")
     add("--languages", default="", metavar="CODES", help="such as en,de; guessed by script and stop words, which is rough")
+    add("--unclear", choices=("keep", "drop"), default="keep",
+        help="captions whose language cannot be told, such as names and numbers (default: %(default)s)")  # fmt: skip
     add("--min-relations", type=int, default=0, metavar="N", help="fewest relations of things in a caption (DiHT's complexity)")
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
     add("--min-score", type=float, metavar="X", help="least cosine of picture and caption under --model")
@@ -65,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     rules, sources, crew = _rules(args), expand(args.source), _work.crew(args)
     model, folder = _encoder.Model.of(args), Path(args.to)
+    refuse_unknown(rules.keep + rules.drop, _metas(sources))
     settings = asdict(rules) | (model.settings() if model else {})
     claim(folder, "filter", sources, settings | {"uids": _digest(args.uids) if args.uids else ""})
     repeated = None
@@ -86,6 +96,8 @@ class Rules:
 
     min_side: int = 0
     max_aspect: float = 0.0
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
     uids: str = ""
     min_words: int = 0
     max_words: int = 0
@@ -93,6 +105,7 @@ class Rules:
     reject: str = ""
     max_repeats: int = 0
     languages: tuple[str, ...] = ()
+    unclear: str = "keep"
     min_relations: int = 0
     action: bool = False
     min_score: float | None = None
@@ -119,12 +132,14 @@ class Rules:
         from vlp.data_tools import _captions
 
         n_words = len(caption.split())
+        is_in = _captions.is_in(caption, self.languages) if self.languages else True
         checks = {
             f"fewer than {self.min_words} words": n_words < self.min_words,
             f"more than {self.max_words} words": 0 < self.max_words < n_words,
             "does not hold what it must": self.match and not re.search(self.match, caption),
             "holds what it must not": self.reject and re.search(self.reject, caption),
-            "another language": self.languages and _captions.language(caption) not in self.languages,
+            "another language": is_in is False,
+            "language unclear": is_in is None and self.unclear == "drop",
             f"fewer than {self.min_relations} relations": self.min_relations and _captions.complexity(caption) < self.min_relations,
             "no action": self.action and not _captions.has_action(caption),
         }
@@ -132,17 +147,32 @@ class Rules:
 
     def about_captions(self) -> bool:
         """Whether a sample needs a caption to stay."""
-        return replace(self, min_side=0, max_aspect=0.0, uids="") != Rules()
+        return replace(self, min_side=0, max_aspect=0.0, keep=(), drop=(), uids="") != Rules()
+
+
+def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
+    """The JSON of all samples, one by one."""
+    from vlp.data_tools._shards import samples
+
+    for path in sources:
+        yield from (sample.meta for sample in samples(path, Counter()))
 
 
 def _rules(args: argparse.Namespace) -> Rules:
-    from vlp.data_tools._captions import LANGUAGES
+    from vlp.data_tools._captions import LANGUAGES, UNCLEAR
 
-    languages = tuple(filter(None, args.languages.split(",")))
+    languages = tuple(code.strip() for code in args.languages.split(",") if code.strip())
     if unknown := set(languages) - set(LANGUAGES):
         raise ValueError(f"--languages does not know {', '.join(sorted(unknown))}; it tells apart {', '.join(LANGUAGES)}")
+    if UNCLEAR in languages and args.unclear == "drop":
+        raise ValueError(f"--languages names {UNCLEAR}, --unclear drop refuses it; leave one of them out")
+    if args.unclear == "drop" and not languages:
+        raise ValueError("--unclear drop belongs to --languages CODES, which is not given")
     given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
-    rules = Rules(**given | {"languages": languages, "uids": args.uids or ""})
+    for text in (*args.keep, *args.drop):
+        parse(text)
+    lists = {"languages": languages, "keep": tuple(args.keep), "drop": tuple(args.drop)}
+    rules = Rules(**given | lists | {"uids": args.uids or ""})
     if (args.min_score is None) != (not args.model):
         raise ValueError("--min-score X and --model REF go together: one is the least cosine, the other says whose")
     if rules == Rules():
@@ -179,13 +209,24 @@ class Filter:
 
     def _passes(self, sample: Content, counts: Counter[str]) -> bool:
         """Whether a sample stays before its score; its captions become those that do."""
-        if reason := self.rules.refuse_sample(sample):
+        reason = self.rules.refuse_sample(sample) or refuse(sample.meta, self.rules.keep, self.rules.drop, counts)
+        if reason:
             counts[f"dropped: {reason}"] += 1
             return False
         if self.rules.about_captions():
             reasons = [self.rules.refuse_caption(caption) or self._too_common(caption) for caption in sample.captions]
+            self._count_unclear(sample.captions, reasons, counts)
             return _keep(sample, reasons, counts)
         return True
+
+    def _count_unclear(self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]) -> None:
+        """Say how many captions stay although their language is not known to be one that is wanted."""
+        from vlp.data_tools._captions import is_in
+
+        if self.rules.languages:
+            kept = [caption for caption, reason in zip(captions, reasons) if not reason]
+            unclear = sum(is_in(caption, self.rules.languages) is None for caption in kept)
+            counts.update({"captions kept: language unclear (--unclear drop refuses them)": unclear} if unclear else {})
 
     def _too_common(self, caption: str) -> str:
         import numpy as np
@@ -216,12 +257,10 @@ class Filter:
 
 def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
     """Leave the captions without a reason to drop them; whether there is one."""
-    from vlp.data_tools._shards import keep_captions
+    from vlp.data_tools._belonging import keep_captions
 
     counts.update(f"captions dropped: {reason}" for reason in reasons if reason)
-    if any(reasons) and "negatives_of" in sample.meta and not all(reasons):
-        raise ValueError(f"{sample.key!r} has negatives that name its captions by number; filter before `vlp data negatives`")
-    keep_captions(sample, [i for i, reason in enumerate(reasons) if not reason])
+    keep_captions(sample, [i for i, reason in enumerate(reasons) if not reason], counts)
     if not sample.captions:
         counts["dropped: no caption left" if reasons else "dropped: no caption"] += 1
     return bool(sample.captions)

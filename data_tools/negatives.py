@@ -1,22 +1,25 @@
 """`vlp data negatives`: shards → the same shards with hard-negative captions in every sample's JSON.
 
-Written fields, all of one length (at most K; fewer where fewer were found, none for a sample without any):
+Written fields, all of one length: at most K for each caption, in the order of the captions, after those that were given.
     negatives        captions that are false of the picture
     negatives_valid  true for each of them: what is not valid is not written, and the loader pads to K and masks
     negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun, replace_number,
                      replace_relation, order_*, masked, rewritten, or what --from says ("given" where it says nothing)
-    negatives_of     the number of the caption that each was made from, −1 where it was given
+    negatives_of     the number of the caption that each was made from, beside which alone it is used; −1 where it was given
+                     for the picture: such a one is used beside every caption, and counts for each of them
 A line of --from may name an image (a path from the file's folder) that its first negative is true of: it becomes the
 sample's KEY.negative.jpg, which the form `triplet` of the term hard_negatives needs.
 
 Rules need no model and come from word lists (words.yaml). What is equal to a caption of the sample, or says of it what
-another of its captions says too, is dropped and counted.
+another of its captions says too, is dropped and counted. Of a long caption the first 1,200 characters are changed, which
+is more than text towers read.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -26,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlp.data.wrong_captions import GIVEN
 from vlp.data_tools import _work
 
 if TYPE_CHECKING:
@@ -48,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
     add("--to", metavar="DIR", help="folder for the new shards; a call with the same options goes on where one stopped")
-    add("--k", type=int, default=4, metavar="K", help="most negatives a sample (default: %(default)s)")
+    add("--k", type=int, default=4, metavar="K", help="most negatives a caption (default: %(default)s)")
     add("--kinds", default=",".join(KINDS), metavar="NAMES", help="rules, joined by commas, or none (default: %(default)s)")
     add("--words", metavar="FILE", help="other word lists (see data_tools/words.yaml); scenes: the words of `vlp data scenes`")
     add("--from", dest="given", metavar="FILE.jsonl",
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     sources, hands = expand(args.source), _work.crew(args)
     change = _change(args)
     if args.n_print:
-        print(_examples(sources, change, args.n_print))
+        print(_work.printable(_examples(sources, change, args.n_print)))
     if args.to:
         folder = Path(args.to)
         claim(folder, "negatives", sources, change.settings())
@@ -128,6 +132,8 @@ def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, 
             expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"], "image": "…"} (kinds and image may be left out)'
             raise ValueError(f"{path}:{number}: found {line[:100]!r}, expected {expected}")
         if image is not None:
+            if not image.resolve().is_relative_to(path.parent.resolve()):
+                raise ValueError(f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; copy it there")
             if not image.is_file() or image.suffix.lower()[1:] not in IMAGE_TYPES or not texts or row["key"] in result:
                 expected = f"a {', '.join(sorted(IMAGE_TYPES))} file beside the first negatives of {row['key']!r}"
                 raise ValueError(f"{path}:{number}: found the image {str(image)!r}, expected {expected}")
@@ -157,7 +163,7 @@ class AddNegatives:
         given = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16] if self.given else None
         words = hashlib.sha256(repr(self.lexicon.entries).encode()).hexdigest()[:16]
         model = {"rewriter": self.rewriter, "prompt": self.prompt if self.rewriter else None}
-        return {"k": self.k, "kinds": self.kinds, "seed": self.seed, "words": words, "given": given, **model}
+        return {"k_a_caption": self.k, "kinds": self.kinds, "seed": self.seed, "words": words, "given": given, **model}
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
         from vlp.data_tools._shards import Changed
@@ -189,25 +195,27 @@ class AddNegatives:
         image = self.images.get(sample.key)
         if image is None:
             return
-        if chosen and chosen[0][1] < 0 and chosen[0][0].text == self.given[sample.key][0][0].strip():
+        if chosen and chosen[0][1] == GIVEN and chosen[0][0].text == self.given[sample.key][0][0].strip():
             sample.negative_image, sample.negative_image_type = image.read_bytes(), image.suffix.lower()[1:]
             counts["negative images written"] += 1
         else:
             counts["dropped: negative images whose caption was dropped"] += 1
 
     def choose(self, key: str, captions: list[str], counts: Counter[str]) -> list[tuple[Negative, int]]:
-        """At most K (negative, number of its caption) pairs: the given ones first, then every kind in turn."""
-        rng = random.Random(f"{self.seed}/{key}")
-        pool = self._valid(self._candidates(key, captions, rng, counts), captions, counts)
-        turns: dict[str, list[tuple[Negative, int]]] = {}
-        for item in pool:
-            kind = "order" if item[0].kind.startswith("order") else item[0].kind
-            turns.setdefault("given" if item[1] < 0 else kind, []).append(item)
-        chosen = turns.pop("given", [])[: self.k]
-        queues = [rng.sample(queue, len(queue)) for queue in turns.values()]
-        rng.shuffle(queues)
-        while len(chosen) < self.k and any(queues):
-            chosen += [queue.pop() for queue in queues if queue][: self.k - len(chosen)]
+        """(negative, number of its caption) pairs, at most K that belong to a caption.
+
+        The given ones come first and belong to every caption; then come each caption's own, its kinds in turn.
+        """
+        from vlp.data_tools._rules import head
+
+        rng, heads = random.Random(f"{self.seed}/{key}"), [head(caption) for caption in captions]
+        pool = self._valid(self._candidates(key, heads, rng, counts), heads, counts)
+        chosen = [item for item in pool if item[1] == GIVEN][: self.k]
+        n_own = self.k - len(chosen)
+        for number, caption in enumerate(captions):
+            rest = caption[len(heads[number]) :]
+            own = [negative for negative, i in pool if i == number]
+            chosen += [(replace(negative, text=negative.text + rest), number) for negative in _in_turn(own, rng)[:n_own]]
         return chosen
 
     def _candidates(self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]) -> list[tuple[Negative, int]]:
@@ -215,8 +223,10 @@ class AddNegatives:
 
         given = self.given.get(key, [])
         counts["given: keys used"] += bool(given)
-        found = [(Negative(kind, text.strip()), -1) for text, kind in given]
+        found = [(Negative(kind, text.strip()), GIVEN) for text, kind in given]
         for i, caption in enumerate(captions):
+            if caption in captions[:i]:
+                continue  # said twice: what is made from it belongs to both
             passed: Counter[str] = Counter()
             negatives = propose(caption, self.lexicon, rng, self.kinds, passed)
             if self.rewriter:
@@ -235,24 +245,40 @@ class AddNegatives:
         from vlp.data_tools._language import bare
 
         kept: list[tuple[Negative, int]] = []
-        true, seen = {bare(caption) for caption in captions}, set()
-        for negative, i in candidates:
+        true, seen = {bare(caption) for caption in captions}, set()  # seen: (text, number of its caption)
+        for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
             others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
-            text = bare(negative.text)
-            if not text:
-                reason = "empty"
-            elif text in true:
-                reason = "equal to a caption"
-            elif any(word in others and re.search(rf"\b{re.escape(word)}\b", others) for word in negative.new_words):
-                reason = "says what another caption of the picture says"
-            elif text in seen:
-                reason = "repeated"
-            else:
-                seen.add(text)
-                kept.append((negative, i))
-                continue
-            counts[f"dropped: {reason}"] += 1
+            for negative, _ in group:
+                text = bare(negative.text)
+                if not text:
+                    reason = "empty"
+                elif text in true:
+                    reason = "equal to a caption"
+                elif any(word in others and re.search(rf"\b{re.escape(word)}\b", others) for word in negative.new_words):
+                    reason = "says what another caption of the picture says"
+                elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
+                    reason = "repeated"
+                else:
+                    seen.add((text, i))
+                    kept.append((negative, i))
+                    continue
+                counts[f"dropped: {reason}"] += 1
         return kept
+
+
+def _in_turn(negatives: list[Negative], rng: random.Random) -> list[Negative]:
+    """All of them in random order, the kinds in turn."""
+    kinds: dict[str, list[Negative]] = {}
+    for negative in negatives:
+        kind = "order" if negative.kind.startswith("order") else negative.kind
+        kinds.setdefault(kind, []).append(negative)
+    queues = [rng.sample(queue, len(queue)) for queue in kinds.values()]
+    rng.shuffle(queues)
+
+    result: list[Negative] = []
+    while any(queues):
+        result += [queue.pop() for queue in queues if queue]
+    return result
 
 
 def _rewriter(name: str, prompt: str) -> Any:

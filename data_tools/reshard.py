@@ -1,9 +1,11 @@
 """`vlp data reshard`: shards → shards of another size, in the same order or shuffled by a seed.
 
-The order of all samples is fixed first (16 bytes a sample of memory, 24 while shuffling), then every new shard is made by
+The order of all samples is fixed first (20 bytes a sample of memory, 60 while shuffling), then every new shard is made by
 itself, so that machines and processes share the work and a killed call goes on. Shuffled, every sample is read from its
-own place: slow on disks that turn, and from remote shards. A shuffle parts the variations of one origin that lie side by
-side, and a cut between two shards may, too.
+own place: slow on disks that turn, and from remote shards.
+
+Samples of one "origin" that lie side by side are a family, which stays together: a shuffle moves it as a whole, and no cut
+between two shards goes through it, so that `data.together` finds it. A family larger than a shard gets a larger shard.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools import _work
 
@@ -52,12 +54,15 @@ def run(args: argparse.Namespace) -> int:
     shards = index(sources)
     if problems := sum(shard.n_problems for shard in shards):
         print(f"{problems} problems in the input, which `vlp data validate` names; what they concern is left out")
-    spans = _spans([shard.rows for shard in shards], args.shuffle)
+    spans = _spans([shard.rows for shard in shards])
     if not len(spans):
         raise ValueError(f"{args.source} holds no usable sample")
+    _join_families(spans, sources)
+    if args.shuffle is not None:
+        spans = spans[_shuffled(spans["family"], args.shuffle)]
     jobs = [
         _work.Job(folder / f"{number:05d}_reshard.json", (number, spans[start:stop]), int(spans["length"][start:stop].sum()))
-        for number, (start, stop) in enumerate(_cuts(spans["length"], **limits))
+        for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits))
     ]
     results = _work.carry_out("reshard", jobs, Write([str(path) for path in sources], folder, args.renumber), crew)
     if None not in results:
@@ -66,34 +71,72 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _spans(rows: list[bytes], seed: int | None) -> np.ndarray:
-    """(shard, offset, length) of every sample in the order of the output."""
+def _spans(rows: list[bytes]) -> np.ndarray:
+    """(shard, offset, length, family) of every sample, in order; the families of a shard are told by its index."""
     import numpy as np
 
-    from vlp.data.index import ROW
+    from vlp.data.index import CONTINUES, ROW
 
-    spans = np.zeros(sum(map(len, rows)) // ROW.size, np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4")]))
-    row = np.dtype({"names": ["offset", "length"], "formats": ["<u8", "<u4"], "offsets": [0, 8], "itemsize": ROW.size})
-    start = 0
+    kind = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("family", "<u4")])
+    fields = {"names": ["offset", "length", "flags"], "formats": ["<u8", "<u4", "u1"], "offsets": [0, 8, ROW.size - 1]}
+    row = np.dtype({**fields, "itemsize": ROW.size})
+    spans, start = np.zeros(sum(map(len, rows)) // ROW.size, kind), 0
     for shard, data in enumerate(rows):
         found = np.frombuffer(data, row)
         part = spans[start : start + len(found)]
         part["shard"], part["offset"], part["length"] = shard, found["offset"], found["length"]
+        part["family"] = found["flags"] & CONTINUES == 0
         start += len(found)
-    return spans if seed is None else spans[np.random.Generator(np.random.PCG64(seed)).permutation(len(spans))]
+    spans["family"] = np.cumsum(spans["family"])
+    return spans
 
 
-def _cuts(lengths: np.ndarray, n_samples: int, n_bytes: int) -> list[tuple[int, int]]:
-    """(first, end) of each new shard: as many samples as neither limit forbids (0: none), at least one."""
+def _join_families(spans: np.ndarray, sources: list[Path]) -> None:
+    """Let the first family of a shard be the last one of the shard before, where both have one origin."""
     import numpy as np
 
+    firsts = np.flatnonzero(np.diff(spans["shard"]) > 0) + 1
+    for first in firsts.tolist():
+        before, origin = (_origin(spans[place], sources) for place in (first - 1, first))
+        if origin is not None and origin == before:
+            spans["family"][first:] -= 1
+
+
+def _origin(span: np.void, sources: list[Path]) -> Any:
+    from vlp.data.members import open_sample
+
+    with open(sources[span["shard"]], "rb") as file:
+        file.seek(int(span["offset"]))
+        return open_sample(file.read(int(span["length"]))).meta.get("origin")
+
+
+def _shuffled(families: np.ndarray, seed: int) -> np.ndarray:
+    """The places of the samples after the families are permuted; within one, samples keep their order."""
+    import numpy as np
+
+    starts = np.flatnonzero(np.diff(families, prepend=-1))
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(starts))
+    sizes = np.diff(starts, append=len(families))[order]
+    within = np.arange(len(families)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(starts[order], sizes) + within
+
+
+def _cuts(lengths: np.ndarray, families: np.ndarray, n_samples: int, n_bytes: int) -> list[tuple[int, int]]:
+    """(first, end) of each new shard: as many whole families as neither limit forbids (0: none), at least one."""
+    import numpy as np
+
+    starts = np.flatnonzero(np.diff(families.astype(np.int64), prepend=-1))
+    bounds = np.append(starts, len(lengths))
     ends, cuts, start = np.cumsum(lengths, dtype=np.int64), [], 0
     while start < len(lengths):
         before = ends[start - 1] if start else 0
         stop = int(np.searchsorted(ends, before + n_bytes, "right")) if n_bytes else len(lengths)
-        stop = max(start + 1, min(stop, start + n_samples if n_samples else stop, len(lengths)))
-        cuts.append((start, stop))
-        start = stop
+        stop = min(stop, start + n_samples if n_samples else stop, len(lengths))
+        whole = int(bounds[np.searchsorted(bounds, stop, "right") - 1])  # the last end of a family up to there
+        if whole <= start:
+            whole = int(bounds[np.searchsorted(bounds, start, "right")])
+        cuts.append((start, whole))
+        start = whole
     return cuts
 
 
@@ -108,15 +151,17 @@ class Write:
     def __call__(self, job: tuple[int, np.ndarray]) -> _work.Result:
         from vlp.data.format import ShardWriter
         from vlp.data.members import open_sample
+        from vlp.data_tools._belonging import settle
         from vlp.data_tools._shards import Changed, put
 
         number, spans = job
         counts: Counter[str] = Counter()
         with ShardWriter(self.folder, len(spans) + 1, first_shard=number, overwrite=True, indexed=False) as writer:
-            for shard, offset, length in spans.tolist():
+            for shard, offset, length, _ in spans.tolist():
                 with open(self.sources[shard], "rb") as file:
                     file.seek(offset)
                     sample = open_sample(file.read(length))
+                settle(sample, counts)
                 counts["samples read"] += 1
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
                 try:

@@ -32,6 +32,7 @@ class Shown(NamedTuple):
 
     key: str
     captions: tuple[str, ...]
+    negatives: list[list[str]]  # of each caption, those that are used beside it
     picture: Image | None
     problem: str
 
@@ -40,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data sheet`."""
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add("--to", required=True, type=Path, metavar="FILE", help=".html (all captions, any script) or .png")
+    add("--to", required=True, type=Path, metavar="FILE", help=".html (all captions with their negatives, any script) or .png")
     add("--samples", type=int, default=48, metavar="N", help="default: %(default)s")
     add("--columns", type=int, default=6, metavar="N", help="pictures side by side in a PNG (default: %(default)s)")
     add("--size", type=int, default=192, metavar="PX", help="longest side of a picture (default: %(default)s)")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if not drawn:
         raise ValueError(f"{args.source} holds no usable sample")
     shown = [show(sample, args.size) for sample in drawn]
-    data = page(shown, args.source).encode() if args.to.suffix == ".html" else png(shown, args.columns, args.size)
+    data = page(shown, args.source).encode(errors="replace") if args.to.suffix == ".html" else png(shown, args.columns, args.size)
     args.to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.to, data)
     broken = sum(item.picture is None for item in shown)
@@ -91,13 +92,16 @@ def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Con
 def show(sample: Content, size: int) -> Shown:
     """A sample with its picture at the size of the sheet."""
     from vlp.data.picture import BadImage, rgb
+    from vlp.data.wrong_captions import read
 
+    wrong = read(sample.meta, "negatives", sample.captions)
+    negatives = [[wrong.texts[place] for place in wrong.of(caption) if wrong.valid[place]] for caption in sample.captions]
     try:
         picture = rgb(sample.image, side=2 * size)
     except BadImage as error:
-        return Shown(sample.key, sample.captions, None, str(error))
+        return Shown(sample.key, sample.captions, negatives, None, str(error))
     picture.thumbnail((size, size))
-    return Shown(sample.key, sample.captions, picture, "")
+    return Shown(sample.key, sample.captions, negatives, picture, "")
 
 
 def page(shown: list[Shown], title: str) -> str:
@@ -114,7 +118,11 @@ def page(shown: list[Shown], title: str) -> str:
             item.picture.save(file, "JPEG", quality=88)
             data = base64.b64encode(file.getvalue()).decode()
             seen = tag("img", src=f"data:image/jpeg;base64,{data}", alt="", style="max-width:100%")
-        texts = tag("ol", [tag("li", tag("span", caption)) for caption in item.captions], class_="texts")
+        lines = []
+        for caption, negatives in zip(item.captions, item.negatives):
+            lines.append(tag("li", tag("span", caption)))
+            lines += [tag("li", tag("small", f"not: {negative}")) for negative in negatives]
+        texts = tag("ol", lines, class_="texts")
         cards.append(tag("figure", tag("figcaption", item.key), seen, texts, class_="card"))
     section = markup.section("samples", f"{len(shown)} samples", tag("div", cards, class_="cards"))
     return markup.page(markup.private(title), [section], "vlp data sheet")

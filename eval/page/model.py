@@ -204,11 +204,11 @@ class _Parts:
                 self.evidence.examples.append(self._examples(negatives.read(options)))
 
     def _examples(self, data: negatives.Data) -> ExampleSet:
-        records = _sample(data.source.records, self.samples)
-        captions = [[r.meta.get("caption") or r.captions[0], *r.meta["negatives"]] for r in records]
-        scores = _choices.cosines(self.encoder, [r.picture for r in records], captions, self.context)
+        choices = _sample(data.choices, self.samples)
+        captions = [choice.captions for choice in choices]
+        scores = _choices.cosines(self.encoder, [choice.picture for choice in choices], captions, self.context)
         shown, hits = findings.choices(scores, EXAMPLES)
-        items = [Example(thumbnail(records[i].picture), list(zip(captions[i], scores[i].tolist())), hits[i]) for i in shown]
+        items = [Example(thumbnail(choices[i].picture), list(zip(captions[i], scores[i].tolist())), hits[i]) for i in shown]
         chance = sum(1 / len(c) for c in captions) / len(captions)
         return ExampleSet(data.source.name, len(hits), sum(hits) / len(hits), chance, items)
 

@@ -1,6 +1,7 @@
 """Whether the objectives do what they promise: arms that differ in one thing, trained on generated scenes, over several seeds.
 
     python tests/benchmarks/evidence.py --seeds 0 1 2 --jobs 2 --publish
+    python tests/benchmarks/evidence.py --tables evidence_negatives --publish   # the arms of one table alone
     python tests/benchmarks/evidence.py --table                             # the tables of what has finished
 
 Every arm is evidence.yaml (model, optimiser, duration, data: chosen with plain `infonce` on a validation split, then
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from tests.benchmarks import report
 
 BASE = Path(__file__).with_suffix(".yaml").resolve()
+DATA = 2  # raised whenever `make_data` makes other samples
 RUN_S = 3600  # a run of several processes that takes longer hangs
 
 
@@ -124,7 +126,8 @@ TABLES = {
         {"infonce": "InfoNCE", "negclip": "NegCLIP", "own": "InfoNCE + own-sample", "text": "InfoNCE + text-grounded"},
         {name: PROOFS[name] for name in ("binding, %", "relations, %", "order, %")} | GUARDS,
         "Accuracy of a caption against those with exchanged color, number or size (binding), with the relation or the groups "
-        "exchanged, and against four shufflings of its words. Two negatives a sample in training, by rule, of the same kinds. "
+        "exchanged, and against four shufflings of its words. Two negatives a caption in training, by rule, of the same kinds, "
+        "each beside its own caption alone. "
         "Weights 1 (published for fine-tuning: .1 to .5); the moving average decays by .99 a step (.9996 outlasts the run).",
     ),
     "evidence_gap": Table(
@@ -157,7 +160,9 @@ TABLES |= {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    tables = {"choices": TABLES, "default": list(TABLES), "metavar": "TABLE", "help": f"of {', '.join(TABLES)}"}
+    parser.add_argument("--tables", nargs="+", **tables)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (default: the tables')")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument("--out", default="runs/evidence", help="folder of data and runs (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="train nothing, print the tables of what has finished")
@@ -171,16 +176,20 @@ def main() -> None:
         return
     if not args.table:
         make_data(out / "data")
-        todo = [(arm, seed) for seed in args.seeds for arm in args.arms if finished(out, arm, seed) is None]
+        arms = args.arms or list(dict.fromkeys(arm for name in args.tables for arm in TABLES[name].arms))
+        todo = [(arm, seed) for seed in args.seeds for arm in arms if finished(out, arm, seed) is None]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: start(out, *job), todo))
-    for name, table in TABLES.items():
-        show(out, name, table, args)
+    for name in args.tables:
+        show(out, name, TABLES[name], args)
 
 
 def make_data(folder: Path) -> None:
     """Scenes, their negatives and counting pairs, where they are not there yet."""
+    version = folder / "version"
     if folder.exists():
+        if not version.exists() or version.read_text() != str(DATA):
+            raise ValueError(f"{folder} was made by other tools than these; remove it or choose another --out")
         return
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -189,6 +198,7 @@ def make_data(folder: Path) -> None:
     kinds = "swap_attribute,swap_noun,replace_relation,order"
     vlp("negatives", train, "--to", f"{part}/negatives", "--words", "scenes", "--kinds", kinds, "--k", "2")
     vlp("counting", train, "--to", f"{part}/counting_pairs", "--counterfactuals", "1", "--balance", "equal")
+    (part / "version").write_text(str(DATA))
     part.rename(folder)
 
 
@@ -196,7 +206,8 @@ def recipe(arm: str, seed: int) -> dict[str, Any]:
     """What a run depends on besides the code: a finished run of another recipe is not taken for this one."""
     chosen = ARMS[arm]
     overrides = [f"objective={chosen.objective}", *chosen.settings, f"seed={seed}", f"out={arm}/{seed}"]
-    return {"base": hashlib.sha256(BASE.read_bytes()).hexdigest()[:16], "overrides": overrides, "ranks": chosen.ranks}
+    base = hashlib.sha256(BASE.read_bytes()).hexdigest()[:16]
+    return {"base": base, "overrides": overrides, "ranks": chosen.ranks, "data": DATA}
 
 
 def finished(out: Path, arm: str, seed: int) -> dict[str, Any] | None:

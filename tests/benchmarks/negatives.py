@@ -55,6 +55,7 @@ def main() -> None:
 
 def negatives_of(captions: list[str], k: int) -> list[tuple[str, list[Negative]]]:
     """Each caption with all its negatives that are valid for its picture."""
+    captions = list(dict.fromkeys(captions))
     change = AddNegatives(10_000, KINDS, seed=0, lexicon=Lexicon.load(None))
     chosen = change.choose(str(k), captions, Counter())
     return [(caption, [negative for negative, i in chosen if i == n]) for n, caption in enumerate(captions)]

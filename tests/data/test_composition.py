@@ -23,10 +23,11 @@ SIZES = [3, 5, 1, 4, 3, 2, 3, 6, 3, 3, 4, 3, 1, 3, 3, 8, 3, 3]  # members of eac
 
 
 def write_origins(folder: Path, sizes: list[int], per_shard: int = 20) -> Path:
-    """Sample key = origin-member; captions say the same."""
-    with ShardWriter(folder, per_shard) as writer:
-        for origin, size in enumerate(sizes):
-            for member in range(size):
+    """Sample key = origin-member; captions say the same. A writer of its own for each shard, so that some cut an origin."""
+    members = [(origin, member) for origin, size in enumerate(sizes) for member in range(size)]
+    for number, first in enumerate(range(0, len(members), per_shard)):
+        with ShardWriter(folder, per_shard, first_shard=number) as writer:
+            for origin, member in members[first : first + per_shard]:
                 key = f"{origin}-{member}"
                 writer.add(key, IMAGE, "png", [f"{key} {c}" for c in range(1 + origin % 3)], {"origin": f"o{origin}"})
     return folder

@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,79 @@ def test_planted_copies_go_and_nothing_else(planted: Path, tmp_path: Path, capsy
     shards = {str(path): list(read_one(path)) for path in [*(planted / "in").glob("*.tar"), *(planted / "eval").glob("*.tar")]}
     pairs = {shards[t["shard"]][t["sample"]]: shards[t["copy_of"]["shard"]][t["copy_of"]["sample"]] for t in told}
     assert pairs == {key: re.sub("copy", "scene", key) if key in COPIES else re.sub("scene", "item", key) for key in gone}
+
+
+LISTS = ("negatives", "negatives_of", "negatives_valid", "negative_kinds", "negative_scores", "counterfactuals",
+         "counterfactuals_of", "clip_scores")  # fmt: skip
+
+
+def alike(folder: Path, samples: list[tuple[str, list[str], dict[str, Any], bool]], *options: Any) -> dict[str, Any]:
+    """Samples of one picture in shards of two, one other in between, after dedup."""
+    image = encode(scenes.generate(0).image)
+    with ShardWriter(folder / "in", 2) as writer:
+        for i, (key, captions, meta, pictured) in enumerate(samples):
+            extra = {"negative_image": (key.encode(), "jpg")} if pictured else {}
+            writer.add(key, image, "jpg", captions, meta, **extra)
+            writer.add(f"other{i}", encode(scenes.generate(10 + i).image), "jpg", ["another"])
+    call(dedup, folder / "in", "--to", folder / "out", *options)
+    after = read(folder / "out")
+    assert {key for key in after if key.startswith("other")} == {f"other{i}" for i in range(len(samples))}
+    return after
+
+
+def test_a_copy_leaves_its_captions_and_what_belongs_to_them(tmp_path: Path, capsys) -> None:
+    first = {
+        "negatives": ["a given", "no dog", "a cat"], "negatives_of": [-1, 0, 1], "negative_kinds": list("xyz"),
+        "negative_scores": [1, 2, 3], "clip_scores": [0.1, 0.2], "uid": "first",
+    }  # fmt: skip
+    second = {
+        "negatives": ["two cats", "no dog", "a cat"], "negatives_of": [1, 0, 0], "negatives_valid": [True, False, True],
+        "negative_scores": [4, 5, 6], "counterfactuals": ["two cats", "two birds"], "counterfactuals_of": [1, 0],
+        "clip_scores": [0.3, 0.4], "uid": "second",
+    }  # fmt: skip
+    samples = [("a", ["a dog", "an animal"], first, False), ("b", ["a dog", "one cat"], second, False),
+               ("c", ["two cats"], {"counterfactuals": ["three cats"]}, True)]  # fmt: skip
+    after = alike(tmp_path, samples)
+    assert set(after) == {"a", "other0", "other1", "other2"}
+    sample = after["a"]
+    assert sample.captions == ("a dog", "an animal", "one cat", "two cats")
+    assert (sample.meta["uid"], sample.meta["merged_keys"]) == ("first", ["b", "c"])
+    assert {name: sample.meta[name] for name in LISTS if name in sample.meta} == {
+        # "two cats" is what a copy says of the picture; "no dog" of the first caption is there already, masked or not.
+        "negatives": ["a given", "no dog", "a cat", "a cat"], "negatives_of": [-1, 0, 1, 0],
+        "negatives_valid": [True] * 4, "negative_kinds": ["x", "y", "z", "given"], "negative_scores": [1, 2, 3, 6],
+        "counterfactuals": ["three cats", "two birds"], "counterfactuals_of": [3, 0],
+    }  # fmt: skip
+    assert not sample.negative_image
+    said = capsys.readouterr().out
+    for line, n in {"dropped: copies of an earlier sample": 2, "merged: copies into an earlier sample": 2,
+                    "merged: captions that the earlier sample did not have": 2,
+                    "negatives dropped: a copy's caption says them": 1, "counterfactuals dropped: a copy's caption says them": 1,
+                    "clip_scores dropped: not all copies have them": 1}.items():  # fmt: skip
+        assert re.search(rf"{re.escape(line)} +{n}\b", said), (line, said)
+
+
+def test_copies_may_lose_their_captions_if_told_so(tmp_path: Path) -> None:
+    after = alike(tmp_path, [("a", ["a dog"], {}, False), ("b", ["one dog"], {}, False)], "--captions", "keep-first")
+    assert after["a"].captions == ("a dog",) and "merged_keys" not in after["a"].meta and "b" not in after
+
+
+def test_scores_and_the_image_of_a_negative_follow(tmp_path: Path) -> None:
+    """The image is the first negative's, so its sample's negatives go first."""
+    first = {"negatives": ["a cat"], "clip_scores": [0.1], "license": None}
+    second = {"negatives": ["two", "three"], "negatives_of": [0, -1], "clip_scores": [0.3, 0.1]}
+    samples = [("a", ["a dog"], first, False), ("b", ["one dog", "a dog"], second, True)]
+    sample = alike(tmp_path, samples)["a"]
+    assert sample.captions == ("a dog", "one dog") and sample.meta["clip_scores"] == [0.1, 0.3]
+    assert sample.meta["negatives"] == ["two", "three", "a cat"] and sample.meta["negatives_of"] == [1, -1, 0]
+    assert sample.meta["license"] is None and sample.negative_image == b"b" and "negatives_valid" not in sample.meta
+
+
+def test_a_sample_takes_no_more_captions_than_the_index_counts(tmp_path: Path, capsys) -> None:
+    samples = [(key, [f"{key} {i}" for i in range(n)], {}, False) for key, n in (("a", 200), ("b", 56), ("c", 55))]
+    sample = alike(tmp_path, samples)["a"]
+    assert len(sample.captions) == 255 and sample.meta["merged_keys"] == ["c"]
+    assert re.search(r"not merged: more captions than a sample may hold +1\b", capsys.readouterr().out)
 
 
 def read_one(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.material import encoded, picture
+from tests.data.material import encoded, picture, write_tar
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
@@ -50,8 +51,12 @@ def source(tmp_path: Path) -> Path:
      {"captions dropped: does not hold what it must": 6, "dropped: no caption left": 4, "dropped: no caption": 1}),
     (["--max-repeats", 2], {"plain": 2, "link": 2, "german": 1},
      {"captions dropped: in more than 2 samples": 3, "dropped: no caption left": 3, "dropped: no caption": 1}),
-    (["--languages", "de"], {"german": 1},
-     {"captions dropped: another language": 7, "dropped: no caption left": 5, "dropped: no caption": 1}),
+    (["--languages", "de"], {"plain": 1, "link": 2, "german": 1},
+     {"captions dropped: another language": 4, "captions kept: language unclear (--unclear drop refuses them)": 3,
+      "dropped: no caption left": 3, "dropped: no caption": 1}),
+    (["--languages", "de", "--unclear", "drop"], {"german": 1},
+     {"captions dropped: another language": 4, "captions dropped: language unclear": 3, "dropped: no caption left": 5,
+      "dropped: no caption": 1}),
     (["--min-relations", 1, "--action"], {"plain": 1},
      {"captions dropped: no action": 3, "captions dropped: fewer than 1 relations": 4, "dropped: no caption left": 5,
       "dropped: no caption": 1}),
@@ -65,6 +70,63 @@ def test_rules_keep_and_count(source: Path, tmp_path: Path, capsys, options: lis
     said = dict(re.findall(r"^  (.*\S) +([\d,]+)$", capsys.readouterr().out, re.MULTILINE))
     assert said.pop("samples read") == "7" and said.pop("samples written") == str(len(left))
     assert {reason: int(n) for reason, n in said.items()} == reasons
+
+
+FIELDS = {  # key -> JSON
+    "a": {"similarity": 0.3, "punsafe": 0.1, "license": "by", "exif": {"iso": 100}, "tags": ["cat", "dog"], "ok": True},
+    "b": {"similarity": "0.25", "punsafe": 0.5, "license": "cc0", "exif": {"iso": "800"}, "tags": [], "ok": False},
+    "c": {"similarity": float("nan"), "license": None, "tags": ["bird"], "a b": 1, "x.y": 2},
+    "d": {"similarity": "high", "punsafe": 0.7, "license": "3"},
+}
+
+
+@pytest.mark.parametrize("options, left, reasons", [
+    (["--keep", "similarity > 0.28"], "a", {"--keep similarity > 0.28: not so": 1, "--keep similarity > 0.28: no such value": 2}),
+    (["--keep", "similarity>=.25"], "ab", {"--keep similarity>=.25: no such value": 2}),
+    (["--drop", "punsafe >= 0.5"], "ac", {"--drop punsafe >= 0.5": 2}),
+    (["--drop", "punsafe<.2", "--drop", "punsafe > .6"], "bc", {"--drop punsafe<.2": 1, "--drop punsafe > .6": 1}),
+    (["--keep", "license == by"], "a", {"--keep license == by: not so": 2, "--keep license == by: no such value": 1}),
+    (["--keep", "license in by, cc0"], "ab",
+     {"--keep license in by, cc0: not so": 1, "--keep license in by, cc0: no such value": 1}),
+    (["--keep", "license == 3"], "d", {"--keep license == 3: not so": 2, "--keep license == 3: no such value": 1}),
+    (["--keep", "license == null"], "c", {"--keep license == null: not so": 3}),
+    (["--drop", "license != by"], "ac", {"--drop license != by": 2}),
+    (["--keep", "exif.iso <= 100"], "a", {"--keep exif.iso <= 100: not so": 1, "--keep exif.iso <= 100: no such value": 2}),
+    (["--keep", "tags in cat,bird"], "ac", {"--keep tags in cat,bird: not so": 1, "--keep tags in cat,bird: no such value": 1}),
+    (["--keep", "ok == true"], "a", {"--keep ok == true: not so": 1, "--keep ok == true: no such value": 2}),
+    (["--drop", "punsafe absent"], "abd", {"--drop punsafe absent": 1}),
+    (["--keep", "a b present"], "c", {"--keep a b present: not so": 3}),
+    (["--keep", "x.y < 3"], "c", {"--keep x.y < 3: no such value": 3}),
+    (["--keep", "license == '3'"], "d", {"--keep license == '3': not so": 2, "--keep license == '3': no such value": 1}),
+])  # fmt: skip
+def test_rules_about_fields(tmp_path: Path, capsys, options: list[str], left: str, reasons: dict[str, int]) -> None:
+    with ShardWriter(tmp_path / "in", 2) as writer:
+        for key, meta in FIELDS.items():
+            writer.add(key, b"x", "jpg", ["a dog"], meta)
+    call(filtering, tmp_path / "in", "--to", tmp_path / "out", *options)
+    assert "".join(read(tmp_path / "out")) == left
+    said = dict(re.findall(r"^  dropped: (.*\S) +([\d,]+)$", capsys.readouterr().out, re.MULTILINE))
+    assert {reason: int(n) for reason, n in said.items()} == reasons
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--keep", "similarty > 0.28"], r"no sample has that field, did you mean 'similarity'.*; the fields are a b, captions, exif"),
+    (["--drop", "license > 3.5", "--drop", "tags > 1"], "'tags > 1': no sample has a number in it"),
+    (["--drop", "nowhere present"], "no sample has that field"),
+    (["--keep", "similarity > high"], "compares with 'high', which is no number"),
+    (["--keep", "similarity"], "is no condition; expected FIELD < NUMBER"),
+    (["--keep", "similarity = 3"], "is no condition"), (["--keep", "similarity => 3"], "is no condition"),
+    (["--keep", "similarity >"], "names no value"), (["--keep", "similarity present 3"], "names a value"),
+    (["--keep", "__import__('os').system('x')"], "is no condition"), (["--keep", ""], "is no condition"),
+    (["--keep", "similarity > nan"], "no number"),
+])  # fmt: skip
+def test_rules_that_ask_for_nothing_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    with ShardWriter(tmp_path / "in", 2) as writer:
+        for key, meta in FIELDS.items():
+            writer.add(key, b"x", "jpg", ["a dog"], meta)
+    with pytest.raises(ValueError, match=message):
+        call(filtering, tmp_path / "in", "--to", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_list_of_uids_is_datacomp_s(source: Path, tmp_path: Path) -> None:
@@ -127,6 +189,8 @@ def test_a_score_is_the_model_s_cosine(source: Path, tmp_path: Path, capsys) -> 
     (["--min-score", 0.3], "--min-score X and --model REF go together"),
     (["--model", "x"], "--min-score X and --model REF go together"),
     (["--languages", "en,english"], "does not know english; it tells apart en, de"),
+    (["--languages", "en,unclear", "--unclear", "drop"], "leave one of them out"),
+    (["--min-side", 9, "--unclear", "drop"], "belongs to --languages"),
     (["--uids", "list.csv"], "neither .npy nor .txt"),
     (["--min-side", 9999], "no sample of .* is left; the reasons are listed above"),
     (["--model", "nowhere/at/all", "--min-score", 0.3], "no model 'nowhere/at/all'"),
@@ -146,12 +210,45 @@ def test_earlier_scores_go_with_their_captions(tmp_path: Path) -> None:
     assert after["k"].captions == ("a dog on a sofa", "two dogs")
 
 
-def test_negatives_that_name_captions_by_number_come_after(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "in") as writer:
-        writer.add("k", encoded(picture(0)), "png", ["a dog on a sofa", "dog"], {"negatives": ["a cat"], "negatives_of": [1]})
-    with pytest.raises(ValueError, match="filter before `vlp data negatives`"):
-        call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--min-words", 2)
-    assert call(filtering, tmp_path / "in", "--to", tmp_path / "b", "--min-words", 1) == 0
+def test_negatives_and_counterfactuals_go_with_their_captions(tmp_path: Path, capsys) -> None:
+    meta = {
+        "captions": [" ", "dog", "a dog on a sofa", "two dogs on it"], "negatives": ["of 1", "of 2", "given", "of 3", "of blank"],
+        "negatives_of": [1, 2, -1, 3, 0], "negatives_valid": [True, False, True, True, True], "negative_scores": [1, 2, 3, 4, 5],
+        "counterfactuals": ["three dogs", "one dog"], "counterfactuals_of": [3, 1],
+    }  # fmt: skip
+    wrong = {"captions": ["dog", "a dog on a sofa"], "negatives": ["x"], "negatives_of": [2], "negative_scores": [1]}
+    image = encoded(picture(0))
+    members = []
+    for key, told in (("a", meta), ("b", wrong)):
+        members += [(f"{key}.png", image), (f"{key}.negative.png", image), (f"{key}.json", json.dumps(told).encode())]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--min-words", 2)
+    after = read(tmp_path / "out")
+    assert after["a"].captions == ("a dog on a sofa", "two dogs on it")
+    assert {name: after["a"].meta[name] for name in meta if name != "captions"} == {
+        "negatives": ["of 2", "given", "of 3"], "negatives_of": [0, -1, 1], "negatives_valid": [False, True, True],
+        "negative_scores": [2, 3, 4], "counterfactuals": ["three dogs"], "counterfactuals_of": [1],
+    }  # fmt: skip
+    assert not after["a"].negative_image  # it was of a negative of the caption that went
+    assert after["b"].meta["negatives"] == after["b"].meta["negative_scores"] == [] and not after["b"].negative_image
+    assert re.search(r"negatives dropped: negatives_of is malformed +1\b", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("caption, wanted, expected", [
+    *((caption, ["en"], None) for caption in (
+        "Golden retriever puppy", "Red Nike Air Max 90", "Paris Saint-Germain 2019", "#sunset #beach", "IMG_0042.jpg", "12345",
+        "!!!", "", "Die Hard poster", "El Paso skyline", "Café noir", "ＲＥＤ ＣＡＲ", "𝐑𝐞𝐝 𝐜𝐚𝐫", "iPhone 13 手机", "Hund",
+    )),
+    *((caption, ["en"], True) for caption in ("two dogs", "A red car, on the road", "photo of El Paso and the river")),
+    *((caption, ["en"], False) for caption in (
+        "ein Hund auf dem Sofa", "le chat est sur la table", "собака на траве", "草の上の犬", "一只狗", "강아지", "ሰላም ልዑል",
+    )),
+    ("日本", ["ja"], None), ("日本", ["zh"], True), ("日本", ["en"], False), ("草の上の犬", ["zh"], False),
+    ("Golden retriever puppy", ["ru", "zh"], False), ("Golden retriever puppy", ["ru", "de"], None), ("42", ["ru"], None),
+    ("a dog on the sofa", ["de", "ru"], False), ("a dog on the sofa", ["de", "en"], True), ("собака", ["ru"], True),
+])  # fmt: skip
+def test_what_cannot_be_told_is_no_other_language(caption: str, wanted: list[str], expected: bool | None) -> None:
+    assert _captions.is_in(caption, wanted) is expected
 
 
 @pytest.mark.parametrize("caption, language, complexity, action", [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def test_a_page_of_samples_holds_pictures_and_captions_as_text(source: Path, tmp
     assert HOSTILE in got.text and "ein Hund auf dem Sofa" in got.text and "собака" in got.text
     assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in got.resources)
     assert f"{n} samples, 1 without a readable picture; 2 problems in the shards read" in capsys.readouterr().out
+
+
+def test_a_sheet_shows_negatives_under_their_caption(tmp_path: Path) -> None:
+    meta = {"negatives": ["no lion", "no <dog>", "nothing", "masked"], "negatives_of": [1, 0, -1, 0]}
+    with ShardWriter(tmp_path / "in") as writer:
+        writer.add("k", b"x", "jpg", ["a dog", "a lion"], meta | {"negatives_valid": [True, True, True, False]})
+    call(sheet, tmp_path / "in", "--to", tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    lines = re.findall(r"<li><(?:span|small)>(.*?)</", page)
+    assert lines == ["a dog", "not: no &lt;dog&gt;", "not: nothing", "a lion", "not: no lion", "not: nothing"]
 
 
 def test_a_sheet_s_samples_are_its_seed_s(source: Path, tmp_path: Path) -> None:
@@ -129,7 +140,7 @@ def test_shards_end_before_the_sample_that_exceeds_their_bytes() -> None:
     for _ in range(50):
         lengths = rng.integers(1, 100, rng.integers(1, 40))
         n_samples, n_bytes = int(rng.integers(0, 8)), int(rng.choice([0, 50, 150]))
-        cuts, expected, start = reshard._cuts(lengths, n_samples, n_bytes), [], 0
+        cuts, expected, start = reshard._cuts(lengths, np.arange(len(lengths)), n_samples, n_bytes), [], 0
         for i in range(1, len(lengths) + 1):
             if i == len(lengths) or (n_samples and i - start == n_samples) or (n_bytes and lengths[start : i + 1].sum() > n_bytes):
                 expected.append((start, i))

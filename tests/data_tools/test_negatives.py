@@ -29,9 +29,12 @@ def test_negatives_are_written_and_nothing_else_changes(shards: Path, tmp_path: 
         assert (sample.image, sample.captions) == (before[key].image, before[key].captions)
         assert {k: v for k, v in meta.items() if not k.startswith("negative")} == before[key].meta
         assert len(meta["negatives"]) == len(meta["negatives_valid"]) == len(meta["negative_kinds"]) == len(meta["negatives_of"])
-        assert all(meta["negatives_valid"]) and len(meta["negatives"]) <= 8
-        assert len({bare(t) for t in [*meta["negatives"], *sample.captions]}) == len(meta["negatives"]) + len(sample.captions)
-    assert len(after["k0"].meta["negatives"]) == 8 and {"swap_attribute", "replace_noun"} <= set(after["k0"].meta["negative_kinds"])
+        assert all(meta["negatives_valid"])
+        assert all(meta["negatives_of"].count(i) <= 8 for i in range(len(sample.captions)))
+        pairs = {(bare(text), i) for text, i in zip(meta["negatives"], meta["negatives_of"])}
+        assert len(pairs) == len(meta["negatives"]) and not {text for text, _ in pairs} & {bare(c) for c in sample.captions}
+    assert Counter(after["k0"].meta["negatives_of"]) == {0: 8, 1: 5}
+    assert {"swap_attribute", "replace_noun"} <= set(after["k0"].meta["negative_kinds"])
     assert after["k2"].meta["negatives"] == []  # "hm": no rule finds anything; the loader pads and masks
     out = capsys.readouterr().out
     assert re.search(r"samples without negatives +1\b", out) and re.search(r"samples written +6\b", out)
@@ -43,6 +46,7 @@ def test_the_loader_pads_and_masks_what_the_tools_write(tmp_path: Path) -> None:
     from vlp.data.loader import Loader
     from vlp.data.sources import Common
     from vlp.data.sources.shards import Options
+    from vlp.data.text import build
     from vlp.data_tools._scene_draw import encode
     from vlp.plugin import Plugin
     from vlp.types import ImageSpec, TextSpec
@@ -54,9 +58,14 @@ def test_the_loader_pads_and_masks_what_the_tools_write(tmp_path: Path) -> None:
     call(counting, tmp_path / "in", "--to", tmp_path / "c")
     sources = [Plugin("vlp.data.sources", "shards", Options(str(tmp_path / name)), Common()) for name in "nc"]
     data = Data(sources, workers=0)
-    [batch] = [next(Loader(data, ImageSpec((32, 32)), TextSpec("clip", 16), batch=9, seed=0))]
-    written = [len(s.meta["negatives"]) for s in read(tmp_path / "n").values()] + [0] * 3
-    assert set(written) == {0, 1, 3} and [batch.negatives_valid[batch.sample_id == i].sum().item() for i in range(9)] == written
+    spec = TextSpec("clip", 16)
+    [batch] = [next(Loader(data, ImageSpec((32, 32)), spec, batch=9, seed=0))]
+    tokenizer, written = build(spec), {}
+    for sample_id, sample in enumerate(read(tmp_path / "n").values()):
+        for i, caption in enumerate(sample.captions):
+            written[sample_id, str(tokenizer([caption])[0].tolist())] = sample.meta["negatives_of"].count(i)
+    expected = [written.get((int(i), str(text.tolist())), 0) for i, text in zip(batch.sample_id, batch.text)]
+    assert batch.negatives_valid.sum(1).tolist() == expected and {0, 3} <= set(expected)
     assert batch.negatives.shape == (9, 3, 16) and batch.counterfactual.shape == (9, 8, 16)
     assert batch.counterfactual_valid.sum() == 3 and set(batch.sample_id[batch.counterfactual_valid].tolist()) == {6, 7, 8}
 
@@ -82,6 +91,27 @@ def test_k_negatives_are_of_many_kinds() -> None:
     caption = "Two large dogs sit under a red table next to three small cats"
     kinds = Counter(n.kind for i in range(20) for n, _ in change.choose(str(i), [caption], Counter()))
     assert len(kinds) >= 7 and max(kinds.values()) < 30
+
+
+def test_k_counts_for_each_caption_and_given_ones_for_all() -> None:
+    captions = ["a red car next to a large dog", "two men ride small horses", "two men ride small horses", "hm"]
+    given = {"k": [("a zebra", "given"), ("a whale", "given")]}
+    change = negatives.AddNegatives(3, negatives.KINDS, 0, Lexicon.load(), given)
+    counts: Counter[str] = Counter()
+    numbers = [i for _, i in change.choose("k", captions, counts)]
+    assert numbers == [-1, -1, 0, 1] and counts["captions read"] == 3  # the third says what the second says
+    change = negatives.AddNegatives(1, negatives.KINDS, 0, Lexicon.load(), given)
+    assert [i for _, i in change.choose("k", captions, Counter())] == [-1]
+
+
+def test_one_text_may_belong_to_two_captions() -> None:
+    words = {
+        "attributes": {"things": {"size": ["big", "small"]}}, "nouns": {"animate": {"animal": ["dog", "cat"]}},
+        "relations": {"anything": {"depth": ["in front of", "behind"]}},
+    }  # fmt: skip
+    change = negatives.AddNegatives(3, ("replace_noun",), 0, Lexicon(words, "test"))
+    chosen = change.choose("k", ["a dog", "A dog!"], Counter())
+    assert [(bare(n.text), i) for n, i in chosen] == [("a cat", 0), ("a cat", 1)]
 
 
 def test_given_negatives_come_by_key(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -190,7 +220,7 @@ def test_senseless_options_are_refused(shards: Path, tmp_path: Path, options: li
 
 def test_other_settings_or_foreign_shards_in_the_output_are_refused(shards: Path, tmp_path: Path) -> None:
     call(negatives, shards, "--to", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"other input or settings \(k: 4 then, 2 now\)"):
+    with pytest.raises(ValueError, match=r"other input or settings \(k_a_caption: 4 then, 2 now\)"):
         call(negatives, shards, "--to", tmp_path / "out", "--k", 2)
     with pytest.raises(FileExistsError, match="did not make"):
         call(counting, shards, "--to", tmp_path / "out")

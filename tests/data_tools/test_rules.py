@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from vlp.data_tools import scenes
 from vlp.data_tools._language import article, bare, edit, is_plural, plural
 from vlp.data_tools._lexicon import Lexicon
 from vlp.data_tools._numbers import counterfactuals, counts, exchange
-from vlp.data_tools._rules import RULES, propose
+from vlp.data_tools._rules import HEAD, RULES, head, propose
 from vlp.data_tools._shuffle import shuffles
+from vlp.data_tools.counting import wrong_counts
 from vlp.data_tools.negatives import KINDS, AddNegatives
 
 LEXICON = Lexicon.load()
@@ -249,3 +251,40 @@ def test_a_broken_word_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("")
     with pytest.raises(ValueError, match=r"mine\.yaml: found no mapping"):
         Lexicon.load(tmp_path / "mine.yaml")
+
+
+# --- long captions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phrase", [
+    "A red car with two small black dogs next to a large table and three cats under it. ", "two dogs ", "10 ", "about 3 ",
+    "a an ", "box with ", "up to five ", "redred",
+])  # fmt: skip
+def test_an_alt_text_of_50_kb_takes_a_second_at_most(phrase: str) -> None:
+    caption = (phrase * (50_000 // len(phrase) + 1))[:50_000]
+    change, started = AddNegatives(4, KINDS, 0, LEXICON), time.process_time()
+    chosen = change.choose("k", [caption, "a red car"], Counter())
+    between = time.process_time()
+    found, _ = counts(caption)
+    if found:
+        wrong_counts(caption, random.Random(0))
+    ended = time.process_time()
+    assert between - started < 1 and ended - between < 1, (between - started, ended - between)
+    for negative, i in chosen:
+        if i == 0:
+            assert negative.text.endswith(caption[HEAD:]) and negative.text != caption and len(negative.text) > 49_000
+
+
+def test_what_stands_around_a_number_is_read_as_far_as_it_matters() -> None:
+    far = "x " * 200
+    for text in ("at least two dogs", "about two dogs", "three or two dogs", "two of the at most dogs", "two to four dogs"):
+        assert counts(far + text + " " + far)[0] == counts(text)[0] == []
+    [count] = counts(far + "two small dogs and " + far)[0]
+    assert count.head == "dogs" and count.start == len(far)
+    assert edit(far + "an  orange and a red car", [(len(far) + 4, len(far) + 10, "blue")]) == far + "a  blue and a red car"
+
+
+def test_the_head_of_a_caption_ends_with_a_word() -> None:
+    assert head("short") == "short" and head("x" * 5000) == "x" * HEAD
+    long = "word " * 1000
+    assert len(head(long)) <= HEAD and head(long).endswith("word") and long.startswith(head(long))

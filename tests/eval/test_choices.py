@@ -328,7 +328,36 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
     record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path / "s"))
     assert record["metrics"] == {"acc": 1 / 4, "acc_swap": 1, "acc_negation": 0}  # "yes not" ties with "yes"
     assert record["chance"]["acc"] == pytest.approx((1 / 2 + 3 / 3) / 4)
-    assert record["counts"] == {"images": 4, "negatives": 7, "without_negatives": 1, "skipped": 0}
+    counts = {"images": 4, "captions": 4, "negatives": 7, "without_negatives": 1, "malformed": 0, "skipped": 0}
+    assert record["counts"] == counts
     material.write_tar(tmp_path / "t" / "00000.tar", members[-2:])
     with pytest.raises(DataError, match="vlp data negatives"):
         evaluate("negatives", likes("yes"), data=str(tmp_path / "t"))
+
+
+def test_every_caption_stands_against_its_own_negatives(tmp_path):
+    """The first negative is wrong only beside its own caption: beside the other one it would win."""
+    own = {
+        "captions": ["yes one", "maybe two"], "negatives": ["given", "maybe one", "yes two", "masked yes yes"],
+        "negatives_of": [-1, 0, 1, 1], "negative_kinds": list("gabm"), "negatives_valid": [True, True, True, False],
+    }  # fmt: skip
+    single = own | {"captions": ["yes"], "negatives": ["no"], "negatives_of": [0], "negative_kinds": ["a"]}
+    wrong = {"captions": ["yes"], "negatives": ["no"], "negatives_of": [1]}
+    samples = [own, single | {"negatives_valid": [True]}, wrong, {"captions": ["yes"]}]
+    members = [(f"{i}.json", json.dumps(meta).encode()) for i, meta in enumerate(samples)]
+    members += [(f"{i}.png", material.png(material.picture(i))) for i in range(len(samples))]
+    material.write_tar(tmp_path / "s" / "00000.tar", members)
+    record, items = evaluate("negatives", likes("yes"), data=str(tmp_path / "s"))
+    # "yes one" beats "given" and "maybe one"; "maybe two" loses to "yes two" and ties with "given".
+    assert record["metrics"] == {"acc": 2 / 3, "acc_a": 1, "acc_b": 0, "acc_g": 1 / 2}
+    assert record["chance"]["acc"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
+    counts = {"images": 2, "captions": 3, "negatives": 5, "without_negatives": 1, "malformed": 1, "skipped": 0}
+    assert record["counts"] == counts
+    assert items["negatives/acc"].tolist() == [[1, 2], [1, 1]]  # a picture with its captions is what intervals draw
+    del own["negatives_of"]  # negative control: nobody says whose they are, the first caption stands against all
+    material.write_tar(tmp_path / "t" / "00000.tar", [("0.json", json.dumps(own).encode()), members[4]])
+    record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path / "t"))
+    assert record["metrics"]["acc"] == 0 and record["counts"]["captions"] == 1
+    material.write_tar(tmp_path / "u" / "00000.tar", [("2.json", members[2][1]), members[4 + 2]])
+    with pytest.raises(DataError, match=r"1 samples: its negatives are not used: negatives_of names caption 1 of 1"):
+        evaluate("negatives", likes("yes"), data=str(tmp_path / "u"))

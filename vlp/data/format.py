@@ -35,6 +35,8 @@ __all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
 class ShardWriter:
     """Writes samples into numbered shards of `samples_per_shard`; a context manager.
 
+    Samples of one origin that follow one another stay in one shard, which may grow beyond that for them.
+
         with ShardWriter("data/train") as writer:
             writer.add(None, image, "jpg", ["a red cube"], {"class": "cube"})
 
@@ -65,6 +67,7 @@ class ShardWriter:
         self._digits = max(4, len(str(samples_per_shard - 1)))
         self._tar: tarfile.TarFile | None = None
         self._keys: set[str] = set()
+        self._origin: Any = None  # of the last sample; a shard ends only where it changes
         self.folder.mkdir(parents=True, exist_ok=True)
         if not overwrite and first_shard == 0 and any(self.folder.glob("*.tar")):
             raise FileExistsError(f"{self.folder} already holds shards; choose another folder or overwrite")
@@ -82,6 +85,9 @@ class ShardWriter:
         negative_image: tuple[bytes, str] | None = None,  # bytes and type of an image that the first negative is true of
     ) -> str:
         """Append one sample and return its key; raises ValueError for what could not be read back."""
+        origin = (meta or {}).get("origin")
+        if len(self._keys) >= self.samples_per_shard and origin != self._origin:
+            self._finish()
         ext = ext.lower().lstrip(".")
         if key is None:
             key = f"{self._number:05d}{len(self._keys):0{self._digits}d}"
@@ -92,8 +98,8 @@ class ShardWriter:
         text = " ".join(captions[0].split()) if captions and txt is None else txt
         members = [(ext, image)] + ([(NEGATIVE + negative_image[1], negative_image[0])] if negative_image else [])
         if text is not None:
-            members.append(("txt", text.encode()))
-        encoded = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+            members.append(("txt", text.encode(errors="surrogatepass").decode(errors="replace").encode()))
+        encoded = _json(record)
         if len(encoded) > MAX_TEXT_BYTES:
             raise ValueError(f"the JSON of {key!r} has {len(encoded)} bytes, more than {MAX_TEXT_BYTES}")
         members.append(("json", encoded))
@@ -105,8 +111,9 @@ class ShardWriter:
             info.size = len(data)
             tar.addfile(info, BytesIO(data))
         self._keys.add(key)
+        self._origin = origin
         self.n_samples += 1
-        if len(self._keys) == self.samples_per_shard:
+        if len(self._keys) >= self.samples_per_shard and origin is None:
             self._finish()
         return key
 
@@ -159,3 +166,11 @@ class ShardWriter:
             self._temporary().unlink(missing_ok=True)
         if self.paths and self.indexed:
             index(self.paths)
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    """JSON in UTF-8; a lone surrogate, which JSON can hold and UTF-8 cannot, stays as its escape."""
+    try:
+        return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError:
+        return json.dumps(record, sort_keys=True).encode()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlp import log
+from vlp.data import wrong_captions
 from vlp.data.members import (
     BLOCK,
     MAX_IMAGE_BYTES,
@@ -36,7 +37,9 @@ from vlp.data.members import (
 )
 from vlp.files import write_atomically
 
-ROW = struct.Struct("<QIBBBB")  # offset and length of the sample's members; captions, negatives, counterfactuals, flags
+# Offset and length of the sample's members; its captions, the most negatives and the most counterfactuals that belong to
+# one of them, flags.
+ROW = struct.Struct("<QIBBBB")
 CLASS = 1  # flag: the sample's JSON names its class
 LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}  # flags: numbers of the sample's JSON that terms read
 PICTURED = 4  # flag: it has an image of its first negative
@@ -182,8 +185,11 @@ class _Scanner:
             | PICTURED * ("negative" in members)
             | CONTINUES * (self.origin is not None and self.origin == before)
         )
-        lists = content.captions, meta.get("negatives"), meta.get("counterfactuals")
-        counts = [min(len(texts), 255) if isinstance(texts, (list, tuple)) else 0 for texts in lists]
+        captions = content.captions
+        for problem in wrong_captions.problems(meta, captions):
+            self.shard.report(key, problem)
+        wrong = [wrong_captions.read(meta, field, captions).most(captions) for field in wrong_captions.LISTS]
+        counts = [min(n, 255) for n in (len(captions), *wrong)]
         return ROW.pack(start, end - start, *counts, flags)
 
     def _read(self, member: Member) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlp.config import Data
-from vlp.data import decode, text
+from vlp.data import decode, text, wrong_captions
 from vlp.data.mix import Mixture
-from vlp.data.sources import Source, text_list
+from vlp.data.sources import Source
 from vlp.data.wording import vary
+from vlp.data.wrong_captions import WrongCaptions
 from vlp.seeds import derive
 from vlp.types import Batch, ImageSpec, Sample, TextSpec
 
@@ -34,6 +36,24 @@ class Report:
 
     bad: list[tuple[int, str, str]]  # sample id, key where known, reason
     n_truncated: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The sample of a row, and which of its captions stands there."""
+
+    sample: Sample
+    caption: str
+
+    def wrong(self, field: str) -> tuple[WrongCaptions, list[int]]:
+        """The sample's `negatives` or `counterfactuals`, and the places of those that belong to the row's caption."""
+        found = wrong_captions.read(self.sample.meta, field, self.sample.captions)
+        return found, found.of(self.caption)
+
+    def negative_image(self) -> bytes:
+        """The image of the row's first negative; that of another caption's negative is none of this row's."""
+        _, places = self.wrong("negatives")
+        return self.sample.negative_image if places[:1] == [0] else b""
 
 
 def optional_fields(sources: list[Source], data: Data) -> dict[str, int]:
@@ -85,14 +105,14 @@ class Steps(Dataset):
             self.mixture.prepare(self.mixture.batch(step + self.ahead, self.size))
         report = Report([], 0)
         pictures = self._new_pictures()
-        samples, captions = [], []
-        for i, row in enumerate(self.rows):
-            sample = self._sample(step, row, ids, {name: rows[i] for name, rows in pictures.items()}, report)
-            drawn = places is not None and sample.sample_id == ids[row]  # not for a stand-in
-            captions.append(sample.captions[places[row]] if drawn else self._caption(sample, step, row))
-            samples.append(sample)
+        rows = [
+            self._row(step, row, ids, places, {name: rows[i] for name, rows in pictures.items()}, report)
+            for i, row in enumerate(self.rows)
+        ]
+        captions = [row.caption for row in rows]
+        samples = [row.sample for row in rows]
         tokens, report.n_truncated = self._tokenizer.tokenize(captions)
-        optional = {**pictures, **self._labels(samples), **self._text_views(captions, samples, step)}
+        optional = {**pictures, **self._labels(rows, step), **self._text_views(captions, samples, step)}
         ids = torch.tensor([sample.sample_id for sample in samples])
         return Batch(text=tokens, sample_id=ids, key=[sample.key for sample in samples], **optional), report
 
@@ -107,8 +127,13 @@ class Steps(Dataset):
             shapes["image_views"] = (self.optional["image_views"], *shapes["image"])
         return {name: _new_pixels((len(self.rows), *shape)) for name, shape in shapes.items()}
 
-    def _sample(self, step: int, row: int, ids: np.ndarray, out: dict[str, Tensor], report: Report) -> Sample:
-        """The sample of this row, or its first usable stand-in, with its pictures written to `out`."""
+    def _row(
+        self, step: int, row: int, ids: np.ndarray, places: np.ndarray | None, out: dict[str, Tensor], report: Report
+    ) -> Row:
+        """The sample of this row, or its first usable stand-in, with its pictures written to `out`.
+
+        `places` [B]: which caption of its sample stands in each row, where the mixture draws them; a stand-in's is chosen.
+        """
         wanted = int(ids[row])
         stand_ins = self.mixture.replacements(wanted, step, row, ids)
         for sample_id in itertools.chain([wanted], itertools.islice(stand_ins, _TRIES)):
@@ -116,16 +141,19 @@ class Steps(Dataset):
             try:
                 sample = self.mixture.read(sample_id)
                 key = sample.key
-                self._draw(sample, step, row, out)
-                return sample
+                drawn = places is not None and sample_id == wanted
+                chosen = Row(sample, sample.captions[places[row]] if drawn else self._caption(sample, step, row))
+                self._draw(chosen, step, row, out)
+                return chosen
             except (OSError, ValueError) as error:
                 report.bad.append((sample_id, key, f"{type(error).__name__}: {error}"))
         raise DataError(f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: {report.bad[-1]}")
 
-    def _draw(self, sample: Sample, step: int, row: int, out: dict[str, Tensor]) -> None:
-        """Write the sample's pictures; raises ValueError for one that cannot be decoded."""
+    def _draw(self, chosen: Row, step: int, row: int, out: dict[str, Tensor]) -> None:
+        """Write the row's pictures; raises ValueError for one that cannot be decoded."""
         if not self.pixels:
             return
+        sample = chosen.sample
 
         def chance(purpose: str, *position: int) -> random.Random:
             return random.Random(self._seed(purpose, step, row, sample.sample_id, *position))
@@ -140,8 +168,8 @@ class Steps(Dataset):
                 view.copy_(decode.random_crop(image, self.image, views.augment, chance("view", v)))
         if "negative_image" in out:
             out["negative_image"].zero_()
-            if sample.negative_image:
-                out["negative_image"].copy_(decode.train(sample.negative_image, self.image, augment, chance("negative")))
+            if negative := chosen.negative_image():
+                out["negative_image"].copy_(decode.train(negative, self.image, augment, chance("negative")))
 
     def _seed(self, purpose: str, *position: int) -> int:
         return derive(self.mixture.seed, purpose, *position)
@@ -156,29 +184,14 @@ class Steps(Dataset):
             return random.Random(seed).choices(offered, config.weights[: len(offered)])[0]
         return captions[seed % len(captions)]
 
-    def _labels(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def _labels(self, rows: list[Row], step: int) -> dict[str, Tensor]:
         """The optional fields that come from the samples' JSON or lie beside them."""
-        result: dict[str, Tensor] = {}
-        if k := self.optional.get("negatives", 0):
-            texts = [text_list(sample.meta, "negatives")[:k] for sample in samples]
-            valid = [_valid(sample)[:k] for sample in samples]
-            result["negatives"] = self._tokens([row + [""] * (k - len(row)) for row in texts])
-            result["negatives_valid"] = torch.tensor([row + [False] * (k - len(row)) for row in valid])
-            if "negative_image" in self.optional:
-                result["negatives_valid"][:, 0] &= torch.tensor([bool(sample.negative_image) for sample in samples])
-        if c := self.optional.get("counterfactual", 0):
-            texts = [text_list(sample.meta, "counterfactuals") for sample in samples]
-            # A sample with fewer than C repeats its own, so that a valid row has C real texts.
-            result["counterfactual"] = self._tokens([[row[i % len(row)] if row else "" for i in range(c)] for row in texts])
-            result["counterfactual_valid"] = torch.tensor([bool(row) for row in texts])
+        result, samples = self._wrong_captions(rows, step), [row.sample for row in rows]
         if "score" in self.optional:
             for sample in samples:
                 if not 0 <= sample.meta["score"] < math.inf:
                     raise DataError(f"sample {sample.key!r} has the score {sample.meta['score']}, expected a number >= 0")
             result["score"] = torch.tensor([float(sample.meta["score"]) for sample in samples], dtype=torch.float32)
-        if k := self.optional.get("teacher_scores", 0):
-            lists = [_numbers(sample, "negative_scores", len(text_list(sample.meta, "negatives")))[:k] for sample in samples]
-            result["teacher_scores"] = torch.tensor([row + [0.0] * (k - len(row)) for row in lists], dtype=torch.float32)
         if c := self.optional.get("concept_targets", 0):
             lists = [_numbers(sample, "concepts", c) for sample in samples]
             result["concept_targets"] = torch.tensor(lists, dtype=torch.float32)
@@ -187,6 +200,49 @@ class Steps(Dataset):
                 rows = np.stack([sample.embeddings[i] for sample in samples])
                 result[name] = torch.from_numpy(rows.astype(np.float32))
         return result
+
+    def _wrong_captions(self, rows: list[Row], step: int) -> dict[str, Tensor]:
+        """Hard negatives and counterfactuals of the rows' captions, and what goes with them."""
+        result: dict[str, Tensor] = {}
+        if k := self.optional.get("negatives", 0):
+            texts, valid, scores = zip(*(self._negatives(row, k) for row in rows))
+            result["negatives"] = self._tokens(texts)
+            result["negatives_valid"] = torch.tensor(valid)
+            if "negative_image" in self.optional:
+                result["negatives_valid"][:, 0] &= torch.tensor([bool(row.negative_image()) for row in rows])
+            if "teacher_scores" in self.optional:
+                result["teacher_scores"] = torch.tensor(scores, dtype=torch.float32)
+        if c := self.optional.get("counterfactual", 0):
+            texts = [self._counterfactuals(row, c, step, number) for row, number in zip(rows, self.rows)]
+            result["counterfactual"] = self._tokens(texts)
+            result["counterfactual_valid"] = torch.tensor([any(row) for row in texts])
+        return result
+
+    def _negatives(self, row: Row, k: int) -> tuple[list[str], list[bool], list[float]]:
+        """K texts, which of them count, and a teacher's scores of them; padded where the caption has fewer."""
+        negatives, places = row.wrong("negatives")
+        scores = [0.0] * len(negatives.texts)
+        if "teacher_scores" in self.optional and places:
+            scores = _numbers(row.sample, "negative_scores", len(negatives.texts))
+
+        places, missing = places[:k], k - len(places[:k])
+        return (
+            [negatives.texts[i] for i in places] + [""] * missing,
+            [negatives.valid[i] for i in places] + [False] * missing,
+            [scores[i] for i in places] + [0.0] * missing,
+        )
+
+    def _counterfactuals(self, row: Row, c: int, step: int, number: int) -> list[str]:
+        """C texts of the row's caption, or C empty ones; fewer are repeated, so that a valid row has C real texts.
+
+        Which one comes first, which is all that a loss of one counterfactual sees, is drawn anew at each visit.
+        """
+        wrong, places = row.wrong("counterfactuals")
+        own = [wrong.texts[i] for i in places if wrong.valid[i]]
+        if not own:
+            return [""] * c
+        first = self._seed("counterfactual", step, number, row.sample.sample_id) % len(own)
+        return [own[(first + i) % len(own)] for i in range(c)]
 
     def _text_views(self, captions: list[str], samples: list[Sample], step: int) -> dict[str, Tensor]:
         views = self.data.views
@@ -199,17 +255,9 @@ class Steps(Dataset):
         ]
         return {"text_views": self._tokens(texts)}
 
-    def _tokens(self, rows: list[list[str]]) -> Tensor:
+    def _tokens(self, rows: Sequence[list[str]]) -> Tensor:
         flat = self._tokenizer([text for row in rows for text in row])
         return flat.view(len(rows), -1, flat.shape[-1])
-
-
-def _valid(sample: Sample) -> list[bool]:
-    """Which of a sample's negatives count: those with a text that its JSON does not mask."""
-    texts, mask = text_list(sample.meta, "negatives"), sample.meta.get("negatives_valid")
-    if not isinstance(mask, list) or len(mask) != len(texts):
-        mask = [True] * len(texts)
-    return [bool(text.strip()) and bool(valid) for text, valid in zip(texts, mask)]
 
 
 def _numbers(sample: Sample, field: str, count: int) -> list[float]:

@@ -3,7 +3,7 @@
     L = −mean over counting samples of log [ e^{g(x·t)} / (e^{g(x·t)} + Σ_c e^{g(x·t^cf_c)}) ]
 
 x, t: [b, D]; t^cf: [b, D] or [b, C, D] is the caption with another number word. `one` (the paper) takes the first, which
-`vlp data counting` draws uniformly; `all` is the variant over all C. One direction; counterfactuals are not candidates
+the loader draws anew at each visit; `all` is the variant over all C. One direction; counterfactuals are not candidates
 of the contrastive loss, which the configuration adds as a term of its own (paper: weight 1 each). g is the `raw` cosine,
 or the cosine `scaled` by the learned scale.
 """

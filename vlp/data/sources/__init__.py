@@ -6,8 +6,11 @@ ValueError or OSError for data that cannot be trained on, saying what to change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from vlp.data.wrong_captions import LISTS, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +38,8 @@ class Source(Protocol):
     """
 
     n_left_out: int = 0  # samples that exist but cannot be used (damaged, without text where those are dropped)
-    n_negatives: int = 0  # most hard-negative captions of any sample
-    n_counterfactuals: int = 0  # most counterfactual captions of any sample
+    n_negatives: int = 0  # most hard-negative captions of any caption
+    n_counterfactuals: int = 0  # most counterfactual captions of any caption
     pictured: bool = False  # some sample has an image of its first negative
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Embeddings | None = None  # a teacher's, of every sample
@@ -58,6 +61,12 @@ class Source(Protocol):
         """What was left out or odd, in words, as far as it was kept."""
         return []
 
+    def note_wrong_captions(self, meta: dict[str, Any], captions: Sequence[str]) -> None:
+        """Let `n_negatives` and `n_counterfactuals` learn of a sample with this JSON and these captions."""
+        negatives, counterfactuals = (read(meta, field, captions).most(captions) for field in LISTS)
+        self.n_negatives = max(self.n_negatives, negatives)
+        self.n_counterfactuals = max(self.n_counterfactuals, counterfactuals)
+
     def n_captions(self) -> np.ndarray:
         """How many captions each sample has, int64 [n]."""
         raise ValueError(f"{type(self).__name__} does not know how many captions its samples have; pack it into shards")
@@ -65,12 +74,6 @@ class Source(Protocol):
     def origins(self) -> np.ndarray:
         """The number of each sample's origin, int64 [n], never falling: variations of one origin follow one another."""
         raise ValueError(f"{type(self).__name__} does not know the origins of its samples; pack it into shards")
-
-
-def text_list(meta: dict[str, Any], field: str) -> list[str]:
-    """The texts of an optional list in a sample's JSON; nothing where it is absent or something else."""
-    value = meta.get(field)
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
 def captions_of(captions: tuple[str, ...], meta: dict[str, Any], config: Captions) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from vlp.config import Captions
+from vlp.data import wrong_captions
 from vlp.data.archives import Archive, Place, image_type
 from vlp.data.index import LABELS, labels_of
-from vlp.data.sources import Source, captions_of, text_list
+from vlp.data.sources import Source, captions_of
 from vlp.data.tables import Item
 from vlp.types import Sample
 
@@ -23,8 +24,7 @@ class Listed(Source):
     """Random access to items of an archive; `named` pairs each with its stored name."""
 
     def __init__(self, archive: Archive, named: Sequence[tuple[Item, str]], captions: Captions, problems: list[str]) -> None:
-        records, self._problems, digest = [], list(problems), hashlib.sha256()
-        self.n_negatives = self.n_counterfactuals = 0
+        records, odd, self._problems, digest = [], [], list(problems), hashlib.sha256()
         self.labels = frozenset(LABELS)
         for item, name in named:
             texts = captions_of(tuple(item.captions), item.meta, captions)
@@ -33,8 +33,8 @@ class Listed(Source):
                 continue
             records.append(json.dumps([name, archive.place(name), texts, item.meta]).encode())
             digest.update(json.dumps([name, texts, item.meta]).encode())  # not the place: a data set may be moved
-            self.n_negatives = max(self.n_negatives, len(text_list(item.meta, "negatives")))
-            self.n_counterfactuals = max(self.n_counterfactuals, len(text_list(item.meta, "counterfactuals")))
+            self.note_wrong_captions(item.meta, texts)
+            odd += [f"{archive.path}: {name!r}: {problem}" for problem in wrong_captions.problems(item.meta, texts)]
             self.labels &= labels_of(item.meta)
         self.n_left_out = len(self._problems)
         n_silent = len(named) - len(records)
@@ -45,6 +45,7 @@ class Listed(Source):
             )
         if not records:
             raise ValueError(f"{archive.path} holds no usable sample: {'; '.join(self._problems[:3]) or 'no rows'}")
+        self._problems += odd
         self._digest = digest.hexdigest()
         # One block in shared memory instead of a million Python objects in every loader process.
         self._text = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8).share_memory_()

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from vlp.config import Captions
+from vlp.data import wrong_captions
 from vlp.data.archives import Place, image_type
 from vlp.data.index import LABELS, labels_of
-from vlp.data.sources import Source, captions_of, text_list
+from vlp.data.sources import Source, captions_of
 from vlp.data.tables import CAPTION_COLUMNS, CLASS_COLUMNS
 from vlp.schema import did_you_mean
 from vlp.types import Sample
@@ -27,7 +28,8 @@ from vlp.types import Sample
 if TYPE_CHECKING:
     import datasets
 
-_FIELDS = ("negatives", "counterfactuals", *LABELS)  # columns that mean what they mean in a shard's JSON
+# Columns that mean what they mean in a shard's JSON.
+_FIELDS = ("negatives", "negatives_of", "negatives_valid", "counterfactuals", "counterfactuals_of", *LABELS)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class HubSet(Source):
     def __init__(self, table: datasets.Dataset, image: str, texts: list[str], label: str, captions: Captions, name: str) -> None:
         self.image, self.texts, self.label, self.captions, self.name = image, texts, label, captions, name
         self._fields = [field for field in _FIELDS if field in table.column_names]
+        self._odd: list[str] = []  # problems that cost no row
         self._table = table.select_columns(list(dict.fromkeys([image, *texts, *filter(None, [label]), *self._fields])))
         self._classes = getattr(table.features.get(label), "names", None)  # of a column of class labels: numbers
         counts, digest = [], hashlib.sha256()
@@ -124,8 +127,8 @@ class HubSet(Source):
             found, meta = self._text(row)
             counts.append(len(found))
             digest.update(json.dumps([found, meta]).encode())
-            self.n_negatives = max(self.n_negatives, len(text_list(meta, "negatives")))
-            self.n_counterfactuals = max(self.n_counterfactuals, len(text_list(meta, "counterfactuals")))
+            self.note_wrong_captions(meta, found)
+            self._odd += [f"{name}: row {len(counts) - 1}: {problem}" for problem in wrong_captions.problems(meta, found)]
             self.labels &= labels_of(meta)
         self._digest = digest.hexdigest()
         rows = np.flatnonzero(counts)
@@ -173,7 +176,8 @@ class HubSet(Source):
         return self._digest
 
     def problems(self) -> list[str]:
-        return [f"{self.name}: {self.n_left_out} rows without text"] if self.n_left_out else []
+        silent = [f"{self.name}: {self.n_left_out} rows without text"] if self.n_left_out else []
+        return silent + self._odd
 
     def n_captions(self) -> np.ndarray:
         return self._counts.numpy()

@@ -1,0 +1,172 @@
+"""Captions that are dropped or merged, with all that belongs to them.
+
+To a caption belong its entry of `clip_scores` and the wrong captions that were made from it
+(`vlp.data.wrong_captions`), each with its mask, its kind and its score. What was given for the
+picture stays whatever its captions become. Malformed lists go, counted, once captions change.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlp.data.members import MAX_TEXT_BYTES
+from vlp.data.wrong_captions import GIVEN, LISTS, read
+from vlp.data_tools._language import bare
+
+if TYPE_CHECKING:
+    from vlp.data.members import Content
+
+# Lists with an entry for each wrong caption, and the entry of one for which nothing was written (None: there is none).
+BESIDE: dict[str, dict[str, Any]] = {
+    "negatives": {"negatives_valid": True, "negative_kinds": "given", "negative_scores": None},
+    "counterfactuals": {},
+}
+MOST_CAPTIONS = 255  # of a sample: the index counts no further
+MOST_BYTES = MAX_TEXT_BYTES // 4  # of the JSON of a merged sample
+
+
+class Wrong(NamedTuple):
+    """A wrong caption with what the JSON says of it."""
+
+    text: str
+    made_from: str | None  # a caption; None: given
+    beside: dict[str, Any]  # its entries of the lists BESIDE
+
+
+def keep_captions(sample: Content, kept: list[int], counts: Counter[str]) -> None:
+    """Leave the captions of these numbers and what belongs to them; wrong captions that name none stay."""
+    captions = [sample.captions[i] for i in kept]
+    scores = sample.meta.get("clip_scores")
+    if isinstance(scores, list) and len(scores) == len(sample.captions):
+        sample.meta["clip_scores"] = [scores[i] for i in kept]
+
+    first = _first_negative(sample)
+    for name in LISTS:
+        if sample.meta.get(f"{name}_of") is not None:
+            found = _taken(sample, name, counts)
+            stay = [wrong for wrong in found if wrong.made_from in (None, *captions)]
+            _write(sample.meta, _told(name, stay, captions, counts))
+    sample.captions = tuple(captions)
+    if "captions" in sample.meta:
+        sample.meta["captions"] = captions
+    if _first_negative(sample) != first:
+        sample.negative_image, sample.negative_image_type = b"", ""
+
+
+def settle(sample: Content, counts: Counter[str]) -> None:
+    """Let numbers count the sample's captions: its JSON may hold blank ones, which are none."""
+    written = sample.meta.get("captions")
+    if isinstance(written, list) and len(written) != len(sample.captions):
+        keep_captions(sample, list(range(len(sample.captions))), counts)
+
+
+def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
+    """Give a sample the captions of another of the same picture; whether all of them fit in.
+
+    What belongs to the captions comes with them. Picture, key and all other fields are the sample's
+    own; `merged_keys` names the others.
+    """
+    captions = list(dict.fromkeys([*sample.captions, *other.captions]))
+    parts = [sample, other]
+    if other.negative_image and not sample.negative_image:
+        parts.reverse()  # an image belongs to the first negative
+
+    meta, told = dict(sample.meta), Counter()
+    for name in LISTS:
+        _write(meta, _joined(name, parts, captions, told))
+    _write(meta, _joined_scores(parts, captions, told))
+    meta["captions"] = captions
+    meta["merged_keys"] = [*sample.meta.get("merged_keys", []), other.key]
+    if len(captions) > MOST_CAPTIONS or len(json.dumps(meta)) > MOST_BYTES:
+        return False
+
+    told["merged: captions that the earlier sample did not have"] = len(captions) - len(sample.captions)
+    counts.update(told)
+    first, image, kind = _first_negative(parts[0]), parts[0].negative_image, parts[0].negative_image_type
+    sample.meta, sample.captions = meta, tuple(captions)
+    same = _first_negative(sample) == first
+    sample.negative_image, sample.negative_image_type = (image, kind) if same else (b"", "")
+    return True
+
+
+def _write(meta: dict[str, Any], lists: dict[str, Any]) -> None:
+    """Put lists into a sample's JSON, and take those out that are None; an empty one says nothing new."""
+    for name, values in lists.items():
+        if values is None:
+            meta.pop(name, None)
+        elif values or name in meta:
+            meta[name] = values
+
+
+def _first_negative(sample: Content) -> str:
+    negatives = sample.meta.get("negatives")
+    return str(negatives[0]) if isinstance(negatives, list) and negatives else ""
+
+
+def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
+    """The wrong captions of a sample; where nothing says whose, they are its only caption's, else given."""
+    wrong = read(sample.meta, name, sample.captions)
+    if wrong.problem:
+        counts[f"{name} dropped: {name}_of is malformed"] += 1
+    made_from = wrong.made_from
+    if sample.meta.get(f"{name}_of") is None and len(sample.captions) == 1:
+        made_from = [sample.captions[0]] * len(made_from)
+
+    beside: list[dict[str, Any]] = [{} for _ in wrong.texts]
+    for list_name in BESIDE[name]:
+        values = sample.meta.get(list_name)
+        if isinstance(values, list) and len(values) == len(beside):
+            for entries, value in zip(beside, values):
+                entries[list_name] = value
+    return [Wrong(*row) for row in zip(wrong.texts, made_from, beside)]
+
+
+def _told(name: str, wrong: list[Wrong], captions: list[str], counts: Counter[str]) -> dict[str, Any]:
+    """The lists that say this of a sample's wrong captions; None for one that it must not have."""
+    number = {None: GIVEN} | {caption: i for i, caption in reversed(list(enumerate(captions)))}
+    lists: dict[str, Any] = {name: [], f"{name}_of": []}
+    for one in wrong:
+        lists[name].append(one.text)
+        lists[f"{name}_of"].append(number[one.made_from])
+
+    for beside, missing in BESIDE[name].items():
+        n_written = sum(beside in one.beside for one in wrong)
+        whole = n_written == len(wrong) or (n_written and missing is not None)
+        lists[beside] = [one.beside.get(beside, missing) for one in wrong] if whole else None
+        if n_written and not whole:
+            counts[f"{beside} dropped: not all copies have them"] += 1
+    return lists
+
+
+def _joined(
+    name: str, parts: list[Content], captions: list[str], counts: Counter[str]
+) -> dict[str, Any]:
+    """The lists for the wrong captions of all parts; {} where no part has any."""
+    if not any(part.meta.get(name) for part in parts):
+        return {}
+    joined: dict[tuple[str, str | None], Wrong] = {}
+    true = {bare(caption) for caption in captions}
+    for wrong in itertools.chain.from_iterable(_taken(part, name, counts) for part in parts):
+        if bare(wrong.text) in true:
+            counts[f"{name} dropped: a copy's caption says them"] += 1
+        else:
+            joined.setdefault((wrong.text, wrong.made_from), wrong)
+    return _told(name, list(joined.values()), captions, counts)
+
+
+def _joined_scores(parts: list[Content], captions: list[str], counts: Counter[str]) -> dict[str, Any]:
+    """`clip_scores` of all captions, where all parts have one for each of theirs."""
+    scores: dict[str, Any] = {}
+    for part in parts:
+        values = part.meta.get("clip_scores")
+        if isinstance(values, list) and len(values) == len(part.captions):
+            scores |= dict(zip(part.captions, values))
+    if not scores:
+        return {}
+    if scores.keys() < set(captions):
+        counts["clip_scores dropped: not all copies have them"] += 1
+        return {"clip_scores": None}
+    return {"clip_scores": [scores[caption] for caption in captions]}
