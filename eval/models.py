@@ -41,6 +41,7 @@ class Encoder:
     text: Callable[[list[str]], Tensor]  # n sentences -> [n, D]; tokenizes
     scale: float = 1.0  # the learned inverse temperature, for the record
     device: str | torch.device = "cpu"
+    n_truncated: Callable[[list[str]], int] = lambda texts: 0  # how many sentences are longer than the context
     fingerprint: str = ""  # content hash of weights and preprocessing; "": embeddings are not kept
     autocast: torch.dtype | None = None  # None: the model's own precision
 
@@ -127,6 +128,7 @@ def from_model(
         text=lambda texts: model(text=tokenizer(texts).to(device)).text,
         scale=scale,
         device=device,
+        n_truncated=lambda texts: tokenizer.tokenize(texts)[1],
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
     )

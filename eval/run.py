@@ -112,7 +112,11 @@ def evaluate(
     for task, opened in zip(tasks, data if data is not None else read_all(tasks)):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
+        context.truncated.clear()
         result = task.module.run(encoder, opened, task.options, context)
+        n_truncated = sum(context.truncated.values())
+        if n_truncated:
+            result.counts["truncated_texts"] = n_truncated
         records.append(report.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
     if context.contents is not None and dist.is_main():

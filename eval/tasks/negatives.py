@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import Source, open_source
 from vlp.eval.pictures import DataError
@@ -21,7 +22,7 @@ KNOWN_AS = "image_caption_selection"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """Which shards."""
 
     data: str  # see vlp.eval.datasets
@@ -38,7 +39,7 @@ class Data:
 
 
 def read(options: Options) -> Data:
-    source = open_source(options.data, options.split, options.missing)
+    source = open_source(options.data, options.split, options.missing, options=options)
     kept = [r for r in source.records if r.meta.get("negatives") and (r.meta.get("caption") or r.captions)]
     if not kept:
         raise DataError(f"no sample of {options.data} has negatives in its JSON; write them with `vlp data negatives`")
