@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from vlp.data.tables.columns import TableOptions, is_usual, names_image
+from vlp.data.tables.columns import IMAGE_COLUMNS, TableOptions, is_usual, names_image, usual
 from vlp.data.tables.files import option
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars", " ": "blanks"}
@@ -63,7 +63,7 @@ def parse(text: str, path: Path, options: TableOptions) -> Delimited:
         columns = _unique(head)
         first += text[first:].index(lines[0]) + len(lines[0]) + 1
     else:
-        columns = _invented(lines, separator)
+        columns = _invented(lines, separator, options.header == "no")
     table = _Reader(text, first, separator, columns, path, options).read()
     _unnumber(table)
     return table
@@ -132,11 +132,14 @@ def _unique(names: Sequence[str]) -> list[str]:
     return result
 
 
-def _invented(lines: Sequence[str], separator: str) -> list[str]:
-    """Names for the columns of a table without a header: image, then caption (label if it is a number), caption2, …"""
+def _invented(lines: Sequence[str], separator: str, told: bool) -> list[str]:
+    """Names for the columns of a table without a header: image, then caption (label if it is a number), caption2, …
+
+    The image's is the one that holds a file name; where a person has told that there is no header, else the first.
+    """
     rows = [_single(line, separator).cells for line in lines]
     n_columns = min((len(row) for row in rows if len(row) > 1), default=1)
-    image = next((i for i in range(n_columns) if names_image(rows[0][i])), None)
+    image = next((i for i in range(n_columns) if names_image(rows[0][i])), 0 if told else None)
     names = []
     for i in range(n_columns):
         numbers = all(len(row) > i and re.fullmatch(r"-?[\d.]+", row[i]) for row in rows)
@@ -309,8 +312,8 @@ class _Reader:
         return []
 
     def _image_column(self) -> int:
-        """The column of image names, as far as a row tells: to know a row where one is met in a field."""
-        wanted = self.options.image_column
+        """The column of image names, to know a row where one is met in a field: by its name, else by the first row."""
+        wanted = self.options.image_column or usual(self.columns, IMAGE_COLUMNS)
         if wanted in self.columns:
             return self.columns.index(wanted)
         return next((i for i, cell in enumerate(self._first_cells()) if names_image(cell)), 0)

@@ -72,14 +72,16 @@ def _lines(text: str, path: Path) -> Rows:
         try:
             value = json.loads(line, strict=False)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}: {line.strip()[:60]!r}") from None
+            reason = getattr(error, "msg", error)
+            raise ValueError(
+                f"{path}:{number}: found {line.strip()[:60]!r}, which is not valid JSON ({reason}), expected a mapping of "
+                "columns to values"
+            ) from None
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
             value = {"image": value[0], "caption": value[1]}
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(row, dict) for row in values):
-            kind = type(value).__name__
-            raise ValueError(f"{path}:{number}: found {kind}, expected a mapping of columns to values")
-        rows += [(number, jsonable(row)) for row in values]
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}:{number}: found {line.strip()[:60]!r}, expected a mapping of columns to values")
+        rows.append((number, jsonable(value)))
     return rows
 
 

@@ -79,6 +79,11 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
         _keep_listed(listing, options.only)
     if not listing.items and not listing.problems:
         _refuse_nothing(table, conditions)
+    if listing.items and listing.items[0].image.startswith(("http://", "https://")):
+        listing.notes.append(
+            f"{table.path}: {chosen.image} holds addresses; images are looked for under the names at their ends "
+            "(img2dataset fetches what is not there yet)"
+        )
     if split_column and split_column not in conditions:
         splits = [row.get(split_column) for _, row in table.rows]
         if len(set(map(values.shown, splits))) > 1:
@@ -107,6 +112,9 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
 
     for number, row in table.rows:
         label = typed[chosen.label](row.get(chosen.label)) if chosen.label else None
+        if isinstance(label, (list, dict)):
+            result.problems.append(f"{table.place(number)}: {chosen.label} is {str(label)[:60]}, expected one class")
+            continue
         if label is not None:
             classes.add(label)
         if not all(values.equals(row.get(column), wanted) for column, wanted in conditions.items()):
@@ -141,6 +149,8 @@ def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
     name = row.get(chosen.image)
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)  # an id; the archive knows the extension
+    if name is None or name == "":
+        raise values.NoText(f"the column {chosen.image!r} is empty, expected an image's name")
     if not isinstance(name, str) or not name.strip():
         raise values.NoText(f"image is {name!r}, expected a name in the column {chosen.image!r}")
     captions: list[str] = []

@@ -63,7 +63,8 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
     if kind in files.DELIMITED:
         parsed = delimited.parse(text, path, options)
         if not parsed.rows:
-            raise ValueError(parsed.problems[0] if parsed.problems else f"{path} has no rows")
+            nothing = f"{path} has no rows below the line that names its columns ({', '.join(parsed.columns)[:120]})"
+            raise ValueError(parsed.problems[0] if parsed.problems else nothing)
         return Table(path, parsed.columns, parsed.rows, True, True, parsed.problems, [])
     rows, by_line = forms.parse_json(text, path, by_line=kind in files.JSON_LINES)
     if not rows:
