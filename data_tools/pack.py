@@ -133,7 +133,8 @@ def _table(args: argparse.Namespace) -> Listing:
     options = TableOptions(
         image_column=args.image_column, caption_columns=args.caption_column, class_column=args.class_column,
         where=where, only=args.only,
-        separator=args.separator, encoding=args.encoding, header=args.header, quoting=args.quoting,
+        separator=args.separator, encoding=args.encoding, quoting=args.quoting,
+        header={"yes": True, "no": False}.get(args.header),
     )  # fmt: skip
     listing = items(args.captions, options)
     print(f"{args.captions}: {listing}")

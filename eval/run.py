@@ -159,7 +159,10 @@ def _tasks(options: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{pair!r} is not of the form key=value")
-        given[key] = yaml.safe_load(value)
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given[key] = value  # such as separator=, which YAML cannot read: a text
     return {name: given}
 
 

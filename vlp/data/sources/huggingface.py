@@ -164,13 +164,13 @@ class HubSet(Source):
         rows = np.flatnonzero(counts)
         self.n_left_out = len(counts) - len(rows)
         looked_in = texts or f"any usual column of {listed(table.column_names)}"
-        if self.n_left_out and captions.missing == "error":
+        if self.n_left_out and (captions.missing == "error" or not len(rows)):
             raise ValueError(
                 f"{self.n_left_out} of the {len(counts)} rows of {name} have no caption in {looked_in}; "
                 "set caption_columns, captions.class_templates, or captions.missing=drop to leave them out"
             )
         if not len(rows):
-            raise ValueError(f"{name} holds no usable sample")
+            raise ValueError(f"{name} holds no rows")
         self._rows = torch.from_numpy(rows).share_memory_()
         self._counts = torch.tensor(counts)[self._rows].share_memory_()
 

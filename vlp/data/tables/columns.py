@@ -40,7 +40,7 @@ class TableOptions:
     only: str = ""  # only images that this list names, one a line, such as Flickr_8k.trainImages.txt
     separator: str = ""  # of .csv, .tsv, .txt: a character, tab or space; empty: found in the first line
     encoding: str = ""  # such as cp1252; empty: UTF-8 or UTF-16
-    header: Literal["auto", "yes", "no"] = "auto"  # whether the first line names the columns; auto: if it holds no image name
+    header: bool | None = None  # whether the first line names the columns; None: if it holds no image's name
     quoting: Literal["auto", "csv", "none"] = "auto"  # csv: quotes as RFC 4180 says; none: a quote is a character like others
 
     @property

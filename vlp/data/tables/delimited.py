@@ -58,12 +58,12 @@ def parse(text: str, path: Path, options: TableOptions) -> Delimited:
     separator = separator or _sniff(lines, path, options)
 
     head = _single(lines[0], separator).cells
-    has_header = options.header == "yes" or (options.header == "auto" and not _is_row(head))
+    has_header = not _is_row(head) if options.header is None else options.header
     if has_header:
         columns = _unique(head)
         first += text[first:].index(lines[0]) + len(lines[0]) + 1
     else:
-        columns = _invented(lines, separator, options.header == "no")
+        columns = _invented(lines, separator, options.header is False)
     table = _Reader(text, first, separator, columns, path, options).read()
     _unnumber(table)
     return table

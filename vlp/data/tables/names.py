@@ -37,7 +37,7 @@ def only(items: Iterable[Item], path: str | Path) -> tuple[list[Item], list[str]
 
 def _listed(path: Path) -> list[str]:
     """The names in the file."""
-    table = read(path, TableOptions(header="auto"))
+    table = read(path, TableOptions())
     named = [name for name in table.columns if any(names_image(row.get(name)) for _, row in table.rows[:20])]
     if len(table.columns) == 1:
         name = table.columns[0]
