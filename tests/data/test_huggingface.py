@@ -137,7 +137,7 @@ def test_captions_are_found_in_the_columns_that_tables_use(tmp_path):
         made.add_column(column, values).save_to_disk(tmp_path / column)
         assert [opened(tmp_path / column)[i].captions for i in range(3)] == [("x",), ("y",), ("z",)]
     made.add_column("about", ["x", "y", "z"]).save_to_disk(tmp_path / "unknown")
-    with pytest.raises(ValueError, match=r"no caption in any usual column of 'photo', 'about'; set caption_columns"):
+    with pytest.raises(ValueError, match=r"no column is known to hold captions or classes; it has 'photo', 'about'"):
         opened(tmp_path / "unknown")
 
 

@@ -55,8 +55,13 @@ def open(options: Options, captions: Captions) -> HubSet:
     image = _image_column(datasets, table, options)
     table = table.cast_column(image, datasets.Image(decode=False))
     table, notes = _chosen_rows(table, options)
-    texts_in = _caption_columns(table, options)
-    return HubSet(table, image, texts_in, _class_column(datasets, table, options), captions, options.path, notes)
+    texts_in, label = _caption_columns(table, options), _class_column(datasets, table, options)
+    if not texts_in and not label:
+        raise ValueError(
+            f"{options.path}: no column is known to hold captions or classes; it has {listed(table.column_names)}. "
+            "Name it with caption_columns or class_column"
+        )
+    return HubSet(table, image, texts_in, label, captions, options.path, notes)
 
 
 def _load(datasets: Any, options: Options) -> datasets.Dataset:
@@ -163,10 +168,9 @@ class HubSet(Source):
         self._digest = digest.hexdigest()
         rows = np.flatnonzero(counts)
         self.n_left_out = len(counts) - len(rows)
-        looked_in = texts or f"any usual column of {listed(table.column_names)}"
         if self.n_left_out and (captions.missing == "error" or not len(rows)):
             raise ValueError(
-                f"{self.n_left_out} of the {len(counts)} rows of {name} have no caption in {looked_in}; "
+                f"{self.n_left_out} of the {len(counts)} rows of {name} have no caption in {texts or 'any usual column'}; "
                 "set caption_columns, captions.class_templates, or captions.missing=drop to leave them out"
             )
         if not len(rows):
