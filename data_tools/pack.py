@@ -37,7 +37,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-column", default="", metavar="NAME", help="column with image names (default: image, file_name, …)")
     add("--caption-column", default=[], action="append", metavar="NAME", help="column with captions; may be repeated")
     add("--class-column", default="", metavar="NAME", help="column with class names (default: class)")
-    add("--where", default=[], action="append", metavar="COLUMN=VALUE", help="only rows with this value; may be repeated")
+    add("--where", default=[], action="append", metavar="COLUMN=VALUE",
+        help="only rows with this value; repeated for one column: with one of these")
     add("--only", default="", metavar="LIST", help="only images that this file names, one a line (Flickr_8k.trainImages.txt)")
     add("--separator", default="", metavar="CHARACTER", help="of a text table: a character, tab or space (default: found)")
     add("--encoding", default="", metavar="NAME", help="of a text table, such as cp1252 (default: UTF-8 or UTF-16)")
@@ -124,12 +125,12 @@ def _table(args: argparse.Namespace) -> Listing:
     """The images of the table, after saying which of its columns were taken."""
     from vlp.data.tables import TableOptions, items
 
-    where = {}
+    where: dict[str, list[str]] = {}
     for condition in args.where:
         column, equals, value = condition.partition("=")
         if not equals:
             raise ValueError(f"--where {condition!r} is not of the form COLUMN=VALUE")
-        where[column] = value
+        where.setdefault(column, []).append(value)
     options = TableOptions(
         image_column=args.image_column, caption_columns=args.caption_column, class_column=args.class_column,
         where=where, only=args.only,

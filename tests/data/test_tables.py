@@ -92,6 +92,13 @@ def llava() -> str:
     return json.dumps(talk)
 
 
+def chats() -> str:
+    """The form of chats with images in a list."""
+    talk = [{"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": text}], "images": [name]}
+            for name, text in PAIRS]  # fmt: skip
+    return jsonl(talk)
+
+
 def hub_csv() -> str:
     """A list in JSON inside a CSV cell, as Flickr30k's table on the hub has it."""
     rows = [f'{quoted(json.dumps(captions, ensure_ascii=False))},"[0, 1]",train,{name}' for name, captions in PHOTOS.items()]
@@ -162,6 +169,7 @@ LAYOUTS: list[tuple[str, Any, dict[str, Any]]] = [
     ("captions_val2017.json", coco(), {}),
     ("dataset_flickr8k.json", karpathy(), {}),
     ("llava.json", llava(), {}),
+    ("chats.jsonl", chats(), {}),
     ("rows.parquet", in_parquet("image", "caption", False), {}),
     ("lists.parquet", in_parquet("file_name", "captions", True), {}),
 ]  # fmt: skip
@@ -183,7 +191,7 @@ def pairs_of(path: Path, **options: Any) -> dict[str, list[str]]:
 
 
 def test_there_are_many_layouts():
-    assert len(LAYOUTS) == 54 and len({name for name, _, _ in LAYOUTS}) == 54
+    assert len(LAYOUTS) == 55 and len({name for name, _, _ in LAYOUTS}) == 55
 
 
 @pytest.mark.parametrize(("name", "content", "options"), LAYOUTS, ids=[name for name, _, _ in LAYOUTS])
@@ -253,9 +261,14 @@ def test_split_lists_and_conditions_choose_rows(tmp_path, photos, capsys):
         items(table, TableOptions(only=str(write(tmp_path, "none.txt", "x.jpg\n"))))
 
     split = write(tmp_path, "split.csv", "image,caption,Split,fold,ok\na.jpg,x,train,1,True\nb.jpg,y,test,2,False\n")
-    for where, image in (({"split": "test"}, "b.jpg"), ({"fold": 1}, "a.jpg"), ({"ok": True}, "a.jpg"), ({"fold": "2.0"}, "b.jpg")):
+    for where, image in [
+        ({"split": "test"}, "b.jpg"), ({"fold": 1}, "a.jpg"), ({"ok": True}, "a.jpg"), ({"fold": "2.0"}, "b.jpg"),
+        ({"split": ["val", "train"]}, "a.jpg"),
+    ]:  # fmt: skip
         assert list(pairs_of(split, where=where)) == [image]
     assert "rows of all splits are taken together (train (1), test (1))" in items(split, TableOptions()).notes[0]
+    assert pack(photos, "--captions", split, "--where", "split=train", "--where", "split=test", "--to", tmp_path / "both") == 0
+    assert "2 images with 2 captions" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"no row with Split = 'tset'; Split holds train \(1\), test \(1\)"):
         items(split, TableOptions(where={"split": "tset"}))
     with pytest.raises(ValueError, match=r"no column 'part'.*columns: 'image', 'caption', 'Split', 'fold', 'ok'"):
@@ -405,7 +418,7 @@ def test_wrong_options_are_refused(tmp_path):
 
 
 def test_rows_that_cannot_be_used_are_named_each(tmp_path):
-    content = [{"image": 3, "caption": "x"}, {"image": "a", "caption": 5}, {"caption": "x"}, {"image": ["b"], "caption": "y"}]
+    content = [{"image": 3, "caption": "x"}, {"image": "a", "caption": 5}, {"caption": "x"}, {"image": ["b", "c"], "caption": "y"}]
     listing = items(write(tmp_path, "t.jsonl", jsonl(content)), TableOptions())
     assert [item.image for item in listing.items] == ["3"]
     places = [problem.split(": ", 1)[0] for problem in listing.problems]
@@ -429,7 +442,8 @@ def test_rows_of_one_image_are_joined_and_equal_captions_kept_once(tmp_path):
 def test_captions_come_from_texts_lists_and_mappings():
     for value, expected in [
         ("x ", ["x"]), (["x", "", " y"], ["x", "y"]), ('["x", "y"]', ["x", "y"]), ("['x']", ["x"]), ("[Music]", ["[Music]"]),
-        ("[1, 2]", ["[1, 2]"]), ([{"raw": "x"}, {"caption": "y"}], ["x", "y"]), (None, []), ("", []),
+        ("[1, 2]", ["[1, 2]"]), ([{"raw": "x"}, {"caption": "y"}], ["x", "y"]), (None, []), ("", []), (["x", None], ["x"]),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}], ["x"]),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}], ["x"]),
     ]:  # fmt: skip
         assert texts(value) == expected

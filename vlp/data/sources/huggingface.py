@@ -21,7 +21,7 @@ from vlp.data.archives import Place, image_type
 from vlp.data.index import LABELS, labels_of
 from vlp.data.sources import Source, captions_of, text_list
 from vlp.data.tables.columns import CLASS_COLUMNS, DIALOGUE_COLUMNS, column, listed, split_column, usual, usual_captions
-from vlp.data.tables.values import NoText, counted, equals, jsonable, shown, texts
+from vlp.data.tables.values import NoText, asked, counted, equals, jsonable, shown, texts
 from vlp.schema import did_you_mean
 from vlp.types import Sample
 
@@ -42,7 +42,7 @@ class Options:
     image_column: str = ""  # empty: the only column of images
     caption_columns: list[str] = field(default_factory=list)  # empty: captions, caption, text, title, …, caption1, …
     class_column: str = ""  # empty: class or class_name, or the only column of class labels
-    where: dict[str, Any] = field(default_factory=dict)  # only rows whose column has this value
+    where: dict[str, Any] = field(default_factory=dict)  # only rows whose column has this value, or one of these
 
 
 def open(options: Options, captions: Captions) -> HubSet:
@@ -131,7 +131,7 @@ def _chosen_rows(table: datasets.Dataset, options: Options) -> tuple[datasets.Da
 
     rows = [i for i in range(len(table)) if all(equals(cells[name][i], value) for name, value in wanted.items())]
     if not rows:
-        said = " and ".join(f"{name} = {shown(value)!r}" for name, value in wanted.items())
+        said = " and ".join(f"{name} = {asked(value)}" for name, value in wanted.items())
         there = "; ".join(f"{name} holds {counted(cells[name])}" for name in wanted)
         raise ValueError(f"{options.path} has no row with {said}; {there}")
     return table.select(rows), notes

@@ -14,7 +14,7 @@ from vlp.schema import did_you_mean
 # Looked for in this order where none is named, whatever their case and whether written with blanks, "-" or "_".
 IMAGE_COLUMNS = (
     "image", "file_name", "filepath", "file_path", "image_path", "img_path", "image_name", "img_name", "image_file",
-    "image_filename", "img", "path", "file", "picture", "photo", "image_id", "url", "image_url",
+    "image_filename", "img", "path", "file", "picture", "photo", "images", "image_id", "url", "image_url",
 )  # fmt: skip
 CAPTION_COLUMNS = (
     "captions", "caption", "text", "texts", "title", "sentences", "sentence", "raw", "comments", "comment", "txt",
@@ -36,7 +36,7 @@ class TableOptions:
     image_column: str = ""  # empty: image, file_name, filepath, … whatever their case (vlp.data.tables.columns)
     caption_columns: str | list[str] = field(default_factory=list)  # empty: captions, caption, text, title, …, caption1, …
     class_column: str = ""  # empty: class or class_name; category or label where there are no captions
-    where: dict[str, Any] = field(default_factory=dict)  # only rows whose column has this value
+    where: dict[str, Any] = field(default_factory=dict)  # only rows whose column has this value, or one of these
     only: str = ""  # only images that this list names, one a line, such as Flickr_8k.trainImages.txt
     separator: str = ""  # of .csv, .tsv, .txt: a character, tab or space; empty: found in the first line
     encoding: str = ""  # such as cp1252; empty: UTF-8 or UTF-16

@@ -147,6 +147,8 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
 def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
     """One row; raises NoText for one without an image name or with captions that are no texts."""
     name = row.get(chosen.image)
+    if isinstance(name, list) and len(name) == 1:
+        name = name[0]  # chats list their images
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)  # an id; the archive knows the extension
     if name is None or name == "":
@@ -195,7 +197,7 @@ def _refuse_dialogues(table: Table, chosen: Chosen) -> None:
 def _refuse_nothing(table: Table, conditions: dict[str, Any]) -> None:
     if not conditions:
         raise ValueError(f"{table.path} has no rows")
-    said = " and ".join(f"{name} = {values.shown(value)!r}" for name, value in conditions.items())
+    said = " and ".join(f"{name} = {values.asked(value)}" for name, value in conditions.items())
     there = [f"{name} holds {values.counted(row.get(name) for _, row in table.rows)}" for name in conditions]
     raise ValueError(f"{table.path} has no row with {said}; {'; '.join(there)}")
 

@@ -46,6 +46,8 @@ def texts(value: Any) -> list[str]:
 
     result = []
     for entry in value:
+        if entry is None:
+            continue
         text = entry if isinstance(entry, str) else _text_of(entry)
         if text.strip():
             result.append(text.strip())
@@ -80,13 +82,21 @@ def _is_dialogue(turns: list[dict[str, Any]]) -> bool:
 
 def answers(value: Any) -> list[str]:
     """What the model says in a dialogue (LLaVA's `conversations`, `messages` of chats); nothing in any other value."""
-    turns = value if isinstance(value, list) else []
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
     result = []
     for turn in turns:
         for speaker, content in _TURN_KEYS:
-            if isinstance(turn, dict) and turn.get(speaker) in _ANSWERING and isinstance(turn.get(content), str):
-                result.append(turn[content])
+            if turn.get(speaker) in _ANSWERING and content in turn:
+                result.append(_said(turn[content]))
     return result
+
+
+def _said(content: Any) -> str:
+    """The text of a turn: as it is, or in parts of which some may be images."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return " ".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def jsonable(value: Any) -> Any:
@@ -168,7 +178,9 @@ def _parsed(cell: str) -> Any:
 
 
 def equals(value: Any, wanted: Any) -> bool:
-    """Whether a cell has the value that a person asks for: as text, as a truth value, or as the same number."""
+    """Whether a cell has the value that a person asks for, or one of a list: as text, truth value, or the same number."""
+    if isinstance(wanted, list):
+        return any(equals(value, one) for one in wanted)
     if value is None:
         return wanted is None or wanted == ""
     one, other = shown(value).strip(), shown(wanted).strip()
@@ -185,6 +197,12 @@ def equals(value: Any, wanted: Any) -> bool:
 def shown(value: Any) -> str:
     """A value as a person writes it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def asked(wanted: Any) -> str:
+    """What a person asks for, for messages."""
+    choices = wanted if isinstance(wanted, list) else [wanted]
+    return " or ".join(repr(shown(choice)) for choice in choices)
 
 
 def counted(cells: Iterable[Any]) -> str:
