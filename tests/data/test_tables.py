@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -303,14 +304,18 @@ def test_values_of_parquet_become_json(tmp_path):
         "price": [decimal.Decimal("1.50")], "whole": [decimal.Decimal("3")],
         "day": [datetime.date(2026, 1, 2)], "at": [datetime.datetime(2026, 1, 2, 3, 4)],
         "kind": pyarrow.array(["dog"]).dictionary_encode(), "raw": [b"123"], "deep": [{"a": [1, None]}],
+        "ns": pyarrow.array([1], pyarrow.timestamp("ns")), "picture": [{"bytes": None, "path": "p.jpg"}],
     })  # fmt: skip
     listing = items(write(tmp_path, "t.parquet", table), TableOptions())
     expected = {
         "image": "a.jpg", "score": 0.31, "price": 1.5, "whole": 3, "day": "2026-01-02", "at": "2026-01-02T03:04:00",
-        "kind": "dog", "deep": {"a": [1, None]},
+        "kind": "dog", "deep": {"a": [1, None]}, "ns": "1970-01-01T00:00:00", "picture": "p.jpg",
     }  # fmt: skip
     assert listing.items[0].meta == expected and "column 'raw' holds bytes" in listing.notes[0]
     json.dumps(listing.items[0].meta, allow_nan=False)
+    with_pictures = pyarrow.table({"image": [{"bytes": b"x", "path": "a.jpg"}], "text": ["x"]})
+    with pytest.raises(ValueError, match=r"column 'image' holds the pictures themselves.*huggingface"):
+        items(write(tmp_path, "p.parquet", with_pictures), TableOptions())
 
 
 def test_unusual_characters_stay_in_their_captions(tmp_path):
@@ -400,6 +405,25 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path):
         items(tmp_path / "captoins.csv", TableOptions())
     with pytest.raises(ValueError, match=r"is a folder, expected a table; it holds .*captions\.csv"):
         items(tmp_path.rename(tmp_path.with_suffix(".csv")), TableOptions())
+
+
+def test_damaged_files_are_refused_or_read_and_never_end_in_a_foreign_error(tmp_path):
+    chance = random.Random(0)
+    pieces = [b'"', b",", b"\n", b"\t", b"[", b"{", b"}", b"null", b"1", b"\0", b"\xff", b'""', b":", b"[]", b"{}"]
+    n_refused = n_read = 0
+    for name, content, options in LAYOUTS:
+        whole = write(tmp_path, name, content).read_bytes()
+        for _ in range(8):
+            place = chance.randrange(len(whole))
+            change = chance.choice([b"", chance.choice(pieces), chance.choice(pieces), chance.randbytes(1)])
+            path = write(tmp_path, name, whole[:place] + change + whole[place + chance.randrange(3) :])
+            try:
+                items(path, TableOptions(**options))
+                n_read += 1
+            except ValueError as error:
+                assert type(error) is ValueError and str(path) in str(error), error
+                n_refused += 1
+    assert n_refused + n_read == 8 * 55 and min(n_refused, n_read) > 100
 
 
 def test_wrong_options_are_refused(tmp_path):

@@ -14,12 +14,16 @@ def parse_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
 
     try:
         table = parquet.ParquetFile(path).read()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is no whole parquet file ({str(error)[:120]}); fetch or write it again") from None
 
     columns, notes = {}, []
     for name in table.column_names:
-        values = _values(path, name, table.column(name))
+        _refuse_pictures(path, name, table.column(name))
+        try:
+            values = _values(table.column(name))
+        except (ArrowException, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: the column {name!r} cannot be read ({str(error)[:120]}); write it again") from None
         if any(isinstance(value, bytes) for value in values):
             notes.append(f"{path}: the column {name!r} holds bytes and was left out")
         else:
@@ -31,12 +35,23 @@ def parse_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
     return rows, notes
 
 
-def _values(path: Path, name: str, column: Any) -> list[Any]:
-    """The column as Python values; narrow floats as they print (0.31), not as doubles show them (0.3100000023841858).
+def _refuse_pictures(path: Path, name: str, column: Any) -> None:
+    """A picture as `datasets` stores it is {bytes, path}; without its bytes it is a name like others."""
+    if _is_picture(column.type) and column.combine_chunks().field("bytes").null_count < len(column):
+        raise ValueError(
+            f"{path}: the column {name!r} holds the pictures themselves, expected their names; train on its folder with the "
+            "source {name: huggingface, path: FOLDER}, evaluate with data=FOLDER"
+        )
 
-    A picture as `datasets` stores it, {bytes, path}, is named by its path; where its bytes are there too, a ValueError
-    says what reads them.
-    """
+
+def _is_picture(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+
+
+def _values(column: Any) -> list[Any]:
+    """The column as Python values; narrow floats as they print (0.31), not as doubles show them (0.3100000023841858)."""
     import numpy as np
     import pyarrow
 
@@ -44,12 +59,8 @@ def _values(path: Path, name: str, column: Any) -> list[Any]:
     narrow = {pyarrow.float32(): np.float32, pyarrow.float16(): np.float16}.get(kind)
     if narrow is not None:
         return [None if value is None else float(str(narrow(value))) for value in column.to_pylist()]
-    if pyarrow.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        pictures = column.combine_chunks()
-        if pictures.field("bytes").null_count < len(pictures):
-            raise ValueError(
-                f"{path}: the column {name!r} holds the pictures themselves, expected their names; train on its folder with "
-                "the source {name: huggingface, path: FOLDER}, evaluate with data=FOLDER"
-            )
-        return pictures.field("path").to_pylist()
+    if _is_picture(kind):
+        return column.combine_chunks().field("path").to_pylist()
+    if pyarrow.types.is_timestamp(kind):
+        column = column.cast(pyarrow.timestamp("us", kind.tz), safe=False)  # Python's dates know no nanoseconds
     return column.to_pylist()
