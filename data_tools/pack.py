@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if not items:
         raise ValueError(f"no row of {args.captions or args.source} is left to pack; check --where and --part")
     usable, left_out = _sort_out(items, archive, listing)
-    problems = [problem for lines in left_out.values() for problem in lines]
+    problems = list(chain.from_iterable(left_out.values()))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems and args.on_missing == "fail":

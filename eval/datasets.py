@@ -243,14 +243,16 @@ def _parquet(root: Path, files: list[Path], split: str, options: TableOptions) -
             if not all(equals(row[name], value) for name, value in conditions.items()):
                 continue
             value = row[label] if label else None
-            data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
+            data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
             if not data or isinstance(data, str):
                 raise DataError(
                     f"{file}: row {i} holds no image bytes in {image!r}; download the data set with its images embedded, or "
                     "give this file itself as data= if it names image files"
                 )
+            found: list[str] = []
             try:
-                found = [text for name in captions for text in texts_of(row[name])]
+                for name in captions:
+                    found += texts_of(row[name])
             except NoText as error:
                 raise DataError(f"{file}: row {i}: {error}") from None
             number = tuple(value) if isinstance(value, list) else value

@@ -392,11 +392,12 @@ REFUSED = [
     ("t.json", '[{"image": "a", "conversations": [{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
      r"row 1: conversations is a dialogue with 2 answers.*--caption-column conversations"),
     ("t.parquet", b"PAR1 nothing", "no whole parquet file"),
+    ("t.jsonl", '{"image": "a", "caption": 5}', r"no row can be used:\n.*t\.jsonl:1: caption: found '5', expected a text"),
 ]  # fmt: skip
 
 
 def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path):
-    assert len(REFUSED) == 28
+    assert len(REFUSED) == 29
     for name, content, message in REFUSED:
         with pytest.raises(ValueError, match=message):
             items(write(tmp_path, name, content), TableOptions())

@@ -77,7 +77,9 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
     listing = _gather(table, chosen, conditions)
     if options.only:
         _keep_listed(listing, options.only)
-    if not listing.items and not listing.problems:
+    if not listing.items and listing.problems:
+        raise ValueError("no row can be used:\n" + "\n".join(listing.problems[:10]))
+    if not listing.items:
         _refuse_nothing(table, conditions)
     if listing.items and listing.items[0].image.startswith(("http://", "https://")):
         listing.notes.append(

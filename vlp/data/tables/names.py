@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ def only(items: Iterable[Item], path: str | Path) -> tuple[list[Item], list[str]
         if agreeing:
             chosen.append(item)
             met.update(agreeing)
-    lost = ["/".join(other) for others in wanted.values() for other in others if other not in met]
+    listed = chain.from_iterable(wanted.values())
+    lost = ["/".join(parts) for parts in listed if parts not in met]
     return chosen, lost
 
 
