@@ -1,4 +1,7 @@
-"""A folder (or a tar) of images with a caption table: `{name: folder, path: photos, captions: photos/captions.csv}`."""
+"""A folder (or a tar) of images with a caption table.
+
+    {name: folder, path: photos, captions: photos/captions.csv}
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Options(TableOptions):
 
     path: str  # folder or tar
     captions: str  # .csv, .tsv, .txt, .token, .jsonl, .json or .parquet; rows of one image are taken together
-    on_missing: Literal["fail", "skip"] = "fail"  # rows that cannot be used: refuse to start, or leave them out
+    on_missing: Literal["fail", "skip"] = "fail"  # rows that cannot be used: refuse, or leave out
 
 
 def open(options: Options, captions: Captions) -> Listed:
@@ -26,7 +29,9 @@ def open(options: Options, captions: Captions) -> Listed:
     listing = items(options.captions, options)
     named = [(item, archive.find(item.image)) for item in listing.items]
     missing = [
-        f"{listing.place(item)}: no image {item.image!r} in {options.path}" for item, name in named if not name
+        f"{listing.place(item)}: no image {item.image!r} in {options.path}"
+        for item, name in named
+        if not name
     ]
     problems = listing.problems + missing
     if problems and options.on_missing == "fail":

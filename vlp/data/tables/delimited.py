@@ -1,8 +1,9 @@
-"""Text tables (.csv, .tsv, .txt, .token): separator, header and quotes are found in the text, rows keep their lines.
+"""Text tables (.csv, .tsv, .txt, .token): separator, header and quotes are found in the text, rows
+keep their lines.
 
-Read as the field writes them: Excel's and pandas' CSV in any separator, Flickr's token files (`a.jpg#0<TAB>caption`),
-Kaggle's captions.txt (commas in captions without quotes), results.csv (`image_name| comment_number| comment`), plain
-lists of names, and `path label` lists.
+Read as the field writes them: Excel's and pandas' CSV in any separator, Flickr's token files
+(`a.jpg#0<TAB>caption`), Kaggle's captions.txt (commas in captions without quotes), results.csv
+(`image_name| comment_number| comment`), plain lists of names, and `path label` lists.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _NUMBERED_NAME = re.compile(r"(.+)#\d+")  # a.jpg#3: the fourth caption of a.jpg
 
 @dataclass
 class Delimited:
-    """A text table: its columns, its rows with their lines, and a line for each row that cannot be used."""
+    """A text table: its columns, its rows with their lines, and a line for each row that cannot be
+    used.
+    """
 
     columns: list[str]
     rows: list[tuple[int, dict[str, str]]]  # empty cells are left out
@@ -30,7 +33,9 @@ class Delimited:
 
 
 def parse(text: str, path: Path, options: TableOptions) -> Delimited:
-    """The columns and rows of a text table; raises ValueError for what cannot be read as one, saying what to do."""
+    """The columns and rows of a text table; raises ValueError for what cannot be read as one,
+    saying what to do.
+    """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     first, separator = preamble(text, path, options)
     lines = sample(text, first)
@@ -50,7 +55,13 @@ class _Reader:
     """The rows below the header, under one reading of the quotes."""
 
     def __init__(
-        self, text: str, first: int, separator: str, columns: list[str], path: Path, options: TableOptions
+        self,
+        text: str,
+        first: int,
+        separator: str,
+        columns: list[str],
+        path: Path,
+        options: TableOptions,
     ) -> None:
         self.text, self.first, self.separator = text, first, separator
         self.columns, self.path, self.options = columns, path, options
@@ -82,7 +93,9 @@ class _Reader:
                 continue
             if "#" in cells[self.image]:
                 cells[self.image] = _without_number(cells[self.image])
-            filled = {name: cell for name, cell in zip(self.columns, cells) if cell and not cell.isspace()}
+            filled = {
+                name: cell for name, cell in zip(self.columns, cells) if cell and not cell.isspace()
+            }
             result.rows.append((line, filled))
         return result
 
@@ -98,7 +111,9 @@ class _Reader:
             end = line_end(self.text, position)
             line = self.text[position:end]
             if '"' in line:
-                row, end = quoted_row(self.text, position, number, self.separator, self.options.quoting)
+                row, end = quoted_row(
+                    self.text, position, number, self.separator, self.options.quoting
+                )
                 if end > position + len(line) and self.options.quoting == "auto":
                     self._refuse_swallowed(row, number)
                 yield number, row
@@ -122,7 +137,9 @@ class _Reader:
         if len(cells) < len(self.columns):
             return False
         cell = cells[self.image].strip('"')
-        return names_image(cell) or (not names_image(self.name) and _shape(cell) == _shape(self.name))
+        return names_image(cell) or (
+            not names_image(self.name) and _shape(cell) == _shape(self.name)
+        )
 
     def _first_cells(self) -> list[str]:
         for line in sample(self.text, self.first):
@@ -130,14 +147,18 @@ class _Reader:
         return []
 
     def _image_column(self) -> int:
-        """The column of image names, to know a row where one is met in a field: by its name, else by the first row."""
+        """The column of image names, to know a row where one is met in a field: by its name, else
+        by the first row.
+        """
         wanted = self.options.image_column or usual(self.columns, IMAGE_COLUMNS)
         if wanted in self.columns:
             return self.columns.index(wanted)
         return next((i for i, cell in enumerate(self._first_cells()) if names_image(cell)), 0)
 
     def _fitted(self, row: Row) -> list[str] | None:
-        """A value for each column, or None. Of two columns, the caption's takes the separators that no quote hides."""
+        """A value for each column, or None. Of two columns, the caption's takes the separators that
+        no quote hides.
+        """
         if len(row.cells) == len(self.columns):
             return row.cells
         if len(row.cells) < 3 or len(self.columns) != 2:
@@ -165,4 +186,3 @@ def _without_number(name: str) -> str:
 def _shape(cell: str) -> str:
     """What kind of characters a name is made of: 0012-ab → 0-a."""
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", cell))
-

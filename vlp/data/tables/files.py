@@ -1,4 +1,5 @@
-"""A table's file as text: found by name, unpacked from gzip, decoded, or refused with what to do."""
+"""A table's file as text: found by name, unpacked from gzip, decoded, or refused with what to do.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def option(name: str, value: str) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The extension that tells how a table is read, without .gz; raises ValueError for another one."""
+    """The extension that tells how a table is read, without .gz; raises ValueError for another one.
+    """
     name = path.name.lower().removesuffix(".gz")
     suffix = Path(name).suffix
     if suffix in (".xlsx", ".xls", ".ods"):
@@ -40,7 +42,9 @@ def kind_of(path: Path) -> str:
 
 
 def load(path: Path) -> bytes:
-    """The bytes of a table, unpacked if they are gzip; raises ValueError for what is no such file, OSError."""
+    """The bytes of a table, unpacked if they are gzip; raises ValueError for what is no such file,
+    OSError.
+    """
     if path.is_dir():
         tables = [entry.name for entry in sorted(path.iterdir()) if entry.suffix.lower() in KINDS]
         held = f"it holds {', '.join(tables[:5])}" if tables else "it holds none"
@@ -55,7 +59,9 @@ def load(path: Path) -> bytes:
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} is damaged gzip ({error}); fetch it again") from None
     if data[:4] == b"PK\x03\x04":
-        raise ValueError(f"{path} is a zip archive or a spreadsheet; unpack it, or save it as CSV in UTF-8")
+        raise ValueError(
+            f"{path} is a zip archive or a spreadsheet; unpack it, or save it as CSV in UTF-8"
+        )
     if not data.strip():
         raise ValueError(f"{path} is empty")
     return data
@@ -70,7 +76,8 @@ def _nearest(path: Path) -> str:
 
 
 def decode(data: bytes, path: Path, encoding: str = "") -> str:
-    """The text of a file: in the encoding that is named, else UTF-8, else UTF-16 by its mark or its zero bytes.
+    """The text of a file: in the encoding that is named, else UTF-8, else UTF-16 by its mark or its
+    zero bytes.
 
     Raises ValueError with line, column and remedy where the bytes are no text in that encoding.
     """
@@ -80,14 +87,18 @@ def decode(data: bytes, path: Path, encoding: str = "") -> str:
     try:
         text = data.decode(chosen)
     except LookupError:
-        raise ValueError(f"no encoding is called {encoding!r}; for instance utf-8, cp1252, utf-16, gb18030") from None
+        raise ValueError(
+            f"no encoding is called {encoding!r}; for instance utf-8, cp1252, utf-16, gb18030"
+        ) from None
     except UnicodeError as error:
         start = getattr(error, "start", 0)
         raise ValueError(_wrong_bytes(data, start, path, encoding or "UTF-8")) from None
 
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}:{line}: found a zero byte; the file is damaged, or no text. Write it again as UTF-8")
+        raise ValueError(
+            f"{path}:{line}: found a zero byte; the file is damaged, or no text. Write it again as UTF-8"
+        )
     return text
 
 

@@ -1,11 +1,12 @@
-"""JSON files of captions, whatever their form, as rows: what is published for COCO, Flickr, LLaVA and BLIP is read as it is.
+"""JSON files of captions, whatever their form, as rows: what is published for COCO, Flickr, LLaVA
+and BLIP is read as it is.
 
-    [{"image": …, "caption": …}, …], or a line each        rows, as BLIP's, ALBEF's and LLaVA's files have them
-    {"images": [{"id", "file_name"}], "annotations": […]}  COCO's captions_*.json
-    {"images": [{"filename", "sentences": […]}]}           Karpathy's dataset_*.json, with its splits
-    {"a.jpg": "…"}, {"a.jpg": ["…", "…"]}, {"a.jpg": {…}}  a mapping of images
-    {"image": […], "caption": […]}                         columns
-    {"data": […]}                                          rows under a name
+[{"image": …, "caption": …}, …], or a line each        rows, as BLIP's, ALBEF's and LLaVA's files have them
+{"images": [{"id", "file_name"}], "annotations": […]}  COCO's captions_*.json
+{"images": [{"filename", "sentences": […]}]}           Karpathy's dataset_*.json, with its splits
+{"a.jpg": "…"}, {"a.jpg": ["…", "…"]}, {"a.jpg": {…}}  a mapping of images
+{"image": […], "caption": […]}                         columns
+{"data": […]}                                          rows under a name
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _OTHER_FORMS = {"keypoints": "keypoints", "segments_info": "panoptic", "bbox": "
 def parse_json(text: str, path: Path, by_line: bool) -> tuple[Rows, bool]:
     """The rows of a JSON file, and whether their numbers are lines; raises ValueError.
 
-    `by_line` is what the file's name promises. Either form is read under either name: some tools write JSON lines into
-    .json, and some one list into .jsonl.
+    `by_line` is what the file's name promises. Either form is read under either name: some tools
+    write JSON lines into .json, and some one list into .jsonl.
     """
     if by_line:
         try:
@@ -51,7 +52,9 @@ def whole(text: str, path: Path) -> Any:
     try:
         return json.loads(text, strict=False)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+        raise ValueError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
@@ -77,16 +80,24 @@ def _lines(text: str, path: Path) -> Rows:
                 f"{path}:{number}: found {line.strip()[:60]!r}, which is not valid JSON ({reason}), expected a mapping of "
                 "columns to values"
             ) from None
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+        if (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(isinstance(part, str) for part in value)
+        ):
             value = {"image": value[0], "caption": value[1]}
         if not isinstance(value, dict):
-            raise ValueError(f"{path}:{number}: found {line.strip()[:60]!r}, expected a mapping of columns to values")
+            raise ValueError(
+                f"{path}:{number}: found {line.strip()[:60]!r}, expected a mapping of columns to values"
+            )
         rows.append((number, jsonable(value)))
     return rows
 
 
 def rows_of(value: Any, path: Path) -> Rows:
-    """The rows that a JSON value of any known form holds; raises ValueError that names the form it found."""
+    """The rows that a JSON value of any known form holds; raises ValueError that names the form it
+    found.
+    """
     if isinstance(value, list):
         return _numbered(_listed(value, path))
     if not isinstance(value, dict):
@@ -94,7 +105,11 @@ def rows_of(value: Any, path: Path) -> Rows:
     images = value.get("images")
     if _are_rows(images) and any("sentences" in row for row in images):
         return _numbered(_karpathy(images))
-    if _are_rows(images) and "annotations" not in value and any(_names(row, CAPTION_COLUMNS) for row in images):
+    if (
+        _are_rows(images)
+        and "annotations" not in value
+        and any(_names(row, CAPTION_COLUMNS) for row in images)
+    ):
         return _numbered(images)
     if _are_rows(images):
         return _numbered(_coco(images, value, path))
@@ -102,8 +117,12 @@ def rows_of(value: Any, path: Path) -> Rows:
     if _names(value, IMAGE_COLUMNS):
         if all(isinstance(column, list) for column in value.values()):
             return _numbered(_columns(value, path))
-        if all(isinstance(column, dict) for column in value.values()):  # as pandas writes them, by row number
-            return _numbered(_columns({name: list(column.values()) for name, column in value.items()}, path))
+        if all(
+            isinstance(column, dict) for column in value.values()
+        ):  # as pandas writes them, by row number
+            return _numbered(
+                _columns({name: list(column.values()) for name, column in value.items()}, path)
+            )
         return _numbered([value])
     tables = [rows for rows in value.values() if _are_rows(rows)]
     if len(tables) == 1:
@@ -138,7 +157,9 @@ def _listed(value: list[Any], path: Path) -> list[dict[str, Any]]:
     if all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in value):
         return [{"image": image, "caption": caption} for image, caption in value]
     odd = next(row for row in value if not isinstance(row, dict))
-    raise ValueError(f"{path}: found {str(odd)[:60]!r} among the rows, expected mappings of columns to values")
+    raise ValueError(
+        f"{path}: found {str(odd)[:60]!r} among the rows, expected mappings of columns to values"
+    )
 
 
 def _columns(columns: dict[str, list[Any]], path: Path) -> list[dict[str, Any]]:
@@ -153,14 +174,20 @@ def _karpathy(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Karpathy and Fei-Fei's splits: each image with its sentences, as they were written."""
     rows = []
     for image in images:
-        rest = {name: value for name, value in image.items() if name not in ("filepath", "filename", "sentences", "sentids")}
+        rest = {
+            name: value
+            for name, value in image.items()
+            if name not in ("filepath", "filename", "sentences", "sentids")
+        }
         folder, name = image.get("filepath"), image.get("filename")
         place = f"{folder}/{name}" if folder and name else name
         rows.append({"image": place, "captions": image.get("sentences"), **rest})
     return rows
 
 
-def _coco(images: list[dict[str, Any]], content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+def _coco(
+    images: list[dict[str, Any]], content: dict[str, Any], path: Path
+) -> list[dict[str, Any]]:
     """COCO's form: images by id, captions in annotations that name one."""
     annotations = content.get("annotations")
     if not _are_rows(annotations):
@@ -169,7 +196,9 @@ def _coco(images: list[dict[str, Any]], content: dict[str, Any], path: Path) -> 
             "captions; give captions_*.json"
         )
     if not any("caption" in row for row in annotations):
-        form = next((form for key, form in _OTHER_FORMS.items() if key in annotations[0]), "annotations")
+        form = next(
+            (form for key, form in _OTHER_FORMS.items() if key in annotations[0]), "annotations"
+        )
         raise ValueError(
             f"{path} is COCO's {form} form ({', '.join(list(annotations[0])[:6])}) and holds no captions; give "
             "captions_*.json of the same images"
@@ -178,12 +207,16 @@ def _coco(images: list[dict[str, Any]], content: dict[str, Any], path: Path) -> 
     captions: dict[Any, list[Any]] = {}
     for i, image in enumerate(images):
         if "id" not in image or "file_name" not in image:
-            raise ValueError(f"{path}: images[{i}] lacks id or file_name (it has {', '.join(image)})")
+            raise ValueError(
+                f"{path}: images[{i}] lacks id or file_name (it has {', '.join(image)})"
+            )
         captions[image["id"]] = []
     for i, row in enumerate(annotations):
         image_id = row.get("image_id")
         if image_id not in captions:
-            raise ValueError(f"{path}: annotations[{i}] names image {image_id}, which the file's images do not list")
+            raise ValueError(
+                f"{path}: annotations[{i}] names image {image_id}, which the file's images do not list"
+            )
         if row.get("caption") is not None:
             captions[image_id].append(row["caption"])
 

@@ -22,14 +22,16 @@ Found = TypeVar("Found")
 class Item:
     """One image of a table.
 
-    Rows that name the same image are one item: a later row adds the captions that are not there yet. The list of one row
-    stays as it is, since fields such as `negatives_of` count its entries, and published sets their captions.
+    Rows that name the same image are one item: a later row adds the captions that are not there
+    yet. The list of one row stays as it is, since fields such as `negatives_of` count its entries,
+    and published sets their captions.
     """
 
     image: str  # the name as the table gives it
     row: int  # line or number of the (first) row, counted from 1 with any header
     captions: list[str] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)  # the first row's other columns; "class" if there is one
+    # The first row's other columns; "class" if there is one.
+    meta: dict[str, Any] = field(default_factory=dict)
     label: Any = None  # the class as the table gives it, a name or a number
 
     @property
@@ -44,7 +46,8 @@ class Listing:
     table: Table
     chosen: Chosen
     items: list[Item]
-    classes: list[str]  # of all rows, also those that `where` leaves out, so that parts of a set number them alike; sorted
+    # Sorted; of all rows, also those that `where` leaves out: parts of a set number them alike.
+    classes: list[str]
     problems: list[str]  # a line for each row that cannot be used
     notes: list[str]
 
@@ -60,9 +63,11 @@ class Listing:
 
 
 def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
-    """The images of a table that fulfil `options.where`, and belong to `split` where it has such a column.
+    """The images of a table that fulfil `options.where`, and belong to `split` where it has such a
+    column.
 
-    Raises ValueError for what makes the whole table unusable, OSError. Rows that cannot be used are in `problems`.
+    Raises ValueError for what makes the whole table unusable, OSError. Rows that cannot be used are
+    in `problems`.
     """
     table = read(path, options)
     sample = [row for _, row in table.rows[:_SHOWN]]
@@ -70,7 +75,10 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
     if not options.named_captions:
         _refuse_dialogues(table, chosen)
 
-    conditions = {columns.column(table.columns, name, table.path): value for name, value in options.where.items()}
+    conditions = {
+        columns.column(table.columns, name, table.path): value
+        for name, value in options.where.items()
+    }
     split_column = columns.split_column(table.columns)
     if split and split_column:
         conditions.setdefault(split_column, split)
@@ -90,7 +98,9 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
         splits = [row.get(split_column) for _, row in table.rows]
         if len(set(map(values.shown, splits))) > 1:
             told = values.counted(splits)
-            listing.notes.append(f"{table.path}: rows of all splits are taken together ({told}); where chooses some")
+            listing.notes.append(
+                f"{table.path}: rows of all splits are taken together ({told}); where chooses some"
+            )
     return listing
 
 
@@ -99,14 +109,20 @@ def _keep_listed(listing: Listing, path: str) -> None:
     n_before = len(listing.items)
     listing.items, lost = only(listing.items, path)
     if n_before and not listing.items:
-        raise ValueError(f"no name in {path} is that of an image in {listing.table.path}; the first is {lost[0]!r}")
+        raise ValueError(
+            f"no name in {path} is that of an image in {listing.table.path}; the first is {lost[0]!r}"
+        )
     if lost:
-        listing.notes.append(f"{len(lost)} names in {path} are of no image in {listing.table.path} (the first: {lost[0]!r})")
+        listing.notes.append(
+            f"{len(lost)} names in {path} are of no image in {listing.table.path} (the first: {lost[0]!r})"
+        )
 
 
 def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing:
     result = Listing(table, chosen, [], [], list(table.problems), list(table.notes))
-    kept = [name for name in table.columns if name not in (chosen.image, *chosen.captions, chosen.label)]
+    kept = [
+        name for name in table.columns if name not in (chosen.image, *chosen.captions, chosen.label)
+    ]
     typed = table.converters([chosen.label, *kept] if chosen.label else kept)
     by_name: dict[str, Item] = {}
     classes: set[Any] = set()
@@ -115,7 +131,9 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
     for number, row in table.rows:
         label = typed[chosen.label](row.get(chosen.label)) if chosen.label else None
         if isinstance(label, (list, dict)):
-            result.problems.append(f"{table.place(number)}: {chosen.label} is {str(label)[:60]}, expected one class")
+            result.problems.append(
+                f"{table.place(number)}: {chosen.label} is {str(label)[:60]}, expected one class"
+            )
             continue
         if label is not None:
             classes.add(label)
@@ -126,7 +144,9 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
         except values.NoText as problem:
             result.problems.append(f"{table.place(number)}: {problem}")
             continue
-        item.meta = {chosen.image: item.image} | {name: typed[name](row[name]) for name in kept if row.get(name) is not None}
+        item.meta = {chosen.image: item.image} | {
+            name: typed[name](row[name]) for name in kept if row.get(name) is not None
+        }
         item.meta = {name: value for name, value in item.meta.items() if value is not None}
         if label is not None:
             item.meta["class"] = values.shown(label)
@@ -140,7 +160,9 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
 
     if differing:
         named = ", ".join(list(differing)[:5])
-        result.notes.append(f"{table.path}: rows of one image differ in {named}; the first row's values are kept")
+        result.notes.append(
+            f"{table.path}: rows of one image differ in {named}; the first row's values are kept"
+        )
     result.items = list(by_name.values())
     result.classes = [values.shown(label) for label in sorted(classes, key=_class_order)]
     return result
@@ -167,8 +189,11 @@ def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
 
 
 def _join(item: Item, other: Item) -> str:
-    """Give an item the captions of another one of the same image; returns what contradicts, or ""."""
-    item.captions = item.captions + [caption for caption in other.captions if caption not in item.captions]
+    """Give an item the captions of another one of the same image; returns what contradicts, or "".
+    """
+    item.captions = item.captions + [
+        caption for caption in other.captions if caption not in item.captions
+    ]
     if item.label is None:
         item.label = other.label
         item.meta |= {"class": other.meta["class"]} if "class" in other.meta else {}
@@ -185,7 +210,9 @@ def _class_order(label: Any) -> tuple[bool, int, str]:
 
 
 def _refuse_dialogues(table: Table, chosen: Chosen) -> None:
-    """The answer of a dialogue with one turn is a caption; several answers are none unless a person says so."""
+    """The answer of a dialogue with one turn is a caption; several answers are none unless a person
+    says so.
+    """
     for number, row in table.rows:
         for name in chosen.captions:
             n_answers = len(values.answers(row.get(name)))
@@ -200,12 +227,19 @@ def _refuse_nothing(table: Table, conditions: dict[str, Any]) -> None:
     if not conditions:
         raise ValueError(f"{table.path} has no rows")
     said = " and ".join(f"{name} = {values.asked(value)}" for name, value in conditions.items())
-    there = [f"{name} holds {values.counted(row.get(name) for _, row in table.rows)}" for name in conditions]
+    there = [
+        f"{name} holds {values.counted(row.get(name) for _, row in table.rows)}"
+        for name in conditions
+    ]
     raise ValueError(f"{table.path} has no row with {said}; {'; '.join(there)}")
 
 
-def place(items: Iterable[Item], find: Callable[[str], Found | None]) -> tuple[list[tuple[Item, Found]], list[Item]]:
-    """Each item with its image, and the items without one. Items whose names mean the same image are joined."""
+def place(
+    items: Iterable[Item], find: Callable[[str], Found | None]
+) -> tuple[list[tuple[Item, Found]], list[Item]]:
+    """Each item with its image, and the items without one. Items whose names mean the same image
+    are joined.
+    """
     placed: dict[Found, Item] = {}
     missing = []
     for item in items:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def only(items: Iterable[Item], path: str | Path) -> tuple[list[Item], list[str]]:
     """The items that a list names, and the names that mean no item.
 
-    The list holds one name a line (or is a table with a column of images). A name means an image if one is the end of the
-    other, whole folders at a time, with or without an extension. Raises ValueError, OSError.
+    The list holds one name a line (or is a table with a column of images). A name means an image if
+    one is the end of the other, whole folders at a time, with or without an extension. Raises
+    ValueError, OSError.
     """
     wanted: dict[str, list[tuple[str, ...]]] = {}
     for name in _listed(Path(path)):
@@ -40,12 +41,20 @@ def only(items: Iterable[Item], path: str | Path) -> tuple[list[Item], list[str]
 def _listed(path: Path) -> list[str]:
     """The names in the file."""
     table = read(path, TableOptions())
-    named = [name for name in table.columns if any(names_image(row.get(name)) for _, row in table.rows[:20])]
+    named = [
+        name
+        for name in table.columns
+        if any(names_image(row.get(name)) for _, row in table.rows[:20])
+    ]
     if len(table.columns) == 1:
         name = table.columns[0]
         names = [row[name] for _, row in table.rows]
         # Names without extensions: the first line is one of them, unless it says what the column is.
-        return names if names_image(names[0]) or name.lower() in ("image", "file_name", "filename") else [name, *names]
+        return (
+            names
+            if names_image(names[0]) or name.lower() in ("image", "file_name", "filename")
+            else [name, *names]
+        )
     if len(named) != 1:
         return [row[column(table.columns, "image", path)] for _, row in table.rows]
     return [row[named[0]] for _, row in table.rows if row.get(named[0])]
@@ -53,7 +62,9 @@ def _listed(path: Path) -> list[str]:
 
 def _parts(name: str) -> tuple[str, ...]:
     """Folders and name without extension."""
-    *folders, last = [part for part in name.strip().replace("\\", "/").split("/") if part not in ("", ".")] or [""]
+    *folders, last = [
+        part for part in name.strip().replace("\\", "/").split("/") if part not in ("", ".")
+    ] or [""]
     stem = last.rsplit(".", 1)[0] if names_image(last) else last
     return (*folders, stem)
 

@@ -6,8 +6,11 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-LITERAL = "\t|"  # separators with which no quoting is usual: a quote that does not fit is a character
-LIST_LINE = re.compile(r"(\S+)[ \t]+(\S.*)")  # a name, blanks, and the rest of the line: the separator " "
+LITERAL = (
+    "\t|"  # separators with which no quoting is usual: a quote that does not fit is a character
+)
+# A name, blanks, and the rest of the line: the separator " ".
+LIST_LINE = re.compile(r"(\S+)[ \t]+(\S.*)")
 
 
 class Unfitting(ValueError):
@@ -58,7 +61,9 @@ def quoted_row(text: str, start: int, line: int, separator: str, quoting: str) -
             end = _cell_end(text, position, separator)
             cell = text[position:end].strip(" ")
             if cell.startswith('"'):
-                _check_open(text, position, separator, quoting, line + text.count("\n", start, position))
+                _check_open(
+                    text, position, separator, quoting, line + text.count("\n", start, position)
+                )
         row.cells.append(cell)
         row.written.append(text[position:end])
         if end >= len(text) or text[end] == "\n":
@@ -73,7 +78,9 @@ def _in_quotes(separator: str) -> re.Pattern[str]:
 
 
 def _check_open(text: str, position: int, separator: str, quoting: str, line: int) -> None:
-    """What to think of a field that begins with a quote and does not end with one: raises Unfitting, or it is text."""
+    """What to think of a field that begins with a quote and does not end with one: raises
+    Unfitting, or it is text.
+    """
     if text.count('"', position, line_end(text, position)) % 2:
         raise Unfitting(line, "a quote opens a field here and does not close it")
     if quoting == "csv" or separator in LITERAL:

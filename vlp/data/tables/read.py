@@ -14,7 +14,9 @@ from vlp.data.tables.parquet import parse_parquet
 
 @dataclass
 class Table:
-    """Rows as mappings of columns to values. Those of a text table are texts, and empty cells are absent."""
+    """Rows as mappings of columns to values. Those of a text table are texts, and empty cells are
+    absent.
+    """
 
     path: Path
     columns: list[str]
@@ -29,7 +31,9 @@ class Table:
         return f"{self.path}:{number}" if self.by_line else f"{self.path}: row {number}"
 
     def converters(self, names: Iterable[str]) -> dict[str, Callable[[Any], Any]]:
-        """For each column what makes a JSON value of a cell: by all cells of the column in a text table, as it is elsewhere."""
+        """For each column what makes a JSON value of a cell: by all cells of the column in a text
+        table, as it is elsewhere.
+        """
         result = {}
         for name in names:
             cells = (row[name] for _, row in self.rows if name in row) if self.textual else ()
@@ -42,7 +46,8 @@ class Table:
         texts = set(texts)
         typed = self.converters(name for name in self.columns if name not in texts)
         return [
-            {name: value if name in texts else typed[name](value) for name, value in row.items()} for _, row in self.rows
+            {name: value if name in texts else typed[name](value) for name, value in row.items()}
+            for _, row in self.rows
         ]
 
 
@@ -51,7 +56,9 @@ def _where_filled(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
 
 
 def read(path: str | Path, options: TableOptions | None = None) -> Table:
-    """The rows of a table; raises ValueError for what is none, saying what was found and what to do, and OSError."""
+    """The rows of a table; raises ValueError for what is none, saying what was found and what to
+    do, and OSError.
+    """
     path, options = Path(path).expanduser(), options or TableOptions()
     kind = files.kind_of(path)
     if kind == ".parquet":

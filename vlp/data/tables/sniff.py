@@ -1,4 +1,6 @@
-"""What a text table does not say: its separator, whether its first line names the columns, and names where it does not."""
+"""What a text table does not say: its separator, whether its first line names the columns, and
+names where it does not.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from vlp.data.tables.columns import TableOptions, is_usual, names_image
 from vlp.data.tables.quotes import LIST_LINE, single
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars", " ": "blanks"}
-_SPELLED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "bar": "|", "space": " ", "blank": " "}
+_SPELLED = {
+    "tab": "\t",
+    "\\t": "\t",
+    "comma": ",",
+    "semicolon": ";",
+    "pipe": "|",
+    "bar": "|",
+    "space": " ",
+    "blank": " ",
+}
 _DIRECTIVE = re.compile(r"sep=(.)", re.IGNORECASE)  # Excel's first line
 _SAMPLED = 50  # lines that are looked at
 
@@ -19,7 +30,9 @@ def preamble(text: str, path: Path, options: TableOptions) -> tuple[int, str]:
     """Where the table begins, and its separator as far as it is known."""
     separator = _SPELLED.get(options.separator.lower(), options.separator)
     if options.separator and (len(separator) != 1 or separator in '"\n'):
-        raise ValueError(f"separator {options.separator!r} is not one character, nor one of {', '.join(_SPELLED)}")
+        raise ValueError(
+            f"separator {options.separator!r} is not one character, nor one of {', '.join(_SPELLED)}"
+        )
 
     first_line, _, _ = text.partition("\n")
     directive = _DIRECTIVE.fullmatch(first_line.strip())
@@ -64,12 +77,16 @@ def _spaced(line: str) -> bool:
 
 
 def is_row(cells: Sequence[str]) -> bool:
-    """Whether a first line is a row rather than names of columns: it holds an image's name, or an address."""
+    """Whether a first line is a row rather than names of columns: it holds an image's name, or an
+    address.
+    """
     return any(names_image(cell) or cell.startswith(("http://", "https://")) for cell in cells)
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """Column names without blanks around them; nameless and repeated ones are told apart by a number."""
+    """Column names without blanks around them; nameless and repeated ones are told apart by a
+    number.
+    """
     result: list[str] = []
     for i, name in enumerate(names, 1):
         plain = name.strip() or f"column {i}"
@@ -79,9 +96,11 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def invented(lines: Sequence[str], separator: str, told: bool) -> list[str]:
-    """Names for the columns of a table without a header: image, then caption (label if it is a number), caption2, …
+    """Names for the columns of a table without a header: image, then caption (label if it is a
+    number), caption2, …
 
-    The image's is the one that holds a file name; where a person has told that there is no header, else the first.
+    The image's is the one that holds a file name; where a person has told that there is no header,
+    else the first.
     """
     rows = [single(line, separator).cells for line in lines]
     n_columns = min((len(row) for row in rows if len(row) > 1), default=1)

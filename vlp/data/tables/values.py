@@ -1,4 +1,6 @@
-"""What stands in a table's cells: captions, numbers, truth values and lists, as a shard's JSON can hold them."""
+"""What stands in a table's cells: captions, numbers, truth values and lists, as a shard's JSON can
+hold them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from decimal import Decimal
 from typing import Any
 
 _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
-_DECIMAL = re.compile(r"-?(0|[1-9]\d*)?\.\d+([eE][+-]?\d+)?|-?(0|[1-9]\d*)\.([eE][+-]?\d+)?|-?(0|[1-9]\d*)[eE][+-]\d+")
+_DECIMAL = re.compile(
+    r"-?(0|[1-9]\d*)?\.\d+([eE][+-]?\d+)?|-?(0|[1-9]\d*)\.([eE][+-]?\d+)?|-?(0|[1-9]\d*)[eE][+-]\d+"
+)
 _LARGEST = 1 << 53  # beyond it, readers that keep numbers as doubles change an id
 _TOLD = 20  # values of a column that a message lists
 _NOTHING = frozenset({"nan", "na", "n/a", "null", "none", "<na>"})
@@ -28,9 +32,11 @@ class NoText(ValueError):
 
 
 def texts(value: Any) -> list[str]:
-    """The captions in a value: a text, a list of texts or of {raw | caption | text | sentence}, or a dialogue's answers.
+    """The captions in a value: a text, a list of texts or of {raw | caption | text | sentence}, or
+    a dialogue's answers.
 
-    A text that is written as a list, `["a dog", "a cat"]`, is that list. Empty ones are left out; NoText for all else.
+    A text that is written as a list, `["a dog", "a cat"]`, is that list. Empty ones are left out;
+    NoText for all else.
     """
     if isinstance(value, str):
         value = value.strip()
@@ -81,7 +87,9 @@ def _is_dialogue(turns: list[dict[str, Any]]) -> bool:
 
 
 def answers(value: Any) -> list[str]:
-    """What the model says in a dialogue (LLaVA's `conversations`, `messages` of chats); nothing in any other value."""
+    """What the model says in a dialogue (LLaVA's `conversations`, `messages` of chats); nothing in
+    any other value.
+    """
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
     result = []
     for turn in turns:
@@ -96,11 +104,16 @@ def _said(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    return " ".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return " ".join(
+        part["text"]
+        for part in parts
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+    )
 
 
 def jsonable(value: Any) -> Any:
-    """A value of a file as JSON holds it: dates as ISO texts, decimals as numbers, NaN and infinity as nothing.
+    """A value of a file as JSON holds it: dates as ISO texts, decimals as numbers, NaN and infinity
+    as nothing.
 
     Lone halves of UTF-16 pairs, which no file can store, become U+FFFD.
     """
@@ -142,11 +155,12 @@ def _from_decimal(value: Decimal) -> Any:
 
 
 def converter(cells: Iterable[str]) -> Callable[[str], Any]:
-    """How the cells of one column of a text file become JSON values; the rule looks at the whole column.
+    """How the cells of one column of a text file become JSON values; the rule looks at the whole
+    column.
 
-    All whole numbers (no leading zeros, below 2⁵³) are ints; all numbers are floats, and "nan", "NA", "null" among them
-    nothing; all true or false are truth values; all lists or mappings in JSON are those. Everything else stays text,
-    also "1e5" without a sign, which may be an id.
+    All whole numbers (no leading zeros, below 2⁵³) are ints; all numbers are floats, and "nan",
+    "NA", "null" among them nothing; all true or false are truth values; all lists or mappings in
+    JSON are those. Everything else stays text, also "1e5" without a sign, which may be an id.
     """
     values = {cell for cell in cells if cell}
     filled = {cell for cell in values if cell.lower() not in _NOTHING}
@@ -178,7 +192,9 @@ def _parsed(cell: str) -> Any:
 
 
 def equals(value: Any, wanted: Any) -> bool:
-    """Whether a cell has the value that a person asks for, or one of a list: as text, truth value, or the same number."""
+    """Whether a cell has the value that a person asks for, or one of a list: as text, truth value,
+    or the same number.
+    """
     if isinstance(wanted, list):
         return any(equals(value, one) for one in wanted)
     if value is None:
