@@ -108,35 +108,37 @@ def _change(args: argparse.Namespace) -> AddNegatives:
 
 
 def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, Path]]:
-    """Key → (negative, kind) pairs, and key → image of the first of them, of a JSONL file.
+    """Key → (negative, kind) pairs, and key → image of the first of them, of a table (JSONL, CSV with lists in JSON, …).
 
     Raises ValueError with the line of the first mistake.
     """
+    from vlp.data import tables
     from vlp.data.members import IMAGE_TYPES
 
     result: dict[str, list[tuple[str, str]]] = {}
     images: dict[str, Path] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    table = tables.read(path)
+    if table.problems:
+        raise ValueError(table.problems[0])
+    for (number, _), row in zip(table.rows, table.records(texts=("key", "image"))):
+        place = table.place(number)
         try:
-            row = json.loads(line)
             texts = row["negatives"]
             kinds = row.get("kinds", ["given"] * len(texts))
             right = isinstance(row["key"], str) and isinstance(texts, list) and isinstance(kinds, list)
             right = right and len(kinds) == len(texts) and all(isinstance(text, str) for text in texts + kinds)
             image = path.parent / row["image"] if "image" in row else None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError):
             right = False
         if not right:
             expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"], "image": "…"} (kinds and image may be left out)'
-            raise ValueError(f"{path}:{number}: found {line[:100]!r}, expected {expected}")
+            raise ValueError(f"{place}: found {json.dumps(row)[:100]}, expected {expected}")
         if image is not None:
             if not image.resolve().is_relative_to(path.parent.resolve()):
                 raise ValueError(f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; copy it there")
             if not image.is_file() or image.suffix.lower()[1:] not in IMAGE_TYPES or not texts or row["key"] in result:
                 expected = f"a {', '.join(sorted(IMAGE_TYPES))} file beside the first negatives of {row['key']!r}"
-                raise ValueError(f"{path}:{number}: found the image {str(image)!r}, expected {expected}")
+                raise ValueError(f"{place}: found the image {str(image)!r}, expected {expected}")
             images[row["key"]] = image
         result.setdefault(row["key"], []).extend(zip(texts, kinds))
     if not result:

@@ -12,7 +12,12 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlp.data.tables import Listing
 
 HELP = "pack images with captions or classes into shards"
 EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/train
@@ -28,11 +33,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="folder of images, folder with one sub-folder a class, or a tar")
     add("--to", required=True, metavar="DIR", help="the new folder")
-    add("--captions", metavar="TABLE", help=".csv, .tsv, .jsonl, .json or .parquet with one row an image or a caption")
+    add("--captions", metavar="TABLE",
+        help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; COCO's, Karpathy's, LLaVA's JSON")
     add("--image-column", default="", metavar="NAME", help="column with image names (default: image, file_name, …)")
     add("--caption-column", default=[], action="append", metavar="NAME", help="column with captions; may be repeated")
     add("--class-column", default="", metavar="NAME", help="column with class names (default: class)")
-    add("--where", default=[], action="append", metavar="COLUMN=VALUE", help="only rows with this value; may be repeated")
+    add("--where", default=[], action="append", metavar="COLUMN=VALUE",
+        help="only rows with this value; repeated for one column: with one of these")
+    add("--only", default="", metavar="LIST", help="only images that this file names, one a line (Flickr_8k.trainImages.txt)")
+    add("--separator", default="", metavar="CHARACTER", help="of a text table: a character, tab or space (default: found)")
+    add("--encoding", default="", metavar="NAME", help="of a text table, such as cp1252 (default: UTF-8 or UTF-16)")
+    add("--header", choices=("auto", "yes", "no"), default="auto", help="whether the first line names the columns")
+    add("--quoting", choices=("auto", "csv", "none"), default="auto", help="csv: as RFC 4180 says; none: a quote is a character")
     add("--part", metavar="K/N", help="only these of N parts, chosen by a hash of the image's name: 1,2/3 to train, 3/3 to test")
     add("--samples-per-shard", type=int, default=10_000, metavar="N")
     add("--layout", choices=("train", "clip_benchmark"), default="train")
@@ -45,17 +57,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pack; returns 1 after naming every unusable row, having written nothing. Raises ValueError, OSError."""
     from vlp.data.archives import Archive
-    from vlp.data.tables import class_items
+    from vlp.data.tables.trees import class_items
 
     target = Path(args.to)
     _check_target(target, args.overwrite)
     archive = Archive(args.source)
-    items, classes = _table(args) if args.captions else class_items(archive)
+    listing = _table(args) if args.captions else None
+    items, classes = (listing.items, listing.classes) if listing else class_items(archive)
     if args.part:
         items = [item for item in items if _in_part(item.image, args.part)]
     if not items:
         raise ValueError(f"no row of {args.captions or args.source} is left to pack; check --where and --part")
-    usable, problems = _sort_out(items, archive, args)
+    usable, left_out = _sort_out(items, archive, listing)
+    problems = list(chain.from_iterable(left_out.values()))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems and args.on_missing == "fail":
@@ -76,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(partial, ignore_errors=True)
     n_captions = sum(len(item.captions) for item, _ in usable)
     print(f"{target}: {len(usable)} images with {n_captions} captions and {len(classes)} classes in {n_shards} shards")
+    if problems:
+        reasons = ", ".join(f"{len(lines)} {reason}" for reason, lines in left_out.items() if lines)
+        print(f"left out: {reasons}")
     unused = len(archive.names) - len({name for _, name in usable})
     if unused:
         print(f"{unused} images in {args.source} were not packed (no row names them, or --where or --on-missing left them out)")
@@ -105,36 +122,47 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} holds files that no pack wrote, such as {foreign[0].name}; choose another folder")
 
 
-def _table(args: argparse.Namespace) -> tuple[list, list[str]]:
-    from vlp.data.tables import Columns, items
+def _table(args: argparse.Namespace) -> Listing:
+    """The images of the table, after saying which of its columns were taken."""
+    from vlp.data.tables import TableOptions, items
 
-    where = {}
+    where: dict[str, list[str]] = {}
     for condition in args.where:
         column, equals, value = condition.partition("=")
         if not equals:
             raise ValueError(f"--where {condition!r} is not of the form COLUMN=VALUE")
-        where[column] = value
-    return items(args.captions, Columns(args.image_column, tuple(args.caption_column), args.class_column), where)
+        where.setdefault(column, []).append(value)
+    options = TableOptions(
+        image_column=args.image_column, caption_columns=args.caption_column, class_column=args.class_column,
+        where=where, only=args.only,
+        separator=args.separator, encoding=args.encoding, quoting=args.quoting,
+        header={"yes": True, "no": False}.get(args.header),
+    )  # fmt: skip
+    listing = items(args.captions, options)
+    print(f"{args.captions}: {listing}")
+    for note in listing.notes:
+        print(f"note: {note}")
+    return listing
 
 
-def _sort_out(items: list, archive, args: argparse.Namespace) -> tuple[list, list[str]]:
-    """The items with the names of their images, and a line for each that cannot be packed."""
-    from vlp.data.archives import image_type
-    from vlp.data.members import IMAGE_TYPES
-
-    usable, problems = [], []
+def _sort_out(items: list, archive, listing: Listing | None) -> tuple[list, dict[str, list[str]]]:
+    """The items with the names of their images, and by reason a line for each row that cannot be packed."""
+    usable, unreadable, missing, silent = [], list(listing.problems if listing else []), [], []
     for item in items:
-        place = f"{args.captions}:{item.row}: " if args.captions else ""
+        place = f"{listing.place(item)}: " if listing else ""
         name = archive.find(item.image)
-        if not image_type(item.image):
-            problems.append(f"{place}image {item.image!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it")
-        elif name is None:
-            problems.append(f"{place}image {item.image!r} is missing in {args.source}")
+        if name is None:
+            missing.append(f"{place}image {item.image!r} is missing in {archive.path}")
         elif not item.captions and item.class_name is None:
-            problems.append(f"{place}image {item.image!r} has neither caption nor class")
+            silent.append(f"{place}image {item.image!r} has neither caption nor class")
         else:
             usable.append((item, name))
-    return usable, problems
+    reasons = {
+        "rows that cannot be read": unreadable,
+        "without their image": missing,
+        "with neither caption nor class": silent,
+    }
+    return usable, reasons
 
 
 def _write(usable: list, archive, classes: list[str], args: argparse.Namespace, folder: Path) -> int:

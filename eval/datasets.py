@@ -6,22 +6,31 @@
     folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
     folder of folders               one folder of images a class
     folder of images                key.jpg with its captions in key.txt, a line each
-    table.jsonl                     a line an image ("image", "class" or "captions", "split"), members of the .tar beside it
+    table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables reads: COCO's
+                                    captions_*.json and Karpathy's dataset_*.json too; the images in `images`, the .tar of
+                                    the same name, or the table's folder
     hf:user/name                    any of the above in a data set repository on the hub
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vlp.data import tables
 from vlp.data.members import IMAGE_TYPES, Content, read_text, split_name
+from vlp.data.tables import TableOptions
+from vlp.data.tables.columns import IMAGE_COLUMNS, column, listed, split_column, usual, usual_captions
+from vlp.data.tables.values import NoText, equals, shown
+from vlp.data.tables.values import texts as texts_of
 from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_missing, tar_members
 
+NUMBERS = ("label", "fine_label", "labels", "cls")  # columns of class numbers in the hub's data sets
 SPLITS = ("train", "val", "valid", "validation", "test")  # folder names that are no classes
 
 
@@ -45,21 +54,29 @@ class Source:
     templates: list[str] | None = None  # where the set brings its own
     multilabel: bool = False
     skipped: list[str] = field(default_factory=list)  # annotations left out because their images are missing
+    n_joined: int = 0  # records that went because their pictures equal another one's
 
 
-def open_source(path: str, split: str = "test", missing: str = "error") -> Source:
+def open_source(
+    path: str,
+    split: str = "test",
+    missing: str = "error",
+    images: str | None = None,  # where a table's images are; None: beside it
+    options: TableOptions | None = None,  # how a table is read
+) -> Source:
     """Read an evaluation set's index; a DataError says what was expected. No image is decoded here."""
+    options = options or TableOptions()
     root = _download(path[3:], split) if path.startswith("hf:") else Path(path)
     if not root.exists():
-        raise DataError(f"no evaluation data at {path}; give a folder, a .jsonl table or hf:USER/NAME")
-    if root.suffix == ".jsonl":
-        source = _table(root, split, missing)
+        raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
+    if root.is_file() and root.suffix != ".tar":
+        source = _table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
         source = _clip_benchmark(root, split)
     elif found := _split_files(root, split, "*.tar"):
         source = _from_samples(root, (sample for tar in found for sample in _samples(tar)))
     elif found := _split_files(root, split, "*.parquet") or _named_parquet(root, split):
-        source = _parquet(root, found)
+        source = _parquet(root, found, split, options)
     else:
         source = _tree(root, split)
     if not source.records:
@@ -68,7 +85,10 @@ def open_source(path: str, split: str = "test", missing: str = "error") -> Sourc
 
 
 def _short_name(path: str) -> str:
-    return path[3:] if path.startswith("hf:") else Path(path).stem if path.endswith(".jsonl") else Path(path).resolve().name
+    if path.startswith("hf:"):
+        return path[3:]
+    name = Path(path).resolve().name
+    return name.removesuffix(".gz").rpartition(".")[0] if Path(path).is_file() else name
 
 
 def _download(repository: str, split: str) -> Path:
@@ -152,20 +172,15 @@ def _multi_hot(member: Picture) -> tuple[int, ...]:
 # --- tables and trees ---------------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a DataError names the line that is not a mapping."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number} holds {type(row).__name__}, expected a mapping")
-        rows.append(row)
-    return rows
+def read_rows(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a table of any kind; the columns `texts` stay as written. A DataError names the line that is wrong."""
+    try:
+        table = tables.read(path)
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from None
+    if table.problems:
+        raise DataError(table.problems[0])
+    return table.records(texts)
 
 
 def beside(table: Path) -> Path:
@@ -174,51 +189,111 @@ def beside(table: Path) -> Path:
     return tar if tar.exists() else table.parent
 
 
-def _table(path: Path, split: str, missing: str) -> Source:
-    rows = read_jsonl(path)
-    splits = sorted({str(row["split"]) for row in rows if "split" in row})
-    if splits and split not in splits:
-        raise DataError(f"{path} has no split {split!r}, only {splits}; pass split=…")
-    rows = [row for row in rows if not splits or row.get("split") == split]
-    nameless = [i for i, row in enumerate(rows) if not isinstance(row.get("image"), str)]
-    if nameless:
-        raise DataError(f"{path}: {len(nameless)} rows lack the key 'image' (the first: row {nameless[0]} of the split)")
-    collection = Collection(beside(path))
-    found = [(row, collection.find(row["image"])) for row in rows]
-    absent = [row["image"] for row, picture in found if picture is None]
-    refuse_missing(absent, len(rows), collection.root, missing)
-    records = [Record(picture, captions_of(row), row.get("class"), row) for row, picture in found if picture]
-    return Source(str(path), records, skipped=absent)
+def _table(path: Path, images: str | None, split: str, missing: str, options: TableOptions) -> Source:
+    try:
+        listing = tables.items(path, options, split)
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from None
+    if listing.problems and missing == "error":
+        some = "\n  ".join(listing.problems[:10])
+        raise DataError(
+            f"{len(listing.problems)} rows cannot be used; mend them, or pass missing=skip to evaluate without them (the "
+            f"score is then not comparable):\n  {some}"
+        )
+    collection = Collection(images or beside(path))
+    placed, without_image = tables.place(listing.items, collection.find)
+    absent = [item.image for item in without_image]
+    refuse_missing(absent, len(listing.items), collection.root, missing)
+
+    labels = _labels([item.label for item, _ in placed])
+    records = [
+        Record(picture, tuple(item.captions), label, item.meta) for (item, picture), label in zip(placed, labels)
+    ]
+    return Source(str(path), records, skipped=listing.problems + absent)
 
 
-def captions_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The captions of a table's row: `captions` (a list), else `caption` or `sentence` (a text or a list), else none."""
-    value = row.get("captions", row.get("caption", row.get("sentence", [])))
-    return tuple(value) if isinstance(value, list) else (value,)
+def _labels(values: list[Any]) -> list[int | str | None]:
+    """Class numbers where all classes are whole numbers, else class names."""
+    numbers = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+    if all(value is None or type(value) is int for value in numbers):
+        return numbers
+    return [None if value is None else shown(value) for value in values]
 
 
-def _parquet(root: Path, files: list[Path]) -> Source:
-    import pyarrow.parquet as parquet
-
+def _parquet(root: Path, files: list[Path], split: str, options: TableOptions) -> Source:
+    """Images inside parquet files, as the hub's data sets hold them."""
     records: list[Record] = []
-    classes = None
+    class_names = None
     for file in files:
-        table = parquet.read_table(file)
-        if "image" not in table.column_names:
-            raise DataError(f"{file} has no column 'image', only {table.column_names}")
-        features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        label = next((c for c in ("label", "fine_label", "labels", "cls") if c in table.column_names), None)
-        classes = classes or features.get(label, {}).get("names")
-        captions = next((c for c in ("captions", "caption", "text", "sentence") if c in table.column_names), None)
-        for i, row in enumerate(table.to_pylist()):
-            image = row["image"]
-            data = image["bytes"] if isinstance(image, dict) else image
-            if not data:
-                raise DataError(f"{file}: row {i} holds no image bytes; download the data set with its images embedded")
-            text = captions_of({"captions": row[captions]}) if captions and row[captions] else ()
+        content, features = _parquet_rows(file)
+        columns = content.column_names
+        try:
+            image = column(columns, options.image_column, file) if options.image_column else usual(columns, IMAGE_COLUMNS)
+            captions = [column(columns, name, file) for name in options.named_captions] or usual_captions(columns)
+            label = column(columns, options.class_column, file) if options.class_column else usual(columns, NUMBERS)
+            conditions = {column(columns, name, file): value for name, value in options.where.items()}
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        if not image:
+            raise DataError(f"{file} has no column of images, only {listed(columns)}; name it: image_column=NAME")
+        if split_column(columns):
+            conditions.setdefault(split_column(columns), split)
+        class_names = class_names or features.get(label, {}).get("names")
+        for i, row in enumerate(content.to_pylist()):
+            if not all(equals(row[name], value) for name, value in conditions.items()):
+                continue
             value = row[label] if label else None
-            records.append(Record(Picture(f"{file}:{i}", data=data), text, tuple(value) if isinstance(value, list) else value))
-    return Source(str(root), records, classes=classes, multilabel=any(isinstance(r.label, tuple) for r in records))
+            data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
+            if not data or isinstance(data, str):
+                raise DataError(
+                    f"{file}: row {i} holds no image bytes in {image!r}; download the data set with its images embedded, or "
+                    "give this file itself as data= if it names image files"
+                )
+            found: list[str] = []
+            try:
+                for name in captions:
+                    found += texts_of(row[name])
+            except NoText as error:
+                raise DataError(f"{file}: row {i}: {error}") from None
+            number = tuple(value) if isinstance(value, list) else value
+            records.append(Record(Picture(f"{file}:{i}", data=data), tuple(found), number))
+    multilabel = any(isinstance(record.label, tuple) for record in records)
+    return Source(str(root), records, classes=class_names, multilabel=multilabel)
+
+
+def _parquet_rows(file: Path) -> tuple[Any, dict[str, Any]]:
+    """A parquet file's table, and what `datasets` notes about its columns."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        content = parquet.read_table(file)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{file} is no whole parquet file ({str(error)[:120]}); fetch it again") from None
+    noted = json.loads((content.schema.metadata or {}).get(b"huggingface", b"{}"))
+    return content, noted.get("info", {}).get("features", {})
+
+
+def join_equal_pictures(source: Source) -> tuple[Source, int]:
+    """The set with records of one picture, byte by byte, made one with the captions of all; and how many went.
+
+    Otherwise the copies tie with each other, and a tie counts against every model.
+    """
+    by_size: dict[int, list[int]] = {}
+    for i, record in enumerate(source.records):
+        by_size.setdefault(record.picture.n_bytes(), []).append(i)
+    first: dict[Any, int] = {}
+    joined: dict[int, Record] = {}
+    for i, record in enumerate(source.records):
+        alone = len(by_size[record.picture.n_bytes()]) == 1  # no other picture has this size: none is equal
+        content = i if alone else hashlib.sha256(record.picture.read()).digest()
+        earlier = first.setdefault((content, record.picture.box, record.picture.border), i)
+        if earlier == i:
+            joined[i] = record
+        else:
+            before = joined[earlier].captions
+            more = tuple(caption for caption in record.captions if caption not in before)
+            joined[earlier] = replace(joined[earlier], captions=before + more)
+    return replace(source, records=list(joined.values())), len(source.records) - len(joined)
 
 
 def _tree(root: Path, split: str) -> Source:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ class Context:
     cache: Path | None = None  # where embeddings are kept; None: nowhere
     progress: bool = False  # lines on stderr, from the first rank
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
-    truncated: Counter[str] = field(default_factory=Counter)  # texts longer than the context, by the encoder's name
+    truncated: dict[int, int] = field(default_factory=dict)  # of each list of texts, by its hash: how many were cut
 
     def digest(self, pictures: Sequence[Picture], *annotations: Any) -> str:
         """Content hash of an evaluation set: its pictures and whatever is annotated; "" without `contents`."""
@@ -68,7 +68,7 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
 def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor:
     """[n, D] float32 unit rows on the CPU of every rank, in the order of `captions`; equal texts are embedded once."""
     unique = list(dict.fromkeys(captions))
-    context.truncated[encoder.name] += encoder.n_truncated(unique)  # of kept embeddings too
+    context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)  # of kept embeddings too
     key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
     return _spread(_kept(key, context, "texts", unique, None, encoder.encode_texts), unique, captions)
 

@@ -45,6 +45,12 @@ class Picture:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
+    def n_bytes(self) -> int:
+        """How long the encoded image is."""
+        if self.data is not None:
+            return len(self.data)
+        return os.path.getsize(self.path) if self.size is None else self.size
+
     def open(self, decoding: Decoding = ON_WHITE) -> Image.Image:
         """The decoded image in RGB; a DataError names the picture that does not open."""
         try:

@@ -114,7 +114,8 @@ def evaluate(
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
         context.truncated.clear()
         result = task.module.run(encoder, opened, task.options, context)
-        if n_truncated := context.truncated.total():
+        n_truncated = sum(context.truncated.values())
+        if n_truncated:
             result.counts["truncated_texts"] = n_truncated
         records.append(report.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
@@ -158,7 +159,10 @@ def _tasks(options: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{pair!r} is not of the form key=value")
-        given[key] = yaml.safe_load(value)
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given[key] = value  # such as separator=, which YAML cannot read: a text
     return {name: given}
 
 

@@ -11,8 +11,8 @@ and its docstring names the protocol's source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from vlp.config import Duration
 
@@ -25,6 +25,12 @@ class Common:
     """Keys of every task."""
 
     every: Duration | None = None  # how often during training; None: only at the end
+
+
+def shared(kind: type, options: Any, **more: Any) -> Any:
+    """Options of another task, `kind`, that reads the same data: with the keys that `options` has too, and `more`."""
+    same = {field.name: getattr(options, field.name) for field in fields(kind) if hasattr(options, field.name)}
+    return kind(**(same | more))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlp.data import tables
 from vlp.eval import embed, metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
@@ -45,16 +45,26 @@ def macro(hits: Tensor, groups: Sequence[Any]) -> Tensor:
 def read_json(path: Path) -> Any:
     """A JSON file; a DataError says what is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return tables.read_json(path)
     except FileNotFoundError:
         raise DataError(f"no annotations at {path}; fetch the published files and give their folder as data=") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from None
+
+
+def entries(path: Path) -> list[Any]:
+    """The items of a published JSON file: a list, or a mapping of their numbers to them."""
+    value = read_json(path)
+    if not isinstance(value, (list, dict)):
+        raise DataError(f"{path}: found {type(value).__name__}, expected a list of items; is this the published file?")
+    return value if isinstance(value, list) else list(value.values())
 
 
 def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
     """Raise DataError unless every row has the keys."""
     for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: item {i} is {str(row)[:60]!r}, expected a mapping with {', '.join(keys)}")
         lost = [k for k in keys if k not in row]
         if lost:
             raise DataError(f"{path}: item {i} lacks {', '.join(lost)} (it has {', '.join(row)}); is this the published file?")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlp.eval import embed, metrics
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices, zeroshot
+from vlp.eval.tasks import TaskResult, _choices, shared, zeroshot
 
 
 @dataclass
@@ -21,9 +21,12 @@ class Splits:
     test: zeroshot.Data
 
 
-def read(data: str, train_split: str, split: str, missing: str) -> Splits:
-    """Open both; their classes must be the same."""
-    train, test = (zeroshot.read(zeroshot.Options(data, s, partial=True, missing=missing)) for s in (train_split, split))  # type: ignore[arg-type]
+def read(options: Any) -> Splits:
+    """Open both, as the options of a probe say; their classes must be the same."""
+    data, train_split, split = options.data, options.train_split, options.split
+    train, test = (
+        zeroshot.read(shared(zeroshot.Options, options, split=part, partial=True)) for part in (train_split, split)
+    )
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"splits {train_split!r} and {split!r} of {data} have different classes: {', '.join(only[:5])}")

@@ -44,7 +44,7 @@ class Data:
 def read(options: Options) -> Data:
     folder, tests, skipped = Path(options.data), {}, []
     for name, file in FILES.items():
-        rows = _choices.read_json(folder / file)
+        rows = _choices.entries(folder / file)
         box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
         by = "relation_name" if name == "vg_relation" else "attributes"
         _choices.need_keys(rows, ("image_path", "true_caption", "false_caption", by, *box), folder / file)

@@ -2,7 +2,7 @@
 
 For each picture its caption is said with each of the nine numbers in place of its own; the true one must score strictly
 highest. Reported: accuracy, and the mean distance between the number chosen and the true one. Reads a Hugging Face
-parquet folder (`image, text, number`), or a .json/.jsonl of rows with `text, number` and the image's name in `image` (the
+parquet folder (`image, text, number`), or a table of rows with `text, number` and the image's name in `image` (the
 published CountBench.json has only `image_url`: fetch the pictures and add their names).
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from vlp.eval import embed, metrics
-from vlp.eval.datasets import beside, read_jsonl
+from vlp.eval.datasets import beside, read_rows
 from vlp.eval.pictures import DataError, Picture
 from vlp.eval.tasks import TaskResult, _choices
 
@@ -29,8 +29,8 @@ NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten
 class Options:
     """Where the benchmark is."""
 
-    data: str  # folder of parquet files, .json or .jsonl
-    images: str | None = None  # for .json and .jsonl: a folder or a .tar; None: beside it
+    data: str  # folder of parquet files, or a table (.json, .jsonl, .csv, …)
+    images: str | None = None  # for a table: a folder or a .tar; None: beside it
     missing: Literal["error", "skip"] = "error"  # rows without their picture
 
 
@@ -49,7 +49,7 @@ def read(options: Options) -> Data:
     if path.is_dir():
         rows, absent = _parquet(path), []
     else:
-        rows = read_jsonl(path) if path.suffix == ".jsonl" else _choices.read_json(path)
+        rows = read_rows(path, ("image", "text"))
         _choices.need_keys(rows, ("image", "text", "number"), path)
         images = Path(options.images) if options.images else beside(path)
         rows, absent = _choices.attach(rows, [row["image"] for row in rows], images, options.missing)

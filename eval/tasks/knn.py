@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
 from vlp.eval.tasks import TaskResult, _labelled
 
@@ -13,10 +14,11 @@ KNOWN_AS = "knn"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """Which labelled set, and how many neighbours."""
 
     data: str  # as for zeroshot, with both splits
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     train_split: str = "train"
     k: int = 20
@@ -29,7 +31,7 @@ class Options:
 
 
 def read(options: Options) -> _labelled.Splits:
-    return _labelled.read(options.data, options.train_split, options.split, options.missing)
+    return _labelled.read(options)
 
 
 def run(encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context) -> TaskResult:

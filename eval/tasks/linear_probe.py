@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
 from vlp.eval.tasks import TaskResult, _labelled
 
@@ -21,10 +22,11 @@ KNOWN_AS = "linear_probe"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """Which labelled set, and the grid."""
 
     data: str  # as for zeroshot, with both splits
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     train_split: str = "train"
     decays: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])  # λ of λ/2‖W‖²
@@ -37,7 +39,7 @@ class Options:
 
 
 def read(options: Options) -> _labelled.Splits:
-    return _labelled.read(options.data, options.train_split, options.split, options.missing)
+    return _labelled.read(options)
 
 
 def run(encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context) -> TaskResult:

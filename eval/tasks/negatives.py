@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlp.data import wrong_captions
+from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import Record, Source, open_source
 from vlp.eval.pictures import DataError, Picture
@@ -25,7 +26,7 @@ KNOWN_AS = "image_caption_selection"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """Which shards."""
 
     data: str  # see vlp.eval.datasets
@@ -53,7 +54,7 @@ class Data:
 
 
 def read(options: Options) -> Data:
-    source = open_source(options.data, options.split, options.missing)
+    source = open_source(options.data, options.split, options.missing, options=options)
     offered = [choices_of(record) for record in source.records]
     problems = [
         wrong_captions.read(record.meta, "negatives", record.captions).problem
@@ -74,9 +75,8 @@ def choices_of(record: Record) -> list[Choice]:
     """Each caption of a picture that has valid negatives, with those that belong to it."""
     negatives = wrong_captions.read(record.meta, "negatives", record.captions)
     captions = list(dict.fromkeys(record.captions))
-    if (
-        record.meta.get("negatives_of") is None
-    ):  # nothing says whose they are: they stand against the first caption
+    if record.meta.get("negatives_of") is None:
+        # Nothing says whose they are: they stand against the first caption.
         captions = [record.meta["caption"]] if record.meta.get("caption") else captions[:1]
     kinds = record.meta.get("negative_kinds")
     if not isinstance(kinds, list) or len(kinds) != len(negatives.texts):
@@ -87,13 +87,8 @@ def choices_of(record: Record) -> list[Choice]:
         places = [place for place in negatives.of(caption) if negatives.valid[place]]
         texts = [negatives.texts[place] for place in places]
         if texts:
-            choices.append(
-                Choice(
-                    record.picture,
-                    [caption, *texts],
-                    [kinds[place] for place in places] if kinds else [],
-                )
-            )
+            own_kinds = [kinds[place] for place in places] if kinds else []
+            choices.append(Choice(record.picture, [caption, *texts], own_kinds))
     return choices
 
 

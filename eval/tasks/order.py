@@ -19,12 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlp.data.tables import TableOptions
 from vlp.eval import embed
 from vlp.eval.datasets import Source
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices, retrieval
+from vlp.eval.tasks import TaskResult, _choices, retrieval, shared
 
-VERSION = 1
+VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "image_caption_selection"
 WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
 Tagger = Callable[[str], list[tuple[str, str]]]  # caption -> (word, "noun", "adjective" or "other")
@@ -43,7 +44,7 @@ OTHER = frozenset(_OTHER.split())  # neither nouns nor adjectives in a caption
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """Which captions, and how they are shuffled."""
 
     data: str  # as for retrieval
@@ -64,7 +65,7 @@ class Data:
 
 
 def read(options: Options) -> Data:
-    source = retrieval.read(retrieval.Options(options.data, options.images, options.split, missing=options.missing))
+    source = retrieval.read(shared(retrieval.Options, options))
     tag = _spacy() if options.tagger == "spacy" else by_words
     captions = [caption for r in source.records for caption in r.captions]
     return Data(source, [choices(caption, tag, options.max_words, options.seed) for caption in captions])

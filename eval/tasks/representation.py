@@ -18,17 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import Source
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices, retrieval
+from vlp.eval.tasks import TaskResult, _choices, retrieval, shared
 
-VERSION = 1
+VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "representation"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """Which images and captions."""
 
     data: str  # as for retrieval
@@ -39,7 +40,7 @@ class Options:
 
 
 def read(options: Options) -> Source:
-    source = retrieval.read(retrieval.Options(options.data, options.images, options.split, missing=options.missing))
+    source = retrieval.read(shared(retrieval.Options, options))
     if len(source.records) < 5:
         raise DataError(f"{options.data} has {len(source.records)} pairs; an 80/20 division needs at least 5")
     return source

@@ -7,31 +7,31 @@ counted over captions, each of which seeks its one image. Ranks are exact; a tie
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from vlp.eval import embed, karpathy, metrics
-from vlp.eval.datasets import Source, open_source
+from vlp.data.tables import TableOptions
+from vlp.eval import embed, metrics
+from vlp.eval.datasets import Source, join_equal_pictures, open_source
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "zeroshot_retrieval"
 KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """Which images and captions."""
 
-    data: str  # shards, a table (vlp.eval.datasets) or a caption file (vlp.eval.karpathy)
-    images: str | None = None  # where a caption file's images are: a folder or a .tar; None: beside it
+    data: str  # shards, a folder, or a table of any kind: CSV, JSONL, COCO's and Karpathy's JSON (vlp.eval.datasets)
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     captions_per_image: int | None = None  # the first so many; None: all
-    missing: Literal["error", "skip"] = "error"  # annotations without their image
+    missing: Literal["error", "skip"] = "error"  # annotations without their image, images without a caption
     language: str = "en"
 
     def __post_init__(self) -> None:
@@ -41,16 +41,16 @@ class Options:
 
 def read(options: Options) -> Source:
     """Open the set; every image must have a caption."""
-    if options.data.endswith(karpathy.SUFFIXES):
-        source = karpathy.read(Path(options.data), options.images, options.split, options.missing)
-    else:
-        source = open_source(options.data, options.split, options.missing)
-    silent = [r.picture.name for r in source.records if not any(c.strip() for c in r.captions)]
-    if silent:
+    source = open_source(options.data, options.split, options.missing, options.images, options)
+    source, n_joined = join_equal_pictures(source)
+    spoken = [r for r in source.records if any(caption.strip() for caption in r.captions)]
+    silent = [r.picture.name for r in source.records if not any(caption.strip() for caption in r.captions)]
+    if silent and (options.missing == "error" or not spoken):
         raise DataError(
-            f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; add one or remove the image"
+            f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; add one, remove the image, or "
+            "pass missing=skip to evaluate without them"
         )
-    return source
+    return replace(source, records=spoken, skipped=[*source.skipped, *silent], n_joined=n_joined)
 
 
 def run(encoder: Any, data: Source, options: Options, context: embed.Context) -> TaskResult:
@@ -65,6 +65,8 @@ def run(encoder: Any, data: Source, options: Options, context: embed.Context) ->
         counts={"images": len(image), "captions": len(text), "skipped": len(data.skipped)},
         digest=context.digest(pictures, captions),
     )
+    if data.n_joined:
+        result.counts["equal_pictures_joined"] = data.n_joined
     per_image = torch.bincount(owner, minlength=len(image)).double()
 
     def by_image(values: torch.Tensor) -> torch.Tensor:

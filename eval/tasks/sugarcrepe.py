@@ -3,7 +3,7 @@
 Published files: add_att, add_obj, replace_att, replace_obj, replace_rel, swap_att, swap_obj (.json), images COCO val2017.
 The caption must score strictly above the negative; reported are all seven accuracies and their mean. The images lie in
 COCO's val2014 too: a model trained on more than train2014 has seen them, and its score is contaminated.
-Also reads a .jsonl table with `image, subset, caption, negative_caption`.
+Also reads a table with `image, subset, caption, negative_caption`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUBSETS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "s
 class Options:
     """Where the published files and the images are."""
 
-    data: str  # folder of the seven .json files, or a .jsonl table
+    data: str  # folder of the seven .json files, or a table
     images: str | None = None  # COCO val2017: a folder or a .tar; None: beside the data
     missing: Literal["error", "skip"] = "error"  # items without their image
 
@@ -41,13 +41,16 @@ class Data:
 
 def read(options: Options) -> Data:
     path = Path(options.data)
-    if path.suffix == ".jsonl":
-        rows, images = datasets.read_jsonl(path), options.images or str(datasets.beside(path))
+    if path.is_file():
+        rows = datasets.read_rows(path, ("image", "caption", "negative_caption"))
+        images = options.images or str(datasets.beside(path))
         _choices.need_keys(rows, ("image", "subset", "caption", "negative_caption"), path)
     else:
-        files = {subset: _choices.read_json(path / f"{subset}.json") for subset in SUBSETS}
-        rows = [{**row, "subset": s, "image": row["filename"]} for s, items in files.items() for row in items.values()]
-        _choices.need_keys(rows, ("caption", "negative_caption"), path)
+        rows = []
+        for subset in SUBSETS:
+            items = _choices.entries(path / f"{subset}.json")
+            _choices.need_keys(items, ("filename", "caption", "negative_caption"), path / f"{subset}.json")
+            rows += [{**item, "subset": subset, "image": item["filename"]} for item in items]
         images = options.images or options.data
     rows, skipped = _choices.attach(rows, [row["image"] for row in rows], Path(images), options.missing)
     empty = [s for s in SUBSETS if not any(row["subset"] == s for row in rows)]

@@ -40,8 +40,11 @@ class Data:
 
 def read(options: Options) -> Data:
     folder = Path(options.data)
-    rows = [{**row, "subset": s} for s in SUBSETS for row in _choices.read_json(folder / f"{s}.json")]
-    _choices.need_keys(rows, ("filename", "caption", "caption2", "negative_caption"), folder)
+    rows = []
+    for subset in SUBSETS:
+        items = _choices.entries(folder / f"{subset}.json")
+        _choices.need_keys(items, ("filename", "caption", "caption2", "negative_caption"), folder / f"{subset}.json")
+        rows += [{**item, "subset": subset} for item in items]
     images = Path(options.images or options.data)
     return Data(*_choices.attach(rows, [row["filename"] for row in rows], images, options.missing))
 

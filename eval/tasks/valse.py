@@ -44,7 +44,7 @@ def read(options: Options) -> Data:
         raise DataError(f"no .json files in {options.data}; give the data folder of VALSE's repository")
     rows = []
     for file in files:
-        items = list(_choices.read_json(file).values())
+        items = _choices.entries(file)
         _choices.need_keys(items, ("image_file", "caption", "foil", "mturk"), file)
         rows += [{**row, "piece": file.stem} for row in items]
     accepted = [row for row in rows if row["mturk"]["caption"] >= ACCEPTED]

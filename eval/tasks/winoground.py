@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from vlp.eval import embed, metrics
-from vlp.eval.datasets import read_jsonl
+from vlp.eval.datasets import read_rows
 from vlp.eval.pictures import Collection, DataError, refuse_missing
 from vlp.eval.tasks import TaskResult, _choices
 
@@ -45,8 +45,9 @@ def read(options: Options) -> Data:
         path = next((p for p in (path / "examples.jsonl", path / "data" / "examples.jsonl") if p.exists()), path / "examples.jsonl")
     if not path.exists():
         raise DataError(f"no examples at {path}; fetch the data set's examples.jsonl and unpack its images beside it")
-    rows = read_jsonl(path)
-    _choices.need_keys(rows, ("image_0", "image_1", "caption_0", "caption_1"), path)
+    keys = ("image_0", "image_1", "caption_0", "caption_1")
+    rows = read_rows(path, keys)
+    _choices.need_keys(rows, keys, path)
     collection = Collection(options.images or path.parent)
     kept, absent = [], []
     for row in rows:  # images are named without their extension

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from vlp.data.tables import TableOptions
 from vlp.eval import embed, imagenet, metrics, prompts
 from vlp.eval.datasets import Record, Source, open_source
 from vlp.eval.pictures import DataError
@@ -23,10 +24,11 @@ KNOWN_AS = "zeroshot_classification"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """What is classified, into what, and how it is said."""
 
     data: str  # see vlp.eval.datasets
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     classes: str | list[str] | None = None  # names, a text file of them, or imagenet; None: the data's own
     templates: str | list[str] | None = None  # a set, a file or sentences; None: the data's own, imagenet80 or photo
@@ -47,12 +49,15 @@ class Data:
 
 def read(options: Options) -> Data:
     """Open the set and settle class names and templates."""
-    source = open_source(options.data, options.split, options.missing)
+    source = open_source(options.data, options.split, options.missing, options.images, options)
     if folders := imagenet.objectnet_folders(Path(options.data)):
         source = _objectnet(source, folders)
     unlabelled = [r.picture.name for r in source.records if r.label is None]
     if unlabelled:
-        raise DataError(f"{len(unlabelled)} images of {options.data} have no class, e.g. {unlabelled[0]}; give a .cls or a class")
+        raise DataError(
+            f"{len(unlabelled)} images of {options.data} have no class, e.g. {unlabelled[0]}; give a .cls or a class, or name a "
+            "table's column: class_column=NAME"
+        )
     if isinstance(source.records[0].label, str):
         classes, labels = _named(source, options)
     else:

@@ -115,6 +115,32 @@ def test_wrong_columns_are_named(tmp_path, options, message):
         opened(tmp_path, **options)
 
 
+def test_conditions_choose_rows_and_a_column_of_splits_is_noted(tmp_path):
+    labelled = table(split=[("train", "val", "test")[i % 3] for i in range(N)], kind=[i % 2 for i in range(N)])
+    labelled.cast_column("kind", datasets.ClassLabel(names=["cat", "dog"])).save_to_disk(tmp_path)
+    whole = opened(tmp_path, Captions())
+    assert len(whole) == N and whole.n_left_out == 0
+    assert "rows of all splits are taken together (train (14), val (13), test (13))" in whole.problems()[0]
+    train = opened(tmp_path, where={"split": "train"})
+    assert len(train) == 14 and train[1].image == encoded(picture(3)) and train.problems() == []
+    assert len(opened(tmp_path, where={"split": "train", "kind": "dog"})) == 7
+    assert train.fingerprint() != whole.fingerprint()
+    with pytest.raises(ValueError, match=r"no row with split = 'dev'; split holds train \(14\), val \(13\), test \(13\)"):
+        opened(tmp_path, where={"split": "dev"})
+    with pytest.raises(ValueError, match=r"no column 'part'.*split"):
+        opened(tmp_path, where={"part": "x"})
+
+
+def test_captions_are_found_in_the_columns_that_tables_use(tmp_path):
+    made = table(3).remove_columns("captions")
+    for column, values in {"Caption 1": ["x", "y", "z"], "sentences": [[{"raw": text}] for text in "xyz"]}.items():
+        made.add_column(column, values).save_to_disk(tmp_path / column)
+        assert [opened(tmp_path / column)[i].captions for i in range(3)] == [("x",), ("y",), ("z",)]
+    made.add_column("about", ["x", "y", "z"]).save_to_disk(tmp_path / "unknown")
+    with pytest.raises(ValueError, match=r"no column is known to hold captions or classes; it has 'photo', 'about'"):
+        opened(tmp_path / "unknown")
+
+
 def test_choices_that_a_saved_folder_cannot_follow_are_refused(tmp_path):
     table(2).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": table(2), "test": table(3)}).save_to_disk(tmp_path / "split")

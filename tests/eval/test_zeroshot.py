@@ -281,7 +281,7 @@ def test_missing_shards_images_and_splits_are_named(shards, tmp_path):
         evaluate(perfect(), data=str(tmp_path / "t.jsonl"))
     record, _ = evaluate(perfect(), data=str(tmp_path / "t.jsonl"), missing="skip")
     assert record["counts"]["skipped"] == 2
-    with pytest.raises(DataError, match=r"no split 'val', only \['test'\]"):
+    with pytest.raises(DataError, match=r"no row with split = 'val'; split holds test \(3\)"):
         evaluate(perfect(), data=str(tmp_path / "t.jsonl"), split="val")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vlp.config import Captions
 from vlp.data.archives import Archive
 from vlp.data.sources._listed import Listed
-from vlp.data.tables import class_items
+from vlp.data.tables.trees import class_items
 
 
 @dataclass(frozen=True)

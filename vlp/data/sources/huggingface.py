@@ -21,7 +21,8 @@ from vlp.data import wrong_captions
 from vlp.data.archives import Place, image_type
 from vlp.data.index import LABELS, labels_of
 from vlp.data.sources import Source, captions_of
-from vlp.data.tables import CAPTION_COLUMNS, CLASS_COLUMNS
+from vlp.data.tables.columns import CLASS_COLUMNS, DIALOGUE_COLUMNS, column, listed, split_column, usual, usual_captions
+from vlp.data.tables.values import NoText, asked, counted, equals, jsonable, shown, texts
 from vlp.schema import did_you_mean
 from vlp.types import Sample
 
@@ -41,8 +42,9 @@ class Options:
     config: str = ""  # the data set's configuration (subset), where it has several
     revision: str = ""  # branch, tag or commit on the Hub
     image_column: str = ""  # empty: the only column of images
-    caption_columns: list[str] = field(default_factory=list)  # empty: captions, caption, text, title or sentence
-    class_column: str = ""  # empty: class, or the only column of class labels
+    caption_columns: list[str] = field(default_factory=list)  # empty: captions, caption, text, title, …, caption1, …
+    class_column: str = ""  # empty: class or class_name, or the only column of class labels
+    where: dict[str, Any] = field(default_factory=dict)  # only rows whose column has this value, or one of these
 
 
 def open(options: Options, captions: Captions) -> HubSet:
@@ -54,7 +56,14 @@ def open(options: Options, captions: Captions) -> HubSet:
     table = _load(datasets, options)
     image = _image_column(datasets, table, options)
     table = table.cast_column(image, datasets.Image(decode=False))
-    return HubSet(table, image, _caption_columns(table, options), _class_column(datasets, table, options), captions, options.path)
+    table, notes = _chosen_rows(table, options)
+    texts_in, label = _caption_columns(table, options), _class_column(datasets, table, options)
+    if not texts_in and not label:
+        raise ValueError(
+            f"{options.path}: no column is known to hold captions or classes; it has {listed(table.column_names)}. "
+            "Name it with caption_columns or class_column"
+        )
+    return HubSet(table, image, texts_in, label, captions, options.path, notes)
 
 
 def _load(datasets: Any, options: Options) -> datasets.Dataset:
@@ -95,28 +104,57 @@ def _image_column(datasets: Any, table: datasets.Dataset, options: Options) -> s
 
 def _caption_columns(table: datasets.Dataset, options: Options) -> list[str]:
     named = [_known(name, table, options) for name in options.caption_columns]
-    return named or [name for name in CAPTION_COLUMNS if name in table.column_names][:1]
+    texts = [name for name in table.column_names if name.lower() not in DIALOGUE_COLUMNS]  # only where they are named
+    return named or usual_captions(texts)
 
 
 def _class_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
     if options.class_column:
         return _known(options.class_column, table, options)
     labels = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
-    usual = [name for name in CLASS_COLUMNS if name in table.column_names]
-    return (usual or (labels if len(labels) == 1 else []) or [""])[0]
+    return usual(table.column_names, CLASS_COLUMNS) or (labels[0] if len(labels) == 1 else "")
 
 
 def _known(name: str, table: datasets.Dataset, options: Options) -> str:
-    if name not in table.column_names:
-        raise ValueError(f"{options.path} has no column {name!r}{did_you_mean(name, table.column_names)}")
-    return name
+    return column(table.column_names, name, options.path)
+
+
+def _chosen_rows(table: datasets.Dataset, options: Options) -> tuple[datasets.Dataset, list[str]]:
+    """The rows that fulfil `where`, and what is to be noted; raises ValueError with the values that are there."""
+    wanted = {_known(name, table, options): value for name, value in options.where.items()}
+    split = split_column(table.column_names)
+    names = [*wanted, *([split] if split and split not in wanted else [])]
+    cells = {name: _readable(table, name) for name in names}
+    notes = []
+    if split and split not in wanted and len(set(cells[split])) > 1:
+        notes.append(f"{options.path}: rows of all splits are taken together ({counted(cells[split])}); where chooses some")
+    if not wanted:
+        return table, notes
+
+    rows = [i for i in range(len(table)) if all(equals(cells[name][i], value) for name, value in wanted.items())]
+    if not rows:
+        said = " and ".join(f"{name} = {asked(value)}" for name, value in wanted.items())
+        there = "; ".join(f"{name} holds {counted(cells[name])}" for name in wanted)
+        raise ValueError(f"{options.path} has no row with {said}; {there}")
+    return table.select(rows), notes
+
+
+def _readable(table: datasets.Dataset, name: str) -> list[str]:
+    """A column as a person writes its values: class labels by their names."""
+    classes = getattr(table.features[name], "names", None)
+    cells = table.select_columns([name])[name]
+    return [classes[cell] if classes and cell is not None else shown(cell) for cell in cells]
 
 
 class HubSet(Source):
     """Random access to the rows of a `datasets.Dataset` that have a text; a row's number is its key."""
 
-    def __init__(self, table: datasets.Dataset, image: str, texts: list[str], label: str, captions: Captions, name: str) -> None:
+    def __init__(
+        self, table: datasets.Dataset, image: str, texts: list[str], label: str, captions: Captions, name: str,
+        notes: list[str],
+    ) -> None:  # fmt: skip
         self.image, self.texts, self.label, self.captions, self.name = image, texts, label, captions, name
+        self._notes = notes
         self._fields = [field for field in _FIELDS if field in table.column_names]
         self._odd: list[str] = []  # problems that cost no row
         self._table = table.select_columns(list(dict.fromkeys([image, *texts, *filter(None, [label]), *self._fields])))
@@ -133,13 +171,13 @@ class HubSet(Source):
         self._digest = digest.hexdigest()
         rows = np.flatnonzero(counts)
         self.n_left_out = len(counts) - len(rows)
-        if self.n_left_out and captions.missing == "error":
+        if self.n_left_out and (captions.missing == "error" or not len(rows)):
             raise ValueError(
                 f"{self.n_left_out} of the {len(counts)} rows of {name} have no caption in {texts or 'any usual column'}; "
                 "set caption_columns, captions.class_templates, or captions.missing=drop to leave them out"
             )
         if not len(rows):
-            raise ValueError(f"{name} holds no usable sample")
+            raise ValueError(f"{name} holds no rows")
         self._rows = torch.from_numpy(rows).share_memory_()
         self._counts = torch.tensor(counts)[self._rows].share_memory_()
 
@@ -160,24 +198,24 @@ class HubSet(Source):
 
     def _text(self, row: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
         """A row's captions, and what a shard's JSON would hold besides."""
-        meta = {name: row[name] for name in self._fields if row[name] is not None}
+        meta = {name: jsonable(row[name]) for name in self._fields if row[name] is not None}
         if self.label and row[self.label] is not None:
             value = row[self.label]
             meta["class"] = self._classes[value].replace("_", " ") if self._classes else str(value)
         found = []
-        for column in self.texts:
-            value = row[column]
-            found += [value] if isinstance(value, str) else value or []
-        if not all(isinstance(text, str) for text in found):
-            raise ValueError(f"{self.name}: {self.texts} hold {found!r}; expected texts or lists of texts")
-        return captions_of(tuple(text.strip() for text in found if text.strip()), meta, self.captions), meta
+        for name in self.texts:
+            try:
+                found += texts(row[name])
+            except NoText as error:
+                raise ValueError(f"{self.name}: {name}: {error}") from None
+        return captions_of(tuple(found), meta, self.captions), meta
 
     def fingerprint(self) -> str:
         return self._digest
 
     def problems(self) -> list[str]:
         silent = [f"{self.name}: {self.n_left_out} rows without text"] if self.n_left_out else []
-        return silent + self._odd
+        return silent + self._odd + self._notes
 
     def n_captions(self) -> np.ndarray:
         return self._counts.numpy()

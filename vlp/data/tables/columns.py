@@ -1,0 +1,201 @@
+"""Which columns of a table hold images, captions and classes: as named, else by the field's usual
+names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vlp.data.members import IMAGE_TYPES
+from vlp.data.tables.files import option
+from vlp.schema import did_you_mean
+
+# Looked for in this order where none is named, in any case and with blanks, "-", "_" or nothing.
+IMAGE_COLUMNS = (
+    "image", "file_name", "filepath", "file_path", "image_path", "img_path", "image_name",
+    "img_name", "image_file", "image_filename", "img", "path", "file", "picture", "photo",
+    "images", "image_id", "url", "image_url",
+)  # fmt: skip
+CAPTION_COLUMNS = (
+    "captions", "caption", "text", "texts", "title", "sentences", "sentence", "raw", "comments",
+    "comment", "txt", "description", "alt_text", "alt", "caption_str", "conversations", "messages",
+)  # fmt: skip
+DIALOGUE_COLUMNS = ("conversations", "messages")
+CLASS_COLUMNS = ("class", "class_name")
+LABEL_COLUMNS = ("category", "label")  # only without captions: beside them they may mean anything
+SPLIT_COLUMN = "split"
+
+_IMAGE_NAME = re.compile(rf"\S.*\.(?:{'|'.join(sorted(IMAGE_TYPES))})(?:#\d+)?", re.IGNORECASE)
+_NUMBERED = re.compile(r"(.*?)[ _-]?(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """How a table is read where it does not tell by itself. What takes tables takes these keys."""
+
+    # Empty: image, file_name, filepath, … whatever their case (IMAGE_COLUMNS).
+    image_column: str = ""
+    # Empty: captions, caption, text, title, …, caption1, caption2, … (CAPTION_COLUMNS).
+    caption_columns: str | list[str] = field(default_factory=list)
+    class_column: str = ""  # empty: class or class_name; category or label if there are no captions
+    # Only rows whose column has this value, or one of these.
+    where: dict[str, Any] = field(default_factory=dict)
+    only: str = ""  # only images that this list names, one a line (Flickr_8k.trainImages.txt)
+    separator: str = ""  # of a text table: a character, tab or space; empty: found in the first line
+    encoding: str = ""  # such as cp1252; empty: UTF-8 or UTF-16
+    header: bool | None = None  # the first line names the columns; None: if it holds no image's name
+    # csv: quotes as RFC 4180 says; none: a quote is a character like others; auto: what fits.
+    quoting: Literal["auto", "csv", "none"] = "auto"
+
+    @property
+    def named_captions(self) -> list[str]:
+        """The caption columns that are named, as a list."""
+        return (
+            [self.caption_columns]
+            if isinstance(self.caption_columns, str)
+            else list(self.caption_columns)
+        )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The columns that count; `captions` and `label` may be empty, not both."""
+
+    image: str
+    captions: tuple[str, ...]
+    label: str
+
+    def __str__(self) -> str:
+        """As tools tell it."""
+        parts = [f"image ← {self.image}"]
+        if self.captions:
+            parts.append(f"captions ← {', '.join(self.captions)}")
+        if self.label:
+            parts.append(f"class ← {self.label}")
+        return ", ".join(parts)
+
+
+def names_image(cell: Any) -> bool:
+    """Whether a value looks like the file name of an image."""
+    return isinstance(cell, str) and _IMAGE_NAME.fullmatch(cell.strip()) is not None
+
+
+def is_usual(name: str) -> bool:
+    """Whether a column of this name would be taken without being named."""
+    names = (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *CLASS_COLUMNS, *LABEL_COLUMNS, SPLIT_COLUMN)
+    return _plain(_without_number(name)) in map(_plain, names)
+
+
+def choose(
+    columns: Sequence[str], sample: Sequence[dict[str, Any]], options: TableOptions, table: object
+) -> Chosen:
+    """Which of a table's columns hold what; `sample` are some of its rows. Raises ValueError that
+    lists the columns.
+    """
+    image = (
+        column(columns, options.image_column, table)
+        if options.image_column
+        else usual(columns, IMAGE_COLUMNS)
+    )
+    image = image or _image_by_content(columns, sample)
+    if not image:
+        raise ValueError(
+            f"{table}: no column is known to hold image names; it has {listed(columns)}. "
+            f"Name it: {option('image_column', 'NAME')}{_no_header_hint(columns)}"
+        )
+
+    named = [column(columns, name, table) for name in options.named_captions]
+    captions = named or usual_captions([name for name in columns if name != image])
+    labels = CLASS_COLUMNS if captions else (*CLASS_COLUMNS, *LABEL_COLUMNS)
+    rest = [name for name in columns if name != image and name not in captions]
+    label = (
+        column(columns, options.class_column, table)
+        if options.class_column
+        else usual(rest, labels)
+    )
+    if not captions and not label:
+        if list(columns) == [image]:
+            raise ValueError(
+                f"{table} holds image names only; the captions are in another file, which is the table. A list of names "
+                f"chooses among its rows: {option('only', str(table))}"
+            )
+        raise ValueError(
+            f"{table}: no column is known to hold captions or classes; it has {listed(columns)}. "
+            f"Name it: {option('caption_columns', 'NAME')}, or a class_column"
+        )
+    return Chosen(image, tuple(captions), label)
+
+
+def column(columns: Sequence[str], name: str, table: object) -> str:
+    """The column that a person means, whatever its case; raises ValueError with those that are
+    there.
+    """
+    if name in columns:
+        return name
+    same = [other for other in columns if _plain(other) == _plain(name)]
+    if len(same) == 1:
+        return same[0]
+    raise ValueError(
+        f"{table} has no column {name!r}{did_you_mean(name, columns)} (columns: {listed(columns)})"
+    )
+
+
+def split_column(columns: Sequence[str]) -> str:
+    """The column that says which part a row belongs to, or ""."""
+    return usual(columns, (SPLIT_COLUMN,))
+
+
+def usual(columns: Sequence[str], names: Sequence[str]) -> str:
+    """The column with the first of these usual names that there is, or ""."""
+    by_plain_name = {_plain(name): name for name in reversed(columns)}
+    return next(
+        (by_plain_name[_plain(name)] for name in names if _plain(name) in by_plain_name), ""
+    )
+
+
+def usual_captions(columns: Sequence[str]) -> list[str]:
+    """The first usual caption column, or all of a numbered family: caption1, caption2, …"""
+    for name_of_family in CAPTION_COLUMNS:
+        family = [
+            name for name in columns if _plain(_without_number(name)) == _plain(name_of_family)
+        ]
+        if family:
+            return sorted(family, key=_number)
+    return []
+
+
+def _image_by_content(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> str:
+    """The only column that holds nothing but image names, or ""."""
+    full = [
+        name for name in columns if sample and all(names_image(row.get(name)) for row in sample)
+    ]
+    return full[0] if len(full) == 1 else ""
+
+
+def _no_header_hint(columns: Sequence[str]) -> str:
+    if any(re.search(r"\d|https?:| .* ", name) for name in columns):
+        return f". If the first line is a row and names no columns: {option('header', 'no')}"
+    return ""
+
+
+def listed(columns: Sequence[str]) -> str:
+    """Column names for a message."""
+    shown = ", ".join(repr(name[:60]) for name in columns[:20])
+    return f"{shown}, …" if len(columns) > 20 else shown
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _without_number(name: str) -> str:
+    numbered = _NUMBERED.fullmatch(name.strip())
+    return numbered[1] if numbered else name
+
+
+def _number(name: str) -> int:
+    numbered = _NUMBERED.fullmatch(name.strip())
+    return int(numbered[2]) if numbered else -1

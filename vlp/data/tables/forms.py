@@ -1,0 +1,227 @@
+"""JSON files of captions, whatever their form, as rows: what is published for COCO, Flickr, LLaVA
+and BLIP is read as it is.
+
+[{"image": …, "caption": …}, …], or a line each        rows, as BLIP's, ALBEF's and LLaVA's files have them
+{"images": [{"id", "file_name"}], "annotations": […]}  COCO's captions_*.json
+{"images": [{"filename", "sentences": […]}]}           Karpathy's dataset_*.json, with its splits
+{"a.jpg": "…"}, {"a.jpg": ["…", "…"]}, {"a.jpg": {…}}  a mapping of images
+{"image": […], "caption": […]}                         columns
+{"data": […]}                                          rows under a name
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlp.data.tables.columns import CAPTION_COLUMNS, IMAGE_COLUMNS
+from vlp.data.tables.values import jsonable
+
+Rows = list[tuple[int, dict[str, Any]]]
+
+# What tells COCO's other annotations, which are easily taken for the captions.
+_OTHER_FORMS = {"keypoints": "keypoints", "segments_info": "panoptic", "bbox": "instances"}
+
+
+def parse_json(text: str, path: Path, by_line: bool) -> tuple[Rows, bool]:
+    """The rows of a JSON file, and whether their numbers are lines; raises ValueError.
+
+    `by_line` is what the file's name promises. Either form is read under either name: some tools
+    write JSON lines into .json, and some one list into .jsonl.
+    """
+    if by_line:
+        try:
+            return _lines(text, path), True
+        except ValueError:
+            if not text.lstrip().startswith("["):
+                raise
+            return rows_of(whole(text, path), path), False
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        first_line = text.strip().partition("\n")[0]
+        if _is_mapping(first_line):
+            return _lines(text, path), True
+        value = whole(text, path)
+    return rows_of(value, path), False
+
+
+def whole(text: str, path: Path) -> Any:
+    """The value of a JSON file; raises ValueError with line and column of the mistake."""
+    try:
+        return json.loads(text, strict=False)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def _is_mapping(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line, strict=False), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lines(text: str, path: Path) -> Rows:
+    """JSON lines. Only \\n ends a line: U+2028, U+0085 and form feeds may stand in a text."""
+    rows: Rows = []
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, strict=False)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise ValueError(
+                f"{path}:{number}: found {line.strip()[:60]!r}, which is not valid JSON ({reason}), expected a mapping of "
+                "columns to values"
+            ) from None
+        if (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(isinstance(part, str) for part in value)
+        ):
+            value = {"image": value[0], "caption": value[1]}
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{path}:{number}: found {line.strip()[:60]!r}, expected a mapping of columns to values"
+            )
+        rows.append((number, jsonable(value)))
+    return rows
+
+
+def rows_of(value: Any, path: Path) -> Rows:
+    """The rows that a JSON value of any known form holds; raises ValueError that names the form it
+    found.
+    """
+    if isinstance(value, list):
+        return _numbered(_listed(value, path))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found {type(value).__name__}, expected rows of captions")
+    images = value.get("images")
+    if _are_rows(images) and any("sentences" in row for row in images):
+        return _numbered(_karpathy(images))
+    if (
+        _are_rows(images)
+        and "annotations" not in value
+        and any(_names(row, CAPTION_COLUMNS) for row in images)
+    ):
+        return _numbered(images)
+    if _are_rows(images):
+        return _numbered(_coco(images, value, path))
+
+    if _names(value, IMAGE_COLUMNS):
+        if all(isinstance(column, list) for column in value.values()):
+            return _numbered(_columns(value, path))
+        if all(
+            isinstance(column, dict) for column in value.values()
+        ):  # as pandas writes them, by row number
+            return _numbered(
+                _columns({name: list(column.values()) for name, column in value.items()}, path)
+            )
+        return _numbered([value])
+    tables = [rows for rows in value.values() if _are_rows(rows)]
+    if len(tables) == 1:
+        return _numbered(tables[0])
+    if value and all(isinstance(entry, (str, list)) for entry in value.values()):
+        return _numbered([{"image": name, "captions": entry} for name, entry in value.items()])
+    if value and all(isinstance(entry, dict) for entry in value.values()):
+        return _numbered([{"image": name, **entry} for name, entry in value.items()])
+    held = ", ".join(list(map(str, value))[:8]) or "nothing"
+    raise ValueError(
+        f"{path} is no known caption file: it holds {held}; expected rows of {{image, caption}}, COCO's (images, annotations), "
+        "Karpathy's (images[].sentences) or a mapping {image: captions}"
+    )
+
+
+def _numbered(rows: list[dict[str, Any]]) -> Rows:
+    return [(number, jsonable(row)) for number, row in enumerate(rows, 1)]
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _names(value: dict[str, Any], usual: tuple[str, ...]) -> bool:
+    """Whether one of the keys is a usual name of such a column."""
+    return any(str(key).lower() in usual for key in value)
+
+
+def _listed(value: list[Any], path: Path) -> list[dict[str, Any]]:
+    if all(isinstance(row, dict) for row in value):
+        return value
+    if all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in value):
+        return [{"image": image, "caption": caption} for image, caption in value]
+    odd = next(row for row in value if not isinstance(row, dict))
+    raise ValueError(
+        f"{path}: found {str(odd)[:60]!r} among the rows, expected mappings of columns to values"
+    )
+
+
+def _columns(columns: dict[str, list[Any]], path: Path) -> list[dict[str, Any]]:
+    sizes = {name: len(column) for name, column in columns.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{path}: its columns differ in length: {sizes}")
+    names = list(columns)
+    return [dict(zip(names, values)) for values in zip(*columns.values())]
+
+
+def _karpathy(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Karpathy and Fei-Fei's splits: each image with its sentences, as they were written."""
+    rows = []
+    for image in images:
+        rest = {
+            name: value
+            for name, value in image.items()
+            if name not in ("filepath", "filename", "sentences", "sentids")
+        }
+        folder, name = image.get("filepath"), image.get("filename")
+        place = f"{folder}/{name}" if folder and name else name
+        rows.append({"image": place, "captions": image.get("sentences"), **rest})
+    return rows
+
+
+def _coco(
+    images: list[dict[str, Any]], content: dict[str, Any], path: Path
+) -> list[dict[str, Any]]:
+    """COCO's form: images by id, captions in annotations that name one."""
+    annotations = content.get("annotations")
+    if not _are_rows(annotations):
+        raise ValueError(
+            f"{path} is COCO's form without annotations (image_info_*.json?): it lists {len(images)} images and no "
+            "captions; give captions_*.json"
+        )
+    if not any("caption" in row for row in annotations):
+        form = next(
+            (form for key, form in _OTHER_FORMS.items() if key in annotations[0]), "annotations"
+        )
+        raise ValueError(
+            f"{path} is COCO's {form} form ({', '.join(list(annotations[0])[:6])}) and holds no captions; give "
+            "captions_*.json of the same images"
+        )
+
+    captions: dict[Any, list[Any]] = {}
+    for i, image in enumerate(images):
+        if "id" not in image or "file_name" not in image:
+            raise ValueError(
+                f"{path}: images[{i}] lacks id or file_name (it has {', '.join(image)})"
+            )
+        captions[image["id"]] = []
+    for i, row in enumerate(annotations):
+        image_id = row.get("image_id")
+        if image_id not in captions:
+            raise ValueError(
+                f"{path}: annotations[{i}] names image {image_id}, which the file's images do not list"
+            )
+        if row.get("caption") is not None:
+            captions[image_id].append(row["caption"])
+
+    rows = []
+    for image in images:
+        rest = {name: value for name, value in image.items() if name != "file_name"}
+        rows.append({"image": image["file_name"], "captions": captions[image["id"]], **rest})
+    return rows

@@ -1,0 +1,253 @@
+"""Rows of a table as items: one image each, with all its captions and other columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlp.data.tables import columns, values
+from vlp.data.tables.columns import Chosen, TableOptions
+from vlp.data.tables.files import option
+from vlp.data.tables.names import only
+from vlp.data.tables.read import Table, read
+
+_SHOWN = 20
+Found = TypeVar("Found")
+
+
+@dataclass
+class Item:
+    """One image of a table.
+
+    Rows that name the same image are one item: a later row adds the captions that are not there
+    yet. The list of one row stays as it is, since fields such as `negatives_of` count its entries,
+    and published sets their captions.
+    """
+
+    image: str  # the name as the table gives it
+    row: int  # line or number of the (first) row, counted from 1 with any header
+    captions: list[str] = field(default_factory=list)
+    # The first row's other columns; "class" if there is one.
+    meta: dict[str, Any] = field(default_factory=dict)
+    label: Any = None  # the class as the table gives it, a name or a number
+
+    @property
+    def class_name(self) -> str | None:
+        return self.meta.get("class")
+
+
+@dataclass
+class Listing:
+    """The images of a table, and what is to be told about reading it."""
+
+    table: Table
+    chosen: Chosen
+    items: list[Item]
+    # Sorted; of all rows, also those that `where` leaves out: parts of a set number them alike.
+    classes: list[str]
+    problems: list[str]  # a line for each row that cannot be used
+    notes: list[str]
+
+    def place(self, item: Item) -> str:
+        """Where in the file an item stands, for messages."""
+        return self.table.place(item.row)
+
+    def __str__(self) -> str:
+        """Which columns were taken and which are carried along, as tools tell it."""
+        counted = (self.chosen.image, *self.chosen.captions, self.chosen.label)
+        rest = [name for name in self.table.columns if name not in counted]
+        return f"{self.chosen}; left in the JSON: {', '.join(rest)}" if rest else str(self.chosen)
+
+
+def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
+    """The images of a table that fulfil `options.where`, and belong to `split` where it has such a
+    column.
+
+    Raises ValueError for what makes the whole table unusable, OSError. Rows that cannot be used are
+    in `problems`.
+    """
+    table = read(path, options)
+    sample = [row for _, row in table.rows[:_SHOWN]]
+    chosen = columns.choose(table.columns, sample, options, table.path)
+    if not options.named_captions:
+        _refuse_dialogues(table, chosen)
+
+    conditions = {
+        columns.column(table.columns, name, table.path): value
+        for name, value in options.where.items()
+    }
+    split_column = columns.split_column(table.columns)
+    if split and split_column:
+        conditions.setdefault(split_column, split)
+    listing = _gather(table, chosen, conditions)
+    if options.only:
+        _keep_listed(listing, options.only)
+    if not listing.items and listing.problems:
+        raise ValueError("no row can be used:\n" + "\n".join(listing.problems[:10]))
+    if not listing.items:
+        _refuse_nothing(table, conditions)
+    if listing.items and listing.items[0].image.startswith(("http://", "https://")):
+        listing.notes.append(
+            f"{table.path}: {chosen.image} holds addresses; images are looked for under the names at their ends "
+            "(img2dataset fetches what is not there yet)"
+        )
+    if split_column and split_column not in conditions:
+        splits = [row.get(split_column) for _, row in table.rows]
+        if len(set(map(values.shown, splits))) > 1:
+            told = values.counted(splits)
+            listing.notes.append(
+                f"{table.path}: rows of all splits are taken together ({told}); where chooses some"
+            )
+    return listing
+
+
+def _keep_listed(listing: Listing, path: str) -> None:
+    """Only the items that a list names; names that mean none are noted."""
+    n_before = len(listing.items)
+    listing.items, lost = only(listing.items, path)
+    if n_before and not listing.items:
+        raise ValueError(
+            f"no name in {path} is that of an image in {listing.table.path}; the first is {lost[0]!r}"
+        )
+    if lost:
+        listing.notes.append(
+            f"{len(lost)} names in {path} are of no image in {listing.table.path} (the first: {lost[0]!r})"
+        )
+
+
+def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing:
+    result = Listing(table, chosen, [], [], list(table.problems), list(table.notes))
+    kept = [
+        name for name in table.columns if name not in (chosen.image, *chosen.captions, chosen.label)
+    ]
+    typed = table.converters([chosen.label, *kept] if chosen.label else kept)
+    by_name: dict[str, Item] = {}
+    classes: set[Any] = set()
+    differing: Counter[str] = Counter()
+
+    for number, row in table.rows:
+        label = typed[chosen.label](row.get(chosen.label)) if chosen.label else None
+        if isinstance(label, (list, dict)):
+            result.problems.append(
+                f"{table.place(number)}: {chosen.label} is {str(label)[:60]}, expected one class"
+            )
+            continue
+        if label is not None:
+            classes.add(label)
+        if not all(values.equals(row.get(column), wanted) for column, wanted in conditions.items()):
+            continue
+        try:
+            item = _item(row, number, chosen, label)
+        except values.NoText as problem:
+            result.problems.append(f"{table.place(number)}: {problem}")
+            continue
+        item.meta = {chosen.image: item.image} | {
+            name: typed[name](row[name]) for name in kept if row.get(name) is not None
+        }
+        item.meta = {name: value for name, value in item.meta.items() if value is not None}
+        if label is not None:
+            item.meta["class"] = values.shown(label)
+
+        earlier = by_name.setdefault(item.image, item)
+        if earlier is not item:
+            problem = _join(earlier, item)
+            differing.update(name for name in kept if earlier.meta.get(name) != item.meta.get(name))
+            if problem:
+                result.problems.append(f"{table.place(number)}: {problem}")
+
+    if differing:
+        named = ", ".join(list(differing)[:5])
+        result.notes.append(
+            f"{table.path}: rows of one image differ in {named}; the first row's values are kept"
+        )
+    result.items = list(by_name.values())
+    result.classes = [values.shown(label) for label in sorted(classes, key=_class_order)]
+    return result
+
+
+def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
+    """One row; raises NoText for one without an image name or with captions that are no texts."""
+    name = row.get(chosen.image)
+    if isinstance(name, list) and len(name) == 1:
+        name = name[0]  # chats list their images
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)  # an id; the archive knows the extension
+    if name is None or name == "":
+        raise values.NoText(f"the column {chosen.image!r} is empty, expected an image's name")
+    if not isinstance(name, str) or not name.strip():
+        raise values.NoText(f"image is {name!r}, expected a name in the column {chosen.image!r}")
+    captions: list[str] = []
+    for column in chosen.captions:
+        try:
+            captions += values.texts(row.get(column))
+        except values.NoText as error:
+            raise values.NoText(f"{column}: {error}") from None
+    return Item(name.strip(), number, captions, {}, label)
+
+
+def _join(item: Item, other: Item) -> str:
+    """Give an item the captions of another one of the same image; returns what contradicts, or "".
+    """
+    item.captions = item.captions + [
+        caption for caption in other.captions if caption not in item.captions
+    ]
+    if item.label is None:
+        item.label = other.label
+        item.meta |= {"class": other.meta["class"]} if "class" in other.meta else {}
+    if other.label not in (None, item.label):
+        return f"image {item.image!r} is of the class {other.label!r} here and of {item.label!r} in row {item.row}"
+    return ""
+
+
+def _class_order(label: Any) -> tuple[bool, int, str]:
+    """Numbers by value, before names."""
+    text = values.shown(label)
+    is_number = text.isdecimal()
+    return (not is_number, int(text) if is_number else 0, text)
+
+
+def _refuse_dialogues(table: Table, chosen: Chosen) -> None:
+    """The answer of a dialogue with one turn is a caption; several answers are none unless a person
+    says so.
+    """
+    for number, row in table.rows:
+        for name in chosen.captions:
+            n_answers = len(values.answers(row.get(name)))
+            if n_answers > 1:
+                raise ValueError(
+                    f"{table.place(number)}: {name} is a dialogue with {n_answers} answers, which are no captions of the whole "
+                    f"image; to take every answer as one: {option('caption_columns', name)}"
+                )
+
+
+def _refuse_nothing(table: Table, conditions: dict[str, Any]) -> None:
+    if not conditions:
+        raise ValueError(f"{table.path} has no rows")
+    said = " and ".join(f"{name} = {values.asked(value)}" for name, value in conditions.items())
+    there = [
+        f"{name} holds {values.counted(row.get(name) for _, row in table.rows)}"
+        for name in conditions
+    ]
+    raise ValueError(f"{table.path} has no row with {said}; {'; '.join(there)}")
+
+
+def place(
+    items: Iterable[Item], find: Callable[[str], Found | None]
+) -> tuple[list[tuple[Item, Found]], list[Item]]:
+    """Each item with its image, and the items without one. Items whose names mean the same image
+    are joined.
+    """
+    placed: dict[Found, Item] = {}
+    missing = []
+    for item in items:
+        image = find(item.image)
+        if image is None:
+            missing.append(item)
+        elif image in placed:
+            _join(placed[image], item)
+        else:
+            placed[image] = replace(item, captions=list(item.captions), meta=dict(item.meta))
+    return [(item, image) for image, item in placed.items()], missing

@@ -1,0 +1,74 @@
+"""Lists of image names, such as Flickr_8k.trainImages.txt: they choose among a table's images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlp.data.tables.columns import TableOptions, column, names_image
+from vlp.data.tables.read import read
+
+if TYPE_CHECKING:
+    from vlp.data.tables.items import Item
+
+
+def only(items: Iterable[Item], path: str | Path) -> tuple[list[Item], list[str]]:
+    """The items that a list names, and the names that mean no item.
+
+    The list holds one name a line (or is a table with a column of images). A name means an image if
+    one is the end of the other, whole folders at a time, with or without an extension. Raises
+    ValueError, OSError.
+    """
+    wanted: dict[str, list[tuple[str, ...]]] = {}
+    for name in _listed(Path(path)):
+        parts = _parts(name)
+        wanted.setdefault(parts[-1], []).append(parts)
+
+    chosen, met = [], set()
+    for item in items:
+        parts = _parts(item.image)
+        agreeing = [other for other in wanted.get(parts[-1], ()) if _agree(parts, other)]
+        if agreeing:
+            chosen.append(item)
+            met.update(agreeing)
+    listed = chain.from_iterable(wanted.values())
+    lost = ["/".join(parts) for parts in listed if parts not in met]
+    return chosen, lost
+
+
+def _listed(path: Path) -> list[str]:
+    """The names in the file."""
+    table = read(path, TableOptions())
+    named = [
+        name
+        for name in table.columns
+        if any(names_image(row.get(name)) for _, row in table.rows[:20])
+    ]
+    if len(table.columns) == 1:
+        name = table.columns[0]
+        names = [row[name] for _, row in table.rows]
+        # Names without extensions: the first line is one of them, unless it says what the column is.
+        return (
+            names
+            if names_image(names[0]) or name.lower() in ("image", "file_name", "filename")
+            else [name, *names]
+        )
+    if len(named) != 1:
+        return [row[column(table.columns, "image", path)] for _, row in table.rows]
+    return [row[named[0]] for _, row in table.rows if row.get(named[0])]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Folders and name without extension."""
+    *folders, last = [
+        part for part in name.strip().replace("\\", "/").split("/") if part not in ("", ".")
+    ] or [""]
+    stem = last.rsplit(".", 1)[0] if names_image(last) else last
+    return (*folders, stem)
+
+
+def _agree(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    n_common = min(len(one), len(other))
+    return one[-n_common:] == other[-n_common:]

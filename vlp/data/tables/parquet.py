@@ -1,0 +1,78 @@
+"""Parquet tables as rows of JSON values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlp.data.tables.values import jsonable
+
+
+def parse_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
+    """Numbered rows of a parquet file of names and texts, and what was left out; raises ValueError.
+    """
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(path).read()
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no whole parquet file ({str(error)[:120]}); fetch or write it again"
+        ) from None
+
+    columns, notes = {}, []
+    for name in table.column_names:
+        _refuse_pictures(path, name, table.column(name))
+        try:
+            values = _values(table.column(name))
+        except (ArrowException, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{path}: the column {name!r} cannot be read ({str(error)[:120]}); write it again"
+            ) from None
+        if any(isinstance(value, bytes) for value in values):
+            notes.append(f"{path}: the column {name!r} holds bytes and was left out")
+        else:
+            columns[name] = values
+    rows = []
+    for number in range(table.num_rows):
+        row = {name: jsonable(values[number]) for name, values in columns.items()}
+        rows.append((number + 1, row))
+    return rows, notes
+
+
+def _refuse_pictures(path: Path, name: str, column: Any) -> None:
+    """A picture as `datasets` stores it is {bytes, path}; without its bytes it is a name like
+    others.
+    """
+    if _is_picture(column.type) and column.combine_chunks().field("bytes").null_count < len(column):
+        raise ValueError(
+            f"{path}: the column {name!r} holds the pictures themselves, expected their names; train on its folder with the "
+            "source {name: huggingface, path: FOLDER}, evaluate with data=FOLDER"
+        )
+
+
+def _is_picture(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+
+
+def _values(column: Any) -> list[Any]:
+    """The column as Python values; narrow floats as they print (0.31), not as doubles show them
+    (0.3100000023841858).
+    """
+    import numpy as np
+    import pyarrow
+
+    kind = column.type
+    narrow = {pyarrow.float32(): np.float32, pyarrow.float16(): np.float16}.get(kind)
+    if narrow is not None:
+        return [
+            None if value is None else float(str(narrow(value))) for value in column.to_pylist()
+        ]
+    if _is_picture(kind):
+        return column.combine_chunks().field("path").to_pylist()
+    if pyarrow.types.is_timestamp(kind):
+        # Python's dates know no nanoseconds.
+        column = column.cast(pyarrow.timestamp("us", kind.tz), safe=False)
+    return column.to_pylist()

@@ -1,0 +1,93 @@
+"""A table's rows, whatever kind of file it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlp.data.tables import delimited, files, forms, values
+from vlp.data.tables.columns import TableOptions
+from vlp.data.tables.parquet import parse_parquet
+
+
+@dataclass
+class Table:
+    """Rows as mappings of columns to values. Those of a text table are texts, and empty cells are
+    absent.
+    """
+
+    path: Path
+    columns: list[str]
+    rows: list[tuple[int, dict[str, Any]]]  # with the line, or the number of the row
+    by_line: bool
+    textual: bool
+    problems: list[str]  # a line for each row that cannot be used
+    notes: list[str]
+
+    def place(self, number: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.path}:{number}" if self.by_line else f"{self.path}: row {number}"
+
+    def converters(self, names: Iterable[str]) -> dict[str, Callable[[Any], Any]]:
+        """For each column what makes a JSON value of a cell: by all cells of the column in a text
+        table, as it is elsewhere.
+        """
+        result = {}
+        for name in names:
+            cells = (row[name] for _, row in self.rows if name in row) if self.textual else ()
+            convert = values.converter(cells) if self.textual else None
+            result[name] = _where_filled(convert)
+        return result
+
+    def records(self, texts: Iterable[str] = ()) -> list[dict[str, Any]]:
+        """The rows with typed values; the columns `texts` stay as written."""
+        texts = set(texts)
+        typed = self.converters(name for name in self.columns if name not in texts)
+        return [
+            {name: value if name in texts else typed[name](value) for name, value in row.items()}
+            for _, row in self.rows
+        ]
+
+
+def _where_filled(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    return lambda value: value if value is None or convert is None else convert(value)
+
+
+def read(path: str | Path, options: TableOptions | None = None) -> Table:
+    """The rows of a table; raises ValueError for what is none, saying what was found and what to
+    do, and OSError.
+    """
+    path, options = Path(path).expanduser(), options or TableOptions()
+    kind = files.kind_of(path)
+    if kind == ".parquet":
+        files.load(path)
+        rows, notes = parse_parquet(path)
+        return Table(path, _columns_of(rows), rows, False, False, [], notes)
+
+    text = files.decode(files.load(path), path, options.encoding)
+    if kind in files.DELIMITED:
+        parsed = delimited.parse(text, path, options)
+        if not parsed.rows:
+            nothing = f"{path} has no rows below the line that names its columns ({', '.join(parsed.columns)[:120]})"
+            raise ValueError(parsed.problems[0] if parsed.problems else nothing)
+        return Table(path, parsed.columns, parsed.rows, True, True, parsed.problems, [])
+    rows, by_line = forms.parse_json(text, path, by_line=kind in files.JSON_LINES)
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return Table(path, _columns_of(rows), rows, by_line, False, [], [])
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file that has a form of its own; raises ValueError, OSError."""
+    path = Path(path)
+    return forms.whole(files.decode(files.load(path), path), path)
+
+
+def _columns_of(rows: list[tuple[int, dict[str, Any]]]) -> list[str]:
+    """All columns of all rows, in the order in which they are met."""
+    names: dict[str, None] = {}
+    for _, row in rows:
+        names.update(dict.fromkeys(row))
+    return list(names)

@@ -1,0 +1,228 @@
+"""What stands in a table's cells: captions, numbers, truth values and lists, as a shard's JSON can
+hold them.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from typing import Any
+
+_WHOLE = re.compile(r"-?(0|[1-9]\d*)")
+_DECIMAL = re.compile(
+    r"-?(0|[1-9]\d*)?\.\d+([eE][+-]?\d+)?|-?(0|[1-9]\d*)\.([eE][+-]?\d+)?|-?(0|[1-9]\d*)[eE][+-]\d+"
+)
+_LARGEST = 1 << 53  # beyond it, readers that keep numbers as doubles change an id
+_TOLD = 20  # values of a column that a message lists
+_NOTHING = frozenset({"nan", "na", "n/a", "null", "none", "<na>"})
+_TRUTH = {"true": True, "false": False}
+_TURN_KEYS = (("from", "value"), ("role", "content"))  # of a dialogue: LLaVA's form, the chat form
+_ANSWERING = ("gpt", "assistant", "model")
+_TEXT_KEYS = ("raw", "caption", "text", "sentence")
+
+
+class NoText(ValueError):
+    """A value that holds no captions."""
+
+
+def texts(value: Any) -> list[str]:
+    """The captions in a value: a text, a list of texts or of {raw | caption | text | sentence}, or
+    a dialogue's answers.
+
+    A text that is written as a list, `["a dog", "a cat"]`, is that list. Empty ones are left out;
+    NoText for all else.
+    """
+    if isinstance(value, str):
+        value = value.strip()
+        if not value.startswith("["):
+            return [value] if value else []
+        value = _written_list(value)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        value = [value]
+    if value and all(isinstance(turn, dict) for turn in value) and _is_dialogue(value):
+        value = answers(value)
+
+    result = []
+    for entry in value:
+        if entry is None:
+            continue
+        text = entry if isinstance(entry, str) else _text_of(entry)
+        if text.strip():
+            result.append(text.strip())
+    return result
+
+
+def _text_of(entry: Any) -> str:
+    if isinstance(entry, dict):
+        for key in _TEXT_KEYS:
+            if isinstance(entry.get(key), str):
+                return entry[key]
+    raise NoText(f"found {str(entry)[:80]!r}, expected a text or a list of texts")
+
+
+def _written_list(text: str) -> Any:
+    """A list that JSON or Python wrote into a text; any other text as it is."""
+    if not text.endswith("]"):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return value
+    return text
+
+
+def _is_dialogue(turns: list[dict[str, Any]]) -> bool:
+    return any(speaker in turns[0] and content in turns[0] for speaker, content in _TURN_KEYS)
+
+
+def answers(value: Any) -> list[str]:
+    """What the model says in a dialogue (LLaVA's `conversations`, `messages` of chats); nothing in
+    any other value.
+    """
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    result = []
+    for turn in turns:
+        for speaker, content in _TURN_KEYS:
+            if turn.get(speaker) in _ANSWERING and content in turn:
+                result.append(_said(turn[content]))
+    return result
+
+
+def _said(content: Any) -> str:
+    """The text of a turn: as it is, or in parts of which some may be images."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return " ".join(
+        part["text"]
+        for part in parts
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+    )
+
+
+def jsonable(value: Any) -> Any:
+    """A value of a file as JSON holds it: dates as ISO texts, decimals as numbers, NaN and infinity
+    as nothing.
+
+    Lone halves of UTF-16 pairs, which no file can store, become U+FFFD.
+    """
+    if isinstance(value, str):
+        return repaired(value)
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {repaired(str(key)): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, Decimal):
+        return _from_decimal(value)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray)):
+        raise ValueError("bytes")
+    return str(value)
+
+
+def repaired(text: str) -> str:
+    """The text with lone surrogates replaced and split pairs joined."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _from_decimal(value: Decimal) -> Any:
+    if not value.is_finite():
+        return None
+    whole = value == value.to_integral_value()
+    if whole and abs(value) < _LARGEST:
+        return int(value)
+    return str(value) if whole else float(value)
+
+
+def converter(cells: Iterable[str]) -> Callable[[str], Any]:
+    """How the cells of one column of a text file become JSON values; the rule looks at the whole
+    column.
+
+    All whole numbers (no leading zeros, below 2⁵³) are ints; all numbers are floats, and "nan",
+    "NA", "null" among them nothing; all true or false are truth values; all lists or mappings in
+    JSON are those. Everything else stays text, also "1e5" without a sign, which may be an id.
+    """
+    values = {cell for cell in cells if cell}
+    filled = {cell for cell in values if cell.lower() not in _NOTHING}
+    if not filled:
+        return str
+    if all(cell.lower() in _TRUTH for cell in values):
+        return lambda cell: _TRUTH[cell.lower()]
+    whole = {cell for cell in filled if _WHOLE.fullmatch(cell)}
+    if all(cell in whole or _DECIMAL.fullmatch(cell) for cell in filled):
+        safe = all(len(cell) < 20 and abs(int(cell)) < _LARGEST for cell in whole)
+        return _number if safe else str
+    if all(cell[0] in "[{" and _parsed(cell) is not None for cell in values):
+        return _parsed
+    return str
+
+
+def _number(cell: str) -> int | float | None:
+    if cell.lower() in _NOTHING:
+        return None
+    number = int(cell) if _WHOLE.fullmatch(cell) else float(cell)
+    return number if math.isfinite(number) else None
+
+
+def _parsed(cell: str) -> Any:
+    try:
+        return jsonable(json.loads(cell))
+    except (ValueError, RecursionError):
+        return None
+
+
+def equals(value: Any, wanted: Any) -> bool:
+    """Whether a cell has the value that a person asks for, or one of a list: as text, truth value,
+    or the same number.
+    """
+    if isinstance(wanted, list):
+        return any(equals(value, one) for one in wanted)
+    if value is None:
+        return wanted is None or wanted == ""
+    one, other = shown(value).strip(), shown(wanted).strip()
+    if one == other:
+        return True
+    if one.lower() in _TRUTH and other.lower() in _TRUTH:
+        return one.lower() == other.lower()
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value as a person writes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def asked(wanted: Any) -> str:
+    """What a person asks for, for messages."""
+    choices = wanted if isinstance(wanted, list) else [wanted]
+    return " or ".join(repr(shown(choice)) for choice in choices)
+
+
+def counted(cells: Iterable[Any]) -> str:
+    """The values of a column with their numbers, the commonest first, for messages."""
+    counts = Counter("nothing" if cell is None else shown(cell) for cell in cells)
+    told = ", ".join(f"{value} ({n})" for value, n in counts.most_common(_TOLD))
+    return f"{told}, …" if len(counts) > _TOLD else told
