@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlp.data.archives import Archive
 from vlp.schema import did_you_mean
 
 IMAGE_COLUMNS = ("image", "file_name", "filepath", "filename", "path")  # looked for, in this order, where none is named
@@ -143,13 +142,3 @@ def _captions(value: Any, place: str) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{place}: found {value!r}, expected a text or a list of texts")
     return [text.strip() for text in texts if text.strip()]
-
-
-def class_items(archive: Archive) -> tuple[list[Item], list[str]]:
-    """The images of a class-per-folder tree, and its classes, sorted. A folder's underscores are spaces in its class."""
-    loose = [name for name in archive.names if "/" not in name]
-    if loose or not archive.names:
-        found = f"it holds {loose[0]!r} outside of any" if loose else "it holds no images"
-        raise ValueError(f"{archive.path} is no tree with one folder a class: {found}; name a table of captions instead")
-    found = [Item(name, 0, [], {"image": name, "class": name.split("/")[0].replace("_", " ").strip()}) for name in archive.names]
-    return found, sorted({item.meta["class"] for item in found})
