@@ -32,7 +32,7 @@ def read(path: Path, images: str | None, split: str, missing: str) -> Source:
     collection = Collection(Path(images) if images else path.parent)
     found = [(collection.find(name), name, texts) for name, texts in captions]
     absent = [name for picture, name, _ in found if picture is None]
-    refuse_missing(absent, len(found), collection.root, missing)
+    refuse_missing(absent, len(found), collection, missing)
     records = [Record(picture, tuple(texts)) for picture, _, texts in found if picture]
     return Source(path.stem, records, skipped=absent)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlp.data.archives import Archive
 from vlp.data.members import IMAGE_TYPES, walk
 from vlp.files import write_atomically
 
@@ -58,9 +59,19 @@ class Picture:
         return image.crop(self.box) if self.box else image
 
 
-def is_image(name: str) -> bool:
-    """Whether a file name ends like an image that may be decoded."""
-    return name.rsplit(".", 1)[-1].lower() in IMAGE_TYPES
+def open_archive(path: str | Path, below: str = "") -> Archive:
+    """The pictures and texts of a folder or tar; a DataError says what is there instead."""
+    try:
+        return Archive(path, below)
+    except ValueError as error:
+        raise DataError(f"{error}; expected a folder of images or a .tar") from error
+
+
+def picture_of(archive: Archive, name: str) -> Picture:
+    """A stored name of an archive as a picture."""
+    place = archive.place(name)
+    whole = place.size < 0
+    return Picture(place.path if whole else name, place.path, place.offset, None if whole else place.size)
 
 
 def tar_members(path: str | Path) -> dict[str, Picture]:
@@ -76,44 +87,44 @@ def tar_members(path: str | Path) -> dict[str, Picture]:
 class Collection:
     """Images that annotations name: the files under a folder, or the members of a tar.
 
-    `collection.find("val2017/000000000285.jpg")` also finds the same file when only its own name agrees, provided that
-    name is unique: published annotations disagree about the folders before it.
+    Published annotations disagree about the folders before a name, so that it is found as `vlp.data.names` says.
     """
 
     def __init__(self, root: str | Path) -> None:
-        root = Path(root)
-        if root.is_dir():
-            found = sorted(p for p in root.rglob("*") if is_image(p.name) and p.is_file())
-            self.pictures = {p.relative_to(root).as_posix(): Picture(str(p), str(p)) for p in found}
-        elif root.is_file() and root.suffix == ".tar":
-            self.pictures = {name: p for name, p in tar_members(root).items() if is_image(name)}
-        else:
+        if not Path(root).exists():
             raise DataError(f"no images at {root}: expected a folder of images or a .tar; give it as images=PATH")
-        if not self.pictures:
-            raise DataError(f"{root} holds no image ({', '.join(sorted(IMAGE_TYPES))}); give their folder or .tar as images=PATH")
-        self.root = root
-        self._by_last: dict[str, list[str]] = {}
-        for name in self.pictures:
-            self._by_last.setdefault(name.rsplit("/", 1)[-1], []).append(name)
+        self.archive = open_archive(root)
+        self.root = self.archive.path
+        self._meant: dict[str, str] = {}  # the first name under which a stored picture was found
+        if not self.archive.names:
+            found = f", only {self.archive.left_out}" if self.archive.left_out.counts else ""
+            types = ", ".join(sorted(IMAGE_TYPES))
+            raise DataError(f"{root} holds no image ({types}){found}; give their folder or .tar as images=PATH")
 
     def find(self, name: str) -> Picture | None:
-        """The picture an annotation means, or None."""
-        if name in self.pictures:
-            return self.pictures[name]
-        same = self._by_last.get(name.rsplit("/", 1)[-1], [])
-        return self.pictures[same[0]] if len(same) == 1 else None
+        """The picture an annotation means, or None; a DataError where another name means it and the two contradict."""
+        stored = self.archive.find(name)
+        if stored is None:
+            return None
+        other = self._meant.setdefault(stored, name)
+        if other != name and not (self.archive.agrees(name, stored) and self.archive.agrees(other, stored)):
+            raise DataError(
+                f"the annotations name {other!r} and {name!r}, and {self.root} holds {stored!r} only; give the folder with both"
+            )
+        return picture_of(self.archive, stored)
 
 
-def refuse_missing(missing: Sequence[str], total: int, where: object, policy: str) -> None:
+def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy: str) -> None:
     """Raise for annotations whose images are not there, unless `policy` is "skip" (the caller reports the count)."""
     if not missing or (policy == "skip" and len(missing) < total):
         return
-    some = "".join(f"\n  {name}" for name in list(missing)[:10])
+    some = "".join(f"\n  {name} {where.archive.index.why_not(name)}" for name in list(missing)[:10])
     more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
-    advice = "none of the annotations has its image; check the path" if len(missing) >= total else (
-        "fetch them, or pass missing=skip to evaluate without them (the score is then not comparable)"
-    )
-    raise DataError(f"{len(missing)} of {total} annotations name images that are not in {where}:{some}{more}\n{advice}")
+    if len(missing) >= total:
+        advice = f"none of the annotations has its image; is {where.root} the right folder? It holds {where.archive.names[0]!r}, …"
+    else:
+        advice = "fetch them, or pass missing=skip to evaluate without them (the score is then not comparable)"
+    raise DataError(f"{len(missing)} of {total} annotations name images that are not in {where.root}:{some}{more}\n{advice}")
 
 
 class Contents:

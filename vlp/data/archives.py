@@ -12,9 +12,9 @@ import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TEXT_TYPES, walk
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TEXT_TYPES, DamagedTar, Member, walk
 from vlp.data.names import Names, cleaned
 
 CAPTION_TYPES = TEXT_TYPES | {"caption"}  # of the texts that may lie beside a picture under its name
@@ -118,22 +118,22 @@ class Archive:
         else:
             raise ValueError(f"{self.path} is neither a folder nor a tar file")
         self.names = sorted(self._places)
-        self._index = Names(self.names)
+        self.index = Names(self.names)
 
     def find(self, name: str) -> str | None:
         """The stored name of the picture that a table names, or None. Nothing outside the archive is ever found.
 
         `vlp.data.names` says which spellings agree.
         """
-        return self._index.find(name)
+        return self.index.find(name)
 
     def why_not(self, name: str) -> str:
         """Why `find` answers None, to stand behind the name: "is missing in …", with the nearest names there are."""
-        return self._index.why_not(name, str(self.path))
+        return self.index.why_not(name, f" in {self.path}")
 
     def agrees(self, name: str, stored: str) -> bool:
         """Whether a name and the stored name that `find` gave contradict each other in no folder."""
-        return self._index.agrees(name, stored)
+        return self.index.agrees(name, stored)
 
     def place(self, name: str) -> Place:
         """Where an image of `names` lies."""
@@ -164,7 +164,7 @@ class Archive:
         seen = set()
         with open(self.path, "rb", buffering=1 << 18) as file:
             self._refuse_packed(file.read(8))
-            for member in walk(file, 0, self.path.stat().st_size):
+            for member in self._members(file):
                 parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
                 name = "/".join(parts)
                 seen.add(parts[0] if len(parts) > 1 else "")
@@ -176,6 +176,12 @@ class Archive:
                     self._take(name.removeprefix(prefix), Place(str(self.path), member.offset, member.size))
         if below and not (self._places or self.texts):
             raise ValueError(f"{self.path} holds no folder {below!r}; there are: {', '.join(sorted(seen - {''})) or 'none'}")
+
+    def _members(self, file: BinaryIO) -> Iterator[Member]:
+        try:
+            yield from walk(file, 0, self.path.stat().st_size)
+        except DamagedTar as error:
+            raise ValueError(f"{self.path} is no tar, or damaged: {error}; fetch or pack it again") from None
 
     def _refuse_packed(self, start: bytes) -> None:
         for magic, (kind, command) in _PACKED.items():

@@ -67,15 +67,15 @@ class Names:
         matches = self._matches(name)
         return matches[0] if len(matches) == 1 else None
 
-    def why_not(self, name: str, place: str) -> str:
-        """Why `find` answers None: "is missing in PLACE …" or "is ambiguous in PLACE …"."""
+    def why_not(self, name: str, place: str = "") -> str:
+        """Why `find` answers None, to stand behind the name: "is missing{place} …" or "is ambiguous{place} …"."""
         matches = self._matches(name)
         if matches:
             some = ", ".join(repr(match) for match in matches[:3])
-            return f"is ambiguous in {place}: {some}{', …' if len(matches) > 3 else ''}; name it with its folder"
+            return f"is ambiguous{place}: {some}{', …' if len(matches) > 3 else ''}; name it with its folder"
         nearest = self._nearest(name)
         hint = f"; nearest names: {', '.join(map(repr, nearest))}" if nearest else ""
-        return f"is missing in {place}{hint}"
+        return f"is missing{place}{hint}"
 
     def agrees(self, name: str, stored: str) -> bool:
         """Whether one of the two is the end of the other, as far as `find` tells spellings apart."""
