@@ -6,13 +6,15 @@ what the pictures hold, which names the embeddings that are kept on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -21,6 +23,8 @@ from vlp.data.members import IMAGE_TYPES, walk
 from vlp.files import write_atomically
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what training reads; nothing else is ever handed to a decoder
+
+_PROBED = 128  # pictures of a set that are decoded before anything long starts
 
 
 class DataError(ValueError):
@@ -46,6 +50,12 @@ class Picture:
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
+
+    def is_empty(self) -> bool:
+        """Whether there is not a single byte; raises OSError for a file that is gone."""
+        if self.data is not None:
+            return not self.data
+        return not (os.stat(self.path).st_size if self.size is None else self.size)
 
     def open(self) -> Image.Image:
         """The decoded image in RGB; a DataError names the picture that does not open."""
@@ -125,6 +135,43 @@ def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy
     else:
         advice = "fetch them, or pass missing=skip to evaluate without them (the score is then not comparable)"
     raise DataError(f"{len(missing)} of {total} annotations name images that are not in {where.root}:{some}{more}\n{advice}")
+
+
+def refuse_unreadable(opened: Any) -> None:
+    """Raise for pictures of an opened evaluation set that are gone or empty, or, of `_PROBED` of them, do not open."""
+    pictures = list(dict.fromkeys(_pictures_in(opened)))
+    step = max(1, len(pictures) // _PROBED)
+    problems = []
+    for number, picture in enumerate(pictures):
+        try:
+            if picture.is_empty():
+                problems.append(f"image {picture.name} is empty")
+            elif number % step == 0:
+                picture.open()
+        except (DataError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        some = "".join(f"\n  {problem}" for problem in problems[:10])
+        raise DataError(
+            f"{len(problems)} of {len(pictures)} images cannot be read:{some}\nrepair them, or remove them and their "
+            "annotations; inside training, missing: skip puts plain gray in their place and counts them"
+        )
+
+
+def _pictures_in(value: Any) -> Iterator[Picture]:
+    """Every picture inside of dataclasses, lists, tuples and mappings."""
+    if isinstance(value, Picture):
+        yield value
+        return
+    parts: Iterable[Any] = ()
+    if dataclasses.is_dataclass(value):
+        parts = (getattr(value, f.name) for f in dataclasses.fields(value))
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    for part in parts:
+        yield from _pictures_in(part)
 
 
 class Contents:
