@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from vlp import dist, log
 from vlp.data.trees import class_name
 from vlp.eval import classes, embed, imagenet, metrics, prompts
 from vlp.eval.classes import ClassList
@@ -71,6 +72,8 @@ def read(options: Options) -> Data:
 
 
 def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
+    if context.progress and dist.is_main() and all(name.isdecimal() for name in data.classes) and len(data.classes) > 10:
+        log.warn(f"the classes are called {data.classes[0]} … {data.classes[-1]}, also in the prompts; classes=FILE names them")
     pictures = [r.picture for r in data.source.records]
     text = embed.texts(encoder, prompts.fill(data.templates, data.classes), context)
     class_rows = torch.nn.functional.normalize(text.view(len(data.classes), len(data.templates), -1).mean(1), dim=-1)

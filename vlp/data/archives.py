@@ -21,7 +21,7 @@ CAPTION_TYPES = TEXT_TYPES | {"caption"}  # of the texts that may lie beside a p
 # What operating systems, file servers and editors leave behind; whatever begins with a dot counts as hidden too.
 SYSTEM_NAMES = frozenset({
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "paxheaders",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 })  # fmt: skip
 _PACKED = {b"\x1f\x8b": ("gzip", "gunzip"), b"PK\x03\x04": ("zip", "unzip"), b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
            b"BZh": ("bzip2", "bunzip2"), b"\xfd7zX": ("xz", "unxz")}  # fmt: skip
@@ -65,7 +65,7 @@ def extension_of(name: str) -> str:
 
 def is_hidden(part: str) -> bool:
     """Whether one part of a path is hidden, or left behind by a system: never a class, a picture or a text."""
-    return part.startswith(".") or part.lower() in SYSTEM_NAMES
+    return part.startswith((".", "PaxHeader")) or part.lower() in SYSTEM_NAMES
 
 
 def printable(name: str) -> str:

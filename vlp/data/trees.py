@@ -150,7 +150,7 @@ def _classes(archive: Archive) -> Tree:
         _refuse_wrapper(archive, tops)
     problems = [f"{name!r} lies outside of any class folder" for name in loose]
     for folder, extensions in sorted(archive.folders.items()):
-        if folder not in tops:
+        if folder not in tops and "tar" not in extensions:  # shards lie there, perhaps an earlier output
             found = ", ".join(f"{n:,} .{extension}" for extension, n in extensions.most_common()) or "nothing"
             problems.append(f"the class folder {printable(folder)!r} holds no image (found {found}); convert or remove it")
     items = [
