@@ -73,9 +73,13 @@ def run(args: argparse.Namespace) -> int:
     tree = None if args.captions else read_tree(archive)
     items, classes = (tree.items, tree.classes) if tree else _table(args)
     if args.part:
-        items = [item for item in items if _in_part(str(item.meta.get("origin", item.image)), args.part)]
+        items = [
+            item for item in items if _in_part(str(item.meta.get("origin", item.image)), args.part)
+        ]
     if not items:
-        raise ValueError(f"no row of {args.captions or args.source} is left to pack; check --where and --part")
+        raise ValueError(
+            f"no row of {args.captions or args.source} is left to pack; check --where and --part"
+        )
 
     named, problems = _sort_out(items, archive, args)
     named, clashes = settle(named, archive)
@@ -92,12 +96,16 @@ def run(args: argparse.Namespace) -> int:
             print(f"none of them has its image; {question}", file=sys.stderr)
         return 1
     if not named:
-        raise ValueError(f"no usable image is left to pack; is {archive.path} the right folder? It holds {_some(archive.names)}")
+        raise ValueError(
+            f"no usable image is left to pack; is {archive.path} the right folder? It holds {_some(archive.names)}"
+        )
 
     with _replaced(target, args.overwrite) as partial:
         n_shards = _write(named, archive, classes, args, partial)
     n_captions = sum(len(item.captions) for item, _ in named)
-    print(f"{target}: {len(named)} images with {n_captions} captions and {len(classes)} classes in {n_shards} shards")
+    print(
+        f"{target}: {len(named)} images with {n_captions} captions and {len(classes)} classes in {n_shards} shards"
+    )
     _say_rest(args, archive, tree, named, len(problems), classes)
     return 0
 
@@ -111,7 +119,12 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _say_rest(
-    args: argparse.Namespace, archive: Archive, tree: Tree | None, named: list[Named], n_problems: int, classes: list[str]
+    args: argparse.Namespace,
+    archive: Archive,
+    tree: Tree | None,
+    named: list[Named],
+    n_problems: int,
+    classes: list[str],
 ) -> None:
     """Print what was decided about the folder, and what of it is not in the shards."""
     for note in tree.notes if tree else []:
@@ -120,17 +133,25 @@ def _say_rest(
     if emptied:
         print(f"note: no image of {len(emptied)} classes is in this output, such as {emptied[0]!r}")
     if archive.outside:
-        links = ", ".join(f"{name} -> {target}" for name, target in list(archive.outside.items())[:3])
+        links = ", ".join(
+            f"{name} -> {target}" for name, target in list(archive.outside.items())[:3]
+        )
         more = ", …" if len(archive.outside) > 3 else ""
-        print(f"note: {len(archive.outside)} links lead out of {args.source} and were followed ({links}{more}); "
-              "--links inside leaves them out")
+        print(
+            f"note: {len(archive.outside)} links lead out of {args.source} and were followed ({links}{more}); "
+            "--links inside leaves them out"
+        )
     left_out = [f"{n_problems} named above"] if n_problems else []
     left_out += [str(archive.left_out)] if archive.left_out.counts else []
     if left_out:
         print(f"left out: {', '.join(left_out)}")
     unused = len(archive.names) - len({name for _, name in named})
     if unused:
-        reason = "--part or --on-missing left them out" if tree else "no row names them, or an option left them out"
+        reason = (
+            "--part or --on-missing left them out"
+            if tree
+            else "no row names them, or an option left them out"
+        )
         print(f"{unused} images in {args.source} were not packed ({reason})")
 
 
@@ -155,14 +176,18 @@ def _without_unreadable(named: list[Named], archive: Archive) -> tuple[list[Name
 
     def complaint(one: Named) -> str:
         try:
-            decode(archive.read(one[1]), shrink=8)  # of a JPEG every byte is read all the same, in a third of the time
+            decode(
+                archive.read(one[1]), shrink=8
+            )  # of a JPEG every byte is read all the same, in a third of the time
         except (ValueError, OSError) as error:
             return f"image {one[1]!r} cannot be used: {error}"
         return ""
 
     usable, problems = [], []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for chunk in _progress([named[i : i + _CHUNK] for i in range(0, len(named), _CHUNK)], "checked", _CHUNK):
+        for chunk in _progress(
+            [named[i : i + _CHUNK] for i in range(0, len(named), _CHUNK)], "checked", _CHUNK
+        ):
             for one, problem in zip(chunk, threads.map(complaint, chunk)):
                 if problem:
                     problems.append(problem)
@@ -251,7 +276,9 @@ def _sort_out(items: list, archive, args: argparse.Namespace) -> tuple[list, lis
     return usable, problems
 
 
-def _write(named: list[Named], archive: Archive, classes: list[str], args: argparse.Namespace, folder: Path) -> int:
+def _write(
+    named: list[Named], archive: Archive, classes: list[str], args: argparse.Namespace, folder: Path
+) -> int:
     from vlp.data.archives import image_type
     from vlp.data.format import ShardWriter
     from vlp.data.listing import families
@@ -260,22 +287,38 @@ def _write(named: list[Named], archive: Archive, classes: list[str], args: argpa
     retrieval = benchmark and not classes
     inner = folder / args.split if benchmark else folder
     number = {name: i for i, name in enumerate(classes)}
-    with ShardWriter(inner, args.samples_per_shard, shard_name="{}" if benchmark else "{:05d}") as writer:
+    with ShardWriter(
+        inner, args.samples_per_shard, shard_name="{}" if benchmark else "{:05d}"
+    ) as writer:
         for family in _progress(families(named), "packed"):
             writer.make_room(len(family))
             for item, name in family:
                 # clip_benchmark reads a retrieval caption a line; a training .txt holds one caption.
-                txt = "\n".join(" ".join(text.split()) for text in item.captions) if retrieval else None
+                txt = (
+                    "\n".join(" ".join(text.split()) for text in item.captions)
+                    if retrieval
+                    else None
+                )
                 cls = number.get(item.class_name, item.meta.get("cls"))
                 cls = cls if type(cls) is int and cls >= 0 else None
                 try:
-                    writer.add(None, archive.read(name), image_type(name), item.captions, item.meta, cls, txt=txt)
+                    writer.add(
+                        None,
+                        archive.read(name),
+                        image_type(name),
+                        item.captions,
+                        item.meta,
+                        cls,
+                        txt=txt,
+                    )
                 except ValueError as error:
                     raise ValueError(f"{item.image}: {error}") from None
     extra = {"classnames.txt": classes}
     if benchmark:
         (inner / "nshards.txt").write_text(f"{len(writer.paths)}\n")
-        extra["zeroshot_classification_templates.txt"] = [template.replace("{}", "{c}") for template in args.template]
+        extra["zeroshot_classification_templates.txt"] = [
+            template.replace("{}", "{c}") for template in args.template
+        ]
         extra["dataset_type.txt"] = ["retrieval"] if retrieval else []
     for name, lines in extra.items():
         if lines:

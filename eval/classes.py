@@ -1,11 +1,13 @@
 """Class lists: from a file or a list of names to the classes of an evaluation set.
 
-A file is a text with a name a line ("n01440764 tench" and "0 tench" are read as key and name), a CSV or TSV with a header or
-without, or JSON (a list, {number: name}, {folder: name}, {name: number}, COCO's categories). Names meet the data like this:
+A file is a text with a name a line ("n01440764 tench" and "0 tench" are read as key and name), a
+CSV or TSV with a header or without, or JSON (a list, {number: name}, {folder: name}, {name:
+number}, COCO's categories). Names meet the data like this:
 
-1. any given name, or key, is a class of the data (whatever the case, underscores or blanks): all go by name, and a class of
-   the data without a name is refused;
-2. folders are numbers: a folder's number counts from 0 into the list (exactly 1 … n for n names: from 1);
+1. any given name, or key, is a class of the data (whatever the case, underscores or blanks): all go
+   by name, and a class of the data without a name is refused;
+2. folders are numbers: a folder's number counts from 0 into the list (exactly 1 … n for n names:
+   from 1);
 3. folders are synsets and the names are ImageNet's 1,000 in their order: by synset;
 4. else the classes in sorted order take the names in theirs, if there are as many.
 """
@@ -29,13 +31,24 @@ from vlp.eval.pictures import DataError
 from vlp.schema import did_you_mean
 
 _NAME_COLUMNS = ("class_name", "classname", "class", "name", "label", "category", "title")
-_KEY_COLUMNS = ("folder", "synset", "wnid", "id", "index", "number", "class_id", "class_index", "label_id")
+_KEY_COLUMNS = (
+    "folder",
+    "synset",
+    "wnid",
+    "id",
+    "index",
+    "number",
+    "class_id",
+    "class_index",
+    "label_id",
+)
 _KEYED_LINE = re.compile(r"(n\d{8}|\d+)[\s:,]+(.+)")
 
 
 @dataclass(frozen=True)
 class ClassList:
-    """Names in the order of their numbers; `keys`: what else each class is called (its folder or synset), or nothing."""
+    """Names in the order of their numbers; `keys`: what else each class is called (its folder or
+    synset), or nothing."""
 
     names: list[str]
     keys: list[str] = field(default_factory=list)
@@ -67,18 +80,24 @@ def checked(given: ClassList) -> ClassList:
     repeated = []
     for number, name in enumerate(names, 1):
         if not name:
-            raise DataError(f"{given.origin}, line {number}: a blank class name; remove the line or fill it")
+            raise DataError(
+                f"{given.origin}, line {number}: a blank class name; remove the line or fill it"
+            )
         if name in first:
             repeated.append(f"{name!r} in lines {first[name]} and {number}")
         first.setdefault(name, number)
     # ImageNet's published lists call two of their classes alike.
     if repeated and len(names) != len(imagenet.synsets()):
-        raise DataError(f"{given.origin} repeats class names: {'; '.join(repeated[:5])}; two classes cannot be told apart by one")
+        raise DataError(
+            f"{given.origin} repeats class names: {'; '.join(repeated[:5])}; two classes cannot be "
+            "told apart by one"
+        )
     return ClassList(names, given.keys[: len(names)], given.origin)
 
 
 def assign(present: Sequence[str], given: ClassList, where: str) -> dict[str, int]:
-    """{class of the data: number in the list}, by the rules above; a DataError lists what has no name."""
+    """{class of the data: number in the list}, by the rules above; a DataError lists what has no
+    name."""
     ordered = in_order(present)
     listed = [*enumerate(given.names), *enumerate(given.keys)]
     exact, folded = defaultdict(list), defaultdict(list)
@@ -99,30 +118,41 @@ def assign(present: Sequence[str], given: ClassList, where: str) -> dict[str, in
     if len(given.names) != len(ordered):
         raise DataError(
             f"{given.origin} lists {len(given.names)} names but {where} has {len(ordered)} classes "
-            f"({', '.join(ordered[:5])}, …), and none of the names is one of them; give a name for each, or use their names"
+            f"({', '.join(ordered[:5])}, …), and none of the names is one of them; give a name for "
+            "each, or use their names"
         )
     return {name: i for i, name in enumerate(ordered)}
 
 
 def in_order(labels: Sequence[str]) -> list[str]:
     """The different classes among `labels`: numbers by their value, then names by the alphabet."""
-    return sorted(dict.fromkeys(labels), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
+    return sorted(
+        dict.fromkeys(labels),
+        key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label),
+    )
 
 
 def _only(name: str, places: list[int], given: ClassList) -> int:
     if len(set(places)) > 1:
         several = ", ".join(repr(given.names[place]) for place in places)
-        raise DataError(f"the class {name!r} of the data may be any of {several} in {given.origin}; spell it as one of them")
+        raise DataError(
+            f"the class {name!r} of the data may be any of {several} in {given.origin}; spell it "
+            "as one of them"
+        )
     return places[0]
 
 
 def _refuse_unknown(unknown: list[str], ordered: list[str], given: ClassList, where: str) -> None:
     if not unknown:
         return
-    hints = "; ".join(f"{name!r}{did_you_mean(class_name(name), given.names[:20])}" for name in unknown[:5])
+    hints = "; ".join(
+        f"{name!r}{did_you_mean(class_name(name), given.names[:20])}" for name in unknown[:5]
+    )
     raise DataError(
-        f"{given.origin} lists {len(given.names)} names but {where} has {len(ordered)} classes, {len(unknown)} of them "
-        f"unknown by name: {hints}. As some names are those of classes, all are taken by name: add or correct these"
+        f"{given.origin} lists {len(given.names)} names but {where} has {len(ordered)} classes, "
+        f"{len(unknown)} of them "
+        f"unknown by name: {hints}. As some names are those of classes, all are taken by name: add "
+        "or correct these"
     )
 
 
@@ -132,7 +162,8 @@ def _by_number(ordered: list[str], given: ClassList, where: str) -> dict[str, in
         return {name: int(name) - 1 for name in ordered}
     if numbers[-1] >= len(given.names):
         raise DataError(
-            f"{where} numbers its classes up to {numbers[-1]}, but {given.origin} lists {len(given.names)} names, which count "
+            f"{where} numbers its classes up to {numbers[-1]}, but {given.origin} lists "
+            f"{len(given.names)} names, which count "
             "from 0; complete the list"
         )
     return {name: int(name) for name in ordered}
@@ -142,7 +173,7 @@ def _folded(name: str) -> str:
     return class_name(name.replace("-", " ")).casefold()
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _from_lines(text: str, path: Path) -> tuple[list[str], list[str]]:
@@ -157,14 +188,18 @@ def _from_lines(text: str, path: Path) -> tuple[list[str], list[str]]:
 
 
 def _counts(keys: list[str]) -> bool:
-    """Whether the numbers before the names count all lines, from 0 or 1: else they belong to the names ("2 euro")."""
+    """Whether the numbers before the names count all lines, from 0 or 1: else they belong to the
+    names ("2 euro")."""
     numbers = sorted(int(key) for key in keys if key.isdecimal())
     return numbers in (list(range(len(keys))), list(range(1, len(keys) + 1)))
 
 
 def _from_table(text: str, path: Path) -> tuple[list[str], list[str]]:
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text.rstrip()), delimiter=separator)]
+    rows = [
+        [cell.strip() for cell in row]
+        for row in csv.reader(io.StringIO(text.rstrip()), delimiter=separator)
+    ]
     header = [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else []
     name_column = next((header.index(name) for name in _NAME_COLUMNS if name in header), None)
     key_column = next((header.index(name) for name in _KEY_COLUMNS if name in header), None)
@@ -174,7 +209,10 @@ def _from_table(text: str, path: Path) -> tuple[list[str], list[str]]:
         rows = rows[1:]
     short = next((i for i, row in enumerate(rows, 1) if row and len(row) != len(header)), None)
     if short is not None:
-        raise DataError(f"{path}, row {short}: found {len(rows[short - 1])} fields, the first row has {len(header)}")
+        raise DataError(
+            f"{path}, row {short}: found {len(rows[short - 1])} fields, the first row has "
+            f"{len(header)}"
+        )
     names = [row[name_column] if row else "" for row in rows]
     keys = [] if key_column is None else [row[key_column] if row else "" for row in rows]
     if keys and _counts(keys):
@@ -194,12 +232,21 @@ def _from_json(text: str, path: Path) -> tuple[list[str], list[str]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if isinstance(value, dict):
-        inner = next((value[key] for key in ("classes", "classnames", "class_names", "names", "categories") if key in value), None)
+        inner = next(
+            (
+                value[key]
+                for key in ("classes", "classnames", "class_names", "names", "categories")
+                if key in value
+            ),
+            None,
+        )
         value = inner if isinstance(inner, (list, dict)) else value
     if isinstance(value, dict):
         return _from_mapping(value, path)
     if not isinstance(value, list):
-        raise DataError(f"{path} holds {type(value).__name__}, expected a list of names or a mapping")
+        raise DataError(
+            f"{path} holds {type(value).__name__}, expected a list of names or a mapping"
+        )
     return [_name(entry, path) for entry in value], []
 
 
@@ -228,5 +275,8 @@ def _numbered(by_number: dict[int, str], path: Path) -> tuple[list[str], list[st
     start = numbers[0]
     if start not in (0, 1) or numbers != list(range(start, start + len(numbers))):
         gap = next((n for n in range(start, start + len(numbers)) if n not in by_number), start)
-        raise DataError(f"{path} numbers {len(numbers)} classes, but not from 0 without a gap (see number {gap})")
+        raise DataError(
+            f"{path} numbers {len(numbers)} classes, but not from 0 without a gap (see number "
+            f"{gap})"
+        )
     return [by_number[n] for n in numbers], []

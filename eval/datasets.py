@@ -112,7 +112,10 @@ def _holds_images(table: Path) -> bool:
 
 
 def _split_files(root: Path, split: str, pattern: str) -> list[Path]:
-    in_split, in_root = ([p for p in sorted(folder.glob(pattern)) if not is_hidden(p.name)] for folder in (root / split, root))
+    in_split, in_root = (
+        [p for p in sorted(folder.glob(pattern)) if not is_hidden(p.name)]
+        for folder in (root / split, root)
+    )
     return in_split or in_root
 
 
@@ -278,9 +281,17 @@ def _tree(root: Path, split: str, missing: str, archive: Archive) -> Source:
     if tree.problems and missing != "skip":
         some = "".join(f"\n  {problem}" for problem in tree.problems[:10])
         advice = "mend them, or pass missing=skip to evaluate without them (the score is then not comparable)"
-        raise DataError(f"{len(tree.problems)} images or folders of {archive.path} cannot be used:{some}\n{advice}")
+        raise DataError(
+            f"{len(tree.problems)} images or folders of {archive.path} cannot be used:{some}\n{advice}"
+        )
     records = []
     for item in tree.items:
-        label = item.meta.get("class", item.meta.get("cls")) if tree.paired else item.image.split("/")[0]
-        records.append(Record(picture_of(archive, item.image), tuple(item.captions), label, item.meta))
+        label = (
+            item.meta.get("class", item.meta.get("cls"))
+            if tree.paired
+            else item.image.split("/")[0]
+        )
+        records.append(
+            Record(picture_of(archive, item.image), tuple(item.captions), label, item.meta)
+        )
     return Source(str(root), records, skipped=tree.problems)

@@ -102,14 +102,18 @@ class Collection:
 
     def __init__(self, root: str | Path) -> None:
         if not Path(root).exists():
-            raise DataError(f"no images at {root}: expected a folder of images or a .tar; give it as images=PATH")
+            raise DataError(
+                f"no images at {root}: expected a folder of images or a .tar; give it as images=PATH"
+            )
         self.archive = open_archive(root)
         self.root = self.archive.path
         self._meant: dict[str, str] = {}  # the first name under which a stored picture was found
         if not self.archive.names:
             found = f", only {self.archive.left_out}" if self.archive.left_out.counts else ""
             types = ", ".join(sorted(IMAGE_TYPES))
-            raise DataError(f"{root} holds no image ({types}){found}; give their folder or .tar as images=PATH")
+            raise DataError(
+                f"{root} holds no image ({types}){found}; give their folder or .tar as images=PATH"
+            )
 
     def find(self, name: str) -> Picture | None:
         """The picture an annotation means, or None; a DataError where another name means it and the two contradict."""
@@ -117,7 +121,9 @@ class Collection:
         if stored is None:
             return None
         other = self._meant.setdefault(stored, name)
-        if other != name and not (self.archive.agrees(name, stored) and self.archive.agrees(other, stored)):
+        if other != name and not (
+            self.archive.agrees(name, stored) and self.archive.agrees(other, stored)
+        ):
             raise DataError(
                 f"the annotations name {other!r} and {name!r}, and {self.root} holds {stored!r} only; give the folder with both"
             )

@@ -175,7 +175,9 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
         failure = next(filter(None, dist.gather_objects(failure)), "")
     if failure:
         if dist.is_main():
-            log.warn(f"the evaluation {task.label!r} failed and is left out at this step; training goes on. {failure}")
+            log.warn(
+                f"the evaluation {task.label!r} failed and is left out at this step; training goes on. {failure}"
+            )
         return {"label": task.label, "metrics": {"failed": 1.0}, "error": failure}
 
     unreadable: dict[str, str] = {}
@@ -185,7 +187,9 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
         record["counts"]["unreadable"] = len(unreadable)
         if dist.is_main():
             first = unreadable[min(unreadable)]
-            log.warn(f"{task.label}: {len(unreadable)} images cannot be read and count as plain gray: {first}")
+            log.warn(
+                f"{task.label}: {len(unreadable)} images cannot be read and count as plain gray: {first}"
+            )
     return record
 
 

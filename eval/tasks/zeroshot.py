@@ -51,16 +51,22 @@ class Data:
 def read(options: Options) -> Data:
     """Open the set and settle class names and templates."""
     objectnet = imagenet.objectnet_folders(Path(options.data))
-    place = options.data if objectnet is None else str(imagenet.objectnet_images(Path(options.data)))
+    place = (
+        options.data if objectnet is None else str(imagenet.objectnet_images(Path(options.data)))
+    )
     source = open_source(place, options.split, options.missing)
     if objectnet is not None:
         source = _objectnet(source, objectnet)
     unlabelled = [r.picture.name for r in source.records if r.label is None]
     if unlabelled:
-        raise DataError(f"{len(unlabelled)} images of {options.data} have no class, e.g. {unlabelled[0]}; give a .cls or a class")
+        raise DataError(
+            f"{len(unlabelled)} images of {options.data} have no class, e.g. {unlabelled[0]}; give a .cls or a class"
+        )
     by_name = isinstance(source.records[0].label, str)
     if any(isinstance(r.label, str) != by_name for r in source.records):
-        raise DataError(f"some classes of {options.data} are numbers and some are names; give every sample the same kind")
+        raise DataError(
+            f"some classes of {options.data} are numbers and some are names; give every sample the same kind"
+        )
     names, labels = _named(source, options) if by_name else _numbered(source, options)
     is_imagenet = imagenet.looks_like(source) or options.classes == "imagenet"
     choice = options.templates or source.templates or ("imagenet80" if is_imagenet else "photo")
@@ -119,7 +125,9 @@ def _given(options: Options) -> ClassList | None:
         return classes.checked(ClassList(options.classes))
     path = Path(options.classes).expanduser()
     if not path.exists():
-        raise DataError(f"classes={options.classes!r} is neither imagenet nor a file with a class name a line")
+        raise DataError(
+            f"classes={options.classes!r} is neither imagenet nor a file with a class name a line"
+        )
     return classes.read_list(path)
 
 
@@ -129,7 +137,9 @@ def _named(source: Source, options: Options) -> tuple[list[str], torch.Tensor]:
     if options.classes == "imagenet" or (options.classes is None and imagenet.looks_like(source)):
         names, number = imagenet.classes_of(source, options.partial)
         return names, torch.tensor([number[label] for label in labels])
-    given = _given(options) or (ClassList(source.classes, origin="classnames.txt") if source.classes else None)
+    given = _given(options) or (
+        ClassList(source.classes, origin="classnames.txt") if source.classes else None
+    )
     if given is None:
         names = list(dict.fromkeys(class_name(label) for label in classes.in_order(labels)))
         return names, torch.tensor([names.index(class_name(label)) for label in labels])
@@ -142,7 +152,9 @@ def _numbered(source: Source, options: Options) -> tuple[list[str], torch.Tensor
     given = ClassList(imagenet.names()) if options.classes == "imagenet" else _given(options)
     own = source.classes
     if given is None and own is None:
-        raise DataError(f"{options.data} numbers its classes but has no classnames.txt; add it (a line a name) or classes=FILE")
+        raise DataError(
+            f"{options.data} numbers its classes but has no classnames.txt; add it (a line a name) or classes=FILE"
+        )
     numbers = [r.label if isinstance(r.label, tuple) else (r.label,) for r in source.records]
     highest = max((max(several) for several in numbers if several), default=0)
     names = given.names if given is not None else own

@@ -1,4 +1,5 @@
-"""Folders and tars without a table, and names that tables spell in their own way: `pack` and the sources read them alike."""
+"""Folders and tars without a table, and names that tables spell in their own way: `pack` and the
+sources read them alike."""
 
 from __future__ import annotations
 
@@ -44,14 +45,20 @@ def both(tmp_path: Path, root: Path) -> list[Path]:
     return [root, write_tar(tmp_path / "as.tar", members)]
 
 
-# --- pictures with texts beside them ------------------------------------------------------------------------------------
+# --- pictures with texts beside them --------------------------------------------------------------
 
 
 def img2dataset_files(root: Path) -> Path:
-    """What img2dataset writes with output_format=files: numbered folders, a parquet and statistics beside them."""
+    """What img2dataset writes with output_format=files: numbered folders, a parquet and statistics
+    beside them."""
     for i in range(4):
         name = f"0000{i // 2}/0000{i // 2}{i:04d}"
-        meta = {"caption": f"caption {i}", "url": f"http://x/{i}.jpg", "key": f"0000{i // 2}{i:04d}", "similarity": 0.5 + i}
+        meta = {
+            "caption": f"caption {i}",
+            "url": f"http://x/{i}.jpg",
+            "key": f"0000{i // 2}{i:04d}",
+            "similarity": 0.5 + i,
+        }
         put(root, f"{name}.jpg", data=encoded(picture(i), "JPEG"))
         put(root, f"{name}.txt", data=f"caption {i}".encode())
         put(root, f"{name}.json", data=json.dumps(meta).encode())
@@ -108,9 +115,14 @@ def test_pictures_without_a_text_among_pairs_are_refused_or_counted(tmp_path, ca
     said = capsys.readouterr().err
     assert "'a/2.png' has no text beside it (2.txt, 2.json or 2.caption)" in said
     assert "the text beside 'b/3.png' cannot be used: not valid JSON" in said
-    assert "2 images or folders cannot be packed; nothing was written" in said and not (tmp_path / "out").exists()
+    assert (
+        "2 images or folders cannot be packed; nothing was written" in said
+        and not (tmp_path / "out").exists()
+    )
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
-    assert "left out: 2 named above" in capsys.readouterr().out and len(packed(tmp_path / "out")) == 1
+    assert (
+        "left out: 2 named above" in capsys.readouterr().out and len(packed(tmp_path / "out")) == 1
+    )
     with pytest.raises(ValueError, match="on_missing: skip leaves them out"):
         loader_of(data_of({"name": "folder", "path": str(root)}), 1)
     loader = loader_of(data_of({"name": "folder", "path": str(root), "on_missing": "skip"}), 1)
@@ -119,11 +131,13 @@ def test_pictures_without_a_text_among_pairs_are_refused_or_counted(tmp_path, ca
 
 def test_texts_that_hold_no_caption_do_not_make_folders_classes(tmp_path):
     root = put(put(tmp_path, "cat/1.png", "dog/1.png"), "cat/1.json", data=b'{"shapes": []}')
-    with pytest.raises(ValueError, match=r"1 of 2 images have a text beside them, none a caption(.|\n)*keys shapes"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 images have a text beside them, none a caption(.|\n)*keys shapes"
+    ):
         read_tree(Archive(root))
 
 
-# --- one folder a class -------------------------------------------------------------------------------------------------
+# --- one folder a class ---------------------------------------------------------------------------
 
 
 def test_hidden_and_system_names_are_never_classes_or_pictures(tmp_path, capsys):
@@ -161,7 +175,10 @@ def test_links_are_followed_once_and_loops_and_broken_ones_counted(tmp_path, cap
     (root / "cat" / "around.png").symlink_to(root / "cat" / "around.png")
     archive = Archive(root)
     assert archive.names == ["cat/1.png", "cat/2.png", "dog/1.png"]
-    assert archive.left_out.counts == {"links to folders that are read already": 2, "broken links": 2}
+    assert archive.left_out.counts == {
+        "links to folders that are read already": 2,
+        "broken links": 2,
+    }
     assert sorted(archive.outside) == ["cat/2.png", "dog", "hound"]
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
     said = capsys.readouterr().out
@@ -169,7 +186,10 @@ def test_links_are_followed_once_and_loops_and_broken_ones_counted(tmp_path, cap
     assert "3 links lead out of" in said and f"dog -> {store / 'dogs'}" in said
     assert pack(root, "--to", tmp_path / "inside", "--on-missing", "skip", "--links", "inside") == 0
     said = capsys.readouterr().out
-    assert "1 images with 0 captions and 1 classes" in said and "3 links that lead out of the folder" in said
+    assert (
+        "1 images with 0 captions and 1 classes" in said
+        and "3 links that lead out of the folder" in said
+    )
 
 
 def test_all_class_folders_may_be_links(tmp_path):
@@ -193,8 +213,13 @@ def test_files_that_are_no_pictures_are_counted_and_an_empty_class_is_refused(tm
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
     said = capsys.readouterr().out
     assert "2 classes" in said
-    for part in ("2 named above", "3 .webm (cat/1.webm, cow/1.webm, cow/2.webm)", "1 of no known kind (cat/README)",
-                 "1 .txt without an image", "1 no regular file (cat/pipe.png)"):
+    for part in (
+        "2 named above",
+        "3 .webm (cat/1.webm, cow/1.webm, cow/2.webm)",
+        "1 of no known kind (cat/README)",
+        "1 .txt without an image",
+        "1 no regular file (cat/pipe.png)",
+    ):
         assert part in said, part
     with pytest.raises(ValueError, match=r"'cow' holds no image(.|\n)*'owl'"):
         data = data_of({"name": "classes", "path": str(root)}, captions=TEMPLATES)
@@ -213,13 +238,19 @@ def test_files_that_are_no_pictures_are_counted_and_an_empty_class_is_refused(tm
     ],
 )  # fmt: skip
 def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, folders, splits):
-    root = put(tmp_path / "root", *(f"{folder}/{name}/1.png" for folder in folders for name in ("cat", "dog")))
+    root = put(
+        tmp_path / "root",
+        *(f"{folder}/{name}/1.png" for folder in folders for name in ("cat", "dog")),
+    )
     first = splits.split(", ")[0]
     n_cases = 0
     for source in both(tmp_path, root):
         assert pack(source, "--to", tmp_path / "out") == 1
         said = capsys.readouterr().err
-        assert f"holds splits, not classes: {splits}; give one of them, such as {source}/{first}" in said
+        assert (
+            f"holds splits, not classes: {splits}; give one of them, such as {source}/{first}"
+            in said
+        )
         assert pack(source, "--split-folder", first, "--to", tmp_path / f"out{n_cases}") == 0
         assert (tmp_path / f"out{n_cases}" / "classnames.txt").read_text() == "cat\ndog\n"
         classes = {"name": "classes", "path": str(source)}
@@ -227,13 +258,20 @@ def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, f
             loader_of(data_of(classes, captions=TEMPLATES), 2)
         assert loader_of(data_of({**classes, "split": first}, captions=TEMPLATES), 2).n_samples == 2
         assert pack(source, "--split-folder", "vali", "--to", tmp_path / "none") == 1
-        assert f"holds no folder 'vali'; there are: {', '.join(sorted(folders))}" in capsys.readouterr().err
+        assert (
+            f"holds no folder 'vali'; there are: {', '.join(sorted(folders))}"
+            in capsys.readouterr().err
+        )
         n_cases += 1
     assert n_cases == 2
 
 
 def test_a_class_called_train_beside_others_is_a_class(tmp_path):
-    assert read_tree(Archive(put(tmp_path, "bus/1.png", "train/1.png", "car/1.png"))).classes == ["bus", "car", "train"]
+    assert read_tree(Archive(put(tmp_path, "bus/1.png", "train/1.png", "car/1.png"))).classes == [
+        "bus",
+        "car",
+        "train",
+    ]
 
 
 def test_splits_of_pairs_are_refused_too(tmp_path):
@@ -244,13 +282,18 @@ def test_splits_of_pairs_are_refused_too(tmp_path):
 
 def test_a_folder_that_only_wraps_the_tree_is_refused_with_the_one_to_name(tmp_path):
     root = put(tmp_path / "r", "Data/101/cat/1.png", "Data/101/dog/1.png")
-    with pytest.raises(ValueError, match=r"one folder, 'Data/101', and below it 2 .*if those are the classes, give .*/r/Data/101"):
+    with pytest.raises(
+        ValueError,
+        match=r"one folder, 'Data/101', and below it 2 .*if those are the classes, give .*/r/Data/101",
+    ):
         read_tree(Archive(root))
     assert read_tree(Archive(root / "Data" / "101")).classes == ["cat", "dog"]
 
 
 def test_numbers_and_single_classes_are_taken_and_said(tmp_path, capsys):
-    assert pack(put(tmp_path / "n", "0/1.png", "10/1.png", "9/1.png"), "--to", tmp_path / "out") == 0
+    assert (
+        pack(put(tmp_path / "n", "0/1.png", "10/1.png", "9/1.png"), "--to", tmp_path / "out") == 0
+    )
     assert "note: the folders' names are numbers (0 to 10)" in capsys.readouterr().out
     assert pack(put(tmp_path / "s", "cat/deep/1.png"), "--to", tmp_path / "single") == 0
     assert "note: there is one class folder only, 'cat'" in capsys.readouterr().out
@@ -277,7 +320,10 @@ def test_names_that_are_no_unicode_are_packed(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.png", "b.png"], r"its 2 images lie outside of any folder, and none has a text beside it .*--captions TABLE"),
+        (
+            ["a.png", "b.png"],
+            r"its 2 images lie outside of any folder, and none has a text beside it .*--captions TABLE",
+        ),
         (["00000.tar"], r"holds no images; found 1 \.tar .*train on them with \{name: shards\}"),
         (["a/x.webm"], r"holds no images; found 1 \.webm"),
         ([], "holds no images$"),
@@ -289,7 +335,10 @@ def test_folders_without_usable_pictures_say_what_is_there(tmp_path, names, mess
         read_tree(Archive(put(tmp_path / "t", *names)))
 
 
-@pytest.mark.parametrize(("start", "command"), [(b"\x1f\x8b\x08", "gunzip"), (b"PK\x03\x04", "unzip"), (b"BZh9", "bunzip2")])
+@pytest.mark.parametrize(
+    ("start", "command"),
+    [(b"\x1f\x8b\x08", "gunzip"), (b"PK\x03\x04", "unzip"), (b"BZh9", "bunzip2")],
+)
 def test_packed_archives_name_the_command_that_unpacks_them(tmp_path, start, command):
     (tmp_path / "x.tar").write_bytes(start + bytes(600))
     with pytest.raises(ValueError, match=f"unpack it first: {command} "):
@@ -302,15 +351,22 @@ def test_options_of_tables_are_refused_where_there_is_none(tmp_path, capsys):
     assert "--where choose from a table; name it with --captions TABLE" in capsys.readouterr().err
     with pytest.raises(ValueError, match="where choose from a table"):
         data_of({"name": "folder", "path": str(root), "where": {"split": "train"}})
-    with pytest.raises(ValueError, match=r"one folder a class and no text beside an image; use \{name: classes\}"):
+    with pytest.raises(
+        ValueError, match=r"one folder a class and no text beside an image; use \{name: classes\}"
+    ):
         loader_of(data_of({"name": "folder", "path": str(root)}), 2)
 
 
-# --- pictures that cannot be read ---------------------------------------------------------------------------------------
+# --- pictures that cannot be read -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [b"", b"no picture at all", encoded(picture(1), "JPEG")[:200], encoded(picture(1))[:80]])
-def test_a_picture_that_cannot_be_read_is_named_before_anything_is_written(tmp_path, capsys, broken):
+@pytest.mark.parametrize(
+    "broken",
+    [b"", b"no picture at all", encoded(picture(1), "JPEG")[:200], encoded(picture(1))[:80]],
+)
+def test_a_picture_that_cannot_be_read_is_named_before_anything_is_written(
+    tmp_path, capsys, broken
+):
     root = put(tmp_path / "t", *(f"cat/{i}.png" for i in range(6)), "dog/1.png")
     put(root, "cat/3.png", data=broken)
     assert pack(root, "--to", tmp_path / "out") == 1
@@ -319,7 +375,10 @@ def test_a_picture_that_cannot_be_read_is_named_before_anything_is_written(tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t"]
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
     said = capsys.readouterr()
-    assert "image 'cat/3.png' cannot be used" in said.err and "6 images with 0 captions and 2 classes" in said.out
+    assert (
+        "image 'cat/3.png' cannot be used" in said.err
+        and "6 images with 0 captions and 2 classes" in said.out
+    )
     assert len(packed(tmp_path / "out", **TEMPLATES)) == 6
 
 
@@ -356,11 +415,14 @@ def test_an_interrupted_pack_leaves_the_earlier_output(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t"] and len(calls) == 3
 
 
-# --- families -----------------------------------------------------------------------------------------------------------
+# --- families -------------------------------------------------------------------------------------
 
 
 def test_families_stay_in_one_shard_and_in_one_part(tmp_path):
-    rows = [{"image": f"{i}.png", "caption": f"c{i}", "origin": f"o{i % 4}" if i < 12 else None} for i in range(15)]
+    rows = [
+        {"image": f"{i}.png", "caption": f"c{i}", "origin": f"o{i % 4}" if i < 12 else None}
+        for i in range(15)
+    ]
     root = put(tmp_path / "p", *(row["image"] for row in rows))
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     table = ["--captions", tmp_path / "t.jsonl"]
@@ -380,9 +442,19 @@ def test_families_stay_in_one_shard_and_in_one_part(tmp_path):
     assert not origins[0] & origins[1]
 
 
-# --- names in tables ----------------------------------------------------------------------------------------------------
+# --- names in tables ------------------------------------------------------------------------------
 
-STORED = ["a/p10.jpg", "a/P1.jpg", "b/P1.jpg", "val/1.jpg", "val/x/2.png", "x y/é.png", "top.JPG", "n/3.jpg", "n/3.png"]
+STORED = [
+    "a/p10.jpg",
+    "a/P1.jpg",
+    "b/P1.jpg",
+    "val/1.jpg",
+    "val/x/2.png",
+    "x y/é.png",
+    "top.JPG",
+    "n/3.jpg",
+    "n/3.png",
+]
 SPELLINGS = [
     ("a/p10.jpg", "a/p10.jpg"),
     ("./a//p10.jpg", "a/p10.jpg"),
@@ -440,8 +512,12 @@ def test_a_name_is_found_however_a_table_spells_it(tmp_path):
 
 def test_a_name_that_is_not_found_says_why(tmp_path):
     archive = Archive(put(tmp_path / "photos", *STORED))
-    assert archive.why_not("P1.jpg").endswith("photos: 'a/P1.jpg', 'b/P1.jpg'; name it with its folder")
-    assert "is missing in" in archive.why_not("a/p100.jpg") and "'a/p10.jpg'" in archive.why_not("a/p100.jpg")
+    assert archive.why_not("P1.jpg").endswith(
+        "photos: 'a/P1.jpg', 'b/P1.jpg'; name it with its folder"
+    )
+    assert "is missing in" in archive.why_not("a/p100.jpg") and "'a/p10.jpg'" in archive.why_not(
+        "a/p100.jpg"
+    )
     assert "'a/p10.jpg'" in archive.why_not("b/p10.jpg")
     assert archive.why_not("zebra.jpg").endswith("photos")
 
@@ -453,7 +529,9 @@ def test_the_file_systems_order_of_spellings_decides_nothing(tmp_path):
     assert [archive.find(name) for name in names] == names
 
 
-def test_two_names_of_one_picture_are_one_sample_unless_they_contradict_each_other(tmp_path, capsys):
+def test_two_names_of_one_picture_are_one_sample_unless_they_contradict_each_other(
+    tmp_path, capsys
+):
     root = put(tmp_path / "p", "val/1.png", "val/2.png")
     rows = [
         {"image": "val/1.png", "caption": "one"},
@@ -468,7 +546,12 @@ def test_two_names_of_one_picture_are_one_sample_unless_they_contradict_each_oth
     assert "image 'train/2.png' is missing in" in capsys.readouterr().err
     assert pack(root, *table, "--to", tmp_path / "out", "--on-missing", "skip") == 0
     assert [sample.captions for sample in packed(tmp_path / "out")] == [("one", "again"), ("two",)]
-    direct = {"name": "folder", "path": str(root), "captions": str(tmp_path / "t.jsonl"), "on_missing": "skip"}
+    direct = {
+        "name": "folder",
+        "path": str(root),
+        "captions": str(tmp_path / "t.jsonl"),
+        "on_missing": "skip",
+    }
     assert loader_of(data_of(direct), 2).n_samples == 2
 
 

@@ -1,4 +1,5 @@
-"""Evaluation sets as folders and tars without a table: read as `vlp data pack` and training read them."""
+"""Evaluation sets as folders and tars without a table: read as `vlp data pack` and training read
+them."""
 
 import json
 
@@ -19,7 +20,9 @@ def put(root, *names, data=None):
 
 def as_tar(root, tar):
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    material.write_tar(tar, [(path.relative_to(root).as_posix(), path.read_bytes()) for path in files])
+    material.write_tar(
+        tar, [(path.relative_to(root).as_posix(), path.read_bytes()) for path in files]
+    )
     return tar
 
 
@@ -38,18 +41,28 @@ def test_img2datasets_files_are_read_for_retrieval_and_are_no_classes(tmp_path):
     n_cases = 0
     for data in (root, as_tar(root, tmp_path / "files.tar")):
         source = retrieval.read(retrieval.Options(str(data)))
-        assert [record.captions for record in source.records] == [(f"caption {i}",) for i in range(4)]
+        assert [record.captions for record in source.records] == [
+            (f"caption {i}",) for i in range(4)
+        ]
         assert [record.label for record in source.records] == [None] * 4
         n_cases += 1
     assert n_cases == 2
     put(root, "00001/silent.png")
-    with pytest.raises(DataError, match=r"'00001/silent.png' has no text beside it(.|\n)*missing=skip"):
+    with pytest.raises(
+        DataError, match=r"'00001/silent.png' has no text beside it(.|\n)*missing=skip"
+    ):
         open_source(str(root))
     assert len(open_source(str(root), missing="skip").skipped) == 1
 
 
 def test_hidden_names_are_no_classes_and_links_are(tmp_path):
-    root = put(tmp_path / "t", "cat/1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/._1.png", "cat/._1.png")
+    root = put(
+        tmp_path / "t",
+        "cat/1.png",
+        ".ipynb_checkpoints/1.png",
+        "__MACOSX/cat/._1.png",
+        "cat/._1.png",
+    )
     (root / "dog").symlink_to(put(tmp_path / "store", "x/2.png") / "x")
     (root / "dog" / "loop").symlink_to(root)
     source = open_source(str(root))
@@ -66,8 +79,13 @@ def test_an_empty_class_folder_is_refused_unless_skipped(tmp_path):
 
 def test_shards_and_class_folders_in_one_folder_are_refused(tmp_path):
     root = put(tmp_path / "t", "cat/1.png", "dog/1.png")
-    material.write_tar(root / "all.tar", [("0.png", material.png(material.picture(0))), ("0.txt", b"x")])
-    with pytest.raises(DataError, match=r"holds shards \(all\.tar\) and images in folders \(cat/1\.png\); give one of them"):
+    material.write_tar(
+        root / "all.tar", [("0.png", material.png(material.picture(0))), ("0.txt", b"x")]
+    )
+    with pytest.raises(
+        DataError,
+        match=r"holds shards \(all\.tar\) and images in folders \(cat/1\.png\); give one of them",
+    ):
         open_source(str(root))
     assert len(open_source(str(root / "all.tar")).records) == 1
     # A folder of the split's name decides; a file that a Mac left behind is no shard.
@@ -87,7 +105,14 @@ def test_a_tar_of_class_folders_is_read_as_the_folder_is(tmp_path):
 
 def test_annotations_find_pictures_as_tables_do(tmp_path):
     found = Collection(put(tmp_path / "photos", "a/p10.png", "b/q.PNG", "val/1.png"))
-    for name, stored in (("a\\p10.png", "a/p10.png"), ("P10", "a/p10.png"), ("b/q.png", "b/q.PNG"), ("x/1.png", "val/1.png")):
+    for name, stored in (
+        ("a\\p10.png", "a/p10.png"),
+        ("P10", "a/p10.png"),
+        ("b/q.png", "b/q.PNG"),
+        ("x/1.png", "val/1.png"),
+    ):
         assert found.find(name).path.endswith(stored), name
-    with pytest.raises(DataError, match=r"name 'x/1\.png' and 'val/1\.png', and .* holds 'val/1\.png' only"):
+    with pytest.raises(
+        DataError, match=r"name 'x/1\.png' and 'val/1\.png', and .* holds 'val/1\.png' only"
+    ):
         found.find("val/1.png")

@@ -1,8 +1,8 @@
 """Where the files of an unpacked data set lie: a folder, or a tar that is read without unpacking.
 
-One walk for `vlp data pack`, the sources and evaluation. Hidden and system names are never looked into. Links are
-followed, and every folder is read once, under its own name before that of a link, so that loops end. What is neither a
-picture nor a text is counted by reason in `Archive.left_out`.
+One walk for `vlp data pack`, the sources and evaluation. Hidden and system names are never looked
+into. Links are followed, and every folder is read once, under its own name before that of a link,
+so that loops end. What is neither a picture nor a text is counted by reason in `Archive.left_out`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TEXT_TYPES, DamagedTar, Member, walk
+from vlp.data.members import (
+    IMAGE_TYPES,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    TEXT_TYPES,
+    DamagedTar,
+    Member,
+    walk,
+)
 from vlp.data.names import Names, cleaned
 
-CAPTION_TYPES = TEXT_TYPES | {"caption"}  # of the texts that may lie beside a picture under its name
-# What operating systems, file servers and editors leave behind; whatever begins with a dot counts as hidden too.
+CAPTION_TYPES = TEXT_TYPES | {
+    "caption"
+}  # of the texts that may lie beside a picture under its name
+# What operating systems, file servers and editors leave behind; whatever begins with a dot counts
+# as hidden too.
 SYSTEM_NAMES = frozenset({
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
@@ -36,7 +47,8 @@ class Place(NamedTuple):
     size: int = -1
 
     def read(self) -> bytes:
-        """The bytes of an image; raises OSError, or ValueError where they are no longer there or too many."""
+        """The bytes of an image; raises OSError, or ValueError where they are no longer there or
+        too many."""
         data = self._bytes(MAX_IMAGE_BYTES)
         if not 0 < len(data) <= MAX_IMAGE_BYTES or self.size not in (-1, len(data)):
             raise ValueError(f"{self.path}: found {len(data)} bytes of an image")
@@ -53,7 +65,8 @@ class Place(NamedTuple):
 
 
 def image_type(name: str) -> str:
-    """The extension of a file name, lower case, or "" where it is no image type that shards hold."""
+    """The extension of a file name, lower case, or "" where it is no image type that shards
+    hold."""
     extension = extension_of(name)
     return extension if extension in IMAGE_TYPES else ""
 
@@ -64,12 +77,14 @@ def extension_of(name: str) -> str:
 
 
 def is_hidden(part: str) -> bool:
-    """Whether one part of a path is hidden, or left behind by a system: never a class, a picture or a text."""
+    """Whether one part of a path is hidden, or left behind by a system: never a class, a picture or
+    a text."""
     return part.startswith((".", "PaxHeader")) or part.lower() in SYSTEM_NAMES
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be stored and printed: composed Unicode, wrong bytes as escapes."""
+    """A file name as text that can be stored and printed: composed Unicode, wrong bytes as
+    escapes."""
     return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
@@ -87,8 +102,12 @@ class LeftOut:
             self.names[reason].append(printable(name))
 
     def __str__(self) -> str:
-        """Such as "12 .webm (a.webm, b.webm, c.webm, …), 1 hidden (.ipynb_checkpoints/)"; empty for nothing."""
-        return ", ".join(f"{count:,} {reason} ({self._some(reason)})" for reason, count in self.counts.most_common())
+        """Such as "12 .webm (a.webm, b.webm, c.webm, …), 1 hidden (.ipynb_checkpoints/)"; empty for
+        nothing."""
+        return ", ".join(
+            f"{count:,} {reason} ({self._some(reason)})"
+            for reason, count in self.counts.most_common()
+        )
 
     def _some(self, reason: str) -> str:
         more = ["…"] if self.counts[reason] > len(self.names[reason]) else []
@@ -96,10 +115,11 @@ class LeftOut:
 
 
 class Archive:
-    """The pictures in a folder and below, or in a tar, by name: the path within, with forward slashes.
+    """The pictures in a folder and below, or in a tar, by name: the path within, with forward
+    slashes.
 
-    `below`: only what lies in this sub-folder, whose name is then no part of the names. `leave`: whether links that lead
-    out of the folder are followed. Raises ValueError.
+    `below`: only what lies in this sub-folder, whose name is then no part of the names. `leave`:
+    whether links that lead out of the folder are followed. Raises ValueError.
     """
 
     def __init__(self, path: str | Path, below: str = "", leave: bool = True) -> None:
@@ -107,7 +127,9 @@ class Archive:
         self.left_out = LeftOut()
         self.outside: dict[str, str] = {}  # links that lead out of the folder: name -> target
         self.texts: dict[str, Place] = {}  # those that may belong to a picture
-        self.folders: defaultdict[str, Counter[str]] = defaultdict(Counter)  # the first level: files by extension
+        self.folders: defaultdict[str, Counter[str]] = defaultdict(
+            Counter
+        )  # the first level: files by extension
         self._places: dict[str, Place] = {}
         if self.path.is_dir():
             self._check_below(below, self.path / below)
@@ -121,18 +143,21 @@ class Archive:
         self.index = Names(self.names)
 
     def find(self, name: str) -> str | None:
-        """The stored name of the picture that a table names, or None. Nothing outside the archive is ever found.
+        """The stored name of the picture that a table names, or None. Nothing outside the archive
+        is ever found.
 
         `vlp.data.names` says which spellings agree.
         """
         return self.index.find(name)
 
     def why_not(self, name: str) -> str:
-        """Why `find` answers None, to stand behind the name: "is missing in …", with the nearest names there are."""
+        """Why `find` answers None, to stand behind the name: "is missing in …", with the nearest
+        names there are."""
         return self.index.why_not(name, f" in {self.path}")
 
     def agrees(self, name: str, stored: str) -> bool:
-        """Whether a name and the stored name that `find` gave contradict each other in no folder."""
+        """Whether a name and the stored name that `find` gave contradict each other in no
+        folder."""
         return self.index.agrees(name, stored)
 
     def place(self, name: str) -> Place:
@@ -145,8 +170,14 @@ class Archive:
 
     def _check_below(self, below: str, folder: Path) -> None:
         if not folder.is_dir():
-            there = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir() and not is_hidden(entry.name))
-            raise ValueError(f"{self.path} holds no folder {below!r}; there are: {', '.join(there) or 'none'}")
+            there = sorted(
+                entry.name
+                for entry in os.scandir(self.path)
+                if entry.is_dir() and not is_hidden(entry.name)
+            )
+            raise ValueError(
+                f"{self.path} holds no folder {below!r}; there are: {', '.join(there) or 'none'}"
+            )
 
     def _take(self, name: str, place: Place) -> None:
         extension = extension_of(name)
@@ -157,7 +188,9 @@ class Archive:
         elif extension in CAPTION_TYPES:
             self.texts[name] = place
         else:
-            self.left_out.add(f".{extension}" if 0 < len(extension) <= 10 else "of no known kind", name)
+            self.left_out.add(
+                f".{extension}" if 0 < len(extension) <= 10 else "of no known kind", name
+            )
 
     def _take_tar(self, below: str) -> None:
         prefix = f"{below}/" if below else ""
@@ -173,20 +206,29 @@ class Archive:
                 if any(is_hidden(part) for part in parts):
                     self.left_out.add("hidden", name)
                 else:
-                    self._take(name.removeprefix(prefix), Place(str(self.path), member.offset, member.size))
+                    self._take(
+                        name.removeprefix(prefix), Place(str(self.path), member.offset, member.size)
+                    )
         if below and not (self._places or self.texts):
-            raise ValueError(f"{self.path} holds no folder {below!r}; there are: {', '.join(sorted(seen - {''})) or 'none'}")
+            raise ValueError(
+                f"{self.path} holds no folder {below!r}; there are: "
+                f"{', '.join(sorted(seen - {''})) or 'none'}"
+            )
 
     def _members(self, file: BinaryIO) -> Iterator[Member]:
         try:
             yield from walk(file, 0, self.path.stat().st_size)
         except DamagedTar as error:
-            raise ValueError(f"{self.path} is no tar, or damaged: {error}; fetch or pack it again") from None
+            raise ValueError(
+                f"{self.path} is no tar, or damaged: {error}; fetch or pack it again"
+            ) from None
 
     def _refuse_packed(self, start: bytes) -> None:
         for magic, (kind, command) in _PACKED.items():
             if start.startswith(magic):
-                raise ValueError(f"{self.path} is packed by {kind}; unpack it first: {command} {self.path}")
+                raise ValueError(
+                    f"{self.path} is packed by {kind}; unpack it first: {command} {self.path}"
+                )
 
     def _take_folder(self, leave: bool) -> None:
         for name, path in sorted(self._files(leave)):
@@ -233,7 +275,9 @@ class Archive:
             return []
         for entry in entries:
             if is_hidden(entry.name):
-                self.left_out.add("hidden", prefix + entry.name + "/" * entry.is_dir(follow_symlinks=False))
+                self.left_out.add(
+                    "hidden", prefix + entry.name + "/" * entry.is_dir(follow_symlinks=False)
+                )
         return [entry for entry in entries if not is_hidden(entry.name)]
 
     def _may_follow(self, name: str, path: str, home: str, leave: bool) -> bool:

@@ -1,15 +1,17 @@
 """From a name in a table to a stored name, however the table spells it.
 
-Tables are written on other machines: with other folders before the name, backslashes, another case, another or no
-extension. `Names.find` goes from the strictest reading to the loosest and stops at the first that finds something:
+Tables are written on other machines: with other folders before the name, backslashes, another case,
+another or no extension. `Names.find` goes from the strictest reading to the loosest and stops at
+the first that finds something:
 
 1. the same name, after `cleaned`;
-2. one is the end of the other (`photos/a/1.jpg`, `a/1.jpg`, `1.jpg`): spelled alike, then in another case, then with
-   another or no extension;
-3. the end of both is the same and their folders differ (`val2017/1.jpg`, `images/1.jpg`), in the same three steps.
+2. one is the end of the other (`photos/a/1.jpg`, `a/1.jpg`, `1.jpg`): spelled alike, then in
+   another case, then with another or no extension;
+3. the end of both is the same and their folders differ (`val2017/1.jpg`, `images/1.jpg`), in the
+   same three steps.
 
-A reading with several equally good answers finds none. Neither does one that leaves the folder which the table names
-where that folder is there: `train/1.jpg` is missing, not `val/1.jpg`.
+A reading with several equally good answers finds none. Neither does one that leaves the folder
+which the table names where that folder is there: `train/1.jpg` is missing, not `val/1.jpg`.
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ from vlp.data.members import IMAGE_TYPES
 Parts = tuple[str, ...]
 
 # Extensions that a table may give where the stored file has another one.
-_PICTURE_ENDINGS = IMAGE_TYPES | {"jpe", "jfif", "tif", "tiff", "avif", "heic", "ppm", "pgm", "pbm", "pnm", "jp2"}
+_OTHER_ENDINGS = ("jpe", "jfif", "tif", "tiff", "avif", "heic", "ppm", "pgm", "pbm", "pnm", "jp2")
+_PICTURE_ENDINGS = IMAGE_TYPES.union(_OTHER_ENDINGS)
 _LEVELS = range(3)  # as spelled, in any case, without extension
 _NEIGHBOURS = 40  # names on either side, in alphabetical order, that may be suggested
 
 
 def cleaned(name: str) -> Parts:
-    """The parts of a path: composed Unicode, forward slashes, no blanks at their ends, no empty, `.` or `..` parts."""
+    """The parts of a path: composed Unicode, forward slashes, no blanks at their ends, no empty,
+    `.` or `..` parts."""
     text = unicodedata.normalize("NFC", name).removeprefix("file://").replace("\\", "/")
     parts: list[str] = []
     for part in (part.strip() for part in text.split("/")):
@@ -53,7 +57,8 @@ class _Index(NamedTuple):
 
 
 class Names:
-    """The stored names of an archive, to be found by other spellings. Indices are built when a name first needs them."""
+    """The stored names of an archive, to be found by other spellings. Indices are built when a name
+    first needs them."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names  # sorted
@@ -68,7 +73,8 @@ class Names:
         return matches[0] if len(matches) == 1 else None
 
     def why_not(self, name: str, place: str = "") -> str:
-        """Why `find` answers None, to stand behind the name: "is missing{place} …" or "is ambiguous{place} …"."""
+        """Why `find` answers None, to stand behind the name: "is missing{place} …" or "is
+        ambiguous{place} …"."""
         matches = self._matches(name)
         if matches:
             some = ", ".join(repr(match) for match in matches[:3])
@@ -78,7 +84,8 @@ class Names:
         return f"is missing{place}{hint}"
 
     def agrees(self, name: str, stored: str) -> bool:
-        """Whether one of the two is the end of the other, as far as `find` tells spellings apart."""
+        """Whether one of the two is the end of the other, as far as `find` tells spellings
+        apart."""
         loosest = _LEVELS[-1]
         wanted, there = _folded(cleaned(name), loosest), _folded(cleaned(stored), loosest)
         return _n_common(wanted, there) == min(len(wanted), len(there))
@@ -128,7 +135,10 @@ class Names:
 
     @cached_property
     def _folders(self) -> set[Parts]:
-        return {_folded_case(cleaned(folder)) for folder in {name.rpartition("/")[0] for name in self.names}} - {()}
+        return {
+            _folded_case(cleaned(folder))
+            for folder in {name.rpartition("/")[0] for name in self.names}
+        } - {()}
 
     @cached_property
     def _folder_ends(self) -> set[Parts]:
@@ -143,7 +153,10 @@ class Names:
         last = (cleaned(name) or ("",))[-1].casefold()
         at = bisect.bisect_left(self._lasts, (last, ""))
         neighbours = dict(self._lasts[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS])
-        return [neighbours[near] for near in difflib.get_close_matches(last, neighbours, n=2, cutoff=0.7)]
+        return [
+            neighbours[near]
+            for near in difflib.get_close_matches(last, neighbours, n=2, cutoff=0.7)
+        ]
 
 
 def _folded(parts: Parts, level: int) -> Parts:

@@ -26,7 +26,7 @@ class Options:
     caption_columns: list[str] = field(default_factory=list)  # empty: captions, caption, text, title or sentence
     class_column: str = ""  # empty: class
     where: dict[str, str] = field(default_factory=dict)  # only rows whose column has this value
-    on_missing: Literal["fail", "skip"] = "fail"  # rows without an image, images without a text: refuse, or leave out
+    on_missing: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
         of_tables = {"image_column", "caption_columns", "class_column", "where"}
@@ -50,5 +50,7 @@ def open(options: Options, captions: Captions) -> Listed:
     ]
     if missing and options.on_missing == "fail":
         lines = "\n".join(missing[:10])
-        raise ValueError(f"{len(missing)} rows name images that are not there; on_missing: skip leaves them out\n{lines}")
+        raise ValueError(
+            f"{len(missing)} rows name images that are not there; on_missing: skip leaves them out\n{lines}"
+        )
     return Listed(archive, [(item, name) for item, name in named if name], captions, missing)
