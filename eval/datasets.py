@@ -4,8 +4,8 @@
                                     zeroshot_classification_templates.txt, dataset_type.txt
     folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class", or captions)
     folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
-    folder of folders               one folder of images a class
-    folder of images                key.jpg with its captions in key.txt, a line each
+    folder or tar of images         key.jpg with its captions in key.txt, key.json or key.caption, at any depth
+    folder or tar of folders        one folder of images a class, where no text lies beside an image
     table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables reads: COCO's
                                     captions_*.json and Karpathy's dataset_*.json too; the images in `images`, the .tar of
                                     the same name, or the table's folder
@@ -23,15 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from vlp.data import tables
+from vlp.data.archives import Archive, is_hidden
 from vlp.data.members import IMAGE_TYPES, Content, read_text, split_name
 from vlp.data.tables import TableOptions
 from vlp.data.tables.columns import IMAGE_COLUMNS, column, listed, split_column, usual, usual_captions
 from vlp.data.tables.values import NoText, equals, shown
 from vlp.data.tables.values import texts as texts_of
-from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_missing, tar_members
+from vlp.data.trees import read_tree, splits_in
+from vlp.eval import classes
+from vlp.eval.pictures import Collection, DataError, Picture, open_archive, picture_of, refuse_missing, tar_members
 
 NUMBERS = ("label", "fine_label", "labels", "cls")  # columns of class numbers in the hub's data sets
-SPLITS = ("train", "val", "valid", "validation", "test")  # folder names that are no classes
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,8 @@ def open_source(
         source = _table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
         source = _clip_benchmark(root, split)
-    elif found := _split_files(root, split, "*.tar"):
-        source = _from_samples(root, (sample for tar in found for sample in _samples(tar)))
-    elif found := _split_files(root, split, "*.parquet") or _named_parquet(root, split):
-        source = _parquet(root, found, split, options)
     else:
-        source = _tree(root, split)
+        source = _by_content(root, split, missing, options)
     if not source.records:
         raise DataError(f"{path} holds no image in split {split!r}")
     return replace(source, name=_short_name(path))
@@ -99,8 +97,50 @@ def _download(repository: str, split: str) -> Path:
     return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
 
 
+def _by_content(root: Path, split: str, missing: str, options: TableOptions) -> Source:
+    """Shards, parquet files, or a tree of images in a folder or tar: whichever lies there; both kinds are refused."""
+    archive = _archive_of_split(root, split)
+    in_folders = next((name for name in archive.names if "/" in name), None)
+    tars = _split_files(root, split, "*.tar")
+    if tars and in_folders is None:
+        source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)))
+        numbered = any(isinstance(record.label, int) for record in source.records)
+        return replace(source, classes=_class_names(root)) if numbered else source
+    if tars and tars[0].parent == archive.path:
+        raise DataError(
+            f"{archive.path} holds shards ({tars[0].name}) and images in folders ({in_folders}); give one of them, such as "
+            f"{tars[0]}, or keep them in folders of their own"
+        )
+    with_images = _split_files(root, split, "*.parquet") or _named_parquet(root, split)
+    if with_images and (not archive.names or _holds_images(with_images[0])):
+        return _parquet(root, with_images, split, options)
+    return _tree(root, split, missing, archive)
+
+
+def _archive_of_split(root: Path, split: str) -> Archive:
+    """What lies in the split's folder, or where there is none in all of `root`."""
+    if root.is_dir():
+        return open_archive(root, split if (root / split).is_dir() else "")
+    archive = open_archive(root)
+    return open_archive(root, split) if any(name.startswith(f"{split}/") for name in archive.names) else archive
+
+
+def _holds_images(table: Path) -> bool:
+    """Whether a parquet file has images, and is not only what img2dataset notes of the images beside it."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    schema = parquet.read_schema(table)
+    image = usual(schema.names, IMAGE_COLUMNS)
+    return bool(image) and not pyarrow.types.is_string(schema.field(image).type)
+
+
 def _split_files(root: Path, split: str, pattern: str) -> list[Path]:
-    return sorted((root / split).glob(pattern)) or sorted(root.glob(pattern))
+    in_split, in_root = (
+        [p for p in sorted(folder.glob(pattern)) if not is_hidden(p.name)]
+        for folder in (root / split, root)
+    )
+    return in_split or in_root
 
 
 def _named_parquet(root: Path, split: str) -> list[Path]:
@@ -120,18 +160,24 @@ def _clip_benchmark(root: Path, split: str) -> Source:
     absent = [str(t) for t in tars if not t.exists()]
     if absent:
         raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
-    classes = _lines(root / "classnames.txt")
-    source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)), "cls" if classes else "class")
+    names = _class_names(root)
+    source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)), "cls" if names else "class")
     return replace(
         source,
-        classes=classes,
+        classes=names,
         templates=_lines(root / "zeroshot_classification_templates.txt"),
         multilabel=(_lines(root / "dataset_type.txt") or [""])[0] == "multilabel",
     )
 
 
+def _class_names(root: Path) -> list[str] | None:
+    path = root / "classnames.txt"
+    return classes.read_list(path).names if path.exists() else None
+
+
 def _lines(path: Path) -> list[str] | None:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else None
+    """The lines of a text that are not blank; None where there is no such file."""
+    return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()] if path.exists() else None
 
 
 def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Picture]]]:
@@ -203,7 +249,7 @@ def _table(path: Path, images: str | None, split: str, missing: str, options: Ta
     collection = Collection(images or beside(path))
     placed, without_image = tables.place(listing.items, collection.find)
     absent = [item.image for item in without_image]
-    refuse_missing(absent, len(listing.items), collection.root, missing)
+    refuse_missing(absent, len(listing.items), collection, missing)
 
     labels = _labels([item.label for item, _ in placed])
     records = [
@@ -296,21 +342,35 @@ def join_equal_pictures(source: Source) -> tuple[Source, int]:
     return replace(source, records=list(joined.values())), len(source.records) - len(joined)
 
 
-def _tree(root: Path, split: str) -> Source:
-    base = root / split if (root / split).is_dir() else root
-    other = sorted(p.name for p in base.iterdir() if p.is_dir() and p.name in SPLITS) if base == root else []
-    if other:  # else the splits would be taken for classes
-        raise DataError(f"{root} has no split {split!r}, only {', '.join(other)}; pass split=…")
-    records = []
-    for image in sorted(p for p in base.iterdir() if is_image(p.name) and p.with_suffix(".txt").exists()):
-        captions = [line.strip() for line in image.with_suffix(".txt").read_text(encoding="utf-8").splitlines() if line.strip()]
-        records.append(Record(Picture(str(image), str(image)), tuple(captions)))
-    for folder in sorted(p for p in base.iterdir() if p.is_dir() and not records):
-        names = sorted(p for p in folder.rglob("*") if p.is_file() and is_image(p.name))
-        records += [Record(Picture(str(p), str(p)), label=folder.name) for p in names]
-    if not records:
+def _tree(root: Path, split: str, missing: str, archive: Archive) -> Source:
+    """Images with texts beside them, or one folder a class."""
+    if not archive.names:
+        found = f"; found {archive.left_out}" if archive.left_out.counts else ""
         raise DataError(
-            f"{base} is none of the known layouts: no {split}/nshards.txt, no .tar, no .parquet, no folders of images (one a "
-            "class), no images with a .txt beside each"
+            f"{archive.path} is none of the known layouts: no {split}/nshards.txt, no .tar, no .parquet, no images with a "
+            f".txt or .json beside each, no folders of images (one a class){found}"
         )
-    return Source(str(root), records)
+    splits = splits_in(archive)
+    if splits:  # else they would be taken for classes
+        raise DataError(f"{root} has no split {split!r}, only {', '.join(splits)}; pass split=…")
+    try:
+        tree = read_tree(archive)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if tree.problems and missing != "skip":
+        some = "".join(f"\n  {problem}" for problem in tree.problems[:10])
+        advice = "mend them, or pass missing=skip to evaluate without them (the score is then not comparable)"
+        raise DataError(
+            f"{len(tree.problems)} images or folders of {archive.path} cannot be used:{some}\n{advice}"
+        )
+    records = []
+    for item in tree.items:
+        label = (
+            item.meta.get("class", item.meta.get("cls"))
+            if tree.paired
+            else item.image.split("/")[0]
+        )
+        records.append(
+            Record(picture_of(archive, item.image), tuple(item.captions), label, item.meta)
+        )
+    return Source(str(root), records, skipped=tree.problems)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class Context:
     progress: bool = False  # lines on stderr, from the first rank
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
     truncated: dict[int, int] = field(default_factory=dict)  # of each list of texts, by its hash: how many were cut
+    unreadable: dict[str, str] | None = None  # takes name -> reason of pictures, embedded as plain gray; None: an error
 
     def digest(self, pictures: Sequence[Picture], *annotations: Any) -> str:
         """Content hash of an evaluation set: its pictures and whatever is annotated; "" without `contents`."""
@@ -60,7 +62,14 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
         return encoder.encode_images(torch.stack(batch))
 
     def prepare(picture: Picture) -> Tensor:
-        return encoder.prepare(picture.open(encoder.decoding))
+        try:
+            image = picture.open(encoder.decoding)
+        except (DataError, OSError) as error:  # OSError: a file that is gone
+            if context.unreadable is None:
+                raise
+            context.unreadable[picture.name] = str(error)
+            image = Image.new("RGB", (64, 64), (127, 127, 127))
+        return encoder.prepare(image)
 
     return _spread(_kept(key, context, "images", unique, prepare, encode), unique, pictures)
 
@@ -125,6 +134,10 @@ def _embed(items: list, prepare: Callable | None, encode: Callable, what: str, c
                 rows.append(torch.nn.functional.pad(encoded, (0, 0, 0, context.batch - len(encoded))))
     except DataError as error:
         problem = str(error)
+    except Exception as error:
+        if context.unreadable is None:
+            raise
+        problem = f"{type(error).__name__}: {error}"
     problems = [p for p in dist.gather_objects(problem) if p]  # one rank's bad picture must not leave the others waiting
     if problems:
         raise DataError("\n".join(dict.fromkeys(problems)))

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vlp.eval.datasets import Source
 from vlp.eval.pictures import DataError
+
+if TYPE_CHECKING:
+    from vlp.eval.datasets import Source
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -55,6 +58,12 @@ def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]
         )
     chosen = sorted(folders, key=numbers.__getitem__)
     return [all_names[numbers[f]] for f in chosen], {f: i for i, f in enumerate(chosen)}
+
+
+def objectnet_images(root: Path) -> Path:
+    """Where the class folders of an ObjectNet lie, as its zip unpacks or below the images alone."""
+    places = (root / "objectnet-1.0" / "images", root / "images", root / "objectnet-1.0")
+    return next((place for place in places if place.is_dir()), root)
 
 
 def objectnet_folders(root: Path) -> dict[str, str] | None:

@@ -6,19 +6,24 @@ what the pictures hold, which names the embeddings that are kept on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from vlp.data import picture
+from vlp.data.archives import Archive
 from vlp.data.members import IMAGE_TYPES, walk
 from vlp.files import write_atomically
 from vlp.types import ON_WHITE, Decoding
+
+_PROBED = 128  # pictures of a set that are decoded before anything long starts
 
 
 class DataError(ValueError):
@@ -46,7 +51,7 @@ class Picture:
             return file.read() if self.size is None else file.read(self.size)
 
     def n_bytes(self) -> int:
-        """How long the encoded image is."""
+        """How long the encoded image is; raises OSError for a file that is gone."""
         if self.data is not None:
             return len(self.data)
         return os.path.getsize(self.path) if self.size is None else self.size
@@ -62,9 +67,19 @@ class Picture:
         return image.crop(self.box) if self.box else image
 
 
-def is_image(name: str) -> bool:
-    """Whether a file name ends like an image that may be decoded."""
-    return name.rsplit(".", 1)[-1].lower() in IMAGE_TYPES
+def open_archive(path: str | Path, below: str = "") -> Archive:
+    """The pictures and texts of a folder or tar; a DataError says what is there instead."""
+    try:
+        return Archive(path, below)
+    except ValueError as error:
+        raise DataError(f"{error}; expected a folder of images or a .tar") from error
+
+
+def picture_of(archive: Archive, name: str) -> Picture:
+    """A stored name of an archive as a picture."""
+    place = archive.place(name)
+    whole = place.size < 0
+    return Picture(place.path if whole else name, place.path, place.offset, None if whole else place.size)
 
 
 def tar_members(path: str | Path) -> dict[str, Picture]:
@@ -80,44 +95,87 @@ def tar_members(path: str | Path) -> dict[str, Picture]:
 class Collection:
     """Images that annotations name: the files under a folder, or the members of a tar.
 
-    `collection.find("val2017/000000000285.jpg")` also finds the same file when only its own name agrees, provided that
-    name is unique: published annotations disagree about the folders before it.
+    Published annotations disagree about the folders before a name, so that it is found as `vlp.data.names` says.
     """
 
     def __init__(self, root: str | Path) -> None:
-        root = Path(root)
-        if root.is_dir():
-            found = sorted(p for p in root.rglob("*") if is_image(p.name) and p.is_file())
-            self.pictures = {p.relative_to(root).as_posix(): Picture(str(p), str(p)) for p in found}
-        elif root.is_file() and root.suffix == ".tar":
-            self.pictures = {name: p for name, p in tar_members(root).items() if is_image(name)}
-        else:
-            raise DataError(f"no images at {root}: expected a folder of images or a .tar; give it as images=PATH")
-        if not self.pictures:
-            raise DataError(f"{root} holds no image ({', '.join(sorted(IMAGE_TYPES))}); give their folder or .tar as images=PATH")
-        self.root = root
-        self._by_last: dict[str, list[str]] = {}
-        for name in self.pictures:
-            self._by_last.setdefault(name.rsplit("/", 1)[-1], []).append(name)
+        if not Path(root).exists():
+            raise DataError(
+                f"no images at {root}: expected a folder of images or a .tar; give it as images=PATH"
+            )
+        self.archive = open_archive(root)
+        self.root = self.archive.path
+        self._meant: dict[str, str] = {}  # the first name under which a stored picture was found
+        if not self.archive.names:
+            found = f", only {self.archive.left_out}" if self.archive.left_out.counts else ""
+            types = ", ".join(sorted(IMAGE_TYPES))
+            raise DataError(
+                f"{root} holds no image ({types}){found}; give their folder or .tar as images=PATH"
+            )
 
     def find(self, name: str) -> Picture | None:
-        """The picture an annotation means, or None."""
-        if name in self.pictures:
-            return self.pictures[name]
-        same = self._by_last.get(name.rsplit("/", 1)[-1], [])
-        return self.pictures[same[0]] if len(same) == 1 else None
+        """The picture an annotation means, or None; a DataError where another name means it and the two contradict."""
+        stored = self.archive.find(name)
+        if stored is None:
+            return None
+        other = self._meant.setdefault(stored, name)
+        if other != name and not (
+            self.archive.agrees(name, stored) and self.archive.agrees(other, stored)
+        ):
+            raise DataError(
+                f"the annotations name {other!r} and {name!r}, and {self.root} holds {stored!r} only; give the folder with both"
+            )
+        return picture_of(self.archive, stored)
 
 
-def refuse_missing(missing: Sequence[str], total: int, where: object, policy: str) -> None:
+def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy: str) -> None:
     """Raise for annotations whose images are not there, unless `policy` is "skip" (the caller reports the count)."""
     if not missing or (policy == "skip" and len(missing) < total):
         return
-    some = "".join(f"\n  {name}" for name in list(missing)[:10])
+    some = "".join(f"\n  {name} {where.archive.index.why_not(name)}" for name in list(missing)[:10])
     more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
-    advice = "none of the annotations has its image; check the path" if len(missing) >= total else (
-        "fetch them, or pass missing=skip to evaluate without them (the score is then not comparable)"
-    )
-    raise DataError(f"{len(missing)} of {total} annotations name images that are not in {where}:{some}{more}\n{advice}")
+    if len(missing) >= total:
+        advice = f"none of the annotations has its image; is {where.root} the right folder? It holds {where.archive.names[0]!r}, …"
+    else:
+        advice = "fetch them, or pass missing=skip to evaluate without them (the score is then not comparable)"
+    raise DataError(f"{len(missing)} of {total} annotations name images that are not in {where.root}:{some}{more}\n{advice}")
+
+
+def refuse_unreadable(opened: Any) -> None:
+    """Raise for pictures of an opened evaluation set that are gone or empty, or, of `_PROBED` of them, do not open."""
+    pictures = list(dict.fromkeys(_pictures_in(opened)))
+    step = max(1, len(pictures) // _PROBED)
+    problems = []
+    for number, shown in enumerate(pictures):
+        try:
+            if not shown.n_bytes():
+                problems.append(f"image {shown.name} is empty")
+            elif number % step == 0:
+                shown.open()
+        except (DataError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        some = "".join(f"\n  {problem}" for problem in problems[:10])
+        raise DataError(
+            f"{len(problems)} of {len(pictures)} images cannot be read:{some}\nrepair them, or remove them and their "
+            "annotations; inside training, missing: skip puts plain gray in their place and counts them"
+        )
+
+
+def _pictures_in(value: Any) -> Iterator[Picture]:
+    """Every picture inside of dataclasses, lists, tuples and mappings."""
+    if isinstance(value, Picture):
+        yield value
+        return
+    parts: Iterable[Any] = ()
+    if dataclasses.is_dataclass(value):
+        parts = (getattr(value, f.name) for f in dataclasses.fields(value))
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    for part in parts:
+        yield from _pictures_in(part)
 
 
 class Contents:

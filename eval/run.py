@@ -91,8 +91,16 @@ def _evaluate_command(options: argparse.Namespace) -> int:
 
 
 def read_all(tasks: list[Plugin]) -> list[Any]:
-    """Open every task's data, in the tasks' order: what is wrong with them shows here."""
-    return [task.module.read(task.options) for task in tasks]
+    """Open every task's data, in the tasks' order: what is wrong with them shows here, unreadable pictures included."""
+    from vlp.eval.pictures import refuse_unreadable
+
+    opened = []
+    for task in tasks:
+        data = task.module.read(task.options)
+        if getattr(task.options, "missing", "error") != "skip":
+            refuse_unreadable(data)
+        opened.append(data)
+    return opened
 
 
 def evaluate(
@@ -109,7 +117,9 @@ def evaluate(
     from vlp.eval import report
 
     records, items = [], {}
-    for task, opened in zip(tasks, data if data is not None else read_all(tasks)):
+    if data is None:
+        data = [task.module.read(task.options) for task in tasks]
+    for task, opened in zip(tasks, data):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
         context.truncated.clear()
@@ -129,15 +139,62 @@ def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]
 
     Nothing is kept on disk and data are not hashed. Each rank embeds its share; the model's mode is put back.
     """
-    from vlp.eval.embed import Context
     from vlp.eval.models import from_model
 
     was_training = model.training
     model.eval()
     try:
-        return evaluate(from_model(model), tasks, Context())[0]
+        return attempt(from_model(model), tasks)
     finally:
         model.train(was_training)
+
+
+def attempt(encoder: Encoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
+    """The records of `tasks`, whatever goes wrong: training never ends here. Collective.
+
+    A picture that cannot be read is replaced by plain gray and counted in `counts.unreadable`. Of a task that fails there
+    is a record with `error` and the metric `failed` alone.
+    """
+    return [_attempt(encoder, task) for task in tasks]
+
+
+def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
+    """The record of one task, or of its failure. Ranks agree before and after the task."""
+    from vlp import dist, log
+    from vlp.eval.embed import Context
+
+    context = Context(unreadable={})
+    opened, failure, record = None, "", {}
+    try:
+        opened = task.module.read(task.options)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    # Before the work begins, so that no rank waits in it for one that could not open its data.
+    failure = next(filter(None, dist.gather_objects(failure)), "")
+    if not failure:
+        try:
+            (record,), _ = evaluate(encoder, [task], context, [opened])
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        failure = next(filter(None, dist.gather_objects(failure)), "")
+    if failure:
+        if dist.is_main():
+            log.warn(
+                f"the evaluation {task.label!r} failed and is left out at this step; training goes on. {failure}"
+            )
+        return {"label": task.label, "metrics": {"failed": 1.0}, "error": failure}
+
+    unreadable: dict[str, str] = {}
+    for of_rank in dist.gather_objects(context.unreadable):
+        unreadable |= of_rank
+    if unreadable:
+        record["counts"]["unreadable"] = len(unreadable)
+        if dist.is_main():
+            first = unreadable[min(unreadable)]
+            log.warn(
+                f"{task.label}: {len(unreadable)} images cannot be read and count as plain gray: {first}"
+            )
+    return record
 
 
 def _tasks(options: argparse.Namespace) -> dict[str, Any]:

@@ -381,7 +381,8 @@ class Reporter:
             self.trackers.write(step, values)
             log.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
             if step == self.plan.total:
-                write_atomically(self.run / "results.json", (json.dumps(records, indent=1) + "\n").encode())
+                done = [record for record in records if "error" not in record]
+                write_atomically(self.run / "results.json", (json.dumps(done, indent=1) + "\n").encode())
 
     @contextmanager
     def paused(self) -> Iterator[None]:

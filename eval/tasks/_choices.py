@@ -75,5 +75,5 @@ def attach(rows: list[dict[str, Any]], names: Sequence[str], images: Path, missi
     collection = Collection(images)
     found = [collection.find(name) for name in names]
     absent = [name for name, picture in zip(names, found) if picture is None]
-    refuse_missing(absent, len(rows), collection.root, missing)
+    refuse_missing(absent, len(rows), collection, missing)
     return [row | {"picture": picture} for row, picture in zip(rows, found) if picture], absent

@@ -51,17 +51,13 @@ def read(options: Options) -> Data:
     collection = Collection(options.images or path.parent)
     kept, absent = [], []
     for row in rows:  # images are named without their extension
-        found = [_any_type(collection, row[key]) for key in ("image_0", "image_1")]
+        found = [collection.find(row[key]) for key in ("image_0", "image_1")]
         if None in found:
             absent += [row[key] for key, picture in zip(("image_0", "image_1"), found) if picture is None]
         else:
             kept.append(row | {"pictures": found})
-    refuse_missing(absent, 2 * len(rows), collection.root, options.missing)
+    refuse_missing(absent, 2 * len(rows), collection, options.missing)
     return Data(kept, absent)
-
-
-def _any_type(collection: Collection, name: str) -> Any:
-    return next((p for ending in ("", ".png", ".jpg") if (p := collection.find(name + ending))), None)
 
 
 def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:

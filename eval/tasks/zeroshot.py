@@ -13,8 +13,11 @@ from typing import Any, Literal
 
 import torch
 
+from vlp import dist, log
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, imagenet, metrics, prompts
+from vlp.data.trees import class_name
+from vlp.eval import classes, embed, imagenet, metrics, prompts
+from vlp.eval.classes import ClassList
 from vlp.eval.datasets import Record, Source, open_source
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
@@ -30,7 +33,7 @@ class Options(TableOptions):
     data: str  # see vlp.eval.datasets
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
-    classes: str | list[str] | None = None  # names, a text file of them, or imagenet; None: the data's own
+    classes: str | list[str] | None = None  # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
     templates: str | list[str] | None = None  # a set, a file or sentences; None: the data's own, imagenet80 or photo
     partial: bool = False  # score among some of ImageNet's classes only
     missing: Literal["error", "skip"] = "error"  # annotations without their image
@@ -49,45 +52,51 @@ class Data:
 
 def read(options: Options) -> Data:
     """Open the set and settle class names and templates."""
-    source = open_source(options.data, options.split, options.missing, options.images, options)
-    if folders := imagenet.objectnet_folders(Path(options.data)):
-        source = _objectnet(source, folders)
+    objectnet = imagenet.objectnet_folders(Path(options.data))
+    place = options.data if objectnet is None else str(imagenet.objectnet_images(Path(options.data)))
+    source = open_source(place, options.split, options.missing, options.images, options)
+    if objectnet is not None:
+        source = _objectnet(source, objectnet)
     unlabelled = [r.picture.name for r in source.records if r.label is None]
     if unlabelled:
         raise DataError(
             f"{len(unlabelled)} images of {options.data} have no class, e.g. {unlabelled[0]}; give a .cls or a class, or name a "
             "table's column: class_column=NAME"
         )
-    if isinstance(source.records[0].label, str):
-        classes, labels = _named(source, options)
-    else:
-        classes, labels = _numbered(source, options)
+    by_name = isinstance(source.records[0].label, str)
+    if any(isinstance(r.label, str) != by_name for r in source.records):
+        raise DataError(
+            f"some classes of {options.data} are numbers and some are names; give every sample the same kind"
+        )
+    names, labels = _named(source, options) if by_name else _numbered(source, options)
     is_imagenet = imagenet.looks_like(source) or options.classes == "imagenet"
     choice = options.templates or source.templates or ("imagenet80" if is_imagenet else "photo")
     try:
         templates = prompts.templates(choice)
     except ValueError as error:
         raise DataError(str(error)) from error
-    return Data(source, classes, templates, labels)
+    return Data(source, names, templates, labels)
 
 
 def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
+    if context.progress and dist.is_main() and all(name.isdecimal() for name in data.classes) and len(data.classes) > 10:
+        log.warn(f"the classes are called {data.classes[0]} … {data.classes[-1]}, also in the prompts; classes=FILE names them")
     pictures = [r.picture for r in data.source.records]
     text = embed.texts(encoder, prompts.fill(data.templates, data.classes), context)
-    classes = torch.nn.functional.normalize(text.view(len(data.classes), len(data.templates), -1).mean(1), dim=-1)
+    class_rows = torch.nn.functional.normalize(text.view(len(data.classes), len(data.templates), -1).mean(1), dim=-1)
     image = embed.images(encoder, pictures, context)
-    n, n_classes = len(image), len(classes)
+    n, n_classes = len(image), len(class_rows)
     result = TaskResult(
         data.source.name,
         counts={"images": n, "classes": n_classes, "templates": len(data.templates), "skipped": len(data.source.skipped)},
         digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
     )
     if data.labels.ndim == 2:
-        precision = metrics.average_precision(image @ classes.T, data.labels)
+        precision = metrics.average_precision(image @ class_rows.T, data.labels)
         result.values["mean_average_precision"] = float(precision.mean())
         result.chance["mean_average_precision"] = float(data.labels.double().mean())
         return result
-    ranks = metrics.class_ranks(image, classes, data.labels)
+    ranks = metrics.class_ranks(image, class_rows, data.labels)
     first, one = (ranks == 1).double(), torch.ones(n, dtype=torch.float64)
     weights = metrics.per_class_weights(data.labels)
     result.items["acc1"] = torch.stack([first, one], 1)
@@ -110,57 +119,59 @@ def _objectnet(source: Source, folders: dict[str, str]) -> Source:
     return replace(source, records=kept, name="objectnet")
 
 
-def _given(options: Options) -> list[str] | None:
-    if isinstance(options.classes, str) and options.classes != "imagenet":
-        path = Path(options.classes)
-        if not path.is_file():
-            raise DataError(f"classes={options.classes!r} is neither imagenet nor a file with a class name a line")
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return list(options.classes) if isinstance(options.classes, list) else None
+def _given(options: Options) -> ClassList | None:
+    if options.classes is None:
+        return None
+    if isinstance(options.classes, list):
+        return classes.checked(ClassList(options.classes))
+    path = Path(options.classes).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"classes={options.classes!r} is neither imagenet nor a file with a class name a line"
+        )
+    return classes.read_list(path)
 
 
 def _named(source: Source, options: Options) -> tuple[list[str], torch.Tensor]:
     """Classes that the data call by name (folders, "class" in JSON)."""
+    labels = [str(r.label) for r in source.records]
     if options.classes == "imagenet" or (options.classes is None and imagenet.looks_like(source)):
-        classes, number = imagenet.classes_of(source, options.partial)
-    else:
-        present = list(dict.fromkeys(str(r.label) for r in source.records))
-        names = _given(options) or source.classes
-        ordered = sorted(present) if not all(p.isdigit() for p in present) else sorted(present, key=int)
-        plain = {p: p.replace("_", " ").lower() for p in ordered}
-        if names is None:
-            classes, number = [p.replace("_", " ") for p in ordered], {p: i for i, p in enumerate(ordered)}
-        elif known := {name.replace("_", " ").lower(): i for i, name in enumerate(names)}:
-            classes = names
-            if all(p in known for p in plain.values()):
-                number = {p: known[plain[p]] for p in ordered}
-            elif len(names) == len(ordered) and options.classes:
-                number = {p: i for i, p in enumerate(ordered)}  # names for the folders, in their sorted order
-            else:
-                lost = [p for p in ordered if plain[p] not in known]
-                raise DataError(
-                    f"{len(names)} class names for {len(ordered)} classes in the data, {len(lost)} of them unknown by name "
-                    f"({', '.join(lost[:5])}); give a name for each, in the folders' sorted order, or under the same names"
-                )
-    return classes, torch.tensor([number[str(r.label)] for r in source.records])
+        names, number = imagenet.classes_of(source, options.partial)
+        return names, torch.tensor([number[label] for label in labels])
+    given = _given(options) or (
+        ClassList(source.classes, origin="classnames.txt") if source.classes else None
+    )
+    if given is None:
+        names = list(dict.fromkeys(class_name(label) for label in classes.in_order(labels)))
+        return names, torch.tensor([names.index(class_name(label)) for label in labels])
+    number = classes.assign(labels, given, options.data)
+    return given.names, torch.tensor([number[label] for label in labels])
 
 
 def _numbered(source: Source, options: Options) -> tuple[list[str], torch.Tensor]:
     """Classes that the data give by number (.cls, .npy, a label column)."""
-    names = imagenet.names() if options.classes == "imagenet" else _given(options)
-    if names is not None and source.classes is not None and len(names) != len(source.classes):
-        raise DataError(f"classes= lists {len(names)} names but {options.data} has {len(source.classes)} classes")
-    names = names or source.classes
-    if names is None:
-        raise DataError(f"{options.data} numbers its classes but has no classnames.txt; add it (a line a name) or classes=FILE")
+    given = ClassList(imagenet.names()) if options.classes == "imagenet" else _given(options)
+    own = source.classes
+    if given is None and own is None:
+        raise DataError(
+            f"{options.data} numbers its classes but has no classnames.txt; add it (a line a name) or classes=FILE"
+        )
+    numbers = [r.label if isinstance(r.label, tuple) else (r.label,) for r in source.records]
+    highest = max((max(several) for several in numbers if several), default=0)
+    names = given.names if given is not None else own
+    if highest >= len(own or names):
+        raise DataError(
+            f"{options.data} has class number {highest} but only {len(own or names)} class names, which count from 0; "
+            "complete the list"
+        )
+    # Where the set names its classes too, a list in another order goes by name.
+    place = list(range(len(names)))
+    if given is not None and own is not None:
+        number = classes.assign(own, given, options.data)
+        place = [number[name] for name in own]
     if source.multilabel:
-        numbers = [set(r.label) for r in source.records]  # type: ignore[arg-type]
-        highest = max((max(s) for s in numbers if s), default=0)
-    else:
-        numbers = [r.label for r in source.records]
-        highest = max(numbers)  # type: ignore[type-var]
-    if highest >= len(names):
-        raise DataError(f"{options.data} has class number {highest} but only {len(names)} class names; complete the list")
-    if source.multilabel:
-        return names, torch.tensor([[c in s for c in range(len(names))] for s in numbers])
-    return names, torch.tensor(numbers)
+        hot = torch.zeros(len(numbers), len(names), dtype=torch.bool)
+        for row, several in zip(hot, numbers):
+            row[[place[n] for n in several]] = True
+        return names, hot
+    return names, torch.tensor([place[n] for (n,) in numbers])

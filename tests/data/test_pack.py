@@ -113,7 +113,7 @@ def test_class_folders_become_classes(tmp_path, capsys):
     assert torch.equal(next(loader_of(classes, 4)).text, next(loader_of(shards, 4)).text)
     (tmp_path / "tree" / "loose.png").write_bytes(encoded(picture(1)))
     assert pack(tmp_path / "tree", "--to", tmp_path / "other") == 1
-    assert "'loose.png' outside of any" in capsys.readouterr().err
+    assert "'loose.png' lies outside of any class folder" in capsys.readouterr().err
 
 
 def test_an_output_that_holds_something_is_kept_unless_overwriting_is_asked_for(tmp_path, photos, capsys):

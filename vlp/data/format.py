@@ -117,6 +117,11 @@ class ShardWriter:
             self._finish()
         return key
 
+    def make_room(self, n: int) -> None:
+        """Begin a new shard unless the next `n` samples, which belong together, fit into this one."""
+        if self._keys and len(self._keys) + n > self.samples_per_shard:
+            self._finish()
+
     def _check(self, key: str, image: bytes, ext: str, captions: list[str]) -> None:
         if ext not in IMAGE_TYPES:
             raise ValueError(f"image type {ext!r} of {key!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it")

@@ -15,16 +15,40 @@ from vlp.config import Captions
 from vlp.data import wrong_captions
 from vlp.data.archives import Archive, Place, image_type
 from vlp.data.index import LABELS, labels_of
+from vlp.data.listing import Named, settle
 from vlp.data.sources import Source, captions_of
-from vlp.data.tables import Item
+from vlp.data.trees import read_tree
 from vlp.types import Sample
 
 
-class Listed(Source):
-    """Random access to items of an archive; `named` pairs each with its stored name."""
+def open_tree(path: str, split: str, on_missing: str, captions: Captions, *, paired: bool) -> Listed:
+    """A tree of pictures without a table, which must be pairs, or must be classes; raises ValueError or OSError."""
+    archive = Archive(path, split)
+    tree = read_tree(archive)
+    if tree.paired != paired:
+        there = "images with texts beside them; use {name: folder}" if tree.paired else (
+            "one folder a class and no text beside an image; use {name: classes}, or name a table with captions: TABLE"
+        )
+        raise ValueError(f"{archive.path} holds {there}")
+    if tree.problems and on_missing == "fail":
+        lines = "\n".join(tree.problems[:10])
+        raise ValueError(f"{len(tree.problems)} images or folders cannot be used; on_missing: skip leaves them out\n{lines}")
+    passed_over = [f"left out {archive.left_out}"] if archive.left_out.counts else []
+    notes = [f"{archive.path}: {note}" for note in tree.notes + passed_over]
+    return Listed(archive, [(item, item.image) for item in tree.items], captions, tree.problems, notes)
 
-    def __init__(self, archive: Archive, named: Sequence[tuple[Item, str]], captions: Captions, problems: list[str]) -> None:
-        records, odd, self._problems, digest = [], [], list(problems), hashlib.sha256()
+
+class Listed(Source):
+    """Random access to items of an archive; `named` pairs each with its stored name.
+
+    `problems`: a line for each sample that is left out already; `notes`: what else is to be said at the start.
+    """
+
+    def __init__(
+        self, archive: Archive, named: Sequence[Named], captions: Captions, problems: list[str], notes: Sequence[str] = ()
+    ) -> None:
+        named, clashes = settle(named, archive)
+        records, odd, self._problems, digest = [], [], [*problems, *clashes], hashlib.sha256()
         self.labels = frozenset(LABELS)
         for item, name in named:
             texts = captions_of(tuple(item.captions), item.meta, captions)
@@ -45,7 +69,7 @@ class Listed(Source):
             )
         if not records:
             raise ValueError(f"{archive.path} holds no usable sample: {'; '.join(self._problems[:3]) or 'no rows'}")
-        self._problems += odd
+        self._problems += [*odd, *notes]
         self._digest = digest.hexdigest()
         # One block in shared memory instead of a million Python objects in every loader process.
         self._text = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8).share_memory_()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vlp.config import Captions
-from vlp.data.archives import Archive
-from vlp.data.sources._listed import Listed
-from vlp.data.tables.trees import class_items
+from vlp.data.sources._listed import Listed, open_tree
 
 
 @dataclass(frozen=True)
@@ -15,10 +14,12 @@ class Options:
     """Where the tree is."""
 
     path: str  # a folder (or a tar) with one sub-folder a class
+    split: str = ""  # the sub-folder to take where the path holds splits (train, val, …)
+    on_missing: Literal["fail", "skip"] = (
+        "fail"  # class folders without images, images outside: refuse, or leave out
+    )
 
 
 def open(options: Options, captions: Captions) -> Listed:
     """List the tree; raises ValueError or OSError."""
-    archive = Archive(options.path)
-    items, _ = class_items(archive)
-    return Listed(archive, [(item, item.image) for item in items], captions, [])
+    return open_tree(options.path, options.split, options.on_missing, captions, paired=False)

@@ -1,16 +1,17 @@
-"""A folder (or a tar) of images with a caption table.
+"""A folder (or a tar) of images with their captions: in a table, or in texts beside the images.
 
     {name: folder, path: photos, captions: photos/captions.csv}
+    {name: folder, path: photos}      # 00000/000000001.jpg with 000000001.txt or .json beside it, at any depth
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from vlp.config import Captions
 from vlp.data.archives import Archive
-from vlp.data.sources._listed import Listed
+from vlp.data.sources._listed import Listed, open_tree
 from vlp.data.tables import TableOptions, items
 
 
@@ -19,17 +20,27 @@ class Options(TableOptions):
     """Where images and captions are; how the table is read."""
 
     path: str  # folder or tar
-    captions: str  # .csv, .tsv, .txt, .token, .jsonl, .json or .parquet; rows of one image are taken together
+    # .csv, .tsv, .txt, .token, .jsonl, .json or .parquet; rows of one image are taken together.
+    captions: str = ""  # empty: texts beside the images
+    split: str = ""  # the sub-folder to take where the path holds splits (train, val, …)
     on_missing: Literal["fail", "skip"] = "fail"  # rows that cannot be used: refuse, or leave out
+
+    def __post_init__(self) -> None:
+        unsaid = TableOptions()
+        useless = [f.name for f in fields(TableOptions) if getattr(self, f.name) != getattr(unsaid, f.name)]
+        if useless and not self.captions:
+            raise ValueError(f"{', '.join(useless)} choose from a table; name it with captions: TABLE")
 
 
 def open(options: Options, captions: Captions) -> Listed:
-    """Read the table and find its images; raises ValueError or OSError."""
-    archive = Archive(options.path)
+    """Read the table and find its images, or read the texts beside them; raises ValueError or OSError."""
+    if not options.captions:
+        return open_tree(options.path, options.split, options.on_missing, captions, paired=True)
+    archive = Archive(options.path, options.split)
     listing = items(options.captions, options)
     named = [(item, archive.find(item.image)) for item in listing.items]
     missing = [
-        f"{listing.place(item)}: no image {item.image!r} in {options.path}"
+        f"{listing.place(item)}: no image {item.image!r}: it {archive.why_not(item.image)}"
         for item, name in named
         if not name
     ]
@@ -40,4 +51,5 @@ def open(options: Options, captions: Captions) -> Listed:
             f"{len(problems)} rows cannot be used, {len(missing)} of them name images that are not there; "
             f"on_missing: skip leaves them out\n{lines}"
         )
-    return Listed(archive, [(item, name) for item, name in named if name], captions, problems)
+    placed = [(item, name) for item, name in named if name]
+    return Listed(archive, placed, captions, problems, listing.notes)

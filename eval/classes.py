@@ -1,0 +1,282 @@
+"""Class lists: from a file or a list of names to the classes of an evaluation set.
+
+A file is a text with a name a line ("n01440764 tench" and "0 tench" are read as key and name), a
+CSV or TSV with a header or without, or JSON (a list, {number: name}, {folder: name}, {name:
+number}, COCO's categories). Names meet the data like this:
+
+1. any given name, or key, is a class of the data (whatever the case, underscores or blanks): all go
+   by name, and a class of the data without a name is refused;
+2. folders are numbers: a folder's number counts from 0 into the list (exactly 1 … n for n names:
+   from 1);
+3. folders are synsets and the names are ImageNet's 1,000 in their order: by synset;
+4. else the classes in sorted order take the names in theirs, if there are as many.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlp.data.trees import class_name
+from vlp.eval import imagenet
+from vlp.eval.pictures import DataError
+from vlp.schema import did_you_mean
+
+_NAME_COLUMNS = ("class_name", "classname", "class", "name", "label", "category", "title")
+_KEY_COLUMNS = (
+    "folder",
+    "synset",
+    "wnid",
+    "id",
+    "index",
+    "number",
+    "class_id",
+    "class_index",
+    "label_id",
+)
+_KEYED_LINE = re.compile(r"(n\d{8}|\d+)[\s:,]+(.+)")
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Names in the order of their numbers; `keys`: what else each class is called (its folder or
+    synset), or nothing."""
+
+    names: list[str]
+    keys: list[str] = field(default_factory=list)
+    origin: str = "classes="  # what messages call it
+
+
+def read_list(path: Path) -> ClassList:
+    """A class list from a file; a DataError names the line or entry that cannot be one."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; expected a file with a class name a line")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    readers = {".json": _from_json, ".csv": _from_table, ".tsv": _from_table}
+    names, keys = readers.get(path.suffix.lower(), _from_lines)(text, path)
+    return checked(ClassList(names, keys, str(path)))
+
+
+def checked(given: ClassList) -> ClassList:
+    """The same list without blank names at its end; a DataError names blank and repeated ones."""
+    names = [" ".join(unicodedata.normalize("NFC", name).split()) for name in given.names]
+    while names and not names[-1]:
+        names.pop()
+    if not names:
+        raise DataError(f"{given.origin} holds no class name")
+    first: dict[str, int] = {}
+    repeated = []
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise DataError(
+                f"{given.origin}, line {number}: a blank class name; remove the line or fill it"
+            )
+        if name in first:
+            repeated.append(f"{name!r} in lines {first[name]} and {number}")
+        first.setdefault(name, number)
+    # ImageNet's published lists call two of their classes alike.
+    if repeated and len(names) != len(imagenet.synsets()):
+        raise DataError(
+            f"{given.origin} repeats class names: {'; '.join(repeated[:5])}; two classes cannot be "
+            "told apart by one"
+        )
+    return ClassList(names, given.keys[: len(names)], given.origin)
+
+
+def assign(present: Sequence[str], given: ClassList, where: str) -> dict[str, int]:
+    """{class of the data: number in the list}, by the rules above; a DataError lists what has no
+    name."""
+    ordered = in_order(present)
+    listed = [*enumerate(given.names), *enumerate(given.keys)]
+    exact, folded = defaultdict(list), defaultdict(list)
+    for place, entry in listed:
+        exact[entry].append(place)
+        folded[_folded(entry)].append(place)
+    # Its own spelling counts before any case, underscores and blanks.
+    by_name = {name: exact.get(name) or folded.get(_folded(name), []) for name in ordered}
+    if any(by_name.values()):
+        _refuse_unknown([name for name in ordered if not by_name[name]], ordered, given, where)
+        return {name: _only(name, places, given) for name, places in by_name.items()}
+    if all(name.isdecimal() for name in ordered):
+        return _by_number(ordered, given, where)
+    if len(given.names) == len(imagenet.synsets()) and all(map(imagenet.SYNSET.fullmatch, ordered)):
+        number = {synset: i for i, synset in enumerate(imagenet.synsets())}
+        if all(name in number for name in ordered):
+            return {name: number[name] for name in ordered}
+    if len(given.names) != len(ordered):
+        raise DataError(
+            f"{given.origin} lists {len(given.names)} names but {where} has {len(ordered)} classes "
+            f"({', '.join(ordered[:5])}, …), and none of the names is one of them; give a name for "
+            "each, or use their names"
+        )
+    return {name: i for i, name in enumerate(ordered)}
+
+
+def in_order(labels: Sequence[str]) -> list[str]:
+    """The different classes among `labels`: numbers by their value, then names by the alphabet."""
+    return sorted(
+        dict.fromkeys(labels),
+        key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label),
+    )
+
+
+def _only(name: str, places: list[int], given: ClassList) -> int:
+    if len(set(places)) > 1:
+        several = ", ".join(repr(given.names[place]) for place in places)
+        raise DataError(
+            f"the class {name!r} of the data may be any of {several} in {given.origin}; spell it "
+            "as one of them"
+        )
+    return places[0]
+
+
+def _refuse_unknown(unknown: list[str], ordered: list[str], given: ClassList, where: str) -> None:
+    if not unknown:
+        return
+    hints = "; ".join(
+        f"{name!r}{did_you_mean(class_name(name), given.names[:20])}" for name in unknown[:5]
+    )
+    raise DataError(
+        f"{given.origin} lists {len(given.names)} names but {where} has {len(ordered)} classes, "
+        f"{len(unknown)} of them "
+        f"unknown by name: {hints}. As some names are those of classes, all are taken by name: add "
+        "or correct these"
+    )
+
+
+def _by_number(ordered: list[str], given: ClassList, where: str) -> dict[str, int]:
+    numbers = [int(name) for name in ordered]
+    if numbers == list(range(1, len(given.names) + 1)):
+        return {name: int(name) - 1 for name in ordered}
+    if numbers[-1] >= len(given.names):
+        raise DataError(
+            f"{where} numbers its classes up to {numbers[-1]}, but {given.origin} lists "
+            f"{len(given.names)} names, which count "
+            "from 0; complete the list"
+        )
+    return {name: int(name) for name in ordered}
+
+
+def _folded(name: str) -> str:
+    return class_name(name.replace("-", " ")).casefold()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _from_lines(text: str, path: Path) -> tuple[list[str], list[str]]:
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    keyed = [match for line in lines if (match := _KEYED_LINE.fullmatch(line))]
+    if len(keyed) != len(lines):
+        return lines, []
+    keys, names = [match[1] for match in keyed], [match[2] for match in keyed]
+    if not keys[0].isdecimal():
+        return [name.split(",")[0] for name in names], keys  # synsets with their synonyms
+    return _numbered(dict(zip(map(int, keys), names)), path) if _counts(keys) else (lines, [])
+
+
+def _counts(keys: list[str]) -> bool:
+    """Whether the numbers before the names count all lines, from 0 or 1: else they belong to the
+    names ("2 euro")."""
+    numbers = sorted(int(key) for key in keys if key.isdecimal())
+    return numbers in (list(range(len(keys))), list(range(1, len(keys) + 1)))
+
+
+def _from_table(text: str, path: Path) -> tuple[list[str], list[str]]:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = [
+        [cell.strip() for cell in row]
+        for row in csv.reader(io.StringIO(text.rstrip()), delimiter=separator)
+    ]
+    header = [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else []
+    name_column = next((header.index(name) for name in _NAME_COLUMNS if name in header), None)
+    key_column = next((header.index(name) for name in _KEY_COLUMNS if name in header), None)
+    if name_column is None:
+        name_column, key_column = (0, None) if len(header) < 2 else _columns_without_header(rows)
+    else:
+        rows = rows[1:]
+    short = next((i for i, row in enumerate(rows, 1) if row and len(row) != len(header)), None)
+    if short is not None:
+        raise DataError(
+            f"{path}, row {short}: found {len(rows[short - 1])} fields, the first row has "
+            f"{len(header)}"
+        )
+    names = [row[name_column] if row else "" for row in rows]
+    keys = [] if key_column is None else [row[key_column] if row else "" for row in rows]
+    if keys and _counts(keys):
+        return _numbered(dict(zip(map(int, keys), names)), path)
+    return names, keys
+
+
+def _columns_without_header(rows: list[list[str]]) -> tuple[int, int]:
+    """(column of names, column of keys): numbers are keys, else the first column is."""
+    second_counts = all(len(row) > 1 and row[1].isdecimal() for row in rows)
+    return (0, 1) if second_counts else (1, 0)
+
+
+def _from_json(text: str, path: Path) -> tuple[list[str], list[str]]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if isinstance(value, dict):
+        inner = next(
+            (
+                value[key]
+                for key in ("classes", "classnames", "class_names", "names", "categories")
+                if key in value
+            ),
+            None,
+        )
+        value = inner if isinstance(inner, (list, dict)) else value
+    if isinstance(value, dict):
+        return _from_mapping(value, path)
+    if not isinstance(value, list):
+        raise DataError(
+            f"{path} holds {type(value).__name__}, expected a list of names or a mapping"
+        )
+    return [_name(entry, path) for entry in value], []
+
+
+def _from_mapping(value: dict[str, Any], path: Path) -> tuple[list[str], list[str]]:
+    if value and all(type(number) is int for number in value.values()):
+        return _numbered({number: name for name, number in value.items()}, path)
+    names = [_name(entry, path) for entry in value.values()]
+    if all(key.isdecimal() for key in value):
+        return _numbered(dict(zip(map(int, value), names)), path)
+    return names, list(value)
+
+
+def _name(entry: Any, path: Path) -> str:
+    """A name, also as the last of [synset, name] and as an entry's "name"."""
+    if isinstance(entry, dict):
+        entry = entry.get("name")
+    if isinstance(entry, list) and entry:
+        entry = entry[-1]
+    if not isinstance(entry, str):
+        raise DataError(f"{path}: found {entry!r}, expected the name of a class")
+    return entry
+
+
+def _numbered(by_number: dict[int, str], path: Path) -> tuple[list[str], list[str]]:
+    numbers = sorted(by_number)
+    start = numbers[0]
+    if start not in (0, 1) or numbers != list(range(start, start + len(numbers))):
+        gap = next((n for n in range(start, start + len(numbers)) if n not in by_number), start)
+        raise DataError(
+            f"{path} numbers {len(numbers)} classes, but not from 0 without a gap (see number "
+            f"{gap})"
+        )
+    return [by_number[n] for n in numbers], []

@@ -1,0 +1,147 @@
+"""Evaluation inside training: whatever is wrong with its data or tasks is said and counted, and
+training goes on."""
+
+import json
+import shutil
+
+import pytest
+
+from tests import ranks
+from tests.eval import material
+from vlp import cli, plugin
+from vlp.eval import run
+from vlp.eval.pictures import DataError
+
+CLASSES = ["cat", "dog"]
+
+
+@pytest.fixture()
+def photos(tmp_path):
+    for i in range(12):
+        path = tmp_path / "photos" / CLASSES[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(material.png(material.picture(i)))
+    return tmp_path / "photos"
+
+
+def tasks(**options):
+    return plugin.keyed("vlp.eval.tasks", {"zeroshot": options})
+
+
+def records_of_rank(photos: str, alone: bool) -> list:
+    """On a rank: a task with a broken picture, one that raises, one whose data are on the first
+    rank only, a good one."""
+    from vlp import dist
+
+    elsewhere = photos if dist.is_main() and not alone else f"{photos}/nowhere"
+    every = [
+        *tasks(data=photos),
+        *plugin.keyed("tests.eval.failing", {"explode": {}}),
+        *tasks(data=elsewhere),
+        *tasks(data=photos, missing="skip"),
+    ]
+    return run.attempt(material.matrix_encoder(), every)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_training_outlives_every_failure_of_an_evaluation(photos, n_ranks, capsys):
+    (photos / "dog" / "3.png").write_bytes(b"")
+    (photos / "cat" / "4.png").write_bytes(b"\x89PNG no more")
+    if n_ranks == 1:
+        results = [records_of_rank(str(photos), True)]
+    else:
+        results = ranks.run(n_ranks, records_of_rank, str(photos), False)
+    for first, exploded, absent, last in results:
+        assert first["counts"] == {
+            "images": 12,
+            "classes": 2,
+            "templates": 1,
+            "skipped": 0,
+            "unreadable": 2,
+        }
+        assert 0 <= first["metrics"]["acc1"] <= 1
+        assert first["metrics"] == last["metrics"]
+        assert (
+            exploded["metrics"] == {"failed": 1.0}
+            and "ZeroDivisionError: no sample is left" in exploded["error"]
+        )
+        assert absent["metrics"] == {"failed": 1.0} and "no evaluation data at" in absent["error"]
+    if n_ranks == 2:
+        return  # what other processes print goes where the fork server began
+    said = capsys.readouterr().err
+    assert said.count("2 images cannot be read and count as plain gray") == 2
+    assert (
+        said.count("the evaluation 'explode' failed and is left out at this step; training goes on")
+        == 1
+    )
+
+
+def test_unreadable_pictures_are_refused_before_anything_long_starts(photos, tmp_path, capsys):
+    (photos / "dog" / "3.png").write_bytes(b"")
+    (photos / "cat" / "4.png").write_bytes(b"\x89PNG no more")
+    message = r"2 of 12 images cannot be read:\n  image .*cat/4\.png does not open(.|\n)*dog/3\.png is empty(.|\n)*missing: skip"
+    with pytest.raises(DataError, match=message):
+        run.read_all(tasks(data=str(photos)))
+    assert len(run.read_all(tasks(data=str(photos), missing="skip"))) == 1
+    shutil.rmtree(photos / "cat")
+    command = [
+        "eval",
+        "no-such-model",
+        "--task",
+        "zeroshot",
+        "--data",
+        str(photos),
+        "--cache",
+        "none",
+    ]
+    assert cli.main(command) == 1
+    assert "dog/3.png is empty" in capsys.readouterr().err
+
+
+def test_empty_pictures_are_found_however_many_there_are(tmp_path):
+    """A picture is decoded of every so many; an empty one is found wherever it stands."""
+    members = []
+    for i in range(300):
+        members += [
+            (f"{i}.png", material.png(material.picture(i)) if i != 257 else b""),
+            (f"{i}.txt", b"x"),
+        ]
+    material.write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(
+        DataError, match=r"1 of 300 images cannot be read:\n  image .*257\.png is empty"
+    ):
+        run.read_all(plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": str(tmp_path)}}))
+
+
+def test_a_run_whose_evaluation_fails_ends_with_its_weights(photos, scenes, tmp_path):
+    """The loop itself: a picture damaged after the start, and a task that fails at the end."""
+    from vlp import checkpoint, config
+    from vlp.train import train
+
+    settings = {
+        **material.OUR_CONFIG,
+        "out": str(tmp_path / "run"),
+        "train": {"duration": 2, "batch": 8},
+    }
+    settings["data"] = {
+        "sources": [{"name": "shards", "path": str(scenes / "train")}],
+        "workers": 0,
+    }
+    settings["eval"] = {"zeroshot": {"data": str(photos), "every": 1}}
+    parsed = config.parse(settings)
+    run.read_all(parsed.eval)
+    (photos / "dog" / "3.png").write_bytes(b"")
+    parsed.eval.extend(plugin.keyed("tests.eval.failing", {"explode": {}}))
+    train(parsed, run.in_training)
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    evaluated = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in evaluated] == [1, 2]
+    assert (
+        all(0 <= line["zeroshot.acc1"] <= 1 for line in evaluated)
+        and evaluated[1]["explode.failed"] == 1
+    )
+    (record,) = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (record["label"], record["counts"]["unreadable"]) == ("zeroshot", 1)
+    assert checkpoint.all_of(tmp_path / "run")

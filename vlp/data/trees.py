@@ -1,0 +1,225 @@
+"""A folder (or tar) of pictures without a table: pairs where texts lie beside the pictures, else
+one folder a class.
+
+    00000/000000001.jpg + .txt, .json (img2dataset's `files`) or .caption, at any depth     pairs
+    cat/1.jpg, cat/more/2.jpg, dog/1.jpg                                                     classes
+
+A tree in which any picture has a text beside it is never taken for classes. A folder of splits, or
+one that only wraps the tree, is refused with the folder to name instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlp.data.archives import Archive, extension_of, printable
+from vlp.data.members import Content, read_text
+from vlp.data.tables import Item
+
+_SPLIT = re.compile(
+    r"(train|training|val|valid|validation|test|testing|dev|eval|holdout|minival|trainval)"
+    r"([-_ ]?\d+)?([-_ ]?(set|split|data|images))?"
+)
+_LABELS = ("class", "cls")  # what a sample's JSON calls its class, by name and by number
+
+
+@dataclass
+class Tree:
+    """The usable pictures of a tree."""
+
+    items: list[Item]
+    classes: list[str]  # sorted; empty unless all of them come by name
+    paired: bool  # whether texts lie beside the pictures
+    problems: list[str] = field(default_factory=list)  # what cannot be used, a line each
+    notes: list[str] = field(default_factory=list)  # what was decided and may surprise
+
+
+def read_tree(archive: Archive) -> Tree:
+    """The pictures of an archive with their captions or classes; raises ValueError saying what is
+    there instead."""
+    if not archive.names:
+        found = f"; found {archive.left_out}" if archive.left_out.counts else ""
+        raise ValueError(f"{archive.path} holds no images{found}{_shards_hint(archive)}")
+    texts = _texts_beside(archive)
+    splits = splits_in(archive)
+    if len(splits) > 1 or (splits and not texts):
+        raise ValueError(
+            f"{archive.path} holds splits, not classes: {', '.join(splits)}; give one of them, "
+            "such as "
+            f"{archive.path}/{splits[0]} (in a tar: --split-folder {splits[0]}, in a configuration "
+            f"split: {splits[0]})"
+        )
+    return _pairs(archive, texts) if texts else _classes(archive)
+
+
+def splits_in(archive: Archive) -> list[str]:
+    """The folders at the top that are splits of a data set, unless others of them are classes
+    ("train" beside "bus")."""
+    tops = sorted({name.split("/")[0] for name in archive.names if "/" in name})
+    splits = [top for top in tops if _SPLIT.fullmatch(top.casefold())]
+    return splits if len(splits) > 1 or splits == tops else []
+
+
+def class_name(folder: str) -> str:
+    """What a class is called whose pictures lie in `folder`: its underscores are spaces."""
+    return " ".join(printable(folder).replace("_", " ").split())
+
+
+def _shards_hint(archive: Archive) -> str:
+    if archive.left_out.counts[".tar"]:
+        return ". Its .tar files may be shards already: train on them with {name: shards}, or name one of them"
+    return ""
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
+    """{picture: {kind: text}} of the pictures that have any: `a.txt` or `a.jpg.txt` beside
+    `a.jpg`."""
+    by_stem: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in archive.texts:
+        extension = extension_of(name)
+        kind = "txt" if extension == "caption" else extension
+        by_stem[_stem(name)].setdefault(kind, name)
+    result = {}
+    for name in archive.names:
+        if beside := {
+            **by_stem.get(unicodedata.normalize("NFC", name), {}),
+            **by_stem.get(_stem(name), {}),
+        }:
+            result[name] = beside
+    return result
+
+
+def _stem(name: str) -> str:
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
+
+
+def _pairs(archive: Archive, texts: dict[str, dict[str, str]]) -> Tree:
+    items, problems, keys = [], [], set()
+    for name in archive.names:
+        if name not in texts:
+            problems.append(f"{name!r} has no text beside it ({_expected(name)})")
+            continue
+        content = Content(key=name)
+        try:
+            read_text(
+                content,
+                {kind: archive.texts[text].read_text() for kind, text in texts[name].items()},
+            )
+        except (ValueError, OSError) as error:
+            problems.append(f"the text beside {name!r} cannot be used: {error}")
+            continue
+        keys |= content.meta.keys()
+        if content.captions or any(label in content.meta for label in _LABELS):
+            items.append(
+                Item(name, 0, list(content.captions), {"image": printable(name), **content.meta})
+            )
+        else:
+            problems.append(f"the text beside {name!r} holds no caption")
+    if not items:
+        there = f"; the JSON files have the keys {', '.join(sorted(keys)[:12])}" if keys else ""
+        raise ValueError(
+            f"{archive.path}: {len(texts)} of {len(archive.names)} images have a text beside them, "
+            "none a caption "
+            f"({problems[0]}){there}. Where folders are the classes, move those texts away"
+        )
+    named: set[Any] = {item.meta.get("class") for item in items}
+    numbered = any("cls" in item.meta for item in items)
+    classes = sorted(named) if not numbered and all(isinstance(name, str) for name in named) else []
+    used = {text for beside in texts.values() for text in beside.values()}
+    _leave_out_texts(archive, sorted(archive.texts.keys() - used))
+    return Tree(items, classes, True, problems)
+
+
+def _leave_out_texts(archive: Archive, names: list[str]) -> None:
+    for name in names:
+        archive.left_out.add(f".{extension_of(name)} without an image", name)
+
+
+def _expected(name: str) -> str:
+    stem = os.path.splitext(name.rsplit("/", 1)[-1])[0]
+    return f"{stem}.txt, {stem}.json or {stem}.caption"
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+def _classes(archive: Archive) -> Tree:
+    _leave_out_texts(archive, sorted(archive.texts))
+    loose = [name for name in archive.names if "/" not in name]
+    if len(loose) == len(archive.names):
+        raise ValueError(
+            f"{archive.path} is no tree with one folder a class: its {len(loose)} images lie "
+            "outside of any folder, and "
+            f"none has a text beside it ({_expected(loose[0])}); name a table of captions instead "
+            "(--captions TABLE, "
+            "in a configuration captions: TABLE)"
+        )
+    tops = {name.split("/")[0] for name in archive.names if "/" in name}
+    if not loose:
+        _refuse_wrapper(archive, tops)
+    problems = [f"{name!r} lies outside of any class folder" for name in loose]
+    for folder, extensions in sorted(archive.folders.items()):
+        if (
+            folder not in tops and "tar" not in extensions
+        ):  # shards lie there, perhaps an earlier output
+            found = (
+                ", ".join(f"{n:,} .{extension}" for extension, n in extensions.most_common())
+                or "nothing"
+            )
+            problems.append(
+                f"the class folder {printable(folder)!r} holds no image (found {found}); convert "
+                "or remove it"
+            )
+    items = [
+        Item(name, 0, [], {"image": printable(name), "class": class_name(name.split("/")[0])})
+        for name in archive.names
+        if "/" in name
+    ]
+    return Tree(
+        items, sorted({item.meta["class"] for item in items}), False, problems, _notes(tops)
+    )
+
+
+def _refuse_wrapper(archive: Archive, tops: set[str]) -> None:
+    """Raise where all classes are sub-folders of one folder, as an unpacked zip leaves them."""
+    folders = {name.rpartition("/")[0] for name in archive.names}
+    shared = os.path.commonpath(folders)
+    depth = shared.count("/") + 2
+    below = sorted({"/".join(folder.split("/")[:depth]) for folder in folders})
+    if shared and len(below) > 1 and shared not in folders:
+        some = ", ".join(below[:3]) + (", …" if len(below) > 3 else "")
+        raise ValueError(
+            f"{archive.path} holds one folder, {shared!r}, and below it {len(below)} with images "
+            f"({some}); if those are "
+            f"the classes, give {archive.path}/{shared} (in a tar: --split-folder {shared})"
+        )
+
+
+def _notes(folders: set[str]) -> list[str]:
+    notes = []
+    if all(folder.isdecimal() for folder in folders):
+        first, last = min(folders, key=int), max(folders, key=int)
+        notes.append(
+            f"the folders' names are numbers ({first} to {last}) and no image has a .txt or .json "
+            "beside it: "
+            "the numbers are taken as class names"
+        )
+    if len(folders) == 1:
+        notes.append(f"there is one class folder only, {printable(next(iter(folders)))!r}")
+    spellings = defaultdict(list)
+    for folder in sorted(folders):
+        spellings[class_name(folder)].append(printable(folder))
+    notes += [
+        f"the folders {', '.join(map(repr, same))} are one class"
+        for same in spellings.values()
+        if len(same) > 1
+    ]
+    return notes
