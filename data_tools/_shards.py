@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from vlp.data.format import ShardWriter, index
-from vlp.data.index import ROW, scan
-from vlp.data.members import open_sample
+from vlp.data.format import ShardWriter, index, is_class_number
+from vlp.data.scan import scan
 from vlp.data_tools._work import Crew, Job, Result, carry_out
 from vlp.files import write_atomically
 
@@ -46,10 +45,9 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
     with open(path, "rb") as file:
-        for offset, length, *_ in ROW.iter_unpack(shard.rows):
-            file.seek(offset)
+        for i in range(shard.count):
             counts["samples read"] += 1
-            yield open_sample(file.read(length))
+            yield shard.sample(file, i)
 
 
 def keep_captions(sample: Content, kept: list[int]) -> None:
@@ -83,7 +81,7 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     cls = meta.get("cls")
     negative = (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
     writer.add(
-        key, sample.image, sample.image_type, captions, meta, cls if isinstance(cls, int) else None, negative_image=negative
+        key, sample.image, sample.image_type, captions, meta, cls if is_class_number(cls) else None, negative_image=negative
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`vlp data reshard`: shards → shards of another size, in the same order or shuffled by a seed.
+"""`vlp data reshard`: shards, also compressed ones, → shards of another size, in the same order or shuffled by a seed.
 
 The order of all samples is fixed first (16 bytes a sample of memory, 24 while shuffling), then every new shard is made by
 itself, so that machines and processes share the work and a killed call goes on. Shuffled, every sample is read from its
@@ -18,6 +18,8 @@ from vlp.data_tools import _work
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from vlp.data.rows import Shard
 
 HELP = "write shards of another number of samples or bytes, in order or shuffled"
 EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 --shuffle 0 --processes 8
@@ -41,14 +43,17 @@ def run(args: argparse.Namespace) -> int:
     """Plan the new shards, write them, and print how many samples they hold."""
     from vlp.data.format import index
     from vlp.data.paths import expand
+    from vlp.data_tools._packed import Unpacked
     from vlp.data_tools._shards import claim
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
         raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
-    sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)
+    sources, crew, folder = expand(args.source, packed=True), _work.crew(args), Path(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
     claim(folder, "reshard", sources, {**limits, "shuffle": args.shuffle, "renumber": args.renumber})
+    unpacked = Unpacked(folder)
+    sources = [unpacked.plain(path) for path in sources]
     shards = index(sources)
     if problems := sum(shard.n_problems for shard in shards):
         print(f"{problems} problems in the input, which `vlp data validate` names; what they concern is left out")
@@ -59,27 +64,28 @@ def run(args: argparse.Namespace) -> int:
         _work.Job(folder / f"{number:05d}_reshard.json", (number, spans[start:stop]), int(spans["length"][start:stop].sum()))
         for number, (start, stop) in enumerate(_cuts(spans["length"], **limits))
     ]
-    results = _work.carry_out("reshard", jobs, Write([str(path) for path in sources], folder, args.renumber), crew)
+    results = _work.carry_out("reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew)
     if None not in results:
         index(sorted(folder.glob("*.tar")))
+        unpacked.remove()
     print(_work.report(_work.total(results), f"{folder}: {len(jobs)} shards"))
     return 0
 
 
 def _spans(rows: list[bytes], seed: int | None) -> np.ndarray:
-    """(shard, offset, length) of every sample in the order of the output."""
+    """(shard, its number in the shard, bytes) of every sample in the order of the output."""
     import numpy as np
 
-    from vlp.data.index import ROW
+    from vlp.data.rows import ROW
 
-    spans = np.zeros(sum(map(len, rows)) // ROW.size, np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4")]))
-    row = np.dtype({"names": ["offset", "length"], "formats": ["<u8", "<u4"], "offsets": [0, 8], "itemsize": ROW.size})
+    spans = np.zeros(sum(map(len, rows)) // ROW.size, np.dtype([("shard", "<u4"), ("number", "<u4"), ("length", "<u4")]))
+    row = np.dtype({"names": ["length"], "formats": ["<u4"], "offsets": [8], "itemsize": ROW.size})
     start = 0
     for shard, data in enumerate(rows):
-        found = np.frombuffer(data, row)
-        part = spans[start : start + len(found)]
-        part["shard"], part["offset"], part["length"] = shard, found["offset"], found["length"]
-        start += len(found)
+        lengths = np.frombuffer(data, row)["length"]
+        part = spans[start : start + len(lengths)]
+        part["shard"], part["number"], part["length"] = shard, np.arange(len(lengths)), lengths
+        start += len(lengths)
     return spans if seed is None else spans[np.random.Generator(np.random.PCG64(seed)).permutation(len(spans))]
 
 
@@ -101,28 +107,27 @@ def _cuts(lengths: np.ndarray, n_samples: int, n_bytes: int) -> list[tuple[int, 
 class Write:
     """The work on one new shard."""
 
-    sources: list[str]
+    sources: list[tuple[Path, Shard]]
     folder: Path
     renumber: bool
 
     def __call__(self, job: tuple[int, np.ndarray]) -> _work.Result:
         from vlp.data.format import ShardWriter
-        from vlp.data.members import open_sample
         from vlp.data_tools._shards import Changed, put
 
         number, spans = job
         counts: Counter[str] = Counter()
         with ShardWriter(self.folder, len(spans) + 1, first_shard=number, overwrite=True, indexed=False) as writer:
-            for shard, offset, length in spans.tolist():
-                with open(self.sources[shard], "rb") as file:
-                    file.seek(offset)
-                    sample = open_sample(file.read(length))
+            for source, i, _ in spans.tolist():
+                path, shard = self.sources[source]
+                with open(path, "rb") as file:
+                    sample = shard.sample(file, i)
                 counts["samples read"] += 1
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
                 try:
                     put(writer, Changed(sample, list(sample.captions), meta), None if self.renumber else sample.key)
                 except ValueError as error:
                     advice = "" if self.renumber else "; --renumber gives new keys"
-                    raise ValueError(f"{self.sources[shard]}: {error}{advice}") from None
+                    raise ValueError(f"{path}: {error}{advice}") from None
                 counts["samples written"] += 1
         return {"counts": counts}

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlp.data.members import IMAGE_TYPES, Content, read_text, split_name
-from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_missing, tar_members
+from vlp.data.captions import Choice, Texts, form_of
+from vlp.data.paths import plain_only, shards_in
+from vlp.data.rows import Shard
+from vlp.data.scan import Found, read
+from vlp.eval.pictures import Collection, DataError, Picture, is_image, refuse_missing
 
 SPLITS = ("train", "val", "valid", "validation", "test")  # folder names that are no classes
 
@@ -47,17 +51,23 @@ class Source:
     skipped: list[str] = field(default_factory=list)  # annotations left out because their images are missing
 
 
-def open_source(path: str, split: str = "test", missing: str = "error") -> Source:
-    """Read an evaluation set's index; a DataError says what was expected. No image is decoded here."""
+def open_source(path: str, split: str = "test", missing: str = "error", texts: Texts | None = None) -> Source:
+    """Read an evaluation set's index; a DataError says what was expected. No image is decoded here.
+
+    `texts`: which texts of shards are captions; None: the usual ones.
+    """
+    texts = texts or Texts()
     root = _download(path[3:], split) if path.startswith("hf:") else Path(path)
     if not root.exists():
         raise DataError(f"no evaluation data at {path}; give a folder, a .jsonl table or hf:USER/NAME")
     if root.suffix == ".jsonl":
         source = _table(root, split, missing)
     elif (root / split / "nshards.txt").exists():
-        source = _clip_benchmark(root, split)
-    elif found := _split_files(root, split, "*.tar"):
-        source = _from_samples(root, (sample for tar in found for sample in _samples(tar)))
+        source = _clip_benchmark(root, split, Choice(tuple(texts.captions), lines=texts.lines or "each"))
+    elif found := _tars(root, split):
+        source = _from_tars(root, found, Choice(tuple(texts.captions), lines=texts.lines or "one"))
+    elif texts.captions:
+        raise DataError(f"captions={list(texts.captions)} chooses among the texts of shards; {path} holds no .tar; leave it out")
     elif found := _split_files(root, split, "*.parquet") or _named_parquet(root, split):
         source = _parquet(root, found)
     else:
@@ -79,6 +89,15 @@ def _download(repository: str, split: str) -> Path:
     return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
 
 
+def _tars(root: Path, split: str) -> list[Path]:
+    """The shards of a split: those in its folder, else those beside, or the tar that is named."""
+    found = [root] if root.is_file() and root.suffix == ".tar" else shards_in(root / split) or shards_in(root)
+    try:
+        return plain_only(found, str(root))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
 def _split_files(root: Path, split: str, pattern: str) -> list[Path]:
     return sorted((root / split).glob(pattern)) or sorted(root.glob(pattern))
 
@@ -91,8 +110,11 @@ def _named_parquet(root: Path, split: str) -> list[Path]:
 # --- tars ---------------------------------------------------------------------------------------------------------------
 
 
-def _clip_benchmark(root: Path, split: str) -> Source:
-    """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by `datasets.builder.build_wds_dataset`)."""
+def _clip_benchmark(root: Path, split: str, choice: Choice) -> Source:
+    """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by `datasets.builder.build_wds_dataset`).
+
+    Each line of a text file is a caption there.
+    """
     text = (root / split / "nshards.txt").read_text().strip()
     if not text.isdigit():
         raise DataError(f"{root / split / 'nshards.txt'} holds {text!r}, expected the number of shards")
@@ -101,7 +123,7 @@ def _clip_benchmark(root: Path, split: str) -> Source:
     if absent:
         raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
     classes = _lines(root / "classnames.txt")
-    source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)), "cls" if classes else "class")
+    source = _from_tars(root, tars, choice, "cls" if classes else "class")
     return replace(
         source,
         classes=classes,
@@ -114,32 +136,54 @@ def _lines(path: Path) -> list[str] | None:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else None
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Picture]]]:
-    """(key, {extension: member}) of each sample, in the tar's order."""
-    groups: dict[str, dict[str, Picture]] = {}
-    for name, member in tar_members(tar).items():
-        if parts := split_name(name):
-            groups.setdefault(parts[0], {})[parts[1]] = replace(member, name=f"{tar}:{name}")
-    yield from groups.items()
+def _from_tars(root: Path, tars: list[Path], choice: Choice, prefer: str = "class") -> Source:
+    """The samples that training finds in the same tars. `choice`: which of their texts are captions.
 
-
-def _from_samples(root: Path, samples: Iterator[tuple[str, dict[str, Picture]]], prefer: str = "class") -> Source:
-    """`prefer`: which label counts where a sample has both, its class's number (cls) or its name (class)."""
-    records, other = [], "class" if prefer == "cls" else "cls"
-    for key, members in samples:
-        image = next((members[e] for e in members if e in IMAGE_TYPES), None)
-        if image is None:
-            raise DataError(f"sample {key!r} in {root} has no image member ({', '.join(sorted(IMAGE_TYPES))})")
-        content = Content(key=key)
-        try:
-            read_text(content, {e: members[e].read() for e in ("txt", "json", "cls") if e in members})
-        except ValueError as error:
-            raise DataError(f"sample {key!r} in {root}: {error}") from error
-        label = content.meta.get(prefer, content.meta.get(other))
-        if "npy" in members:
-            label = _multi_hot(members["npy"])
-        records.append(Record(image, content.captions, label, content.meta))
+    `prefer`: which label counts where a sample has both, its class's number (cls) or its name (class). What training
+    leaves out is refused here: a score is over the whole set.
+    """
+    records: list[Record] = []
+    names: Counter[str] = Counter()
+    for tar in tars:
+        for sample in _samples(tar):
+            names.update(form_of(sample.content.meta, sample.content.text).keys())
+            records.append(_record(tar, sample, choice, prefer))
+    try:
+        choice.check({name.removeprefix("."): n for name, n in names.items()}, len(records), str(root))
+    except ValueError as error:
+        raise DataError(str(error)) from None
     return Source(str(root), records)
+
+
+def _samples(tar: Path) -> list[Found]:
+    """The samples of a tar; a DataError names those that cannot be used."""
+    samples: list[Found] = []
+
+    def begin(_: Shard) -> Callable[[Found], None]:
+        samples.clear()
+        return samples.append
+
+    try:
+        shard = read(tar, begin, also=frozenset({"npy"}))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if shard.n_left_out or shard.n_damaged:
+        raise DataError(f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without these samples")
+    return samples
+
+
+def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
+    content, image = sample.content, sample.members["image"]
+    picture = Picture(f"{tar}:{image.name}", str(tar), image.offset, image.size)
+    other = "class" if prefer == "cls" else "cls"
+    label = content.meta.get(prefer, content.meta.get(other))
+    if "npy" in sample.members:
+        array = sample.members["npy"]
+        label = _multi_hot(Picture(f"{tar}:{array.name}", str(tar), array.offset, array.size))
+    captions = choice.captions(content.meta, content.text)
+    if not captions and label is None and content.notes:
+        raise DataError(f"sample {content.key!r} in {tar}: {'; '.join(content.notes)}")
+    return Record(picture, captions, label, content.meta)
 
 
 def _multi_hot(member: Picture) -> tuple[int, ...]:

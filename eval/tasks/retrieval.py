@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from vlp.data.captions import Texts
 from vlp.eval import embed, karpathy, metrics
 from vlp.eval.datasets import Source, open_source
 from vlp.eval.pictures import DataError
@@ -24,8 +25,8 @@ KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
-class Options:
-    """Which images and captions."""
+class Options(Texts):
+    """Which images and captions. `captions` and `lines`: which texts of shards are captions."""
 
     data: str  # shards, a table (vlp.eval.datasets) or a caption file (vlp.eval.karpathy)
     images: str | None = None  # where a caption file's images are: a folder or a .tar; None: beside it
@@ -35,6 +36,9 @@ class Options:
     language: str = "en"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.captions, dict):
+            raise ValueError(f"captions is {self.captions}; shares have no meaning in evaluation: give a list of names")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image is {self.captions_per_image}; expected at least 1")
 
@@ -44,7 +48,7 @@ def read(options: Options) -> Source:
     if options.data.endswith(karpathy.SUFFIXES):
         source = karpathy.read(Path(options.data), options.images, options.split, options.missing)
     else:
-        source = open_source(options.data, options.split, options.missing)
+        source = open_source(options.data, options.split, options.missing, options)
     silent = [r.picture.name for r in source.records if not any(c.strip() for c in r.captions)]
     if silent:
         raise DataError(

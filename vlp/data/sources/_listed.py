@@ -13,7 +13,7 @@ import torch
 
 from vlp.config import Captions
 from vlp.data.archives import Archive, Place, image_type
-from vlp.data.index import LABELS, labels_of
+from vlp.data.rows import LABELS, labels_of
 from vlp.data.sources import Source, captions_of, text_list
 from vlp.data.tables import Item
 from vlp.types import Sample

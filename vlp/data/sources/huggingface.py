@@ -18,7 +18,7 @@ import torch
 
 from vlp.config import Captions
 from vlp.data.archives import Place, image_type
-from vlp.data.index import LABELS, labels_of
+from vlp.data.rows import LABELS, labels_of
 from vlp.data.sources import Source, captions_of, text_list
 from vlp.data.tables import CAPTION_COLUMNS, CLASS_COLUMNS
 from vlp.schema import did_you_mean
