@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
-from vlp.losses._objective import Common, Inputs, Objective, Schedule, supplier
+from vlp.losses._objective import Common, Inputs, Objective, Schedule, reads, supplier
 from vlp.pairwise import Engine, Topology
 
-__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "supplier"]
+__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "supplier"]
 
 
 def build(
