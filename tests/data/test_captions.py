@@ -87,6 +87,8 @@ def test_a_text_of_several_lines_is_one_caption_unless_told_otherwise(tmp_path):
     assert captions_of(path) == [(whole,)] * 2
     assert captions_of(path, lines="each") == captions_of(path, config={"lines": "each"}) == [lines] * 2
     assert captions_of(path, lines="one", config={"lines": "each"}) == [(whole,)] * 2
+    said = [open_shards(Options(path, lines=lines), Captions()).problems() for lines in ("one", "each")]
+    assert "of several lines are one caption each in 2 samples" in said[0][0] and not said[1]
     every = loader_of(data_of({"name": "shards", "path": path, "lines": "each"}, captions={"choose": "all"}), 6)
     assert every.steps_per_epoch == 1 and len(set(map(tuple, next(every).text.tolist()))) == 3
     assert open_source(path).records[0].captions == (whole,)

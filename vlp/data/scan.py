@@ -112,7 +112,8 @@ def _runs(file: BinaryIO, shard: Shard, also: frozenset[str]) -> Iterator[_Run]:
     kind = "an empty file" if not shard.size else tar.foreign(file.read(BLOCK))
     if kind:
         shard.n_damaged += 1
-        return shard.report("", f"no tar: it is {kind}")
+        shard.report("", f"no tar: it is {kind}")
+        return
 
     run: _Run | None = None
     passed: Counter[str] = Counter()
@@ -178,14 +179,8 @@ def _ends(file: BinaryIO, size: int) -> bool:
 def _in_order(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tuple[str, Members]]:
     """(key, members) of every sample, as they come; raises _Scattered where that does not do."""
     seen: set[str] = set()
-    for run in runs:
-        if run.suspect:
-            _leave_out(shard, run)
-            seen.update(run.parts)
-            continue
-        parts = run.parts
-        if len(parts) > 1:
-            parts = _separate(parts, shard)
+    for run in _trusted(runs, shard, seen):
+        parts = run.parts if len(run.parts) == 1 else _separate(run.parts, shard)
         for key, members in parts.items():
             may_be_guest = "." in key and not _complete(members)
             if key in seen or may_be_guest:
@@ -198,11 +193,7 @@ def _gathered(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tu
     """(key, members) of every sample, wherever in the tar its members lie, in the order of their first ones."""
     parts: dict[str, Members] = {}
     suspects: set[str] = set()
-    for run in runs:
-        if run.suspect:
-            _leave_out(shard, run)
-            suspects.update(run.parts)
-            continue
+    for run in _trusted(runs, shard, suspects):
         for key, members in run.parts.items():
             first = parts.setdefault(key, {})
             twice = first.keys() & members.keys()
@@ -233,9 +224,15 @@ def _complete(members: Members) -> bool:
     return "image" in members and not members.keys().isdisjoint(TEXT_TYPES)
 
 
-def _leave_out(shard: Shard, run: _Run) -> None:
-    shard.report(run.key, "left out: it lies beside damage and may be half a sample")
-    shard.n_left_out += 1
+def _trusted(runs: Iterator[_Run], shard: Shard, suspects: set[str]) -> Iterator[_Run]:
+    """The runs that lie beside no damage; the keys of the others, which are left out, go to `suspects`."""
+    for run in runs:
+        if not run.suspect:
+            yield run
+            continue
+        shard.report(run.key, "left out: it lies beside damage and may be half a sample")
+        shard.n_left_out += 1
+        suspects.update(run.parts)
 
 
 def _found(file: BinaryIO, shard: Shard, key: str, members: Members, whole: bool) -> Found | None:

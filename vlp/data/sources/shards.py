@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,9 +62,16 @@ class Shards(Source):
             raise ValueError(f"{self._name()} holds no usable sample: {problems or 'no members that form samples'}")
         self.names = _names(shards, rows)  # how many samples have a text under each name
         self._problems += self.choice.check(self.names, len(rows), self._name())
-        self._problems += [f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems]
 
         n_texts = _counted(shards, rows, self.choice)
+        n_several = int((_counted(shards, rows, replace(self.choice, lines="each")) > n_texts).sum())
+        if n_several:
+            self._problems.append(
+                f"{self._name()}: text files of several lines are one caption each in {n_several:,} samples; the source's "
+                "lines: each makes each line a caption"
+            )
+        self._problems += [f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems]
+
         has_text = n_texts > 0
         if captions.class_templates:
             has_text |= rows["flags"] & CLASS > 0
@@ -80,6 +87,7 @@ class Shards(Source):
             rows["flags"] = np.where(first, rows["flags"] & ~np.uint16(CONTINUES), rows["flags"])
         if not len(rows):
             raise ValueError(f"{self._name()} holds no usable sample: {'; '.join(self._problems[:3])}")
+
         self.n_negatives = int(rows["negatives"].max())
         self.n_counterfactuals = int(rows["counterfactuals"].max())
         lonely = int((rows["negatives"][rows["flags"] & PICTURED == 0] > 0).sum())
@@ -88,26 +96,29 @@ class Shards(Source):
             self._problems.append(f"{self.paths[0]}…: the first negative of {lonely} samples is masked: no image belongs to it")
         self.labels = frozenset(name for name, flag in LABELS.items() if (rows["flags"] & flag > 0).all())
         self._digest = _digest(rows, shard_of, n_texts, shards, self.choice)
-        # Tensors in shared memory: loader processes receive a handle instead of a copy.
+        self._share(rows, shard_of, n_texts, shards)
+        if embeddings is not None:
+            usual_first = self.choice == Choice() and bool(
+                (n_texts > 0).all() and (captions.choose == "first" or (n_texts == 1).all())
+            )
+            self.embeddings = Embeddings(embeddings, self.paths, shards, with_text=usual_first)
+            self._place = torch.from_numpy(place.astype(np.int32)).share_memory_()
+            if not usual_first:
+                self._problems.append(
+                    f"{embeddings}: teacher_text is left out, because it is of first captions and training also takes others; "
+                    "set captions.choose=first, and no class_templates, lines or captions of the source to have it"
+                )
+
+    def _share(self, rows: np.ndarray, shard_of: np.ndarray, n_texts: np.ndarray, shards: list[Shard]) -> None:
+        """Keep what reading needs in shared memory: loader processes receive a handle instead of a copy."""
+        rows, table = rows.copy(), b"".join(shard.extents for shard in shards)
         firsts = np.cumsum([0, *(len(shard.extents) // EXTENT.size for shard in shards)])
-        rows = rows.copy()
         rows["offset"] += np.where(rows["flags"] & SCATTERED > 0, firsts[shard_of], 0).astype(np.uint64)
+
         self._rows = torch.from_numpy(rows.view(np.uint8)).share_memory_()
-        table = b"".join(shard.extents for shard in shards)
         self._extents = torch.frombuffer(bytearray(table), dtype=torch.uint8).share_memory_() if table else None
         self._n_texts = torch.from_numpy(n_texts).share_memory_()
         self._shard_of = torch.from_numpy(shard_of).share_memory_()
-        if embeddings is not None:
-            always_first = not self.choice.names and bool(
-                (n_texts > 0).all() and (captions.choose == "first" or (n_texts == 1).all())
-            )
-            self.embeddings = Embeddings(embeddings, self.paths, shards, with_text=always_first)
-            self._place = torch.from_numpy(place.astype(np.int32)).share_memory_()
-            if not always_first:
-                self._problems.append(
-                    f"{embeddings}: teacher_text is left out, because it is of first captions and training also takes others; "
-                    "set captions.choose=first, no class_templates and no captions of the source to have it"
-                )
 
     def _name(self) -> str:
         return self.paths[0] + ("…" if len(self.paths) > 1 else "")
