@@ -9,6 +9,7 @@ import io
 import itertools
 import lzma
 import os
+import random
 import struct
 import tarfile
 import time
@@ -163,6 +164,10 @@ def test_folders_and_files_that_cannot_be_read_say_what_to_do(tmp_path, capsys, 
             patch.setattr("builtins.open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
             with pytest.raises(ValueError, match=rf"00000\.tar cannot be read: {error.strerror}"):
                 scan(tmp_path / "s" / "00000.tar")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", lambda _, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(ValueError, match=rf"s cannot be read: {error.strerror}"):
+                expand(str(tmp_path / "s"))
 
 
 def test_a_path_that_names_no_shards_says_what_is_there(tmp_path):
@@ -256,3 +261,23 @@ def test_a_resumed_run_notices_other_texts_of_the_same_length(tmp_path):
         os.utime(path, (1, 1))
         prints.add(open_shards(Options(str(path)), Captions()).fingerprint())
     assert len(prints) == 2
+
+
+def test_no_order_of_the_members_changes_what_is_found(tmp_path):
+    """Random members of keys that may be each other's guests, sorted by name and shuffled."""
+    chance, n_compared, n_samples = random.Random(5), 0, 0
+    kinds = {"jpg": 0.85, "txt": 0.7, "json": 0.5, "negative.png": 0.2, "npy": 0.3}
+    for _ in range(80):
+        keys = chance.sample(["a", "a.b", "a.b.c", "b", "d/a", "d/a.x", "c.v1", "c.v2", "c"], chance.randrange(1, 7))
+        names = [f"{key}.{kind}" for key, kind in itertools.product(keys, kinds) if chance.random() < kinds[kind]]
+        members = sorted((name, b"{}" if name.endswith("json") else name.encode()) for name in names)
+        found = []
+        for order in (members, chance.sample(members, len(members)), members[::-1]):
+            shard = scan(write_tar(tmp_path / "0.tar", order))
+            with open(tmp_path / "0.tar", "rb") as file:
+                samples = [shard.sample(file, i) for i in range(shard.count)]
+            found.append(({s.key: (s.image, s.captions, s.negative_image) for s in samples}, shard.left_out, shard.n_left_out))
+            n_samples += shard.count
+        assert found[0] == found[1] == found[2], members
+        n_compared += 1
+    assert n_compared == 80 and n_samples > 300

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from vlp import log
+from vlp.data.paths import unreadable
 from vlp.data.rows import EXTENT, ROW, Shard
 from vlp.data.scan import scan
 from vlp.files import write_atomically
@@ -28,7 +29,7 @@ _SUM_BYTES = 32
 def index(paths: list[Path]) -> list[Shard]:
     """The shards at `paths`, in that order, scanning those that the folders' indices do not know.
 
-    Raises ValueError for what is no tar to read from, OSError.
+    Raises ValueError for what is no tar to read from.
     """
     known: dict[Path, dict[str, Shard]] = {}
     result, changed = [], set()
@@ -36,7 +37,10 @@ def index(paths: list[Path]) -> list[Shard]:
         for path in paths:
             if path.parent not in known:
                 known[path.parent] = _load(path.parent)
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise ValueError(unreadable(path, error)) from None
             shard = known[path.parent].get(path.name)
             if shard is None or (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
                 shard = scan(path)

@@ -115,7 +115,7 @@ def _hosts(key: str) -> Iterable[str]:
 def open_sample(span: bytes) -> Content:
     """Take apart the bytes of one sample's members; raises ValueError saying why the sample cannot be used.
 
-    The first member that counts names the sample. Guests between its members (see `separate`) are passed over.
+    All members that count must be of one key.
     """
     found: dict[str, Member] = {}
     content = Content(key="")
@@ -124,8 +124,6 @@ def open_sample(span: bytes) -> Content:
         if name is None or not name.kind:
             continue
         content.key = content.key or name.key
-        if is_guest(name.key, content.key):
-            continue
         if name.key != content.key:
             raise ValueError(f"members of {content.key!r} and {name.key!r} are mixed; the index is out of date")
         if name.kind not in found:

@@ -22,9 +22,17 @@ def expand(path: str, packed: bool = False) -> list[Path]:
     result: list[Path] = []
     for part in path.split("::"):
         for name in braceexpand(part):
-            for place in _places(name):
-                result += _in_folder(place) if place.is_dir() else [place]
+            try:
+                for place in _places(name):
+                    result += _in_folder(place) if place.is_dir() else [place]
+            except OSError as error:
+                raise ValueError(unreadable(name, error)) from None
     return result if packed else plain_only(result, path)
+
+
+def unreadable(name: Path | str, error: OSError) -> str:
+    """What to tell of a path that the system does not let us read."""
+    return f"{name} cannot be read: {error.strerror}; check that it is there and that you may read it"
 
 
 def plain_only(shards: list[Path], path: str) -> list[Path]:

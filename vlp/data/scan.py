@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from vlp.data import tar
 from vlp.data.captions import MAX_TEXT_BYTES, cut, form_of
 from vlp.data.members import MAX_IMAGE_BYTES, TEXT_TYPES, Content, Name, check_images, fill, is_guest, parse_name, separate
+from vlp.data.paths import unreadable
 from vlp.data.rows import CLASS, CONTINUES, EXTENT, LABELS, PICTURED, ROW, SCATTERED, Shard, labels_of
 from vlp.data.tar import BLOCK, DamagedTar, Member
 
@@ -33,7 +34,7 @@ class Found:
     content: Content  # without the images' bytes
     members: Members  # the image is among them
     texts: bytes  # of its text members, one after another
-    whole: bool  # its members follow one another, so that it can be read at once
+    whole: bool  # its members follow one another, with none of another sample between, so that it can be read at once
 
 
 class _Scattered(Exception):
@@ -82,7 +83,7 @@ def read(path: Path, begin: Callable[[Shard], Callable[[Found], None]], also: fr
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, not a tar; rename it, or make a tar of what it holds") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; check that it is there and that you may read it") from None
+        raise ValueError(unreadable(path, error)) from None
     return shard
 
 
@@ -97,8 +98,8 @@ def _refuse_packed(path: Path, file: BinaryIO) -> None:
 def _read(
     file: BinaryIO, shard: Shard, take: Callable[[Found], None], also: frozenset[str], arrange: Callable[..., Iterator[Any]]
 ) -> None:
-    for key, members in arrange(_runs(file, shard, also), file, shard):
-        found = _found(file, shard, key, members, whole=arrange is _in_order)
+    for key, members, whole in arrange(_runs(file, shard, also), file, shard):
+        found = _found(file, shard, key, members, whole)
         if found is not None:
             take(found)
 
@@ -176,21 +177,24 @@ def _ends(file: BinaryIO, size: int) -> bool:
     return file.read() == bytes(BLOCK)
 
 
-def _in_order(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tuple[str, Members]]:
-    """(key, members) of every sample, as they come; raises _Scattered where that does not do."""
+def _in_order(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tuple[str, Members, bool]]:
+    """(key, members, whole) of every sample, as they come; raises _Scattered where that does not do."""
     seen: set[str] = set()
     for run in _trusted(runs, shard, seen):
-        parts = run.parts if len(run.parts) == 1 else _separate(run.parts, shard)
+        if not seen.isdisjoint(run.parts):
+            raise _Scattered
+        seen.update(run.parts)
+        alone = len(run.parts) == 1
+        parts = run.parts if alone else _separate(run.parts, shard)
         for key, members in parts.items():
             may_be_guest = "." in key and not _complete(members)
-            if key in seen or may_be_guest:
+            if may_be_guest:
                 raise _Scattered
-            seen.add(key)
-            yield key, members
+            yield key, members, alone
 
 
-def _gathered(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tuple[str, Members]]:
-    """(key, members) of every sample, wherever in the tar its members lie, in the order of their first ones."""
+def _gathered(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tuple[str, Members, bool]]:
+    """(key, members, False) of every sample, wherever in the tar its members lie, in the order of their first ones."""
     parts: dict[str, Members] = {}
     suspects: set[str] = set()
     for run in _trusted(runs, shard, suspects):
@@ -208,7 +212,8 @@ def _gathered(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tu
             parts[key] = members | first
     for key in suspects & parts.keys():
         del parts[key]
-    yield from _separate(parts, shard).items()
+    for key, members in _separate(parts, shard).items():
+        yield key, members, False
 
 
 def _separate(parts: dict[str, Members], shard: Shard) -> dict[str, Members]:
