@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vlp.data.embedded import Embeddings
-from vlp.data.index import ROW, index
+from vlp.data.index import index
 from vlp.data.members import open_sample
 from vlp.data.picture import BadImage, rgb
+from vlp.data.rows import read_extents
 from vlp.data_tools._belonging import merge, settle
 from vlp.data_tools._near import FINGERPRINT, Limits, decide, fingerprint
 from vlp.data_tools._shards import Changed, samples
@@ -115,14 +116,12 @@ class Place(NamedTuple):
     """Where a sample lies."""
 
     path: str
-    offset: int
-    length: int
+    extents: list[tuple[int, int]]  # offset and bytes of its members
 
 
 def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
     with open(place.path, "rb") as file:
-        file.seek(place.offset)
-        other = open_sample(file.read(place.length))
+        other = open_sample(read_extents(file, place.extents))
     settle(other, counts)
     fits = merge(sample, other, counts)
     counts["merged: copies into an earlier sample" if fits else "not merged: more captions than a sample may hold"] += 1
@@ -132,8 +131,6 @@ def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dic
     """Number of each sample that has copies -> where these lie, in their order."""
     result: dict[int, list[Place]] = {}
     for path, shard, others in zip(sources, index(sources), copy_of):
-        rows = list(ROW.iter_unpack(shard.rows))
         for i in np.flatnonzero(others >= n_fixed).tolist():
-            offset, length, *_ = rows[i]
-            result.setdefault(int(others[i]), []).append(Place(str(path), offset, length))
+            result.setdefault(int(others[i]), []).append(Place(str(path), shard.places(i)))
     return result

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from vlp.data.format import ShardWriter, index
-from vlp.data.index import ROW, scan
-from vlp.data.members import open_sample
+from vlp.data.format import ShardWriter, index, is_class_number
+from vlp.data.scan import scan
 from vlp.data_tools._belonging import settle
 from vlp.data_tools._work import Crew, Job, Result, carry_out
 from vlp.files import write_atomically
@@ -47,10 +46,9 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
     with open(path, "rb") as file:
-        for offset, length, *_ in ROW.iter_unpack(shard.rows):
-            file.seek(offset)
+        for i in range(shard.count):
             counts["samples read"] += 1
-            sample = open_sample(file.read(length))
+            sample = shard.sample(file, i)
             settle(sample, counts)
             yield sample
 
@@ -59,7 +57,7 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     """Write a sample under a key (None: the next number) with everything that our format holds of it."""
     sample, captions, meta = changed
     cls = meta.get("cls")
-    if type(cls) is not int or not 0 <= cls < 10**9:
+    if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
     negative = (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
     writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)

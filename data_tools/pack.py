@@ -55,6 +55,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoding", default="", metavar="NAME", help="of a text table, such as cp1252 (default: UTF-8 or UTF-16)")
     add("--header", choices=("auto", "yes", "no"), default="auto", help="whether the first line names the columns")
     add("--quoting", choices=("auto", "csv", "none"), default="auto", help="csv: as RFC 4180 says; none: a quote is a character")
+    add("--lines", choices=("one", "each"), default="one",
+        help="a text of several lines beside an image is one caption, or each of its lines is one")
     add("--split-folder", default="", metavar="NAME", help="only this sub-folder of SOURCE, where it holds splits")
     add("--links", choices=("follow", "inside"), default="follow",
         help="links that lead out of SOURCE: follow them and say so (default), or leave them out")
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
     listing = _table(args) if args.captions else None
-    tree = None if listing else read_tree(archive)
+    tree = None if listing else read_tree(archive, args.lines)
     items, classes = (listing or tree).items, (listing or tree).classes
     if args.part:
         items = [

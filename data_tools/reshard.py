@@ -1,4 +1,4 @@
-"""`vlp data reshard`: shards → shards of another size, in the same order or shuffled by a seed.
+"""`vlp data reshard`: shards, also compressed ones, → shards of another size, in the same order or shuffled by a seed.
 
 The order of all samples is fixed first (20 bytes a sample of memory, 60 while shuffling), then every new shard is made by
 itself, so that machines and processes share the work and a killed call goes on. Shuffled, every sample is read from its
@@ -20,6 +20,8 @@ from vlp.data_tools import _work
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from vlp.data.rows import Shard
 
 HELP = "write shards of another number of samples or bytes, in order or shuffled"
 EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 --shuffle 0 --processes 8
@@ -43,55 +45,59 @@ def run(args: argparse.Namespace) -> int:
     """Plan the new shards, write them, and print how many samples they hold."""
     from vlp.data.format import index
     from vlp.data.paths import expand
+    from vlp.data_tools._packed import Unpacked
     from vlp.data_tools._shards import claim
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
         raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
-    sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)
+    sources, crew, folder = expand(args.source, packed=True), _work.crew(args), Path(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
     claim(folder, "reshard", sources, {**limits, "shuffle": args.shuffle, "renumber": args.renumber})
+    unpacked = Unpacked(folder)
+    sources = [unpacked.plain(path) for path in sources]
     shards = index(sources)
     if problems := sum(shard.n_problems for shard in shards):
         print(f"{problems} problems in the input, which `vlp data validate` names; what they concern is left out")
     spans = _spans([shard.rows for shard in shards])
     if not len(spans):
         raise ValueError(f"{args.source} holds no usable sample")
-    _join_families(spans, sources)
+    _join_families(spans, list(zip(sources, shards)))
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
     jobs = [
         _work.Job(folder / f"{number:05d}_reshard.json", (number, spans[start:stop]), int(spans["length"][start:stop].sum()))
         for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits))
     ]
-    results = _work.carry_out("reshard", jobs, Write([str(path) for path in sources], folder, args.renumber), crew)
+    results = _work.carry_out("reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew)
     if None not in results:
         index(sorted(folder.glob("*.tar")))
+        unpacked.remove()
     print(_work.report(_work.total(results), f"{folder}: {len(jobs)} shards"))
     return 0
 
 
 def _spans(rows: list[bytes]) -> np.ndarray:
-    """(shard, offset, length, family) of every sample, in order; the families of a shard are told by its index."""
+    """(shard, its number in the shard, bytes, family) of every sample, in order; a shard's index tells its families."""
     import numpy as np
 
-    from vlp.data.index import CONTINUES, ROW
+    from vlp.data.rows import CONTINUES, ROW
 
-    kind = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("family", "<u4")])
-    fields = {"names": ["offset", "length", "flags"], "formats": ["<u8", "<u4", "u1"], "offsets": [0, 8, ROW.size - 1]}
+    kind = np.dtype([("shard", "<u4"), ("number", "<u4"), ("length", "<u4"), ("family", "<u4")])
+    fields = {"names": ["length", "flags"], "formats": ["<u4", "<u2"], "offsets": [8, ROW.size - 2]}
     row = np.dtype({**fields, "itemsize": ROW.size})
     spans, start = np.zeros(sum(map(len, rows)) // ROW.size, kind), 0
     for shard, data in enumerate(rows):
         found = np.frombuffer(data, row)
         part = spans[start : start + len(found)]
-        part["shard"], part["offset"], part["length"] = shard, found["offset"], found["length"]
+        part["shard"], part["number"], part["length"] = shard, np.arange(len(found)), found["length"]
         part["family"] = found["flags"] & CONTINUES == 0
         start += len(found)
     spans["family"] = np.cumsum(spans["family"])
     return spans
 
 
-def _join_families(spans: np.ndarray, sources: list[Path]) -> None:
+def _join_families(spans: np.ndarray, sources: list[tuple[Path, Shard]]) -> None:
     """Let the first family of a shard be the last one of the shard before, where both have one origin."""
     import numpy as np
 
@@ -102,12 +108,10 @@ def _join_families(spans: np.ndarray, sources: list[Path]) -> None:
             spans["family"][first:] -= 1
 
 
-def _origin(span: np.void, sources: list[Path]) -> Any:
-    from vlp.data.members import open_sample
-
-    with open(sources[span["shard"]], "rb") as file:
-        file.seek(int(span["offset"]))
-        return open_sample(file.read(int(span["length"]))).meta.get("origin")
+def _origin(span: np.void, sources: list[tuple[Path, Shard]]) -> Any:
+    path, shard = sources[span["shard"]]
+    with open(path, "rb") as file:
+        return shard.sample(file, int(span["number"])).meta.get("origin")
 
 
 def _shuffled(families: np.ndarray, seed: int) -> np.ndarray:
@@ -144,23 +148,22 @@ def _cuts(lengths: np.ndarray, families: np.ndarray, n_samples: int, n_bytes: in
 class Write:
     """The work on one new shard."""
 
-    sources: list[str]
+    sources: list[tuple[Path, Shard]]
     folder: Path
     renumber: bool
 
     def __call__(self, job: tuple[int, np.ndarray]) -> _work.Result:
         from vlp.data.format import ShardWriter
-        from vlp.data.members import open_sample
         from vlp.data_tools._belonging import settle
         from vlp.data_tools._shards import Changed, put
 
         number, spans = job
         counts: Counter[str] = Counter()
         with ShardWriter(self.folder, len(spans) + 1, first_shard=number, overwrite=True, indexed=False) as writer:
-            for shard, offset, length, _ in spans.tolist():
-                with open(self.sources[shard], "rb") as file:
-                    file.seek(offset)
-                    sample = open_sample(file.read(length))
+            for source, i, *_ in spans.tolist():
+                path, shard = self.sources[source]
+                with open(path, "rb") as file:
+                    sample = shard.sample(file, i)
                 settle(sample, counts)
                 counts["samples read"] += 1
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
@@ -168,6 +171,6 @@ class Write:
                     put(writer, Changed(sample, list(sample.captions), meta), None if self.renumber else sample.key)
                 except ValueError as error:
                     advice = "" if self.renumber else "; --renumber gives new keys"
-                    raise ValueError(f"{self.sources[shard]}: {error}{advice}") from None
+                    raise ValueError(f"{path}: {error}{advice}") from None
                 counts["samples written"] += 1
         return {"counts": counts}

@@ -205,7 +205,7 @@ def _class(scene: Scene, split: str) -> int:
 def _describe_sets(folder: Path, plan: dict[str, int]) -> None:
     """The small text files of clip_benchmark's layout, and one index a folder of shards."""
     from vlp.data.format import index
-    from vlp.data.index import write_atomically
+    from vlp.files import write_atomically
 
     for split in plan:
         if split not in BENCHMARKS:

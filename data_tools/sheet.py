@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Content]:
     """At most `n` samples in random order, the same for the same shards and seed."""
-    from vlp.data.index import ROW, index
-    from vlp.data.members import open_sample
+    from vlp.data.index import index
 
     rng = random.Random(seed)
     paths = sorted(rng.sample(paths, min(n, len(paths))))
@@ -82,10 +81,8 @@ def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Con
     places = [(path, shard, i) for path, shard in zip(paths, shards) for i in range(shard.count)]
     result = []
     for path, shard, i in rng.sample(places, min(n, len(places))):
-        offset, length, *_ = ROW.unpack_from(shard.rows, i * ROW.size)
         with open(path, "rb") as file:
-            file.seek(offset)
-            result.append(open_sample(file.read(length)))
+            result.append(shard.sample(file, i))
     return result
 
 

@@ -17,21 +17,26 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlp.data import tables
-from vlp.data.archives import Archive, is_hidden
-from vlp.data.members import IMAGE_TYPES, Content, read_text, split_name
+from vlp.data.archives import Archive
+from vlp.data.captions import Choice, Texts, form_of
+from vlp.data.members import is_hidden
+from vlp.data.paths import plain_only, shards_in
+from vlp.data.rows import Shard
+from vlp.data.scan import Found, read
 from vlp.data.tables import TableOptions
 from vlp.data.tables.columns import IMAGE_COLUMNS, column, listed, split_column, usual, usual_captions
 from vlp.data.tables.values import NoText, equals, shown
 from vlp.data.tables.values import texts as texts_of
 from vlp.data.trees import read_tree, splits_in
 from vlp.eval import classes
-from vlp.eval.pictures import Collection, DataError, Picture, open_archive, picture_of, refuse_missing, tar_members
+from vlp.eval.pictures import Collection, DataError, Picture, open_archive, picture_of, refuse_missing
 
 NUMBERS = ("label", "fine_label", "labels", "cls")  # columns of class numbers in the hub's data sets
 
@@ -65,18 +70,19 @@ def open_source(
     missing: str = "error",
     images: str | None = None,  # where a table's images are; None: beside it
     options: TableOptions | None = None,  # how a table is read
+    texts: Texts | None = None,  # which texts of shards are captions; None: the usual ones
 ) -> Source:
     """Read an evaluation set's index; a DataError says what was expected. No image is decoded here."""
-    options = options or TableOptions()
+    options, texts = options or TableOptions(), texts or Texts()
     root = _download(path[3:], split) if path.startswith("hf:") else Path(path)
     if not root.exists():
         raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
     if root.is_file() and root.suffix != ".tar":
         source = _table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
-        source = _clip_benchmark(root, split)
+        source = _clip_benchmark(root, split, Choice(tuple(texts.captions), lines=texts.lines or "each"))
     else:
-        source = _by_content(root, split, missing, options)
+        source = _by_content(root, split, missing, options, texts)
     if not source.records:
         raise DataError(f"{path} holds no image in split {split!r}")
     return replace(source, name=_short_name(path))
@@ -97,13 +103,14 @@ def _download(repository: str, split: str) -> Path:
     return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
 
 
-def _by_content(root: Path, split: str, missing: str, options: TableOptions) -> Source:
+def _by_content(root: Path, split: str, missing: str, options: TableOptions, texts: Texts) -> Source:
     """Shards, parquet files, or a tree of images in a folder or tar: whichever lies there; both kinds are refused."""
     archive = _archive_of_split(root, split)
     in_folders = next((name for name in archive.names if "/" in name), None)
-    tars = _split_files(root, split, "*.tar")
-    if tars and in_folders is None:
-        source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)))
+    tars = _tars(root, split)
+    named = root.is_file() and bool(archive.texts) and not archive.below  # a shard; without texts its folders are classes
+    if named or (tars and root.is_dir() and in_folders is None):
+        source = _from_tars(root, tars, Choice(tuple(texts.captions), lines=texts.lines or "one"))
         numbered = any(isinstance(record.label, int) for record in source.records)
         return replace(source, classes=_class_names(root)) if numbered else source
     if tars and tars[0].parent == archive.path:
@@ -111,10 +118,21 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions) -> 
             f"{archive.path} holds shards ({tars[0].name}) and images in folders ({in_folders}); give one of them, such as "
             f"{tars[0]}, or keep them in folders of their own"
         )
+    if texts.captions:
+        raise DataError(f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no .tar; leave it out")
     with_images = _split_files(root, split, "*.parquet") or _named_parquet(root, split)
     if with_images and (not archive.names or _holds_images(with_images[0])):
         return _parquet(root, with_images, split, options)
-    return _tree(root, split, missing, archive)
+    return _tree(root, split, missing, archive, texts.lines or "one")
+
+
+def _tars(root: Path, split: str) -> list[Path]:
+    """The shards of a split: those in its folder, else those beside, or the tar that is named."""
+    there = [root] if root.is_file() else shards_in(root / split) or shards_in(root)
+    try:
+        return plain_only(there, str(root))
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def _archive_of_split(root: Path, split: str) -> Archive:
@@ -151,7 +169,7 @@ def _named_parquet(root: Path, split: str) -> list[Path]:
 # --- tars ---------------------------------------------------------------------------------------------------------------
 
 
-def _clip_benchmark(root: Path, split: str) -> Source:
+def _clip_benchmark(root: Path, split: str, choice: Choice) -> Source:
     """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by `datasets.builder.build_wds_dataset`)."""
     text = (root / split / "nshards.txt").read_text().strip()
     if not text.isdigit():
@@ -161,7 +179,7 @@ def _clip_benchmark(root: Path, split: str) -> Source:
     if absent:
         raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
     names = _class_names(root)
-    source = _from_samples(root, (sample for tar in tars for sample in _samples(tar)), "cls" if names else "class")
+    source = _from_tars(root, tars, choice, "cls" if names else "class")
     return replace(
         source,
         classes=names,
@@ -180,32 +198,54 @@ def _lines(path: Path) -> list[str] | None:
     return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()] if path.exists() else None
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Picture]]]:
-    """(key, {extension: member}) of each sample, in the tar's order."""
-    groups: dict[str, dict[str, Picture]] = {}
-    for name, member in tar_members(tar).items():
-        if parts := split_name(name):
-            groups.setdefault(parts[0], {})[parts[1]] = replace(member, name=f"{tar}:{name}")
-    yield from groups.items()
+def _from_tars(root: Path, tars: list[Path], choice: Choice, prefer: str = "class") -> Source:
+    """The samples that training finds in the same tars. `choice`: which of their texts are captions.
 
-
-def _from_samples(root: Path, samples: Iterator[tuple[str, dict[str, Picture]]], prefer: str = "class") -> Source:
-    """`prefer`: which label counts where a sample has both, its class's number (cls) or its name (class)."""
-    records, other = [], "class" if prefer == "cls" else "cls"
-    for key, members in samples:
-        image = next((members[e] for e in members if e in IMAGE_TYPES), None)
-        if image is None:
-            raise DataError(f"sample {key!r} in {root} has no image member ({', '.join(sorted(IMAGE_TYPES))})")
-        content = Content(key=key)
-        try:
-            read_text(content, {e: members[e].read() for e in ("txt", "json", "cls") if e in members})
-        except ValueError as error:
-            raise DataError(f"sample {key!r} in {root}: {error}") from error
-        label = content.meta.get(prefer, content.meta.get(other))
-        if "npy" in members:
-            label = _multi_hot(members["npy"])
-        records.append(Record(image, content.captions, label, content.meta))
+    `prefer`: which label counts where a sample has both, its class's number (cls) or its name (class). What training
+    leaves out is refused here: a score is over the whole set.
+    """
+    records: list[Record] = []
+    names: Counter[str] = Counter()
+    for tar in tars:
+        for sample in _samples(tar):
+            names.update(form_of(sample.content.meta, sample.content.text).keys())
+            records.append(_record(tar, sample, choice, prefer))
+    try:
+        choice.check({name.removeprefix("."): n for name, n in names.items()}, len(records), str(root))
+    except ValueError as error:
+        raise DataError(str(error)) from None
     return Source(str(root), records)
+
+
+def _samples(tar: Path) -> list[Found]:
+    """The samples of a tar; a DataError names those that cannot be used."""
+    samples: list[Found] = []
+
+    def begin(_: Shard) -> Callable[[Found], None]:
+        samples.clear()
+        return samples.append
+
+    try:
+        shard = read(tar, begin, also=frozenset({"npy"}))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if shard.n_left_out or shard.n_damaged:
+        raise DataError(f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without these samples")
+    return samples
+
+
+def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
+    content, image = sample.content, sample.members["image"]
+    picture = Picture(f"{tar}:{image.name}", str(tar), image.offset, image.size)
+    other = "class" if prefer == "cls" else "cls"
+    label = content.meta.get(prefer, content.meta.get(other))
+    if "npy" in sample.members:
+        array = sample.members["npy"]
+        label = _multi_hot(Picture(f"{tar}:{array.name}", str(tar), array.offset, array.size))
+    captions = choice.captions(content.meta, content.text)
+    if not captions and label is None and content.notes:
+        raise DataError(f"sample {content.key!r} in {tar}: {'; '.join(content.notes)}")
+    return Record(picture, captions, label, content.meta)
 
 
 def _multi_hot(member: Picture) -> tuple[int, ...]:
@@ -342,7 +382,7 @@ def join_equal_pictures(source: Source) -> tuple[Source, int]:
     return replace(source, records=list(joined.values())), len(source.records) - len(joined)
 
 
-def _tree(root: Path, split: str, missing: str, archive: Archive) -> Source:
+def _tree(root: Path, split: str, missing: str, archive: Archive, lines: Literal["one", "each"]) -> Source:
     """Images with texts beside them, or one folder a class."""
     if not archive.names:
         found = f"; found {archive.left_out}" if archive.left_out.counts else ""
@@ -354,7 +394,7 @@ def _tree(root: Path, split: str, missing: str, archive: Archive) -> Source:
     if splits:  # else they would be taken for classes
         raise DataError(f"{root} has no split {split!r}, only {', '.join(splits)}; pass split=…")
     try:
-        tree = read_tree(archive)
+        tree = read_tree(archive, lines)
     except ValueError as error:
         raise DataError(str(error)) from error
     if tree.problems and missing != "skip":

@@ -142,6 +142,7 @@ class Captions:
     weights: list[float] = field(default_factory=list)  # of the first, second, … caption; further ones are not taken
     class_templates: list[str] = field(default_factory=list)  # e.g. "a photo of a {}.": filled with the JSON's "class"
     missing: Literal["error", "drop"] = "error"  # a sample without any text: refuse to start, or drop it and count it
+    lines: Literal["one", "each"] = "one"  # a text file of several lines is one caption, or each of its lines is one
 
     def __post_init__(self) -> None:
         bad = [t for t in self.class_templates if t.count("{}") != 1]

@@ -52,6 +52,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     loader = Loader(
         config.data, model.image_spec, model.text_spec, mixture=chosen.mixture,
         batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(), pixels=not config.model.precomputed,
+        reads=losses.reads(config.objective) | chosen.needs,
     )
     chosen.check(loader.carries)
     plan = Plan.of(config.train, loader.steps_per_epoch)

@@ -32,6 +32,7 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     negative_image: bytes = b""  # the encoded image of the first of the meta's "negatives"; empty: none
     embeddings: tuple[Any, Any] | None = None  # a teacher's, of image and first caption: arrays [D'] each
+    weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike
 
 
 @dataclass

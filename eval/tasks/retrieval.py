@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from vlp.data.captions import Texts
 from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import Source, join_equal_pictures, open_source
@@ -24,8 +25,8 @@ KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
-class Options(TableOptions):
-    """Which images and captions."""
+class Options(Texts, TableOptions):
+    """Which images and captions. `captions` and `lines`: which texts of shards are captions."""
 
     data: str  # shards, a folder, or a table of any kind: CSV, JSONL, COCO's and Karpathy's JSON (vlp.eval.datasets)
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
@@ -35,13 +36,18 @@ class Options(TableOptions):
     language: str = "en"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.captions, dict):
+            raise ValueError(f"captions is {self.captions}; shares have no meaning in evaluation: give a list of names")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image is {self.captions_per_image}; expected at least 1")
 
 
 def read(options: Options) -> Source:
     """Open the set; every image must have a caption."""
-    source = open_source(options.data, options.split, options.missing, options.images, options)
+    source = open_source(
+        options.data, options.split, options.missing, options.images, options, options
+    )
     source, n_joined = join_equal_pictures(source)
     spoken = [r for r in source.records if any(caption.strip() for caption in r.captions)]
     silent = [r.picture.name for r in source.records if not any(caption.strip() for caption in r.captions)]

@@ -14,7 +14,7 @@ from tests.data.material import REAL, encoded, needs_data, picture, write_shards
 from vlp.config import Captions
 from vlp.data import index as index_module
 from vlp.data.format import ShardWriter, index
-from vlp.data.members import split_name
+from vlp.data.members import parse_name
 from vlp.data.sources.shards import Options, expand
 from vlp.data.sources.shards import open as open_shards
 
@@ -58,11 +58,15 @@ def test_a_writer_that_fails_leaves_whole_shards_only(tmp_path):
     ("change", "message"),
     [
         ({"ext": "tif"}, "image type 'tif'"), ({"image": b""}, "0 bytes"), ({"key": "../x"}, "not usable"),
-        ({"key": "a.b"}, "not usable"), ({"captions": [3]}, "list of texts"), ({"meta": {"x": "y" * 2_000_000}}, "the JSON of"),
+        ({"key": "a.b"}, "not usable"), ({"key": ".a"}, "not usable"), ({"cls": -1}, "from 0 to 999999999"),
+        ({"cls": True}, "class number"), ({"cls": 10**9}, "class number"),
+        ({"captions": ["a \ud800"]}, r"'\\ud800', which is no"),
+        ({"meta": {"x": "\udc00"}}, "the JSON of 'k' holds"), ({"captions": [3]}, "list of texts"),
+        ({"meta": {"x": "y" * 2_000_000}}, "the JSON of"),
     ],
 )  # fmt: skip
 def test_the_writer_refuses_what_could_not_be_read_back(tmp_path, change, message):
-    sample = {"key": None, "image": IMAGE, "ext": "png", "captions": ["x"], "meta": {}} | change
+    sample = {"key": "k", "image": IMAGE, "ext": "png", "captions": ["x"], "meta": {}, "cls": None} | change
     with ShardWriter(tmp_path, 2) as writer, pytest.raises(ValueError, match=message):
         writer.add(*sample.values())
 
@@ -132,18 +136,15 @@ def test_paths_may_be_folders_files_braces_and_lists(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("a/b.jpg", ("a/b", "jpg")), ("b.seg.PNG", ("b", "seg.png")), ("../../x.jpg", ("x", "jpg")),
-        ("/etc/x.txt", ("etc/x", "txt")), ("./x.json", ("x", "json")), ("a.b/c.jpg", ("a.b/c", "jpg")),
-        ("._x.jpg", None), ("noext", None), ("folder/", None),
+        ("a/b.jpg", ("a/b", "image", "jpg")), ("b.seg.PNG", ("b.seg", "image", "png")), ("../../x.jpg", ("x", "image", "jpg")),
+        ("/etc/x.txt", ("etc/x", "txt", "txt")), ("./x.json", ("x", "json", "json")), ("a.b/c.jpg", ("a.b/c", "image", "jpg")),
+        ("IMG_3.v2.negative.JPG", ("IMG_3.v2", "negative", "jpg")), ("a\\b.TXT", ("a/b", "txt", "txt")),
+        ("x.npy", ("x", "", "npy")), ("noext", ("noext", "", "")), ("folder/", None),
+        ("._x.jpg", None), ("__MACOSX/x.jpg", None), ("a/.cache/x.jpg", None), ("PaxHeaders.7/x.jpg", None),
     ],
 )  # fmt: skip
-def test_names_split_like_webdatasets_and_stay_inside(name, expected):
-    assert split_name(name) == expected
-    from webdataset.tariterators import base_plus_ext
-
-    if expected and ".." not in name and name[0] not in "/.":
-        key, extension = base_plus_ext(name)
-        assert expected == (key, extension.lower())
+def test_names_are_taken_apart_and_stay_inside(name, expected):
+    assert parse_name(name) == expected
 
 
 def test_webdataset_reads_our_shards_and_we_read_theirs(tmp_path):

@@ -15,9 +15,9 @@ import torch
 
 from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
 from vlp.config import Captions
-from vlp.data.index import scan
 from vlp.data.loader import DataError
 from vlp.data.members import open_sample
+from vlp.data.scan import scan
 from vlp.data.sources.shards import Options
 from vlp.data.sources.shards import open as open_shards
 
@@ -79,12 +79,16 @@ def test_links_and_devices_are_no_samples(tmp_path):
 def test_the_first_of_a_repeated_key_is_kept_and_the_others_named(tmp_path):
     other = encoded(picture(9))
     shard = scan(write_tar(tmp_path / "0.tar", sample(1) + sample(2) + sample(1, other) + sample(2)[:1] + sample(2)[1:]))
-    assert shard.count == 2 and shard.n_problems == 2
-    assert shard.problems == [f"000{i}: a second sample of this key; the first is kept" for i in (1, 2)]
+    assert shard.count == 2 and shard.n_problems == shard.n_left_out == 2
+    which = {1: "another picture", 2: "the same picture"}
+    assert shard.problems == [f"000{i}: a second sample of this key: with {which[i]}; the first is kept" for i in (1, 2)]
     shard = scan(write_tar(tmp_path / "1.tar", sample(1) + sample(1, other)))
     assert shard.count == 1 and shard.n_problems == 1
     source = open_shards(Options(str(tmp_path / "1.tar")), Captions())
     assert source[0].image == IMAGE
+    shard = scan(write_tar(tmp_path / "2.tar", [*sample(1), ("0001.txt", b"another text")]))
+    assert (shard.count, shard.n_left_out) == (1, 0)
+    assert shard.problems == ["0001: a second text of this key: .txt; the first is kept"]
 
 
 @pytest.mark.parametrize(
@@ -92,27 +96,31 @@ def test_the_first_of_a_repeated_key_is_kept_and_the_others_named(tmp_path):
     [
         (("0001.json", b"[" * 100_000), "not valid JSON"),
         (("0001.json", b'{"captions": ' + b"9" * 10_000 + b"}"), "not valid JSON"),
-        (("0001.json", b'{"captions": "one text"}'), "not a list of texts"),
-        (("0001.json", b'{"captions": [1, null]}'), "not a list of texts"),
-        (("0001.json", b'["a", "list"]'), "expected a mapping"),
-        (("0001.json", b" " * (2 << 20)), "a text member of"),
-        (("0001.cls", b"__import__('os')"), "not a whole number"),
-        (("0001.png", b""), "an image of 0 bytes"),
+        (("0001.json", b'{"captions": [1, null]}'), "no text in the JSON's captions: 1"),
+        (("0001.json", b'{"caption": 7}'), "no text in the JSON's caption: 7"),
+        (("0001.json", b"3"), "a JSON that holds no mapping"),
+        (("0001.json", b""), "not valid JSON: it is empty"),
+        (("0001.json", b" " * (2 << 20)), "a .json of more than"),
+        (("0001.cls", b"__import__('os')"), "a .cls that is no class number"),
+        (("0001.cls", b"-1"), "a .cls that is no class number"),
     ],
 )
-def test_samples_with_broken_members_are_left_out_and_named(tmp_path, member, reason):
+def test_a_broken_text_costs_itself_and_not_its_sample(tmp_path, member, reason):
     broken = [(name, data) for name, data in sample(1) if name != member[0]] + [member]
     path = write_tar(tmp_path / "0.tar", sample(0) + broken + sample(2))
     shard = scan(path)
-    assert (shard.count, shard.n_left_out, shard.n_problems) == (2, 1, 1)
-    assert "0001: " in shard.problems[0] and reason in shard.problems[0]
+    assert (shard.count, shard.n_left_out, shard.n_problems) == (3, 0, 1)
+    assert "0001: " in shard.problems[0] and reason in shard.problems[0] and sum(shard.left_out.values()) == 1
+    assert open_shards(Options(str(path)), Captions())[1].captions == ("text 1",)
+
+
+def test_a_sample_without_a_picture_is_left_out_and_named(tmp_path):
+    empty = [("0001.png", b""), *sample(1)[1:]]
+    path = write_tar(tmp_path / "0.tar", sample(0) + empty + sample(2) + sample(3)[1:])
+    shard = scan(path)
+    assert (shard.count, shard.n_left_out, shard.n_problems) == (2, 2, 2)
+    assert shard.left_out == {"an image of 0 bytes": 1, "no image member": 1} and shard.problems[1].startswith("0003: no image")
     assert keys(path) == ["0000", "0002"]
-
-
-def test_captions_that_are_not_utf8_are_kept_with_a_note(tmp_path):
-    path = write_tar(tmp_path / "0.tar", [("a.png", IMAGE), ("a.txt", "café".encode("latin-1"))])
-    source = open_shards(Options(str(path)), Captions())
-    assert source[0].captions == ("caf\ufffd",) and "not UTF-8" in source.problems()[0] and source.n_left_out == 0
 
 
 def test_a_truncated_tar_gives_its_whole_samples_and_no_half_one(tmp_path):
@@ -136,7 +144,7 @@ def end_of(tar: bytes, i: int) -> int:
 
 
 def read(path, shard, i):
-    from vlp.data.index import ROW
+    from vlp.data.rows import ROW
 
     offset, length = ROW.unpack_from(shard.rows, i * ROW.size)[:2]
     return open_sample(path.read_bytes()[offset : offset + length])

@@ -7,7 +7,6 @@ import torch
 
 from tests.data.material import data_of, encoded, loader_of, picture
 from vlp.data.format import ShardWriter
-from vlp.data.loader import DataError
 
 
 def write(folder, **changed):
@@ -57,20 +56,30 @@ def test_a_label_that_one_sample_lacks_is_not_carried(tmp_path):
     assert not loader.carries & {"score", "teacher_scores", "concept_targets"}
 
 
-def test_a_score_below_zero_is_named(tmp_path):
-    for score in (-1, float("nan")):
-        with pytest.raises(DataError, match="sample 'k5' has the score"):
-            next(loader_of(data_of(write(tmp_path / f"s{score}", score=score)), 8))
-
-
-@pytest.mark.parametrize(("field", "values", "expected"), [
-    ("concepts", [1, 2], "sample 'k5' has 2 numbers in 'concepts', expected 3: one for each concept"),
-    ("negative_scores", [1, 2, 3], "sample 'k5' has 3 numbers in 'negative_scores', expected 2: one for each of its negatives"),
+@pytest.mark.parametrize(("changed", "expected"), [
+    ({"score": -0.5}, "the score is -0.5, expected a number >= 0"), ({"score": float("nan")}, "the score is nan"),
+    ({"score": 10**400}, "the score is 1000"), ({"score": 1e39}, "the score is 1e+39"),
+    ({"concepts": [1, 2]}, "2 numbers in 'concepts', expected 3: one for each concept"),
+    ({"concepts": [1, float("inf"), 0]}, "a number in 'concepts' is inf"),
+    ({"negative_scores": [1, 2, 3]}, "3 numbers in 'negative_scores', expected 2: one for each of its negatives"),
 ])  # fmt: skip
-def test_another_number_of_numbers_is_named(tmp_path, field, values, expected):
-    loader = loader_of(data_of(write(tmp_path / "s", **{field: values})), 8)
-    with pytest.raises(DataError, match=expected):
-        next(loader)
+def test_a_number_that_cannot_be_used_costs_its_sample_where_it_is_read(tmp_path, changed, expected):
+    data = data_of(write(tmp_path / "s", **changed))
+    loader = loader_of(data, 8)
+    batch = next(loader)
+    assert "k5" not in batch.key and loader.counters()["bad_samples"] >= 1
+    assert {(key, expected in reason) for _, key, reason in loader.bad} == {("k5", True)}
+    other = "concepts" if "score" in changed else "score"
+    unread = loader_of(data, 8, reads=frozenset({{"concepts": "concept_targets"}.get(other, other)}))
+    batch = next(unread)
+    assert "k5" in batch.key and not unread.bad and batch.teacher_scores is None and batch.negatives is None
+
+
+def test_hard_captions_are_made_only_where_a_term_reads_them(tmp_path):
+    data = data_of(write(tmp_path / "s", negatives=["no"] * 255, negative_scores=[0] * 255))
+    assert next(loader_of(data, 8, reads=frozenset({"score"}))).negatives is None
+    for reads in ({"ema_negatives"}, {"teacher_scores"}, {"negatives_valid"}):
+        assert next(loader_of(data, 8, reads=frozenset(reads))).negatives.shape[1] == 255
 
 
 def test_scores_of_no_negatives_are_no_missing_label(tmp_path):

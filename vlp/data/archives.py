@@ -14,28 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from vlp.data.members import (
-    IMAGE_TYPES,
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    TEXT_TYPES,
-    DamagedTar,
-    Member,
-    walk,
-)
+from vlp.data.captions import MAX_TEXT_BYTES
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden
 from vlp.data.names import Names, cleaned
+from vlp.data.tar import DamagedTar, Member, foreign, packed_with, walk
 
-CAPTION_TYPES = TEXT_TYPES | {
-    "caption"
-}  # of the texts that may lie beside a picture under its name
-# What operating systems, file servers and editors leave behind; whatever begins with a dot counts
-# as hidden too.
-SYSTEM_NAMES = frozenset({
-    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
-})  # fmt: skip
-_PACKED = {b"\x1f\x8b": ("gzip", "gunzip"), b"PK\x03\x04": ("zip", "unzip"), b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
-           b"BZh": ("bzip2", "bunzip2"), b"\xfd7zX": ("xz", "unxz")}  # fmt: skip
+CAPTION_TYPES = TEXT_TYPES | {"caption"}  # of texts that may lie beside a picture under its name
 _SHOWN = 3  # names that are given for a reason
 
 
@@ -74,12 +58,6 @@ def image_type(name: str) -> str:
 def extension_of(name: str) -> str:
     """The extension of a file name, lower case and without its dot or blanks."""
     return os.path.splitext(name.rstrip())[1].lower().lstrip(".")
-
-
-def is_hidden(part: str) -> bool:
-    """Whether one part of a path is hidden, or left behind by a system: never a class, a picture or
-    a text."""
-    return part.startswith((".", "PaxHeader")) or part.lower() in SYSTEM_NAMES
 
 
 def printable(name: str) -> str:
@@ -123,7 +101,7 @@ class Archive:
     """
 
     def __init__(self, path: str | Path, below: str = "", leave: bool = True) -> None:
-        self.path = Path(path).expanduser()
+        self.path, self.below = Path(path).expanduser(), below
         self.left_out = LeftOut()
         self.outside: dict[str, str] = {}  # links that lead out of the folder: name -> target
         self.texts: dict[str, Place] = {}  # those that may belong to a picture
@@ -224,11 +202,13 @@ class Archive:
             ) from None
 
     def _refuse_packed(self, start: bytes) -> None:
-        for magic, (kind, command) in _PACKED.items():
-            if start.startswith(magic):
-                raise ValueError(
-                    f"{self.path} is packed by {kind}; unpack it first: {command} {self.path}"
-                )
+        if kind := packed_with(start):
+            raise ValueError(
+                f"{self.path} is compressed with {kind}; unpack it first, or, if it holds shards, write plain ones: "
+                f"vlp data reshard {self.path} --to DIR"
+            )
+        if kind := foreign(start):
+            raise ValueError(f"{self.path} is no tar: it is {kind}")
 
     def _take_folder(self, leave: bool) -> None:
         for name, path in sorted(self._files(leave)):

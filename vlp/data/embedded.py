@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vlp.data.index import Shard
+from vlp.data.rows import Shard
 
 
 class Teacher(NamedTuple):

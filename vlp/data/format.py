@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.index import index
-from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, NEGATIVE, split_name
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, NEGATIVE, parse_name
 from vlp.files import write_atomically
 
 __all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
@@ -94,14 +96,14 @@ class ShardWriter:
         self._check(key, image, ext, captions)
         if negative_image is not None:
             self._check(key, *negative_image, captions)
+        if cls is not None and not is_class_number(cls):
+            raise ValueError(f"the class number of {key!r} is {cls!r}; expected a whole number from 0 to {MAX_CLASS - 1}")
         record = {**(meta or {}), "key": key, "captions": list(captions)}
         text = " ".join(captions[0].split()) if captions and txt is None else txt
         members = [(ext, image)] + ([(NEGATIVE + negative_image[1], negative_image[0])] if negative_image else [])
         if text is not None:
-            members.append(("txt", text.encode(errors="surrogatepass").decode(errors="replace").encode()))
-        encoded = _json(record)
-        if len(encoded) > MAX_TEXT_BYTES:
-            raise ValueError(f"the JSON of {key!r} has {len(encoded)} bytes, more than {MAX_TEXT_BYTES}")
+            members.append(("txt", _encode(text, f"the .txt of {key!r}")))
+        encoded = _encode(_json(record), f"the JSON of {key!r}")
         members.append(("json", encoded))
         if cls is not None:
             members.append(("cls", str(cls).encode()))
@@ -125,7 +127,7 @@ class ShardWriter:
     def _check(self, key: str, image: bytes, ext: str, captions: list[str]) -> None:
         if ext not in IMAGE_TYPES:
             raise ValueError(f"image type {ext!r} of {key!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it")
-        if split_name(f"{key}.{ext}") != (key, ext):
+        if parse_name(f"{key}.{ext}") != (key, "image", ext) or "." in key.rpartition("/")[2]:
             raise ValueError(f"key {key!r} is not usable; it must be a relative path without dots")
         if key in self._keys:
             raise ValueError(f"key {key!r} appears twice in shard {self._number}")
@@ -173,9 +175,22 @@ class ShardWriter:
             index(self.paths)
 
 
-def _json(record: dict[str, Any]) -> bytes:
-    """JSON in UTF-8; a lone surrogate, which JSON can hold and UTF-8 cannot, stays as its escape."""
-    try:
-        return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-    except UnicodeEncodeError:
-        return json.dumps(record, sort_keys=True).encode()
+def is_class_number(value: Any) -> bool:
+    """Whether a .cls can hold this value."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_CLASS
+
+
+def _json(record: dict[str, Any]) -> str:
+    """JSON that UTF-8 can hold: a lone surrogate, which JSON can hold too, stays as its escape."""
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+    if re.search("[\ud800-\udfff]", text):
+        return json.dumps(record, sort_keys=True)
+    return text
+
+
+def _encode(text: str, name: str) -> bytes:
+    """UTF-8; what stands for no character becomes a question mark."""
+    encoded = text.encode(errors="surrogatepass").decode(errors="replace").encode()
+    if len(encoded) > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has {len(encoded)} bytes, more than {MAX_TEXT_BYTES}")
+    return encoded

@@ -21,7 +21,7 @@ from vlp import log
 from vlp.config import Data
 from vlp.data.mix import Mixture
 from vlp.data.sources import Source
-from vlp.data.steps import DataError, Report, Steps, optional_fields
+from vlp.data.steps import DataError, Report, Steps, optional_fields, read_fields
 from vlp.schema import plain
 from vlp.types import Batch, ImageSpec, TextSpec
 
@@ -36,7 +36,7 @@ class Loader:
     `mixture` decides which samples a step holds (vlp.data.mix). An epoch is `steps_per_epoch` whole batches of all that is
     drawn: samples, or their captions, or groups of one origin. Without weights or replacement each stands in it at most
     once, and what is left after the last whole batch, other ones each epoch, is left out. `carries` names the optional
-    fields of its batches.
+    fields that the data offer.
     A sample that cannot be read or decoded is replaced in place by another of its source and reported in `bad`; more
     than 16 + `data.bad_share` of the rows delivered so far end the run with a DataError that lists some of them.
     """
@@ -53,6 +53,7 @@ class Loader:
         world: int = 1,
         mixture: Callable[..., Mixture] = Mixture,
         pixels: bool = True,  # False: images are neither decoded nor carried (Batch.image has no pixels)
+        reads: frozenset[str] | None = None,  # by terms and selection: labels and texts that none of them reads are not made
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(f"a batch of {batch} cannot be cut for rank {rank} of {world}; choose a multiple of {world}")
@@ -66,10 +67,11 @@ class Loader:
             held = f"{self.n_samples} samples" if data.together == 1 else f"{self._mixture.n_units} groups of {data.together}"
             raise ValueError(f"a batch of {batch} is larger than the data ({held}); set train.batch lower")
         fields = optional_fields(sources, data)
-        self.widths = fields  # of the optional fields that its batches carry
+        self.widths = fields  # of the optional fields that the data offer
         self.carries = frozenset(fields)
         self.teacher_scale = _teacher_scale(sources)  # of teacher_image and teacher_text; None: they are not carried
-        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields, pixels)
+        made = fields if reads is None else read_fields(fields, reads)
+        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, made, pixels)
         self._identity = _identity(self._mixture, data, batch, seed)
         self._workers, self._bad_share, self._rows = data.workers, data.bad_share, batch // world
         self.bad: list[tuple[int, str, str]] = []  # the first hundred bad samples: id, key, reason

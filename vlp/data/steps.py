@@ -82,6 +82,18 @@ def optional_fields(sources: list[Source], data: Data) -> dict[str, int]:
     return fields
 
 
+def read_fields(fields: dict[str, int], reads: frozenset[str]) -> dict[str, int]:
+    """Those of `optional_fields` that are worth making where only `reads` are read.
+
+    A bad score costs its sample only where a term reads scores; hard captions are tokenized only where they are read.
+    """
+    unread = {"score", "teacher_scores", "concept_targets"} - reads
+    for family in ("negative", "counterfactual"):
+        if not any(family in name for name in reads | ({"negatives"} if "teacher_scores" in reads else set())):
+            unread |= {name for name in fields if name.startswith(family)}
+    return {name: width for name, width in fields.items() if name not in unread}
+
+
 class Steps(Dataset):
     """Item s: this rank's rows of step s, with a report. Sent to every loader process."""
 
@@ -141,6 +153,7 @@ class Steps(Dataset):
             try:
                 sample = self.mixture.read(sample_id)
                 key = sample.key
+                self._check_numbers(sample)
                 drawn = places is not None and sample_id == wanted
                 chosen = Row(sample, sample.captions[places[row]] if drawn else self._caption(sample, step, row))
                 self._draw(chosen, step, row, out)
@@ -148,6 +161,17 @@ class Steps(Dataset):
             except (OSError, ValueError) as error:
                 report.bad.append((sample_id, key, f"{type(error).__name__}: {error}"))
         raise DataError(f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: {report.bad[-1]}")
+
+    def _check_numbers(self, sample: Sample) -> None:
+        """Raise ValueError for numbers that a term reads and cannot use: they cost their sample, not the run."""
+        if "score" in self.optional:
+            _relevance(sample)
+        if "teacher_scores" in self.optional:
+            negatives = wrong_captions.read(sample.meta, "negatives", sample.captions)
+            if negatives.texts:
+                _numbers(sample, "negative_scores", len(negatives.texts))
+        if c := self.optional.get("concept_targets", 0):
+            _numbers(sample, "concepts", c)
 
     def _draw(self, chosen: Row, step: int, row: int, out: dict[str, Tensor]) -> None:
         """Write the row's pictures; raises ValueError for one that cannot be decoded."""
@@ -179,6 +203,8 @@ class Steps(Dataset):
         if config.choose == "first" or len(captions) == 1:
             return captions[0]
         seed = self._seed("caption", step, row, sample.sample_id)
+        if sample.weights:
+            return random.Random(seed).choices(captions, sample.weights)[0]
         if config.choose == "weights":
             offered = captions[: len(config.weights)]
             return random.Random(seed).choices(offered, config.weights[: len(offered)])[0]
@@ -188,10 +214,7 @@ class Steps(Dataset):
         """The optional fields that come from the samples' JSON or lie beside them."""
         result, samples = self._wrong_captions(rows, step), [row.sample for row in rows]
         if "score" in self.optional:
-            for sample in samples:
-                if not 0 <= sample.meta["score"] < math.inf:
-                    raise DataError(f"sample {sample.key!r} has the score {sample.meta['score']}, expected a number >= 0")
-            result["score"] = torch.tensor([float(sample.meta["score"]) for sample in samples], dtype=torch.float32)
+            result["score"] = torch.tensor([_relevance(sample) for sample in samples], dtype=torch.float32)
         if c := self.optional.get("concept_targets", 0):
             lists = [_numbers(sample, "concepts", c) for sample in samples]
             result["concept_targets"] = torch.tensor(lists, dtype=torch.float32)
@@ -260,14 +283,32 @@ class Steps(Dataset):
         return flat.view(len(rows), -1, flat.shape[-1])
 
 
+def _relevance(sample: Sample) -> float:
+    score = _finite(sample.meta["score"])
+    if score is None or score < 0:
+        raise ValueError(f"the score is {str(sample.meta['score'])[:20]}, expected a number >= 0 and below 3e38")
+    return score
+
+
 def _numbers(sample: Sample, field: str, count: int) -> list[float]:
-    values = sample.meta[field]
+    values = [_finite(value) for value in sample.meta[field]]
     if len(values) != count:
-        raise DataError(
-            f"sample {sample.key!r} has {len(values)} numbers in {field!r}, expected {count}: one for each "
+        raise ValueError(
+            f"{len(values)} numbers in {field!r}, expected {count}: one for each "
             f"{'of its negatives' if field == 'negative_scores' else 'concept, as the first sample has'}"
         )
-    return [float(value) for value in values]
+    if None in values:
+        raise ValueError(f"a number in {field!r} is {str(sample.meta[field][values.index(None)])[:20]}, expected a finite one")
+    return values
+
+
+def _finite(value: float) -> float | None:
+    """A number of a JSON that float32 can hold, else None."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) < 3e38 else None  # not NaN
 
 
 def _new_pixels(shape: tuple[int, ...]) -> Tensor:

@@ -15,10 +15,10 @@ import re
 import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vlp.data.archives import Archive, extension_of, printable
-from vlp.data.members import Content, read_text
+from vlp.data.captions import Choice, lines_of, read_texts
 from vlp.data.tables import Item
 
 _SPLIT = re.compile(
@@ -39,9 +39,12 @@ class Tree:
     notes: list[str] = field(default_factory=list)  # what was decided and may surprise
 
 
-def read_tree(archive: Archive) -> Tree:
+def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
     """The pictures of an archive with their captions or classes; raises ValueError saying what is
-    there instead."""
+    there instead.
+
+    `lines`: a text file of several lines is one caption, or each of its lines is one.
+    """
     if not archive.names:
         found = f"; found {archive.left_out}" if archive.left_out.counts else ""
         raise ValueError(f"{archive.path} holds no images{found}{_shards_hint(archive)}")
@@ -54,7 +57,7 @@ def read_tree(archive: Archive) -> Tree:
             f"{archive.path}/{splits[0]} (in a tar: --split-folder {splits[0]}, in a configuration "
             f"split: {splits[0]})"
         )
-    return _pairs(archive, texts) if texts else _classes(archive)
+    return _pairs(archive, texts, lines) if texts else _classes(archive)
 
 
 def splits_in(archive: Archive) -> list[str]:
@@ -101,28 +104,30 @@ def _stem(name: str) -> str:
     return unicodedata.normalize("NFC", os.path.splitext(name)[0])
 
 
-def _pairs(archive: Archive, texts: dict[str, dict[str, str]]) -> Tree:
-    items, problems, keys = [], [], set()
+def _pairs(
+    archive: Archive, texts: dict[str, dict[str, str]], lines: Literal["one", "each"]
+) -> Tree:
+    choice = Choice(lines=lines)
+    items, problems, keys, n_several = [], [], set(), 0
     for name in archive.names:
         if name not in texts:
             problems.append(f"{name!r} has no text beside it ({_expected(name)})")
             continue
-        content = Content(key=name)
         try:
-            read_text(
-                content,
-                {kind: archive.texts[text].read_text() for kind, text in texts[name].items()},
+            found = read_texts(
+                {kind: archive.texts[text].read_text() for kind, text in texts[name].items()}
             )
-        except (ValueError, OSError) as error:
+        except OSError as error:
             problems.append(f"the text beside {name!r} cannot be used: {error}")
             continue
-        keys |= content.meta.keys()
-        if content.captions or any(label in content.meta for label in _LABELS):
-            items.append(
-                Item(name, 0, list(content.captions), {"image": printable(name), **content.meta})
-            )
+        keys |= found.meta.keys()
+        captions = choice.captions(found.meta, found.text)
+        n_several += captions == (found.text,) and len(lines_of(found.text)) > 1
+        if captions or any(label in found.meta for label in _LABELS):
+            items.append(Item(name, 0, list(captions), {"image": printable(name), **found.meta}))
         else:
-            problems.append(f"the text beside {name!r} holds no caption")
+            why = f": {'; '.join(found.notes)}" if found.notes else ""
+            problems.append(f"the text beside {name!r} holds no caption{why}")
     if not items:
         there = f"; the JSON files have the keys {', '.join(sorted(keys)[:12])}" if keys else ""
         raise ValueError(
@@ -135,7 +140,13 @@ def _pairs(archive: Archive, texts: dict[str, dict[str, str]]) -> Tree:
     classes = sorted(named) if not numbered and all(isinstance(name, str) for name in named) else []
     used = {text for beside in texts.values() for text in beside.values()}
     _leave_out_texts(archive, sorted(archive.texts.keys() - used))
-    return Tree(items, classes, True, problems)
+    notes = []
+    if n_several:
+        notes.append(
+            f"text files of several lines are one caption each beside {n_several:,} images; "
+            "lines: each (--lines each) makes each line a caption"
+        )
+    return Tree(items, classes, True, problems, notes)
 
 
 def _leave_out_texts(archive: Archive, names: list[str]) -> None:

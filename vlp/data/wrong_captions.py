@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlp.data.captions import Choice
+
 LISTS = ("negatives", "counterfactuals")
 GIVEN = -1
 
@@ -77,7 +79,7 @@ def _numbered(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
     """The captions as the JSON numbers them: it may hold blank ones, and others than those in use."""
     written = meta.get("captions")
     if not isinstance(written, list) or not all(isinstance(caption, str) for caption in written):
-        written = captions
+        written = Choice().captions(meta, "") or captions
     return [caption.strip() for caption in written]
 
 

@@ -14,6 +14,7 @@ A loss file holds
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,7 +115,7 @@ class Objective:
         self.plugins, self.engine, self.normalize = plugins, engine, normalize
         self.required = {p.label: _needs(p) for p in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
-        self.reads = self.needs.union(ALWAYS, {"step"}, *(getattr(p.module, "OPTIONAL", ()) for p in plugins))
+        self.reads = reads(plugins).union(ALWAYS, {"step"})
         stateful = {p.label: p for p in plugins if hasattr(p.module, "initial_state")}
         self.state = {label: p.module.initial_state(p.options) for label, p in stateful.items()}
         for table in (s for state in self.state.values() for s in state.values() if isinstance(s, Table)):
@@ -238,6 +239,11 @@ class Objective:
             if n < least:
                 raise ValueError(f"the term {plugin.label!r} needs at least {least} candidates a row, found {n}: raise "
                                  "the batch size or the group size")  # fmt: skip
+
+
+def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
+    """The keywords that some of the terms read, needed or not."""
+    return frozenset().union(*(_needs(p).union(getattr(p.module, "OPTIONAL", ())) for p in plugins))
 
 
 def _needs(plugin: Plugin) -> frozenset[str]:

@@ -14,8 +14,8 @@ import torch
 from vlp.config import Captions
 from vlp.data import wrong_captions
 from vlp.data.archives import Archive, Place, image_type
-from vlp.data.index import LABELS, labels_of
 from vlp.data.listing import Named, settle
+from vlp.data.rows import LABELS, labels_of
 from vlp.data.sources import Source, captions_of
 from vlp.data.trees import read_tree
 from vlp.types import Sample
@@ -24,7 +24,7 @@ from vlp.types import Sample
 def open_tree(path: str, split: str, on_missing: str, captions: Captions, *, paired: bool) -> Listed:
     """A tree of pictures without a table, which must be pairs, or must be classes; raises ValueError or OSError."""
     archive = Archive(path, split)
-    tree = read_tree(archive)
+    tree = read_tree(archive, captions.lines)
     if tree.paired != paired:
         there = "images with texts beside them; use {name: folder}" if tree.paired else (
             "one folder a class and no text beside an image; use {name: classes}, or name a table with captions: TABLE"

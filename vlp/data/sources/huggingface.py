@@ -19,7 +19,7 @@ import torch
 from vlp.config import Captions
 from vlp.data import wrong_captions
 from vlp.data.archives import Place, image_type
-from vlp.data.index import LABELS, labels_of
+from vlp.data.rows import LABELS, labels_of
 from vlp.data.sources import Source, captions_of
 from vlp.data.tables.columns import CLASS_COLUMNS, DIALOGUE_COLUMNS, column, listed, split_column, usual, usual_captions
 from vlp.data.tables.values import NoText, asked, counted, equals, jsonable, shown, texts

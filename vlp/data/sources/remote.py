@@ -21,8 +21,12 @@ from braceexpand import braceexpand
 
 from vlp import log
 from vlp.config import Captions
+from vlp.data.captions import Texts
 from vlp.data.fetch import Cache
-from vlp.data.index import NAME, Shard, cache_folder, parse_index, save_index, scan
+from vlp.data.index import NAME, OldIndex, cache_folder, parse_index, save_index
+from vlp.data.paths import is_packed
+from vlp.data.rows import Shard
+from vlp.data.scan import scan
 from vlp.data.sources import Source
 from vlp.data.sources.shards import Shards
 from vlp.types import Sample
@@ -31,8 +35,8 @@ _REST_S = 300.0  # before a shard that failed all tries is asked for again
 
 
 @dataclass(frozen=True)
-class Options:
-    """Where the shards are and how much of them is held here."""
+class Options(Texts):
+    """Where the shards are, how much of them is held here, and which of their texts are captions."""
 
     path: str  # addresses with braces, several joined by ::, or a folder's address ending in /
     window: int = 8  # shards whose samples are shuffled together
@@ -41,6 +45,7 @@ class Options:
     storage: dict[str, Any] = field(default_factory=dict)  # fsspec's options for this kind of address
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.window < 1 or min(self.cache_gb, self.stall_s) <= 0:
             raise ValueError(
                 f"window is {self.window}, cache_gb {self.cache_gb}, stall_s {self.stall_s}; expected at least 1, and more than 0"
@@ -57,7 +62,7 @@ def open(options: Options, captions: Captions) -> Remote:
     needed = 3 * options.window * max(sizes)  # this window, the next, and the one that slower processes still read
     if needed > cache.limit_bytes:
         raise ValueError(f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need {needed / 1e9:.2g}")
-    return Remote(Shards(urls, shards, captions), cache, options.window)
+    return Remote(Shards(urls, shards, captions, options), cache, options.window)
 
 
 def _storage(options: Options) -> dict[str, Any]:
@@ -84,6 +89,11 @@ def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[int]]:
             urls += braceexpand(part)
     if not urls:
         raise ValueError(f"{path!r} names no shards; expected .tar addresses or a folder's address ending in /")
+    if packed := [url for url in urls if is_packed(url)]:
+        raise ValueError(
+            f"{packed[0]} is compressed, but samples are read from any place of a plain tar; fetch the shards and write plain "
+            "ones: vlp data reshard FOLDER --to DIR (the source webdataset reads them as they are, in their order)"
+        )
     try:
         file_system, _ = fsspec.url_to_fs(urls[0], **storage)
         return urls, [int(file_system.info(url)["size"]) for url in urls]
@@ -102,7 +112,10 @@ def _index(urls: list[str], sizes: list[int], cache: Cache) -> list[Shard]:
     if stale:
         log.warn(f"{len(stale)} of {len(urls)} shards have no index beside them; each is fetched once to make it")
     for url in stale:
-        known[url] = scan(Path(cache.get(url)))
+        try:
+            known[url] = scan(Path(cache.get(url)))
+        except ValueError as error:
+            raise ValueError(f"{url}: {error}") from None
     for folder in sorted({url.rpartition("/")[0] for url in stale}):
         own = {u.rpartition("/")[2]: shard for u, shard in known.items() if u.rpartition("/")[0] == folder}
         save_index(_place(folder, cache), own)
@@ -119,7 +132,7 @@ def _known(folder: str, cache: Cache) -> dict[str, Shard]:
         try:
             with fsspec.open(url, "rb", **(cache.storage if url.startswith(folder) else {})) as file:
                 return parse_index(file.read())
-        except FileNotFoundError:
+        except (FileNotFoundError, OldIndex):
             continue
         except ValueError as error:
             log.warn(f"{url} is not a usable index ({error}); its shards are scanned again")

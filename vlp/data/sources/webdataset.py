@@ -35,7 +35,8 @@ from typing import Any
 from braceexpand import braceexpand
 
 from vlp.config import Captions
-from vlp.data.members import IMAGE_TYPES, TEXT_TYPES, Content, read_text
+from vlp.data.captions import Choice, Texts
+from vlp.data.members import TEXT_TYPES, Content, fill, parse_name, separate
 from vlp.data.sources import Source, captions_of
 from vlp.types import Sample
 
@@ -49,7 +50,7 @@ class StreamError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Texts):
     """Which stream, how long a pass over it is, and in how many parts it is read."""
 
     samples: int  # of a pass: an epoch
@@ -60,6 +61,7 @@ class Options:
     buffer: int = 0  # samples of a part among which the order is drawn; webdataset's shuffle, with a fixed seed
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.urls) == bool(self.pipeline):
             raise ValueError("give either urls or pipeline")
         if self.pipeline and not all(self.pipeline.partition(":")):
@@ -82,7 +84,7 @@ class Stream(Source):
     """Samples of a stream by their number in a pass, cheap where the numbers rise (see the module)."""
 
     def __init__(self, options: Options, captions: Captions) -> None:
-        self.options, self.captions = options, captions
+        self.options, self.captions, self.choice = options, captions, Choice.of(options, captions)
         self.urls = [url for part in options.urls.split("::") for url in braceexpand(part)] if options.urls else []
         self.reserve = min(RESERVE, options.samples)
         self._first: list[Sample] = []
@@ -110,7 +112,7 @@ class Stream(Source):
             self._parts[part] = _Part(lambda: self._open(part), f"part {part} of the webdataset stream")
         found = self._parts[part].take(position * self.options.run + place)
         try:
-            return _sample(i, found, self.captions)
+            return _sample(i, found, self.choice, self.captions)
         except ValueError as error:
             return error
 
@@ -171,25 +173,40 @@ class _Part:
                 raise StreamError(f"{self.name} is empty")
 
 
-def _sample(i: int, found: dict[str, Any], captions: Captions) -> Sample:
+def _sample(i: int, found: dict[str, Any], choice: Choice, captions: Captions) -> Sample:
     """webdataset's mapping of extensions to bytes as a sample; raises ValueError for one that cannot be used."""
     if not isinstance(found, dict):
         raise StreamError(f"the webdataset pipeline gives {type(found).__name__}; expected mappings: take out to_tuple and batched")
-    members = {kind.lower(): value for kind, value in found.items() if kind.lower() in IMAGE_TYPES | TEXT_TYPES}
-    for kind, value in members.items():
-        if isinstance(value, str) and kind in TEXT_TYPES:
-            members[kind] = value.encode()
-        elif not isinstance(value, bytes):
-            raise StreamError(f"the webdataset pipeline gives {kind!r} as {type(value).__name__}; expected bytes: take out decode")
-    kind = next((kind for kind in members if kind in IMAGE_TYPES), None)
-    if kind is None or not members[kind]:
-        raise ValueError(f"no image among the members {sorted(k for k in found if not k.startswith('__'))}")
-    content = Content(str(found.get("__key__", i)), members[kind], kind)
-    read_text(content, {name: value for name, value in members.items() if name in TEXT_TYPES})
-    texts = captions_of(content.captions, content.meta, captions)
+    prefix = str(found.get("__key__", i))
+    parts: dict[str, dict[str, tuple[str, bytes]]] = {}
+    for ending, value in found.items():
+        name = parse_name(f"{prefix}.{ending}") if not ending.startswith("__") else None
+        if name is not None and name.kind:
+            parts.setdefault(name.key, {}).setdefault(name.kind, (name.extension, _bytes(ending, value, name.kind)))
+
+    samples = {key: members for key, members in separate(parts)[0].items() if members.get("image", ("", b""))[1]}
+    if len(samples) != 1:
+        there = sorted(ending for ending in found if not ending.startswith("__"))
+        if not samples:
+            raise ValueError(f"no image among the members {there}")
+        raise ValueError(f"webdataset joins the samples {sorted(samples)} at their first dot; read the tars by the source shards")
+    [(key, members)] = samples.items()
+    extension, image = members["image"]
+    content = Content(key, image, extension)
+    fill(content, {kind: value for kind, (_, value) in members.items() if kind in TEXT_TYPES})
+    texts = captions_of(choice.captions(content.meta, content.text), content.meta, captions)
     if not texts:
-        raise ValueError("no caption")
-    return Sample(i, content.key, content.image, kind, texts, content.meta)
+        raise ValueError(f"no caption{f' under {choice.names}' if choice.names else ''}; {'; '.join(content.notes)}".rstrip("; "))
+    weights = choice.weights(content.meta, content.text)
+    return Sample(i, content.key, content.image, extension, texts, content.meta, weights=weights)
+
+
+def _bytes(ending: str, value: Any, kind: str) -> bytes:
+    if isinstance(value, str) and kind in TEXT_TYPES:
+        return value.encode()
+    if not isinstance(value, bytes):
+        raise StreamError(f"the webdataset pipeline gives {ending!r} as {type(value).__name__}; expected bytes: take out decode")
+    return value
 
 
 def _function(name: str) -> Callable[[int, int], Iterable[dict[str, Any]]]:

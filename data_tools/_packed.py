@@ -1,0 +1,53 @@
+"""Compressed tars, unpacked beside the output of a tool that needs them plain, for as long as it works."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+from vlp.data.tar import open_packed, packed_with
+
+FOLDER = "_unpacked"
+
+
+class Unpacked:
+    """The plain tars of a tool's input: itself, or a copy in a folder of the tool's output."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / FOLDER
+        self.n = 0
+
+    def plain(self, path: Path) -> Path:
+        """The tar to read; raises ValueError for a stream that is damaged. A copy that a killed call left is taken up."""
+        with open(path, "rb") as file:
+            if not packed_with(file.read(8)):
+                return path
+        copy = self.folder / f"{self.n:05d}_{path.stat().st_size}.tar"
+        self.n += 1
+        if not copy.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _unpack(path, copy)
+        return copy
+
+    def remove(self) -> None:
+        """Take the copies away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _unpack(path: Path, copy: Path) -> None:
+    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    try:
+        with open_packed(path) as stream, open(temporary, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, copy)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk, not of the stream
+            raise
+        raise ValueError(f"{path} cannot be unpacked to its end ({error}); fetch it again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
