@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ import yaml
 
 from vlp import schema
 from vlp.plugin import Keyed, KeyedPlugins, Named, Plugin
-from vlp.schema import ConfigError, Problem
+from vlp.schema import ConfigError, Problem, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,17 @@ class Duration:
 
     def steps(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> int:
         """The span in optimiser steps of `batch` samples, at least 1 unless the value is 0; `%` needs `total` steps."""
+        span = self.span(batch=batch, steps_per_epoch=steps_per_epoch, total=total)
+        return max(1, round(span)) if span else 0
+
+    def span(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> Fraction:
+        """The span in steps before rounding; its multiples are rounded one by one, so that they do not drift."""
         if self.unit == "%" and total is None:
             raise ValueError("a percentage has no meaning here; give steps, epochs (3ep) or samples (2Msamples)")
-        per_unit = {"steps": 1, "ep": steps_per_epoch, "samples": 1 / batch, "%": (total or 0) / 100}[self.unit]
-        return max(1, round(self.value * per_unit)) if self.value else 0
+        per_unit = {
+            "steps": Fraction(1), "ep": Fraction(steps_per_epoch), "samples": Fraction(1, batch), "%": Fraction(total or 0, 100)
+        }  # fmt: skip
+        return Fraction(str(self.value)) * per_unit[self.unit]
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,24 @@ class Plan:
         return duration.steps(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
 
     def due(self, every: Duration | None, step: int) -> bool:
-        """Whether something done `every` so often is due after `step` updates; at the end it always is."""
-        return step == self.total or (every is not None and step % max(1, self.steps(every)) == 0)
+        """Whether something done `every` so often is due after `step` updates; at the end it always is.
+
+        It is due at the rounded multiples of the span. A multiple in per cent that falls short of the end by less than a
+        tenth of the span (33% three times) is the end itself, so that nothing is done twice within a few steps.
+        """
+        if step == self.total or every is None:
+            return step == self.total
+        span = every.span(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
+        if span <= 1:
+            return True
+        nearest = round(step / span)
+        multiples = [k * span for k in (nearest - 1, nearest, nearest + 1) if round(k * span) == step]
+        meant_for_the_end = every.unit == "%" and any(0 <= self.total - m < span / 10 for m in multiples)
+        return bool(multiples) and not meant_for_the_end
+
+    def due_steps(self, every: Duration | None) -> list[int]:
+        """All steps after which something done `every` so often is due."""
+        return [step for step in range(1, self.total + 1) if self.due(every, step)]
 
 
 @dataclass(frozen=True)
@@ -268,7 +292,7 @@ class Train:
     batch: int  # global: rows of one step over all ranks
     micro_batches: int = 1  # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
     optimizer: Optimizer = Optimizer()
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA and on CPUs with AMX
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: the faster one, as a short measurement finds
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"  # auto: what the launcher set up
     compile: bool = False
     activation_checkpointing: bool = False
@@ -357,7 +381,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError([Problem((), f"no configuration file {path}; installed ones: {', '.join(shipped())}")]) from None
+        raise ConfigError([Problem((), f"no configuration file {path}{did_you_mean(path.stem, shipped())}")]) from None
+    except IsADirectoryError:
+        files = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "none"
+        raise ConfigError([Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem((), f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})")]) from None
     for override in overrides or []:
         _override(tree, override, lines)
     return parse(tree, lines)
@@ -430,7 +459,17 @@ def _override(tree: dict[str, Any], override: str, lines: dict[schema.Path, str]
             if isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}
             node = node[key]
-        node[last] = yaml.safe_load(value)
+        node[last] = _value(override, value)
     except (TypeError, IndexError, KeyError):
         raise ConfigError([Problem(tuple(keys), f"override {override!r} leads through something that is not a mapping")]) from None
     lines[tuple(keys)] = f"override {override!r}"
+
+
+def _value(override: str, text: str) -> Any:
+    """The YAML value that an override gives."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or str(error)
+        advice = "quote text that holds signs of YAML: key='\"[1\"'"
+        raise ConfigError([Problem((), f"override {override!r}: {text!r} is not a YAML value ({reason}); {advice}")]) from None

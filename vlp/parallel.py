@@ -28,8 +28,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
 from vlp.model import DualEncoder
+from vlp.precision import faster
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides "step"
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 State = tuple[dict[str, Tensor], dict[str, Tensor]]  # (model, optimiser)
 
 
@@ -224,9 +226,8 @@ def accelerator(device: torch.device, deepspeed_plugin: Any = None) -> Any:
 def precision(options: config.Train, device: torch.device) -> torch.dtype:
     """The dtype of the towers' arithmetic; parameters, scale, bias and the loss stay float32."""
     if options.precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if options.precision == "bf16" else torch.float32
+        return DTYPES[faster(device.type)]
+    return DTYPES[options.precision]
 
 
 def _device(name: str) -> torch.device:
