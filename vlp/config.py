@@ -412,7 +412,7 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     """A configuration's file by path, or by the name of a shipped one."""
-    return Path(name) if Path(name).exists() else shipped().get(name.removesuffix(".yaml"), Path(name))
+    return Path(name) if Path(name).is_file() else shipped().get(name.removesuffix(".yaml"), Path(name))
 
 
 def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, str]]:

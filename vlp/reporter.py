@@ -22,8 +22,9 @@ class Reporter:
     def __init__(self, config: Config, plan: Plan, step: int) -> None:
         self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
         if self.main:
+            self.run.mkdir(parents=True, exist_ok=True)
             self.trackers = log.Trackers(config.log.trackers, self.run, plain(config))
-            self.run.mkdir(parents=True, exist_ok=True)  # not before everything was checked: config.yaml makes it a run
+            # Not before everything was checked: config.yaml makes it a run.
             write_atomically(self.run / "config.yaml", configuration.dump(config).encode())
             self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)
         self.first = self.last = step
