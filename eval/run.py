@@ -139,12 +139,12 @@ def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]
 def _tasks(options: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
+    from vlp.config import read_yaml
+
     if options.suite:
         if options.task or options.data:
             raise ValueError("--suite names the tasks itself; leave out --task and --data")
-        suite = yaml.safe_load(Path(options.suite).read_text(encoding="utf-8"))
-        if not isinstance(suite, dict):
-            raise ValueError(f"{options.suite} holds {type(suite).__name__}, expected a mapping of tasks to their options")
+        suite, _ = read_yaml(Path(options.suite).read_text(encoding="utf-8"), options.suite)
         return suite.get("eval", suite)
     name, *pairs = options.task
     given: dict[str, Any] = {}

@@ -75,24 +75,32 @@ class Plan:
         return duration.steps(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
 
     def due(self, every: Duration | None, step: int) -> bool:
-        """Whether something done `every` so often is due after `step` updates; at the end it always is.
-
-        It is due at the rounded multiples of the span. A multiple in per cent that falls short of the end by less than a
-        tenth of the span (33% three times) is the end itself, so that nothing is done twice within a few steps.
-        """
+        """Whether something done `every` so often is due after `step` updates: see `due_steps`."""
         if step == self.total or every is None:
             return step == self.total
-        span = every.span(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
-        if span <= 1:
-            return True
+        span, n_multiples = self._multiples(every)
         nearest = round(step / span)
-        multiples = [k * span for k in (nearest - 1, nearest, nearest + 1) if round(k * span) == step]
-        meant_for_the_end = every.unit == "%" and any(0 <= self.total - m < span / 10 for m in multiples)
-        return bool(multiples) and not meant_for_the_end
+        near = range(max(1, nearest - 1), min(nearest + 1, n_multiples) + 1)
+        return span <= 1 or any(round(k * span) == step for k in near)
 
     def due_steps(self, every: Duration | None) -> list[int]:
-        """All steps after which something done `every` so often is due."""
-        return [step for step in range(1, self.total + 1) if self.due(every, step)]
+        """The steps after which something done `every` so often is due: the rounded multiples of the span, and the end.
+
+        A multiple in per cent that falls short of the end by less than a tenth of the span (33% three times) is the end
+        itself, so that nothing is done twice within a few steps.
+        """
+        if every is None:
+            return [self.total]
+        span, n_multiples = self._multiples(every)
+        if span <= 1:
+            return list(range(1, self.total + 1))
+        return sorted({*(round(k * span) for k in range(1, n_multiples + 1)), self.total})
+
+    def _multiples(self, every: Duration) -> tuple[Fraction, int]:
+        """The span of `every` in steps, and how many of its multiples lie within the run."""
+        span = every.span(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
+        room = self.total - span / 10 if every.unit == "%" else Fraction(self.total)
+        return span or Fraction(1), int(room / (span or 1))
 
 
 @dataclass(frozen=True)
@@ -423,7 +431,7 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, s
     except yaml.YAMLError as error:
         raise ConfigError([Problem((), f"{name}: not valid YAML: {error}")]) from None
     if not isinstance(values, dict):
-        raise ConfigError([Problem((), f"{name}: found {type(values).__name__}, expected a mapping of sections")])
+        raise ConfigError([Problem((), f"{name}: found {type(values).__name__}, expected a mapping of keys to values")])
     lines: dict[schema.Path, str] = {(): name}
     problems: list[Problem] = []
     _mark(root, (), name, lines, problems)
