@@ -1,5 +1,6 @@
 """Whole runs under every engine, as a person starts them: train, checkpoint, kill, resume, export."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -35,7 +36,10 @@ def test_two_ranks_that_wait_for_data_save_within_the_launchers_grace(settings, 
     """The launcher signals each rank's process group, loader processes and all."""
     settings(out="run")
     command = [sys.executable, *LAUNCH, str(tmp_path / "run.yaml"), *STUCK, "data.workers=2"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where the pipeline that gets stuck is found
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
     wait_for_steps(process, tmp_path / "run" / "metrics.jsonl", 4)
     time.sleep(2)
     start = time.monotonic()

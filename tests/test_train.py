@@ -252,6 +252,21 @@ def test_a_second_signal_ends_the_process_at_once_and_nohup_is_respected():
     assert "the same again ends the run at once" in done.stderr
 
 
+def test_a_console_that_nobody_reads_asks_to_stop_and_stays_quiet():
+    script = (
+        "import signal; from vlp.lifetime import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    with stop.console():\n"
+        "        print('step 1' * 99999, flush=True)\n"
+        "    assert stop.received == signal.SIGPIPE\n"
+        "    print('saved', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == b"", errors.decode()
+
+
 @pytest.mark.parametrize("had", ["float32", "bf16"])  # one of them is not what this machine would choose
 def test_a_resumed_run_keeps_the_precision_that_it_began_with(settings, capsys, had):
     run = train(settings(f"train.precision={had}", "train.duration=2", "data.workers=0"))
