@@ -65,12 +65,14 @@ def test_what_heads_give():
     found = embed(model, batch, {"image", "text", "image_views", "text_views", "concept_logits", "caption_logits"})
     assert found["image_views"].shape == found["text_views"].shape == (3, 2, 48)
     assert torch.allclose(found["image_views"].norm(dim=-1), torch.ones(3, 2))
-    assert torch.equal(found["image_views"][:, 0], found["image_views"][:, 1])  # the same view twice
+    # The same view twice. Close, not equal: a kernel's last bits may depend on a row's place in its batch.
+    torch.testing.assert_close(found["image_views"][:, 0], found["image_views"][:, 1], rtol=0, atol=1e-6)
     assert (found["image_views"][:, 0] - found["image"]).abs().max() > 0.01  # by a projection of their own
     assert found["concept_logits"].shape == (3, 5)
     assert found["caption_nll"].shape == (3, ids.shape[1] - 1) and (found["caption_nll"] > 0).all()
     bare = embed(model, batch, {"image", "text"})
-    assert torch.equal(bare["image"], found["image"]) and bare.keys() == {"image", "text", "scale"}
+    assert bare.keys() == {"image", "text", "scale"}
+    torch.testing.assert_close(bare["image"], found["image"], rtol=0, atol=1e-6)  # without the views' rows beside them
 
 
 def test_a_caption_position_sees_the_image_and_the_words_before_it():

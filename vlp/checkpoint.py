@@ -12,8 +12,10 @@ A checkpoint is a folder `RUN/checkpoints/step_00000100` with
     manifest.json           size and SHA-256 of each file above, written last
 
 It is written under a temporary name, synced and renamed, so a folder without the `.tmp` ending is complete unless the
-disk damaged it; reading verifies the manifest. No random state is stored: all randomness of a step is derived from
-(seed, step) by vlp.step and vlp.data. Nothing here needs pickle.
+disk damaged it; reading verifies the manifest. A run that goes on from an older checkpoint renames the newer ones to
+`step_00000200.abandoned`, so that the newest is always of the branch in use. Weights with NaN or infinity are never
+written. No random state is stored: all randomness of a step is derived from (seed, step) by vlp.step and vlp.data.
+Nothing here needs pickle.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from vlp.model import DualEncoder, from_description
 from vlp.model import load as load_export
 
 FOLDER = "checkpoints"
+ABANDONED = ".abandoned"  # ending of a checkpoint that the run did not go on from
 TENSORS = ("model", "optimizer", "objective", "teacher")  # each a .safetensors file
 
 
@@ -57,30 +60,88 @@ class Contents:
 
 
 def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
-    """Write a checkpoint of `step` and then remove the oldest beyond `keep`. Called by one rank only.
+    """Write a checkpoint of `step` and then remove what is beyond `keep`. Called by one rank only.
 
-    A failure (a full disk, say) leaves all earlier checkpoints as they were.
+    A failure (a full disk, say) leaves all earlier checkpoints as they were and nothing of the new one. Raises
+    CheckpointError, having written nothing, for weights or moments with NaN or infinity.
     """
+    for name in ("model", "optimizer", "teacher"):
+        if wrong := not_finite(getattr(contents, name)):
+            raise CheckpointError(f"step {step} is not saved: NaN or infinity in {wrong[0]} and {len(wrong) - 1} other tensors")
     final = run / FOLDER / f"step_{step:08d}"
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name in TENSORS:
-        save_file({k: v.detach().cpu().contiguous() for k, v in getattr(contents, name).items()}, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps(contents.state, indent=1), encoding="utf-8")
-    (temporary / "model.json").write_text(json.dumps(contents.description, indent=1), encoding="utf-8")
-    (temporary / "config.yaml").write_text(contents.config, encoding="utf-8")
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in temporary.iterdir():
-        sync(path)
-    sync(temporary)
+    try:
+        _write(temporary, contents)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint would only fill the disk further
+        raise
     shutil.rmtree(final, ignore_errors=True)  # only there if an earlier save of this very step was found damaged
     os.replace(temporary, final)
     sync(final.parent)
-    for old in all_of(run)[:-keep]:
-        shutil.rmtree(old)
+    _prune(run, final, keep)
     return final
+
+
+def _write(folder: Path, contents: Contents) -> None:
+    """All files of a checkpoint, on the disk when this returns."""
+    for name in TENSORS:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(contents, name).items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps(contents.state, indent=1), encoding="utf-8")
+    (folder / "model.json").write_text(json.dumps(contents.description, indent=1), encoding="utf-8")
+    (folder / "config.yaml").write_text(contents.config, encoding="utf-8")
+    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+
+
+def _prune(run: Path, newest: Path, keep: int) -> None:
+    """Remove all but `newest`, which has just been written, and the latest keep − 1 others that look complete.
+
+    Damaged ones go first, so that they take no place of a good one; abandoned ones go when the run has passed them.
+    """
+    others = [path for path in all_of(run) if path != newest]
+    complete = [path for path in others if _looks_complete(path)]
+    kept = complete[len(complete) - (keep - 1) :]
+    for path in others:
+        if path not in kept:
+            shutil.rmtree(path)
+    for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):
+        if path.name.split(".")[0] <= newest.name:
+            shutil.rmtree(path)
+
+
+def _looks_complete(path: Path) -> bool:
+    """Whether all files have their sizes, which is known without reading them."""
+    try:
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in _manifest(path).items())
+    except (OSError, CheckpointError):
+        return False
+
+
+def abandon(run: Path, step: int) -> list[Path]:
+    """Set aside the checkpoints after `step`, from which the run goes on; returns their new places.
+
+    They belong to a branch that is no longer the run's: `newest` would otherwise go back to it. They are removed when
+    the run has saved a later step.
+    """
+    moved = []
+    for path in all_of(run):
+        if path.name > f"step_{step:08d}":
+            place = path.with_name(path.name + ABANDONED)
+            shutil.rmtree(place, ignore_errors=True)  # of an even earlier branch
+            moved.append(path.rename(place))
+    return moved
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors with NaN or infinity."""
+    floating = ((name, value) for name, value in tensors.items() if value.is_floating_point())
+    return [name for name, value in floating if not value.isfinite().all()]
 
 
 def load(path: Path) -> Contents:
@@ -95,29 +156,43 @@ def load(path: Path) -> Contents:
 
 def verify(path: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no complete checkpoint: its manifest.json cannot be read ({error})") from None
-    for name, expected in manifest.items():
+    for name, expected in _manifest(path).items():
         file = path / name
-        size = file.stat().st_size if file.exists() else None
+        size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"]:
             raise CheckpointError(f"{file} is damaged: found {size} bytes, expected {expected['bytes']}")
         if _sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest's")
 
 
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifest of a checkpoint, found whole; raises CheckpointError."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no complete checkpoint: its manifest.json cannot be read ({error})") from None
+    entries = manifest if isinstance(manifest, dict) else {}
+    missing = {"model.safetensors", "state.json", "model.json", "config.yaml"} - entries.keys()
+    if missing:
+        raise CheckpointError(f"{path} is no complete checkpoint: its manifest.json does not name {sorted(missing)[0]}")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"} or Path(name).name != name:
+            raise CheckpointError(f"{path} is damaged: manifest.json says {str(entry)[:80]} of {name!r}")
+    return entries
+
+
 def all_of(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, complete or not; temporary ones are left out."""
-    return sorted(p for p in (run / FOLDER).glob("step_*") if p.suffix != ".tmp")
+    """Checkpoint folders of a run, oldest first, complete or not; temporary and abandoned ones are left out."""
+    return sorted(path for path in (run / FOLDER).glob("step_*") if not path.suffix)
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint that verifies; damaged newer ones are named in a warning. None if there is none."""
+    """The newest checkpoint that verifies and has finite weights; others are named in a warning. None if there is none."""
     for path in reversed(all_of(run)):
         try:
             verify(path)
+            if wrong := not_finite(load_file(path / "model.safetensors")):
+                raise CheckpointError(f"{path} holds NaN or infinity in {wrong[0]}")
             return path
         except CheckpointError as error:
             log.warn(f"{error}; trying the checkpoint before it")

@@ -305,10 +305,14 @@ class Train:
     compile: bool = False
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    non_finite: Literal["stop", "skip"] = "stop"  # a step with NaN or infinity: end the run, or leave the step out
+    max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop")
 
 
 @dataclass(frozen=True)

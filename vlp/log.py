@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -40,7 +41,9 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Append one record and hand it to the operating system at once."""
+        """Append one record and hand it to the operating system at once. NaN and infinity, which JSON has no words
+        for, become null."""
+        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
 

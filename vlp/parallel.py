@@ -4,7 +4,8 @@
     engine.prepare(model, config.train)        wraps the model (weights already restored), builds the optimiser
     with engine.micro_batch(last=True):        around a forward and its backward; ranks exchange gradients at the last
         engine.backward(loss)                  one only, where the engine allows it
-    engine.update(lr)                          clips, updates, clears; returns the gradient's norm
+    engine.update(lr)                          clips, updates, clears; returns the gradient's norm, and updates
+                                               nothing where that is not finite
     engine.state() / engine.load_moments(...)  whole tensors by parameter name: the same for every engine and any W
     engine.average() / engine.follow(...)      a moving average of the model (vlp.teacher)
 
@@ -88,8 +89,13 @@ class Replicated:
         loss.backward()
 
     def update(self, lr: float) -> Tensor:
-        """One AdamW step at rate `lr`; returns the norm of the averaged gradient before clipping."""
+        """One AdamW step at rate `lr`; returns the norm of the averaged gradient before clipping.
+
+        Where the norm is not finite, on all ranks alike, neither weights nor moments move: the fused optimiser looks
+        at `found_inf` on the device, so nothing waits for the answer here.
+        """
         norm = self.gradient_norm()
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
             torch._foreach_mul_([_local(p.grad) for p in self._trained()], factor)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlp import dist, model
+from vlp import dist, log, model
 from vlp.losses import Objective
 from vlp.model import IMAGES, TEXTS, VIEWS
 from vlp.parallel import Engine
@@ -38,7 +38,7 @@ LABELS = (  # Batch fields handed to the objective as they are
 
 
 class NonFiniteError(RuntimeError):
-    """Embeddings, loss or gradients with NaN or infinity; the model was not updated."""
+    """Embeddings, loss or gradients with NaN or infinity; nothing was updated."""
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Training:
     teacher: Teacher | None = None
     constants: Mapping[str, float] = field(default_factory=dict)  # keywords of the objective that no step changes
     precomputed: bool = False  # the image tower does not run: the batch's teacher_image are its embeddings
+    may_skip: int = 0  # steps with NaN or infinity that are left out before one ends the run
+    skipped: int = 0  # how many were
 
 
 def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[str, Tensor]:
@@ -63,9 +65,13 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm"; with `measure` also "log_n", what a row's term is
     worth when nothing is known, "valid.negatives" and "valid.counterfactual", the shares of this rank's texts that take
     part, and `geometry`. Loss and terms are this rank's share: their mean over ranks is the value of the whole step.
-    Raises NonFiniteError, on every rank and before the update, if any rank's embeddings or gradients are not finite.
+
+    Where embeddings, loss or any gradient of any rank are not finite, nothing moves on any rank: no weight, no moment,
+    no statistic of a batch norm, no state of the objective or the teacher. The step then counts as skipped, with a
+    warning that names the samples; beyond `training.may_skip` of them NonFiniteError is raised on every rank instead.
     """
     engine, step = training.engine, training.step
+    statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(engine.module)]
     micro = [part.to(engine.device) for part in batch.split(training.micro_batches)]
     keep_graph = len(micro) == 1
 
@@ -79,31 +85,40 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     views_first = {name: value.transpose(0, 1) for name, value in leaves.items() if name in VIEWS}  # [V, b, D]
     given = labels(training, batch) | taught | training.constants
-    total, terms = training.objective(**leaves | views_first, **given, step=step)
+    total, terms, moves = training.objective.evaluate(**leaves | views_first, **given, step=step)
     gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
     for name, value in leaves.items():  # a scale's ceiling looks at the gradient's sign: it must be the ranks' common one
         if not value.ndim:
             gradients[name] = dist.all_reduce(gradients[name], dist.world()) / dist.world_size()
-    refuse_non_finite(leaves, given, [total, *gradients.values()], batch, step)
+    poison = nan_unless_finite([total, *leaves.values(), *gradients.values()])
 
     # 3. Through the towers.
     for i, part in enumerate(micro):
         last = i == len(micro) - 1
         with engine.micro_batch(last), _attention(training):  # around backward too: it may recompute the towers
             output = outputs[i] if keep_graph else embed(training, part, i)
-            engine.backward(surrogate(output, gradients, i, last))
+            engine.backward(poison * surrogate(output, gradients, i, last))
 
-    # 4. Update.
+    # 4. Update, which the engine leaves out if the norm of all gradients is not finite.
     lr = training.learning_rate(step)
     norm = engine.update(lr)
-    if training.teacher is not None:
-        training.teacher.follow(taught, step)
+    if torch.isfinite(norm):
+        training.objective.commit(moves)
+        if training.teacher is not None:
+            training.teacher.follow(taught, step)
+    else:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        skip_or_stop(training, where_not_finite(leaves, given, batch))
     training.step += 1
+
     shown = {name: value.detach() for name, value in leaves.items() if not value.ndim}
     if measure:
         shown |= {f"valid.{name}": getattr(batch, mask).float().mean() for name, mask in model.VALID.items() if name in leaves}
         shown |= {"log_n": torch.tensor(math.log(training.objective.candidates(len(batch))))}
         shown |= geometry(leaves["image"].detach(), leaves["text"].detach())
+    if training.may_skip:
+        shown["skipped"] = torch.tensor(training.skipped)
     return {"loss": total.detach(), **terms, **shown, "lr": torch.tensor(lr), "grad_norm": norm}
 
 
@@ -190,27 +205,54 @@ def surrogate(output: dict[str, Tensor], gradients: dict[str, Tensor], index: in
     return total
 
 
-def refuse_non_finite(
-    leaves: dict[str, Tensor], given: dict[str, Any], others: list[Tensor], batch: Batch, step: int
-) -> None:
-    """Raise NonFiniteError on every rank if anything is not finite on any; names what and which samples. Collective."""
-    bad = ~torch.stack([torch.isfinite(value).all() for value in (*leaves.values(), *others)]).all()
-    if not dist.all_reduce(bad.float(), dist.world()).item():
+def batch_statistics(module: torch.nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass of a training model moves."""
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
+def nan_unless_finite(values: list[Tensor]) -> Tensor:
+    """1.0 on every rank where all values of all ranks are finite, else NaN: [] float32. Collective, without a wait.
+
+    As a factor of what is backpropagated it makes the norm of the gradient tell the whole story, so that one check by
+    the engine guards the update.
+    """
+    finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
+    n_bad = dist.all_reduce((~finite).float(), dist.world())
+    return torch.where(n_bad > 0, torch.nan, torch.ones_like(n_bad))
+
+
+def where_not_finite(leaves: dict[str, Tensor], given: dict[str, Any], batch: Batch) -> list[str]:
+    """Which tensors of which samples of all ranks are not finite, in words. Collective."""
+    lines = []
+    for name, value in (leaves | given).items():
+        if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
+            continue
+        bad_rows = (~torch.isfinite(value)).flatten(1).any(1) if value.ndim > 1 else ~torch.isfinite(value)
+        for row in bad_rows.nonzero().flatten().tolist():
+            of = f"row {row}"
+            if len(value) == len(batch):
+                of = f"of sample {batch.sample_id[row].item()} ({batch.key[row]})"
+            lines.append(f"{_described(name)} {of}")
+    return [line for of_rank in dist.gather_objects(lines) for line in of_rank]
+
+
+def skip_or_stop(training: Training, lines: list[str]) -> None:
+    """Count a step that was left out; raises NonFiniteError if it was one too many."""
+    training.skipped += 1
+    named = "\n  ".join(lines[:20])
+    if not lines:
+        named = "no embedding: an overflow in the loss (scale, bias, weights of the terms) or in the towers' backward pass"
+    if len(lines) > 20:
+        named += f"\n  … and {len(lines) - 20} more"
+    place = f"NaN or infinity at step {training.step}; nothing was updated:\n  {named}"
+    if training.skipped <= training.may_skip:
+        if dist.is_main():
+            log.warn(f"{place}\nThe step is left out, {training.skipped} of at most {training.may_skip}.")
         return
-    mine = []
-    tensors = {n: v for n, v in (leaves | given).items() if isinstance(v, Tensor) and v.ndim and v.is_floating_point()}
-    for name, value in tensors.items():
-        rows = (~torch.isfinite(value)).flatten(1).any(1) if value.ndim > 1 else ~torch.isfinite(value)
-        for row in rows.nonzero().flatten().tolist():
-            of = f"of sample {batch.sample_id[row].item()} ({batch.key[row]})" if len(value) == len(batch) else f"row {row}"
-            mine.append(f"{_described(name)} {of}")
-    found = [line for lines in dist.gather_objects(mine) for line in lines]
-    named = "\n  ".join(found[:20]) or "loss or its gradient only: look at the scale, the bias and the weights of the terms"
-    more = f"\n  … and {len(found) - 20} more" if len(found) > 20 else ""
-    raise NonFiniteError(
-        f"NaN or infinity at step {step}; the model was not updated:\n  {named}{more}\n"
-        "Look at these samples, lower optimizer.lr, or set train.precision: float32. The last checkpoint is unharmed."
-    )
+    if training.may_skip:
+        place += f"\n{training.may_skip} such steps were left out before it, which is all that train.max_skipped allows."
+    raise NonFiniteError(place)
 
 
 def _described(name: str) -> str:

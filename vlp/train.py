@@ -27,7 +27,7 @@ from vlp.reporter import Reporter
 from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.selection import Selection
-from vlp.step import Training, means_over_ranks, train_step
+from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
 
 Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
 
@@ -77,6 +77,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
         config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
         constants=stored, precomputed=config.model.precomputed,
+        may_skip=config.train.max_skipped if config.train.non_finite == "skip" else 0,
     )
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
@@ -86,7 +87,9 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         objective.load_state_dict(checkpoint.nested(contents.objective, objective.state))
         loader.load_state_dict(contents.state["loader"])
         training.step = contents.state["step"]
+        training.skipped = contents.state.get("skipped", 0)  # absent before steps could be left out
         del contents
+        set_branch_aside(run, training.step)
     report = Reporter(config, plan, training.step)
     try:
         loop(config, training, loader, chosen, plan, evaluate, report)
@@ -114,10 +117,15 @@ def loop(
             with report.waiting():
                 loader.wait(lambda: stop.received != 0)
             leave_if_asked(stop, training, save_unless_saved)
+
             batch, about = chosen.choose(training, next(batches))
             logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
-            scalars = train_step(training, batch, measure=logged) | about
+            try:
+                scalars = train_step(training, batch, measure=logged) | about
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}\n{ways_out(Path(config.out))}") from None
             step = training.step
+
             if logged:
                 with stop.console():
                     report.training(step, means_over_ranks(scalars), loader.counters())
@@ -158,18 +166,39 @@ def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) ->
         training.engine.model.train()
 
 
+def ways_out(run: Path) -> str:
+    """What a run that met NaN or infinity can go on from, in words."""
+    saved = checkpoint.all_of(run)
+    if not saved:
+        return "There is no checkpoint yet. Start anew with a lower optimizer.lr, or with train.non_finite=skip."
+    older = f", or resume={saved[-2]}" if len(saved) > 1 else ""
+    return (
+        f"The weights of {saved[-1]} are finite, but from there the run comes to this very step again. Go on with "
+        f"resume=auto and a lower optimizer.lr or train.non_finite=skip{older}, or train.precision=float32."
+    )
+
+
 def save(config: Config, training: Training, loader: Loader) -> None:
     """Write a checkpoint of the step just done. Collective."""
     model, optimizer = training.engine.state()
     taught = {} if training.teacher is None else training.teacher.state()
-    state = {"step": training.step, "loader": loader.state_dict(), "versions": versions()}
+    state = {
+        "step": training.step, "skipped": training.skipped, "loader": loader.state_dict(), "versions": versions(),
+    }  # fmt: skip
     objective = checkpoint.flat(training.objective.state_dict())
+    error = None
     if dist.is_main():
         contents = checkpoint.Contents(
             model, optimizer, objective, state, configuration.dump(config), training.engine.description, taught
         )
-        checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
-    dist.barrier()  # no rank runs on, and perhaps is killed, before the checkpoint stands
+        try:
+            checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
+        except (OSError, checkpoint.CheckpointError) as failure:
+            error = failure
+    # No rank runs on, and perhaps is killed, before the checkpoint stands; and none waits where it could not be written.
+    error = dist.broadcast_object(error)
+    if error is not None:
+        raise error
 
 
 def open_run(config: Config) -> Path | None:
@@ -198,6 +227,11 @@ def _open_run(config: Config, run: Path) -> Path | None:
             raise checkpoint.CheckpointError(f"every checkpoint of {run} is damaged; choose another folder with out=…")
     else:
         source = checkpoint.resolve(config.resume)
+        if holds_run and source.parent.resolve() != (run / checkpoint.FOLDER).resolve():
+            raise FileExistsError(
+                f"{run} holds another run than {source}, which would be overwritten; choose a new folder with out=…, or "
+                f"continue the one that is there with resume=auto"
+            )
     if source is not None:
         for key, (old, new) in changes(configuration.load(source / "config.yaml"), config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
@@ -215,6 +249,18 @@ def with_precision(config: Config, source: Path | None, device: torch.device) ->
     chosen = faster(device.type) if kept == "auto" else kept
     chosen = dist.broadcast_object(chosen)  # ranks that measured differently would not fit together
     return replace(config, train=replace(config.train, precision=chosen))
+
+
+def set_branch_aside(run: Path, step: int) -> None:
+    """Mark what the run had beyond the step that it goes on from. Called by all ranks, done by one."""
+    if not dist.is_main():
+        return
+    abandoned = checkpoint.abandon(run, step)
+    for path in abandoned:
+        log.say(f"going on from step {step}: {path.name} is of the branch that is left")
+    results = run / "results.json"
+    if abandoned and results.exists():
+        results.replace(run / f"results{checkpoint.ABANDONED}.json")
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -63,10 +63,15 @@ class ZeRO:
         self.model.backward(loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> Tensor:
-        """Clip (in DeepSpeed, by its settings), step, clear; returns the gradient's norm before clipping."""
+        """Clip (in DeepSpeed, by its settings), step, clear; returns the gradient's norm before clipping.
+
+        DeepSpeed leaves a step with non-finite gradients out by itself, on all ranks alike.
+        """
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.model.step()
+        if self.zero.overflow:
+            return torch.tensor(torch.inf)
         return torch.as_tensor(self.model.get_global_grad_norm())
 
     def state(self, everywhere: bool = False) -> State:

@@ -157,9 +157,13 @@ def _results(run: Run) -> list[dict[str, Any]]:
         return []
 
 
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)  # metrics.jsonl holds null for NaN and infinity
+
+
 def _judge(run: Run) -> None:
     """Notes that come from the whole picture."""
-    lost = [r["step"] for r in run.train if not math.isfinite(r.get("loss", 0.0))]
+    lost = [r["step"] for r in run.train if not _is_finite(r.get("loss", 0.0))]
     if lost:
         run.notes.append(f"the loss is not finite at step {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
     if not run.checkpoints:

@@ -27,6 +27,7 @@ from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
 ALWAYS = frozenset({"image", "text", "scale"})
+Moves = dict[str, dict[str, "Tensor | Write"]]  # label of a term: its new state
 
 
 @dataclass(frozen=True)
@@ -166,15 +167,29 @@ class Objective:
         return self.engine.group_size * n_rows
 
     def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        total, terms, moves = self.evaluate(**keywords)
+        self.commit(moves)
+        return total, terms
+
+    def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], Moves]:
+        """As a call, but the state stays; `commit` makes the moves returned, once the step is known to count."""
         inputs = self._inputs(keywords)
         pairs = self.engine.at(inputs.step)
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
-        total, terms = inputs.image.new_zeros((), dtype=dtype), {}
+        total, terms, moves = inputs.image.new_zeros((), dtype=dtype), {}, {}
         for plugin in self.plugins:
-            value = self._term(plugin, inputs, pairs).to(dtype)
+            value, move = self._term(plugin, inputs, pairs)
+            if move and inputs.step is not None and torch.is_grad_enabled():
+                moves[plugin.label] = move
+            value = value.to(dtype)
             terms[plugin.label] = value.detach()
             total = total + plugin.common.weight_at(inputs.step) * value
-        return total, terms
+        return total, terms, moves
+
+    def commit(self, moves: Moves) -> None:
+        """Move the state as an evaluation found. Collective where it holds numbers of each sample."""
+        for label, move in moves.items():
+            self.state[label] = {n: s.apply() if isinstance(s, Write) else s.detach() for n, s in move.items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{label: {name: tensor}}. Numbers of each sample are whole, [samples, c], on the first rank and empty on the
@@ -201,16 +216,13 @@ class Objective:
                 else:
                     own[name] = tensor.clone()
 
-    def _term(self, plugin: Plugin, inputs: Inputs, pairs: Any) -> Tensor:
+    def _term(self, plugin: Plugin, inputs: Inputs, pairs: Any) -> tuple[Tensor, dict[str, Tensor | Write]]:
         own = [self.state[plugin.label]] if plugin.label in self.state else []
         try:
             found = plugin.module.term(inputs, pairs, plugin.options, *own)
         except ValueError as error:
             raise ValueError(f"the term {plugin.label!r}: {error}") from error
-        value, state = found if own else (found, {})
-        if own and inputs.step is not None and torch.is_grad_enabled():
-            self.state[plugin.label] = {n: s.apply() if isinstance(s, Write) else s.detach() for n, s in state.items()}
-        return value
+        return found if own else (found, {})
 
     def _inputs(self, keywords: dict[str, Any]) -> Inputs:
         unknown = [f"unknown keyword {k!r}{did_you_mean(k, KEYWORDS)}" for k in keywords if k not in KEYWORDS]

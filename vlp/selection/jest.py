@@ -12,8 +12,9 @@ Every rank draws the same set from numbers derived from (seed, step, chunk); the
 trains on B/W. `train.batch` stays B, and samples count when trained on; an epoch ends when every sample was *loaded* once,
 so it holds keep·n trained samples. Apart from rounding the set is a function of seed, step and weights, at any W.
 
-Cost a step: N rows embedded by θ without gradient (in evaluation mode: no dropout, no patch drop) and up to N by the
-reference, in parts of a micro-batch; logged as jest.scored_rows and jest.reference_rows. Scoring needs up to 2·N·B pairs for
+Cost a step: N rows embedded by θ without gradient (in evaluation mode: no dropout, no patch drop) and N by the
+reference, in parts of a micro-batch; logged as jest.scored_rows and jest.reference_rows. The reference's N are saved
+by `vlp data embed` and `reference: precomputed`, where pictures are not augmented. Scoring needs up to 2·N·B pairs for
 each model, shared by the ranks; memory O(N/W·D + B/chunks·D) a rank besides tiles of `_BLOCK` × B/chunks scores, never N².
 
 Both models need a bias, which the sigmoid loss is made for: train with the term `siglip` and `model.bias`. A reference
@@ -22,10 +23,7 @@ without one (CLIP) takes it from the option `bias`. Its embedding size is its ow
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +50,12 @@ class Options:
     chunks: int = 16  # must divide train.batch
     scale: float | None = None  # of the reference; None: its own
     bias: float | None = None  # of the reference; None: its own
-    cache: int = 65_536  # rows of each tower of the reference kept a rank, by content (D = 512: 256 MiB for 65,536)
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1 or abs(1 / self.keep - round(1 / self.keep)) > 1e-6:
             raise ValueError(f"keep is {self.keep}; its inverse must be a whole number: 0.5, 0.2, 0.1, …")
-        if self.chunks < 1 or self.cache < 0 or (self.scale is not None and self.scale <= 0):
-            raise ValueError(f"chunks {self.chunks} must be at least 1, cache {self.cache} at least 0, scale {self.scale} positive")
+        if self.chunks < 1 or (self.scale is not None and self.scale <= 0):
+            raise ValueError(f"chunks {self.chunks} must be at least 1, scale {self.scale} positive")
         if self.reference == "precomputed" and None in (self.scale, self.bias):
             raise ValueError("precomputed embeddings come without scale and bias; set both to those of the model that made them")
 
@@ -120,8 +117,6 @@ class Chooser:
             with torch.no_grad():
                 own = reference()
             self.scale, self.bias = options.scale or own.scale, own.bias if options.bias is None else options.bias
-        self.images = Remembered(lambda rows: reference(image=rows).image, options.cache)
-        self.texts = Remembered(lambda rows: reference(text=rows).text, options.cache)
 
     @torch.no_grad()
     def __call__(self, training: Training, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
@@ -130,52 +125,42 @@ class Chooser:
             learner, reference = self._embed(training.engine.model, batch.split(training.micro_batches * more), device)
         n_loaded = len(batch) * dist.world_size()
         chosen, own = select(learner, reference, n_loaded // more, self.options.chunks, training.seed, training.step)
-        n_embedded = torch.tensor((self.images.n_new + self.texts.n_new) / 2, device=device)
+        n_embedded = 0 if self.reference is None else n_loaded
         return exchange(batch, chosen, device), {
             "jest.learnability": own.mean(),
             "jest.learnability_chosen": own[chosen].mean(),
             "jest.scored_rows": torch.tensor(n_loaded),
-            "jest.reference_rows": dist.all_reduce(n_embedded, dist.world()),
+            "jest.reference_rows": torch.tensor(n_embedded),
         }
 
-    def _embed(self, model: nn.Module, parts: list[Batch], device: torch.device) -> tuple[Embedded, Embedded]:
-        """By the learner, wrapped, which every rank calls equally often, and by the reference; one part at a time on the device."""
-        self.images.n_new = self.texts.n_new = 0
-        found = []
+    def _embed(
+        self, model: nn.Module, parts: list[Batch], device: torch.device
+    ) -> tuple[Embedded, Embedded]:
+        """Embed by the learner, wrapped, which every rank calls equally often, and by the reference.
+
+        One part at a time is on the device. The reference sees every row in its place of its part and nothing is
+        remembered between steps: the bits of a row may depend on its place and on the shape of its batch, and a
+        resumed run must find the same ones.
+        """
+        learner_rows, reference_rows = [], []
         model.eval()
         for part in parts:
             part = part.to(device)
-            own = model(part.image, part.text)
-            other = (part.teacher_image, part.teacher_text) if self.reference is None else (
-                self.images(part.image), self.texts(part.text)
-            )  # fmt: skip
-            found.append((own.image, own.text, *other))
+            learner = model(part.image, part.text)
+            learner_rows.append((learner.image, learner.text))
+            if self.reference is None:
+                reference_rows.append((part.teacher_image, part.teacher_text))
+            else:
+                reference = self.reference(part.image, part.text)
+                reference_rows.append((reference.image.float(), reference.text.float()))
         model.train()
-        x, t, u, v = (torch.cat(rows) for rows in zip(*found))
-        return Embedded(x, t, own.scale, own.bias), Embedded(u, v, self.scale, self.bias)
 
-
-class Remembered:
-    """A frozen tower that remembers at most `capacity` rows, the oldest forgotten first; `n_new` counts what it embedded.
-
-    Rows are known by their content: a picture cropped in another way, or another caption, is embedded anew, so that the
-    result does not depend on what was seen before. It pays where captions are few or pictures are not augmented.
-    """
-
-    def __init__(self, tower: Callable[[Tensor], Tensor], capacity: int) -> None:
-        self.tower, self.capacity, self.n_new = tower, capacity, 0
-        self.kept: dict[bytes, Tensor] = {}
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in rows.cpu()]
-        new = {key: i for i, key in enumerate(keys) if key not in self.kept}
-        found = dict(zip(new, self.tower(rows[list(new.values())]).float().cpu())) if new else {}
-        self.n_new += len(new)
-        result = torch.stack([found[key] if key in found else self.kept[key] for key in keys])
-        self.kept |= found
-        for key in list(islice(self.kept, max(0, len(self.kept) - self.capacity))):
-            del self.kept[key]
-        return result.to(rows.device)
+        image, text = (torch.cat(rows) for rows in zip(*learner_rows))
+        reference_image, reference_text = (torch.cat(rows) for rows in zip(*reference_rows))
+        return (
+            Embedded(image, text, learner.scale, learner.bias),
+            Embedded(reference_image, reference_text, self.scale, self.bias),
+        )
 
 
 def select(learner: Embedded, reference: Embedded, n_chosen: int, chunks: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
