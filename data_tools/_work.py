@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp.files import write_atomically
+from vlp.lifetime import end_with_parent
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun and accelerate launch; srun
 QUIET_S = 10  # between two lines of progress where they do not overwrite one another
@@ -152,13 +151,7 @@ def _begin(work: Work, n_processes: int) -> None:
     global _work
     _work = work
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))  # read when torch is imported
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    # A process that outlived its parent would write the very files that the next call writes.
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _do_mine(job: Job) -> Result:

@@ -28,6 +28,7 @@ from vlp.eval import metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.files import write_atomically
+from vlp.lifetime import Interrupted, give_way
 
 CACHE_VERSION = 2  # 2: transparency on white, Exif orientation, gray of 16 bits
 
@@ -130,17 +131,21 @@ def _embed(items: list, prepare: Callable | None, encode: Callable, what: str, c
     try:
         with torch.no_grad():
             for batch in _reported(_prepared(prepare, mine, context.workers), what, len(items), group.size, context):
+                give_way()
                 encoded = encode(batch)
                 rows.append(torch.nn.functional.pad(encoded, (0, 0, 0, context.batch - len(encoded))))
-    except DataError as error:
-        problem = str(error)
+    except (DataError, Interrupted) as error:
+        problem = error
     except Exception as error:
         if context.unreadable is None:
             raise
-        problem = f"{type(error).__name__}: {error}"
-    problems = [p for p in dist.gather_objects(problem) if p]  # one rank's bad picture must not leave the others waiting
+        problem = DataError(f"{type(error).__name__}: {error}")
+    # What one rank meets must not leave the others waiting.
+    problems = [found for found in dist.gather_objects(problem) if found is not None]
+    if any(isinstance(found, Interrupted) for found in problems):
+        raise Interrupted
     if problems:
-        raise DataError("\n".join(dict.fromkeys(problems)))
+        raise DataError("\n".join(dict.fromkeys(map(str, problems))))
     gathered = dist.all_gather(torch.stack(rows), group)  # [W · rounds, batch, D], rank by rank
     in_order = gathered.view(group.size, rounds, *gathered.shape[1:]).transpose(0, 1)
     return in_order.reshape(-1, gathered.shape[-1])[: len(items)].cpu()

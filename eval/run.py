@@ -162,6 +162,7 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
     """The record of one task, or of its failure. Ranks agree before and after the task."""
     from vlp import dist, log
     from vlp.eval.embed import Context
+    from vlp.lifetime import Interrupted
 
     context = Context(unreadable={})
     opened, failure, record = None, "", {}
@@ -174,6 +175,8 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
     if not failure:
         try:
             (record,), _ = evaluate(encoder, [task], context, [opened])
+        except Interrupted:  # of all ranks: no failure
+            raise
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         failure = next(filter(None, dist.gather_objects(failure)), "")
@@ -200,12 +203,12 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
 def _tasks(options: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
+    from vlp.config import read_yaml
+
     if options.suite:
         if options.task or options.data:
             raise ValueError("--suite names the tasks itself; leave out --task and --data")
-        suite = yaml.safe_load(Path(options.suite).read_text(encoding="utf-8"))
-        if not isinstance(suite, dict):
-            raise ValueError(f"{options.suite} holds {type(suite).__name__}, expected a mapping of tasks to their options")
+        suite, _ = read_yaml(Path(options.suite).read_text(encoding="utf-8"), options.suite)
         return suite.get("eval", suite)
     name, *pairs = options.task
     given: dict[str, Any] = {}

@@ -95,3 +95,52 @@ def test_due_counts_every_period_and_the_end():
     plan = Plan(batch=1, steps_per_epoch=10, total=25)
     assert [s for s in range(1, 26) if plan.due(Duration(10, "steps"), s)] == [10, 20, 25]
     assert [s for s in range(1, 26) if plan.due(None, s)] == [25]
+
+
+def test_every_percentage_ends_with_the_run_and_comes_at_its_even_places():
+    """For all totals: nothing twice near the end, as often as the percentage says, never off by more than half a step."""
+    counts = {"25%": 4, "20%": 5, "10%": 10, "33%": 3, "33.3%": 3, "12.5%": 8, "50%": 2, "100%": 1}
+    n_checked = 0
+    for total in range(1, 501):
+        plan = Plan(batch=1, steps_per_epoch=10, total=total)
+        for percent, count in counts.items():
+            steps = plan.due_steps(Duration.from_config(percent))
+            span = float(percent[:-1]) / 100 * total
+            assert steps[-1] == total, (total, percent, steps)
+            if span >= 1:
+                assert len(steps) == count, (total, percent, steps)
+                assert all(abs(step - (i + 1) * span) <= 0.5 + 1e-9 for i, step in enumerate(steps[:-1])), (total, percent)
+            n_checked += 1
+    assert n_checked == 4000
+    assert Plan(batch=1, steps_per_epoch=10, total=234).due_steps(Duration(25, "%")) == [58, 117, 176, 234]
+
+
+def test_due_asks_about_one_step_what_due_steps_lists():
+    spans = ["25%", "33%", "0%", "0.1%", "7", "10", "0.3ep", "2ep", "100samples"]
+    n_checked = 0
+    for total in (1, 7, 50, 99):
+        plan = Plan(batch=48, steps_per_epoch=7, total=total)
+        for every in [None, *map(Duration.from_config, spans)]:
+            assert plan.due_steps(every) == [step for step in range(1, total + 1) if plan.due(every, step)], (total, every)
+            n_checked += 1
+    assert n_checked == 40
+
+
+@pytest.mark.parametrize(("duration", "every", "count"), [
+    ("5ep", "0.5ep", 10), ("2.5ep", "0.5ep", 5), ("90ksamples", "30ksamples", 3), ("1Msamples", "100ksamples", 10),
+])  # fmt: skip
+def test_spans_that_divide_a_run_end_with_it_whatever_an_epoch_is(duration, every, count):
+    n_checked = 0
+    for steps_per_epoch in range(20, 521):
+        train = config.Train(duration=Duration.from_config(duration), batch=96)
+        plan = Plan.of(train, steps_per_epoch)
+        steps = plan.due_steps(Duration.from_config(every))
+        assert len(steps) == count and steps[-1] == plan.total, (steps_per_epoch, steps)
+        n_checked += 1
+    assert n_checked == 501
+
+
+def test_multiples_of_a_fraction_of_a_step_do_not_drift():
+    plan = Plan(batch=48, steps_per_epoch=10, total=500)
+    assert plan.due_steps(Duration(1e4, "samples")) == [208, 417, 500]  # 208.3, 416.7
+    assert plan.due_steps(Duration(0.001, "%")) == list(range(1, 501))

@@ -1,5 +1,6 @@
 """Whole runs under every engine, as a person starts them: train, checkpoint, kill, resume, export."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_train import LAUNCH, ROOT, losses, settings  # noqa: F401  (settings is a fixture)
+from tests.test_train import LAUNCH, ROOT, STUCK, losses, settings  # noqa: F401  (settings is a fixture)
+from vlp import checkpoint
 from vlp.export import export_run
 
 OPTIONS = ("train.duration=30", "checkpoint.every=100%", "model.image_tower.patch_dropout=0", "data.workers=0")
@@ -25,6 +27,28 @@ def wait_for_steps(process, metrics, n):
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= n):
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_two_ranks_that_wait_for_data_save_within_the_launchers_grace(settings, tmp_path, signum):  # noqa: F811
+    """The launcher signals each rank's process group, loader processes and all."""
+    settings(out="run")
+    command = [sys.executable, *LAUNCH, str(tmp_path / "run.yaml"), *STUCK, "data.workers=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where the pipeline that gets stuck is found
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    wait_for_steps(process, tmp_path / "run" / "metrics.jsonl", 4)
+    time.sleep(2)
+    start = time.monotonic()
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - start < 30, "the launcher had to kill"
+    assert process.returncode != 0  # not a finished run
+    assert f"stopped by {signum.name} after step 4; saved" in output
+    assert [path.name for path in checkpoint.all_of(tmp_path / "run")] == ["step_00000004"]
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # High to low. Rooms in one row may import one another.
 LAYERS = [
-    ("vlp.cli", "vlp.launch", "vlp.demo"),
+    ("vlp.cli", "vlp.launch", "vlp.demo", "vlp.faults"),
     ("vlp.eval", "vlp.data_tools", "vlp.export", "vlp.push"),
-    ("vlp.train",),
+    ("vlp.train", "vlp.reporter"),
     ("vlp.selection",),
-    ("vlp.step", "vlp.teacher", "vlp.checkpoint", "vlp.parallel", "vlp.zero", "vlp.optim",
+    ("vlp.step", "vlp.teacher", "vlp.checkpoint", "vlp.parallel", "vlp.zero", "vlp.optim", "vlp.precision",
      "vlp.stored_embeddings"),
     ("vlp.model", "vlp.stages", "vlp.losses", "vlp.data"),
     ("vlp.heads",),
     ("vlp.towers", "vlp.pairwise"),
     ("vlp.config", "vlp.dist", "vlp.log", "vlp.seeds"),
     ("vlp.plugin",),
-    ("vlp.schema", "vlp.types", "vlp.files"),
+    ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime"),
     ("vlp",),
 ]
 ROOMS = {"vlp": "vlp", "eval": "vlp.eval", "data_tools": "vlp.data_tools", "launch": "vlp.launch"}

@@ -75,5 +75,5 @@ def test_every_command_has_help(command):
 def test_wrong_use_is_a_message_and_not_a_traceback():
     done = subprocess.run([sys.executable, "-m", "vlp.cli", "train", "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "no configuration file nowhere.yaml; installed ones: brivl, caltech101, clip, " in done.stderr
+    assert "no configuration file nowhere.yaml; known: brivl, caltech101, clip, " in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from vlp import checkpoint, config
 from vlp.eval.run import in_training
 from vlp.export import export_run
+from vlp.lifetime import Interrupted, Stopped, StopRequest, give_way
 from vlp.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,26 +174,145 @@ def test_fewer_shards_than_workers(settings):
     assert losses(none) == losses(three)
 
 
-def test_sigterm_saves_and_the_rest_follows_bit_for_bit(settings, tmp_path):
+def test_sigterm_to_the_group_saves_and_the_rest_follows_bit_for_bit(settings, tmp_path):
     whole = train(settings("train.duration=40", "checkpoint.every=100%", out="whole"))
     settings(out="killed")
     options = ("train.duration=40", "checkpoint.every=100%")
     command = [sys.executable, "-m", "vlp.cli", "train", str(tmp_path / "killed.yaml"), *options]
     # Sums are added up in another order by another number of threads; tests.ranks leaves OMP_NUM_THREADS=1 to children.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )  # fmt: skip
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as launchers do
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "stopped by SIGTERM" in output
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in output and "resume=auto" in output
     stopped_at = max(losses(tmp_path / "killed"))
     assert 5 <= stopped_at < 40
     train(settings("train.duration=40", "checkpoint.every=100%", "resume=auto", out="killed"))
     assert losses(tmp_path / "killed") == losses(whole)
+
+
+STUCK = (  # four steps of data, and then none
+    "data.sources=[{name: webdataset, pipeline: 'tests.data.stuck:samples', samples: 4000}]",
+    "train.batch=64", "train.duration=100", "checkpoint.every=100%", "objective={infonce: {}}",
+)  # fmt: skip
+
+
+def send_once(signum, due):
+    """Send a signal to this process once `due()`."""
+
+    def watch():
+        while not due():
+            time.sleep(0.02)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_every_signal_that_asks_to_stop_saves_also_while_the_run_waits_for_data(settings, tmp_path, signum):
+    before = signal.getsignal(signum)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    send_once(signum, lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
+    start = time.monotonic()
+    with pytest.raises(Stopped, match=rf"stopped by {signum.name} after step 4; saved. Continue with resume=auto") as caught:
+        train(settings(*STUCK))
+    assert caught.value.signum == signum and time.monotonic() - start < 60
+    assert [path.name for path in checkpoint.all_of(tmp_path / "run")] == ["step_00000004"]
+    assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize("every", ["50%", "100%"])  # in the middle, and after the last step
+def test_a_signal_during_an_evaluation_saves_at_once(settings, scenes, tmp_path, every):
+    begun = []
+
+    def evaluate(model, tasks):
+        begun.append(True)
+        for _ in range(600):
+            give_way()
+            time.sleep(0.05)
+
+    send_once(signal.SIGINT, lambda: begun)
+    tasks = f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}, every: {every}}}}}"
+    with pytest.raises(Stopped, match="stopped by SIGINT"):
+        train(settings("train.duration=4", "checkpoint.every=100%", tasks, "data.workers=0"), evaluate)
+    step = 2 if every == "50%" else 4
+    assert [path.name for path in checkpoint.all_of(tmp_path / "run")] == [f"step_{step:08d}"]
+
+
+def test_an_evaluation_gives_way_on_every_rank_before_its_next_batch():
+    from vlp.eval import embed
+
+    with StopRequest() as stop:
+        stop.received = signal.SIGTERM
+        with pytest.raises(Interrupted):
+            embed.texts(SimpleNamespace(fingerprint="", encode_texts=None), ["a", "b"], embed.Context())
+
+
+def test_a_second_signal_ends_the_process_at_once_and_nohup_is_respected():
+    script = (
+        "import os, signal, time; from vlp.lifetime import StopRequest\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP); assert not stop.received\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)  # one act, sent twice\n"
+        "    assert stop.received == signal.SIGINT; print('asked', flush=True)\n"
+        "    time.sleep(.6); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "asked\n" and done.returncode == -signal.SIGINT, done.stderr
+    assert "the same again ends the run at once" in done.stderr
+
+
+def test_a_console_that_nobody_reads_asks_to_stop_and_stays_quiet():
+    script = (
+        "import signal; from vlp.lifetime import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    with stop.console():\n"
+        "        print('step 1' * 99999, flush=True)\n"
+        "    assert stop.received == signal.SIGPIPE\n"
+        "    print('saved', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == b"", errors.decode()
+
+
+@pytest.mark.parametrize("had", ["float32", "bf16"])  # one of them is not what this machine would choose
+def test_a_resumed_run_keeps_the_precision_that_it_began_with(settings, capsys, had):
+    run = train(settings(f"train.precision={had}", "train.duration=2", "data.workers=0"))
+    train(settings("train.precision=auto", "train.duration=3", "resume=auto", "data.workers=0"))
+    assert config.load(run / "config.yaml").train.precision == had
+    assert "another train.precision" not in capsys.readouterr().out
+
+
+def test_auto_precision_is_recorded_as_what_it_came_to(settings):
+    from vlp import precision
+
+    run = train(settings("train.precision=auto", "train.duration=1", "data.workers=0"))
+    assert config.load(run / "config.yaml").train.precision == precision.faster("cpu")
+
+
+def test_the_faster_precision_is_a_short_measurement_that_leaves_random_numbers_alone():
+    from vlp import precision
+
+    torch.manual_seed(5)
+    expected, threads = torch.rand(3), torch.get_num_threads()
+    torch.manual_seed(5)
+    chosen = precision.faster("cpu")
+    assert torch.rand(3).equal(expected) and torch.get_num_threads() == threads
+    seconds = precision._measured()
+    if not 0.7 < seconds["bf16"] / seconds["float32"] < 1.2:  # clearly one or the other on this machine
+        assert chosen == min(seconds, key=seconds.get)
+    assert sum(seconds.values()) < 1
 
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml", "launch/train.py"]

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import re
+import select
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
-from vlp import __version__
-
-# What a person did wrong: shown as one message. Everything else keeps its traceback.
-EXPECTED = (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError)
+from vlp import __version__, faults, log
+from vlp.files import check_writable
+from vlp.lifetime import Stopped, silence_console
+from vlp.schema import did_you_mean
 
 TRAIN_EXAMPLE = """examples:
   vlp train configs/demo.yaml
@@ -36,31 +41,75 @@ DEMO_EXAMPLE = """example:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. A message without traceback means: something to change on your side."""
+    """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(arguments)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.error(_about_unknown(unknown, arguments, options))
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
     try:
-        return options.run(options)
-    except EXPECTED as error:
-        print(f"vlp: {error}", file=sys.stderr)
+        for name in ("out", "to"):  # what cannot be written is said before anything long starts
+            if isinstance(getattr(options, name, None), str):
+                check_writable(Path(getattr(options, name)))
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except Stopped as stopped:
+        log.say(f"vlp: {stopped}")
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("\nvlp: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            silence_console()
+            return 128 + signal.SIGPIPE
+        faults.say(error)
         return 1
-    except RuntimeError as error:
-        if type(error).__module__.startswith("vlp."):
-            print(f"vlp: {error}", file=sys.stderr)
-            return 1
-        raise
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads our output any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _about_unknown(unknown: list[str], arguments: Sequence[str], options: argparse.Namespace) -> str:
+    """What to say of arguments that a command does not know."""
+    text = f"unrecognized arguments: {' '.join(unknown)}"
+    first = unknown[0].partition("=")[0]
+    if options.command == "train" and first.startswith("--"):
+        _, equals, value = unknown[0].partition("=")
+        after = arguments[arguments.index(unknown[0]) + 1 :]
+        if not equals:
+            value = after[0] if after and not after[0].startswith("--") else "…"
+        return f"{text}; a setting of the configuration is written without dashes: {first[2:].replace('-', '_')}={value}"
+    known = [name for name in options.parser._option_string_actions if name.startswith("--")]
+    return text + (did_you_mean(first, known) if first.startswith("--") else "")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the choice that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
+        if wrong:
+            choices = re.findall(r"[\w.-]+", wrong[2])
+            message = message[: wrong.start()] + f"there is no {wrong[1]!r}{did_you_mean(wrong[1], choices)}"
+        super().error(message)
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser; only the subcommand that `arguments` name is filled in with its options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vlp", description="Pretrain, evaluate and export image-text dual encoders.",
         epilog="`vlp COMMAND --help` shows the options and an example of a command.",
     )
+    parser.set_defaults(parser=parser, command=None)
     parser.add_argument("--version", action="version", version=f"vlp {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
@@ -75,6 +124,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.set_defaults(parser=command, command=name)
         if name == chosen:
             fill(command)
     return parser
@@ -87,10 +137,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
     def run(options: argparse.Namespace) -> int:
         from vlp import config
+        from vlp.data import server
+
+        loaded = config.load(config.find(options.config), options.overrides)
+        check_writable(Path(loaded.out) / "config.yaml")
+        server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.eval.run import in_training, read_all
         from vlp.train import train
 
-        loaded = config.load(config.find(options.config), options.overrides)
         read_all(loaded.eval)  # wrong evaluation data show now, not hours later
         train(loaded, in_training)
         return 0
@@ -163,8 +217,6 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", help="folder for data, run and export (default: runs/demo)")
 
     def run(options: argparse.Namespace) -> int:
-        from pathlib import Path
-
         from vlp.demo import demo
 
         return demo(Path(options.out))
@@ -176,7 +228,7 @@ def _fill(parser: argparse.ArgumentParser, room: ModuleType) -> None:
     """Let a module that brings `arguments`, `run` and `EXAMPLE` describe its own command."""
     parser.epilog = room.EXAMPLE
     room.arguments(parser)
-    parser.set_defaults(run=room.run)
+    parser.set_defaults(run=room.run, parser=parser)
 
 
 if __name__ == "__main__":

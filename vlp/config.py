@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ import yaml
 
 from vlp import schema
 from vlp.plugin import Keyed, KeyedPlugins, Named, Plugin
-from vlp.schema import ConfigError, Problem
+from vlp.schema import ConfigError, Problem, did_you_mean
 from vlp.types import Decoding
 
 
@@ -45,10 +46,17 @@ class Duration:
 
     def steps(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> int:
         """The span in optimiser steps of `batch` samples, at least 1 unless the value is 0; `%` needs `total` steps."""
+        span = self.span(batch=batch, steps_per_epoch=steps_per_epoch, total=total)
+        return max(1, round(span)) if span else 0
+
+    def span(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> Fraction:
+        """The span in steps before rounding; its multiples are rounded one by one, so that they do not drift."""
         if self.unit == "%" and total is None:
             raise ValueError("a percentage has no meaning here; give steps, epochs (3ep) or samples (2Msamples)")
-        per_unit = {"steps": 1, "ep": steps_per_epoch, "samples": 1 / batch, "%": (total or 0) / 100}[self.unit]
-        return max(1, round(self.value * per_unit)) if self.value else 0
+        per_unit = {
+            "steps": Fraction(1), "ep": Fraction(steps_per_epoch), "samples": Fraction(1, batch), "%": Fraction(total or 0, 100)
+        }  # fmt: skip
+        return Fraction(str(self.value)) * per_unit[self.unit]
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,32 @@ class Plan:
         return duration.steps(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
 
     def due(self, every: Duration | None, step: int) -> bool:
-        """Whether something done `every` so often is due after `step` updates; at the end it always is."""
-        return step == self.total or (every is not None and step % max(1, self.steps(every)) == 0)
+        """Whether something done `every` so often is due after `step` updates: see `due_steps`."""
+        if step == self.total or every is None:
+            return step == self.total
+        span, n_multiples = self._multiples(every)
+        nearest = round(step / span)
+        near = range(max(1, nearest - 1), min(nearest + 1, n_multiples) + 1)
+        return span <= 1 or any(round(k * span) == step for k in near)
+
+    def due_steps(self, every: Duration | None) -> list[int]:
+        """The steps after which something done `every` so often is due: the rounded multiples of the span, and the end.
+
+        A multiple in per cent that falls short of the end by less than a tenth of the span (33% three times) is the end
+        itself, so that nothing is done twice within a few steps.
+        """
+        if every is None:
+            return [self.total]
+        span, n_multiples = self._multiples(every)
+        if span <= 1:
+            return list(range(1, self.total + 1))
+        return sorted({*(round(k * span) for k in range(1, n_multiples + 1)), self.total})
+
+    def _multiples(self, every: Duration) -> tuple[Fraction, int]:
+        """The span of `every` in steps, and how many of its multiples lie within the run."""
+        span = every.span(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
+        room = self.total - span / 10 if every.unit == "%" else Fraction(self.total)
+        return span or Fraction(1), int(room / (span or 1))
 
 
 @dataclass(frozen=True)
@@ -271,7 +303,7 @@ class Train:
     batch: int  # global: rows of one step over all ranks
     micro_batches: int = 1  # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
     optimizer: Optimizer = Optimizer()
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA and on CPUs with AMX
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: the faster one, as a short measurement finds
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"  # auto: what the launcher set up
     compile: bool = False
     activation_checkpointing: bool = False
@@ -364,7 +396,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError([Problem((), f"no configuration file {path}; installed ones: {', '.join(shipped())}")]) from None
+        raise ConfigError([Problem((), f"no configuration file {path}{did_you_mean(path.stem, shipped())}")]) from None
+    except IsADirectoryError:
+        files = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "none"
+        raise ConfigError([Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem((), f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})")]) from None
     for override in overrides or []:
         _override(tree, override, lines)
     return parse(tree, lines)
@@ -390,7 +427,7 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     """A configuration's file by path, or by the name of a shipped one."""
-    return Path(name) if Path(name).exists() else shipped().get(name.removesuffix(".yaml"), Path(name))
+    return Path(name) if Path(name).is_file() else shipped().get(name.removesuffix(".yaml"), Path(name))
 
 
 def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, str]]:
@@ -401,7 +438,7 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, s
     except yaml.YAMLError as error:
         raise ConfigError([Problem((), f"{name}: not valid YAML: {error}")]) from None
     if not isinstance(values, dict):
-        raise ConfigError([Problem((), f"{name}: found {type(values).__name__}, expected a mapping of sections")])
+        raise ConfigError([Problem((), f"{name}: found {type(values).__name__}, expected a mapping of keys to values")])
     lines: dict[schema.Path, str] = {(): name}
     problems: list[Problem] = []
     _mark(root, (), name, lines, problems)
@@ -437,7 +474,17 @@ def _override(tree: dict[str, Any], override: str, lines: dict[schema.Path, str]
             if isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}
             node = node[key]
-        node[last] = yaml.safe_load(value)
+        node[last] = _value(override, value)
     except (TypeError, IndexError, KeyError):
         raise ConfigError([Problem(tuple(keys), f"override {override!r} leads through something that is not a mapping")]) from None
     lines[tuple(keys)] = f"override {override!r}"
+
+
+def _value(override: str, text: str) -> Any:
+    """The YAML value that an override gives."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or str(error)
+        advice = "quote text that holds signs of YAML: key='\"[1\"'"
+        raise ConfigError([Problem((), f"override {override!r}: {text!r} is not a YAML value ({reason}); {advice}")]) from None

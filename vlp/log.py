@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,8 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """A line that must not be missed; on the error stream of every process that has something to warn of."""
     rank = os.environ.get("RANK")
-    print(f"warning{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"warning{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
 
 
 class Metrics:
@@ -82,7 +84,11 @@ def _tracker(name: str, run: Path) -> Any:
     if name not in [str(getattr(found, "value", found)) for found in get_available_trackers()]:
         raise ValueError(f"log.trackers names {name!r}, whose package is not installed: pip install {name}, or leave it out")
     kind = LOGGER_TYPE_TO_CLASS[name]
-    tracker = kind(run.name, logging_dir=run) if kind.requires_logging_directory else kind(run.name)
+    if name == "tensorboard":  # Accelerate appends the name to the folder: RUN/tensorboard
+        tracker = kind(name, logging_dir=run)
+    else:
+        place = {"dir": run} if name == "wandb" else {}
+        tracker = kind(run.absolute().name, **place)
     if hasattr(tracker, "start"):
         tracker.start()
     return tracker

@@ -29,8 +29,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
 from vlp.model import DualEncoder
+from vlp.precision import faster
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides "step"
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 State = tuple[dict[str, Tensor], dict[str, Tensor]]  # (model, optimiser)
 
 
@@ -194,7 +196,7 @@ def start(options: config.Train) -> Engine:
     LaunchError where what was obtained is not what was asked for: launchers fall back to one process, and libraries
     to plain DDP, without a word.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_processes()
     device = _device(options.device)
     name = options.engine if options.engine != "auto" else _launched_engine()
     if name.startswith("zero") and device.type == "cpu":
@@ -215,6 +217,39 @@ def start(options: config.Train) -> Engine:
     return ZeRO(device, stage=int(name[-1]))
 
 
+def launched_processes() -> int:
+    """How many processes the launcher has started, by its environment; LaunchError where that does not hold together."""
+    said = os.environ.get("WORLD_SIZE")
+    if said is None:
+        _refuse_single(os.environ)
+        return 1
+    if not said.isdecimal() or int(said) < 1:
+        raise LaunchError(f"WORLD_SIZE is {said!r}, expected a number of processes; unset it, or start with torchrun")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(said) > 1 and missing:
+        raise LaunchError(
+            f"WORLD_SIZE announces {said} processes, but {', '.join(missing)} is not set; start with torchrun "
+            f"--nproc-per-node {said} launch/train.py … or accelerate launch, or unset WORLD_SIZE for one process"
+        )
+    return int(said)
+
+
+def _refuse_single(environment: Mapping[str, str]) -> None:
+    """LaunchError where several processes were asked for, but each would be a run of its own."""
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys():  # its launcher of one process, asked for more
+        raise LaunchError(
+            "accelerate was asked for several processes and started one, as it does with --cpu; start two on a CPU with "
+            "accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py CONFIG, or with "
+            "torchrun --nproc-per-node 2 launch/train.py CONFIG"
+        )
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if int(environment.get(name, "1")) > 1:
+            raise LaunchError(
+                f"{name} is {environment[name]}: srun or mpirun started several processes that do not know of one another; "
+                "let one task a node start torchrun or accelerate launch, as launch/slurm/train.sbatch does"
+            )
+
+
 def accelerator(device: torch.device, deepspeed_plugin: Any = None) -> Any:
     """Accelerate's view of the processes joined in `start`, held to be the one that was meant."""
     from accelerate import Accelerator, PartialState
@@ -230,9 +265,8 @@ def accelerator(device: torch.device, deepspeed_plugin: Any = None) -> Any:
 def precision(options: config.Train, device: torch.device) -> torch.dtype:
     """The dtype of the towers' arithmetic; parameters, scale, bias and the loss stay float32."""
     if options.precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if options.precision == "bf16" else torch.float32
+        return DTYPES[faster(device.type)]
+    return DTYPES[options.precision]
 
 
 def _device(name: str) -> torch.device:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,14 @@ import torch
 from vlp import checkpoint, dist, log, losses, optim, parallel, selection, stored_embeddings, teacher
 from vlp import config as configuration
 from vlp.config import Config, Plan
+from vlp.data import server
 from vlp.data.loader import Loader
-from vlp.files import write_atomically
+from vlp.lifetime import Interrupted, Stopped, StopRequest
 from vlp.model import DualEncoder
 from vlp.model import build as build_model
 from vlp.plugin import Plugin
+from vlp.precision import faster
+from vlp.reporter import Reporter
 from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.selection import Selection
@@ -32,18 +34,20 @@ Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain
 
 
 def train(config: Config, evaluate: Evaluate | None = None) -> Path:
-    """Run `config` to its end, or to a SIGTERM; returns the run's folder.
+    """Run `config` to its end; returns the run's folder. A signal that asks to stop saves the run and raises Stopped.
 
     `evaluate` is called on every rank when tasks of `config.eval` are due. Raises FileExistsError for an output folder
     that holds a run, ValueError for settings that do not fit each other or the data, CheckpointError for a checkpoint
     that does not fit.
     """
+    server.start_for(config)
     engine = parallel.start(config.train)
     check_batch(config)
     run = Path(config.out)
     source = open_run(config)
     for reference in filter(None, (config.init_from, config.teacher.model)):
         resolve_reference(reference)  # a mistyped one is answered before the data are read
+    config = with_precision(config, source, engine.device)
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
@@ -91,50 +95,80 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
         training.skipped = contents.state.get("skipped", 0)  # absent before steps could be left out
         del contents
         set_branch_aside(run, training.step)
-    loop(config, training, loader, chosen, plan, evaluate, Reporter(config, plan, training.step))
+    report = Reporter(config, plan, training.step)
+    try:
+        loop(config, training, loader, chosen, plan, evaluate, report)
+    finally:
+        loader.close()
+        report.close()
     return run
 
 
 def loop(
     config: Config, training: Training, loader: Loader, chosen: Selection, plan: Plan, evaluate: Evaluate | None, report: Reporter
 ) -> None:
-    """From the training's step to the plan's end."""
-    stop = StopSignal()
+    """From the training's step to the plan's end, or to a signal that asks to stop: then Stopped, once all is saved."""
     batches = iter(loader)
-    while training.step < plan.total:
-        with report.waiting():
-            batch = next(batches)
-        batch, about = chosen.choose(training, batch)
-        logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
-        try:
-            scalars = train_step(training, batch, measure=logged) | about
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}\n{ways_out(Path(config.out))}") from None
-        step = training.step
-        if logged:
-            report.training(step, means_over_ranks(scalars), loader.counters())
-        stopping = stop.on_any_rank(training.engine.device)
-        if stopping or plan.due(config.checkpoint.every, step):
+    saved_step = training.step
+
+    def save_unless_saved() -> None:
+        nonlocal saved_step
+        if saved_step != training.step:
             save(config, training, loader)
-        if stopping and step < plan.total:
-            log.say(f"stopped by SIGTERM after step {step}; saved. Continue with resume=auto")
-            break
-        due = [task for task in config.eval if plan.due(task.common.every, step)]
-        if evaluate is not None and due and step < plan.total:
-            with report.paused():
-                report.evaluation(step, evaluate_now(evaluate, training, due))
-    if evaluate is not None and config.eval and training.step == plan.total:  # also of a run resumed at its end
-        report.evaluation(plan.total, evaluate_now(evaluate, training, config.eval))
-    report.close()
+            saved_step = training.step
+
+    with StopRequest() as stop:
+        while training.step < plan.total:
+            with report.waiting():
+                loader.wait(lambda: stop.received != 0)
+            leave_if_asked(stop, training, save_unless_saved)
+
+            batch, about = chosen.choose(training, next(batches))
+            logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
+            try:
+                scalars = train_step(training, batch, measure=logged) | about
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}\n{ways_out(Path(config.out))}") from None
+            step = training.step
+
+            if logged:
+                with stop.console():
+                    report.training(step, means_over_ranks(scalars), loader.counters())
+            if plan.due(config.checkpoint.every, step):
+                save_unless_saved()
+            due = [task for task in config.eval if plan.due(task.common.every, step)]
+            if evaluate is not None and due and step < plan.total:
+                leave_if_asked(stop, training, save_unless_saved)
+                with report.paused(), stop.console(), suppress(Interrupted):
+                    report.evaluation(step, evaluate_now(evaluate, training, due))
+        loader.close()
+        if evaluate is not None and config.eval:  # also of a run resumed at its end
+            try:
+                with stop.console():
+                    report.evaluation(plan.total, evaluate_now(evaluate, training, config.eval))
+            except Interrupted:
+                leave_if_asked(stop, training, save_unless_saved)
+
+
+def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], None]) -> None:
+    """Save and raise Stopped on every rank if any rank was asked to stop. Collective; costs one all-reduce of a number."""
+    vote = torch.tensor(float(stop.received != 0), device=training.engine.device)
+    if not dist.all_reduce(vote, dist.world()).item():
+        return
+    signum = max(dist.gather_objects(int(stop.received)))
+    save()
+    outcome = f"after step {training.step}; saved" if training.step else "before the first step; there is nothing to save"
+    raise Stopped(signum, f"stopped by {signal.Signals(signum).name} {outcome}. Continue with resume=auto")
 
 
 def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) -> list[dict[str, Any]]:
     """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
     model = training.engine.evaluation_model().eval()
-    with torch.no_grad():
-        records = evaluate(model, tasks)
-    training.engine.model.train()
-    return records
+    try:
+        with torch.no_grad():
+            return evaluate(model, tasks)
+    finally:
+        training.engine.model.train()
 
 
 def ways_out(run: Path) -> str:
@@ -209,6 +243,19 @@ def _open_run(config: Config, run: Path) -> Path | None:
     return source
 
 
+def with_precision(config: Config, source: Path | None, device: torch.device) -> Config:
+    """`config` with train.precision decided: as the run that is continued has it, else by a measurement on this machine.
+
+    The run's config.yaml records it, so that a resumed run computes as before on whatever machine it goes on.
+    """
+    if config.train.precision != "auto":
+        return config
+    kept = "auto" if source is None else configuration.load(source / "config.yaml").train.precision
+    chosen = faster(device.type) if kept == "auto" else kept
+    chosen = dist.broadcast_object(chosen)  # ranks that measured differently would not fit together
+    return replace(config, train=replace(config.train, precision=chosen))
+
+
 def set_branch_aside(run: Path, step: int) -> None:
     """Mark what the run had beyond the step that it goes on from. Called by all ranks, done by one."""
     if not dist.is_main():
@@ -231,6 +278,8 @@ def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
     before, after = flat(plain(old)), flat(plain(new))
     different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - {"resume"}
+    if after.get("train.precision") == "auto":  # it stays what it was
+        different.discard("train.precision")
     return {key: (before.get(key), after.get(key)) for key in sorted(different)}
 
 
@@ -320,80 +369,6 @@ def say_start(
     n = objective.candidates(plan.batch // dist.world_size())
     log.say(
         f"{config.out}: {loader.n_samples:,} samples, {count / 1e6:.1f} M parameters, {plan.total:,} steps of {plan.batch} "
-        f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es)"
+        f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es), {config.train.precision}"
     )
     log.say(f"objective {terms}; {n} candidates a row, log n = {math.log(n):.3f}" + (f"; continuing {source}" if source else ""))
-
-
-class StopSignal:
-    """Whether SIGTERM has come to any rank. Asked after every step; costs one all-reduce of a number."""
-
-    def __init__(self) -> None:
-        self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def on_any_rank(self, device: torch.device) -> bool:
-        vote = torch.tensor(float(self.received), device=device)
-        return bool(dist.all_reduce(vote, dist.world()).item())
-
-
-class Reporter:
-    """Turns what the loop measured into console lines, metrics.jsonl and trackers, on the first rank."""
-
-    def __init__(self, config: Config, plan: Plan, step: int) -> None:
-        self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
-        if self.main:
-            self.trackers = log.Trackers(config.log.trackers, self.run, plain(config))
-            self.run.mkdir(parents=True, exist_ok=True)  # not before everything was checked: config.yaml makes it a run
-            write_atomically(self.run / "config.yaml", configuration.dump(config).encode())
-            self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)
-        self.first = self.last = step
-        self.waited_s = 0.0
-        self.started = self.since = time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent inside counts as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited_s += time.perf_counter() - start
-
-    def training(self, step: int, scalars: Mapping[str, float], counters: Mapping[str, float]) -> None:
-        """Report the scalars of `step` with the speed since the last report."""
-        now = time.perf_counter()
-        passed = now - self.since
-        speed = {"samples_s": (step - self.last) * self.plan.batch / passed, "data_wait": self.waited_s / passed}
-        eta_s = (now - self.started) / (step - self.first) * (self.plan.total - step)
-        if self.main:
-            self.metrics.write(step, "train", {**scalars, **speed, **counters})
-            self.trackers.write(step, {**scalars, **speed})
-            shown = {name: value for name, value in scalars.items() if name != "log_n" and not name.startswith("space.")}
-            log.say(log.progress(step, self.plan.total, {**shown, **speed}, eta_s))
-        self.last, self.since, self.waited_s = step, now, 0.0
-
-    def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Report the records of an evaluation; those of the last step become the run's results.json."""
-        values = {f"{record['label']}.{name}": value for record in records for name, value in record["metrics"].items()}
-        if self.main:
-            self.metrics.write(step, "eval", values)
-            self.trackers.write(step, values)
-            log.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-            if step == self.plan.total:
-                done = [record for record in records if "error" not in record]
-                write_atomically(self.run / "results.json", (json.dumps(done, indent=1) + "\n").encode())
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside is no training time."""
-        start = time.perf_counter()
-        yield
-        passed = time.perf_counter() - start
-        self.started, self.since = self.started + passed, self.since + passed
-
-    def close(self) -> None:
-        if self.main:
-            self.metrics.close()
-            self.trackers.close()

@@ -199,6 +199,7 @@ def test_truncated_captions_are_counted(tmp_path):
 
 def test_a_batch_that_never_comes_is_called_a_stall(shards, monkeypatch):
     monkeypatch.setattr(loader_module, "_STALL_S", 1e-3)
+    monkeypatch.setattr("vlp.data.processes._POLL_S", 1e-3)
     with pytest.raises(DataError, match=r"step 0 took more than 0.001 s to load: a stalled disk"):
         next(loader_of(data_of(shards / "many", workers=1), 8))
 

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as color
 
 from vlp.config import Augment
 from vlp.data import picture
@@ -58,6 +57,8 @@ def _augmented(image: Tensor, spec: ImageSpec, augment: Augment, rng: random.Ran
         image = F.interpolate(packed, spec.size, mode=spec.interpolation, antialias=True)[0]
     if augment.flip and rng.random() < augment.flip:
         image = image.flip(-1)
+    if augment.color or augment.grayscale:
+        from torchvision.transforms.v2 import functional as color  # here: it costs each server of loaders 90 MB
     if augment.color:
         for adjust in (color.adjust_brightness, color.adjust_contrast, color.adjust_saturation):
             image = adjust(image, rng.uniform(1 - augment.color, 1 + augment.color))

@@ -8,18 +8,15 @@ number, and every rank has the same number of batches by construction. Never pas
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Sampler
-
-from vlp import log
+from vlp import dist, log
 from vlp.config import Data
 from vlp.data.mix import Mixture
+from vlp.data.processes import Feed, check_shared_memory
 from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps, optional_fields, read_fields
 from vlp.schema import plain
@@ -79,7 +76,9 @@ class Loader:
         self._position = self._start = 0
         self._n_bad = self._n_truncated = 0
         self._waited_s = 0.0
-        self._batches: Iterator[tuple[Batch, Report]] | None = None
+        self._feed: Feed | None = None
+        self._next: tuple[Batch, Report] | None = None  # made, not yet taken
+        check_shared_memory(self._steps.nbytes, self._workers, min(world, dist.local_world_size()))
         if rank == 0 and (found := self.problems()):
             lines = "".join(f"\n  {line}" for line in found[:5])
             log.warn(f"{self.n_left_out} samples of the data are left out; what was found:{lines}" + "\n  …" * (len(found) > 5))
@@ -96,18 +95,22 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def __next__(self) -> Batch:
+    def wait(self, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
+        """Return once the next batch is here, or earlier where `asked_to_stop()`; raises DataError where none will come."""
         started = time.perf_counter()
-        if self._batches is None:
-            self._batches = self._open()
-        try:
-            batch, report = next(self._batches)
-        except RuntimeError as error:
-            if str(error).startswith("DataLoader timed out"):  # torch's own, not one of ours that tells of a time-out
-                what = f"step {self._position} took more than {_STALL_S} s to load"
-                raise DataError(f"{what}: a stalled disk, mount or server?") from error
-            raise
+        if self._feed is None:
+            self._feed = Feed(self._steps, self._position, self._workers)
+        while self._next is None and not asked_to_stop():
+            self._next = self._feed.poll()
+            if self._next is None and time.perf_counter() - started > _STALL_S:
+                late = f"step {self._position} took more than {_STALL_S} s to load"
+                raise DataError(f"{late}: a stalled disk, mount or server?")
         self._waited_s += time.perf_counter() - started
+
+    def __next__(self) -> Batch:
+        self.wait()
+        batch, report = self._next
+        self._next = None
         self._position += 1
         self._n_truncated += report.n_truncated
         self._n_bad += len(report.bad)
@@ -144,28 +147,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the loader processes; the next batch starts them again."""
-        self._batches = None
-
-    def _open(self) -> Iterator[tuple[Batch, Report]]:
-        options: dict[str, Any] = {}
-        if self._workers:
-            # A fork of a process that has used OpenMP, CUDA or threads can hang; a server that only has the imports cannot.
-            context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["vlp.data.loader", "open_clip"])
-            options = {"multiprocessing_context": context, "prefetch_factor": 2, "timeout": _STALL_S}
-        sampler = _From(self._position)
-        options["pin_memory"] = torch.cuda.is_available()
-        return iter(DataLoader(self._steps, batch_size=None, sampler=sampler, num_workers=self._workers, **options))
-
-
-class _From(Sampler):
-    """Steps from a number on, without end."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+        self._feed = self._next = None
 
 
 def _drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str, Any]:

@@ -128,16 +128,31 @@ class Steps(Dataset):
         ids = torch.tensor([sample.sample_id for sample in samples])
         return Batch(text=tokens, sample_id=ids, key=[sample.key for sample in samples], **optional), report
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one item's tensors, near enough to find room for them."""
+        pixels = sum(math.prod(shape) for shape in self._picture_shapes().values())
+        widths = self.optional
+        n_texts = 1 + sum(widths.get(name, 0) for name in ("negatives", "counterfactual", "text_views"))
+        n_numbers = sum(widths.get(name, 0) for name in ("teacher_image", "teacher_text", "concept_targets"))
+        return len(self.rows) * (pixels + 8 * self.text.context_length * n_texts + 4 * n_numbers)
+
     def _new_pictures(self) -> dict[str, Tensor]:
         """Uninitialised rows of the fields that hold pictures."""
         if not self.pixels:
             return {"image": torch.empty(len(self.rows), 3, 0, 0, dtype=torch.uint8)}
-        shapes = {"image": (3, *self.image.size)}
+        return {name: _new_pixels((len(self.rows), *shape)) for name, shape in self._picture_shapes().items()}
+
+    def _picture_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of each field that holds pictures."""
+        if not self.pixels:
+            return {}
+        shapes: dict[str, tuple[int, ...]] = {"image": (3, *self.image.size)}
         if "negative_image" in self.optional:
             shapes["negative_image"] = shapes["image"]
         if "image_views" in self.optional:
             shapes["image_views"] = (self.optional["image_views"], *shapes["image"])
-        return {name: _new_pixels((len(self.rows), *shape)) for name, shape in shapes.items()}
+        return shapes
 
     def _row(
         self, step: int, row: int, ids: np.ndarray, places: np.ndarray | None, out: dict[str, Tensor], report: Report

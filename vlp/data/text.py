@@ -44,7 +44,7 @@ class ClipTokenizer:
     """open_clip's SimpleTokenizer with a fast path. `vocab_size` counts the special tokens too."""
 
     def __init__(self, spec: TextSpec) -> None:
-        from open_clip import tokenizer as theirs  # here, because importing open_clip takes seconds
+        from vlp.data._clip_text import tokenizers as theirs  # here, because it imports ftfy and more
 
         self.context_length = spec.context_length
         self._slow = theirs.SimpleTokenizer(context_length=spec.context_length, clean=spec.clean, **spec.options)
@@ -101,11 +101,11 @@ class HubTokenizer:
     """A Hugging Face tokenizer by name or folder, with the semantics of open_clip's HFTokenizer."""
 
     def __init__(self, spec: TextSpec) -> None:
-        from open_clip.tokenizer import HFTokenizer
+        from vlp.data._clip_text import tokenizers
 
         options: dict[str, Any] = dict(spec.options) | {"trust_remote_code": False}  # its folder may bring code along
         self.context_length = spec.context_length
-        self._inner = HFTokenizer(spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options)
+        self._inner = tokenizers.HFTokenizer(spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options)
         self.vocab_size = len(self._inner.tokenizer)
 
     def __call__(self, texts: list[str]) -> Tensor:

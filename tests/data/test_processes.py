@@ -1,0 +1,124 @@
+"""Loader processes that die, trainers that die, and shared memory that is too small: with real processes and real kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from vlp.data import processes
+from vlp.data.processes import Feed, check_shared_memory
+from vlp.data.steps import DataError
+
+TRAINER = Path(__file__).with_name("trainer.py")
+
+
+class Items(Dataset):
+    """Item i after `seconds`; `fault` happens in the loader process at item `at`."""
+
+    def __init__(self, seconds=0.0, fault="", at=0):
+        self.seconds, self.fault, self.at = seconds, fault, at
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        if self.fault == "import":
+            raise ImportError("no module named broken")
+
+    def __getitem__(self, i):
+        time.sleep(self.seconds)
+        if i >= self.at and self.fault == "data":
+            raise DataError("all samples are bad")
+        if i >= self.at and self.fault == "bus":
+            os.kill(os.getpid(), signal.SIGBUS)
+        size = 4 << 20 if self.fault == "large" else 1
+        return SimpleNamespace(number=torch.full((size,), i, dtype=torch.uint8)), None
+
+
+def drain(feed, n=10**9, seconds=20.0):
+    """Poll until n items came; TimeoutError after `seconds`."""
+    end, items = time.monotonic() + seconds, []
+    while len(items) < n:
+        assert time.monotonic() < end, "nothing was noticed"
+        item = feed.poll()
+        items += [] if item is None else [item]
+    return items
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_a_killed_loader_process_is_told_of_with_its_end_and_a_way_out(n_workers, n_before):
+    feed = Feed(Items(seconds=0.0 if n_before else 60.0), 0, n_workers)
+    assert [item[0].number.item() for item in drain(feed, n_before)] == list(range(n_before))
+    for process in feed._iterator._workers:
+        os.kill(process.pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        drain(feed)  # what was already made may still come
+    assert time.monotonic() - start < 10
+    text = str(caught.value)
+    assert ("before its first batch" in text) == (n_before == 0)
+    for part in ("killed by SIGKILL", "memory", "data.workers"):
+        assert part in text, text
+
+
+@pytest.mark.parametrize(("fault", "parts"), [
+    ("import", ("before its first batch", "exit code 1", "stands above", "data.workers=0")),
+    ("bus", ("bus error", "--shm-size", "data.workers=0", "train.batch")),
+    ("data", ("all samples are bad",)),
+])  # fmt: skip
+def test_a_fault_in_a_loader_process_is_told_in_plain_words(fault, parts):
+    with pytest.raises(DataError) as caught:
+        drain(Feed(Items(fault=fault), 0, 1))
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_killed_trainer_leaves_no_process_behind(tmp_path, n_workers):
+    """Started in a folder whose files have the names of modules that the fork server imports."""
+    for name in ("socket", "random", "json", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    command = [sys.executable, str(TRAINER), str(n_workers)]
+    trainer = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    server, *workers = map(int, trainer.stdout.readline().split())
+    assert len(workers) == n_workers
+    sessions = [os.getsid(pid) for pid in (server, *workers)]
+    assert set(sessions) == {server} != {os.getsid(trainer.pid)}  # a signal to the trainer's group passes them by
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in (server, *workers) if psutil.pid_exists(pid)], timeout=15)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_shared_memory_is_checked_against_what_is_made_ahead(tmp_path):
+    free = processes.shutil.disk_usage(tmp_path).free
+    check_shared_memory(free // 10, 2, 1, tmp_path)  # 5 batches
+    check_shared_memory(free, 0, 1, tmp_path)  # without loader processes nothing travels
+    check_shared_memory(free, 2, 1, tmp_path / "absent")
+    for n_ranks, batch in ((1, free // 4), (4, free // 10)):
+        with pytest.raises(DataError) as caught:
+            check_shared_memory(batch, 2, n_ranks, tmp_path)
+        for part in (f"{n_ranks * 5} batches of", "free of", "--shm-size=", "data.workers=0", "train.batch"):
+            assert part in str(caught.value)
+
+
+def test_shared_memory_that_runs_full_is_told_with_a_way_out(tmp_path):
+    """In a mount namespace of its own, with 1 MiB of shared memory, as a batch of 4 MiB is handed over."""
+    script = "from tests.data.test_processes import *; drain(Feed(Items(fault='large'), 0, 1))"
+    mount = "mount -t tmpfs -o size=1m none /dev/shm"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system of its own")
+    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, script]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    for part in ("DataError", "/dev/shm (", "free of 1 MB", "--shm-size", "data.workers=0"):
+        assert part in last, done.stderr[-2000:]

@@ -1,0 +1,168 @@
+"""The loader processes: how they are started, watched and ended, and the shared memory their batches travel through.
+
+They are forked from a server that only has the imports, since a fork of a process that has used OpenMP, CUDA or threads
+can hang. So they are no children of the trainer: nothing tells it of their death, and nothing tells them of its own.
+Both are asked for here: the trainer looks at them twice a second while it waits, and each watches the trainer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import signal
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vlp.data import server
+from vlp.data.steps import DataError
+from vlp.lifetime import end_with_parent
+
+PREFETCH = 2  # batches that each process makes ahead
+SHARED_MEMORY = Path("/dev/shm")
+_POLL_S = 0.5  # between two looks at the processes, and at whether the run was asked to stop
+_FAREWELL_S = 3.0  # from a failed exchange with a process until its death is known
+_OPTIONS = "lower data.workers or train.batch, or decode in the training process: data.workers=0"
+
+
+class Feed:
+    """Items `start`, `start` + 1, … of `dataset`, without end, made by `n_workers` processes or in this one."""
+
+    def __init__(self, dataset: Dataset, start: int, n_workers: int) -> None:
+        self._n_taken = 0
+        options: dict[str, Any] = {"pin_memory": torch.cuda.is_available()}
+        if n_workers:
+            # With a time-out torch looks at its processes each time it runs out, and gives control back.
+            options |= {"timeout": _POLL_S, "prefetch_factor": PREFETCH, "worker_init_fn": _begin}
+            options["multiprocessing_context"] = torch.multiprocessing.get_context("forkserver")
+            server.start()
+        loader = DataLoader(_Told(dataset), batch_size=None, sampler=_From(start), num_workers=n_workers, **options)
+        try:
+            self._iterator = iter(loader)
+        except (OSError, EOFError) as error:
+            raise DataError(f"the loader processes cannot be started ({error}): is there memory left? {_OPTIONS}") from error
+
+    def poll(self) -> Any | None:
+        """The next item, or None where none came for half a second. DataError for a process that died or could not go on."""
+        try:
+            item = next(self._iterator)
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader timed out"):
+                return None
+            if str(error).startswith("DataLoader worker (pid"):
+                raise DataError(self._death()) from error
+            if str(error).startswith("Too many open files"):
+                raise DataError("too many open files between the loader processes; raise the limit: ulimit -n 65536") from error
+            raise
+        except (OSError, EOFError) as error:  # the process died while its batch was being handed over
+            if not self._dead(_FAREWELL_S):
+                raise
+            raise DataError(self._death()) from error
+        if isinstance(item, DataError):
+            raise item
+        self._n_taken += 1
+        return item
+
+    def _dead(self, timeout_s: float = 0) -> list[Any]:
+        """Loader processes that have ended; waits for a first one."""
+        processes = self._iterator._workers
+        wait([process.sentinel for process in processes], timeout_s)
+        return [process for process in processes if process.exitcode is not None]
+
+    def _death(self) -> str:
+        """What happened to the processes, and what to do."""
+        codes = sorted({process.exitcode for process in self._dead(_FAREWELL_S)})
+        when = "a loader process died" if self._n_taken else "a loader process died before its first batch"
+        if -signal.SIGBUS in codes:
+            return f"{when} of a bus error. {no_shared_memory()}"
+        ends = " and ".join(_ending(code) for code in codes) or "it gave no exit code"
+        if -signal.SIGKILL in codes:
+            advice = f"most often for want of memory: give the job more, or {_OPTIONS}"
+        else:
+            advice = "what it printed stands above; data.workers=0 shows an error where it happens"
+        return f"{when} ({ends}), {advice}"
+
+
+def check_shared_memory(batch_bytes: int, n_workers: int, n_ranks: int, folder: Path = SHARED_MEMORY) -> None:
+    """Raise DataError where the batches that are made ahead on this machine will not fit into its shared memory."""
+    if not n_workers or not folder.is_dir():
+        return
+    n_batches = n_ranks * (n_workers * PREFETCH + 1)  # and the one that is being trained on
+    free = shutil.disk_usage(folder).free
+    if n_batches * batch_bytes > free:
+        raise DataError(no_shared_memory(n_batches, batch_bytes, folder))
+
+
+def no_shared_memory(n_batches: int | None = None, batch_bytes: int = 0, folder: Path = SHARED_MEMORY) -> str:
+    """What to say of shared memory that is, or will be, full."""
+    need, size = "", "8g"
+    if n_batches is not None:
+        need = f": {n_batches} batches of {megabytes(batch_bytes)} are made ahead"
+        size = f"{-(-2 * n_batches * batch_bytes // 2**30)}g"
+    usage = shutil.disk_usage(folder) if folder.is_dir() else None
+    left = "" if usage is None else f" ({megabytes(usage.free)} free of {megabytes(usage.total)})"
+    return (
+        f"the shared memory {folder}{left} is too small for the loader processes{need}. Docker gives 64 MB unless told: "
+        f"docker run --shm-size={size} (or --ipc=host); otherwise {_OPTIONS}"
+    )
+
+
+def megabytes(n: int) -> str:
+    """A number of bytes for a person."""
+    return f"{n / 1e6:,.0f} MB" if n >= 1e6 else f"{n / 1e3:,.0f} kB"
+
+
+class _Told(Dataset):
+    """A data set whose DataErrors come as items: as exceptions they would arrive with a traceback for a message."""
+
+    def __init__(self, inner: Dataset) -> None:
+        self.inner = inner
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            item = self.inner[index]
+            if torch.utils.data.get_worker_info() is not None:
+                _share(item)
+            return item
+        except DataError as error:
+            return error
+        except RuntimeError as error:
+            if is_shared_memory(error):
+                return DataError(no_shared_memory())
+            raise
+
+
+def is_shared_memory(error: Exception) -> bool:
+    """Whether torch failed for want of shared memory."""
+    return "shared memory" in str(error) or "torch_shm" in str(error)
+
+
+def _share(item: Any) -> None:
+    """Move an item's tensors to shared memory here, where a failure can be told; its queue would lose it without a word."""
+    for value in vars(item[0]).values():
+        if isinstance(value, Tensor):
+            value.share_memory_()
+
+
+class _From(Sampler):
+    """Numbers from one on, without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def _begin(_: int) -> None:
+    """What a loader process does first."""
+    end_with_parent()
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,76 @@
+"""What the training loop measured becomes console lines, metrics.jsonl, trackers and results.json."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlp import config as configuration
+from vlp import dist, log
+from vlp.config import Config, Plan
+from vlp.files import write_atomically
+from vlp.schema import plain
+
+
+class Reporter:
+    """Reports of one run, written by the first rank."""
+
+    def __init__(self, config: Config, plan: Plan, step: int) -> None:
+        self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
+        if self.main:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.trackers = log.Trackers(config.log.trackers, self.run, plain(config))
+            # Not before everything was checked: config.yaml makes it a run.
+            write_atomically(self.run / "config.yaml", configuration.dump(config).encode())
+            self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)
+        self.first = self.last = step
+        self.waited_s = 0.0
+        self.started = self.since = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - start
+
+    def training(self, step: int, scalars: Mapping[str, float], counters: Mapping[str, float]) -> None:
+        """Report the scalars of `step` with the speed since the last report."""
+        now = time.perf_counter()
+        passed = now - self.since
+        speed = {"samples_s": (step - self.last) * self.plan.batch / passed, "data_wait": self.waited_s / passed}
+        eta_s = (now - self.started) / (step - self.first) * (self.plan.total - step)
+        if self.main:
+            self.metrics.write(step, "train", {**scalars, **speed, **counters})
+            self.trackers.write(step, {**scalars, **speed})
+            shown = {name: value for name, value in scalars.items() if name != "log_n" and not name.startswith("space.")}
+            log.say(log.progress(step, self.plan.total, {**shown, **speed}, eta_s))
+        self.last, self.since, self.waited_s = step, now, 0.0
+
+    def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Report the records of an evaluation; those of the last step become the run's results.json."""
+        values = {f"{record['label']}.{name}": value for record in records for name, value in record["metrics"].items()}
+        if self.main:
+            self.metrics.write(step, "eval", values)
+            self.trackers.write(step, values)
+            if step == self.plan.total:
+                done = [record for record in records if "error" not in record]
+                write_atomically(self.run / "results.json", (json.dumps(done, indent=1) + "\n").encode())
+            log.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is no training time."""
+        start = time.perf_counter()
+        yield
+        passed = time.perf_counter() - start
+        self.started, self.since = self.started + passed, self.since + passed
+
+    def close(self) -> None:
+        if self.main:
+            self.metrics.close()
+            self.trackers.close()
