@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlp.data.members import MAX_TEXT_BYTES
+from vlp.data.captions import MAX_TEXT_BYTES
 from vlp.data.wrong_captions import GIVEN, LISTS, read
 from vlp.data_tools._language import bare
 

@@ -43,10 +43,10 @@ class Batch:
     text: Tensor  # [b, L] int64 token ids
     sample_id: Tensor  # [b] int64
     key: list[str]  # [b]
-    negatives: Tensor | None = None  # [b, K, L] token ids of the hard negatives of the row's caption
+    negatives: Tensor | None = None  # [b, K, L] token ids of hard-negative captions
     negatives_valid: Tensor | None = None  # [b, K] bool
     negative_image: Tensor | None = None  # [b, 3, H, W] uint8, of negatives[:, 0], which is valid only beside one; else black
-    counterfactual: Tensor | None = None  # [b, C, L] token ids: the row's caption with another number word
+    counterfactual: Tensor | None = None  # [b, C, L] token ids: the caption with another number word
     counterfactual_valid: Tensor | None = None  # [b] bool: the counting samples
     score: Tensor | None = None  # [b] float32 relevance of a pair
     teacher_scores: Tensor | None = None  # [b, K] float32, a teacher's score of each of `negatives`
