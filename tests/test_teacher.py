@@ -138,9 +138,11 @@ def test_a_frozen_teacher_is_distilled_and_one_of_another_size_refused(settings,
 
 
 def test_what_no_term_reads_is_refused_and_so_is_another_queue(settings):  # noqa: F811
+    other = train(settings("train.duration=1", out="other"))
     for changes, message in (
         (("teacher.ema=0.9",), r"teacher\.ema is set, but no term reads"),
-        (("teacher.model=nowhere",), r"teacher\.model is set, but no term reads"),
+        ((f"teacher.model={other}",), r"teacher\.model is set, but no term reads"),
+        (("teacher.model=nowhere",), "no model 'nowhere': no such file or folder"),
         (("data.views={n: 1}",), r"data\.views is set, but no term reads"),
         (("data.views={n: 1}", "model.heads={views: {text: false, width: 8}}", "objective={slip: {}}"), r"set data\.views\.n to 2"),
     ):

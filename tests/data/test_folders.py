@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import unicodedata
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_pictures_without_a_text_among_pairs_are_refused_or_counted(tmp_path, ca
     )
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
     assert (
-        "left out: 2 named above" in capsys.readouterr().out and len(packed(tmp_path / "out")) == 1
+        "left out: 2 images or folders that cannot be used" in capsys.readouterr().out and len(packed(tmp_path / "out")) == 1
     )
     with pytest.raises(ValueError, match="on_missing: skip leaves them out"):
         loader_of(data_of({"name": "folder", "path": str(root)}), 1)
@@ -214,7 +215,7 @@ def test_files_that_are_no_pictures_are_counted_and_an_empty_class_is_refused(tm
     said = capsys.readouterr().out
     assert "2 classes" in said
     for part in (
-        "2 named above",
+        "2 images or folders that cannot be used",
         "3 .webm (cat/1.webm, cow/1.webm, cow/2.webm)",
         "1 of no known kind (cat/README)",
         "1 .txt without an image",
@@ -337,11 +338,15 @@ def test_folders_without_usable_pictures_say_what_is_there(tmp_path, names, mess
 
 @pytest.mark.parametrize(
     ("start", "command"),
-    [(b"\x1f\x8b\x08", "gunzip"), (b"PK\x03\x04", "unzip"), (b"BZh9", "bunzip2")],
+    [
+        (b"\x1f\x8b\x08", "compressed with gzip; unpack it first"),
+        (b"PK\x03\x04", "a zip archive; unpack it"),
+        (b"BZh9", "compressed with bzip2; unpack it first"),
+    ],
 )
-def test_packed_archives_name_the_command_that_unpacks_them(tmp_path, start, command):
+def test_packed_archives_say_how_to_unpack_them(tmp_path, start, command):
     (tmp_path / "x.tar").write_bytes(start + bytes(600))
-    with pytest.raises(ValueError, match=f"unpack it first: {command} "):
+    with pytest.raises(ValueError, match=command):
         Archive(tmp_path / "x.tar")
 
 
@@ -393,8 +398,7 @@ def test_an_interrupted_pack_leaves_the_earlier_output(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ShardWriter, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pack(root, "--to", tmp_path / "out", "--overwrite")
+    assert pack(root, "--to", tmp_path / "out", "--overwrite") == 128 + signal.SIGINT
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t"]
     assert (tmp_path / "out" / "00000.tar").read_bytes() == before
     monkeypatch.undo()
@@ -410,8 +414,7 @@ def test_an_interrupted_pack_leaves_the_earlier_output(tmp_path, monkeypatch):
         return real(path, target)
 
     monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pack(root, "--to", tmp_path / "out", "--overwrite")
+    assert pack(root, "--to", tmp_path / "out", "--overwrite") == 128 + signal.SIGINT
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t"] and len(calls) == 3
 
 

@@ -57,11 +57,10 @@ def test_a_writer_that_fails_leaves_whole_shards_only(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ext": "tif"}, "image type 'tif'"), ({"image": b""}, "0 bytes"), ({"key": "../x"}, "not usable"),
+        ({"ext": "psd"}, "image type 'psd'"), ({"image": b""}, "0 bytes"), ({"key": "../x"}, "not usable"),
         ({"key": "a.b"}, "not usable"), ({"key": ".a"}, "not usable"), ({"cls": -1}, "from 0 to 999999999"),
         ({"cls": True}, "class number"), ({"cls": 10**9}, "class number"),
-        ({"captions": ["a \ud800"]}, r"'\\ud800', which is no"),
-        ({"meta": {"x": "\udc00"}}, "the JSON of 'k' holds"), ({"captions": [3]}, "list of texts"),
+        ({"captions": [3]}, "list of texts"),
         ({"meta": {"x": "y" * 2_000_000}}, "the JSON of"),
     ],
 )  # fmt: skip

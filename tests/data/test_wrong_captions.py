@@ -165,8 +165,9 @@ def test_numbers_that_cannot_be_right_cost_the_texts_and_are_counted(
     ]
     source = _shards(tmp_path, rows) if kind == "shards" else _folder(tmp_path, rows)
     loader = loader_of(data_of(source), 2)
-    assert len(loader.problems()) == 1 and loader.n_left_out == 0
-    assert re.search(fault, loader.problems()[0])
+    problems = [problem for problem in loader.problems() if "odd or passed over" not in problem]
+    assert len(problems) == 1 and loader.n_left_out == 0
+    assert re.search(fault, problems[0])
     batch = next(loader)
     assert {key[0]: n for key, n in zip(batch.key, batch.negatives_valid.sum(1).tolist())} == {
         "0": 1,

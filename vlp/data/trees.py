@@ -126,8 +126,8 @@ def _pairs(
         if captions or any(label in found.meta for label in _LABELS):
             items.append(Item(name, 0, list(captions), {"image": printable(name), **found.meta}))
         else:
-            why = f": {'; '.join(found.notes)}" if found.notes else ""
-            problems.append(f"the text beside {name!r} holds no caption{why}")
+            why = f"cannot be used: {'; '.join(found.notes)}" if found.notes else "holds no caption"
+            problems.append(f"the text beside {name!r} {why}")
     if not items:
         there = f"; the JSON files have the keys {', '.join(sorted(keys)[:12])}" if keys else ""
         raise ValueError(
