@@ -253,7 +253,8 @@ def test_an_evaluation_gives_way_on_every_rank_before_its_next_batch():
     with StopRequest() as stop:
         stop.received = signal.SIGTERM
         with pytest.raises(Interrupted):
-            embed.texts(SimpleNamespace(fingerprint="", encode_texts=None, n_truncated=lambda texts: 0), ["a", "b"], embed.Context())
+            encoder = SimpleNamespace(fingerprint="", encode_texts=None, n_truncated=lambda texts: 0)
+            embed.texts(encoder, ["a", "b"], embed.Context())
 
 
 def test_a_second_signal_ends_the_process_at_once_and_nohup_is_respected():
