@@ -80,7 +80,7 @@ def open_source(
     if root.is_file() and root.suffix != ".tar":
         source = _table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
-        source = _clip_benchmark(root, split, Choice(tuple(texts.captions), lines=texts.lines or "each"))
+        source = _clip_benchmark(root, split, missing, Choice(tuple(texts.captions), lines=texts.lines or "each"))
     else:
         source = _by_content(root, split, missing, options, texts)
     if not source.records:
@@ -110,7 +110,7 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions, tex
     tars = _tars(root, split)
     named = root.is_file() and bool(archive.texts) and not archive.below  # a shard; without texts its folders are classes
     if named or (tars and root.is_dir() and in_folders is None):
-        source = _from_tars(root, tars, Choice(tuple(texts.captions), lines=texts.lines or "one"))
+        source = _from_tars(root, tars, missing, Choice(tuple(texts.captions), lines=texts.lines or "one"))
         numbered = any(isinstance(record.label, int) for record in source.records)
         return replace(source, classes=_class_names(root)) if numbered else source
     if tars and tars[0].parent == archive.path:
@@ -169,7 +169,7 @@ def _named_parquet(root: Path, split: str) -> list[Path]:
 # --- tars ---------------------------------------------------------------------------------------------------------------
 
 
-def _clip_benchmark(root: Path, split: str, choice: Choice) -> Source:
+def _clip_benchmark(root: Path, split: str, missing: str, choice: Choice) -> Source:
     """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by `datasets.builder.build_wds_dataset`)."""
     text = (root / split / "nshards.txt").read_text().strip()
     if not text.isdigit():
@@ -179,7 +179,7 @@ def _clip_benchmark(root: Path, split: str, choice: Choice) -> Source:
     if absent:
         raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
     names = _class_names(root)
-    source = _from_tars(root, tars, choice, "cls" if names else "class")
+    source = _from_tars(root, tars, missing, choice, "cls" if names else "class")
     return replace(
         source,
         classes=names,
@@ -198,27 +198,28 @@ def _lines(path: Path) -> list[str] | None:
     return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()] if path.exists() else None
 
 
-def _from_tars(root: Path, tars: list[Path], choice: Choice, prefer: str = "class") -> Source:
+def _from_tars(root: Path, tars: list[Path], missing: str, choice: Choice, prefer: str = "class") -> Source:
     """The samples that training finds in the same tars. `choice`: which of their texts are captions.
 
     `prefer`: which label counts where a sample has both, its class's number (cls) or its name (class). What training
-    leaves out is refused here: a score is over the whole set.
+    leaves out is refused here, because a score is over the whole set, unless `missing` is "skip".
     """
+    skipped: list[str] = []
     records: list[Record] = []
     names: Counter[str] = Counter()
     for tar in tars:
-        for sample in _samples(tar):
+        for sample in _samples(tar, missing, skipped):
             names.update(form_of(sample.content.meta, sample.content.text).keys())
             records.append(_record(tar, sample, choice, prefer))
     try:
         choice.check({name.removeprefix("."): n for name, n in names.items()}, len(records), str(root))
     except ValueError as error:
         raise DataError(str(error)) from None
-    return Source(str(root), records)
+    return Source(str(root), records, skipped=skipped)
 
 
-def _samples(tar: Path) -> list[Found]:
-    """The samples of a tar; a DataError names those that cannot be used."""
+def _samples(tar: Path, missing: str, skipped: list[str]) -> list[Found]:
+    """The samples of a tar; a DataError names those that cannot be used, or `skipped` learns of them."""
     samples: list[Found] = []
 
     def begin(_: Shard) -> Callable[[Found], None]:
@@ -229,8 +230,14 @@ def _samples(tar: Path) -> list[Found]:
         shard = read(tar, begin, also=frozenset({"npy"}))
     except ValueError as error:
         raise DataError(str(error)) from None
-    if shard.n_left_out or shard.n_damaged:
-        raise DataError(f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without these samples")
+    if not shard.n_left_out and not shard.n_damaged:
+        return samples
+    if missing != "skip":
+        raise DataError(
+            f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, write it anew without these samples, or pass "
+            "missing=skip to evaluate without them (the score is then not comparable)"
+        )
+    skipped += [f"{tar}: {problem}" for problem in shard.problems]
     return samples
 
 
