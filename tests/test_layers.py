@@ -17,7 +17,7 @@ LAYERS = [
     ("vlp.towers", "vlp.pairwise"),
     ("vlp.config", "vlp.dist", "vlp.log", "vlp.seeds"),
     ("vlp.plugin",),
-    ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime"),
+    ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime", "vlp.privacy"),
     ("vlp",),
 ]
 ROOMS = {"vlp": "vlp", "eval": "vlp.eval", "data_tools": "vlp.data_tools", "launch": "vlp.launch"}

@@ -1,4 +1,4 @@
-"""Console lines, metrics.jsonl and trackers. No arithmetic happens here; numbers arrive finished."""
+"""Console lines, metrics.jsonl and trackers. No arithmetic happens here; numbers arrive finished, and secrets stay here."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from vlp.files import write_atomically
+from vlp.privacy import scrubbed
 
 
 def say(message: str) -> None:
     """A line for the person at the console, from one process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+        print(scrubbed(message), flush=True)
 
 
 def warn(message: str) -> None:
     """A line that must not be missed; on the error stream of every process that has something to warn of."""
     rank = os.environ.get("RANK")
     with contextlib.suppress(BrokenPipeError):
-        print(f"warning{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+        print(f"warning{f' (rank {rank})' if rank else ''}: {scrubbed(message)}", file=sys.stderr, flush=True)
 
 
 class Metrics:

@@ -24,7 +24,6 @@ from vlp.model import build as build_model
 from vlp.plugin import Plugin
 from vlp.precision import faster
 from vlp.reporter import Reporter
-from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
@@ -238,7 +237,7 @@ def _open_run(config: Config, run: Path) -> Path | None:
                 f"continue the one that is there with resume=auto"
             )
     if source is not None:
-        for key, (old, new) in changes(configuration.load(source / "config.yaml"), config).items():
+        for key, (old, new) in changes(configuration.recorded(source / "config.yaml"), config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
     return source
 
@@ -250,7 +249,7 @@ def with_precision(config: Config, source: Path | None, device: torch.device) ->
     """
     if config.train.precision != "auto":
         return config
-    kept = "auto" if source is None else configuration.load(source / "config.yaml").train.precision
+    kept = "auto" if source is None else configuration.recorded(source / "config.yaml").train.precision
     chosen = faster(device.type) if kept == "auto" else kept
     chosen = dist.broadcast_object(chosen)  # ranks that measured differently would not fit together
     return replace(config, train=replace(config.train, precision=chosen))
@@ -269,14 +268,14 @@ def set_branch_aside(run: Path, step: int) -> None:
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two configurations."""
+    """Dotted keys whose values differ between two configurations, and both values; secrets are not compared."""
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix[:-1]: tree}
         return {k: v for name, item in tree.items() for k, v in flat(item, f"{prefix}{name}.").items()}
 
-    before, after = flat(plain(old)), flat(plain(new))
+    before, after = flat(configuration.shown(old)), flat(configuration.shown(new))
     different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - {"resume"}
     if after.get("train.precision") == "auto":  # it stays what it was
         different.discard("train.precision")
