@@ -22,11 +22,10 @@ from typing import Any
 import torch
 import yaml
 from PIL.Image import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlp import _card, _clip_form, _pixels, _siglip_form, checkpoint, stages
-from vlp.files import sync
+from vlp.files import save_tensors, sync
 from vlp.model import DualEncoder, from_description
 from vlp.towers import _references, _weights
 from vlp.types import ON_WHITE
@@ -257,8 +256,7 @@ def _carry_over(old: Path, new: Path) -> None:
 
 
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
-    shutil.copymode(path.parent / _references.CONFIG, path)  # safetensors writes files that only their owner may read
+    save_tensors({key: value.contiguous() for key, value in weights.items()}, path, {"format": "pt"})
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -89,6 +89,8 @@ def _of_system(error: OSError) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"no space left for {name}{_room(path)}; make room or choose another disk. What was whole before still is"
+        case errno.EFBIG:
+            return f"{name} would be larger than a file may be here; raise the limit (ulimit -f) or choose another disk"
         case errno.EROFS:
             return f"{name} lies on a file system that can only be read; choose another place with out=… or --to, --out"
         case errno.EACCES | errno.EPERM:
