@@ -44,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _work.arguments(parser)
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Count, and write the page once all shards are counted."""
     from vlp.data.paths import expand

@@ -15,7 +15,7 @@ LAYERS = [
     ("vlp.model", "vlp.stages", "vlp.losses", "vlp.data"),
     ("vlp.heads",),
     ("vlp.towers", "vlp.pairwise"),
-    ("vlp.config", "vlp.dist", "vlp.log", "vlp.seeds"),
+    ("vlp.config", "vlp.dist", "vlp.log", "vlp.locks", "vlp.seeds"),
     ("vlp.plugin",),
     ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime", "vlp.privacy"),
     ("vlp",),

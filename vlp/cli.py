@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import select
@@ -136,11 +137,13 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys with YAML values: train.batch=512")
 
     def run(options: argparse.Namespace) -> int:
-        from vlp import config
+        from vlp import config, locks
         from vlp.data import server
 
         loaded = config.load(config.find(options.config), options.overrides)
         check_writable(Path(loaded.out) / "config.yaml")
+        if os.environ.get("RANK", "0") == "0":  # the other ranks would meet the lock of their own run
+            locks.refuse_if_held(Path(loaded.out), advice=locks.OF_RUNS)
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.eval.run import in_training, read_all
         from vlp.train import train

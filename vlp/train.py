@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, log, losses, optim, parallel, selection, stored_embeddings, teacher
+from vlp import checkpoint, dist, locks, log, losses, optim, parallel, selection, stored_embeddings, teacher
 from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data import server
 from vlp.data.loader import Loader
+from vlp.files import remove_leftovers
 from vlp.lifetime import Interrupted, Stopped, StopRequest
 from vlp.model import DualEncoder
 from vlp.model import build as build_model
@@ -42,6 +43,12 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     server.start_for(config)
     engine = parallel.start(config.train)
     check_batch(config)
+    with alone_in(Path(config.out)):
+        return _train(config, engine, evaluate)
+
+
+def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -> Path:
+    """`train`, in a folder that is held."""
     run = Path(config.out)
     source = open_run(config)
     for reference in filter(None, (config.init_from, config.teacher.model)):
@@ -203,6 +210,23 @@ def save(config: Config, training: Training, loader: Loader) -> None:
     error = dist.broadcast_object(error)
     if error is not None:
         raise error
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Hold the run's folder while the block runs; raises InUse on every rank where another run holds it. Collective."""
+    error = None
+    with ExitStack() as stack:
+        if dist.is_main():
+            try:
+                stack.enter_context(locks.held(run, advice=locks.OF_RUNS))
+                remove_leftovers(run)
+            except (locks.InUse, OSError) as failure:
+                error = failure
+        error = dist.broadcast_object(error)
+        if error is not None:
+            raise error
+        yield
 
 
 def open_run(config: Config) -> Path | None:
