@@ -58,6 +58,7 @@ def test_configurations_keep_their_form():
     assert [kept[name] for name in ("weight", "strip_sep_token", "max_tokens", "key")] == [1, True, 77, ""]
     hidden = ["path", "storage.password", "storage.profile", "storage.client_kwargs.headers.X-Mine", "api_token"]
     assert list(privacy.hidden_keys(kept)) == hidden
+    assert not list(privacy.hidden_keys({"template": "a *** photo of {}"}))
     assert privacy.shareable(TREE) == {
         "path": "https://host/{0..3}.tar", "weight": 1, "strip_sep_token": True, "max_tokens": 77, "key": "",
     }  # fmt: skip

@@ -18,6 +18,7 @@ from typing import NoReturn
 from vlp import __version__, faults, log
 from vlp.files import check_writable
 from vlp.lifetime import Stopped, silence_console
+from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
 
 TRAIN_EXAMPLE = """examples:
@@ -101,7 +102,7 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             choices = re.findall(r"[\w.-]+", wrong[2])
             message = message[: wrong.start()] + f"there is no {wrong[1]!r}{did_you_mean(wrong[1], choices)}"
-        super().error(message)
+        super().error(scrubbed(message))
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

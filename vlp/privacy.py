@@ -102,7 +102,8 @@ def hidden_keys(value: Any, path: str = "") -> Iterator[str]:
         items = [(str(i), item) for i, item in enumerate(value)]
     else:
         items = []
-        if isinstance(value, str) and HIDDEN in value:
+        hidden = isinstance(value, str) and HIDDEN in value
+        if hidden and (value == HIDDEN or "://" in value or value.startswith("pipe:")):  # not in a caption's template
             yield path
     for name, item in items:
         yield from hidden_keys(item, f"{path}.{name}" if path else name)
