@@ -87,7 +87,9 @@ def _part(said: str, k: str, n: str) -> tuple[int, int]:
 
 
 def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Decorate a tool's `run`: nobody else works in the folder --to meanwhile, but for the other parts of the work."""
+    """Decorate a tool's `run`: nobody else works in the folder --to meanwhile, but for the other
+    parts of the work.
+    """
 
     @wraps(run)
     def guarded(args: argparse.Namespace) -> int:

@@ -41,7 +41,11 @@ def record(plugin: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, An
         "metrics": {**scores, **result.values},
         "language": getattr(plugin.options, "language", "en"),
         "label": plugin.label,
-        "protocol": {"name": plugin.name, "version": plugin.module.VERSION, "options": without_secrets(plain(plugin.options))},
+        "protocol": {
+            "name": plugin.name,
+            "version": plugin.module.VERSION,
+            "options": without_secrets(plain(plugin.options)),
+        },
         "intervals_95": {name: list(confidence.interval(items)) for name, items in result.items.items()},
         "chance": result.chance,
         "counts": result.counts,

@@ -1,7 +1,8 @@
-"""Commands on a file system that is full: `python -m tests.full_disk PLACE SHARDS CONFIG RUN` inside a small tmpfs at PLACE.
+"""Commands on a file system that is full: `python -m tests.full_disk PLACE SHARDS CONFIG RUN`
+inside a small tmpfs at PLACE.
 
-Prints JSON, a trial a command: the exit status, what it said, what it left behind, and whether what was there before still
-is; last, whether the same command does its work once there is room.
+Prints JSON, a trial a command: the exit status, what it said, what it left behind, and whether what
+was there before still is; last, whether the same command does its work once there is room.
 """
 
 import contextlib
@@ -14,7 +15,14 @@ from pathlib import Path
 
 from vlp.cli import main
 
-FREE = {"train": 300_000, "export": 30_000, "pack": 6_000, "embed": 3_000, "negatives": 6_000, "reshard": 6_000}
+FREE = {
+    "train": 300_000,
+    "export": 30_000,
+    "pack": 6_000,
+    "embed": 3_000,
+    "negatives": 6_000,
+    "reshard": 6_000,
+}
 
 
 def trials(place: Path, shards: Path, config: Path, run: Path) -> list[dict]:
@@ -23,12 +31,27 @@ def trials(place: Path, shards: Path, config: Path, run: Path) -> list[dict]:
     status, said = quietly(["train", str(config), out, "checkpoint.every=2", "train.duration=2"])
     assert status == 0, said
     commands = {
-        "train": ["train", str(config), out, "checkpoint.every=2", "train.duration=4", "resume=auto"],
+        "train": [
+            "train",
+            str(config),
+            out,
+            "checkpoint.every=2",
+            "train.duration=4",
+            "resume=auto",
+        ],
         "export": ["export", str(run), "--to", str(place / "export")],
         "pack": ["data", "pack", str(shards.parent / "pictures"), "--to", str(place / "pack")],
         "embed": ["data", "embed", str(shards), "--model", str(run), "--to", str(place / "embed")],
         "negatives": ["data", "negatives", str(shards), "--to", str(place / "negatives")],
-        "reshard": ["data", "reshard", str(shards), "--samples-per-shard", "7", "--to", str(place / "reshard")],
+        "reshard": [
+            "data",
+            "reshard",
+            str(shards),
+            "--samples-per-shard",
+            "7",
+            "--to",
+            str(place / "reshard"),
+        ],
     }
     return [trial(name, command, place) for name, command in commands.items()]
 
@@ -41,8 +64,14 @@ def trial(name: str, command: list[str], place: Path) -> dict:
     status, said = quietly(command)
     filler.unlink()
     after = contents(place)
-    kept = {path: after.get(path) for path in before if not path.endswith(("metrics.jsonl", "config.yaml"))}
-    torn = [path for path in after if path.endswith("metrics.jsonl") and not whole_lines(place / path)]
+    kept = {
+        path: after.get(path)
+        for path in before
+        if not path.endswith(("metrics.jsonl", "config.yaml"))
+    }
+    torn = [
+        path for path in after if path.endswith("metrics.jsonl") and not whole_lines(place / path)
+    ]
     return {
         "name": name, "status": status, "said": said, "torn": torn,
         "changed": [path for path in kept if kept[path] != before[path]],
@@ -60,12 +89,17 @@ def fill(path: Path, n_free: int) -> None:
 def contents(place: Path) -> dict[str, str]:
     """Digests of all files."""
     files = [path for path in place.rglob("*") if path.is_file()]
-    return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def whole_lines(path: Path) -> bool:
     """Whether a file holds JSON lines and nothing else."""
-    return all(json.loads(line) for line in path.read_text().splitlines()) and path.read_text()[-1:] in ("", "\n")
+    return all(json.loads(line) for line in path.read_text().splitlines()) and path.read_text()[
+        -1:
+    ] in ("", "\n")
 
 
 def quietly(command: list[str]) -> tuple[int, str]:

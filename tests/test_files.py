@@ -36,7 +36,13 @@ def world(tmp_path_factory):
     config = folder / "good.yaml"
     config.write_text(CONFIG.format(out=folder / "run", shards=shards))
     assert main(["train", str(config)]) == 0
-    return {"folder": folder, "shards": shards, "config": config, "run": folder / "run", "pictures": pictures}
+    return {
+        "folder": folder,
+        "shards": shards,
+        "config": config,
+        "run": folder / "run",
+        "pictures": pictures,
+    }
 
 
 def test_a_full_disk_leaves_no_parts_and_what_was_there_before(world, tmp_path):
@@ -46,14 +52,24 @@ def test_a_full_disk_leaves_no_parts_and_what_was_there_before(world, tmp_path):
     mount = f"mount -t tmpfs -o size=150m none {place}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system of its own")
-    command = [sys.executable, "-m", "tests.full_disk", place, world["shards"], world["config"], world["run"]]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.full_disk",
+        place,
+        world["shards"],
+        world["config"],
+        world["run"],
+    ]
     inside = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *map(str, command)]
     done = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     trials = json.loads(done.stdout.splitlines()[-1])
     assert len(trials) == 6
     for trial in trials:
-        assert trial["status"] == 1 and not (trial["partial"] or trial["changed"] or trial["torn"]), trial
+        assert trial["status"] == 1 and not (
+            trial["partial"] or trial["changed"] or trial["torn"]
+        ), trial
         for part in ("no space left for", str(place), "MB are free", "make room"):
             assert part in trial["said"], trial
         assert "Traceback" not in trial["said"] and trial["again"] == 0, trial
@@ -85,7 +101,9 @@ def test_every_writer_names_its_file_and_takes_back_what_it_began(tmp_path, smal
 
     writers = {
         "kept": lambda: files.write_atomically(tmp_path / "kept", bytes(30_000)),
-        "a.safetensors": lambda: files.save_tensors({"a": torch.zeros(9000)}, tmp_path / "a.safetensors"),
+        "a.safetensors": lambda: files.save_tensors(
+            {"a": torch.zeros(9000)}, tmp_path / "a.safetensors"
+        ),
         "00000.tar": shard,
         "metrics.jsonl": lines,
     }
@@ -94,7 +112,9 @@ def test_every_writer_names_its_file_and_takes_back_what_it_began(tmp_path, smal
             write()
         assert caught.value.errno == errno.EFBIG and Path(caught.value.filename).name == name, name
     assert (tmp_path / "kept").read_bytes() == b"old"
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [0, 1, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"kept", "metrics.jsonl"}
 
 
@@ -106,8 +126,24 @@ def test_all_that_is_written_has_the_users_rights(world, tmp_path, umask, monkey
         commands = [
             ["train", str(world["config"]), f"out={tmp_path / 'run'}"],
             ["export", str(tmp_path / "run"), "--to", str(tmp_path / "export")],
-            ["data", "embed", str(world["shards"]), "--model", str(tmp_path / "run"), "--to", str(tmp_path / "embed")],
-            ["data", "filter", str(world["shards"]), "--min-words", "1", "--to", str(tmp_path / "filter")],
+            [
+                "data",
+                "embed",
+                str(world["shards"]),
+                "--model",
+                str(tmp_path / "run"),
+                "--to",
+                str(tmp_path / "embed"),
+            ],
+            [
+                "data",
+                "filter",
+                str(world["shards"]),
+                "--min-words",
+                "1",
+                "--to",
+                str(tmp_path / "filter"),
+            ],
             ["data", "pack", str(world["pictures"]), "--to", str(tmp_path / "pack")],
             ["data", "stats", str(world["shards"]), "--to", str(tmp_path / "stats")],
             ["report", str(tmp_path / "run"), "--no-model"],

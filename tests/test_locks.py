@@ -58,7 +58,9 @@ def holder():
 
     def start(folder, k=1, n=1, *beside):
         command = [sys.executable, "-c", HOLD, str(folder), str(k), str(n), *beside]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
         processes.append(process)
         return process, process.stdout.readline().strip()
 
@@ -74,7 +76,12 @@ def test_the_second_is_told_who_and_a_killed_one_holds_nothing(tmp_path, holder,
     first, told = holder(folder, 1, 1, *beside)
     assert told == "held"
     _, told = holder(folder, 1, 1, *beside)
-    for part in (f"{folder} is in use by", f"process {first.pid} on {socket.gethostname()}, for", " s)", "Go away"):
+    for part in (
+        f"{folder} is in use by",
+        f"process {first.pid} on {socket.gethostname()}, for",
+        " s)",
+        "Go away",
+    ):
         assert part in told, told
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -101,7 +108,9 @@ def test_parts_share_a_folder_and_exclude_what_overlaps(tmp_path, holder):
         processes[number], told[number] = holder(folder, *part)
     assert told[0] == told[1] == "held"
     for number, owners in ((2, [0]), (3, [0, 1]), (4, [0, 1])):
-        assert all(f"process {processes[owner].pid} on" in told[number] for owner in owners), told[number]
+        assert all(f"process {processes[owner].pid} on" in told[number] for owner in owners), told[
+            number
+        ]
     for number in (0, 1):
         processes[number].stdin.close()
         processes[number].wait()
@@ -115,7 +124,9 @@ def test_there_is_never_more_than_one_whoever_comes_and_goes(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     command = [sys.executable, "-c", RACE, str(folder)]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
+    racers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)
+    ]
     times = [int(racer.communicate(timeout=60)[0]) for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * 4 and sum(times) > 50
     assert not list(folder.iterdir())
@@ -157,7 +168,11 @@ def world(tmp_path_factory):
 def stopped_while_it_holds(command: list[str], lock: Path) -> subprocess.Popen:
     """A command that stands still while it holds a lock."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vlp.cli", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "vlp.cli", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     until = time.monotonic() + 60
     while not (lock.exists() and lock.read_text()):
@@ -190,7 +205,9 @@ def test_a_tool_refuses_the_folder_of_another_call(world, tmp_path, tool, capsys
         with tarfile.open(next(iter(shards.glob("*.tar")))) as tar:
             tar.extractall(source, filter="data")
     command = ["data", tool, str(source), "--to"]
-    first = stopped_while_it_holds([*command, str(out)], tmp_path / ".out.lock" if tool == "pack" else out / ".lock")
+    first = stopped_while_it_holds(
+        [*command, str(out)], tmp_path / ".out.lock" if tool == "pack" else out / ".lock"
+    )
     check_refused([*command, str(out)], first.pid, capsys)
     first.send_signal(signal.SIGCONT)
     _, said = first.communicate(timeout=60)
@@ -203,7 +220,9 @@ def test_a_tool_refuses_the_folder_of_another_call(world, tmp_path, tool, capsys
 
 
 def test_every_tool_that_fills_a_folder_holds_it():
-    names = [m.name for m in pkgutil.iter_modules(data_tools.__path__) if not m.name.startswith("_")]
+    names = [
+        m.name for m in pkgutil.iter_modules(data_tools.__path__) if not m.name.startswith("_")
+    ]
     tools = {name: importlib.import_module(f"vlp.data_tools.{name}") for name in names}
     holding = {name for name, tool in tools.items() if hasattr(tool.run, "__wrapped__")}
     one_file = {"cells", "sheet", "inspect", "validate"}  # written whole or not at all

@@ -1,4 +1,6 @@
-"""Secrets planted wherever a user can have them, and a search for them in every file and every line that vlp writes."""
+"""Secrets planted wherever a user can have them, and a search for them in every file and every line
+that vlp writes.
+"""
 
 import json
 import os
@@ -50,14 +52,28 @@ def world(tmp_path_factory):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    hidden = {"HF_TOKEN": SECRETS["hub"], "AWS_SECRET_ACCESS_KEY": SECRETS["cloud"], "WANDB_API_KEY": SECRETS["tracker"]}
-    return os.environ | hidden | {"VLP_CACHE": str(folder / "work" / "cache"), "OMP_NUM_THREADS": "1", "VLP_TRACEBACK": "1"}
+    hidden = {
+        "HF_TOKEN": SECRETS["hub"],
+        "AWS_SECRET_ACCESS_KEY": SECRETS["cloud"],
+        "WANDB_API_KEY": SECRETS["tracker"],
+    }
+    return (
+        os.environ
+        | hidden
+        | {
+            "VLP_CACHE": str(folder / "work" / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "VLP_TRACEBACK": "1",
+        }
+    )
 
 
 def vlp(folder: Path, *commands: list[str]) -> tuple[list[int], str]:
     """Exit statuses of commands and all that they printed."""
     program = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
-    done = subprocess.run(program, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        program, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
@@ -72,16 +88,34 @@ def test_no_secret_is_written_or_said(world):
     run, storage = str(work / "run"), "data.sources.0.storage"
     commands = [
         ["train", mine, "train.duration=4", "checkpoint.every=2"],
-        ["train", mine, "train.duration=5", "resume=auto"],  # as scripts do: the configuration brings the secrets again
+        [
+            "train",
+            mine,
+            "train.duration=5",
+            "resume=auto",
+        ],  # as scripts do: the configuration brings the secrets again
         ["export", run, "--to", str(work / "export")],
         ["report", run],
         ["data", "stats", str(folder / "root" / "train"), "--to", str(work / "stats")],
-        ["data", "embed", str(folder / "root" / "train"), "--model", run, "--to", str(work / "embed")],
+        [
+            "data",
+            "embed",
+            str(folder / "root" / "train"),
+            "--model",
+            run,
+            "--to",
+            str(work / "embed"),
+        ],
     ]
     refusals = [
         ["train", mine, f"{storage}.deep.er.key={SECRETS['option']}"],
         ["train", mine, f"{storage}=Bearer {SECRETS['header']}", f"out={work}/other"],
-        ["train", mine, f"data.sources.0.path={server.url}/none/0.tar?sig={SECRETS['signature']}", f"out={work}/other"],
+        [
+            "train",
+            mine,
+            f"data.sources.0.path={server.url}/none/0.tar?sig={SECRETS['signature']}",
+            f"out={work}/other",
+        ],
         ["train", mine, "train.batch=4000", f"out={work}/other"],
         ["train", f"{run}/config.yaml", "resume=auto"],
         ["push", str(work / "stats"), f"you/{SECRETS['hub']}"],
@@ -95,14 +129,31 @@ def test_no_secret_is_written_or_said(world):
 
     written = [path for path in work.rglob("*") if path.is_file()]
     names = {path.name for path in written}
-    assert {"config.yaml", "metrics.jsonl", "README.md", "report.html", "_stats.json", "_embed.json"} <= names
-    assert any("tfevents" in name for name in names) and any(path.suffix == ".bin" for path in written)
-    found = [str(path) for path in written if told(str(path)) or told(path.read_bytes().decode("latin-1"))]
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "README.md",
+        "report.html",
+        "_stats.json",
+        "_embed.json",
+    } <= names
+    assert any("tfevents" in name for name in names) and any(
+        path.suffix == ".bin" for path in written
+    )
+    found = [
+        str(path)
+        for path in written
+        if told(str(path)) or told(path.read_bytes().decode("latin-1"))
+    ]
     assert not found
     assert len(written) > 60
     kept = yaml.safe_load((work / "run" / "config.yaml").read_text())["data"]["sources"][0]
     assert kept["path"].endswith("/train/{00000..00005}.tar?***")
-    assert kept["storage"] == {"headers": {"X-Api-Key": "***"}, "encoded": False, "cookies": {"sid": "***"}}
+    assert kept["storage"] == {
+        "headers": {"X-Api-Key": "***"},
+        "encoded": False,
+        "cookies": {"sid": "***"},
+    }
 
 
 def test_the_search_finds_what_is_there(world):
@@ -115,7 +166,9 @@ def test_a_lock_tells_no_secrets(world):
     folder, _ = world
     program = "import sys\nfrom pathlib import Path\nfrom vlp.locks import held\n" \
         "with held(Path(sys.argv[1]), advice=''): print((Path(sys.argv[1]) / '.lock').read_text())"  # fmt: skip
-    address = f"data.sources.0.path=https://u:{SECRETS['password']}@h/0.tar?sig={SECRETS['signature']}"
+    address = (
+        f"data.sources.0.path=https://u:{SECRETS['password']}@h/0.tar?sig={SECRETS['signature']}"
+    )
     done = subprocess.run([sys.executable, "-c", program, str(folder / "held"), address, f"hf_token={SECRETS['hub']}"],
                           cwd=ROOT, env=environment(folder), capture_output=True, text=True, check=True)  # fmt: skip
     assert "https://h/0.tar?***" in done.stdout and not told(done.stdout)

@@ -1,4 +1,6 @@
-"""Secrets stay in the process: what is hidden, what is left alone, and how a run goes on that wrote none of them down."""
+"""Secrets stay in the process: what is hidden, what is left alone, and how a run goes on that wrote
+none of them down.
+"""
 
 import pytest
 import yaml
@@ -35,7 +37,11 @@ def learned(monkeypatch):
 
 
 def test_messages_hide_secrets_and_nothing_else():
-    left = [text for text in HIDDEN if "PLANTED" in privacy.scrubbed(text) or "PLANTED" in privacy.private(text)]
+    left = [
+        text
+        for text in HIDDEN
+        if "PLANTED" in privacy.scrubbed(text) or "PLANTED" in privacy.private(text)
+    ]
     assert not left and len(HIDDEN) == 11
     assert [privacy.scrubbed(text) for text in LEFT_ALONE] == LEFT_ALONE
     assert privacy.scrubbed(privacy.scrubbed(HIDDEN[2])) == privacy.scrubbed(HIDDEN[2])
@@ -55,8 +61,19 @@ def test_configurations_keep_their_form():
         "anon": False, "retries": 5, "password": "***", "profile": "***", "client_kwargs": {"headers": {"X-Mine": "***"}},
     }  # fmt: skip
     assert kept["path"] == "https://host/{0..3}.tar?***" and kept["api_token"] == "***"
-    assert [kept[name] for name in ("weight", "strip_sep_token", "max_tokens", "key")] == [1, True, 77, ""]
-    hidden = ["path", "storage.password", "storage.profile", "storage.client_kwargs.headers.X-Mine", "api_token"]
+    assert [kept[name] for name in ("weight", "strip_sep_token", "max_tokens", "key")] == [
+        1,
+        True,
+        77,
+        "",
+    ]
+    hidden = [
+        "path",
+        "storage.password",
+        "storage.profile",
+        "storage.client_kwargs.headers.X-Mine",
+        "api_token",
+    ]
     assert list(privacy.hidden_keys(kept)) == hidden
     assert not list(privacy.hidden_keys({"template": "a *** photo of {}"}))
     assert privacy.shareable(TREE) == {
@@ -65,7 +82,10 @@ def test_configurations_keep_their_form():
 
 
 def test_one_file_has_one_address():
-    signed = [f"https://{user}host/x/a.tar?X-Amz-Date=1&X-Amz-Signature={s}" for user, s in (("", "a/b"), ("anna:pw@", "c"))]
+    signed = [
+        f"https://{user}host/x/a.tar?X-Amz-Date=1&X-Amz-Signature={s}"
+        for user, s in (("", "a/b"), ("anna:pw@", "c"))
+    ]
     assert {privacy.address(url) for url in signed} == {"https://host/x/a.tar"}
     assert privacy.address("https://host/a.tar?versionId=3") == "https://host/a.tar?versionId=3"
 
@@ -83,7 +103,11 @@ def written(tmp_path):
     """A configuration with secrets, and what a run writes down of it."""
     path, kept = tmp_path / "mine.yaml", tmp_path / "config.yaml"
     tree = yaml.safe_load(config.find("demo").read_text())
-    source = {"name": "remote", "path": "https://host/0.tar?sig=PLANTED", "storage": {"headers": {"X": "PLANTED"}}}
+    source = {
+        "name": "remote",
+        "path": "https://host/0.tar?sig=PLANTED",
+        "storage": {"headers": {"X": "PLANTED"}},
+    }
     tree["data"]["sources"] = [source]
     path.write_text(yaml.safe_dump(tree))
     kept.write_text(config.dump(config.load(path)))
@@ -94,9 +118,15 @@ def test_a_run_goes_on_where_its_secrets_are_given_again(written):
     path, kept = written
     assert "PLANTED" not in kept.read_text()
     assert changes(config.recorded(kept), config.load(path)) == {}
-    with pytest.raises(config.ConfigError, match=r"leaves out secrets.*sources\.0\.path=… data\.sources\.0\.storage\.headers\.X=…"):
+    with pytest.raises(
+        config.ConfigError,
+        match=r"leaves out secrets.*sources\.0\.path=… data\.sources\.0\.storage\.headers\.X=…",
+    ):
         config.load(kept)
-    again = ["data.sources.0.path=https://host/0.tar?sig=NEW", "data.sources.0.storage.headers.X=NEW"]
+    again = [
+        "data.sources.0.path=https://host/0.tar?sig=NEW",
+        "data.sources.0.storage.headers.X=NEW",
+    ]
     loaded = config.load(kept, again)
     assert loaded.data.sources[0].options.storage == {"headers": {"X": "NEW"}}
     assert changes(config.recorded(kept), loaded) == {}  # a new signature is no other setting

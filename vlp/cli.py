@@ -143,7 +143,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
         loaded = config.load(config.find(options.config), options.overrides)
         check_writable(Path(loaded.out) / "config.yaml")
-        if os.environ.get("RANK", "0") == "0":  # the other ranks would meet the lock of their own run
+        # The other ranks would meet the lock of their own run.
+        if os.environ.get("RANK", "0") == "0":
             locks.refuse_if_held(Path(loaded.out), advice=locks.OF_RUNS)
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.eval.run import in_training, read_all

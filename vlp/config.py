@@ -391,7 +391,8 @@ class Config:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and validate; raises ConfigError.
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and validate; raises
+    ConfigError.
 
     Secrets that a run's config.yaml leaves out must be given again by the overrides.
     """
@@ -400,8 +401,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if hidden:
         again = " ".join(f"{key}=…" for key in hidden)
         message = (
-            f"{path} leaves out secrets, which no run writes down; give them again ({again}), or use the configuration that "
-            "the run was started with"
+            f"{path} leaves out secrets, which no run writes down; give them again ({again}), or use "
+            "the configuration that the run was started with"
         )
         raise ConfigError([Problem((), message)])
     return parse(tree, lines)
@@ -438,7 +439,9 @@ def parse(tree: dict[str, Any], lines: dict[schema.Path, str] | None = None) -> 
 
 
 def shown(config: Any) -> Any:
-    """A configuration as plain values, with its secrets hidden: the form in which it leaves this process."""
+    """A configuration as plain values, with its secrets hidden: the form in which it leaves this
+    process.
+    """
     return privacy.without_secrets(schema.plain(config))
 
 

@@ -259,7 +259,8 @@ def _carry_over(old: Path, new: Path) -> None:
 
 
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    save_tensors({key: value.contiguous() for key, value in weights.items()}, path, {"format": "pt"})
+    contiguous = {key: value.contiguous() for key, value in weights.items()}
+    save_tensors(contiguous, path, {"format": "pt"})
 
 
 def _write_json(path: Path, value: Any) -> None:

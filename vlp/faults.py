@@ -53,7 +53,8 @@ def say(error: Exception) -> None:
     if text is None:
         text = "this is a bug in vlp, or input of a form that it does not expect; please report it with the lines above"
     rank = os.environ.get("RANK", "0")
-    print(f"vlp{f' (rank {rank})' if rank != '0' else ''}: {scrubbed(text)}", file=sys.stderr, flush=True)
+    place = f" (rank {rank})" if rank != "0" else ""
+    print(f"vlp{place}: {scrubbed(text)}", file=sys.stderr, flush=True)
 
 
 def message(error: Exception) -> str | None:
@@ -90,7 +91,7 @@ def _of_system(error: OSError) -> str:
         case errno.ENOSPC | errno.EDQUOT:
             return f"no space left for {name}{_room(path)}; make room or choose another disk. What was whole before still is"
         case errno.EFBIG:
-            return f"{name} would be larger than a file may be here; raise the limit (ulimit -f) or choose another disk"
+            return f"{name} is larger than a file may be here; raise ulimit -f or choose another disk"
         case errno.EROFS:
             return f"{name} lies on a file system that can only be read; choose another place with out=… or --to, --out"
         case errno.EACCES | errno.EPERM:

@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all, with the rights that the user's umask gives. Imports the standard library only."""
+"""Files that appear whole or not at all, with the rights that the user's umask gives. Imports the
+standard library only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SYSTEM = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust tell an error of the system
+_SYSTEM = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust tell an error of the system
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -41,15 +43,20 @@ def write_all(file: BinaryIO, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left unfinished in `folder`. For whoever knows that nobody writes there now."""
+    """Remove what killed writers left unfinished in `folder`. For whoever knows that nobody writes
+    there now.
+    """
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a .safetensors file, tensor by tensor; raises OSError.
 
-    safetensors writes files that only their owner may read, and tells a full disk as an error of its own.
+    safetensors writes files that only their owner may read, and tells a full disk as an error of
+    its own.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -71,7 +78,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system that come out of the block name `path`, where they name no file: a full disk's do not."""
+    """Let errors of the system that come out of the block name `path`, where they name no file: a
+    full disk's do not.
+    """
     try:
         yield
     except OSError as error:

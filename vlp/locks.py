@@ -1,9 +1,10 @@
 """One call at a time writes into a folder, and the others are told who does.
 
-A lock is an advisory flock on a small file, so that it ends with its process whatever ends that: there are no stale ones.
-The file says who holds it, for the message that a second call gets. Shares (`--part K/N`) hold the folder together, and
-exclude calls for the whole, the same share, and shares of another number. Where the file system knows no locks, that is
-said once, and work goes on without.
+A lock is an advisory flock on a small file, so that it ends with its process whatever ends that:
+there are no stale ones. The file says who holds it, for the message that a second call gets. Shares
+(`--part K/N`) hold the folder together, and exclude calls for the whole, the same share, and shares
+of another number. Where the file system knows no locks, that is said once, and work goes on
+without.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from vlp import log
 from vlp.privacy import scrubbed
 
 NAME = ".lock"
-OF_RUNS = "Wait until it is done, or stop it and go on with resume=auto; or choose another folder with out=…"
+OF_RUNS = (
+    "Wait until it is done, or stop it and go on with resume=auto; or choose another folder with out=…"
+)
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _TRIES = 40  # looks, 50 ms apart, for the owner to have written its name
 
@@ -38,11 +41,15 @@ class InUse(RuntimeError):
 
 
 @contextmanager
-def held(target: Path, *, advice: str, beside: bool = False, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
-    """Hold `target` while the block runs; raises InUse, which names the owner, host and age, and ends in `advice`.
+def held(
+    target: Path, *, advice: str, beside: bool = False, part: tuple[int, int] = (1, 1)
+) -> Iterator[None]:
+    """Hold `target` while the block runs; raises InUse, which names the owner, host and age, and
+    ends in `advice`.
 
-    beside: the lock lies beside `target`, which is replaced as a whole, and else in it; folders that are missing are made,
-    and go again if they are empty in the end. part: (K, N), a share of the work in this folder.
+    beside: the lock lies beside `target`, which is replaced as a whole, and else in it; folders
+    that are missing are made, and go again if they are empty in the end. part: (K, N), a share of
+    the work in this folder.
     """
     target = target.absolute()
     path = target.with_name(f".{target.name}{NAME}") if beside else target / NAME
@@ -73,7 +80,12 @@ def _locked(path: Path, target: Path, advice: str, shared: bool = False) -> Iter
         yield
         return
 
-    descriptor = _take(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    descriptor = None
+    for pause_s in (0, 0.05, 0.05):  # another one may only have looked whether it is held
+        time.sleep(pause_s)
+        descriptor = _take(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if descriptor is not None:
+            break
     if descriptor is None:
         _refuse(target, [path, *filter(_is_held, _shares(path))], advice)
     _held[key] += 1
@@ -99,7 +111,10 @@ def _take(path: Path, kind: int) -> int | None:
             if error.errno not in _UNSUPPORTED:
                 os.close(descriptor)
                 raise
-            log.warn(f"{path.parent} knows no locks ({error.strerror}); see to it that only one call works there")
+            log.warn(
+                f"{path.parent} knows no locks ({error.strerror}); "
+                "see to it that only one call works there"
+            )
             return descriptor
         # Whoever held it before may have removed the file meanwhile, and a third made a new one.
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -123,7 +138,8 @@ def _release(path: Path, descriptor: int, shared: bool) -> None:
     try:
         if shared:
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last one of those who share it
+                # Only the last one of those who share it gets it for itself.
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
         else:
             path.unlink(missing_ok=True)
@@ -132,13 +148,13 @@ def _release(path: Path, descriptor: int, shared: bool) -> None:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether some process holds the lock of this file."""
+    """Whether some process holds the lock of this file for itself alone."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True
@@ -156,9 +172,13 @@ def _sign(descriptor: int) -> None:
     """Write into the lock's file who holds it."""
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     owner = {
-        "pid": os.getpid(), "host": socket.gethostname(), "command": scrubbed(command)[:200], "since": round(time.time(), 1),
-    }  # fmt: skip
-    with contextlib.suppress(OSError):  # a file of another user, or a full disk: the lock holds all the same
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": scrubbed(command)[:200],
+        "since": round(time.time(), 1),
+    }
+    # A file of another user, or a full disk: the lock holds all the same.
+    with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
@@ -184,7 +204,8 @@ def _owner(path: Path) -> str:
                 return ""
             time.sleep(0.05)
             continue
-        if host == socket.gethostname() and not _is_alive(pid):  # the one before, killed: the new one is about to sign
+        # The one before, which was killed: the new one is about to sign.
+        if host == socket.gethostname() and not _is_alive(pid):
             time.sleep(0.05)
             continue
         age = _age(time.time() - owner["since"])

@@ -1,4 +1,6 @@
-"""Console lines, metrics.jsonl and trackers. No arithmetic happens here; numbers arrive finished, and secrets stay here."""
+"""Console lines, metrics.jsonl and trackers. No arithmetic happens here; numbers arrive finished,
+and secrets stay here.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def warn(message: str) -> None:
     """A line that must not be missed; on the error stream of every process that has something to warn of."""
     rank = os.environ.get("RANK")
     with contextlib.suppress(BrokenPipeError):
-        print(f"warning{f' (rank {rank})' if rank else ''}: {scrubbed(message)}", file=sys.stderr, flush=True)
+        place = f" (rank {rank})" if rank else ""
+        print(f"warning{place}: {scrubbed(message)}", file=sys.stderr, flush=True)
 
 
 class Metrics:
@@ -43,7 +46,8 @@ class Metrics:
         self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Append one record and hand it to the operating system at once, whole or not at all; raises OSError.
+        """Append one record and hand it to the operating system at once, whole or not at all;
+        raises OSError.
 
         NaN and infinity, which JSON has no words for, become null.
         """

@@ -1,17 +1,18 @@
-"""What leaves this process, and what does not: secrets, and for pages and cards the folders of this machine. Standard
-library only.
+"""What leaves this process, and what does not: secrets, and for pages and cards the folders of this
+machine. Standard library only.
 
-Every file of a run, every mark of a tool, every tracker and every line to the console goes through here.
+Every file of a run, every mark of a tool, every tracker and every line to the console goes through
+here.
 
     scrubbed(text)       a message: secrets hidden
-    without_secrets(x)   a configuration that is kept to go on from: secrets hidden, so that one sees what to give again
-    shareable(x)         a configuration for a model card: secrets left out, places by their last part
+    without_secrets(x)   a configuration that is kept to go on from: secrets hidden, keys kept
+    shareable(x)         one for a model card: secrets left out, places by their last part
     private(text)        text of a page: secrets hidden, places by their last part
-    address(url)         an address without what changes from one signature to the next: the name of a file in a cache
+    address(url)         an address without credentials and signature: the name of a file in a cache
 
-Secrets are: of an address the credentials before @ and its query, unless all of it is harmless; every text under `storage`;
-values of keys such as token or api_key; tokens that can be told by their form; the values of environment variables such as
-HF_TOKEN, and what `learn` has seen.
+Secrets are: of an address the credentials before @ and its query, unless all of it is harmless;
+every text under `storage`; values of keys such as token or api_key; tokens that can be told by
+their form; the values of environment variables such as HF_TOKEN, and what `learn` has seen.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ HIDDEN = "***"
 _STORAGE = re.compile(r"(?i)^(storage|storage_options|client_kwargs)$")
 _HEADERS = re.compile(r"(?i)^(headers?|auth(orization)?|cookies?)$")
 _SECRET = re.compile(
-    r"(?i)(^|[_-])(token|secret|password|passwd|credential|signature|authorization|api_?key|access_?key|account_?key|"
-    r"connection_string|key)s?$"
+    r"(?i)(^|[_-])(token|secret|password|passwd|credential|signature|authorization|"
+    r"api_?key|access_?key|account_?key|connection_string|key)s?$"
 )
-_VARIABLE = re.compile(r"(?i)(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|KEY|PAT|DSN)$")
+_VARIABLE = re.compile(
+    r"(?i)(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|KEY|PAT|DSN)$"
+)
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA)[\w-]{8,}")
 _BEARER = re.compile(r"((?i:\bbearer\s+)|\bBasic\s+(?=\S*[\d=]))[\w.~+/=-]{6,}")
 _NAMES = r"(?:token|secret|password|passwd|signature|authorization|api[_-]?key|access[_-]?key)s?"
@@ -44,11 +47,17 @@ _ADDRESS = re.compile(
     r"\b(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/'\"<>?]*@)?"
     r"(?P<place>(?:(?!::)[^\s?#'\"<>])*)(?P<query>[?#](?:(?!::)[^\s'\"<>])*)?"
 )
-_HARMLESS = {"download", "dl", "raw", "rev", "revision", "ref", "version", "versionid", "generation", "alt", "format"}
+_HARMLESS = {
+    "download", "dl", "raw", "rev", "revision", "ref", "version", "versionid", "generation", "alt",
+    "format",
+}  # fmt: skip
 _PATH = re.compile(r"(?<![\w.:/~…-])(?:~|/|[A-Za-z]:\\)[^\s'\"<>,;:()]*[/\\][^\s'\"<>,;:()]*")
 _SHORTEST = 6  # letters of a value that is looked for in other text
 
-_FOLDERS = ("path", "paths", "data", "images", "out", "resume", "embeddings", "classes", "templates", "captions")
+_FOLDERS = (
+    "path", "paths", "data", "images", "out", "resume", "embeddings", "classes", "templates",
+    "captions",
+)  # fmt: skip
 _REFERENCES = ("init_from", "pretrained", "model", "tokenizer", "architecture", "reference")
 
 _learned: set[str] = set()  # secrets of the configurations that this process has read
@@ -66,7 +75,9 @@ def scrubbed(text: str) -> str:
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """A tree of mappings, lists and scalars, of the same form, with its secrets hidden. `key`: the one that it stands under."""
+    """A tree of mappings, lists and scalars, of the same form, with its secrets hidden. `key`: the
+    one that it stands under.
+    """
     if is_secret(key, value):
         return _hide(value, numbers=not _STORAGE.match(key))
     if isinstance(value, Mapping):
@@ -80,13 +91,22 @@ def is_secret(key: str, value: Any) -> bool:
     """Whether what stands under this key of a configuration is nobody else's business."""
     if _STORAGE.match(key) or _HEADERS.match(key):
         return True
-    return bool(_SECRET.search(key)) and isinstance(value, (str, bytes, Mapping, list, tuple)) and bool(value)
+    return (
+        bool(_SECRET.search(key))
+        and isinstance(value, (str, bytes, Mapping, list, tuple))
+        and bool(value)
+    )
 
 
 def _hide(value: Any, numbers: bool) -> Any:
-    """The same tree with every text hidden, and `numbers` where their place says that they are secret, too."""
+    """The same tree with every text hidden, and `numbers` where their place says that they are
+    secret, too.
+    """
     if isinstance(value, Mapping):
-        return {name: _hide(item, numbers or bool(_SECRET.search(str(name)))) for name, item in value.items()}
+        return {
+            name: _hide(item, numbers or bool(_SECRET.search(str(name))))
+            for name, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_hide(item, numbers) for item in value]
     if value is None or isinstance(value, bool) or value == "":
@@ -102,15 +122,16 @@ def hidden_keys(value: Any, path: str = "") -> Iterator[str]:
         items = [(str(i), item) for i, item in enumerate(value)]
     else:
         items = []
-        hidden = isinstance(value, str) and HIDDEN in value
-        if hidden and (value == HIDDEN or "://" in value or value.startswith("pipe:")):  # not in a caption's template
+        text = value if isinstance(value, str) else ""
+        of_secrets = text == HIDDEN or "://" in text or text.startswith("pipe:")
+        if HIDDEN in text and of_secrets:  # a caption's template may hold asterisks of its own
             yield path
     for name, item in items:
         yield from hidden_keys(item, f"{path}.{name}" if path else name)
 
 
 def learn(value: Any, key: str = "") -> None:
-    """Remember the secrets of a configuration, so that `scrubbed` knows them wherever they turn up."""
+    """Remember the secrets of a configuration, so that `scrubbed` knows them everywhere."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             named = bool(_SECRET.search(str(name)) or _HEADERS.match(str(name)))
@@ -123,7 +144,9 @@ def learn(value: Any, key: str = "") -> None:
 
 
 def _is_telling(part: str, key: str) -> bool:
-    """Whether a text is worth looking for elsewhere: what only stands in `storage` may be a common word or an address."""
+    """Whether a text is worth looking for elsewhere: what only stands in `storage` may be a common
+    word or an address.
+    """
     if _STORAGE.match(key):
         return len(part) >= 16 and "/" not in part
     return len(part) >= _SHORTEST and part.lower() not in ("bearer", "basic", "digest")
@@ -135,7 +158,7 @@ def address(url: str) -> str:
 
 
 def _bare(match: re.Match[str], instead: str) -> str:
-    """An address without its credentials, and with `instead` of a query that may hold a signature."""
+    """An address without credentials, and with `instead` of a query that may be a signature."""
     query = match["query"] or ""
     if query and not _is_harmless(match["scheme"], query):
         query = query[0] + instead if instead else ""
@@ -151,13 +174,21 @@ def _is_harmless(scheme: str, query: str) -> bool:
 
 def _of_environment() -> set[str]:
     """Values of the variables whose names say that they are secret."""
-    return {value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= 8}
+    return {
+        value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= 8
+    }
 
 
 def shareable(value: Any, key: str = "") -> Any:
-    """A configuration, or a part of it under `key`, for everybody: no secrets, no folders of this machine."""
+    """A configuration, or a part of it under `key`, for everybody: no secrets, no folders of this
+    machine.
+    """
     if isinstance(value, Mapping):
-        return {name: shareable(item, str(name)) for name, item in value.items() if not is_secret(str(name), item)}
+        return {
+            name: shareable(item, str(name))
+            for name, item in value.items()
+            if not is_secret(str(name), item)
+        }
     if isinstance(value, (list, tuple)):
         return [shareable(item, key) for item in value]
     return _shared_text(value, key) if isinstance(value, str) else value
@@ -174,17 +205,26 @@ def _last(text: str, key: str) -> str:
     head, colon, place = text.rpartition(":")
     if head.startswith("hf") or "\n" in text:
         return text
-    absolute = place.startswith(("/", "~", "./", "../", "\\")) or bool(re.match(r"[A-Za-z]:\\", text))
-    relative = "/" in place and (key in _FOLDERS or (key in _REFERENCES and place.count("/") > 1))  # user/name stays
+    absolute = place.startswith(("/", "~", "./", "../", "\\")) or bool(
+        re.match(r"[A-Za-z]:\\", text)
+    )
+    # A name user/name of the Hub stays.
+    relative = "/" in place and (
+        key in _FOLDERS or (key in _REFERENCES and place.count("/") > 1)
+    )
     local = absolute or relative
     return f"{head}{colon}{PurePath(place.replace(chr(92), '/')).name}" if local else text
 
 
 def private(text: str) -> str:
-    """The text without secrets, and of addresses and absolute paths the last part only: pages get passed on."""
+    """The text without secrets, and of addresses and absolute paths the last part only: pages get
+    passed on.
+    """
 
     def last(place: str) -> str:
         return re.split(r"[/\\]", re.split(r"[?#]", place)[0].rstrip("/\\"))[-1]
 
-    text = _ADDRESS.sub(lambda match: f"{match['scheme'][:-3]}: …/{last(match['place'])}", scrubbed(text))
+    text = _ADDRESS.sub(
+        lambda match: f"{match['scheme'][:-3]}: …/{last(match['place'])}", scrubbed(text)
+    )
     return _PATH.sub(lambda match: f"…/{last(match[0])}", text)

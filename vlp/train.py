@@ -214,7 +214,9 @@ def save(config: Config, training: Training, loader: Loader) -> None:
 
 @contextmanager
 def alone_in(run: Path) -> Iterator[None]:
-    """Hold the run's folder while the block runs; raises InUse on every rank where another run holds it. Collective."""
+    """Hold the run's folder while the block runs; raises InUse on every rank where another run
+    holds it. Collective.
+    """
     error = None
     with ExitStack() as stack:
         if dist.is_main():
@@ -261,7 +263,8 @@ def _open_run(config: Config, run: Path) -> Path | None:
                 f"continue the one that is there with resume=auto"
             )
     if source is not None:
-        for key, (old, new) in changes(configuration.recorded(source / "config.yaml"), config).items():
+        recorded = configuration.recorded(source / "config.yaml")
+        for key, (old, new) in changes(recorded, config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
     return source
 
@@ -273,7 +276,9 @@ def with_precision(config: Config, source: Path | None, device: torch.device) ->
     """
     if config.train.precision != "auto":
         return config
-    kept = "auto" if source is None else configuration.recorded(source / "config.yaml").train.precision
+    kept = "auto"
+    if source is not None:
+        kept = configuration.recorded(source / "config.yaml").train.precision
     chosen = faster(device.type) if kept == "auto" else kept
     chosen = dist.broadcast_object(chosen)  # ranks that measured differently would not fit together
     return replace(config, train=replace(config.train, precision=chosen))
@@ -292,7 +297,9 @@ def set_branch_aside(run: Path, step: int) -> None:
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two configurations, and both values; secrets are not compared."""
+    """Dotted keys whose values differ between two configurations, and both values; secrets are not
+    compared.
+    """
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):

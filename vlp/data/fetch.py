@@ -1,5 +1,6 @@
-"""Whole remote files into a bounded local cache: locked so that one process fetches, retried, atomic, checked by digest,
-oldest out first."""
+"""Whole remote files into a bounded local cache: locked so that one process fetches, retried,
+atomic, checked by digest, oldest out first.
+"""
 
 from __future__ import annotations
 
@@ -29,41 +30,45 @@ _PAUSE_S = 1.0  # before the second try; doubled before each further one
 
 # What a store says of a file's content, the surest first; names differ between stores.
 _VERSIONS = (
-    "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c", "LastModified", "last_modified", "Last-Modified", "updated",
-    "mtime",
+    "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c",
+    "LastModified", "last_modified", "Last-Modified", "updated", "mtime",
 )  # fmt: skip
 
-# Copies whose content this process has seen to be whole: inode, size and time of change, by path and run.
+# Copies that this process has seen to be whole: inode, size and time of change, by path and run.
 _sound: dict[tuple[Path, float], tuple[int, int, int]] = {}
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Local copies of remote files, at most `limit_bytes` of them. Cheap to send to other processes.
+    """Local copies of remote files, at most `limit_bytes` of them. Cheap to send to other
+    processes.
 
-    A copy is named by its address without credentials and signatures, which change from one run to the next. Beside it
-    lies a note (JSON) with its digest, by which the first process of a run that uses it checks it.
+    A copy is named by its address without credentials and signatures, which change from one run to
+    the next. Beside it lies a note (JSON) with its digest, by which the first process of a run that
+    uses it checks it.
     """
 
     limit_bytes: int
     storage: dict[str, Any] = field(default_factory=dict)  # options of the fsspec file system: endpoints, anon, …
-    versions: dict[str, str] = field(default_factory=dict)  # what the store said of the files, by `privacy.address`
+    versions: dict[str, str] = field(default_factory=dict)  # of the files, by `privacy.address`
     since: float = field(default_factory=time.time)  # when the run began
 
     def get(self, url: str) -> str:
-        """The path of a whole local copy, fetched if need be; raises OSError after several tries."""
+        """The path of a whole copy, fetched if need be; raises OSError after several tries."""
         path = self.place(url)
         for _ in range(_TRIES):
             if self._take(path):
                 return str(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):  # others wait here for the one that checks or fetches
+            # Others wait here for the one that checks or fetches.
+            with _locked(path.with_suffix(".lock")):
                 if not self._check(path):
                     self._fetch(url, path)
         raise OSError(f"the cache {path.parent} is too small: copies vanish before they are read; set cache_gb higher")
 
     def drop_if_changed(self, url: str, size: int, version: str) -> bool:
-        """Remove the copy of a file that has another size now, or another version where the store tells one.
+        """Remove the copy of a file that has another size now, or another version where the store
+        tells one.
 
         Whether the file changed, as far as is known here.
         """
@@ -85,22 +90,27 @@ class Cache:
         return cache_folder() / "shards" / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
 
     def _take(self, path: Path) -> bool:
-        """Whether a copy is there that this process has seen to be whole; if so, it counts as used now."""
+        """Whether a copy is there that this process has seen to be whole; if so, it counts as used
+        now.
+        """
         try:
             status = path.stat()
-            if _sound.get((path, self.since)) != (status.st_ino, status.st_size, status.st_mtime_ns):
+            if _sound.get((path, self.since)) != _identity(status):
                 return False
-            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # the time of use, for `_make_room`
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # of use, for `_make_room`
         except FileNotFoundError:  # not there yet, or just removed by another process
             return False
         return True
 
     def _check(self, path: Path) -> bool:
-        """Whether a copy is there and whole. Its content is read once in a run; a damaged one is removed."""
+        """Whether a copy is there and whole. Its content is read once in a run; a damaged one is
+        removed.
+        """
         note = _read_note(path)
         try:
             status = path.stat()
-            unchanged = note is not None and (status.st_size, status.st_mtime_ns) == (note["bytes"], note["mtime_ns"])
+            size_and_time = _identity(status)[1:]
+            unchanged = note is not None and size_and_time == (note["bytes"], note["mtime_ns"])
             checked = unchanged and _note(path).stat().st_mtime >= self.since
             if not checked and not (unchanged and _digest(path) == note["sha256"]):
                 log.warn(f"{path} is not as it was fetched; it is fetched again")
@@ -110,11 +120,12 @@ class Cache:
                 os.utime(_note(path))
         except FileNotFoundError:
             return False
-        _sound[path, self.since] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        _sound[path, self.since] = _identity(status)
         return True
 
     def _fetch(self, url: str, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")  # whoever holds the lock overwrites what a killed process left
+        # Whoever holds the lock overwrites what a killed process left.
+        temporary = path.with_name(f".{path.name}.tmp")
         for attempt in range(_TRIES):
             try:
                 with fsspec.open(url, "rb", **self.storage) as source, open(temporary, "wb") as target:
@@ -130,7 +141,7 @@ class Cache:
                     "version": self.versions.get(address(url), ""),
                 }  # fmt: skip
                 write_atomically(_note(path), json.dumps(note).encode())
-                _sound[path, self.since] = (status.st_ino, status.st_size, status.st_mtime_ns)
+                _sound[path, self.since] = _identity(status)
                 return
             except Exception as error:  # each file system has errors of its own; all are tried again and then OSErrors
                 if _absent(error, url):
@@ -163,15 +174,24 @@ class Cache:
 
 
 def folder_and_name(url: str) -> tuple[str, str]:
-    """What names a remote file here: its folder, with what its query says of the version, and its name, ending in .tar."""
+    """What names a remote file here: its folder, with what its query says of the version, and its
+    name, ending in .tar.
+    """
     place, question, query = address(url).partition("?")
     folder, _, name = place.rpartition("/")
     return f"{folder}{question}{query}", name if name.endswith(".tar") else f"{name}.tar"
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """What tells one content of a remote file from another, as its store says; empty where it says nothing."""
+    """What tells one content of a remote file from another, as its store says; empty where it says
+    nothing.
+    """
     return next((f"{name} {info[name]}" for name in _VERSIONS if info.get(name)), "")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    """Inode, size and time of change."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _note(path: Path) -> Path:

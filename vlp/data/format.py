@@ -179,7 +179,9 @@ class ShardWriter:
             index(self.paths)
 
     def _give_up(self) -> None:
-        """Remove an unfinished shard. Closing it writes its end, which a full disk refuses once more."""
+        """Remove an unfinished shard. Closing it writes its end, which a full disk refuses once
+        more.
+        """
         if self._tar is None:
             return
         with suppress(OSError):

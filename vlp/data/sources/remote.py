@@ -61,7 +61,8 @@ def open(options: Options, captions: Captions) -> Remote:
     sizes = [int(info["size"]) for info in infos]
     versions = [version_of(info) for info in infos]
     cache = replace(cache, versions=dict(zip(map(address, urls), versions)))
-    changed = {url for url, size, version in zip(urls, sizes, versions) if cache.drop_if_changed(url, size, version)}
+    told = zip(urls, sizes, versions)
+    changed = {url for url, size, version in told if cache.drop_if_changed(url, size, version)}
     shards = _index(urls, sizes, changed, cache)
     needed = 3 * options.window * max(sizes)  # this window, the next, and the one that slower processes still read
     if needed > cache.limit_bytes:
@@ -106,23 +107,27 @@ def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dict[str,
         raise ValueError(f"{urls[0]}: {error}") from None  # fsspec names the package to install
     except FileNotFoundError as error:
         refused = getattr(error.__cause__, "status", None) in (401, 403)
-        hint = "; the server refuses it: has its signature run out, or does it need `storage` options?" if refused else ""
-        raise ValueError(f"no shard at {error}{hint}") from None
+        hint = "; the server refuses it: is its signature too old, or does it need `storage` options?"
+        raise ValueError(f"no shard at {error}{hint if refused else ''}") from None
 
 
 def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -> list[Shard]:
-    """The shards at the addresses; those that no index knows are fetched once. `changed`: since they were fetched here."""
+    """The shards at the addresses; those that no index knows are fetched once. `changed`: since
+    they were fetched here.
+    """
     folders: dict[str, dict[str, str]] = {}  # the addresses of each folder, by name
     for url in urls:
         folder, name = folder_and_name(url)
         folders.setdefault(folder, {})[name] = url
 
     known: dict[str, Shard] = {}
-    ours: dict[str, dict[str, Shard]] = {}  # of the indices made here: other runs' shards of the same folder stay in them
+    ours: dict[str, dict[str, Shard]] = {}  # indices made here, which other runs use, too
     for folder, named in folders.items():
         shards, is_ours = _known(folder, next(iter(named.values())), cache)
         ours[folder] = shards if is_ours else {}
-        known |= {url: shards[name] for name, url in named.items() if name in shards and not (is_ours and url in changed)}
+        for name, url in named.items():
+            if name in shards and not (is_ours and url in changed):
+                known[url] = shards[name]
     stale = {url for url, size in zip(urls, sizes) if url not in known or known[url].size != size}
     if stale:
         log.warn(f"{len(stale)} of {len(urls)} shards have no index beside them; each is fetched once to make it")
@@ -133,7 +138,8 @@ def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -
             raise ValueError(f"{url}: {error}") from None
     for folder, named in folders.items():
         if stale & set(named.values()):
-            save_index(_place(folder), ours[folder] | {name: known[url] for name, url in named.items()})
+            used = {name: known[url] for name, url in named.items()}
+            save_index(_place(folder), ours[folder] | used)
     return [known[url] for url in urls]
 
 
@@ -142,7 +148,8 @@ def _place(folder: str) -> Path:
 
 
 def _known(folder: str, url: str, cache: Cache) -> tuple[dict[str, Shard], bool]:
-    """The index beside remote shards, else the one made here before, else nothing; and whether it was made here.
+    """The index beside remote shards, else the one made here before, else nothing; and whether it
+    was made here.
 
     `url` is one of the folder's shards: its credentials and signature may open the index, too.
     """
