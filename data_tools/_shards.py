@@ -19,6 +19,7 @@ from vlp.data.scan import scan
 from vlp.data_tools._belonging import settle
 from vlp.data_tools._work import Crew, Job, Result, carry_out
 from vlp.files import write_atomically
+from vlp.privacy import without_secrets
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
@@ -68,7 +69,8 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     if folder.resolve() in {path.parent.resolve() for path in sources}:
         raise ValueError(f"{folder} holds the input; name another folder, the input stays as it is")
     # Sources are compared by name and size, so that a data set may move between two calls.
-    claimed = {"settings": settings, "sources": [[path.name, path.stat().st_size] for path in sources]}
+    sizes = [[path.name, path.stat().st_size] for path in sources]
+    claimed = {"settings": without_secrets(settings), "sources": sizes}
     claimed = json.loads(json.dumps(claimed))
     note = folder / f"_{tool}.json"
     held = any(folder.glob("*.tar"))  # looked up before the note: another machine writes the note first

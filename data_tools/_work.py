@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from vlp.files import write_atomically
+from vlp.files import remove_leftovers, write_atomically
 from vlp.lifetime import end_with_parent
+from vlp.locks import held
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun and accelerate launch; srun
 QUIET_S = 10  # between two lines of progress where they do not overwrite one another
@@ -82,6 +84,27 @@ def _part(said: str, k: str, n: str) -> tuple[int, int]:
     if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise ValueError(f"{said!r} names no part of the shards; expected --part K/N with 1 <= K <= N, or a rank of a larger world")
     return int(k), int(n)
+
+
+def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Decorate a tool's `run`: nobody else works in the folder --to meanwhile, but for the other
+    parts of the work.
+    """
+
+    @wraps(run)
+    def guarded(args: argparse.Namespace) -> int:
+        if not args.to:
+            return run(args)
+        folder, share = Path(args.to), crew(args) if hasattr(args, "part") else Crew()
+        advice = "Wait until it is done, or name another folder with --to"
+        if hasattr(args, "part"):
+            advice += "; to share the work, give each call its --part K/N"
+        with held(folder, advice=advice, part=(share.part, share.parts)):
+            if share.parts == 1:
+                remove_leftovers(folder)
+            return run(args)
+
+    return guarded
 
 
 def carry_out(title: str, jobs: list[Job], work: Work, crew: Crew) -> list[Result | None]:

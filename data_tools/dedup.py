@@ -50,6 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _work.arguments(parser)
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
     from vlp.data.paths import expand

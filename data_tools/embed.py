@@ -40,6 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _work.arguments(parser)
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Write the files and print what was embedded."""
     from vlp.data.paths import expand

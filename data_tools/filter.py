@@ -67,6 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _work.arguments(parser)
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
     from vlp.data.paths import expand

@@ -65,6 +65,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _work.arguments(parser)
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Write the shards and print what was made, what was dropped and why."""
     from vlp.data.paths import expand

@@ -73,11 +73,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack; returns 1 after naming everything unusable, having written nothing. Raises ValueError, OSError."""
+    from vlp.locks import held
+
+    target = Path(args.to)
+    advice = "Wait until it is done, or name another folder with --to"
+    with held(target, beside=True, advice=advice):
+        return _pack(args, target)
+
+
+def _pack(args: argparse.Namespace, target: Path) -> int:
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
     from vlp.data.trees import read_tree
 
-    target = Path(args.to)
     _check_target(target, args.overwrite)
     _check_options(args)
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")

@@ -41,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _work.arguments(parser)
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Plan the new shards, write them, and print how many samples they hold."""
     from vlp.data.format import index

@@ -29,6 +29,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlp.data_tools import _work
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -64,6 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="default: one a core; the result is the same for any number")
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Fill the folder and print what it holds and how fast it was made."""
     start = time.perf_counter()

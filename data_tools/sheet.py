@@ -105,6 +105,7 @@ def page(shown: list[Shown], title: str) -> str:
     """The sheet as one HTML page that loads nothing; captions are text and never markup."""
     from vlp.eval.page import markup
     from vlp.eval.page.markup import tag
+    from vlp.privacy import private
 
     cards = []
     for item in shown:
@@ -122,7 +123,7 @@ def page(shown: list[Shown], title: str) -> str:
         texts = tag("ol", lines, class_="texts")
         cards.append(tag("figure", tag("figcaption", item.key), seen, texts, class_="card"))
     section = markup.section("samples", f"{len(shown)} samples", tag("div", cards, class_="cards"))
-    return markup.page(markup.private(title), [section], "vlp data sheet")
+    return markup.page(private(title), [section], "vlp data sheet")
 
 
 def png(shown: list[Shown], columns: int, size: int) -> bytes:

@@ -44,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _work.arguments(parser)
 
 
+@_work.alone
 def run(args: argparse.Namespace) -> int:
     """Count, and write the page once all shards are counted."""
     from vlp.data.paths import expand
@@ -120,6 +121,7 @@ def quantiles(values: Counter) -> dict[str, float]:
 def page(source: str, n_shards: int, counts: Counter[str], values: dict[str, Counter]) -> str:
     """The plots as one HTML page that loads nothing."""
     from vlp.eval.page import charts, markup
+    from vlp.privacy import private
 
     def cards(names: dict[str, str]) -> Html:
         drawn = []
@@ -134,7 +136,7 @@ def page(source: str, n_shards: int, counts: Counter[str], values: dict[str, Cou
         markup.section("pictures", "Pictures", cards(PICTURES)),
         markup.section("captions", "Captions", cards(CAPTIONS), lead="Languages are guessed by script and stop words."),
     ]
-    return markup.page(markup.private(source), sections, "vlp data stats")
+    return markup.page(private(source), sections, "vlp data stats")
 
 
 def binned(values: Counter) -> list[tuple[str, int]]:

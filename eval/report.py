@@ -23,6 +23,7 @@ from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 from vlp.files import write_atomically
 from vlp.plugin import Plugin
+from vlp.privacy import scrubbed, without_secrets
 from vlp.schema import plain
 
 PACKAGES = ("vlp", "torch", "torchvision", "open_clip_torch", "transformers", "pillow")
@@ -33,14 +34,18 @@ def record(plugin: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, An
     """One task's result as plain values."""
     scores = {name: confidence.score(items) for name, items in result.items.items()}
     return {
-        "dataset": result.dataset,
+        "dataset": scrubbed(result.dataset),
         "model": encoder.name,
         "pretrained": encoder.pretrained,
         "task": plugin.module.KNOWN_AS,
         "metrics": {**scores, **result.values},
         "language": getattr(plugin.options, "language", "en"),
         "label": plugin.label,
-        "protocol": {"name": plugin.name, "version": plugin.module.VERSION, "options": plain(plugin.options)},
+        "protocol": {
+            "name": plugin.name,
+            "version": plugin.module.VERSION,
+            "options": without_secrets(plain(plugin.options)),
+        },
         "intervals_95": {name: list(confidence.interval(items)) for name, items in result.items.items()},
         "chance": result.chance,
         "counts": result.counts,

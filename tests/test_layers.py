@@ -15,9 +15,9 @@ LAYERS = [
     ("vlp.model", "vlp.stages", "vlp.losses", "vlp.data"),
     ("vlp.heads",),
     ("vlp.towers", "vlp.pairwise"),
-    ("vlp.config", "vlp.dist", "vlp.log", "vlp.seeds"),
+    ("vlp.config", "vlp.dist", "vlp.log", "vlp.locks", "vlp.seeds"),
     ("vlp.plugin",),
-    ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime"),
+    ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime", "vlp.privacy"),
     ("vlp",),
 ]
 ROOMS = {"vlp": "vlp", "eval": "vlp.eval", "data_tools": "vlp.data_tools", "launch": "vlp.launch"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from vlp._private import shareable
 from vlp.model import DualEncoder
+from vlp.privacy import shareable
 from vlp.stages import Stages
 from vlp.types import ON_WHITE
 

@@ -29,12 +29,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlp import log
 from vlp.data.text import same_tokens
-from vlp.files import sync
+from vlp.files import save_tensors, sync
 from vlp.model import DualEncoder, from_description
 from vlp.model import load as load_export
 from vlp.towers._references import Reference
@@ -92,7 +92,7 @@ def _write(folder: Path, contents: Contents) -> None:
     """All files of a checkpoint, on the disk when this returns."""
     for name in TENSORS:
         tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(contents, name).items()}
-        save_file(tensors, folder / f"{name}.safetensors")
+        save_tensors(tensors, folder / f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps(contents.state, indent=1), encoding="utf-8")
     (folder / "model.json").write_text(json.dumps(contents.description, indent=1), encoding="utf-8")
     (folder / "config.yaml").write_text(contents.config, encoding="utf-8")

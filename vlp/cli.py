@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import select
@@ -17,6 +18,7 @@ from typing import NoReturn
 from vlp import __version__, faults, log
 from vlp.files import check_writable
 from vlp.lifetime import Stopped, silence_console
+from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
 
 TRAIN_EXAMPLE = """examples:
@@ -100,7 +102,7 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             choices = re.findall(r"[\w.-]+", wrong[2])
             message = message[: wrong.start()] + f"there is no {wrong[1]!r}{did_you_mean(wrong[1], choices)}"
-        super().error(message)
+        super().error(scrubbed(message))
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -136,11 +138,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys with YAML values: train.batch=512")
 
     def run(options: argparse.Namespace) -> int:
-        from vlp import config
+        from vlp import config, locks
         from vlp.data import server
 
         loaded = config.load(config.find(options.config), options.overrides)
         check_writable(Path(loaded.out) / "config.yaml")
+        # The other ranks would meet the lock of their own run.
+        if os.environ.get("RANK", "0") == "0":
+            locks.refuse_if_held(Path(loaded.out), advice=locks.OF_RUNS)
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.eval.run import in_training, read_all
         from vlp.train import train

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from vlp import schema
+from vlp import privacy, schema
 from vlp.plugin import Keyed, KeyedPlugins, Named, Plugin
 from vlp.schema import ConfigError, Problem, did_you_mean
 from vlp.types import Decoding
@@ -391,8 +391,30 @@ class Config:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and validate; raises ConfigError."""
-    path = Path(path)
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and validate; raises
+    ConfigError.
+
+    Secrets that a run's config.yaml leaves out must be given again by the overrides.
+    """
+    tree, lines = _read(Path(path), overrides or [])
+    hidden = list(privacy.hidden_keys(tree))
+    if hidden:
+        again = " ".join(f"{key}=…" for key in hidden)
+        message = (
+            f"{path} leaves out secrets, which no run writes down; give them again ({again}), or use "
+            "the configuration that the run was started with"
+        )
+        raise ConfigError([Problem((), message)])
+    return parse(tree, lines)
+
+
+def recorded(path: str | Path) -> Config:
+    """The configuration that `dump` wrote, for what it says besides its secrets."""
+    return parse(*_read(Path(path), []))
+
+
+def _read(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[schema.Path, str]]:
+    """A YAML file with overrides applied, and where each of its values stands."""
     try:
         tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -402,9 +424,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError([Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([Problem((), f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})")]) from None
-    for override in overrides or []:
+    for override in overrides:
         _override(tree, override, lines)
-    return parse(tree, lines)
+    privacy.learn(tree)
+    return tree, lines
 
 
 def parse(tree: dict[str, Any], lines: dict[schema.Path, str] | None = None) -> Config:
@@ -415,9 +438,16 @@ def parse(tree: dict[str, Any], lines: dict[schema.Path, str] | None = None) -> 
         raise ConfigError(error.problems, lines) from None
 
 
+def shown(config: Any) -> Any:
+    """A configuration as plain values, with its secrets hidden: the form in which it leaves this
+    process.
+    """
+    return privacy.without_secrets(schema.plain(config))
+
+
 def dump(config: Any) -> str:
-    """The resolved configuration as YAML that `load` reads back."""
-    return yaml.safe_dump(schema.plain(config), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML that `load` reads back, without secrets (vlp.privacy)."""
+    return yaml.safe_dump(shown(config), sort_keys=False, allow_unicode=True)
 
 
 def shipped() -> dict[str, Path]:

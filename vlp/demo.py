@@ -12,6 +12,7 @@ from vlp.eval import page
 from vlp.eval.run import in_training
 from vlp.export import export_run
 from vlp.files import write_atomically
+from vlp.locks import held
 from vlp.train import train
 
 RECORD = "demo.json"  # of what a demo wrote: path -> size and time
@@ -25,6 +26,11 @@ def demo(out: Path) -> int:
     What an earlier demo wrote to `out` is removed first, and nothing else: a file of somebody else's that would be in the
     way is named and refused.
     """
+    with held(out, advice="Wait until it is done, or choose another folder with --out"):
+        return _demo(out)
+
+
+def _demo(out: Path) -> int:
     remove_earlier(out)
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)

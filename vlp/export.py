@@ -22,17 +22,19 @@ from typing import Any
 import torch
 import yaml
 from PIL.Image import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlp import _card, _clip_form, _pixels, _siglip_form, checkpoint, stages
-from vlp.files import sync
+from vlp.files import save_tensors, sync
+from vlp.locks import held
 from vlp.model import DualEncoder, from_description
 from vlp.towers import _references, _weights
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a written form and the model
 LEVELS = 1.01  # of 255: largest difference of a pixel between a processor and training, from rounding
+
+_BUSY = "Wait until it is done, or name another folder"
 
 
 class ExportError(ValueError):
@@ -52,7 +54,7 @@ def export(
     every file that no export wrote.
     """
     to = Path(to)
-    with _appearing(to, overwrite) as folder:
+    with held(to, beside=True, advice=_BUSY), _appearing(to, overwrite) as folder:
         weights = {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
                    for k, v in model.open_clip_state_dict().items()}  # fmt: skip
         notes = _write_open_clip(model, weights, folder, (home or to).resolve())
@@ -105,7 +107,7 @@ def export_stages(
     ValueError where one reads other pixels or tokens than the first.
     """
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
-    with _appearing(to, overwrite) as folder:
+    with held(to, beside=True, advice=_BUSY), _appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
             export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
         _write_json(folder / _references.STAGES, {"members": names})
@@ -257,8 +259,8 @@ def _carry_over(old: Path, new: Path) -> None:
 
 
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
-    shutil.copymode(path.parent / _references.CONFIG, path)  # safetensors writes files that only their owner may read
+    contiguous = {key: value.contiguous() for key, value in weights.items()}
+    save_tensors(contiguous, path, {"format": "pt"})
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from vlp.files import existing
+from vlp.privacy import scrubbed
 
 SWITCH = "VLP_TRACEBACK"  # in the environment: show the traceback of every error
 
@@ -34,7 +35,7 @@ READERS = {
     "zipfile": "expected a whole archive",
     "onnx": "the ONNX form could not be made; leave out --onnx, or try the versions of pip install 'vlp[hub]'",
     "onnxruntime": "the ONNX form could not be made; leave out --onnx, or try the versions of pip install 'vlp[hub]'",
-    "huggingface_hub": "look at the name, at the network, and at the token: hf auth login",
+    "huggingface_hub": "look at the name, at the network, and log in: hf auth login",
     "requests": "look at the address and the network",
     "httpx": "look at the address and the network",
     "aiohttp": "look at the address and the network",
@@ -48,11 +49,12 @@ def say(error: Exception) -> None:
     """Print what went wrong on stderr: a message, or a bug's traceback."""
     text = message(error)
     if text is None or os.environ.get(SWITCH, "0") not in ("", "0"):
-        traceback.print_exception(error)
+        print(scrubbed("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if text is None:
         text = "this is a bug in vlp, or input of a form that it does not expect; please report it with the lines above"
     rank = os.environ.get("RANK", "0")
-    print(f"vlp{f' (rank {rank})' if rank != '0' else ''}: {text}", file=sys.stderr, flush=True)
+    place = f" (rank {rank})" if rank != "0" else ""
+    print(f"vlp{place}: {scrubbed(text)}", file=sys.stderr, flush=True)
 
 
 def message(error: Exception) -> str | None:
@@ -88,6 +90,8 @@ def _of_system(error: OSError) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"no space left for {name}{_room(path)}; make room or choose another disk. What was whole before still is"
+        case errno.EFBIG:
+            return f"{name} is larger than a file may be here; raise ulimit -f or choose another disk"
         case errno.EROFS:
             return f"{name} lies on a file system that can only be read; choose another place with out=… or --to, --out"
         case errno.EACCES | errno.EPERM:

@@ -1,24 +1,92 @@
-"""Files that appear whole or not at all. Standard library only."""
+"""Files that appear whole or not at all, with the rights that the user's umask gives. Imports the
+standard library only.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SYSTEM = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust tell an error of the system
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader or a crash sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines write into one folder, and may have one number.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write to an unbuffered file until all is written or an error says why not."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left unfinished in `folder`. For whoever knows that nobody writes
+    there now.
+    """
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a .safetensors file, tensor by tensor; raises OSError.
+
+    safetensors writes files that only their owner may read, and tells a full disk as an error of
+    its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        told = _SYSTEM.search(str(error))
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from None
+    probe = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
+    try:
+        probe.touch()
+        shutil.copymode(probe, path)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system that come out of the block name `path`, where they name no file: a
+    full disk's do not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Console lines, metrics.jsonl and trackers. No arithmetic happens here; numbers arrive finished."""
+"""Console lines, metrics.jsonl and trackers. No arithmetic happens here; numbers arrive finished,
+and secrets stay here.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlp.files import write_atomically
+from vlp.files import naming, write_all, write_atomically
+from vlp.privacy import scrubbed
 
 
 def say(message: str) -> None:
     """A line for the person at the console, from one process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+        print(scrubbed(message), flush=True)
 
 
 def warn(message: str) -> None:
     """A line that must not be missed; on the error stream of every process that has something to warn of."""
     rank = os.environ.get("RANK")
     with contextlib.suppress(BrokenPipeError):
-        print(f"warning{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+        place = f" (rank {rank})" if rank else ""
+        print(f"warning{place}: {scrubbed(message)}", file=sys.stderr, flush=True)
 
 
 class Metrics:
@@ -38,14 +42,24 @@ class Metrics:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_step]
         write_atomically(path, "".join(line + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Append one record and hand it to the operating system at once. NaN and infinity, which JSON has no words
-        for, become null."""
+        """Append one record and hand it to the operating system at once, whole or not at all;
+        raises OSError.
+
+        NaN and infinity, which JSON has no words for, become null.
+        """
         values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "kind": kind, **values}) + "\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            with naming(self._path):
+                write_all(self._file, line.encode())
+        except OSError:
+            self._file.truncate(size)
+            raise
 
     def close(self) -> None:
         self._file.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.hf_api import RepoFile
 
 from vlp import _card
+from vlp.privacy import scrubbed
 from vlp.towers._hub import http_error
 from vlp.towers._references import CONFIG, MANIFEST, TEXT_TOWER, exported_files, files_of, read_json
 
@@ -155,4 +155,4 @@ def _scrubbed(error: BaseException) -> str:
     """The first line of an error, and of its cause, without anything that looks like a token."""
     lines = [str(e).strip().partition("\n")[0] or type(e).__name__ for e in (error, error.__cause__) if e is not None]
     parts = dict.fromkeys(lines)  # without repetition
-    return re.sub(r"hf_\w{4,}|Bearer \S+", "***", "; ".join(parts))
+    return scrubbed("; ".join(parts))

@@ -13,7 +13,6 @@ from vlp import config as configuration
 from vlp import dist, log
 from vlp.config import Config, Plan
 from vlp.files import write_atomically
-from vlp.schema import plain
 
 
 class Reporter:
@@ -23,7 +22,7 @@ class Reporter:
         self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
         if self.main:
             self.run.mkdir(parents=True, exist_ok=True)
-            self.trackers = log.Trackers(config.log.trackers, self.run, plain(config))
+            self.trackers = log.Trackers(config.log.trackers, self.run, configuration.shown(config))
             # Not before everything was checked: config.yaml makes it a run.
             write_atomically(self.run / "config.yaml", configuration.dump(config).encode())
             self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, log, losses, optim, parallel, selection, stored_embeddings, teacher
+from vlp import checkpoint, dist, locks, log, losses, optim, parallel, selection, stored_embeddings, teacher
 from vlp import config as configuration
 from vlp.config import Config, Plan
 from vlp.data import server
 from vlp.data.loader import Loader
+from vlp.files import remove_leftovers
 from vlp.lifetime import Interrupted, Stopped, StopRequest
 from vlp.model import DualEncoder
 from vlp.model import build as build_model
 from vlp.plugin import Plugin
 from vlp.precision import faster
 from vlp.reporter import Reporter
-from vlp.schema import plain
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
@@ -43,6 +43,12 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     server.start_for(config)
     engine = parallel.start(config.train)
     check_batch(config)
+    with alone_in(Path(config.out)):
+        return _train(config, engine, evaluate)
+
+
+def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -> Path:
+    """`train`, in a folder that is held."""
     run = Path(config.out)
     source = open_run(config)
     for reference in filter(None, (config.init_from, config.teacher.model)):
@@ -206,6 +212,25 @@ def save(config: Config, training: Training, loader: Loader) -> None:
         raise error
 
 
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Hold the run's folder while the block runs; raises InUse on every rank where another run
+    holds it. Collective.
+    """
+    error = None
+    with ExitStack() as stack:
+        if dist.is_main():
+            try:
+                stack.enter_context(locks.held(run, advice=locks.OF_RUNS))
+                remove_leftovers(run)
+            except (locks.InUse, OSError) as failure:
+                error = failure
+        error = dist.broadcast_object(error)
+        if error is not None:
+            raise error
+        yield
+
+
 def open_run(config: Config) -> Path | None:
     """The checkpoint to continue from, the same on every rank, or None. Refuses a folder that holds another run."""
     run, outcome = Path(config.out), None
@@ -238,7 +263,8 @@ def _open_run(config: Config, run: Path) -> Path | None:
                 f"continue the one that is there with resume=auto"
             )
     if source is not None:
-        for key, (old, new) in changes(configuration.load(source / "config.yaml"), config).items():
+        recorded = configuration.recorded(source / "config.yaml")
+        for key, (old, new) in changes(recorded, config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
     return source
 
@@ -250,7 +276,9 @@ def with_precision(config: Config, source: Path | None, device: torch.device) ->
     """
     if config.train.precision != "auto":
         return config
-    kept = "auto" if source is None else configuration.load(source / "config.yaml").train.precision
+    kept = "auto"
+    if source is not None:
+        kept = configuration.recorded(source / "config.yaml").train.precision
     chosen = faster(device.type) if kept == "auto" else kept
     chosen = dist.broadcast_object(chosen)  # ranks that measured differently would not fit together
     return replace(config, train=replace(config.train, precision=chosen))
@@ -269,14 +297,16 @@ def set_branch_aside(run: Path, step: int) -> None:
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two configurations."""
+    """Dotted keys whose values differ between two configurations, and both values; secrets are not
+    compared.
+    """
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix[:-1]: tree}
         return {k: v for name, item in tree.items() for k, v in flat(item, f"{prefix}{name}.").items()}
 
-    before, after = flat(plain(old)), flat(plain(new))
+    before, after = flat(configuration.shown(old)), flat(configuration.shown(new))
     different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - {"resume"}
     if after.get("train.precision") == "auto":  # it stays what it was
         different.discard("train.precision")

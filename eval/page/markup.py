@@ -70,22 +70,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}|(?i:\bbearer\s+|\btoken[=:]\s*)[^\s'\"]+")
-_ADDRESS = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s'\"<>]*")
-_PATH = re.compile(r"(?<![\w.:/~…-])(?:~|/|[A-Za-z]:\\)[^\s'\"<>,;:()]*[/\\][^\s'\"<>,;:()]*")
-
-
-def private(text: str) -> str:
-    """The text without tokens, and of addresses and absolute paths the last part only: pages get passed on."""
-
-    def last(place: str) -> str:
-        return re.split(r"[/\\]", re.split(r"[?#]", place)[0].rstrip("/\\"))[-1]
-
-    text = _TOKEN.sub("(hidden)", text)
-    text = _ADDRESS.sub(lambda m: f"{m[1]}: …/{last(m[0])}", text)
-    return _PATH.sub(lambda m: f"…/{last(m[0])}", text)
-
-
 def page(title: str, sections: Sequence[Html], kind: str = "vlp report") -> str:
     """The whole document, with its style and its few lines of script inside; `kind` says which command made it."""
     own = resources.files("vlp.eval.page")

@@ -19,10 +19,10 @@ from torch import Tensor
 from vlp import checkpoint, plugin
 from vlp.eval import embed, metrics, models, prompts
 from vlp.eval.page import findings
-from vlp.eval.page.markup import private
 from vlp.eval.page.runs import Run
 from vlp.eval.pictures import Picture
 from vlp.eval.tasks import _choices, negatives
+from vlp.privacy import private
 
 PROOFS = ("counting", "binding", "relations", "order")  # sets that `vlp data scenes` and the demo lay beside the others
 MAX_PROMPTS = 2000  # classes × templates; more templates are left out

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from vlp.eval.page.charts import Series, curve
-from vlp.eval.page.markup import Html, more, note, number, private, section, table, tag
+from vlp.eval.page.markup import Html, more, note, number, section, table, tag
 from vlp.eval.page.model import Evidence
 from vlp.eval.page.runs import NOT_SCALARS, Run
+from vlp.privacy import private
 
 FIRST = ("loss",)
 SPEED = {"scale": "logit scale", "bias": "logit bias", "lr": "learning rate", "grad_norm": "gradient norm",

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from vlp.eval.page.markup import Html, more, note, private, section, table, tag
+from vlp.eval.page.markup import Html, more, note, section, table, tag
 from vlp.eval.page.numbers import tagged
 from vlp.eval.page.runs import Run
+from vlp.privacy import private, without_secrets
 
 PLACES = {"path", "paths", "data", "images", "out", "resume", "classes", "templates", "pretrained"}  # keys that may hold paths
-SECRETS = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credential|key)s?$")
 UNIMPORTANT = ("out", "resume")  # of course they differ
 
 
@@ -63,13 +63,11 @@ def flattened(run: Run) -> Iterator[tuple[str, str]]:
         else:
             yield ".".join(keys), shown(value, keys[-1] if keys else "", run)
 
-    yield from walk(run.config, ()) if run.config else ()
+    yield from walk(without_secrets(run.config), ()) if run.config else ()
 
 
 def shown(value: Any, key: str, run: Run) -> str:
     """A setting for other eyes: places inside the run relative to it, other places by their last part."""
-    if SECRETS.search(key) and value:
-        return "(hidden)"
     if isinstance(value, (list, tuple)):
         return ", ".join(shown(item, key, run) for item in value) or "none"
     if isinstance(value, str) and key in PLACES and "/" in value and not re.match(r"[\w-]+:", value):

@@ -6,6 +6,7 @@ ListObjectsV2 on `/bucket`. Requests are neither signed nor checked.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import time
@@ -77,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             return self._send(404, b"", body)
         data = file.read_bytes()
+        self.etag = _etag(data)
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not match:
             return self._send(200, data, body, name)
@@ -88,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         files = sorted(path.relative_to(self.server.root).as_posix() for path in self.server.root.rglob("*") if path.is_file())
         entries = "".join(
             f"<Contents><Key>{escape(name)}</Key><Size>{(self.server.root / name).stat().st_size}</Size>"
-            '<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"0"</ETag></Contents>'
+            f"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>{_etag((self.server.root / name).read_bytes())}</ETag>"
+            "</Contents>"
             for name in files if name.startswith(prefix)
         )  # fmt: skip
         return f"<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
@@ -103,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-        self.send_header("ETag", '"0"')
+        self.send_header("ETag", getattr(self, "etag", '"0"'))
         if content_range and status == 206:
             self.send_header("Content-Range", content_range)
         self.end_headers()
@@ -118,6 +121,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(data)
         self.server.served[name] += status < 300
+
+
+def _etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.data.loopback_store import store
@@ -9,6 +11,7 @@ from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_loader import same, take
 from vlp.data import fetch
 from vlp.data.loader import DataError
+from vlp.data.sources import shards as shard_files
 
 pytest.importorskip("aiohttp")
 
@@ -78,3 +81,76 @@ def test_a_server_that_never_recovers_ends_the_run_with_its_name(server):
     server.faults = ["error"] * 1000
     with pytest.raises(DataError, match=r"cannot fetch http://127.0.0.1:\d+/train/\d+.tar \(4 tries\): .*500"):
         take(loader, 5)
+
+
+# ---- the cache
+
+
+def signed(server, signature: str, **options) -> dict:
+    """The shards at addresses with credentials and a signature."""
+    host = server.url.replace("http://", f"http://anna:{signature}@")
+    query = f"?X-Amz-Credential=AKIA/{signature}/us-east-1&X-Amz-Signature={signature}"
+    return {"name": "remote", "path": f"{host}/train/{{00000..00019}}.tar{query}", "window": 2, **options}
+
+
+def test_a_new_signature_fetches_nothing_again_and_is_written_nowhere(server):
+    (server.root / "train" / "_index.bin").unlink()
+    first = take(loader_of(data_of(signed(server, "PLANTED1")), 10), 20)
+    tars = {name: times for name, times in server.served.items() if name.endswith(".tar")}
+    assert len(tars) == 20 and set(tars.values()) == {1}
+    again = take(loader_of(data_of(signed(server, "PLANTED2")), 10), 20)
+    assert all(same(a, b) for a, b in zip(first, again))
+    assert {name: times for name, times in server.served.items() if name.endswith(".tar")} == tars
+    held = [path for path in fetch.cache_folder().rglob("*") if path.is_file()]
+    assert len(held) > 40
+    assert not [path for path in held if "PLANTED" in str(path) or b"PLANTED" in path.read_bytes()]
+
+
+def test_signed_shards_stay_within_the_bound(server):
+    size = (server.root / "train" / "00000.tar").stat().st_size
+    loader = loader_of(data_of(signed(server, "PLANTED", cache_gb=8 * size / 1e9)), 10)
+    most = 0
+    for _ in range(20):
+        next(loader)
+        names = [path.name for path in (fetch.cache_folder() / "shards").glob("*/*")]
+        most = max(most, len([name for name in names if not name.startswith(".") and not name.endswith(".lock")]))
+    assert 3 <= most <= 9 and loader.counters()["bad_samples"] == 0
+
+
+@pytest.mark.parametrize("keeps_time", [False, True])
+@pytest.mark.parametrize("damage", ["flip", "cut", "other"])
+def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):
+    reference = take(loader_of(data_of(http(server)), 10), 20)
+    copies = sorted((fetch.cache_folder() / "shards").glob("*/*.tar"))
+    assert len(copies) == 20
+    for copy in copies[::4]:
+        data, before = bytearray(copy.read_bytes()), copy.stat().st_mtime_ns
+        if damage == "flip":
+            data[700] ^= 1  # in the first picture
+        copy.write_bytes({"flip": data, "cut": data[:-5000], "other": copies[1].read_bytes()}[damage])
+        if keeps_time:
+            os.utime(copy, ns=(before, before))
+    shard_files._Handle.cache_clear()  # as in the process of another run, which has no file open
+    loader = loader_of(data_of(http(server)), 10)
+    assert all(same(next(loader), batch) for batch in reference)
+    tars = {name: times for name, times in server.served.items() if name.endswith(".tar")}
+    assert sorted(tars.values()) == [1] * 15 + [2] * 5
+    if damage != "cut":  # another size is noticed at the start
+        assert capsys.readouterr().err.count("is not as it was fetched") == 5
+
+
+@pytest.mark.parametrize("kind", [http, s3])
+def test_a_shard_that_changed_in_the_store_is_noticed_at_equal_size(server, kind):
+    s3fs = pytest.importorskip("s3fs")
+    shards = server.root / "train"
+    (shards / "_index.bin").unlink()
+    before = take(loader_of(data_of(kind(server)), 10), 20)
+    data = (shards / "00007.tar").read_bytes()
+    assert data.count(b"caption 70") > 0
+    (shards / "00007.tar").write_bytes(data.replace(b"caption 70", b"numeral 70"))
+    shard_files._Handle.cache_clear()  # as in another process, which has no file open and has listed nothing
+    s3fs.S3FileSystem.clear_instance_cache()
+    after = take(loader_of(data_of(kind(server)), 10), 20)
+    changed = [not same(a, b) for a, b in zip(before, after)]
+    assert server.served["train/00007.tar"] == 2 and server.served["train/00006.tar"] == 1
+    assert 1 <= sum(changed) <= 10

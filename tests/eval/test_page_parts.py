@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vlp.eval.page import charts, findings, markup
+from vlp.eval.page import charts, findings
+from vlp.privacy import private
 
 
 def test_long_curves_keep_their_spikes():
@@ -59,6 +60,6 @@ def test_worst_classes_and_what_they_are_taken_for():
 
 def test_private_leaves_other_words_alone():
     for text in ("timm/vit_base", "hf-hub:user/name", "a red/blue ring", "R@1 / R@5", "1/0.07", "and/or"):
-        assert markup.private(text) == text
-    assert markup.private("no data at /home/anna/x/y; give one") == "no data at …/y; give one"
-    assert markup.private("C:\\Users\\anna\\x failed") == "…/x failed"
+        assert private(text) == text
+    assert private("no data at /home/anna/x/y; give one") == "no data at …/y; give one"
+    assert private("C:\\Users\\anna\\x failed") == "…/x failed"

@@ -328,7 +328,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(export, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         export.export(tiny(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,6 @@
-"""Whole remote files into a bounded local cache: locked so that one process fetches, retried, atomic, oldest out first."""
+"""Whole remote files into a bounded local cache: locked so that one process fetches, retried,
+atomic, checked by digest, oldest out first.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +8,140 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
+from vlp import log
 from vlp.data.index import cache_folder
+from vlp.files import write_atomically
+from vlp.privacy import address
 
 _CHUNK = 8 << 20
 _TRIES = 4
 _PAUSE_S = 1.0  # before the second try; doubled before each further one
 
 
+# What a store says of a file's content, the surest first; names differ between stores.
+_VERSIONS = (
+    "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c",
+    "LastModified", "last_modified", "Last-Modified", "updated", "mtime",
+)  # fmt: skip
+
+# Copies that this process has seen to be whole: inode, size and time of change, by path and run.
+_sound: dict[tuple[Path, float], tuple[int, int, int]] = {}
+
+
 @dataclass(frozen=True)
 class Cache:
-    """Local copies of remote files, at most `limit_bytes` of them. Cheap to send to other processes."""
+    """Local copies of remote files, at most `limit_bytes` of them. Cheap to send to other
+    processes.
+
+    A copy is named by its address without credentials and signatures, which change from one run to
+    the next. Beside it lies a note (JSON) with its digest, by which the first process of a run that
+    uses it checks it.
+    """
 
     limit_bytes: int
     storage: dict[str, Any] = field(default_factory=dict)  # options of the fsspec file system: endpoints, anon, …
+    versions: dict[str, str] = field(default_factory=dict)  # of the files, by `privacy.address`
+    since: float = field(default_factory=time.time)  # when the run began
 
     def get(self, url: str) -> str:
-        """The path of a local copy, fetched if need be; raises OSError after several tries."""
+        """The path of a whole copy, fetched if need be; raises OSError after several tries."""
         path = self.place(url)
         for _ in range(_TRIES):
-            with contextlib.suppress(FileNotFoundError):  # not there yet, or just removed by another process
-                os.utime(path)  # the time of use, for `_make_room`
+            if self._take(path):
                 return str(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):  # others wait here for the one that fetches
-                if not path.exists():
+            # Others wait here for the one that checks or fetches.
+            with _locked(path.with_suffix(".lock")):
+                if not self._check(path):
                     self._fetch(url, path)
         raise OSError(f"the cache {path.parent} is too small: copies vanish before they are read; set cache_gb higher")
 
-    def drop_if_changed(self, url: str, size: int) -> None:
-        """Remove the copy of a file that now has another size."""
+    def drop_if_changed(self, url: str, size: int, version: str) -> bool:
+        """Remove the copy of a file that has another size now, or another version where the store
+        tells one.
+
+        Whether the file changed, as far as is known here.
+        """
         path = self.place(url)
-        if path.exists() and path.stat().st_size != size:
+        note = _read_note(path)
+        if note is None:
+            changed = path.exists() and path.stat().st_size != size
+        else:
+            other_version = bool(version and note["version"]) and version != note["version"]
+            changed = note["bytes"] != size or other_version
+        if changed:
             path.unlink(missing_ok=True)
+            _note(path).unlink(missing_ok=True)
+        return changed
 
     def place(self, url: str) -> Path:
         """Where the copy of `url` lies, if there is one."""
-        folder, _, name = url.rpartition("/")
-        return cache_folder() / "shards" / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}" / os.path.basename(name)
+        folder, name = folder_and_name(url)
+        return cache_folder() / "shards" / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
+
+    def _take(self, path: Path) -> bool:
+        """Whether a copy is there that this process has seen to be whole; if so, it counts as used
+        now.
+        """
+        try:
+            status = path.stat()
+            if _sound.get((path, self.since)) != _identity(status):
+                return False
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # of use, for `_make_room`
+        except FileNotFoundError:  # not there yet, or just removed by another process
+            return False
+        return True
+
+    def _check(self, path: Path) -> bool:
+        """Whether a copy is there and whole. Its content is read once in a run; a damaged one is
+        removed.
+        """
+        note = _read_note(path)
+        try:
+            status = path.stat()
+            size_and_time = _identity(status)[1:]
+            unchanged = note is not None and size_and_time == (note["bytes"], note["mtime_ns"])
+            checked = unchanged and _note(path).stat().st_mtime >= self.since
+            if not checked and not (unchanged and _digest(path) == note["sha256"]):
+                log.warn(f"{path} is not as it was fetched; it is fetched again")
+                path.unlink(missing_ok=True)
+                return False
+            if not checked:
+                os.utime(_note(path))
+        except FileNotFoundError:
+            return False
+        _sound[path, self.since] = _identity(status)
+        return True
 
     def _fetch(self, url: str, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Whoever holds the lock overwrites what a killed process left.
+        temporary = path.with_name(f".{path.name}.tmp")
         for attempt in range(_TRIES):
             try:
                 with fsspec.open(url, "rb", **self.storage) as source, open(temporary, "wb") as target:
                     expected = getattr(source, "size", None)
                     self._make_room(expected or 0, keep=path)
-                    shutil.copyfileobj(source, target, _CHUNK)
+                    digest = _copy(source, target)
                     if expected is not None and target.tell() != expected:
                         raise OSError(f"{url} gave {target.tell()} of {expected} bytes")
+                status = temporary.stat()
                 os.replace(temporary, path)
+                note = {
+                    "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest,
+                    "version": self.versions.get(address(url), ""),
+                }  # fmt: skip
+                write_atomically(_note(path), json.dumps(note).encode())
+                _sound[path, self.since] = _identity(status)
                 return
             except Exception as error:  # each file system has errors of its own; all are tried again and then OSErrors
                 if _absent(error, url):
@@ -81,10 +158,12 @@ class Cache:
     def _make_room(self, n_bytes: int, keep: Path) -> None:
         """Remove the copies unused for longest until `n_bytes` more fit. Processes that have one open keep reading it."""
         copies = []
-        for copy in (cache_folder() / "shards").glob("*/*.tar"):
+        for copy in (cache_folder() / "shards").glob("*/*"):
+            if copy.name.startswith(".") or copy.suffix == ".lock":
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
                 status = copy.stat()
-                copies.append((status.st_mtime, status.st_size, copy))
+                copies.append((status.st_atime, status.st_size, copy))
         excess = sum(size for _, size, _ in copies) + n_bytes - self.limit_bytes
         for _, size, copy in sorted(copies):
             if excess <= 0:
@@ -92,6 +171,55 @@ class Cache:
             if copy != keep:
                 copy.unlink(missing_ok=True)
                 excess -= size
+
+
+def folder_and_name(url: str) -> tuple[str, str]:
+    """What names a remote file here: its folder, with what its query says of the version, and its
+    name, ending in .tar.
+    """
+    place, question, query = address(url).partition("?")
+    folder, _, name = place.rpartition("/")
+    return f"{folder}{question}{query}", name if name.endswith(".tar") else f"{name}.tar"
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """What tells one content of a remote file from another, as its store says; empty where it says
+    nothing.
+    """
+    return next((f"{name} {info[name]}" for name in _VERSIONS if info.get(name)), "")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    """Inode, size and time of change."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.json")
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """What is known of a copy, or None."""
+    try:
+        note = json.loads(_note(path).read_bytes())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(note, dict) and {"bytes", "mtime_ns", "sha256", "version"} <= note.keys()
+    return note if whole else None
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> str:
+    """Copy a file and return its SHA-256."""
+    digest = hashlib.sha256()
+    for chunk in iter(lambda: source.read(_CHUNK), b""):
+        digest.update(chunk)
+        target.write(chunk)
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _absent(error: Exception, url: str) -> bool:

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import tarfile
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from typing import Any
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.index import index
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, NEGATIVE, parse_name
-from vlp.files import write_atomically
+from vlp.files import naming, sync, write_atomically
 
 __all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
 
@@ -107,11 +108,12 @@ class ShardWriter:
         members.append(("json", encoded))
         if cls is not None:
             members.append(("cls", str(cls).encode()))
-        tar = self._tar or self._start()
-        for extension, data in members:
-            info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0, mode is 0644
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
+        with naming(self._path()):
+            tar = self._tar or self._start()
+            for extension, data in members:
+                info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0, mode is 0644
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
         self._keys.add(key)
         self._origin = origin
         self.n_samples += 1
@@ -143,16 +145,19 @@ class ShardWriter:
     def _name(self) -> str:
         return self.shard_name.format(self._number)
 
+    def _path(self) -> Path:
+        return self.folder / f"{self._name()}.tar"
+
     def _temporary(self) -> Path:
         return self.folder / f".{self._name()}.tar.tmp"
 
     def _finish(self) -> None:
-        self._tar.close()
-        path = self.folder / f"{self._name()}.tar"
+        path = self._path()
+        with naming(path):
+            self._tar.close()
+            sync(self._temporary())
         stats_path = self.folder / f"{self._name()}_stats.json"
         stats_path.unlink(missing_ok=True)  # an overwritten shard must not be vouched for by the old statistics
-        with open(self._temporary(), "rb") as file:
-            os.fsync(file.fileno())
         os.replace(self._temporary(), path)
         n = len(self._keys)
         stats = {"count": n, "successes": n, "failed_to_download": 0, "failed_to_resize": 0, "status_dict": {"success": n}}
@@ -165,14 +170,24 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None and self._tar is not None:
-            self._finish()
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-            self._temporary().unlink(missing_ok=True)
+        try:
+            if kind is None and self._tar is not None:
+                self._finish()
+        finally:
+            self._give_up()
         if self.paths and self.indexed:
             index(self.paths)
+
+    def _give_up(self) -> None:
+        """Remove an unfinished shard. Closing it writes its end, which a full disk refuses once
+        more.
+        """
+        if self._tar is None:
+            return
+        with suppress(OSError):
+            self._tar.fileobj.close()
+        self._tar = None
+        self._temporary().unlink(missing_ok=True)
 
 
 def is_class_number(value: Any) -> bool:

@@ -7,11 +7,12 @@ beside the shards; where there is none, every shard is fetched once to make it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from braceexpand import braceexpand
 from vlp import log
 from vlp.config import Captions
 from vlp.data.captions import Texts
-from vlp.data.fetch import Cache
+from vlp.data.fetch import Cache, folder_and_name, version_of
 from vlp.data.index import NAME, OldIndex, cache_folder, parse_index, save_index
 from vlp.data.paths import is_packed
 from vlp.data.rows import Shard
 from vlp.data.scan import scan
 from vlp.data.sources import Source
 from vlp.data.sources.shards import Shards
+from vlp.privacy import address
 from vlp.types import Sample
 
 _REST_S = 300.0  # before a shard that failed all tries is asked for again
@@ -55,10 +57,13 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Remote:
     """List and index the shards; raises ValueError or OSError."""
     cache = Cache(int(options.cache_gb * 1e9), _storage(options))
-    urls, sizes = _list(options.path, cache.storage)
-    for url, size in zip(urls, sizes):
-        cache.drop_if_changed(url, size)
-    shards = _index(urls, sizes, cache)
+    urls, infos = _list(options.path, cache.storage)
+    sizes = [int(info["size"]) for info in infos]
+    versions = [version_of(info) for info in infos]
+    cache = replace(cache, versions=dict(zip(map(address, urls), versions)))
+    told = zip(urls, sizes, versions)
+    changed = {url for url, size, version in told if cache.drop_if_changed(url, size, version)}
+    shards = _index(urls, sizes, changed, cache)
     needed = 3 * options.window * max(sizes)  # this window, the next, and the one that slower processes still read
     if needed > cache.limit_bytes:
         raise ValueError(f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need {needed / 1e9:.2g}")
@@ -79,7 +84,8 @@ def _storage(options: Options) -> dict[str, Any]:
     return storage
 
 
-def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[int]]:
+def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The addresses of the shards, and what the store says of each."""
     urls: list[str] = []
     for part in path.split("::"):
         if part.endswith("/"):
@@ -89,54 +95,75 @@ def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[int]]:
             urls += braceexpand(part)
     if not urls:
         raise ValueError(f"{path!r} names no shards; expected .tar addresses or a folder's address ending in /")
-    if packed := [url for url in urls if is_packed(url)]:
+    if packed := [url for url in map(address, urls) if is_packed(url)]:
         raise ValueError(
             f"{packed[0]} is compressed, but samples are read from any place of a plain tar; fetch the shards and write plain "
             "ones: vlp data reshard FOLDER --to DIR (the source webdataset reads them as they are, in their order)"
         )
     try:
         file_system, _ = fsspec.url_to_fs(urls[0], **storage)
-        return urls, [int(file_system.info(url)["size"]) for url in urls]
+        return urls, [file_system.info(url) for url in urls]
     except ImportError as error:
         raise ValueError(f"{urls[0]}: {error}") from None  # fsspec names the package to install
     except FileNotFoundError as error:
-        raise ValueError(f"no shard at {error}") from None
+        refused = getattr(error.__cause__, "status", None) in (401, 403)
+        hint = "; the server refuses it: is its signature too old, or does it need `storage` options?"
+        raise ValueError(f"no shard at {error}{hint if refused else ''}") from None
 
 
-def _index(urls: list[str], sizes: list[int], cache: Cache) -> list[Shard]:
+def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -> list[Shard]:
+    """The shards at the addresses; those that no index knows are fetched once. `changed`: since
+    they were fetched here.
+    """
+    folders: dict[str, dict[str, str]] = {}  # the addresses of each folder, by name
+    for url in urls:
+        folder, name = folder_and_name(url)
+        folders.setdefault(folder, {})[name] = url
+
     known: dict[str, Shard] = {}
-    for folder in sorted({url.rpartition("/")[0] for url in urls}):
-        for name, shard in _known(folder, cache).items():
-            known[f"{folder}/{name}"] = shard
-    stale = [url for url, size in zip(urls, sizes) if url not in known or known[url].size != size]
+    ours: dict[str, dict[str, Shard]] = {}  # indices made here, which other runs use, too
+    for folder, named in folders.items():
+        shards, is_ours = _known(folder, next(iter(named.values())), cache)
+        ours[folder] = shards if is_ours else {}
+        for name, url in named.items():
+            if name in shards and not (is_ours and url in changed):
+                known[url] = shards[name]
+    stale = {url for url, size in zip(urls, sizes) if url not in known or known[url].size != size}
     if stale:
         log.warn(f"{len(stale)} of {len(urls)} shards have no index beside them; each is fetched once to make it")
-    for url in stale:
+    for url in filter(stale.__contains__, urls):
         try:
             known[url] = scan(Path(cache.get(url)))
         except ValueError as error:
             raise ValueError(f"{url}: {error}") from None
-    for folder in sorted({url.rpartition("/")[0] for url in stale}):
-        own = {u.rpartition("/")[2]: shard for u, shard in known.items() if u.rpartition("/")[0] == folder}
-        save_index(_place(folder, cache), own)
+    for folder, named in folders.items():
+        if stale & set(named.values()):
+            used = {name: known[url] for name, url in named.items()}
+            save_index(_place(folder), ours[folder] | used)
     return [known[url] for url in urls]
 
 
-def _place(folder: str, cache: Cache) -> Path:
-    return cache_folder() / "index" / f"{cache.place(folder + '/x').parent.name}.bin"
+def _place(folder: str) -> Path:
+    return cache_folder() / "index" / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.bin"
 
 
-def _known(folder: str, cache: Cache) -> dict[str, Shard]:
-    """The index beside remote shards, else the one made here before, else nothing."""
-    for url in (f"{folder}/{NAME}", f"file://{_place(folder, cache)}"):
+def _known(folder: str, url: str, cache: Cache) -> tuple[dict[str, Shard], bool]:
+    """The index beside remote shards, else the one made here before, else nothing; and whether it
+    was made here.
+
+    `url` is one of the folder's shards: its credentials and signature may open the index, too.
+    """
+    place, question, query = url.partition("?")
+    beside = f"{place.rpartition('/')[0]}/{NAME}{question}{query}"
+    for file_url, storage in ((beside, cache.storage), (f"file://{_place(folder)}", {})):
         try:
-            with fsspec.open(url, "rb", **(cache.storage if url.startswith(folder) else {})) as file:
-                return parse_index(file.read())
-        except (FileNotFoundError, OldIndex):
+            with fsspec.open(file_url, "rb", **storage) as file:
+                return parse_index(file.read()), file_url != beside
+        except (FileNotFoundError, PermissionError, OldIndex):
             continue
         except ValueError as error:
-            log.warn(f"{url} is not a usable index ({error}); its shards are scanned again")
-    return {}
+            log.warn(f"{file_url} is not a usable index ({error}); its shards are scanned again")
+    return {}, False
 
 
 class Remote(Source):

@@ -1,0 +1,230 @@
+"""What leaves this process, and what does not: secrets, and for pages and cards the folders of this
+machine. Standard library only.
+
+Every file of a run, every mark of a tool, every tracker and every line to the console goes through
+here.
+
+    scrubbed(text)       a message: secrets hidden
+    without_secrets(x)   a configuration that is kept to go on from: secrets hidden, keys kept
+    shareable(x)         one for a model card: secrets left out, places by their last part
+    private(text)        text of a page: secrets hidden, places by their last part
+    address(url)         an address without credentials and signature: the name of a file in a cache
+
+Secrets are: of an address the credentials before @ and its query, unless all of it is harmless;
+every text under `storage`; values of keys such as token or api_key; tokens that can be told by
+their form; the values of environment variables such as HF_TOKEN, and what `learn` has seen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+HIDDEN = "***"
+
+_STORAGE = re.compile(r"(?i)^(storage|storage_options|client_kwargs)$")
+_HEADERS = re.compile(r"(?i)^(headers?|auth(orization)?|cookies?)$")
+_SECRET = re.compile(
+    r"(?i)(^|[_-])(token|secret|password|passwd|credential|signature|authorization|"
+    r"api_?key|access_?key|account_?key|connection_string|key)s?$"
+)
+_VARIABLE = re.compile(
+    r"(?i)(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|KEY|PAT|DSN)$"
+)
+_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA)[\w-]{8,}")
+_BEARER = re.compile(r"((?i:\bbearer\s+)|\bBasic\s+(?=\S*[\d=]))[\w.~+/=-]{6,}")
+_NAMES = r"(?:token|secret|password|passwd|signature|authorization|api[_-]?key|access[_-]?key)s?"
+_ASSIGNED = re.compile(
+    rf"(?i)((?:^|[^A-Za-z0-9])(?:{_NAMES}|(?<=[._-])key)[\"']?[=:][\"']?)"
+    r"(?!true\b|false\b|none\b|null\b)[^\s\"',;&)}\]]{6,}"
+)
+_HEADER = re.compile(rf"(?i)((?:^|[^A-Za-z0-9]){_NAMES}[\"']?:\s+[\"']?)[^\s\"',;)}}\]]{{12,}}")
+_LOGIN = re.compile(r"((?:^|\s)(?:-u|--user|--password)[= ])\S+")
+_ADDRESS = re.compile(
+    r"\b(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/'\"<>?]*@)?"
+    r"(?P<place>(?:(?!::)[^\s?#'\"<>])*)(?P<query>[?#](?:(?!::)[^\s'\"<>])*)?"
+)
+_HARMLESS = {
+    "download", "dl", "raw", "rev", "revision", "ref", "version", "versionid", "generation", "alt",
+    "format",
+}  # fmt: skip
+_PATH = re.compile(r"(?<![\w.:/~…-])(?:~|/|[A-Za-z]:\\)[^\s'\"<>,;:()]*[/\\][^\s'\"<>,;:()]*")
+_SHORTEST = 6  # letters of a value that is looked for in other text
+
+_FOLDERS = (
+    "path", "paths", "data", "images", "out", "resume", "embeddings", "classes", "templates",
+    "captions",
+)  # fmt: skip
+_REFERENCES = ("init_from", "pretrained", "model", "tokenizer", "architecture", "reference")
+
+_learned: set[str] = set()  # secrets of the configurations that this process has read
+
+
+def scrubbed(text: str) -> str:
+    """The text with every secret hidden."""
+    for value in sorted({*_learned, *_of_environment()}, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    text = _ADDRESS.sub(lambda match: _bare(match, HIDDEN), text)
+    text = _TOKEN.sub(HIDDEN, text)
+    for pattern in (_BEARER, _ASSIGNED, _HEADER, _LOGIN):
+        text = pattern.sub(rf"\g<1>{HIDDEN}", text)
+    return text
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A tree of mappings, lists and scalars, of the same form, with its secrets hidden. `key`: the
+    one that it stands under.
+    """
+    if is_secret(key, value):
+        return _hide(value, numbers=not _STORAGE.match(key))
+    if isinstance(value, Mapping):
+        return {name: without_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    return scrubbed(value) if isinstance(value, str) else value
+
+
+def is_secret(key: str, value: Any) -> bool:
+    """Whether what stands under this key of a configuration is nobody else's business."""
+    if _STORAGE.match(key) or _HEADERS.match(key):
+        return True
+    return (
+        bool(_SECRET.search(key))
+        and isinstance(value, (str, bytes, Mapping, list, tuple))
+        and bool(value)
+    )
+
+
+def _hide(value: Any, numbers: bool) -> Any:
+    """The same tree with every text hidden, and `numbers` where their place says that they are
+    secret, too.
+    """
+    if isinstance(value, Mapping):
+        return {
+            name: _hide(item, numbers or bool(_SECRET.search(str(name))))
+            for name, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_hide(item, numbers) for item in value]
+    if value is None or isinstance(value, bool) or value == "":
+        return value
+    return value if isinstance(value, (int, float)) and not numbers else HIDDEN
+
+
+def hidden_keys(value: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys of a configuration whose values hold what `without_secrets` hid."""
+    if isinstance(value, Mapping):
+        items = [(str(name), item) for name, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        items = []
+        text = value if isinstance(value, str) else ""
+        of_secrets = text == HIDDEN or "://" in text or text.startswith("pipe:")
+        if HIDDEN in text and of_secrets:  # a caption's template may hold asterisks of its own
+            yield path
+    for name, item in items:
+        yield from hidden_keys(item, f"{path}.{name}" if path else name)
+
+
+def learn(value: Any, key: str = "") -> None:
+    """Remember the secrets of a configuration, so that `scrubbed` knows them everywhere."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            named = bool(_SECRET.search(str(name)) or _HEADERS.match(str(name)))
+            learn(item, str(name) if named or not is_secret(key, item) else key)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            learn(item, key)
+    elif isinstance(value, str) and is_secret(key, value) and HIDDEN not in value:
+        _learned.update(part for part in (value, *value.split()) if _is_telling(part, key))
+
+
+def _is_telling(part: str, key: str) -> bool:
+    """Whether a text is worth looking for elsewhere: what only stands in `storage` may be a common
+    word or an address.
+    """
+    if _STORAGE.match(key):
+        return len(part) >= 16 and "/" not in part
+    return len(part) >= _SHORTEST and part.lower() not in ("bearer", "basic", "digest")
+
+
+def address(url: str) -> str:
+    """An address without credentials and signatures: the same file has the same one."""
+    return _ADDRESS.sub(lambda match: _bare(match, ""), url)
+
+
+def _bare(match: re.Match[str], instead: str) -> str:
+    """An address without credentials, and with `instead` of a query that may be a signature."""
+    query = match["query"] or ""
+    if query and not _is_harmless(match["scheme"], query):
+        query = query[0] + instead if instead else ""
+    return f"{match['scheme']}{match['place']}{query}"
+
+
+def _is_harmless(scheme: str, query: str) -> bool:
+    names = {part.partition("=")[0].lower() for part in re.split("[?#&]", query) if part}
+    if scheme not in ("http://", "https://") and "=" not in query:
+        return True  # a pattern of files: s3://bucket/000??.tar
+    return names <= _HARMLESS | {HIDDEN}
+
+
+def _of_environment() -> set[str]:
+    """Values of the variables whose names say that they are secret."""
+    return {
+        value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= 8
+    }
+
+
+def shareable(value: Any, key: str = "") -> Any:
+    """A configuration, or a part of it under `key`, for everybody: no secrets, no folders of this
+    machine.
+    """
+    if isinstance(value, Mapping):
+        return {
+            name: shareable(item, str(name))
+            for name, item in value.items()
+            if not is_secret(str(name), item)
+        }
+    if isinstance(value, (list, tuple)):
+        return [shareable(item, key) for item in value]
+    return _shared_text(value, key) if isinstance(value, str) else value
+
+
+def _shared_text(text: str, key: str) -> str:
+    if "://" in text:
+        return scrubbed(address(text)).replace(f"?{HIDDEN}", "")
+    return scrubbed("::".join(_last(part, key) for part in text.split("::")))
+
+
+def _last(text: str, key: str) -> str:
+    """A path by its last part; a name of open_clip or the Hub before a colon stays."""
+    head, colon, place = text.rpartition(":")
+    if head.startswith("hf") or "\n" in text:
+        return text
+    absolute = place.startswith(("/", "~", "./", "../", "\\")) or bool(
+        re.match(r"[A-Za-z]:\\", text)
+    )
+    # A name user/name of the Hub stays.
+    relative = "/" in place and (
+        key in _FOLDERS or (key in _REFERENCES and place.count("/") > 1)
+    )
+    local = absolute or relative
+    return f"{head}{colon}{PurePath(place.replace(chr(92), '/')).name}" if local else text
+
+
+def private(text: str) -> str:
+    """The text without secrets, and of addresses and absolute paths the last part only: pages get
+    passed on.
+    """
+
+    def last(place: str) -> str:
+        return re.split(r"[/\\]", re.split(r"[?#]", place)[0].rstrip("/\\"))[-1]
+
+    text = _ADDRESS.sub(
+        lambda match: f"{match['scheme'][:-3]}: …/{last(match['place'])}", scrubbed(text)
+    )
+    return _PATH.sub(lambda match: f"…/{last(match[0])}", text)
