@@ -80,7 +80,7 @@ def test_a_folder_of_images_with_text_files_is_read(tmp_path):
     for i, texts in enumerate(CAPTIONS):
         (tmp_path / f"{i:02d}.png").write_bytes(material.png(material.picture(i)))
         (tmp_path / f"{i:02d}.txt").write_text("\n".join(texts) + "\n")
-    record, _ = evaluate(perfect(), data=str(tmp_path))
+    record, _ = evaluate(perfect(), data=str(tmp_path), lines="each")
     assert record["counts"]["captions"] == 30
     assert record["metrics"]["text_retrieval_recall@1"] == 1
 
