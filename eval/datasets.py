@@ -178,7 +178,7 @@ def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
     chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![a-z])", file.name, re.I)]
     if named and not chosen:
         raise DataError(
-            f"{root} has no split {split!r}, only {', '.join(named)}; pass split=…, or name one file"
+            f"{root} has no split {split!r}, only {', '.join(named)}; pass split=…"
         )
     return chosen if named else files
 

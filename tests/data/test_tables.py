@@ -16,6 +16,7 @@ from tests.data.material import data_of, encoded, loader_of, picture
 from vlp.cli import main
 from vlp.config import Captions
 from vlp.data.archives import Archive
+from vlp.data.captions import texts_of
 from vlp.data.listing import settle
 from vlp.data.sources.folder import Options as FolderOptions
 from vlp.data.sources.folder import open as open_folder
@@ -479,6 +480,11 @@ def test_addresses_are_found_by_the_name_in_them(tmp_path, content):
     named = [(archive.find(item.image), item.captions) for item in listing.items]
     assert named == [("p1.jpg", ["a one"]), ("p2.jpg", ["a two"])]
     assert all(archive.agrees(item.image, name) for item, (name, _) in zip(listing.items, named))
+
+
+def test_entries_of_a_list_say_the_same_in_tables_and_shards():
+    entries = ["a", {"raw": "b", "caption": "c"}, {"sentence": " d "}, {"text": "e", "id": 1}]
+    assert texts(entries) == texts_of(entries) == ["a", "c", "d", "e"]
 
 
 def test_ids_of_coco_may_be_numbers_here_and_texts_there(tmp_path):
