@@ -129,6 +129,8 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions, tex
     if texts.captions:
         raise DataError(f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no .tar; leave it out")
     with_images = _split_files(root, split, "*.parquet") or _named_parquet(root, split)
+    if not (with_images or archive.names):  # says which splits there are
+        with_images = _of_split(root, sorted(root.rglob("*.parquet")), split)
     if with_images and (not archive.names or _holds_images(with_images[0])):
         return _parquet(root, with_images, split, options)
     return _tree(root, split, missing, archive, texts.lines or "one")

@@ -2,6 +2,7 @@
 them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -114,6 +115,8 @@ def test_files_are_of_the_split_that_their_names_tell(tmp_path):
         }
         pq.write_table(pa.table(rows), tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
 
+    (tmp_path / "above").mkdir()
+    shutil.copytree(tmp_path / "hub", tmp_path / "above" / "data")
     n_cases = 0
     for kind in ("tars", "hub"):
         root = tmp_path / kind
@@ -123,6 +126,8 @@ def test_files_are_of_the_split_that_their_names_tell(tmp_path):
             n_cases += 1
         with pytest.raises(DataError, match="has no split 'val', only test, train; pass split="):
             open_source(str(root), split="val")
+    with pytest.raises(DataError, match="has no split 'val', only test, train"):
+        open_source(str(tmp_path / "above"), split="val")
     assert n_cases == 4
     assert len(open_source(str(tmp_path / "tars" / "train-00000.tar")).records) == 3
 
