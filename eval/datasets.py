@@ -260,7 +260,7 @@ def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
         shard = read(tar, begin, also=frozenset({"npy"}))
     except ValueError as error:
         raise DataError(str(error)) from None
-    lost = shard.n_left_out + shard.n_damaged
+    lost = shard.n_left_out or shard.n_damaged
     if lost and missing == "error":
         raise DataError(
             f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without these samples, or pass "

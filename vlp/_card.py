@@ -167,7 +167,9 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
     turned = "turned as its Exif orientation says"
     if not decoding.exif:
         turned = "left as stored, whatever its Exif orientation says"
-    opened = "ImageOps.exif_transpose(Image.open(path))" if decoding.exif else "Image.open(path)"
+    opened = 'Image.open("photo.jpg")'
+    if decoding.exif:
+        opened = f"ImageOps.exif_transpose({opened})"
     white = "white " if decoding.background == ON_WHITE.background else ""
     lines = [
         f"In training and evaluation transparent pixels lay on {white}{decoding.background},",

@@ -27,7 +27,7 @@ def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys
     said, found = capsys.readouterr().out, json.loads(report.read_text())
     for number in bad - set(range(10, 20)):
         assert f"{number // 10:05d}{number % 10:04d}: no readable image" in said
-    for reason in ("the file ends", "left out, because it lies beside damage", "00001_stats.json says 10 samples",
+    for reason in ("the file ends", "left out: it lies beside damage", "00001_stats.json says 10,",
                    "a: a second sample of this key", "b: neither caption nor class", "c: no image member"):  # fmt: skip
         assert reason in said, reason
     by_name = {r["shard"].rpartition("/")[2]: r for r in found["reports"]}

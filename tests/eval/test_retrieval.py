@@ -83,6 +83,8 @@ def test_a_folder_of_images_with_text_files_is_read(tmp_path):
     record, _ = evaluate(perfect(), data=str(tmp_path), lines="each")
     assert record["counts"]["captions"] == 30
     assert record["metrics"]["text_retrieval_recall@1"] == 1
+    record, _ = evaluate(perfect(), data=str(tmp_path))  # as training reads it: a file is one caption
+    assert record["counts"]["captions"] == 12
 
 
 def test_only_the_first_captions_may_be_taken(shards):

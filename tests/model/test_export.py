@@ -212,7 +212,7 @@ def code_of(card):
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 60, 200)])
 @pytest.mark.parametrize("exif", [True, False])
-def test_the_cards_code_shows_every_library_what_training_saw(tmp_path, background, exif):
+def test_the_cards_code_shows_every_library_what_training_saw(tmp_path, monkeypatch, background, exif):
     from transformers import AutoProcessor
 
     model = tiny(decoding={"background": list(background), "exif": exif})
@@ -224,10 +224,11 @@ def test_the_cards_code_shows_every_library_what_training_saw(tmp_path, backgrou
     assert f"transparent pixels lay on {'white ' if background[0] == 255 else ''}{background}" in card
     assert ("turned as its Exif" in card) == exif
 
-    (tmp_path / "picture.png").write_bytes(_pixels.sample(model.image_spec))
-    names = {"path": tmp_path / "picture.png"}
+    (tmp_path / "photo.jpg").write_bytes(_pixels.sample(model.image_spec))
+    monkeypatch.chdir(tmp_path)
+    names = {}
     exec(code_of(card), names)
-    seen = decode.evaluate((tmp_path / "picture.png").read_bytes(), model.image_spec)
+    seen = decode.evaluate((tmp_path / "photo.jpg").read_bytes(), model.image_spec)
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")
     assert torch.equal(shown(preprocess(names["image"])).round().to(torch.uint8), seen)
     theirs = AutoProcessor.from_pretrained(tmp_path / "out")(images=names["image"], return_tensors="pt").pixel_values[0]

@@ -208,5 +208,5 @@ def test_every_library_loads_it_from_the_hub_and_the_card_runs(kind, exported, h
     assert len(differences) == (4 if kind == "huggingface" else 5) and max(differences) <= 1e-5
     assert len(tokens[0]) == model.text_spec.context_length and (kind == "clip" or tokens[0][:4] == [8, 6, 10, 1])
     n_skipped = 0 if form == "open_clip" or importlib.util.find_spec("sentence_transformers") else 1
-    assert n_blocks == (2 if kind == "huggingface" else 4) and n_ran == n_blocks - n_skipped
+    assert n_blocks == (3 if kind == "huggingface" else 5) and n_ran == n_blocks - n_skipped
     assert TOKEN not in ran.stdout + ran.stderr

@@ -78,7 +78,8 @@ def trained_on(stated: dict[str, Any], configured: dict[str, Any], reference: st
             f"pretrained {reference} was trained on pixels with {differing}, which is taken; the image tower alone would have "
             f"{ {key: configured[key] for key in differing} }"
         )
-    return configured | stated
+    said = {key: value for key, value in configured.items() if key == "decoding"}  # a choice, not a fact of the weights
+    return configured | stated | said
 
 
 def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
