@@ -118,7 +118,8 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions, tex
     tars = _tars(root, split)
     named = root.is_file() and bool(archive.texts) and not archive.below  # a shard; without texts its folders are classes
     if named or (tars and root.is_dir() and in_folders is None):
-        source = _from_tars(root, tars, Choice(tuple(texts.captions), lines=texts.lines or "one"), missing)
+        choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
+        source = _from_tars(root, tars, choice, missing)
         numbered = any(isinstance(record.label, int) for record in source.records)
         return replace(source, classes=_class_names(root)) if numbered else source
     if tars and tars[0].parent == archive.path:
@@ -179,9 +180,7 @@ def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
     named = sorted(set(filter(None, (splits.of_file(file.name) for file in files))))
     chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![a-z])", file.name, re.I)]
     if named and not chosen:
-        raise DataError(
-            f"{root} has no split {split!r}, only {', '.join(named)}; pass split=…"
-        )
+        raise DataError(f"{root} has no split {split!r}, only {', '.join(named)}; pass split=…")
     return chosen if named else files
 
 
@@ -247,9 +246,8 @@ def _from_tars(
 
 
 def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
-    """The samples of a tar, and a line for each that is left out; a DataError names them unless they
-    may be.
-    """
+    """The samples of a tar, and a line for each that is left out; a DataError names them unless
+    they may be."""
     samples: list[Found] = []
 
     def begin(_: Shard) -> Callable[[Found], None]:
@@ -263,8 +261,8 @@ def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
     lost = shard.n_left_out or shard.n_damaged
     if lost and missing == "error":
         raise DataError(
-            f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without these samples, or pass "
-            "missing=skip to evaluate without them (the score is then not comparable)"
+            f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without "
+            "these samples, or pass missing=skip to evaluate without them (the score is then not comparable)"
         )
     return samples, [f"{tar}: left out"] * lost
 
@@ -337,8 +335,8 @@ def _refuse_rows(problems: list[str], missing: str) -> None:
     if problems and missing == "error":
         some = "\n  ".join(problems[:10])
         raise DataError(
-            f"{len(problems)} rows cannot be used; mend them, or pass missing=skip to evaluate without them (the "
-            f"score is then not comparable):\n  {some}"
+            f"{len(problems)} rows cannot be used; mend them, or pass missing=skip to evaluate "
+            f"without them (the score is then not comparable):\n  {some}"
         )
 
 

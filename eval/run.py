@@ -124,7 +124,7 @@ def evaluate(
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
         context.truncated.clear()
-        # Inside training the caller counts them, for a rank that fails must not leave others waiting.
+        # Inside training the caller counts them: a rank that fails must not leave others waiting.
         skips = context.unreadable is None and getattr(task.options, "missing", "error") == "skip"
         of_task = replace(context, unreadable={}) if skips else context
         result = task.module.run(encoder, opened, task.options, of_task)

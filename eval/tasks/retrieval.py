@@ -53,8 +53,8 @@ def read(options: Options) -> Source:
     silent = [r.picture.name for r in source.records if not any(caption.strip() for caption in r.captions)]
     if not spoken:
         raise DataError(
-            f"none of the {len(source.records)} images of {options.data} has a caption; if their captions are in a table, "
-            "name it: --data TABLE images=FOLDER"
+            f"none of the {len(source.records)} images of {options.data} has a caption; if their "
+            "captions are in a table, name it: --data TABLE images=FOLDER"
         )
     if silent and options.missing == "error":
         raise DataError(

@@ -189,9 +189,13 @@ def texts_of(value: Any) -> list[str]:
 
 
 def text_in(entry: Any) -> str | None:
-    """The text of one entry of a list of captions, a text or such as {"raw": text}; None: it has none."""
+    """The text of one entry of a list of captions: itself, or in a field such as {"raw": text}.
+
+    None where it has none.
+    """
     if isinstance(entry, dict):
-        entry = next((entry[name] for name in _IN_ENTRIES if isinstance(entry.get(name), str)), None)
+        texts = (entry[name] for name in _IN_ENTRIES if isinstance(entry.get(name), str))
+        entry = next(texts, None)
     return entry.strip() if isinstance(entry, str) else None
 
 

@@ -99,8 +99,8 @@ def _contents(folder: Path, names: list[str]) -> str:
     )
     held = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "nothing"
     return (
-        f"it holds {held}; expected shards as `vlp data pack {folder} --to DIR` writes them of images "
-        "(training reads those with {name: folder} or {name: classes}, too)"
+        f"it holds {held}; expected shards as `vlp data pack {folder} --to DIR` writes them of "
+        "images (training reads those with {name: folder} or {name: classes}, too)"
     )
 
 

@@ -108,15 +108,18 @@ def _image_column(datasets: Any, table: datasets.Dataset, options: Options) -> s
         return _known(options.image_column, table, options)
     if not kinds:  # pictures as plain bytes, as pandas and pyarrow write them
         raw = [name for name, kind in table.features.items() if _holds_bytes(datasets, kind)]
-        kinds = dict.fromkeys([usual(raw, IMAGE_COLUMNS)] if usual(raw, IMAGE_COLUMNS) else raw)
+        by_name = usual(raw, IMAGE_COLUMNS)
+        kinds = dict.fromkeys([by_name] if by_name else raw)
     if len(kinds) != 1:
-        there = f"image columns {listed(sorted(kinds))}" if kinds else f"no image column, only {listed(table.column_names)}"
+        there = f"no image column, only {listed(table.column_names)}"
+        if kinds:
+            there = f"image columns {listed(sorted(kinds))}"
         raise ValueError(f"{options.path} has {there}; name the one to use with image_column")
     return next(iter(kinds))
 
 
 def _holds_bytes(datasets: Any, kind: Any) -> bool:
-    """Whether a column holds bytes, or mappings of bytes and a path, without saying that they are images."""
+    """Whether a column holds bytes, or mappings of bytes and a path, not declared as images."""
     if isinstance(kind, dict):
         return set(kind) == {"bytes", "path"}
     return isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")

@@ -54,8 +54,8 @@ def _refuse_splits(path: str, shards: list[Path]) -> None:
     names = sorted({splits.of_file(shard.name) for shard in shards} - {""})
     if len(names) > 1 and Path(path).expanduser().is_dir():
         raise ValueError(
-            f"{path} holds shards of several splits: {', '.join(names)}; name one of them, such as {path}/{names[-1]}*.tar, or "
-            f"all: {path}/*.tar"
+            f"{path} holds shards of several splits: {', '.join(names)}; name one of them, such as "
+            f"{path}/{names[-1]}*.tar, or all: {path}/*.tar"
         )
 
 
