@@ -17,17 +17,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.data import tables
+from vlp.data import splits, tables
 from vlp.data.archives import Archive
 from vlp.data.captions import Choice, Texts, form_of
+from vlp.data.listing import settle
 from vlp.data.members import is_hidden
-from vlp.data.paths import plain_only, shards_in
+from vlp.data.paths import is_packed, plain_only, shards_in
 from vlp.data.rows import Shard
 from vlp.data.scan import Found, read
 from vlp.data.tables import TableOptions
@@ -77,15 +79,21 @@ def open_source(
     root = _download(path[3:], split) if path.startswith("hf:") else Path(path)
     if not root.exists():
         raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
-    if root.is_file() and root.suffix != ".tar":
+    if root.is_file() and not _may_be_tar(root):
         source = _table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
-        source = _clip_benchmark(root, split, missing, Choice(tuple(texts.captions), lines=texts.lines or "each"))
+        choice = Choice(tuple(texts.captions), lines=texts.lines or "each")
+        source = _clip_benchmark(root, split, choice, missing)
     else:
         source = _by_content(root, split, missing, options, texts)
     if not source.records:
         raise DataError(f"{path} holds no image in split {split!r}")
     return replace(source, name=_short_name(path))
+
+
+def _may_be_tar(path: Path) -> bool:
+    """Whether a file is read, or refused, as an archive; every other one is a table."""
+    return path.suffix.lower() in (".tar", ".zip") or is_packed(path.name)
 
 
 def _short_name(path: str) -> str:
@@ -110,7 +118,8 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions, tex
     tars = _tars(root, split)
     named = root.is_file() and bool(archive.texts) and not archive.below  # a shard; without texts its folders are classes
     if named or (tars and root.is_dir() and in_folders is None):
-        source = _from_tars(root, tars, missing, Choice(tuple(texts.captions), lines=texts.lines or "one"))
+        choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
+        source = _from_tars(root, tars, choice, missing)
         numbered = any(isinstance(record.label, int) for record in source.records)
         return replace(source, classes=_class_names(root)) if numbered else source
     if tars and tars[0].parent == archive.path:
@@ -121,6 +130,8 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions, tex
     if texts.captions:
         raise DataError(f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no .tar; leave it out")
     with_images = _split_files(root, split, "*.parquet") or _named_parquet(root, split)
+    if not (with_images or archive.names):  # says which splits there are
+        with_images = _of_split(root, sorted(root.rglob("*.parquet")), split)
     if with_images and (not archive.names or _holds_images(with_images[0])):
         return _parquet(root, with_images, split, options)
     return _tree(root, split, missing, archive, texts.lines or "one")
@@ -128,7 +139,10 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions, tex
 
 def _tars(root: Path, split: str) -> list[Path]:
     """The shards of a split: those in its folder, else those beside, or the tar that is named."""
-    there = [root] if root.is_file() else shards_in(root / split) or shards_in(root)
+    if root.is_file():
+        there = [root]
+    else:
+        there = shards_in(root / split) or _of_split(root, shards_in(root), split)
     try:
         return plain_only(there, str(root))
     except ValueError as error:
@@ -158,7 +172,16 @@ def _split_files(root: Path, split: str, pattern: str) -> list[Path]:
         [p for p in sorted(folder.glob(pattern)) if not is_hidden(p.name)]
         for folder in (root / split, root)
     )
-    return in_split or in_root
+    return in_split or _of_split(root, in_root, split)
+
+
+def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
+    """The files that belong to a split by the beginning of their names; all where none tells one."""
+    named = sorted(set(filter(None, (splits.of_file(file.name) for file in files))))
+    chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![a-z])", file.name, re.I)]
+    if named and not chosen:
+        raise DataError(f"{root} has no split {split!r}, only {', '.join(named)}; pass split=…")
+    return chosen if named else files
 
 
 def _named_parquet(root: Path, split: str) -> list[Path]:
@@ -169,7 +192,7 @@ def _named_parquet(root: Path, split: str) -> list[Path]:
 # --- tars ---------------------------------------------------------------------------------------------------------------
 
 
-def _clip_benchmark(root: Path, split: str, missing: str, choice: Choice) -> Source:
+def _clip_benchmark(root: Path, split: str, choice: Choice, missing: str) -> Source:
     """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by `datasets.builder.build_wds_dataset`)."""
     text = (root / split / "nshards.txt").read_text().strip()
     if not text.isdigit():
@@ -179,7 +202,7 @@ def _clip_benchmark(root: Path, split: str, missing: str, choice: Choice) -> Sou
     if absent:
         raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
     names = _class_names(root)
-    source = _from_tars(root, tars, missing, choice, "cls" if names else "class")
+    source = _from_tars(root, tars, choice, missing, "cls" if names else "class")
     return replace(
         source,
         classes=names,
@@ -198,17 +221,21 @@ def _lines(path: Path) -> list[str] | None:
     return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()] if path.exists() else None
 
 
-def _from_tars(root: Path, tars: list[Path], missing: str, choice: Choice, prefer: str = "class") -> Source:
+def _from_tars(
+    root: Path, tars: list[Path], choice: Choice, missing: str, prefer: str = "class"
+) -> Source:
     """The samples that training finds in the same tars. `choice`: which of their texts are captions.
 
     `prefer`: which label counts where a sample has both, its class's number (cls) or its name (class). What training
-    leaves out is refused here, because a score is over the whole set, unless `missing` is "skip".
+    leaves out is refused here, unless `missing` is "skip": a score is over the whole set.
     """
-    skipped: list[str] = []
     records: list[Record] = []
+    skipped: list[str] = []
     names: Counter[str] = Counter()
     for tar in tars:
-        for sample in _samples(tar, missing, skipped):
+        samples, problems = _samples(tar, missing)
+        skipped += problems
+        for sample in samples:
             names.update(form_of(sample.content.meta, sample.content.text).keys())
             records.append(_record(tar, sample, choice, prefer))
     try:
@@ -218,8 +245,9 @@ def _from_tars(root: Path, tars: list[Path], missing: str, choice: Choice, prefe
     return Source(str(root), records, skipped=skipped)
 
 
-def _samples(tar: Path, missing: str, skipped: list[str]) -> list[Found]:
-    """The samples of a tar; a DataError names those that cannot be used, or `skipped` learns of them."""
+def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
+    """The samples of a tar, and a line for each that is left out; a DataError names them unless
+    they may be."""
     samples: list[Found] = []
 
     def begin(_: Shard) -> Callable[[Found], None]:
@@ -230,15 +258,13 @@ def _samples(tar: Path, missing: str, skipped: list[str]) -> list[Found]:
         shard = read(tar, begin, also=frozenset({"npy"}))
     except ValueError as error:
         raise DataError(str(error)) from None
-    if not shard.n_left_out and not shard.n_damaged:
-        return samples
-    if missing != "skip":
+    lost = shard.n_left_out or shard.n_damaged
+    if lost and missing == "error":
         raise DataError(
-            f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, write it anew without these samples, or pass "
-            "missing=skip to evaluate without them (the score is then not comparable)"
+            f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without "
+            "these samples, or pass missing=skip to evaluate without them (the score is then not comparable)"
         )
-    skipped += [f"{tar}: {problem}" for problem in shard.problems]
-    return samples
+    return samples, [f"{tar}: left out"] * lost
 
 
 def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
@@ -287,22 +313,31 @@ def _table(path: Path, images: str | None, split: str, missing: str, options: Ta
         listing = tables.items(path, options, split)
     except (ValueError, OSError) as error:
         raise DataError(str(error)) from None
-    if listing.problems and missing == "error":
-        some = "\n  ".join(listing.problems[:10])
-        raise DataError(
-            f"{len(listing.problems)} rows cannot be used; mend them, or pass missing=skip to evaluate without them (the "
-            f"score is then not comparable):\n  {some}"
-        )
+    _refuse_rows(listing.problems, missing)
     collection = Collection(images or beside(path))
-    placed, without_image = tables.place(listing.items, collection.find)
-    absent = [item.image for item in without_image]
+    archive = collection.archive
+    named = [(item, archive.find(item.image)) for item in listing.items]
+    absent = [item.image for item, name in named if name is None]
     refuse_missing(absent, len(listing.items), collection, missing)
+    settled, clashes = settle([(item, name) for item, name in named if name], archive)
+    _refuse_rows(clashes, missing)
 
-    labels = _labels([item.label for item, _ in placed])
+    labels = _labels([item.label for item, _ in settled])
     records = [
-        Record(picture, tuple(item.captions), label, item.meta) for (item, picture), label in zip(placed, labels)
+        Record(picture_of(archive, name), tuple(item.captions), label, item.meta)
+        for (item, name), label in zip(settled, labels)
     ]
-    return Source(str(path), records, skipped=listing.problems + absent)
+    return Source(str(path), records, skipped=listing.problems + absent + clashes)
+
+
+def _refuse_rows(problems: list[str], missing: str) -> None:
+    """Raise for rows that cannot be used, unless they may be left out."""
+    if problems and missing == "error":
+        some = "\n  ".join(problems[:10])
+        raise DataError(
+            f"{len(problems)} rows cannot be used; mend them, or pass missing=skip to evaluate "
+            f"without them (the score is then not comparable):\n  {some}"
+        )
 
 
 def _labels(values: list[Any]) -> list[int | str | None]:
@@ -397,9 +432,9 @@ def _tree(root: Path, split: str, missing: str, archive: Archive, lines: Literal
             f"{archive.path} is none of the known layouts: no {split}/nshards.txt, no .tar, no .parquet, no images with a "
             f".txt or .json beside each, no folders of images (one a class){found}"
         )
-    splits = splits_in(archive)
-    if splits:  # else they would be taken for classes
-        raise DataError(f"{root} has no split {split!r}, only {', '.join(splits)}; pass split=…")
+    there = splits_in(archive)
+    if there:  # else they would be taken for classes
+        raise DataError(f"{root} has no split {split!r}, only {', '.join(there)}; pass split=…")
     try:
         tree = read_tree(archive, lines)
     except ValueError as error:

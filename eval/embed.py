@@ -102,7 +102,8 @@ def _kept(key: str, context: Context, what: str, items: list, prepare: Callable 
         return rows
     rows = _embed(items, prepare, encode, what, context)
     metrics.check_unit_rows(rows, what.rstrip("s"))
-    if path and dist.is_main():
+    # Rows of plain gray are not kept: the next call would not know of them.
+    if path and not any(dist.gather_objects(bool(context.unreadable))) and dist.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"rows": rows}))
     return rows

@@ -158,7 +158,7 @@ def refuse_unreadable(opened: Any) -> None:
         some = "".join(f"\n  {problem}" for problem in problems[:10])
         raise DataError(
             f"{len(problems)} of {len(pictures)} images cannot be read:{some}\nrepair them, or remove them and their "
-            "annotations; inside training, missing: skip puts plain gray in their place and counts them"
+            "annotations; missing: skip (vlp eval: missing=skip) puts plain gray in their place and counts them"
         )
 
 

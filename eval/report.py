@@ -79,6 +79,11 @@ def table(records: list[dict[str, Any]]) -> str:
             rows.append((r["label"], r["dataset"], name, f"{value:.4f}", interval, chance))
     counts = [f"{r['label']}: " + ", ".join(f"{n:,} {what}" for what, n in r["counts"].items() if n) for r in records]
     skipped = [f"{r['label']}: NOT COMPARABLE, {r['counts']['skipped']:,} left out" for r in records if r["counts"]["skipped"]]
+    skipped += [
+        f"{r['label']}: NOT COMPARABLE, {r['counts']['unreadable']:,} images count as plain gray"
+        for r in records
+        if r["counts"].get("unreadable")
+    ]
     return "\n".join([_aligned(rows), *counts, *skipped])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,12 @@ def evaluate(
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
         context.truncated.clear()
-        result = task.module.run(encoder, opened, task.options, context)
+        # Inside training the caller counts them: a rank that fails must not leave others waiting.
+        skips = context.unreadable is None and getattr(task.options, "missing", "error") == "skip"
+        of_task = replace(context, unreadable={}) if skips else context
+        result = task.module.run(encoder, opened, task.options, of_task)
+        if skips:
+            _count_unreadable(task, result.counts, of_task)
         n_truncated = sum(context.truncated.values())
         if n_truncated:
             result.counts["truncated_texts"] = n_truncated
@@ -187,17 +193,24 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
             )
         return {"label": task.label, "metrics": {"failed": 1.0}, "error": failure}
 
+    _count_unreadable(task, record["counts"], context)
+    return record
+
+
+def _count_unreadable(task: Plugin, counts: dict[str, int], context: Context) -> None:
+    """Count the pictures that any rank could not read, and say so. Collective."""
+    from vlp import dist, log
+
     unreadable: dict[str, str] = {}
     for of_rank in dist.gather_objects(context.unreadable):
         unreadable |= of_rank
     if unreadable:
-        record["counts"]["unreadable"] = len(unreadable)
+        counts["unreadable"] = len(unreadable)
         if dist.is_main():
             first = unreadable[min(unreadable)]
             log.warn(
                 f"{task.label}: {len(unreadable)} images cannot be read and count as plain gray: {first}"
             )
-    return record
 
 
 def _tasks(options: argparse.Namespace) -> dict[str, Any]:

@@ -51,7 +51,12 @@ def read(options: Options) -> Source:
     source, n_joined = join_equal_pictures(source)
     spoken = [r for r in source.records if any(caption.strip() for caption in r.captions)]
     silent = [r.picture.name for r in source.records if not any(caption.strip() for caption in r.captions)]
-    if silent and (options.missing == "error" or not spoken):
+    if not spoken:
+        raise DataError(
+            f"none of the {len(source.records)} images of {options.data} has a caption; if their "
+            "captions are in a table, name it: --data TABLE images=FOLDER"
+        )
+    if silent and options.missing == "error":
         raise DataError(
             f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; add one, remove the image, or "
             "pass missing=skip to evaluate without them"

@@ -236,6 +236,9 @@ def test_files_that_are_no_pictures_are_counted_and_an_empty_class_is_refused(tm
         (("train2017", "val2017"), "train2017, val2017"),
         (("train", "test", "validation", "extra"), "test, train, validation"), (("train",), "train"),
         (("test_images", "train_images"), "test_images, train_images"),
+        (("images_test", "images_train"), "images_test, images_train"),
+        (("seg_pred", "seg_test", "seg_train"), "seg_test, seg_train"),
+        (("train", "unlabeled"), "train, unlabeled"), (("fold1", "fold2"), "fold1, fold2"),
     ],
 )  # fmt: skip
 def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, folders, splits):
@@ -248,10 +251,11 @@ def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, f
     for source in both(tmp_path, root):
         assert pack(source, "--to", tmp_path / "out") == 1
         said = capsys.readouterr().err
+        place = f"{source}/{first}, or " if source.is_dir() else ""
         assert (
-            f"holds splits, not classes: {splits}; give one of them, such as {source}/{first}"
-            in said
-        )
+            f"holds splits, not classes: {splits}; give one of them, such as {place}"
+            f"--split-folder {first} (configuration: split: {first}; vlp eval: split={first})"
+        ) in said
         assert pack(source, "--split-folder", first, "--to", tmp_path / f"out{n_cases}") == 0
         assert (tmp_path / f"out{n_cases}" / "classnames.txt").read_text() == "cat\ndog\n"
         classes = {"name": "classes", "path": str(source)}
@@ -267,12 +271,50 @@ def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, f
     assert n_cases == 2
 
 
-def test_a_class_called_train_beside_others_is_a_class(tmp_path):
-    assert read_tree(Archive(put(tmp_path, "bus/1.png", "train/1.png", "car/1.png"))).classes == [
-        "bus",
-        "car",
-        "train",
-    ]
+@pytest.mark.parametrize(
+    "classes", [["bus", "car", "train"], ["bullet train", "toy train"], ["kitchen", "gallery"]]
+)
+def test_a_class_called_train_beside_others_is_a_class(tmp_path, classes):
+    root = put(tmp_path, *(f"{name}/1.png" for name in classes))
+    assert read_tree(Archive(root)).classes == sorted(classes)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "others", "named"),
+    [
+        (["Images/1.jpg", "Images/2.jpg"], ["captions.txt"], "captions.txt"),
+        (["Flicker8k/1.jpg"], ["text/Flickr8k.token.txt", "readme.txt"], "text/Flickr8k.token.txt"),
+        (["images/1.jpg"], ["train.jsonl", "old.tsv"], "old.tsv"),
+        (["1.jpg", "2.jpg"], ["metadata.jsonl"], "metadata.jsonl"),
+    ],
+)
+def test_a_table_beside_the_pictures_is_named(tmp_path, capsys, pictures, others, named):
+    root = put(put(tmp_path / "t", *pictures), *others, data=b"x")
+    assert pack(root, "--to", tmp_path / "out") == 1
+    assert f"name a table of captions: --captions {root}/{named} (" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=rf"captions: {root}/{named}; vlp eval: --data"):
+        loader_of(data_of({"name": "folder", "path": str(root)}), 2)
+
+
+def test_texts_in_folders_of_their_own_are_not_lost(tmp_path):
+    layouts = (
+        (["images/1.png", "images/2.png"], ["captions/1.txt", "captions/2.txt"]),
+        (["images/cat/1.png", "images/dog/2.png"], ["text/cat/1.txt", "text/dog/2.txt"]),
+        (["1.png", "2.png"], ["labels/1.json", "labels/2.json"]),
+    )
+    for number, (pictures, texts) in enumerate(layouts):
+        root = put(put(tmp_path / f"{number}", *pictures), *texts, data=b"a text")
+        with pytest.raises(ValueError, match=rf"2 texts .*\(as {texts[0]} for {pictures[0]}"):
+            read_tree(Archive(root))
+    assert number == 2
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    root = put(tmp_path / "all", "mine/cat/1.png", "mine/dog/1.png", "other/cow/1.png") / "mine"
+    (root / "up").symlink_to("..")
+    archive = Archive(root)
+    assert read_tree(archive).classes == ["cat", "dog"]
+    assert "1 links to a folder that holds this one (up)" in str(archive.left_out)
 
 
 def test_splits_of_pairs_are_refused_too(tmp_path):

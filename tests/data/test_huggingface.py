@@ -57,6 +57,25 @@ def test_every_local_form_gives_the_same_samples(tmp_path, form):
         assert sample.captions == (f"caption {i} one", f"caption {i} two") and sample.key == f"{i:09d}"
 
 
+@pytest.mark.parametrize("kind", ["bytes", "mappings"])
+def test_pictures_that_are_stored_as_plain_bytes_are_read(tmp_path, kind):
+    import pyarrow
+    from pyarrow import parquet
+
+    images = [encoded(picture(i)) for i in range(4)]
+    if kind == "mappings":
+        images = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
+    columns = {"image": images, "thumbnail": [b"x"] * 4, "caption": [f"caption {i}" for i in range(4)]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "train-00000-of-00001.parquet")
+    source = opened(tmp_path)
+    assert [(source[i].image, source[i].captions) for i in range(4)] == [
+        (encoded(picture(i)), (f"caption {i}",)) for i in range(4)
+    ]
+    parquet.write_table(pyarrow.table({"n": [1], "caption": ["x"]}), tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="has no image column, only 'n', 'caption'; name the one"):
+        opened(tmp_path)
+
+
 def test_batches_are_the_same_over_ranks_and_workers_and_after_resuming(tmp_path):
     table().save_to_disk(tmp_path)
     source = {"name": "huggingface", "path": str(tmp_path)}
@@ -157,7 +176,7 @@ def test_wrong_splits_and_ambiguous_images_say_what_there_is(tmp_path):
         opened(tmp_path / "split", split="trian")
     two = table(2, other=[None, None])
     two.cast_column("other", datasets.Image()).save_to_disk(tmp_path / "two")
-    with pytest.raises(ValueError, match=r"image columns \['other', 'photo'\]; name the one to use"):
+    with pytest.raises(ValueError, match=r"image columns 'other', 'photo'; name the one to use"):
         opened(tmp_path / "two")
 
 

@@ -194,6 +194,16 @@ def test_joined_tars_are_read_to_the_end(tmp_path, padding):
     assert len(open_source(str(tmp_path / "all.tar")).records) == 3
 
 
+def test_a_folder_of_several_splits_is_not_trained_on_as_one(tmp_path):
+    for number, name in enumerate(("train-0.tar", "train-1.tar", "test-0.tar")):
+        samples = pairs(f"{number}_{{i}}", 3)
+        write_tar(tmp_path / name, ORDERS["together"](samples))
+    with pytest.raises(ValueError, match=r"several splits: test, train; name one .*/train\*\.tar, or all: .*/\*\.tar"):
+        open_shards(Options(str(tmp_path)), Captions())
+    for pattern, n_samples in (("train*.tar", 6), ("*.tar", 9)):
+        assert len(open_shards(Options(f"{tmp_path}/{pattern}"), Captions())) == n_samples
+
+
 def test_a_hole_costs_its_neighbours_and_not_the_rest(tmp_path):
     whole = write_tar(tmp_path / "w.tar", ORDERS["together"](pairs("{i:02d}", 20))).read_bytes()
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:

@@ -15,11 +15,14 @@ from pyarrow import parquet
 from tests.data.material import data_of, encoded, loader_of, picture
 from vlp.cli import main
 from vlp.config import Captions
+from vlp.data.archives import Archive
+from vlp.data.captions import texts_of
+from vlp.data.listing import settle
 from vlp.data.sources.folder import Options as FolderOptions
 from vlp.data.sources.folder import open as open_folder
 from vlp.data.sources.shards import Options as ShardOptions
 from vlp.data.sources.shards import open as open_shards
-from vlp.data.tables import TableOptions, items, place, read
+from vlp.data.tables import TableOptions, items, read
 from vlp.data.tables.values import converter, equals, texts
 
 PHOTOS = {
@@ -459,9 +462,68 @@ def test_rows_of_one_image_are_joined_and_equal_captions_kept_once(tmp_path):
     listing = items(write(tmp_path, "t.jsonl", jsonl(content)), TableOptions(caption_columns="caption"))
     assert {item.image: item.captions for item in listing.items} == {"a": ["x", "y"], "b": ["z"], "./b": ["w"]}
     assert "rows of one image differ in n; the first row's values are kept" in listing.notes[0]
-    placed, missing = place(listing.items, lambda name: {"b": "B", "./b": "B"}.get(name))
-    assert [(item.captions, found) for item, found in placed] == [(["z", "w"], "B")] and [item.image for item in missing] == ["a"]
-    assert [item.captions for item in listing.items][1] == ["z"]  # placing changes no item
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a one\thttps://x.y/z/p1.jpg?w=3&h=2\na two\thttps://x.y/z/p2.jpg?w=3&h=2\n",
+        "image_url\tcaption\nhttps://x.y/p1.jpg?w=3\ta one\nhttp://x.y/p%32.jpg\ta two\n",
+        "image\tcaption\n./photos/p1.jpg?raw=true\ta one\np2.jpg\ta two\n",
+    ],
+)
+def test_addresses_are_found_by_the_name_in_them(tmp_path, content):
+    for name in ("p1.jpg", "p2.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    archive = Archive(tmp_path)
+    listing = items(write(tmp_path, "t.tsv", content), TableOptions())
+    named = [(archive.find(item.image), item.captions) for item in listing.items]
+    assert named == [("p1.jpg", ["a one"]), ("p2.jpg", ["a two"])]
+    assert all(archive.agrees(item.image, name) for item, (name, _) in zip(listing.items, named))
+
+
+def test_entries_of_a_list_say_the_same_in_tables_and_shards():
+    entries = ["a", {"raw": "b", "caption": "c"}, {"sentence": " d "}, {"text": "e", "id": 1}]
+    assert texts(entries) == texts_of(entries) == ["a", "c", "d", "e"]
+
+
+def test_ids_of_coco_may_be_numbers_here_and_texts_there(tmp_path):
+    content = {
+        "images": [{"id": "1", "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": "2", "caption": "y"}],
+    }
+    listing = items(write(tmp_path, "c.json", json.dumps(content)), TableOptions())
+    assert [(item.image, item.captions) for item in listing.items] == [
+        ("a.jpg", ["x"]), ("b.jpg", ["y"]),
+    ]  # fmt: skip
+    content["annotations"].append({"image_id": 3, "caption": "z"})
+    with pytest.raises(ValueError, match=r"names image 3, .* remove the annotation"):
+        items(write(tmp_path, "c.json", json.dumps(content)), TableOptions())
+
+
+def test_columns_that_were_never_named_lead_to_no_header_option(tmp_path):
+    with pytest.raises(ValueError, match="it has 'column 1', 'column 2'") as refusal:
+        items(write(tmp_path, "t.csv", ",\nz.w,a two\n"), TableOptions())
+    assert "--header" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"Or of classes: --class-column NAME \(configuration"):
+        items(write(tmp_path, "t.csv", "image,x\na.jpg,one\n"), TableOptions())
+
+
+def test_spellings_of_one_image_are_one_item_and_may_not_contradict_each_other(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(b"x")
+    content = [
+        {"image": "a/1.png", "caption": "x", "class": "cat", "negatives": ["n"]},
+        {"image": "./a/1.png", "caption": "y", "class": "cat", "negatives_of": [0]},
+        {"image": "A/1.PNG", "caption": "z", "class": "dog"},
+    ]
+    archive = Archive(tmp_path)
+    listing = items(write(tmp_path, "t.jsonl", jsonl(content)), TableOptions())
+    named = [(item, archive.find(item.image)) for item in listing.items]
+    ((item, name),), problems = settle(named, archive)
+    assert (name, item.captions, item.class_name) == ("a/1.png", ["x", "y", "z"], "cat")
+    assert problems == ["image 'a/1.png' is of the class 'dog' here and of 'cat' in row 1"]
+    assert "negatives_of" not in item.meta  # it would number the captions of another row
 
 
 def test_captions_come_from_texts_lists_and_mappings():

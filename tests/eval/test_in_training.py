@@ -3,14 +3,16 @@ training goes on."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from tests import ranks
 from tests.eval import material
 from vlp import cli, plugin
-from vlp.eval import run
-from vlp.eval.pictures import DataError
+from vlp.eval import report, run
+from vlp.eval.embed import Context
+from vlp.eval.pictures import Contents, DataError
 
 CLASSES = ["cat", "dog"]
 
@@ -98,10 +100,24 @@ def test_unreadable_pictures_are_refused_before_anything_long_starts(photos, tmp
     assert "dog/3.png is empty" in capsys.readouterr().err
 
 
+def test_skipped_pictures_count_as_gray_and_are_counted_in_every_call(photos, tmp_path):
+    (photos / "dog" / "3.png").write_bytes(b"\x89PNG no more")
+    chosen = tasks(data=str(photos), missing="skip")
+    context = Context(cache=tmp_path / "cache", contents=Contents())
+    for _ in range(2):
+        encoder = replace(material.matrix_encoder(), fingerprint="one")
+        records, _ = run.evaluate(encoder, chosen, context)
+        assert records[0]["counts"]["unreadable"] == 1
+        assert "NOT COMPARABLE, 1 images count as plain gray" in report.table(records)
+    with pytest.raises(DataError, match=r"dog/3\.png does not open"):
+        run.evaluate(material.matrix_encoder(), tasks(data=str(photos)), context)
+
+
 def test_empty_pictures_are_found_however_many_there_are(tmp_path):
     """A picture is decoded of every so many; an empty one is found wherever it stands."""
     for i in range(300):
-        (tmp_path / f"{i}.png").write_bytes(material.png(material.picture(i)) if i != 257 else b"")
+        picture = material.png(material.picture(i))
+        (tmp_path / f"{i}.png").write_bytes(picture if i != 257 else b"")
         (tmp_path / f"{i}.txt").write_text("x")
     with pytest.raises(
         DataError, match=r"1 of 300 images cannot be read:\n  image .*257\.png is empty"

@@ -2,6 +2,7 @@
 them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -28,9 +29,9 @@ def as_tar(root, tar):
 
 def test_img2datasets_files_are_read_for_retrieval_and_are_no_classes(tmp_path):
     root = tmp_path / "files"
-    for i in range(4):
-        name = f"0000{i // 2}/0000{i // 2}{i:04d}"
-        put(root, f"{name}.png", data=material.png(material.picture(i)))
+    names = [f"0000{i // 2}/0000{i // 2}{i:04d}" for i in range(4)]
+    put(root, *(f"{name}.png" for name in names))
+    for i, name in enumerate(names):
         put(root, f"{name}.txt", data=f"caption {i}".encode())
         put(root, f"{name}.json", data=json.dumps({"caption": f"caption {i}", "url": "x"}).encode())
     import pyarrow as pa
@@ -40,8 +41,7 @@ def test_img2datasets_files_are_read_for_retrieval_and_are_no_classes(tmp_path):
     put(root, "00000_stats.json", data=b"{}")
     n_cases = 0
     for data in (root, as_tar(root, tmp_path / "files.tar")):
-        # In a tar the _stats.json is a text without a picture.
-        source = retrieval.read(retrieval.Options(str(data), missing="skip" if data != root else "error"))
+        source = retrieval.read(retrieval.Options(str(data)))
         assert [record.captions for record in source.records] == [
             (f"caption {i}",) for i in range(4)
         ]
@@ -94,6 +94,67 @@ def test_shards_and_class_folders_in_one_folder_are_refused(tmp_path):
     assert [r.label for r in open_source(str(root)).records] == ["cat", "dog"]
     (root / "all.tar").rename(root / "._all.tar")
     assert len(open_source(str(root / "test"), split="val").records) == 2
+
+
+def test_files_are_of_the_split_that_their_names_tell(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = {"train": [0, 1, 2], "test": [3, 4]}
+    for split, numbers in pictures.items():
+        data = [material.png(material.picture(i)) for i in numbers]
+        members = []
+        for i, image in zip(numbers, data):
+            members += [(f"{i}.png", image), (f"{i}.txt", f"caption {i}".encode())]
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        material.write_tar(tmp_path / "tars" / f"{split}-00000.tar", members)
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        rows = {
+            "image": [{"bytes": image, "path": None} for image in data],
+            "caption": [f"caption {i}" for i in numbers],
+        }
+        pq.write_table(pa.table(rows), tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+
+    (tmp_path / "above").mkdir()
+    shutil.copytree(tmp_path / "hub", tmp_path / "above" / "data")
+    n_cases = 0
+    for kind in ("tars", "hub"):
+        root = tmp_path / kind
+        for split, numbers in pictures.items():
+            captions = [record.captions for record in open_source(str(root), split=split).records]
+            assert captions == [(f"caption {i}",) for i in numbers]
+            n_cases += 1
+        with pytest.raises(DataError, match="has no split 'val', only test, train; pass split="):
+            open_source(str(root), split="val")
+    with pytest.raises(DataError, match="has no split 'val', only test, train"):
+        open_source(str(tmp_path / "above"), split="val")
+    assert n_cases == 4
+    assert len(open_source(str(tmp_path / "tars" / "train-00000.tar")).records) == 3
+
+
+def test_samples_of_shards_that_cannot_be_used_may_be_skipped(tmp_path):
+    members = []
+    for i in range(4):
+        members += [(f"{i}.png", material.png(material.picture(i))), (f"{i}.txt", b"a caption")]
+    members.append(("00000_stats.json", b"{}"))  # img2dataset's own, no sample
+    material.write_tar(tmp_path / "whole.tar", members)
+    assert len(open_source(str(tmp_path / "whole.tar")).records) == 4
+    material.write_tar(tmp_path / "lost.tar", members[1:])
+    with pytest.raises(DataError, match=r"0: no image member(.|\n)*missing=skip"):
+        open_source(str(tmp_path / "lost.tar"))
+    source = open_source(str(tmp_path / "lost.tar"), missing="skip")
+    assert (len(source.records), len(source.skipped)) == (3, 1)
+
+
+def test_messages_say_what_vlp_eval_takes(tmp_path):
+    root = put(tmp_path / "t", "in/cat/1.png", "in/dog/1.png")
+    with pytest.raises(DataError, match=r"vlp eval: split=in\)"):
+        open_source(str(as_tar(root, tmp_path / "t.tar")))
+    (tmp_path / "t.tar.gz").write_bytes(b"\x1f\x8b\x08" + bytes(600))
+    with pytest.raises(DataError, match="is compressed with gzip"):
+        open_source(str(tmp_path / "t.tar.gz"))
+    with pytest.raises(DataError, match=r"none of the 2 images .*name it: --data TABLE"):
+        retrieval.read(retrieval.Options(str(root / "in"), missing="skip"))
 
 
 def test_a_tar_of_class_folders_is_read_as_the_folder_is(tmp_path):

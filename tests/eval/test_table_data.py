@@ -210,9 +210,9 @@ def test_parquet_of_a_folder_takes_usual_columns(tmp_path):
             for i in range(N)]  # fmt: skip
     folder = tmp_path / "set"
     folder.mkdir()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
     record = evaluate("retrieval", perfect(), data=str(folder), split="s")
     assert record["counts"]["images"] == N // 2 and record["metrics"]["image_retrieval_recall@1"] == 1
-    (folder / "test.parquet").write_bytes(b"PAR1")
+    (folder / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="no whole parquet file"):
         evaluate("retrieval", perfect(), data=str(folder))

@@ -265,7 +265,11 @@ class Archive:
             self.left_out.add("broken links", name)
             return False
         target = os.path.realpath(path)
-        if os.path.commonpath([target, home]) != home:
+        shared = os.path.commonpath([target, home])
+        if shared == target != home:
+            self.left_out.add("links to a folder that holds this one", name)
+            return False
+        if shared != home:
             if not leave:
                 self.left_out.add("links that lead out of the folder", name)
                 return False

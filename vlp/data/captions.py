@@ -184,14 +184,19 @@ def texts_of(value: Any) -> list[str]:
         text = value.strip()
         return [text] if text else []
     items = value if isinstance(value, list) else [value]
-    texts = (_text(item) for item in items)
+    texts = (text_in(item) for item in items)
     return [text for text in texts if text]
 
 
-def _text(item: Any) -> str:
-    if isinstance(item, dict):
-        item = next((item[name] for name in _IN_ENTRIES if isinstance(item.get(name), str)), "")
-    return item.strip() if isinstance(item, str) else ""
+def text_in(entry: Any) -> str | None:
+    """The text of one entry of a list of captions: itself, or in a field such as {"raw": text}.
+
+    None where it has none.
+    """
+    if isinstance(entry, dict):
+        texts = (entry[name] for name in _IN_ENTRIES if isinstance(entry.get(name), str))
+        entry = next(texts, None)
+    return entry.strip() if isinstance(entry, str) else None
 
 
 def _decode(data: bytes, kind: str, notes: list[str]) -> str:
@@ -235,7 +240,7 @@ def _json(text: str, notes: list[str]) -> dict[str, Any]:
         if entries is None or isinstance(entries, str):
             continue
         entries = entries if isinstance(entries, list) else [entries]
-        odd = [entry for entry in entries if entry is not None and not isinstance(entry, str) and not _text(entry)]
+        odd = [entry for entry in entries if entry is not None and not isinstance(entry, str) and not text_in(entry)]
         if odd:
             notes.append(f"no text in the JSON's {name}: {json.dumps(odd[0])[:40]} is left out")
     return value

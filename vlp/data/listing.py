@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from vlp.data.archives import Archive
-from vlp.data.tables import Item
+from vlp.data.tables import Item, join
 
 Named = tuple[Item, str]  # an item, and the stored name of its picture
 
@@ -34,16 +34,10 @@ def settle(named: Sequence[Named], archive: Archive) -> tuple[list[Named], list[
                     f"{other}"
                 )
         if kept:
-            settled.append((_merged(kept), name))
+            first, *others = kept
+            problems += filter(None, (join(first, other) for other in others))
+            settled.append((first, name))
     return settled, problems
-
-
-def _merged(items: list[Item]) -> Item:
-    first, *others = items
-    for other in others:
-        first.captions += [caption for caption in other.captions if caption not in first.captions]
-        first.meta = {**other.meta, **first.meta}
-    return first
 
 
 def families(named: Sequence[Named]) -> list[list[Named]]:

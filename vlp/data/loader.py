@@ -81,7 +81,9 @@ class Loader:
         check_shared_memory(self._steps.nbytes, self._workers, min(world, dist.local_world_size()))
         if rank == 0 and (found := self.problems()):
             lines = "".join(f"\n  {line}" for line in found[:5])
-            log.warn(f"{self.n_left_out} samples of the data are left out; what was found:{lines}" + "\n  …" * (len(found) > 5))
+            more = "\n  …" if len(found) > 5 else ""
+            lost = self.n_left_out or "no"
+            log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
 
     def problems(self) -> list[str]:
         """What the sources left out or found odd, in words."""

@@ -5,6 +5,7 @@ Only the extensions below are ever looked into; a pickle in a shard is passed ov
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -38,6 +39,8 @@ SYSTEM_NAMES = frozenset({
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 })  # fmt: skip
+
+_BOOKKEEPING = re.compile(r"\d{5,}_stats\.json")  # what img2dataset counts about a shard
 
 Payload = TypeVar("Payload")
 
@@ -88,6 +91,8 @@ def parse_name(name: str) -> Name | None:
         return Name(folder + last, "", "")
     extension = extension.lower()
     kind = extension if extension in TEXT_TYPES else ""
+    if _BOOKKEEPING.fullmatch(last):
+        kind = ""
     if extension in IMAGE_TYPES:
         kind = "image"
         if stem[-len(NEGATIVE) :].lower() == _BEFORE_NEGATIVE:

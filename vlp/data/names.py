@@ -20,7 +20,7 @@ import bisect
 import difflib
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -47,6 +47,13 @@ def cleaned(name: str) -> Parts:
         elif part not in ("", ".", ".."):
             parts.append(part)
     return tuple(parts)
+
+
+def _readings(name: str) -> Iterator[Parts]:
+    """The parts of a name as written; then of an address without its query and escapes."""
+    yield cleaned(name)
+    if "?" in name or "%" in name:
+        yield cleaned(unquote(name.partition("?")[0]))
 
 
 class _Index(NamedTuple):
@@ -87,16 +94,18 @@ class Names:
         """Whether one of the two is the end of the other, as far as `find` tells spellings
         apart."""
         loosest = _LEVELS[-1]
-        wanted, there = _folded(cleaned(name), loosest), _folded(cleaned(stored), loosest)
-        return _n_common(wanted, there) == min(len(wanted), len(there))
+        there = _folded(cleaned(stored), loosest)
+        readings = [_folded(parts, loosest) for parts in _readings(name)]
+        return any(
+            _n_common(wanted, there) == min(len(wanted), len(there)) for wanted in readings
+        )
 
     def _matches(self, name: str) -> list[str]:
         """The equally good readings of the strictest kind that has any."""
-        parts = cleaned(name)
-        found = self._search(parts)
-        if not found and "%" in name:
-            found = self._search(cleaned(unquote(name)))
-        return found
+        for parts in _readings(name):
+            if found := self._search(parts):
+                return found
+        return []
 
     def _search(self, parts: Parts) -> list[str]:
         if not parts or not self.names:

@@ -93,9 +93,15 @@ def _contents(folder: Path, names: list[str]) -> str:
     if below:
         folders = ", ".join(below[:5])
         return f"there are some in its folders {folders}; name them, joined by :: or as {folder}/*/*.tar"
-    endings = Counter(Path(name).suffix.lower() or "no extension" for name in names)
-    held = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(5)) or "nothing"
-    return f"it holds {held}; expected shards as `vlp data pack` writes them"
+    kinds = Counter(
+        "folders" if (folder / name).is_dir() else Path(name).suffix.lower() or "no extension"
+        for name in names
+    )
+    held = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "nothing"
+    return (
+        f"it holds {held}; expected shards as `vlp data pack {folder} --to DIR` writes them of "
+        "images (training reads those with {name: folder} or {name: classes}, too)"
+    )
 
 
 def _nearest(place: Path) -> str:

@@ -27,9 +27,9 @@ _NAMES = {
 # How other files begin that are taken for tars by their name.
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 _FOREIGN = {
-    b"PK\x03\x04": "a zip archive; unpack it and make shards of the folder: vlp data pack",
-    b"7z\xbc\xaf": "a 7z archive; unpack it and make shards of the folder: vlp data pack",
-    b"Rar!": "a rar archive; unpack it and make shards of the folder: vlp data pack",
+    b"PK\x03\x04": "a zip archive; unpack it and give the folder",
+    b"7z\xbc\xaf": "a 7z archive; unpack it and give the folder",
+    b"Rar!": "a rar archive; unpack it and give the folder",
     b"version https://git-lfs": "a pointer of Git LFS; git lfs pull fetches the file",
     b"<": "a web page; download the file again",
     b"PAR1": "a parquet file; the source huggingface reads it",

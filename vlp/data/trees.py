@@ -17,14 +17,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vlp.data import splits
 from vlp.data.archives import Archive, extension_of, printable
 from vlp.data.captions import Choice, lines_of, read_texts
 from vlp.data.tables import Item
 
-_SPLIT = re.compile(
-    r"(train|training|val|valid|validation|test|testing|dev|eval|holdout|minival|trainval)"
-    r"([-_ ]?\d+)?([-_ ]?(set|split|data|images))?"
-)
+_TABLES = (".csv", ".tsv", ".token", ".jsonl", ".ndjson", ".parquet")
+# What a .txt or .json is called that is a table rather than a note.
+_TABLE_NAME = re.compile(r"caption|annotation|metadata|token|dataset|result|label|train|test|val")
 _LABELS = ("class", "cls")  # what a sample's JSON calls its class, by name and by number
 
 
@@ -47,15 +47,13 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
     """
     if not archive.names:
         found = f"; found {archive.left_out}" if archive.left_out.counts else ""
-        raise ValueError(f"{archive.path} holds no images{found}{_shards_hint(archive)}")
+        raise ValueError(f"{archive.path} holds no images{found}{_other_hint(archive)}")
     texts = _texts_beside(archive)
-    splits = splits_in(archive)
-    if len(splits) > 1 or (splits and not texts):
+    parts = splits_in(archive)
+    if len(parts) > 1 or (parts and not texts):
         raise ValueError(
-            f"{archive.path} holds splits, not classes: {', '.join(splits)}; give one of them, "
-            "such as "
-            f"{archive.path}/{splits[0]} (in a tar: --split-folder {splits[0]}, in a configuration "
-            f"split: {splits[0]})"
+            f"{archive.path} holds splits, not classes: {', '.join(parts)}; give one of them, "
+            f"such as {_said(archive, parts[0])}"
         )
     return _pairs(archive, texts, lines) if texts else _classes(archive)
 
@@ -63,9 +61,7 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
 def splits_in(archive: Archive) -> list[str]:
     """The folders at the top that are splits of a data set, unless others of them are classes
     ("train" beside "bus")."""
-    tops = sorted({name.split("/")[0] for name in archive.names if "/" in name})
-    splits = [top for top in tops if _SPLIT.fullmatch(top.casefold())]
-    return splits if len(splits) > 1 or splits == tops else []
+    return splits.among_folders(name.split("/")[0] for name in archive.names if "/" in name)
 
 
 def class_name(folder: str) -> str:
@@ -73,10 +69,46 @@ def class_name(folder: str) -> str:
     return " ".join(printable(folder).replace("_", " ").split())
 
 
-def _shards_hint(archive: Archive) -> str:
-    if archive.left_out.counts[".tar"]:
+def _said(archive: Archive, folder: str) -> str:
+    """How a person names a folder of an archive: by its path, or by the option of each command."""
+    below = "/".join(filter(None, [archive.below, folder])) if archive.path.is_file() else folder
+    options = f"--split-folder {below} (configuration: split: {below}; vlp eval: split={below})"
+    return options if archive.path.is_file() else f"{archive.path}/{folder}, or {options}"
+
+
+def _other_hint(archive: Archive) -> str:
+    """What to do with files that are no pictures and may hold some."""
+    counts = archive.left_out.counts
+    if counts[".tar"]:
         return ". Its .tar files may be shards already: train on them with {name: shards}, or name one of them"
+    if counts[".parquet"]:
+        return (
+            ". Parquet files that hold pictures are read by the source {name: huggingface} and by "
+            "vlp eval"
+        )
     return ""
+
+
+def _tables_in(archive: Archive) -> list[str]:
+    """The files of a tree that may be tables of its pictures, some of each kind."""
+    tables = [name for kind in _TABLES for name in archive.left_out.names.get(kind, ())]
+    texts = sorted(name for name in archive.texts if _TABLE_NAME.search(_last(name).casefold()))
+    return tables + texts
+
+
+def _naming(archive: Archive) -> str:
+    """How a table of captions is named, those that may be meant first."""
+    tables = _tables_in(archive)
+    table = f"{archive.path}/{tables[0]}" if tables and archive.path.is_dir() else "TABLE"
+    there = f"found {', '.join(tables[:3])}; " if tables else ""
+    return (
+        f"{there}name a table of captions: --captions {table} (configuration: captions: {table}; "
+        f"vlp eval: --data {table} images={archive.path})"
+    )
+
+
+def _last(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -155,7 +187,7 @@ def _leave_out_texts(archive: Archive, names: list[str]) -> None:
 
 
 def _expected(name: str) -> str:
-    stem = os.path.splitext(name.rsplit("/", 1)[-1])[0]
+    stem = os.path.splitext(_last(name))[0]
     return f"{stem}.txt, {stem}.json or {stem}.caption"
 
 
@@ -163,19 +195,24 @@ def _expected(name: str) -> str:
 
 
 def _classes(archive: Archive) -> Tree:
+    _refuse_texts_elsewhere(archive)
     _leave_out_texts(archive, sorted(archive.texts))
     loose = [name for name in archive.names if "/" not in name]
     if len(loose) == len(archive.names):
         raise ValueError(
             f"{archive.path} is no tree with one folder a class: its {len(loose)} images lie "
-            "outside of any folder, and "
-            f"none has a text beside it ({_expected(loose[0])}); name a table of captions instead "
-            "(--captions TABLE, "
-            "in a configuration captions: TABLE)"
+            f"outside of any folder, and none has a text beside it ({_expected(loose[0])}); "
+            f"{_naming(archive)}"
         )
     tops = {name.split("/")[0] for name in archive.names if "/" in name}
     if not loose:
-        _refuse_wrapper(archive, tops)
+        _refuse_wrapper(archive)
+    if len(tops) == 1 and _tables_in(archive):
+        raise ValueError(
+            f"{archive.path} holds its images in one folder, {printable(min(tops))!r}, which would "
+            f"be one class without captions; {_naming(archive)}. If it is a class, move the tables "
+            "away"
+        )
     problems = [f"{name!r} lies outside of any class folder" for name in loose]
     for folder, extensions in sorted(archive.folders.items()):
         if (
@@ -199,7 +236,21 @@ def _classes(archive: Archive) -> Tree:
     )
 
 
-def _refuse_wrapper(archive: Archive, tops: set[str]) -> None:
+def _refuse_texts_elsewhere(archive: Archive) -> None:
+    """Raise where texts lie in folders of their own, with the names of the images: they would be
+    lost."""
+    images = {_last(_stem(name)): name for name in archive.names}
+    paired = [text for text in sorted(archive.texts) if _last(_stem(text)) in images]
+    if 2 * len(paired) > len(archive.texts):
+        image = images[_last(_stem(paired[0]))]
+        raise ValueError(
+            f"{archive.path}: {len(paired)} texts are called as images are, but lie in other "
+            f"folders (as {paired[0]} for {image}); put each beside its image, in the same folder. "
+            "Where folders are the classes, move those texts away"
+        )
+
+
+def _refuse_wrapper(archive: Archive) -> None:
     """Raise where all classes are sub-folders of one folder, as an unpacked zip leaves them."""
     folders = {name.rpartition("/")[0] for name in archive.names}
     shared = os.path.commonpath(folders)
@@ -209,8 +260,7 @@ def _refuse_wrapper(archive: Archive, tops: set[str]) -> None:
         some = ", ".join(below[:3]) + (", …" if len(below) > 3 else "")
         raise ValueError(
             f"{archive.path} holds one folder, {shared!r}, and below it {len(below)} with images "
-            f"({some}); if those are "
-            f"the classes, give {archive.path}/{shared} (in a tar: --split-folder {shared})"
+            f"({some}); if those are the classes, give {_said(archive, shared)}"
         )
 
 

@@ -21,7 +21,16 @@ from vlp.data import wrong_captions
 from vlp.data.archives import Place, image_type
 from vlp.data.rows import LABELS, labels_of
 from vlp.data.sources import Source, captions_of
-from vlp.data.tables.columns import CLASS_COLUMNS, DIALOGUE_COLUMNS, column, listed, split_column, usual, usual_captions
+from vlp.data.tables.columns import (
+    CLASS_COLUMNS,
+    DIALOGUE_COLUMNS,
+    IMAGE_COLUMNS,
+    column,
+    listed,
+    split_column,
+    usual,
+    usual_captions,
+)  # fmt: skip
 from vlp.data.tables.values import NoText, asked, counted, equals, jsonable, shown, texts
 from vlp.schema import did_you_mean
 from vlp.types import Sample
@@ -97,9 +106,23 @@ def _image_column(datasets: Any, table: datasets.Dataset, options: Options) -> s
     kinds = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.Image)}
     if options.image_column:
         return _known(options.image_column, table, options)
+    if not kinds:  # pictures as plain bytes, as pandas and pyarrow write them
+        raw = [name for name, kind in table.features.items() if _holds_bytes(datasets, kind)]
+        by_name = usual(raw, IMAGE_COLUMNS)
+        kinds = dict.fromkeys([by_name] if by_name else raw)
     if len(kinds) != 1:
-        raise ValueError(f"{options.path} has image columns {sorted(kinds)}; name the one to use with image_column")
+        there = f"no image column, only {listed(table.column_names)}"
+        if kinds:
+            there = f"image columns {listed(sorted(kinds))}"
+        raise ValueError(f"{options.path} has {there}; name the one to use with image_column")
     return next(iter(kinds))
+
+
+def _holds_bytes(datasets: Any, kind: Any) -> bool:
+    """Whether a column holds bytes, or mappings of bytes and a path, not declared as images."""
+    if isinstance(kind, dict):
+        return set(kind) == {"bytes", "path"}
+    return isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
 
 
 def _caption_columns(table: datasets.Dataset, options: Options) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from vlp.config import Captions
+from vlp.data import splits
 from vlp.data.captions import TEXT_FILE, USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings
 from vlp.data.index import index
@@ -44,7 +45,18 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Shards:
     """Index the shards (from the folder's index where it is current); raises ValueError or OSError."""
     paths = expand(options.path)
+    _refuse_splits(options.path, paths)
     return Shards(paths, index(paths), captions, options, options.embeddings)
+
+
+def _refuse_splits(path: str, shards: list[Path]) -> None:
+    """Raise where a folder holds shards of several splits: training would see those for testing."""
+    names = sorted({splits.of_file(shard.name) for shard in shards} - {""})
+    if len(names) > 1 and Path(path).expanduser().is_dir():
+        raise ValueError(
+            f"{path} holds shards of several splits: {', '.join(names)}; name one of them, such as "
+            f"{path}/{names[-1]}*.tar, or all: {path}/*.tar"
+        )
 
 
 class Shards(Source):

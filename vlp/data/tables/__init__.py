@@ -9,7 +9,7 @@ names      lists of images that choose among them
 """
 
 from vlp.data.tables.columns import TableOptions
-from vlp.data.tables.items import Item, Listing, items, place
+from vlp.data.tables.items import Item, Listing, items, join
 from vlp.data.tables.read import Table, read, read_json
 
-__all__ = ["Item", "Listing", "Table", "TableOptions", "items", "place", "read", "read_json"]
+__all__ = ["Item", "Listing", "Table", "TableOptions", "items", "join", "read", "read_json"]

@@ -124,7 +124,8 @@ def choose(
             )
         raise ValueError(
             f"{table}: no column is known to hold captions or classes; it has {listed(columns)}. "
-            f"Name it: {option('caption_columns', 'NAME')}, or a class_column"
+            f"Name it: {option('caption_columns', 'NAME')}. "
+            f"Or of classes: {option('class_column', 'NAME')}"
         )
     return Chosen(image, tuple(captions), label)
 
@@ -176,7 +177,8 @@ def _image_by_content(columns: Sequence[str], sample: Sequence[dict[str, Any]]) 
 
 
 def _no_header_hint(columns: Sequence[str]) -> str:
-    if any(re.search(r"\d|https?:| .* ", name) for name in columns):
+    invented = all(re.fullmatch(r"column \d+", name) for name in columns)
+    if not invented and any(re.search(r"\d|https?:| .* ", name) for name in columns):
         return f". If the first line is a row and names no columns: {option('header', 'no')}"
     return ""
 

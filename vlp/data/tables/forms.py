@@ -204,18 +204,19 @@ def _coco(
             "captions_*.json of the same images"
         )
 
-    captions: dict[Any, list[Any]] = {}
+    captions: dict[str, list[Any]] = {}
     for i, image in enumerate(images):
         if "id" not in image or "file_name" not in image:
             raise ValueError(
                 f"{path}: images[{i}] lacks id or file_name (it has {', '.join(image)})"
             )
-        captions[image["id"]] = []
+        captions[str(image["id"])] = []  # some writers give numbers here and texts there
     for i, row in enumerate(annotations):
-        image_id = row.get("image_id")
+        image_id = str(row.get("image_id"))
         if image_id not in captions:
             raise ValueError(
-                f"{path}: annotations[{i}] names image {image_id}, which the file's images do not list"
+                f"{path}: annotations[{i}] names image {image_id}, which the file's images do not "
+                "list; add it to them, or remove the annotation"
             )
         if row.get("caption") is not None:
             captions[image_id].append(row["caption"])
@@ -223,5 +224,5 @@ def _coco(
     rows = []
     for image in images:
         rest = {name: value for name, value in image.items() if name != "file_name"}
-        rows.append({"image": image["file_name"], "captions": captions[image["id"]], **rest})
+        rows.append({"image": image["file_name"], "captions": captions[str(image["id"])], **rest})
     return rows

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vlp.data.tables import columns, values
 from vlp.data.tables.columns import Chosen, TableOptions
@@ -15,7 +14,6 @@ from vlp.data.tables.names import only
 from vlp.data.tables.read import Table, read
 
 _SHOWN = 20
-Found = TypeVar("Found")
 
 
 @dataclass
@@ -153,7 +151,7 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
 
         earlier = by_name.setdefault(item.image, item)
         if earlier is not item:
-            problem = _join(earlier, item)
+            problem = join(earlier, item)
             differing.update(name for name in kept if earlier.meta.get(name) != item.meta.get(name))
             if problem:
                 result.problems.append(f"{table.place(number)}: {problem}")
@@ -188,7 +186,7 @@ def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
     return Item(name.strip(), number, captions, {}, label)
 
 
-def _join(item: Item, other: Item) -> str:
+def join(item: Item, other: Item) -> str:
     """Give an item the captions of another one of the same image; returns what contradicts, or "".
     """
     item.captions = item.captions + [
@@ -232,22 +230,3 @@ def _refuse_nothing(table: Table, conditions: dict[str, Any]) -> None:
         for name in conditions
     ]
     raise ValueError(f"{table.path} has no row with {said}; {'; '.join(there)}")
-
-
-def place(
-    items: Iterable[Item], find: Callable[[str], Found | None]
-) -> tuple[list[tuple[Item, Found]], list[Item]]:
-    """Each item with its image, and the items without one. Items whose names mean the same image
-    are joined.
-    """
-    placed: dict[Found, Item] = {}
-    missing = []
-    for item in items:
-        image = find(item.image)
-        if image is None:
-            missing.append(item)
-        elif image in placed:
-            _join(placed[image], item)
-        else:
-            placed[image] = replace(item, captions=list(item.captions), meta=dict(item.meta))
-    return [(item, image) for image, item in placed.items()], missing

@@ -80,7 +80,11 @@ def is_row(cells: Sequence[str]) -> bool:
     """Whether a first line is a row rather than names of columns: it holds an image's name, or an
     address.
     """
-    return any(names_image(cell) or cell.startswith(("http://", "https://")) for cell in cells)
+    return any(names_image(cell) or _is_address(cell) for cell in cells)
+
+
+def _is_address(cell: str) -> bool:
+    return cell.startswith(("http://", "https://"))
 
 
 def unique(names: Sequence[str]) -> list[str]:
@@ -104,7 +108,10 @@ def invented(lines: Sequence[str], separator: str, told: bool) -> list[str]:
     """
     rows = [single(line, separator).cells for line in lines]
     n_columns = min((len(row) for row in rows if len(row) > 1), default=1)
-    image = next((i for i in range(n_columns) if names_image(rows[0][i])), 0 if told else None)
+    first = rows[0][:n_columns]
+    named = [i for i, cell in enumerate(first) if names_image(cell)]
+    addresses = [i for i, cell in enumerate(first) if _is_address(cell)]
+    image = next(iter([*named, *addresses]), 0 if told else None)
     names = []
     for i in range(n_columns):
         numbers = all(len(row) > i and re.fullmatch(r"-?[\d.]+", row[i]) for row in rows)

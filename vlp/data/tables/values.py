@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
+from vlp.data.captions import text_in
+
 _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 _DECIMAL = re.compile(
     r"-?(0|[1-9]\d*)?\.\d+([eE][+-]?\d+)?|-?(0|[1-9]\d*)\.([eE][+-]?\d+)?|-?(0|[1-9]\d*)[eE][+-]\d+"
@@ -24,7 +26,6 @@ _NOTHING = frozenset({"nan", "na", "n/a", "null", "none", "<na>"})
 _TRUTH = {"true": True, "false": False}
 _TURN_KEYS = (("from", "value"), ("role", "content"))  # of a dialogue: LLaVA's form, the chat form
 _ANSWERING = ("gpt", "assistant", "model")
-_TEXT_KEYS = ("raw", "caption", "text", "sentence")
 
 
 class NoText(ValueError):
@@ -54,18 +55,12 @@ def texts(value: Any) -> list[str]:
     for entry in value:
         if entry is None:
             continue
-        text = entry if isinstance(entry, str) else _text_of(entry)
-        if text.strip():
-            result.append(text.strip())
+        text = text_in(entry)
+        if text is None:
+            raise NoText(f"found {str(entry)[:80]!r}, expected a text or a list of texts")
+        if text:
+            result.append(text)
     return result
-
-
-def _text_of(entry: Any) -> str:
-    if isinstance(entry, dict):
-        for key in _TEXT_KEYS:
-            if isinstance(entry.get(key), str):
-                return entry[key]
-    raise NoText(f"found {str(entry)[:80]!r}, expected a text or a list of texts")
 
 
 def _written_list(text: str) -> Any:
