@@ -117,7 +117,9 @@ def refuse_unknown(conditions: tuple[str, ...], metas: Iterable[dict[str, Any]])
             if condition.field in fields and condition.sign in ORDERED
             else "has that field"
         )
-        near = did_you_mean(condition.field, fields)
+        near = "" if condition.field in fields else did_you_mean(condition.field, fields)
+        if near.startswith("; known"):
+            near = ""  # the list follows
         raise ValueError(
             f"{condition.text!r}: no sample {why}{near}; the fields are {', '.join(sorted(fields))}"
         )
