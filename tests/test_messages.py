@@ -43,6 +43,7 @@ REFUSALS = [
     ("eval", REFUSED, "give MODEL", "--task NAME --data PATH"),
     # configurations
     ("train dmeo", REFUSED, "no configuration file dmeo", "did you mean 'demo'"),
+    ("train {good}l", REFUSED, "no configuration file", "did you mean", "good.yaml'"),
     ("train {folder}", REFUSED, "is a folder", "good.yaml"),
     ("train {latin}", REFUSED, "latin.yaml", "UTF-8"),
     ("train {broken}", REFUSED, "broken.yaml", "not valid YAML", "line"),
@@ -61,10 +62,12 @@ REFUSALS = [
     ("train {good} data.sources.0.path={shards}x", REFUSED, "shardsx", "neither a folder nor a tar"),
     ("train {good} train.batch=800", REFUSED, "800", "24 samples", "train.batch lower"),
     ("train {good} resume={text}", REFUSED, "text.txt", "manifest.json"),
+    ("train {good} resume={run}/checkpoints/step_00000009", REFUSED, "step_00000009", "holds step_00000001, step_00000002"),
+    ("train {good} out={run} resume=auto train.duration=1", REFUSED, "is of step 2", "after 1", "train.duration to 2"),
     ("train {good} init_from=nowhere", REFUSED, "nowhere"),
     ("export {run} --to /sys/export", REFUSED, "no right to use /sys"),
-    ("export {absent} --to {absent}2", REFUSED, "absent", "expected"),
-    ("export {run} --to {shards}", REFUSED, "not empty", "overwrite"),
+    ("export {absent} --to {absent}2", REFUSED, "absent", "What works: a run"),
+    ("export {run} --to {shards}", REFUSED, "not empty", "--overwrite"),
     ("demo --out {shards_parent}", REFUSED, "not as a demo wrote them", "--out"),
     # evaluation and tools
     ("eval {run} --task zerosho --data x", REFUSED, "'zerosho'", "did you mean 'zeroshot'"),

@@ -210,6 +210,9 @@ def resolve(ref: str | Path) -> Path:
         return ref
     found = newest(ref)
     if found is None:
+        siblings = all_of(ref.parent.parent) if ref.parent.name == FOLDER else []
+        if siblings:
+            raise CheckpointError(f"{ref} is no complete checkpoint; {ref.parent} holds {', '.join(p.name for p in siblings)}")
         raise CheckpointError(f"{ref} holds no complete checkpoint; expected {ref / FOLDER}/step_*/manifest.json")
     return found
 

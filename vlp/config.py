@@ -396,7 +396,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError([Problem((), f"no configuration file {path}{did_you_mean(path.stem, shipped())}")]) from None
+        known = [*shipped(), *map(str, path.parent.glob("*.y*ml"))]
+        raise ConfigError([Problem((), f"no configuration file {path}{did_you_mean(str(path), known)}")]) from None
     except IsADirectoryError:
         files = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "none"
         raise ConfigError([Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]) from None

@@ -74,6 +74,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
+        check_extent(contents.state["step"], plan, source)
         checkpoint.restore(model, contents.model, source)
     stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
     say_start(config, model, loader, objective, plan, source)
@@ -128,7 +129,7 @@ def loop(
             try:
                 scalars = train_step(training, batch, measure=logged) | about
             except NonFiniteError as error:
-                raise NonFiniteError(f"{error}\n{ways_out(Path(config.out))}") from None
+                raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
             step = training.step
 
             if logged:
@@ -171,15 +172,24 @@ def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) ->
         training.engine.model.train()
 
 
-def ways_out(run: Path) -> str:
-    """What a run that met NaN or infinity can go on from, in words."""
-    saved = checkpoint.all_of(run)
+def ways_out(config: Config) -> str:
+    """What a run that met NaN or infinity can go on from, and with which other settings, in words."""
+    settings = ["a lower train.optimizer.lr"]
+    if config.train.non_finite == "stop":
+        settings.append("train.non_finite=skip")
+    else:
+        settings.append(f"train.max_skipped above {config.train.max_skipped}")
+    if config.train.precision != "float32":
+        settings.append("train.precision=float32")
+    one_of_them = " or ".join(settings)
+
+    saved = checkpoint.all_of(Path(config.out))
     if not saved:
-        return "There is no checkpoint yet. Start anew with a lower optimizer.lr, or with train.non_finite=skip."
-    older = f", or resume={saved[-2]}" if len(saved) > 1 else ""
+        return f"There is no checkpoint yet. Start anew in another folder (out=…) with {one_of_them}."
+    older = f", or from an older checkpoint with resume={saved[-2]}" if len(saved) > 1 else ""
     return (
         f"The weights of {saved[-1]} are finite, but from there the run comes to this very step again. Go on with "
-        f"resume=auto and a lower optimizer.lr or train.non_finite=skip{older}, or train.precision=float32."
+        f"resume=auto and {one_of_them}{older}."
     )
 
 
@@ -290,6 +300,15 @@ def check_batch(config: Config) -> None:
         near = max(world * parts, rows // (world * parts) * world * parts)
         raise ValueError(
             f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; use train.batch={near}"
+        )
+
+
+def check_extent(step: int, plan: Plan, source: Path) -> None:
+    """Refuse a checkpoint from beyond the run's end, which would be evaluated under the number of another step."""
+    if step > plan.total:
+        raise ValueError(
+            f"{source} is of step {step:,}, and this run ends after {plan.total:,}; raise train.duration to {step} or more, "
+            "or name an older checkpoint with resume="
         )
 
 
