@@ -60,6 +60,7 @@ REFUSALS = [
     ("train {good} out={text}", REFUSED, "text.txt", "expected a folder"),
     ("train {good} out={run}", REFUSED, "already holds a run", "resume=auto", "out="),
     ("train {good} data.sources.0.path={shards}x", REFUSED, "shardsx", "neither a folder nor a tar"),
+    ("train {good} log.trackers=[trackio] data.sources.0.path=nowhere", REFUSED, "'trackio'", "pip install trackio"),
     ("train {good} train.batch=800", REFUSED, "800", "24 samples", "train.batch lower"),
     ("train {good} resume={text}", REFUSED, "text.txt", "manifest.json"),
     ("train {good} resume={run}/checkpoints/step_00000009", REFUSED, "step_00000009", "holds step_00000001, step_00000002"),

@@ -45,8 +45,10 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     check_batch(config)
     run = Path(config.out)
     source = open_run(config)
+    # What is mistyped is answered before the data are read.
+    log.check_trackers(config.log.trackers)
     for reference in filter(None, (config.init_from, config.teacher.model)):
-        resolve_reference(reference)  # a mistyped one is answered before the data are read
+        resolve_reference(reference)
     config = with_precision(config, source, engine.device)
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
@@ -366,6 +368,11 @@ def check_precomputed(needs: frozenset[str], taught: frozenset[str], loader: Loa
     if any(p.requires_grad for p in model.visual.parameters()):
         raise ValueError("part of the image tower still learns (the projection of a timm trunk); precomputed needs it whole")
     width = loader.widths.get("teacher_image")
+    if width is None:
+        raise ValueError(
+            "image_tower.precomputed reads stored embeddings, and no source names any: set data.sources.0.embeddings to what "
+            "`vlp data embed` made with this image tower"
+        )
     if width != model.embed_dim:
         raise ValueError(
             f"image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` with this image tower): "
