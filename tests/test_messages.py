@@ -53,6 +53,8 @@ REFUSALS = [
     ("train {good} train.btach=8", REFUSED, "btach", "did you mean 'batch'"),
     ("train {good} train.precision=fp8", REFUSED, "fp8", "bf16"),
     ("train {good} 'objective={{infonec: {{}}}}'", REFUSED, "infonec", "did you mean 'infonce'"),
+    ("train {good} train.duration=50%", REFUSED, "train: duration is 50%", "epochs (3ep)"),
+    ("train {good} train.duration=0", REFUSED, "train: duration is 0", "more than none"),
     ("train {good} checkpoint.every=soon", REFUSED, "'soon'", "expected a duration", "5%"),
     # places
     ("train {good} out=/sys/run", REFUSED, "no right to use /sys", "choose another place"),

@@ -312,6 +312,9 @@ class Train:
     max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
 
     def __post_init__(self) -> None:
+        if self.duration.unit == "%" or not self.duration.value:
+            found = self.duration.to_config()
+            raise ValueError(f"duration is {found}; expected steps (1000), epochs (3ep) or samples (2Msamples), more than none")
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
         if self.max_skipped < 1:
