@@ -1,10 +1,12 @@
 """Checkpoints: what is kept, what is refused, and which one a run goes on from."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.model.tiny import tiny
 from tests.test_train import losses, settings  # noqa: F401 - a fixture
 from vlp import checkpoint
 from vlp.train import train
@@ -110,3 +112,14 @@ def test_a_checkpoint_does_not_overwrite_another_run(settings):  # noqa: F811
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
     train(settings(f"resume={one}", "train.duration=6", out="third"))  # a new folder is a new branch
     assert steps(one) == [3] and steps(one.parent / "third") == [6]
+
+
+def test_weights_for_other_pixels_are_refused_by_what_differs():
+    model, other = tiny(), tiny()
+    checkpoint.check_alike(other, model, "the other")
+    other.image_spec = replace(other.image_spec, size=(16, 16), mean=(0.5, 0.5, 0.5), resize="squash")
+    with pytest.raises(ValueError) as caught:
+        checkpoint.check_alike(other, model, "the other")
+    text = str(caught.value)
+    assert "mean (0.5, 0.5, 0.5), not (0.48145466, 0.4578275, 0.40821073); resize squash, not shortest." in text
+    assert "std" not in text and "size" not in text.replace("resize", "") and "model.pretrained" in text

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from tests.test_train import ROOT, settings  # noqa: F401  (settings is a fixture)
-from vlp.parallel import LaunchError, launched_processes
+from vlp.config import Duration, Train
+from vlp.parallel import LaunchError, launched_processes, start
 
 VARIABLES = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION",
@@ -64,3 +65,16 @@ def test_accelerate_asked_for_two_on_a_cpu_is_refused_for_starting_one(settings,
     assert done.returncode != 0
     assert "vlp: accelerate was asked for several processes and started one" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("launcher", "engine"), [("fsdp2", "ddp"), ("fsdp2", "zero2"), ("zero2", "fsdp2"), ("zero2", "ddp"),
+                                                  ("zero2", "zero1")])  # fmt: skip
+def test_an_engine_that_the_launcher_was_not_configured_for_is_refused(environment, monkeypatch, launcher, engine):
+    environment()
+    if launcher == "fsdp2":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ROOT / f"launch/deepspeed/{launcher}.json"))
+    with pytest.raises(LaunchError, match=f"train.engine is {engine}, .* configured for {launcher}; .*{engine}.yaml"):
+        start(Train(Duration(2, "steps"), 8, engine=engine))

@@ -43,7 +43,7 @@ def test_what_cannot_be_precomputed_is_refused(settings, scenes, tmp_path):  # n
     for changes, message in (
         (("model.image_tower.locked=false",), "set locked: true"),
         (("model.embed_dim=24",), "found width 16, expected 24"),
-        (("data.sources.0.embeddings=null",), "found width None, expected 16"),
+        (("data.sources.0.embeddings=null",), "no source names any: set data.sources.0.embeddings"),
         (("teacher.ema=0.9", "objective={infonce: {}, self_distillation: {}}"), "'ema_image'.*which come from pixels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -30,7 +30,7 @@ def test_a_tracker_by_name_and_one_that_is_not_installed(tmp_path):
     assert events and all(path.relative_to(tmp_path).parts[:2] == ("run", "tensorboard") for path in events)
     assert not (tmp_path / "run" / "run").exists()
     with pytest.raises(ValueError, match="'trackio', whose package is not installed: pip install trackio"):
-        log.Trackers(["trackio"], tmp_path / "run", {})
+        log.check_trackers(["tensorboard", "trackio"])
 
 
 def test_progress_line_is_short_and_says_what_remains():

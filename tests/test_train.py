@@ -18,6 +18,7 @@ from vlp import checkpoint, config
 from vlp.eval.run import in_training
 from vlp.export import export_run
 from vlp.lifetime import Interrupted, Stopped, StopRequest, give_way
+from vlp.step import NonFiniteError
 from vlp.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +135,7 @@ def test_a_start_from_weights_that_compute_or_see_something_else_is_refused(sett
         train(settings(f"model.pretrained={first}", *quick, out="quick"))
     described["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
     stated.write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=r"trained on ImageSpec.*mean=\(0.5, 0.5, 0.5\).*set model.pretrained to it instead"):
+    with pytest.raises(ValueError, match=r"reads: mean \(0.5, 0.5, 0.5\), not .*Set model.pretrained to it instead"):
         train(settings(f"init_from={tmp_path / 'export'}", out="mean"))
     run = train(settings(f"model.pretrained={tmp_path / 'export'}", "train.duration=1", out="taken"))  # as the message says
     assert checkpoint.load_model(run).image_spec.mean == (0.5, 0.5, 0.5)
@@ -336,3 +337,15 @@ def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(sett
     assert results[0] == pytest.approx(results[1], abs=0.02)  # of 56 pictures, one may lie on an edge
     evaluated = [json.loads(line)["step"] for line in (one / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
     assert evaluated == [10, 20]
+
+
+@pytest.mark.parametrize(("overrides", "advice"), [
+    ((), "Start anew in another folder (out=…) with a lower train.optimizer.lr or train.non_finite=skip."),
+    (("train.non_finite=skip", "train.max_skipped=1", "train.precision=bf16", "checkpoint.every=1"),
+     "Go on with resume=auto and a lower train.optimizer.lr or train.max_skipped above 1 or train.precision=float32, or from "),
+])  # fmt: skip
+def test_a_run_that_met_nan_names_what_it_can_still_change(settings, overrides, advice):
+    """Not what is set already."""
+    with pytest.raises(NonFiniteError) as caught:
+        train(settings("train.optimizer.lr=1e30", "train.optimizer.warmup=1", "objective={infonce: {}}", *overrides))
+    assert advice in str(caught.value), str(caught.value)

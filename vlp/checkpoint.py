@@ -210,6 +210,9 @@ def resolve(ref: str | Path) -> Path:
         return ref
     found = newest(ref)
     if found is None:
+        siblings = all_of(ref.parent.parent) if ref.parent.name == FOLDER else []
+        if siblings:
+            raise CheckpointError(f"{ref} is no complete checkpoint; {ref.parent} holds {', '.join(p.name for p in siblings)}")
         raise CheckpointError(f"{ref} holds no complete checkpoint; expected {ref / FOLDER}/step_*/manifest.json")
     return found
 
@@ -242,11 +245,12 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
         raise ValueError(f"{name} holds several models; name one of them")
     quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
     same_activation(*quick, f"the weights of {name}", None)
-    pixels = [replace(m.image_spec, size=model.image_spec.size) for m in (source, model)]
-    if pixels[0] != pixels[1]:
+    theirs, ours = vars(source.image_spec), vars(model.image_spec)
+    different = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if key != "size" and theirs[key] != ours[key]]
+    if different:
         raise ValueError(
-            f"{name} was trained on {pixels[0]}, and this model reads {pixels[1]}; set model.pretrained to it instead, which "
-            "takes over its preprocessing"
+            f"{name} was trained on other pixels than this model reads: {'; '.join(different)}. Set model.pretrained to it "
+            "instead, which takes over its preprocessing"
         )
     length = model.text_spec.context_length
     if not same_tokens(replace(source.text_spec, context_length=length), model.text_spec):

@@ -312,6 +312,9 @@ class Train:
     max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
 
     def __post_init__(self) -> None:
+        if self.duration.unit == "%" or not self.duration.value:
+            found = self.duration.to_config()
+            raise ValueError(f"duration is {found}; expected steps (1000), epochs (3ep) or samples (2Msamples), more than none")
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
         if self.max_skipped < 1:
@@ -418,7 +421,8 @@ def _read(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[schema
     try:
         tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError([Problem((), f"no configuration file {path}{did_you_mean(path.stem, shipped())}")]) from None
+        known = [*shipped(), *map(str, path.parent.glob("*.y*ml"))]
+        raise ConfigError([Problem((), f"no configuration file {path}{did_you_mean(str(path), known)}")]) from None
     except IsADirectoryError:
         files = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "none"
         raise ConfigError([Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]) from None

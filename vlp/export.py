@@ -221,7 +221,7 @@ def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
     """
     if to.is_file() or (to.is_dir() and any(to.iterdir()) and not overwrite):
         kind = "a file" if to.is_file() else "a folder that is not empty"
-        raise ExportError(f"{to} is {kind}; choose another place" + ("" if to.is_file() else " or say to overwrite it"))
+        raise ExportError(f"{to} is {kind}; choose another place" + ("" if to.is_file() else " or add --overwrite"))
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.parent / f".{to.name}.partial-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -89,14 +89,24 @@ class Trackers:
             tracker.finish()
 
 
+def check_trackers(names: list[str]) -> None:
+    """ValueError for a tracker whose package is not installed."""
+    if not names:  # the import takes a second
+        return
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(getattr(found, "value", found)) for found in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ValueError(f"log.trackers names {name!r}, whose package is not installed: pip install {name}, or leave it out")
+
+
 def _tracker(name: str, run: Path) -> Any:
     import torch
     from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState(cpu=not torch.cuda.is_available())  # Accelerate's trackers ask it which process they are in
-    if name not in [str(getattr(found, "value", found)) for found in get_available_trackers()]:
-        raise ValueError(f"log.trackers names {name!r}, whose package is not installed: pip install {name}, or leave it out")
     kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":  # Accelerate appends the name to the folder: RUN/tensorboard
         tracker = kind(name, logging_dir=run)

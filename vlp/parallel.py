@@ -198,7 +198,13 @@ def start(options: config.Train) -> Engine:
     """
     launched = launched_processes()
     device = _device(options.device)
-    name = options.engine if options.engine != "auto" else _launched_engine()
+    launcher = _launched_engine()
+    name = launcher if options.engine == "auto" else options.engine
+    if launcher not in ("ddp", name):  # its libraries would wrap the model in their own way
+        raise LaunchError(
+            f"train.engine is {name}, but accelerate launch was configured for {launcher}; leave train.engine out, or launch "
+            f"with launch/accelerate/{name}.yaml (on a CPU cpu2.yaml, which takes any engine)"
+        )
     if name.startswith("zero") and device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     if launched > 1 and not dist.initialised():

@@ -54,7 +54,7 @@ def push(
     if foreign and not overwrite:
         raise PushError(
             f"{repository} at {hub.endpoint} exists with other content ({', '.join(sorted(foreign)[:4])}, …); "
-            "choose another name, or say to overwrite it"
+            "choose another name, or add --overwrite"
         )
     changes = [CommitOperationAdd(path, data if isinstance(data, bytes) else str(data)) for path, data in contents.items()]
     changes += [CommitOperationDelete(path) for path in foreign if path not in contents]

@@ -15,6 +15,7 @@ import torch
 
 from vlp import checkpoint, dist, locks, log, losses, optim, parallel, selection, stored_embeddings, teacher
 from vlp import config as configuration
+from vlp.checks import check_batch, check_extent, check_objective
 from vlp.config import Config, Plan
 from vlp.data import server
 from vlp.data.loader import Loader
@@ -51,56 +52,51 @@ def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -
     """`train`, in a folder that is held."""
     run = Path(config.out)
     source = open_run(config)
+    # What is mistyped is answered before the data are read.
+    log.check_trackers(config.log.trackers)
     for reference in filter(None, (config.init_from, config.teacher.model)):
-        resolve_reference(reference)  # a mistyped one is answered before the data are read
+        resolve_reference(reference)
     config = with_precision(config, source, engine.device)
+
+    # Model, data and objective.
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
         start_from(model, config.init_from)
     chosen = selection.build(config, model, engine)
-    loader = Loader(
-        config.data, model.image_spec, model.text_spec, mixture=chosen.mixture,
-        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(), pixels=not config.model.precomputed,
-        reads=losses.reads(config.objective) | chosen.needs,
-    )
-    chosen.check(loader.carries)
+    loader = open_data(config, model, chosen)
     plan = Plan.of(config.train, loader.steps_per_epoch)
     warmup = optim.warmup_steps(config.train.optimizer, plan)
     objective = losses.build(
         config.objective, **vars(config.pairwise), seed=config.seed, samples=loader.n_samples, steps=plan.total
     )
-    stored = {} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale}
-    check_needs(objective, loader.carries | stored.keys() | teacher.supplies(config.teacher), model)
-    check_use(objective, config, loader)
-    if config.teacher.model is not None and "teacher_image" in loader.carries:
-        raise ValueError("both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave out one of them")
-    if config.model.precomputed:
-        check_precomputed(objective.needs, teacher.supplies(config.teacher), loader, model)
+    check_objective(config, objective, loader, model)
+
+    # The weights of the checkpoint, before the engine divides them over ranks.
     contents = None
     if source is not None:
         contents = checkpoint.load(source)
+        check_extent(contents.state["step"], plan, source)
         checkpoint.restore(model, contents.model, source)
     stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
     say_start(config, model, loader, objective, plan, source)
+
     engine.prepare(model, config.train)
     training = Training(
         engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
         config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
-        constants=stored, precomputed=config.model.precomputed,
+        constants={} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale},
+        precomputed=config.model.precomputed,
         may_skip=config.train.max_skipped if config.train.non_finite == "skip" else 0,
     )
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
         training.teacher = teacher.Teacher(config.teacher, engine, model, objective.needs, saved)
     if contents is not None:
-        engine.load_moments(contents.optimizer)
-        objective.load_state_dict(checkpoint.nested(contents.objective, objective.state))
-        loader.load_state_dict(contents.state["loader"])
-        training.step = contents.state["step"]
-        training.skipped = contents.state.get("skipped", 0)  # absent before steps could be left out
-        del contents
+        go_on_from(contents, training, loader)
         set_branch_aside(run, training.step)
+        del contents  # it holds the moments a second time
+
     report = Reporter(config, plan, training.step)
     try:
         loop(config, training, loader, chosen, plan, evaluate, report)
@@ -134,7 +130,7 @@ def loop(
             try:
                 scalars = train_step(training, batch, measure=logged) | about
             except NonFiniteError as error:
-                raise NonFiniteError(f"{error}\n{ways_out(Path(config.out))}") from None
+                raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
             step = training.step
 
             if logged:
@@ -177,15 +173,24 @@ def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) ->
         training.engine.model.train()
 
 
-def ways_out(run: Path) -> str:
-    """What a run that met NaN or infinity can go on from, in words."""
-    saved = checkpoint.all_of(run)
+def ways_out(config: Config) -> str:
+    """What a run that met NaN or infinity can go on from, and with which other settings, in words."""
+    settings = ["a lower train.optimizer.lr"]
+    if config.train.non_finite == "stop":
+        settings.append("train.non_finite=skip")
+    else:
+        settings.append(f"train.max_skipped above {config.train.max_skipped}")
+    if config.train.precision != "float32":
+        settings.append("train.precision=float32")
+    one_of_them = " or ".join(settings)
+
+    saved = checkpoint.all_of(Path(config.out))
     if not saved:
-        return "There is no checkpoint yet. Start anew with a lower optimizer.lr, or with train.non_finite=skip."
-    older = f", or resume={saved[-2]}" if len(saved) > 1 else ""
+        return f"There is no checkpoint yet. Start anew in another folder (out=…) with {one_of_them}."
+    older = f", or from an older checkpoint with resume={saved[-2]}" if len(saved) > 1 else ""
     return (
         f"The weights of {saved[-1]} are finite, but from there the run comes to this very step again. Go on with "
-        f"resume=auto and a lower optimizer.lr or train.non_finite=skip{older}, or train.precision=float32."
+        f"resume=auto and {one_of_them}{older}."
     )
 
 
@@ -313,45 +318,24 @@ def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), after.get(key)) for key in sorted(different)}
 
 
-def check_batch(config: Config) -> None:
-    """Refuse a batch that ranks and micro-batches do not divide."""
-    rows, world, parts = config.train.batch, dist.world_size(), config.train.micro_batches
-    if rows % (world * parts):
-        near = max(world * parts, rows // (world * parts) * world * parts)
-        raise ValueError(
-            f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; use train.batch={near}"
-        )
+def open_data(config: Config, model: DualEncoder, chosen: Selection) -> Loader:
+    """The loader of this rank, in the form that model, objective and selection read."""
+    loader = Loader(
+        config.data, model.image_spec, model.text_spec, mixture=chosen.mixture,
+        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(), pixels=not config.model.precomputed,
+        reads=losses.reads(config.objective) | chosen.needs,
+    )
+    chosen.check(loader.carries)
+    return loader
 
 
-def check_needs(objective: losses.Objective, carried: frozenset[str], model: DualEncoder) -> None:
-    """Refuse an objective whose terms need what neither the data nor the model supplies, and heads that no term reads."""
-    supplied = carried | model.heads.supplies() | {"image", "text", "sample_id", "scale", "caption_ids"}
-    supplied |= {"bias"} if model.logit_bias is not None else set()
-    missing = [
-        f"the term {label!r} needs {name!r}, which this run does not have; it comes from {losses.supplier(name)}"
-        for label, needs in objective.required.items()
-        for name in sorted(needs - supplied)
-    ]
-    if missing:
-        raise ValueError("\n".join(missing))
-    if idle := sorted(model.heads.supplies() - objective.needs):
-        raise ValueError(f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), or add a term")
-
-
-def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
-    """Refuse what costs time or memory and is read by no term, and fewer views than a term needs."""
-    for name, given in (
-        ("teacher.ema", {"ema_image", "ema_text", "ema_negatives"} if config.teacher.ema is not None else set()),
-        ("teacher.queue", {"queue_image", "queue_text"} if config.teacher.queue else set()),
-        ("teacher.model", {"teacher_image", "teacher_text"} if config.teacher.model is not None else set()),
-        ("data.views", {"image_views", "text_views"} if config.data.views is not None else set()),
-    ):
-        if given and not given & (objective.needs | ({"ema_image"} if config.teacher.queue else set())):
-            raise ValueError(f"{name} is set, but no term reads {' or '.join(sorted(given))}; drop it, or add a term")
-    for term in objective.plugins:
-        least, found = getattr(term.module, "MIN_VIEWS", 0), loader.widths.get("image_views", 0)
-        if found < least:
-            raise ValueError(f"the term {term.label!r} needs {least} image views, found {found}; set data.views.n to {least}")
+def go_on_from(contents: checkpoint.Contents, training: Training, loader: Loader) -> None:
+    """Take over all that a checkpoint holds beside the weights. Collective."""
+    training.engine.load_moments(contents.optimizer)
+    training.objective.load_state_dict(checkpoint.nested(contents.objective, training.objective.state))
+    loader.load_state_dict(contents.state["loader"])
+    training.step = contents.state["step"]
+    training.skipped = contents.state.get("skipped", 0)  # absent before steps could be left out
 
 
 def start_from(model: DualEncoder, reference: str) -> None:
@@ -365,23 +349,6 @@ def start_from(model: DualEncoder, reference: str) -> None:
         if names:
             log.say(f"init_from {reference}: {', '.join(sorted({'.'.join(n.split('.')[:2]) for n in names}))} {what}")
     checkpoint.restore(model, {n: v for n, v in weights.items() if n not in foreign} | fresh, reference)
-
-
-def check_precomputed(needs: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder) -> None:
-    """Refuse stored embeddings of the image tower that cannot stand for it."""
-    pictures = sorted(
-        needs & {"negative_image", "image_views", "concept_logits", "caption_logits"} | taught & {"ema_image", "teacher_image"}
-    )
-    if pictures:
-        raise ValueError(f"the objective needs {pictures}, which come from pixels; set image_tower.precomputed: false")
-    if any(p.requires_grad for p in model.visual.parameters()):
-        raise ValueError("part of the image tower still learns (the projection of a timm trunk); precomputed needs it whole")
-    width = loader.widths.get("teacher_image")
-    if width != model.embed_dim:
-        raise ValueError(
-            f"image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` with this image tower): "
-            f"found width {width}, expected {model.embed_dim}"
-        )
 
 
 def versions() -> dict[str, str]:

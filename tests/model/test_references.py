@@ -16,10 +16,11 @@ from vlp.eval import models
 from vlp.model import build, from_description
 from vlp.towers import _references
 
-KINDS = ["a run", "a checkpoint", "its model.safetensors", "an export", "an export with local-dir:", "an open_clip folder",
+KINDS = ["a run", "a checkpoint", "its model.safetensors", "an export", "an export with local-dir:", "an export's description",
+         "a transformers description", "an open_clip folder",
          "a pickled open_clip folder", "a transformers folder", "a sharded transformers folder", "own architecture and epoch_K.pt",
          "own architecture and safetensors"]  # fmt: skip
-BARE = ["epoch_2.pt", "compiled.pt", "plain.safetensors", "hf.bin"]
+BARE = ["epoch_2.pt", "compiled.pt", "compiled_parallel.pt", "lightning.ckpt", "plain.safetensors", "hf.bin"]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,12 @@ def room(tmp_path_factory):
     trained = {"epoch": 2, "name": "x", "state_dict": {f"module.{k}": v for k, v in weights.items()}, "optimizer": {"a": 1}}
     torch.save(trained, home / "epoch_2.pt")
     torch.save({f"_orig_mod.{k}": v for k, v in weights.items()}, home / "compiled.pt")
+    torch.save({f"_orig_mod.module.{k}": v for k, v in weights.items()}, home / "compiled_parallel.pt")
+    torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}}, home / "lightning.ckpt")
     torch.save(network.state_dict(), home / "hf.bin")
     save_file(weights, home / "plain.safetensors")
-    references = [home / "run", saved, saved / "model.safetensors", exported, f"local-dir:{exported}", home / "open_clip",
+    references = [home / "run", saved, saved / "model.safetensors", exported, f"local-dir:{exported}",
+                  exported / "open_clip_config.json", home / "transformers/config.json", home / "open_clip",
                   home / "pickled", home / "transformers", home / "sharded", f"{home / 'own.json'}:{home / 'epoch_2.pt'}",
                   f"{home / 'own.json'}:{home / 'plain.safetensors'}"]  # fmt: skip
     return home, model, dict(zip(KINDS, map(str, references)))
@@ -223,6 +227,9 @@ def test_what_does_not_fit_is_counted_and_named(room, tmp_path):
     save_file({"encoder.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"0 of \d+ tensors fit; .* missing .*1 not known here \(encoder.weight\)"):
         tiny(pretrained=str(tmp_path / "other.safetensors"))
+    wider = f"ViT-S-32-alt:{references['its model.safetensors']}"  # open_clip only asserts that widths agree
+    with pytest.raises(ValueError, match=r"do not fit this model: \d+ of \d+ tensors fit; "):
+        checkpoint.load_any(wider)
 
 
 # ---- references that lead nowhere
@@ -253,12 +260,14 @@ def test_messages_say_what_is_there_and_what_would_work(room, tmp_path, monkeypa
         "ViT-B32:openai": "knows no architecture 'ViT-B32', did you mean 'ViT-B-32'",
         "ViT-B-32:openay": "no tag, did you mean 'openai'",
         "local-dir:exportd": "no folder exportd .near it: exported",
+        "ViT-B-32:exported": "exported is a folder, which says its architecture itself; write exported alone",
+        "https://huggingface.co/someone/model/tree/main": "is an address; write hf-hub:someone/model$",
     }
     started = time.monotonic()
     for reference, message in cases.items():
         with pytest.raises(ValueError, match=message):
             checkpoint.load_any(reference)
-    assert time.monotonic() - started < 5 and len(cases) == 13  # no Hub was asked
+    assert time.monotonic() - started < 5 and len(cases) == 15  # no Hub was asked
 
 
 def use_hub(monkeypatch, url):

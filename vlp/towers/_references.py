@@ -30,7 +30,7 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
 )  # fmt: skip
-FILES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # endings of weights; npz is big_vision's
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")  # endings of weights; npz is big_vision's
 
 _HUB = ("hf-hub:", "hf:")
 _LOCAL = "local-dir:"
@@ -179,7 +179,9 @@ def listing(folder: Path, most: int = 8) -> str:
 
 
 def _of_file(text: str, path: Path) -> Reference:
-    """A file of weights; the folder around it where that describes them."""
+    """A file of weights; the folder around it where that describes them, or where the file is its description."""
+    if path.name in (CONFIG, "config.json", "manifest.json", STAGES):
+        return in_folder(text, path.parent)
     if path.suffix == ".json":
         _own_architecture(path)
         raise ValueError(f"{text} is an architecture without weights; write {text}:FILE with a file of weights")
@@ -195,6 +197,9 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     """ARCHITECTURE:TAG or ARCHITECTURE:FILE."""
     import open_clip
 
+    address = re.fullmatch(r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*", text)
+    if address:
+        raise ValueError(f"{text} is an address; write hf-hub:{address[2]}")
     own = Path(architecture).suffix == ".json"
     if own and not Path(architecture).is_file():
         raise ValueError(f"no file {architecture}{_near(Path(architecture))}")
@@ -207,6 +212,8 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     tags = [] if own else open_clip.list_pretrained_tags_by_model(architecture)
     if weights in tags:
         return Reference(text, "tag", architecture=architecture, tag=weights)
+    if place.is_dir():
+        raise ValueError(f"{weights} is a folder, which says its architecture itself; write {weights} alone")
     hint = "" if own else f", and no tag{did_you_mean(weights, tags)}"
     raise ValueError(f"{architecture} has no weights {weights!r}: no such file{_near(place)}{hint}")
 

@@ -27,8 +27,8 @@ from vlp.towers._references import OPEN_CLIP_WEIGHTS, Reference, listing, read_c
 WEIGHTS = OPEN_CLIP_WEIGHTS[0]  # what exports write
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
+_WRAPPERS = {"module", "_orig_mod", "model", "clip"}  # of DataParallel, torch.compile, and trainers that hold the model
 _NESTED = ("state_dict", "model_state_dict", "model")  # where trainers keep the tensors, beside their epoch and optimiser
-_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def load_into(clip: nn.Module, path: Path) -> None:
         weights = convert_state_dict(clip, weights)
         resize_pos_embed(weights, clip)
         resize_text_pos_embed(weights, clip)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"the weights in {path} do not fit this model: {type(error).__name__}: {error}") from error
+    except (RuntimeError, KeyError, ValueError, AssertionError) as error:  # of weights that are far from fitting
+        problem = _misfit(clip.state_dict(), weights) or error
+        raise ValueError(f"the weights in {path} do not fit this model: {problem}") from error
 
     bias = weights.pop("logit_bias", None)
     if clip.logit_bias is not None:
@@ -132,14 +133,19 @@ def load_into(clip: nn.Module, path: Path) -> None:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file under open_clip's names; ValueError for a damaged one and for one that holds other objects."""
-    weights = _tensors(path)
-    for prefix in _PREFIXES:
-        if weights and all(key.startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    weights = _unwrapped(_tensors(path))
     if _transformers.is_theirs(weights):
         return _transformers.renamed(weights)
     towers = {key: value for key, value in weights.items() if not key.startswith("heads.")}
     return {key.removeprefix("scaling."): value for key, value in towers.items()}
+
+
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the wrappers that all their names begin with, in any order."""
+    first_parts = {name.partition(".")[0] for name in weights}
+    if len(first_parts) != 1 or not first_parts <= _WRAPPERS:
+        return weights
+    return _unwrapped({name.partition(".")[2]: value for name, value in weights.items()})
 
 
 def same_activation(trained_quick: bool, quick_gelu: bool, what: str, architecture: str | None) -> None:
