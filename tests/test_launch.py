@@ -1,5 +1,6 @@
 """What a launcher started is what was asked for, or the run is refused with the command that works."""
 
+import os
 import subprocess
 import sys
 
@@ -78,3 +79,27 @@ def test_an_engine_that_the_launcher_was_not_configured_for_is_refused(environme
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ROOT / f"launch/deepspeed/{launcher}.json"))
     with pytest.raises(LaunchError, match=f"train.engine is {engine}, .* configured for {launcher}; .*{engine}.yaml"):
         start(Train(Duration(2, "steps"), 8, engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("typed", "restarts", "expected"),
+    [
+        ([], 0, ["resume=auto"]),
+        (["resume=RUN/checkpoints/step_2"], 0, ["resume=RUN/checkpoints/step_2"]),
+        (["resume=RUN/checkpoints/step_2"], 1, ["resume=RUN/checkpoints/step_2", "resume=auto"]),
+    ],
+)
+def test_a_job_starts_where_it_is_told_and_goes_on_from_where_it_was(tmp_path, typed, restarts, expected):
+    """The script itself, with commands of SLURM that only write down what they are asked."""
+    asked = tmp_path / "asked"
+    for name, does in (("scontrol", "echo node1"), ("srun", f'printf "%s\\n" "$@" > {asked}')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_RESTART_COUNT": str(restarts),
+    }  # fmt: skip
+    script = ROOT / "launch" / "slurm" / "train.sbatch"
+    subprocess.run(["bash", script, "clip", *typed], env=environment, check=True, timeout=60)
+    arguments = asked.read_text().splitlines()
+    assert [argument for argument in arguments if argument.startswith("resume=")] == expected
