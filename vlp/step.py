@@ -71,7 +71,7 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     warning that names the samples; beyond `training.may_skip` of them NonFiniteError is raised on every rank instead.
     """
     engine, step = training.engine, training.step
-    statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(engine.module)]
+    statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(engine.model)]
     micro = [part.to(engine.device) for part in batch.split(training.micro_batches)]
     keep_graph = len(micro) == 1
 
