@@ -117,6 +117,13 @@ def test_signed_shards_stay_within_the_bound(server):
     assert 3 <= most <= 9 and loader.counters()["bad_samples"] == 0
 
 
+def test_copies_stay_in_the_folder_that_was_chosen_at_the_start(server, tmp_path, monkeypatch):
+    cache = fetch.Cache(10**9)
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "another"))
+    copy = cache.get(f"{server.url}/train/00000.tar")
+    assert copy.startswith(str(tmp_path / "cache")) and not (tmp_path / "another").exists()
+
+
 @pytest.mark.parametrize("keeps_time", [False, True])
 @pytest.mark.parametrize("damage", ["flip", "cut", "other"])
 def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):

@@ -52,6 +52,7 @@ class Cache:
     storage: dict[str, Any] = field(default_factory=dict)  # options of the fsspec file system: endpoints, anon, …
     versions: dict[str, str] = field(default_factory=dict)  # of the files, by `privacy.address`
     since: float = field(default_factory=time.time)  # when the run began
+    folder: Path = field(default_factory=lambda: cache_folder() / "shards")
 
     def get(self, url: str) -> str:
         """The path of a whole copy, fetched if need be; raises OSError after several tries."""
@@ -87,7 +88,7 @@ class Cache:
     def place(self, url: str) -> Path:
         """Where the copy of `url` lies, if there is one."""
         folder, name = folder_and_name(url)
-        return cache_folder() / "shards" / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
+        return self.folder / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
 
     def _take(self, path: Path) -> bool:
         """Whether a copy is there that this process has seen to be whole; if so, it counts as used
@@ -158,7 +159,7 @@ class Cache:
     def _make_room(self, n_bytes: int, keep: Path) -> None:
         """Remove the copies unused for longest until `n_bytes` more fit. Processes that have one open keep reading it."""
         copies = []
-        for copy in (cache_folder() / "shards").glob("*/*"):
+        for copy in self.folder.glob("*/*"):
             if copy.name.startswith(".") or copy.suffix == ".lock":
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
