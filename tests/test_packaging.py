@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,14 +12,21 @@ ROOMS = {"vlp": "vlp", "eval": "vlp.eval", "data_tools": "vlp.data_tools", "laun
 
 
 def test_every_folder_with_code_is_packaged():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = set()
+    from setuptools import find_packages
+
+    packages = set(find_packages(ROOT, include=["vlp", "vlp.*"]))
+    folders = set()
     for folder, package in ROOMS.items():
-        for file in (ROOT / folder).rglob("__init__.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             below = file.parent.relative_to(ROOT / folder).parts
-            found.add(".".join((package, *below)))
-    assert found == listed
-    assert len(found) >= 12
+            folders.add(".".join((package, *below)))
+    assert folders == packages
+    assert len(folders) >= 12
+
+
+def test_the_outer_rooms_lie_where_tools_look_for_them():
+    for folder in ("eval", "data_tools", "launch", "configs"):
+        assert (ROOT / "vlp" / folder).resolve() == ROOT / folder
 
 
 @pytest.mark.slow
