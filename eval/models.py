@@ -2,7 +2,7 @@
 
     load("runs/demo")        every reference of vlp.towers._references: runs, exports, folders and tags of open_clip,
                              ARCHITECTURE:FILE, transformers folders, hf-hub:user/name
-    from_model(model)        a vlp.model.DualEncoder in memory, inside training
+    from_model(model)        a vlp.models.dual_encoder.DualEncoder in memory, inside training
 
 vlp's own models are run by vlp. Foreign ones are run by the library they come from, with its own pixels; their
 tokenizers are built here, so that no code of a folder runs and truncated texts are counted.
@@ -27,7 +27,7 @@ from vlp.towers.huggingface import language_config, reason
 from vlp.types import ON_WHITE, Decoding
 
 if TYPE_CHECKING:
-    from vlp.model import DualEncoder
+    from vlp.models.dual_encoder import DualEncoder
 
 
 class ModelError(ValueError):
@@ -147,7 +147,7 @@ def _open_clip(
     import open_clip
 
     from vlp.data import text as tokenizers
-    from vlp.towers._assemble import text_spec
+    from vlp.models.assemble import text_spec
 
     spec = text_spec(text_cfg, open_clip.CLIPTextCfg(**text_cfg).context_length)
     if text_cfg.get("hf_model_name"):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from vlp.eval.embed import Context
     from vlp.eval.models import Encoder
-    from vlp.model import DualEncoder
+    from vlp.models.dual_encoder import DualEncoder
     from vlp.plugin import Plugin
 
 HELP = "evaluate a model with the field's protocols, or compare two results"

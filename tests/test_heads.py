@@ -9,7 +9,7 @@ from tests import ranks
 from tests.model.tiny import inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import export, losses
-from vlp.model import embed, from_description, load
+from vlp.models.dual_encoder import embed, from_description, load
 from vlp.types import Batch
 
 LENGTH = 10

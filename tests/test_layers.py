@@ -7,14 +7,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # High to low. Rooms in one row may import one another.
 LAYERS = [
     ("vlp.cli", "vlp.launch", "vlp.demo", "vlp.faults"),
-    ("vlp.eval", "vlp.data_tools", "vlp.export", "vlp.push"),
+    ("vlp.eval", "vlp.data_tools", "vlp.export"),
     ("vlp.train", "vlp.reporter", "vlp.checks"),
     ("vlp.selection",),
-    ("vlp.step", "vlp.teacher", "vlp.checkpoint", "vlp.parallel", "vlp.zero", "vlp.optim", "vlp.precision",
-     "vlp.stored_embeddings"),
-    ("vlp.model", "vlp.stages", "vlp.losses", "vlp.data"),
-    ("vlp.heads",),
+    ("vlp.step", "vlp.teacher", "vlp.checkpoint", "vlp.engines", "vlp.optim", "vlp.stored_embeddings"),
+    ("vlp.models", "vlp.losses", "vlp.data"),
     ("vlp.towers", "vlp.pairwise"),
+    ("vlp.pretrained",),
     ("vlp.config", "vlp.dist", "vlp.log", "vlp.locks", "vlp.seeds"),
     ("vlp.plugin",),
     ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime", "vlp.privacy"),

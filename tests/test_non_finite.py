@@ -6,7 +6,7 @@ import torch
 from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
 from vlp import config, dist, losses, parallel
-from vlp.model import DualEncoder, build
+from vlp.models.dual_encoder import DualEncoder, build
 from vlp.step import NonFiniteError, Training, train_step
 from vlp.teacher import Teacher
 

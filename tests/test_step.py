@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests import ranks
 from vlp import config, dist, losses, parallel, schema
 from vlp.eval import metrics
-from vlp.model import build
+from vlp.models.dual_encoder import build
 from vlp.step import MEASURED, NonFiniteError, Training, embed, geometry, train_step
 from vlp.types import Batch
 

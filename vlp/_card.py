@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.stages import Stages
 from vlp.privacy import shareable
-from vlp.stages import Stages
 from vlp.types import ON_WHITE
 
 _TAGS = {None: [], "CLIPModel": ["transformers", "clip"], "SiglipModel": ["transformers", "siglip"]}
@@ -150,7 +150,7 @@ print(model.similarity(image, text))
 
 def _vlp_block(name: str) -> str:
     return f"""```python
-from vlp.model import load
+from vlp.models.dual_encoder import load
 
 model = load("local-dir:{name}").eval()
 ```"""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import open_clip
 from torch import Tensor
 
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 from vlp.towers._transformers import CLIP_VISION, LAYER, TEXT
 
 if TYPE_CHECKING:

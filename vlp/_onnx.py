@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _GIVEN = {"image": "pixel_values", "text": "input_ids"}  # the inputs' names, which are transformers'

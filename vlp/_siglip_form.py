@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlp._clip_form import image_settings, sections, text_trunk, tower_config
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 from vlp.towers._transformers import TIMM
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from vlp import log
 from vlp.data.text import same_tokens
 from vlp.files import save_tensors, sync
-from vlp.model import DualEncoder, from_description
-from vlp.model import load as load_export
+from vlp.models.dual_encoder import DualEncoder, from_description
+from vlp.models.dual_encoder import load as load_export
 from vlp.towers._references import Reference
 from vlp.towers._references import resolve as resolve_reference
 from vlp.towers._weights import same_activation

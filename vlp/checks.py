@@ -7,7 +7,7 @@ from pathlib import Path
 from vlp import dist, losses, teacher
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 
 
 def check_batch(config: Config) -> None:

@@ -246,7 +246,7 @@ class Captioner:
 
 @dataclass(frozen=True)
 class Heads:
-    """Trained parts that only the objective reads; exports leave them out (vlp.heads)."""
+    """Trained parts that only the objective reads; exports leave them out (vlp.models.heads)."""
 
     views: ViewHead | None = None  # image_views, text_views (with data.views)
     concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits

@@ -6,7 +6,7 @@
     ONNX           onnx/{image,text}.onnx                                      on request
     README.md      the model card
 
-Several runs make one model of their embeddings one after another, which only vlp loads (vlp.stages).
+Several runs make one model of their embeddings one after another, which only vlp loads (vlp.models.stages).
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import yaml
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from vlp import _card, _clip_form, _pixels, _siglip_form, checkpoint, stages
+from vlp import _card, _clip_form, _pixels, _siglip_form, checkpoint
 from vlp.files import save_tensors, sync
 from vlp.locks import held
-from vlp.model import DualEncoder, from_description
+from vlp.models import stages
+from vlp.models.dual_encoder import DualEncoder, from_description
 from vlp.towers import _references, _weights
 from vlp.types import ON_WHITE
 
@@ -101,7 +102,7 @@ def export_run(
 def export_stages(
     runs: Sequence[Path | str], to: Path | str, *, license: str | None = None, onnx: bool = False, overwrite: bool = False
 ) -> list[str]:
-    """Several models as one, the concatenation of their embeddings (vlp.stages), each written as `export` does.
+    """Several models as one, the concatenation of their embeddings (vlp.models.stages), each written as `export` does.
 
     A run may also be an export or hf-hub:user/name (the pretrained model that stages start from). Only vlp loads the whole.
     ValueError where one reads other pixels or tokens than the first.

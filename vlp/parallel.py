@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 from vlp.precision import faster
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides "step"

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlp import dist, log, model
+from vlp import dist, log
 from vlp.losses import Objective
-from vlp.model import IMAGES, TEXTS, VIEWS
+from vlp.models import dual_encoder
+from vlp.models.dual_encoder import IMAGES, TEXTS, VIEWS
 from vlp.parallel import Engine
 from vlp.seeds import derive
 from vlp.teacher import Teacher
@@ -114,7 +115,7 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
 
     shown = {name: value.detach() for name, value in leaves.items() if not value.ndim}
     if measure:
-        shown |= {f"valid.{name}": getattr(batch, mask).float().mean() for name, mask in model.VALID.items() if name in leaves}
+        shown |= {f"valid.{name}": getattr(batch, mask).float().mean() for name, mask in dual_encoder.VALID.items() if name in leaves}
         shown |= {"log_n": torch.tensor(math.log(training.objective.candidates(len(batch))))}
         shown |= geometry(leaves["image"].detach(), leaves["text"].detach())
     if training.may_skip:
@@ -132,7 +133,7 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     given = {"image": part.teacher_image} if training.precomputed else {}
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
     with _arithmetic(training), _attention(training):
-        return given | model.embed(training.engine.model, part, wanted - given.keys())
+        return given | dual_encoder.embed(training.engine.model, part, wanted - given.keys())
 
 
 def labels(training: Training, batch: Batch) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from vlp import checkpoint, dist, log
 from vlp.data import decode
 from vlp.data import text as tokenizers
 from vlp.data.sources import Source
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 from vlp.types import ImageSpec, Sample
 
 N_SAMPLES = 8  # of each source

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlp import checkpoint, config, dist
 from vlp.data.text import same_tokens
-from vlp.model import DualEncoder, embed
+from vlp.models.dual_encoder import DualEncoder, embed
 from vlp.parallel import Engine
 from vlp.types import Batch
 

@@ -21,8 +21,8 @@ from vlp.data import server
 from vlp.data.loader import Loader
 from vlp.files import remove_leftovers
 from vlp.lifetime import Interrupted, Stopped, StopRequest
-from vlp.model import DualEncoder
-from vlp.model import build as build_model
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.dual_encoder import build as build_model
 from vlp.plugin import Plugin
 from vlp.precision import faster
 from vlp.reporter import Reporter

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp import config, dist, optim
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 from vlp.parallel import MOMENTS, LaunchError, State, accelerator, precision
 
 

@@ -259,7 +259,7 @@ def train_rank(overrides: list[str]) -> dict[str, Any]:
     from vlp import config
     from vlp.config import Plan
     from vlp.eval.run import in_training
-    from vlp.model import DualEncoder
+    from vlp.models.dual_encoder import DualEncoder
     from vlp.train import train
 
     rows = {"image_rows": 0, "text_rows": 0}

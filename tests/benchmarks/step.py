@@ -99,7 +99,7 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
     import torch
 
     from vlp import config, losses, parallel, plugin, schema
-    from vlp.model import build
+    from vlp.models.dual_encoder import build
     from vlp.step import Training, train_step
     from vlp.types import Batch
 

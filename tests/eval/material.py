@@ -169,7 +169,7 @@ OUR_CONFIG = {
 def our_model(seed: int = 0):
     """A small DualEncoder of ours, randomly initialised."""
     from vlp import config
-    from vlp.model import build
+    from vlp.models.dual_encoder import build
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -19,7 +19,7 @@ from tests.model.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
 from vlp import _pixels, checkpoint, export
 from vlp.data import decode
 from vlp.eval import models
-from vlp.model import load
+from vlp.models.dual_encoder import load
 
 TOLERANCE = 1e-5  # of the issue: largest difference of a coordinate on the same pixels
 RESNET = {"name": "timm", "model": "test_resnet", "image_size": 64}

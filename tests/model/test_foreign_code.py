@@ -10,7 +10,7 @@ from tests.model.tiny import language_model, tiny
 from vlp import checkpoint, export
 from vlp.data_tools import embed, filter
 from vlp.eval import models
-from vlp.towers._assemble import text_spec
+from vlp.models.assemble import text_spec
 
 EVIL = """
 import pathlib

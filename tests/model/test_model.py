@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.model.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
 from vlp import config, export
-from vlp.model import Scaling, build, from_description, load
+from vlp.models.dual_encoder import Scaling, build, from_description, load
 from vlp.schema import ConfigError
 from vlp.types import ON_WHITE, Decoding
 

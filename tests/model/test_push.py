@@ -148,7 +148,7 @@ import torch
 kept, form = sys.argv[1:]
 data = torch.load(kept)
 from vlp import config, schema
-from vlp.model import build, load
+from vlp.models.dual_encoder import build, load
 from vlp.eval import models
 import huggingface_hub, open_clip
 from transformers import AutoModel, AutoProcessor

@@ -13,7 +13,7 @@ from tests.model.tiny import TEXT, VIT, inputs, settings, tiny
 from vlp import checkpoint, export, schema
 from vlp.config import Model
 from vlp.eval import models
-from vlp.model import build, from_description
+from vlp.models.dual_encoder import build, from_description
 from vlp.towers import _references
 
 KINDS = ["a run", "a checkpoint", "its model.safetensors", "an export", "an export with local-dir:", "an export's description",

@@ -9,7 +9,7 @@ import torch
 
 from tests.model.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
 from vlp import plugin
-from vlp.towers import _assemble
+from vlp.models import assemble
 
 NAMES = ["huggingface", "open_clip", "timm", "transformer", "vit"]
 SECTIONS = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg, "shared_cfg": dict, "preprocess_cfg": dict}
@@ -92,7 +92,7 @@ BAD = {
 def test_bad_input(case):
     keys, message = BAD[case]
     with pytest.raises(ValueError) as caught:
-        _assemble.assemble(settings(**keys))
+        assemble.assemble(settings(**keys))
     assert message in str(caught.value)
 
 

@@ -14,7 +14,7 @@ import torch
 from tests.model.loopback_hub import TOKEN, loopback_hub
 from tests.model.tiny import inputs, language_model, tiny
 from tests.selection.test_jest import settings
-from vlp import checkpoint, stages
+from vlp import checkpoint
 from vlp.cli import main
 from vlp.config import Captions
 from vlp.data.cells import Cells, read_labels, write_labels
@@ -23,7 +23,8 @@ from vlp.data.sources import shards, webdataset
 from vlp.data_tools.cells import kmeans, nearest
 from vlp.eval.models import load as load_encoder
 from vlp.export import export, export_run, export_stages
-from vlp.model import load as load_model
+from vlp.models import stages
+from vlp.models.dual_encoder import load as load_model
 from vlp.push import push
 from vlp.train import train
 
@@ -247,7 +248,7 @@ def test_more_clusters_than_samples(source, scenes, tmp_path, capsys):
 
 LOADED = """
 import json, torch
-from vlp.model import load
+from vlp.models.dual_encoder import load
 model = load("hf-hub:someone/joined").eval()
 pixels, ids = model.members[0].example(2)
 with torch.no_grad():

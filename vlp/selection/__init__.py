@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlp.config import Config
-    from vlp.model import DualEncoder
+    from vlp.models.dual_encoder import DualEncoder
     from vlp.parallel import Engine
     from vlp.step import Training
     from vlp.types import Batch

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from vlp import dist, teacher
 from vlp.config import Config
-from vlp.model import DualEncoder
+from vlp.models.dual_encoder import DualEncoder
 from vlp.parallel import Engine
 from vlp.seeds import derive
 from vlp.selection import Selection

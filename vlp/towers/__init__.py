@@ -8,7 +8,7 @@ open_clip_config.json whose name it bears, so that whatever is trained here can 
     shared_cfg(options)      optional: top-level keys (embed_dim, quick_gelu, …); two towers must not contradict
     preprocess_cfg(options)  optional: mean, std, interpolation, resize_mode of the pixels an image tower expects
 
-A file with both `vision_cfg` and `text_cfg` can stand alone as the image tower. `vlp.towers._assemble` joins the
+A file with both `vision_cfg` and `text_cfg` can stand alone as the image tower. `vlp.models.assemble` joins the
 sections; nothing else knows which towers exist.
 """
 

@@ -22,7 +22,7 @@ from vlp.schema import did_you_mean
 from vlp.towers import _hub
 
 CONFIG = "open_clip_config.json"
-STAGES = "vlp_stages.json"  # of a folder whose members are exports (vlp.stages)
+STAGES = "vlp_stages.json"  # of a folder whose members are exports (vlp.models.stages)
 MANIFEST = "vlp_export.json"  # of an export: its name and the files that it wrote
 TEXT_TOWER = "text_tower"  # a folder of our exports: the configuration of a Hugging Face text tower
 # The names that open_clip gives the weights of a folder, in its order of preference.

@@ -16,7 +16,7 @@ from open_clip.transformer import MultimodalTransformer, TextTransformer, Vision
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.towers._exact import Scaling
+from vlp.models.exact import Scaling
 
 
 class Views(nn.Module):

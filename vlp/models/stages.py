@@ -4,7 +4,7 @@
     scale and bias are the means of the members' (the bias only where all have one).
 
 A folder of such a model holds vlp_stages.json, {"members": ["stage_1", …]}, and each member as `vlp export` writes it, which
-other libraries load by itself. `vlp.model.load` and all that takes a model by name read the folder as one.
+other libraries load by itself. `vlp.models.dual_encoder.load` and all that takes a model by name read the folder as one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vlp.data.text import same_tokens
-from vlp.model import DualEncoder
-from vlp.model import load as load_member
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.dual_encoder import load as load_member
 from vlp.towers._references import STAGES
 from vlp.types import Features
 

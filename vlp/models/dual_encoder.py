@@ -19,10 +19,11 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.heads import Heads
+from vlp.models import assemble
+from vlp.models.exact import Pixels, Scaling
+from vlp.models.heads import Heads
 from vlp.schema import parse, plain
-from vlp.towers import _assemble, _references, _weights
-from vlp.towers._exact import Pixels, Scaling
+from vlp.towers import _references, _weights
 from vlp.towers.huggingface import language_config
 from vlp.types import Batch, Features
 
@@ -48,8 +49,8 @@ class DualEncoder(nn.Module):
         self.scale_config = scale
         self.embed_dim: int = model_cfg["embed_dim"]
         context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
-        self.image_spec = _assemble.image_spec(preprocess_cfg, self.visual.image_size)
-        self.text_spec = _assemble.text_spec(model_cfg["text_cfg"], context_length)
+        self.image_spec = assemble.image_spec(preprocess_cfg, self.visual.image_size)
+        self.text_spec = assemble.text_spec(model_cfg["text_cfg"], context_length)
         self.pixels = Pixels(self.image_spec)
         bias = None if clip.logit_bias is None else clip.logit_bias.item()
         self.scaling = Scaling(clip.logit_scale.item(), bias, scale)
@@ -173,7 +174,7 @@ class DualEncoder(nn.Module):
         """
         return {
             "model_cfg": self.open_clip_config,
-            "preprocess_cfg": _assemble.preprocess_cfg(self.image_spec),
+            "preprocess_cfg": assemble.preprocess_cfg(self.image_spec),
             "vlp": {"scale": plain(self.scale_config), "heads": plain(self.heads_config)},
         }
 
@@ -192,12 +193,12 @@ def build(model: config.Model) -> DualEncoder:
     Random weights depend only on torch's global seed. `pretrained` weights bring their scale and their preprocessing, as
     far as it is stated beside them. Raises ValueError for unknown names and for weights that do not fit.
     """
-    model_cfg, preprocess_cfg = _assemble.assemble(model)
+    model_cfg, preprocess_cfg = assemble.assemble(model)
     weights = None
     if model.pretrained is not None:
         architecture = getattr(model.image_tower.options, "architecture", None)
         weights = _weights.find(model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False)))
-        preprocess_cfg = _assemble.trained_on(weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained)
+        preprocess_cfg = assemble.trained_on(weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained)
         model_cfg = without_downloads(model_cfg)
     clip = _instantiate(model_cfg)
     if weights is not None:
@@ -259,12 +260,12 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
 def load(reference: str | Path | _references.Reference, like: DualEncoder | None = None) -> DualEncoder:
     """The model behind a reference (vlp.towers._references), a run's excepted: `vlp.checkpoint.load_any` takes those too.
 
-    `like`: the model whose architecture a file of weights alone has. Stages give a `vlp.stages.Stages`. ValueError says
+    `like`: the model whose architecture a file of weights alone has. Stages give a `vlp.models.stages.Stages`. ValueError says
     what was found where the model was looked for.
     """
     found = _references.resolve(reference)
     if found.kind == "stages":
-        from vlp import stages
+        from vlp.models import stages
 
         return stages.load(found.path)
     if found.kind == "run":
