@@ -1,6 +1,6 @@
 """Any dual encoder behind one small interface: pictures and sentences in, unit rows out, its own preprocessing inside.
 
-    load("runs/demo")        every reference of vlp.towers._references: runs, exports, folders and tags of open_clip,
+    load("runs/demo")        every reference of vlp.pretrained.references: runs, exports, folders and tags of open_clip,
                              ARCHITECTURE:FILE, transformers folders, hf-hub:user/name
     from_model(model)        a vlp.models.dual_encoder.DualEncoder in memory, inside training
 
@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.pretrained import references, weight_files
+from vlp.pretrained.references import Reference
 from vlp.schema import parse
-from vlp.towers import _references, _weights
-from vlp.towers._references import Reference
 from vlp.towers.huggingface import language_config, reason
 from vlp.types import ON_WHITE, Decoding
 
@@ -66,15 +66,15 @@ class Encoder:
 
 
 def load(ref: str, device: str | torch.device = "cpu", autocast: torch.dtype | None = None) -> Encoder:
-    """The encoder that `ref` names (vlp.towers._references); a ModelError says what was found and what would work."""
+    """The encoder that `ref` names (vlp.pretrained.references); a ModelError says what was found and what would work."""
     device = torch.device(device)
     try:
-        found = _references.resolve(ref)
+        found = references.resolve(ref)
         if found.kind == "tag":
             return _of_tag(found, device, autocast)
         if found.kind == "transformers":
             return _transformers(found, device, autocast)
-        if found.kind == "open_clip" and "vlp" not in _references.read_config(found.path):
+        if found.kind == "open_clip" and "vlp" not in references.read_config(found.path):
             return _of_folder(found, device, autocast)
 
         from vlp.checkpoint import load_any
@@ -126,15 +126,15 @@ def _of_tag(found: Reference, device: torch.device, autocast: torch.dtype | None
     """open_clip's own weights for one of its architectures."""
     import open_clip
 
-    _weights.check_tag(found.architecture, found.tag)
+    weight_files.check_tag(found.architecture, found.tag)
     text_cfg = open_clip.get_model_config(found.architecture)["text_cfg"]
     return _open_clip(found.architecture, found.tag, found.architecture, text_cfg, device, autocast)
 
 
 def _of_folder(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
     """A folder in open_clip's form that somebody else wrote."""
-    _weights.weights_in(found.path)  # without any, open_clip would go on with random ones
-    described = _references.read_config(found.path)
+    weight_files.weights_in(found.path)  # without any, open_clip would go on with random ones
+    described = references.read_config(found.path)
     text_cfg = described["model_cfg"]["text_cfg"]
     encoder = _open_clip(f"local-dir:{found.path}", "", found.text, text_cfg, device, autocast)
     stated = described.get("preprocess_cfg", {}).get("decoding", {})  # exports of ours say it, others do not

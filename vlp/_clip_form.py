@@ -9,7 +9,7 @@ import open_clip
 from torch import Tensor
 
 from vlp.models.dual_encoder import DualEncoder
-from vlp.towers._transformers import CLIP_VISION, LAYER, TEXT
+from vlp.pretrained.clip_layout import CLIP_VISION, LAYER, TEXT
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlp._clip_form import image_settings, sections, text_trunk, tower_config
 from vlp.models.dual_encoder import DualEncoder
-from vlp.towers._transformers import TIMM
+from vlp.pretrained.clip_layout import TIMM
 
 if TYPE_CHECKING:
     from transformers import SiglipModel, SiglipProcessor

@@ -37,9 +37,9 @@ from vlp.data.text import same_tokens
 from vlp.files import save_tensors, sync
 from vlp.models.dual_encoder import DualEncoder, from_description
 from vlp.models.dual_encoder import load as load_export
-from vlp.towers._references import Reference
-from vlp.towers._references import resolve as resolve_reference
-from vlp.towers._weights import same_activation
+from vlp.pretrained.references import Reference
+from vlp.pretrained.references import resolve as resolve_reference
+from vlp.pretrained.weight_files import same_activation
 
 FOLDER = "checkpoints"
 ABANDONED = ".abandoned"  # ending of a checkpoint that the run did not go on from
@@ -227,7 +227,7 @@ def load_model(ref: str | Path) -> DualEncoder:
 
 
 def load_any(ref: str | Path | Reference, like: DualEncoder | None = None) -> DualEncoder:
-    """The model behind any reference (vlp.towers._references), on the CPU; ValueError or CheckpointError says what is there.
+    """The model behind any reference (vlp.pretrained.references), on the CPU; ValueError or CheckpointError says what is there.
 
     `like`: the model whose architecture a file of weights alone has.
     """

@@ -267,7 +267,7 @@ class Model:
     scale: Scale = Scale()
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
     heads: Heads = Heads()
-    pretrained: str | None = None  # open_clip tag, or any reference (vlp.towers._references); None: random
+    pretrained: str | None = None  # open_clip tag, or any reference (vlp.pretrained.references); None: random
     decoding: Decoding | None = None  # None: as `pretrained` says, or on white and upright
 
     @property
@@ -327,7 +327,7 @@ class Teacher:
 
     ema: float | None = None  # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
     queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
-    model: str | None = None  # another, frozen model: any reference (vlp.towers._references)
+    model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -381,7 +381,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
     seed: int = 0
-    init_from: str | None = None  # weights to start from: any reference (vlp.towers._references)
+    init_from: str | None = None  # weights to start from: any reference (vlp.pretrained.references)
     resume: str = "never"  # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
 
     def __post_init__(self) -> None:

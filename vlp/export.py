@@ -29,7 +29,7 @@ from vlp.files import save_tensors, sync
 from vlp.locks import held
 from vlp.models import stages
 from vlp.models.dual_encoder import DualEncoder, from_description
-from vlp.towers import _references, _weights
+from vlp.pretrained import references, weight_files
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a written form and the model
@@ -59,7 +59,7 @@ def export(
         weights = {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
                    for k, v in model.open_clip_state_dict().items()}  # fmt: skip
         notes = _write_open_clip(model, weights, folder, (home or to).resolve())
-        reference = from_description(_references.read_config(folder), _weights.weights_in(folder)).eval()
+        reference = from_description(references.read_config(folder), weight_files.weights_in(folder)).eval()
         form, found = _write_transformers(reference, weights, folder)
         notes += found
         if onnx:
@@ -80,9 +80,9 @@ def export_run(
     """`export` of a run's newest checkpoint, or of one checkpoint's folder, with the run's results and configuration.
 
     results.json describes a run's last step; an earlier checkpoint is exported without results. Any other reference to a
-    model (vlp.towers._references) is exported as it is.
+    model (vlp.pretrained.references) is exported as it is.
     """
-    found = _references.resolve(run)
+    found = references.resolve(run)
     if found.kind != "run":
         return export(checkpoint.load_any(found), to, license=license, onnx=onnx, overwrite=overwrite, home=home)
     path = checkpoint.resolve(found.path)
@@ -111,17 +111,17 @@ def export_stages(
     with held(to, beside=True, advice=_BUSY), _appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
             export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
-        _write_json(folder / _references.STAGES, {"members": names})
+        _write_json(folder / references.STAGES, {"members": names})
         card = _card.render_stages(stages.load(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return [
-        f"vlp: {_references.STAGES}; the embeddings of {len(names)} stages one after another",
+        f"vlp: {references.STAGES}; the embeddings of {len(names)} stages one after another",
         f"open_clip, transformers: no model of theirs joins several pairs of towers; each of {', '.join(names)} loads by itself",
     ]
 
 
 def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Path, home: Path) -> list[str]:
-    notes = [f"open_clip: {_references.CONFIG}, {_weights.WEIGHTS}"]
+    notes = [f"open_clip: {references.CONFIG}, {weight_files.WEIGHTS}"]
     described = json.loads(json.dumps(model.description()))  # a copy: what points into this machine is renamed below
     del described["vlp"]["heads"]  # exports embed, and heads do not
     text = described["model_cfg"]["text_cfg"]
@@ -132,16 +132,16 @@ def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Pat
         if Path(text["hf_tokenizer_name"]).is_dir():
             text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
     if "hf_model_name" in text:
-        model.text.config.save_pretrained(folder / _references.TEXT_TOWER)
+        model.text.config.save_pretrained(folder / references.TEXT_TOWER)
         if Path(text["hf_model_name"]).is_dir():
             # transformers, which open_clip asks, takes a path or a repository; `vlp push` writes the latter
-            text["hf_model_name"] = str(home / _references.TEXT_TOWER)
+            text["hf_model_name"] = str(home / references.TEXT_TOWER)
             notes.append("open_clip: finds the text tower by this folder's path; vlp reads it wherever the folder is moved")
     vision = described["model_cfg"]["vision_cfg"]
     if vision.get("timm_model_name") and vision.get("act_kwargs"):
         notes.append("open_clip: has exact GELU in timm's towers, and this one the tanh form: its images differ slightly there")
-    _write_json(folder / _references.CONFIG, described)
-    _save_weights(weights, folder / _weights.WEIGHTS)
+    _write_json(folder / references.CONFIG, described)
+    _save_weights(weights, folder / weight_files.WEIGHTS)
     return notes
 
 
@@ -229,8 +229,8 @@ def _appearing(to: Path, overwrite: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        files = sorted([*_references.files_of(temporary), _references.MANIFEST])
-        _write_json(temporary / _references.MANIFEST, {"name": to.name, "files": files})
+        files = sorted([*references.files_of(temporary), references.MANIFEST])
+        _write_json(temporary / references.MANIFEST, {"name": to.name, "files": files})
         _carry_over(to, temporary)
         for path in [*temporary.rglob("*"), temporary]:
             if not path.is_symlink():
@@ -250,7 +250,7 @@ def _carry_over(old: Path, new: Path) -> None:
     """Copy what no export wrote from the folder `old` into `new`; ExportError where this export has a file of that name."""
     if not old.is_dir():
         return
-    foreign = sorted(set(_references.files_of(old)) - set(_references.exported_files(old)))
+    foreign = sorted(set(references.files_of(old)) - set(references.exported_files(old)))
     taken = [name for name in foreign if (new / name).exists()]
     if taken:
         raise ExportError(f"{old} holds {', '.join(taken[:3])}, which no export wrote and this one would replace; move it away")

@@ -18,9 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.hf_api import RepoFile
 
 from vlp import _card
+from vlp.pretrained.hub import http_error
+from vlp.pretrained.references import CONFIG, MANIFEST, TEXT_TOWER, exported_files, files_of, read_json
 from vlp.privacy import scrubbed
-from vlp.towers._hub import http_error
-from vlp.towers._references import CONFIG, MANIFEST, TEXT_TOWER, exported_files, files_of, read_json
 
 _HTTPError = http_error()
 _GENERATED = {".gitattributes"}  # what a Hub itself puts into a new repository

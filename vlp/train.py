@@ -25,11 +25,11 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.models.dual_encoder import build as build_model
 from vlp.plugin import Plugin
 from vlp.precision import faster
+from vlp.pretrained.references import resolve as resolve_reference
 from vlp.reporter import Reporter
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
-from vlp.towers._references import resolve as resolve_reference
 
 Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
 

@@ -14,7 +14,7 @@ from vlp import checkpoint, export, schema
 from vlp.config import Model
 from vlp.eval import models
 from vlp.models.dual_encoder import build, from_description
-from vlp.towers import _references
+from vlp.pretrained import references as _references
 
 KINDS = ["a run", "a checkpoint", "its model.safetensors", "an export", "an export with local-dir:", "an export's description",
          "a transformers description", "an open_clip folder",
@@ -283,7 +283,7 @@ def test_a_name_that_may_be_of_the_hub_is_asked_for_three_seconds(monkeypatch, t
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr("vlp.towers._hub._PATIENCE_S", {True: 0.5, False: 0.3})
+        monkeypatch.setattr("vlp.pretrained.hub._PATIENCE_S", {True: 0.5, False: 0.3})
         with pytest.raises(ValueError, match="no model 'a/b'"):
             checkpoint.load_any("a/b")  # not timed: the first call imports
 

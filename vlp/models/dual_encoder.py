@@ -22,8 +22,8 @@ from vlp import config
 from vlp.models import assemble
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
+from vlp.pretrained import references, weight_files
 from vlp.schema import parse, plain
-from vlp.towers import _references, _weights
 from vlp.towers.huggingface import language_config
 from vlp.types import Batch, Features
 
@@ -197,12 +197,12 @@ def build(model: config.Model) -> DualEncoder:
     weights = None
     if model.pretrained is not None:
         architecture = getattr(model.image_tower.options, "architecture", None)
-        weights = _weights.find(model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False)))
+        weights = weight_files.find(model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False)))
         preprocess_cfg = assemble.trained_on(weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained)
         model_cfg = without_downloads(model_cfg)
     clip = _instantiate(model_cfg)
     if weights is not None:
-        _weights.load_into(clip, weights.path)
+        weight_files.load_into(clip, weights.path)
     encoder = DualEncoder(clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads)
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
@@ -251,31 +251,31 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
         raise ValueError("this model has a captioning decoder beside its two towers; expected a dual encoder")
     clip = _instantiate(model_cfg)
     if weights is not None:
-        _weights.load_into(clip, weights)
+        weight_files.load_into(clip, weights)
     ours = described.get("vlp", {})
     scale, heads = parse(config.Scale, ours.get("scale", {})), parse(config.Heads, ours.get("heads", {}))
     return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
 
 
-def load(reference: str | Path | _references.Reference, like: DualEncoder | None = None) -> DualEncoder:
-    """The model behind a reference (vlp.towers._references), a run's excepted: `vlp.checkpoint.load_any` takes those too.
+def load(reference: str | Path | references.Reference, like: DualEncoder | None = None) -> DualEncoder:
+    """The model behind a reference (vlp.pretrained.references), a run's excepted: `vlp.checkpoint.load_any` takes those too.
 
     `like`: the model whose architecture a file of weights alone has. Stages give a `vlp.models.stages.Stages`. ValueError says
     what was found where the model was looked for.
     """
-    found = _references.resolve(reference)
+    found = references.resolve(reference)
     if found.kind == "stages":
         from vlp.models import stages
 
         return stages.load(found.path)
     if found.kind == "run":
         raise ValueError(f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it")
-    weights = _weights.behind(found)
+    weights = weight_files.behind(found)
     if weights.described:
         return from_description(weights.described, weights.path)
     if like is None:
         raise ValueError(
-            f"{found.text} holds weights, which do not say their architecture; write {_references.architecture_hint(found.path)}"
+            f"{found.text} holds weights, which do not say their architecture; write {references.architecture_hint(found.path)}"
         )
     described = like.description()
     return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)

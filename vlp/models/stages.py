@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlp.data.text import same_tokens
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.dual_encoder import load as load_member
-from vlp.towers._references import STAGES
+from vlp.pretrained.references import STAGES
 from vlp.types import Features
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlp.towers._references import describe
+from vlp.pretrained.references import describe
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def shared_cfg(options: Options) -> dict[str, Any]:
 
 
 def preprocess_cfg(options: Options) -> dict[str, Any]:
-    """What the folder or repository says; a name alone says nothing (its weights do: see `vlp.towers._weights`)."""
+    """What the folder or repository says; a name alone says nothing (its weights do: see `vlp.pretrained.weight_files`)."""
     return describe(options.architecture)["preprocess_cfg"]
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vlp.pretrained import hub
 from vlp.schema import did_you_mean
-from vlp.towers import _hub
 
 CONFIG = "open_clip_config.json"
 STAGES = "vlp_stages.json"  # of a folder whose members are exports (vlp.models.stages)
@@ -60,7 +60,7 @@ def resolve(reference: str | Path | Reference) -> Reference:
         return reference
     text = str(reference)
     if text.startswith(_HUB):
-        return in_folder(text, _hub.snapshot(text.partition(":")[2]))
+        return in_folder(text, hub.snapshot(text.partition(":")[2]))
 
     place = Path(text.removeprefix(_LOCAL)).expanduser()
     if place.is_dir():
@@ -79,7 +79,7 @@ def resolve(reference: str | Path | Reference) -> Reference:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(text)) or "none"
         raise ValueError(f"{text} is an architecture without weights; write {text}:TAG (known: {known}) or {text}:FILE")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and place.suffix not in FILES and not place.parent.exists():
-        return in_folder(text, _hub.snapshot(text, patient=False))
+        return in_folder(text, hub.snapshot(text, patient=False))
     raise ValueError(f"no model {text!r}: no such file or folder{_near(place)}. What works: {_WORKING}")
 
 
@@ -127,9 +127,9 @@ def describe(architecture: str) -> dict[str, Any]:
     if found.kind == "open_clip":
         return read_config(found.path)
     if found.kind == "transformers":
-        from vlp.towers import _transformers
+        from vlp.pretrained import clip_layout
 
-        return _transformers.describe(found.path)
+        return clip_layout.describe(found.path)
     raise ValueError(f"{architecture} is a {found.kind}, whose towers vlp builds from its own `model` section; copy that")
 
 

@@ -20,9 +20,9 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vlp.pretrained import clip_layout, references
+from vlp.pretrained.references import OPEN_CLIP_WEIGHTS, Reference, listing, read_config, read_json
 from vlp.schema import did_you_mean
-from vlp.towers import _references, _transformers
-from vlp.towers._references import OPEN_CLIP_WEIGHTS, Reference, listing, read_config, read_json
 
 WEIGHTS = OPEN_CLIP_WEIGHTS[0]  # what exports write
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -49,7 +49,7 @@ def find(pretrained: str, architecture: str | None, quick_gelu: bool) -> Found:
     if pretrained in tags:
         return _download(architecture, pretrained, quick_gelu)
     try:
-        reference = _references.resolve(pretrained)
+        reference = references.resolve(pretrained)
     except ValueError as error:
         close = did_you_mean(pretrained, tags).partition(";")[0] if tags else ""
         raise ValueError(f"pretrained: {error}{f'. It is no tag of {architecture} either{close}' if tags else ''}") from None
@@ -66,7 +66,7 @@ def behind(reference: Reference) -> Found:
     if reference.kind == "tag":
         return _download(reference.architecture, reference.tag)
     if reference.kind == "file":
-        return Found(path, _references.describe(reference.architecture) if reference.architecture else {})
+        return Found(path, references.describe(reference.architecture) if reference.architecture else {})
     if reference.kind == "run":
         from vlp import checkpoint  # above this room, and the only one that knows which checkpoint is whole
 
@@ -74,9 +74,9 @@ def behind(reference: Reference) -> Found:
         checkpoint.verify(path)
         return Found(path / "model.safetensors", read_json(path / "model.json"))
     if reference.kind == "stages":
-        members = read_json(path / _references.STAGES)["members"]
+        members = read_json(path / references.STAGES)["members"]
         raise ValueError(f"{reference.text} holds several models; name one of them, such as {path / members[0]}")
-    described = read_config(path) if reference.kind == "open_clip" else _transformers.describe(path)
+    described = read_config(path) if reference.kind == "open_clip" else clip_layout.describe(path)
     return Found(weights_in(path, reference.kind), described)
 
 
@@ -86,7 +86,7 @@ def weights_in(folder: Path, kind: str = "open_clip") -> Path:
     known = next((folder / name for name in (*expected, *TRANSFORMERS_WEIGHTS) if (folder / name).is_file()), None)
     if known is not None:
         return known
-    others = [path for path in sorted(folder.iterdir()) if path.suffix in _references.FILES]
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in references.FILES]
     if len(others) != 1:
         raise ValueError(f"{folder} holds no weights: it holds {listing(folder)}; expected {expected[0]}")
     return others[0]
@@ -134,8 +134,8 @@ def load_into(clip: nn.Module, path: Path) -> None:
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file under open_clip's names; ValueError for a damaged one and for one that holds other objects."""
     weights = _unwrapped(_tensors(path))
-    if _transformers.is_theirs(weights):
-        return _transformers.renamed(weights)
+    if clip_layout.is_theirs(weights):
+        return clip_layout.renamed(weights)
     towers = {key: value for key, value in weights.items() if not key.startswith("heads.")}
     return {key.removeprefix("scaling."): value for key, value in towers.items()}
 
@@ -177,7 +177,7 @@ def _download(architecture: str, tag: str, quick_gelu: bool | None = None) -> Fo
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"could not download {tag!r} of {architecture}: {_shortened(str(error))}") from error
     pixels = {key: stated[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in stated}
-    return Found(Path(path), _references.describe(architecture) | {"preprocess_cfg": pixels})
+    return Found(Path(path), references.describe(architecture) | {"preprocess_cfg": pixels})
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

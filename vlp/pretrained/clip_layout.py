@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlp import log
-from vlp.towers._references import listing, read_json
+from vlp.pretrained.references import listing, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
