@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from vlp import config, dist, losses, parallel, schema
+from vlp import config, dist, losses, schema
+from vlp.engines import parallel
 from vlp.eval import metrics
 from vlp.models.dual_encoder import build
 from vlp.step import MEASURED, NonFiniteError, Training, embed, geometry, train_step

@@ -77,7 +77,7 @@ def test_a_resume_that_forgets_something_is_noticed(settings, monkeypatch, forgo
     shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000006")
     name = {
         "the loader's position": "vlp.data.loader.Loader.load_state_dict",
-        "the moments": "vlp.parallel.Replicated.load_moments",
+        "the moments": "vlp.engines.parallel.Replicated.load_moments",
         "the numbers of each sample": "vlp.losses._table.Table.load",
     }[forgotten]
     monkeypatch.setattr(name, lambda self, state: None)
@@ -297,14 +297,14 @@ def test_a_resumed_run_keeps_the_precision_that_it_began_with(settings, capsys, 
 
 
 def test_auto_precision_is_recorded_as_what_it_came_to(settings):
-    from vlp import precision
+    from vlp.engines import precision
 
     run = train(settings("train.precision=auto", "train.duration=1", "data.workers=0"))
     assert config.load(run / "config.yaml").train.precision == precision.faster("cpu")
 
 
 def test_the_faster_precision_is_a_short_measurement_that_leaves_random_numbers_alone():
-    from vlp import precision
+    from vlp.engines import precision
 
     torch.manual_seed(5)
     expected, threads = torch.rand(3), torch.get_num_threads()

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, locks, log, losses, optim, parallel, selection, stored_embeddings, teacher
+from vlp import checkpoint, dist, locks, log, losses, optim, selection, stored_embeddings, teacher
 from vlp import config as configuration
 from vlp.checks import check_batch, check_extent, check_objective
 from vlp.config import Config, Plan
 from vlp.data import server
 from vlp.data.loader import Loader
+from vlp.engines import parallel
+from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
 from vlp.lifetime import Interrupted, Stopped, StopRequest
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.dual_encoder import build as build_model
 from vlp.plugin import Plugin
-from vlp.precision import faster
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.reporter import Reporter
 from vlp.seeds import derive

@@ -98,7 +98,8 @@ def samples(rows: int, model: Any) -> tuple[Any, Any]:
 def our_step(work: SimpleNamespace, device: Any) -> Any:
     import torch
 
-    from vlp import config, losses, parallel, plugin, schema
+    from vlp import config, losses, plugin, schema
+    from vlp.engines import parallel
     from vlp.models.dual_encoder import build
     from vlp.step import Training, train_step
     from vlp.types import Batch

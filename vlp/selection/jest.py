@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from vlp import dist, teacher
 from vlp.config import Config
+from vlp.engines.parallel import Engine
 from vlp.models.dual_encoder import DualEncoder
-from vlp.parallel import Engine
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import Training

@@ -1,4 +1,4 @@
-"""The engines that keep ranks in step: one process, DDP and FSDP2 here, DeepSpeed's ZeRO in `vlp.zero`.
+"""The engines that keep ranks in step: one process, DDP and FSDP2 here, DeepSpeed's ZeRO in `vlp.engines.zero`.
 
     engine = parallel.start(config.train)      joins the processes that the launcher started, chooses the device
     engine.prepare(model, config.train)        wraps the model (weights already restored), builds the optimiser
@@ -28,8 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
+from vlp.engines.precision import faster
 from vlp.models.dual_encoder import DualEncoder
-from vlp.precision import faster
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides "step"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -218,7 +218,7 @@ def start(options: config.Train) -> Engine:
         raise LaunchError(f"train.engine is {name}, but there is one process; start with accelerate launch, or set engine: ddp")
     if name == "fsdp2":
         return Sharded(device)
-    from vlp.zero import ZeRO
+    from vlp.engines.zero import ZeRO
 
     return ZeRO(device, stage=int(name[-1]))
 

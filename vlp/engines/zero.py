@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as an engine of `vlp.parallel`: stage 1 shards moments, 2 also gradients, 3 also parameters.
+"""DeepSpeed's ZeRO as an engine of `vlp.engines.parallel`: stage 1 shards moments, 2 also gradients, 3 also parameters.
 
 DeepSpeed is prepared by Accelerate and then driven directly: Accelerate's `backward` would update inside it, before a
 non-finite gradient can be refused, and its idea of rank and process count is wrong on CPU.
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vlp import config, dist, optim
+from vlp.engines.parallel import MOMENTS, LaunchError, State, accelerator, precision
 from vlp.models.dual_encoder import DualEncoder
-from vlp.parallel import MOMENTS, LaunchError, State, accelerator, precision
 
 
 class ZeRO:
