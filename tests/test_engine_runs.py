@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.test_train import LAUNCH, ROOT, STUCK, losses, settings  # noqa: F401  (settings is a fixture)
 from vlp import checkpoint
-from vlp.export import export_run
+from vlp.export.folder import export_run
 
 OPTIONS = ("train.duration=30", "checkpoint.every=100%", "model.image_tower.patch_dropout=0", "data.workers=0")
 

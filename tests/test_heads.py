@@ -8,7 +8,8 @@ import torch
 from tests import ranks
 from tests.model.tiny import inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
-from vlp import export, losses
+from vlp import losses
+from vlp.export import folder
 from vlp.models.dual_encoder import embed, from_description, load
 from vlp.types import Batch
 
@@ -105,7 +106,7 @@ def test_heads_return_from_a_checkpoint_and_stay_out_of_an_export(tmp_path):
     model = tiny(heads=HEADS)
     again = from_description(model.description())
     assert again.state_dict().keys() == model.state_dict().keys()
-    export.export(model, tmp_path / "export")
+    folder.export(model, tmp_path / "export")
     exported = load(tmp_path / "export").eval()
     assert not [name for name in exported.state_dict() if name.startswith("heads.")]
     pixels, ids = inputs(model)

@@ -16,7 +16,7 @@ import torch
 
 from vlp import checkpoint, config
 from vlp.eval.run import in_training
-from vlp.export import export_run
+from vlp.export.folder import export_run
 from vlp.lifetime import Interrupted, Stopped, StopRequest, give_way
 from vlp.step import NonFiniteError
 from vlp.train import train

@@ -170,7 +170,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export; files that no export wrote stay")
 
     def run(options: argparse.Namespace) -> int:
-        from vlp.export import export_run, export_stages
+        from vlp.export.folder import export_run, export_stages
 
         settings = {"license": options.license, "onnx": options.onnx, "overwrite": options.overwrite}
         first, *others = options.runs
@@ -190,7 +190,7 @@ def _push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", metavar="URL", help="another hub than huggingface_hub's default")
 
     def run(options: argparse.Namespace) -> int:
-        from vlp.push import push
+        from vlp.export.push import push
 
         address = push(
             options.folder, options.repository,

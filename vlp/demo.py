@@ -10,7 +10,7 @@ from vlp import config, log
 from vlp.data_tools import scenes
 from vlp.eval import page
 from vlp.eval.run import in_training
-from vlp.export import export_run
+from vlp.export.folder import export_run
 from vlp.files import write_atomically
 from vlp.locks import held
 from vlp.train import train

@@ -168,7 +168,7 @@ def test_our_own_model_embeds_as_its_towers_do(photos):
 
 def test_a_run_a_checkpoint_and_an_export_embed_alike(photos, tmp_path):
     from vlp import checkpoint, config
-    from vlp.export import export_run
+    from vlp.export.folder import export_run
 
     model = material.our_model().eval()
     written = config.dump(config.parse(material.OUR_CONFIG))

@@ -16,12 +16,12 @@ from tests.data.material import data_of, encoded, picture, write_tar
 from tests.eval import material
 from tests.eval.test_models import tiny_transformers
 from tests.model.tiny import tiny
-from vlp import export
 from vlp.data import decode
 from vlp.data.loader import Loader
 from vlp.eval import embed, models
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
+from vlp.export import folder as export
 from vlp.schema import parse
 from vlp.types import Decoding, ImageSpec, TextSpec
 

@@ -16,9 +16,11 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from tests.model.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
-from vlp import _pixels, checkpoint, export
+from vlp import checkpoint
 from vlp.data import decode
 from vlp.eval import models
+from vlp.export import folder as export
+from vlp.export import pixels as _pixels
 from vlp.models.dual_encoder import load
 
 TOLERANCE = 1e-5  # of the issue: largest difference of a coordinate on the same pixels

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.model.tiny import VIT, inputs, language_model, siglip, tiny
-from vlp import export
+from vlp.export import folder as export
 
 TOLERANCE = 1e-5
 
@@ -65,23 +65,23 @@ def test_onnx(kind, tmp_path):
 
 
 def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
-    from vlp import _onnx
+    from vlp.export import onnx_form
 
-    monkeypatch.setattr(_onnx, "_NEEDED", ("onnx_that_is_not_there",))
-    with pytest.raises(_onnx.OnnxError, match="pip install onnx_that_is_not_there"):
+    monkeypatch.setattr(onnx_form, "_NEEDED", ("onnx_that_is_not_there",))
+    with pytest.raises(onnx_form.OnnxError, match="pip install onnx_that_is_not_there"):
         export.export(tiny(), tmp_path / "out", onnx=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_exporter_raises_is_explained(tmp_path, monkeypatch):
-    from vlp import _onnx
+    from vlp.export import onnx_form
 
     def failing(*_, **__):
         raise RuntimeError("an operator that ONNX does not know\nand a page of graph")
 
-    monkeypatch.setattr(_onnx, "_NEEDED", ())
+    monkeypatch.setattr(onnx_form, "_NEEDED", ())
     monkeypatch.setitem(sys.modules, "onnxruntime", object())
     monkeypatch.setattr(torch.onnx, "export", failing)
-    with pytest.raises(_onnx.OnnxError, match=r"^the image tower cannot be written .*does not know\); leave out --onnx"):
+    with pytest.raises(onnx_form.OnnxError, match=r"^the image tower cannot be written .*does not know\); leave out --onnx"):
         export.export(tiny(), tmp_path / "out", onnx=True)
     assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,10 @@ import pytest
 
 from tests.data_tools.tools import call
 from tests.model.tiny import language_model, tiny
-from vlp import checkpoint, export
+from vlp import checkpoint
 from vlp.data_tools import embed, filter
 from vlp.eval import models
+from vlp.export import folder as export
 from vlp.models.assemble import text_spec
 
 EVIL = """

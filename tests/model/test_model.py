@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.model.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
-from vlp import config, export
+from vlp import config
+from vlp.export import folder as export
 from vlp.models.dual_encoder import Scaling, build, from_description, load
 from vlp.schema import ConfigError
 from vlp.types import ON_WHITE, Decoding

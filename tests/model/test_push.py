@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests.model.loopback_hub import TOKEN, loopback_hub
 from tests.model.tiny import inputs, language_model, siglip, tiny
-from vlp import export
-from vlp.push import PushError, push
+from vlp.export import folder as export
+from vlp.export.push import PushError, push
 
 REPO = "someone/tiny"
 ROOT = Path(__file__).resolve().parents[2]

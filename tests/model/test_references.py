@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from tests.model.loopback_hub import loopback_hub
 from tests.model.tiny import TEXT, VIT, inputs, settings, tiny
-from vlp import checkpoint, export, schema
+from vlp import checkpoint, schema
 from vlp.config import Model
 from vlp.eval import models
+from vlp.export import folder as export
 from vlp.models.dual_encoder import build, from_description
 from vlp.pretrained import references as _references
 

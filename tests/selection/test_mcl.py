@@ -22,10 +22,10 @@ from vlp.data.mix import Mixture
 from vlp.data.sources import shards, webdataset
 from vlp.data_tools.cells import kmeans, nearest
 from vlp.eval.models import load as load_encoder
-from vlp.export import export, export_run, export_stages
+from vlp.export.folder import export, export_run, export_stages
+from vlp.export.push import push
 from vlp.models import stages
 from vlp.models.dual_encoder import load as load_model
-from vlp.push import push
 from vlp.train import train
 
 B = 16

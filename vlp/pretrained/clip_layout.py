@@ -1,6 +1,6 @@
 """transformers' CLIPModel and SiglipModel as open_clip describes and names them: the way in of folders with config.json.
 
-`vlp._clip_form` and `vlp._siglip_form` are the way out; both directions share the tables of names below.
+`vlp.export.clip_form` and `vlp.export.siglip_form` are the way out; both directions share the tables of names below.
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ import yaml
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from vlp import _card, _clip_form, _pixels, _siglip_form, checkpoint
+from vlp import checkpoint
+from vlp.export import card as _card
+from vlp.export import clip_form, siglip_form
+from vlp.export import pixels as _pixels
 from vlp.files import save_tensors, sync
 from vlp.locks import held
 from vlp.models import stages
@@ -63,7 +66,7 @@ def export(
         form, found = _write_transformers(reference, weights, folder)
         notes += found
         if onnx:
-            from vlp._onnx import write_onnx
+            from vlp.export.onnx_form import write_onnx
 
             notes += write_onnx(reference, folder / "onnx", TOLERANCE)
         card = _card.render(
@@ -148,7 +151,7 @@ def _write_open_clip(model: DualEncoder, weights: dict[str, Tensor], folder: Pat
 def _write_transformers(model: DualEncoder, weights: dict[str, Tensor], folder: Path) -> tuple[str | None, list[str]]:
     """Write the form that fits; returns the class's name, or None, and notes."""
     refusals = []
-    for name, form in (("CLIPModel", _clip_form), ("SiglipModel", _siglip_form)):
+    for name, form in (("CLIPModel", clip_form), ("SiglipModel", siglip_form)):
         reasons = form.obstacles(model)
         if reasons:
             refusals.append(f"no {name}, because " + "; ".join(reasons))

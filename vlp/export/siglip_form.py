@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlp._clip_form import image_settings, sections, text_trunk, tower_config
+from vlp.export.clip_form import image_settings, sections, text_trunk, tower_config
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained.clip_layout import TIMM
 

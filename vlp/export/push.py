@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from vlp import _card
+from vlp.export import card
 from vlp.pretrained.hub import http_error
 from vlp.pretrained.references import CONFIG, MANIFEST, TEXT_TOWER, exported_files, files_of, read_json
 from vlp.privacy import scrubbed
@@ -88,7 +88,7 @@ def _contents(folder: Path, repository: str, say: Callable[[str], None]) -> Mapp
         say(f"left out, because no export wrote them: {', '.join(others)}")
 
     title = read_json(folder / MANIFEST)["name"]
-    contents["README.md"] = _card.published((folder / "README.md").read_text(encoding="utf-8"), title, repository).encode()
+    contents["README.md"] = card.published((folder / "README.md").read_text(encoding="utf-8"), title, repository).encode()
     for name in names:
         if name.rpartition("/")[2] == CONFIG:
             at_root = name == CONFIG
