@@ -103,8 +103,8 @@ def show(sample: Content, size: int) -> Shown:
 
 def page(shown: list[Shown], title: str) -> str:
     """The sheet as one HTML page that loads nothing; captions are text and never markup."""
-    from vlp.eval.page import markup
-    from vlp.eval.page.markup import tag
+    from vlp.eval.report import markup
+    from vlp.eval.report.markup import tag
     from vlp.privacy import private
 
     cards = []

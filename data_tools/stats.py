@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from vlp.data_tools import _work
 
 if TYPE_CHECKING:
-    from vlp.eval.page.markup import Html
+    from vlp.eval.report.markup import Html
 
 HELP = "plots and numbers about pictures and captions of all shards"
 EXAMPLE = """vlp data stats data/train --to stats/train --processes 8
@@ -120,7 +120,7 @@ def quantiles(values: Counter) -> dict[str, float]:
 
 def page(source: str, n_shards: int, counts: Counter[str], values: dict[str, Counter]) -> str:
     """The plots as one HTML page that loads nothing."""
-    from vlp.eval.page import charts, markup
+    from vlp.eval.report import charts, markup
     from vlp.privacy import private
 
     def cards(names: dict[str, str]) -> Html:

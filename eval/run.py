@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status. Wrong input is a ValueError with what to do."""
     if options.compare:
-        from vlp.eval.report import compare
+        from vlp.eval.report.records import compare
 
         print(compare(*options.compare))
         return 0
@@ -65,7 +65,8 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     import torch
 
     from vlp import dist, plugin
-    from vlp.eval import models, report
+    from vlp.eval import models
+    from vlp.eval.report import records as report
 
     tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
     data = read_all(tasks)  # wrong paths are found before a model is loaded
@@ -110,12 +111,12 @@ def evaluate(
     context: Context,
     data: list[Any] | None = None,  # from `read_all`; None: read now
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Run the tasks. Returns their records (vlp.eval.report) and the outcomes by unit, "label/score" -> [U, 2].
+    """Run the tasks. Returns their records (vlp.eval.report.records) and the outcomes by unit, "label/score" -> [U, 2].
 
     Collective: every rank calls it with the same tasks and gets the same results. The global random state is not touched.
     """
     from vlp import dist
-    from vlp.eval import report
+    from vlp.eval.report import records as report
 
     records, items = [], {}
     if data is None:

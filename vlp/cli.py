@@ -203,7 +203,7 @@ def _push(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
-    _fill(parser, importlib.import_module("vlp.eval.page"))
+    _fill(parser, importlib.import_module("vlp.eval.report.page"))
 
 
 def _data(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlp import config, log
 from vlp.data_tools import scenes
-from vlp.eval import page
+from vlp.eval.report import page
 from vlp.eval.run import in_training
 from vlp.export.folder import export_run
 from vlp.files import write_atomically

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlp.eval import embed, metrics
+from vlp.eval import choices, embed, metrics
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices, shared, zeroshot
+from vlp.eval.tasks import TaskResult, shared, zeroshot
 
 
 @dataclass
@@ -47,9 +47,9 @@ def result(ranks: Tensor, data: Splits, context: embed.Context, *settings: Any) 
     """Accuracies from the ranks of the right classes."""
     n_classes, weights = len(data.test.classes), metrics.per_class_weights(data.test.labels)
     first = (ranks == 1).double()
-    items = {"acc1": _choices.accuracy(first), "mean_per_class_recall": torch.stack([first * weights, weights], 1)}
+    items = {"acc1": choices.accuracy(first), "mean_per_class_recall": torch.stack([first * weights, weights], 1)}
     if n_classes >= 5:
-        items["acc5"] = _choices.accuracy(ranks <= 5)
+        items["acc5"] = choices.accuracy(ranks <= 5)
     n_skipped = sum(len(part.source.skipped) for part in (data.train, data.test))
     pictures = [r.picture for part in (data.train, data.test) for r in part.source.records]
     return TaskResult(

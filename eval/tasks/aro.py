@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.eval import embed
+from vlp.eval import choices, embed
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices
+from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
@@ -44,10 +44,10 @@ class Data:
 def read(options: Options) -> Data:
     folder, tests, skipped = Path(options.data), {}, []
     for name, file in FILES.items():
-        rows = _choices.entries(folder / file)
+        rows = choices.entries(folder / file)
         box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
         by = "relation_name" if name == "vg_relation" else "attributes"
-        _choices.need_keys(rows, ("image_path", "true_caption", "false_caption", by, *box), folder / file)
+        choices.need_keys(rows, ("image_path", "true_caption", "false_caption", by, *box), folder / file)
         for row in rows:
             row["group"] = row[by] if isinstance(row[by], str) else "_".join(row[by])
         frequent = {g for g, n in Counter(row["group"] for row in rows).items() if n >= AT_LEAST} - set(options.exclude)
@@ -55,7 +55,7 @@ def read(options: Options) -> Data:
         if not rows:
             raise DataError(f"{folder / file} has no group of at least {AT_LEAST} items; is it complete?")
         images = Path(options.images) if options.images else folder / "images"
-        rows, absent = _choices.attach(rows, [row["image_path"] for row in rows], images, options.missing)
+        rows, absent = choices.attach(rows, [row["image_path"] for row in rows], images, options.missing)
         for row in rows:
             x, y, w, h = (row[key] for key in box)
             row["picture"] = replace(row["picture"], box=(x, y, x + w, y + h))
@@ -70,9 +70,9 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     for name, rows in data.tests.items():
         pictures = [row["picture"] for row in rows]
         captions = [[row["true_caption"], row["false_caption"]] for row in rows]
-        hits = _choices.first_is_best(_choices.cosines(encoder, pictures, captions, context))
+        hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
         groups = [row["group"] for row in rows]
-        result.items[name] = _choices.macro(hits, groups)
+        result.items[name] = choices.macro(hits, groups)
         result.chance[name] = 0.5
         result.counts |= {f"{name}_items": len(rows), f"{name}_groups": len(set(groups))}
         seen.append((captions, groups))

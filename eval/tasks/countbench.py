@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-from vlp.eval import embed, metrics
+from vlp.eval import choices, embed, metrics
 from vlp.eval.datasets import beside, read_rows
 from vlp.eval.pictures import DataError, Picture
-from vlp.eval.tasks import TaskResult, _choices
+from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "countbench"
@@ -50,9 +50,9 @@ def read(options: Options) -> Data:
         rows, absent = _parquet(path), []
     else:
         rows = read_rows(path, ("image", "text"))
-        _choices.need_keys(rows, ("image", "text", "number"), path)
+        choices.need_keys(rows, ("image", "text", "number"), path)
         images = Path(options.images) if options.images else beside(path)
-        rows, absent = _choices.attach(rows, [row["image"] for row in rows], images, options.missing)
+        rows, absent = choices.attach(rows, [row["image"] for row in rows], images, options.missing)
     wrong = [row["text"] for row in rows if row["number"] not in range(2, 11) or not _pattern(row["number"]).search(row["text"])]
     if wrong:
         raise DataError(f"{path}: {len(wrong)} captions do not say their number as a word, e.g. {wrong[0]!r}")
@@ -66,7 +66,7 @@ def _parquet(folder: Path) -> list[dict[str, Any]]:
     rows = [row | {"file": str(file)} for file in sorted(folder.rglob("*.parquet")) for row in parquet.read_table(file).to_pylist()]
     if not rows:
         raise DataError(f"no .parquet file under {folder}")
-    _choices.need_keys(rows, ("image", "text", "number"), folder)
+    choices.need_keys(rows, ("image", "text", "number"), folder)
     present = [row for row in rows if row["image"] and row["image"]["bytes"]]
     if len(present) < len(rows):
         raise DataError(f"{len(rows) - len(present)} of {len(rows)} rows under {folder} hold no image bytes; fetch the full set")
@@ -88,7 +88,7 @@ def say(caption: str, number: int, other: int) -> str:
 
 
 def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    scores = torch.stack(_choices.cosines(encoder, data.pictures, data.captions, context))  # [n, 9]
+    scores = torch.stack(choices.cosines(encoder, data.pictures, data.captions, context))  # [n, 9]
     true = torch.tensor(data.numbers)
     own = scores.gather(1, true[:, None] - 2)
     others = torch.ones_like(scores, dtype=torch.bool).scatter_(1, true[:, None] - 2, False)
@@ -97,7 +97,7 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     distance = torch.where(hits, 0, (rivals - true).abs())
     return TaskResult(
         "countbench",
-        items={"acc": _choices.accuracy(hits), "mean_distance": _choices.accuracy(distance)},
+        items={"acc": choices.accuracy(hits), "mean_distance": choices.accuracy(distance)},
         chance={"acc": 1 / len(NUMBERS)},
         counts={"images": len(true), "skipped": len(data.skipped)},
         digest=context.digest(data.pictures, data.captions, data.numbers),

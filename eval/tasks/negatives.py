@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vlp.data import wrong_captions
 from vlp.data.tables import TableOptions
+from vlp.eval import choices as _choices
 from vlp.eval import embed, metrics
 from vlp.eval.datasets import Record, Source, open_source
 from vlp.eval.pictures import DataError, Picture
-from vlp.eval.tasks import TaskResult, _choices
+from vlp.eval.tasks import TaskResult
 
 VERSION = 2
 KNOWN_AS = "image_caption_selection"

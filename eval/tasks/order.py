@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlp.data.tables import TableOptions
+from vlp.eval import choices as _choices
 from vlp.eval import embed
 from vlp.eval.datasets import Source
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices, retrieval, shared
+from vlp.eval.tasks import TaskResult, retrieval, shared
 
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "image_caption_selection"

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, metrics
+from vlp.eval import choices, embed, metrics
 from vlp.eval.datasets import Source
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices, retrieval, shared
+from vlp.eval.tasks import TaskResult, retrieval, shared
 
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "representation"
@@ -51,7 +51,7 @@ def run(encoder: Any, data: Source, options: Options, context: embed.Context) ->
     image, text = embed.images(encoder, pictures, context), embed.texts(encoder, captions, context)
     return TaskResult(
         data.name,
-        items={"linear_separability": _choices.accuracy(told_apart(image, text, options.seed))},
+        items={"linear_separability": choices.accuracy(told_apart(image, text, options.seed))},
         values={
             "centroid_distance": metrics.centroid_distance(image, text),
             "uniformity_image": metrics.uniformity(image),

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.eval import datasets, embed
+from vlp.eval import choices, datasets, embed
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices
+from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
@@ -44,15 +44,15 @@ def read(options: Options) -> Data:
     if path.is_file():
         rows = datasets.read_rows(path, ("image", "caption", "negative_caption"))
         images = options.images or str(datasets.beside(path))
-        _choices.need_keys(rows, ("image", "subset", "caption", "negative_caption"), path)
+        choices.need_keys(rows, ("image", "subset", "caption", "negative_caption"), path)
     else:
         rows = []
         for subset in SUBSETS:
-            items = _choices.entries(path / f"{subset}.json")
-            _choices.need_keys(items, ("filename", "caption", "negative_caption"), path / f"{subset}.json")
+            items = choices.entries(path / f"{subset}.json")
+            choices.need_keys(items, ("filename", "caption", "negative_caption"), path / f"{subset}.json")
             rows += [{**item, "subset": subset, "image": item["filename"]} for item in items]
         images = options.images or options.data
-    rows, skipped = _choices.attach(rows, [row["image"] for row in rows], Path(images), options.missing)
+    rows, skipped = choices.attach(rows, [row["image"] for row in rows], Path(images), options.missing)
     empty = [s for s in SUBSETS if not any(row["subset"] == s for row in rows)]
     if empty:
         raise DataError(f"{path} has no item of {', '.join(empty)}; the mean is over all {len(SUBSETS)} subsets")
@@ -62,7 +62,7 @@ def read(options: Options) -> Data:
 def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
     pictures = [row["picture"] for row in data.rows]
     captions = [[row["caption"], row["negative_caption"]] for row in data.rows]
-    hits = _choices.first_is_best(_choices.cosines(encoder, pictures, captions, context))
+    hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
     kinds = [row["subset"] for row in data.rows]
     result = TaskResult(
         data.name,
@@ -71,8 +71,8 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     )
     for subset in SUBSETS:
         own = [i for i, kind in enumerate(kinds) if kind == subset]
-        result.items[subset] = _choices.accuracy(hits[own])
+        result.items[subset] = choices.accuracy(hits[own])
         result.counts[subset] = len(own)
-    result.items["mean"] = _choices.macro(hits, kinds)
+    result.items["mean"] = choices.macro(hits, kinds)
     result.chance = dict.fromkeys(result.items, 0.5)
     return result

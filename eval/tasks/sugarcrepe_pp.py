@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from vlp.eval import embed, metrics
-from vlp.eval.tasks import TaskResult, _choices
+from vlp.eval import choices, embed, metrics
+from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
@@ -42,18 +42,18 @@ def read(options: Options) -> Data:
     folder = Path(options.data)
     rows = []
     for subset in SUBSETS:
-        items = _choices.entries(folder / f"{subset}.json")
-        _choices.need_keys(items, ("filename", "caption", "caption2", "negative_caption"), folder / f"{subset}.json")
+        items = choices.entries(folder / f"{subset}.json")
+        choices.need_keys(items, ("filename", "caption", "caption2", "negative_caption"), folder / f"{subset}.json")
         rows += [{**item, "subset": subset} for item in items]
     images = Path(options.images or options.data)
-    return Data(*_choices.attach(rows, [row["filename"] for row in rows], images, options.missing))
+    return Data(*choices.attach(rows, [row["filename"] for row in rows], images, options.missing))
 
 
 def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
     pictures = [row["picture"] for row in data.rows]
     captions = [[row["caption"], row["caption2"], row["negative_caption"]] for row in data.rows]
     kinds = [row["subset"] for row in data.rows]
-    scores = torch.stack(_choices.cosines(encoder, pictures, captions, context))
+    scores = torch.stack(choices.cosines(encoder, pictures, captions, context))
     text = embed.texts(encoder, [c for group in captions for c in group], context).view(len(captions), 3, -1)
     same, first, second = ((text[:, i] * text[:, j]).sum(1) for i, j in ((0, 1), (0, 2), (1, 2)))
     with_picture = metrics.strictly_above(scores[:, :2], scores[:, 2:]).all(1)
@@ -66,7 +66,7 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     for name, hits in (("itt", with_picture), ("tot", text_only)):
         for subset in dict.fromkeys(kinds):
             own = torch.tensor([kind == subset for kind in kinds])
-            result.items[f"{name}_{subset}"] = _choices.accuracy(hits[own])
-        result.items[f"{name}_mean"] = _choices.macro(hits, kinds)
+            result.items[f"{name}_{subset}"] = choices.accuracy(hits[own])
+        result.items[f"{name}_mean"] = choices.macro(hits, kinds)
     result.chance = dict.fromkeys(result.items, 1 / 3)  # of three random scores, the negative's is the lowest
     return result

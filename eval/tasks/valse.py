@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.eval import embed
+from vlp.eval import choices, embed
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import TaskResult, _choices
+from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
@@ -44,12 +44,12 @@ def read(options: Options) -> Data:
         raise DataError(f"no .json files in {options.data}; give the data folder of VALSE's repository")
     rows = []
     for file in files:
-        items = _choices.entries(file)
-        _choices.need_keys(items, ("image_file", "caption", "foil", "mturk"), file)
+        items = choices.entries(file)
+        choices.need_keys(items, ("image_file", "caption", "foil", "mturk"), file)
         rows += [{**row, "piece": file.stem} for row in items]
     accepted = [row for row in rows if row["mturk"]["caption"] >= ACCEPTED]
     images = Path(options.images or options.data)
-    kept, absent = _choices.attach(accepted, [row["image_file"] for row in accepted], images, options.missing)
+    kept, absent = choices.attach(accepted, [row["image_file"] for row in accepted], images, options.missing)
     return Data(kept, absent, len(rows) - len(accepted))
 
 
@@ -57,11 +57,11 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     pictures = [row["picture"] for row in data.rows]
     captions = [[row["caption"], row["foil"]] for row in data.rows]
     pieces = [row["piece"] for row in data.rows]
-    hits = _choices.first_is_best(_choices.cosines(encoder, pictures, captions, context))
+    hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
     items = {
-        piece: _choices.accuracy(hits[[i for i, own in enumerate(pieces) if own == piece]]) for piece in dict.fromkeys(pieces)
+        piece: choices.accuracy(hits[[i for i, own in enumerate(pieces) if own == piece]]) for piece in dict.fromkeys(pieces)
     }
-    items["mean"] = _choices.macro(hits, pieces)
+    items["mean"] = choices.macro(hits, pieces)
     return TaskResult(
         "valse",
         items=items,

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-from vlp.eval import embed, metrics
+from vlp.eval import choices, embed, metrics
 from vlp.eval.datasets import read_rows
 from vlp.eval.pictures import Collection, DataError, refuse_missing
-from vlp.eval.tasks import TaskResult, _choices
+from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
@@ -47,7 +47,7 @@ def read(options: Options) -> Data:
         raise DataError(f"no examples at {path}; fetch the data set's examples.jsonl and unpack its images beside it")
     keys = ("image_0", "image_1", "caption_0", "caption_1")
     rows = read_rows(path, keys)
-    _choices.need_keys(rows, keys, path)
+    choices.need_keys(rows, keys, path)
     collection = Collection(options.images or path.parent)
     kept, absent = [], []
     for row in rows:  # images are named without their extension
@@ -73,7 +73,7 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     items = {"text_acc": by_text, "image_acc": by_image, "acc": by_text & by_image}
     return TaskResult(
         "winoground",
-        items={name: _choices.accuracy(hits) for name, hits in items.items()},
+        items={name: choices.accuracy(hits) for name, hits in items.items()},
         chance={"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6},
         counts={"examples": len(data.rows), "skipped": len(data.skipped)},
         digest=context.digest(pictures, captions),

@@ -10,9 +10,10 @@ import torch
 from tests import ranks
 from tests.eval import material
 from vlp import cli, plugin
-from vlp.eval import embed, models, report, run
+from vlp.eval import embed, models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
+from vlp.eval.report import records as report
 
 
 @pytest.fixture(scope="module")

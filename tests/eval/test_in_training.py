@@ -10,9 +10,10 @@ import pytest
 from tests import ranks
 from tests.eval import material
 from vlp import cli, plugin
-from vlp.eval import report, run
+from vlp.eval import run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
+from vlp.eval.report import records as report
 
 CLASSES = ["cat", "dog"]
 

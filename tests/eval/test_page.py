@@ -15,8 +15,7 @@ from tests.eval.page_material import Reader, make_run, read
 from vlp import cli
 from vlp.data.format import ShardWriter
 from vlp.data_tools.scenes import generate
-from vlp.eval import page
-from vlp.eval.page import runs
+from vlp.eval.report import page, runs
 
 HOSTILE = '<script>alert("x")</script> & <img src=http://evil/x onerror=alert(1)>'
 

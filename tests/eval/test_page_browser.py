@@ -4,7 +4,7 @@ import pytest
 
 from tests.eval.browser import available, browser
 from tests.eval.page_material import make_run
-from vlp.eval import page
+from vlp.eval.report import page
 
 OVERFLOWING = """
 return [...document.querySelectorAll('body *')].filter(e => {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlp.eval.page import charts, findings
+from vlp.eval.report import charts, findings
 from vlp.privacy import private
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlp.eval.page.model import Evidence
-    from vlp.eval.page.runs import Run
+    from vlp.eval.report.evidence import Evidence
+    from vlp.eval.report.runs import Run
 
 HELP = "write a page about a run: curves, scores, embeddings, retrieval sheets, configuration"
 EXAMPLE = """examples:
@@ -69,7 +69,7 @@ def write(
     `both`: the second run's model is looked at, too. `data`: more sets with negatives. `samples`: bound on what is
     embedded of each set. What a run lacks is said in the page; a folder that is no run is a ValueError.
     """
-    from vlp.eval.page import runs
+    from vlp.eval.report import runs
 
     found = [runs.read(Path(f)) for f in (folder, other) if f is not None]
     if len(found) > 1:
@@ -90,14 +90,14 @@ def _default(found: list[Run]) -> Path:
 
 def _look(looked_at: list[Run], data: list[str], samples: int) -> list[Evidence | None]:
     """What the models show, two of them on the same sets with negatives."""
-    from vlp.eval.page import model
+    from vlp.eval.report import evidence as model
 
     sets = [*(place for run in looked_at for place in model.beside(run)), *data]
     return [model.look(run, sets, samples) for run in looked_at]
 
 
 def _page(found: list[Run], evidence: list[Evidence | None], with_model: bool) -> str:
-    from vlp.eval.page import markup, numbers, pictures, settings
+    from vlp.eval.report import markup, numbers, pictures, settings
 
     sections = [
         numbers.summary(found, evidence),

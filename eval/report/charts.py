@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlp.eval.page.markup import Html, number, tag
+from vlp.eval.report.markup import Html, number, tag
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 24

@@ -72,7 +72,7 @@ def number(value: float) -> str:
 
 def page(title: str, sections: Sequence[Html], kind: str = "vlp report") -> str:
     """The whole document, with its style and its few lines of script inside; `kind` says which command made it."""
-    own = resources.files("vlp.eval.page")
+    own = resources.files("vlp.eval.report")
     style, script = ((own / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
     names = [re.search(r'id="([\w-]+)"><h2>([^<]*)', s) for s in sections]
     links = [tag("a", Html(found[2]), href=f"#{found[1]}") for found in names if found]

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from vlp import checkpoint, plugin
+from vlp.eval import choices as _choices
 from vlp.eval import embed, metrics, models, prompts
-from vlp.eval.page import findings
-from vlp.eval.page.runs import Run
 from vlp.eval.pictures import Picture
-from vlp.eval.tasks import _choices, negatives
+from vlp.eval.report import findings
+from vlp.eval.report.runs import Run
+from vlp.eval.tasks import negatives
 from vlp.privacy import private
 
 PROOFS = ("counting", "binding", "relations", "order")  # sets that `vlp data scenes` and the demo lay beside the others

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vlp.eval.page.charts import Series, curve
-from vlp.eval.page.markup import Html, more, note, number, section, table, tag
-from vlp.eval.page.model import Evidence
-from vlp.eval.page.runs import NOT_SCALARS, Run
+from vlp.eval.report.charts import Series, curve
+from vlp.eval.report.evidence import Evidence
+from vlp.eval.report.markup import Html, more, note, number, section, table, tag
+from vlp.eval.report.runs import NOT_SCALARS, Run
 from vlp.privacy import private
 
 FIRST = ("loss",)

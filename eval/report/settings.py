@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from vlp.eval.page.markup import Html, more, note, section, table, tag
-from vlp.eval.page.numbers import tagged
-from vlp.eval.page.runs import Run
+from vlp.eval.report.markup import Html, more, note, section, table, tag
+from vlp.eval.report.numbers import tagged
+from vlp.eval.report.runs import Run
 from vlp.privacy import private, without_secrets
 
 PLACES = {"path", "paths", "data", "images", "out", "resume", "classes", "templates", "pretrained"}  # keys that may hold paths

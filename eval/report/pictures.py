@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vlp.eval.page import model, numbers
-from vlp.eval.page.charts import scatter
-from vlp.eval.page.findings import Query
-from vlp.eval.page.markup import Html, more, note, number, section, table, tag
-from vlp.eval.page.runs import Run
+from vlp.eval.report import evidence as model
+from vlp.eval.report import numbers
+from vlp.eval.report.charts import scatter
+from vlp.eval.report.findings import Query
+from vlp.eval.report.markup import Html, more, note, number, section, table, tag
+from vlp.eval.report.runs import Run
 
 MAX_PAIRS = 200  # in the scatter plot; more hide each other
 NO_MODEL = "Left out with --no-model."

@@ -26,7 +26,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)  # records of training steps
     evals: list[dict[str, Any]] = field(default_factory=list)  # records of evaluations
-    results: list[dict[str, Any]] = field(default_factory=list)  # of the last step (vlp.eval.report)
+    results: list[dict[str, Any]] = field(default_factory=list)  # of the last step (vlp.eval.report.records)
     checkpoints: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)  # state.json of the newest checkpoint
     written: datetime | None = None  # when metrics.jsonl last grew
