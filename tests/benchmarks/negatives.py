@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tests.benchmarks import report
-from vlp.data_tools._lexicon import Lexicon
 from vlp.data_tools._numbers import counts
-from vlp.data_tools._rules import Negative
 from vlp.data_tools.negatives import KINDS, AddNegatives
+from vlp.data_tools.negatives.lexicon import Lexicon
+from vlp.data_tools.negatives.rules import Negative
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_masked_model_replaces_words(language_models: Path) -> None:
-    from vlp.data_tools._rewriter import load
+    from vlp.data_tools.negatives.rewriter import load
 
     rewrite = load(str(language_models / "masked"), "{}")
     caption = "A red car under two table"
@@ -66,7 +66,7 @@ def test_a_causal_model_continues_the_prompt(language_models: Path, shards: Path
 
 
 def test_a_model_that_is_neither_is_refused(language_models: Path) -> None:
-    from vlp.data_tools._rewriter import load
+    from vlp.data_tools.negatives.rewriter import load
 
     with pytest.raises(ValueError, match="is a BertModel; expected a masked or a causal"):
         load(str(language_models / "neither"), "{}")

@@ -12,12 +12,12 @@ import pytest
 from tests.data_tools.scene_checker import truth
 from vlp.data_tools import scenes
 from vlp.data_tools._language import article, bare, edit, is_plural, plural
-from vlp.data_tools._lexicon import Lexicon
 from vlp.data_tools._numbers import counterfactuals, counts, exchange
-from vlp.data_tools._rules import HEAD, RULES, head, propose
 from vlp.data_tools._shuffle import shuffles
 from vlp.data_tools.counting import wrong_counts
 from vlp.data_tools.negatives import KINDS, AddNegatives
+from vlp.data_tools.negatives.lexicon import Lexicon
+from vlp.data_tools.negatives.rules import HEAD, RULES, head, propose
 
 LEXICON = Lexicon.load()
 TINY = {  # every choice is forced, so that the whole caption can be compared

@@ -7,8 +7,8 @@ import random
 from functools import cache
 
 from vlp.data_tools._language import edit, words
-from vlp.data_tools._rules import Negative
 from vlp.data_tools._shuffle import FUNCTION_WORDS
+from vlp.data_tools.negatives.rules import Negative
 
 N_WORDS = 2  # words of a caption that a masked model is asked for
 N_LIKELY = 20  # its most likely words to choose from; beyond them sentences fall apart

@@ -34,9 +34,9 @@ from vlp.data_tools import _work
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
-    from vlp.data_tools._lexicon import Lexicon
-    from vlp.data_tools._rules import Negative
     from vlp.data_tools._shards import Changed
+    from vlp.data_tools.negatives.lexicon import Lexicon
+    from vlp.data_tools.negatives.rules import Negative
 
 HELP = "add hard-negative captions by rule, from a file, or by a language model"
 EXAMPLE = """vlp data negatives data/train --to data/train_negatives --k 4
@@ -54,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", metavar="DIR", help="folder for the new shards; a call with the same options goes on where one stopped")
     add("--k", type=int, default=4, metavar="K", help="most negatives a caption (default: %(default)s)")
     add("--kinds", default=",".join(KINDS), metavar="NAMES", help="rules, joined by commas, or none (default: %(default)s)")
-    add("--words", metavar="FILE", help="other word lists (see data_tools/words.yaml); scenes: the words of `vlp data scenes`")
+    add("--words", metavar="FILE", help="other word lists (see data_tools/negatives/words.yaml); scenes: the words of `vlp data scenes`")
     add("--from", dest="given", metavar="FILE.jsonl",
         help='given negatives: {"key": …, "negatives": […], "kinds": […], "image": PATH of the first\'s} a line')  # fmt: skip
     add("--rewriter", metavar="MODEL", help="masked or causal language model of transformers (name or folder) for more negatives")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _change(args: argparse.Namespace) -> AddNegatives:
-    from vlp.data_tools._lexicon import Lexicon
+    from vlp.data_tools.negatives.lexicon import Lexicon
     from vlp.schema import did_you_mean
 
     kinds = () if args.kinds == "none" else tuple(args.kinds.split(","))
@@ -209,7 +209,7 @@ class AddNegatives:
 
         The given ones come first and belong to every caption; then come each caption's own, its kinds in turn.
         """
-        from vlp.data_tools._rules import head
+        from vlp.data_tools.negatives.rules import head
 
         rng, heads = random.Random(f"{self.seed}/{key}"), [head(caption) for caption in captions]
         pool = self._valid(self._candidates(key, heads, rng, counts), heads, counts)
@@ -222,7 +222,7 @@ class AddNegatives:
         return chosen
 
     def _candidates(self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]) -> list[tuple[Negative, int]]:
-        from vlp.data_tools._rules import Negative, propose
+        from vlp.data_tools.negatives.rules import Negative, propose
 
         given = self.given.get(key, [])
         counts["given: keys used"] += bool(given)
@@ -285,7 +285,7 @@ def _in_turn(negatives: list[Negative], rng: random.Random) -> list[Negative]:
 
 
 def _rewriter(name: str, prompt: str) -> Any:
-    from vlp.data_tools._rewriter import load
+    from vlp.data_tools.negatives.rewriter import load
 
     return load(name, prompt)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vlp.data_tools._language import bare, edit, words
-from vlp.data_tools._lexicon import Found, Lexicon
 from vlp.data_tools._numbers import NUMBERS, counts, exchange
 from vlp.data_tools._shuffle import FUNCTION_WORDS, shuffles
+from vlp.data_tools.negatives.lexicon import Found, Lexicon
 
 HEAD = 1_200  # characters of a caption that are changed: text towers read 77 tokens of it, the longest in use 248
 _NEGATION = re.compile(r"\b(no|not|none|never|neither|nor|nothing|nobody|without|cannot|\w+n['’]t)\b", re.I)
