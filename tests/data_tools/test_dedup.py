@@ -20,7 +20,7 @@ from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
 from vlp.data_tools import dedup, embed, scenes
 from vlp.data_tools._near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
-from vlp.data_tools._scene_draw import encode
+from vlp.data_tools.scenes.draw import encode
 
 
 def recoded(data: bytes, quality: int = 60, scale: float = 1.0) -> bytes:

@@ -47,7 +47,7 @@ def test_the_loader_pads_and_masks_what_the_tools_write(tmp_path: Path) -> None:
     from vlp.data.sources import Common
     from vlp.data.sources.shards import Options
     from vlp.data.text import build
-    from vlp.data_tools._scene_draw import encode
+    from vlp.data_tools.scenes.draw import encode
     from vlp.plugin import Plugin
     from vlp.types import ImageSpec, TextSpec
 

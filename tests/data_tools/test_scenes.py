@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 
 from tests.data_tools.scene_checker import truth
 from vlp.data_tools import scenes
-from vlp.data_tools._scene_sample import SPLITS
-from vlp.data_tools._scene_words import COLORS, HELDOUT_COUNTS, HELDOUT_KINDS, KINDS, TRAINED_KINDS
+from vlp.data_tools.scenes.sample import SPLITS
+from vlp.data_tools.scenes.words import COLORS, HELDOUT_COUNTS, HELDOUT_KINDS, KINDS, TRAINED_KINDS
 
 N_PIXELS = 40  # scenes whose pixels are looked at
 N_CAPTIONS = 600  # scenes of each split whose captions are checked
@@ -99,7 +99,7 @@ def test_objects_have_their_color_after_jpeg_at_64_and_32_pixels() -> None:
 
 def test_shapes_differ_in_pixels() -> None:
     """At 32 px every two shapes of one color differ clearly, on average over angles."""
-    from vlp.data_tools._scene_draw import _mask
+    from vlp.data_tools.scenes.draw import _mask
 
     shapes = sorted({shape for _, shape in KINDS})
     masks = {s: _mask(s, 7, 0, 0).tobytes() for s in shapes}  # a small object of a 64 px picture, halved
@@ -108,7 +108,7 @@ def test_shapes_differ_in_pixels() -> None:
 
 
 def _jpeg(image: Image.Image) -> bytes:
-    from vlp.data_tools._scene_draw import encode
+    from vlp.data_tools.scenes.draw import encode
 
     return encode(image)
 

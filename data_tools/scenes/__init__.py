@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
 
 def generate(index: int, seed: int = 0, split: str = "train", size: int = 64) -> Scene:
     """Scene `index` of a split, always the same for the same arguments; raises ValueError for an unknown split."""
-    from vlp.data_tools._scene_captions import captions, with_negatives
-    from vlp.data_tools._scene_draw import draw
-    from vlp.data_tools._scene_sample import SPLITS, sample
-    from vlp.data_tools._scene_words import heldout
+    from vlp.data_tools.scenes.captions import captions, with_negatives
+    from vlp.data_tools.scenes.draw import draw
+    from vlp.data_tools.scenes.sample import SPLITS, sample
+    from vlp.data_tools.scenes.words import heldout
 
     if split not in SPLITS:
         raise ValueError(f"no split {split!r} of scenes; known: {', '.join(SPLITS)}")
@@ -160,7 +160,7 @@ def _map(jobs: list[tuple], processes: int) -> Iterator[None]:
 def _write(job: tuple[Path, str, int, int, int, int]) -> None:
     """One shard of a split, or one whole evaluation set."""
     from vlp.data.format import ShardWriter
-    from vlp.data_tools._scene_draw import encode
+    from vlp.data_tools.scenes.draw import encode
 
     folder, split, first, n, seed, size = job
     layout = folder / split / "test" if split in BENCHMARKS else folder / split
@@ -193,13 +193,13 @@ def _unlike(seed: int, size: int, n: int) -> Iterator[Scene]:
 
 
 def _class_names(split: str) -> list[str]:
-    from vlp.data_tools._scene_words import KINDS, TRAINED_KINDS, class_name
+    from vlp.data_tools.scenes.words import KINDS, TRAINED_KINDS, class_name
 
     return [class_name(kind) for kind in (TRAINED_KINDS if split == "zeroshot" else KINDS)]
 
 
 def _class(scene: Scene, split: str) -> int:
-    from vlp.data_tools._scene_words import class_name
+    from vlp.data_tools.scenes.words import class_name
 
     group = scene.meta["scene"]["groups"][0]
     return _class_names(split).index(class_name((group["color"], group["shape"])))

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from vlp.data_tools._scene_words import BACKGROUNDS, COLORS
+from vlp.data_tools.scenes.words import BACKGROUNDS, COLORS
 
 SUPERSAMPLING = 8
 RIM = 0.06  # of the diameter: an edge in a darker shade keeps white on tan and yellow on pink legible

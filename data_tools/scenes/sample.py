@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from vlp.data_tools._scene_words import (
+from vlp.data_tools.scenes.words import (
     BACKGROUNDS,
     COUNTED,
     HELDOUT_COUNTS,
