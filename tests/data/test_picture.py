@@ -376,7 +376,7 @@ def test_a_background_is_three_values_of_a_byte():
 def test_tools_look_at_upright_pictures_of_every_kind(tmp_path):
     from vlp.data.format import ShardWriter
     from vlp.data_tools import inspect, stats, validate
-    from vlp.data_tools._near import fingerprint
+    from vlp.data_tools.dedup.near import fingerprint
 
     clear = PHOTO.copy()
     clear.putalpha(Image.fromarray(ALPHA))

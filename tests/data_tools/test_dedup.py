@@ -19,7 +19,7 @@ from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
 from vlp.data_tools import dedup, embed, scenes
-from vlp.data_tools._near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
+from vlp.data_tools.dedup.near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
 from vlp.data_tools.scenes.draw import encode
 
 
@@ -176,7 +176,7 @@ def test_neighbours_are_those_of_a_loop_over_all_pairs() -> None:
 @pytest.mark.parametrize("keep_copies", [False, True])
 @pytest.mark.parametrize("block", [4, 1000])
 def test_who_stays_is_decided_as_by_a_loop(monkeypatch: pytest.MonkeyPatch, keep_copies: bool, block: int) -> None:
-    monkeypatch.setattr("vlp.data_tools._near.BLOCK", block)
+    monkeypatch.setattr("vlp.data_tools.dedup.near.BLOCK", block)
     n_dropped = n_by_cosine = 0
     for seed in range(12):
         rng = np.random.default_rng(seed)

@@ -54,9 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
     from vlp.data.paths import expand
-    from vlp.data_tools._copies import DropCopies, decided, merging, survey
-    from vlp.data_tools._near import Limits
     from vlp.data_tools._shards import claim, jobs, transform
+    from vlp.data_tools.dedup.copies import DropCopies, decided, merging, survey
+    from vlp.data_tools.dedup.near import Limits
 
     _check(args)
     sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)

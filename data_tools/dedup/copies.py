@@ -18,9 +18,9 @@ from vlp.data.members import open_sample
 from vlp.data.picture import BadImage, rgb
 from vlp.data.rows import read_extents
 from vlp.data_tools._belonging import merge, settle
-from vlp.data_tools._near import FINGERPRINT, Limits, decide, fingerprint
 from vlp.data_tools._shards import Changed, samples
 from vlp.data_tools._work import Result
+from vlp.data_tools.dedup.near import FINGERPRINT, Limits, decide, fingerprint
 from vlp.files import write_atomically
 
 if TYPE_CHECKING:
