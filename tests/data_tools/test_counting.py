@@ -79,7 +79,7 @@ def test_senseless_counting_options_are_refused(shards: Path, tmp_path: Path, op
 
 
 def test_the_detector_must_agree_and_is_asked_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlp.data_tools import _detector
+    from vlp.data_tools.counting import detector
 
     asked = []
 
@@ -87,7 +87,7 @@ def test_the_detector_must_agree_and_is_asked_once(shards: Path, tmp_path: Path,
         asked.append(image)
         return {b"image 0": ("car", 2), b"image 1": ("dog", 4)}.get(image, ("", 0))
 
-    monkeypatch.setattr(_detector, "most_frequent", seen)
+    monkeypatch.setattr(detector, "most_frequent", seen)
     for _ in range(2):
         call(counting, shards, "--to", tmp_path / "out", "--detector", "any")
     assert list(read(tmp_path / "out")) == ["k0"] and len(asked) == 3

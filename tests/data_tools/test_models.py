@@ -89,7 +89,7 @@ def detector(tmp_path: Path) -> Path:
 
 
 def test_a_detector_with_random_weights_runs(detector: Path) -> None:
-    from vlp.data_tools._detector import most_frequent
+    from vlp.data_tools.counting.detector import most_frequent
     from vlp.data_tools.scenes.draw import encode
 
     image = encode(scenes.generate(0, size=32).image)

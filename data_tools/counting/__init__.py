@@ -119,7 +119,7 @@ def select(sample: Content, args: argparse.Namespace, counts: Counter[str]) -> t
 
 
 def _seen(sample: Content, number: int, args: argparse.Namespace, counts: Counter[str]) -> bool:
-    from vlp.data_tools._detector import most_frequent
+    from vlp.data_tools.counting.detector import most_frequent
 
     found = most_frequent(sample.image, args.detector, args.threshold)
     if found is None:
