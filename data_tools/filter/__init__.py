@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools import _encoder, _work
-from vlp.data_tools._conditions import parse, refuse, refuse_unknown
+from vlp.data_tools.filter.conditions import parse, refuse, refuse_unknown
 
 if TYPE_CHECKING:
     import numpy as np
