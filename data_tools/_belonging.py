@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlp.data.captions import MAX_TEXT_BYTES
 from vlp.data.wrong_captions import GIVEN, LISTS, read
-from vlp.data_tools._language import bare
+from vlp.data_tools._english.words import bare
 
 if TYPE_CHECKING:
     from vlp.data.members import Content

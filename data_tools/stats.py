@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def count(job: tuple[int, Path]) -> _work.Result:
     """{"counts", and for each name of PICTURES and CAPTIONS {value: how often}} of one shard."""
     from vlp.data.picture import BadImage, header
-    from vlp.data_tools import _captions, _numbers
+    from vlp.data_tools._english import numbers, traits
     from vlp.data_tools._shards import samples
 
     counts: Counter[str] = Counter()
@@ -85,10 +85,10 @@ def count(job: tuple[int, Path]) -> _work.Result:
             values["height"][height] += 1
             values["aspect"][round(width / height, 2)] += 1
         for caption in sample.captions:
-            found, _ = _numbers.counts(caption)
+            found, _ = numbers.counts(caption)
             values["words"][len(caption.split())] += 1
             values["characters"][len(caption)] += 1
-            values["language"][_captions.language(caption)] += 1
+            values["language"][traits.language(caption)] += 1
             values["numbers"].update({counted.value for counted in found})
             counts["captions"] += 1
             counts["captions that count something"] += bool(found)

@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def select(sample: Content, args: argparse.Namespace, counts: Counter[str]) -> tuple[int, int] | None:
     """(index of the first usable caption, its number), or None; `counts` learns why captions and samples are dropped."""
-    from vlp.data_tools._numbers import counts as find
+    from vlp.data_tools._english.numbers import counts as find
 
     counted: list[tuple[int, int]] = []
     for i, caption in enumerate(sample.captions):
@@ -187,7 +187,7 @@ class MakePairs:
 
 def wrong_counts(caption: str, rng: random.Random) -> list[str]:
     """The caption with each of the eight other numbers, in random order; a number that stands twice changes twice."""
-    from vlp.data_tools._numbers import counterfactuals, counts
+    from vlp.data_tools._english.numbers import counterfactuals, counts
 
     found, _ = counts(caption)
     return rng.sample(texts := counterfactuals(caption, found), len(texts))

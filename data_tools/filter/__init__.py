@@ -130,10 +130,10 @@ class Rules:
 
     def refuse_caption(self, caption: str) -> str:
         """Why a caption is dropped by itself, or ""."""
-        from vlp.data_tools import _captions
+        from vlp.data_tools._english import traits
 
         n_words = len(caption.split())
-        is_in = _captions.is_in(caption, self.languages) if self.languages else True
+        is_in = traits.is_in(caption, self.languages) if self.languages else True
         checks = {
             f"fewer than {self.min_words} words": n_words < self.min_words,
             f"more than {self.max_words} words": 0 < self.max_words < n_words,
@@ -141,8 +141,8 @@ class Rules:
             "holds what it must not": self.reject and re.search(self.reject, caption),
             "another language": is_in is False,
             "language unclear": is_in is None and self.unclear == "drop",
-            f"fewer than {self.min_relations} relations": self.min_relations and _captions.complexity(caption) < self.min_relations,
-            "no action": self.action and not _captions.has_action(caption),
+            f"fewer than {self.min_relations} relations": self.min_relations and traits.complexity(caption) < self.min_relations,
+            "no action": self.action and not traits.has_action(caption),
         }
         return next((reason for reason, refused in checks.items() if refused), "")
 
@@ -160,7 +160,7 @@ def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _rules(args: argparse.Namespace) -> Rules:
-    from vlp.data_tools._captions import LANGUAGES, UNCLEAR
+    from vlp.data_tools._english.traits import LANGUAGES, UNCLEAR
 
     languages = tuple(code.strip() for code in args.languages.split(",") if code.strip())
     if unknown := set(languages) - set(LANGUAGES):
@@ -222,7 +222,7 @@ class Filter:
 
     def _count_unclear(self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]) -> None:
         """Say how many captions stay although their language is not known to be one that is wanted."""
-        from vlp.data_tools._captions import is_in
+        from vlp.data_tools._english.traits import is_in
 
         if self.rules.languages:
             kept = [caption for caption, reason in zip(captions, reasons) if not reason]
@@ -305,7 +305,7 @@ def _hash(caption: str) -> np.uint64:
     """64 bits of a caption's words, whatever its capitals and punctuation."""
     import numpy as np
 
-    from vlp.data_tools._language import bare
+    from vlp.data_tools._english.words import bare
 
     return np.uint64(int.from_bytes(hashlib.blake2b(bare(caption).encode(), digest_size=8).digest(), "little"))
 

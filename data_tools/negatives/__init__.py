@@ -245,7 +245,7 @@ class AddNegatives:
     def _valid(
         self, candidates: list[tuple[Negative, int]], captions: list[str], counts: Counter[str]
     ) -> list[tuple[Negative, int]]:
-        from vlp.data_tools._language import bare
+        from vlp.data_tools._english.words import bare
 
         kept: list[tuple[Negative, int]] = []
         true, seen = {bare(caption) for caption in captions}, set()  # seen: (text, number of its caption)

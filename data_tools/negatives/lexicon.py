@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlp.data_tools._language import plural
+from vlp.data_tools._english.words import plural
 
 SECTIONS = {
     "attributes": ("anything", "people", "things"),

@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from vlp.data_tools._language import edit, words
-from vlp.data_tools._shuffle import FUNCTION_WORDS
+from vlp.data_tools._english.shuffles import FUNCTION_WORDS
+from vlp.data_tools._english.words import edit, words
 from vlp.data_tools.negatives.rules import Negative
 
 N_WORDS = 2  # words of a caption that a masked model is asked for

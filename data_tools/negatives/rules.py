@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vlp.data_tools._language import bare, edit, words
-from vlp.data_tools._numbers import NUMBERS, counts, exchange
-from vlp.data_tools._shuffle import FUNCTION_WORDS, shuffles
+from vlp.data_tools._english.numbers import NUMBERS, counts, exchange
+from vlp.data_tools._english.shuffles import FUNCTION_WORDS, shuffles
+from vlp.data_tools._english.words import bare, edit, words
 from vlp.data_tools.negatives.lexicon import Found, Lexicon
 
 HEAD = 1_200  # characters of a caption that are changed: text towers read 77 tokens of it, the longest in use 248

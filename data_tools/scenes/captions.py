@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from vlp.data_tools._shuffle import shuffles
+from vlp.data_tools._english.shuffles import shuffles
 from vlp.data_tools.scenes.words import COUNTED, NUMBERS, OPPOSITE, SHAPES
 
 BESIDE = {"left": ["to the left of", "left of"], "right": ["to the right of", "right of"], "above": ["above"], "below": ["below"]}

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tests.benchmarks import report
-from vlp.data_tools._numbers import counts
+from vlp.data_tools._english.numbers import counts
 from vlp.data_tools.negatives import KINDS, AddNegatives
 from vlp.data_tools.negatives.lexicon import Lexicon
 from vlp.data_tools.negatives.rules import Negative

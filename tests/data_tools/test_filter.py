@@ -15,8 +15,8 @@ from tests.data.material import encoded, picture, write_tar
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
-from vlp.data_tools import _captions
 from vlp.data_tools import filter as filtering
+from vlp.data_tools._english import traits
 
 SAMPLES = [  # key, size, captions, uid
     ("wide", (300, 60), ["a red bus on a road"], "0" * 32),
@@ -248,7 +248,7 @@ def test_negatives_and_counterfactuals_go_with_their_captions(tmp_path: Path, ca
     ("a dog on the sofa", ["de", "ru"], False), ("a dog on the sofa", ["de", "en"], True), ("собака", ["ru"], True),
 ])  # fmt: skip
 def test_what_cannot_be_told_is_no_other_language(caption: str, wanted: list[str], expected: bool | None) -> None:
-    assert _captions.is_in(caption, wanted) is expected
+    assert traits.is_in(caption, wanted) is expected
 
 
 @pytest.mark.parametrize("caption, language, complexity, action", [
@@ -264,5 +264,5 @@ def test_what_cannot_be_told_is_no_other_language(caption: str, wanted: list[str
     ("IMG_0042", "unclear", 0, False), ("", "unclear", 0, False),
 ])  # fmt: skip
 def test_what_captions_are_like(caption: str, language: str, complexity: int, action: bool) -> None:
-    assert _captions.language(caption) == language
-    assert (_captions.complexity(caption), _captions.has_action(caption)) == (complexity, action)
+    assert traits.language(caption) == language
+    assert (traits.complexity(caption), traits.has_action(caption)) == (complexity, action)

@@ -14,7 +14,7 @@ import pytest
 from tests.data_tools.tools import CAPTIONS, call, read
 from vlp.data.format import ShardWriter
 from vlp.data_tools import counting, negatives, scenes
-from vlp.data_tools._language import bare
+from vlp.data_tools._english.words import bare
 from vlp.data_tools.negatives.lexicon import Lexicon
 
 REAL = Path(os.environ.get("VLP_DATA") or Path(__file__).parents[2] / "../shared/data")

@@ -11,9 +11,9 @@ import pytest
 
 from tests.data_tools.scene_checker import truth
 from vlp.data_tools import scenes
-from vlp.data_tools._language import article, bare, edit, is_plural, plural
-from vlp.data_tools._numbers import counterfactuals, counts, exchange
-from vlp.data_tools._shuffle import shuffles
+from vlp.data_tools._english.numbers import counterfactuals, counts, exchange
+from vlp.data_tools._english.shuffles import shuffles
+from vlp.data_tools._english.words import article, bare, edit, is_plural, plural
 from vlp.data_tools.counting import wrong_counts
 from vlp.data_tools.negatives import KINDS, AddNegatives
 from vlp.data_tools.negatives.lexicon import Lexicon

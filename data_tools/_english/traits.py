@@ -9,7 +9,7 @@ from collections.abc import Collection
 from functools import cache
 from itertools import pairwise
 
-from vlp.data_tools._language import plural, words
+from vlp.data_tools._english.words import plural, words
 
 # The commonest words of languages in Latin letters; those that languages share are in none or in several.
 _STOP_WORDS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vlp.data_tools._language import Word, each_word, edit, is_plural
-from vlp.data_tools._shuffle import FUNCTION_WORDS
+from vlp.data_tools._english.shuffles import FUNCTION_WORDS
+from vlp.data_tools._english.words import Word, each_word, edit, is_plural
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _NAMES = {n: word for word, n in NUMBERS.items()}
