@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlp.data_tools import _encoder, _work
+from vlp.data_tools import _encoder
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     labels = torch.cat([nearest(part, centres) for part in every]).numpy()
     write_labels(Path(args.to), labels, k, mixture, model.settings() | {"seed": args.seed, "fit": len(fitted)})
     counts |= {f"cell {cell:3d}": int(size) for cell, size in enumerate(np.bincount(labels, minlength=k))}
-    print(_work.report(counts, f"{args.to}: {n:,} samples in {k} cells; batches must not be larger than a cell, or small: merge"))
+    print(work.report(counts, f"{args.to}: {n:,} samples in {k} cells; batches must not be larger than a cell, or small: merge"))
     return 0
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlp.data_tools import _encoder, _work
+from vlp.data_tools import _encoder
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,23 +38,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder for the files; the same call goes on where one stopped")
     _encoder.arguments(parser, required=True)
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Write the files and print what was embedded."""
     from vlp.data.paths import expand
-    from vlp.data_tools._shards import claim, jobs
+    from vlp.data_tools._run.shards import claim, jobs
 
-    sources, crew = expand(args.source), _work.crew(args)
+    sources, crew = expand(args.source), work.crew(args)
     names = Counter(path.stem for path in sources)
     if twice := [name for name, n in names.items() if n > 1]:
         raise ValueError(f"several shards are called {twice[0]}; embed each folder of shards into a folder of its own")
     model, folder = _encoder.Model.of(args), Path(args.to)
     claim(folder, "embed", sources, model.settings())
-    results = _work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), crew)
-    print(_work.report(_work.total(results), f"{folder}:"))
+    results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), crew)
+    print(work.report(work.total(results), f"{folder}:"))
     return 0
 
 
@@ -64,11 +65,11 @@ class Embed:
     model: Model
     folder: Path
 
-    def __call__(self, job: tuple[int, Path]) -> _work.Result:
+    def __call__(self, job: tuple[int, Path]) -> work.Result:
         import torch
         from safetensors.torch import save
 
-        from vlp.data_tools._shards import samples
+        from vlp.data_tools._run.shards import samples
         from vlp.files import write_atomically
 
         keys, counts = [], Counter()

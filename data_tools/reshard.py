@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.data_tools import _work
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,20 +38,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--megabytes-per-shard", type=float, metavar="MB", help="a shard ends before the sample that would exceed this")
     add("--shuffle", type=int, metavar="SEED", help="permute all samples (default: keep their order)")
     add("--renumber", action="store_true", help="give new keys; the old ones stay in the JSON as source_key")
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Plan the new shards, write them, and print how many samples they hold."""
     from vlp.data.format import index
     from vlp.data.paths import expand
-    from vlp.data_tools._packed import Unpacked
-    from vlp.data_tools._shards import claim
+    from vlp.data_tools._run.packed import Unpacked
+    from vlp.data_tools._run.shards import claim
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
         raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
-    sources, crew, folder = expand(args.source, packed=True), _work.crew(args), Path(args.to)
+    sources, crew, folder = expand(args.source, packed=True), work.crew(args), Path(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
     claim(folder, "reshard", sources, {**limits, "shuffle": args.shuffle, "renumber": args.renumber})
@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
     jobs = [
-        _work.Job(folder / f"{number:05d}_reshard.json", (number, spans[start:stop]), int(spans["length"][start:stop].sum()))
+        work.Job(folder / f"{number:05d}_reshard.json", (number, spans[start:stop]), int(spans["length"][start:stop].sum()))
         for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits))
     ]
-    results = _work.carry_out("reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew)
+    results = work.carry_out("reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew)
     if None not in results:
         index(sorted(folder.glob("*.tar")))
         unpacked.remove()
-    print(_work.report(_work.total(results), f"{folder}: {len(jobs)} shards"))
+    print(work.report(work.total(results), f"{folder}: {len(jobs)} shards"))
     return 0
 
 
@@ -153,10 +153,10 @@ class Write:
     folder: Path
     renumber: bool
 
-    def __call__(self, job: tuple[int, np.ndarray]) -> _work.Result:
+    def __call__(self, job: tuple[int, np.ndarray]) -> work.Result:
         from vlp.data.format import ShardWriter
         from vlp.data_tools._belonging import settle
-        from vlp.data_tools._shards import Changed, put
+        from vlp.data_tools._run.shards import Changed, put
 
         number, spans = job
         counts: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlp.data_tools import _work
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     from vlp.eval.report.markup import Html
@@ -41,34 +41,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data stats`."""
     parser.add_argument("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder for the page; the same call goes on where one stopped")
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Count, and write the page once all shards are counted."""
     from vlp.data.paths import expand
-    from vlp.data_tools._shards import claim, jobs
+    from vlp.data_tools._run.shards import claim, jobs
     from vlp.files import write_atomically
 
-    sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)
+    sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
     claim(folder, "stats", sources, {})
-    results = _work.carry_out("stats", jobs(sources, folder, "counted"), count, crew)
+    results = work.carry_out("stats", jobs(sources, folder, "counted"), count, crew)
     if None in results:
         return 0
-    counts, values = _work.total(results), {name: _merged(results, name) for name in (*PICTURES, *CAPTIONS)}
+    counts, values = work.total(results), {name: _merged(results, name) for name in (*PICTURES, *CAPTIONS)}
     told = {name: {"quantiles": quantiles(found), "values": dict(found)} for name, found in values.items()}
     write_atomically(folder / "stats.json", json.dumps({"counts": counts, "distributions": told}, indent=1).encode())
     write_atomically(folder / "stats.html", page(args.source, len(sources), counts, values).encode())
-    print(_work.report(counts, f"{folder / 'stats.html'}, {folder / 'stats.json'}:"))
+    print(work.report(counts, f"{folder / 'stats.html'}, {folder / 'stats.json'}:"))
     return 0
 
 
-def count(job: tuple[int, Path]) -> _work.Result:
+def count(job: tuple[int, Path]) -> work.Result:
     """{"counts", and for each name of PICTURES and CAPTIONS {value: how often}} of one shard."""
     from vlp.data.picture import BadImage, header
     from vlp.data_tools._english import numbers, traits
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
 
     counts: Counter[str] = Counter()
     values: dict[str, Counter] = {name: Counter() for name in (*PICTURES, *CAPTIONS)}
@@ -95,7 +95,7 @@ def count(job: tuple[int, Path]) -> _work.Result:
     return {"counts": counts, **values}
 
 
-def _merged(results: list[_work.Result], name: str) -> Counter:
+def _merged(results: list[work.Result], name: str) -> Counter:
     """The sum over shards, sorted by value; JSON made texts of the numbers."""
     total: Counter[str] = Counter()
     for result in results:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.data_tools import _work
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     from vlp.data.rows import Shard
@@ -26,21 +26,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="folder of shards, tar, or pattern with braces; several joined by ::")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report")
     parser.add_argument("--notes", metavar="DIR", help="keep what each shard came to, for a later call or other machines to go on")
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 where all is fine, 1 after naming what is not, or where no sample is good. Raises ValueError, OSError."""
     from vlp.data.paths import expand
     from vlp.data.rows import said
-    from vlp.data_tools._shards import claim, jobs
+    from vlp.data_tools._run.shards import claim, jobs
     from vlp.files import write_atomically
 
-    paths, crew = expand(args.path), _work.crew(args)
+    paths, crew = expand(args.path), work.crew(args)
     with tempfile.TemporaryDirectory() as forgotten:
         notes = Path(args.notes or forgotten)
         claim(notes, "validate", paths, {})
-        results = _work.carry_out("validate", jobs(paths, notes, "checked"), check_shard, crew)
+        results = work.carry_out("validate", jobs(paths, notes, "checked"), check_shard, crew)
     reports = [result for result in results if result is not None]
     for report in reports:
         for problem in report["problems"]:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if n_problems or not n_samples else 0
 
 
-def check_shard(job: tuple[int, Path]) -> _work.Result:
+def check_shard(job: tuple[int, Path]) -> work.Result:
     """{"shard", "samples" (good ones), "n_problems", "problems" (the first in words), "left_out", "counts"} of one tar."""
     from vlp.data.rows import Shard
     from vlp.data.scan import scan

@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlp.data_tools import _work
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
-    from vlp.data_tools._shards import Changed
+    from vlp.data_tools._run.shards import Changed
 
 HELP = "select captions that count and add counterfactuals with other numbers"
 EXAMPLE = """vlp data counting data/train --to data/counting --balance equal
@@ -47,38 +47,38 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, default=0.5, help="score from which a detected object counts (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N captions to judge; without --to, write nothing")
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Survey the captions, balance, write the shards, and print what was kept, what was dropped and why."""
     from vlp.data.paths import expand
-    from vlp.data_tools._shards import claim, jobs, transform
+    from vlp.data_tools._run.shards import claim, jobs, transform
 
     _check(args)
-    sources, hands = expand(args.source), _work.crew(args)
+    sources, hands = expand(args.source), work.crew(args)
     if args.n_print:
-        print(_work.printable(_examples(sources, args)))
+        print(work.printable(_examples(sources, args)))
     if not args.to:
         return 0
     folder = Path(args.to)
     settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)
-    surveyed = _work.carry_out("survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands)
+    surveyed = work.carry_out("survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands)
     if None in surveyed:
         return 0
-    counts = _work.total(surveyed)
+    counts = work.total(surveyed)
     chosen = balance([[tuple(item) for item in result["kept"]] for result in surveyed], args.balance, args.seed)
     n_kept, n_chosen = sum(len(result["kept"]) for result in surveyed), sum(map(len, chosen))
     if not n_chosen:
-        print(_work.report(counts, f"{folder}:"), file=sys.stderr)
+        print(work.report(counts, f"{folder}:"), file=sys.stderr)
         raise ValueError(f"no caption in {args.source} counts anything from two to ten; the reasons are listed above")
-    written = _work.total(transform(sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), hands))
+    written = work.total(transform(sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), hands))
     counts.update({name: n for name, n in written.items() if name.startswith(("number", "samples written"))})
     counts["dropped: beyond the balance"] = n_kept - n_chosen
-    print(_work.report(counts, f"{folder}:"))
+    print(work.report(counts, f"{folder}:"))
     return 0
 
 
@@ -134,9 +134,9 @@ def _seen(sample: Content, number: int, args: argparse.Namespace, counts: Counte
 Kept = list[tuple[str, int, int]]  # key, index of the caption, number
 
 
-def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> _work.Result:
+def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> work.Result:
     """What a shard offers; kept on disk, because a detector may take hours for it."""
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
 
     counts: Counter[str] = Counter()
     kept = [(sample.key, *chosen) for sample in samples(job[1], counts) if (chosen := select(sample, args, counts))]
@@ -162,7 +162,7 @@ def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[i
 
 @dataclass
 class MakePairs:
-    """The change of a shard's samples (see `vlp.data_tools._shards.Change`)."""
+    """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
 
     chosen: list[dict[str, tuple[int, int]]]  # a shard: key → (caption, number)
     n_counterfactuals: int
@@ -170,7 +170,7 @@ class MakePairs:
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
         from vlp.data_tools._belonging import keep_captions
-        from vlp.data_tools._shards import Changed
+        from vlp.data_tools._run.shards import Changed
 
         for sample in samples:
             if sample.key not in self.chosen[shard]:
@@ -194,7 +194,7 @@ def wrong_counts(caption: str, rng: random.Random) -> list[str]:
 
 
 def _examples(sources: list[Path], args: argparse.Namespace) -> str:
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
 
     rng, found = random.Random(args.seed), []
     for path in sources:

@@ -25,7 +25,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from vlp.data_tools import _work
+from vlp.data_tools._run import work
 
 HELP = "drop copies by perceptual hash and embedding, and what evaluation sets hold"
 EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
@@ -47,26 +47,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--embeddings", action="append", default=[], metavar="DIR",
         help="what `vlp data embed` wrote for SOURCE; once more for each --against, in their order")  # fmt: skip
     add("--cosine", type=float, default=0.95, metavar="X", help="least cosine of copies, with --embeddings (default: %(default)s)")
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
     from vlp.data.paths import expand
-    from vlp.data_tools._shards import claim, jobs, transform
+    from vlp.data_tools._run.shards import claim, jobs, transform
     from vlp.data_tools.dedup.copies import DropCopies, decided, merging, survey
     from vlp.data_tools.dedup.near import Limits
 
     _check(args)
-    sources, crew, folder = expand(args.source), _work.crew(args), Path(args.to)
+    sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
     against = [expand(place) for place in args.against]
     fixed = [path for group in against for path in group]
     settings = {"distance": args.distance, "keep_copies": args.keep_copies, "embeddings": args.embeddings}
     settings |= {"captions": args.captions}
     settings |= {"cosine": args.cosine} if args.embeddings else {}
     claim(folder, "dedup", sources, settings | {"against": [[path.name, path.stat().st_size] for path in fixed]})
-    surveyed = _work.carry_out("fingerprints", jobs(fixed + sources, folder, "fingerprints"), partial(survey, folder=folder), crew)
+    surveyed = work.carry_out("fingerprints", jobs(fixed + sources, folder, "fingerprints"), partial(survey, folder=folder), crew)
     if None in surveyed:
         return 0
     limits = Limits(args.distance, args.cosine, args.keep_copies)
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     copy_of = copy_of[len(fixed) :]
     taken = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
     results = transform(sources, folder, "dedup", DropCopies(copy_of, n_fixed, taken), crew)
-    counts = _work.total(results)
-    counts["unreadable: pictures"] = _work.total(surveyed[len(fixed) :])["unreadable: pictures"]
-    print(_work.report(counts, f"{folder}:"))
+    counts = work.total(results)
+    counts["unreadable: pictures"] = work.total(surveyed[len(fixed) :])["unreadable: pictures"]
+    print(work.report(counts, f"{folder}:"))
     return 0
 
 

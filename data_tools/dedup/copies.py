@@ -18,8 +18,8 @@ from vlp.data.members import open_sample
 from vlp.data.picture import BadImage, rgb
 from vlp.data.rows import read_extents
 from vlp.data_tools._belonging import merge, settle
-from vlp.data_tools._shards import Changed, samples
-from vlp.data_tools._work import Result
+from vlp.data_tools._run.shards import Changed, samples
+from vlp.data_tools._run.work import Result
 from vlp.data_tools.dedup.near import FINGERPRINT, Limits, decide, fingerprint
 from vlp.files import write_atomically
 
@@ -93,7 +93,7 @@ def embedded(groups: list[list[Path]], folders: list[str]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class DropCopies:
-    """The change of a shard's samples (see `vlp.data_tools._shards.Change`)."""
+    """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
 
     copy_of: list[np.ndarray]  # a shard: for each sample what it is a copy of, −1 where it stays
     n_fixed: int  # samples of --against

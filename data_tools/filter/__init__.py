@@ -19,7 +19,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.data_tools import _encoder, _work
+from vlp.data_tools import _encoder
+from vlp.data_tools._run import work
 from vlp.data_tools.filter.conditions import parse, refuse, refuse_unknown
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from vlp.data.members import Content
     from vlp.data_tools._encoder import Model
-    from vlp.data_tools._shards import Changed
+    from vlp.data_tools._run.shards import Changed
 
 HELP = "keep what rules, a list or a model's score let pass; count the rest by reason"
 EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3 --min-words 3 --max-repeats 10 --languages en
@@ -64,16 +65,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
     add("--min-score", type=float, metavar="X", help="least cosine of picture and caption under --model")
     _encoder.arguments(parser)
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
     from vlp.data.paths import expand
-    from vlp.data_tools._shards import claim, transform
+    from vlp.data_tools._run.shards import claim, transform
 
-    rules, sources, crew = _rules(args), expand(args.source), _work.crew(args)
+    rules, sources, crew = _rules(args), expand(args.source), work.crew(args)
     model, folder = _encoder.Model.of(args), Path(args.to)
     refuse_unknown(rules.keep + rules.drop, _metas(sources))
     settings = asdict(rules) | (model.settings() if model else {})
@@ -84,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         if repeated is None:
             return 0
     results = transform(sources, folder, "filter", Filter(rules, model, repeated), crew)
-    counts = _work.total(results)
-    print(_work.report(counts, f"{folder}:"))
+    counts = work.total(results)
+    print(work.report(counts, f"{folder}:"))
     if None not in results and not counts["samples written"]:
         raise ValueError(f"no sample of {args.source} is left; the reasons are listed above")
     return 0
@@ -153,7 +154,7 @@ class Rules:
 
 def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
     """The JSON of all samples, one by one."""
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
 
     for path in sources:
         yield from (sample.meta for sample in samples(path, Counter()))
@@ -193,14 +194,14 @@ def _rules(args: argparse.Namespace) -> Rules:
 
 @dataclass(frozen=True)
 class Filter:
-    """The change of a shard's samples (see `vlp.data_tools._shards.Change`)."""
+    """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
 
     rules: Rules
     model: Model | None = None
     repeated: np.ndarray | None = field(default=None, repr=False)  # sorted hashes of captions that too many samples have
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
-        from vlp.data_tools._shards import Changed
+        from vlp.data_tools._run.shards import Changed
 
         passed = (sample for sample in samples if self._passes(sample, counts))
         if self.model:
@@ -239,7 +240,7 @@ class Filter:
         return f"in more than {self.rules.max_repeats} samples" if found else ""
 
     def _scored(self, model: Model, samples: Iterable[Content], counts: Counter[str]) -> Iterator[Changed]:
-        from vlp.data_tools._shards import Changed
+        from vlp.data_tools._run.shards import Changed
 
         for batch, images in model.batches(samples, counts):
             texts = model.encoder().encode_texts([caption for sample in batch for caption in sample.captions]).cpu()
@@ -267,26 +268,26 @@ def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
     return bool(sample.captions)
 
 
-def _repeated(sources: list[Path], folder: Path, most: int, crew: _work.Crew) -> np.ndarray | None:
+def _repeated(sources: list[Path], folder: Path, most: int, crew: work.Crew) -> np.ndarray | None:
     """Sorted hashes of the captions that more than `most` samples have; None while other machines still read theirs."""
     import numpy as np
 
-    from vlp.data_tools._shards import jobs
+    from vlp.data_tools._run.shards import jobs
 
     survey = jobs(sources, folder, "captions")
-    if None in _work.carry_out("captions", survey, partial(_survey, folder=folder), crew):
+    if None in work.carry_out("captions", survey, partial(_survey, folder=folder), crew):
         return None
     found = [np.load(_hashes(folder, number)) for number in range(len(sources))]
     values, n = np.unique(np.concatenate(found), return_counts=True)
     return values[n > most]
 
 
-def _survey(job: tuple[int, Path], *, folder: Path) -> _work.Result:
+def _survey(job: tuple[int, Path], *, folder: Path) -> work.Result:
     import io
 
     import numpy as np
 
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
     from vlp.files import write_atomically
 
     counts: Counter[str] = Counter()

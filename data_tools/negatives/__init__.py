@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data.wrong_captions import GIVEN
-from vlp.data_tools import _work
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
-    from vlp.data_tools._shards import Changed
+    from vlp.data_tools._run.shards import Changed
     from vlp.data_tools.negatives.lexicon import Lexicon
     from vlp.data_tools.negatives.rules import Negative
 
@@ -62,31 +62,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what a causal rewriter continues; {} is the caption")  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N negatives to judge; without --to, write nothing")
-    _work.arguments(parser)
+    work.arguments(parser)
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Write the shards and print what was made, what was dropped and why."""
     from vlp.data.paths import expand
-    from vlp.data_tools._shards import claim, transform
+    from vlp.data_tools._run.shards import claim, transform
 
     if not args.to and not args.n_print:
         raise ValueError("nothing to do: name --to DIR to write shards, or --print N to look at negatives")
-    sources, hands = expand(args.source), _work.crew(args)
+    sources, hands = expand(args.source), work.crew(args)
     change = _change(args)
     if args.n_print:
-        print(_work.printable(_examples(sources, change, args.n_print)))
+        print(work.printable(_examples(sources, change, args.n_print)))
     if args.to:
         folder = Path(args.to)
         claim(folder, "negatives", sources, change.settings())
         if args.rewriter:
             hands = replace(hands, processes=1)  # the model takes all cores
         results = transform(sources, folder, "negatives", change, hands)
-        counts = _work.total(results)
+        counts = work.total(results)
         if change.given and None not in results:
             counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
-        print(_work.report(counts, f"{folder}:"))
+        print(work.report(counts, f"{folder}:"))
     return 0
 
 
@@ -149,7 +149,7 @@ def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, 
 
 @dataclass
 class AddNegatives:
-    """The change of a shard's samples (see `vlp.data_tools._shards.Change`)."""
+    """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
 
     k: int
     kinds: tuple[str, ...]
@@ -169,7 +169,7 @@ class AddNegatives:
         return {"k_a_caption": self.k, "kinds": self.kinds, "seed": self.seed, "words": words, "given": given, **model}
 
     def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
-        from vlp.data_tools._shards import Changed
+        from vlp.data_tools._run.shards import Changed
 
         for sample in samples:
             yield Changed(sample, list(sample.captions), self.fields(sample, counts))
@@ -292,7 +292,7 @@ def _rewriter(name: str, prompt: str) -> Any:
 
 def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
     """`n` random negatives below their captions."""
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
 
     rng, found, counts = random.Random(change.seed), [], Counter()
     for path in sources:

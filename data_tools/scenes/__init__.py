@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlp.data_tools import _work
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="default: one a core; the result is the same for any number")
 
 
-@_work.alone
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Fill the folder and print what it holds and how fast it was made."""
     start = time.perf_counter()

@@ -74,7 +74,7 @@ def make_data(folder: Path) -> None:
 def exchange_captions(source: Path, to: Path) -> None:
     """The shards with the captions of a random half of the samples shifted among these."""
     from vlp.data.format import ShardWriter
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
 
     found = [sample for path in sorted(source.glob("*.tar")) for sample in samples(path, Counter())]
     half = random.Random(0).sample(range(len(found)), len(found) // 2)

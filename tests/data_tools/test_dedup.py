@@ -146,7 +146,7 @@ def test_a_sample_takes_no_more_captions_than_the_index_counts(tmp_path: Path, c
 
 
 def read_one(path: Path) -> list[str]:
-    from vlp.data_tools._shards import samples
+    from vlp.data_tools._run.shards import samples
 
     return [sample.key for sample in samples(path, Counter())]
 

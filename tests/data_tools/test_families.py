@@ -19,7 +19,7 @@ from vlp.data.sources.shards import open as open_shards
 from vlp.data.units import Origins
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import reshard
-from vlp.data_tools._shards import samples
+from vlp.data_tools._run.shards import samples
 
 
 def families(folder: Path) -> list[list[tuple[Any, int]]]:

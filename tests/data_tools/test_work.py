@@ -18,8 +18,9 @@ import pytest
 
 from tests.data_tools.tools import CAPTIONS, call
 from vlp.data.format import ShardWriter
-from vlp.data_tools import _work, negatives, reshard
 from vlp.data_tools import filter as filtering
+from vlp.data_tools import negatives, reshard
+from vlp.data_tools._run import work as _work
 
 
 def write(folder: Path, n_shards: int, per_shard: int) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlp.data_tools._shards import samples
+from vlp.data_tools._run.shards import samples
 
 CAPTIONS = [
     ["A red car next to a blue truck", "two vehicles on a road"],

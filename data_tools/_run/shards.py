@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vlp.data.format import ShardWriter, index, is_class_number
 from vlp.data.scan import scan
 from vlp.data_tools._belonging import settle
-from vlp.data_tools._work import Crew, Job, Result, carry_out
+from vlp.data_tools._run.work import Crew, Job, Result, carry_out
 from vlp.files import write_atomically
 from vlp.privacy import without_secrets
 
