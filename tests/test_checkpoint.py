@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.model.tiny import tiny
+from tests.models.tiny import tiny
 from tests.test_train import losses, settings  # noqa: F401 - a fixture
 from vlp import checkpoint
 from vlp.train import train

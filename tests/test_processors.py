@@ -15,14 +15,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXACT = (
-    "tests/test_step.py", "tests/test_train.py", "tests/test_teacher.py", "tests/test_heads.py",
+    "tests/test_step.py", "tests/test_train.py", "tests/test_teacher.py", "tests/models/test_heads.py",
     "tests/test_lit.py", "tests/selection", "tests/losses/test_moving.py",
-    "tests/losses/test_mixing.py", "tests/model/test_model.py", "tests/model/test_export.py",
+    "tests/losses/test_mixing.py", "tests/models/test_model.py", "tests/export/test_export.py",
     "tests/pairwise/test_exactness.py", "tests/pairwise/test_reductions.py",
     "tests/eval/test_models.py", "tests/eval/test_engineering.py", "tests/data/test_loader.py",
 )  # fmt: skip
 SAMPLE = (
-    "tests/test_heads.py::test_what_heads_give",
+    "tests/models/test_heads.py::test_what_heads_give",
     "tests/selection/test_jest.py::test_a_run_that_stops_goes_on_exactly_and_counts_its_cost",
 )
 # Where a processor has less than a setting names, its own best kernels are taken.

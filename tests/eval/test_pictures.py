@@ -15,7 +15,7 @@ from PIL import Image
 from tests.data.material import data_of, encoded, picture, write_tar
 from tests.eval import material
 from tests.eval.test_models import tiny_transformers
-from tests.model.tiny import tiny
+from tests.models.tiny import tiny
 from vlp.data import decode
 from vlp.data.loader import Loader
 from vlp.eval import embed, models

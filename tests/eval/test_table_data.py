@@ -172,7 +172,7 @@ def test_texts_beyond_the_context_are_counted(tmp_path, photos):
 
 
 def test_a_model_of_ours_counts_its_truncated_texts():
-    from tests.model.tiny import tiny
+    from tests.models.tiny import tiny
 
     encoder = models.from_model(tiny())
     assert encoder.n_truncated(["a cat", "a dog " * 200, "word " * 300]) == 2

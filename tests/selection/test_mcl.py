@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.model.loopback_hub import TOKEN, loopback_hub
-from tests.model.tiny import inputs, language_model, tiny
+from tests.loopback_hub import TOKEN, loopback_hub
+from tests.models.tiny import inputs, language_model, tiny
 from tests.selection.test_jest import settings
 from vlp import checkpoint
 from vlp.cli import main

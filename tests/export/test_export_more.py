@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.model.tiny import VIT, inputs, language_model, siglip, tiny
+from tests.models.tiny import VIT, inputs, language_model, siglip, tiny
 from vlp.export import folder as export
 
 TOLERANCE = 1e-5

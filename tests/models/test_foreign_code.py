@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.data_tools.tools import call
-from tests.model.tiny import language_model, tiny
+from tests.models.tiny import language_model, tiny
 from vlp import checkpoint
 from vlp.data_tools import embed, filter
 from vlp.eval import models

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.model.loopback_hub import loopback_hub
-from tests.model.tiny import TEXT, VIT, inputs, settings, tiny
+from tests.loopback_hub import loopback_hub
+from tests.models.tiny import TEXT, VIT, inputs, settings, tiny
 from vlp import checkpoint, schema
 from vlp.config import Model
 from vlp.eval import models
@@ -186,7 +186,7 @@ def test_a_siglip_model_of_transformers(activation, tmp_path):
     import transformers as hf
 
     from tests.eval.test_models import word_tokenizer
-    from tests.model.tiny import register_small_siglip
+    from tests.models.tiny import register_small_siglip
 
     register_small_siglip()
     size = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": activation}

@@ -10,7 +10,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.model.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
+from tests.models.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
 from vlp import config
 from vlp.export import folder as export
 from vlp.models.dual_encoder import Scaling, build, from_description, load

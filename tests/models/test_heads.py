@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import ranks
-from tests.model.tiny import inputs, tiny
+from tests.models.tiny import inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.model.loopback_hub import TOKEN, loopback_hub
-from tests.model.tiny import inputs, language_model, siglip, tiny
+from tests.loopback_hub import TOKEN, loopback_hub
+from tests.models.tiny import inputs, language_model, siglip, tiny
 from vlp.export import folder as export
 from vlp.export.push import PushError, push
 
@@ -100,7 +100,7 @@ def test_only_what_the_export_wrote_is_published(exported, hub, tmp_path):
 
 
 def test_stages_load_from_the_hub_as_their_card_says(exported, hub, tmp_path, monkeypatch):
-    from tests.model.test_references import use_hub
+    from tests.models.test_references import use_hub
 
     export.export_stages([exported, exported], tmp_path / "mcl")
     quickly(tmp_path / "mcl", hub)
@@ -181,7 +181,7 @@ def test_every_library_loads_it_from_the_hub_and_the_card_runs(kind, exported, h
     prelude = ""
     if kind == "siglip":  # whose tokenizer lies in the repository, under a name that only the push knows
         model = tiny(image_tower=siglip(tmp_path), text_tower=None, embed_dim=None, bias=-10.0)
-        prelude = "from tests.model.tiny import register_small_siglip\nregister_small_siglip()\n"
+        prelude = "from tests.models.tiny import register_small_siglip\nregister_small_siglip()\n"
     if kind == "huggingface":  # so does its text tower
         text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
         model = tiny(text_tower=text)

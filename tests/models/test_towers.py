@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 
-from tests.model.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
+from tests.models.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
 from vlp import plugin
 from vlp.models import assemble
 

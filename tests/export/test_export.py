@@ -15,7 +15,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from tests.model.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
+from tests.models.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
 from vlp import checkpoint
 from vlp.data import decode
 from vlp.eval import models
