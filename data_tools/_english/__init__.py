@@ -1,0 +1,1 @@
+"""Small English for rules on captions: words, numbers, shuffles, traits. Pure functions."""

@@ -1,0 +1,1 @@
+"""What an evaluation or a run showed: records for machines, pages for people."""

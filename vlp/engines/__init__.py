@@ -1,0 +1,1 @@
+"""What keeps ranks in step: one process, DDP, FSDP2, DeepSpeed's ZeRO."""

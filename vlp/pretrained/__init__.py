@@ -1,0 +1,1 @@
+"""Published models: what names one, where it lies, and its weights in our towers."""
