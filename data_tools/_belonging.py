@@ -19,7 +19,8 @@ from vlp.data_tools._english.words import bare
 if TYPE_CHECKING:
     from vlp.data.members import Content
 
-# Lists with an entry for each wrong caption, and the entry of one for which nothing was written (None: there is none).
+# Lists with an entry for each wrong caption, and the entry of one for which nothing was written
+# (None: there is none).
 BESIDE: dict[str, dict[str, Any]] = {
     "negatives": {"negatives_valid": True, "negative_kinds": "given", "negative_scores": None},
     "counterfactuals": {},
@@ -37,7 +38,9 @@ class Wrong(NamedTuple):
 
 
 def keep_captions(sample: Content, kept: list[int], counts: Counter[str]) -> None:
-    """Leave the captions of these numbers and what belongs to them; wrong captions that name none stay."""
+    """Leave the captions of these numbers and what belongs to them; wrong captions that name none
+    stay.
+    """
     captions = [sample.captions[i] for i in kept]
     scores = sample.meta.get("clip_scores")
     if isinstance(scores, list) and len(scores) == len(sample.captions):
@@ -83,9 +86,15 @@ def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
     if len(captions) > MOST_CAPTIONS or len(json.dumps(meta)) > MOST_BYTES:
         return False
 
-    told["merged: captions that the earlier sample did not have"] = len(captions) - len(sample.captions)
+    told["merged: captions that the earlier sample did not have"] = len(captions) - len(
+        sample.captions
+    )
     counts.update(told)
-    first, image, kind = _first_negative(parts[0]), parts[0].negative_image, parts[0].negative_image_type
+    first, image, kind = (
+        _first_negative(parts[0]),
+        parts[0].negative_image,
+        parts[0].negative_image_type,
+    )
     sample.meta, sample.captions = meta, tuple(captions)
     same = _first_negative(sample) == first
     sample.negative_image, sample.negative_image_type = (image, kind) if same else (b"", "")
@@ -93,7 +102,9 @@ def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
 
 
 def _write(meta: dict[str, Any], lists: dict[str, Any]) -> None:
-    """Put lists into a sample's JSON, and take those out that are None; an empty one says nothing new."""
+    """Put lists into a sample's JSON, and take those out that are None; an empty one says nothing
+    new.
+    """
     for name, values in lists.items():
         if values is None:
             meta.pop(name, None)
@@ -107,7 +118,9 @@ def _first_negative(sample: Content) -> str:
 
 
 def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
-    """The wrong captions of a sample; where nothing says whose, they are its only caption's, else given."""
+    """The wrong captions of a sample; where nothing says whose, they are its only caption's, else
+    given.
+    """
     wrong = read(sample.meta, name, sample.captions)
     if wrong.problem:
         counts[f"{name} dropped: {name}_of is malformed"] += 1
@@ -124,7 +137,9 @@ def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
     return [Wrong(*row) for row in zip(wrong.texts, made_from, beside)]
 
 
-def _told(name: str, wrong: list[Wrong], captions: list[str], counts: Counter[str]) -> dict[str, Any]:
+def _told(
+    name: str, wrong: list[Wrong], captions: list[str], counts: Counter[str]
+) -> dict[str, Any]:
     """The lists that say this of a sample's wrong captions; None for one that it must not have."""
     number = {None: GIVEN} | {caption: i for i, caption in reversed(list(enumerate(captions)))}
     lists: dict[str, Any] = {name: [], f"{name}_of": []}
@@ -157,7 +172,9 @@ def _joined(
     return _told(name, list(joined.values()), captions, counts)
 
 
-def _joined_scores(parts: list[Content], captions: list[str], counts: Counter[str]) -> dict[str, Any]:
+def _joined_scores(
+    parts: list[Content], captions: list[str], counts: Counter[str]
+) -> dict[str, Any]:
     """`clip_scores` of all captions, where all parts have one for each of theirs."""
     scores: dict[str, Any] = {}
     for part in parts:

@@ -22,11 +22,30 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """The options of a tool that uses a model."""
     add = parser.add_argument
-    add("--model", required=required, metavar="REF", help="a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip "
-        "or transformers; ARCHITECTURE:TAG or ARCHITECTURE:FILE")  # fmt: skip
-    add("--device", default="auto", help="auto: the GPU of the launcher's local rank, or the CPU (default: %(default)s)")
-    add("--batch", type=int, default=64, metavar="N", help="samples a forward pass (default: %(default)s)")
-    add("--bf16", action="store_true", help="compute in bfloat16: faster, cosines differ by about 0.001")
+    add(
+        "--model",
+        required=required,
+        metavar="REF",
+        help="a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip "
+        "or transformers; ARCHITECTURE:TAG or ARCHITECTURE:FILE",
+    )
+    add(
+        "--device",
+        default="auto",
+        help="auto: the GPU of the launcher's local rank, or the CPU (default: %(default)s)",
+    )
+    add(
+        "--batch",
+        type=int,
+        default=64,
+        metavar="N",
+        help="samples a forward pass (default: %(default)s)",
+    )
+    add(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16: faster, cosines differ by about 0.001",
+    )
 
 
 @dataclass(frozen=True)
@@ -57,13 +76,18 @@ class Model:
         """The model, loaded once a process; raises ValueError."""
         return _load(self.ref, self.device, self.bf16)
 
-    def batches(self, samples: Iterable[Content], counts: Counter[str]) -> Iterator[tuple[list[Content], Tensor]]:
-        """Batches of samples with their pictures' unit rows [n, D] float32; a picture that does not open is counted: zeros.
+    def batches(
+        self, samples: Iterable[Content], counts: Counter[str]
+    ) -> Iterator[tuple[list[Content], Tensor]]:
+        """Batches of samples with their pictures' unit rows [n, D] float32; a picture that does not
+        open is counted: zeros.
 
         Threads decode the next batch while the model computes; no more than two batches are held.
         """
         samples, waiting = iter(samples), deque()
-        self.encoder()  # before the threads ask for it: functools.cache does not lock, so that each would load its own
+        # before the threads ask for it: functools.cache does not lock, so that each would load its
+        # own
+        self.encoder()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             while batch := list(islice(samples, self.batch)):
                 waiting.append((batch, [pool.submit(self._pixels, sample) for sample in batch]))
@@ -85,7 +109,9 @@ class Model:
         except ValueError:
             return None
 
-    def _rows(self, batch: list[Content], pixels: list, counts: Counter[str]) -> tuple[list[Content], Tensor]:
+    def _rows(
+        self, batch: list[Content], pixels: list, counts: Counter[str]
+    ) -> tuple[list[Content], Tensor]:
         import torch
 
         found = [future.result() for future in pixels]

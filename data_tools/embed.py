@@ -5,7 +5,8 @@ DIR/SHARD.safetensors holds
                    open or a sample has no caption (both are counted)
     metadata       model (its reference), scale (its learned inverse temperature), keys (SHA-256 in hex of the samples'
                    keys, one a line), so that a reader can tell whether the shard is still the same
-The source option `embeddings: DIR` hands them to training as a teacher's; `vlp data dedup --embeddings DIR` reads them.
+The source option `embeddings: DIR` hands them to training as a teacher's; `vlp data dedup
+--embeddings DIR` reads them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,15 @@ EXAMPLE = """vlp data embed data/train --model runs/teacher --to data/train_embe
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data embed`."""
-    parser.add_argument("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder for the files; the same call goes on where one stopped")
+    parser.add_argument(
+        "source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="folder for the files; the same call goes on where one stopped",
+    )
     _encoder.arguments(parser, required=True)
     work.arguments(parser)
 
@@ -50,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     sources, crew = expand(args.source), work.crew(args)
     names = Counter(path.stem for path in sources)
     if twice := [name for name, n in names.items() if n > 1]:
-        raise ValueError(f"several shards are called {twice[0]}; embed each folder of shards into a folder of its own")
+        raise ValueError(
+            f"several shards are called {twice[0]}; embed each folder of shards into a folder of its own"
+        )
     model, folder = _encoder.Model.of(args), Path(args.to)
     claim(folder, "embed", sources, model.settings())
     results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), crew)
@@ -73,7 +83,10 @@ class Embed:
         from vlp.files import write_atomically
 
         keys, counts = [], Counter()
-        rows = {"image": [torch.zeros(0, self.model.width())], "text": [torch.zeros(0, self.model.width())]}
+        rows = {
+            "image": [torch.zeros(0, self.model.width())],
+            "text": [torch.zeros(0, self.model.width())],
+        }
         for batch, images in self.model.batches(samples(job[1], counts), counts):
             keys += [sample.key for sample in batch]
             rows["image"].append(images)
@@ -90,7 +103,9 @@ class Embed:
         rows = torch.zeros(len(batch), self.model.width())
         told = [i for i, sample in enumerate(batch) if sample.captions]
         if told:
-            rows[told] = self.model.encoder().encode_texts([batch[i].captions[0] for i in told]).cpu()
+            rows[told] = (
+                self.model.encoder().encode_texts([batch[i].captions[0] for i in told]).cpu()
+            )
         if len(told) < len(batch):
             counts["samples without a caption"] += len(batch) - len(told)
         return rows

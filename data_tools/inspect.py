@@ -1,4 +1,6 @@
-"""`vlp data inspect`: what a data set holds, from its index and a sample of its images, and how fast it reads."""
+"""`vlp data inspect`: what a data set holds, from its index and a sample of its images, and how
+fast it reads.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,16 @@ EXAMPLE = """vlp data inspect data/train
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data inspect`."""
-    parser.add_argument("path", help="folder of shards, tar, or pattern with braces; several joined by ::")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="samples to read, at random (default: 1000)")
+    parser.add_argument(
+        "path", help="folder of shards, tar, or pattern with braces; several joined by ::"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="samples to read, at random (default: 1000)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
 
 
@@ -29,23 +39,30 @@ def run(args: argparse.Namespace) -> int:
 
     summary = summarise(args.path, args.samples)
     for name, value in summary.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        shown = (
+            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        )
         shown = "\n  ".join(["", *map(str, value)]) if isinstance(value, list) else shown
         print(f"{name.replace('_', ' '):<22}{shown if shown != '' else 'none'}")
     if args.json:
-        write_atomically(args.json, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(
+            args.json, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode()
+        )
     return 0
 
 
 def summarise(path: str, n: int) -> dict[str, Any]:
-    """Counts of the whole data set, and distributions over n of its samples drawn at random (the same each time)."""
+    """Counts of the whole data set, and distributions over n of its samples drawn at random (the
+    same each time).
+    """
     from vlp.config import Captions
     from vlp.data.picture import BadImage, array, header
     from vlp.data.sources.shards import Options
     from vlp.data.sources.shards import open as open_shards
     from vlp.data_tools.stats import quantiles
 
-    # Samples without captions are data too: the template only keeps those with a class from being dropped.
+    # Samples without captions are data too: the template only keeps those with a class from being
+    # dropped.
     source = open_shards(Options(path), Captions(class_templates=["{}"], missing="drop"))
     drawn = random.Random(0).sample(range(len(source)), min(n, len(source)))
     started = time.monotonic()
@@ -78,7 +95,9 @@ def summarise(path: str, n: int) -> dict[str, Any]:
         "image_kB": quantiles(Counter(round(len(sample.image) / 1e3, 1) for sample in samples)),
         "samples_with_text_in": dict(source.names.most_common(20)),
         "captions_a_sample": quantiles(Counter(len(sample.captions) for sample in samples)),
-        "words_a_caption": quantiles(Counter(len(text.split()) for sample in samples for text in sample.captions)),
+        "words_a_caption": quantiles(
+            Counter(len(text.split()) for sample in samples for text in sample.captions)
+        ),
         "json_fields": dict(fields.most_common()),
         "read_samples_a_s": round(len(samples) / max(read_s, 1e-9)),
         "decode_samples_a_s": round(len(samples) / max(decode_s, 1e-9)),

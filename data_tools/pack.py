@@ -1,8 +1,10 @@
-"""`vlp data pack`: images with captions or classes into shards, for training or in clip_benchmark's layout.
+"""`vlp data pack`: images with captions or classes into shards, for training or in clip_benchmark's
+layout.
 
-SOURCE is a folder or a tar: images with a caption table, images with a .txt, .json or .caption beside each (img2dataset's
-`files`), or one sub-folder a class. Every image is decoded once before anything is written; the output appears at its
-place only when it is whole. The samples of one "origin" stay together, in one shard and one part.
+SOURCE is a folder or a tar: images with a caption table, images with a .txt, .json or .caption
+beside each (img2dataset's `files`), or one sub-folder a class. Every image is decoded once before
+anything is written; the output appears at its place only when it is whole. The samples of one
+"origin" stay together, in one shard and one part.
 """
 
 from __future__ import annotations
@@ -41,38 +43,126 @@ EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/trai
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data pack`."""
     add = parser.add_argument
-    add("source", help="folder or tar of images: with texts beside them, one sub-folder a class, or named by --captions")
+    add(
+        "source",
+        help="folder or tar of images: with texts beside them, one sub-folder a class, or named by --captions",
+    )
     add("--to", required=True, metavar="DIR", help="the new folder")
-    add("--captions", metavar="TABLE",
-        help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; COCO's, Karpathy's, LLaVA's JSON")
-    add("--image-column", default="", metavar="NAME", help="column with image names (default: image, file_name, …)")
-    add("--caption-column", default=[], action="append", metavar="NAME", help="column with captions; may be repeated")
-    add("--class-column", default="", metavar="NAME", help="column with class names (default: class)")
-    add("--where", default=[], action="append", metavar="COLUMN=VALUE",
-        help="only rows with this value; repeated for one column: with one of these")
-    add("--only", default="", metavar="LIST", help="only images that this file names, one a line (Flickr_8k.trainImages.txt)")
-    add("--separator", default="", metavar="CHARACTER", help="of a text table: a character, tab or space (default: found)")
-    add("--encoding", default="", metavar="NAME", help="of a text table, such as cp1252 (default: UTF-8 or UTF-16)")
-    add("--header", choices=("auto", "yes", "no"), default="auto", help="whether the first line names the columns")
-    add("--quoting", choices=("auto", "csv", "none"), default="auto", help="csv: as RFC 4180 says; none: a quote is a character")
-    add("--lines", choices=("one", "each"), default="one",
-        help="a text of several lines beside an image is one caption, or each of its lines is one")
-    add("--split-folder", default="", metavar="NAME", help="only this sub-folder of SOURCE, where it holds splits")
-    add("--links", choices=("follow", "inside"), default="follow",
-        help="links that lead out of SOURCE: follow them and say so (default), or leave them out")
-    add("--part", metavar="K/N",
-        help="only these of N parts, chosen by a hash of the image's name or origin: 1,2/3 to train, 3/3 to test")
+    add(
+        "--captions",
+        metavar="TABLE",
+        help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; COCO's, Karpathy's, LLaVA's JSON",
+    )
+    add(
+        "--image-column",
+        default="",
+        metavar="NAME",
+        help="column with image names (default: image, file_name, …)",
+    )
+    add(
+        "--caption-column",
+        default=[],
+        action="append",
+        metavar="NAME",
+        help="column with captions; may be repeated",
+    )
+    add(
+        "--class-column",
+        default="",
+        metavar="NAME",
+        help="column with class names (default: class)",
+    )
+    add(
+        "--where",
+        default=[],
+        action="append",
+        metavar="COLUMN=VALUE",
+        help="only rows with this value; repeated for one column: with one of these",
+    )
+    add(
+        "--only",
+        default="",
+        metavar="LIST",
+        help="only images that this file names, one a line (Flickr_8k.trainImages.txt)",
+    )
+    add(
+        "--separator",
+        default="",
+        metavar="CHARACTER",
+        help="of a text table: a character, tab or space (default: found)",
+    )
+    add(
+        "--encoding",
+        default="",
+        metavar="NAME",
+        help="of a text table, such as cp1252 (default: UTF-8 or UTF-16)",
+    )
+    add(
+        "--header",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether the first line names the columns",
+    )
+    add(
+        "--quoting",
+        choices=("auto", "csv", "none"),
+        default="auto",
+        help="csv: as RFC 4180 says; none: a quote is a character",
+    )
+    add(
+        "--lines",
+        choices=("one", "each"),
+        default="one",
+        help="a text of several lines beside an image is one caption, or each of its lines is one",
+    )
+    add(
+        "--split-folder",
+        default="",
+        metavar="NAME",
+        help="only this sub-folder of SOURCE, where it holds splits",
+    )
+    add(
+        "--links",
+        choices=("follow", "inside"),
+        default="follow",
+        help="links that lead out of SOURCE: follow them and say so (default), or leave them out",
+    )
+    add(
+        "--part",
+        metavar="K/N",
+        help="only these of N parts, chosen by a hash of the image's name or origin: 1,2/3 to train, 3/3 to test",
+    )
     add("--samples-per-shard", type=int, default=10_000, metavar="N")
     add("--layout", choices=("train", "clip_benchmark"), default="train")
-    add("--split", default="test", help="name of the split's folder in clip_benchmark's layout (default: test)")
-    add("--template", default=[], action="append", metavar="TEXT", help="prompt with {} for the class (clip_benchmark)")
-    add("--on-missing", choices=("fail", "skip"), default="fail",
-        help="rows without a usable image, images without a text, class folders without an image: refuse, or leave out")
-    add("--overwrite", action="store_true", help="replace a folder that holds earlier output of this tool")
+    add(
+        "--split",
+        default="test",
+        help="name of the split's folder in clip_benchmark's layout (default: test)",
+    )
+    add(
+        "--template",
+        default=[],
+        action="append",
+        metavar="TEXT",
+        help="prompt with {} for the class (clip_benchmark)",
+    )
+    add(
+        "--on-missing",
+        choices=("fail", "skip"),
+        default="fail",
+        help="rows without a usable image, images without a text, class folders without an image: refuse, or leave out",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace a folder that holds earlier output of this tool",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack; returns 1 after naming everything unusable, having written nothing. Raises ValueError, OSError."""
+    """Pack; returns 1 after naming everything unusable, having written nothing. Raises ValueError,
+    OSError.
+    """
     from vlp.locks import held
 
     target = Path(args.to)
@@ -134,7 +224,15 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuse options that choose from a table where none is named: they would be ignored."""
-    of_tables = ("image_column", "caption_column", "class_column", "where", "only", "separator", "encoding")
+    of_tables = (
+        "image_column",
+        "caption_column",
+        "class_column",
+        "where",
+        "only",
+        "separator",
+        "encoding",
+    )
     useless = [f"--{name.replace('_', '-')}" for name in of_tables if getattr(args, name)]
     useless += [f"--{name}" for name in ("header", "quoting") if getattr(args, name) != "auto"]
     if useless and not args.captions:
@@ -182,11 +280,17 @@ def _some(names: list[str]) -> str:
 
 
 def _in_part(name: str, part: str) -> bool:
-    """Whether a name belongs to the parts "K,…/N": the same split of a set in every call and on every machine."""
+    """Whether a name belongs to the parts "K,…/N": the same split of a set in every call and on
+    every machine.
+    """
     chosen, _, total = part.partition("/")
     numbers = chosen.split(",")
-    if not (total.isdecimal() and all(k.isdecimal() and 1 <= int(k) <= int(total) for k in numbers)):
-        raise ValueError(f"--part {part!r} is not of the form K/N with 1 <= K <= N, such as 3/3 or 1,2/3")
+    if not (
+        total.isdecimal() and all(k.isdecimal() and 1 <= int(k) <= int(total) for k in numbers)
+    ):
+        raise ValueError(
+            f"--part {part!r} is not of the form K/N with 1 <= K <= N, such as 3/3 or 1,2/3"
+        )
     return str(zlib.crc32(name.encode("utf-8", "surrogateescape")) % int(total) + 1) in numbers
 
 
@@ -219,10 +323,13 @@ def _without_unreadable(named: list[Named], archive: Archive) -> tuple[list[Name
 
 @contextmanager
 def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that becomes `target`, in place of an earlier one, when the block ends without an error."""
+    """A folder to write into that becomes `target`, in place of an earlier one, when the block ends
+    without an error.
+    """
     from vlp.files import sync
 
-    # Named by process, so that two calls do not write into one folder. What killed calls left behind is removed.
+    # Named by process, so that two calls do not write into one folder. What killed calls left
+    # behind is removed.
     prefix = f".{target.name}.{socket.gethostname()}."
     for leftover in target.parent.glob(f"{prefix}*.partial"):
         if not _is_alive(leftover.name.removeprefix(prefix).removesuffix(".partial")):
@@ -263,11 +370,17 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} is a file; --to names a new folder")
     held = [path for path in target.rglob("*") if not path.is_dir()]
     if held and not overwrite:
-        raise FileExistsError(f"{target} is not empty; choose another folder, or --overwrite to replace it")
+        raise FileExistsError(
+            f"{target} is not empty; choose another folder, or --overwrite to replace it"
+        )
     ours = {".tar", ".txt", ".json", ".bin"}
-    foreign = [path for path in held if path.suffix not in ours or not any(target.rglob("*_stats.json"))]
+    foreign = [
+        path for path in held if path.suffix not in ours or not any(target.rglob("*_stats.json"))
+    ]
     if foreign:
-        raise FileExistsError(f"{target} holds files that no pack wrote, such as {foreign[0].name}; choose another folder")
+        raise FileExistsError(
+            f"{target} holds files that no pack wrote, such as {foreign[0].name}; choose another folder"
+        )
 
 
 def _table(args: argparse.Namespace) -> Listing:
@@ -281,11 +394,16 @@ def _table(args: argparse.Namespace) -> Listing:
             raise ValueError(f"--where {condition!r} is not of the form COLUMN=VALUE")
         where.setdefault(column, []).append(value)
     options = TableOptions(
-        image_column=args.image_column, caption_columns=args.caption_column, class_column=args.class_column,
-        where=where, only=args.only,
-        separator=args.separator, encoding=args.encoding, quoting=args.quoting,
+        image_column=args.image_column,
+        caption_columns=args.caption_column,
+        class_column=args.class_column,
+        where=where,
+        only=args.only,
+        separator=args.separator,
+        encoding=args.encoding,
+        quoting=args.quoting,
         header={"yes": True, "no": False}.get(args.header),
-    )  # fmt: skip
+    )
     listing = items(args.captions, options)
     print(f"{args.captions}: {listing}")
     for note in listing.notes:
@@ -293,8 +411,12 @@ def _table(args: argparse.Namespace) -> Listing:
     return listing
 
 
-def _sort_out(items: list, archive: Archive, listing: Listing | None) -> tuple[list[Named], dict[str, list[str]]]:
-    """The items with the names of their images, and by reason a line for each row that cannot be packed."""
+def _sort_out(
+    items: list, archive: Archive, listing: Listing | None
+) -> tuple[list[Named], dict[str, list[str]]]:
+    """The items with the names of their images, and by reason a line for each row that cannot be
+    packed.
+    """
     named, unreadable, missing, silent = [], list(listing.problems if listing else []), [], []
     for item in items:
         place = f"{listing.place(item)}: " if listing else ""
@@ -330,7 +452,8 @@ def _write(
         for family in _progress(families(named), "packed"):
             writer.make_room(len(family))
             for item, name in family:
-                # clip_benchmark reads a retrieval caption a line; a training .txt holds one caption.
+                # clip_benchmark reads a retrieval caption a line; a training .txt holds one
+                # caption.
                 txt = (
                     "\n".join(" ".join(text.split()) for text in item.captions)
                     if retrieval
@@ -364,7 +487,9 @@ def _write(
 
 
 def _progress(things: list, done: str, size: int = 1) -> Iterator:
-    """The things, with a line on a terminal that says how far, how fast and how long still. Each is `size` images."""
+    """The things, with a line on a terminal that says how far, how fast and how long still. Each is
+    `size` images.
+    """
     started = shown = time.monotonic()
     for i, thing in enumerate(things, 1):
         yield thing

@@ -1,11 +1,14 @@
-"""`vlp data reshard`: shards, also compressed ones, → shards of another size, in the same order or shuffled by a seed.
+"""`vlp data reshard`: shards, also compressed ones, → shards of another size, in the same order or
+shuffled by a seed.
 
-The order of all samples is fixed first (20 bytes a sample of memory, 60 while shuffling), then every new shard is made by
-itself, so that machines and processes share the work and a killed call goes on. Shuffled, every sample is read from its
-own place: slow on disks that turn, and from remote shards.
+The order of all samples is fixed first (20 bytes a sample of memory, 60 while shuffling), then
+every new shard is made by itself, so that machines and processes share the work and a killed call
+goes on. Shuffled, every sample is read from its own place: slow on disks that turn, and from remote
+shards.
 
-Samples of one "origin" that lie side by side are a family, which stays together: a shuffle moves it as a whole, and no cut
-between two shards goes through it, so that `data.together` finds it. A family larger than a shard gets a larger shard.
+Samples of one "origin" that lie side by side are a family, which stays together: a shuffle moves it
+as a whole, and no cut between two shards goes through it, so that `data.together` finds it. A
+family larger than a shard gets a larger shard.
 """
 
 from __future__ import annotations
@@ -33,11 +36,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data reshard`."""
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
-    add("--samples-per-shard", type=int, metavar="N", help="default: 10000, unless --megabytes-per-shard is given")
-    add("--megabytes-per-shard", type=float, metavar="MB", help="a shard ends before the sample that would exceed this")
-    add("--shuffle", type=int, metavar="SEED", help="permute all samples (default: keep their order)")
-    add("--renumber", action="store_true", help="give new keys; the old ones stay in the JSON as source_key")
+    add(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="folder for the new shards; the same call goes on where one stopped",
+    )
+    add(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        help="default: 10000, unless --megabytes-per-shard is given",
+    )
+    add(
+        "--megabytes-per-shard",
+        type=float,
+        metavar="MB",
+        help="a shard ends before the sample that would exceed this",
+    )
+    add(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="permute all samples (default: keep their order)",
+    )
+    add(
+        "--renumber",
+        action="store_true",
+        help="give new keys; the old ones stay in the JSON as source_key",
+    )
     work.arguments(parser)
 
 
@@ -54,12 +81,16 @@ def run(args: argparse.Namespace) -> int:
     sources, crew, folder = expand(args.source, packed=True), work.crew(args), Path(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
-    claim(folder, "reshard", sources, {**limits, "shuffle": args.shuffle, "renumber": args.renumber})
+    claim(
+        folder, "reshard", sources, {**limits, "shuffle": args.shuffle, "renumber": args.renumber}
+    )
     unpacked = Unpacked(folder)
     sources = [unpacked.plain(path) for path in sources]
     shards = index(sources)
     if problems := sum(shard.n_problems for shard in shards):
-        print(f"{problems} problems in the input, which `vlp data validate` names; what they concern is left out")
+        print(
+            f"{problems} problems in the input, which `vlp data validate` names; what they concern is left out"
+        )
     spans = _spans([shard.rows for shard in shards])
     if not len(spans):
         raise ValueError(f"{args.source} holds no usable sample")
@@ -67,10 +98,16 @@ def run(args: argparse.Namespace) -> int:
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
     jobs = [
-        work.Job(folder / f"{number:05d}_reshard.json", (number, spans[start:stop]), int(spans["length"][start:stop].sum()))
+        work.Job(
+            folder / f"{number:05d}_reshard.json",
+            (number, spans[start:stop]),
+            int(spans["length"][start:stop].sum()),
+        )
         for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits))
     ]
-    results = work.carry_out("reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew)
+    results = work.carry_out(
+        "reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew
+    )
     if None not in results:
         index(sorted(folder.glob("*.tar")))
         unpacked.remove()
@@ -79,7 +116,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _spans(rows: list[bytes]) -> np.ndarray:
-    """(shard, its number in the shard, bytes, family) of every sample, in order; a shard's index tells its families."""
+    """(shard, its number in the shard, bytes, family) of every sample, in order; a shard's index
+    tells its families.
+    """
     import numpy as np
 
     from vlp.data.rows import CONTINUES, ROW
@@ -91,7 +130,11 @@ def _spans(rows: list[bytes]) -> np.ndarray:
     for shard, data in enumerate(rows):
         found = np.frombuffer(data, row)
         part = spans[start : start + len(found)]
-        part["shard"], part["number"], part["length"] = shard, np.arange(len(found)), found["length"]
+        part["shard"], part["number"], part["length"] = (
+            shard,
+            np.arange(len(found)),
+            found["length"],
+        )
         part["family"] = found["flags"] & CONTINUES == 0
         start += len(found)
     spans["family"] = np.cumsum(spans["family"])
@@ -99,7 +142,9 @@ def _spans(rows: list[bytes]) -> np.ndarray:
 
 
 def _join_families(spans: np.ndarray, sources: list[tuple[Path, Shard]]) -> None:
-    """Let the first family of a shard be the last one of the shard before, where both have one origin."""
+    """Let the first family of a shard be the last one of the shard before, where both have one
+    origin.
+    """
     import numpy as np
 
     firsts = np.flatnonzero(np.diff(spans["shard"]) > 0) + 1
@@ -116,7 +161,9 @@ def _origin(span: np.void, sources: list[tuple[Path, Shard]]) -> Any:
 
 
 def _shuffled(families: np.ndarray, seed: int) -> np.ndarray:
-    """The places of the samples after the families are permuted; within one, samples keep their order."""
+    """The places of the samples after the families are permuted; within one, samples keep their
+    order.
+    """
     import numpy as np
 
     starts = np.flatnonzero(np.diff(families, prepend=-1))
@@ -126,8 +173,12 @@ def _shuffled(families: np.ndarray, seed: int) -> np.ndarray:
     return np.repeat(starts[order], sizes) + within
 
 
-def _cuts(lengths: np.ndarray, families: np.ndarray, n_samples: int, n_bytes: int) -> list[tuple[int, int]]:
-    """(first, end) of each new shard: as many whole families as neither limit forbids (0: none), at least one."""
+def _cuts(
+    lengths: np.ndarray, families: np.ndarray, n_samples: int, n_bytes: int
+) -> list[tuple[int, int]]:
+    """(first, end) of each new shard: as many whole families as neither limit forbids (0: none), at
+    least one.
+    """
     import numpy as np
 
     starts = np.flatnonzero(np.diff(families.astype(np.int64), prepend=-1))
@@ -137,7 +188,9 @@ def _cuts(lengths: np.ndarray, families: np.ndarray, n_samples: int, n_bytes: in
         before = ends[start - 1] if start else 0
         stop = int(np.searchsorted(ends, before + n_bytes, "right")) if n_bytes else len(lengths)
         stop = min(stop, start + n_samples if n_samples else stop, len(lengths))
-        whole = int(bounds[np.searchsorted(bounds, stop, "right") - 1])  # the last end of a family up to there
+        whole = int(
+            bounds[np.searchsorted(bounds, stop, "right") - 1]
+        )  # the last end of a family up to there
         if whole <= start:
             whole = int(bounds[np.searchsorted(bounds, start, "right")])
         cuts.append((start, whole))
@@ -160,7 +213,9 @@ class Write:
 
         number, spans = job
         counts: Counter[str] = Counter()
-        with ShardWriter(self.folder, len(spans) + 1, first_shard=number, overwrite=True, indexed=False) as writer:
+        with ShardWriter(
+            self.folder, len(spans) + 1, first_shard=number, overwrite=True, indexed=False
+        ) as writer:
             for source, i, *_ in spans.tolist():
                 path, shard = self.sources[source]
                 with open(path, "rb") as file:
@@ -169,7 +224,11 @@ class Write:
                 counts["samples read"] += 1
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
                 try:
-                    put(writer, Changed(sample, list(sample.captions), meta), None if self.renumber else sample.key)
+                    put(
+                        writer,
+                        Changed(sample, list(sample.captions), meta),
+                        None if self.renumber else sample.key,
+                    )
                 except ValueError as error:
                     advice = "" if self.renumber else "; --renumber gives new keys"
                     raise ValueError(f"{path}: {error}{advice}") from None

@@ -1,7 +1,9 @@
-"""`vlp data sheet`: some samples of a data set with their captions, as one picture or one page, to look at.
+"""`vlp data sheet`: some samples of a data set with their captions, as one picture or one page, to
+look at.
 
-Samples are drawn by seed. Where there are more shards than samples, as many shards are drawn first and only those are
-read, so that a look at a large data set stays quick; samples of small shards are then drawn more often than others.
+Samples are drawn by seed. Where there are more shards than samples, as many shards are drawn first
+and only those are read, so that a look at a large data set stays quick; samples of small shards are
+then drawn more often than others.
 """
 
 from __future__ import annotations
@@ -41,10 +43,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data sheet`."""
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add("--to", required=True, type=Path, metavar="FILE", help=".html (all captions with their negatives, any script) or .png")
+    add(
+        "--to",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help=".html (all captions with their negatives, any script) or .png",
+    )
     add("--samples", type=int, default=48, metavar="N", help="default: %(default)s")
-    add("--columns", type=int, default=6, metavar="N", help="pictures side by side in a PNG (default: %(default)s)")
-    add("--size", type=int, default=192, metavar="PX", help="longest side of a picture (default: %(default)s)")
+    add(
+        "--columns",
+        type=int,
+        default=6,
+        metavar="N",
+        help="pictures side by side in a PNG (default: %(default)s)",
+    )
+    add(
+        "--size",
+        type=int,
+        default=192,
+        metavar="PX",
+        help="longest side of a picture (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
 
 
@@ -62,11 +82,17 @@ def run(args: argparse.Namespace) -> int:
     if not drawn:
         raise ValueError(f"{args.source} holds no usable sample")
     shown = [show(sample, args.size) for sample in drawn]
-    data = page(shown, args.source).encode(errors="replace") if args.to.suffix == ".html" else png(shown, args.columns, args.size)
+    data = (
+        page(shown, args.source).encode(errors="replace")
+        if args.to.suffix == ".html"
+        else png(shown, args.columns, args.size)
+    )
     args.to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.to, data)
     broken = sum(item.picture is None for item in shown)
-    print(f"{args.to}: {len(shown)} samples, {broken} without a readable picture; {counts['problems']} problems in the shards read")
+    print(
+        f"{args.to}: {len(shown)} samples, {broken} without a readable picture; {counts['problems']} problems in the shards read"
+    )
     return 0
 
 
@@ -92,7 +118,10 @@ def show(sample: Content, size: int) -> Shown:
     from vlp.data.wrong_captions import read
 
     wrong = read(sample.meta, "negatives", sample.captions)
-    negatives = [[wrong.texts[place] for place in wrong.of(caption) if wrong.valid[place]] for caption in sample.captions]
+    negatives = [
+        [wrong.texts[place] for place in wrong.of(caption) if wrong.valid[place]]
+        for caption in sample.captions
+    ]
     try:
         picture = rgb(sample.image, side=2 * size)
     except BadImage as error:
@@ -127,22 +156,42 @@ def page(shown: list[Shown], title: str) -> str:
 
 
 def png(shown: list[Shown], columns: int, size: int) -> bytes:
-    """The sheet as one picture: the first captions below, cut to a few lines; letters beyond the font's show as boxes."""
+    """The sheet as one picture: the first captions below, cut to a few lines; letters beyond the
+    font's show as boxes.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(11)
-    size = max(96, *(max(item.picture.size) for item in shown if item.picture is not None)) if size > 96 else size
+    size = (
+        max(96, *(max(item.picture.size) for item in shown if item.picture is not None))
+        if size > 96
+        else size
+    )
     height = size + _GAP + _LINE * _MAX_LINES
     rows = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (columns * (size + _GAP) + _GAP, rows * (height + _GAP) + _GAP), "white")
+    sheet = Image.new(
+        "RGB", (columns * (size + _GAP) + _GAP, rows * (height + _GAP) + _GAP), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for place, item in enumerate(shown):
-        left, top = _GAP + place % columns * (size + _GAP), _GAP + place // columns * (height + _GAP)
+        left, top = (
+            _GAP + place % columns * (size + _GAP),
+            _GAP + place // columns * (height + _GAP),
+        )
         if item.picture is not None:
-            sheet.paste(item.picture, (left + (size - item.picture.width) // 2, top + size - item.picture.height))
+            sheet.paste(
+                item.picture,
+                (left + (size - item.picture.width) // 2, top + size - item.picture.height),
+            )
         text = item.problem or (item.captions[0] if item.captions else "(no caption)")
         lines = textwrap.wrap(text, max(8, size // 6))[:_MAX_LINES]
-        pen.text((left, top + size + _GAP // 2), "\n".join(lines), "firebrick" if item.problem else "black", font, spacing=1)
+        pen.text(
+            (left, top + size + _GAP // 2),
+            "\n".join(lines),
+            "firebrick" if item.problem else "black",
+            font,
+            spacing=1,
+        )
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()

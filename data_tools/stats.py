@@ -3,9 +3,10 @@
     DIR/stats.html    resolutions, aspect ratios, file sizes, caption lengths, numbers, languages
     DIR/stats.json    the same with all values: {"counts", "distributions": {name: {"quantiles", "values"}}}
 
-Sizes come from the pictures' headers, none is decoded. A language is guessed from a caption's script and stop words
-(see _captions.py), wrong for short captions and for languages that are not in the list. Numbers are those from two to ten
-that count something exactly, as `vlp data counting` reads them.
+Sizes come from the pictures' headers, none is decoded. A language is guessed from a caption's
+script and stop words (see _captions.py), wrong for short captions and for languages that are not in
+the list. Numbers are those from two to ten that count something exactly, as `vlp data counting`
+reads them.
 """
 
 from __future__ import annotations
@@ -28,19 +29,33 @@ EXAMPLE = """vlp data stats data/train --to stats/train --processes 8
 """
 # What is counted, in the page's order, with what it is on the page.
 PICTURES = {
-    "width": "width, px", "height": "height, px", "aspect": "width / height", "kilobytes": "kB a picture", "type": "file type",
-}  # fmt: skip
+    "width": "width, px",
+    "height": "height, px",
+    "aspect": "width / height",
+    "kilobytes": "kB a picture",
+    "type": "file type",
+}
 CAPTIONS = {
-    "captions": "captions a sample", "words": "words a caption", "characters": "characters a caption",
-    "numbers": "what captions count", "language": "language of captions (a guess)",
-}  # fmt: skip
+    "captions": "captions a sample",
+    "words": "words a caption",
+    "characters": "characters a caption",
+    "numbers": "what captions count",
+    "language": "language of captions (a guess)",
+}
 _BINS = 24
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data stats`."""
-    parser.add_argument("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder for the page; the same call goes on where one stopped")
+    parser.add_argument(
+        "source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="folder for the page; the same call goes on where one stopped",
+    )
     work.arguments(parser)
 
 
@@ -56,10 +71,21 @@ def run(args: argparse.Namespace) -> int:
     results = work.carry_out("stats", jobs(sources, folder, "counted"), count, crew)
     if None in results:
         return 0
-    counts, values = work.total(results), {name: _merged(results, name) for name in (*PICTURES, *CAPTIONS)}
-    told = {name: {"quantiles": quantiles(found), "values": dict(found)} for name, found in values.items()}
-    write_atomically(folder / "stats.json", json.dumps({"counts": counts, "distributions": told}, indent=1).encode())
-    write_atomically(folder / "stats.html", page(args.source, len(sources), counts, values).encode())
+    counts, values = (
+        work.total(results),
+        {name: _merged(results, name) for name in (*PICTURES, *CAPTIONS)},
+    )
+    told = {
+        name: {"quantiles": quantiles(found), "values": dict(found)}
+        for name, found in values.items()
+    }
+    write_atomically(
+        folder / "stats.json",
+        json.dumps({"counts": counts, "distributions": told}, indent=1).encode(),
+    )
+    write_atomically(
+        folder / "stats.html", page(args.source, len(sources), counts, values).encode()
+    )
     print(work.report(counts, f"{folder / 'stats.html'}, {folder / 'stats.json'}:"))
     return 0
 
@@ -106,7 +132,9 @@ def _merged(results: list[work.Result], name: str) -> Counter:
 
 
 def quantiles(values: Counter) -> dict[str, float]:
-    """Smallest, 5 %, median, 95 %, largest of counted numbers; {} where there are none, and for names."""
+    """Smallest, 5 %, median, 95 %, largest of counted numbers; {} where there are none, and for
+    names.
+    """
     if not values or isinstance(next(iter(values)), str):
         return {}
     places = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
@@ -127,20 +155,34 @@ def page(source: str, n_shards: int, counts: Counter[str], values: dict[str, Cou
         drawn = []
         for name, title in names.items():
             middle = quantiles(values[name]).get("median")
-            drawn.append(charts.bars(title, binned(values[name]), f"median {middle:g}" if middle is not None else ""))
+            drawn.append(
+                charts.bars(
+                    title, binned(values[name]), f"median {middle:g}" if middle is not None else ""
+                )
+            )
         return markup.tag("div", drawn, class_="cards")
 
-    facts = markup.table(("", "number"), [("shards", f"{n_shards:,}"), *((name, f"{counts[name]:,}") for name in sorted(counts))])
+    facts = markup.table(
+        ("", "number"),
+        [("shards", f"{n_shards:,}"), *((name, f"{counts[name]:,}") for name in sorted(counts))],
+    )
     sections = [
         markup.section("counts", "Counts", facts),
         markup.section("pictures", "Pictures", cards(PICTURES)),
-        markup.section("captions", "Captions", cards(CAPTIONS), lead="Languages are guessed by script and stop words."),
+        markup.section(
+            "captions",
+            "Captions",
+            cards(CAPTIONS),
+            lead="Languages are guessed by script and stop words.",
+        ),
     ]
     return markup.page(private(source), sections, "vlp data stats")
 
 
 def binned(values: Counter) -> list[tuple[str, int]]:
-    """(label, how often) for a plot: the commonest names; single numbers where they are few, else equal ranges up to 99 %."""
+    """(label, how often) for a plot: the commonest names; single numbers where they are few, else
+    equal ranges up to 99 %.
+    """
     if not values:
         return []
     if isinstance(next(iter(values)), str):
@@ -148,10 +190,14 @@ def binned(values: Counter) -> list[tuple[str, int]]:
     if len(values) <= _BINS:
         return [(f"{value:g}", times) for value, times in sorted(values.items())]
     ordered, low, seen = sorted(values.items()), min(values), 0
-    high = next(value for value, times in ordered if (seen := seen + times) >= 0.99 * values.total())
+    high = next(
+        value for value, times in ordered if (seen := seen + times) >= 0.99 * values.total()
+    )
     width = (high - low) / _BINS or 1
     width = math.ceil(width) if isinstance(low, int) else width
     result = [0] * _BINS
     for value, times in ordered:
         result[min(int((value - low) / width), _BINS - 1)] += times
-    return [(f"{low + i * width:.3g}" + "+" * (i == _BINS - 1), times) for i, times in enumerate(result)]
+    return [
+        (f"{low + i * width:.3g}" + "+" * (i == _BINS - 1), times) for i, times in enumerate(result)
+    ]

@@ -1,4 +1,6 @@
-"""`vlp data validate`: read every sample of every shard, decode every image, and name all that training could not use."""
+"""`vlp data validate`: read every sample of every shard, decode every image, and name all that
+training could not use.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,22 @@ EXAMPLE = """vlp data validate data/train
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data validate`."""
-    parser.add_argument("path", help="folder of shards, tar, or pattern with braces; several joined by ::")
+    parser.add_argument(
+        "path", help="folder of shards, tar, or pattern with braces; several joined by ::"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report")
-    parser.add_argument("--notes", metavar="DIR", help="keep what each shard came to, for a later call or other machines to go on")
+    parser.add_argument(
+        "--notes",
+        metavar="DIR",
+        help="keep what each shard came to, for a later call or other machines to go on",
+    )
     work.arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 where all is fine, 1 after naming what is not, or where no sample is good. Raises ValueError, OSError."""
+    """Returns 0 where all is fine, 1 after naming what is not, or where no sample is good. Raises
+    ValueError, OSError.
+    """
     from vlp.data.paths import expand
     from vlp.data.rows import said
     from vlp.data_tools._run.shards import claim, jobs
@@ -47,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{report['shard']}: {problem}")
         if report["n_problems"] > len(report["problems"]):
             print(f"{report['shard']}: and {report['n_problems'] - len(report['problems'])} more")
-    n_samples, n_problems = (sum(report[name] for report in reports) for name in ("samples", "n_problems"))
+    n_samples, n_problems = (
+        sum(report[name] for report in reports) for name in ("samples", "n_problems")
+    )
     left_out = sum((Counter(report["left_out"]) for report in reports), Counter())
     if left_out:
         print(f"odd or passed over: {said(left_out)}")
@@ -55,16 +67,24 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(reports)} shards, {n_samples} good samples, {n_problems} problems in {bad} shards")
     if args.json:
         summary = {
-            "shards": len(reports), "samples": n_samples, "problems": n_problems, "left_out": left_out, "reports": reports,
-        }  # fmt: skip
-        write_atomically(args.json, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+            "shards": len(reports),
+            "samples": n_samples,
+            "problems": n_problems,
+            "left_out": left_out,
+            "reports": reports,
+        }
+        write_atomically(
+            args.json, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode()
+        )
     if not n_samples:
         print("there is no good sample to train on")
     return 1 if n_problems or not n_samples else 0
 
 
 def check_shard(job: tuple[int, Path]) -> work.Result:
-    """{"shard", "samples" (good ones), "n_problems", "problems" (the first in words), "left_out", "counts"} of one tar."""
+    """{"shard", "samples" (good ones), "n_problems", "problems" (the first in words), "left_out",
+    "counts"} of one tar.
+    """
     from vlp.data.rows import Shard
     from vlp.data.scan import scan
 
@@ -77,7 +97,10 @@ def check_shard(job: tuple[int, Path]) -> work.Result:
         shard.report("", f"not readable: {error}")
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.exists() and (promised := _promised(stats)) != shard.count:
-        shard.report("", f"another number of samples than promised: {stats.name} says {promised}, the tar has {shard.count}")
+        shard.report(
+            "",
+            f"another number of samples than promised: {stats.name} says {promised}, the tar has {shard.count}",
+        )
     found = {name: getattr(shard, name) for name in ("n_problems", "problems", "left_out")}
     return {"shard": str(path), "samples": n_good, **found, "counts": {"samples read": shard.count}}
 

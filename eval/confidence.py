@@ -1,8 +1,10 @@
-"""How far a score can be trusted: Wilson intervals, bootstrap, and the paired bootstrap of a difference.
+"""How far a score can be trusted: Wilson intervals, bootstrap, and the paired bootstrap of a
+difference.
 
-A score is a ratio Σ numerator / Σ denominator over units that could have been drawn otherwise (an image, with all its
-captions). `items` [U, 2] holds each unit's two parts: (hit, 1) for an accuracy, (hits, captions) for image retrieval,
-(hit / class size, 1 / class size) for the mean per-class recall. Every interval is at 95 %.
+A score is a ratio Σ numerator / Σ denominator over units that could have been drawn otherwise (an
+image, with all its captions). `items` [U, 2] holds each unit's two parts: (hit, 1) for an accuracy,
+(hits, captions) for image retrieval, (hit / class size, 1 / class size) for the mean per-class
+recall. Every interval is at 95 %.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ def score(items: Tensor) -> float:
 
 
 def wilson(hits: float, n: int, z: float = Z) -> tuple[float, float]:
-    """The Wilson score interval of a share of `hits` in `n` (Wilson 1927): sound near 0 and 1, where ±1.96 σ is not."""
+    """The Wilson score interval of a share of `hits` in `n` (Wilson 1927): sound near 0 and 1,
+    where ±1.96 σ is not.
+    """
     if n < 1 or not 0 <= hits <= n:
         raise ValueError(f"expected 0 <= hits <= n and n >= 1, found {hits} of {n}")
     share = hits / n
@@ -33,16 +37,22 @@ def wilson(hits: float, n: int, z: float = Z) -> tuple[float, float]:
 
 
 def interval(items: Tensor, seed: int = 0) -> tuple[float, float]:
-    """Wilson for a plain accuracy (every unit 0 or 1, of weight 1), else the bootstrap's 2.5 and 97.5 % quantiles."""
+    """Wilson for a plain accuracy (every unit 0 or 1, of weight 1), else the bootstrap's 2.5 and
+    97.5 % quantiles.
+    """
     numerator, denominator = items.double().unbind(1)
     if bool((denominator == 1).all()) and bool(((numerator == 0) | (numerator == 1)).all()):
         return wilson(float(numerator.sum()), len(items))
-    low, high = torch.quantile(resampled(items, seed), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(
+        resampled(items, seed), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    ).tolist()
     return low, high
 
 
 def resampled(items: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:
-    """[resamples] scores of as many units drawn with replacement. What they compete with (the gallery) stays."""
+    """[resamples] scores of as many units drawn with replacement. What they compete with (the
+    gallery) stays.
+    """
     generator = torch.Generator().manual_seed(seed)
     items, n = items.double(), len(items)
     at_once = max(1, 2_000_000 // n)  # resamples drawn together: bounded memory, few calls
@@ -62,5 +72,7 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float
     if a.shape != b.shape:
         raise ValueError(f"paired scores need the same units, found {len(a)} and {len(b)}")
     difference = resampled(a, seed) - resampled(b, seed)
-    low, high = torch.quantile(difference, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(
+        difference, torch.tensor([0.025, 0.975], dtype=torch.float64)
+    ).tolist()
     return score(a) - score(b), low, high

@@ -1,15 +1,16 @@
-"""Evaluation sets, however they lie on disk: `open_source(path, split)` finds out which of these it is.
+"""Evaluation sets, however they lie on disk: `open_source(path, split)` finds out which of these it
+is.
 
-    folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
-                                    zeroshot_classification_templates.txt, dataset_type.txt
-    folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class", or captions)
-    folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
-    folder or tar of images         key.jpg with its captions in key.txt, key.json or key.caption, at any depth
-    folder or tar of folders        one folder of images a class, where no text lies beside an image
-    table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables reads: COCO's
-                                    captions_*.json and Karpathy's dataset_*.json too; the images in `images`, the .tar of
-                                    the same name, or the table's folder
-    hf:user/name                    any of the above in a data set repository on the hub
+folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
+                                zeroshot_classification_templates.txt, dataset_type.txt
+folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class", or captions)
+folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
+folder or tar of images         key.jpg with its captions in key.txt, key.json or key.caption, at any depth
+folder or tar of folders        one folder of images a class, where no text lies beside an image
+table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables reads: COCO's
+                                captions_*.json and Karpathy's dataset_*.json too; the images in `images`, the .tar of
+                                the same name, or the table's folder
+hf:user/name                    any of the above in a data set repository on the hub
 """
 
 from __future__ import annotations
@@ -33,14 +34,33 @@ from vlp.data.paths import is_packed, plain_only, shards_in
 from vlp.data.rows import Shard
 from vlp.data.scan import Found, read
 from vlp.data.tables import TableOptions
-from vlp.data.tables.columns import IMAGE_COLUMNS, column, listed, split_column, usual, usual_captions
+from vlp.data.tables.columns import (
+    IMAGE_COLUMNS,
+    column,
+    listed,
+    split_column,
+    usual,
+    usual_captions,
+)
 from vlp.data.tables.values import NoText, equals, shown
 from vlp.data.tables.values import texts as texts_of
 from vlp.data.trees import read_tree, splits_in
 from vlp.eval import classes
-from vlp.eval.pictures import Collection, DataError, Picture, open_archive, picture_of, refuse_missing
+from vlp.eval.pictures import (
+    Collection,
+    DataError,
+    Picture,
+    open_archive,
+    picture_of,
+    refuse_missing,
+)
 
-NUMBERS = ("label", "fine_label", "labels", "cls")  # columns of class numbers in the hub's data sets
+NUMBERS = (
+    "label",
+    "fine_label",
+    "labels",
+    "cls",
+)  # columns of class numbers in the hub's data sets
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,9 @@ class Record:
 
     picture: Picture
     captions: tuple[str, ...] = ()
-    label: int | str | tuple[int, ...] | None = None  # class number, class name, or several numbers (multi-label)
+    label: int | str | tuple[int, ...] | None = (
+        None  # class number, class name, or several numbers (multi-label)
+    )
     meta: dict[str, Any] = field(default_factory=dict)  # the sample's JSON, or the table's row
 
 
@@ -62,7 +84,9 @@ class Source:
     classes: list[str] | None = None  # by class number, where the set lists them
     templates: list[str] | None = None  # where the set brings its own
     multilabel: bool = False
-    skipped: list[str] = field(default_factory=list)  # annotations left out because their images are missing
+    skipped: list[str] = field(
+        default_factory=list
+    )  # annotations left out because their images are missing
     n_joined: int = 0  # records that went because their pictures equal another one's
 
 
@@ -104,19 +128,35 @@ def _short_name(path: str) -> str:
 
 
 def _download(repository: str, split: str) -> Path:
-    """Fetch what belongs to a split, by the names that the hub's data sets and clip_benchmark's use."""
+    """Fetch what belongs to a split, by the names that the hub's data sets and clip_benchmark's
+    use.
+    """
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{split}/*", f"*/{split}/*", f"{split}-*", f"*/{split}-*", f"{split}.*", f"*/{split}.*", "*.txt"]
+    wanted = [
+        f"{split}/*",
+        f"*/{split}/*",
+        f"{split}-*",
+        f"*/{split}-*",
+        f"{split}.*",
+        f"*/{split}.*",
+        "*.txt",
+    ]
     return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
 
 
-def _by_content(root: Path, split: str, missing: str, options: TableOptions, texts: Texts) -> Source:
-    """Shards, parquet files, or a tree of images in a folder or tar: whichever lies there; both kinds are refused."""
+def _by_content(
+    root: Path, split: str, missing: str, options: TableOptions, texts: Texts
+) -> Source:
+    """Shards, parquet files, or a tree of images in a folder or tar: whichever lies there; both
+    kinds are refused.
+    """
     archive = _archive_of_split(root, split)
     in_folders = next((name for name in archive.names if "/" in name), None)
     tars = _tars(root, split)
-    named = root.is_file() and bool(archive.texts) and not archive.below  # a shard; without texts its folders are classes
+    named = (
+        root.is_file() and bool(archive.texts) and not archive.below
+    )  # a shard; without texts its folders are classes
     if named or (tars and root.is_dir() and in_folders is None):
         choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
         source = _from_tars(root, tars, choice, missing)
@@ -128,7 +168,9 @@ def _by_content(root: Path, split: str, missing: str, options: TableOptions, tex
             f"{tars[0]}, or keep them in folders of their own"
         )
     if texts.captions:
-        raise DataError(f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no .tar; leave it out")
+        raise DataError(
+            f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no .tar; leave it out"
+        )
     with_images = _split_files(root, split, "*.parquet") or _named_parquet(root, split)
     if not (with_images or archive.names):  # says which splits there are
         with_images = _of_split(root, sorted(root.rglob("*.parquet")), split)
@@ -154,11 +196,17 @@ def _archive_of_split(root: Path, split: str) -> Archive:
     if root.is_dir():
         return open_archive(root, split if (root / split).is_dir() else "")
     archive = open_archive(root)
-    return open_archive(root, split) if any(name.startswith(f"{split}/") for name in archive.names) else archive
+    return (
+        open_archive(root, split)
+        if any(name.startswith(f"{split}/") for name in archive.names)
+        else archive
+    )
 
 
 def _holds_images(table: Path) -> bool:
-    """Whether a parquet file has images, and is not only what img2dataset notes of the images beside it."""
+    """Whether a parquet file has images, and is not only what img2dataset notes of the images
+    beside it.
+    """
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -186,21 +234,29 @@ def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
 
 def _named_parquet(root: Path, split: str) -> list[Path]:
     """data/test-00000-of-00002.parquet and the like, at any depth, as the hub lays data sets out."""
-    return sorted(p for p in root.rglob("*.parquet") if p.name.startswith(split) or p.parent.name == split)
+    return sorted(
+        p for p in root.rglob("*.parquet") if p.name.startswith(split) or p.parent.name == split
+    )
 
 
 # --- tars ---------------------------------------------------------------------------------------------------------------
 
 
 def _clip_benchmark(root: Path, split: str, choice: Choice, missing: str) -> Source:
-    """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by `datasets.builder.build_wds_dataset`)."""
+    """The layout of clip_benchmark 1.6 (`webdataset_builder.convert_dataset`, read by
+    `datasets.builder.build_wds_dataset`).
+    """
     text = (root / split / "nshards.txt").read_text().strip()
     if not text.isdigit():
-        raise DataError(f"{root / split / 'nshards.txt'} holds {text!r}, expected the number of shards")
+        raise DataError(
+            f"{root / split / 'nshards.txt'} holds {text!r}, expected the number of shards"
+        )
     tars = [root / split / f"{i}.tar" for i in range(int(text))]
     absent = [str(t) for t in tars if not t.exists()]
     if absent:
-        raise DataError(f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}")
+        raise DataError(
+            f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}"
+        )
     names = _class_names(root)
     source = _from_tars(root, tars, choice, missing, "cls" if names else "class")
     return replace(
@@ -218,16 +274,22 @@ def _class_names(root: Path) -> list[str] | None:
 
 def _lines(path: Path) -> list[str] | None:
     """The lines of a text that are not blank; None where there is no such file."""
-    return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()] if path.exists() else None
+    return (
+        [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+        if path.exists()
+        else None
+    )
 
 
 def _from_tars(
     root: Path, tars: list[Path], choice: Choice, missing: str, prefer: str = "class"
 ) -> Source:
-    """The samples that training finds in the same tars. `choice`: which of their texts are captions.
+    """The samples that training finds in the same tars. `choice`: which of their texts are
+    captions.
 
-    `prefer`: which label counts where a sample has both, its class's number (cls) or its name (class). What training
-    leaves out is refused here, unless `missing` is "skip": a score is over the whole set.
+    `prefer`: which label counts where a sample has both, its class's number (cls) or its name
+    (class). What training leaves out is refused here, unless `missing` is "skip": a score is over
+    the whole set.
     """
     records: list[Record] = []
     skipped: list[str] = []
@@ -239,7 +301,9 @@ def _from_tars(
             names.update(form_of(sample.content.meta, sample.content.text).keys())
             records.append(_record(tar, sample, choice, prefer))
     try:
-        choice.check({name.removeprefix("."): n for name, n in names.items()}, len(records), str(root))
+        choice.check(
+            {name.removeprefix("."): n for name, n in names.items()}, len(records), str(root)
+        )
     except ValueError as error:
         raise DataError(str(error)) from None
     return Source(str(root), records, skipped=skipped)
@@ -292,7 +356,9 @@ def _multi_hot(member: Picture) -> tuple[int, ...]:
 
 
 def read_rows(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a table of any kind; the columns `texts` stay as written. A DataError names the line that is wrong."""
+    """The rows of a table of any kind; the columns `texts` stay as written. A DataError names the
+    line that is wrong.
+    """
     try:
         table = tables.read(path)
     except (ValueError, OSError) as error:
@@ -303,12 +369,16 @@ def read_rows(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def beside(table: Path) -> Path:
-    """Where a table's images are unless said otherwise: the .tar of the same name, else the table's folder."""
+    """Where a table's images are unless said otherwise: the .tar of the same name, else the table's
+    folder.
+    """
     tar = table.with_suffix(".tar")
     return tar if tar.exists() else table.parent
 
 
-def _table(path: Path, images: str | None, split: str, missing: str, options: TableOptions) -> Source:
+def _table(
+    path: Path, images: str | None, split: str, missing: str, options: TableOptions
+) -> Source:
     try:
         listing = tables.items(path, options, split)
     except (ValueError, OSError) as error:
@@ -342,7 +412,9 @@ def _refuse_rows(problems: list[str], missing: str) -> None:
 
 def _labels(values: list[Any]) -> list[int | str | None]:
     """Class numbers where all classes are whole numbers, else class names."""
-    numbers = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+    numbers = [
+        int(value) if isinstance(value, float) and value.is_integer() else value for value in values
+    ]
     if all(value is None or type(value) is int for value in numbers):
         return numbers
     return [None if value is None else shown(value) for value in values]
@@ -356,14 +428,28 @@ def _parquet(root: Path, files: list[Path], split: str, options: TableOptions) -
         content, features = _parquet_rows(file)
         columns = content.column_names
         try:
-            image = column(columns, options.image_column, file) if options.image_column else usual(columns, IMAGE_COLUMNS)
-            captions = [column(columns, name, file) for name in options.named_captions] or usual_captions(columns)
-            label = column(columns, options.class_column, file) if options.class_column else usual(columns, NUMBERS)
-            conditions = {column(columns, name, file): value for name, value in options.where.items()}
+            image = (
+                column(columns, options.image_column, file)
+                if options.image_column
+                else usual(columns, IMAGE_COLUMNS)
+            )
+            captions = [
+                column(columns, name, file) for name in options.named_captions
+            ] or usual_captions(columns)
+            label = (
+                column(columns, options.class_column, file)
+                if options.class_column
+                else usual(columns, NUMBERS)
+            )
+            conditions = {
+                column(columns, name, file): value for name, value in options.where.items()
+            }
         except ValueError as error:
             raise DataError(str(error)) from None
         if not image:
-            raise DataError(f"{file} has no column of images, only {listed(columns)}; name it: image_column=NAME")
+            raise DataError(
+                f"{file} has no column of images, only {listed(columns)}; name it: image_column=NAME"
+            )
         if split_column(columns):
             conditions.setdefault(split_column(columns), split)
         class_names = class_names or features.get(label, {}).get("names")
@@ -396,13 +482,16 @@ def _parquet_rows(file: Path) -> tuple[Any, dict[str, Any]]:
     try:
         content = parquet.read_table(file)
     except (ArrowException, OSError) as error:
-        raise DataError(f"{file} is no whole parquet file ({str(error)[:120]}); fetch it again") from None
+        raise DataError(
+            f"{file} is no whole parquet file ({str(error)[:120]}); fetch it again"
+        ) from None
     noted = json.loads((content.schema.metadata or {}).get(b"huggingface", b"{}"))
     return content, noted.get("info", {}).get("features", {})
 
 
 def join_equal_pictures(source: Source) -> tuple[Source, int]:
-    """The set with records of one picture, byte by byte, made one with the captions of all; and how many went.
+    """The set with records of one picture, byte by byte, made one with the captions of all; and how
+    many went.
 
     Otherwise the copies tie with each other, and a tie counts against every model.
     """
@@ -412,7 +501,9 @@ def join_equal_pictures(source: Source) -> tuple[Source, int]:
     first: dict[Any, int] = {}
     joined: dict[int, Record] = {}
     for i, record in enumerate(source.records):
-        alone = len(by_size[record.picture.n_bytes()]) == 1  # no other picture has this size: none is equal
+        alone = (
+            len(by_size[record.picture.n_bytes()]) == 1
+        )  # no other picture has this size: none is equal
         content = i if alone else hashlib.sha256(record.picture.read()).digest()
         earlier = first.setdefault((content, record.picture.box, record.picture.border), i)
         if earlier == i:
@@ -424,7 +515,9 @@ def join_equal_pictures(source: Source) -> tuple[Source, int]:
     return replace(source, records=list(joined.values())), len(source.records) - len(joined)
 
 
-def _tree(root: Path, split: str, missing: str, archive: Archive, lines: Literal["one", "each"]) -> Source:
+def _tree(
+    root: Path, split: str, missing: str, archive: Archive, lines: Literal["one", "each"]
+) -> Source:
     """Images with texts beside them, or one folder a class."""
     if not archive.names:
         found = f"; found {archive.left_out}" if archive.left_out.counts else ""

@@ -1,8 +1,10 @@
-"""Embeddings of pictures and texts: each once, dealt to the ranks batch by batch, kept on disk by content.
+"""Embeddings of pictures and texts: each once, dealt to the ranks batch by batch, kept on disk by
+content.
 
-Batches are the same whatever the number of ranks: batch k goes to rank k mod W, so two ranks give the same bits as one.
-Every rank runs its model equally often (a rank without a batch repeats one and drops the result), because a sharded
-model (FSDP, ZeRO-3) talks to the other ranks in its forward pass.
+Batches are the same whatever the number of ranks: batch k goes to rank k mod W, so two ranks give
+the same bits as one. Every rank runs its model equally often (a rank without a batch repeats one
+and drops the result), because a sharded model (FSDP, ZeRO-3) talks to the other ranks in its
+forward pass.
 """
 
 from __future__ import annotations
@@ -38,15 +40,23 @@ class Context:
     """How an evaluation is carried out; nothing in here may change a score."""
 
     batch: int = 64  # pictures or texts a forward pass
-    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))  # threads that decode, a rank
+    workers: int = field(
+        default_factory=lambda: min(8, os.cpu_count() or 1)
+    )  # threads that decode, a rank
     cache: Path | None = None  # where embeddings are kept; None: nowhere
     progress: bool = False  # lines on stderr, from the first rank
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
-    truncated: dict[int, int] = field(default_factory=dict)  # of each list of texts, by its hash: how many were cut
-    unreadable: dict[str, str] | None = None  # takes name -> reason of pictures, embedded as plain gray; None: an error
+    truncated: dict[int, int] = field(
+        default_factory=dict
+    )  # of each list of texts, by its hash: how many were cut
+    unreadable: dict[str, str] | None = (
+        None  # takes name -> reason of pictures, embedded as plain gray; None: an error
+    )
 
     def digest(self, pictures: Sequence[Picture], *annotations: Any) -> str:
-        """Content hash of an evaluation set: its pictures and whatever is annotated; "" without `contents`."""
+        """Content hash of an evaluation set: its pictures and whatever is annotated; "" without
+        `contents`.
+        """
         if self.contents is None:
             return ""
         own = self.contents.digest(pictures) if dist.is_main() else ""
@@ -55,7 +65,9 @@ class Context:
 
 
 def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> Tensor:
-    """[n, D] float32 unit rows on the CPU of every rank, in the order of `pictures`; equal pictures are embedded once."""
+    """[n, D] float32 unit rows on the CPU of every rank, in the order of `pictures`; equal pictures
+    are embedded once.
+    """
     unique = list(dict.fromkeys(pictures))
     key = _key(encoder, "image", context, lambda: context.digest(unique))
 
@@ -76,26 +88,41 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
 
 
 def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor:
-    """[n, D] float32 unit rows on the CPU of every rank, in the order of `captions`; equal texts are embedded once."""
+    """[n, D] float32 unit rows on the CPU of every rank, in the order of `captions`; equal texts
+    are embedded once.
+    """
     unique = list(dict.fromkeys(captions))
     context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)  # of kept embeddings too
     key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
-    return _spread(_kept(key, context, "texts", unique, None, encoder.encode_texts), unique, captions)
+    return _spread(
+        _kept(key, context, "texts", unique, None, encoder.encode_texts), unique, captions
+    )
 
 
 def _spread(rows: Tensor, unique: list, items: Sequence) -> Tensor:
     place = {item: i for i, item in enumerate(unique)}
-    return rows if len(unique) == len(items) else rows[torch.tensor([place[item] for item in items])]
+    return (
+        rows if len(unique) == len(items) else rows[torch.tensor([place[item] for item in items])]
+    )
 
 
 def _key(encoder: Encoder, kind: str, context: Context, content: Callable[[], str]) -> str:
     if context.cache is None or not encoder.fingerprint:
         return ""
-    what = (CACHE_VERSION, kind, encoder.fingerprint, repr(encoder.decoding), str(encoder.autocast), content())
+    what = (
+        CACHE_VERSION,
+        kind,
+        encoder.fingerprint,
+        repr(encoder.decoding),
+        str(encoder.autocast),
+        content(),
+    )
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
-def _kept(key: str, context: Context, what: str, items: list, prepare: Callable | None, encode: Callable) -> Tensor:
+def _kept(
+    key: str, context: Context, what: str, items: list, prepare: Callable | None, encode: Callable
+) -> Tensor:
     path = context.cache / f"{key}.safetensors" if key and context.cache else None
     rows = _recall(path, len(items)) if path else None
     if rows is not None:
@@ -116,25 +143,37 @@ def _recall(path: Path, n: int) -> Tensor | None:
         try:
             rows = load_file(path)["rows"]
         except Exception as error:
-            print(f"vlp eval: kept embeddings {path} cannot be read ({error}); computing them again", file=sys.stderr)
+            print(
+                f"vlp eval: kept embeddings {path} cannot be read ({error}); computing them again",
+                file=sys.stderr,
+            )
     good = rows is not None and len(rows) == n
     return rows if all(dist.gather_objects(good)) else None
 
 
-def _embed(items: list, prepare: Callable | None, encode: Callable, what: str, context: Context) -> Tensor:
+def _embed(
+    items: list, prepare: Callable | None, encode: Callable, what: str, context: Context
+) -> Tensor:
     if not items:
         raise DataError(f"no {what} to embed; check the path and the split")
     group = dist.world()
     batches = [items[i : i + context.batch] for i in range(0, len(items), context.batch)]
     rounds = -(-len(batches) // group.size)
-    mine = [batches[k] if k < len(batches) else batches[0] for k in range(group.index, rounds * group.size, group.size)]
+    mine = [
+        batches[k] if k < len(batches) else batches[0]
+        for k in range(group.index, rounds * group.size, group.size)
+    ]
     rows, problem = [], None
     try:
         with torch.no_grad():
-            for batch in _reported(_prepared(prepare, mine, context.workers), what, len(items), group.size, context):
+            for batch in _reported(
+                _prepared(prepare, mine, context.workers), what, len(items), group.size, context
+            ):
                 give_way()
                 encoded = encode(batch)
-                rows.append(torch.nn.functional.pad(encoded, (0, 0, 0, context.batch - len(encoded))))
+                rows.append(
+                    torch.nn.functional.pad(encoded, (0, 0, 0, context.batch - len(encoded)))
+                )
     except (DataError, Interrupted) as error:
         problem = error
     except Exception as error:
@@ -153,7 +192,9 @@ def _embed(items: list, prepare: Callable | None, encode: Callable, what: str, c
 
 
 def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> Iterator[list]:
-    """The batches with `prepare` applied to each item, by threads (PIL decodes outside the interpreter's lock)."""
+    """The batches with `prepare` applied to each item, by threads (PIL decodes outside the
+    interpreter's lock).
+    """
     if prepare is None:
         yield from batches
         return
@@ -164,7 +205,9 @@ def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> It
     try:
         for batch in batches:
             waiting.append([pool.submit(prepare, item) for item in batch])
-            if len(waiting) > 2:  # two batches ahead: enough to keep the model fed, little enough to hold
+            if (
+                len(waiting) > 2
+            ):  # two batches ahead: enough to keep the model fed, little enough to hold
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
             yield [future.result() for future in waiting.popleft()]
@@ -172,13 +215,23 @@ def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> It
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _reported(batches: Iterator[list], what: str, total: int, n_ranks: int, context: Context) -> Iterator[list]:
+def _reported(
+    batches: Iterator[list], what: str, total: int, n_ranks: int, context: Context
+) -> Iterator[list]:
     start = said = time.monotonic()
     done = 0
     for batch in batches:
         yield batch
         done = min(total, done + len(batch) * n_ranks)
         now = time.monotonic()
-        if context.progress and dist.is_main() and (now - said > 5 or (done == total and now - start > 5)):
+        if (
+            context.progress
+            and dist.is_main()
+            and (now - said > 5 or (done == total and now - start > 5))
+        ):
             said = now
-            print(f"  {what} {done:,}/{total:,}  {done / (now - start):,.0f}/s", file=sys.stderr, flush=True)
+            print(
+                f"  {what} {done:,}/{total:,}  {done / (now - start):,.0f}/s",
+                file=sys.stderr,
+                flush=True,
+            )

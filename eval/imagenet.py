@@ -1,7 +1,9 @@
-"""ImageNet and its relatives: which folder means which class. Names come from open_clip, synset numbers from timm.
+"""ImageNet and its relatives: which folder means which class. Names come from open_clip, synset
+numbers from timm.
 
-A tree's folders are synsets (`n01440764`: ImageNet, -A, -R, Sketch), class numbers (`0` … `999`: V2) or ObjectNet's
-names. ImageNet-A and -R hold 200 classes and are scored among those 200, as their authors do.
+A tree's folders are synsets (`n01440764`: ImageNet, -A, -R, Sketch), class numbers (`0` … `999`:
+V2) or ObjectNet's names. ImageNet-A and -R hold 200 classes and are scored among those 200, as
+their authors do.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def names() -> list[str]:
 
 
 def synsets(which: str = "imagenet") -> list[str]:
-    """Synset numbers in class order, from the lists that timm ships; `which`: imagenet, imagenet_a or imagenet_r."""
+    """Synset numbers in class order, from the lists that timm ships; `which`: imagenet, imagenet_a
+    or imagenet_r.
+    """
     from importlib.resources import files
 
     return (files("timm.data") / "_info" / f"{which}_synsets.txt").read_text().split()
@@ -46,12 +50,22 @@ def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]
     """
     folders = sorted({str(r.label) for r in source.records})
     all_names = names()
-    numbers = {s: i for i, s in enumerate(synsets())} if looks_like(source) else {str(i): i for i in range(len(all_names))}
+    numbers = (
+        {s: i for i, s in enumerate(synsets())}
+        if looks_like(source)
+        else {str(i): i for i in range(len(all_names))}
+    )
     unknown = [f for f in folders if f not in numbers]
     if unknown:
-        raise DataError(f"{source.name}: {len(unknown)} folders are no ImageNet classes: {', '.join(unknown[:5])}")
+        raise DataError(
+            f"{source.name}: {len(unknown)} folders are no ImageNet classes: {', '.join(unknown[:5])}"
+        )
     complete = len(folders) == len(all_names)
-    if not complete and not partial and not any(set(folders) == set(synsets(w)) for w in ("imagenet_a", "imagenet_r")):
+    if (
+        not complete
+        and not partial
+        and not any(set(folders) == set(synsets(w)) for w in ("imagenet_a", "imagenet_r"))
+    ):
         raise DataError(
             f"{source.name} holds {len(folders)} of ImageNet's {len(all_names)} classes and is neither ImageNet-A nor -R; "
             "complete it, or pass partial=true for a score among those classes only"
@@ -67,10 +81,12 @@ def objectnet_images(root: Path) -> Path:
 
 
 def objectnet_folders(root: Path) -> dict[str, str] | None:
-    """Folder -> class name of ObjectNet's 113 classes that overlap with ImageNet, or None if this is not ObjectNet.
+    """Folder -> class name of ObjectNet's 113 classes that overlap with ImageNet, or None if this
+    is not ObjectNet.
 
-    Source: ObjectNet's `mappings/folder_to_objectnet_label.json` and `objectnet_to_imagenet_1k.json`, as wise-ft and
-    clip_benchmark use them: scored among these 113, names in lower case.
+    Source: ObjectNet's `mappings/folder_to_objectnet_label.json` and
+    `objectnet_to_imagenet_1k.json`, as wise-ft and clip_benchmark use them: scored among these 113,
+    names in lower case.
     """
     places = (root / "mappings", root / "objectnet-1.0" / "mappings", root)
     place = next((p for p in places if (p / "objectnet_to_imagenet_1k.json").exists()), None)

@@ -1,13 +1,15 @@
-"""What is measured on embeddings: pure functions of tensors, exact, in memory that does not grow with rows × columns.
+"""What is measured on embeddings: pure functions of tensors, exact, in memory that does not grow
+with rows × columns.
 
-Ties. Scores within `TIE` (the rounding of a float32 product of unit rows) are equal, and equal scores count against the
-model in retrieval and in choices between captions: a wrong candidate that scores as high as the right one is placed
-before it. So an encoder that gives everything the same embedding finds nothing, the result does not depend on the order
-of the data, and the rule is the one that compositional benchmarks publish (positive strictly above negative).
-clip_benchmark leaves retrieval's ties to `torch.topk`; the two differ where two images share the very same caption.
-Classes are different: some share a name (ImageNet's "missile" and "sunglasses" occur twice), and the field resolves
-them by `argmax`: the class listed first wins. A constant encoder then always answers the first class, which is chance
-in the mean per-class recall.
+Ties. Scores within `TIE` (the rounding of a float32 product of unit rows) are equal, and equal
+scores count against the model in retrieval and in choices between captions: a wrong candidate that
+scores as high as the right one is placed before it. So an encoder that gives everything the same
+embedding finds nothing, the result does not depend on the order of the data, and the rule is the
+one that compositional benchmarks publish (positive strictly above negative). clip_benchmark leaves
+retrieval's ties to `torch.topk`; the two differ where two images share the very same caption.
+Classes are different: some share a name (ImageNet's "missile" and "sunglasses" occur twice), and
+the field resolves them by `argmax`: the class listed first wins. A constant encoder then always
+answers the first class, which is chance in the mean per-class recall.
 """
 
 from __future__ import annotations
@@ -24,9 +26,13 @@ def check_unit_rows(rows: Tensor, name: str) -> None:
     norms = rows.norm(dim=1)
     if not torch.isfinite(norms).all():
         bad = int((~torch.isfinite(norms)).sum())
-        raise ValueError(f"{bad} of {len(rows)} {name} embeddings are not finite; the model has diverged or overflows")
+        raise ValueError(
+            f"{bad} of {len(rows)} {name} embeddings are not finite; the model has diverged or overflows"
+        )
     if len(norms) and float((norms - 1).abs().max()) > 1e-3:
-        raise ValueError(f"{name} embeddings must be unit rows, found lengths {float(norms.min()):.4g} to {float(norms.max()):.4g}")
+        raise ValueError(
+            f"{name} embeddings must be unit rows, found lengths {float(norms.min()):.4g} to {float(norms.max()):.4g}"
+        )
 
 
 def class_ranks(
@@ -34,7 +40,9 @@ def class_ranks(
     classes: Tensor,  # [C, D] unit rows, one a class
     labels: Tensor,  # [n] int64, the right class
 ) -> Tensor:  # [n] int64
-    """Rank of the right class among all by cosine: 1 + those above + those as high that are listed before it (see Ties)."""
+    """Rank of the right class among all by cosine: 1 + those above + those as high that are listed
+    before it (see Ties).
+    """
     ranks = []
     for start in range(0, len(image), TILE_ROWS):
         scores = image[start : start + TILE_ROWS] @ classes.T
@@ -50,15 +58,22 @@ def retrieval_ranks(
     text: Tensor,  # [M, D] unit rows
     owner: Tensor,  # [M] int64, the image each caption belongs to
 ) -> tuple[Tensor, Tensor]:  # [N] and [M] int64
-    """Ranks for text retrieval (of each image's best own caption) and image retrieval (of each caption's image).
+    """Ranks for text retrieval (of each image's best own caption) and image retrieval (of each
+    caption's image).
 
-    An image's rank is 1 + the number of foreign captions that score as high as the best of its own captions; a caption's
-    is 1 + the number of other images that score as high as its own. So R@k = mean(rank <= k) is the field's recall, by
-    which an image is a hit if any of its captions is among the k best. Both come from one pass over tiles of scores.
+    An image's rank is 1 + the number of foreign captions that score as high as the best of its own
+    captions; a caption's is 1 + the number of other images that score as high as its own. So R@k =
+    mean(rank <= k) is the field's recall, by which an image is a hit if any of its captions is
+    among the k best. Both come from one pass over tiles of scores.
     """
-    own = torch.cat([(t * image[o]).sum(1) for t, o in zip(text.split(TILE_ROWS), owner.split(TILE_ROWS))])  # [M]
+    own = torch.cat(
+        [(t * image[o]).sum(1) for t, o in zip(text.split(TILE_ROWS), owner.split(TILE_ROWS))]
+    )  # [M]
     best = image.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, own, "amax")  # [N]
-    image_rank, text_rank = torch.ones(len(image), dtype=torch.int32), torch.ones(len(text), dtype=torch.int32)
+    image_rank, text_rank = (
+        torch.ones(len(image), dtype=torch.int32),
+        torch.ones(len(text), dtype=torch.int32),
+    )
     image_bar, text_bar = best - TIE, own - TIE
     for i in range(0, len(text), TILE_ROWS):
         rows = slice(i, i + TILE_ROWS)
@@ -66,7 +81,9 @@ def retrieval_ranks(
             columns = slice(j, j + TILE_COLUMNS)
             scores = text[rows] @ image[columns].T
             mine = ((owner[rows] >= j) & (owner[rows] < j + scores.shape[1])).nonzero()[:, 0]
-            scores[mine, owner[rows][mine] - j] = -torch.inf  # a caption and its image are no rivals
+            scores[
+                mine, owner[rows][mine] - j
+            ] = -torch.inf  # a caption and its image are no rivals
             text_rank[rows] += _count(scores >= text_bar[rows, None], 1)
             image_rank[columns] += _count(scores >= image_bar[columns], 0)
     return image_rank.long(), text_rank.long()
@@ -77,7 +94,9 @@ def _count(mask: Tensor, dim: int) -> Tensor:
 
 
 def per_class_weights(labels: Tensor) -> Tensor:
-    """[n] weights 1 / (size of the item's class): their weighted mean of hits is the mean per-class recall."""
+    """[n] weights 1 / (size of the item's class): their weighted mean of hits is the mean per-class
+    recall.
+    """
     _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     return 1.0 / counts[inverse].double()
 
@@ -86,10 +105,12 @@ def average_precision(
     scores: Tensor,  # [n, C]
     targets: Tensor,  # [n, C] bool, which labels apply
 ) -> Tensor:  # [C] float64
-    """Average precision of each class: the mean, over its positive items, of the precision at the item's rank.
+    """Average precision of each class: the mean, over its positive items, of the precision at the
+    item's rank.
 
-    Ties count against the model: among equal scores the wrong items come first. A class without any positive gives 0,
-    as in clip_benchmark. Source: clip_benchmark's `mean_average_precision`, after torchnet's APMeter.
+    Ties count against the model: among equal scores the wrong items come first. A class without any
+    positive gives 0, as in clip_benchmark. Source: clip_benchmark's `mean_average_precision`, after
+    torchnet's APMeter.
     """
     result = torch.zeros(scores.shape[1], dtype=torch.float64)
     for c in range(scores.shape[1]):
@@ -118,12 +139,15 @@ def alignment(image: Tensor, text: Tensor) -> float:
 
 
 def uniformity(rows: Tensor, t: float = 2.0) -> float:
-    """log mean_{i<j} e^{−t‖x_i − x_j‖²} over all pairs of rows (Wang and Isola 2020); lower is better, 0 when collapsed."""
+    """log mean_{i<j} e^{−t‖x_i − x_j‖²} over all pairs of rows (Wang and Isola 2020); lower is
+    better, 0 when collapsed.
+    """
     n = len(rows)
     if n < 2:
         raise ValueError(f"uniformity needs at least two rows, found {n}")
     rows = rows.double()
-    # All ordered pairs are summed: each unordered pair is met twice, and each row meets itself once, to be taken out.
+    # All ordered pairs are summed: each unordered pair is met twice, and each row meets itself
+    # once, to be taken out.
     total = sum(
         float((t * 2 * (rows[i : i + TILE_ROWS] @ rows[j : j + TILE_ROWS].T - 1)).exp().sum())
         for i in range(0, n, TILE_ROWS)
@@ -134,7 +158,9 @@ def uniformity(rows: Tensor, t: float = 2.0) -> float:
 
 
 def effective_rank(rows: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of the centred rows (Roy and Vetterli 2007); 1 … min(n, D)."""
+    """exp of the entropy of the normalised singular values of the centred rows (Roy and Vetterli
+    2007); 1 … min(n, D).
+    """
     values = torch.linalg.svdvals(rows.double() - rows.double().mean(0))
     share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float(torch.special.entr(share).sum().exp())
@@ -147,17 +173,26 @@ def logistic_regression(
     decay: float,  # λ of λ/2‖W‖² beside the mean cross-entropy
     max_iterations: int = 500,
 ) -> tuple[Tensor, Tensor]:  # [C, D], [C] float64
-    """The minimiser (W, b) of mean cross-entropy + λ/2‖W‖², by L-BFGS in float64 from zero; b is not decayed."""
+    """The minimiser (W, b) of mean cross-entropy + λ/2‖W‖², by L-BFGS in float64 from zero; b is
+    not decayed.
+    """
     features = features.double()
     weight = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iterations, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=max_iterations,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, labels) + decay / 2 * weight.square().sum()
+        loss = (
+            torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
+            + decay / 2 * weight.square().sum()
+        )
         loss.backward()
         return loss
 
@@ -175,12 +210,16 @@ def nearest_neighbour_ranks(
     k: int,
     temperature: float = 0.07,
 ) -> Tensor:  # [n] int64
-    """Rank of the right class by the weighted vote of the k nearest: Σ e^{cos/T} a class (Wu et al. 2018)."""
+    """Rank of the right class by the weighted vote of the k nearest: Σ e^{cos/T} a class (Wu et al.
+    2018).
+    """
     ranks = []
     for start in range(0, len(queries), TILE_ROWS):
         near = (queries[start : start + TILE_ROWS] @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(near.values), n_classes, dtype=torch.float64)
-        votes.scatter_add_(1, bank_labels[near.indices], ((near.values.double() - 1) / temperature).exp())
+        votes.scatter_add_(
+            1, bank_labels[near.indices], ((near.values.double() - 1) / temperature).exp()
+        )
         right = votes.gather(1, labels[start : start + TILE_ROWS, None])
         ranks.append((votes >= right).sum(1))
     return torch.cat(ranks)

@@ -1,11 +1,13 @@
-"""Any dual encoder behind one small interface: pictures and sentences in, unit rows out, its own preprocessing inside.
+"""Any dual encoder behind one small interface: pictures and sentences in, unit rows out, its own
+preprocessing inside.
 
     load("runs/demo")        every reference of vlp.pretrained.references: runs, exports, folders and tags of open_clip,
                              ARCHITECTURE:FILE, transformers folders, hf-hub:user/name
     from_model(model)        a vlp.models.dual_encoder.DualEncoder in memory, inside training
 
-vlp's own models are run by vlp. Foreign ones are run by the library they come from, with its own pixels; their
-tokenizers are built here, so that no code of a folder runs and truncated texts are counted.
+vlp's own models are run by vlp. Foreign ones are run by the library they come from, with its own
+pixels; their tokenizers are built here, so that no code of a folder runs and truncated texts are
+counted.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A dual encoder as evaluation sees it. The two functions return rows of any length; the methods normalise them."""
+    """A dual encoder as evaluation sees it. The two functions return rows of any length; the
+    methods normalise them.
+    """
 
     name: str  # the architecture, folder or run
     pretrained: str  # which weights, in open_clip's sense; "" where the name says it all
@@ -45,7 +49,9 @@ class Encoder:
     text: Callable[[list[str]], Tensor]  # n sentences -> [n, D]; tokenizes
     scale: float = 1.0  # the learned inverse temperature, for the record
     device: str | torch.device = "cpu"
-    n_truncated: Callable[[list[str]], int] = lambda texts: 0  # how many sentences are longer than the context
+    n_truncated: Callable[[list[str]], int] = lambda texts: (
+        0
+    )  # how many sentences are longer than the context
     fingerprint: str = ""  # content hash of weights and preprocessing; "": embeddings are not kept
     autocast: torch.dtype | None = None  # None: the model's own precision
     decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
@@ -61,12 +67,21 @@ class Encoder:
         return self._unit(lambda: self.text(texts))
 
     def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
-        with torch.no_grad(), torch.autocast(torch.device(self.device).type, self.autocast, enabled=self.autocast is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(
+                torch.device(self.device).type, self.autocast, enabled=self.autocast is not None
+            ),
+        ):
             return torch.nn.functional.normalize(rows().float(), dim=-1)
 
 
-def load(ref: str, device: str | torch.device = "cpu", autocast: torch.dtype | None = None) -> Encoder:
-    """The encoder that `ref` names (vlp.pretrained.references); a ModelError says what was found and what would work."""
+def load(
+    ref: str, device: str | torch.device = "cpu", autocast: torch.dtype | None = None
+) -> Encoder:
+    """The encoder that `ref` names (vlp.pretrained.references); a ModelError says what was found
+    and what would work.
+    """
     device = torch.device(device)
     try:
         found = references.resolve(ref)
@@ -93,9 +108,11 @@ def from_model(
     autocast: torch.dtype | None = None,
     keep: bool = False,
 ) -> Encoder:
-    """A model of ours; `keep` hashes its weights so that embeddings may be kept on disk (not while it is training).
+    """A model of ours; `keep` hashes its weights so that embeddings may be kept on disk (not while
+    it is training).
 
-    The caller decides about `model.eval()`; `vlp.eval.run.in_training` does so and puts the mode back.
+    The caller decides about `model.eval()`; `vlp.eval.run.in_training` does so and puts the mode
+    back.
     """
     from vlp.data import text as tokenizers
     from vlp.data.decode import evaluate
@@ -137,13 +154,20 @@ def _of_folder(found: Reference, device: torch.device, autocast: torch.dtype | N
     described = references.read_config(found.path)
     text_cfg = described["model_cfg"]["text_cfg"]
     encoder = _open_clip(f"local-dir:{found.path}", "", found.text, text_cfg, device, autocast)
-    stated = described.get("preprocess_cfg", {}).get("decoding", {})  # exports of ours say it, others do not
+    stated = described.get("preprocess_cfg", {}).get(
+        "decoding", {}
+    )  # exports of ours say it, others do not
     return replace(encoder, decoding=parse(Decoding, stated, ("preprocess_cfg", "decoding")))
 
 
 def _open_clip(
-    name: str, tag: str, shown: str, text_cfg: dict[str, Any], device: torch.device, autocast: torch.dtype | None
-) -> Encoder:  # fmt: skip
+    name: str,
+    tag: str,
+    shown: str,
+    text_cfg: dict[str, Any],
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Encoder:
     import open_clip
 
     from vlp.data import text as tokenizers
@@ -151,11 +175,17 @@ def _open_clip(
 
     spec = text_spec(text_cfg, open_clip.CLIPTextCfg(**text_cfg).context_length)
     if text_cfg.get("hf_model_name"):
-        language_config(text_cfg["hf_model_name"])  # refuses code of its own, which open_clip would ask the terminal about
+        language_config(
+            text_cfg["hf_model_name"]
+        )  # refuses code of its own, which open_clip would ask the terminal about
     try:
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None, device=device)
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=tag or None, device=device
+        )
     except Exception as error:  # torch's, safetensors', the Hub's and open_clip's own kinds
-        raise ModelError(f"open_clip cannot load {shown}{':' + tag if tag else ''}: {str(error)[:600]}") from error
+        raise ModelError(
+            f"open_clip cannot load {shown}{':' + tag if tag else ''}: {str(error)[:600]}"
+        ) from error
     tokenizer = _tokenizer(lambda: tokenizers.build(spec), shown)
     model.eval()
     settings = open_clip.get_model_preprocess_cfg(model)
@@ -191,8 +221,12 @@ def _transformers(found: Reference, device: torch.device, autocast: torch.dtype 
     except Exception as error:  # transformers', safetensors' and torch's own kinds
         raise ModelError(f"transformers cannot load {name}: {reason(error)}") from error
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-        raise ModelError(f"{name} is a {type(model).__name__}; evaluation needs a dual encoder such as CLIPModel or SiglipModel")
-    tokenizer = _tokenizer(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
+        raise ModelError(
+            f"{name} is a {type(model).__name__}; evaluation needs a dual encoder such as CLIPModel or SiglipModel"
+        )
+    tokenizer = _tokenizer(
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name
+    )
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
 
     def pixels(picture: Image.Image) -> Tensor:
@@ -201,9 +235,16 @@ def _transformers(found: Reference, device: torch.device, autocast: torch.dtype 
     cut = getattr(processor, "do_center_crop", False) and processor.size.get("shortest_edge")
 
     def text(texts: list[str]) -> Tensor:
-        # All sentences to the full length: SigLIP was trained without a mask, so its padding is part of the input.
-        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(device)
-        return _pooled(model.get_text_features(**{k: tokens[k] for k in tokens if k in ("input_ids", "attention_mask")}))
+        # All sentences to the full length: SigLIP was trained without a mask, so its padding is
+        # part of the input.
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).to(device)
+        return _pooled(
+            model.get_text_features(
+                **{k: tokens[k] for k in tokens if k in ("input_ids", "attention_mask")}
+            )
+        )
 
     def n_truncated(texts: list[str]) -> int:
         return sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids)
@@ -217,13 +258,17 @@ def _transformers(found: Reference, device: torch.device, autocast: torch.dtype 
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
         n_truncated=n_truncated,
-        fingerprint=fingerprint(model.state_dict(), processor.to_json_string() + _describe(tokenizer)),
+        fingerprint=fingerprint(
+            model.state_dict(), processor.to_json_string() + _describe(tokenizer)
+        ),
         autocast=autocast,
     )
 
 
 def _pooled(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.pooler_output  # a tensor before transformers 5
+    return (
+        output if isinstance(output, Tensor) else output.pooler_output
+    )  # a tensor before transformers 5
 
 
 def _tokenizer(build: Callable[[], Any], name: str) -> Any:
@@ -234,8 +279,12 @@ def _tokenizer(build: Callable[[], Any], name: str) -> Any:
             f"the tokenizer of {name} is missing or broken ({reason(error)}); put its files beside the weights "
             "(tokenizer.json, tokenizer_config.json), or export the model again"
         ) from error
-    if _ids(tokenizer, "a cat") == _ids(tokenizer, "a dog"):  # what transformers answers where the files are absent
-        raise ModelError(f"the tokenizer of {name} has no vocabulary; put its files (tokenizer.json) beside the weights")
+    if _ids(tokenizer, "a cat") == _ids(
+        tokenizer, "a dog"
+    ):  # what transformers answers where the files are absent
+        raise ModelError(
+            f"the tokenizer of {name} has no vocabulary; put its files (tokenizer.json) beside the weights"
+        )
     return tokenizer
 
 

@@ -1,7 +1,8 @@
-"""Where evaluation images lie: files, members of tars, bytes in tables; opened one at a time, never unpacked.
+"""Where evaluation images lie: files, members of tars, bytes in tables; opened one at a time, never
+unpacked.
 
-A `Picture` is small and holds no open file, so that lists of them can be dealt to ranks and threads. `Contents` hashes
-what the pictures hold, which names the embeddings that are kept on disk.
+A `Picture` is small and holds no open file, so that lists of them can be dealt to ranks and
+threads. `Contents` hashes what the pictures hold, which names the embeddings that are kept on disk.
 """
 
 from __future__ import annotations
@@ -27,19 +28,25 @@ _PROBED = 128  # pictures of a set that are decoded before anything long starts
 
 
 class DataError(ValueError):
-    """An evaluation set that cannot be used as it is; the message says what was found and what to do."""
+    """An evaluation set that cannot be used as it is; the message says what was found and what to
+    do.
+    """
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: a whole file, `size` bytes at `offset` of a file (a tar's member), or `data` itself."""
+    """One image: a whole file, `size` bytes at `offset` of a file (a tar's member), or `data`
+    itself.
+    """
 
     name: str  # what messages call it
     path: str = ""
     offset: int = 0
     size: int | None = None  # None: the whole file
     data: bytes | None = field(default=None, repr=False)
-    box: tuple[float, float, float, float] | None = None  # left, upper, right, lower: the part that counts
+    box: tuple[float, float, float, float] | None = (
+        None  # left, upper, right, lower: the part that counts
+    )
     border: int = 0  # pixels to cut off every side
 
     def read(self) -> bytes:
@@ -61,9 +68,13 @@ class Picture:
         try:
             image = picture.rgb(self.read(), decoding)
         except (OSError, picture.BadImage) as error:
-            raise DataError(f"image {self.name} does not open ({error}); repair or remove it and its annotation") from error
+            raise DataError(
+                f"image {self.name} does not open ({error}); repair or remove it and its annotation"
+            ) from error
         if self.border:
-            image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
+            image = image.crop(
+                (self.border, self.border, image.width - self.border, image.height - self.border)
+            )
         return image.crop(self.box) if self.box else image
 
 
@@ -79,15 +90,21 @@ def picture_of(archive: Archive, name: str) -> Picture:
     """A stored name of an archive as a picture."""
     place = archive.place(name)
     whole = place.size < 0
-    return Picture(place.path if whole else name, place.path, place.offset, None if whole else place.size)
+    return Picture(
+        place.path if whole else name, place.path, place.offset, None if whole else place.size
+    )
 
 
 def tar_members(path: str | Path) -> dict[str, Picture]:
-    """Every regular member of a tar by name, images and texts alike, without reading their contents."""
+    """Every regular member of a tar by name, images and texts alike, without reading their
+    contents.
+    """
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         try:
-            return {m.name: Picture(m.name, str(path), m.offset, m.size) for m in walk(file, 0, end)}
+            return {
+                m.name: Picture(m.name, str(path), m.offset, m.size) for m in walk(file, 0, end)
+            }
         except ValueError as error:
             raise DataError(f"{path}: damaged tar: {error}; fetch or pack it again") from error
 
@@ -95,7 +112,8 @@ def tar_members(path: str | Path) -> dict[str, Picture]:
 class Collection:
     """Images that annotations name: the files under a folder, or the members of a tar.
 
-    Published annotations disagree about the folders before a name, so that it is found as `vlp.data.names` says.
+    Published annotations disagree about the folders before a name, so that it is found as
+    `vlp.data.names` says.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -114,7 +132,9 @@ class Collection:
             )
 
     def find(self, name: str) -> Picture | None:
-        """The picture an annotation means, or None; a DataError where another name means it and the two contradict."""
+        """The picture an annotation means, or None; a DataError where another name means it and the
+        two contradict.
+        """
         stored = self.archive.find(name)
         if stored is None:
             return None
@@ -129,7 +149,9 @@ class Collection:
 
 
 def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy: str) -> None:
-    """Raise for annotations whose images are not there, unless `policy` is "skip" (the caller reports the count)."""
+    """Raise for annotations whose images are not there, unless `policy` is "skip" (the caller
+    reports the count).
+    """
     if not missing or (policy == "skip" and len(missing) < total):
         return
     some = "".join(f"\n  {name} {where.archive.index.why_not(name)}" for name in list(missing)[:10])
@@ -138,11 +160,15 @@ def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy
         advice = f"none of the annotations has its image; is {where.root} the right folder? It holds {where.archive.names[0]!r}, …"
     else:
         advice = "fetch them, or pass missing=skip to evaluate without them (the score is then not comparable)"
-    raise DataError(f"{len(missing)} of {total} annotations name images that are not in {where.root}:{some}{more}\n{advice}")
+    raise DataError(
+        f"{len(missing)} of {total} annotations name images that are not in {where.root}:{some}{more}\n{advice}"
+    )
 
 
 def refuse_unreadable(opened: Any) -> None:
-    """Raise for pictures of an opened evaluation set that are gone or empty, or, of `_PROBED` of them, do not open."""
+    """Raise for pictures of an opened evaluation set that are gone or empty, or, of `_PROBED` of
+    them, do not open.
+    """
     pictures = list(dict.fromkeys(_pictures_in(opened)))
     step = max(1, len(pictures) // _PROBED)
     problems = []
@@ -179,7 +205,9 @@ def _pictures_in(value: Any) -> Iterator[Picture]:
 
 
 class Contents:
-    """Content hashes of files, remembered in `memory` (a JSON file) beside each file's size and time of change."""
+    """Content hashes of files, remembered in `memory` (a JSON file) beside each file's size and
+    time of change.
+    """
 
     def __init__(self, memory: Path | None = None) -> None:
         self.memory = memory
@@ -198,7 +226,11 @@ class Contents:
             if p.data is not None:
                 content = hashlib.sha256(p.data).hexdigest()
             else:
-                content = files[p.path] if p.path in files else files.setdefault(p.path, self._file(p.path))
+                content = (
+                    files[p.path]
+                    if p.path in files
+                    else files.setdefault(p.path, self._file(p.path))
+                )
             total.update(repr((content, p.offset, p.size, p.box, p.border)).encode())
         return total.hexdigest()
 

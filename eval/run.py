@@ -1,4 +1,6 @@
-"""`vlp eval`: a model, tasks, results.json; the same tasks as a callable for the training loop; comparison of results."""
+"""`vlp eval`: a model, tasks, results.json; the same tasks as a callable for the training loop;
+comparison of results.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +38,47 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     from vlp.plugin import names
 
     parser.add_argument("model", nargs="?", metavar="MODEL", help="what to evaluate (see below)")
-    parser.add_argument("--task", nargs="+", metavar=("NAME", "key=value"), help=f"one of {', '.join(names('vlp.eval.tasks'))}")
-    parser.add_argument("--data", nargs="+", metavar=("PATH", "key=value"), help="the task's data; short for data=PATH")
-    parser.add_argument("--suite", metavar="FILE", help="YAML: several tasks with their options, as in a config's eval section")
-    parser.add_argument("--out", metavar="FILE", help="write results.json (and outcomes by unit beside it)")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, or folders of them: a table with intervals")
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        metavar=("NAME", "key=value"),
+        help=f"one of {', '.join(names('vlp.eval.tasks'))}",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar=("PATH", "key=value"),
+        help="the task's data; short for data=PATH",
+    )
+    parser.add_argument(
+        "--suite",
+        metavar="FILE",
+        help="YAML: several tasks with their options, as in a config's eval section",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="write results.json (and outcomes by unit beside it)"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two results, or folders of them: a table with intervals",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the forward pass")
-    parser.add_argument("--batch", type=int, default=64, help="images or texts a forward pass (default 64)")
-    parser.add_argument("--workers", type=int, help="threads that decode (default: cores, at most 8)")
-    parser.add_argument("--cache", metavar="DIR", help="where embeddings are kept (default ~/.cache/vlp/embeddings; none: nowhere)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bf16"), default="float32", help="of the forward pass"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="images or texts a forward pass (default 64)"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="threads that decode (default: cores, at most 8)"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where embeddings are kept (default ~/.cache/vlp/embeddings; none: nowhere)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress lines")
 
 
@@ -57,7 +90,9 @@ def run(options: argparse.Namespace) -> int:
         print(compare(*options.compare))
         return 0
     if not options.model or not (options.task or options.suite):
-        raise ValueError("give MODEL and --task NAME --data PATH (or --suite FILE), or --compare A B; see vlp eval --help")
+        raise ValueError(
+            "give MODEL and --task NAME --data PATH (or --suite FILE), or --compare A B; see vlp eval --help"
+        )
     return _evaluate_command(options)
 
 
@@ -73,13 +108,17 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     if options.out:  # so is a result that could not be written
         out = Path(options.out)
         if out.is_dir():
-            raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'results.json'}")
+            raise ValueError(
+                f"--out {out} is a folder; name a file, such as {out / 'results.json'}"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
     joined, device = _join_ranks(options.device)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     encoder = models.load(options.model, device, autocast)
     if dist.is_main() and not options.quiet:
-        print(f"{encoder.name} on {device}, {dist.world_size()} rank(s)", file=sys.stderr, flush=True)
+        print(
+            f"{encoder.name} on {device}, {dist.world_size()} rank(s)", file=sys.stderr, flush=True
+        )
     records, items = evaluate(encoder, tasks, _context(options), data)
     if dist.is_main():
         print(report.table(records))
@@ -93,7 +132,9 @@ def _evaluate_command(options: argparse.Namespace) -> int:
 
 
 def read_all(tasks: list[Plugin]) -> list[Any]:
-    """Open every task's data, in the tasks' order: what is wrong with them shows here, unreadable pictures included."""
+    """Open every task's data, in the tasks' order: what is wrong with them shows here, unreadable
+    pictures included.
+    """
     from vlp.eval.pictures import refuse_unreadable
 
     opened = []
@@ -111,9 +152,11 @@ def evaluate(
     context: Context,
     data: list[Any] | None = None,  # from `read_all`; None: read now
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Run the tasks. Returns their records (vlp.eval.report.records) and the outcomes by unit, "label/score" -> [U, 2].
+    """Run the tasks. Returns their records (vlp.eval.report.records) and the outcomes by unit,
+    "label/score" -> [U, 2].
 
-    Collective: every rank calls it with the same tasks and gets the same results. The global random state is not touched.
+    Collective: every rank calls it with the same tasks and gets the same results. The global random
+    state is not touched.
     """
     from vlp import dist
     from vlp.eval.report import records as report
@@ -142,9 +185,11 @@ def evaluate(
 
 
 def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
-    """The training loop's callable: the records of `tasks` for a model in memory, the same on every rank.
+    """The training loop's callable: the records of `tasks` for a model in memory, the same on every
+    rank.
 
-    Nothing is kept on disk and data are not hashed. Each rank embeds its share; the model's mode is put back.
+    Nothing is kept on disk and data are not hashed. Each rank embeds its share; the model's mode is
+    put back.
     """
     from vlp.eval.models import from_model
 
@@ -159,8 +204,8 @@ def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]
 def attempt(encoder: Encoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
     """The records of `tasks`, whatever goes wrong: training never ends here. Collective.
 
-    A picture that cannot be read is replaced by plain gray and counted in `counts.unreadable`. Of a task that fails there
-    is a record with `error` and the metric `failed` alone.
+    A picture that cannot be read is replaced by plain gray and counted in `counts.unreadable`. Of a
+    task that fails there is a record with `error` and the metric `failed` alone.
     """
     return [_attempt(encoder, task) for task in tasks]
 
@@ -250,11 +295,15 @@ def _context(options: argparse.Namespace) -> Context:
         cache = Path(options.cache) if options.cache else home / "vlp" / "embeddings"
     more = {} if options.workers is None else {"workers": options.workers}
     contents = Contents(cache / "contents.json" if cache else None)
-    return Context(batch=options.batch, cache=cache, contents=contents, progress=not options.quiet, **more)
+    return Context(
+        batch=options.batch, cache=cache, contents=contents, progress=not options.quiet, **more
+    )
 
 
 def _join_ranks(device: str) -> tuple[bool, str]:
-    """Join the process group that a launcher announces (whether there was one to join), and choose this rank's device."""
+    """Join the process group that a launcher announces (whether there was one to join), and choose
+    this rank's device.
+    """
     import torch
 
     cuda = torch.cuda.is_available() and device != "cpu"

@@ -16,5 +16,15 @@ def scenes(tmp_path_factory):
     from vlp.data_tools.scenes import write
 
     folder = tmp_path_factory.mktemp("scenes")
-    write(folder, n_train=200, n_val=8, n_test=8, n_zeroshot=56, n_retrieval=20, n_proofs=9, size=32, processes=1)
+    write(
+        folder,
+        n_train=200,
+        n_val=8,
+        n_test=8,
+        n_zeroshot=56,
+        n_retrieval=20,
+        n_proofs=9,
+        size=32,
+        processes=1,
+    )
     return folder

@@ -73,11 +73,16 @@ def trial(name: str, command: list[str], place: Path) -> dict:
         path for path in after if path.endswith("metrics.jsonl") and not whole_lines(place / path)
     ]
     return {
-        "name": name, "status": status, "said": said, "torn": torn,
+        "name": name,
+        "status": status,
+        "said": said,
+        "torn": torn,
         "changed": [path for path in kept if kept[path] != before[path]],
-        "partial": [path for path in after if ".tmp" in path or "partial" in path or ".lock" in path],
+        "partial": [
+            path for path in after if ".tmp" in path or "partial" in path or ".lock" in path
+        ],
         "again": quietly(command)[0],
-    }  # fmt: skip
+    }
 
 
 def fill(path: Path, n_free: int) -> None:

@@ -1,7 +1,8 @@
-"""A Hub on this machine, small enough to read: repositories, large files, commits, downloads, rights, dropped connections.
+"""A Hub on this machine, small enough to read: repositories, large files, commits, downloads,
+rights, dropped connections.
 
-It speaks what huggingface_hub's client asks of huggingface.co, as far as models need it. Commits are atomic: a repository
-is a mapping of paths to bytes that is replaced whole.
+It speaks what huggingface_hub's client asks of huggingface.co, as far as models need it. Commits
+are atomic: a repository is a mapping of paths to bytes that is replaced whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ TOKEN = "hf_loopbackloopbackloopback"
 
 
 class Hub:
-    """The state behind the server. `drop`: so many of the next uploads of large files end in a closed connection."""
+    """The state behind the server. `drop`: so many of the next uploads of large files end in a
+    closed connection.
+    """
 
     def __init__(self):
         self.repos, self.blobs, self.uploads, self.drop, self.url = {}, {}, [], 0, ""
@@ -27,7 +30,11 @@ class Hub:
         for path, data in sorted(self.repos[name].items()):
             entry = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
             if is_large(path):
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                entry["lfs"] = {
+                    "oid": hashlib.sha256(data).hexdigest(),
+                    "size": len(data),
+                    "pointerSize": 130,
+                }
             yield entry
 
 
@@ -40,7 +47,9 @@ def is_large(path):
 
 
 def revision(files):
-    return hashlib.sha1(repr(sorted((p, git_sha(d)) for p, d in files.items())).encode()).hexdigest()
+    return hashlib.sha1(
+        repr(sorted((p, git_sha(d)) for p, d in files.items())).encode()
+    ).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -86,8 +95,14 @@ class Handler(BaseHTTPRequestHandler):
                 objects.append(wanted)
             return self.answer(200, {"objects": objects, "transfer": "basic"})
         if match := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
-            files = [{"path": f["path"], "uploadMode": "lfs" if is_large(f["path"]) else "regular", "shouldIgnore": False}
-                     for f in json.loads(data)["files"]]  # fmt: skip
+            files = [
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if is_large(f["path"]) else "regular",
+                    "shouldIgnore": False,
+                }
+                for f in json.loads(data)["files"]
+            ]
             return self.answer(200, {"files": files})
         if match := re.fullmatch(r"/api/models/(.+)/commit/main", self.path):
             files = dict(hub.repos[match[1]])
@@ -100,7 +115,9 @@ class Handler(BaseHTTPRequestHandler):
                 elif line["key"] == "deletedFile":
                     del files[value["path"]]
             hub.repos[match[1]] = files
-            return self.answer(200, {"commitUrl": f"{hub.url}/{match[1]}/commit/1", "commitOid": revision(files)})
+            return self.answer(
+                200, {"commitUrl": f"{hub.url}/{match[1]}/commit/1", "commitOid": revision(files)}
+            )
         return self.answer(404, {"error": self.path})
 
     def do_PUT(self):
@@ -121,13 +138,19 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):
             if match[1] not in hub.repos:
                 return self.missing("RepoNotFound")
-            inside = [e for e in hub.listing(match[1]) if not match[2] or e["path"].startswith(f"{match[2]}/")]
+            inside = [
+                e
+                for e in hub.listing(match[1])
+                if not match[2] or e["path"].startswith(f"{match[2]}/")
+            ]
             return self.answer(200, inside) if inside else self.missing("EntryNotFound")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             if match[1] not in hub.repos:
                 return self.missing("RepoNotFound")
             siblings = [{"rfilename": entry["path"]} for entry in hub.listing(match[1])]
-            return self.answer(200, {"id": match[1], "sha": revision(hub.repos[match[1]]), "siblings": siblings})
+            return self.answer(
+                200, {"id": match[1], "sha": revision(hub.repos[match[1]]), "siblings": siblings}
+            )
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             files = hub.repos.get(match[1], {})
             if match[2] not in files:

@@ -1,8 +1,10 @@
-"""Run a function on W real processes that talk gloo: `ranks.run(2, function, *args) -> [result of rank 0, of rank 1]`.
+"""Run a function on W real processes that talk gloo: `ranks.run(2, function, *args) -> [result of
+rank 0, of rank 1]`.
 
-`function(*args)` runs on every rank with `torch.distributed` initialised; it must be importable by name (a module's
-top level) and return plain objects (lists, numbers), not tensors. A forkserver that has torch and the system preloaded
-starts the ranks in about a tenth of a second after first use.
+`function(*args)` runs on every rank with `torch.distributed` initialised; it must be importable by
+name (a module's top level) and return plain objects (lists, numbers), not tensors. A forkserver
+that has torch and the system preloaded starts the ranks in about a tenth of a second after first
+use.
 """
 
 from __future__ import annotations
@@ -20,15 +22,23 @@ from typing import Any
 PRELOADED = ["torch", "torch.distributed", "vlp.step", "tests.ranks"]
 
 
-def run(n_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-    """Results in rank order; an exception on any rank is raised here as RuntimeError with that rank's traceback."""
+def run(
+    n_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120
+) -> list[Any]:
+    """Results in rank order; an exception on any rank is raised here as RuntimeError with that
+    rank's traceback.
+    """
     context = multiprocessing.get_context("forkserver")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the forkserver when torch is first imported there
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # read by the forkserver when torch is first imported there
     context.set_forkserver_preload(PRELOADED)
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(n_ranks)]
     processes = [
-        context.Process(target=_serve, args=(rank, n_ranks, port, timeout_s, pipes[rank][1], function, args))
+        context.Process(
+            target=_serve, args=(rank, n_ranks, port, timeout_s, pipes[rank][1], function, args)
+        )
         for rank in range(n_ranks)
     ]
     for process in processes:
@@ -49,7 +59,9 @@ def _collect(pipes: list[Any], timeout_s: float) -> list[Any]:
     while len(results) < len(pipes):
         ready = wait([p for i, p in enumerate(pipes) if i not in results], timeout_s)
         if not ready:
-            raise TimeoutError(f"ranks {sorted(set(range(len(pipes))) - set(results))} gave no answer in {timeout_s} s")
+            raise TimeoutError(
+                f"ranks {sorted(set(range(len(pipes))) - set(results))} gave no answer in {timeout_s} s"
+            )
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
@@ -61,7 +73,9 @@ def _collect(pipes: list[Any], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _serve(rank: int, n_ranks: int, port: int, timeout_s: float, pipe: Any, function: Any, args: tuple) -> None:
+def _serve(
+    rank: int, n_ranks: int, port: int, timeout_s: float, pipe: Any, function: Any, args: tuple
+) -> None:
     import torch
     import torch.distributed as torch_dist
 
@@ -70,7 +84,11 @@ def _serve(rank: int, n_ranks: int, port: int, timeout_s: float, pipe: Any, func
     try:
         torch.set_num_threads(1)
         torch_dist.init_process_group(
-            "gloo", rank=rank, world_size=n_ranks, init_method=f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=timeout_s)
+            "gloo",
+            rank=rank,
+            world_size=n_ranks,
+            init_method=f"tcp://127.0.0.1:{port}",
+            timeout=timedelta(seconds=timeout_s),
         )
         result = function(*args)
         torch_dist.barrier()  # nobody leaves while a neighbour still talks

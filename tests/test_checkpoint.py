@@ -7,14 +7,20 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny
-from tests.test_train import losses, settings  # noqa: F401 - a fixture
+from tests.test_train import losses, settings
 from vlp import checkpoint
 from vlp.train import train
 
 
 def contents(value=1.0):
     weights = {"w": torch.full((4, 4), value), "n": torch.arange(3)}
-    return checkpoint.Contents(weights, {"exp_avg.w": torch.ones(4, 4)}, state={"step": 1}, config="x: 1", description={"a": 1})
+    return checkpoint.Contents(
+        weights,
+        {"exp_avg.w": torch.ones(4, 4)},
+        state={"step": 1},
+        config="x: 1",
+        description={"a": 1},
+    )
 
 
 def steps(run):
@@ -30,9 +36,15 @@ def test_pruning_never_removes_the_last_good_one(tmp_path):
     """With keep 1 and 2, a damaged newest, a damaged middle one, and a save below the newest."""
     n_cases = 0
     for keep, damaged, later, expected in (
-        (1, [30], 40, [40]), (1, [10, 20, 30], 40, [40]), (2, [30], 40, [20, 40]), (2, [20, 30], 40, [10, 40]),
-        (2, [], 40, [30, 40]), (3, [20], 40, [10, 30, 40]), (1, [30], 25, [25]), (2, [30], 25, [20, 25]),
-    ):  # fmt: skip
+        (1, [30], 40, [40]),
+        (1, [10, 20, 30], 40, [40]),
+        (2, [30], 40, [20, 40]),
+        (2, [20, 30], 40, [10, 40]),
+        (2, [], 40, [30, 40]),
+        (3, [20], 40, [10, 30, 40]),
+        (1, [30], 25, [25]),
+        (2, [30], 25, [20, 25]),
+    ):
         run = tmp_path / str(n_cases)
         for step in (10, 20, 30):
             checkpoint.save(run, step, contents(step), keep=9)
@@ -54,11 +66,15 @@ def test_every_flipped_bit_of_the_manifest_falls_back(tmp_path, capsys):
     n_accepted, n_cases = 0, 0
     for position in range(len(good)):
         for bit in range(0, 8, 3):
-            path.write_bytes(good[:position] + bytes([good[position] ^ (1 << bit)]) + good[position + 1 :])
+            path.write_bytes(
+                good[:position] + bytes([good[position] ^ (1 << bit)]) + good[position + 1 :]
+            )
             found = checkpoint.newest(tmp_path)
             if found == newest:
                 n_accepted += 1
-                assert json.loads(path.read_bytes()) == json.loads(good)  # white space, or an equal escape
+                assert json.loads(path.read_bytes()) == json.loads(
+                    good
+                )  # white space, or an equal escape
             else:
                 assert found.name == "step_00000001"
             n_cases += 1
@@ -66,7 +82,10 @@ def test_every_flipped_bit_of_the_manifest_falls_back(tmp_path, capsys):
     assert "trying the checkpoint before it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"model.safetensors": 3}', "[" * 100_000, '{"../x": {"bytes": 0}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", "null", '{"model.safetensors": 3}', "[" * 100_000, '{"../x": {"bytes": 0}}'],
+)
 def test_a_manifest_of_another_form_falls_back(tmp_path, text):
     checkpoint.save(tmp_path, 1, contents(), keep=2)
     newest = checkpoint.save(tmp_path, 2, contents(), keep=2)
@@ -77,17 +96,23 @@ def test_a_manifest_of_another_form_falls_back(tmp_path, text):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_neither_written_nor_chosen(tmp_path, value, monkeypatch):
     first = checkpoint.save(tmp_path, 1, contents(), keep=2)
-    with pytest.raises(checkpoint.CheckpointError, match="step 2 is not saved: NaN or infinity in w"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="step 2 is not saved: NaN or infinity in w"
+    ):
         checkpoint.save(tmp_path, 2, contents(value), keep=2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
-    monkeypatch.setattr(checkpoint, "not_finite", lambda tensors: [])  # as an older version would have written it
+    monkeypatch.setattr(
+        checkpoint, "not_finite", lambda tensors: []
+    )  # as an older version would have written it
     checkpoint.save(tmp_path, 2, contents(value), keep=2)
     monkeypatch.undo()
     assert checkpoint.newest(tmp_path) == first
 
 
-def test_going_back_leaves_the_other_branch(settings, capsys):  # noqa: F811
-    """Saves at 3, 6, 9; back to 3 with another rate, stopped at 6: `auto` goes on from there, not from 9."""
+def test_going_back_leaves_the_other_branch(settings, capsys):
+    """Saves at 3, 6, 9; back to 3 with another rate, stopped at 6: `auto` goes on from there, not
+    from 9.
+    """
     run = train(settings("checkpoint.keep=5"))
     one_branch = losses(run)
     (run / "results.json").write_text("[]")  # of step 9
@@ -104,22 +129,38 @@ def test_going_back_leaves_the_other_branch(settings, capsys):  # noqa: F811
     assert not list((run / "checkpoints").glob("*.abandoned"))  # the run has passed them
 
 
-def test_a_checkpoint_does_not_overwrite_another_run(settings):  # noqa: F811
-    one, other = train(settings("train.duration=3", out="one")), train(settings("train.duration=3", "seed=5", out="other"))
+def test_a_checkpoint_does_not_overwrite_another_run(settings):
+    one, other = (
+        train(settings("train.duration=3", out="one")),
+        train(settings("train.duration=3", "seed=5", out="other")),
+    )
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
-    with pytest.raises(FileExistsError, match=r"other holds another run than .*one.*new folder with out="):
+    with pytest.raises(
+        FileExistsError, match=r"other holds another run than .*one.*new folder with out="
+    ):
         train(settings(f"resume={one}", "train.duration=6", out="other"))
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
-    train(settings(f"resume={one}", "train.duration=6", out="third"))  # a new folder is a new branch
+    train(
+        settings(f"resume={one}", "train.duration=6", out="third")
+    )  # a new folder is a new branch
     assert steps(one) == [3] and steps(one.parent / "third") == [6]
 
 
 def test_weights_for_other_pixels_are_refused_by_what_differs():
     model, other = tiny(), tiny()
     checkpoint.check_alike(other, model, "the other")
-    other.image_spec = replace(other.image_spec, size=(16, 16), mean=(0.5, 0.5, 0.5), resize="squash")
+    other.image_spec = replace(
+        other.image_spec, size=(16, 16), mean=(0.5, 0.5, 0.5), resize="squash"
+    )
     with pytest.raises(ValueError) as caught:
         checkpoint.check_alike(other, model, "the other")
     text = str(caught.value)
-    assert "mean (0.5, 0.5, 0.5), not (0.48145466, 0.4578275, 0.40821073); resize squash, not shortest." in text
-    assert "std" not in text and "size" not in text.replace("resize", "") and "model.pretrained" in text
+    assert (
+        "mean (0.5, 0.5, 0.5), not (0.48145466, 0.4578275, 0.40821073); resize squash, not shortest."
+        in text
+    )
+    assert (
+        "std" not in text
+        and "size" not in text.replace("resize", "")
+        and "model.pretrained" in text
+    )

@@ -1,4 +1,6 @@
-"""Strict configuration: every problem at once, at its line, with a suggestion; what is dumped reads back the same."""
+"""Strict configuration: every problem at once, at its line, with a suggestion; what is dumped reads
+back the same.
+"""
 
 import pytest
 
@@ -28,14 +30,22 @@ def load(tmp_path, text, overrides=()):
 
 
 def test_resolved_configuration_reads_back(tmp_path):
-    first = load(tmp_path, GOOD, ["train.optimizer.lr=1e-3", "train.duration=3ep", "checkpoint.every=200ksamples"])
+    first = load(
+        tmp_path,
+        GOOD,
+        ["train.optimizer.lr=1e-3", "train.duration=3ep", "checkpoint.every=200ksamples"],
+    )
     assert first.train.optimizer.lr == 1e-3  # YAML 1.1 reads 1e-3 as text
     again = load(tmp_path, config.dump(first))
     assert plain(again) == plain(first)
 
 
 def test_all_problems_at_once_with_line_and_suggestion(tmp_path):
-    bad = GOOD.replace("batch: 8", "btach: 8").replace("layers: 1, heads: 1", "layers: one, heads: 1").replace("infonce", "infonec")
+    bad = (
+        GOOD.replace("batch: 8", "btach: 8")
+        .replace("layers: 1, heads: 1", "layers: one, heads: 1")
+        .replace("infonce", "infonec")
+    )
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, bad, ["train.precision=fp8"])
     lines = str(caught.value).splitlines()
@@ -51,21 +61,30 @@ def test_all_problems_at_once_with_line_and_suggestion(tmp_path):
         assert expected in text, (expected, text)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("train.batch=0", "at least 1"),
-    ("train.optimizer.lr=-1", "must be positive"),
-    ("train.optimizer.lr=.nan", "finite"),
-    ("train.duration=5 minutes", "expected a duration"),
-    ("data.sources=[]", "sources is empty"),
-    ("data.augment.scale=[0.9, 0.1]", "low <= high"),
-    ("objective={}", "objective is empty"),
-    ("model.scale.init=1000", "must lie in"),
-    ("data.captions.class_templates=[no place]", "exactly one {}"),
-    ("data={sources: [{name: shards, path: x}], views: {n: 1}, augment: {scaled_decoding: true}}", "does not go with views"),
-    ("data={sources: [{name: shards, path: x}], views: {augment: {scaled_decoding: true}}}", "does not go with views"),
-    ("train=5", "expected a mapping"),
-    ("train.batch=true", "whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.batch=0", "at least 1"),
+        ("train.optimizer.lr=-1", "must be positive"),
+        ("train.optimizer.lr=.nan", "finite"),
+        ("train.duration=5 minutes", "expected a duration"),
+        ("data.sources=[]", "sources is empty"),
+        ("data.augment.scale=[0.9, 0.1]", "low <= high"),
+        ("objective={}", "objective is empty"),
+        ("model.scale.init=1000", "must lie in"),
+        ("data.captions.class_templates=[no place]", "exactly one {}"),
+        (
+            "data={sources: [{name: shards, path: x}], views: {n: 1}, augment: {scaled_decoding: true}}",
+            "does not go with views",
+        ),
+        (
+            "data={sources: [{name: shards, path: x}], views: {augment: {scaled_decoding: true}}}",
+            "does not go with views",
+        ),
+        ("train=5", "expected a mapping"),
+        ("train.batch=true", "whole number"),
+    ],
+)
 def test_senseless_values_are_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=None) as caught:
         load(tmp_path, GOOD, [change])
@@ -81,9 +100,18 @@ def test_duplicate_key_and_bad_yaml(tmp_path):
         config.load(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize(("text", "steps"), [
-    (1000, 1000), ("5%", 10), ("3ep", 150), ("2ksamples", 20), ("2Msamples", 20_000), ("0%", 0), ("0.001%", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        (1000, 1000),
+        ("5%", 10),
+        ("3ep", 150),
+        ("2ksamples", 20),
+        ("2Msamples", 20_000),
+        ("0%", 0),
+        ("0.001%", 1),
+    ],
+)
 def test_durations(text, steps):
     plan = Plan(batch=100, steps_per_epoch=50, total=200)
     duration = Duration.from_config(text)
@@ -98,7 +126,9 @@ def test_due_counts_every_period_and_the_end():
 
 
 def test_every_percentage_ends_with_the_run_and_comes_at_its_even_places():
-    """For all totals: nothing twice near the end, as often as the percentage says, never off by more than half a step."""
+    """For all totals: nothing twice near the end, as often as the percentage says, never off by
+    more than half a step.
+    """
     counts = {"25%": 4, "20%": 5, "10%": 10, "33%": 3, "33.3%": 3, "12.5%": 8, "50%": 2, "100%": 1}
     n_checked = 0
     for total in range(1, 501):
@@ -109,10 +139,17 @@ def test_every_percentage_ends_with_the_run_and_comes_at_its_even_places():
             assert steps[-1] == total, (total, percent, steps)
             if span >= 1:
                 assert len(steps) == count, (total, percent, steps)
-                assert all(abs(step - (i + 1) * span) <= 0.5 + 1e-9 for i, step in enumerate(steps[:-1])), (total, percent)
+                assert all(
+                    abs(step - (i + 1) * span) <= 0.5 + 1e-9 for i, step in enumerate(steps[:-1])
+                ), (total, percent)
             n_checked += 1
     assert n_checked == 4000
-    assert Plan(batch=1, steps_per_epoch=10, total=234).due_steps(Duration(25, "%")) == [58, 117, 176, 234]
+    assert Plan(batch=1, steps_per_epoch=10, total=234).due_steps(Duration(25, "%")) == [
+        58,
+        117,
+        176,
+        234,
+    ]
 
 
 def test_due_asks_about_one_step_what_due_steps_lists():
@@ -121,14 +158,22 @@ def test_due_asks_about_one_step_what_due_steps_lists():
     for total in (1, 7, 50, 99):
         plan = Plan(batch=48, steps_per_epoch=7, total=total)
         for every in [None, *map(Duration.from_config, spans)]:
-            assert plan.due_steps(every) == [step for step in range(1, total + 1) if plan.due(every, step)], (total, every)
+            assert plan.due_steps(every) == [
+                step for step in range(1, total + 1) if plan.due(every, step)
+            ], (total, every)
             n_checked += 1
     assert n_checked == 40
 
 
-@pytest.mark.parametrize(("duration", "every", "count"), [
-    ("5ep", "0.5ep", 10), ("2.5ep", "0.5ep", 5), ("90ksamples", "30ksamples", 3), ("1Msamples", "100ksamples", 10),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("duration", "every", "count"),
+    [
+        ("5ep", "0.5ep", 10),
+        ("2.5ep", "0.5ep", 5),
+        ("90ksamples", "30ksamples", 3),
+        ("1Msamples", "100ksamples", 10),
+    ],
+)
 def test_spans_that_divide_a_run_end_with_it_whatever_an_epoch_is(duration, every, count):
     n_checked = 0
     for steps_per_epoch in range(20, 521):

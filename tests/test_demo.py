@@ -10,11 +10,17 @@ from vlp import demo
 @pytest.fixture
 def earlier(tmp_path):
     """The folder of a demo that was stopped half-way, beside a file of somebody else's."""
-    for name in ("data/train/00000.tar", "config.yaml", "checkpoints/step_00000001/model.safetensors"):
+    for name in (
+        "data/train/00000.tar",
+        "config.yaml",
+        "checkpoints/step_00000001/model.safetensors",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "thesis.tex").write_text("mine")
-    record = {str(path.relative_to(tmp_path)): demo._stamp(path) for path in demo._in_places(tmp_path)}
+    record = {
+        str(path.relative_to(tmp_path)): demo._stamp(path) for path in demo._in_places(tmp_path)
+    }
     (tmp_path / demo.RECORD).write_text(json.dumps(record))
     return tmp_path
 
@@ -31,11 +37,16 @@ def test_what_the_demo_wrote_is_removed_and_the_rest_stays(earlier):
 
 
 @pytest.mark.parametrize("name", ["data/train/mine.tar", "export/notes.md", "config.yaml"])
-def test_a_file_that_it_did_not_write_or_that_was_changed_is_refused_and_nothing_removed(earlier, name):
+def test_a_file_that_it_did_not_write_or_that_was_changed_is_refused_and_nothing_removed(
+    earlier, name
+):
     (earlier / name).parent.mkdir(exist_ok=True)
     (earlier / name).write_text("somebody else's")
     before = everything(earlier)
-    with pytest.raises(FileExistsError, match=rf"1 files .*{name}; move them away, or choose another folder with --out"):
+    with pytest.raises(
+        FileExistsError,
+        match=rf"1 files .*{name}; move them away, or choose another folder with --out",
+    ):
         demo.demo(earlier)
     assert everything(earlier) == before and (earlier / name).read_text() == "somebody else's"
 

@@ -10,7 +10,14 @@ LAYERS = [
     ("vlp.eval", "vlp.data_tools", "vlp.export.folder"),
     ("vlp.train", "vlp.reporter", "vlp.checks"),
     ("vlp.selection",),
-    ("vlp.step", "vlp.teacher", "vlp.checkpoint", "vlp.engines", "vlp.optim", "vlp.stored_embeddings"),
+    (
+        "vlp.step",
+        "vlp.teacher",
+        "vlp.checkpoint",
+        "vlp.engines",
+        "vlp.optim",
+        "vlp.stored_embeddings",
+    ),
     ("vlp.models", "vlp.losses", "vlp.data"),
     ("vlp.towers", "vlp.pairwise"),
     ("vlp.pretrained",),
@@ -34,13 +41,21 @@ def level(module):
 def imports(path):
     """Modules of ours that a file imports when it is imported itself, and those inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {n for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    inside = {
+        n
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{a.name}" if node.module == "vlp" else node.module for a in node.names]
+            names = [
+                f"{node.module}.{a.name}" if node.module == "vlp" else node.module
+                for a in node.names
+            ]
         yield from ((name, node in inside) for name in names if name.split(".")[0] == "vlp")
 
 
@@ -49,7 +64,9 @@ def test_imports_go_downwards():
     for folder, package in ROOMS.items():
         for path in (ROOT / folder).rglob("*.py"):
             n_files += 1
-            module = ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(".__init__")
+            module = ".".join(
+                (package, *path.relative_to(ROOT / folder).with_suffix("").parts)
+            ).removesuffix(".__init__")
             for name, lazy in imports(path):
                 name = "vlp" if name == "vlp.__version__" else name
                 n_imports += 1

@@ -235,10 +235,15 @@ def test_a_run_refuses_the_folder_of_a_living_run(world, tmp_path, capsys):
     path.write_text(CONFIG.format(out=run, shards=shards))
     command = ["train", str(path), "train.duration=9000", "checkpoint.every=9000", "log.every=1000"]
     instant = [
-        subprocess.Popen([sys.executable, "-m", "vlp.cli", *command], cwd=ROOT, stderr=subprocess.PIPE,
-                         stdout=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            [sys.executable, "-m", "vlp.cli", *command],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     until = time.monotonic() + 120
     while all(process.poll() is None for process in instant) and time.monotonic() < until:
         time.sleep(0.01)

@@ -27,9 +27,13 @@ def test_a_tracker_by_name_and_one_that_is_not_installed(tmp_path):
     trackers.write(1, {"loss": 2.0})
     trackers.close()
     events = list(tmp_path.rglob("events.out.tfevents.*"))
-    assert events and all(path.relative_to(tmp_path).parts[:2] == ("run", "tensorboard") for path in events)
+    assert events and all(
+        path.relative_to(tmp_path).parts[:2] == ("run", "tensorboard") for path in events
+    )
     assert not (tmp_path / "run" / "run").exists()
-    with pytest.raises(ValueError, match="'trackio', whose package is not installed: pip install trackio"):
+    with pytest.raises(
+        ValueError, match="'trackio', whose package is not installed: pip install trackio"
+    ):
         log.check_trackers(["tensorboard", "trackio"])
 
 

@@ -1,7 +1,7 @@
 """Every refusal leads out: what was found, what was expected, what to do, and no traceback.
 
-A row of REFUSALS is one refusal: the command as it is typed, then parts that its message must have. Names in braces are
-files of the fixture `world`. A new refusal is a new line.
+A row of REFUSALS is one refusal: the command as it is typed, then parts that its message must have.
+Names in braces are files of the fixture `world`. A new refusal is a new line.
 """
 
 import gzip
@@ -62,12 +62,33 @@ REFUSALS = [
     ("train {good} out={text}/run", REFUSED, "text.txt", "expected a folder"),
     ("train {good} out={text}", REFUSED, "text.txt", "expected a folder"),
     ("train {good} out={run}", REFUSED, "already holds a run", "resume=auto", "out="),
-    ("train {good} data.sources.0.path={shards}x", REFUSED, "shardsx", "neither a folder nor a tar"),
-    ("train {good} log.trackers=[trackio] data.sources.0.path=nowhere", REFUSED, "'trackio'", "pip install trackio"),
+    (
+        "train {good} data.sources.0.path={shards}x",
+        REFUSED,
+        "shardsx",
+        "neither a folder nor a tar",
+    ),
+    (
+        "train {good} log.trackers=[trackio] data.sources.0.path=nowhere",
+        REFUSED,
+        "'trackio'",
+        "pip install trackio",
+    ),
     ("train {good} train.batch=800", REFUSED, "800", "24 samples", "train.batch lower"),
     ("train {good} resume={text}", REFUSED, "text.txt", "manifest.json"),
-    ("train {good} resume={run}/checkpoints/step_00000009", REFUSED, "step_00000009", "holds step_00000001, step_00000002"),
-    ("train {good} out={run} resume=auto train.duration=1", REFUSED, "is of step 2", "after 1", "train.duration to 2"),
+    (
+        "train {good} resume={run}/checkpoints/step_00000009",
+        REFUSED,
+        "step_00000009",
+        "holds step_00000001, step_00000002",
+    ),
+    (
+        "train {good} out={run} resume=auto train.duration=1",
+        REFUSED,
+        "is of step 2",
+        "after 1",
+        "train.duration to 2",
+    ),
     ("train {good} init_from=nowhere", REFUSED, "nowhere"),
     ("export {run} --to /sys/export", REFUSED, "no right to use /sys"),
     ("export {absent} --to {absent}2", REFUSED, "absent", "What works: a run"),
@@ -85,23 +106,77 @@ REFUSALS = [
     ("report {absent}", REFUSED, "absent"),
     ("push {empty} you/x", REFUSED, "empty", "vlp export"),
     # what users bring
-    ("data pack {photos} --captions {brought}/quote.csv --to {absent}", REFUSED, "quote.csv:3", "--quoting none"),
-    ("data pack {photos} --captions {brought}/odd.csv --to {absent}", REFUSED, "'where', 'what'", "--image-column"),
-    ("data pack {photos} --captions {brought}/latin.csv --to {absent}", REFUSED, "latin.csv:2", "--encoding cp1252"),
-    ("data pack {photos} --captions {brought}/instances.json --to {absent}", REFUSED, "instances", "captions_"),
-    ("data pack {photos} --captions {brought}/lost.csv --to {absent}", REFUSED, "lost.csv:2", "b.png", "--on-missing skip"),
+    (
+        "data pack {photos} --captions {brought}/quote.csv --to {absent}",
+        REFUSED,
+        "quote.csv:3",
+        "--quoting none",
+    ),
+    (
+        "data pack {photos} --captions {brought}/odd.csv --to {absent}",
+        REFUSED,
+        "'where', 'what'",
+        "--image-column",
+    ),
+    (
+        "data pack {photos} --captions {brought}/latin.csv --to {absent}",
+        REFUSED,
+        "latin.csv:2",
+        "--encoding cp1252",
+    ),
+    (
+        "data pack {photos} --captions {brought}/instances.json --to {absent}",
+        REFUSED,
+        "instances",
+        "captions_",
+    ),
+    (
+        "data pack {photos} --captions {brought}/lost.csv --to {absent}",
+        REFUSED,
+        "lost.csv:2",
+        "b.png",
+        "--on-missing skip",
+    ),
     ("data pack {brought}/splits --to {absent}", REFUSED, "train, val", "--split-folder train"),
     ("data pack {brought}/zero --to {absent}", REFUSED, "cat/0.png", "--on-missing skip"),
-    ("data pack {brought}/emptied --to {absent}", REFUSED, "'dog' holds no image", "1 .webm", "convert"),
+    (
+        "data pack {brought}/emptied --to {absent}",
+        REFUSED,
+        "'dog' holds no image",
+        "1 .webm",
+        "convert",
+    ),
     ("data validate {brought}/packed.tar.gz", REFUSED, "compressed", "vlp data reshard"),
     ("train {good} data.sources.0.path={brought}/zip.tar", REFUSED, "zip archive", "unpack"),
     ("train {good} data.sources.0.path={brought}/00001.tar", REFUSED, "00001.tar", "folder"),
-    ("train {good} 'data.sources.0.captions=[re_caption]'", REFUSED, "re_caption", "there are", "captions"),
+    (
+        "train {good} 'data.sources.0.captions=[re_caption]'",
+        REFUSED,
+        "re_caption",
+        "there are",
+        "captions",
+    ),
     ("train {good} train.optimizer.warmup=1000", REFUSED, "1,000 steps", "the run has 2"),
     ("train {good} 'eval={{zeroshot: {{data: {brought}/zero}}}}'", REFUSED, "0.png", "repair"),
-    ("data filter {shards} --to {absent} --keep 'similarty > .3'", REFUSED, "'similarty > .3'", "number"),
-    ("eval {run} --task zeroshot --data {classes} classes={brought}/names.txt", REFUSED, "'dog'", "cat, cows", "add or correct"),
-    ("eval {run} --task retrieval --data {brought}/odd.csv", REFUSED, "'where', 'what'", "image_column"),
+    (
+        "data filter {shards} --to {absent} --keep 'similarty > .3'",
+        REFUSED,
+        "'similarty > .3'",
+        "number",
+    ),
+    (
+        "eval {run} --task zeroshot --data {classes} classes={brought}/names.txt",
+        REFUSED,
+        "'dog'",
+        "cat, cows",
+        "add or correct",
+    ),
+    (
+        "eval {run} --task retrieval --data {brought}/odd.csv",
+        REFUSED,
+        "'where', 'what'",
+        "image_column",
+    ),
 ]
 
 
@@ -110,7 +185,12 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     home = folder / "data"
     paths = {name: folder / name for name in ("absent", "empty", "run")}
-    paths |= {"folder": folder, "shards": home / "shards", "shards_parent": folder, "text": folder / "text.txt"}
+    paths |= {
+        "folder": folder,
+        "shards": home / "shards",
+        "shards_parent": folder,
+        "text": folder / "text.txt",
+    }
     paths |= {name: folder / f"{name}.yaml" for name in ("good", "broken", "latin")}
     paths["empty"].mkdir()
     paths["text"].write_text("plain text\n")
@@ -217,7 +297,7 @@ class Foreign:
         pickle.loads(b"plain text")
 
     def package():
-        import a_package_that_is_not_there  # noqa: F401
+        import a_package_that_is_not_there
 
     def memory():
         import torch
@@ -225,21 +305,24 @@ class Foreign:
         torch.empty(1 << 55)
 
 
-@pytest.mark.parametrize(("name", "parts"), [
-    ("full", ("no space left", "make room")),
-    ("folder", ("/tmp is a folder", "name a file")),
-    ("absent", ("there is no", "did you mean 'test_messages.py'")),
-    ("json", ("found no JSON", "line 2", "whole JSON")),
-    ("utf8", ("byte 0xe9 at position 3", "save it as UTF-8")),
-    ("weights", ("safetensors", "a whole .safetensors file")),
-    ("picture", ("PIL says", "leave it out or save it anew")),
-    ("parquet", ("pyarrow says", "a whole parquet file")),
-    ("tar", ("tarfile says", "a whole tar")),
-    ("yaml", ("yaml says", "quote texts")),
-    ("pickled", ("pickle", ".safetensors")),
-    ("package", ("'a_package_that_is_not_there' is not installed", "pip install")),
-    ("memory", ("allocate memory", "train.batch", "micro_batches")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("full", ("no space left", "make room")),
+        ("folder", ("/tmp is a folder", "name a file")),
+        ("absent", ("there is no", "did you mean 'test_messages.py'")),
+        ("json", ("found no JSON", "line 2", "whole JSON")),
+        ("utf8", ("byte 0xe9 at position 3", "save it as UTF-8")),
+        ("weights", ("safetensors", "a whole .safetensors file")),
+        ("picture", ("PIL says", "leave it out or save it anew")),
+        ("parquet", ("pyarrow says", "a whole parquet file")),
+        ("tar", ("tarfile says", "a whole tar")),
+        ("yaml", ("yaml says", "quote texts")),
+        ("pickled", ("pickle", ".safetensors")),
+        ("package", ("'a_package_that_is_not_there' is not installed", "pip install")),
+        ("memory", ("allocate memory", "train.batch", "micro_batches")),
+    ],
+)
 def test_errors_of_others_are_told_with_a_way_out(name, parts, capsys):
     with pytest.raises(Exception) as caught:
         getattr(Foreign, name)()
@@ -276,7 +359,15 @@ def test_a_full_and_a_read_only_disk_are_named_with_their_room(world, tmp_path):
         f"subprocess.run(['mount', '-o', 'remount,ro', {str(place)!r}], check=True)\n"
         f"print(main(['train', {str(world['good'])!r}, 'out={place}/other']))\n"
     )
-    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, script]
+    command = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        f'{mount} && exec "$0" -c "$1"',
+        sys.executable,
+        script,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     full, read_only = (line for line in done.stderr.splitlines() if line.startswith("vlp: "))
     for part in ("no space left for", str(place), "MB are free", "make room"):
@@ -289,8 +380,10 @@ def test_a_full_and_a_read_only_disk_are_named_with_their_room(world, tmp_path):
 @pytest.mark.parametrize("command", ["--help", "train --help", "data --help", "eval --help"])
 def test_a_reader_that_goes_away_ends_a_command_quietly(command):
     process = subprocess.Popen(
-        [sys.executable, "-m", "vlp.cli", *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )  # fmt: skip
+        [sys.executable, "-m", "vlp.cli", *command.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.close()
     _, errors = process.communicate(timeout=60)
     assert errors == b"", errors.decode()

@@ -1,4 +1,6 @@
-"""NaN and infinity never reach a weight, a moment, a statistic or a state, on any engine and from wherever they come."""
+"""NaN and infinity never reach a weight, a moment, a statistic or a state, on any engine and from
+wherever they come.
+"""
 
 import pytest
 import torch
@@ -49,7 +51,9 @@ def attempt(engine, place, value, may_skip, guilty_rank=0):
     batch = make_batch(own_rows())
     train_step(training, batch)
     before = everything(training)
-    assert all(torch.tensor(values).isfinite().all() for name, values in before.items() if name != "sogclr")
+    assert all(
+        torch.tensor(values).isfinite().all() for name, values in before.items() if name != "sogclr"
+    )
 
     if dist.rank() == guilty_rank:
         PLACES[place](training.engine.module, value)
@@ -64,13 +68,20 @@ def attempt(engine, place, value, may_skip, guilty_rank=0):
 
 SLOW = [
     pytest.param(engine, place, marks=pytest.mark.slow)
-    for engine in ("zero1", "zero3") for place in PLACES
-] + [pytest.param(engine, "embedding", marks=pytest.mark.slow) for engine in ("fsdp2", "zero2")]  # fmt: skip
+    for engine in ("zero1", "zero3")
+    for place in PLACES
+] + [pytest.param(engine, "embedding", marks=pytest.mark.slow) for engine in ("fsdp2", "zero2")]
 
 
 @pytest.mark.parametrize(
     ("engine", "place"),
-    [("ddp", "embedding"), ("ddp", "gradient"), ("fsdp2", "gradient"), ("zero2", "gradient"), *SLOW],
+    [
+        ("ddp", "embedding"),
+        ("ddp", "gradient"),
+        ("fsdp2", "gradient"),
+        ("zero2", "gradient"),
+        *SLOW,
+    ],
 )
 def test_nothing_moves_on_two_ranks(engine, place):
     n_compared = 0
@@ -91,16 +102,26 @@ def test_the_good_step_moved_everything():
     after = everything(training)
     assert before.keys() == after.keys()
     still = {name for name in after if after[name] == before[name]}
-    constants = {"scaling.logit_bias", "exp_avg.scaling.logit_bias", "exp_avg_sq.scaling.logit_bias"}
+    constants = {
+        "scaling.logit_bias",
+        "exp_avg.scaling.logit_bias",
+        "exp_avg_sq.scaling.logit_bias",
+    }
     assert {name for name in still - constants if not name.endswith(("mean", "std"))} == set()
 
 
 def trained_resnet(value):
-    """A step that a ResNet leaves out: its buffers before and after, and how far an ordinary step moves them."""
+    """A step that a ResNet leaves out: its buffers before and after, and how far an ordinary step
+    moves them.
+    """
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse({"name": "timm", "model": "resnet10t", "image_size": 32}, (), []),
+        image_tower=config.Named("vlp.towers").parse(
+            {"name": "timm", "model": "resnet10t", "image_size": 32}, (), []
+        ),
         text_tower=config.Named("vlp.towers").parse(
-            {"name": "transformer", "width": 32, "layers": 1, "heads": 2, "context_length": 77}, (), []
+            {"name": "transformer", "width": 32, "layers": 1, "heads": 2, "context_length": 77},
+            (),
+            [],
         ),
         embed_dim=16,
     )
@@ -149,7 +170,9 @@ def test_the_teacher_and_its_queue_stand_still():
     training = make_training(double=False, objective={"infonce": {}, "momentum_queue": {}})
     training.may_skip = 1
     options = config.Teacher(ema=0.5, queue=24)
-    training.teacher = Teacher(options, training.engine, training.engine.module, training.objective.needs, {})
+    training.teacher = Teacher(
+        options, training.engine, training.engine.module, training.objective.needs, {}
+    )
     train_step(training, make_batch())
     before = {name: value.clone() for name, value in training.teacher.state().items()}
     assert before["queue_image"].any()

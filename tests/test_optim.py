@@ -52,11 +52,16 @@ def test_a_run_with_such_a_warmup_does_not_start(scenes, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("objective, message", [
-    ({"infonce": {"weight": {"start": 1, "end": 0.5, "steps": 101}}},
-     r"objective.infonce.weight moves over 101 steps, but the run has 100: it would never reach 0\.5"),
-    ({"fastclip": {"gamma_steps": 200}}, "gamma_steps is 200, but the run has 100 steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objective, message",
+    [
+        (
+            {"infonce": {"weight": {"start": 1, "end": 0.5, "steps": 101}}},
+            r"objective.infonce.weight moves over 101 steps, but the run has 100: it would never reach 0\.5",
+        ),
+        ({"fastclip": {"gamma_steps": 200}}, "gamma_steps is 200, but the run has 100 steps"),
+    ],
+)
 def test_schedules_longer_than_the_run_are_refused(objective, message):
     build(objective)
     build(objective, steps=200)

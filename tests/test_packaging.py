@@ -1,4 +1,6 @@
-"""What is installed: every folder with code and every data file, nothing generic at the top level, a light import."""
+"""What is installed: every folder with code and every data file, nothing generic at the top level,
+a light import.
+"""
 
 import subprocess
 import sys
@@ -8,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"vlp": "vlp", "eval": "vlp.eval", "data_tools": "vlp.data_tools", "launch": "vlp.launch", "configs": "vlp.configs"}
+ROOMS = {
+    "vlp": "vlp",
+    "eval": "vlp.eval",
+    "data_tools": "vlp.data_tools",
+    "launch": "vlp.launch",
+    "configs": "vlp.configs",
+}
 
 
 def test_every_folder_with_code_is_packaged():
@@ -32,26 +40,38 @@ def test_the_outer_rooms_lie_where_tools_look_for_them():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_wheel_works_outside_the_clone(tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "venv"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "venv"], check=True
+    )
     python = tmp_path / "venv" / "bin" / "python"
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "--quiet", ROOT, source], check=True)
-    subprocess.run([python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, source], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, source], check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names if ".dist-info" not in n}
     assert tops == {"vlp"}
     shipped = [n for n in names if n.endswith((".yaml", ".json", ".txt"))]
-    for needed in ("vlp/configs/demo.yaml", "vlp/launch/deepspeed/zero2.json", "vlp/launch/accelerate/cpu2.yaml"):
+    for needed in (
+        "vlp/configs/demo.yaml",
+        "vlp/launch/deepspeed/zero2.json",
+        "vlp/launch/accelerate/cpu2.yaml",
+    ):
         assert needed in shipped
-    tracked = subprocess.run(["git", "ls-files", *ROOMS], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", *ROOMS], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     code = [f for f in tracked if f.endswith(".py")]
     assert len([n for n in names if n.endswith(".py")]) == len(code)
 
 
 def test_help_imports_nothing_heavy():
     program = "import sys; from vlp.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "usage: vlp" in output
     for heavy in ("torch", "numpy", "PIL", "yaml", "open_clip"):
         assert f"'{heavy}'" not in output
@@ -67,19 +87,39 @@ def test_rooms_are_there_once_they_are_asked_for():
         "print(hasattr(vlp, 'loses'), hasattr(vlp, '_card'))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["7", "vlp.eval", "vlp.data_tools", "Batch", "False", "False"], done.stderr
+    assert done.stdout.split() == ["7", "vlp.eval", "vlp.data_tools", "Batch", "False", "False"], (
+        done.stderr
+    )
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export", "push", "report", "demo", "data", "data pack", "data scenes"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "eval", "export", "push", "report", "demo", "data", "data pack", "data scenes"],
+)
 def test_every_command_has_help(command):
-    done = subprocess.run([sys.executable, "-m", "vlp.cli", *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vlp.cli", *command.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert f"vlp {command}" in done.stdout
-    assert command == "data" or "example" in done.stdout or f"  vlp {command}" in done.stdout or f"\nvlp {command}" in done.stdout
+    assert (
+        command == "data"
+        or "example" in done.stdout
+        or f"  vlp {command}" in done.stdout
+        or f"\nvlp {command}" in done.stdout
+    )
 
 
 def test_wrong_use_is_a_message_and_not_a_traceback():
-    done = subprocess.run([sys.executable, "-m", "vlp.cli", "train", "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vlp.cli", "train", "nowhere.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "no configuration file nowhere.yaml; known: brivl, caltech101, clip, " in done.stderr
     assert "Traceback" not in done.stderr

@@ -41,10 +41,18 @@ def world(tmp_path_factory):
         tree = yaml.safe_load(CONFIG.format(out=folder / "work" / "run", shards="unused"))
         host = server.url.replace("http://", f"http://{SECRETS['user']}:{SECRETS['password']}@")
         query = f"?X-Amz-Credential=A/20260101/us-east-1/s3/aws4_request&X-Amz-Signature={SECRETS['signature']}"
-        tree["data"]["sources"] = [{
-            "name": "remote", "path": f"{host}/train/{{00000..00005}}.tar{query}", "window": 2,
-            "storage": {"headers": {"X-Api-Key": SECRETS["header"]}, "encoded": False, "cookies": {"sid": SECRETS["option"]}},
-        }]  # fmt: skip
+        tree["data"]["sources"] = [
+            {
+                "name": "remote",
+                "path": f"{host}/train/{{00000..00005}}.tar{query}",
+                "window": 2,
+                "storage": {
+                    "headers": {"X-Api-Key": SECRETS["header"]},
+                    "encoded": False,
+                    "cookies": {"sid": SECRETS["option"]},
+                },
+            }
+        ]
         tree["data"]["workers"] = 1
         tree["log"] = {"trackers": ["tensorboard"]}
         (folder / "mine.yaml").write_text(yaml.safe_dump(tree))
@@ -164,11 +172,26 @@ def test_the_search_finds_what_is_there(world):
 
 def test_a_lock_tells_no_secrets(world):
     folder, _ = world
-    program = "import sys\nfrom pathlib import Path\nfrom vlp.locks import held\n" \
-        "with held(Path(sys.argv[1]), advice=''): print((Path(sys.argv[1]) / '.lock').read_text())"  # fmt: skip
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom vlp.locks import held\n"
+        "with held(Path(sys.argv[1]), advice=''): print((Path(sys.argv[1]) / '.lock').read_text())"
+    )
     address = (
         f"data.sources.0.path=https://u:{SECRETS['password']}@h/0.tar?sig={SECRETS['signature']}"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(folder / "held"), address, f"hf_token={SECRETS['hub']}"],
-                          cwd=ROOT, env=environment(folder), capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program,
+            str(folder / "held"),
+            address,
+            f"hf_token={SECRETS['hub']}",
+        ],
+        cwd=ROOT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "https://h/0.tar?***" in done.stdout and not told(done.stdout)

@@ -48,18 +48,31 @@ def test_messages_hide_secrets_and_nothing_else():
 
 
 TREE = {
-    "path": "https://anna:PLANTED@host/{0..3}.tar?sig=PLANTED", "weight": 1,
-    "storage": {"anon": False, "retries": 5, "password": 123456, "profile": "default",
-                "client_kwargs": {"headers": {"X-Mine": "PLANTED"}}},
-    "api_token": "PLANTED", "strip_sep_token": True, "max_tokens": 77, "key": "",
-}  # fmt: skip
+    "path": "https://anna:PLANTED@host/{0..3}.tar?sig=PLANTED",
+    "weight": 1,
+    "storage": {
+        "anon": False,
+        "retries": 5,
+        "password": 123456,
+        "profile": "default",
+        "client_kwargs": {"headers": {"X-Mine": "PLANTED"}},
+    },
+    "api_token": "PLANTED",
+    "strip_sep_token": True,
+    "max_tokens": 77,
+    "key": "",
+}
 
 
 def test_configurations_keep_their_form():
     kept = privacy.without_secrets(TREE)
     assert kept["storage"] == {
-        "anon": False, "retries": 5, "password": "***", "profile": "***", "client_kwargs": {"headers": {"X-Mine": "***"}},
-    }  # fmt: skip
+        "anon": False,
+        "retries": 5,
+        "password": "***",
+        "profile": "***",
+        "client_kwargs": {"headers": {"X-Mine": "***"}},
+    }
     assert kept["path"] == "https://host/{0..3}.tar?***" and kept["api_token"] == "***"
     assert [kept[name] for name in ("weight", "strip_sep_token", "max_tokens", "key")] == [
         1,
@@ -77,8 +90,12 @@ def test_configurations_keep_their_form():
     assert list(privacy.hidden_keys(kept)) == hidden
     assert not list(privacy.hidden_keys({"template": "a *** photo of {}"}))
     assert privacy.shareable(TREE) == {
-        "path": "https://host/{0..3}.tar", "weight": 1, "strip_sep_token": True, "max_tokens": 77, "key": "",
-    }  # fmt: skip
+        "path": "https://host/{0..3}.tar",
+        "weight": 1,
+        "strip_sep_token": True,
+        "max_tokens": 77,
+        "key": "",
+    }
 
 
 def test_one_file_has_one_address():

@@ -1,8 +1,8 @@
 """Exactness and resume with the kernels of other processors, and with one thread and two.
 
-torch and oneDNN choose kernels by what the processor offers, and a kernel may round a row differently
-by its place in a batch, by shapes and by threads. What is promised bit for bit must hold with any of
-them; what is compared across shapes must be compared within rounding.
+torch and oneDNN choose kernels by what the processor offers, and a kernel may round a row
+differently by its place in a batch, by shapes and by threads. What is promised bit for bit must
+hold with any of them; what is compared across shapes must be compared within rounding.
 """
 
 import os
@@ -30,7 +30,10 @@ PROCESSORS = {
     "no vectors": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "AVX-512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "AVX-512 with bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "AVX-512 with bf16": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+    },
 }
 
 

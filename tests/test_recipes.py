@@ -1,4 +1,5 @@
-"""Every shipped configuration trains: its data fields, objective, teacher, heads and views, with tiny towers and pictures.
+"""Every shipped configuration trains: its data fields, objective, teacher, heads and views, with
+tiny towers and pictures.
 
 And every command of its header is one that can be given.
 """
@@ -16,7 +17,12 @@ from vlp.data.format import ShardWriter
 from vlp.train import train
 
 TEXT = "{name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}"
-ELSEWHERE = {"demo", "caltech101", "jest", "mcl"}  # run by make demo, by the benchmark, and in tests/selection
+ELSEWHERE = {
+    "demo",
+    "caltech101",
+    "jest",
+    "mcl",
+}  # run by make demo, by the benchmark, and in tests/selection
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +31,14 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes") / "shards"
     with ShardWriter(folder, 100) as writer:
         for i in range(40):
-            meta = {"negatives": [f"not {i}", f"nor {i}"], "counterfactuals": [f"{i} and two", f"{i} and three"]}
+            meta = {
+                "negatives": [f"not {i}", f"nor {i}"],
+                "counterfactuals": [f"{i} and two", f"{i} and three"],
+            }
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
-            writer.add(f"k{i}", own, "png", [f"this is picture {i}"], meta, negative_image=(other, "png"))
+            writer.add(
+                f"k{i}", own, "png", [f"this is picture {i}"], meta, negative_image=(other, "png")
+            )
     return folder
 
 
@@ -37,11 +48,26 @@ def tiny(recipe: Path, shards: Path, out: Path, *more: str) -> config.Config:
     tower = f"{{name: vit, image_size: 16, patch_size: 8, width: 16, layers: 1, head_width: 16, locked: {str(locked).lower()}}}"
     paths = [f"data.sources.{i}.path={shards}" for i in range(len(plain.data.sources))]
     queue, micro_batches = min(plain.teacher.queue, 16), min(plain.train.micro_batches, 2)
-    return config.load(recipe, [
-        f"out={out}", *paths, "data.workers=0", f"model.image_tower={tower}", f"model.text_tower={TEXT}", "model.embed_dim=16",
-        "model.pretrained=null", "train.duration=3", "train.batch=16", f"train.micro_batches={micro_batches}",
-        "train.optimizer.warmup=1", "train.precision=float32", f"teacher.queue={queue}", "eval={}", *more,
-    ])  # fmt: skip
+    return config.load(
+        recipe,
+        [
+            f"out={out}",
+            *paths,
+            "data.workers=0",
+            f"model.image_tower={tower}",
+            f"model.text_tower={TEXT}",
+            "model.embed_dim=16",
+            "model.pretrained=null",
+            "train.duration=3",
+            "train.batch=16",
+            f"train.micro_batches={micro_batches}",
+            "train.optimizer.warmup=1",
+            "train.precision=float32",
+            f"teacher.queue={queue}",
+            "eval={}",
+            *more,
+        ],
+    )
 
 
 def losses(run):
@@ -53,15 +79,21 @@ RECIPES = {path.stem: path for path in sorted(ROOT.glob("configs/*.yaml"))}
 
 
 def test_every_recipe_has_a_header():
-    """What it is, its data, its command, the hardware and the result; and the number of recipes that are run below."""
+    """What it is, its data, its command, the hardware and the result; and the number of recipes
+    that are run below.
+    """
     assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 19
     for name, path in RECIPES.items():
         header = header_of(path)
-        assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), name
+        assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
+            name
+        )
         assert name == "demo" or re.search(r"^# data  ", header, re.M), name
         assert f"vlp train {name}" in header or f"train.py {name}" in header or name == "demo"
         ours = name in ("demo", "caltech101")  # no paper's
-        assert ours or re.search(r"^# difference  ", header, re.M), f"{name} says nothing of what differs from its paper"
+        assert ours or re.search(r"^# difference  ", header, re.M), (
+            f"{name} says nothing of what differs from its paper"
+        )
 
 
 def header_of(path: Path) -> str:
@@ -69,19 +101,29 @@ def header_of(path: Path) -> str:
 
 
 def commands_of(header: str) -> list[list[str]]:
-    """Lines that are a command, after a label such as `command` or alone; a remark stands behind three spaces."""
+    """Lines that are a command, after a label such as `command` or alone; a remark stands behind
+    three spaces.
+    """
     lines = [re.sub(r"^#\s*((data|command)\s{2,})?", "", line) for line in header.splitlines()]
-    commands = [re.split(r"\s{3,}\(", line)[0] for line in lines if re.match(r"(vlp|accelerate launch) ", line)]
+    commands = [
+        re.split(r"\s{3,}\(", line)[0]
+        for line in lines
+        if re.match(r"(vlp|accelerate launch) ", line)
+    ]
     return [shlex.split(command) for command in commands]
 
 
 def parse(command: list[str], name: str) -> str:
-    """Give a command to its own parsers, and an overridden configuration to its reader; returns what it starts."""
+    """Give a command to its own parsers, and an overridden configuration to its reader; returns
+    what it starts.
+    """
     if command[0] == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 
         launched = launch_command_parser().parse_args(command[2:])
-        assert (ROOT / launched.config_file).is_file() and launched.training_script == "launch/train.py"
+        assert (
+            ROOT / launched.config_file
+        ).is_file() and launched.training_script == "launch/train.py"
         return parse(["vlp", "train", *launched.training_script_args], name)
 
     options = cli.build_parser(command[1:]).parse_args(command[1:])
@@ -110,7 +152,10 @@ def test_every_command_of_every_header_can_be_given():
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
     """The parsers above would prove nothing if they took everything."""
-    for command in ("vlp data filter data/laion --diht --to data/pairs", "vlp data embed data/pairs --to x"):
+    for command in (
+        "vlp data filter data/laion --diht --to data/pairs",
+        "vlp data embed data/pairs --to x",
+    ):
         with pytest.raises(SystemExit):
             parse(shlex.split(command), "hn_nce")
     assert "--diht" in capsys.readouterr().err

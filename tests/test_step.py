@@ -1,4 +1,6 @@
-"""The step: any number of ranks and micro-batches gives the gradient of one process with the whole batch."""
+"""The step: any number of ranks and micro-batches gives the gradient of one process with the whole
+batch.
+"""
 
 import dataclasses
 
@@ -24,30 +26,64 @@ def make_batch(rows=slice(None)):
     text = torch.randint(1, 400, (ROWS, LENGTH), generator=generator)
     text[:, 9] = 49407  # end of text: the token that is pooled
     text[:, 10:] = 0
-    return Batch(image[rows], text[rows], torch.arange(ROWS)[rows], [f"key{i}" for i in range(ROWS)][rows])
+    return Batch(
+        image[rows], text[rows], torch.arange(ROWS)[rows], [f"key{i}" for i in range(ROWS)][rows]
+    )
 
 
-def make_training(micro_batches=1, *, engine="ddp", patch_dropout=0.0, objective=None, double=True, clip_norm=None,
-                  weights=None, checkpointing=False, heads=None, length=LENGTH):
-    vit = {"name": "vit", "width": 32, "layers": 2, "head_width": 16, "patch_size": 4, "image_size": 16}
+def make_training(
+    micro_batches=1,
+    *,
+    engine="ddp",
+    patch_dropout=0.0,
+    objective=None,
+    double=True,
+    clip_norm=None,
+    weights=None,
+    checkpointing=False,
+    heads=None,
+    length=LENGTH,
+):
+    vit = {
+        "name": "vit",
+        "width": 32,
+        "layers": 2,
+        "head_width": 16,
+        "patch_size": 4,
+        "image_size": 16,
+    }
     text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse(vit | {"patch_dropout": patch_dropout}, (), []),
+        image_tower=config.Named("vlp.towers").parse(
+            vit | {"patch_dropout": patch_dropout}, (), []
+        ),
         text_tower=config.Named("vlp.towers").parse(text, (), []),
-        embed_dim=16, bias=-2.0, heads=schema.parse(config.Heads, heads or {}),
-    )  # fmt: skip
+        embed_dim=16,
+        bias=-2.0,
+        heads=schema.parse(config.Heads, heads or {}),
+    )
     options = config.Train(
-        config.Duration(4, "steps"), batch=ROWS, micro_batches=micro_batches, engine=engine, device="cpu", precision="float32",
-        optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm), activation_checkpointing=checkpointing,
-    )  # fmt: skip
+        config.Duration(4, "steps"),
+        batch=ROWS,
+        micro_batches=micro_batches,
+        engine=engine,
+        device="cpu",
+        precision="float32",
+        optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
+        activation_checkpointing=checkpointing,
+    )
     torch.manual_seed(0)
     encoder = build(model)
     if weights:
         encoder.load_state_dict(load_file(weights))
     made = parallel.start(options)
     made.prepare(encoder.double() if double else encoder, options)
-    return Training(made, losses.build(objective or {"infonce": {}, "siglip": {"weight": 0.3}}), lambda step: 1e-3,
-                    micro_batches=micro_batches)
+    return Training(
+        made,
+        losses.build(objective or {"infonce": {}, "siglip": {"weight": 0.3}}),
+        lambda step: 1e-3,
+        micro_batches=micro_batches,
+    )
 
 
 def own_rows():
@@ -56,7 +92,9 @@ def own_rows():
 
 
 def gradients_and_weights(micro_batches=1, steps=2, batch=make_batch, **options):
-    """First step's gradients (AdamW's first moment is (1 − β₁) of them) and the weights after `steps` updates."""
+    """First step's gradients (AdamW's first moment is (1 − β₁) of them) and the weights after
+    `steps` updates.
+    """
     training = make_training(micro_batches, **options)
     loss = []
     for _ in range(steps):
@@ -64,16 +102,29 @@ def gradients_and_weights(micro_batches=1, steps=2, batch=make_batch, **options)
         loss.append(scalars["loss"].item())
         if training.step == 1:
             moments = training.engine.state(everywhere=True)[1]
-            first = {k.removeprefix("exp_avg."): v / 0.1 for k, v in moments.items() if k.startswith("exp_avg.")}
+            first = {
+                k.removeprefix("exp_avg."): v / 0.1
+                for k, v in moments.items()
+                if k.startswith("exp_avg.")
+            }
     weights, _ = training.engine.state(everywhere=True)
-    return {k: v.flatten().tolist() for k, v in first.items()}, {k: v.flatten().tolist() for k, v in weights.items()}, loss
+    return (
+        {k: v.flatten().tolist() for k, v in first.items()},
+        {k: v.flatten().tolist() for k, v in weights.items()},
+        loss,
+    )
 
 
 def assert_close(one, other, tolerance, absolute=1e-12):
     assert one.keys() == other.keys()
     for name in one:
-        a, b = torch.tensor(one[name], dtype=torch.float64), torch.tensor(other[name], dtype=torch.float64)
-        assert torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(b) + absolute, name
+        a, b = (
+            torch.tensor(one[name], dtype=torch.float64),
+            torch.tensor(other[name], dtype=torch.float64),
+        )
+        assert (
+            torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(b) + absolute
+        ), name
     return len(one)
 
 
@@ -115,26 +166,37 @@ def test_fsdp2_equals_one_process():
 
 
 def test_random_patch_drop_is_replayed(monkeypatch):
-    """Two passes over three micro-batches equal one graph over the same three; without the replay they do not."""
+    """Two passes over three micro-batches equal one graph over the same three; without the replay
+    they do not.
+    """
 
     def one_graph():
         training = make_training(3, patch_dropout=0.5)
         parts = [embed(training, part, i) for i, part in enumerate(make_batch().split(3))]
-        joined = {k: torch.cat([p[k] for p in parts]) if parts[0][k].ndim else parts[0][k] for k in parts[0]}
+        joined = {
+            k: torch.cat([p[k] for p in parts]) if parts[0][k].ndim else parts[0][k]
+            for k in parts[0]
+        }
         training.objective(**joined, step=0)[0].backward()
         return {n: p.grad.flatten().tolist() for n, p in training.engine.module.named_parameters()}
 
     expected = one_graph()
-    assert assert_close(gradients_and_weights(3, steps=1, patch_dropout=0.5)[0], expected, 1e-10) > 20
+    assert (
+        assert_close(gradients_and_weights(3, steps=1, patch_dropout=0.5)[0], expected, 1e-10) > 20
+    )
 
     calls = iter(range(10**6))
-    monkeypatch.setattr("vlp.step.derive", lambda *position: next(calls))  # the known-wrong way: new randomness each pass
+    monkeypatch.setattr(
+        "vlp.step.derive", lambda *position: next(calls)
+    )  # the known-wrong way: new randomness each pass
     with pytest.raises(AssertionError):
         assert_close(gradients_and_weights(3, steps=1, patch_dropout=0.5)[0], expected, 1e-3)
 
 
 def test_detached_micro_batches_are_not_exact(reference):
-    """Negative control: the usual gradient accumulation, each micro-batch with its own loss, is another gradient."""
+    """Negative control: the usual gradient accumulation, each micro-batch with its own loss, is
+    another gradient.
+    """
     training = make_training(3)
     for i, part in enumerate(make_batch().split(3)):
         (training.objective(**embed(training, part, i), step=0)[0] / 3).backward()
@@ -144,12 +206,16 @@ def test_detached_micro_batches_are_not_exact(reference):
 
 
 def test_forward_count_and_one_loss():
-    """Two passes cost one more forward a micro-batch and no more losses; one micro-batch costs none."""
+    """Two passes cost one more forward a micro-batch and no more losses; one micro-batch costs
+    none.
+    """
     counts = {}
     for parts in (1, 3):
         training = make_training(parts)
         seen = {"forward": 0, "loss": 0}
-        training.engine.module.register_forward_hook(lambda *_, seen=seen: seen.__setitem__("forward", seen["forward"] + 1))
+        training.engine.module.register_forward_hook(
+            lambda *_, seen=seen: seen.__setitem__("forward", seen["forward"] + 1)
+        )
         inner = training.objective
 
         def counted(evaluate=inner.evaluate, seen=seen, **inputs):
@@ -168,7 +234,11 @@ def poisoned(rank):
     before = training.engine.state(everywhere=True)[0]
     batch = make_batch(own_rows())
     if dist.rank() == rank:
-        hook = lambda _, __, out: out._replace(image=out.image.clone().index_fill_(0, torch.tensor([1]), float("nan")))  # noqa: E731
+
+        def hook(_, __, out):
+            one = torch.tensor([1])
+            return out._replace(image=out.image.clone().index_fill_(0, one, float("nan")))
+
         training.engine.module.register_forward_hook(hook)
     try:
         train_step(training, batch)
@@ -193,7 +263,9 @@ def test_recomputed_activations_change_nothing(parts):
         training = make_training(parts, double=False, checkpointing=checkpointing)
         training.dtype = torch.bfloat16
         train_step(training, make_batch())
-        weights.append({n: p.flatten().tolist() for n, p in training.engine.module.named_parameters()})
+        weights.append(
+            {n: p.flatten().tolist() for n, p in training.engine.module.named_parameters()}
+        )
     assert assert_close(*weights, 1e-6) > 20
 
 
@@ -210,7 +282,9 @@ def test_carried_fields_reach_the_objective():
 
 
 def negatives_batch(rows=slice(None)):
-    """`make_batch` with two hard captions a sample, five of the 24 valid, and three counting samples."""
+    """`make_batch` with two hard captions a sample, five of the 24 valid, and three counting
+    samples.
+    """
     generator = torch.Generator().manual_seed(8)
     texts = torch.randint(1, 400, (ROWS, 4, LENGTH), generator=generator)
     texts[..., 9], texts[..., 10:] = 49407, 0
@@ -218,23 +292,35 @@ def negatives_batch(rows=slice(None)):
     mask[[0, 1, 4, 7, 11], [0, 1, 1, 0, 0]] = True
     counting = torch.arange(ROWS) % 5 == 0
     return dataclasses.replace(
-        make_batch(rows), negatives=texts[rows, :2], negatives_valid=mask[rows], counterfactual=texts[rows, 2:],
+        make_batch(rows),
+        negatives=texts[rows, :2],
+        negatives_valid=mask[rows],
+        counterfactual=texts[rows, 2:],
         counterfactual_valid=counting[rows],
-    )  # fmt: skip
+    )
 
 
-NEGATIVES = {"hard_negatives": [{"form": "negclip"}, {"form": "own", "weight": 0.5}], "counting": {"counterfactuals": "all"}}
+NEGATIVES = {
+    "hard_negatives": [{"form": "negclip"}, {"form": "own", "weight": 0.5}],
+    "counting": {"counterfactuals": "all"},
+}
 
 
 def with_negatives(micro_batches=1, engine="ddp"):
-    return gradients_and_weights(micro_batches, batch=negatives_batch, objective=NEGATIVES, engine=engine)
+    return gradients_and_weights(
+        micro_batches, batch=negatives_batch, objective=NEGATIVES, engine=engine
+    )
 
 
 def test_only_valid_captions_pass_the_text_tower():
-    """12 captions, 5 hard ones and 3 counting samples' 2 counterfactuals, by hooks; the others change nothing."""
+    """12 captions, 5 hard ones and 3 counting samples' 2 counterfactuals, by hooks; the others
+    change nothing.
+    """
     training = make_training(objective=NEGATIVES)
     rows = []
-    training.engine.module.text.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    training.engine.module.text.register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0]))
+    )
     batch = negatives_batch()
     before = train_step(training, batch)["loss"]
     assert rows == [12 + 5 + 3 * 2]
@@ -247,7 +333,9 @@ def test_only_valid_captions_pass_the_text_tower():
 
 def test_ranks_with_unequal_numbers_of_valid_captions_change_nothing():
     expected = with_negatives()
-    assert_close(with_negatives(4)[0], expected[0], 1e-10)  # the second micro-batch has one valid caption, the third two
+    assert_close(
+        with_negatives(4)[0], expected[0], 1e-10
+    )  # the second micro-batch has one valid caption, the third two
     for engine in ("ddp", "fsdp2"):
         for gradients, weights, _ in ranks.run(2, with_negatives, 3, engine):
             assert_close(gradients, expected[0], 1e-9)
@@ -255,18 +343,34 @@ def test_ranks_with_unequal_numbers_of_valid_captions_change_nothing():
 
 
 def test_geometry_is_that_of_the_evaluation():
-    """Of more rows than are looked at: the first ones count, and the evaluation's functions give the same."""
+    """Of more rows than are looked at: the first ones count, and the evaluation's functions give
+    the same.
+    """
     generator = torch.Generator().manual_seed(2)
-    image, text = (torch.nn.functional.normalize(torch.randn(MEASURED + 40, 8, generator=generator) + 0.3, dim=1) for _ in range(2))
+    image, text = (
+        torch.nn.functional.normalize(
+            torch.randn(MEASURED + 40, 8, generator=generator) + 0.3, dim=1
+        )
+        for _ in range(2)
+    )
     found = geometry(image, text)
     x, t = image[:MEASURED].double(), text[:MEASURED].double()
     expected = {
-        "space.gap": metrics.centroid_distance(x, t), "space.alignment": metrics.alignment(x, t),
-        "space.uniformity_image": metrics.uniformity(x), "space.uniformity_text": metrics.uniformity(t),
-    }  # fmt: skip
-    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
-    assert metrics.centroid_distance(image.double(), text.double()) != pytest.approx(expected["space.gap"], rel=1e-4)
-    assert geometry(image[:1], text[:1]).keys() == {"space.gap", "space.alignment"}  # a uniformity needs two rows
+        "space.gap": metrics.centroid_distance(x, t),
+        "space.alignment": metrics.alignment(x, t),
+        "space.uniformity_image": metrics.uniformity(x),
+        "space.uniformity_text": metrics.uniformity(t),
+    }
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert metrics.centroid_distance(image.double(), text.double()) != pytest.approx(
+        expected["space.gap"], rel=1e-4
+    )
+    assert geometry(image[:1], text[:1]).keys() == {
+        "space.gap",
+        "space.alignment",
+    }  # a uniformity needs two rows
 
 
 def test_geometry_is_shown_when_asked_for():

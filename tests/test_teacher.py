@@ -1,4 +1,6 @@
-"""The moving average, the queue of its keys and the frozen teacher: exact under every engine, and carried by checkpoints."""
+"""The moving average, the queue of its keys and the frozen teacher: exact under every engine, and
+carried by checkpoints.
+"""
 
 import json
 import shutil
@@ -8,7 +10,7 @@ import torch
 
 from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
-from tests.test_train import losses, settings  # noqa: F401  (a fixture)
+from tests.test_train import losses, settings
 from vlp import checkpoint, config
 from vlp.step import train_step
 from vlp.teacher import Teacher
@@ -43,17 +45,27 @@ def distance(one, other):
 def check_recursion(terms, weights, state):
     expected = weights[0]
     for now in weights[1:]:
-        expected = {k: (DECAY * torch.tensor(v) + (1 - DECAY) * torch.tensor(now[k])).tolist() for k, v in expected.items()}
+        expected = {
+            k: (DECAY * torch.tensor(v) + (1 - DECAY) * torch.tensor(now[k])).tolist()
+            for k, v in expected.items()
+        }
     average = {k.removeprefix("ema_"): v for k, v in state.items()}
     assert average.keys() == expected.keys() and len(average) > 20
     assert distance(average, expected) < 1e-6
     assert distance(average, weights[-1]) > 1e-4  # the weights themselves would not do
-    assert terms[0] == pytest.approx(0, abs=1e-9) and terms[1] > 1e-6  # before any update the average is the model
+    assert (
+        terms[0] == pytest.approx(0, abs=1e-9) and terms[1] > 1e-6
+    )  # before any update the average is the model
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", "fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))],
+)
 def test_the_average_is_the_recursion_over_the_weights(engine):
-    """Of one process, and of two ranks with three micro-batches under every engine, with the same values of the term."""
+    """Of one process, and of two ranks with three micro-batches under every engine, with the same
+    values of the term.
+    """
     expected = averaged()
     check_recursion(*expected)
     results = ranks.run(2, averaged, engine, 3)
@@ -81,34 +93,49 @@ def keys():
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_queue_holds_the_latest_keys_of_all_ranks(world):
-    queue, first, seen = (torch.tensor(v) for v in (keys() if world == 1 else ranks.run(2, keys)[1]))
-    assert (first[:12] - seen[:12]).abs().max() < 1e-5 and not first[12:].any()  # zeros: still empty
-    assert len(seen) == 36 and len(queue) == QUEUE  # the last four of 36 keys stand where the first four stood
+    queue, first, seen = (
+        torch.tensor(v) for v in (keys() if world == 1 else ranks.run(2, keys)[1])
+    )
+    assert (first[:12] - seen[:12]).abs().max() < 1e-5 and not first[
+        12:
+    ].any()  # zeros: still empty
+    assert (
+        len(seen) == 36 and len(queue) == QUEUE
+    )  # the last four of 36 keys stand where the first four stood
     expected = torch.cat([seen[QUEUE:], seen[4:QUEUE]])
     assert (queue - expected).abs().max() < 1e-5
-    assert (queue - torch.cat([seen[:4], seen[4:QUEUE]])).abs().max() > 1e-3  # the first keys would be other ones
+    assert (
+        queue - torch.cat([seen[:4], seen[4:QUEUE]])
+    ).abs().max() > 1e-3  # the first keys would be other ones
 
 
 def test_keys_that_are_not_finite_do_not_enter_the_queue():
     training = make_training(objective=OBJECTIVE, double=False)
     options = config.Teacher(ema=DECAY, queue=QUEUE)
-    teacher = Teacher(options, training.engine, training.engine.evaluation_model(), training.objective.needs, {})
+    teacher = Teacher(
+        options, training.engine, training.engine.evaluation_model(), training.objective.needs, {}
+    )
     width = teacher.queue["queue_text"].shape[1]
     rows = torch.nn.functional.normalize(torch.randn(3, width), dim=1)
     broken = rows.clone()
     broken[1, 0] = torch.nan
     teacher.follow({"ema_image": rows, "ema_text": broken}, step=0)
     assert torch.equal(teacher.queue["queue_image"][:3], rows)
-    assert torch.equal(teacher.queue["queue_text"][:3], torch.stack([rows[0], torch.zeros(width), rows[2]]))
+    assert torch.equal(
+        teacher.queue["queue_text"][:3], torch.stack([rows[0], torch.zeros(width), rows[2]])
+    )
 
 
-def test_a_resume_continues_average_margins_and_sample_states_bit_for_bit(settings, scenes):  # noqa: F811
+def test_a_resume_continues_average_margins_and_sample_states_bit_for_bit(settings, scenes):
     """Also a negative control: without the saved average the losses differ."""
     options = (
-        f"data.sources=[{{name: shards, path: {scenes / 'binding'}}}]", "train.batch=6", "teacher.ema=0.9", "log.every=1",
+        f"data.sources=[{{name: shards, path: {scenes / 'binding'}}}]",
+        "train.batch=6",
+        "teacher.ema=0.9",
+        "log.every=1",
         "objective={infonce: {}, self_distillation: {negatives: true, weight: 5}, "
         "hard_negatives: [{form: rank}, {form: text}, {form: own}]}",
-    )  # fmt: skip
+    )
     whole = train(settings(*options, out="whole"))
     for name in ("cut", "lost"):
         shutil.copytree(whole, whole.parent / name)
@@ -116,7 +143,9 @@ def test_a_resume_continues_average_margins_and_sample_states_bit_for_bit(settin
     again = train(settings(*options, "resume=auto", out="cut"))
     assert losses(again) == losses(whole)
     one, other = (checkpoint.load(checkpoint.newest(run)) for run in (whole, again))
-    assert all(one.teacher[k].equal(other.teacher[k]) for k in one.teacher) and len(one.teacher) > 20
+    assert (
+        all(one.teacher[k].equal(other.teacher[k]) for k in one.teacher) and len(one.teacher) > 20
+    )
     assert all(one.objective[k].equal(other.objective[k]) for k in one.objective) and one.objective
     contents = checkpoint.load(checkpoint.newest(whole.parent / "lost"))
     contents.teacher = {}
@@ -125,26 +154,39 @@ def test_a_resume_continues_average_margins_and_sample_states_bit_for_bit(settin
     assert lost[6] == losses(whole)[6] and lost[7] != losses(whole)[7]
 
 
-def test_a_frozen_teacher_is_distilled_and_one_of_another_size_refused(settings, tmp_path):  # noqa: F811
+def test_a_frozen_teacher_is_distilled_and_one_of_another_size_refused(settings, tmp_path):
     first = train(settings("train.duration=3", out="first"))
     distill = ("objective={infonce: {}, distill: {}}", "train.duration=3")
     run = train(settings(*distill, f"teacher.model={first}", out="student"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(line["distill"] > 0 for line in lines if line["kind"] == "train")
     with pytest.raises(ValueError, match=r"reads \(16, 16\) pixels .*, but the model \(24, 24\)"):
-        train(settings(*distill, f"teacher.model={first}", "model.image_tower.image_size=24", out="large"))
-    with pytest.raises(ValueError, match=r"'distill' needs 'teacher_image'.*teacher\.model.*vlp data embed"):
+        train(
+            settings(
+                *distill, f"teacher.model={first}", "model.image_tower.image_size=24", out="large"
+            )
+        )
+    with pytest.raises(
+        ValueError, match=r"'distill' needs 'teacher_image'.*teacher\.model.*vlp data embed"
+    ):
         train(settings(*distill, out="none"))
 
 
-def test_what_no_term_reads_is_refused_and_so_is_another_queue(settings):  # noqa: F811
+def test_what_no_term_reads_is_refused_and_so_is_another_queue(settings):
     other = train(settings("train.duration=1", out="other"))
     for changes, message in (
         (("teacher.ema=0.9",), r"teacher\.ema is set, but no term reads"),
         ((f"teacher.model={other}",), r"teacher\.model is set, but no term reads"),
         (("teacher.model=nowhere",), "no model 'nowhere': no such file or folder"),
         (("data.views={n: 1}",), r"data\.views is set, but no term reads"),
-        (("data.views={n: 1}", "model.heads={views: {text: false, width: 8}}", "objective={slip: {}}"), r"set data\.views\.n to 2"),
+        (
+            (
+                "data.views={n: 1}",
+                "model.heads={views: {text: false, width: 8}}",
+                "objective={slip: {}}",
+            ),
+            r"set data\.views\.n to 2",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(settings(*changes, out="refused"))
@@ -154,8 +196,13 @@ def test_what_no_term_reads_is_refused_and_so_is_another_queue(settings):  # noq
         train(settings(*queued, "teacher.queue=96", "resume=auto", out="queued"))
 
 
-def test_a_start_from_other_heads_keeps_the_towers(settings, capsys):  # noqa: F811
-    views = ("data.views={n: 2}", "model.heads={views: {width: 8}}", "objective={multi_view: {}}", "train.duration=1")
+def test_a_start_from_other_heads_keeps_the_towers(settings, capsys):
+    views = (
+        "data.views={n: 2}",
+        "model.heads={views: {width: 8}}",
+        "objective={multi_view: {}}",
+        "train.duration=1",
+    )
     bare = train(settings("train.duration=1", "log.every=1", out="bare"))
     with_heads = train(settings(*views, f"init_from={bare}", out="views"))
     assert "heads.views start at random" in capsys.readouterr().out

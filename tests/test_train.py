@@ -1,4 +1,6 @@
-"""The loop end to end on generated scenes: resume, kill, damage, refusals, two processes by `accelerate launch`."""
+"""The loop end to end on generated scenes: resume, kill, damage, refusals, two processes by
+`accelerate launch`.
+"""
 
 import json
 import os
@@ -62,16 +64,22 @@ def test_resume_in_mid_epoch_is_bit_for_bit(settings, capsys):
     shutil.copytree(whole, whole.parent / "cut")
     shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000009")
     again = train(settings("resume=auto", out="cut"))
-    assert losses(again) == losses(whole)  # steps 7 to 9 were computed anew, 1 to 6 are those of before
+    assert losses(again) == losses(
+        whole
+    )  # steps 7 to 9 were computed anew, 1 to 6 are those of before
     one, other = (checkpoint.load(checkpoint.newest(run)) for run in (whole, again))
     assert all(one.model[k].equal(other.model[k]) for k in one.model)
     assert all(one.optimizer[k].equal(other.optimizer[k]) for k in one.optimizer)
     assert len(one.optimizer) > 30
 
 
-@pytest.mark.parametrize("forgotten", ["the loader's position", "the moments", "the numbers of each sample"])
+@pytest.mark.parametrize(
+    "forgotten", ["the loader's position", "the moments", "the numbers of each sample"]
+)
 def test_a_resume_that_forgets_something_is_noticed(settings, monkeypatch, forgotten):
-    """Negative control: the same comparison fails when the data start over, or AdamW does, or the objective."""
+    """Negative control: the same comparison fails when the data start over, or AdamW does, or the
+    objective.
+    """
     whole = train(settings("train.duration=6", out="whole"))
     shutil.copytree(whole, whole.parent / "cut")
     shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000006")
@@ -92,7 +100,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(settings, capsys
     before = losses(whole)
     weights = whole / "checkpoints" / "step_00000009" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (whole / "checkpoints" / "step_00000012.tmp").mkdir()  # what a kill in the middle of a save leaves
+    (
+        whole / "checkpoints" / "step_00000012.tmp"
+    ).mkdir()  # what a kill in the middle of a save leaves
     train(settings("resume=auto", out="whole"))
     printed = capsys.readouterr()
     assert "step_00000009/model.safetensors is damaged: found 1000 bytes" in printed.err
@@ -103,7 +113,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(settings, capsys
 def test_a_run_killed_before_its_last_evaluation_gets_it_on_resume(settings, scenes):
     tasks = f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}}}}}"
     run = train(settings("train.duration=2", tasks))
-    assert not (run / "results.json").exists()  # as if killed: the last checkpoint stands, nothing was evaluated
+    assert not (
+        run / "results.json"
+    ).exists()  # as if killed: the last checkpoint stands, nothing was evaluated
     train(settings("train.duration=2", tasks, "resume=auto"), in_training)
     (record,) = json.loads((run / "results.json").read_text())
     assert record["label"] == "zeroshot" and 0 <= record["metrics"]["acc1"] <= 1
@@ -114,7 +126,9 @@ def test_training_starts_from_a_run_or_from_its_export(settings, tmp_path):
     export_run(first, tmp_path / "export")
     begun = {}
     for name, source in (("run", first), ("export", tmp_path / "export"), ("random", None)):
-        begun[name] = losses(train(settings("train.duration=1", f"init_from={source or 'null'}", out=name)))[1]
+        begun[name] = losses(
+            train(settings("train.duration=1", f"init_from={source or 'null'}", out=name))
+        )[1]
     assert begun["run"] == begun["export"] != begun["random"]
     with pytest.raises(checkpoint.CheckpointError, match="another architecture"):
         train(settings(f"init_from={first}", "model.embed_dim=24", out="other"))
@@ -122,22 +136,35 @@ def test_training_starts_from_a_run_or_from_its_export(settings, tmp_path):
         train(settings("init_from=nowhere", out="none"))
 
 
-def test_a_start_from_weights_that_compute_or_see_something_else_is_refused(settings, tmp_path, capsys):
-    """Shapes fit, and every number would be wrong: another activation, other normalisation, other resizing."""
+def test_a_start_from_weights_that_compute_or_see_something_else_is_refused(
+    settings, tmp_path, capsys
+):
+    """Shapes fit, and every number would be wrong: another activation, other normalisation, other
+    resizing.
+    """
     first = train(settings("train.duration=1", out="first"))
     export_run(first, tmp_path / "export")
     stated = tmp_path / "export/open_clip_config.json"
     described = json.loads(stated.read_text())
     quick = ("model.image_tower.quick_gelu=true", "model.text_tower.quick_gelu=true")
-    with pytest.raises(ValueError, match=r"init_from .* trained with GELU, and this model has quick GELU; set quick_gelu: false"):
+    with pytest.raises(
+        ValueError,
+        match=r"init_from .* trained with GELU, and this model has quick GELU; set quick_gelu: false",
+    ):
         train(settings(f"init_from={first}", *quick, out="quick"))
-    with pytest.raises(ValueError, match=r"weights of .* were trained with GELU, and this model has quick GELU"):
+    with pytest.raises(
+        ValueError, match=r"weights of .* were trained with GELU, and this model has quick GELU"
+    ):
         train(settings(f"model.pretrained={first}", *quick, out="quick"))
     described["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
     stated.write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=r"reads: mean \(0.5, 0.5, 0.5\), not .*Set model.pretrained to it instead"):
+    with pytest.raises(
+        ValueError, match=r"reads: mean \(0.5, 0.5, 0.5\), not .*Set model.pretrained to it instead"
+    ):
         train(settings(f"init_from={tmp_path / 'export'}", out="mean"))
-    run = train(settings(f"model.pretrained={tmp_path / 'export'}", "train.duration=1", out="taken"))  # as the message says
+    run = train(
+        settings(f"model.pretrained={tmp_path / 'export'}", "train.duration=1", out="taken")
+    )  # as the message says
     assert checkpoint.load_model(run).image_spec.mean == (0.5, 0.5, 0.5)
 
 
@@ -165,7 +192,9 @@ def test_refusals(settings):
         train(settings("objective={infonce: {}, self_distillation: {}}", out="ema"))
     with pytest.raises(ValueError, match="nowhere"):
         train(settings("data.sources.0.path=/nowhere", out="absent"))
-    assert not (run.parent / "absent").exists()  # a refused run leaves nothing that would be in its own way
+    assert not (
+        run.parent / "absent"
+    ).exists()  # a refused run leaves nothing that would be in its own way
 
 
 def test_fewer_shards_than_workers(settings):
@@ -180,14 +209,22 @@ def test_sigterm_to_the_group_saves_and_the_rest_follows_bit_for_bit(settings, t
     settings(out="killed")
     options = ("train.duration=40", "checkpoint.every=100%")
     command = [sys.executable, "-m", "vlp.cli", "train", str(tmp_path / "killed.yaml"), *options]
-    # Sums are added up in another order by another number of threads; tests.ranks leaves OMP_NUM_THREADS=1 to children.
+    # Sums are added up in another order by another number of threads; tests.ranks leaves
+    # OMP_NUM_THREADS=1 to children.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+    while time.monotonic() < deadline and not (
+        metrics.exists() and metrics.read_text().count("\n") >= 5
+    ):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)  # as launchers do
     output, _ = process.communicate(timeout=60)
@@ -201,8 +238,11 @@ def test_sigterm_to_the_group_saves_and_the_rest_follows_bit_for_bit(settings, t
 
 STUCK = (  # four steps of data, and then none
     "data.sources=[{name: webdataset, pipeline: 'tests.data.stuck:samples', samples: 4000}]",
-    "train.batch=64", "train.duration=100", "checkpoint.every=100%", "objective={infonce: {}}",
-)  # fmt: skip
+    "train.batch=64",
+    "train.duration=100",
+    "checkpoint.every=100%",
+    "objective={infonce: {}}",
+)
 
 
 def send_once(signum, due):
@@ -218,12 +258,16 @@ def send_once(signum, due):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_every_signal_that_asks_to_stop_saves_also_while_the_run_waits_for_data(settings, tmp_path, signum):
+def test_every_signal_that_asks_to_stop_saves_also_while_the_run_waits_for_data(
+    settings, tmp_path, signum
+):
     before = signal.getsignal(signum)
     metrics = tmp_path / "run" / "metrics.jsonl"
     send_once(signum, lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
     start = time.monotonic()
-    with pytest.raises(Stopped, match=rf"stopped by {signum.name} after step 4; saved. Continue with resume=auto") as caught:
+    with pytest.raises(
+        Stopped, match=rf"stopped by {signum.name} after step 4; saved. Continue with resume=auto"
+    ) as caught:
         train(settings(*STUCK))
     assert caught.value.signum == signum and time.monotonic() - start < 60
     assert [path.name for path in checkpoint.all_of(tmp_path / "run")] == ["step_00000004"]
@@ -243,7 +287,9 @@ def test_a_signal_during_an_evaluation_saves_at_once(settings, scenes, tmp_path,
     send_once(signal.SIGINT, lambda: begun)
     tasks = f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}, every: {every}}}}}"
     with pytest.raises(Stopped, match="stopped by SIGINT"):
-        train(settings("train.duration=4", "checkpoint.every=100%", tasks, "data.workers=0"), evaluate)
+        train(
+            settings("train.duration=4", "checkpoint.every=100%", tasks, "data.workers=0"), evaluate
+        )
     step = 2 if every == "50%" else 4
     assert [path.name for path in checkpoint.all_of(tmp_path / "run")] == [f"step_{step:08d}"]
 
@@ -254,7 +300,9 @@ def test_an_evaluation_gives_way_on_every_rank_before_its_next_batch():
     with StopRequest() as stop:
         stop.received = signal.SIGTERM
         with pytest.raises(Interrupted):
-            encoder = SimpleNamespace(fingerprint="", encode_texts=None, n_truncated=lambda texts: 0)
+            encoder = SimpleNamespace(
+                fingerprint="", encode_texts=None, n_truncated=lambda texts: 0
+            )
             embed.texts(encoder, ["a", "b"], embed.Context())
 
 
@@ -268,7 +316,9 @@ def test_a_second_signal_ends_the_process_at_once_and_nohup_is_respected():
         "    assert stop.received == signal.SIGINT; print('asked', flush=True)\n"
         "    time.sleep(.6); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "asked\n" and done.returncode == -signal.SIGINT, done.stderr
     assert "the same again ends the run at once" in done.stderr
 
@@ -282,13 +332,17 @@ def test_a_console_that_nobody_reads_asks_to_stop_and_stays_quiet():
         "    assert stop.received == signal.SIGPIPE\n"
         "    print('saved', flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and errors == b"", errors.decode()
 
 
-@pytest.mark.parametrize("had", ["float32", "bf16"])  # one of them is not what this machine would choose
+@pytest.mark.parametrize(
+    "had", ["float32", "bf16"]
+)  # one of them is not what this machine would choose
 def test_a_resumed_run_keeps_the_precision_that_it_began_with(settings, capsys, had):
     run = train(settings(f"train.precision={had}", "train.duration=2", "data.workers=0"))
     train(settings("train.precision=auto", "train.duration=3", "resume=auto", "data.workers=0"))
@@ -312,16 +366,29 @@ def test_the_faster_precision_is_a_short_measurement_that_leaves_random_numbers_
     chosen = precision.faster("cpu")
     assert torch.rand(3).equal(expected) and torch.get_num_threads() == threads
     seconds = precision._measured()
-    if not 0.7 < seconds["bf16"] / seconds["float32"] < 1.2:  # clearly one or the other on this machine
+    if (
+        not 0.7 < seconds["bf16"] / seconds["float32"] < 1.2
+    ):  # clearly one or the other on this machine
         assert chosen == min(seconds, key=seconds.get)
     assert sum(seconds.values()) < 1
 
 
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml", "launch/train.py"]
-SAME = ("train.duration=20", "model.image_tower.patch_dropout=0")  # dropout masks depend on the ranks' share of a batch
+LAUNCH = [
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "launch/accelerate/cpu2.yaml",
+    "launch/train.py",
+]
+SAME = (
+    "train.duration=20",
+    "model.image_tower.patch_dropout=0",
+)  # dropout masks depend on the ranks' share of a batch
 
 
-def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(settings, scenes, tmp_path):
+def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(
+    settings, scenes, tmp_path
+):
     """Losses, and the evaluation inside training, by `accelerate launch` and by one process."""
     options = (*SAME, f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}, every: 50%}}}}")
     one = train(settings(*options, out="one"), in_training)
@@ -333,19 +400,48 @@ def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(sett
     two = losses(tmp_path / "two")
     assert sorted(two) == sorted(losses(one)) == list(range(1, 21))
     assert max(abs(two[s] - loss) / loss for s, loss in losses(one).items()) <= 1e-5
-    results = [json.loads((run / "results.json").read_text())[0]["metrics"] for run in (one, tmp_path / "two")]
-    assert results[0] == pytest.approx(results[1], abs=0.02)  # of 56 pictures, one may lie on an edge
-    evaluated = [json.loads(line)["step"] for line in (one / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+    results = [
+        json.loads((run / "results.json").read_text())[0]["metrics"]
+        for run in (one, tmp_path / "two")
+    ]
+    assert results[0] == pytest.approx(
+        results[1], abs=0.02
+    )  # of 56 pictures, one may lie on an edge
+    evaluated = [
+        json.loads(line)["step"]
+        for line in (one / "metrics.jsonl").read_text().splitlines()
+        if '"eval"' in line
+    ]
     assert evaluated == [10, 20]
 
 
-@pytest.mark.parametrize(("overrides", "advice"), [
-    ((), "Start anew in another folder (out=…) with a lower train.optimizer.lr or train.non_finite=skip."),
-    (("train.non_finite=skip", "train.max_skipped=1", "train.precision=bf16", "checkpoint.every=1"),
-     "Go on with resume=auto and a lower train.optimizer.lr or train.max_skipped above 1 or train.precision=float32, or from "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (
+            (),
+            "Start anew in another folder (out=…) with a lower train.optimizer.lr or train.non_finite=skip.",
+        ),
+        (
+            (
+                "train.non_finite=skip",
+                "train.max_skipped=1",
+                "train.precision=bf16",
+                "checkpoint.every=1",
+            ),
+            "Go on with resume=auto and a lower train.optimizer.lr or train.max_skipped above 1 or train.precision=float32, or from ",
+        ),
+    ],
+)
 def test_a_run_that_met_nan_names_what_it_can_still_change(settings, overrides, advice):
     """Not what is set already."""
     with pytest.raises(NonFiniteError) as caught:
-        train(settings("train.optimizer.lr=1e30", "train.optimizer.warmup=1", "objective={infonce: {}}", *overrides))
+        train(
+            settings(
+                "train.optimizer.lr=1e30",
+                "train.optimizer.warmup=1",
+                "objective={infonce: {}}",
+                *overrides,
+            )
+        )
     assert advice in str(caught.value), str(caught.value)

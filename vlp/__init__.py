@@ -1,7 +1,8 @@
-"""vlp: pretraining of image-text dual encoders over an exact, memory-bounded, group-aware pairwise engine.
+"""vlp: pretraining of image-text dual encoders over an exact, memory-bounded, group-aware pairwise
+engine.
 
-Importing this package imports nothing heavy; `vlp.losses`, `vlp.eval` and the other rooms are imported when they are first
-asked for. Start reading at README.md, then configs/demo.yaml.
+Importing this package imports nothing heavy; `vlp.losses`, `vlp.eval` and the other rooms are
+imported when they are first asked for. Start reading at README.md, then configs/demo.yaml.
 """
 
 import importlib

@@ -1,4 +1,6 @@
-"""The `vlp` command. Nothing heavy is imported before a subcommand is known, so that help answers at once."""
+"""The `vlp` command. Nothing heavy is imported before a subcommand is known, so that help answers
+at once.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ DEMO_EXAMPLE = """example:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 128 + n stopped by signal n."""
+    """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 128 + n
+    stopped by signal n.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(arguments)
     options, unknown = parser.parse_known_args(arguments)
@@ -80,7 +84,9 @@ def _reader_is_gone() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _about_unknown(unknown: list[str], arguments: Sequence[str], options: argparse.Namespace) -> str:
+def _about_unknown(
+    unknown: list[str], arguments: Sequence[str], options: argparse.Namespace
+) -> str:
     """What to say of arguments that a command does not know."""
     text = f"unrecognized arguments: {' '.join(unknown)}"
     first = unknown[0].partition("=")[0]
@@ -101,14 +107,18 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
         if wrong:
             choices = re.findall(r"[\w.-]+", wrong[2])
-            message = message[: wrong.start()] + f"there is no {wrong[1]!r}{did_you_mean(wrong[1], choices)}"
+            message = (
+                message[: wrong.start()]
+                + f"there is no {wrong[1]!r}{did_you_mean(wrong[1], choices)}"
+            )
         super().error(scrubbed(message))
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser; only the subcommand that `arguments` name is filled in with its options."""
     parser = _Parser(
-        prog="vlp", description="Pretrain, evaluate and export image-text dual encoders.",
+        prog="vlp",
+        description="Pretrain, evaluate and export image-text dual encoders.",
         epilog="`vlp COMMAND --help` shows the options and an example of a command.",
     )
     parser.set_defaults(parser=parser, command=None)
@@ -124,8 +134,12 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         ("data", "make, look at and enrich data sets", _data),
         ("demo", "generate data, train, evaluate and export in a few minutes", _demo),
     ):
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(parser=command, command=name)
         if name == chosen:
             fill(command)
@@ -134,8 +148,16 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.epilog = TRAIN_EXAMPLE
-    parser.add_argument("config", help="a YAML file, or the name of an installed configuration (demo, caltech101, …)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys with YAML values: train.batch=512")
+    parser.add_argument(
+        "config",
+        help="a YAML file, or the name of an installed configuration (demo, caltech101, …)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted keys with YAML values: train.batch=512",
+    )
 
     def run(options: argparse.Namespace) -> int:
         from vlp import config, locks
@@ -163,18 +185,43 @@ def _eval(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXPORT_EXAMPLE
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, a checkpoint, or any model; several: one model of them")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
-    parser.add_argument("--license", metavar="ID", help="licence for the model card, e.g. apache-2.0")
-    parser.add_argument("--onnx", action="store_true", help="also write both towers as ONNX (needs pip install vlp[hub])")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export; files that no export wrote stay")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run, a checkpoint, or any model; several: one model of them",
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty"
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help="licence for the model card, e.g. apache-2.0"
+    )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="also write both towers as ONNX (needs pip install vlp[hub])",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier export; files that no export wrote stay",
+    )
 
     def run(options: argparse.Namespace) -> int:
         from vlp.export.folder import export_run, export_stages
 
-        settings = {"license": options.license, "onnx": options.onnx, "overwrite": options.overwrite}
+        settings = {
+            "license": options.license,
+            "onnx": options.onnx,
+            "overwrite": options.overwrite,
+        }
         first, *others = options.runs
-        written = export_stages(options.runs, options.to, **settings) if others else export_run(first, options.to, **settings)
+        written = (
+            export_stages(options.runs, options.to, **settings)
+            if others
+            else export_run(first, options.to, **settings)
+        )
         print("\n".join(written))
         return 0
 
@@ -186,16 +233,23 @@ def _push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="what `vlp export` wrote")
     parser.add_argument("repository", metavar="USER/NAME", help="created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create it private")
-    parser.add_argument("--overwrite", action="store_true", help="replace other content that is already there")
-    parser.add_argument("--endpoint", metavar="URL", help="another hub than huggingface_hub's default")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace other content that is already there"
+    )
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="another hub than huggingface_hub's default"
+    )
 
     def run(options: argparse.Namespace) -> int:
         from vlp.export.push import push
 
         address = push(
-            options.folder, options.repository,
-            private=options.private, overwrite=options.overwrite, endpoint=options.endpoint,
-        )  # fmt: skip
+            options.folder,
+            options.repository,
+            private=options.private,
+            overwrite=options.overwrite,
+            endpoint=options.endpoint,
+        )
         print(address)
         return 0
 
@@ -210,16 +264,24 @@ def _data(parser: argparse.ArgumentParser) -> None:
     """One subcommand for every public module of vlp.data_tools."""
     package = importlib.import_module("vlp.data_tools")
     tools = parser.add_subparsers(title="tools", metavar="TOOL", required=True)
-    for name in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
+    for name in sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
+    ):
         tool = importlib.import_module(f"vlp.data_tools.{name}")
-        command = tools.add_parser(name, help=tool.HELP, description=tool.HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = tools.add_parser(
+            name,
+            help=tool.HELP,
+            description=tool.HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         _fill(command, tool)
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.epilog = DEMO_EXAMPLE
-    parser.add_argument("--out", default="runs/demo", help="folder for data, run and export (default: runs/demo)")
+    parser.add_argument(
+        "--out", default="runs/demo", help="folder for data, run and export (default: runs/demo)"
+    )
 
     def run(options: argparse.Namespace) -> int:
         from vlp.demo import demo

@@ -1,4 +1,6 @@
-"""`vlp demo`: the whole path on generated scenes, from nothing to an exported model and a report, in a few minutes."""
+"""`vlp demo`: the whole path on generated scenes, from nothing to an exported model and a report,
+in a few minutes.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,24 @@ from vlp.locks import held
 from vlp.train import train
 
 RECORD = "demo.json"  # of what a demo wrote: path -> size and time
-PLACES = ("data", "checkpoints", "export", "config.yaml", "metrics.jsonl", "results.json", "report.html")
+PLACES = (
+    "data",
+    "checkpoints",
+    "export",
+    "config.yaml",
+    "metrics.jsonl",
+    "results.json",
+    "report.html",
+)
 TIMES_CHANCE = 5  # the demo fails below this
 
 
 def demo(out: Path) -> int:
-    """Make data, train configs/demo.yaml, evaluate, export and report into `out`; 0 if every score is at least 5 times chance.
+    """Make data, train configs/demo.yaml, evaluate, export and report into `out`; 0 if every score
+    is at least 5 times chance.
 
-    What an earlier demo wrote to `out` is removed first, and nothing else: a file of somebody else's that would be in the
-    way is named and refused.
+    What an earlier demo wrote to `out` is removed first, and nothing else: a file of somebody
+    else's that would be in the way is named and refused.
     """
     with held(out, advice="Wait until it is done, or choose another folder with --out"):
         return _demo(out)
@@ -57,7 +68,9 @@ def make(out: Path) -> list[str]:
 
 
 def remove_earlier(out: Path) -> None:
-    """Remove the files that the record of an earlier demo lists, as they were written; FileExistsError for others."""
+    """Remove the files that the record of an earlier demo lists, as they were written;
+    FileExistsError for others.
+    """
     record = out / RECORD
     written = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     there = _in_places(out)
@@ -91,21 +104,36 @@ def _stamp(path: Path) -> list[int]:
 
 def summary(out: Path, messages: list[str], seconds: float) -> bool:
     """Print scores beside chance and where everything is; whether all scores are high enough."""
-    records = {record["label"]: record for record in json.loads((out / "results.json").read_text(encoding="utf-8"))}
+    records = {
+        record["label"]: record
+        for record in json.loads((out / "results.json").read_text(encoding="utf-8"))
+    }
     classification, retrieval = records["zeroshot"], records["retrieval"]
-    rows = [("zero-shot accuracy", classification["metrics"]["acc1"], classification["chance"]["acc1"])]
+    rows = [
+        ("zero-shot accuracy", classification["metrics"]["acc1"], classification["chance"]["acc1"])
+    ]
     for direction in ("text", "image"):
         name = f"{direction}_retrieval_recall@1"
-        rows.append((f"{direction} retrieval R@1", retrieval["metrics"][name], retrieval["chance"][name]))
+        rows.append(
+            (f"{direction} retrieval R@1", retrieval["metrics"][name], retrieval["chance"][name])
+        )
     log.say("\nheld-out scenes         score   chance   times chance")
     for name, score, chance in rows:
         log.say(f"{name:<22} {score:6.1%} {chance:8.2%} {score / chance:10.0f}")
-    places = {"data": "data", "run": ".", "results": "results.json", "curves": "metrics.jsonl", "model": "export"}
+    places = {
+        "data": "data",
+        "run": ".",
+        "results": "results.json",
+        "curves": "metrics.jsonl",
+        "model": "export",
+    }
     places |= {"report": "report.html"}
     for name, place in places.items():
         log.say(f"{name:<9}{out / place}")
     for message in messages:
         log.say(f"         {message}")
     passed = all(score >= TIMES_CHANCE * chance for _, score, chance in rows)
-    log.say(f"{'done' if passed else f'FAILED: a score is below {TIMES_CHANCE} times chance'} in {seconds:.0f} s")
+    log.say(
+        f"{'done' if passed else f'FAILED: a score is below {TIMES_CHANCE} times chance'} in {seconds:.0f} s"
+    )
     return passed

@@ -1,7 +1,8 @@
 """Ranks, groups of ranks, and collectives that differentiate by SUM.
 
-Every collective takes a `Group` and does nothing at size 1. Nothing here trusts a launcher: `torch.distributed` is
-asked (under DeepSpeed on CPU, Accelerate reports one process and every rank as main).
+Every collective takes a `Group` and does nothing at size 1. Nothing here trusts a launcher:
+`torch.distributed` is asked (under DeepSpeed on CPU, Accelerate reports one process and every rank
+as main).
 
 Averaging convention of this project: the average over ranks of what ranks return has exactly the value and the
 gradient of the single-process term. The engines (DDP, FSDP, ZeRO) average gradients over ranks, so a collective's
@@ -10,8 +11,8 @@ backward must be the SUM of what the ranks ask for:
     all_gather  <->  reduce_scatter (SUM)        all_reduce (SUM)  <->  all_reduce (SUM)
     all_to_all  <->  all_to_all
 
-(A reduce-scatter that averages makes the gathered gradient 1/g of the right one; an all-reduce whose backward is the
-identity makes it 1/W.)
+(A reduce-scatter that averages makes the gathered gradient 1/g of the right one; an all-reduce
+whose backward is the identity makes it 1/W.)
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def is_main() -> bool:
 
 @dataclass(frozen=True)
 class Group:
-    """Some ranks, in order, one of which is this process. `handle` is None where there is nobody to talk to."""
+    """Some ranks, in order, one of which is this process. `handle` is None where there is nobody to
+    talk to.
+    """
 
     ranks: tuple[int, ...] = (0,)
     handle: Any = None  # torch.distributed.ProcessGroup
@@ -84,12 +87,16 @@ def group_of(handle: Any | None) -> Group:
         return world()
     ranks = tuple(torch_dist.get_process_group_ranks(handle))
     if rank() not in ranks:
-        raise ValueError(f"rank {rank()} is not in the process group of ranks {ranks}; pass a group that contains it")
+        raise ValueError(
+            f"rank {rank()} is not in the process group of ranks {ranks}; pass a group that contains it"
+        )
     return Group(ranks, handle if len(ranks) > 1 else None)
 
 
 def subgroup(ranks: Sequence[int]) -> Group:
-    """A new group of these global ranks, of which this process is one. Collective among the members only."""
+    """A new group of these global ranks, of which this process is one. Collective among the members
+    only.
+    """
     ranks = tuple(ranks)
     if len(ranks) == 1:
         return Group(ranks)
@@ -140,13 +147,16 @@ def all_reduce(value: Tensor, group: Group) -> Tensor:
 
 
 def all_to_all(value: Tensor, group: Group) -> Tensor:
-    """[g·b, ...], block k meant for rank k -> [g·b, ...], block k come from rank k. Gradient: the way back."""
+    """[g·b, ...], block k meant for rank k -> [g·b, ...], block k come from rank k. Gradient: the
+    way back.
+    """
     return value if group.size == 1 else _AllToAll.apply(value, group)
 
 
 def exchange_rows(value: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """The first send[0] rows go to the group's first rank, the next send[1] to its second, …; returns what came, rank by
-    rank: receive[k] rows of rank k. Not differentiable."""
+    """The first send[0] rows go to the group's first rank, the next send[1] to its second, …;
+    returns what came, rank by rank: receive[k] rows of rank k. Not differentiable.
+    """
     if group.size == 1:
         return value
     bits = value.view(torch.uint8) if value.dtype == torch.bool else value  # gloo exchanges no bool
@@ -156,10 +166,11 @@ def exchange_rows(value: Tensor, send: list[int], receive: list[int], group: Gro
 
 
 class Shift:
-    """Tensors on their way to the next rank of a ring, while this rank computes: `Shift(tensors, group).wait()`.
+    """Tensors on their way to the next rank of a ring, while this rank computes: `Shift(tensors,
+    group).wait()`.
 
-    Sends to position index + 1 and receives from index − 1. Not differentiable: the ring reductions of
-    `vlp.pairwise` circulate values and gradients themselves.
+    Sends to position index + 1 and receives from index − 1. Not differentiable: the ring reductions
+    of `vlp.pairwise` circulate values and gradients themselves.
     """
 
     def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
@@ -167,7 +178,9 @@ class Shift:
         self.sent = [t.contiguous() for t in tensors]  # held until the transfer is over
         self.received = [torch.empty_like(t) for t in self.sent]
         operations = [torch_dist.P2POp(torch_dist.isend, t, to, group.handle) for t in self.sent]
-        operations += [torch_dist.P2POp(torch_dist.irecv, t, source, group.handle) for t in self.received]
+        operations += [
+            torch_dist.P2POp(torch_dist.irecv, t, source, group.handle) for t in self.received
+        ]
         self.work = torch_dist.batch_isend_irecv(operations)
 
     def wait(self) -> list[Tensor]:
@@ -201,10 +214,11 @@ def _exchange(value: Tensor, group: Group) -> Tensor:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the backward of an autograd Function whose gradient has no graph: with create_graph=True it raises.
+    """Decorate the backward of an autograd Function whose gradient has no graph: with
+    create_graph=True it raises.
 
-    (torch's once_differentiable returns gradients without a graph where the upstream gradient has none: a penalty on the
-    gradient would then be silently constant.)
+    (torch's once_differentiable returns gradients without a graph where the upstream gradient has
+    none: a penalty on the gradient would then be silently constant.)
     """
 
     @functools.wraps(backward)

@@ -1,7 +1,9 @@
-"""What a command says when it fails: one message with what was found, what was expected and what to do.
+"""What a command says when it fails: one message with what was found, what was expected and what to
+do.
 
-Rooms refuse bad input in their own words. Here stands what comes from elsewhere: the operating system, libraries, other
-processes. An error that nobody here knows is a bug, and keeps its traceback.
+Rooms refuse bad input in their own words. Here stands what comes from elsewhere: the operating
+system, libraries, other processes. An error that nobody here knows is a bug, and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -42,7 +44,14 @@ READERS = {
     "botocore": "look at the address, the network and the credentials",
 }
 PICKLE = "found weights in pickle's form, which can hold code and are not loaded; convert them to .safetensors first"
-_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "Socket Timeout")
+_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo",
+    "NCCL",
+    "Broken pipe",
+    "Socket Timeout",
+)
 
 
 def say(error: Exception) -> None:
@@ -69,12 +78,17 @@ def message(error: Exception) -> str | None:
 
         return no_shared_memory()
     if _is_peer(error):
-        return "another process of this run ended; what happened to it stands above or in its own log"
+        return (
+            "another process of this run ended; what happened to it stands above or in its own log"
+        )
     if library == "vlp":
         return _text(error)
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is not installed: pip install {(error.name or '').partition('.')[0]}"
-    if isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)) or library in (*READERS, "pickle"):
+    if isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)) or library in (
+        *READERS,
+        "pickle",
+    ):
         return _of_reader(error, library)
     if isinstance(error, ValueError):
         return _text(error)
@@ -91,13 +105,17 @@ def _of_system(error: OSError) -> str:
         case errno.ENOSPC | errno.EDQUOT:
             return f"no space left for {name}{_room(path)}; make room or choose another disk. What was whole before still is"
         case errno.EFBIG:
-            return f"{name} is larger than a file may be here; raise ulimit -f or choose another disk"
+            return (
+                f"{name} is larger than a file may be here; raise ulimit -f or choose another disk"
+            )
         case errno.EROFS:
             return f"{name} lies on a file system that can only be read; choose another place with out=… or --to, --out"
         case errno.EACCES | errno.EPERM:
             return f"no right to use {name}{_owner(path)}; change its rights (chmod, chown) or choose another place"
         case errno.EISDIR:
-            return f"{name} is a folder, expected a file; name a file in it, or move the folder away"
+            return (
+                f"{name} is a folder, expected a file; name a file in it, or move the folder away"
+            )
         case errno.ENOTDIR:
             return f"{name} leads through something that is no folder, or is a file itself; expected a folder"
         case errno.EEXIST | errno.ENOTEMPTY:
@@ -183,7 +201,11 @@ def _owner(path: Path | None) -> str:
         status = None if path is None else existing(path).stat()
     except OSError:
         status = None
-    return "" if status is None else f" (owner {status.st_uid}, mode {status.st_mode & 0o777:o}; you are {os.geteuid()})"
+    return (
+        ""
+        if status is None
+        else f" (owner {status.st_uid}, mode {status.st_mode & 0o777:o}; you are {os.geteuid()})"
+    )
 
 
 def _near(path: Path | None) -> str:

@@ -22,7 +22,9 @@ _SYSTEM = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust tell an err
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that a reader or a crash sees the old file or the new one, never a part."""
+    """Put `data` at `path` so that a reader or a crash sees the old file or the new one, never a
+    part.
+    """
     # Processes of several machines write into one folder, and may have one number.
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:

@@ -1,4 +1,6 @@
-"""When a process ends: signals that ask a run to stop, and children that end with their parent. Standard library only."""
+"""When a process ends: signals that ask a run to stop, and children that end with their parent.
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from typing import Any
 
 # Ctrl-C, a scheduler's notice, a closed terminal, and what SLURM's --signal=USR1@… sends.
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_ONE_ACT_S = 0.5  # `timeout` and some launchers send one signal twice, to the process and to its group
+_ONE_ACT_S = (
+    0.5  # `timeout` and some launchers send one signal twice, to the process and to its group
+)
 
 _pending: StopRequest | None = None  # of this process, while it can save
 
@@ -29,14 +33,17 @@ class Stopped(Exception):
 
 
 class Interrupted(Exception):
-    """Work that can be done again, such as an evaluation, was given up because the process was asked to stop."""
+    """Work that can be done again, such as an evaluation, was given up because the process was
+    asked to stop.
+    """
 
 
 class StopRequest:
-    """Remembers the first signal that asks this process to stop; a second one ends it at once, as if nothing was caught.
+    """Remembers the first signal that asks this process to stop; a second one ends it at once, as
+    if nothing was caught.
 
-    A context: inside it the signals of ASKING are caught, but for those that the process was started to ignore (nohup).
-    `received` is the signal's number, 0 before.
+    A context: inside it the signals of ASKING are caught, but for those that the process was
+    started to ignore (nohup). `received` is the signal's number, 0 before.
     """
 
     def __init__(self) -> None:
@@ -47,13 +54,17 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         global _pending
         _pending = self
-        if threading.current_thread() is threading.main_thread():  # Python sets no handlers elsewhere
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python sets no handlers elsewhere
             for signum in ASKING:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._before[signum] = signal.signal(signum, self._receive)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         global _pending
         _pending = None
         for signum, handler in self._before.items():
@@ -61,7 +72,9 @@ class StopRequest:
 
     @contextmanager
     def console(self) -> Iterator[None]:
-        """Around lines to the console: where nobody reads it any more (`| head`), that asks to stop, too."""
+        """Around lines to the console: where nobody reads it any more (`| head`), that asks to
+        stop, too.
+        """
         try:
             yield
         except BrokenPipeError:
@@ -75,29 +88,38 @@ class StopRequest:
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(signum).name
                 # os.write, because a handler may come in the middle of a print.
-                os.write(2, f"\n{name}: saving after this step; the same again ends the run at once\n".encode())
+                os.write(
+                    2,
+                    f"\n{name}: saving after this step; the same again ends the run at once\n".encode(),
+                )
         elif now - self._since > _ONE_ACT_S:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
 
 def give_way() -> None:
-    """Raise Interrupted if this process was asked to stop. Long work that can be done again calls it now and then."""
+    """Raise Interrupted if this process was asked to stop. Long work that can be done again calls
+    it now and then.
+    """
     if _pending is not None and _pending.received:
         raise Interrupted
 
 
 def silence_console() -> None:
-    """Send whatever is still printed to nowhere, so that a reader who went away raises no further error."""
+    """Send whatever is still printed to nowhere, so that a reader who went away raises no further
+    error.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def end_with_parent() -> None:
-    """End this process as soon as its parent is gone, even by SIGKILL. For processes started by multiprocessing.
+    """End this process as soon as its parent is gone, even by SIGKILL. For processes started by
+    multiprocessing.
 
-    A child that lived on would hold memory and devices, or write the very files that the next call writes.
+    A child that lived on would hold memory and devices, or write the very files that the next call
+    writes.
     """
     parent = parent_process()
     assert parent is not None, "only a process that multiprocessing started has such a parent"

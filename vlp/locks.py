@@ -27,9 +27,7 @@ from vlp import log
 from vlp.privacy import scrubbed
 
 NAME = ".lock"
-OF_RUNS = (
-    "Wait until it is done, or stop it and go on with resume=auto; or choose another folder with out=…"
-)
+OF_RUNS = "Wait until it is done, or stop it and go on with resume=auto; or choose another folder with out=…"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _TRIES = 40  # looks, 50 ms apart, for the owner to have written its name
 

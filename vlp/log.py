@@ -24,7 +24,9 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """A line that must not be missed; on the error stream of every process that has something to warn of."""
+    """A line that must not be missed; on the error stream of every process that has something to
+    warn of.
+    """
     rank = os.environ.get("RANK")
     with contextlib.suppress(BrokenPipeError):
         place = f" (rank {rank})" if rank else ""
@@ -34,13 +36,18 @@ def warn(message: str) -> None:
 class Metrics:
     """metrics.jsonl of a run: one JSON object a line with `step` and `kind` ("train" or "eval").
 
-    On a resume the lines after the resumed step are dropped, so that the file reads like an uninterrupted run.
+    On a resume the lines after the resumed step are dropped, so that the file reads like an
+    uninterrupted run.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_step]
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if _step(line) <= resumed_step
+            ]
         write_atomically(path, "".join(line + "\n" for line in kept).encode())
         self._path = path
         self._file = path.open("ab", buffering=0)
@@ -51,7 +58,10 @@ class Metrics:
 
         NaN and infinity, which JSON has no words for, become null.
         """
-        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        values = {
+            name: None if isinstance(v, float) and not math.isfinite(v) else v
+            for name, v in values.items()
+        }
         line = json.dumps({"step": step, "kind": kind, **values}) + "\n"
         size = os.fstat(self._file.fileno()).st_size
         try:
@@ -73,7 +83,9 @@ def _step(line: str) -> float:
 
 
 class Trackers:
-    """TensorBoard, wandb or trackio by name, through Accelerate; a name whose package is missing is an error."""
+    """TensorBoard, wandb or trackio by name, through Accelerate; a name whose package is missing is
+    an error.
+    """
 
     def __init__(self, names: list[str], run: Path, config: dict[str, Any]) -> None:
         self._trackers = [_tracker(name, run) for name in names]
@@ -98,7 +110,9 @@ def check_trackers(names: list[str]) -> None:
     available = [str(getattr(found, "value", found)) for found in get_available_trackers()]
     for name in names:
         if name not in available:
-            raise ValueError(f"log.trackers names {name!r}, whose package is not installed: pip install {name}, or leave it out")
+            raise ValueError(
+                f"log.trackers names {name!r}, whose package is not installed: pip install {name}, or leave it out"
+            )
 
 
 def _tracker(name: str, run: Path) -> Any:
@@ -106,7 +120,9 @@ def _tracker(name: str, run: Path) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState(cpu=not torch.cuda.is_available())  # Accelerate's trackers ask it which process they are in
+    PartialState(
+        cpu=not torch.cuda.is_available()
+    )  # Accelerate's trackers ask it which process they are in
     kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":  # Accelerate appends the name to the folder: RUN/tensorboard
         tracker = kind(name, logging_dir=run)

@@ -7,8 +7,9 @@ needs no import of the rooms above it:
     image_tower: {name: timm, model: resnet50}          ->  Annotated[Plugin, Named("vlp.towers")]
     objective: {infonce: {}, uniformity: {weight: .5}}  ->  Annotated[KeyedPlugins, Keyed("vlp.losses")]
 
-In the keyed form a value may be a list of mappings (the same plug-in several times). A folder whose `__init__` holds a
-dataclass `Common` takes those keys for every plug-in (a term's weight, a source's share, a task's schedule).
+In the keyed form a value may be a list of mappings (the same plug-in several times). A folder whose
+`__init__` holds a dataclass `Common` takes those keys for every plug-in (a term's weight, a
+source's share, a task's schedule).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Plugin:
 def names(package: str) -> list[str]:
     """All plug-ins of a folder: its public modules (no leading underscore)."""
     folder = importlib.import_module(package)
-    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")
+    )
 
 
 def load(package: str, name: str) -> ModuleType:
@@ -63,7 +66,12 @@ class Named:
         if isinstance(value, Plugin):
             return value
         if not isinstance(value, dict) or "name" not in value:
-            problems.append(Problem(path, f"found {value!r}, expected a mapping with the key 'name': one of {names(self.package)}"))
+            problems.append(
+                Problem(
+                    path,
+                    f"found {value!r}, expected a mapping with the key 'name': one of {names(self.package)}",
+                )
+            )
             return None
         rest = {key: item for key, item in value.items() if key != "name"}
         return _plugin(self.package, value["name"], rest, path, problems)
@@ -71,7 +79,9 @@ class Named:
 
 @dataclass(frozen=True)
 class Keyed:
-    """Schema hook for `{plug-in: {option: value}, …}`; each value may also be a list of such mappings, or null."""
+    """Schema hook for `{plug-in: {option: value}, …}`; each value may also be a list of such
+    mappings, or null.
+    """
 
     package: str
 
@@ -79,14 +89,21 @@ class Keyed:
         if isinstance(value, KeyedPlugins):
             return value
         if not isinstance(value, dict):
-            problems.append(Problem(path, f"found {value!r}, expected a mapping from {names(self.package)} to their options"))
+            problems.append(
+                Problem(
+                    path,
+                    f"found {value!r}, expected a mapping from {names(self.package)} to their options",
+                )
+            )
             return KeyedPlugins()
         found = []
         for name, options in value.items():
             several = isinstance(options, list)
             for i, item in enumerate(options if several else [options]):
                 where = (*path, name, i) if several else (*path, name)
-                found.append(_plugin(self.package, name, {} if item is None else item, where, problems))
+                found.append(
+                    _plugin(self.package, name, {} if item is None else item, where, problems)
+                )
         return KeyedPlugins(_unique_labels([p for p in found if p is not None]))
 
 
@@ -110,23 +127,37 @@ def keyed(package: str, mapping: Any) -> KeyedPlugins:
     return result
 
 
-def _plugin(package: str, name: Any, mapping: Any, path: Path, problems: list[Problem]) -> Plugin | None:
+def _plugin(
+    package: str, name: Any, mapping: Any, path: Path, problems: list[Problem]
+) -> Plugin | None:
     try:
         module = load(package, name)
     except ValueError as error:
         problems.append(Problem(path, str(error)))
         return None
     if not isinstance(mapping, dict):
-        problems.append(Problem(path, f"found {mapping!r}, expected a mapping of options for {name!r}"))
+        problems.append(
+            Problem(path, f"found {mapping!r}, expected a mapping of options for {name!r}")
+        )
         return None
     common = getattr(importlib.import_module(package), "Common", None)
     shared = {f.name for f in fields(common)} if common else set()
     known = shared | {f.name for f in fields(module.Options)}
     before = len(problems)
-    problems += [Problem((*path, k), f"unknown key {k!r}{did_you_mean(str(k), known)}") for k in mapping if k not in known]
+    problems += [
+        Problem((*path, k), f"unknown key {k!r}{did_you_mean(str(k), known)}")
+        for k in mapping
+        if k not in known
+    ]
     mapping = {k: v for k, v in mapping.items() if k in known}
-    base = parse_into(common, {k: v for k, v in mapping.items() if k in shared}, path, problems) if common else None
-    options = parse_into(module.Options, {k: v for k, v in mapping.items() if k not in shared}, path, problems)
+    base = (
+        parse_into(common, {k: v for k, v in mapping.items() if k in shared}, path, problems)
+        if common
+        else None
+    )
+    options = parse_into(
+        module.Options, {k: v for k, v in mapping.items() if k not in shared}, path, problems
+    )
     label = module.label(options) if hasattr(module, "label") and len(problems) == before else name
     return Plugin(package, name, options, base, label) if len(problems) == before else None
 

@@ -209,9 +209,7 @@ def _last(text: str, key: str) -> str:
         re.match(r"[A-Za-z]:\\", text)
     )
     # A name user/name of the Hub stays.
-    relative = "/" in place and (
-        key in _FOLDERS or (key in _REFERENCES and place.count("/") > 1)
-    )
+    relative = "/" in place and (key in _FOLDERS or (key in _REFERENCES and place.count("/") > 1))
     local = absolute or relative
     return f"{head}{colon}{PurePath(place.replace(chr(92), '/')).name}" if local else text
 

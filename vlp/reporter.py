@@ -37,29 +37,49 @@ class Reporter:
         yield
         self.waited_s += time.perf_counter() - start
 
-    def training(self, step: int, scalars: Mapping[str, float], counters: Mapping[str, float]) -> None:
+    def training(
+        self, step: int, scalars: Mapping[str, float], counters: Mapping[str, float]
+    ) -> None:
         """Report the scalars of `step` with the speed since the last report."""
         now = time.perf_counter()
         passed = now - self.since
-        speed = {"samples_s": (step - self.last) * self.plan.batch / passed, "data_wait": self.waited_s / passed}
+        speed = {
+            "samples_s": (step - self.last) * self.plan.batch / passed,
+            "data_wait": self.waited_s / passed,
+        }
         eta_s = (now - self.started) / (step - self.first) * (self.plan.total - step)
         if self.main:
             self.metrics.write(step, "train", {**scalars, **speed, **counters})
             self.trackers.write(step, {**scalars, **speed})
-            shown = {name: value for name, value in scalars.items() if name != "log_n" and not name.startswith("space.")}
+            shown = {
+                name: value
+                for name, value in scalars.items()
+                if name != "log_n" and not name.startswith("space.")
+            }
             log.say(log.progress(step, self.plan.total, {**shown, **speed}, eta_s))
         self.last, self.since, self.waited_s = step, now, 0.0
 
     def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Report the records of an evaluation; those of the last step become the run's results.json."""
-        values = {f"{record['label']}.{name}": value for record in records for name, value in record["metrics"].items()}
+        """Report the records of an evaluation; those of the last step become the run's
+        results.json.
+        """
+        values = {
+            f"{record['label']}.{name}": value
+            for record in records
+            for name, value in record["metrics"].items()
+        }
         if self.main:
             self.metrics.write(step, "eval", values)
             self.trackers.write(step, values)
             if step == self.plan.total:
                 done = [record for record in records if "error" not in record]
-                write_atomically(self.run / "results.json", (json.dumps(done, indent=1) + "\n").encode())
-            log.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+                write_atomically(
+                    self.run / "results.json", (json.dumps(done, indent=1) + "\n").encode()
+                )
+            log.say(
+                f"step {step}  "
+                + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

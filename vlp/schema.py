@@ -1,9 +1,11 @@
-"""Strict dataclasses from plain mappings: unknown keys get a suggestion, all problems are reported at once.
+"""Strict dataclasses from plain mappings: unknown keys get a suggestion, all problems are reported
+at once.
 
-`parse(Cls, mapping)` walks the fields of a dataclass and converts by annotation: bool, int, float, str, None, Literal,
-unions, list[T], tuple[T, ...], dict[str, T], nested dataclasses; a class with a `from_config(value)` classmethod reads
-itself; and `Annotated[T, hook]` hands the value to `hook.parse(value, path, problems)` (plug-ins do that).
-A dataclass may raise ValueError in `__post_init__` for values that make no sense together.
+`parse(Cls, mapping)` walks the fields of a dataclass and converts by annotation: bool, int, float,
+str, None, Literal, unions, list[T], tuple[T, ...], dict[str, T], nested dataclasses; a class with a
+`from_config(value)` classmethod reads itself; and `Annotated[T, hook]` hands the value to
+`hook.parse(value, path, problems)` (plug-ins do that). A dataclass may raise ValueError in
+`__post_init__` for values that make no sense together.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Problem:
 class ConfigError(ValueError):
     """Everything that is wrong with a configuration, one line a problem.
 
-    `lines` maps paths to "file:line"; a problem is placed at the nearest known ancestor of its path.
+    `lines` maps paths to "file:line"; a problem is placed at the nearest known ancestor of its
+    path.
     """
 
     def __init__(self, problems: list[Problem], lines: dict[Path, str] | None = None) -> None:
@@ -40,7 +43,14 @@ class ConfigError(ValueError):
 
     @staticmethod
     def _describe(problem: Problem, lines: dict[Path, str]) -> str:
-        place = next((lines[problem.path[:i]] for i in range(len(problem.path), -1, -1) if problem.path[:i] in lines), "")
+        place = next(
+            (
+                lines[problem.path[:i]]
+                for i in range(len(problem.path), -1, -1)
+                if problem.path[:i] in lines
+            ),
+            "",
+        )
         name = ".".join(map(str, problem.path))
         return ": ".join(part for part in (place, name, problem.message) if part)
 
@@ -53,7 +63,9 @@ def did_you_mean(name: str, choices: typing.Iterable[str]) -> str:
 
 
 def parse(cls: type, value: Any, path: Path = ()) -> Any:
-    """Build dataclass `cls` from the mapping `value`; raises ConfigError naming every problem found."""
+    """Build dataclass `cls` from the mapping `value`; raises ConfigError naming every problem
+    found.
+    """
     problems: list[Problem] = []
     result = parse_into(cls, value, path, problems)
     if problems:
@@ -62,15 +74,23 @@ def parse(cls: type, value: Any, path: Path = ()) -> Any:
 
 
 def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem]) -> Any:
-    """Convert `value` by `annotation`, appending to `problems`; what is returned after a problem is meaningless."""
+    """Convert `value` by `annotation`, appending to `problems`; what is returned after a problem is
+    meaningless.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return arguments[1].parse(value, path, problems)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments, value, path, problems)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool) != any(a is value for a in arguments if isinstance(a, bool)):
-            hint = did_you_mean(value, map(str, arguments)) if isinstance(value, str) else f"; known: {arguments}"
+        if value not in arguments or isinstance(value, bool) != any(
+            a is value for a in arguments if isinstance(a, bool)
+        ):
+            hint = (
+                did_you_mean(value, map(str, arguments))
+                if isinstance(value, str)
+                else f"; known: {arguments}"
+            )
             problems.append(Problem(path, f"{value!r} is not a choice{hint}"))
         return value
     if origin in (list, tuple):
@@ -113,7 +133,9 @@ def _scalar(annotation: Any, value: Any, path: Path, problems: list[Problem]) ->
         return value if ok else _wrong(value, "a whole number", path, problems)
     name = {str: "text", bool: "true or false"}.get(annotation)
     if name is None:
-        raise TypeError(f"{'.'.join(map(str, path))}: annotation {annotation!r} is not supported by vlp.schema")
+        raise TypeError(
+            f"{'.'.join(map(str, path))}: annotation {annotation!r} is not supported by vlp.schema"
+        )
     return value if isinstance(value, annotation) else _wrong(value, name, path, problems)
 
 
@@ -125,24 +147,33 @@ def _union(arguments: tuple, value: Any, path: Path, problems: list[Problem]) ->
         if not found:
             return result
         attempts.append((argument, found))
-    # The alternative whose outer form fits tells most: a mapping is meant for the dataclass, a list for the list.
+    # The alternative whose outer form fits tells most: a mapping is meant for the dataclass, a list
+    # for the list.
     shaped = [
         found
         for argument, found in attempts
-        if any(p.path != path for p in found) or (dataclasses.is_dataclass(argument) and isinstance(value, dict))
+        if any(p.path != path for p in found)
+        or (dataclasses.is_dataclass(argument) and isinstance(value, dict))
     ]
-    problems.extend(shaped[0] if shaped else [min((f for a, f in attempts if a is not type(None)), key=len)[0]])
+    problems.extend(
+        shaped[0] if shaped else [min((f for a, f in attempts if a is not type(None)), key=len)[0]]
+    )
     return None
 
 
-def _sequence(origin: type, arguments: tuple, value: Any, path: Path, problems: list[Problem]) -> Any:
+def _sequence(
+    origin: type, arguments: tuple, value: Any, path: Path, problems: list[Problem]
+) -> Any:
     if not isinstance(value, (list, tuple)):
         return _wrong(value, "a list", path, problems)
     fixed = origin is tuple and arguments and Ellipsis not in arguments
     if fixed and len(value) != len(arguments):
         return _wrong(value, f"a list of {len(arguments)} items", path, problems)
     kinds = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
-    return origin(parse_into(kind, item, (*path, i), problems) for i, (kind, item) in enumerate(zip(kinds, value)))
+    return origin(
+        parse_into(kind, item, (*path, i), problems)
+        for i, (kind, item) in enumerate(zip(kinds, value))
+    )
 
 
 def _dataclass(cls: type, value: Any, path: Path, problems: list[Problem]) -> Any:
@@ -152,7 +183,9 @@ def _dataclass(cls: type, value: Any, path: Path, problems: list[Problem]) -> An
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in value:
         if key not in known:
-            problems.append(Problem((*path, key), f"unknown key {key!r}{did_you_mean(str(key), known)}"))
+            problems.append(
+                Problem((*path, key), f"unknown key {key!r}{did_you_mean(str(key), known)}")
+            )
     before, given = len(problems), {}
     for name, spec in known.items():
         if name in value:
@@ -169,7 +202,9 @@ def _dataclass(cls: type, value: Any, path: Path, problems: list[Problem]) -> An
 
 
 def plain(value: Any) -> Any:
-    """The inverse of `parse`: dataclasses (and whatever has `to_config`) back to mappings, lists and scalars."""
+    """The inverse of `parse`: dataclasses (and whatever has `to_config`) back to mappings, lists
+    and scalars.
+    """
     if hasattr(value, "to_config"):
         return value.to_config()
     if dataclasses.is_dataclass(value):

@@ -1,4 +1,6 @@
-"""Every random number is derived from (seed, purpose, position): resuming, replaying and re-sharding need no saved state."""
+"""Every random number is derived from (seed, purpose, position): resuming, replaying and
+re-sharding need no saved state.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One training step: batch → embeddings → terms → gradients → update → scalars. The one place that calls backward.
+"""One training step: batch → embeddings → terms → gradients → update → scalars. The one place that
+calls backward.
 
 A rank's b rows of a step are embedded in m micro-batches, but the objective sees all of them in one call, so the
 number of micro-batches changes memory and nothing else (BASIC, Pham et al. 2021; GradCache, Gao et al. 2021):
@@ -44,7 +45,9 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Training:
-    """What a step changes (the engine's model and optimiser, the objective's state, the step count) and its settings."""
+    """What a step changes (the engine's model and optimiser, the objective's state, the step count)
+    and its settings.
+    """
 
     engine: Engine
     objective: Objective
@@ -54,8 +57,12 @@ class Training:
     dtype: torch.dtype = torch.float32  # of the towers' arithmetic
     step: int = 0
     teacher: Teacher | None = None
-    constants: Mapping[str, float] = field(default_factory=dict)  # keywords of the objective that no step changes
-    precomputed: bool = False  # the image tower does not run: the batch's teacher_image are its embeddings
+    constants: Mapping[str, float] = field(
+        default_factory=dict
+    )  # keywords of the objective that no step changes
+    precomputed: bool = (
+        False  # the image tower does not run: the batch's teacher_image are its embeddings
+    )
     may_skip: int = 0  # steps with NaN or infinity that are left out before one ends the run
     skipped: int = 0  # how many were
 
@@ -63,13 +70,15 @@ class Training:
 def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[str, Tensor]:
     """Update the model on this rank's rows of one step; returns detached scalars.
 
-    "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm"; with `measure` also "log_n", what a row's term is
-    worth when nothing is known, "valid.negatives" and "valid.counterfactual", the shares of this rank's texts that take
-    part, and `geometry`. Loss and terms are this rank's share: their mean over ranks is the value of the whole step.
+    "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm"; with `measure` also "log_n",
+    what a row's term is worth when nothing is known, "valid.negatives" and "valid.counterfactual",
+    the shares of this rank's texts that take part, and `geometry`. Loss and terms are this rank's
+    share: their mean over ranks is the value of the whole step.
 
-    Where embeddings, loss or any gradient of any rank are not finite, nothing moves on any rank: no weight, no moment,
-    no statistic of a batch norm, no state of the objective or the teacher. The step then counts as skipped, with a
-    warning that names the samples; beyond `training.may_skip` of them NonFiniteError is raised on every rank instead.
+    Where embeddings, loss or any gradient of any rank are not finite, nothing moves on any rank: no
+    weight, no moment, no statistic of a batch norm, no state of the objective or the teacher. The
+    step then counts as skipped, with a warning that names the samples; beyond `training.may_skip`
+    of them NonFiniteError is raised on every rank instead.
     """
     engine, step = training.engine, training.step
     statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(engine.model)]
@@ -84,11 +93,20 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     leaves = {name: _leaf([output[name] for output in outputs], training) for name in outputs[0]}
     taught = learn(training, micro)
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
-    views_first = {name: value.transpose(0, 1) for name, value in leaves.items() if name in VIEWS}  # [V, b, D]
+    views_first = {
+        name: value.transpose(0, 1) for name, value in leaves.items() if name in VIEWS
+    }  # [V, b, D]
     given = labels(training, batch) | taught | training.constants
     total, terms, moves = training.objective.evaluate(**leaves | views_first, **given, step=step)
-    gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)))
-    for name, value in leaves.items():  # a scale's ceiling looks at the gradient's sign: it must be the ranks' common one
+    gradients = dict(
+        zip(leaves, torch.autograd.grad(total, list(leaves.values()), materialize_grads=True))
+    )
+    for (
+        name,
+        value,
+    ) in (
+        leaves.items()
+    ):  # a scale's ceiling looks at the gradient's sign: it must be the ranks' common one
         if not value.ndim:
             gradients[name] = dist.all_reduce(gradients[name], dist.world()) / dist.world_size()
     poison = nan_unless_finite([total, *leaves.values(), *gradients.values()])
@@ -96,7 +114,10 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     # 3. Through the towers.
     for i, part in enumerate(micro):
         last = i == len(micro) - 1
-        with engine.micro_batch(last), _attention(training):  # around backward too: it may recompute the towers
+        with (
+            engine.micro_batch(last),
+            _attention(training),
+        ):  # around backward too: it may recompute the towers
             output = outputs[i] if keep_graph else embed(training, part, i)
             engine.backward(poison * surrogate(output, gradients, i, last))
 
@@ -115,7 +136,11 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
 
     shown = {name: value.detach() for name, value in leaves.items() if not value.ndim}
     if measure:
-        shown |= {f"valid.{name}": getattr(batch, mask).float().mean() for name, mask in dual_encoder.VALID.items() if name in leaves}
+        shown |= {
+            f"valid.{name}": getattr(batch, mask).float().mean()
+            for name, mask in dual_encoder.VALID.items()
+            if name in leaves
+        }
         shown |= {"log_n": torch.tensor(math.log(training.objective.candidates(len(batch))))}
         shown |= geometry(leaves["image"].detach(), leaves["text"].detach())
     if training.may_skip:
@@ -126,8 +151,9 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
 def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     """Everything the objective needs of micro-batch `index`, through the wrapped model in one call.
 
-    Returns "image" and "text" [rows, D], further fields [rows, …, D], "scale" and (if the model has one) "bias" [].
-    Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that a second call repeats the first.
+    Returns "image" and "text" [rows, D], further fields [rows, …, D], "scale" and (if the model has
+    one) "bias" []. Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that
+    a second call repeats the first.
     """
     wanted = training.objective.needs | {"image", "text"}
     given = {"image": part.teacher_image} if training.precomputed else {}
@@ -141,40 +167,64 @@ def labels(training: Training, batch: Batch) -> dict[str, Tensor]:
     found = {name: getattr(batch, name) for name in LABELS if getattr(batch, name) is not None}
     if "caption_ids" in training.objective.needs:
         found["caption_ids"] = batch.text[:, 1:]
-    return {name: value.to(training.engine.device, non_blocking=True) for name, value in found.items()}
+    return {
+        name: value.to(training.engine.device, non_blocking=True) for name, value in found.items()
+    }
 
 
 def geometry(image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """How this rank's embeddings [b, D] lie: gap ‖mean x − mean t‖, alignment mean ‖x_i − t_i‖², and uniformity
-    log mean_{i<j} e^{−2‖x_i − x_j‖²} of images and of texts (Wang & Isola 2020), from the first MEASURED rows.
+    """How this rank's embeddings [b, D] lie: gap ‖mean x − mean t‖, alignment mean ‖x_i − t_i‖²,
+    and uniformity log mean_{i<j} e^{−2‖x_i − x_j‖²} of images and of texts (Wang & Isola 2020),
+    from the first MEASURED rows.
 
     2·MEASURED²·D multiplications, 0.5 GFLOP at D = 512, and only where a step is logged.
     """
     image, text = (rows[:MEASURED].float() for rows in (image, text))
-    found = {"gap": (image.mean(0) - text.mean(0)).norm(), "alignment": (image - text).square().sum(1).mean()}
+    found = {
+        "gap": (image.mean(0) - text.mean(0)).norm(),
+        "alignment": (image - text).square().sum(1).mean(),
+    }
     for name, rows in (("image", image), ("text", text)):
         if len(rows) > 1:
-            squares = 2 - 2 * (rows @ rows.T)[torch.ones(len(rows), len(rows), device=rows.device).triu(1).bool()]
+            squares = (
+                2
+                - 2
+                * (rows @ rows.T)[
+                    torch.ones(len(rows), len(rows), device=rows.device).triu(1).bool()
+                ]
+            )
             found[f"uniformity_{name}"] = (-2 * squares).exp().mean().log()
     return {f"space.{name}": value for name, value in found.items()}
 
 
 def learn(training: Training, micro: list[Batch]) -> dict[str, Tensor]:
-    """What the teacher gives for all micro-batches, without gradient and in the arithmetic of the towers."""
+    """What the teacher gives for all micro-batches, without gradient and in the arithmetic of the
+    towers.
+    """
     if training.teacher is None:
         return {}
     with torch.no_grad(), _arithmetic(training), _attention(training):
         parts = [training.teacher.embed(part) for part in micro]
-    joined = {name: torch.cat([part[name] for part in parts]) if value.ndim else value for name, value in parts[0].items()}
-    return {name: _for_pairs(value, training) if value.ndim else value for name, value in (joined | training.teacher.queue).items()}
+    joined = {
+        name: torch.cat([part[name] for part in parts]) if value.ndim else value
+        for name, value in parts[0].items()
+    }
+    return {
+        name: _for_pairs(value, training) if value.ndim else value
+        for name, value in (joined | training.teacher.queue).items()
+    }
 
 
 def _arithmetic(training: Training) -> AbstractContextManager:
-    return torch.autocast(training.engine.device.type, torch.bfloat16, enabled=training.dtype == torch.bfloat16)
+    return torch.autocast(
+        training.engine.device.type, torch.bfloat16, enabled=training.dtype == torch.bfloat16
+    )
 
 
 def _attention(training: Training) -> AbstractContextManager:
-    """On a CPU, the backward of torch's fused bf16 attention takes several times that of the plain one (torch 2.15, AMX)."""
+    """On a CPU, the backward of torch's fused bf16 attention takes several times that of the plain
+    one (torch 2.15, AMX).
+    """
     plain = training.dtype == torch.bfloat16 and training.engine.device.type == "cpu"
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
@@ -191,17 +241,23 @@ def _for_pairs(rows: Tensor, training: Training) -> Tensor:
     return rows.to(training.dtype) if rows.is_cuda else rows
 
 
-def surrogate(output: dict[str, Tensor], gradients: dict[str, Tensor], index: int, last: bool) -> Tensor:
-    """A scalar whose gradient in the parameters is the objective's, as far as micro-batch `index` carries it.
+def surrogate(
+    output: dict[str, Tensor], gradients: dict[str, Tensor], index: int, last: bool
+) -> Tensor:
+    """A scalar whose gradient in the parameters is the objective's, as far as micro-batch `index`
+    carries it.
 
-    Σ_name ⟨output, gradient⟩ over this micro-batch's rows, and with the last one scale·∂L/∂scale + bias·∂L/∂bias.
+    Σ_name ⟨output, gradient⟩ over this micro-batch's rows, and with the last one scale·∂L/∂scale +
+    bias·∂L/∂bias.
     """
     total = 0
     for name, value in output.items():
         if value.ndim:
             rows = slice(index * len(value), (index + 1) * len(value))
             total = total + (value * gradients[name][rows]).sum()
-        else:  # times 0 before the last: ZeRO-3 adds a gradient that first comes later to what the last step left there
+        # times 0 before the last: ZeRO-3 adds a gradient that first comes later to what the last
+        # step left there
+        else:
             total = total + value * (gradients[name] if last else 0)
     return total
 
@@ -213,10 +269,11 @@ def batch_statistics(module: torch.nn.Module) -> list[Tensor]:
 
 
 def nan_unless_finite(values: list[Tensor]) -> Tensor:
-    """1.0 on every rank where all values of all ranks are finite, else NaN: [] float32. Collective, without a wait.
+    """1.0 on every rank where all values of all ranks are finite, else NaN: [] float32. Collective,
+    without a wait.
 
-    As a factor of what is backpropagated it makes the norm of the gradient tell the whole story, so that one check by
-    the engine guards the update.
+    As a factor of what is backpropagated it makes the norm of the gradient tell the whole story, so
+    that one check by the engine guards the update.
     """
     finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
     n_bad = dist.all_reduce((~finite).float(), dist.world())
@@ -229,7 +286,9 @@ def where_not_finite(leaves: dict[str, Tensor], given: dict[str, Any], batch: Ba
     for name, value in (leaves | given).items():
         if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
             continue
-        bad_rows = (~torch.isfinite(value)).flatten(1).any(1) if value.ndim > 1 else ~torch.isfinite(value)
+        bad_rows = (
+            (~torch.isfinite(value)).flatten(1).any(1) if value.ndim > 1 else ~torch.isfinite(value)
+        )
         for row in bad_rows.nonzero().flatten().tolist():
             of = f"row {row}"
             if len(value) == len(batch):
@@ -249,7 +308,9 @@ def skip_or_stop(training: Training, lines: list[str]) -> None:
     place = f"NaN or infinity at step {training.step}; nothing was updated:\n  {named}"
     if training.skipped <= training.may_skip:
         if dist.is_main():
-            log.warn(f"{place}\nThe step is left out, {training.skipped} of at most {training.may_skip}.")
+            log.warn(
+                f"{place}\nThe step is left out, {training.skipped} of at most {training.may_skip}."
+            )
         return
     if training.may_skip:
         place += f"\n{training.may_skip} such steps were left out before it, which is all that train.max_skipped allows."
@@ -262,7 +323,9 @@ def _described(name: str) -> str:
 
 
 def means_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Plain numbers, averaged over ranks: by the averaging convention, the values of the whole step. Collective."""
+    """Plain numbers, averaged over ranks: by the averaging convention, the values of the whole
+    step. Collective.
+    """
     stacked = torch.stack([value.detach().float().cpu() for value in scalars.values()])
     return dict(zip(scalars, _mean(stacked)))
 

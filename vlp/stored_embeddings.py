@@ -1,7 +1,8 @@
 """Whether embeddings that a run reads from its data are those of the model that they stand for.
 
-A file of embeddings says which samples it belongs to, and a width; both fit many models. So a few samples are embedded
-again before the first step, by the run's own locked image tower or by the teacher that the files name, and compared.
+A file of embeddings says which samples it belongs to, and a width; both fit many models. So a few
+samples are embedded again before the first step, by the run's own locked image tower or by the
+teacher that the files name, and compared.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from vlp.types import ImageSpec, Sample
 
 N_SAMPLES = 8  # of each source
 MARGIN = 0.002  # by which another sample's row may lie nearer: equal pictures, rounding
-LEAST_COSINE = 0.99  # float16, bfloat16 and a library's own resizing stay above; other weights, pixels or rows do not
+# float16, bfloat16 and a library's own resizing stay above; other weights, pixels or rows do not
+LEAST_COSINE = 0.99
 
 
 def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> None:
-    """Raise ValueError where a source's `embeddings` are not those of `model`'s image tower, or of the teacher they name.
+    """Raise ValueError where a source's `embeddings` are not those of `model`'s image tower, or of
+    the teacher they name.
 
-    What cannot be compared, because the teacher or the pixels are not here, is said. Collective: the first rank compares.
+    What cannot be compared, because the teacher or the pixels are not here, is said. Collective:
+    the first rank compares.
     """
     problem = None
     if dist.is_main():
@@ -75,11 +79,19 @@ def _teacher(name: str, folder: str) -> nn.Module | None:
 
 
 def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
-    """Up to N_SAMPLES samples that open, spread over the source (its first ones where shards are fetched whole)."""
+    """Up to N_SAMPLES samples that open, spread over the source (its first ones where shards are
+    fetched whole).
+    """
     n_tried = 4 * N_SAMPLES
-    places = range(n_tried) if source.window or source.reserve else np.linspace(0, len(source) - 1, n_tried).astype(int)
+    places = (
+        range(n_tried)
+        if source.window or source.reserve
+        else np.linspace(0, len(source) - 1, n_tried).astype(int)
+    )
     numbers = dict.fromkeys(int(i) for i in places if i < len(source))
-    wide = list(numbers)[::4] + [i for k, i in enumerate(numbers) if k % 4]  # the others stand in for pictures that do not open
+    wide = list(numbers)[::4] + [
+        i for k, i in enumerate(numbers) if k % 4
+    ]  # the others stand in for pictures that do not open
     samples, pixels = [], []
     for number in wide:
         try:
@@ -110,7 +122,9 @@ def _compare(side: str, again: Tensor, stored: Tensor, folder: str, whose: str) 
     made_by = f"made by {whose}"
     if again.shape != stored.shape:
         width = stored.shape[1]
-        raise ValueError(f"{folder}: {side} embeddings of width {width} are not {made_by}, whose width is {again.shape[1]}")
+        raise ValueError(
+            f"{folder}: {side} embeddings of width {width} are not {made_by}, whose width is {again.shape[1]}"
+        )
     cosines = cosine_similarity(again, stored)
     others = cosine_similarity(again[:, None], stored[None], dim=-1).fill_diagonal_(-1)
     swapped = (others.max(dim=1).values > cosines + MARGIN) & stored.any(dim=1)

@@ -1,4 +1,6 @@
-"""The loop: step, log, evaluate, save. Everything that decides numbers lives in `vlp.step` and `vlp.data`."""
+"""The loop: step, log, evaluate, save. Everything that decides numbers lives in `vlp.step` and
+`vlp.data`.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,18 @@ from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
 
-Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]  # (plain model, tasks that are due) -> results
+Evaluate = Callable[
+    [DualEncoder, list[Plugin]], list[dict[str, Any]]
+]  # (plain model, tasks that are due) -> results
 
 
 def train(config: Config, evaluate: Evaluate | None = None) -> Path:
-    """Run `config` to its end; returns the run's folder. A signal that asks to stop saves the run and raises Stopped.
+    """Run `config` to its end; returns the run's folder. A signal that asks to stop saves the run
+    and raises Stopped.
 
-    `evaluate` is called on every rank when tasks of `config.eval` are due. Raises FileExistsError for an output folder
-    that holds a run, ValueError for settings that do not fit each other or the data, CheckpointError for a checkpoint
-    that does not fit.
+    `evaluate` is called on every rank when tasks of `config.eval` are due. Raises FileExistsError
+    for an output folder that holds a run, ValueError for settings that do not fit each other or the
+    data, CheckpointError for a checkpoint that does not fit.
     """
     server.start_for(config)
     engine = parallel.start(config.train)
@@ -69,7 +74,11 @@ def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -
     plan = Plan.of(config.train, loader.steps_per_epoch)
     warmup = optim.warmup_steps(config.train.optimizer, plan)
     objective = losses.build(
-        config.objective, **vars(config.pairwise), seed=config.seed, samples=loader.n_samples, steps=plan.total
+        config.objective,
+        **vars(config.pairwise),
+        seed=config.seed,
+        samples=loader.n_samples,
+        steps=plan.total,
     )
     check_objective(config, objective, loader, model)
 
@@ -84,8 +93,12 @@ def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -
 
     engine.prepare(model, config.train)
     training = Training(
-        engine, objective, partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
-        config.seed, config.train.micro_batches, parallel.precision(config.train, engine.device),
+        engine,
+        objective,
+        partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
+        config.seed,
+        config.train.micro_batches,
+        parallel.precision(config.train, engine.device),
         constants={} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale},
         precomputed=config.model.precomputed,
         may_skip=config.train.max_skipped if config.train.non_finite == "skip" else 0,
@@ -108,9 +121,17 @@ def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -
 
 
 def loop(
-    config: Config, training: Training, loader: Loader, chosen: Selection, plan: Plan, evaluate: Evaluate | None, report: Reporter
+    config: Config,
+    training: Training,
+    loader: Loader,
+    chosen: Selection,
+    plan: Plan,
+    evaluate: Evaluate | None,
+    report: Reporter,
 ) -> None:
-    """From the training's step to the plan's end, or to a signal that asks to stop: then Stopped, once all is saved."""
+    """From the training's step to the plan's end, or to a signal that asks to stop: then Stopped,
+    once all is saved.
+    """
     batches = iter(loader)
     saved_step = training.step
 
@@ -154,17 +175,27 @@ def loop(
 
 
 def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], None]) -> None:
-    """Save and raise Stopped on every rank if any rank was asked to stop. Collective; costs one all-reduce of a number."""
+    """Save and raise Stopped on every rank if any rank was asked to stop. Collective; costs one
+    all-reduce of a number.
+    """
     vote = torch.tensor(float(stop.received != 0), device=training.engine.device)
     if not dist.all_reduce(vote, dist.world()).item():
         return
     signum = max(dist.gather_objects(int(stop.received)))
     save()
-    outcome = f"after step {training.step}; saved" if training.step else "before the first step; there is nothing to save"
-    raise Stopped(signum, f"stopped by {signal.Signals(signum).name} {outcome}. Continue with resume=auto")
+    outcome = (
+        f"after step {training.step}; saved"
+        if training.step
+        else "before the first step; there is nothing to save"
+    )
+    raise Stopped(
+        signum, f"stopped by {signal.Signals(signum).name} {outcome}. Continue with resume=auto"
+    )
 
 
-def evaluate_now(evaluate: Evaluate, training: Training, tasks: list[Plugin]) -> list[dict[str, Any]]:
+def evaluate_now(
+    evaluate: Evaluate, training: Training, tasks: list[Plugin]
+) -> list[dict[str, Any]]:
     """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
     model = training.engine.evaluation_model().eval()
     try:
@@ -187,7 +218,9 @@ def ways_out(config: Config) -> str:
 
     saved = checkpoint.all_of(Path(config.out))
     if not saved:
-        return f"There is no checkpoint yet. Start anew in another folder (out=…) with {one_of_them}."
+        return (
+            f"There is no checkpoint yet. Start anew in another folder (out=…) with {one_of_them}."
+        )
     older = f", or from an older checkpoint with resume={saved[-2]}" if len(saved) > 1 else ""
     return (
         f"The weights of {saved[-1]} are finite, but from there the run comes to this very step again. Go on with "
@@ -200,19 +233,29 @@ def save(config: Config, training: Training, loader: Loader) -> None:
     model, optimizer = training.engine.state()
     taught = {} if training.teacher is None else training.teacher.state()
     state = {
-        "step": training.step, "skipped": training.skipped, "loader": loader.state_dict(), "versions": versions(),
-    }  # fmt: skip
+        "step": training.step,
+        "skipped": training.skipped,
+        "loader": loader.state_dict(),
+        "versions": versions(),
+    }
     objective = checkpoint.flat(training.objective.state_dict())
     error = None
     if dist.is_main():
         contents = checkpoint.Contents(
-            model, optimizer, objective, state, configuration.dump(config), training.engine.description, taught
+            model,
+            optimizer,
+            objective,
+            state,
+            configuration.dump(config),
+            training.engine.description,
+            taught,
         )
         try:
             checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
         except (OSError, checkpoint.CheckpointError) as failure:
             error = failure
-    # No rank runs on, and perhaps is killed, before the checkpoint stands; and none waits where it could not be written.
+    # No rank runs on, and perhaps is killed, before the checkpoint stands; and none waits where it
+    # could not be written.
     error = dist.broadcast_object(error)
     if error is not None:
         raise error
@@ -238,7 +281,9 @@ def alone_in(run: Path) -> Iterator[None]:
 
 
 def open_run(config: Config) -> Path | None:
-    """The checkpoint to continue from, the same on every rank, or None. Refuses a folder that holds another run."""
+    """The checkpoint to continue from, the same on every rank, or None. Refuses a folder that holds
+    another run.
+    """
     run, outcome = Path(config.out), None
     if dist.is_main():
         try:
@@ -255,12 +300,16 @@ def _open_run(config: Config, run: Path) -> Path | None:
     holds_run = (run / "config.yaml").exists()
     if config.resume == "never":
         if holds_run:
-            raise FileExistsError(f"{run} already holds a run; continue it with resume=auto, or choose another with out=…")
+            raise FileExistsError(
+                f"{run} already holds a run; continue it with resume=auto, or choose another with out=…"
+            )
         source = None
     elif config.resume == "auto":
         source = checkpoint.newest(run)
         if source is None and checkpoint.all_of(run):
-            raise checkpoint.CheckpointError(f"every checkpoint of {run} is damaged; choose another folder with out=…")
+            raise checkpoint.CheckpointError(
+                f"every checkpoint of {run} is damaged; choose another folder with out=…"
+            )
     else:
         source = checkpoint.resolve(config.resume)
         if holds_run and source.parent.resolve() != (run / checkpoint.FOLDER).resolve():
@@ -276,9 +325,11 @@ def _open_run(config: Config, run: Path) -> Path | None:
 
 
 def with_precision(config: Config, source: Path | None, device: torch.device) -> Config:
-    """`config` with train.precision decided: as the run that is continued has it, else by a measurement on this machine.
+    """`config` with train.precision decided: as the run that is continued has it, else by a
+    measurement on this machine.
 
-    The run's config.yaml records it, so that a resumed run computes as before on whatever machine it goes on.
+    The run's config.yaml records it, so that a resumed run computes as before on whatever machine
+    it goes on.
     """
     if config.train.precision != "auto":
         return config
@@ -310,10 +361,14 @@ def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix[:-1]: tree}
-        return {k: v for name, item in tree.items() for k, v in flat(item, f"{prefix}{name}.").items()}
+        return {
+            k: v for name, item in tree.items() for k, v in flat(item, f"{prefix}{name}.").items()
+        }
 
     before, after = flat(configuration.shown(old)), flat(configuration.shown(new))
-    different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - {"resume"}
+    different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - {
+        "resume"
+    }
     if after.get("train.precision") == "auto":  # it stays what it was
         different.discard("train.precision")
     return {key: (before.get(key), after.get(key)) for key in sorted(different)}
@@ -322,8 +377,15 @@ def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 def open_data(config: Config, model: DualEncoder, chosen: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
     loader = Loader(
-        config.data, model.image_spec, model.text_spec, mixture=chosen.mixture,
-        batch=chosen.loaded, seed=config.seed, rank=dist.rank(), world=dist.world_size(), pixels=not config.model.precomputed,
+        config.data,
+        model.image_spec,
+        model.text_spec,
+        mixture=chosen.mixture,
+        batch=chosen.loaded,
+        seed=config.seed,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        pixels=not config.model.precomputed,
         reads=losses.reads(config.objective) | chosen.needs,
     )
     chosen.check(loader.carries)
@@ -333,34 +395,54 @@ def open_data(config: Config, model: DualEncoder, chosen: Selection) -> Loader:
 def go_on_from(contents: checkpoint.Contents, training: Training, loader: Loader) -> None:
     """Take over all that a checkpoint holds beside the weights. Collective."""
     training.engine.load_moments(contents.optimizer)
-    training.objective.load_state_dict(checkpoint.nested(contents.objective, training.objective.state))
+    training.objective.load_state_dict(
+        checkpoint.nested(contents.objective, training.objective.state)
+    )
     loader.load_state_dict(contents.state["loader"])
     training.step = contents.state["step"]
     training.skipped = contents.state.get("skipped", 0)  # absent before steps could be left out
 
 
 def start_from(model: DualEncoder, reference: str) -> None:
-    """Take the weights of another model. Heads start at random where it has none; heads that only it has stay away."""
+    """Take the weights of another model. Heads start at random where it has none; heads that only
+    it has stay away.
+    """
     source = checkpoint.load_any(reference, like=model)
     checkpoint.check_alike(source, model, f"init_from {reference}")
     weights = source.state_dict()
-    fresh = {name: value for name, value in model.state_dict().items() if name.startswith("heads.") and name not in weights}
+    fresh = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith("heads.") and name not in weights
+    }
     foreign = {name for name in weights if name.startswith("heads.")} - model.state_dict().keys()
     for names, what in ((fresh, "start at random"), (foreign, "are left out")):
         if names:
-            log.say(f"init_from {reference}: {', '.join(sorted({'.'.join(n.split('.')[:2]) for n in names}))} {what}")
-    checkpoint.restore(model, {n: v for n, v in weights.items() if n not in foreign} | fresh, reference)
+            log.say(
+                f"init_from {reference}: {', '.join(sorted({'.'.join(n.split('.')[:2]) for n in names}))} {what}"
+            )
+    checkpoint.restore(
+        model, {n: v for n, v in weights.items() if n not in foreign} | fresh, reference
+    )
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides numbers."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")}
+    return {
+        name: version(name)
+        for name in ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
+    }
 
 
 def say_start(
-    config: Config, model: DualEncoder, loader: Loader, objective: losses.Objective, plan: Plan, source: Path | None
+    config: Config,
+    model: DualEncoder,
+    loader: Loader,
+    objective: losses.Objective,
+    plan: Plan,
+    source: Path | None,
 ) -> None:
     count = sum(p.numel() for p in model.parameters())
     terms = ", ".join(term.label for term in config.objective)
@@ -369,4 +451,7 @@ def say_start(
         f"{config.out}: {loader.n_samples:,} samples, {count / 1e6:.1f} M parameters, {plan.total:,} steps of {plan.batch} "
         f"({plan.total / plan.steps_per_epoch:.1f} epochs), {dist.world_size()} process(es), {config.train.precision}"
     )
-    log.say(f"objective {terms}; {n} candidates a row, log n = {math.log(n):.3f}" + (f"; continuing {source}" if source else ""))
+    log.say(
+        f"objective {terms}; {n} candidates a row, log n = {math.log(n):.3f}"
+        + (f"; continuing {source}" if source else "")
+    )

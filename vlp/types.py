@@ -7,8 +7,8 @@ Shape legend, used in every docstring of this project:
     D' embedding of another model        V  further views     M  concepts of a teacher
     Q  keys of a queue                   Z  tokens of the vocabulary
 
-A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it is refused at
-start-up by name (see `vlp.losses`).
+A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it
+is refused at start-up by name (see `vlp.losses`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` m
 
 @dataclass(frozen=True)
 class Sample:
-    """One undecoded pair as a source delivers it. `captions` is never empty; `meta` is the sample's JSON."""
+    """One undecoded pair as a source delivers it. `captions` is never empty; `meta` is the sample's
+    JSON.
+    """
 
     sample_id: int  # dense in the run's index: 0 ≤ sample_id < number of samples of all sources
     key: str  # the webdataset key, unique in its shard
@@ -30,8 +32,12 @@ class Sample:
     image_type: str  # extension without dot, lower case, from the allow-list of vlp.data.format
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
-    negative_image: bytes = b""  # the encoded image of the first of the meta's "negatives"; empty: none
-    embeddings: tuple[Any, Any] | None = None  # a teacher's, of image and first caption: arrays [D'] each
+    negative_image: bytes = (
+        b""  # the encoded image of the first of the meta's "negatives"; empty: none
+    )
+    embeddings: tuple[Any, Any] | None = (
+        None  # a teacher's, of image and first caption: arrays [D'] each
+    )
     weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike
 
 
@@ -45,15 +51,23 @@ class Batch:
     key: list[str]  # [b]
     negatives: Tensor | None = None  # [b, K, L] token ids of hard-negative captions
     negatives_valid: Tensor | None = None  # [b, K] bool
-    negative_image: Tensor | None = None  # [b, 3, H, W] uint8, of negatives[:, 0], which is valid only beside one; else black
-    counterfactual: Tensor | None = None  # [b, C, L] token ids: the caption with another number word
+    negative_image: Tensor | None = (
+        None  # [b, 3, H, W] uint8, of negatives[:, 0], which is valid only beside one; else black
+    )
+    counterfactual: Tensor | None = (
+        None  # [b, C, L] token ids: the caption with another number word
+    )
     counterfactual_valid: Tensor | None = None  # [b] bool: the counting samples
     score: Tensor | None = None  # [b] float32 relevance of a pair
     teacher_scores: Tensor | None = None  # [b, K] float32, a teacher's score of each of `negatives`
-    concept_targets: Tensor | None = None  # [b, M] float32 >= 0, a teacher's weights of the concepts in the image
+    concept_targets: Tensor | None = (
+        None  # [b, M] float32 >= 0, a teacher's weights of the concepts in the image
+    )
     image_views: Tensor | None = None  # [b, V, 3, H, W] uint8, further augmented views of `image`
     text_views: Tensor | None = None  # [b, V, L] token ids of the caption in other words
-    teacher_image: Tensor | None = None  # [b, D'] float32 unit rows that another model gave the whole image
+    teacher_image: Tensor | None = (
+        None  # [b, D'] float32 unit rows that another model gave the whole image
+    )
     teacher_text: Tensor | None = None  # [b, D'] float32 unit rows that it gave the first caption
 
     def __len__(self) -> int:
@@ -68,19 +82,30 @@ class Batch:
         return self._map(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (torch's DataLoader calls this), from which a GPU copies by itself."""
+        """The same batch in page-locked memory (torch's DataLoader calls this), from which a GPU
+        copies by itself.
+        """
         return self._map(lambda value: value.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
         """`parts` micro-batches of equal size, in order. `parts` must divide b."""
         if len(self) % parts:
-            raise ValueError(f"{parts} micro-batches do not divide a rank's {len(self)} rows; choose a divisor")
+            raise ValueError(
+                f"{parts} micro-batches do not divide a rank's {len(self)} rows; choose a divisor"
+            )
         size = len(self) // parts
-        return [self._map(lambda value, s=slice(i, i + size): value[s]) for i in range(0, len(self), size)]
+        return [
+            self._map(lambda value, s=slice(i, i + size): value[s])
+            for i in range(0, len(self), size)
+        ]
 
     def _map(self, change: Any) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: change(value) for name, value in values.items() if name != "key" and value is not None}
+        tensors = {
+            name: change(value)
+            for name, value in values.items()
+            if name != "key" and value is not None
+        }
         key = self.key
         if len(tensors["sample_id"]) != len(key):  # a slice: cut the names alike
             key = change(key)
@@ -91,7 +116,11 @@ class Batch:
 class Decoding:
     """How a stored picture becomes RGB, in training and evaluation; travels with the model."""
 
-    background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels; white, as transformers
+    background: tuple[int, int, int] = (
+        255,
+        255,
+        255,
+    )  # RGB behind transparent pixels; white, as transformers
     exif: bool = True  # turn the picture upright, as its Exif orientation says
 
     def __post_init__(self) -> None:
@@ -112,7 +141,9 @@ class ImageSpec:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize: Literal["shortest", "squash"] = "shortest"  # shortest side to size, then centre crop; or both sides to size
+    resize: Literal["shortest", "squash"] = (
+        "shortest"  # shortest side to size, then centre crop; or both sides to size
+    )
     decoding: Decoding = ON_WHITE
 
 
@@ -120,14 +151,19 @@ class ImageSpec:
 class TextSpec:
     """How a caption becomes token ids; travels with the model."""
 
-    tokenizer: str  # "clip" (open_clip's SimpleTokenizer) or the name or folder of a Hugging Face tokenizer
+    # "clip" (open_clip's SimpleTokenizer) or the name or folder of a Hugging Face tokenizer
+    tokenizer: str
     context_length: int  # L
-    clean: Literal["lower", "whitespace", "canonicalize"] = "lower"  # open_clip's names for its text cleaning
+    clean: Literal["lower", "whitespace", "canonicalize"] = (
+        "lower"  # open_clip's names for its text cleaning
+    )
     options: dict[str, Any] = field(default_factory=dict)  # open_clip's tokenizer_kwargs
 
 
 class Features(NamedTuple):
-    """What a model returns for a batch. A tuple, because DDP, FSDP2 and DeepSpeed look into tuples for tensors."""
+    """What a model returns for a batch. A tuple, because DDP, FSDP2 and DeepSpeed look into tuples
+    for tensors.
+    """
 
     image: Tensor | None  # [b, D] unit rows
     text: Tensor | None  # [rows, D] unit rows

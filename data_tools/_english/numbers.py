@@ -1,4 +1,6 @@
-"""Counts in captions: the number words and digits two to ten where they count something, and their exchange."""
+"""Counts in captions: the number words and digits two to ten where they count something, and their
+exchange.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,23 @@ from dataclasses import dataclass
 from vlp.data_tools._english.shuffles import FUNCTION_WORDS
 from vlp.data_tools._english.words import Word, each_word, edit, is_plural
 
-NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+NUMBERS = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+}
 _NAMES = {n: word for word, n in NUMBERS.items()}
-# Whole words only ("often" holds "ten"), and no part of a longer number, time, price, range or compound ("two-story").
-_NUMBER = re.compile(rf"(?<![\w.:/$€£#%'’-])(?:{'|'.join(NUMBERS)}|10|[2-9])(?![\w:/%'’-]|[.,]\d)", re.I)
+# Whole words only ("often" holds "ten"), and no part of a longer number, time, price, range or
+# compound ("two-story").
+_NUMBER = re.compile(
+    rf"(?<![\w.:/$€£#%'’-])(?:{'|'.join(NUMBERS)}|10|[2-9])(?![\w:/%'’-]|[.,]\d)", re.I
+)
 _BOUNDS = "at ?least|at ?most|more than|less than|fewer than|up to|over|about|around|almost|nearly|roughly|the other|another"
 _BOUND = re.compile(rf"\b({_BOUNDS})\s+$", re.I)
 _BOUND_AFTER = re.compile(r"\s*(?:\w+\s+){1,3}(at ?most|at ?least|or (more|less|fewer))\b", re.I)
@@ -24,7 +39,9 @@ years feet inches miles hours minutes seconds dollars cents degrees percent poun
 stories kilometers yards ounces colors
 """
 _UNITS = frozenset(_UNIT_NAMES.split())
-_NEAR = 60  # characters on either side that say what a number is; all of a long text at every number takes minutes
+# characters on either side that say what a number is; all of a long text at every number takes
+# minutes
+_NEAR = 60
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,23 @@ def counts(caption: str) -> tuple[list[Count], list[str]]:
 
 
 def exchange(caption: str, found: list[Count], value: int) -> str:
-    """The caption with another number at these places, as a word or digits as before; a and an are corrected."""
+    """The caption with another number at these places, as a word or digits as before; a and an are
+    corrected.
+    """
     written = {count: caption[count.start : count.end] for count in found}
-    return edit(caption, [(c.start, c.end, str(value) if text.isdigit() else _NAMES[value]) for c, text in written.items()])
+    return edit(
+        caption,
+        [
+            (c.start, c.end, str(value) if text.isdigit() else _NAMES[value])
+            for c, text in written.items()
+        ],
+    )
 
 
 def counterfactuals(caption: str, found: list[Count]) -> list[str]:
-    """The caption with each of the eight other numbers from two to ten in the place of its one number."""
+    """The caption with each of the eight other numbers from two to ten in the place of its one
+    number.
+    """
     return [exchange(caption, found, n) for n in _NAMES if n != found[0].value]
 
 

@@ -1,6 +1,8 @@
-"""Word-order shuffles of a caption: the four of ARO's order sets (arXiv 2210.01936, appendix), without a tagger.
+"""Word-order shuffles of a caption: the four of ARO's order sets (arXiv 2210.01936, appendix),
+without a tagger.
 
-ARO tells nouns and adjectives apart with a part-of-speech model; here every word that is not a function word counts as one.
+ARO tells nouns and adjectives apart with a part-of-speech model; here every word that is not a
+function word counts as one.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def shuffles(text: str, rng: random.Random) -> dict[str, str]:
-    """Kind → shuffled caption, for every kind that changes the caption; equal results are kept once.
+    """Kind → shuffled caption, for every kind that changes the caption; equal results are kept
+    once.
 
-    Content words must change in three places: exchanging two may say the same ("a man walking", "a walking man").
+    Content words must change in three places: exchanging two may say the same ("a man walking", "a
+    walking man").
     """
     words = text.rstrip(".").split()
     end = text[len(text.rstrip(".")) :]
@@ -36,7 +40,10 @@ def shuffles(text: str, rng: random.Random) -> dict[str, str]:
     for kind, shuffled in results.items():
         n_moved = sum(a != b for a, b in zip(words, shuffled))
         sentence = " ".join(shuffled) + end
-        if n_moved >= (3 if kind == "order_content_words" else 1) and sentence not in found.values():
+        if (
+            n_moved >= (3 if kind == "order_content_words" else 1)
+            and sentence not in found.values()
+        ):
             found[kind] = sentence
     return found
 

@@ -1,4 +1,6 @@
-"""What a caption is like, by rules and small word lists: language, complexity, action. Pure functions, all of them rough."""
+"""What a caption is like, by rules and small word lists: language, complexity, action. Pure
+functions, all of them rough.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from itertools import pairwise
 
 from vlp.data_tools._english.words import plural, words
 
-# The commonest words of languages in Latin letters; those that languages share are in none or in several.
+# The commonest words of languages in Latin letters; those that languages share are in none or in
+# several.
 _STOP_WORDS = {
     "en": "the of and a in to is on with an at it are for by this that from his her two their standing sitting next near",
     "de": "der die das und ist ein eine einen einem einer mit auf im von zu den dem nicht sich auch für zwei neben vor am steht",
@@ -30,42 +33,59 @@ _LANGUAGES_OF: dict[str, list[str]] = {}
 for _language, _list in _STOP_WORDS.items():
     for _word in set(_list.split()):
         _LANGUAGES_OF.setdefault(_word, []).append(_language)
-# Scripts, by the first word of a letter's Unicode name, that tell the language or the best guess at it.
+# Scripts, by the first word of a letter's Unicode name, that tell the language or the best guess at
+# it.
 _SCRIPTS = {
-    "CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru", "GREEK": "el", "ARABIC": "ar",
-    "HEBREW": "he", "DEVANAGARI": "hi", "BENGALI": "bn", "TAMIL": "ta", "TELUGU": "te", "THAI": "th", "GEORGIAN": "ka",
+    "CJK": "zh",
+    "HIRAGANA": "ja",
+    "KATAKANA": "ja",
+    "HANGUL": "ko",
+    "CYRILLIC": "ru",
+    "GREEK": "el",
+    "ARABIC": "ar",
+    "HEBREW": "he",
+    "DEVANAGARI": "hi",
+    "BENGALI": "bn",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "THAI": "th",
+    "GEORGIAN": "ka",
     "ARMENIAN": "hy",
-}  # fmt: skip
+}
 UNCLEAR = "unclear"  # too few or contradictory words in Latin letters
 LANGUAGES = (*_STOP_WORDS, *dict.fromkeys(_SCRIPTS.values()), UNCLEAR)
 
-_RELATIONS = frozenset("""
+_RELATIONS = frozenset(
+    """
 on in at with under above below over behind inside underneath beneath atop near beside by between among across along around
 through against onto into from toward towards outside beyond holding wearing carrying next front top left right of
-""".split())  # fmt: skip  # noqa: SIM905
+""".split()
+)
 _VERBS = """
 walk run sit stand hold ride play eat look watch jump fly drive read write talk speak smile laugh cry sleep cut
 wash clean throw catch kick hit swing surf ski swim climb dance sing carry wear pull push lean hang wait pose
 feed pet graze chase bark fight build paint sell buy open close pour serve prepare make take give use try get go come
 leave enter travel move turn stop float sail perform celebrate kiss hug hike dig pick reach follow lead brush
-""".split()  # noqa: SIM905
+""".split()
 _IRREGULAR = """
 ran sat stood lay lain held rode ridden ate eaten drank drunk flew flown drove driven wrote written spoke slept threw thrown caught
 swung swam swum sang sung wore worn hung fought built drew drawn sold bought made took taken gave given got went gone came left led
 lying lies parked crossed skated planted cooked waved drawn pointed landed worked rested
-""".split()  # noqa: SIM905
-_NOUNS_IN_ING = frozenset("""
+""".split()
+_NOUNS_IN_ING = frozenset(
+    """
 building ceiling wedding painting king ring thing evening morning string spring wing clothing railing awning dining living during
 something anything nothing everything icing stuffing frosting topping dressing siding paving housing parking rigging sling swing
 drawing bedding lighting flooring wiring fencing seasoning pudding earring sibling
-""".split())  # fmt: skip  # noqa: SIM905
+""".split()
+)
 
 
 def language(caption: str) -> str:
     """A language's two letters by script, then by stop words, or UNCLEAR.
 
-    Rough: one language stands for a script that several share (ru for all Cyrillic, ar for Persian too), and a caption in
-    Latin letters without stop words, such as a name, is UNCLEAR.
+    Rough: one language stands for a script that several share (ru for all Cyrillic, ar for Persian
+    too), and a caption in Latin letters without stop words, such as a name, is UNCLEAR.
     """
     script = script_of(caption)
     if script != "LATIN":
@@ -77,8 +97,9 @@ def language(caption: str) -> str:
 def is_in(caption: str, languages: Collection[str]) -> bool | None:
     """Whether a caption is in one of these languages; None where that cannot be told.
 
-    In Latin letters it takes two more stop words of another language than of all these to say no: one alone may belong to
-    a name ("Die Hard", "El Paso"). Without letters nothing can be told, and Chinese characters alone may be Japanese.
+    In Latin letters it takes two more stop words of another language than of all these to say no:
+    one alone may belong to a name ("Die Hard", "El Paso"). Without letters nothing can be told, and
+    Chinese characters alone may be Japanese.
     """
     script, guess = script_of(caption), language(caption)
     if guess in languages:
@@ -91,13 +112,19 @@ def is_in(caption: str, languages: Collection[str]) -> bool | None:
     if not wanted:
         return False
     votes = _votes(caption)
-    return False if max(votes.values(), default=0) >= 2 + max(votes[name] for name in wanted) else None
+    return (
+        False if max(votes.values(), default=0) >= 2 + max(votes[name] for name in wanted) else None
+    )
 
 
 def script_of(caption: str) -> str:
-    """The script of most letters by Unicode's name (LATIN, CJK, …), HIRAGANA for all Japanese; "" without letters."""
+    """The script of most letters by Unicode's name (LATIN, CJK, …), HIRAGANA for all Japanese; ""
+    without letters.
+    """
     if not caption.isascii():
-        caption = unicodedata.normalize("NFKC", caption)  # letters in bold, in circles, of full width
+        caption = unicodedata.normalize(
+            "NFKC", caption
+        )  # letters in bold, in circles, of full width
     scripts = Counter(_script(letter) for letter in caption if letter.isalpha())
     if scripts["HIRAGANA"] + scripts["KATAKANA"]:
         return "HIRAGANA"  # kana stand among Chinese characters
@@ -115,10 +142,11 @@ def _script(letter: str) -> str:
 
 
 def complexity(caption: str) -> int:
-    """How many relations join the things of an English caption: prepositions and verbs between other words.
+    """How many relations join the things of an English caption: prepositions and verbs between
+    other words.
 
-    A stand-in for the edges of the parse graph in DiHT (arXiv 2301.02280, section 3.1): "a photo" has 0, "a dog on a
-    sofa" 1. "in front of", "on top of" and the like are one.
+    A stand-in for the edges of the parse graph in DiHT (arXiv 2301.02280, section 3.1): "a photo"
+    has 0, "a dog on a sofa" 1. "in front of", "on top of" and the like are one.
     """
     found, before = 0, False
     for i, word in enumerate(told := [word.text for word in words(caption)]):
@@ -129,16 +157,25 @@ def complexity(caption: str) -> int:
 
 
 def has_action(caption: str) -> bool:
-    """Whether an English caption says that something happens: a verb of a list of 110, or a word that ends like one."""
+    """Whether an English caption says that something happens: a verb of a list of 110, or a word
+    that ends like one.
+    """
     told = ["", *(word.text for word in words(caption))]
     return any(is_action(word, before) for before, word in pairwise(told))
 
 
 def is_action(word: str, before: str) -> bool:
-    """Whether a word after the word `before` is a verb in use: "runs", "running", "is parked", but neither "a run" nor "king"."""
+    """Whether a word after the word `before` is a verb in use: "runs", "running", "is parked", but
+    neither "a run" nor "king".
+    """
     if word in _INFLECTED:
         return before not in ("a", "an", "the", "of")
-    return len(word) > 5 and word.endswith("ing") and word not in _NOUNS_IN_ING and before not in ("a", "an", "the", "of")
+    return (
+        len(word) > 5
+        and word.endswith("ing")
+        and word not in _NOUNS_IN_ING
+        and before not in ("a", "an", "the", "of")
+    )
 
 
 def _inflected(verb: str) -> set[str]:

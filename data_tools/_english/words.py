@@ -56,11 +56,15 @@ def is_plural(word: str) -> bool:
     """Whether a word looks like a noun in the plural."""
     if word in _PLURALS:
         return True
-    return word.endswith("s") and not word.endswith(("ss", "us", "is", "'s", "’s")) and word not in _SINGULAR_S
+    return (
+        word.endswith("s")
+        and not word.endswith(("ss", "us", "is", "'s", "’s"))
+        and word not in _SINGULAR_S
+    )
 
 
 def article(following: str) -> str:
-    """"a" or "an", by the sound that `following` starts with."""
+    """ "a" or "an", by the sound that `following` starts with."""
     word = following.lower()
     if word[:1].isdigit():
         return "an" if word[0] == "8" or word in ("11", "18") else "a"
@@ -76,14 +80,19 @@ _BLANKS = 16  # most characters of an article and what follows it
 
 
 def edit(caption: str, changes: list[tuple[int, int, str]]) -> str:
-    """Replace the spans (start, end, new words), keep each place's capitals, and correct the articles before them.
+    """Replace the spans (start, end, new words), keep each place's capitals, and correct the
+    articles before them.
 
     Takes time in proportion to the caption's length.
     """
     pieces, done = [], 0
     for start, end, new in sorted(changes):
         if match := _ARTICLE.search(caption, max(done, start - _BLANKS), start):
-            pieces += [caption[done : match.start()], _capitals_of(match[1], article(new)), match[2]]
+            pieces += [
+                caption[done : match.start()],
+                _capitals_of(match[1], article(new)),
+                match[2],
+            ]
         else:
             pieces.append(caption[done:start])
         pieces.append(_capitals_of(caption[start:end], new))

@@ -1,4 +1,6 @@
-"""Compressed tars, unpacked beside the output of a tool that needs them plain, for as long as it works."""
+"""Compressed tars, unpacked beside the output of a tool that needs them plain, for as long as it
+works.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Unpacked:
         self.n = 0
 
     def plain(self, path: Path) -> Path:
-        """The tar to read; raises ValueError for a stream that is damaged. A copy that a killed call left is taken up."""
+        """The tar to read; raises ValueError for a stream that is damaged. A copy that a killed
+        call left is taken up.
+        """
         with open(path, "rb") as file:
             if not packed_with(file.read(8)):
                 return path
@@ -48,6 +52,8 @@ def _unpack(path: Path, copy: Path) -> None:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # of the disk, not of the stream
             raise
-        raise ValueError(f"{path} cannot be unpacked to its end ({error}); fetch it again") from None
+        raise ValueError(
+            f"{path} cannot be unpacked to its end ({error}); fetch it again"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Shards in, shards out: one output shard for every input shard, resumable, with counts of what happened and why.
+"""Shards in, shards out: one output shard for every input shard, resumable, with counts of what
+happened and why.
 
-A folder made by `transform` holds `_TOOL.json` (settings and sources; another call must bring the same) and beside every
-finished shard its mark `00000_TOOL.json` with its counts (see `_work`).
+A folder made by `transform` holds `_TOOL.json` (settings and sources; another call must bring the
+same) and beside every finished shard its mark `00000_TOOL.json` with its counts (see `_work`).
 """
 
 from __future__ import annotations
@@ -34,10 +35,16 @@ class Changed(NamedTuple):
 
 
 class Change(Protocol):
-    """What happens to the samples of a shard; must be picklable, because shards are changed in several processes."""
+    """What happens to the samples of a shard; must be picklable, because shards are changed in
+    several processes.
+    """
 
-    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
-        """The samples that stay, in order; `counts` learns why the others do not. `shard` is the input's number."""
+    def __call__(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Changed]:
+        """The samples that stay, in order; `counts` learns why the others do not. `shard` is the
+        input's number.
+        """
         ...
 
 
@@ -55,17 +62,23 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
 
 
 def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
-    """Write a sample under a key (None: the next number) with everything that our format holds of it."""
+    """Write a sample under a key (None: the next number) with everything that our format holds of
+    it.
+    """
     sample, captions, meta = changed
     cls = meta.get("cls")
     if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
-    negative = (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
+    negative = (
+        (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
+    )
     writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)
 
 
 def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]) -> None:
-    """Make `folder` this tool's output, or take up unfinished work; raises where it holds something else."""
+    """Make `folder` this tool's output, or take up unfinished work; raises where it holds something
+    else.
+    """
     if folder.resolve() in {path.parent.resolve() for path in sources}:
         raise ValueError(f"{folder} holds the input; name another folder, the input stays as it is")
     # Sources are compared by name and size, so that a data set may move between two calls.
@@ -73,28 +86,47 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     claimed = {"settings": without_secrets(settings), "sources": sizes}
     claimed = json.loads(json.dumps(claimed))
     note = folder / f"_{tool}.json"
-    held = any(folder.glob("*.tar"))  # looked up before the note: another machine writes the note first
+    held = any(
+        folder.glob("*.tar")
+    )  # looked up before the note: another machine writes the note first
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
         if before != claimed:
             old, new = ({**c["settings"], "sources": c["sources"]} for c in (before, claimed))
-            changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
-            raise ValueError(f"{folder} was made from other input or settings ({'; '.join(changed)[:600]}); name another folder")
+            changed = [
+                f"{k}: {old.get(k)!r} then, {new.get(k)!r} now"
+                for k in {**old, **new}
+                if old.get(k) != new.get(k)
+            ]
+            raise ValueError(
+                f"{folder} was made from other input or settings ({'; '.join(changed)[:600]}); name another folder"
+            )
         return
     if held:
-        raise FileExistsError(f"{folder} already holds shards that `vlp data {tool}` did not make; name another folder")
+        raise FileExistsError(
+            f"{folder} already holds shards that `vlp data {tool}` did not make; name another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps(claimed, indent=1).encode())
 
 
 def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
     """A job for every shard: (its number, its path), with a mark in `folder`."""
-    return [Job(folder / f"{i:05d}_{tool}.json", (i, path), path.stat().st_size) for i, path in enumerate(sources)]
+    return [
+        Job(folder / f"{i:05d}_{tool}.json", (i, path), path.stat().st_size)
+        for i, path in enumerate(sources)
+    ]
 
 
-def transform(sources: list[Path], folder: Path, tool: str, change: Change, crew: Crew) -> list[Result | None]:
-    """Write this crew's source shards, changed, into the claimed `folder`; returns what `carry_out` returns."""
-    results = carry_out(tool, jobs(sources, folder, tool), partial(_one, folder=folder, change=change), crew)
+def transform(
+    sources: list[Path], folder: Path, tool: str, change: Change, crew: Crew
+) -> list[Result | None]:
+    """Write this crew's source shards, changed, into the claimed `folder`; returns what `carry_out`
+    returns.
+    """
+    results = carry_out(
+        tool, jobs(sources, folder, tool), partial(_one, folder=folder, change=change), crew
+    )
     if None not in results:
         index(sorted(folder.glob("*.tar")))
     return results
@@ -103,7 +135,9 @@ def transform(sources: list[Path], folder: Path, tool: str, change: Change, crew
 def _one(job: tuple[int, Path], *, folder: Path, change: Change) -> Result:
     number, path = job
     counts: Counter[str] = Counter()
-    with ShardWriter(folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False) as writer:
+    with ShardWriter(
+        folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False
+    ) as writer:
         for changed in change(samples(path, counts), number, counts):
             put(writer, changed, changed.sample.key)
             counts["samples written"] += 1

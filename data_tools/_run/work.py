@@ -1,8 +1,9 @@
 """Work over a list of shards: local processes, progress, going on after a kill, many machines.
 
-A tool makes one `Job` a shard. What the work returned for it is written as JSON to the job's mark, last; a job that has a
-mark is never done again, whoever did it. So a killed call goes on where it stopped, and machines with one file system
-share the work: each takes every N-th job, by `--part K/N` or by the rank that its launcher gives it.
+A tool makes one `Job` a shard. What the work returned for it is written as JSON to the job's mark,
+last; a job that has a mark is never done again, whoever did it. So a killed call goes on where it
+stopped, and machines with one file system share the work: each takes every N-th job, by `--part
+K/N` or by the rank that its launcher gives it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from vlp.files import remove_leftovers, write_atomically
 from vlp.lifetime import end_with_parent
 from vlp.locks import held
 
-RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun and accelerate launch; srun
+RANKS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)  # torchrun and accelerate launch; srun
 QUIET_S = 10  # between two lines of progress where they do not overwrite one another
 
 Result = dict[str, Any]  # JSON; "counts" says what happened to how many samples
@@ -35,7 +39,9 @@ Work = Callable[[Any], Result]
 
 @dataclass(frozen=True)
 class Job:
-    """One shard's work. `item` must be picklable; `size` (bytes, say) is its share of the whole in the time left."""
+    """One shard's work. `item` must be picklable; `size` (bytes, say) is its share of the whole in
+    the time left.
+    """
 
     mark: Path
     item: Any
@@ -44,7 +50,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Crew:
-    """Who does the work: the processes of this machine, and the part of the jobs that this machine takes."""
+    """Who does the work: the processes of this machine, and the part of the jobs that this machine
+    takes.
+    """
 
     processes: int = 1
     part: int = 1
@@ -62,9 +70,19 @@ class WorkerLost(RuntimeError):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every tool that goes over shards."""
     add = parser.add_argument
-    add("--processes", type=int, default=1, metavar="N", help="shards at the same time (default: %(default)s)")
-    add("--part", metavar="K/N", help="only every N-th shard from the K-th on, for N machines that share the output's folder "
-        "(default: the rank in RANK and WORLD_SIZE or SLURM_PROCID and SLURM_NTASKS, else 1/1)")  # fmt: skip
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="shards at the same time (default: %(default)s)",
+    )
+    add(
+        "--part",
+        metavar="K/N",
+        help="only every N-th shard from the K-th on, for N machines that share the output's folder "
+        "(default: the rank in RANK and WORLD_SIZE or SLURM_PROCID and SLURM_NTASKS, else 1/1)",
+    )
 
 
 def crew(args: argparse.Namespace) -> Crew:
@@ -76,13 +94,18 @@ def crew(args: argparse.Namespace) -> Crew:
     for rank, world in RANKS:
         if rank in os.environ and world in os.environ:
             k, n = os.environ[rank], os.environ[world]
-            return Crew(args.processes, *_part(f"{rank}={k} {world}={n}", str(int(k) + 1) if k.isdecimal() else k, n))
+            return Crew(
+                args.processes,
+                *_part(f"{rank}={k} {world}={n}", str(int(k) + 1) if k.isdecimal() else k, n),
+            )
     return Crew(args.processes)
 
 
 def _part(said: str, k: str, n: str) -> tuple[int, int]:
     if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise ValueError(f"{said!r} names no part of the shards; expected --part K/N with 1 <= K <= N, or a rank of a larger world")
+        raise ValueError(
+            f"{said!r} names no part of the shards; expected --part K/N with 1 <= K <= N, or a rank of a larger world"
+        )
     return int(k), int(n)
 
 
@@ -108,10 +131,11 @@ def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
 
 
 def carry_out(title: str, jobs: list[Job], work: Work, crew: Crew) -> list[Result | None]:
-    """Do this machine's jobs that have no mark; returns the results of all jobs in order, None where other parts lag.
+    """Do this machine's jobs that have no mark; returns the results of all jobs in order, None
+    where other parts lag.
 
-    `work(item)` runs in `crew.processes` new processes, to which it is sent once. Its exception ends the call and leaves
-    the marks of finished jobs.
+    `work(item)` runs in `crew.processes` new processes, to which it is sent once. Its exception
+    ends the call and leaves the marks of finished jobs.
     """
     mine = crew.share(jobs)
     todo = [job for job in mine if not job.mark.exists()]
@@ -122,9 +146,14 @@ def carry_out(title: str, jobs: list[Job], work: Work, crew: Crew) -> list[Resul
     progress = _Progress(title, todo)
     for job, result in _finished(work, todo, crew.processes):
         progress.add(job, result)
-    results = [json.loads(job.mark.read_text(encoding="utf-8")) if job.mark.exists() else None for job in jobs]
+    results = [
+        json.loads(job.mark.read_text(encoding="utf-8")) if job.mark.exists() else None
+        for job in jobs
+    ]
     if missing := results.count(None):
-        _say(f"{title}: {missing} of {len(jobs)} shards, all of other parts, are unfinished; once they are done, call again")
+        _say(
+            f"{title}: {missing} of {len(jobs)} shards, all of other parts, are unfinished; once they are done, call again"
+        )
     return results
 
 
@@ -163,17 +192,23 @@ def _finished(work: Work, jobs: list[Job], processes: int) -> Iterator[tuple[Job
                 "the shards that are finished stay"
             ) from error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # after an exception: what was begun ends, nothing else begins
+            pool.shutdown(
+                wait=True, cancel_futures=True
+            )  # after an exception: what was begun ends, nothing else begins
 
 
 _work: Work | None = None  # of a pool's process
 
 
 def _begin(work: Work, n_processes: int) -> None:
-    """Prepare a process: it knows the work, shares the cores, and ends when its parent does, even by SIGKILL."""
+    """Prepare a process: it knows the work, shares the cores, and ends when its parent does, even
+    by SIGKILL.
+    """
     global _work
     _work = work
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))  # read when torch is imported
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes))
+    )  # read when torch is imported
     end_with_parent()
 
 
@@ -188,7 +223,9 @@ def _do(work: Work, job: Job) -> Result:
 
 
 class _Progress:
-    """Shards, samples, throughput and time left on stderr: one line on a terminal, else a line now and then."""
+    """Shards, samples, throughput and time left on stderr: one line on a terminal, else a line now
+    and then.
+    """
 
     def __init__(self, title: str, jobs: list[Job]) -> None:
         self.title, self.n_jobs, self.size = title, len(jobs), sum(job.size for job in jobs)

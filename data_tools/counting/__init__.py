@@ -1,4 +1,5 @@
-"""`vlp data counting`: shards → shards of counting pairs, for the term `counting` (arXiv 2302.12066).
+"""`vlp data counting`: shards → shards of counting pairs, for the term `counting` (arXiv
+2302.12066).
 
 Kept are samples with a caption that counts something from two to ten, in words or digits; each keeps that one caption,
 so that picture, caption and counterfactuals belong together, and the negatives that are not of other captions. Written fields:
@@ -40,19 +41,52 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data counting`."""
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add("--to", metavar="DIR", help="folder for the new shards; a call with the same options goes on where one stopped")
-    add("--counterfactuals", type=int, default=8, metavar="C", help="1 to 8 a sample (default: %(default)s)")
-    add("--balance", default="none", metavar="HOW", help="none, equal (as many of each number as of the rarest), or the most")
-    add("--detector", metavar="MODEL", help="object detector of transformers (name or folder) that must agree with the caption")
-    add("--threshold", type=float, default=0.5, help="score from which a detected object counts (default: %(default)s)")
+    add(
+        "--to",
+        metavar="DIR",
+        help="folder for the new shards; a call with the same options goes on where one stopped",
+    )
+    add(
+        "--counterfactuals",
+        type=int,
+        default=8,
+        metavar="C",
+        help="1 to 8 a sample (default: %(default)s)",
+    )
+    add(
+        "--balance",
+        default="none",
+        metavar="HOW",
+        help="none, equal (as many of each number as of the rarest), or the most",
+    )
+    add(
+        "--detector",
+        metavar="MODEL",
+        help="object detector of transformers (name or folder) that must agree with the caption",
+    )
+    add(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="score from which a detected object counts (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N captions to judge; without --to, write nothing")
+    add(
+        "--print",
+        type=int,
+        default=0,
+        metavar="N",
+        dest="n_print",
+        help="print N captions to judge; without --to, write nothing",
+    )
     work.arguments(parser)
 
 
 @work.alone
 def run(args: argparse.Namespace) -> int:
-    """Survey the captions, balance, write the shards, and print what was kept, what was dropped and why."""
+    """Survey the captions, balance, write the shards, and print what was kept, what was dropped and
+    why.
+    """
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, jobs, transform
 
@@ -66,17 +100,29 @@ def run(args: argparse.Namespace) -> int:
     settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)
-    surveyed = work.carry_out("survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands)
+    surveyed = work.carry_out(
+        "survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands
+    )
     if None in surveyed:
         return 0
     counts = work.total(surveyed)
-    chosen = balance([[tuple(item) for item in result["kept"]] for result in surveyed], args.balance, args.seed)
+    chosen = balance(
+        [[tuple(item) for item in result["kept"]] for result in surveyed], args.balance, args.seed
+    )
     n_kept, n_chosen = sum(len(result["kept"]) for result in surveyed), sum(map(len, chosen))
     if not n_chosen:
         print(work.report(counts, f"{folder}:"), file=sys.stderr)
-        raise ValueError(f"no caption in {args.source} counts anything from two to ten; the reasons are listed above")
-    written = work.total(transform(sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), hands))
-    counts.update({name: n for name, n in written.items() if name.startswith(("number", "samples written"))})
+        raise ValueError(
+            f"no caption in {args.source} counts anything from two to ten; the reasons are listed above"
+        )
+    written = work.total(
+        transform(
+            sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), hands
+        )
+    )
+    counts.update(
+        {name: n for name, n in written.items() if name.startswith(("number", "samples written"))}
+    )
     counts["dropped: beyond the balance"] = n_kept - n_chosen
     print(work.report(counts, f"{folder}:"))
     return 0
@@ -84,17 +130,27 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if not args.to and not args.n_print:
-        raise ValueError("nothing to do: name --to DIR to write shards, or --print N to look at captions")
+        raise ValueError(
+            "nothing to do: name --to DIR to write shards, or --print N to look at captions"
+        )
     if not 1 <= args.counterfactuals <= 8:
-        raise ValueError(f"--counterfactuals is {args.counterfactuals}; there are 1 to 8 other numbers from two to ten")
+        raise ValueError(
+            f"--counterfactuals is {args.counterfactuals}; there are 1 to 8 other numbers from two to ten"
+        )
     if args.balance not in ("none", "equal") and not (args.balance.isdigit() and int(args.balance)):
-        raise ValueError(f"--balance is {args.balance!r}; expected none, equal, or a number of samples")
+        raise ValueError(
+            f"--balance is {args.balance!r}; expected none, equal, or a number of samples"
+        )
     if not 0 < args.threshold < 1:
         raise ValueError(f"--threshold {args.threshold} must lie in (0, 1)")
 
 
-def select(sample: Content, args: argparse.Namespace, counts: Counter[str]) -> tuple[int, int] | None:
-    """(index of the first usable caption, its number), or None; `counts` learns why captions and samples are dropped."""
+def select(
+    sample: Content, args: argparse.Namespace, counts: Counter[str]
+) -> tuple[int, int] | None:
+    """(index of the first usable caption, its number), or None; `counts` learns why captions and
+    samples are dropped.
+    """
     from vlp.data_tools._english.numbers import counts as find
 
     counted: list[tuple[int, int]] = []
@@ -127,7 +183,11 @@ def _seen(sample: Content, number: int, args: argparse.Namespace, counts: Counte
         return False
     label, n = found
     if n != number:
-        counts["dropped: the detector sees nothing" if not label else "dropped: the detector counts another number"] += 1
+        counts[
+            "dropped: the detector sees nothing"
+            if not label
+            else "dropped: the detector counts another number"
+        ] += 1
     return n == number
 
 
@@ -139,21 +199,35 @@ def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> work.Result:
     from vlp.data_tools._run.shards import samples
 
     counts: Counter[str] = Counter()
-    kept = [(sample.key, *chosen) for sample in samples(job[1], counts) if (chosen := select(sample, args, counts))]
+    kept = [
+        (sample.key, *chosen)
+        for sample in samples(job[1], counts)
+        if (chosen := select(sample, args, counts))
+    ]
     return {"kept": kept, "counts": counts}
 
 
 def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[int, int]]]:
-    """For every shard, key → (caption, number) of the samples that stay; which ones is random but fixed by the seed."""
+    """For every shard, key → (caption, number) of the samples that stay; which ones is random but
+    fixed by the seed.
+    """
     everything = [(shard, *item) for shard, kept in enumerate(surveyed) for item in kept]
     numbers = Counter(number for *_, number in everything)
     if how == "equal" and len(numbers) < 9:
         missing = [str(n) for n in range(2, 11) if n not in numbers]
-        raise ValueError(f"--balance equal, but no caption counts {', '.join(missing)}; give the most of each number instead")
-    most = {"none": len(everything), "equal": min(numbers.values(), default=0)}.get(how) if not how.isdigit() else int(how)
+        raise ValueError(
+            f"--balance equal, but no caption counts {', '.join(missing)}; give the most of each number instead"
+        )
+    most = (
+        {"none": len(everything), "equal": min(numbers.values(), default=0)}.get(how)
+        if not how.isdigit()
+        else int(how)
+    )
     result: list[dict[str, tuple[int, int]]] = [{} for _ in surveyed]
     taken: Counter[int] = Counter()
-    for shard, key, caption, number in sorted(everything, key=lambda item: random.Random(f"{seed}/{item[:2]}").random()):
+    for shard, key, caption, number in sorted(
+        everything, key=lambda item: random.Random(f"{seed}/{item[:2]}").random()
+    ):
         if taken[number] < most:
             taken[number] += 1
             result[shard][key] = (caption, number)
@@ -168,7 +242,9 @@ class MakePairs:
     n_counterfactuals: int
     seed: int
 
-    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
+    def __call__(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Changed]:
         from vlp.data_tools._belonging import keep_captions
         from vlp.data_tools._run.shards import Changed
 
@@ -177,7 +253,9 @@ class MakePairs:
                 continue
             i, number = self.chosen[shard][sample.key]
             caption = sample.captions[i]
-            texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[: self.n_counterfactuals]
+            texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[
+                : self.n_counterfactuals
+            ]
             counts[f"number {number:2}"] += 1
             fields = {"counterfactuals": texts, "counterfactuals_of": [0] * len(texts)}
             fields |= {"number": number, "all_captions": list(sample.captions)}
@@ -186,7 +264,9 @@ class MakePairs:
 
 
 def wrong_counts(caption: str, rng: random.Random) -> list[str]:
-    """The caption with each of the eight other numbers, in random order; a number that stands twice changes twice."""
+    """The caption with each of the eight other numbers, in random order; a number that stands twice
+    changes twice.
+    """
     from vlp.data_tools._english.numbers import counterfactuals, counts
 
     found, _ = counts(caption)

@@ -1,4 +1,6 @@
-"""How many objects of the most frequent class a detector of transformers, named by the user, sees in a picture."""
+"""How many objects of the most frequent class a detector of transformers, named by the user, sees
+in a picture.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from vlp.data.picture import BadImage, rgb
 
 
 def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int] | None:
-    """(class, number) of the class seen most often above `threshold`; ("", 0) where nothing is seen.
+    """(class, number) of the class seen most often above `threshold`; ("", 0) where nothing is
+    seen.
 
     None for a picture that does not open; ValueError for a model that cannot be loaded.
     """
@@ -30,4 +33,6 @@ def _pipeline(model: str) -> Any:
     try:
         return pipeline("object-detection", model=model)
     except OSError as error:
-        raise ValueError(f"detector {model!r} is neither a folder nor a reachable model of the Hub: {error}") from None
+        raise ValueError(
+            f"detector {model!r} is neither a folder nor a reachable model of the Hub: {error}"
+        ) from None

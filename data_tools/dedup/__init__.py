@@ -1,22 +1,26 @@
-"""`vlp data dedup`: shards → the same shards without copies, and without what evaluation sets hold (--against).
+"""`vlp data dedup`: shards → the same shards without copies, and without what evaluation sets hold
+(--against).
 
-Two pictures are copies where their perceptual hashes differ in at most --distance of 64 bits and their colors, on a grid
-of 4 × 4, by at most 12 of 255 levels on average; with --embeddings also where their cosine is at least --cosine. The
-sample that comes first in the order of the shards stays: a sample is dropped if and only if it is a copy of one that
-stays before it, or of one in --against. The outcome depends on nothing but the input and the options.
+Two pictures are copies where their perceptual hashes differ in at most --distance of 64 bits and
+their colors, on a grid of 4 × 4, by at most 12 of 255 levels on average; with --embeddings also
+where their cosine is at least --cosine. The sample that comes first in the order of the shards
+stays: a sample is dropped if and only if it is a copy of one that stays before it, or of one in
+--against. The outcome depends on nothing but the input and the options.
 
-The captions of a copy are not lost: the sample that stays takes them over, with their negatives, counterfactuals and
-scores (--captions merge); its JSON names the copies in "merged_keys". What evaluation sets hold goes altogether.
+The captions of a copy are not lost: the sample that stays takes them over, with their negatives,
+counterfactuals and scores (--captions merge); its JSON names the copies in "merged_keys". What
+evaluation sets hold goes altogether.
 
     DIR/copies.jsonl    every dropped sample beside the one that it is a copy of, for a person to judge
 
-On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or half the size are found, 93 % of those
-with 2 % cut off the edges, 52 % with 5 %, no mirrored ones; two pairs of photos are taken for copies, and nearly are.
+On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or half the size are
+found, 93 % of those with 2 % cut off the edges, 52 % with 5 %, no mirrored ones; two pairs of
+photos are taken for copies, and nearly are.
 
-Memory to decide: about 150 bytes a sample, and 2·D with embeddings. Hashes compare about n²/2¹¹ pairs at 4 bits: a
-million samples take a minute, ten million two hours. Cosines take n² · D operations: a million samples of 512 numbers are
-5e14, an hour or two on a dozen cores, a minute on a GPU.
-Pictures that do not open stay, and are counted: `vlp data validate` names them.
+Memory to decide: about 150 bytes a sample, and 2·D with embeddings. Hashes compare about n²/2¹¹
+pairs at 4 bits: a million samples take a minute, ten million two hours. Cosines take n² · D
+operations: a million samples of 512 numbers are 5e14, an hour or two on a dozen cores, a minute on
+a GPU. Pictures that do not open stay, and are counted: `vlp data validate` names them.
 """
 
 from __future__ import annotations
@@ -38,15 +42,47 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data dedup`."""
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
-    add("--against", action="append", default=[], metavar="SHARDS", help="drop what these hold, too; may be repeated")
-    add("--captions", choices=("merge", "keep-first"), default="merge",
-        help="whether the sample that stays takes over the captions of its copies (default: %(default)s)")  # fmt: skip
+    add(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="folder for the new shards; the same call goes on where one stopped",
+    )
+    add(
+        "--against",
+        action="append",
+        default=[],
+        metavar="SHARDS",
+        help="drop what these hold, too; may be repeated",
+    )
+    add(
+        "--captions",
+        choices=("merge", "keep-first"),
+        default="merge",
+        help="whether the sample that stays takes over the captions of its copies (default: %(default)s)",
+    )
     add("--keep-copies", action="store_true", help="drop only what --against holds")
-    add("--distance", type=int, default=4, metavar="BITS", help="most differing bits of 64; -1: no hashes (default: %(default)s)")
-    add("--embeddings", action="append", default=[], metavar="DIR",
-        help="what `vlp data embed` wrote for SOURCE; once more for each --against, in their order")  # fmt: skip
-    add("--cosine", type=float, default=0.95, metavar="X", help="least cosine of copies, with --embeddings (default: %(default)s)")
+    add(
+        "--distance",
+        type=int,
+        default=4,
+        metavar="BITS",
+        help="most differing bits of 64; -1: no hashes (default: %(default)s)",
+    )
+    add(
+        "--embeddings",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="what `vlp data embed` wrote for SOURCE; once more for each --against, in their order",
+    )
+    add(
+        "--cosine",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help="least cosine of copies, with --embeddings (default: %(default)s)",
+    )
     work.arguments(parser)
 
 
@@ -62,15 +98,31 @@ def run(args: argparse.Namespace) -> int:
     sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
     against = [expand(place) for place in args.against]
     fixed = [path for group in against for path in group]
-    settings = {"distance": args.distance, "keep_copies": args.keep_copies, "embeddings": args.embeddings}
+    settings = {
+        "distance": args.distance,
+        "keep_copies": args.keep_copies,
+        "embeddings": args.embeddings,
+    }
     settings |= {"captions": args.captions}
     settings |= {"cosine": args.cosine} if args.embeddings else {}
-    claim(folder, "dedup", sources, settings | {"against": [[path.name, path.stat().st_size] for path in fixed]})
-    surveyed = work.carry_out("fingerprints", jobs(fixed + sources, folder, "fingerprints"), partial(survey, folder=folder), crew)
+    claim(
+        folder,
+        "dedup",
+        sources,
+        settings | {"against": [[path.name, path.stat().st_size] for path in fixed]},
+    )
+    surveyed = work.carry_out(
+        "fingerprints",
+        jobs(fixed + sources, folder, "fingerprints"),
+        partial(survey, folder=folder),
+        crew,
+    )
     if None in surveyed:
         return 0
     limits = Limits(args.distance, args.cosine, args.keep_copies)
-    copy_of = decided(folder, [*against, sources], surveyed, args.embeddings[1:] + args.embeddings[:1], limits)
+    copy_of = decided(
+        folder, [*against, sources], surveyed, args.embeddings[1:] + args.embeddings[:1], limits
+    )
     n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
     copy_of = copy_of[len(fixed) :]
     taken = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
@@ -83,12 +135,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if not -1 <= args.distance <= 8:
-        raise ValueError(f"--distance {args.distance} is no number of bits from 0 to 8 (beyond, unlike pictures meet), nor -1")
+        raise ValueError(
+            f"--distance {args.distance} is no number of bits from 0 to 8 (beyond, unlike pictures meet), nor -1"
+        )
     if args.distance < 0 and not args.embeddings:
-        raise ValueError("nothing to compare: --distance -1 turns the hashes off, and no --embeddings DIR is given")
+        raise ValueError(
+            "nothing to compare: --distance -1 turns the hashes off, and no --embeddings DIR is given"
+        )
     if args.embeddings and len(args.embeddings) != 1 + len(args.against):
         given = len(args.embeddings)
-        raise ValueError(f"--embeddings is given {given} times; expected once for the source and once for each --against")
+        raise ValueError(
+            f"--embeddings is given {given} times; expected once for the source and once for each --against"
+        )
     if not 0 < args.cosine <= 1:
         raise ValueError(f"--cosine {args.cosine} must lie in (0, 1]")
     if args.keep_copies and not args.against:

@@ -1,4 +1,6 @@
-"""The files of `vlp data dedup`: fingerprints of every shard, the decision about all of them, and what follows for a shard."""
+"""The files of `vlp data dedup`: fingerprints of every shard, the decision about all of them, and
+what follows for a shard.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,17 @@ def _prints(folder: Path, number: int) -> Path:
 
 
 def decided(
-    folder: Path, groups: list[list[Path]], surveyed: list[Result], embeddings: list[str], limits: Limits
+    folder: Path,
+    groups: list[list[Path]],
+    surveyed: list[Result],
+    embeddings: list[str],
+    limits: Limits,
 ) -> list[np.ndarray]:
-    """A shard of all groups: for each sample the number of the one that it is a copy of, −1 where it stays.
+    """A shard of all groups: for each sample the number of the one that it is a copy of, −1 where
+    it stays.
 
-    The samples of all groups but the last stay whatever they are. Decided once and kept in `folder`, with copies.jsonl for
-    people. Raises ValueError.
+    The samples of all groups but the last stay whatever they are. Decided once and kept in
+    `folder`, with copies.jsonl for people. Raises ValueError.
     """
     sizes = [result["samples"] for result in surveyed]
     ends, kept = np.cumsum(sizes), folder / "_copies.npy"
@@ -66,10 +73,17 @@ def decided(
     return np.split(np.load(kept), ends[:-1])
 
 
-def _told(copy_of: np.ndarray, cosines: np.ndarray, place: Callable[[int], dict[str, Any]]) -> Iterator[str]:
+def _told(
+    copy_of: np.ndarray, cosines: np.ndarray, place: Callable[[int], dict[str, Any]]
+) -> Iterator[str]:
     for sample in np.flatnonzero(copy_of >= 0):
         by = "hash" if np.isnan(cosines[sample]) else f"cosine {cosines[sample]:.3f}"
-        yield json.dumps({**place(sample), "copy_of": place(copy_of[sample]), "by": by}, ensure_ascii=False) + "\n"
+        yield (
+            json.dumps(
+                {**place(sample), "copy_of": place(copy_of[sample]), "by": by}, ensure_ascii=False
+            )
+            + "\n"
+        )
 
 
 def _place(sample: int, paths: list[Path], ends: np.ndarray) -> dict[str, Any]:
@@ -84,10 +98,17 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def embedded(groups: list[list[Path]], folders: list[str]) -> list[np.ndarray]:
-    """The picture embeddings [n, D] of each shard of each group, from the group's folder; raises ValueError."""
-    found = [Embeddings(folder, [*map(str, paths)], index(paths), with_text=False) for folder, paths in zip(folders, groups)]
+    """The picture embeddings [n, D] of each shard of each group, from the group's folder; raises
+    ValueError.
+    """
+    found = [
+        Embeddings(folder, [*map(str, paths)], index(paths), with_text=False)
+        for folder, paths in zip(folders, groups)
+    ]
     if len(models := {(one.teacher.model, one.teacher.width) for one in found}) > 1:
-        raise ValueError(f"--embeddings are of several models ({', '.join(str(m) for m in sorted(models))}); embed all with one")
+        raise ValueError(
+            f"--embeddings are of several models ({', '.join(str(m) for m in sorted(models))}); embed all with one"
+        )
     return [one.images(shard) for one, paths in zip(found, groups) for shard in range(len(paths))]
 
 
@@ -97,11 +118,17 @@ class DropCopies:
 
     copy_of: list[np.ndarray]  # a shard: for each sample what it is a copy of, −1 where it stays
     n_fixed: int  # samples of --against
-    merging: dict[int, list[Place]] | None  # number of a sample that stays -> its copies; None: their captions go, too
+    merging: (
+        dict[int, list[Place]] | None
+    )  # number of a sample that stays -> its copies; None: their captions go, too
 
-    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
+    def __call__(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Changed]:
         first = self.n_fixed + sum(map(len, self.copy_of[:shard]))
-        for number, (sample, other) in enumerate(zip(samples, self.copy_of[shard], strict=True), first):
+        for number, (sample, other) in enumerate(
+            zip(samples, self.copy_of[shard], strict=True), first
+        ):
             if 0 <= other < self.n_fixed:
                 counts["dropped: held by --against"] += 1
             elif other >= 0:
@@ -124,7 +151,11 @@ def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
         other = open_sample(read_extents(file, place.extents))
     settle(other, counts)
     fits = merge(sample, other, counts)
-    counts["merged: copies into an earlier sample" if fits else "not merged: more captions than a sample may hold"] += 1
+    counts[
+        "merged: copies into an earlier sample"
+        if fits
+        else "not merged: more captions than a sample may hold"
+    ] += 1
 
 
 def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dict[int, list[Place]]:

@@ -1,4 +1,6 @@
-"""Which pictures are copies of which: perceptual hashes, their neighbours, cosines in blocks, and who stays."""
+"""Which pictures are copies of which: perceptual hashes, their neighbours, cosines in blocks, and
+who stays.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FINGERPRINT = np.dtype([("hash", "<u8"), ("grid", "u1", 48), ("seen", "?")])  # seen: the picture opens
-COLORS = 12  # levels of 255, mean over the grid: recompressing moves it by 1 or 2, another color of a shape by more
+FINGERPRINT = np.dtype(
+    [("hash", "<u8"), ("grid", "u1", 48), ("seen", "?")]
+)  # seen: the picture opens
+# levels of 255, mean over the grid: recompressing moves it by 1 or 2, another color of a shape by
+# more
+COLORS = 12
 BLOCK = 4096  # rows on either side of a block of cosines: 64 MiB of scores
 _SIDE = 32
 
@@ -22,12 +28,17 @@ _SIDE = 32
 def fingerprint(image: Image) -> tuple[int, np.ndarray]:
     """(pHash of 64 bits, mean colors on a 4 × 4 grid, uint8 [48]) of an RGB picture.
 
-    A bit says whether one of the 8 × 8 lowest frequencies of the 32 × 32 gray picture lies above their median.
+    A bit says whether one of the 8 × 8 lowest frequencies of the 32 × 32 gray picture lies above
+    their median.
     """
     gray = np.asarray(image.convert("L").resize((_SIDE, _SIDE)), np.float64)
-    low = np.rint(_cosines() @ gray @ _cosines().T / 8).ravel()  # rounded: flat pictures have no bits of noise
+    low = np.rint(
+        _cosines() @ gray @ _cosines().T / 8
+    ).ravel()  # rounded: flat pictures have no bits of noise
     bits = low > np.median(low[1:])
-    return int.from_bytes(np.packbits(bits).tobytes(), "big"), np.asarray(image.resize((4, 4))).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big"), np.asarray(
+        image.resize((4, 4))
+    ).ravel()
 
 
 @cache
@@ -38,9 +49,11 @@ def _cosines() -> np.ndarray:
 
 
 def neighbours(prints: np.ndarray, distance: int) -> dict[int, list[int]]:
-    """Of fingerprints that all differ: for each, those within `distance` bits and COLORS levels, both ways.
+    """Of fingerprints that all differ: for each, those within `distance` bits and COLORS levels,
+    both ways.
 
-    Two hashes within d bits agree in one of d + 1 parts, so only pairs that share a part are compared.
+    Two hashes within d bits agree in one of d + 1 parts, so only pairs that share a part are
+    compared.
     """
     found: dict[int, set[int]] = {}
     for i, j in _sharing_a_part(prints["hash"], distance):
@@ -65,7 +78,9 @@ def _sharing_a_part(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndar
 
 
 def _few_bits(values: np.ndarray, n: int) -> np.ndarray:
-    """Where at most `n` bits of 64-bit values are set: clearing the lowest set bit n times leaves nothing."""
+    """Where at most `n` bits of 64-bit values are set: clearing the lowest set bit n times leaves
+    nothing.
+    """
     for _ in range(n):
         values = values & (values - np.uint64(1))
     return values == 0
@@ -80,23 +95,33 @@ class Limits:
     keep_copies: bool  # copies of fixed samples only
 
 
-def decide(prints: np.ndarray, embeddings: list[np.ndarray], n_fixed: int, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """(for each sample the earlier one that it is a copy of, −1 where it stays; their cosine, nan where the hash told).
+def decide(
+    prints: np.ndarray, embeddings: list[np.ndarray], n_fixed: int, limits: Limits
+) -> tuple[np.ndarray, np.ndarray]:
+    """(for each sample the earlier one that it is a copy of, −1 where it stays; their cosine, nan
+    where the hash told).
 
-    `prints` [n] FINGERPRINT; `embeddings`: unit rows of the same samples in pieces [·, D] float16, or none at all. The
-    first `n_fixed` samples stay whatever they are. The others go one by one: each that is a copy of a sample that stays
-    before it is dropped, so every dropped one has a copy that stays.
+    `prints` [n] FINGERPRINT; `embeddings`: unit rows of the same samples in pieces [·, D] float16,
+    or none at all. The first `n_fixed` samples stay whatever they are. The others go one by one:
+    each that is a copy of a sample that stays before it is dropped, so every dropped one has a copy
+    that stays.
     """
     copy_of, cosines = np.full(len(prints), -1), np.full(len(prints), np.nan, np.float32)
     groups = _Groups(prints, limits.distance)
     earlier: list[tuple[int, np.ndarray]] = []
     for start, stop, rows in _blocks(embeddings, len(prints)):
         may_stay = start < n_fixed or not limits.keep_copies
-        similar = {} if rows is None else _similar(rows, earlier, start, copy_of, limits.cosine, inside=may_stay)
+        similar = (
+            {}
+            if rows is None
+            else _similar(rows, earlier, start, copy_of, limits.cosine, inside=may_stay)
+        )
         for j in range(start, stop):
             if j >= n_fixed and (i := groups.find(j)) >= 0:
                 copy_of[j] = i
-            elif j >= n_fixed and (match := next(((i, c) for i, c in similar.get(j, ()) if copy_of[i] < 0), None)):
+            elif j >= n_fixed and (
+                match := next(((i, c) for i, c in similar.get(j, ()) if copy_of[i] < 0), None)
+            ):
                 copy_of[j], cosines[j] = match
             elif j < n_fixed or not limits.keep_copies:
                 groups.stays(j)
@@ -106,12 +131,16 @@ def decide(prints: np.ndarray, embeddings: list[np.ndarray], n_fixed: int, limit
 
 
 class _Groups:
-    """Samples of one fingerprint, the fingerprints near it, and the first sample of each that stays."""
+    """Samples of one fingerprint, the fingerprints near it, and the first sample of each that
+    stays.
+    """
 
     def __init__(self, prints: np.ndarray, distance: int) -> None:
         self.of = np.full(len(prints), -1)  # the group of each sample
         seen = np.flatnonzero(prints["seen"] & (distance >= 0))
-        whole = np.ascontiguousarray(prints[seen]).view(f"S{FINGERPRINT.itemsize}")  # ends in `seen`, never in zeros
+        whole = np.ascontiguousarray(prints[seen]).view(
+            f"S{FINGERPRINT.itemsize}"
+        )  # ends in `seen`, never in zeros
         _, first, self.of[seen] = np.unique(whole, return_index=True, return_inverse=True)
         self.near = neighbours(prints[seen][first], distance) if len(seen) else {}
         self.first = [-1] * len(first)
@@ -121,7 +150,9 @@ class _Groups:
         group = self.of[sample]
         if group < 0:
             return -1
-        return next((self.first[g] for g in (group, *self.near.get(group, ())) if self.first[g] >= 0), -1)
+        return next(
+            (self.first[g] for g in (group, *self.near.get(group, ())) if self.first[g] >= 0), -1
+        )
 
     def stays(self, sample: int) -> None:
         """Later samples may be copies of this one."""
@@ -131,7 +162,9 @@ class _Groups:
 
 
 def _blocks(pieces: list[np.ndarray], n: int) -> Iterator[tuple[int, int, np.ndarray | None]]:
-    """(first, end, rows) of at most BLOCK samples of one piece; without embeddings all samples at once."""
+    """(first, end, rows) of at most BLOCK samples of one piece; without embeddings all samples at
+    once.
+    """
     if not pieces:
         yield 0, n, None
     start = 0
@@ -143,14 +176,25 @@ def _blocks(pieces: list[np.ndarray], n: int) -> Iterator[tuple[int, int, np.nda
 
 
 def _similar(
-    rows: np.ndarray, earlier: list[tuple[int, np.ndarray]], start: int, copy_of: np.ndarray, cosine: float, *, inside: bool
+    rows: np.ndarray,
+    earlier: list[tuple[int, np.ndarray]],
+    start: int,
+    copy_of: np.ndarray,
+    cosine: float,
+    *,
+    inside: bool,
 ) -> dict[int, list[tuple[int, float]]]:
-    """For samples of a block: the most similar one that stays in the blocks before, then similar ones before it inside."""
+    """For samples of a block: the most similar one that stays in the blocks before, then similar
+    ones before it inside.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.from_numpy(np.array(rows)).to(device).float()
-    best, which = torch.full((len(x),), cosine, device=device), torch.full((len(x),), -1, device=device)
+    best, which = (
+        torch.full((len(x),), cosine, device=device),
+        torch.full((len(x),), -1, device=device),
+    )
     for first, others in earlier:
         kept = np.flatnonzero(copy_of[first : first + len(others)] < 0)
         if len(kept):
@@ -158,7 +202,9 @@ def _similar(
             better = (score > best) | ((score == best) & (which < 0))
             which = torch.where(better, torch.from_numpy(kept + first).to(device)[place], which)
             best = torch.where(better, score, best)
-    found = {start + j: [(i, c)] for j, (i, c) in enumerate(zip(which.tolist(), best.tolist())) if i >= 0}
+    found = {
+        start + j: [(i, c)] for j, (i, c) in enumerate(zip(which.tolist(), best.tolist())) if i >= 0
+    }
     if inside:
         scores = (x @ x.T).tril(-1)
         for j, i in (scores >= cosine).nonzero().tolist():

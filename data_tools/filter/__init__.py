@@ -1,10 +1,13 @@
-"""`vlp data filter`: shards → the same shards without the samples and captions that a rule refuses, counted by reason.
+"""`vlp data filter`: shards → the same shards without the samples and captions that a rule refuses,
+counted by reason.
 
-Rules about the picture or the sample drop the sample. Rules about captions drop captions, and the sample with its last
-one. A score keeps the cosine of every caption that stays, in the JSON's `clip_scores`.
+Rules about the picture or the sample drop the sample. Rules about captions drop captions, and the
+sample with its last one. A score keeps the cosine of every caption that stays, in the JSON's
+`clip_scores`.
 
-Of DiHT's rules (complexity, action, text; arXiv 2301.02280) --min-relations and --action are rough stand-ins for English
-captions, without a parser (see _captions.py); text in the picture is not looked for, because that takes a text detector.
+Of DiHT's rules (complexity, action, text; arXiv 2301.02280) --min-relations and --action are rough
+stand-ins for English captions, without a parser (see _captions.py); text in the picture is not
+looked for, because that takes a text detector.
 """
 
 from __future__ import annotations
@@ -44,26 +47,82 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data filter`."""
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add("--to", required=True, metavar="DIR", help="folder for the new shards; the same call goes on where one stopped")
+    add(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="folder for the new shards; the same call goes on where one stopped",
+    )
     add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")
-    add("--max-aspect", type=float, default=0.0, metavar="R", help="most length of the longer side, in shorter ones")
-    add("--keep", action="append", default=[], metavar="RULE",
+    add(
+        "--max-aspect",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="most length of the longer side, in shorter ones",
+    )
+    add(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="RULE",
         help="keep what fulfils it: 'FIELD < NUMBER' (<= > >=), 'FIELD == VALUE' (!=), 'FIELD in A,B', 'FIELD present' (absent), "
-        "FIELD being one of the sample's JSON; a sample without that value is dropped; may be repeated")  # fmt: skip
-    add("--drop", action="append", default=[], metavar="RULE",
-        help="drop what fulfils it; a sample without that value stays; may be repeated")  # fmt: skip
-    add("--uids", metavar="FILE", help="keep only these: .npy of DataComp (pairs of 64-bit halves), .txt with a uid or key a line")
+        "FIELD being one of the sample's JSON; a sample without that value is dropped; may be repeated",
+    )
+    add(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="drop what fulfils it; a sample without that value stays; may be repeated",
+    )
+    add(
+        "--uids",
+        metavar="FILE",
+        help="keep only these: .npy of DataComp (pairs of 64-bit halves), .txt with a uid or key a line",
+    )
     add("--min-words", type=int, default=0, metavar="N", help="fewest words of a caption")
     add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
-    add("--match", default="", metavar="REGEX", help="what a caption must hold, with Python's syntax, searched anywhere")
+    add(
+        "--match",
+        default="",
+        metavar="REGEX",
+        help="what a caption must hold, with Python's syntax, searched anywhere",
+    )
     add("--reject", default="", metavar="REGEX", help="what no caption may hold")
-    add("--max-repeats", type=int, default=0, metavar="N", help="most samples with one caption; takes 32 bytes a caption of memory")
-    add("--languages", default="", metavar="CODES", help="such as en,de; guessed by script and stop words, which is rough")
-    add("--unclear", choices=("keep", "drop"), default="keep",
-        help="captions whose language cannot be told, such as names and numbers (default: %(default)s)")  # fmt: skip
-    add("--min-relations", type=int, default=0, metavar="N", help="fewest relations of things in a caption (DiHT's complexity)")
+    add(
+        "--max-repeats",
+        type=int,
+        default=0,
+        metavar="N",
+        help="most samples with one caption; takes 32 bytes a caption of memory",
+    )
+    add(
+        "--languages",
+        default="",
+        metavar="CODES",
+        help="such as en,de; guessed by script and stop words, which is rough",
+    )
+    add(
+        "--unclear",
+        choices=("keep", "drop"),
+        default="keep",
+        help="captions whose language cannot be told, such as names and numbers (default: %(default)s)",
+    )
+    add(
+        "--min-relations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="fewest relations of things in a caption (DiHT's complexity)",
+    )
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
-    add("--min-score", type=float, metavar="X", help="least cosine of picture and caption under --model")
+    add(
+        "--min-score",
+        type=float,
+        metavar="X",
+        help="least cosine of picture and caption under --model",
+    )
     _encoder.arguments(parser)
     work.arguments(parser)
 
@@ -142,7 +201,8 @@ class Rules:
             "holds what it must not": self.reject and re.search(self.reject, caption),
             "another language": is_in is False,
             "language unclear": is_in is None and self.unclear == "drop",
-            f"fewer than {self.min_relations} relations": self.min_relations and traits.complexity(caption) < self.min_relations,
+            f"fewer than {self.min_relations} relations": self.min_relations
+            and traits.complexity(caption) < self.min_relations,
             "no action": self.action and not traits.has_action(caption),
         }
         return next((reason for reason, refused in checks.items() if refused), "")
@@ -165,9 +225,13 @@ def _rules(args: argparse.Namespace) -> Rules:
 
     languages = tuple(code.strip() for code in args.languages.split(",") if code.strip())
     if unknown := set(languages) - set(LANGUAGES):
-        raise ValueError(f"--languages does not know {', '.join(sorted(unknown))}; it tells apart {', '.join(LANGUAGES)}")
+        raise ValueError(
+            f"--languages does not know {', '.join(sorted(unknown))}; it tells apart {', '.join(LANGUAGES)}"
+        )
     if UNCLEAR in languages and args.unclear == "drop":
-        raise ValueError(f"--languages names {UNCLEAR}, --unclear drop refuses it; leave one of them out")
+        raise ValueError(
+            f"--languages names {UNCLEAR}, --unclear drop refuses it; leave one of them out"
+        )
     if args.unclear == "drop" and not languages:
         raise ValueError("--unclear drop belongs to --languages CODES, which is not given")
     given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
@@ -176,12 +240,24 @@ def _rules(args: argparse.Namespace) -> Rules:
     lists = {"languages": languages, "keep": tuple(args.keep), "drop": tuple(args.drop)}
     rules = Rules(**given | lists | {"uids": args.uids or ""})
     if (args.min_score is None) != (not args.model):
-        raise ValueError("--min-score X and --model REF go together: one is the least cosine, the other says whose")
+        raise ValueError(
+            "--min-score X and --model REF go together: one is the least cosine, the other says whose"
+        )
     if rules == Rules():
-        raise ValueError("no rule is given, such as --min-side 200 or --min-words 3; `vlp data filter --help` lists them")
-    numbers = [rules.min_side, rules.min_words, rules.max_words, rules.max_repeats, rules.min_relations]
+        raise ValueError(
+            "no rule is given, such as --min-side 200 or --min-words 3; `vlp data filter --help` lists them"
+        )
+    numbers = [
+        rules.min_side,
+        rules.min_words,
+        rules.max_words,
+        rules.max_repeats,
+        rules.min_relations,
+    ]
     if min(numbers) < 0 or 0 < rules.max_aspect < 1 or 0 < rules.max_words < rules.min_words:
-        raise ValueError("no number may be negative, --max-aspect not below 1, --max-words not below --min-words")
+        raise ValueError(
+            "no number may be negative, --max-aspect not below 1, --max-words not below --min-words"
+        )
     for pattern in (rules.match, rules.reject):
         try:
             re.compile(pattern)
@@ -198,9 +274,13 @@ class Filter:
 
     rules: Rules
     model: Model | None = None
-    repeated: np.ndarray | None = field(default=None, repr=False)  # sorted hashes of captions that too many samples have
+    repeated: np.ndarray | None = field(
+        default=None, repr=False
+    )  # sorted hashes of captions that too many samples have
 
-    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
+    def __call__(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Changed]:
         from vlp.data_tools._run.shards import Changed
 
         passed = (sample for sample in samples if self._passes(sample, counts))
@@ -211,24 +291,35 @@ class Filter:
 
     def _passes(self, sample: Content, counts: Counter[str]) -> bool:
         """Whether a sample stays before its score; its captions become those that do."""
-        reason = self.rules.refuse_sample(sample) or refuse(sample.meta, self.rules.keep, self.rules.drop, counts)
+        reason = self.rules.refuse_sample(sample) or refuse(
+            sample.meta, self.rules.keep, self.rules.drop, counts
+        )
         if reason:
             counts[f"dropped: {reason}"] += 1
             return False
         if self.rules.about_captions():
-            reasons = [self.rules.refuse_caption(caption) or self._too_common(caption) for caption in sample.captions]
+            reasons = [
+                self.rules.refuse_caption(caption) or self._too_common(caption)
+                for caption in sample.captions
+            ]
             self._count_unclear(sample.captions, reasons, counts)
             return _keep(sample, reasons, counts)
         return True
 
-    def _count_unclear(self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]) -> None:
+    def _count_unclear(
+        self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]
+    ) -> None:
         """Say how many captions stay although their language is not known to be one that is wanted."""
         from vlp.data_tools._english.traits import is_in
 
         if self.rules.languages:
             kept = [caption for caption, reason in zip(captions, reasons) if not reason]
             unclear = sum(is_in(caption, self.rules.languages) is None for caption in kept)
-            counts.update({"captions kept: language unclear (--unclear drop refuses them)": unclear} if unclear else {})
+            counts.update(
+                {"captions kept: language unclear (--unclear drop refuses them)": unclear}
+                if unclear
+                else {}
+            )
 
     def _too_common(self, caption: str) -> str:
         import numpy as np
@@ -239,22 +330,35 @@ class Filter:
         found = place < len(self.repeated) and self.repeated[place] == hashed
         return f"in more than {self.rules.max_repeats} samples" if found else ""
 
-    def _scored(self, model: Model, samples: Iterable[Content], counts: Counter[str]) -> Iterator[Changed]:
+    def _scored(
+        self, model: Model, samples: Iterable[Content], counts: Counter[str]
+    ) -> Iterator[Changed]:
         from vlp.data_tools._run.shards import Changed
 
         for batch, images in model.batches(samples, counts):
-            texts = model.encoder().encode_texts([caption for sample in batch for caption in sample.captions]).cpu()
+            texts = (
+                model.encoder()
+                .encode_texts([caption for sample in batch for caption in sample.captions])
+                .cpu()
+            )
             parts = texts.split([len(sample.captions) for sample in batch])
             for sample, image, rows in zip(batch, images, parts):
                 if not image.any():
                     counts["dropped: no readable picture"] += 1
                     continue
                 scores = [round(score, 4) for score in (rows @ image).tolist()]
-                counts.update(f"captions with a score from {score // 0.05 * 0.05:+.2f}" for score in scores)
-                low = [f"score below {self.rules.min_score:g}" if score < self.rules.min_score else "" for score in scores]
+                counts.update(
+                    f"captions with a score from {score // 0.05 * 0.05:+.2f}" for score in scores
+                )
+                low = [
+                    f"score below {self.rules.min_score:g}" if score < self.rules.min_score else ""
+                    for score in scores
+                ]
                 if _keep(sample, low, counts):
                     kept = [score for score, reason in zip(scores, low) if not reason]
-                    yield Changed(sample, list(sample.captions), {**sample.meta, "clip_scores": kept})
+                    yield Changed(
+                        sample, list(sample.captions), {**sample.meta, "clip_scores": kept}
+                    )
 
 
 def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
@@ -269,7 +373,9 @@ def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
 
 
 def _repeated(sources: list[Path], folder: Path, most: int, crew: work.Crew) -> np.ndarray | None:
-    """Sorted hashes of the captions that more than `most` samples have; None while other machines still read theirs."""
+    """Sorted hashes of the captions that more than `most` samples have; None while other machines
+    still read theirs.
+    """
     import numpy as np
 
     from vlp.data_tools._run.shards import jobs
@@ -291,7 +397,11 @@ def _survey(job: tuple[int, Path], *, folder: Path) -> work.Result:
     from vlp.files import write_atomically
 
     counts: Counter[str] = Counter()
-    found = [words for sample in samples(job[1], counts) for words in {_hash(caption) for caption in sample.captions}]
+    found = [
+        words
+        for sample in samples(job[1], counts)
+        for words in {_hash(caption) for caption in sample.captions}
+    ]
     file = io.BytesIO()
     np.save(file, np.array(found, np.uint64))
     write_atomically(_hashes(folder, job[0]), file.getvalue())
@@ -308,11 +418,15 @@ def _hash(caption: str) -> np.uint64:
 
     from vlp.data_tools._english.words import bare
 
-    return np.uint64(int.from_bytes(hashlib.blake2b(bare(caption).encode(), digest_size=8).digest(), "little"))
+    return np.uint64(
+        int.from_bytes(hashlib.blake2b(bare(caption).encode(), digest_size=8).digest(), "little")
+    )
 
 
 def _listed(path: str, sample: Content) -> bool:
-    """Whether a list holds the sample: by `uid` in its JSON (32 hexadecimal digits, as DataComp has it), in a .txt also by key."""
+    """Whether a list holds the sample: by `uid` in its JSON (32 hexadecimal digits, as DataComp has
+    it), in a .txt also by key.
+    """
     import numpy as np
 
     uid = sample.meta.get("uid")
@@ -333,12 +447,16 @@ def _lines(path: str) -> frozenset[str]:
 
 @cache
 def _pairs(path: str) -> np.ndarray:
-    """The halves of the uids, sorted; a sorted file, such as DataComp's, is mapped into memory rather than read."""
+    """The halves of the uids, sorted; a sorted file, such as DataComp's, is mapped into memory
+    rather than read.
+    """
     import numpy as np
 
     pairs = np.load(path, mmap_mode="r")
     if pairs.dtype != np.dtype("u8,u8") or pairs.ndim != 1:
-        raise ValueError(f"{path} holds {pairs.dtype} {pairs.shape}; expected DataComp's pairs of 64-bit halves, dtype u8,u8")
+        raise ValueError(
+            f"{path} holds {pairs.dtype} {pairs.shape}; expected DataComp's pairs of 64-bit halves, dtype u8,u8"
+        )
     high = pairs["f0"]
     return pairs if (high[1:] >= high[:-1]).all() else np.sort(pairs)
 

@@ -1,4 +1,5 @@
-"""Rules on fields of a sample's JSON: `similarity > 0.28`, `punsafe < .5`, `license in cc0,by`, `origin present`.
+"""Rules on fields of a sample's JSON: `similarity > 0.28`, `punsafe < .5`, `license in cc0,by`,
+`origin present`.
 
 A condition is parsed, never evaluated as code. Numbers are compared as numbers: a text that reads
 as a number, as tables bring it, counts as one. With < <= > >= a value that is no number cannot be
@@ -18,8 +19,11 @@ from typing import Any
 from vlp.schema import did_you_mean
 
 ORDERED: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
-}  # fmt: skip
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
 _FORM = re.compile(
     r"\s*(?P<field>[^<>=!]+?)\s*(?:(?P<sign><=|>=|==|!=|<|>)\s*(?P<value>[^<>=!].*?)?"
     r"|\s(?P<word>in|present|absent)(?:\s+(?P<list>.*?))?)\s*"
@@ -38,7 +42,9 @@ class Condition:
     values: tuple[Any, ...]  # one, several of `in`, none of `present` and `absent`
 
     def holds(self, meta: dict[str, Any]) -> bool | None:
-        """Whether a sample fulfils it; None where the field is missing or its value cannot be compared so."""
+        """Whether a sample fulfils it; None where the field is missing or its value cannot be
+        compared so.
+        """
         found = _look_up(meta, self.field)
         if self.sign in ("present", "absent"):
             return (found is not _NOWHERE) == (self.sign == "present")
@@ -78,10 +84,11 @@ def parse(text: str) -> Condition:
 def refuse(
     meta: dict[str, Any], keep: tuple[str, ...], drop: tuple[str, ...], counts: Counter[str]
 ) -> str:
-    """Why a sample with this JSON is dropped, or "": it fails a condition of `keep`, or fulfils one of `drop`.
+    """Why a sample with this JSON is dropped, or "": it fails a condition of `keep`, or fulfils one
+    of `drop`.
 
-    Where a condition cannot be asked, because the field is missing or no number, `keep` drops the sample and `drop` keeps
-    it; `counts` learns of those that stay.
+    Where a condition cannot be asked, because the field is missing or no number, `keep` drops the
+    sample and `drop` keeps it; `counts` learns of those that stay.
     """
     for text in keep:
         held = parse(text).holds(meta)
@@ -97,7 +104,9 @@ def refuse(
 
 
 def refuse_unknown(conditions: tuple[str, ...], metas: Iterable[dict[str, Any]]) -> None:
-    """Raise ValueError for a condition that can be asked of no sample; reads only as far as it must."""
+    """Raise ValueError for a condition that can be asked of no sample; reads only as far as it
+    must.
+    """
     waiting, fields = list(map(parse, conditions)), set()
     for n, meta in enumerate(metas):
         if n < 1000:
@@ -153,7 +162,9 @@ def _value(text: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A number, or a text that reads as one; None for all else. Not a number (NaN) compares with nothing."""
+    """A number, or a text that reads as one; None for all else. Not a number (NaN) compares with
+    nothing.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

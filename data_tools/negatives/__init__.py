@@ -1,4 +1,5 @@
-"""`vlp data negatives`: shards → the same shards with hard-negative captions in every sample's JSON.
+"""`vlp data negatives`: shards → the same shards with hard-negative captions in every sample's
+JSON.
 
 Written fields, all of one length: at most K for each caption, in the order of the captions, after those that were given.
     negatives        captions that are false of the picture
@@ -7,12 +8,13 @@ Written fields, all of one length: at most K for each caption, in the order of t
                      replace_relation, order_*, masked, rewritten, or what --from says ("given" where it says nothing)
     negatives_of     the number of the caption that each was made from, beside which alone it is used; −1 where it was given
                      for the picture: such a one is used beside every caption, and counts for each of them
-A line of --from may name an image (a path from the file's folder) that its first negative is true of: it becomes the
-sample's KEY.negative.jpg, which the form `triplet` of the term hard_negatives needs.
+A line of --from may name an image (a path from the file's folder) that its first negative is true
+of: it becomes the sample's KEY.negative.jpg, which the form `triplet` of the term hard_negatives
+needs.
 
-Rules need no model and come from word lists (words.yaml). What is equal to a caption of the sample, or says of it what
-another of its captions says too, is dropped and counted. Of a long caption the first 1,200 characters are changed, which
-is more than text towers read.
+Rules need no model and come from word lists (words.yaml). What is equal to a caption of the sample,
+or says of it what another of its captions says too, is dropped and counted. Of a long caption the
+first 1,200 characters are changed, which is more than text towers read.
 """
 
 from __future__ import annotations
@@ -44,24 +46,69 @@ EXAMPLE = """vlp data negatives data/train --to data/train_negatives --k 4
   vlp data negatives data/scenes/train --words scenes --to data/scenes/train_negatives
   vlp data negatives data/train --to data/llm --kinds none --from negatives.jsonl
 """
-KINDS = ("swap_attribute", "swap_noun", "replace_attribute", "replace_noun", "replace_number", "replace_relation", "order")
+KINDS = (
+    "swap_attribute",
+    "swap_noun",
+    "replace_attribute",
+    "replace_noun",
+    "replace_number",
+    "replace_relation",
+    "order",
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data negatives`."""
     add = parser.add_argument
     add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add("--to", metavar="DIR", help="folder for the new shards; a call with the same options goes on where one stopped")
-    add("--k", type=int, default=4, metavar="K", help="most negatives a caption (default: %(default)s)")
-    add("--kinds", default=",".join(KINDS), metavar="NAMES", help="rules, joined by commas, or none (default: %(default)s)")
-    add("--words", metavar="FILE", help="other word lists (see data_tools/negatives/words.yaml); scenes: the words of `vlp data scenes`")
-    add("--from", dest="given", metavar="FILE.jsonl",
-        help='given negatives: {"key": …, "negatives": […], "kinds": […], "image": PATH of the first\'s} a line')  # fmt: skip
-    add("--rewriter", metavar="MODEL", help="masked or causal language model of transformers (name or folder) for more negatives")
-    add("--prompt", default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",
-        help="what a causal rewriter continues; {} is the caption")  # fmt: skip
+    add(
+        "--to",
+        metavar="DIR",
+        help="folder for the new shards; a call with the same options goes on where one stopped",
+    )
+    add(
+        "--k",
+        type=int,
+        default=4,
+        metavar="K",
+        help="most negatives a caption (default: %(default)s)",
+    )
+    add(
+        "--kinds",
+        default=",".join(KINDS),
+        metavar="NAMES",
+        help="rules, joined by commas, or none (default: %(default)s)",
+    )
+    add(
+        "--words",
+        metavar="FILE",
+        help="other word lists (see data_tools/negatives/words.yaml); scenes: the words of `vlp data scenes`",
+    )
+    add(
+        "--from",
+        dest="given",
+        metavar="FILE.jsonl",
+        help='given negatives: {"key": …, "negatives": […], "kinds": […], "image": PATH of the first\'s} a line',
+    )
+    add(
+        "--rewriter",
+        metavar="MODEL",
+        help="masked or causal language model of transformers (name or folder) for more negatives",
+    )
+    add(
+        "--prompt",
+        default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",
+        help="what a causal rewriter continues; {} is the caption",
+    )
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--print", type=int, default=0, metavar="N", dest="n_print", help="print N negatives to judge; without --to, write nothing")
+    add(
+        "--print",
+        type=int,
+        default=0,
+        metavar="N",
+        dest="n_print",
+        help="print N negatives to judge; without --to, write nothing",
+    )
     work.arguments(parser)
 
 
@@ -72,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, transform
 
     if not args.to and not args.n_print:
-        raise ValueError("nothing to do: name --to DIR to write shards, or --print N to look at negatives")
+        raise ValueError(
+            "nothing to do: name --to DIR to write shards, or --print N to look at negatives"
+        )
     sources, hands = expand(args.source), work.crew(args)
     change = _change(args)
     if args.n_print:
@@ -104,12 +153,24 @@ def _change(args: argparse.Namespace) -> AddNegatives:
         raise ValueError(f"--prompt {args.prompt!r} lacks the {{}} that stands for the caption")
     given, images = read_given(Path(args.given)) if args.given else ({}, {})
     if not (kinds or given or args.rewriter):
-        raise ValueError("no source of negatives: leave --kinds at its default, or give --from or --rewriter")
-    return AddNegatives(args.k, kinds, args.seed, Lexicon.load(args.words), given, images, args.rewriter, args.prompt)
+        raise ValueError(
+            "no source of negatives: leave --kinds at its default, or give --from or --rewriter"
+        )
+    return AddNegatives(
+        args.k,
+        kinds,
+        args.seed,
+        Lexicon.load(args.words),
+        given,
+        images,
+        args.rewriter,
+        args.prompt,
+    )
 
 
 def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, Path]]:
-    """Key → (negative, kind) pairs, and key → image of the first of them, of a table (JSONL, CSV with lists in JSON, …).
+    """Key → (negative, kind) pairs, and key → image of the first of them, of a table (JSONL, CSV
+    with lists in JSON, …).
 
     Raises ValueError with the line of the first mistake.
     """
@@ -126,8 +187,14 @@ def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, 
         try:
             texts = row["negatives"]
             kinds = row.get("kinds", ["given"] * len(texts))
-            right = isinstance(row["key"], str) and isinstance(texts, list) and isinstance(kinds, list)
-            right = right and len(kinds) == len(texts) and all(isinstance(text, str) for text in texts + kinds)
+            right = (
+                isinstance(row["key"], str) and isinstance(texts, list) and isinstance(kinds, list)
+            )
+            right = (
+                right
+                and len(kinds) == len(texts)
+                and all(isinstance(text, str) for text in texts + kinds)
+            )
             image = path.parent / row["image"] if "image" in row else None
         except (KeyError, TypeError):
             right = False
@@ -136,8 +203,15 @@ def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, 
             raise ValueError(f"{place}: found {json.dumps(row)[:100]}, expected {expected}")
         if image is not None:
             if not image.resolve().is_relative_to(path.parent.resolve()):
-                raise ValueError(f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; copy it there")
-            if not image.is_file() or image.suffix.lower()[1:] not in IMAGE_TYPES or not texts or row["key"] in result:
+                raise ValueError(
+                    f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; copy it there"
+                )
+            if (
+                not image.is_file()
+                or image.suffix.lower()[1:] not in IMAGE_TYPES
+                or not texts
+                or row["key"] in result
+            ):
                 expected = f"a {', '.join(sorted(IMAGE_TYPES))} file beside the first negatives of {row['key']!r}"
                 raise ValueError(f"{place}: found the image {str(image)!r}, expected {expected}")
             images[row["key"]] = image
@@ -162,13 +236,29 @@ class AddNegatives:
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on, besides the input."""
-        told = [self.given, {key: [image.name, image.stat().st_size] for key, image in self.images.items()}]
-        given = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16] if self.given else None
+        told = [
+            self.given,
+            {key: [image.name, image.stat().st_size] for key, image in self.images.items()},
+        ]
+        given = (
+            hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+            if self.given
+            else None
+        )
         words = hashlib.sha256(repr(self.lexicon.entries).encode()).hexdigest()[:16]
         model = {"rewriter": self.rewriter, "prompt": self.prompt if self.rewriter else None}
-        return {"k_a_caption": self.k, "kinds": self.kinds, "seed": self.seed, "words": words, "given": given, **model}
+        return {
+            "k_a_caption": self.k,
+            "kinds": self.kinds,
+            "seed": self.seed,
+            "words": words,
+            "given": given,
+            **model,
+        }
 
-    def __call__(self, samples: Iterable[Content], shard: int, counts: Counter[str]) -> Iterator[Changed]:
+    def __call__(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Changed]:
         from vlp.data_tools._run.shards import Changed
 
         for sample in samples:
@@ -182,7 +272,9 @@ class AddNegatives:
             counts["samples whose earlier negatives were replaced"] += 1
         self._picture(sample, chosen, counts)
         meta = {
-            **{name: value for name, value in sample.meta.items() if name != "negative_scores"},  # of the earlier negatives
+            **{
+                name: value for name, value in sample.meta.items() if name != "negative_scores"
+            },  # of the earlier negatives
             "negatives": [n.text for n, _ in chosen],
             "negatives_valid": [True] * len(chosen),
             "negative_kinds": [n.kind for n, _ in chosen],
@@ -192,22 +284,36 @@ class AddNegatives:
         counts.update(f"negatives written: {n.kind}" for n, _ in chosen)
         return meta
 
-    def _picture(self, sample: Content, chosen: list[tuple[Negative, int]], counts: Counter[str]) -> None:
-        """Give the sample the image of its first negative; one of an earlier first negative goes with that."""
+    def _picture(
+        self, sample: Content, chosen: list[tuple[Negative, int]], counts: Counter[str]
+    ) -> None:
+        """Give the sample the image of its first negative; one of an earlier first negative goes
+        with that.
+        """
         sample.negative_image, sample.negative_image_type = b"", ""
         image = self.images.get(sample.key)
         if image is None:
             return
-        if chosen and chosen[0][1] == GIVEN and chosen[0][0].text == self.given[sample.key][0][0].strip():
-            sample.negative_image, sample.negative_image_type = image.read_bytes(), image.suffix.lower()[1:]
+        if (
+            chosen
+            and chosen[0][1] == GIVEN
+            and chosen[0][0].text == self.given[sample.key][0][0].strip()
+        ):
+            sample.negative_image, sample.negative_image_type = (
+                image.read_bytes(),
+                image.suffix.lower()[1:],
+            )
             counts["negative images written"] += 1
         else:
             counts["dropped: negative images whose caption was dropped"] += 1
 
-    def choose(self, key: str, captions: list[str], counts: Counter[str]) -> list[tuple[Negative, int]]:
+    def choose(
+        self, key: str, captions: list[str], counts: Counter[str]
+    ) -> list[tuple[Negative, int]]:
         """(negative, number of its caption) pairs, at most K that belong to a caption.
 
-        The given ones come first and belong to every caption; then come each caption's own, its kinds in turn.
+        The given ones come first and belong to every caption; then come each caption's own, its
+        kinds in turn.
         """
         from vlp.data_tools.negatives.rules import head
 
@@ -218,10 +324,15 @@ class AddNegatives:
         for number, caption in enumerate(captions):
             rest = caption[len(heads[number]) :]
             own = [negative for negative, i in pool if i == number]
-            chosen += [(replace(negative, text=negative.text + rest), number) for negative in _in_turn(own, rng)[:n_own]]
+            chosen += [
+                (replace(negative, text=negative.text + rest), number)
+                for negative in _in_turn(own, rng)[:n_own]
+            ]
         return chosen
 
-    def _candidates(self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]) -> list[tuple[Negative, int]]:
+    def _candidates(
+        self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]
+    ) -> list[tuple[Negative, int]]:
         from vlp.data_tools.negatives.rules import Negative, propose
 
         given = self.given.get(key, [])
@@ -248,7 +359,10 @@ class AddNegatives:
         from vlp.data_tools._english.words import bare
 
         kept: list[tuple[Negative, int]] = []
-        true, seen = {bare(caption) for caption in captions}, set()  # seen: (text, number of its caption)
+        true, seen = (
+            {bare(caption) for caption in captions},
+            set(),
+        )  # seen: (text, number of its caption)
         for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
             others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
             for negative, _ in group:
@@ -257,7 +371,10 @@ class AddNegatives:
                     reason = "empty"
                 elif text in true:
                     reason = "equal to a caption"
-                elif any(word in others and re.search(rf"\b{re.escape(word)}\b", others) for word in negative.new_words):
+                elif any(
+                    word in others and re.search(rf"\b{re.escape(word)}\b", others)
+                    for word in negative.new_words
+                ):
                     reason = "says what another caption of the picture says"
                 elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
                     reason = "repeated"
@@ -302,4 +419,7 @@ def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
                 found.append((captions[i] if i >= 0 else captions[0] if captions else "", negative))
     chosen = rng.sample(found, min(n, len(found)))
     width = max((len(negative.kind) for _, negative in chosen), default=0)
-    return "\n".join(f"{'':{width}}  {caption}\n{negative.kind:{width}}  {negative.text}\n" for caption, negative in chosen)
+    return "\n".join(
+        f"{'':{width}}  {caption}\n{negative.kind:{width}}  {negative.text}\n"
+        for caption, negative in chosen
+    )

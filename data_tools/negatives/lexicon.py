@@ -41,11 +41,15 @@ class Lexicon:
     """All entries, by kind ("attributes", "nouns", "relations")."""
 
     def __init__(self, tree: Any, name: str) -> None:
-        """Read the mapping of a word file; raises ValueError for unknown sections and empty or too short lists."""
+        """Read the mapping of a word file; raises ValueError for unknown sections and empty or too
+        short lists.
+        """
         self.entries: dict[str, dict[str, list[Entry]]] = {}
         unknown = set(tree) - {*SECTIONS, "protected"} if isinstance(tree, dict) else {"no mapping"}
         if unknown:
-            raise ValueError(f"{name}: found {', '.join(map(str, unknown))}; expected {', '.join(SECTIONS)}, protected")
+            raise ValueError(
+                f"{name}: found {', '.join(map(str, unknown))}; expected {', '.join(SECTIONS)}, protected"
+            )
         for kind, sections in SECTIONS.items():
             self.entries[kind] = _read_kind(tree.get(kind), kind, sections, name)
         self._patterns = {kind: _pattern(found) for kind, found in self.entries.items()}
@@ -54,11 +58,17 @@ class Lexicon:
             for entry in (e for entries in found.values() for e in entries):
                 self._lists.setdefault((kind, entry.section, entry.list), []).append(entry)
         protected = tree.get("protected") or []
-        self._protected = _pattern(dict.fromkeys(w for p in protected for w in (str(p), plural(str(p))))) if protected else None
+        self._protected = (
+            _pattern(dict.fromkeys(w for p in protected for w in (str(p), plural(str(p)))))
+            if protected
+            else None
+        )
 
     @classmethod
     def load(cls, name: str | Path | None = None) -> Lexicon:
-        """The lists of a YAML file; None: those that come with the tool; "scenes": those of the generated scenes."""
+        """The lists of a YAML file; None: those that come with the tool; "scenes": those of the
+        generated scenes.
+        """
         import yaml
 
         shipped = {None: "words.yaml", "scenes": "words_scenes.yaml"}
@@ -69,7 +79,9 @@ class Lexicon:
             raise ValueError(f"{path} is not valid YAML: {error}") from None
 
     def find(self, caption: str, kind: str) -> list[Found]:
-        """The entries of a kind in a caption, in order, outside protected phrases; one word may be in several lists."""
+        """The entries of a kind in a caption, in order, outside protected phrases; one word may be
+        in several lists.
+        """
         closed = [m.span() for m in self._protected.finditer(caption)] if self._protected else []
         return [
             Found(m.start(), m.end(), entry)
@@ -81,28 +93,50 @@ class Lexicon:
     def others(self, entry: Entry, kind: str) -> list[Entry]:
         """What may replace `entry`: words of its list that are not alike, in the same number."""
         return [
-            e for e in self._lists[kind, entry.section, entry.list]
+            e
+            for e in self._lists[kind, entry.section, entry.list]
             if e.cluster != entry.cluster and e.first and e.number in (entry.number, "any")
-        ]  # fmt: skip
+        ]
 
     def alike(self, entry: Entry, kind: str) -> frozenset[str]:
-        """The words of an entry's cluster, in all numbers: what another caption must not say of the same picture."""
-        return frozenset(e.text for e in self._lists[kind, entry.section, entry.list] if e.cluster == entry.cluster)
+        """The words of an entry's cluster, in all numbers: what another caption must not say of the
+        same picture.
+        """
+        return frozenset(
+            e.text
+            for e in self._lists[kind, entry.section, entry.list]
+            if e.cluster == entry.cluster
+        )
 
 
-def _read_kind(tree: Any, kind: str, sections: tuple[str, ...], name: str) -> dict[str, list[Entry]]:
+def _read_kind(
+    tree: Any, kind: str, sections: tuple[str, ...], name: str
+) -> dict[str, list[Entry]]:
     result: dict[str, list[Entry]] = {}
     if not isinstance(tree, dict) or not tree:
-        raise ValueError(f"{name}: {kind} has no lists; expected {', '.join(sections)}, each with lists of words")
+        raise ValueError(
+            f"{name}: {kind} has no lists; expected {', '.join(sections)}, each with lists of words"
+        )
     for section, lists in tree.items():
         if section not in sections or not isinstance(lists, dict):
-            raise ValueError(f"{name}: {kind}.{section} is not one of {', '.join(sections)} with named lists below it")
+            raise ValueError(
+                f"{name}: {kind}.{section} is not one of {', '.join(sections)} with named lists below it"
+            )
         for list_name, clusters in lists.items():
             if not isinstance(clusters, list) or len(clusters) < 2:
-                raise ValueError(f"{name}: the word list {kind}.{section}.{list_name} is {clusters!r}; expected at least two words")
+                raise ValueError(
+                    f"{name}: the word list {kind}.{section}.{list_name} is {clusters!r}; expected at least two words"
+                )
             for i, cluster in enumerate(clusters):
                 for rank, word in enumerate(str(cluster).lower().split("|")):
-                    for entry in _entries(word.strip(), kind, list=list_name, section=section, cluster=i, first=not rank):
+                    for entry in _entries(
+                        word.strip(),
+                        kind,
+                        list=list_name,
+                        section=section,
+                        cluster=i,
+                        first=not rank,
+                    ):
                         result.setdefault(entry.text, []).append(entry)
     return result
 
@@ -117,5 +151,7 @@ def _entries(word: str, kind: str, **place: Any) -> list[Entry]:
 
 def _pattern(texts: dict[str, Any]) -> re.Pattern[str]:
     """The longest of `texts` at each place, as whole words; a hyphen joins words."""
-    alternatives = "|".join(re.escape(text).replace(r"\\ ", r"\\s+") for text in sorted(texts, key=len, reverse=True))
+    alternatives = "|".join(
+        re.escape(text).replace(r"\\ ", r"\\s+") for text in sorted(texts, key=len, reverse=True)
+    )
     return re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])", re.IGNORECASE)

@@ -1,5 +1,7 @@
-"""Negatives by a language model of transformers that the user names: a masked one fills in other words, a causal one
-continues a prompt. Nothing vouches that they are false; `vlp data negatives` drops only what captions show to be true."""
+"""Negatives by a language model of transformers that the user names: a masked one fills in other
+words, a causal one continues a prompt. Nothing vouches that they are false; `vlp data negatives`
+drops only what captions show to be true.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ class Masked:
 
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.model = AutoModelForMaskedLM.from_pretrained(name).eval()
-        # How the vocabulary tells a word's beginning: a mark of its own, or the lack of a mark on continuations.
-        self.marks = next((m for m in ("Ġ", "▁") if any(t.startswith(m) for t in self.tokenizer.get_vocab())), "")
+        # How the vocabulary tells a word's beginning: a mark of its own, or the lack of a mark on
+        # continuations.
+        self.marks = next(
+            (m for m in ("Ġ", "▁") if any(t.startswith(m) for t in self.tokenizer.get_vocab())), ""
+        )
 
     def __call__(self, caption: str, rng: random.Random) -> list[Negative]:
         import torch
@@ -38,10 +43,18 @@ class Masked:
                 continue  # cut off with the end of a long caption
             with torch.inference_mode():
                 logits = self.model(**inputs).logits[0, place[0, 0]]
-            fitting = [new for i in logits.topk(min(N_LIKELY, len(logits))).indices.tolist() if (new := self._word(i, caption))]
+            fitting = [
+                new
+                for i in logits.topk(min(N_LIKELY, len(logits))).indices.tolist()
+                if (new := self._word(i, caption))
+            ]
             if fitting:
                 new = rng.choice(fitting)
-                result.append(Negative("masked", edit(caption, [(word.start, word.end, new)]), frozenset({new})))
+                result.append(
+                    Negative(
+                        "masked", edit(caption, [(word.start, word.end, new)]), frozenset({new})
+                    )
+                )
         return result
 
     def _word(self, token: int, caption: str) -> str:
@@ -49,12 +62,18 @@ class Masked:
         text = self.tokenizer.decode([token]).strip().lower()
         piece = self.tokenizer.convert_ids_to_tokens(token)
         whole = text.isalpha() and piece.startswith(self.marks) and not piece.startswith("##")
-        known = text in FUNCTION_WORDS or text in {w.text for w in words(caption)} or token in self.tokenizer.all_special_ids
+        known = (
+            text in FUNCTION_WORDS
+            or text in {w.text for w in words(caption)}
+            or token in self.tokenizer.all_special_ids
+        )
         return text if whole and not known else ""
 
 
 class Causal:
-    """Takes the first line with which a causal language model continues the prompt (greedily, so always the same)."""
+    """Takes the first line with which a causal language model continues the prompt (greedily, so
+    always the same).
+    """
 
     def __init__(self, name: str, prompt: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,24 +88,42 @@ class Causal:
         inputs = self.tokenizer(self.prompt.replace("{}", caption), return_tensors="pt")
         length = inputs.input_ids.shape[1]
         more = 2 * len(self.tokenizer(caption).input_ids) + 4
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
         with torch.inference_mode():
             output = self.model.generate(
-                inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=more, do_sample=False, pad_token_id=pad
+                inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                max_new_tokens=more,
+                do_sample=False,
+                pad_token_id=pad,
             )
-        lines = self.tokenizer.decode(output[0, length:], skip_special_tokens=True).strip().splitlines()
-        return [Negative("rewritten", lines[0].strip().strip('"'))] if lines and lines[0].strip() else []
+        lines = (
+            self.tokenizer.decode(output[0, length:], skip_special_tokens=True).strip().splitlines()
+        )
+        return (
+            [Negative("rewritten", lines[0].strip().strip('"'))]
+            if lines and lines[0].strip()
+            else []
+        )
 
 
 @cache
 def load(name: str, prompt: str) -> Masked | Causal:
-    """The rewriter for a model's name or folder; raises ValueError for a model that is neither masked nor causal."""
+    """The rewriter for a model's name or folder; raises ValueError for a model that is neither
+    masked nor causal.
+    """
     from transformers import AutoConfig
 
     try:
         architectures = AutoConfig.from_pretrained(name).architectures or []
     except OSError as error:
-        raise ValueError(f"rewriter {name!r} is neither a folder nor a reachable model of the Hub: {error}") from None
+        raise ValueError(
+            f"rewriter {name!r} is neither a folder nor a reachable model of the Hub: {error}"
+        ) from None
     if any(a.endswith("ForMaskedLM") for a in architectures):
         return Masked(name)
     if any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):

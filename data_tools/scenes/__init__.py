@@ -1,4 +1,5 @@
-"""Rendered scenes: the embedded data set, and the test bed for counting, attribute binding, relations and word order.
+"""Rendered scenes: the embedded data set, and the test bed for counting, attribute binding,
+relations and word order.
 
 One to ten objects in one or two groups (8 shapes × 8 colors × 2 sizes) on textured backgrounds, with true captions of
 several lengths. A scene is a pure function of (seed, split, index). `write` fills a folder:
@@ -10,10 +11,11 @@ several lengths. A scene is a pure function of (seed, split, index). `write` fil
     retrieval/             clip_benchmark's layout: three captions a picture, each true of this picture alone
     counting/ binding/ relations/ order/    shards whose JSON has "negatives": captions that are false of the picture
 
-A sample's JSON: {"scene": {"background", "groups", "relation", "objects"}, "captions", "heldout", "seed", "split", "index"};
-an object has shape, color, size, x, y (centre), diameter (shares of the side, y downwards) and angle (degrees);
-`relation` says how the first group lies to the second: left, right, above, below; `heldout` names the combinations that
-training never shows. Proof sets add "caption", "negatives", "negative_kinds", "negatives_valid" and "kind".
+A sample's JSON: {"scene": {"background", "groups", "relation", "objects"}, "captions", "heldout",
+"seed", "split", "index"}; an object has shape, color, size, x, y (centre), diameter (shares of the
+side, y downwards) and angle (degrees); `relation` says how the first group lies to the second:
+left, right, above, below; `heldout` names the combinations that training never shows. Proof sets
+add "caption", "negatives", "negative_kinds", "negatives_valid" and "kind".
 """
 
 from __future__ import annotations
@@ -55,15 +57,64 @@ class Scene(NamedTuple):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data scenes`."""
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to fill")
-    parser.add_argument("--train", type=int, default=20_000, metavar="N", help="training scenes (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=1000, metavar="N", help="validation scenes (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=1000, metavar="N", help="scenes of test/ and heldout/ (default: %(default)s)")
-    parser.add_argument("--zeroshot", type=int, default=560, metavar="N", help="zero-shot pictures (default: %(default)s)")
-    parser.add_argument("--retrieval", type=int, default=300, metavar="N", help="retrieval pictures (default: %(default)s)")
-    parser.add_argument("--proofs", type=int, default=540, metavar="N", help="items of each proof set (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the pictures (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
-    parser.add_argument("--processes", type=int, metavar="N", help="default: one a core; the result is the same for any number")
+    parser.add_argument(
+        "--train",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="training scenes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="validation scenes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--test",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="scenes of test/ and heldout/ (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--zeroshot",
+        type=int,
+        default=560,
+        metavar="N",
+        help="zero-shot pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--retrieval",
+        type=int,
+        default=300,
+        metavar="N",
+        help="retrieval pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--proofs",
+        type=int,
+        default=540,
+        metavar="N",
+        help="items of each proof set (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=64,
+        metavar="PX",
+        help="side of the pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="default: one a core; the result is the same for any number",
+    )
 
 
 @work.alone
@@ -71,18 +122,30 @@ def run(args: argparse.Namespace) -> int:
     """Fill the folder and print what it holds and how fast it was made."""
     start = time.perf_counter()
     made = write(
-        args.to, n_train=args.train, n_val=args.val, n_test=args.test, n_zeroshot=args.zeroshot, n_retrieval=args.retrieval,
-        n_proofs=args.proofs, size=args.size, seed=args.seed, processes=args.processes,
-    )  # fmt: skip
+        args.to,
+        n_train=args.train,
+        n_val=args.val,
+        n_test=args.test,
+        n_zeroshot=args.zeroshot,
+        n_retrieval=args.retrieval,
+        n_proofs=args.proofs,
+        size=args.size,
+        seed=args.seed,
+        processes=args.processes,
+    )
     seconds = time.perf_counter() - start
     for split, n in made.items():
         print(f"{Path(args.to, split)}: {n} scenes")
-    print(f"{sum(made.values())} scenes in {seconds:.1f} s: {sum(made.values()) / seconds:.0f} scenes/s")
+    print(
+        f"{sum(made.values())} scenes in {seconds:.1f} s: {sum(made.values()) / seconds:.0f} scenes/s"
+    )
     return 0
 
 
 def generate(index: int, seed: int = 0, split: str = "train", size: int = 64) -> Scene:
-    """Scene `index` of a split, always the same for the same arguments; raises ValueError for an unknown split."""
+    """Scene `index` of a split, always the same for the same arguments; raises ValueError for an
+    unknown split.
+    """
     from vlp.data_tools.scenes.captions import captions, with_negatives
     from vlp.data_tools.scenes.draw import draw
     from vlp.data_tools.scenes.sample import SPLITS, sample
@@ -92,12 +155,21 @@ def generate(index: int, seed: int = 0, split: str = "train", size: int = 64) ->
         raise ValueError(f"no split {split!r} of scenes; known: {', '.join(SPLITS)}")
     scene = sample(index, seed, split)
     rng = random.Random(f"captions {seed}/{split}/{index}")
-    meta = {"scene": scene, "seed": seed, "split": split, "index": index, "heldout": heldout(scene["groups"])}
+    meta = {
+        "scene": scene,
+        "seed": seed,
+        "split": split,
+        "index": index,
+        "heldout": heldout(scene["groups"]),
+    }
     if split in PROOFS:
         caption, negatives = with_negatives(scene, split, rng)
         texts = [caption]
         meta |= {"caption": caption, "kind": split, "negatives": [text for text, _ in negatives]}
-        meta |= {"negative_kinds": [kind for _, kind in negatives], "negatives_valid": [True] * len(negatives)}
+        meta |= {
+            "negative_kinds": [kind for _, kind in negatives],
+            "negatives_valid": [True] * len(negatives),
+        }
     else:
         texts = captions(scene, rng, full=split == "retrieval")
     return Scene(draw(scene, size), meta, texts)
@@ -118,20 +190,35 @@ def write(
 ) -> dict[str, int]:
     """Fill `folder` with all sets and return their numbers of scenes; a set of none is left out.
 
-    The bytes do not depend on `processes`. `n_zeroshot` is rounded up to whole rounds through the 56 classes and
-    `n_proofs` through the nine numbers, so that both stay balanced. With more than one process the calling script
-    needs the usual `if __name__ == "__main__":`, because processes are started afresh (a fork may hang once torch ran).
+    The bytes do not depend on `processes`. `n_zeroshot` is rounded up to whole rounds through the
+    56 classes and `n_proofs` through the nine numbers, so that both stay balanced. With more than
+    one process the calling script needs the usual `if __name__ == "__main__":`, because processes
+    are started afresh (a fork may hang once torch ran).
     """
     folder, processes = Path(folder), processes or os.cpu_count() or 1
     n_zeroshot, n_proofs = _whole(n_zeroshot, 56), _whole(n_proofs, 27)
-    plan = {"train": n_train, "val": n_val, "test": n_test, "heldout": n_test, "zeroshot": n_zeroshot}
-    plan |= {"novel_zeroshot": _whole(n_zeroshot // 7, 8), "retrieval": n_retrieval, **dict.fromkeys(PROOFS, n_proofs)}
+    plan = {
+        "train": n_train,
+        "val": n_val,
+        "test": n_test,
+        "heldout": n_test,
+        "zeroshot": n_zeroshot,
+    }
+    plan |= {
+        "novel_zeroshot": _whole(n_zeroshot // 7, 8),
+        "retrieval": n_retrieval,
+        **dict.fromkeys(PROOFS, n_proofs),
+    }
     plan = {split: n for split, n in plan.items() if n}
     if size < 16 or min(plan.values(), default=0) < 0:
-        raise ValueError(f"size {size} must be at least 16 pixels, and no number of scenes negative: {plan}")
+        raise ValueError(
+            f"size {size} must be at least 16 pixels, and no number of scenes negative: {plan}"
+        )
     taken = [str(folder / split) for split in plan if any((folder / split).rglob("*.tar"))]
     if taken:
-        raise FileExistsError(f"{', '.join(taken)} already hold shards; choose another folder or remove them")
+        raise FileExistsError(
+            f"{', '.join(taken)} already hold shards; choose another folder or remove them"
+        )
     jobs = [
         (folder, split, first, min(SAMPLES_PER_SHARD, n - first), seed, size)
         for split, n in plan.items()
@@ -164,9 +251,17 @@ def _write(job: tuple[Path, str, int, int, int, int]) -> None:
 
     folder, split, first, n, seed, size = job
     layout = folder / split / "test" if split in BENCHMARKS else folder / split
-    options = {"shard_name": "{}"} if split in BENCHMARKS else {"first_shard": first // SAMPLES_PER_SHARD}
-    with ShardWriter(layout, n if split in BENCHMARKS else SAMPLES_PER_SHARD, overwrite=True, **options) as writer:
-        scenes = _unlike(seed, size, n) if split == "retrieval" else (generate(first + i, seed, split, size) for i in range(n))
+    options = (
+        {"shard_name": "{}"} if split in BENCHMARKS else {"first_shard": first // SAMPLES_PER_SHARD}
+    )
+    with ShardWriter(
+        layout, n if split in BENCHMARKS else SAMPLES_PER_SHARD, overwrite=True, **options
+    ) as writer:
+        scenes = (
+            _unlike(seed, size, n)
+            if split == "retrieval"
+            else (generate(first + i, seed, split, size) for i in range(n))
+        )
         for scene in scenes:
             cls = _class(scene, split) if split in CLASSIFIED else None
             txt = "\n".join(scene.captions) if split == "retrieval" else None
@@ -176,13 +271,17 @@ def _write(job: tuple[Path, str, int, int, int, int]) -> None:
 def _unlike(seed: int, size: int, n: int) -> Iterator[Scene]:
     """The first `n` retrieval scenes of which no two show the same group on the same background.
 
-    So no caption is true of two pictures, not even as a part of the truth, and every query has one right answer.
+    So no caption is true of two pictures, not even as a part of the truth, and every query has one
+    right answer.
     """
     seen: set[tuple] = set()
     for index in range(20 * n + 1000):
         scene = generate(index, seed, "retrieval", size)
         ground = scene.meta["scene"]["background"]
-        marks = {(ground["color"], ground["texture"], *group.values()) for group in scene.meta["scene"]["groups"]}
+        marks = {
+            (ground["color"], ground["texture"], *group.values())
+            for group in scene.meta["scene"]["groups"]
+        }
         if seen.isdisjoint(marks):
             seen |= marks
             n -= 1
@@ -214,7 +313,10 @@ def _describe_sets(folder: Path, plan: dict[str, int]) -> None:
         if split not in BENCHMARKS:
             index(sorted((folder / split).glob("*.tar")))
             continue
-        texts = {"test/nshards.txt": "1", "dataset_type.txt": "retrieval" if split == "retrieval" else "classification"}
+        texts = {
+            "test/nshards.txt": "1",
+            "dataset_type.txt": "retrieval" if split == "retrieval" else "classification",
+        }
         if split in CLASSIFIED:
             texts["classnames.txt"] = "\n".join(_class_names(split))
             texts["zeroshot_classification_templates.txt"] = "\n".join(TEMPLATES)

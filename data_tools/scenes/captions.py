@@ -8,16 +8,41 @@ from typing import Any
 from vlp.data_tools._english.shuffles import shuffles
 from vlp.data_tools.scenes.words import COUNTED, NUMBERS, OPPOSITE, SHAPES
 
-BESIDE = {"left": ["to the left of", "left of"], "right": ["to the right of", "right of"], "above": ["above"], "below": ["below"]}
-PLACE = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
-
-ONE_GROUP = {  # {g} a group with its number, {k} without, {b} the background, {is} agrees with the group
-    "short": ["{g}", "{g}", "{k}"],
-    "plain": ["a picture of {g}", "there {is} {g}", "a picture of {k}", "a drawing with {g}", "{g} can be seen"],
-    "ground": ["{g} on a {b} background", "a picture of {g} on a {b} background", "a drawing of {k} on a {b} background"],
-    "long": ["on a {b} background there {is} {g}", "the background is {b} and in front of it there {is} {g}"],
+BESIDE = {
+    "left": ["to the left of", "left of"],
+    "right": ["to the right of", "right of"],
+    "above": ["above"],
+    "below": ["below"],
 }
-TWO_GROUPS = {  # {a} and {z}: the groups; {rel}: how {a} lies to {z}; {at_a}, {at_z}: where each lies
+PLACE = {
+    "left": "on the left",
+    "right": "on the right",
+    "above": "at the top",
+    "below": "at the bottom",
+}
+
+# {g} a group with its number, {k} without, {b} the background, {is} agrees with the group
+ONE_GROUP = {
+    "short": ["{g}", "{g}", "{k}"],
+    "plain": [
+        "a picture of {g}",
+        "there {is} {g}",
+        "a picture of {k}",
+        "a drawing with {g}",
+        "{g} can be seen",
+    ],
+    "ground": [
+        "{g} on a {b} background",
+        "a picture of {g} on a {b} background",
+        "a drawing of {k} on a {b} background",
+    ],
+    "long": [
+        "on a {b} background there {is} {g}",
+        "the background is {b} and in front of it there {is} {g}",
+    ],
+}
+# {a} and {z}: the groups; {rel}: how {a} lies to {z}; {at_a}, {at_z}: where each lies
+TWO_GROUPS = {
     "short": ["{a} and {z}", "{z} and {a}"],
     "plain": ["{a} {rel} {z}", "there {is} {a} {rel} {z}"],
     "converse": ["{z} {converse} {a}", "{a} {at_a} and {z} {at_z}"],
@@ -28,7 +53,11 @@ TWO_GROUPS = {  # {a} and {z}: the groups; {rel}: how {a} lies to {z}; {at_a}, {
     ],
 }
 FULL = {  # templates of the retrieval set: everything that tells two pictures apart
-    1: ["{g} on a {b} background", "on a {b} background there {is} {g}", "the background is {b} and in front of it there {is} {g}"],
+    1: [
+        "{g} on a {b} background",
+        "on a {b} background there {is} {g}",
+        "the background is {b} and in front of it there {is} {g}",
+    ],
     2: [
         "{a} {rel} {z} on a {b} background",
         "on a {b} background there {is} {a} {at_a} and {z} {at_z}",
@@ -38,27 +67,46 @@ FULL = {  # templates of the retrieval set: everything that tells two pictures a
 
 
 def phrase(group: dict[str, Any], *, sized: bool = False, digits: bool = False) -> str:
-    """A group in words with its exact number: "an orange star", "four small red circles", "4 red circles"."""
+    """A group in words with its exact number: "an orange star", "four small red circles", "4 red
+    circles".
+    """
     n = group["count"]
-    words = f"{group['size']} " * sized + f"{group['color']} {group['shape'] if n == 1 else SHAPES[group['shape']]}"
+    words = (
+        f"{group['size']} " * sized
+        + f"{group['color']} {group['shape'] if n == 1 else SHAPES[group['shape']]}"
+    )
     if n == 1:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
     return f"{n if digits else NUMBERS[n]} {words}"
 
 
 def captions(scene: dict[str, Any], rng: random.Random, *, full: bool = False) -> list[str]:
-    """Different true captions of a scene: five from short to long, or with `full` three that leave nothing out."""
+    """Different true captions of a scene: five from short to long, or with `full` three that leave
+    nothing out.
+    """
     groups = scene["groups"]
     if full:
         return [_fill(template, scene, rng, sized=True) for template in FULL[len(groups)]]
     templates = ONE_GROUP if len(groups) == 1 else TWO_GROUPS
     chosen = [rng.choice(choices) for choices in templates.values()]
-    if len(groups) == 1:  # a picture of one group is also described by its kind alone, whatever the number
+    if (
+        len(groups) == 1
+    ):  # a picture of one group is also described by its kind alone, whatever the number
         chosen.append("there {is} {k}" if "a picture of" in chosen[1] else "a picture of {k}")
-    return [_fill(template, scene, rng, sized=rng.random() < 0.5, digits=rng.random() < 0.1) for template in chosen]
+    return [
+        _fill(template, scene, rng, sized=rng.random() < 0.5, digits=rng.random() < 0.1)
+        for template in chosen
+    ]
 
 
-def _fill(template: str, scene: dict[str, Any], rng: random.Random, *, sized: bool = False, digits: bool = False) -> str:
+def _fill(
+    template: str,
+    scene: dict[str, Any],
+    rng: random.Random,
+    *,
+    sized: bool = False,
+    digits: bool = False,
+) -> str:
     groups, relation = scene["groups"], scene["relation"]
     texts = [phrase(g, sized=sized, digits=digits) for g in groups]
     first = groups[0]
@@ -70,14 +118,25 @@ def _fill(template: str, scene: dict[str, Any], rng: random.Random, *, sized: bo
     }
     if relation:
         opposite = OPPOSITE[relation]
-        values |= {"a": texts[0], "z": texts[1], "rel": rng.choice(BESIDE[relation]), "converse": rng.choice(BESIDE[opposite])}
+        values |= {
+            "a": texts[0],
+            "z": texts[1],
+            "rel": rng.choice(BESIDE[relation]),
+            "converse": rng.choice(BESIDE[opposite]),
+        }
         values |= {"at_a": PLACE[relation], "at_z": PLACE[opposite]}
     return template.format(**values)
 
 
-def with_negatives(scene: dict[str, Any], kind: str, rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    """A caption for the proof set `kind` and its (wrong caption, how it is wrong) pairs, none of them true of the scene."""
-    return {"counting": _counting, "binding": _binding, "relations": _relations, "order": _order}[kind](scene, rng)
+def with_negatives(
+    scene: dict[str, Any], kind: str, rng: random.Random
+) -> tuple[str, list[tuple[str, str]]]:
+    """A caption for the proof set `kind` and its (wrong caption, how it is wrong) pairs, none of
+    them true of the scene.
+    """
+    return {"counting": _counting, "binding": _binding, "relations": _relations, "order": _order}[
+        kind
+    ](scene, rng)
 
 
 def _counting(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
@@ -89,7 +148,9 @@ def _counting(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tupl
 
 
 def _binding(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    """The groups exchange one property; the same words stand in both captions (but for plurals and articles)."""
+    """The groups exchange one property; the same words stand in both captions (but for plurals and
+    articles).
+    """
     template = rng.choice(["{a} and {z}", "a picture of {a} and {z}", "there {is} {a} and {z}"])
     a, z = scene["groups"]
     exchanged = [name for name in ("color", "count", "size") if a[name] != z[name]]
@@ -97,7 +158,10 @@ def _binding(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple
     def describe(groups: list[dict[str, Any]]) -> str:
         return _fill(template, {**scene, "groups": groups}, rng, sized="size" in exchanged)
 
-    swaps = [(describe([{**a, name: z[name]}, {**z, name: a[name]}]), f"swap_{name}") for name in exchanged]
+    swaps = [
+        (describe([{**a, name: z[name]}, {**z, name: a[name]}]), f"swap_{name}")
+        for name in exchanged
+    ]
     return describe([a, z]), swaps
 
 
@@ -108,10 +172,14 @@ def _relations(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tup
         a, z, relation = z, a, OPPOSITE[relation]
     which = rng.randrange(len(BESIDE[relation]))
     there, back = BESIDE[relation][which], BESIDE[OPPOSITE[relation]][which]
-    return f"{lead}{a} {there} {z}", [(f"{lead}{a} {back} {z}", "replace_relation"), (f"{lead}{z} {there} {a}", "swap_groups")]
+    return f"{lead}{a} {there} {z}", [
+        (f"{lead}{a} {back} {z}", "replace_relation"),
+        (f"{lead}{z} {there} {a}", "swap_groups"),
+    ]
 
 
 def _order(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    # Exchanging the groups of "A and B", or the halves of "there are A above B", would give another true caption.
+    # Exchanging the groups of "A and B", or the halves of "there are A above B", would give another
+    # true caption.
     right = _fill(rng.choice(["{a} {rel} {z}", "a picture of {a} {rel} {z}"]), scene, rng)
     return right, [(text, name) for name, text in shuffles(right, rng).items()]

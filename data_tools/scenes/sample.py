@@ -1,4 +1,6 @@
-"""(seed, split, index) → the exact scene: what is in the picture and where. Pure and independent of Pillow."""
+"""(seed, split, index) → the exact scene: what is in the picture and where. Pure and independent of
+Pillow.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from vlp.data_tools.scenes.words import (
 )
 
 GAP = 0.02  # free space around every object, as a share of the picture's side
-# Pairs show small numbers more often; single groups make up for it, so that training sees two to ten about equally often.
+# Pairs show small numbers more often; single groups make up for it, so that training sees two to
+# ten about equally often.
 SINGLE_COUNTS = (4, 3, 5, 7, 8, 10, 11, 13, 14, 25)
 ANGLES = (-12, -6, 0, 6, 12)  # degrees: few, so that masks are drawn once and pasted often
 
@@ -29,7 +32,9 @@ Group = dict[str, Any]  # count, size, color, shape
 
 
 def sample(index: int, seed: int, split: str) -> dict[str, Any]:
-    """Scene `index` of a split: {"background", "groups", "relation", "objects"}; see `vlp.data_tools.scenes`."""
+    """Scene `index` of a split: {"background", "groups", "relation", "objects"}; see
+    `vlp.data_tools.scenes`.
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
     while True:  # a draw that belongs to another split is drawn anew
         groups, relation = SPLITS[split](rng, index)
@@ -37,10 +42,17 @@ def sample(index: int, seed: int, split: str) -> dict[str, Any]:
         if _belongs(split, index, background, groups, relation):
             break
     background["offset"] = [round(rng.random(), 3), round(rng.random(), 3)]
-    return {"background": background, "groups": groups, "relation": relation, "objects": _arrange(rng, groups, relation)}
+    return {
+        "background": background,
+        "groups": groups,
+        "relation": relation,
+        "objects": _arrange(rng, groups, relation),
+    }
 
 
-def _belongs(split: str, index: int, background: dict[str, Any], groups: list[Group], relation: str | None) -> bool:
+def _belongs(
+    split: str, index: int, background: dict[str, Any], groups: list[Group], relation: str | None
+) -> bool:
     novel = bool(heldout(groups))
     if novel or wants_novel(split, index):
         return novel and wants_novel(split, index)
@@ -48,8 +60,12 @@ def _belongs(split: str, index: int, background: dict[str, Any], groups: list[Gr
 
 
 def wants_novel(split: str, index: int) -> bool:
-    """Whether this scene shows a combination that training never does: all of `heldout`, every third of `counting`."""
-    return split in ("heldout", "novel_zeroshot") or (split == "counting" and index // len(COUNTED) % 3 == 2)
+    """Whether this scene shows a combination that training never does: all of `heldout`, every
+    third of `counting`.
+    """
+    return split in ("heldout", "novel_zeroshot") or (
+        split == "counting" and index // len(COUNTED) % 3 == 2
+    )
 
 
 def _group(rng: random.Random, count: int, kind: tuple[str, str], large_up_to: int) -> Group:
@@ -58,7 +74,9 @@ def _group(rng: random.Random, count: int, kind: tuple[str, str], large_up_to: i
 
 
 def _single(rng: random.Random, index: int) -> tuple[list[Group], None]:
-    return [_group(rng, rng.choices(range(1, 11), SINGLE_COUNTS)[0], rng.choice(KINDS), large_up_to=4)], None
+    return [
+        _group(rng, rng.choices(range(1, 11), SINGLE_COUNTS)[0], rng.choice(KINDS), large_up_to=4)
+    ], None
 
 
 def _pair(rng: random.Random, index: int) -> tuple[list[Group], str]:
@@ -68,7 +86,9 @@ def _pair(rng: random.Random, index: int) -> tuple[list[Group], str]:
     counts = rng.sample([first, second], 2)
     kinds = rng.sample(KINDS, 2)
     crowded = max(counts) > 4  # a large group leaves room for one row or column of small objects
-    return [_group(rng, n, kind, 0 if crowded else 2) for n, kind in zip(counts, kinds)], rng.choice(list(OPPOSITE))
+    return [
+        _group(rng, n, kind, 0 if crowded else 2) for n, kind in zip(counts, kinds)
+    ], rng.choice(list(OPPOSITE))
 
 
 def _mixed(rng: random.Random, index: int) -> tuple[list[Group], str | None]:
@@ -76,16 +96,25 @@ def _mixed(rng: random.Random, index: int) -> tuple[list[Group], str | None]:
 
 
 def _pair_of_two_kinds(rng: random.Random, index: int) -> tuple[list[Group], str]:
-    """A pair whose colors and shapes both differ and may be exchanged without leaving what training shows."""
+    """A pair whose colors and shapes both differ and may be exchanged without leaving what training
+    shows.
+    """
     while True:
         (a, b), relation = _pair(rng, index)
-        exchanged = [{**a, "color": b["color"]}, {**b, "color": a["color"]}, {**a, "count": b["count"]}, {**b, "count": a["count"]}]
+        exchanged = [
+            {**a, "color": b["color"]},
+            {**b, "color": a["color"]},
+            {**a, "count": b["count"]},
+            {**b, "count": a["count"]},
+        ]
         if a["color"] != b["color"] and a["shape"] != b["shape"] and not heldout(exchanged):
             return [a, b], relation
 
 
 def _classified(kinds: list[tuple[str, str]]) -> Any:
-    """Single-kind scenes of several objects, the kinds in turn, so that every class has as many scenes."""
+    """Single-kind scenes of several objects, the kinds in turn, so that every class has as many
+    scenes.
+    """
 
     def draw(rng: random.Random, index: int) -> tuple[list[Group], None]:
         return [_group(rng, rng.randint(2, 6), kinds[index % len(kinds)], large_up_to=4)], None
@@ -94,7 +123,9 @@ def _classified(kinds: list[tuple[str, str]]) -> Any:
 
 
 def _counting(rng: random.Random, index: int) -> tuple[list[Group], None]:
-    """Small objects of one kind, the numbers two to ten in turn; where a novel scene is due, by its count alone."""
+    """Small objects of one kind, the numbers two to ten in turn; where a novel scene is due, by its
+    count alone.
+    """
     count = COUNTED[index % len(COUNTED)]
     novel = wants_novel("counting", index)
     kinds = [kind for kind in TRAINED_KINDS if ((count, kind[1]) in HELDOUT_COUNTS) == novel]
@@ -117,23 +148,38 @@ SPLITS = {
 
 
 def _arrange(rng: random.Random, groups: list[Group], relation: str | None) -> list[dict[str, Any]]:
-    """Places every object: groups on their sides of a cut through the picture, objects in jittered cells of a grid."""
+    """Places every object: groups on their sides of a cut through the picture, objects in jittered
+    cells of a grid.
+    """
     diameters = [round(rng.uniform(*SIZES[g["size"]]), 4) for g in groups]
     placed = []
     for group, diameter, area in zip(groups, diameters, _areas(rng, groups, diameters, relation)):
         for x, y in _cells(rng, group["count"], diameter + GAP, area):
-            placed.append({
-                "shape": group["shape"], "color": group["color"], "size": group["size"],
-                "x": round(x, 4), "y": round(y, 4), "diameter": diameter, "angle": rng.choice(ANGLES),
-            })  # fmt: skip
+            placed.append(
+                {
+                    "shape": group["shape"],
+                    "color": group["color"],
+                    "size": group["size"],
+                    "x": round(x, 4),
+                    "y": round(y, 4),
+                    "diameter": diameter,
+                    "angle": rng.choice(ANGLES),
+                }
+            )
     return placed
 
 
-def _areas(rng: random.Random, groups: list[Group], diameters: list[float], relation: str | None) -> list[tuple[float, ...]]:
-    """One rectangle (x, y, width, height) a group; the cut lies anywhere that leaves both groups enough room."""
+def _areas(
+    rng: random.Random, groups: list[Group], diameters: list[float], relation: str | None
+) -> list[tuple[float, ...]]:
+    """One rectangle (x, y, width, height) a group; the cut lies anywhere that leaves both groups
+    enough room.
+    """
     if relation is None:
         return [(0.0, 0.0, 1.0, 1.0)]
-    needed = [math.ceil(g["count"] / int(1 / (d + GAP))) * (d + GAP) for g, d in zip(groups, diameters)]
+    needed = [
+        math.ceil(g["count"] / int(1 / (d + GAP))) * (d + GAP) for g, d in zip(groups, diameters)
+    ]
     if relation in ("right", "below"):  # the first group lies behind the cut
         needed.reverse()
     slack = 1 - sum(needed)
@@ -146,8 +192,12 @@ def _areas(rng: random.Random, groups: list[Group], diameters: list[float], rela
     return [(0.0, start, 1.0, length) for start, length in spans]
 
 
-def _cells(rng: random.Random, count: int, cell: float, area: tuple[float, ...]) -> list[tuple[float, float]]:
-    """Centres of `count` objects, each in a cell of its own of a random grid that has enough of them."""
+def _cells(
+    rng: random.Random, count: int, cell: float, area: tuple[float, ...]
+) -> list[tuple[float, float]]:
+    """Centres of `count` objects, each in a cell of its own of a random grid that has enough of
+    them.
+    """
     x, y, width, height = area
     grids = [
         (columns, rows)
@@ -159,6 +209,9 @@ def _cells(rng: random.Random, count: int, cell: float, area: tuple[float, ...])
     w, h = width / columns, height / rows
     chosen = rng.sample(range(columns * rows), count)
     return [
-        (x + (i % columns) * w + rng.uniform(cell / 2, w - cell / 2), y + i // columns * h + rng.uniform(cell / 2, h - cell / 2))
+        (
+            x + (i % columns) * w + rng.uniform(cell / 2, w - cell / 2),
+            y + i // columns * h + rng.uniform(cell / 2, h - cell / 2),
+        )
         for i in chosen
     ]

@@ -1,4 +1,6 @@
-"""The newest checkpoint on the run's own evaluation sets, a bounded sample of each; what cannot be had is a note."""
+"""The newest checkpoint on the run's own evaluation sets, a bounded sample of each; what cannot be
+had is a note.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ from vlp.eval.report.runs import Run
 from vlp.eval.tasks import negatives
 from vlp.privacy import private
 
-PROOFS = ("counting", "binding", "relations", "order")  # sets that `vlp data scenes` and the demo lay beside the others
+PROOFS = (
+    "counting",
+    "binding",
+    "relations",
+    "order",
+)  # sets that `vlp data scenes` and the demo lay beside the others
 MAX_PROMPTS = 2000  # classes × templates; more templates are left out
 WORST, QUERIES, EXAMPLES = 10, 6, 5
 THUMBNAIL_PX = 96
@@ -34,7 +41,9 @@ EXPECTED = (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError)
 
 @dataclass
 class Evidence:
-    """What the model shows. A part that could not be made is None or empty, and `notes` say why, by section."""
+    """What the model shows. A part that could not be made is None or empty, and `notes` say why, by
+    section.
+    """
 
     model: str = ""  # the checkpoint's name
     space: Space | None = None
@@ -62,7 +71,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{Path(error.filename).name}: {error.strerror}"
     ours = type(error).__module__.startswith("vlp.")
-    return str(error) if ours or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return (
+        str(error) if ours or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,14 +137,19 @@ def beside(run: Run) -> list[str]:
 
 
 def look(run: Run, data: list[str], samples: int) -> Evidence:
-    """What the page shows of the run's newest complete checkpoint: at most `samples` items of each set.
+    """What the page shows of the run's newest complete checkpoint: at most `samples` items of each
+    set.
 
     `data`: sets with negatives besides those of the run's configuration.
     """
     evidence = Evidence()
     path = checkpoint.newest(run.folder)
     if path is None:
-        damaged = f"all {len(run.checkpoints)} checkpoints are damaged" if run.checkpoints else "the run has no checkpoint"
+        damaged = (
+            f"all {len(run.checkpoints)} checkpoints are damaged"
+            if run.checkpoints
+            else "the run has no checkpoint"
+        )
         evidence.note("model", f"{damaged}; only what the run logged is shown")
         return evidence
     with evidence.attempt("model", f"the model of {path.name} cannot be loaded"):
@@ -141,7 +157,9 @@ def look(run: Run, data: list[str], samples: int) -> Evidence:
         evidence.model = path.name
     if not evidence.model:
         return evidence
-    parts = _Parts(encoder, run, evidence, samples, embed.Context(workers=min(4, os.cpu_count() or 1)))
+    parts = _Parts(
+        encoder, run, evidence, samples, embed.Context(workers=min(4, os.cpu_count() or 1))
+    )
     parts.pairs()
     parts.classes()
     parts.proofs(data)
@@ -168,9 +186,14 @@ class _Parts:
             captions = [c for r in records for c in r.captions]
             owner = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
             pictures = [r.picture for r in records]
-            image, text = embed.images(self.encoder, pictures, self.context), embed.texts(self.encoder, captions, self.context)
+            image, text = (
+                embed.images(self.encoder, pictures, self.context),
+                embed.texts(self.encoder, captions, self.context),
+            )
             first = torch.tensor([owner.tolist().index(i) for i in range(len(records))])
-            self.evidence.space = _space(source.name, [captions[i] for i in first], image, text[first])
+            self.evidence.space = _space(
+                source.name, [captions[i] for i in first], image, text[first]
+            )
             self.evidence.sheets = _sheets(source.name, pictures, captions, owner, image, text)
 
     def classes(self) -> None:
@@ -179,7 +202,10 @@ class _Parts:
         if data is None:
             return
         if data.labels.ndim == 2:
-            self.evidence.note("classes", f"{data.source.name} has several labels a picture: no confusion of classes")
+            self.evidence.note(
+                "classes",
+                f"{data.source.name} has several labels a picture: no confusion of classes",
+            )
             return
         with self.evidence.attempt("classes", data.source.name):
             places = _sample(range(len(data.labels)), self.samples)
@@ -192,14 +218,23 @@ class _Parts:
             worst = findings.confusions(image, classes, labels, WORST)
             accuracy = float(((image @ classes.T).argmax(1) == labels).double().mean())
             shown = {c.wrong: thumbnail(pictures[c.wrong]) for c in worst if c.wrong is not None}
-            self.evidence.confusion = Confusion(data.source.name, len(labels), accuracy, data.classes, worst, shown)
+            self.evidence.confusion = Confusion(
+                data.source.name, len(labels), accuracy, data.classes, worst, shown
+            )
 
     def proofs(self, more: list[str]) -> None:
         """Examples from every set with negatives: the configuration's, and `more`."""
-        configured = [p.options for p in _tasks(self.run, self.evidence, "examples", ("negatives",))]
-        wanted = {Path(o.data).resolve(): o for o in (*(negatives.Options(p) for p in more), *configured)}
+        configured = [
+            p.options for p in _tasks(self.run, self.evidence, "examples", ("negatives",))
+        ]
+        wanted = {
+            Path(o.data).resolve(): o for o in (*(negatives.Options(p) for p in more), *configured)
+        }
         if not wanted:
-            self.evidence.note("examples", "no set with negatives: name one under eval (task negatives) or with --data")
+            self.evidence.note(
+                "examples",
+                "no set with negatives: name one under eval (task negatives) or with --data",
+            )
         for options in wanted.values():
             with self.evidence.attempt("examples", Path(options.data).name):
                 self.evidence.examples.append(self._examples(negatives.read(options)))
@@ -207,9 +242,16 @@ class _Parts:
     def _examples(self, data: negatives.Data) -> ExampleSet:
         choices = _sample(data.choices, self.samples)
         captions = [choice.captions for choice in choices]
-        scores = _choices.cosines(self.encoder, [choice.picture for choice in choices], captions, self.context)
+        scores = _choices.cosines(
+            self.encoder, [choice.picture for choice in choices], captions, self.context
+        )
         shown, hits = findings.choices(scores, EXAMPLES)
-        items = [Example(thumbnail(choices[i].picture), list(zip(captions[i], scores[i].tolist())), hits[i]) for i in shown]
+        items = [
+            Example(
+                thumbnail(choices[i].picture), list(zip(captions[i], scores[i].tolist())), hits[i]
+            )
+            for i in shown
+        ]
         chance = sum(1 / len(c) for c in captions) / len(captions)
         return ExampleSet(data.source.name, len(hits), sum(hits) / len(hits), chance, items)
 
@@ -219,23 +261,31 @@ class _Parts:
             with self.evidence.attempt(section, task.label):
                 return task.module.read(task.options)
         if not tasks:
-            self.evidence.note(section, f"the configuration's eval section names no {' or '.join(names)} task")
+            self.evidence.note(
+                section, f"the configuration's eval section names no {' or '.join(names)} task"
+            )
         return None
 
 
-def _tasks(run: Run, evidence: Evidence, section: str, names: tuple[str, ...]) -> list[plugin.Plugin]:
+def _tasks(
+    run: Run, evidence: Evidence, section: str, names: tuple[str, ...]
+) -> list[plugin.Plugin]:
     """The configured tasks of these names, in their order; one that cannot be understood is noted."""
     chosen = []
     for name in names:
         options = (run.config.get("eval") or {}).get(name, [])
         for item in options if isinstance(options, list) else [options]:
             with evidence.attempt(section, f"eval.{name}"):
-                chosen += [_located(task, run) for task in plugin.keyed("vlp.eval.tasks", {name: item})]
+                chosen += [
+                    _located(task, run) for task in plugin.keyed("vlp.eval.tasks", {name: item})
+                ]
     return chosen
 
 
 def _located(task: plugin.Plugin, run: Run) -> plugin.Plugin:
-    """The task with paths that lay inside the run's folder found there, if the run was moved or another folder is current."""
+    """The task with paths that lay inside the run's folder found there, if the run was moved or
+    another folder is current.
+    """
     out = Path(str(run.config.get("out", "")))
     moved = {}
     for key in {"data", "images"} & {f.name for f in fields(task.options)}:
@@ -246,7 +296,9 @@ def _located(task: plugin.Plugin, run: Run) -> plugin.Plugin:
 
 
 def _sample(items: Any, n: int) -> list:
-    """At most `n` of the items, always the same ones, in their order; drawn, because sets often go round by class."""
+    """At most `n` of the items, always the same ones, in their order; drawn, because sets often go
+    round by class.
+    """
     if len(items) <= n:
         return list(items)
     return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), n))]
@@ -261,17 +313,44 @@ def _space(name: str, captions: list[str], image: Tensor, text: Tensor) -> Space
         "effective rank of images": lambda: metrics.effective_rank(image),
         "effective rank of texts": lambda: metrics.effective_rank(text),
     }
-    return Space(name, captions, findings.projection(image, text), {k: measure() for k, measure in measures.items()})
+    return Space(
+        name,
+        captions,
+        findings.projection(image, text),
+        {k: measure() for k, measure in measures.items()},
+    )
 
 
-def _sheets(name: str, pictures: list[Picture], captions: list[str], owner: Tensor, image: Tensor, text: Tensor) -> Sheets:
+def _sheets(
+    name: str,
+    pictures: list[Picture],
+    captions: list[str],
+    owner: Tensor,
+    image: Tensor,
+    text: Tensor,
+) -> Sheets:
     image_ranks, text_ranks = metrics.retrieval_ranks(image, text, owner)
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
     by_text = findings.queries(text, image, right, text_ranks, QUERIES)
     by_image = findings.queries(image, text, right.T, image_ranks, QUERIES)
-    shown = {j for q in by_text for j, _, _ in q.best} | {q.right[0] for q in by_text} | {q.place for q in by_image}
-    recall = {"by_text": float((text_ranks == 1).double().mean()), "by_image": float((image_ranks == 1).double().mean())}
-    return Sheets(name, captions, len(image), recall, by_text, by_image, {i: thumbnail(pictures[i]) for i in sorted(shown)})
+    shown = (
+        {j for q in by_text for j, _, _ in q.best}
+        | {q.right[0] for q in by_text}
+        | {q.place for q in by_image}
+    )
+    recall = {
+        "by_text": float((text_ranks == 1).double().mean()),
+        "by_image": float((image_ranks == 1).double().mean()),
+    }
+    return Sheets(
+        name,
+        captions,
+        len(image),
+        recall,
+        by_text,
+        by_image,
+        {i: thumbnail(pictures[i]) for i in sorted(shown)},
+    )
 
 
 def thumbnail(picture: Picture) -> str:

@@ -1,4 +1,6 @@
-"""What embeddings show, as plain values: a projection, confusions, rankings, choices. Pure functions of tensors."""
+"""What embeddings show, as plain values: a projection, confusions, rankings, choices. Pure
+functions of tensors.
+"""
 
 from __future__ import annotations
 
@@ -45,23 +47,34 @@ class Query:
 
 
 def projection(image: Tensor, text: Tensor) -> Projection:
-    """Principal components of both kinds together, by an exact singular value decomposition of the centred rows [2n, D].
+    """Principal components of both kinds together, by an exact singular value decomposition of the
+    centred rows [2n, D].
 
-    Each direction's sign is chosen so that its largest weight is positive: the same model gives the same picture.
+    Each direction's sign is chosen so that its largest weight is positive: the same model gives the
+    same picture.
     """
     rows = torch.cat([image, text]).double()
     centred = rows - rows.mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
-    two = directions[:2] * directions[:2].gather(1, directions[:2].abs().argmax(1, keepdim=True)).sign()
+    two = (
+        directions[:2]
+        * directions[:2].gather(1, directions[:2].abs().argmax(1, keepdim=True)).sign()
+    )
     flat = centred @ two.T
     total = float(values.square().sum()) or 1.0
     shares = [float(v) for v in values[:2].square() / total]
     places = [tuple(p) for p in torch.nn.functional.pad(flat, (0, 2 - flat.shape[1])).tolist()]
-    return Projection(places[: len(image)], places[len(image) :], (shares[0], shares[1] if len(shares) > 1 else 0.0))
+    return Projection(
+        places[: len(image)],
+        places[len(image) :],
+        (shares[0], shares[1] if len(shares) > 1 else 0.0),
+    )
 
 
 def confusions(image: Tensor, classes: Tensor, labels: Tensor, worst: int) -> list[ClassAnswers]:
-    """The `worst` classes by recall (then by how many pictures show it), worst first. Ties go as in `metrics.class_ranks`."""
+    """The `worst` classes by recall (then by how many pictures show it), worst first. Ties go as in
+    `metrics.class_ranks`.
+    """
     answers = (image @ classes.T).argmax(1)
     found = []
     for number in labels.unique().tolist():
@@ -75,7 +88,9 @@ def confusions(image: Tensor, classes: Tensor, labels: Tensor, worst: int) -> li
 
 
 def queries(query: Tensor, candidates: Tensor, right: Tensor, ranks: Tensor, n: int) -> list[Query]:
-    """`n` queries, failures first (the lowest ranked of all first), then hits. `right`: [queries, candidates] bool."""
+    """`n` queries, failures first (the lowest ranked of all first), then hits. `right`: [queries,
+    candidates] bool.
+    """
     order = torch.argsort(ranks, descending=True, stable=True).tolist()
     order = _one_each(order, [tuple(row.nonzero()[:, 0].tolist()) for row in right])
     failures = [i for i in order if ranks[i] > 1]
@@ -85,14 +100,18 @@ def queries(query: Tensor, candidates: Tensor, right: Tensor, ranks: Tensor, n: 
     for i in failures[:n_failures] + hits[: n - n_failures]:
         scores = query[i] @ candidates.T
         top = scores.topk(min(TOP, len(scores)))
-        best = [(j, s, bool(right[i, j])) for s, j in zip(top.values.tolist(), top.indices.tolist())]
+        best = [
+            (j, s, bool(right[i, j])) for s, j in zip(top.values.tolist(), top.indices.tolist())
+        ]
         own = int(scores.masked_fill(~right[i], -torch.inf).argmax())
         shown.append(Query(i, int(ranks[i]), best, (own, float(scores[own]))))
     return shown
 
 
 def _one_each(order: list[int], answers: list[tuple[int, ...]]) -> list[int]:
-    """The first query of each right answer: an image's captions often fail alike, and one of them says it."""
+    """The first query of each right answer: an image's captions often fail alike, and one of them
+    says it.
+    """
     first: dict[tuple[int, ...], int] = {}
     for i in order:
         first.setdefault(answers[i], i)
@@ -100,7 +119,8 @@ def _one_each(order: list[int], answers: list[tuple[int, ...]]) -> list[int]:
 
 
 def choices(scores: Sequence[Tensor], n: int) -> tuple[list[int], list[bool]]:
-    """Places of `n` items to show, clearest failures first and at least two hits if there are; and which items are hits.
+    """Places of `n` items to show, clearest failures first and at least two hits if there are; and
+    which items are hits.
 
     `scores`: of each item's true caption, then of its negatives.
     """

@@ -1,4 +1,6 @@
-"""HTML from Python: whatever is not `Html` is escaped, so no caption, path or message can become markup."""
+"""HTML from Python: whatever is not `Html` is escaped, so no caption, path or message can become
+markup.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ class Html(str):
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
-    """An element. Children are Html, text (escaped), numbers, None (nothing) or lists of these; `class_` means class."""
+    """An element. Children are Html, text (escaped), numbers, None (nothing) or lists of these;
+    `class_` means class.
+    """
     marks = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items() if value is not None
+        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
     )
     return Html(f"<{name}{marks}>" if name in VOID else f"<{name}{marks}>{join(children)}</{name}>")
 
@@ -37,7 +43,13 @@ def join(children: Iterable[Any]) -> Html:
 
 def section(key: str, title: str, *children: Any, lead: str | None = None) -> Html:
     """A part of the page with its heading, and one sentence on what it shows."""
-    return tag("section", tag("h2", title), tag("p", lead, class_="lead") if lead else None, *children, id=key)
+    return tag(
+        "section",
+        tag("h2", title),
+        tag("p", lead, class_="lead") if lead else None,
+        *children,
+        id=key,
+    )
 
 
 def note(text: str) -> Html:
@@ -51,13 +63,19 @@ def more(title: str, *children: Any, open_: bool = False) -> Html:
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], numeric: int = 1) -> Html:
-    """A table that scrolls in itself where it is too wide; columns from `numeric` on are aligned as numbers."""
+    """A table that scrolls in itself where it is too wide; columns from `numeric` on are aligned as
+    numbers.
+    """
 
     def cells(kind: str, row: Sequence[Any]) -> list[Html]:
         return [tag(kind, cell, class_="n" if i >= numeric else None) for i, cell in enumerate(row)]
 
     body = [tag("tr", cells("td", row)) for row in rows]
-    return tag("div", tag("table", tag("thead", tag("tr", cells("th", head))), tag("tbody", body)), class_="wide")
+    return tag(
+        "div",
+        tag("table", tag("thead", tag("tr", cells("th", head))), tag("tbody", body)),
+        class_="wide",
+    )
 
 
 def number(value: float) -> str:
@@ -71,18 +89,27 @@ def number(value: float) -> str:
 
 
 def page(title: str, sections: Sequence[Html], kind: str = "vlp report") -> str:
-    """The whole document, with its style and its few lines of script inside; `kind` says which command made it."""
+    """The whole document, with its style and its few lines of script inside; `kind` says which
+    command made it.
+    """
     own = resources.files("vlp.eval.report")
     style, script = ((own / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
     names = [re.search(r'id="([\w-]+)"><h2>([^<]*)', s) for s in sections]
     links = [tag("a", Html(found[2]), href=f"#{found[1]}") for found in names if found]
     head = tag(
-        "head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"), tag("title", f"{title} · {kind}"),
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", f"{title} · {kind}"),
         tag("style", Html(style)),
-    )  # fmt: skip
+    )
     body = tag(
-        "body", tag("header", tag("p", kind, class_="kind"), tag("h1", title)), tag("nav", links),
-        tag("main", sections), tag("div", id="tip", hidden="hidden"), tag("script", Html(script)),
-    )  # fmt: skip
+        "body",
+        tag("header", tag("p", kind, class_="kind"), tag("h1", title)),
+        tag("nav", links),
+        tag("main", sections),
+        tag("div", id="tip", hidden="hidden"),
+        tag("script", Html(script)),
+    )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"

@@ -31,13 +31,39 @@ SAMPLES = 400
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.add_argument("run_folder", metavar="RUN", help="a run's folder; it may still be going, or have crashed")
-    parser.add_argument("other", nargs="?", metavar="OTHER", help="a second run, shown in full beside the first")
-    parser.add_argument("--against", metavar="OTHER", help="a run to hold RUN against: its curves, scores and configuration only")
-    parser.add_argument("--to", metavar="FILE", help="file to write (default: RUN/report.html; for two runs RUN/report-OTHER.html)")
-    parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help="more shards with negatives, for examples")
-    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="at most so many of a set (default: %(default)s)")
-    parser.add_argument("--no-model", action="store_true", help="only what the run wrote down; no model is loaded")
+    parser.add_argument(
+        "run_folder", metavar="RUN", help="a run's folder; it may still be going, or have crashed"
+    )
+    parser.add_argument(
+        "other", nargs="?", metavar="OTHER", help="a second run, shown in full beside the first"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="a run to hold RUN against: its curves, scores and configuration only",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="FILE",
+        help="file to write (default: RUN/report.html; for two runs RUN/report-OTHER.html)",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="more shards with negatives, for examples",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        metavar="N",
+        help="at most so many of a set (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-model", action="store_true", help="only what the run wrote down; no model is loaded"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,9 +73,14 @@ def run(options: argparse.Namespace) -> int:
     if options.samples < 5:
         raise ValueError(f"--samples is {options.samples}; expected at least 5")
     written = write(
-        options.run_folder, options.other or options.against, to=options.to, with_model=not options.no_model,
-        both=options.other is not None, data=options.data, samples=options.samples,
-    )  # fmt: skip
+        options.run_folder,
+        options.other or options.against,
+        to=options.to,
+        with_model=not options.no_model,
+        both=options.other is not None,
+        data=options.data,
+        samples=options.samples,
+    )
     print(f"{written} ({written.stat().st_size / 1024:.0f} kB)")
     return 0
 
@@ -64,10 +95,12 @@ def write(
     data: list[str] | None = None,
     samples: int = SAMPLES,
 ) -> Path:
-    """Write the page about the run in `folder`, beside `other` if given; returns the file, written whole or not at all.
+    """Write the page about the run in `folder`, beside `other` if given; returns the file, written
+    whole or not at all.
 
-    `both`: the second run's model is looked at, too. `data`: more sets with negatives. `samples`: bound on what is
-    embedded of each set. What a run lacks is said in the page; a folder that is no run is a ValueError.
+    `both`: the second run's model is looked at, too. `data`: more sets with negatives. `samples`:
+    bound on what is embedded of each set. What a run lacks is said in the page; a folder that is no
+    run is a ValueError.
     """
     from vlp.eval.report import runs
 
@@ -76,7 +109,9 @@ def write(
         runs.tell_apart(*found)
     target = Path(to) if to is not None else _default(found)
     if target.is_dir():
-        raise ValueError(f"--to {target} is a folder; name a file, such as {target / 'report.html'}")
+        raise ValueError(
+            f"--to {target} is a folder; name a file, such as {target / 'report.html'}"
+        )
     looked_at = found[: 1 + both] if with_model else []
     evidence = _look(looked_at, data or [], samples)
     evidence += [None] * (len(found) - len(evidence))

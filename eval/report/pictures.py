@@ -1,4 +1,6 @@
-"""The page's sections that show the model at work: embeddings, confusions, retrieval, choices between captions."""
+"""The page's sections that show the model at work: embeddings, confusions, retrieval, choices
+between captions.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,12 @@ def space(found: list[Run], evidence: Seen, with_model: bool) -> Html:
             return _notes(seen, "pairs", "No embeddings to show.")
         got, flat = seen.space, seen.space.plane
         pairs = list(zip(flat.image, flat.text, got.captions))[:MAX_PAIRS]
-        shares = "Principal components 1 and 2 of both kinds together carry {:.0%} and {:.0%} of the variance.".format(*flat.shares)
-        measures = table(["on these pairs", "value"], [[k, number(v)] for k, v in got.measures.items()])
+        shares = "Principal components 1 and 2 of both kinds together carry {:.0%} and {:.0%} of the variance.".format(
+            *flat.shares
+        )
+        measures = table(
+            ["on these pairs", "value"], [[k, number(v)] for k, v in got.measures.items()]
+        )
         text = f"{len(pairs)} of {len(got.captions)} pairs of {got.dataset}. {shares}"
         drawing = scatter(pairs, ("images", "texts"), f"links-{found.index(run)}")
         return [tag("div", drawing, tag("div", tag("p", text), measures), class_="beside")]
@@ -50,23 +56,33 @@ def confusion(found: list[Run], evidence: Seen, with_model: bool) -> Html:
             return _notes(seen, "classes", "No zero-shot classes to show.")
         rows = []
         for c in got.worst:
-            thumb = _image(got.thumbnails[c.wrong], got.names[c.number]) if c.wrong is not None else ""
+            thumb = (
+                _image(got.thumbnails[c.wrong], got.names[c.number]) if c.wrong is not None else ""
+            )
             others = [(n, k) for k, n in c.answers.most_common(4) if k != c.number][:3]
             chips = [tag("span", got.names[k], tag("b", n), class_="chip") for n, k in others]
             shown = tag("span", thumb, got.names[c.number], class_="item")
             rows.append([shown, tag("div", chips, class_="chips"), f"{c.hits} / {c.n}"])
         line = f"{got.dataset}: accuracy {got.accuracy:.1%} on {got.n} pictures, {len(got.names)} classes."
-        return [tag("p", line), table(["class", "taken for", "recognised"], rows, numeric=2), _matrix(got)]
+        return [
+            tag("p", line),
+            table(["class", "taken for", "recognised"], rows, numeric=2),
+            _matrix(got),
+        ]
 
     lead = "Zero-shot classification, classes of the lowest recall first; a picture that was mistaken beside each."
-    return section("confusion", "Confused classes", _each(found, evidence, with_model, classes), lead=lead)
+    return section(
+        "confusion", "Confused classes", _each(found, evidence, with_model, classes), lead=lead
+    )
 
 
 def _matrix(got: model.Confusion) -> Html:
     """Shares of answers: a row a worst class, a column an answer that they got most often."""
     rows = [c.number for c in got.worst]
     counts = {k: sum(c.answers[k] for c in got.worst) for c in got.worst for k in c.answers}
-    others = sorted((k for k in counts if k not in rows), key=lambda k: -counts[k])[: max(0, 16 - len(rows))]
+    others = sorted((k for k in counts if k not in rows), key=lambda k: -counts[k])[
+        : max(0, 16 - len(rows))
+    ]
     columns = [*rows, *others]
     head = tag("tr", tag("th", ""), [tag("th", tag("span", got.names[k])) for k in columns])
     body = []
@@ -77,8 +93,18 @@ def _matrix(got: model.Confusion) -> Html:
             kind = "hit" if k == c.number else None
             cells.append(tag("td", c.answers[k] or "", class_=kind, style=f"--share:{share:.2f}"))
         body.append(tag("tr", tag("th", got.names[c.number]), cells))
-    caption = tag("p", "Rows: the class shown; columns: the answer; framed: the right one.", class_="small")
-    return tag("div", caption, tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="matrix"), class_="wide"))
+    caption = tag(
+        "p", "Rows: the class shown; columns: the answer; framed: the right one.", class_="small"
+    )
+    return tag(
+        "div",
+        caption,
+        tag(
+            "div",
+            tag("table", tag("thead", head), tag("tbody", body), class_="matrix"),
+            class_="wide",
+        ),
+    )
 
 
 def retrieval(found: list[Run], evidence: Seen, with_model: bool) -> Html:
@@ -93,9 +119,12 @@ def retrieval(found: list[Run], evidence: Seen, with_model: bool) -> Html:
         by_text = [_found_images(q, got) for q in got.by_text]
         by_image = [_found_texts(q, got) for q in got.by_image]
         return [
-            tag("p", line), tag("h4", "A text looks for its image"), tag("div", by_text, class_="queries"),
-            tag("h4", "An image looks for its text"), tag("div", by_image, class_="queries"),
-        ]  # fmt: skip
+            tag("p", line),
+            tag("h4", "A text looks for its image"),
+            tag("div", by_text, class_="queries"),
+            tag("h4", "An image looks for its text"),
+            tag("div", by_image, class_="queries"),
+        ]
 
     lead = "The five best answers to a query, failures first. The right one is framed; the number is the cosine."
     return section("retrieval", "Retrieval", _each(found, evidence, with_model, sheets), lead=lead)
@@ -104,25 +133,43 @@ def retrieval(found: list[Run], evidence: Seen, with_model: bool) -> Html:
 def _found_images(query: Query, got: model.Sheets) -> Html:
     def cell(place: int, score: float, right: bool, extra: str = "") -> Html:
         picture = _image(got.thumbnails[place], got.captions[query.place] if right else "candidate")
-        return tag("figure", picture, tag("figcaption", f"{score:.2f}{extra}"), class_="right" if right else None)
+        return tag(
+            "figure",
+            picture,
+            tag("figcaption", f"{score:.2f}{extra}"),
+            class_="right" if right else None,
+        )
 
     cells = [cell(*candidate) for candidate in query.best]
     if not any(right for _, _, right in query.best):
         cells.append(cell(*query.right, True, f" · rank {query.rank}"))
-    return _query(query, tag("p", got.captions[query.place], class_="said"), tag("div", cells, class_="strip"))
+    return _query(
+        query, tag("p", got.captions[query.place], class_="said"), tag("div", cells, class_="strip")
+    )
 
 
 def _found_texts(query: Query, got: model.Sheets) -> Html:
-    rows = [_said(got.captions[place], score, "right" if right else None) for place, score, right in query.best]
+    rows = [
+        _said(got.captions[place], score, "right" if right else None)
+        for place, score, right in query.best
+    ]
     if not any(right for _, _, right in query.best):
         place, score = query.right
         rows.append(_said(f"{got.captions[place]} · rank {query.rank}", score, "right"))
-    return _query(query, _image(got.thumbnails[query.place], "query"), tag("ol", rows, class_="texts"))
+    return _query(
+        query, _image(got.thumbnails[query.place], "query"), tag("ol", rows, class_="texts")
+    )
 
 
 def _query(query: Query, asked: Html, answers: Html) -> Html:
     mark = "found" if query.rank == 1 else f"rank {query.rank}"
-    return tag("article", tag("span", mark, class_="mark-ok" if query.rank == 1 else "mark-bad"), asked, answers, class_="query")
+    return tag(
+        "article",
+        tag("span", mark, class_="mark-ok" if query.rank == 1 else "mark-bad"),
+        asked,
+        answers,
+        class_="query",
+    )
 
 
 def _said(text: str, score: float, kind: str | None) -> Html:
@@ -130,24 +177,42 @@ def _said(text: str, score: float, kind: str | None) -> Html:
 
 
 def examples(found: list[Run], evidence: Seen, with_model: bool) -> Html:
-    """Pictures with captions that differ in a number, an attribute, a relation or the order of words."""
+    """Pictures with captions that differ in a number, an attribute, a relation or the order of
+    words.
+    """
 
     def sets(run: Run, seen: model.Evidence) -> list[Html | None]:
         shown = _notes(seen, "examples", None)
         for got in seen.examples:
-            head = tag("h4", got.name, tag("small", f"{got.accuracy:.1%} right of {got.n}, chance {got.chance:.1%}"))
+            head = tag(
+                "h4",
+                got.name,
+                tag("small", f"{got.accuracy:.1%} right of {got.n}, chance {got.chance:.1%}"),
+            )
             shown += [head, tag("div", [_example(item) for item in got.items], class_="queries")]
         return shown
 
-    lead = "The true caption, framed, must score above the others. Clearest failures first, then hits."
-    return section("examples", "Counting and composition", _each(found, evidence, with_model, sets), lead=lead)
+    lead = (
+        "The true caption, framed, must score above the others. Clearest failures first, then hits."
+    )
+    return section(
+        "examples", "Counting and composition", _each(found, evidence, with_model, sets), lead=lead
+    )
 
 
 def _example(item: model.Example) -> Html:
     ordered = sorted(enumerate(item.captions), key=lambda c: -c[1][1])
     rows = [_said(text, score, "right" if i == 0 else None) for i, (text, score) in ordered]
-    mark = tag("span", "right" if item.hit else "wrong", class_="mark-ok" if item.hit else "mark-bad")
-    return tag("article", mark, _image(item.thumbnail, item.captions[0][0]), tag("ol", rows, class_="texts"), class_="query")
+    mark = tag(
+        "span", "right" if item.hit else "wrong", class_="mark-ok" if item.hit else "mark-bad"
+    )
+    return tag(
+        "article",
+        mark,
+        _image(item.thumbnail, item.captions[0][0]),
+        tag("ol", rows, class_="texts"),
+        class_="query",
+    )
 
 
 def _image(uri: str, text: str) -> Html:
@@ -160,7 +225,10 @@ def _notes(seen: model.Evidence, key: str, otherwise: str | None) -> list[Html |
 
 
 def _each(
-    found: list[Run], evidence: Seen, with_model: bool, part: Callable[[Run, model.Evidence], list[Html | None]]
+    found: list[Run],
+    evidence: Seen,
+    with_model: bool,
+    part: Callable[[Run, model.Evidence], list[Html | None]],
 ) -> list[Html | list | None]:
     """A part for every run that was looked at, under its name where there are two; else the reason."""
     if not with_model:

@@ -1,4 +1,6 @@
-"""What a run's folder holds, read as far as it goes: runs that are still going, crashed or lost files are no errors."""
+"""What a run's folder holds, read as far as it goes: runs that are still going, crashed or lost
+files are no errors.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)  # records of training steps
     evals: list[dict[str, Any]] = field(default_factory=list)  # records of evaluations
-    results: list[dict[str, Any]] = field(default_factory=list)  # of the last step (vlp.eval.report.records)
+    results: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of the last step (vlp.eval.report.records)
     checkpoints: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)  # state.json of the newest checkpoint
     written: datetime | None = None  # when metrics.jsonl last grew
@@ -45,7 +49,9 @@ class Run:
         try:
             duration, batch = Duration.from_config(train["duration"]), int(train["batch"])
             if duration.unit == "ep":
-                return duration.steps(batch=batch, steps_per_epoch=self.state["loader"]["samples"] // batch)
+                return duration.steps(
+                    batch=batch, steps_per_epoch=self.state["loader"]["samples"] // batch
+                )
             return duration.steps(batch=batch, steps_per_epoch=1)
         except (KeyError, TypeError, ValueError):
             return None  # shown as unknown
@@ -53,7 +59,9 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last planned step has been made."""
-        return bool(self.results) or (self.planned_steps is not None and self.last_step >= self.planned_steps)
+        return bool(self.results) or (
+            self.planned_steps is not None and self.last_step >= self.planned_steps
+        )
 
     def scalar(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a training scalar."""
@@ -77,7 +85,9 @@ def read(folder: Path) -> Run:
     marks = ("config.yaml", "metrics.jsonl", "results.json", checkpoint.FOLDER)
     if not any((folder / mark).exists() for mark in marks):
         what = "is no run: it holds none of" if folder.is_dir() else "is no folder; a run's holds"
-        raise ValueError(f"{folder} {what} {', '.join(marks)}. Give the folder that `vlp train` wrote (its out=…)")
+        raise ValueError(
+            f"{folder} {what} {', '.join(marks)}. Give the folder that `vlp train` wrote (its out=…)"
+        )
     run = Run(folder, folder.resolve().name)
     run.checkpoints = [path.name for path in checkpoint.all_of(folder)]
     run.state = _state(run)
@@ -91,43 +101,58 @@ def read(folder: Path) -> Run:
 def tell_apart(first: Run, second: Run) -> None:
     """Give two runs different names; a ValueError if they are the same."""
     if first.folder.resolve() == second.folder.resolve():
-        raise ValueError(f"{first.folder} and {second.folder} are the same run; name another to compare with")
+        raise ValueError(
+            f"{first.folder} and {second.folder} are the same run; name another to compare with"
+        )
     if first.name == second.name:
-        first.name, second.name = (f"{run.folder.resolve().parent.name}/{run.name}" for run in (first, second))
+        first.name, second.name = (
+            f"{run.folder.resolve().parent.name}/{run.name}" for run in (first, second)
+        )
 
 
 def _state(run: Run) -> dict[str, Any]:
     for name in reversed(run.checkpoints):
         try:
-            return json.loads((run.folder / checkpoint.FOLDER / name / "state.json").read_text(encoding="utf-8"))
+            return json.loads(
+                (run.folder / checkpoint.FOLDER / name / "state.json").read_text(encoding="utf-8")
+            )
         except (OSError, ValueError):
             run.notes.append(f"checkpoint {name} has no readable state.json")
     return {}
 
 
 def _config(run: Run) -> dict[str, Any]:
-    places = ["config.yaml", *(f"{checkpoint.FOLDER}/{name}/config.yaml" for name in reversed(run.checkpoints))]
+    places = [
+        "config.yaml",
+        *(f"{checkpoint.FOLDER}/{name}/config.yaml" for name in reversed(run.checkpoints)),
+    ]
     for place in places:
         try:
             tree = yaml.safe_load((run.folder / place).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            run.notes.append(f"{place} cannot be read ({type(error).__name__}); the configuration may be incomplete")
+            run.notes.append(
+                f"{place} cannot be read ({type(error).__name__}); the configuration may be incomplete"
+            )
             continue
         if isinstance(tree, dict):
             if place != "config.yaml":
                 run.notes.append(f"no readable config.yaml: the configuration is that of {place}")
             return tree
         run.notes.append(f"{place} holds {type(tree).__name__}, expected a mapping")
-    run.notes.append("no configuration: neither the run nor a checkpoint has a readable config.yaml")
+    run.notes.append(
+        "no configuration: neither the run nor a checkpoint has a readable config.yaml"
+    )
     return {}
 
 
 def _metrics(run: Run) -> None:
     path = run.folder / "metrics.jsonl"
     if not path.exists():
-        run.notes.append("no curves: metrics.jsonl is not there (the run has logged nothing yet, or the file was removed)")
+        run.notes.append(
+            "no curves: metrics.jsonl is not there (the run has logged nothing yet, or the file was removed)"
+        )
         return
     run.written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -138,7 +163,11 @@ def _metrics(run: Run) -> None:
             record["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError):
             end = "the last line" if i == len(lines) else f"line {i}"
-            why = "it is cut off, as while a run writes or after it was killed" if i == len(lines) else "it is damaged"
+            why = (
+                "it is cut off, as while a run writes or after it was killed"
+                if i == len(lines)
+                else "it is damaged"
+            )
             run.notes.append(f"{end} of metrics.jsonl was left out: {why}")
             continue
         kind.append(record)
@@ -153,27 +182,40 @@ def _results(run: Run) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        run.notes.append(f"results.json cannot be read ({type(error).__name__}); final scores are those of metrics.jsonl")
+        run.notes.append(
+            f"results.json cannot be read ({type(error).__name__}); final scores are those of metrics.jsonl"
+        )
         return []
 
 
 def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)  # metrics.jsonl holds null for NaN and infinity
+    return value is not None and math.isfinite(
+        value
+    )  # metrics.jsonl holds null for NaN and infinity
 
 
 def _judge(run: Run) -> None:
     """Notes that come from the whole picture."""
     lost = [r["step"] for r in run.train if not _is_finite(r.get("loss", 0.0))]
     if lost:
-        run.notes.append(f"the loss is not finite at step {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
+        run.notes.append(
+            f"the loss is not finite at step {lost[0]}"
+            + (f" and {len(lost) - 1} more" if lost[1:] else "")
+        )
     if not run.checkpoints:
-        run.notes.append("no checkpoint: nothing that needs the model can be shown (embeddings, confusion, sheets, examples)")
+        run.notes.append(
+            "no checkpoint: nothing that needs the model can be shown (embeddings, confusion, sheets, examples)"
+        )
     if not run.finished:
         total = run.planned_steps
         where = f"step {run.last_step:,}" + (f" of {total:,}" if total else "")
         when = f", last written {run.written:%Y-%m-%d %H:%M} UTC" if run.written else ""
-        run.notes.append(f"unfinished: {where}{when}; the run is still going, was stopped or crashed")
+        run.notes.append(
+            f"unfinished: {where}{when}; the run is still going, was stopped or crashed"
+        )
     if run.config and not run.config.get("eval"):
         run.notes.append("no scores: the configuration has no eval section")
     elif run.train and not run.evals and not run.results:
-        run.notes.append("no scores yet: no evaluation of the eval section was due before the run's last step")
+        run.notes.append(
+            "no scores yet: no evaluation of the eval section was due before the run's last step"
+        )

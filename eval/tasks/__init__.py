@@ -1,4 +1,5 @@
-"""Evaluation tasks, one a file. `Common` holds the keys that every task of a training configuration takes.
+"""Evaluation tasks, one a file. `Common` holds the keys that every task of a training configuration
+takes.
 
 A task's file holds
     Options                     a frozen dataclass: its configuration keys, one comment a field
@@ -28,18 +29,34 @@ class Common:
 
 
 def shared(kind: type, options: Any, **more: Any) -> Any:
-    """Options of another task, `kind`, that reads the same data: with the keys that `options` has too, and `more`."""
-    same = {field.name: getattr(options, field.name) for field in fields(kind) if hasattr(options, field.name)}
+    """Options of another task, `kind`, that reads the same data: with the keys that `options` has
+    too, and `more`.
+    """
+    same = {
+        field.name: getattr(options, field.name)
+        for field in fields(kind)
+        if hasattr(options, field.name)
+    }
     return kind(**(same | more))
 
 
 @dataclass
 class TaskResult:
-    """What a task found out. A score with `items` is Σ numerator / Σ denominator over them, and gets its interval there."""
+    """What a task found out. A score with `items` is Σ numerator / Σ denominator over them, and
+    gets its interval there.
+    """
 
     dataset: str  # the set's name
-    items: dict[str, Tensor] = field(default_factory=dict)  # score -> [U, 2] numerator and denominator of each unit
-    values: dict[str, float] = field(default_factory=dict)  # scores that are no such ratio: a median, a distance
-    chance: dict[str, float] = field(default_factory=dict)  # score -> its expectation under random guessing
-    counts: dict[str, int] = field(default_factory=dict)  # how many images, texts, classes, skipped annotations
+    items: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # score -> [U, 2] numerator and denominator of each unit
+    values: dict[str, float] = field(
+        default_factory=dict
+    )  # scores that are no such ratio: a median, a distance
+    chance: dict[str, float] = field(
+        default_factory=dict
+    )  # score -> its expectation under random guessing
+    counts: dict[str, int] = field(
+        default_factory=dict
+    )  # how many images, texts, classes, skipped annotations
     digest: str = ""  # content hash of pictures and annotations (Context.digest)

@@ -1,9 +1,11 @@
-"""ARO's Visual Genome tests (Yuksekgonul et al. 2023): relations and attributes against the swapped caption.
+"""ARO's Visual Genome tests (Yuksekgonul et al. 2023): relations and attributes against the swapped
+caption.
 
-Published files: visual_genome_relation.json and visual_genome_attribution.json, images in images/. Each picture is cut to
-its box. The true caption must be strictly above the false one (the original lists the false one first and takes argmax,
-so a tie is wrong). Reported is the mean over relations, and over pairs of attributes, that have at least 25 items. The
-authors' notebook leaves out further relations, symmetric ones among them; name those in `exclude` to follow it.
+Published files: visual_genome_relation.json and visual_genome_attribution.json, images in images/.
+Each picture is cut to its box. The true caption must be strictly above the false one (the original
+lists the false one first and takes argmax, so a tie is wrong). Reported is the mean over relations,
+and over pairs of attributes, that have at least 25 items. The authors' notebook leaves out further
+relations, symmetric ones among them; name those in `exclude` to follow it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
-FILES = {"vg_relation": "visual_genome_relation.json", "vg_attribution": "visual_genome_attribution.json"}
+FILES = {
+    "vg_relation": "visual_genome_relation.json",
+    "vg_attribution": "visual_genome_attribution.json",
+}
 AT_LEAST = 25
 
 
@@ -47,15 +52,23 @@ def read(options: Options) -> Data:
         rows = choices.entries(folder / file)
         box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
         by = "relation_name" if name == "vg_relation" else "attributes"
-        choices.need_keys(rows, ("image_path", "true_caption", "false_caption", by, *box), folder / file)
+        choices.need_keys(
+            rows, ("image_path", "true_caption", "false_caption", by, *box), folder / file
+        )
         for row in rows:
             row["group"] = row[by] if isinstance(row[by], str) else "_".join(row[by])
-        frequent = {g for g, n in Counter(row["group"] for row in rows).items() if n >= AT_LEAST} - set(options.exclude)
+        frequent = {
+            g for g, n in Counter(row["group"] for row in rows).items() if n >= AT_LEAST
+        } - set(options.exclude)
         rows = [row for row in rows if row["group"] in frequent]
         if not rows:
-            raise DataError(f"{folder / file} has no group of at least {AT_LEAST} items; is it complete?")
+            raise DataError(
+                f"{folder / file} has no group of at least {AT_LEAST} items; is it complete?"
+            )
         images = Path(options.images) if options.images else folder / "images"
-        rows, absent = choices.attach(rows, [row["image_path"] for row in rows], images, options.missing)
+        rows, absent = choices.attach(
+            rows, [row["image_path"] for row in rows], images, options.missing
+        )
         for row in rows:
             x, y, w, h = (row[key] for key in box)
             row["picture"] = replace(row["picture"], box=(x, y, x + w, y + h))
@@ -76,5 +89,7 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
         result.chance[name] = 0.5
         result.counts |= {f"{name}_items": len(rows), f"{name}_groups": len(set(groups))}
         seen.append((captions, groups))
-    result.digest = context.digest([row["picture"] for rows in data.tests.values() for row in rows], seen)
+    result.digest = context.digest(
+        [row["picture"] for rows in data.tests.values() for row in rows], seen
+    )
     return result

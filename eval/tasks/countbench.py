@@ -1,9 +1,10 @@
 """CountBench (Paiss et al. 2023): how many objects are there, two to ten.
 
-For each picture its caption is said with each of the nine numbers in place of its own; the true one must score strictly
-highest. Reported: accuracy, and the mean distance between the number chosen and the true one. Reads a Hugging Face
-parquet folder (`image, text, number`), or a table of rows with `text, number` and the image's name in `image` (the
-published CountBench.json has only `image_url`: fetch the pictures and add their names).
+For each picture its caption is said with each of the nine numbers in place of its own; the true one
+must score strictly highest. Reported: accuracy, and the mean distance between the number chosen and
+the true one. Reads a Hugging Face parquet folder (`image, text, number`), or a table of rows with
+`text, number` and the image's name in `image` (the published CountBench.json has only `image_url`:
+fetch the pictures and add their names).
 """
 
 from __future__ import annotations
@@ -53,9 +54,15 @@ def read(options: Options) -> Data:
         choices.need_keys(rows, ("image", "text", "number"), path)
         images = Path(options.images) if options.images else beside(path)
         rows, absent = choices.attach(rows, [row["image"] for row in rows], images, options.missing)
-    wrong = [row["text"] for row in rows if row["number"] not in range(2, 11) or not _pattern(row["number"]).search(row["text"])]
+    wrong = [
+        row["text"]
+        for row in rows
+        if row["number"] not in range(2, 11) or not _pattern(row["number"]).search(row["text"])
+    ]
     if wrong:
-        raise DataError(f"{path}: {len(wrong)} captions do not say their number as a word, e.g. {wrong[0]!r}")
+        raise DataError(
+            f"{path}: {len(wrong)} captions do not say their number as a word, e.g. {wrong[0]!r}"
+        )
     captions = [[say(row["text"], row["number"], other) for other in range(2, 11)] for row in rows]
     return Data([row["picture"] for row in rows], captions, [row["number"] for row in rows], absent)
 
@@ -63,18 +70,29 @@ def read(options: Options) -> Data:
 def _parquet(folder: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as parquet
 
-    rows = [row | {"file": str(file)} for file in sorted(folder.rglob("*.parquet")) for row in parquet.read_table(file).to_pylist()]
+    rows = [
+        row | {"file": str(file)}
+        for file in sorted(folder.rglob("*.parquet"))
+        for row in parquet.read_table(file).to_pylist()
+    ]
     if not rows:
         raise DataError(f"no .parquet file under {folder}")
     choices.need_keys(rows, ("image", "text", "number"), folder)
     present = [row for row in rows if row["image"] and row["image"]["bytes"]]
     if len(present) < len(rows):
-        raise DataError(f"{len(rows) - len(present)} of {len(rows)} rows under {folder} hold no image bytes; fetch the full set")
-    return [row | {"picture": Picture(f"{row['file']}:{i}", data=row["image"]["bytes"])} for i, row in enumerate(rows)]
+        raise DataError(
+            f"{len(rows) - len(present)} of {len(rows)} rows under {folder} hold no image bytes; fetch the full set"
+        )
+    return [
+        row | {"picture": Picture(f"{row['file']}:{i}", data=row["image"]["bytes"])}
+        for i, row in enumerate(rows)
+    ]
 
 
 def _pattern(number: int) -> re.Pattern[str]:
-    return re.compile(rf"\b{NUMBERS[number - 2]}\b", re.IGNORECASE)  # whole words only: "often" contains "ten"
+    return re.compile(
+        rf"\b{NUMBERS[number - 2]}\b", re.IGNORECASE
+    )  # whole words only: "often" contains "ten"
 
 
 def say(caption: str, number: int, other: int) -> str:
@@ -82,7 +100,13 @@ def say(caption: str, number: int, other: int) -> str:
 
     def word(found: re.Match[str]) -> str:
         new = NUMBERS[other - 2]
-        return new.upper() if found[0].isupper() else new.capitalize() if found[0][0].isupper() else new
+        return (
+            new.upper()
+            if found[0].isupper()
+            else new.capitalize()
+            if found[0][0].isupper()
+            else new
+        )
 
     return _pattern(number).sub(word, caption)
 

@@ -1,4 +1,6 @@
-"""k nearest neighbours on image embeddings: the training images vote, weighted by e^{cos/T} (Wu et al. 2018)."""
+"""k nearest neighbours on image embeddings: the training images vote, weighted by e^{cos/T} (Wu et
+al. 2018).
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,26 @@ class Options(TableOptions):
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.temperature <= 0:
-            raise ValueError(f"k is {self.k} and temperature {self.temperature}; expected k >= 1 and temperature > 0")
+            raise ValueError(
+                f"k is {self.k} and temperature {self.temperature}; expected k >= 1 and temperature > 0"
+            )
 
 
 def read(options: Options) -> _labelled.Splits:
     return _labelled.read(options)
 
 
-def run(encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context) -> TaskResult:
+def run(
+    encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context
+) -> TaskResult:
     bank, queries = (_labelled.embedded(encoder, part, context) for part in (data.train, data.test))
     ranks = metrics.nearest_neighbour_ranks(
-        queries, bank, data.train.labels, data.test.labels, len(data.test.classes), options.k, options.temperature
+        queries,
+        bank,
+        data.train.labels,
+        data.test.labels,
+        len(data.test.classes),
+        options.k,
+        options.temperature,
     )
     return _labelled.result(ranks, data, context, options.k, options.temperature)

@@ -1,8 +1,9 @@
-"""Linear probe: logistic regression on image embeddings by L-BFGS (Radford et al. 2021, appendix A.3).
+"""Linear probe: logistic regression on image embeddings by L-BFGS (Radford et al. 2021, appendix
+A.3).
 
-The decay is chosen from a grid on a fifth of the training images, held out class by class, and the regression is then
-fitted again on all of them. Features are the unit embeddings in the shared space, times √D so that the grid means the same
-at any width.
+The decay is chosen from a grid on a fifth of the training images, held out class by class, and the
+regression is then fitted again on all of them. Features are the unit embeddings in the shared
+space, times √D so that the grid means the same at any width.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Options(TableOptions):
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     train_split: str = "train"
-    decays: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])  # λ of λ/2‖W‖²
+    decays: list[float] = field(
+        default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    )  # λ of λ/2‖W‖²
     max_iterations: int = 300
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
@@ -42,12 +45,20 @@ def read(options: Options) -> _labelled.Splits:
     return _labelled.read(options)
 
 
-def run(encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context) -> TaskResult:
+def run(
+    encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context
+) -> TaskResult:
     train, test = (_labelled.embedded(encoder, part, context) for part in (data.train, data.test))
     train, test = (rows * rows.shape[1] ** 0.5 for rows in (train, test))
     labels, n_classes = data.train.labels, len(data.test.classes)
-    decay = options.decays[0] if len(options.decays) == 1 else choose(train, labels, n_classes, options)
-    ranks = _ranks(test, data.test.labels, *metrics.logistic_regression(train, labels, n_classes, decay, options.max_iterations))
+    decay = (
+        options.decays[0] if len(options.decays) == 1 else choose(train, labels, n_classes, options)
+    )
+    ranks = _ranks(
+        test,
+        data.test.labels,
+        *metrics.logistic_regression(train, labels, n_classes, decay, options.max_iterations),
+    )
     result = _labelled.result(ranks, data, context, options.decays)
     result.values["decay"] = decay
     return result
@@ -62,7 +73,9 @@ def choose(train: Tensor, labels: Tensor, n_classes: int, options: Options) -> f
     held = position % 5 == 4
     scores = {}
     for decay in options.decays:
-        fitted = metrics.logistic_regression(train[~held], labels[~held], n_classes, decay, options.max_iterations)
+        fitted = metrics.logistic_regression(
+            train[~held], labels[~held], n_classes, decay, options.max_iterations
+        )
         scores[decay] = float((_ranks(train[held], labels[held], *fitted) == 1).double().mean())
     return max(scores, key=lambda d: (scores[d], d))
 

@@ -1,9 +1,11 @@
-"""A caption against hard negatives that lie in the shards themselves: JSON "negatives", and "caption" where it is given.
+"""A caption against hard negatives that lie in the shards themselves: JSON "negatives", and
+"caption" where it is given.
 
-The form that `vlp data negatives` and the proof sets of `vlp data scenes` write. A caption must score strictly above all
-its negatives. Where "negatives_of" says from which caption each was made, every caption stands against its own (and against
-those given for the picture), and the score is the share of captions; else the first caption stands against all. Masked
-negatives do not count. Where "negative_kinds" says how each was made, the pairwise accuracy of every kind is reported.
+The form that `vlp data negatives` and the proof sets of `vlp data scenes` write. A caption must
+score strictly above all its negatives. Where "negatives_of" says from which caption each was made,
+every caption stands against its own (and against those given for the picture), and the score is the
+share of captions; else the first caption stands against all. Masked negatives do not count. Where
+"negative_kinds" says how each was made, the pairwise accuracy of every kind is reported.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Choice:
 
 @dataclass
 class Data:
-    """What stands to choose, the captions of one picture side by side, and how many samples offer nothing."""
+    """What stands to choose, the captions of one picture side by side, and how many samples offer
+    nothing.
+    """
 
     source: Source
     choices: list[Choice]
@@ -113,15 +117,21 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
         items={name: _by_picture(told[name]) for name in sorted(told)},
         chance={name: chance if name == "acc" else 0.5 for name in told},
         counts={
-            "images": len(set(pictures)), "captions": len(captions), "negatives": sum(map(len, captions)) - len(captions),
-            "without_negatives": data.n_without, "malformed": data.n_malformed, "skipped": len(data.source.skipped),
+            "images": len(set(pictures)),
+            "captions": len(captions),
+            "negatives": sum(map(len, captions)) - len(captions),
+            "without_negatives": data.n_without,
+            "malformed": data.n_malformed,
+            "skipped": len(data.source.skipped),
         },
         digest=context.digest(pictures, captions),
-    )  # fmt: skip
+    )
 
 
 def _by_picture(hits: list[tuple[Picture, float]]) -> Tensor:
-    """[n, 2] items: of each picture, which is what could have been drawn otherwise, the hits and how many could be."""
+    """[n, 2] items: of each picture, which is what could have been drawn otherwise, the hits and
+    how many could be.
+    """
     sums: dict[Picture, list[float]] = {}
     for picture, hit in hits:
         own = sums.setdefault(picture, [0.0, 0.0])

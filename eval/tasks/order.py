@@ -1,13 +1,16 @@
-"""ARO's order sets (Yuksekgonul et al. 2023): the caption against four shufflings of its own words, COCO and Flickr30k.
+"""ARO's order sets (Yuksekgonul et al. 2023): the caption against four shufflings of its own words,
+COCO and Flickr30k.
 
-Shuffled are nouns and adjectives, all other words, the words inside each group of three, the groups of three. All five
-are then put in lower case, without `. ! " ( ) * # : ; ~`, cut to 30 words; the caption must score highest (P@1 of 5).
-The original takes argmax with the caption first, so it wins ties: a shuffling that gives the caption's own words again is
-therefore no rival here, and every other tie is wrong, which differs only for encoders that ignore the text.
+Shuffled are nouns and adjectives, all other words, the words inside each group of three, the groups
+of three. All five are then put in lower case, without `. ! " ( ) * # : ; ~`, cut to 30 words; the
+caption must score highest (P@1 of 5). The original takes argmax with the caption first, so it wins
+ties: a shuffling that gives the caption's own words again is therefore no rival here, and every
+other tie is wrong, which differs only for encoders that ignore the text.
 
-The sets are not published but generated: the paper with spaCy's tags, nltk's words and numpy's chance. With
-`tagger: spacy` (needs spaCy and en_core_web_sm) words are tagged as there; `tagger: words` tells nouns and adjectives by
-what they are not (function words, usual verbs, -ing, -ed, -ly), needs nothing, and is our own approximation.
+The sets are not published but generated: the paper with spaCy's tags, nltk's words and numpy's
+chance. With `tagger: spacy` (needs spaCy and en_core_web_sm) words are tagged as there; `tagger:
+words` tells nouns and adjectives by what they are not (function words, usual verbs, -ing, -ed,
+-ly), needs nothing, and is our own approximation.
 """
 
 from __future__ import annotations
@@ -69,16 +72,21 @@ def read(options: Options) -> Data:
     source = retrieval.read(shared(retrieval.Options, options))
     tag = _spacy() if options.tagger == "spacy" else by_words
     captions = [caption for r in source.records for caption in r.captions]
-    return Data(source, [choices(caption, tag, options.max_words, options.seed) for caption in captions])
+    return Data(
+        source, [choices(caption, tag, options.max_words, options.seed) for caption in captions]
+    )
 
 
 def choices(caption: str, tag: Tagger, max_words: int, seed: int) -> list[str]:
-    """The caption and those of its four shufflings that differ from it. A pure function of caption and seed."""
+    """The caption and those of its four shufflings that differ from it. A pure function of caption
+    and seed.
+    """
     chance = random.Random(hashlib.sha256(f"{seed} {caption}".encode()).digest())
     tagged = tag(caption)
     words = [word for word, _ in tagged]
     nouns, adjectives, others = (
-        [i for i, (_, kind) in enumerate(tagged) if kind == wanted] for wanted in ("noun", "adjective", "other")
+        [i for i, (_, kind) in enumerate(tagged) if kind == wanted]
+        for wanted in ("noun", "adjective", "other")
     )
     plain = WORD.findall(caption)
     threes = [plain[i : i + 3] for i in range(0, len(plain), 3)]
@@ -90,20 +98,28 @@ def choices(caption: str, tag: Tagger, max_words: int, seed: int) -> list[str]:
     ]
     own = clean(caption, max_words)
     rivals = [clean(" ".join(s), max_words) for s in shuffled]
-    return [own, *(r for r in rivals if r.split() != clean(" ".join(plain), max_words).split() and r != own)]
+    return [
+        own,
+        *(r for r in rivals if r.split() != clean(" ".join(plain), max_words).split() and r != own),
+    ]
 
 
 def clean(caption: str, max_words: int) -> str:
-    """ARO's clean-up: lower case, some punctuation to blanks, one blank between words, cut to `max_words`."""
+    """ARO's clean-up: lower case, some punctuation to blanks, one blank between words, cut to
+    `max_words`.
+    """
     words = re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()
     return " ".join(words[:max_words])
 
 
 def by_words(caption: str) -> list[tuple[str, str]]:
-    """Tags without a model: adjectives stand before another content word, nouns are the other content words."""
+    """Tags without a model: adjectives stand before another content word, nouns are the other
+    content words.
+    """
     words = WORD.findall(caption)
     content = [
-        w[0].isalpha() and w.lower() not in OTHER and not re.search(r"(ing|ed|ly)$", w.lower()) for w in words
+        w[0].isalpha() and w.lower() not in OTHER and not re.search(r"(ing|ed|ly)$", w.lower())
+        for w in words
     ]
     following = [*content[1:], False]
     kinds = ["other" if not c else "adjective" if f else "noun" for c, f in zip(content, following)]
@@ -139,6 +155,10 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
         data.source.name,
         items={"precision@1": _choices.accuracy(hits)},
         chance={"precision@1": sum(1 / len(c) for c in data.choices) / len(data.choices)},
-        counts={"captions": len(hits), "shufflings_equal_to_caption": n_equal, "skipped": len(data.source.skipped)},
+        counts={
+            "captions": len(hits),
+            "shufflings_equal_to_caption": n_equal,
+            "skipped": len(data.source.skipped),
+        },
         digest=context.digest(pictures, data.choices),
     )

@@ -1,4 +1,5 @@
-"""How the two kinds of embeddings lie on the sphere: modality gap, uniformity, alignment, rank, temperature.
+"""How the two kinds of embeddings lie on the sphere: modality gap, uniformity, alignment, rank,
+temperature.
 
 centroid_distance     ‖mean x − mean t‖₂ (Liang et al. 2022)
 linear_separability   held-out accuracy of a logistic regression that tells images from texts, 80 % of the pairs for
@@ -42,7 +43,9 @@ class Options(TableOptions):
 def read(options: Options) -> Source:
     source = retrieval.read(shared(retrieval.Options, options))
     if len(source.records) < 5:
-        raise DataError(f"{options.data} has {len(source.records)} pairs; an 80/20 division needs at least 5")
+        raise DataError(
+            f"{options.data} has {len(source.records)} pairs; an 80/20 division needs at least 5"
+        )
     return source
 
 
@@ -73,7 +76,10 @@ def told_apart(image: Tensor, text: Tensor, seed: int) -> Tensor:
     cut = int(0.8 * len(image))
     known, new = order[:cut], order[cut:]
     weight, bias = metrics.logistic_regression(
-        torch.cat([image[known], text[known]]), torch.arange(2).repeat_interleave(cut), 2, decay=1 / (2 * cut)
+        torch.cat([image[known], text[known]]),
+        torch.arange(2).repeat_interleave(cut),
+        2,
+        decay=1 / (2 * cut),
     )
     answers = (torch.cat([image[new], text[new]]).double() @ weight.T + bias).argmax(1)
     return (answers == torch.arange(2).repeat_interleave(len(new))).double()

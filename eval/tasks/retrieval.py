@@ -1,7 +1,9 @@
-"""Image-text retrieval with several captions an image (Karpathy and Fei-Fei 2015; COCO, Flickr30k, Flickr8k).
+"""Image-text retrieval with several captions an image (Karpathy and Fei-Fei 2015; COCO, Flickr30k,
+Flickr8k).
 
-Text retrieval counts an image as found if any of its captions is among the k best of all captions; image retrieval is
-counted over captions, each of which seeks its one image. Ranks are exact; a tie counts against the model (vlp.eval.metrics).
+Text retrieval counts an image as found if any of its captions is among the k best of all captions;
+image retrieval is counted over captions, each of which seeks its one image. Ranks are exact; a tie
+counts against the model (vlp.eval.metrics).
 """
 
 from __future__ import annotations
@@ -28,19 +30,27 @@ KS = (1, 5, 10)
 class Options(Texts, TableOptions):
     """Which images and captions. `captions` and `lines`: which texts of shards are captions."""
 
-    data: str  # shards, a folder, or a table of any kind: CSV, JSONL, COCO's and Karpathy's JSON (vlp.eval.datasets)
+    # shards, a folder, or a table of any kind: CSV, JSONL, COCO's and Karpathy's JSON
+    # (vlp.eval.datasets)
+    data: str
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     captions_per_image: int | None = None  # the first so many; None: all
-    missing: Literal["error", "skip"] = "error"  # annotations without their image, images without a caption
+    missing: Literal["error", "skip"] = (
+        "error"  # annotations without their image, images without a caption
+    )
     language: str = "en"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.captions, dict):
-            raise ValueError(f"captions is {self.captions}; shares have no meaning in evaluation: give a list of names")
+            raise ValueError(
+                f"captions is {self.captions}; shares have no meaning in evaluation: give a list of names"
+            )
         if self.captions_per_image is not None and self.captions_per_image < 1:
-            raise ValueError(f"captions_per_image is {self.captions_per_image}; expected at least 1")
+            raise ValueError(
+                f"captions_per_image is {self.captions_per_image}; expected at least 1"
+            )
 
 
 def read(options: Options) -> Source:
@@ -50,7 +60,9 @@ def read(options: Options) -> Source:
     )
     source, n_joined = join_equal_pictures(source)
     spoken = [r for r in source.records if any(caption.strip() for caption in r.captions)]
-    silent = [r.picture.name for r in source.records if not any(caption.strip() for caption in r.captions)]
+    silent = [
+        r.picture.name for r in source.records if not any(caption.strip() for caption in r.captions)
+    ]
     if not spoken:
         raise DataError(
             f"none of the {len(source.records)} images of {options.data} has a caption; if their "
@@ -82,12 +94,16 @@ def run(encoder: Any, data: Source, options: Options, context: embed.Context) ->
 
     def by_image(values: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(len(image), dtype=torch.float64).index_add_(0, owner, values.double())
-        return torch.stack([sums, per_image], 1)  # an image and its captions are drawn together in the bootstrap
+        return torch.stack(
+            [sums, per_image], 1
+        )  # an image and its captions are drawn together in the bootstrap
 
     one = torch.ones(len(image), dtype=torch.float64)
     for k in KS:
         result.items[f"image_retrieval_recall@{k}"] = by_image(text_rank <= k)
-        result.items[f"text_retrieval_recall@{k}"] = torch.stack([(image_rank <= k).double(), one], 1)
+        result.items[f"text_retrieval_recall@{k}"] = torch.stack(
+            [(image_rank <= k).double(), one], 1
+        )
         result.chance[f"image_retrieval_recall@{k}"] = min(1.0, k / len(image))
         result.chance[f"text_retrieval_recall@{k}"] = _chance_any(per_image, len(text), k)
     result.items["image_retrieval_mean_rank"] = by_image(text_rank)
@@ -98,7 +114,9 @@ def run(encoder: Any, data: Source, options: Options, context: embed.Context) ->
 
 
 def _chance_any(own: torch.Tensor, total: int, k: int) -> float:
-    """Mean over images of 1 − C(total − own, k) / C(total, k): some own caption among k drawn at random."""
+    """Mean over images of 1 − C(total − own, k) / C(total, k): some own caption among k drawn at
+    random.
+    """
     counts, sizes = own.unique(return_counts=True)
     draws = math.comb(total, min(k, total))
     missed = [math.comb(total - int(c), min(k, total)) / draws for c in counts]

@@ -1,9 +1,10 @@
 """SugarCrepe (Hsieh et al. 2023): a caption against one hard negative, seven kinds of change.
 
-Published files: add_att, add_obj, replace_att, replace_obj, replace_rel, swap_att, swap_obj (.json), images COCO val2017.
-The caption must score strictly above the negative; reported are all seven accuracies and their mean. The images lie in
-COCO's val2014 too: a model trained on more than train2014 has seen them, and its score is contaminated.
-Also reads a table with `image, subset, caption, negative_caption`.
+Published files: add_att, add_obj, replace_att, replace_obj, replace_rel, swap_att, swap_obj
+(.json), images COCO val2017. The caption must score strictly above the negative; reported are all
+seven accuracies and their mean. The images lie in COCO's val2014 too: a model trained on more than
+train2014 has seen them, and its score is contaminated. Also reads a table with `image, subset,
+caption, negative_caption`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
-SUBSETS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+SUBSETS = (
+    "add_att",
+    "add_obj",
+    "replace_att",
+    "replace_obj",
+    "replace_rel",
+    "swap_att",
+    "swap_obj",
+)
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,19 @@ def read(options: Options) -> Data:
         rows = []
         for subset in SUBSETS:
             items = choices.entries(path / f"{subset}.json")
-            choices.need_keys(items, ("filename", "caption", "negative_caption"), path / f"{subset}.json")
+            choices.need_keys(
+                items, ("filename", "caption", "negative_caption"), path / f"{subset}.json"
+            )
             rows += [{**item, "subset": subset, "image": item["filename"]} for item in items]
         images = options.images or options.data
-    rows, skipped = choices.attach(rows, [row["image"] for row in rows], Path(images), options.missing)
+    rows, skipped = choices.attach(
+        rows, [row["image"] for row in rows], Path(images), options.missing
+    )
     empty = [s for s in SUBSETS if not any(row["subset"] == s for row in rows)]
     if empty:
-        raise DataError(f"{path} has no item of {', '.join(empty)}; the mean is over all {len(SUBSETS)} subsets")
+        raise DataError(
+            f"{path} has no item of {', '.join(empty)}; the mean is over all {len(SUBSETS)} subsets"
+        )
     return Data(rows, skipped, "sugar_crepe")
 
 

@@ -1,8 +1,9 @@
-"""SugarCrepe++ (Dumpala et al. 2024): two captions that mean the same against one that only looks the same.
+"""SugarCrepe++ (Dumpala et al. 2024): two captions that mean the same against one that only looks
+the same.
 
-Published files: replace_att, replace_obj, replace_rel, swap_att, swap_obj (.json), images COCO val2017. With pictures
-(ITT) both captions must score strictly above the negative; without (TOT) the two captions must be closer to each other
-than either is to the negative.
+Published files: replace_att, replace_obj, replace_rel, swap_att, swap_obj (.json), images COCO
+val2017. With pictures (ITT) both captions must score strictly above the negative; without (TOT) the
+two captions must be closer to each other than either is to the negative.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def read(options: Options) -> Data:
     rows = []
     for subset in SUBSETS:
         items = choices.entries(folder / f"{subset}.json")
-        choices.need_keys(items, ("filename", "caption", "caption2", "negative_caption"), folder / f"{subset}.json")
+        choices.need_keys(
+            items,
+            ("filename", "caption", "caption2", "negative_caption"),
+            folder / f"{subset}.json",
+        )
         rows += [{**item, "subset": subset} for item in items]
     images = Path(options.images or options.data)
     return Data(*choices.attach(rows, [row["filename"] for row in rows], images, options.missing))
@@ -54,7 +59,9 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     captions = [[row["caption"], row["caption2"], row["negative_caption"]] for row in data.rows]
     kinds = [row["subset"] for row in data.rows]
     scores = torch.stack(choices.cosines(encoder, pictures, captions, context))
-    text = embed.texts(encoder, [c for group in captions for c in group], context).view(len(captions), 3, -1)
+    text = embed.texts(encoder, [c for group in captions for c in group], context).view(
+        len(captions), 3, -1
+    )
     same, first, second = ((text[:, i] * text[:, j]).sum(1) for i, j in ((0, 1), (0, 2), (1, 2)))
     with_picture = metrics.strictly_above(scores[:, :2], scores[:, 2:]).all(1)
     text_only = metrics.strictly_above(same, first) & metrics.strictly_above(same, second)
@@ -68,5 +75,7 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
             own = torch.tensor([kind == subset for kind in kinds])
             result.items[f"{name}_{subset}"] = choices.accuracy(hits[own])
         result.items[f"{name}_mean"] = choices.macro(hits, kinds)
-    result.chance = dict.fromkeys(result.items, 1 / 3)  # of three random scores, the negative's is the lowest
+    result.chance = dict.fromkeys(
+        result.items, 1 / 3
+    )  # of three random scores, the negative's is the lowest
     return result

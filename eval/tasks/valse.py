@@ -1,8 +1,10 @@
-"""VALSE (Parcalabescu et al. 2022): a caption against a foil, for linguistic phenomena from existence to coreference.
+"""VALSE (Parcalabescu et al. 2022): a caption against a foil, for linguistic phenomena from
+existence to coreference.
 
-Published files: one .json a piece (existence, plurals, counting-*, relations, action-replacement, actant-swap,
-coreference-*, foil-it), images of several data sets together in one folder. Pairwise: the caption strictly above the foil,
-over items that at least two of three annotators accepted (`mturk.caption` ≥ 2). Reported are every piece and their mean.
+Published files: one .json a piece (existence, plurals, counting-*, relations, action-replacement,
+actant-swap, coreference-*, foil-it), images of several data sets together in one folder. Pairwise:
+the caption strictly above the foil, over items that at least two of three annotators accepted
+(`mturk.caption` ≥ 2). Reported are every piece and their mean.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Data:
 def read(options: Options) -> Data:
     files = sorted(Path(options.data).glob("*.json"))
     if not files:
-        raise DataError(f"no .json files in {options.data}; give the data folder of VALSE's repository")
+        raise DataError(
+            f"no .json files in {options.data}; give the data folder of VALSE's repository"
+        )
     rows = []
     for file in files:
         items = choices.entries(file)
@@ -49,7 +53,9 @@ def read(options: Options) -> Data:
         rows += [{**row, "piece": file.stem} for row in items]
     accepted = [row for row in rows if row["mturk"]["caption"] >= ACCEPTED]
     images = Path(options.images or options.data)
-    kept, absent = choices.attach(accepted, [row["image_file"] for row in accepted], images, options.missing)
+    kept, absent = choices.attach(
+        accepted, [row["image_file"] for row in accepted], images, options.missing
+    )
     return Data(kept, absent, len(rows) - len(accepted))
 
 
@@ -59,13 +65,18 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     pieces = [row["piece"] for row in data.rows]
     hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
     items = {
-        piece: choices.accuracy(hits[[i for i, own in enumerate(pieces) if own == piece]]) for piece in dict.fromkeys(pieces)
+        piece: choices.accuracy(hits[[i for i, own in enumerate(pieces) if own == piece]])
+        for piece in dict.fromkeys(pieces)
     }
     items["mean"] = choices.macro(hits, pieces)
     return TaskResult(
         "valse",
         items=items,
         chance=dict.fromkeys(items, 0.5),
-        counts={"items": len(hits), "rejected_by_annotators": data.n_rejected, "skipped": len(data.skipped)},
+        counts={
+            "items": len(hits),
+            "rejected_by_annotators": data.n_rejected,
+            "skipped": len(data.skipped),
+        },
         digest=context.digest(pictures, captions, pieces),
     )

@@ -1,4 +1,5 @@
-"""Winoground (Thrush et al. 2022): two pictures, two captions of the same words; which belongs to which.
+"""Winoground (Thrush et al. 2022): two pictures, two captions of the same words; which belongs to
+which.
 
 text: each picture scores higher with its own caption; image: each caption scores higher with its own picture; group:
 both; all strictly. Reads examples.jsonl (`image_0, image_1, caption_0, caption_1`) as the hub's repository has it, with the
@@ -42,9 +43,14 @@ class Data:
 def read(options: Options) -> Data:
     path = Path(options.data)
     if path.is_dir():
-        path = next((p for p in (path / "examples.jsonl", path / "data" / "examples.jsonl") if p.exists()), path / "examples.jsonl")
+        path = next(
+            (p for p in (path / "examples.jsonl", path / "data" / "examples.jsonl") if p.exists()),
+            path / "examples.jsonl",
+        )
     if not path.exists():
-        raise DataError(f"no examples at {path}; fetch the data set's examples.jsonl and unpack its images beside it")
+        raise DataError(
+            f"no examples at {path}; fetch the data set's examples.jsonl and unpack its images beside it"
+        )
     keys = ("image_0", "image_1", "caption_0", "caption_1")
     rows = read_rows(path, keys)
     choices.need_keys(rows, keys, path)
@@ -53,7 +59,9 @@ def read(options: Options) -> Data:
     for row in rows:  # images are named without their extension
         found = [collection.find(row[key]) for key in ("image_0", "image_1")]
         if None in found:
-            absent += [row[key] for key, picture in zip(("image_0", "image_1"), found) if picture is None]
+            absent += [
+                row[key] for key, picture in zip(("image_0", "image_1"), found) if picture is None
+            ]
         else:
             kept.append(row | {"pictures": found})
     refuse_missing(absent, 2 * len(rows), collection, options.missing)
@@ -67,7 +75,12 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
     text = embed.texts(encoder, captions, context).view(len(data.rows), 2, -1)
     scores = torch.einsum("npd,ncd->npc", image, text)  # [n, picture, caption]
     above = metrics.strictly_above
-    own0, own1, cross01, cross10 = scores[:, 0, 0], scores[:, 1, 1], scores[:, 0, 1], scores[:, 1, 0]
+    own0, own1, cross01, cross10 = (
+        scores[:, 0, 0],
+        scores[:, 1, 1],
+        scores[:, 0, 1],
+        scores[:, 1, 0],
+    )
     by_text = above(own0, cross01) & above(own1, cross10)
     by_image = above(own0, cross10) & above(own1, cross01)
     items = {"text_acc": by_text, "image_acc": by_image, "acc": by_text & by_image}

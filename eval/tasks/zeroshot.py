@@ -1,8 +1,9 @@
 """Zero-shot classification with prompt ensembles (Radford et al. 2021, section 3.1).
 
-A class is the mean of its prompts' unit embeddings, made a unit vector again; a picture gets the class of highest cosine.
-Scores: acc1, acc5 (from five classes on), mean_per_class_recall; for several labels a picture mean_average_precision.
-Reads whatever `vlp.eval.datasets.open_source` reads, ImageNet's relatives by their folders' names included.
+A class is the mean of its prompts' unit embeddings, made a unit vector again; a picture gets the
+class of highest cosine. Scores: acc1, acc5 (from five classes on), mean_per_class_recall; for
+several labels a picture mean_average_precision. Reads whatever `vlp.eval.datasets.open_source`
+reads, ImageNet's relatives by their folders' names included.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ class Options(TableOptions):
     data: str  # see vlp.eval.datasets
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
-    classes: str | list[str] | None = None  # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
-    templates: str | list[str] | None = None  # a set, a file or sentences; None: the data's own, imagenet80 or photo
+    classes: str | list[str] | None = (
+        None  # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
+    )
+    templates: str | list[str] | None = (
+        None  # a set, a file or sentences; None: the data's own, imagenet80 or photo
+    )
     partial: bool = False  # score among some of ImageNet's classes only
     missing: Literal["error", "skip"] = "error"  # annotations without their image
     language: str = "en"
@@ -53,7 +58,9 @@ class Data:
 def read(options: Options) -> Data:
     """Open the set and settle class names and templates."""
     objectnet = imagenet.objectnet_folders(Path(options.data))
-    place = options.data if objectnet is None else str(imagenet.objectnet_images(Path(options.data)))
+    place = (
+        options.data if objectnet is None else str(imagenet.objectnet_images(Path(options.data)))
+    )
     source = open_source(place, options.split, options.missing, options.images, options)
     if objectnet is not None:
         source = _objectnet(source, objectnet)
@@ -79,16 +86,30 @@ def read(options: Options) -> Data:
 
 
 def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    if context.progress and dist.is_main() and all(name.isdecimal() for name in data.classes) and len(data.classes) > 10:
-        log.warn(f"the classes are called {data.classes[0]} … {data.classes[-1]}, also in the prompts; classes=FILE names them")
+    if (
+        context.progress
+        and dist.is_main()
+        and all(name.isdecimal() for name in data.classes)
+        and len(data.classes) > 10
+    ):
+        log.warn(
+            f"the classes are called {data.classes[0]} … {data.classes[-1]}, also in the prompts; classes=FILE names them"
+        )
     pictures = [r.picture for r in data.source.records]
     text = embed.texts(encoder, prompts.fill(data.templates, data.classes), context)
-    class_rows = torch.nn.functional.normalize(text.view(len(data.classes), len(data.templates), -1).mean(1), dim=-1)
+    class_rows = torch.nn.functional.normalize(
+        text.view(len(data.classes), len(data.templates), -1).mean(1), dim=-1
+    )
     image = embed.images(encoder, pictures, context)
     n, n_classes = len(image), len(class_rows)
     result = TaskResult(
         data.source.name,
-        counts={"images": n, "classes": n_classes, "templates": len(data.templates), "skipped": len(data.source.skipped)},
+        counts={
+            "images": n,
+            "classes": n_classes,
+            "templates": len(data.templates),
+            "skipped": len(data.source.skipped),
+        },
         digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
     )
     if data.labels.ndim == 2:
@@ -110,7 +131,9 @@ def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> T
 
 
 def _objectnet(source: Source, folders: dict[str, str]) -> Source:
-    """ObjectNet's pictures of the overlapping classes, without the red frame that marks them (2 px, as in wise-ft)."""
+    """ObjectNet's pictures of the overlapping classes, without the red frame that marks them (2 px,
+    as in wise-ft).
+    """
     kept = [
         Record(replace(r.picture, border=2), label=folders[name])
         for r in source.records

@@ -1,10 +1,11 @@
-"""Accuracy on real photos: configs/caltech101.yaml over several seeds, zero-shot on the held-out split.
+"""Accuracy on real photos: configs/caltech101.yaml over several seeds, zero-shot on the held-out
+split.
 
     python tests/benchmarks/caltech101.py --seeds 0 1 2
 
-Packs the data that VLP_DATA names (default ../shared/data) into data/, trains runs/caltech101/seed* where they do not
-exist yet (an interrupted one goes on), and reads accuracy from metrics.jsonl. Training seconds are those of the steps,
-without evaluation.
+Packs the data that VLP_DATA names (default ../shared/data) into data/, trains runs/caltech101/seed*
+where they do not exist yet (an interrupted one goes on), and reads accuracy from metrics.jsonl.
+Training seconds are those of the steps, without evaluation.
 """
 
 from __future__ import annotations
@@ -32,14 +33,26 @@ RETRIEVAL = ("text_retrieval_recall@1", "image_retrieval_recall@1")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--parallel", type=int, default=2, help="seeds trained side by side, the cores shared out among them")
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=2,
+        help="seeds trained side by side, the cores shared out among them",
+    )
     parser.add_argument("overrides", nargs="*", default=[], help="key=value for vlp train")
     report.add_arguments(parser)
     args = parser.parse_args()
     pack()
     with ThreadPoolExecutor(args.parallel) as pool:
-        runs = list(pool.map(lambda seed: train(seed, args.overrides, (os.cpu_count() or 1) // args.parallel), args.seeds))
-    final = [{r["label"]: r for r in json.loads((run / "results.json").read_text())} for run in runs]
+        runs = list(
+            pool.map(
+                lambda seed: train(seed, args.overrides, (os.cpu_count() or 1) // args.parallel),
+                args.seeds,
+            )
+        )
+    final = [
+        {r["label"]: r for r in json.loads((run / "results.json").read_text())} for run in runs
+    ]
     guess = {label: record["chance"] for label, record in final[0].items()}
     rows = accuracy(runs, guess)
     for name in RETRIEVAL:
@@ -56,13 +69,28 @@ def main() -> None:
 
 def pack() -> None:
     """The three sets, where they are not there yet."""
-    photos = ["data", "pack", str(SOURCE / "caltech101.tar"), "--captions", str(SOURCE / "caltech101.jsonl")]
-    coco = ["data", "pack", str(SOURCE / "coco_open.tar"), "--captions", str(SOURCE / "coco_open.jsonl")]
+    photos = [
+        "data",
+        "pack",
+        str(SOURCE / "caltech101.tar"),
+        "--captions",
+        str(SOURCE / "caltech101.jsonl"),
+    ]
+    coco = [
+        "data",
+        "pack",
+        str(SOURCE / "coco_open.tar"),
+        "--captions",
+        str(SOURCE / "coco_open.jsonl"),
+    ]
     benchmark = ["--layout", "clip_benchmark"]
     templates = ["--template", "a photo of a {}.", "--template", "a picture of a {}."]
     for folder, command in (
         (DATA / "caltech101" / "train", [*photos, "--where", "split=train"]),
-        (DATA / "caltech101" / "zeroshot", [*photos, "--where", "split=test", *benchmark, *templates]),
+        (
+            DATA / "caltech101" / "zeroshot",
+            [*photos, "--where", "split=test", *benchmark, *templates],
+        ),
         (DATA / "coco_open", [*coco, *benchmark]),
     ):
         if not folder.exists():
@@ -72,34 +100,65 @@ def pack() -> None:
 def train(seed: int, overrides: list[str], threads: int) -> Path:
     run = Path("runs") / "caltech101" / f"seed{seed}"
     if not (run / "results.json").exists():
-        vlp("train", "caltech101", f"seed={seed}", f"out={run}", "resume=auto", *overrides, threads=max(1, threads))
+        vlp(
+            "train",
+            "caltech101",
+            f"seed={seed}",
+            f"out={run}",
+            "resume=auto",
+            *overrides,
+            threads=max(1, threads),
+        )
     return run
 
 
 def accuracy(runs: list[Path], guess: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """A row a score and evaluation."""
-    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    records = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in runs
+    ]
     evaluations = sorted({r["step"] for r in records[0] if r["kind"] == "eval" and CLASSES[0] in r})
     rows = []
     for step in evaluations:
         seen = f"{step * global_batch(runs[0]):,}"
         for name in CLASSES:
-            values = [100 * next(r[name] for r in run if r["kind"] == "eval" and r["step"] == step) for run in records]
+            values = [
+                100 * next(r[name] for r in run if r["kind"] == "eval" and r["step"] == step)
+                for run in records
+            ]
             short = name.removeprefix("zeroshot.")
             rows.append(row(f"{short}, %", seen, values, 100 * guess["zeroshot"][short]))
-        rows.append(row("training, s", seen, [seconds(run, step, global_batch(runs[0])) for run in records], None))
+        rows.append(
+            row(
+                "training, s",
+                seen,
+                [seconds(run, step, global_batch(runs[0])) for run in records],
+                None,
+            )
+        )
     return rows
 
 
 def row(score: str, seen: str, values: list[float], chance: float | None) -> dict[str, Any]:
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return {"score": score, "samples seen": seen, "mean ± sd": f"{statistics.mean(values):.1f}{spread}", "chance": chance}
+    return {
+        "score": score,
+        "samples seen": seen,
+        "mean ± sd": f"{statistics.mean(values):.1f}{spread}",
+        "chance": chance,
+    }
 
 
 def seconds(records: list[dict[str, Any]], until: int, batch: int) -> float:
     """Time of the steps up to `until`, from the speeds reported."""
-    steps = [(r["step"], r["samples_s"]) for r in records if r["kind"] == "train" and r["step"] <= until]
-    return sum((step - before) * batch / speed for (before, _), (step, speed) in zip([(0, 0.0), *steps], steps))
+    steps = [
+        (r["step"], r["samples_s"]) for r in records if r["kind"] == "train" and r["step"] <= until
+    ]
+    return sum(
+        (step - before) * batch / speed
+        for (before, _), (step, speed) in zip([(0, 0.0), *steps], steps)
+    )
 
 
 def global_batch(run: Path) -> int:

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/comm.py --rows 256 --dim 512
 
-Real gloo ranks run the loss; every collective's tensors are counted as they enter `torch.distributed`, by what a
-bandwidth-optimal algorithm sends of them: (g−1)·size for an all-gather of `size` bytes a rank, (g−1)/g·size for a
-reduce-scatter or all-to-all of `size` bytes, twice that for an all-reduce, size for a message. open_clip's default
-exchange with gradients (all-gather of both towers, reduce-scatter of both gradients) is run and counted alike.
+Real gloo ranks run the loss; every collective's tensors are counted as they enter
+`torch.distributed`, by what a bandwidth-optimal algorithm sends of them: (g−1)·size for an
+all-gather of `size` bytes a rank, (g−1)/g·size for a reduce-scatter or all-to-all of `size` bytes,
+twice that for an all-reduce, size for a message. open_clip's default exchange with gradients
+(all-gather of both towers, reduce-scatter of both gradients) is run and counted alike.
 """
 
 from __future__ import annotations
@@ -40,18 +41,29 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for n_ranks in args.ranks:
-        names = [name for name, t in TOPOLOGIES.items() if not (isinstance(t, dict) and n_ranks % t["group"])]
-        every = ranks.run(n_ranks, count, [*names, "open_clip"], args.rows, args.dim, args.dtype, timeout_s=300)
+        names = [
+            name
+            for name, t in TOPOLOGIES.items()
+            if not (isinstance(t, dict) and n_ranks % t["group"])
+        ]
+        every = ranks.run(
+            n_ranks, count, [*names, "open_clip"], args.rows, args.dim, args.dtype, timeout_s=300
+        )
         assert all(counts == every[0] for counts in every), "ranks send alike"
         for name, counts in zip([*names, "open_clip"], every[0]):
             kib = {kind: n / 1024 for kind, n in counts.items()}
             total = sum(kib.values())
-            rows.append({"topology": name, "W": n_ranks, "KiB a rank": total} | {k: kib.get(k, 0.0) for k in KINDS})
+            rows.append(
+                {"topology": name, "W": n_ranks, "KiB a rank": total}
+                | {k: kib.get(k, 0.0) for k in KINDS}
+            )
     for row in rows:
         peer = next(r for r in rows if (r["topology"], r["W"]) == ("open_clip", row["W"]))
         row["of open_clip"] = row["KiB a rank"] / peer["KiB a rank"]
     notes = f"InfoNCE, b = {args.rows}, D = {args.dim}, {args.dtype}; the first call's check of shapes is not counted."
-    report.publish("comm", "Bytes a rank sends for one loss, forward and backward", rows, args, notes)
+    report.publish(
+        "comm", "Bytes a rank sends for one loss, forward and backward", rows, args, notes
+    )
 
 
 KINDS = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce", "message")
@@ -68,18 +80,23 @@ def count_one(name: str, n_rows: int, dim: int, dtype: str) -> Counter:
     from vlp import dist
 
     torch.manual_seed(dist.rank())
-    x, t = (torch.nn.functional.normalize(torch.randn(n_rows, dim), dim=1).to(getattr(torch, dtype)) for _ in range(2))
+    x, t = (
+        torch.nn.functional.normalize(torch.randn(n_rows, dim), dim=1).to(getattr(torch, dtype))
+        for _ in range(2)
+    )
     x, t, scale = x.requires_grad_(), t.requires_grad_(), torch.tensor(14.0, requires_grad=True)
     if name == "open_clip":
         from open_clip.loss import ClipLoss
 
-        module = ClipLoss(local_loss=True, gather_with_grad=True, rank=dist.rank(), world_size=dist.world_size())
-        call = lambda: module(x, t, scale)  # noqa: E731
+        module = ClipLoss(
+            local_loss=True, gather_with_grad=True, rank=dist.rank(), world_size=dist.world_size()
+        )
+        call = lambda: module(x, t, scale)
     else:
         from vlp.losses import build
 
         objective = build({"infonce": {}}, topology=TOPOLOGIES[name])
-        call = lambda: objective(image=x, text=t, scale=scale)[0]  # noqa: E731
+        call = lambda: objective(image=x, text=t, scale=scale)[0]
     call().backward()  # groups are made and shapes are checked once
     counts: Counter = Counter()
     restore = listen(counts)
@@ -97,7 +114,9 @@ def listen(counts: Counter) -> Any:
         return (n - 1) / n
 
     def size(tensors: Any) -> int:
-        return sum(t.nbytes for t in tensors) if isinstance(tensors, (list, tuple)) else tensors.nbytes
+        return (
+            sum(t.nbytes for t in tensors) if isinstance(tensors, (list, tuple)) else tensors.nbytes
+        )
 
     def everything(output: Any, *_: Any, group: Any = None, **__: Any) -> float:
         return size(output) * ring_share(group)
@@ -109,18 +128,24 @@ def listen(counts: Counter) -> Any:
         return 2 * size(tensor) * ring_share(group)
 
     def spread(output: Any, given: Any = None, *_: Any, group: Any = None, **__: Any) -> float:
-        return size(given) * ring_share(group) if given else 0.0  # torch builds a reduce-scatter of these under gloo
+        return (
+            size(given) * ring_share(group) if given else 0.0
+        )  # torch builds a reduce-scatter of these under gloo
 
     def sent(operations: list[Any]) -> float:
         return sum(o.tensor.nbytes for o in operations if o.op is torch_dist.isend)
 
     costs = {
-        "all_gather": ("all_gather", everything), "all_gather_into_tensor": ("all_gather", everything),
-        "reduce_scatter": ("reduce_scatter", scattered), "reduce_scatter_tensor": ("reduce_scatter", scattered),
-        "all_to_all": ("all_to_all", scattered), "all_to_all_single": ("all_to_all", scattered),
-        "all_reduce": ("all_reduce", reduced), "batch_isend_irecv": ("message", sent),
+        "all_gather": ("all_gather", everything),
+        "all_gather_into_tensor": ("all_gather", everything),
+        "reduce_scatter": ("reduce_scatter", scattered),
+        "reduce_scatter_tensor": ("reduce_scatter", scattered),
+        "all_to_all": ("all_to_all", scattered),
+        "all_to_all_single": ("all_to_all", scattered),
+        "all_reduce": ("all_reduce", reduced),
+        "batch_isend_irecv": ("message", sent),
         "scatter": ("reduce_scatter", spread),
-    }  # fmt: skip
+    }
     originals = {name: getattr(torch_dist, name) for name in costs}
 
     def counted(name: str) -> Any:

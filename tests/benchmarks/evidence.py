@@ -1,14 +1,16 @@
-"""Whether the objectives do what they promise: arms that differ in one thing, trained on generated scenes, over several seeds.
+"""Whether the objectives do what they promise: arms that differ in one thing, trained on generated
+scenes, over several seeds.
 
     python tests/benchmarks/evidence.py --seeds 0 1 2 --jobs 2 --publish
     python tests/benchmarks/evidence.py --tables evidence_negatives --publish   # the arms of one table alone
     python tests/benchmarks/evidence.py --table                             # the tables of what has finished
 
-Every arm is evidence.yaml (model, optimiser, duration, data: chosen with plain `infonce` on a validation split, then
-frozen) with another objective or topology, on one thread a process, so that arms of a seed share initial weights and
-batches; those of small batches have a lighter tower, less data and rates of their own. A run is a folder of --out,
-OUT/ARM/SEED; finished ones are kept, interrupted ones start again. The cost of a run counts all its CPU time and the rows
-that its towers embedded, in training, for one sample seen.
+Every arm is evidence.yaml (model, optimiser, duration, data: chosen with plain `infonce` on a
+validation split, then frozen) with another objective or topology, on one thread a process, so that
+arms of a seed share initial weights and batches; those of small batches have a lighter tower, less
+data and rates of their own. A run is a folder of --out, OUT/ARM/SEED; finished ones are kept,
+interrupted ones start again. The cost of a run counts all its CPU time and the rows that its towers
+embedded, in training, for one sample seen.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Arm:
     ranks: int = 1  # processes that share the batch
 
 
-SMALL = (  # six epochs: a loss with an estimate for each sample has to meet it again; a lighter tower for the many runs
+# six epochs: a loss with an estimate for each sample has to meet it again; a lighter tower for the
+# many runs
+SMALL = (
     "data.sources=[{name: shards, path: 'data/scenes/train/{00000..00003}.tar'}]",
     "model.image_tower={name: vit, image_size: 32, patch_size: 8, width: 128, layers: 3, head_width: 32}",
     "train.duration=24ksamples",
@@ -77,13 +81,20 @@ ARMS = {
     "counting_scaled": Arm("{infonce: {}, counting: {logits: scaled}}"),
 }
 ARMS |= {
-    f"{name}_{batch}": Arm(objective, (*SMALL, f"train.batch={batch}", f"train.optimizer.lr={rate}", *model))
+    f"{name}_{batch}": Arm(
+        objective, (*SMALL, f"train.batch={batch}", f"train.optimizer.lr={rate}", *model)
+    )
     for batch, rate in RATES.items()
     for name, (_, objective, *model) in SMALL_OBJECTIVES.items()
 }
 
 Column = tuple[str, str]  # label of the evaluation task, score
-TASKS = {"counting": "negatives", "binding": "negatives_2", "relations": "negatives_3", "order": "negatives_4"}
+TASKS = {
+    "counting": "negatives",
+    "binding": "negatives_2",
+    "relations": "negatives_3",
+    "order": "negatives_4",
+}
 PROOFS: dict[str, Column] = {f"{name}, %": (label, "acc") for name, label in TASKS.items()}
 GUARDS: dict[str, Column] = {
     "text R@1, %": ("retrieval", "text_retrieval_recall@1"),
@@ -113,8 +124,16 @@ class Table:
 TABLES = {
     "evidence_counting": Table(
         "Counting: the number word among nine",
-        {"infonce": "InfoNCE", "counting": "InfoNCE + counting", "counting_scaled": "InfoNCE + counting, scaled logits"},
-        {"counting, %": PROOFS["counting, %"], "against each number, %": ("negatives", "acc_replace_number"), **GUARDS},
+        {
+            "infonce": "InfoNCE",
+            "counting": "InfoNCE + counting",
+            "counting_scaled": "InfoNCE + counting, scaled logits",
+        },
+        {
+            "counting, %": PROOFS["counting, %"],
+            "against each number, %": ("negatives", "acc_replace_number"),
+            **GUARDS,
+        },
         "Accuracy of a caption against itself with the eight other numbers from two to ten, on pictures of descriptions that "
         "training does not show, a third of them with a pair of number and shape that it never shows. Training shows 1,872 "
         "counting pairs; on a batch after InfoNCE alone, counting's gradient is .4 times InfoNCE's with raw logits, 4 times it "
@@ -123,7 +142,12 @@ TABLES = {
     ),
     "evidence_negatives": Table(
         "Hard negatives: attributes, relations and word order",
-        {"infonce": "InfoNCE", "negclip": "NegCLIP", "own": "InfoNCE + own-sample", "text": "InfoNCE + text-grounded"},
+        {
+            "infonce": "InfoNCE",
+            "negclip": "NegCLIP",
+            "own": "InfoNCE + own-sample",
+            "text": "InfoNCE + text-grounded",
+        },
         {name: PROOFS[name] for name in ("binding, %", "relations, %", "order, %")} | GUARDS,
         "Accuracy of a caption against those with exchanged color, number or size (binding), with the relation or the groups "
         "exchanged, and against four shufflings of its words. Two negatives a caption in training, by rule, of the same kinds, "
@@ -160,14 +184,37 @@ TABLES |= {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    tables = {"choices": TABLES, "default": list(TABLES), "metavar": "TABLE", "help": f"of {', '.join(TABLES)}"}
+    tables = {
+        "choices": TABLES,
+        "default": list(TABLES),
+        "metavar": "TABLE",
+        "help": f"of {', '.join(TABLES)}",
+    }
     parser.add_argument("--tables", nargs="+", **tables)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (default: the tables')")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
-    parser.add_argument("--out", default="runs/evidence", help="folder of data and runs (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="train nothing, print the tables of what has finished")
-    parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)  # this script, in its own process
-    parser.add_argument("--publish", action="store_true", help="write docs/results/ and the sections of docs/results.md")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        metavar="ARM",
+        help=f"of {', '.join(ARMS)} (default: the tables')",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs side by side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", default="runs/evidence", help="folder of data and runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="train nothing, print the tables of what has finished"
+    )
+    parser.add_argument(
+        "--run", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS
+    )  # this script, in its own process
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="write docs/results/ and the sections of docs/results.md",
+    )
     parser.set_defaults(json=None)
     args = parser.parse_args()
     out = Path(args.out).resolve()
@@ -176,8 +223,12 @@ def main() -> None:
         return
     if not args.table:
         make_data(out / "data")
-        arms = args.arms or list(dict.fromkeys(arm for name in args.tables for arm in TABLES[name].arms))
-        todo = [(arm, seed) for seed in args.seeds for arm in arms if finished(out, arm, seed) is None]
+        arms = args.arms or list(
+            dict.fromkeys(arm for name in args.tables for arm in TABLES[name].arms)
+        )
+        todo = [
+            (arm, seed) for seed in args.seeds for arm in arms if finished(out, arm, seed) is None
+        ]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: start(out, *job), todo))
     for name in args.tables:
@@ -189,36 +240,72 @@ def make_data(folder: Path) -> None:
     version = folder / "version"
     if folder.exists():
         if not version.exists() or version.read_text() != str(DATA):
-            raise ValueError(f"{folder} was made by other tools than these; remove it or choose another --out")
+            raise ValueError(
+                f"{folder} was made by other tools than these; remove it or choose another --out"
+            )
         return
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     train = f"{part}/scenes/train"
     vlp("scenes", "--to", f"{part}/scenes", "--size", "32")
     kinds = "swap_attribute,swap_noun,replace_relation,order"
-    vlp("negatives", train, "--to", f"{part}/negatives", "--words", "scenes", "--kinds", kinds, "--k", "2")
-    vlp("counting", train, "--to", f"{part}/counting_pairs", "--counterfactuals", "1", "--balance", "equal")
+    vlp(
+        "negatives",
+        train,
+        "--to",
+        f"{part}/negatives",
+        "--words",
+        "scenes",
+        "--kinds",
+        kinds,
+        "--k",
+        "2",
+    )
+    vlp(
+        "counting",
+        train,
+        "--to",
+        f"{part}/counting_pairs",
+        "--counterfactuals",
+        "1",
+        "--balance",
+        "equal",
+    )
     (part / "version").write_text(str(DATA))
     part.rename(folder)
 
 
 def recipe(arm: str, seed: int) -> dict[str, Any]:
-    """What a run depends on besides the code: a finished run of another recipe is not taken for this one."""
+    """What a run depends on besides the code: a finished run of another recipe is not taken for
+    this one.
+    """
     chosen = ARMS[arm]
-    overrides = [f"objective={chosen.objective}", *chosen.settings, f"seed={seed}", f"out={arm}/{seed}"]
+    overrides = [
+        f"objective={chosen.objective}",
+        *chosen.settings,
+        f"seed={seed}",
+        f"out={arm}/{seed}",
+    ]
     base = hashlib.sha256(BASE.read_bytes()).hexdigest()[:16]
     return {"base": base, "overrides": overrides, "ranks": chosen.ranks, "data": DATA}
 
 
 def finished(out: Path, arm: str, seed: int) -> dict[str, Any] | None:
-    """The record of a finished run: its cost and, by label of the task, its scores and their chance."""
+    """The record of a finished run: its cost and, by label of the task, its scores and their
+    chance.
+    """
     run = out / arm / str(seed)
     if not (run / "cost.json").exists():
         return None
     cost = json.loads((run / "cost.json").read_text())
     if cost["recipe"] != recipe(arm, seed):
-        raise ValueError(f"{run} was trained with another recipe ({cost['recipe']}); remove it or choose another --out")
-    return {"cost": cost, "results": {r["label"]: r for r in json.loads((run / "results.json").read_text())}}
+        raise ValueError(
+            f"{run} was trained with another recipe ({cost['recipe']}); remove it or choose another --out"
+        )
+    return {
+        "cost": cost,
+        "results": {r["label"]: r for r in json.loads((run / "results.json").read_text())},
+    }
 
 
 def start(out: Path, arm: str, seed: int) -> None:
@@ -229,7 +316,13 @@ def start(out: Path, arm: str, seed: int) -> None:
     began = time.perf_counter()
     with (run.parent / f"{seed}.log").open("w") as log:
         command = [sys.executable, str(Path(__file__).resolve()), "--run", arm, str(seed)]
-        done = subprocess.run(command, cwd=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command,
+            cwd=out,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     if done.returncode:
         raise RuntimeError(f"{arm} {seed} failed:\n{Path(log.name).read_text()[-3000:]}")
     print(f"{arm} {seed}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -240,12 +333,21 @@ def train(arm: str, seed: int) -> None:
     from tests import ranks
 
     chosen, began = recipe(arm, seed), time.perf_counter()
-    parts = [train_rank(chosen["overrides"])] if chosen["ranks"] == 1 else (
-        ranks.run(chosen["ranks"], train_rank, chosen["overrides"], timeout_s=RUN_S)
-    )  # fmt: skip
+    parts = (
+        [train_rank(chosen["overrides"])]
+        if chosen["ranks"] == 1
+        else (ranks.run(chosen["ranks"], train_rank, chosen["overrides"], timeout_s=RUN_S))
+    )
     samples = parts[0]["samples"]
-    cost = {"recipe": chosen, "commit": report.commit(), "samples": samples, "wall_s": time.perf_counter() - began}
-    cost |= {name: sum(part[name] for part in parts) / samples for name in ("image_rows", "text_rows")}
+    cost = {
+        "recipe": chosen,
+        "commit": report.commit(),
+        "samples": samples,
+        "wall_s": time.perf_counter() - began,
+    }
+    cost |= {
+        name: sum(part[name] for part in parts) / samples for name in ("image_rows", "text_rows")
+    }
     cost["cpu_s"] = sum(part["cpu_s"] for part in parts)
     path = Path(arm, str(seed), "cost.json")
     path.with_suffix(".part").write_text(json.dumps(cost, indent=1) + "\n")
@@ -253,7 +355,9 @@ def train(arm: str, seed: int) -> None:
 
 
 def train_rank(overrides: list[str]) -> dict[str, Any]:
-    """This rank's share of a run; its CPU time, the rows that it embedded, and the samples of the whole run."""
+    """This rank's share of a run; its CPU time, the rows that it embedded, and the samples of the
+    whole run.
+    """
     from torch.nn.modules.module import register_module_forward_pre_hook
 
     from vlp import config
@@ -266,7 +370,9 @@ def train_rank(overrides: list[str]) -> dict[str, Any]:
 
     def count(module: Any, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, DualEncoder):
-            for name, value in zip(rows, inputs):  # nothing in evaluation, which names the tower that it calls
+            for name, value in zip(
+                rows, inputs
+            ):  # nothing in evaluation, which names the tower that it calls
                 rows[name] += 0 if value is None else len(value)
 
     settings = config.load(BASE, overrides)
@@ -279,7 +385,9 @@ def train_rank(overrides: list[str]) -> dict[str, Any]:
 
 def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
     """Print one table, and publish it where that is asked for."""
-    runs = {arm: [r for seed in args.seeds if (r := finished(out, arm, seed))] for arm in table.arms}
+    runs = {
+        arm: [r for seed in args.seeds if (r := finished(out, arm, seed))] for arm in table.arms
+    }
     runs = {arm: found for arm, found in runs.items() if found}
     if not runs:
         print(f"\n{table.title}: no run has finished")
@@ -297,8 +405,13 @@ def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
 
 def guessing(results: dict[str, Any], columns: dict[str, Column]) -> dict[str, Any]:
     """The row of scores under random guessing, where there is such a thing."""
-    found = {heading: results[label]["chance"].get(score) for heading, (label, score) in columns.items()}
-    scores = {heading: value if value is None else value * unit(heading) for heading, value in found.items()}
+    found = {
+        heading: results[label]["chance"].get(score) for heading, (label, score) in columns.items()
+    }
+    scores = {
+        heading: value if value is None else value * unit(heading)
+        for heading, value in found.items()
+    }
     return {"arm": "chance", "seeds": None, **scores, **dict.fromkeys(COSTS.values())}
 
 
@@ -307,7 +420,10 @@ def row(name: str, runs: list[dict[str, Any]], columns: dict[str, Column]) -> di
         heading: spread([unit(heading) * run["results"][label]["metrics"][score] for run in runs])
         for heading, (label, score) in columns.items()
     }
-    costs = {heading: statistics.mean(run["cost"][name] for run in runs) for name, heading in COSTS.items()}
+    costs = {
+        heading: statistics.mean(run["cost"][name] for run in runs)
+        for name, heading in COSTS.items()
+    }
     return {"arm": name, "seeds": len(runs), **scores, **costs}
 
 
@@ -322,7 +438,9 @@ def spread(values: list[float]) -> str:
 
 
 def vlp(tool: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "vlp.cli", "data", tool, *arguments], check=True, cwd=report.ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "vlp.cli", "data", tool, *arguments], check=True, cwd=report.ROOT
+    )
 
 
 if __name__ == "__main__":

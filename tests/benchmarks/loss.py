@@ -1,11 +1,13 @@
-"""Time and memory of the contrastive loss, forward and backward, beside open_clip's and (where installed) Inf-CL's.
+"""Time and memory of the contrastive loss, forward and backward, beside open_clip's and (where
+installed) Inf-CL's.
 
     python tests/benchmarks/loss.py --batch 1024 8192 --dim 512
 
-One process a measurement, so that peaks do not mix. The matmul rate is measured on the device right before, with the
-shapes of the loss; the floor is 8B²D FLOPs at that rate. Extra memory is the peak above what stood before the call
-(embeddings), measured by the allocator on CUDA and as resident memory on a CPU. `share` is floor / time, of any
-method: what it makes of the device if 8B²D were the work.
+One process a measurement, so that peaks do not mix. The matmul rate is measured on the device right
+before, with the shapes of the loss; the floor is 8B²D FLOPs at that rate. Extra memory is the peak
+above what stood before the call (embeddings), measured by the allocator on CUDA and as resident
+memory on a CPU. `share` is floor / time, of any method: what it makes of the device if 8B²D were
+the work.
 """
 
 from __future__ import annotations
@@ -28,7 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tests.benchmarks import report
 
-METHODS = ("tiled", "triton", "dense", "open_clip", "infcl", "tiled siglip", "triton siglip", "open_clip siglip")
+METHODS = (
+    "tiled",
+    "triton",
+    "dense",
+    "open_clip",
+    "infcl",
+    "tiled siglip",
+    "triton siglip",
+    "open_clip siglip",
+)
 
 
 def main() -> None:
@@ -63,7 +74,9 @@ def main() -> None:
     report.publish(args.section, "Contrastive loss, forward and backward", rows, args, notes)
 
 
-def in_own_process(args: argparse.Namespace, method: str, batch: int, dim: int) -> dict[str, Any] | None:
+def in_own_process(
+    args: argparse.Namespace, method: str, batch: int, dim: int
+) -> dict[str, Any] | None:
     work = {"method": method, "B": batch, "D": dim, "scale": args.scale, "repeats": args.repeats}
     work |= {"dtype": args.dtype, "device": args.device}
     command = [sys.executable, __file__, "--worker", json.dumps(work)]
@@ -78,7 +91,11 @@ def in_own_process(args: argparse.Namespace, method: str, batch: int, dim: int) 
         if "unavailable" in last:
             print(f"{method}: {last}", file=sys.stderr)
             return None
-        killed = done.returncode in (-9, 137) or "out of memory" in done.stderr or "allocate" in done.stderr
+        killed = (
+            done.returncode in (-9, 137)
+            or "out of memory" in done.stderr
+            or "allocate" in done.stderr
+        )
         return row | empty | {"note": "out of memory" if killed else last[:80]}
     row |= json.loads(done.stdout.strip().splitlines()[-1]) | {"note": None}
     print(report.table([row]).splitlines()[-1], file=sys.stderr)
@@ -95,7 +112,9 @@ def compare(rows: list[dict[str, Any]]) -> None:
         row["memory / open_clip"] = row["extra MiB"] / match[0]["extra MiB"] if both else None
 
 
-def measure(method: str, B: int, D: int, scale: float, repeats: int, dtype: str | None, device: str | None) -> dict[str, Any]:
+def measure(
+    method: str, B: int, D: int, scale: float, repeats: int, dtype: str | None, device: str | None
+) -> dict[str, Any]:
     """In the worker: build the pairs, warm up, measure the matmul rate, the times and the peak."""
     import torch
 
@@ -103,7 +122,10 @@ def measure(method: str, B: int, D: int, scale: float, repeats: int, dtype: str 
     kind = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     loss = loss_of(method, device)
     torch.manual_seed(0)
-    x, t = (torch.nn.functional.normalize(torch.randn(B, D, device=device), dim=1).to(kind) for _ in range(2))
+    x, t = (
+        torch.nn.functional.normalize(torch.randn(B, D, device=device), dim=1).to(kind)
+        for _ in range(2)
+    )
     x, t = x.requires_grad_(), t.requires_grad_()
     scale = torch.tensor(scale, device=device, requires_grad=True)
 
@@ -145,7 +167,9 @@ def loss_of(method: str, device: Any) -> Callable[..., Any]:
             from inf_cl import cal_inf_loss
         except ImportError:
             sys.exit("unavailable: the package inf_cl is not installed")
-        return lambda x, t, scale: (cal_inf_loss(x, t, scale=scale) + cal_inf_loss(t, x, scale=scale)) / 2
+        return lambda x, t, scale: (
+            (cal_inf_loss(x, t, scale=scale) + cal_inf_loss(t, x, scale=scale)) / 2
+        )
     from vlp.losses import build
 
     term = "siglip" if method.endswith("siglip") else "infonce"
@@ -158,7 +182,9 @@ def loss_of(method: str, device: Any) -> Callable[..., Any]:
 
 
 def matmul_rate(device: Any, dtype: Any, D: int) -> float:
-    """FLOP/s of the device on products of the loss's own kind: [n, D] · [D, n] and [n, n] · [n, D], the better of 5."""
+    """FLOP/s of the device on products of the loss's own kind: [n, D] · [D, n] and [n, n] · [n, D],
+    the better of 5.
+    """
     import torch
 
     n = 16384 if device.type == "cuda" else 4096
@@ -198,7 +224,8 @@ def peak_memory(function: Callable[[], None], device: Any) -> float:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # A thread that samples resident memory: the kernel's own high-water mark (VmHWM) cannot be reset here.
+    # A thread that samples resident memory: the kernel's own high-water mark (VmHWM) cannot be
+    # reset here.
     gc.collect()
     before, peak, over = resident(), [0], threading.Event()
 

@@ -1,6 +1,7 @@
 """Benchmark results: one printed table, one JSON file, one marked section of docs/results.md.
 
-A section is what lies between `<!-- name -->` and `<!-- /name -->`; it is replaced, or appended where there is none.
+A section is what lies between `<!-- name -->` and `<!-- /name -->`; it is replaced, or appended
+where there is none.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ RESULTS = ROOT / "docs" / "results.md"
 
 
 def publish(name: str, title: str, rows: list[dict[str, Any]], args: Any, notes: str = "") -> None:
-    """Print the table; write JSON to `args.json`, or with `args.publish` to docs/results/ and docs/results.md.
+    """Print the table; write JSON to `args.json`, or with `args.publish` to docs/results/ and
+    docs/results.md.
 
-    rows: one mapping a line with the same keys, the table's columns. notes: sentences under the table.
+    rows: one mapping a line with the same keys, the table's columns. notes: sentences under the
+    table.
     """
-    about = {"name": name, "command": command(), "hardware": hardware(), "commit": commit(), "notes": notes}
+    about = {
+        "name": name,
+        "command": command(),
+        "hardware": hardware(),
+        "commit": commit(),
+        "notes": notes,
+    }
     text = table(rows)
     print(f"\n{title}\n\n{text}\n\n{notes}")
     record = json.dumps({**about, "rows": rows}, indent=1)
@@ -33,12 +42,18 @@ def publish(name: str, title: str, rows: list[dict[str, Any]], args: Any, notes:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(record + "\n")
         body = f"### {title}\n\n`{about['command']}` on {about['hardware']}, commit {about['commit']}.\n\n{text}\n\n{notes}"
-        RESULTS.write_text(replace_section(RESULTS.read_text() if RESULTS.exists() else "# Results\n", name, body))
+        RESULTS.write_text(
+            replace_section(RESULTS.read_text() if RESULTS.exists() else "# Results\n", name, body)
+        )
 
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there")
-    parser.add_argument("--publish", action="store_true", help="write docs/results/ and the section of docs/results.md")
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="write docs/results/ and the section of docs/results.md",
+    )
 
 
 def replace_section(document: str, name: str, body: str) -> str:
@@ -83,11 +98,16 @@ def hardware() -> str:
 
 def commit() -> str:
     """Short hash, with + where the tree has changes; 'unknown' outside a clone."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

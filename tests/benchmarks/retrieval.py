@@ -1,10 +1,12 @@
-"""Exact retrieval of 25,000 captions among 5,000 images once embedded, ours beside clip_benchmark's, in one run.
+"""Exact retrieval of 25,000 captions among 5,000 images once embedded, ours beside
+clip_benchmark's, in one run.
 
     python tests/benchmarks/retrieval.py                       ours, and clip_benchmark's formula as 1.6.2 computes it
     python tests/benchmarks/retrieval.py --peer .../bin/python an environment with clip-benchmark: its own functions
 
-Each side runs in a process of its own, so that its peak memory is its own; the table gives the time of all recalls (1, 5,
-10, both ways; ours with all ranks) and the resident memory gained over the embeddings.
+Each side runs in a process of its own, so that its peak memory is its own; the table gives the time
+of all recalls (1, 5, 10, both ways; ours with all ranks) and the resident memory gained over the
+embeddings.
 """
 
 from __future__ import annotations
@@ -70,8 +72,12 @@ def measure(image, text, owner):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment that has clip-benchmark")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peer", metavar="PYTHON", help="interpreter of an environment that has clip-benchmark"
+    )
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=5, help="an image")
     parser.add_argument("--dim", type=int, default=512)
@@ -91,7 +97,9 @@ def main() -> None:
             "extra MiB": r["memory_mib"],
             "image R@1": r["metrics"]["image_retrieval_recall@1"],
             "text R@1": r["metrics"]["text_retrieval_recall@1"],
-            "time / clip_benchmark": r["seconds"] / results["clip_benchmark"]["seconds"] if options.peer else None,
+            "time / clip_benchmark": r["seconds"] / results["clip_benchmark"]["seconds"]
+            if options.peer
+            else None,
         }
         for name, r in results.items()
     ]
@@ -119,7 +127,9 @@ def embed(path: Path, n_images: int, n_captions: int, dim: int) -> None:
 
 
 def measure(python: str, code: str, rows: Path, repeats: int) -> dict:
-    done = subprocess.run([python, "-c", code, str(rows), str(repeats)], capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-c", code, str(rows), str(repeats)], capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{python} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

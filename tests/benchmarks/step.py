@@ -1,9 +1,11 @@
-"""The whole training step beside open_clip's own `train_one_epoch`: same architecture, batch, precision and AdamW.
+"""The whole training step beside open_clip's own `train_one_epoch`: same architecture, batch,
+precision and AdamW.
 
     python tests/benchmarks/step.py --architecture ViT-B-32 --batch 64 --micro 1 4
 
-One process a measurement. MFU is the share of the device's measured matmul rate that the step's useful FLOPs make: one
-forward and backward of both towers and the loss, counted by torch's FLOP counter, so that a second forward lowers it.
+One process a measurement. MFU is the share of the device's measured matmul rate that the step's
+useful FLOPs make: one forward and backward of both towers and the loss, counted by torch's FLOP
+counter, so that a second forward lowers it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", default="ViT-B-32", help="any of open_clip's")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--micro", type=int, nargs="+", default=[1, 4], help="micro-batches; open_clip calls it accum-freq")
+    parser.add_argument(
+        "--micro",
+        type=int,
+        nargs="+",
+        default=[1, 4],
+        help="micro-batches; open_clip calls it accum-freq",
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="bf16")
     parser.add_argument("--steps", type=int, default=5)
@@ -42,7 +50,14 @@ def main() -> None:
         return
     rows = [in_own_process(args, method, micro) for micro in args.micro for method in args.methods]
     for row in rows:
-        peer = next((r for r in rows if (r["method"], r["micro-batches"]) == ("open_clip", row["micro-batches"])), None)
+        peer = next(
+            (
+                r
+                for r in rows
+                if (r["method"], r["micro-batches"]) == ("open_clip", row["micro-batches"])
+            ),
+            None,
+        )
         both = peer and row["samples/s"] and peer["samples/s"]
         row["speed / open_clip"] = row["samples/s"] / peer["samples/s"] if both else None
         row["memory / open_clip"] = row["peak MiB"] / peer["peak MiB"] if both else None
@@ -54,8 +69,12 @@ def main() -> None:
 
 
 def in_own_process(args: argparse.Namespace, method: str, micro: int) -> dict[str, Any]:
-    work = {"method": method, "micro": micro} | {k: getattr(args, k) for k in ("architecture", "batch", "precision", "steps")}
-    done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(work)], capture_output=True, text=True)
+    work = {"method": method, "micro": micro} | {
+        k: getattr(args, k) for k in ("architecture", "batch", "precision", "steps")
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", json.dumps(work)], capture_output=True, text=True
+    )
     row: dict[str, Any] = {"method": method, "micro-batches": micro}
     if done.returncode:
         note = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:80]
@@ -78,7 +97,11 @@ def measure(work: SimpleNamespace) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     took = (time.perf_counter() - start) / work.steps
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     rate = matmul_rate(device, torch.bfloat16 if work.precision == "bf16" else torch.float32, 768)
     flops = count_flops(work, device)
     return {"samples/s": work.batch / took, "MFU": flops / took / rate, "peak MiB": peak / 2**20}
@@ -105,15 +128,28 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
     from vlp.types import Batch
 
     tower = {"name": "open_clip", "architecture": work.architecture}
-    train = {"duration": 100, "batch": work.batch, "micro_batches": work.micro, "precision": work.precision}
-    train |= {"compile": "compile" in work.method, "activation_checkpointing": "checkpointing" in work.method}
+    train = {
+        "duration": 100,
+        "batch": work.batch,
+        "micro_batches": work.micro,
+        "precision": work.precision,
+    }
+    train |= {
+        "compile": "compile" in work.method,
+        "activation_checkpointing": "checkpointing" in work.method,
+    }
     options = schema.parse(config.Train, train)
     engine = parallel.start(options)
     model = build(schema.parse(config.Model, {"image_tower": tower}))
     image, text = samples(work.batch, model)
     engine.prepare(model, options)
-    training = Training(engine, losses.build(plugin.keyed("vlp.losses", {"infonce": {}})), lambda step: 1e-4,
-                        micro_batches=work.micro, dtype=parallel.precision(options, device))  # fmt: skip
+    training = Training(
+        engine,
+        losses.build(plugin.keyed("vlp.losses", {"infonce": {}})),
+        lambda step: 1e-4,
+        micro_batches=work.micro,
+        dtype=parallel.precision(options, device),
+    )
     batch = Batch(image, text, torch.arange(work.batch), [str(i) for i in range(work.batch)])
     return lambda: train_step(training, batch)
 
@@ -128,7 +164,9 @@ def open_clip_step(work: SimpleNamespace, device: Any) -> Any:
     model = open_clip.create_model(work.architecture, device=device, output_dict=True)
     if "checkpointing" in work.method:
         model.set_grad_checkpointing(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
+    )
     image, text = samples(work.batch, model)
     pixels = image.float() / 255  # its transform normalises in the loader's workers
     size = work.batch // work.micro
@@ -139,15 +177,28 @@ def open_clip_step(work: SimpleNamespace, device: Any) -> Any:
     batches = Loader((pixels[i : i + size], text[i : i + size]) for i in range(0, work.batch, size))
     data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
     args = SimpleNamespace(
-        device=str(device), precision="amp_bf16" if work.precision == "bf16" else "fp32", distill=False, accum_freq=work.micro,
-        skip_scheduler=True, horovod=False, grad_clip_norm=1.0, log_every_n_steps=10**9, batch_size=size, world_size=1, rank=0,
-        local_rank=0, wandb=False, save_logs=False,
-    )  # fmt: skip
+        device=str(device),
+        precision="amp_bf16" if work.precision == "bf16" else "fp32",
+        distill=False,
+        accum_freq=work.micro,
+        skip_scheduler=True,
+        horovod=False,
+        grad_clip_norm=1.0,
+        log_every_n_steps=10**9,
+        batch_size=size,
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        wandb=False,
+        save_logs=False,
+    )
     return lambda: train_one_epoch(model, data, ClipLoss(), 0, optimizer, None, None, None, args)
 
 
 def count_flops(work: SimpleNamespace, device: Any) -> int:
-    """One forward and backward of towers and loss over the batch, from a run of 2 rows scaled to it, plus the loss."""
+    """One forward and backward of towers and loss over the batch, from a run of 2 rows scaled to
+    it, plus the loss.
+    """
     import open_clip
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/terms.py --batch 2048 8192 --dim 256
 
-One process a measurement, as in loss.py. Extra memory is the peak above what stood before the call: embeddings,
-queues and whatever else the term reads. `growth` is its ratio to the row above: at a fourfold batch 4 is O(B·D), less
-where tiles of a fixed size weigh, and 16 would be a stored matrix.
+One process a measurement, as in loss.py. Extra memory is the peak above what stood before the call:
+embeddings, queues and whatever else the term reads. `growth` is its ratio to the row above: at a
+fourfold batch 4 is O(B·D), less where tiles of a fixed size weigh, and 16 would be a stored matrix.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from tests.benchmarks import report
 from tests.benchmarks.loss import peak_memory, seconds
 
-# Objectives whose rows meet the rows of others, with options where the defaults would not show the point. (Own-sample
-# terms and captioning hold what they are given, and nothing of B².)
+# Objectives whose rows meet the rows of others, with options where the defaults would not show the
+# point. (Own-sample terms and captioning hold what they are given, and nothing of B².)
 TERMS: dict[str, dict[str, Any]] = {
     "infonce": {"label_smoothing": 0.1},
     "siglip": {},
@@ -89,10 +89,18 @@ def in_own_process(args: argparse.Namespace, term: str, batch: int) -> dict[str,
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s)
         row |= json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else empty
-        note = None if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:80]
+        note = (
+            None
+            if done.returncode == 0
+            else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:80]
+        )
     except subprocess.TimeoutExpired:
         row, note = row | empty, f"over {args.timeout_s:.0f} s"
-    row |= {"embeddings MiB": 2 * batch * args.dim * 4 / 2**20, "one matrix MiB": batch**2 * 4 / 2**20, "note": note}
+    row |= {
+        "embeddings MiB": 2 * batch * args.dim * 4 / 2**20,
+        "one matrix MiB": batch**2 * 4 / 2**20,
+        "note": note,
+    }
     print(report.table([row]).splitlines()[-1], file=sys.stderr)
     return row
 
@@ -105,7 +113,10 @@ def measure(term: str, B: int, D: int, device: str | None, repeats: int) -> dict
     run_on(term, 256, D, device)()  # imports, kernels, thread pools
     run = run_on(term, B, D, device)
     extra = peak_memory(run, device)
-    return {"ms": statistics.median(seconds(run, device) for _ in range(repeats)) * 1e3, "extra MiB": extra / 2**20}
+    return {
+        "ms": statistics.median(seconds(run, device) for _ in range(repeats)) * 1e3,
+        "extra MiB": extra / 2**20,
+    }
 
 
 def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
@@ -118,20 +129,36 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         return torch.nn.functional.normalize(torch.randn(*shape, D, device=device), dim=-1)
 
     torch.manual_seed(0)
-    leaves = {"image": rows(B), "text": rows(B), "scale": torch.tensor(14.0), "bias": torch.tensor(-10.0)}
+    leaves = {
+        "image": rows(B),
+        "text": rows(B),
+        "scale": torch.tensor(14.0),
+        "bias": torch.tensor(-10.0),
+    }
     objective = build({term.partition(".")[0]: TERMS[term]}, samples=B)
     others = {
-        "teacher_image": lambda: rows(B), "teacher_text": lambda: rows(B), "ema_image": lambda: rows(B),
-        "ema_text": lambda: rows(B), "queue_image": lambda: rows(B), "queue_text": lambda: rows(B),
-        "image_views": lambda: rows(2, B), "text_views": lambda: rows(2, B), "negatives": lambda: rows(B, 2),
+        "teacher_image": lambda: rows(B),
+        "teacher_text": lambda: rows(B),
+        "ema_image": lambda: rows(B),
+        "ema_text": lambda: rows(B),
+        "queue_image": lambda: rows(B),
+        "queue_text": lambda: rows(B),
+        "image_views": lambda: rows(2, B),
+        "text_views": lambda: rows(2, B),
+        "negatives": lambda: rows(B, 2),
         "negative_image": lambda: rows(B),
         "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
-        "teacher_scale": lambda: 20.0, "score": lambda: torch.rand(B, device=device),
+        "teacher_scale": lambda: 20.0,
+        "score": lambda: torch.rand(B, device=device),
         "sample_id": lambda: torch.arange(B, device=device),
-    }  # fmt: skip
+    }
     given = {name: make() for name, make in others.items() if name in objective.needs}
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
-    leaves |= {n: given.pop(n).requires_grad_() for n in ("image_views", "text_views", "negatives", "negative_image") if n in given}
+    leaves |= {
+        n: given.pop(n).requires_grad_()
+        for n in ("image_views", "text_views", "negatives", "negative_image")
+        if n in given
+    }
 
     def run() -> None:
         for leaf in leaves.values():

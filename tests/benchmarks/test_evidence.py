@@ -1,4 +1,6 @@
-"""The arms of the evidence differ in one thing each, and every table compares arms and scores that exist."""
+"""The arms of the evidence differ in one thing each, and every table compares arms and scores that
+exist.
+"""
 
 from dataclasses import replace
 
@@ -9,12 +11,20 @@ from vlp import config
 def test_arms_of_a_table_are_runs_that_differ_in_objective_topology_or_teacher():
     compared = set()
     for table in evidence.TABLES.values():
-        baseline, *others = (config.load(evidence.BASE, evidence.recipe(arm, 3)["overrides"]) for arm in table.arms)
+        baseline, *others = (
+            config.load(evidence.BASE, evidence.recipe(arm, 3)["overrides"]) for arm in table.arms
+        )
         for arm, chosen in zip(list(table.arms)[1:], others):
             assert (chosen.out, chosen.seed) == (f"{arm}/3", 3)
-            assert (chosen.data, chosen.train, chosen.eval) == (baseline.data, baseline.train, baseline.eval)
+            assert (chosen.data, chosen.train, chosen.eval) == (
+                baseline.data,
+                baseline.train,
+                baseline.eval,
+            )
             scaled = replace(chosen.model, scale=baseline.model.scale, bias=baseline.model.bias)
-            assert chosen.model == baseline.model or (arm.startswith("siglip") and scaled == baseline.model)
+            assert chosen.model == baseline.model or (
+                arm.startswith("siglip") and scaled == baseline.model
+            )
             assert baseline.train.batch % evidence.ARMS[arm].ranks == 0
             compared.add(arm)
     assert len(compared) >= 18
@@ -25,7 +35,12 @@ def test_arms_of_the_first_tables_are_the_file_itself():
     for arm in evidence.ARMS:
         if not arm.endswith(("_32", "_256")):
             chosen = config.load(evidence.BASE, evidence.recipe(arm, 3)["overrides"])
-            assert (chosen.data, chosen.model, chosen.train, chosen.eval) == (base.data, base.model, base.train, base.eval)
+            assert (chosen.data, chosen.model, chosen.train, chosen.eval) == (
+                base.data,
+                base.model,
+                base.train,
+                base.eval,
+            )
             found += 1
     assert found >= 10
 

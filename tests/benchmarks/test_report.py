@@ -6,15 +6,23 @@ from tests.benchmarks.report import replace_section, table
 def test_sections_are_replaced_where_they_are_and_appended_where_not():
     document = replace_section("# Results\n", "loss", "first")
     document = replace_section(document, "comm", "second")
-    assert document == "# Results\n\n<!-- loss -->\nfirst\n<!-- /loss -->\n\n<!-- comm -->\nsecond\n<!-- /comm -->\n"
+    assert (
+        document
+        == "# Results\n\n<!-- loss -->\nfirst\n<!-- /loss -->\n\n<!-- comm -->\nsecond\n<!-- /comm -->\n"
+    )
     changed = replace_section(document, "loss", "third\nline")
     assert changed == document.replace("first", "third\nline")
     assert replace_section(changed, "loss", "third\nline") == changed
 
 
 def test_tables():
-    rows = [{"B": 65536, "ms": 1234.5, "share": 0.61234, "note": None}, {"B": 1, "ms": 0.5, "share": 1.0, "note": "x"}]
+    rows = [
+        {"B": 65536, "ms": 1234.5, "share": 0.61234, "note": None},
+        {"B": 1, "ms": 0.5, "share": 1.0, "note": "x"},
+    ]
     assert table(rows).splitlines() == [
-        "| B | ms | share | note |", "| --- | --- | --- | --- |",
-        "| 65,536 | 1,234 | 0.612 |  |", "| 1 | 0.5 | 1 | x |",
-    ]  # fmt: skip
+        "| B | ms | share | note |",
+        "| --- | --- | --- | --- |",
+        "| 65,536 | 1,234 | 0.612 |  |",
+        "| 1 | 0.5 | 1 | x |",
+    ]

@@ -1,7 +1,8 @@
-"""A folder behind http:// and s3:// on this machine, with the faults of real ones: errors, dropped connections, stalls.
+"""A folder behind http:// and s3:// on this machine, with the faults of real ones: errors, dropped
+connections, stalls.
 
-It answers what fsspec's HTTP and S3 file systems ask of a server that holds files: HEAD, GET with ranges, and S3's
-ListObjectsV2 on `/bucket`. Requests are neither signed nor checked.
+It answers what fsspec's HTTP and S3 file systems ask of a server that holds files: HEAD, GET with
+ranges, and S3's ListObjectsV2 on `/bucket`. Requests are neither signed nor checked.
 """
 
 from __future__ import annotations
@@ -87,16 +88,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def _listing(self, query: dict[str, list[str]]) -> bytes:
         prefix = query.get("prefix", [""])[0]
-        files = sorted(path.relative_to(self.server.root).as_posix() for path in self.server.root.rglob("*") if path.is_file())
+        files = sorted(
+            path.relative_to(self.server.root).as_posix()
+            for path in self.server.root.rglob("*")
+            if path.is_file()
+        )
         entries = "".join(
             f"<Contents><Key>{escape(name)}</Key><Size>{(self.server.root / name).stat().st_size}</Size>"
             f"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>{_etag((self.server.root / name).read_bytes())}</ETag>"
             "</Contents>"
-            for name in files if name.startswith(prefix)
-        )  # fmt: skip
+            for name in files
+            if name.startswith(prefix)
+        )
         return f"<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
 
-    def _send(self, status: int, data: bytes, body: bool, name: str = "", content_range: str = "") -> None:
+    def _send(
+        self, status: int, data: bytes, body: bool, name: str = "", content_range: str = ""
+    ) -> None:
         fault = self.server.fault(name) if body else ""
         if fault == "error":
             status, data = 500, b"try again"
@@ -131,7 +139,9 @@ def _etag(data: bytes) -> str:
 def store(root: Path) -> Iterator[Store]:
     """Serve a folder while the block runs."""
     server = Store(root)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield server

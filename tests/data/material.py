@@ -19,7 +19,9 @@ from vlp.schema import parse
 from vlp.types import ImageSpec, TextSpec
 
 REAL = Path(os.environ.get("VLP_DATA") or Path(__file__).parents[3] / "shared" / "data")
-needs_data = pytest.mark.skipif(not (REAL / "coco_open.tar").exists(), reason=f"real photos are not at {REAL} (set VLP_DATA)")
+needs_data = pytest.mark.skipif(
+    not (REAL / "coco_open.tar").exists(), reason=f"real photos are not at {REAL} (set VLP_DATA)"
+)
 
 IMAGE = ImageSpec((32, 32))
 TEXT = TextSpec("clip", 16)
@@ -28,8 +30,14 @@ TEXT = TextSpec("clip", 16)
 def picture(i: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
     """A smooth picture that depends on i, (width, height) pixels."""
     y, x = np.mgrid[: size[1], : size[0]]
-    channels = [(x * (i % 5 + 1) + y * (i % 3) * 2 + i * 37) % 256, (y * 3 + i * 11) % 256, (x + y + i * 5) % 256]
-    return Image.fromarray(np.stack(channels, -1).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    channels = [
+        (x * (i % 5 + 1) + y * (i % 3) * 2 + i * 37) % 256,
+        (y * 3 + i * 11) % 256,
+        (x + y + i * 5) % 256,
+    ]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8)).resize(
+        size, Image.Resampling.BILINEAR
+    )
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -42,7 +50,13 @@ def write_shards(folder: Path, n: int, per_shard: int, start: int = 0, **meta: A
     """n samples; sample i has the picture and two captions that tell i."""
     with ShardWriter(folder, per_shard) as writer:
         for i in range(start, start + n):
-            writer.add(None, encoded(picture(i)), "png", [f"caption {i} one", f"caption {i} two"], {"number": i, **meta})
+            writer.add(
+                None,
+                encoded(picture(i)),
+                "png",
+                [f"caption {i} one", f"caption {i} two"],
+                {"number": i, **meta},
+            )
     return folder
 
 

@@ -1,4 +1,6 @@
-"""Pixels: training crops against Pillow's, evaluation against open_clip's, the distribution of crops against torchvision's."""
+"""Pixels: training crops against Pillow's, evaluation against open_clip's, the distribution of
+crops against torchvision's.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,22 @@ def test_training_crops_are_within_a_level_of_pillows(photos, size):
     for i, data in enumerate(photos):
         image = pillow(data)
         top, left, h, w = decode.crop_box(image.height, image.width, augment, random.Random(i))
-        expected = pixels(image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC))
+        expected = pixels(
+            image.crop((left, top, left + w, top + h)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            )
+        )
         ours = decode.train(data, ImageSpec((size, size)), augment, random.Random(i))
         assert ours.dtype == torch.uint8 and ours.shape == (3, size, size)
         errors.append((ours.int() - expected.int()).abs().float().mean().item())
-        moved = pixels(image.crop((left + 3, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC))
-        assert (ours.int() - moved.int()).abs().float().mean() > 1  # the measure sees a crop that is three pixels off
+        moved = pixels(
+            image.crop((left + 3, top, left + w, top + h)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            )
+        )
+        assert (
+            ours.int() - moved.int()
+        ).abs().float().mean() > 1  # the measure sees a crop that is three pixels off
     assert max(errors) < 0.5 and np.mean(errors) < 0.1
 
 
@@ -68,17 +80,26 @@ def test_crops_have_torchvisions_distribution(size, scale):
     torch.manual_seed(0)
     chance = random.Random(0)
     blank = torch.empty(3, *size)
-    theirs = np.array([RandomResizedCrop.get_params(blank, list(scale), list(augment.ratio)) for _ in range(n)])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(blank, list(scale), list(augment.ratio)) for _ in range(n)]
+    )
     ours = np.array([decode.crop_box(*size, augment, chance) for _ in range(n)])
     for column in range(4):
         both = np.sort(np.concatenate([theirs[:, column], ours[:, column]]))
         distance = np.abs(
-            np.searchsorted(np.sort(theirs[:, column]), both, "right") - np.searchsorted(np.sort(ours[:, column]), both, "right")
+            np.searchsorted(np.sort(theirs[:, column]), both, "right")
+            - np.searchsorted(np.sort(ours[:, column]), both, "right")
         )
-        assert distance.max() / n < 0.045, column  # Kolmogorov–Smirnov: 1.95·√(2/n) = 0.044 at p = 0.001
-    wrong = np.array([decode.crop_box(*size, Augment(scale=(scale[0] * 0.7, 1.0)), chance) for _ in range(n)])
+        assert distance.max() / n < 0.045, (
+            column
+        )  # Kolmogorov–Smirnov: 1.95·√(2/n) = 0.044 at p = 0.001
+    wrong = np.array(
+        [decode.crop_box(*size, Augment(scale=(scale[0] * 0.7, 1.0)), chance) for _ in range(n)]
+    )
     if size == (480, 640):
-        assert abs(wrong[:, 2].mean() - theirs[:, 2].mean()) > 3 * abs(ours[:, 2].mean() - theirs[:, 2].mean())
+        assert abs(wrong[:, 2].mean() - theirs[:, 2].mean()) > 3 * abs(
+            ours[:, 2].mean() - theirs[:, 2].mean()
+        )
 
 
 @needs_data
@@ -93,16 +114,27 @@ def test_scaled_decoding_shows_the_same_crop_of_fewer_pixels(photos, size, shrin
     monkeypatch.setattr(picture_module, "decode_jpeg", spied)
     spec, errors = ImageSpec((size, size)), []
     for i, data in enumerate(photos):
-        full, scaled = (decode.train(data, spec, Augment(scaled_decoding=on), random.Random(i)).int() for on in (False, True))
+        full, scaled = (
+            decode.train(data, spec, Augment(scaled_decoding=on), random.Random(i)).int()
+            for on in (False, True)
+        )
         errors.append((full - scaled).abs().float().mean().item())
-        assert errors[-1] < (full - full.roll(2, -1)).abs().float().mean()  # what a crop two pixels off would come to
+        assert (
+            errors[-1] < (full - full.roll(2, -1)).abs().float().mean()
+        )  # what a crop two pixels off would come to
     assert max(used) == shrink and used.count(shrink) > len(photos) / 2
     assert np.mean(errors) < (5 if shrink > 1 else 1e-9)
 
 
 def test_pictures_that_cannot_be_scaled_while_decoding_are_what_they_were():
-    for data in (encoded(picture(1, (200, 160))), encoded(picture(1, (200, 160)).convert("CMYK"), "JPEG")):
-        crops = [decode.train(data, ImageSpec((32, 32)), Augment(scaled_decoding=on), random.Random(0)) for on in (False, True)]
+    for data in (
+        encoded(picture(1, (200, 160))),
+        encoded(picture(1, (200, 160)).convert("CMYK"), "JPEG"),
+    ):
+        crops = [
+            decode.train(data, ImageSpec((32, 32)), Augment(scaled_decoding=on), random.Random(0))
+            for on in (False, True)
+        ]
         assert torch.equal(*crops)
 
 
@@ -111,9 +143,15 @@ def test_pictures_that_cannot_be_scaled_while_decoding_are_what_they_were():
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_evaluation_pixels_equal_open_clips(photos, size, resize, interpolation):
-    theirs = image_transform(size, False, (0.0,) * 3, (1.0,) * 3, resize_mode=resize, interpolation=interpolation)
+    theirs = image_transform(
+        size, False, (0.0,) * 3, (1.0,) * 3, resize_mode=resize, interpolation=interpolation
+    )
     spec = ImageSpec(size, interpolation=interpolation, resize=resize)
-    images = [pillow(data) for data in photos[:4]] + [picture(3, (37, 91)), picture(4, (300, 31)), picture(5, size[::-1])]
+    images = [pillow(data) for data in photos[:4]] + [
+        picture(3, (37, 91)),
+        picture(4, (300, 31)),
+        picture(5, size[::-1]),
+    ]
     for image in images:
         expected = (theirs(image) * 255).round().to(torch.uint8)
         assert torch.equal(decode.evaluate(image, spec), expected)
@@ -121,15 +159,39 @@ def test_evaluation_pixels_equal_open_clips(photos, size, resize, interpolation)
 
 
 def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
-@pytest.mark.parametrize("size", [(700, 20), (20, 700), (999, 7), (7, 999), (13, 5001), (3000, 2), (2, 3000), (997, 31), (1, 400)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (700, 20),
+        (20, 700),
+        (999, 7),
+        (7, 999),
+        (13, 5001),
+        (3000, 2),
+        (2, 3000),
+        (997, 31),
+        (1, 400),
+    ],
+)
 @pytest.mark.parametrize("target", [(64, 64), (48, 64), (64, 48)])
 def test_thin_pictures_are_cut_before_they_are_enlarged_and_look_the_same(size, target):
-    """Within a level of open_clip's transform, which enlarges first: what is rounded in between is not quite the same."""
+    """Within a level of open_clip's transform, which enlarges first: what is rounded in between is
+    not quite the same.
+    """
     for interpolation in ("bicubic", "bilinear"):
-        theirs = image_transform(target, False, (0.0,) * 3, (1.0,) * 3, resize_mode="shortest", interpolation=interpolation)
+        theirs = image_transform(
+            target,
+            False,
+            (0.0,) * 3,
+            (1.0,) * 3,
+            resize_mode="shortest",
+            interpolation=interpolation,
+        )
         expected = (theirs(noise(*size)) * 255).round().to(torch.uint8)
         found = decode.evaluate(noise(*size), ImageSpec(target, interpolation=interpolation))
         assert found.shape == expected.shape
@@ -146,12 +208,16 @@ def test_extreme_shapes_cost_no_gigabytes(size):
     assert time.process_time() - started < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400_000  # kB
     for image in seen:
-        assert torch.equal(image, torch.tensor([9, 8, 7], dtype=torch.uint8).view(3, 1, 1).expand(3, 224, 224))
+        assert torch.equal(
+            image, torch.tensor([9, 8, 7], dtype=torch.uint8).view(3, 1, 1).expand(3, 224, 224)
+        )
 
 
 @pytest.mark.parametrize("size", [(700, 20), (20, 701), (999, 7), (8, 1500), (600, 31), (37, 91)])
 def test_the_middle_is_what_transforms_that_cut_the_centre_look_at(size):
-    theirs = image_transform((64, 64), False, (0.0,) * 3, (1.0,) * 3, resize_mode="shortest", interpolation="bicubic")
+    theirs = image_transform(
+        (64, 64), False, (0.0,) * 3, (1.0,) * 3, resize_mode="shortest", interpolation="bicubic"
+    )
     image = picture(3, size)
     part = decode.middle(image)
     if max(size) <= 16 * min(size):
@@ -165,8 +231,13 @@ def test_the_middle_is_what_transforms_that_cut_the_centre_look_at(size):
 
 
 def test_a_crop_is_a_function_of_its_seed():
-    data, augment = encoded(picture(2, (90, 80)), "JPEG"), Augment(scale=(0.2, 1), flip=0.5, color=0.4)
-    one, same, other = (decode.train(data, ImageSpec((32, 32)), augment, random.Random(s)) for s in (1, 1, 2))
+    data, augment = (
+        encoded(picture(2, (90, 80)), "JPEG"),
+        Augment(scale=(0.2, 1), flip=0.5, color=0.4),
+    )
+    one, same, other = (
+        decode.train(data, ImageSpec((32, 32)), augment, random.Random(s)) for s in (1, 1, 2)
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -174,8 +245,14 @@ def test_flips_and_colors_follow_their_settings():
     data, whole = encoded(picture(2, (32, 32))), {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     plain = decode.train(data, ImageSpec((32, 32)), Augment(**whole), random.Random(0))
     assert torch.equal(plain, pixels(picture(2, (32, 32))))
-    flipped = [decode.train(data, ImageSpec((32, 32)), Augment(**whole, flip=0.25), random.Random(s)) for s in range(400)]
+    flipped = [
+        decode.train(data, ImageSpec((32, 32)), Augment(**whole, flip=0.25), random.Random(s))
+        for s in range(400)
+    ]
     n_flipped = sum(torch.equal(image, plain.flip(-1)) for image in flipped)
-    assert 70 < n_flipped < 130 and n_flipped + sum(torch.equal(image, plain) for image in flipped) == 400
+    assert (
+        70 < n_flipped < 130
+        and n_flipped + sum(torch.equal(image, plain) for image in flipped) == 400
+    )
     colored = decode.train(data, ImageSpec((32, 32)), Augment(**whole, color=0.5), random.Random(0))
     assert not torch.equal(colored, plain)

@@ -14,7 +14,16 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tests.data.material import IMAGE, TEXT, data_of, encoded, loader_of, picture, write_shards, write_tar
+from tests.data.material import (
+    IMAGE,
+    TEXT,
+    data_of,
+    encoded,
+    loader_of,
+    picture,
+    write_shards,
+    write_tar,
+)
 from tests.data.test_loader import take
 from vlp.config import Augment, Captions, TextAugment
 from vlp.data import decode
@@ -34,24 +43,43 @@ def write_pictured(folder: Path, n: int = 8) -> Path:
     with ShardWriter(folder, 5) as writer:
         for i in range(n):
             extra = {} if i % 2 else {"negative_image": (encoded(picture(100 + i)), "png")}
-            writer.add(f"k{i}", encoded(picture(i)), "png", [f"text {i}"], {"negatives": [f"not {i}", "nor this"]}, **extra)
+            writer.add(
+                f"k{i}",
+                encoded(picture(i)),
+                "png",
+                [f"text {i}"],
+                {"negatives": [f"not {i}", "nor this"]},
+                **extra,
+            )
     return folder
 
 
 def test_images_of_negatives_come_with_them_and_mask_the_first_where_they_lack(tmp_path):
     data = data_of(write_pictured(tmp_path), augment=PLAIN)
     loader = loader_of(data, 8)
-    assert "negative_image" in loader.carries and "first negative of 4 samples is masked" in loader.problems()[0]
+    assert (
+        "negative_image" in loader.carries
+        and "first negative of 4 samples is masked" in loader.problems()[0]
+    )
     batch = next(loader)
-    assert batch.negative_image.shape == batch.image.shape and batch.negative_image.dtype == torch.uint8
+    assert (
+        batch.negative_image.shape == batch.image.shape
+        and batch.negative_image.dtype == torch.uint8
+    )
     for row, key in enumerate(batch.key):
         i = int(key[1:])
         assert batch.negatives_valid[row].tolist() == [i % 2 == 0, True]
-        expected = decode.train(encoded(picture(100 + i)), IMAGE, data.augment, random.Random(0)) if i % 2 == 0 else 0
+        expected = (
+            decode.train(encoded(picture(100 + i)), IMAGE, data.augment, random.Random(0))
+            if i % 2 == 0
+            else 0
+        )
         assert (batch.negative_image[row].int() - expected).abs().max() == 0
         assert (batch.image[row] != batch.negative_image[row]).any()
     without = data_of(write_shards_without_pictures(tmp_path / "without"))
-    assert next(loader_of(without, 8)).negatives_valid.all()  # no images of negatives at all: nothing to mask
+    assert next(
+        loader_of(without, 8)
+    ).negatives_valid.all()  # no images of negatives at all: nothing to mask
 
 
 def write_shards_without_pictures(folder: Path) -> Path:
@@ -65,7 +93,9 @@ def test_images_of_negatives_have_crops_of_their_own(tmp_path):
     with ShardWriter(tmp_path) as writer:
         for i in range(4):
             image = encoded(picture(i))
-            writer.add(None, image, "png", ["x"], {"negatives": ["y"]}, negative_image=(image, "png"))
+            writer.add(
+                None, image, "png", ["x"], {"negatives": ["y"]}, negative_image=(image, "png")
+            )
     batch = next(loader_of(data_of(tmp_path, augment={"scale": [0.2, 0.5]}), 4))
     assert all((a != b).any() for a, b in zip(batch.image, batch.negative_image))
 
@@ -75,9 +105,18 @@ def test_members_of_negatives_lie_beside_the_image_and_come_back(tmp_path):
     with tarfile.open(tmp_path / "00000.tar") as tar:
         assert tar.getnames()[:5] == ["k0.png", "k0.negative.png", "k0.txt", "k0.json", "k1.png"]
     source = open_shards(Options(str(tmp_path)), Captions())
-    assert [source[i].negative_image for i in range(8)] == [b"" if i % 2 else encoded(picture(100 + i)) for i in range(8)]
-    foreign = [("a.txt", b"x"), ("a.negative.PNG", encoded(picture(1))), ("a.negative.txt", b"no"), ("a.png", encoded(picture(2)))]
-    source = open_shards(Options(str(write_tar(tmp_path / "foreign" / "0.tar", foreign))), Captions())
+    assert [source[i].negative_image for i in range(8)] == [
+        b"" if i % 2 else encoded(picture(100 + i)) for i in range(8)
+    ]
+    foreign = [
+        ("a.txt", b"x"),
+        ("a.negative.PNG", encoded(picture(1))),
+        ("a.negative.txt", b"no"),
+        ("a.png", encoded(picture(2))),
+    ]
+    source = open_shards(
+        Options(str(write_tar(tmp_path / "foreign" / "0.tar", foreign))), Captions()
+    )
     assert (source[0].negative_image, source[0].captions) == (encoded(picture(1)), ("x",))
     with ShardWriter(tmp_path / "w") as writer, pytest.raises(ValueError, match="image type 'psd'"):
         writer.add(None, encoded(picture(1)), "png", ["x"], negative_image=(b"x", "psd"))
@@ -87,9 +126,22 @@ def test_a_negative_image_that_does_not_open_replaces_the_sample(tmp_path):
     with ShardWriter(tmp_path) as writer:
         for i in range(6):
             image = encoded(picture(i)) if i else b"broken"
-            writer.add(f"k{i}", encoded(picture(i)), "png", ["x"], {"negatives": ["y"]}, negative_image=(image, "png"))
+            writer.add(
+                f"k{i}",
+                encoded(picture(i)),
+                "png",
+                ["x"],
+                {"negatives": ["y"]},
+                negative_image=(image, "png"),
+            )
     image = encoded(picture(1))
-    empty = [("0.png", image), ("0.negative.png", b""), ("0.txt", b"x"), ("1.png", image), ("1.txt", b"x")]
+    empty = [
+        ("0.png", image),
+        ("0.negative.png", b""),
+        ("0.txt", b"x"),
+        ("1.png", image),
+        ("1.txt", b"x"),
+    ]
     loader = loader_of(data_of(tmp_path), 5)
     keys = [key for batch in take(loader, 6) for key in batch.key]
     assert "k0" not in keys and {key for _, key, _ in loader.bad} == {"k0"}
@@ -97,7 +149,10 @@ def test_a_negative_image_that_does_not_open_replaces_the_sample(tmp_path):
     assert shard.count == 1 and "a negative image of 0 bytes" in shard.problems[0]
 
 
-VIEWS = {"n": 3, "augment": {"scale": [0.3, 0.8], "color": 0.4, "grayscale": 0.3, "blur": 0.5, "flip": 0.5}}
+VIEWS = {
+    "n": 3,
+    "augment": {"scale": [0.3, 0.8], "color": 0.4, "grayscale": 0.3, "blur": 0.5, "flip": 0.5},
+}
 
 
 def test_views_are_further_crops_and_wordings_of_the_same_samples(tmp_path):
@@ -107,31 +162,53 @@ def test_views_are_further_crops_and_wordings_of_the_same_samples(tmp_path):
             writer.add(None, encoded(picture(i, (80, 70))), "png", [f"{caption} {i}"])
     plain = next(loader_of(data_of(tmp_path), 12))
     ranks = [loader_of(data_of(tmp_path, views=VIEWS), 12, rank=r, world=2) for r in range(2)]
-    assert ranks[0].carries == {"image_views", "text_views"} and not {"image_views", "text_views"} & plain.carries()
+    assert (
+        ranks[0].carries == {"image_views", "text_views"}
+        and not {"image_views", "text_views"} & plain.carries()
+    )
     parts = [next(rank) for rank in ranks]
     whole = next(loader_of(data_of(tmp_path, views=VIEWS), 12))
     for name in ("image", "text", "image_views", "text_views"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    assert torch.equal(whole.image, plain.image) and torch.equal(whole.text, plain.text)  # the first view is the one without
-    assert whole.image_views.shape == (12, 3, 3, *IMAGE.size) and whole.image_views.dtype == torch.uint8
+    assert torch.equal(whole.image, plain.image) and torch.equal(
+        whole.text, plain.text
+    )  # the first view is the one without
+    assert (
+        whole.image_views.shape == (12, 3, 3, *IMAGE.size)
+        and whole.image_views.dtype == torch.uint8
+    )
     assert whole.text_views.shape == (12, 3, TEXT.context_length)
     n_texts = 0
     for row in range(12):
-        assert len({view.numpy().tobytes() for view in (*whole.image_views[row], whole.image[row])}) == 4
+        assert (
+            len({view.numpy().tobytes() for view in (*whole.image_views[row], whole.image[row])})
+            == 4
+        )
         n_texts += len({view.numpy().tobytes() for view in whole.text_views[row]})
     assert n_texts > 30
     half = whole.split(2)[1].to("cpu")
-    assert torch.equal(half.image_views, whole.image_views[6:]) and torch.equal(half.text_views, whole.text_views[6:])
+    assert torch.equal(half.image_views, whole.image_views[6:]) and torch.equal(
+        half.text_views, whole.text_views[6:]
+    )
     assert isinstance(half, Batch) and len(half) == 6
 
 
 def test_gray_and_blur_come_with_their_probability():
     """Blur at 224 px, where σ starts at .1: a twelfth of the draws are too weak to be seen."""
-    image = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     whole = {"scale": (1, 1), "ratio": (1, 1)}
-    for change, share, seen, n in (("grayscale", 0.3, 0.3, 300), ("blur", 0.6, 0.55, 40), ("blur", 1.0, 0.92, 25)):
+    for change, share, seen, n in (
+        ("grayscale", 0.3, 0.3, 300),
+        ("blur", 0.6, 0.55, 40),
+        ("blur", 1.0, 0.92, 25),
+    ):
         augment = Augment(**whole, **{change: share})
-        views = [decode.random_crop(image, ImageSpec((224, 224)), augment, random.Random(i)) for i in range(n)]
+        views = [
+            decode.random_crop(image, ImageSpec((224, 224)), augment, random.Random(i))
+            for i in range(n)
+        ]
         changed = [view for view in views if not torch.equal(view, image)]
         assert abs(len(changed) - n * seen) < 4.5 * np.sqrt(n * seen * (1 - seen))
         assert change == "blur" or all(torch.equal(view[0], view[2]) for view in changed)
@@ -139,9 +216,13 @@ def test_gray_and_blur_come_with_their_probability():
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
 def test_blur_is_gaussian(sigma):
-    image = torch.randint(0, 256, (3, 14, 17), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    image = torch.randint(
+        0, 256, (3, 14, 17), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     radius = int(np.ceil(3 * sigma))
-    wide = np.pad(image.double().numpy(), ((0, 0), (radius, radius), (radius, radius)), mode="reflect")
+    wide = np.pad(
+        image.double().numpy(), ((0, 0), (radius, radius), (radius, radius)), mode="reflect"
+    )
     expected, total = np.zeros(image.shape), 0.0
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):
@@ -177,7 +258,10 @@ def test_changes_of_wording_have_their_probability_and_keep_to_the_words():
         left = vary(CAPTION, TextAugment(**{**NOTHING, "deletions": 0.2}), random.Random(i)).split()
         assert all(word in words for word in left)
         counts["left"] += len(left)
-        counts["swapped"] += vary(CAPTION, TextAugment(**{**NOTHING, "swaps": 0.1}), random.Random(i)).split() != words
+        counts["swapped"] += (
+            vary(CAPTION, TextAugment(**{**NOTHING, "swaps": 0.1}), random.Random(i)).split()
+            != words
+        )
     assert abs(counts["left"] / 2000 - 0.8 * len(words)) < 0.15
     assert abs(counts["swapped"] / 2000 - (1 - 0.9 ** (len(words) - 1))) < 0.05
     assert vary("", TextAugment(), random.Random(0)) == ""
@@ -192,19 +276,30 @@ def test_synonyms_are_mutual_and_after_the_same_article():
 
 
 def test_wrong_views_are_refused(tmp_path):
-    for wrong in ({"n": 0}, {"augment": {"blur": 2}}, {"text": {"swaps": -0.1}}, {"text": {"swap": 0.1}}):
+    for wrong in (
+        {"n": 0},
+        {"augment": {"blur": 2}},
+        {"text": {"swaps": -0.1}},
+        {"text": {"swap": 0.1}},
+    ):
         with pytest.raises(ConfigError):
             data_of(tmp_path, views=wrong)
 
 
-def write_embeddings(folder: Path, shards: Path, *, model: str = "teacher", scale: float = 50.0, width: int = 6) -> Path:
+def write_embeddings(
+    folder: Path, shards: Path, *, model: str = "teacher", scale: float = 50.0, width: int = 6
+) -> Path:
     """As `vlp data embed` writes them: row i of a shard says which shard and sample it belongs to."""
     folder.mkdir()
     for s, path in enumerate(sorted(shards.glob("*.tar"))):
         with tarfile.open(path) as tar:
             keys = list(dict.fromkeys(name.split(".")[0] for name in tar.getnames()))
         rows = np.stack([np.full(width, s * 1000 + i, np.float16) for i in range(len(keys))])
-        about = {"model": model, "scale": str(scale), "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
+        about = {
+            "model": model,
+            "scale": str(scale),
+            "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+        }
         save_file({"image": rows, "text": -rows}, folder / f"{path.stem}.safetensors", about)
     return folder
 
@@ -214,7 +309,12 @@ def embedded(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("embedded")
     with ShardWriter(folder / "shards", 7) as writer:
         for i in range(18):
-            writer.add(f"k{i:02d}", encoded(picture(i)), "png", [] if i in (0, 9) else [f"one {i}", f"two {i}"])
+            writer.add(
+                f"k{i:02d}",
+                encoded(picture(i)),
+                "png",
+                [] if i in (0, 9) else [f"one {i}", f"two {i}"],
+            )
     return folder / "shards", write_embeddings(folder / "teacher", folder / "shards")
 
 
@@ -230,17 +330,27 @@ def test_a_teachers_embeddings_come_with_their_samples(embedded):
             assert batch.teacher_image.dtype == batch.teacher_text.dtype == torch.float32
             for key, image, words in zip(batch.key, batch.teacher_image, batch.teacher_text):
                 shard, place = divmod(int(key[1:]), 7)
-                assert torch.equal(image, torch.full((6,), shard * 1000.0 + place)) and torch.equal(words, -image)
+                assert torch.equal(image, torch.full((6,), shard * 1000.0 + place)) and torch.equal(
+                    words, -image
+                )
                 n += 1
         assert n == 32
     assert loader_of(data_of(shards, captions=first), 8).teacher_scale is None
-    loader = loader_of(data_of(source, captions={"missing": "drop"}), 8)  # other captions than the embedded ones
-    assert loader.carries == {"teacher_image"} and "teacher_text is left out" in loader.problems()[-1]
+    loader = loader_of(
+        data_of(source, captions={"missing": "drop"}), 8
+    )  # other captions than the embedded ones
+    assert (
+        loader.carries == {"teacher_image"} and "teacher_text is left out" in loader.problems()[-1]
+    )
 
 
 def test_a_picture_that_did_not_open_for_the_teacher_is_replaced_even_without_pixels(tmp_path):
     shards = write_shards(tmp_path / "shards", 24, 24)
-    source = {"name": "shards", "path": str(shards), "embeddings": str(write_embeddings(tmp_path / "teacher", shards))}
+    source = {
+        "name": "shards",
+        "path": str(shards),
+        "embeddings": str(write_embeddings(tmp_path / "teacher", shards)),
+    }
     for pixels in (False, True):  # row 0 is zero
         loader = loader_of(data_of(source), 24, pixels=pixels)
         batch = next(loader)
@@ -257,12 +367,17 @@ def test_embeddings_that_do_not_fit_are_refused_by_name(embedded, tmp_path):
         source = {"name": "shards", "path": str(shards), "embeddings": str(embeddings)}
         return loader_of(data_of(source, *others, captions=captions), 4)
 
-    with pytest.raises(ValueError, match=r"none/00000.safetensors holds no embeddings.*vlp data embed.*00000.tar"):
+    with pytest.raises(
+        ValueError, match=r"none/00000.safetensors holds no embeddings.*vlp data embed.*00000.tar"
+    ):
         opened(tmp_path / "none")
     with ShardWriter(tmp_path / "other", 7) as writer:
         for i in range(18):
             writer.add(f"other{i}", encoded(picture(i)), "png", ["x"])
-    with pytest.raises(ValueError, match=r"00000.safetensors holds .* for other samples than the 7 of 00000.tar.*vlp data embed"):
+    with pytest.raises(
+        ValueError,
+        match=r"00000.safetensors holds .* for other samples than the 7 of 00000.tar.*vlp data embed",
+    ):
         opened(write_embeddings(tmp_path / "others", tmp_path / "other"))
     mixed = write_embeddings(tmp_path / "mixed", shards, scale=20.0)
     (mixed / "00001.safetensors").write_bytes((teacher / "00001.safetensors").read_bytes())
@@ -293,4 +408,6 @@ def test_an_old_index_is_made_anew(tmp_path, capsys):
     (tmp_path / "_index.bin").write_bytes(whole.replace(b"vlp shard index 3", b"vlp shard index 2"))
     shards = index(sorted(tmp_path.glob("*.tar")))
     assert capsys.readouterr().err == "" and (tmp_path / "_index.bin").read_bytes() == whole
-    assert shards[0].keys == hashlib.sha256(b"k0\nk1\nk2\nk3\nk4").hexdigest() and json.loads(json.dumps(shards[1].keys))
+    assert shards[0].keys == hashlib.sha256(b"k0\nk1\nk2\nk3\nk4").hexdigest() and json.loads(
+        json.dumps(shards[1].keys)
+    )

@@ -122,7 +122,8 @@ def test_pictures_without_a_text_among_pairs_are_refused_or_counted(tmp_path, ca
     )
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
     assert (
-        "left out: 2 images or folders that cannot be used" in capsys.readouterr().out and len(packed(tmp_path / "out")) == 1
+        "left out: 2 images or folders that cannot be used" in capsys.readouterr().out
+        and len(packed(tmp_path / "out")) == 1
     )
     with pytest.raises(ValueError, match="on_missing: skip leaves them out"):
         loader_of(data_of({"name": "folder", "path": str(root)}), 1)
@@ -144,9 +145,14 @@ def test_texts_that_hold_no_caption_do_not_make_folders_classes(tmp_path):
 def test_hidden_and_system_names_are_never_classes_or_pictures(tmp_path, capsys):
     root = put(tmp_path / "t", "cat/1.png", "dog/2.PNG", "dog/more/3.png")
     hidden = [
-        ".ipynb_checkpoints/1.png", "__MACOSX/cat/._1.png", "cat/._1.png", "dog/@eaDir/2.png", "lost+found/x.png",
-        "cat/.ipynb_checkpoints/1-checkpoint.png", "$RECYCLE.BIN/4.png",
-    ]  # fmt: skip
+        ".ipynb_checkpoints/1.png",
+        "__MACOSX/cat/._1.png",
+        "cat/._1.png",
+        "dog/@eaDir/2.png",
+        "lost+found/x.png",
+        "cat/.ipynb_checkpoints/1-checkpoint.png",
+        "$RECYCLE.BIN/4.png",
+    ]
     put(root, *hidden)
     put(root, "cat/Thumbs.db", ".DS_Store", "dog/desktop.ini", data=b"x")
     n_cases = 0
@@ -232,15 +238,18 @@ def test_files_that_are_no_pictures_are_counted_and_an_empty_class_is_refused(tm
 @pytest.mark.parametrize(
     ("folders", "splits"),
     [
-        (("train", "val"), "train, val"), (("Training", "Test"), "Test, Training"),
+        (("train", "val"), "train, val"),
+        (("Training", "Test"), "Test, Training"),
         (("train2017", "val2017"), "train2017, val2017"),
-        (("train", "test", "validation", "extra"), "test, train, validation"), (("train",), "train"),
+        (("train", "test", "validation", "extra"), "test, train, validation"),
+        (("train",), "train"),
         (("test_images", "train_images"), "test_images, train_images"),
         (("images_test", "images_train"), "images_test, images_train"),
         (("seg_pred", "seg_test", "seg_train"), "seg_test, seg_train"),
-        (("train", "unlabeled"), "train, unlabeled"), (("fold1", "fold2"), "fold1, fold2"),
+        (("train", "unlabeled"), "train, unlabeled"),
+        (("fold1", "fold2"), "fold1, fold2"),
     ],
-)  # fmt: skip
+)
 def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, folders, splits):
     root = put(
         tmp_path / "root",

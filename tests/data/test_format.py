@@ -22,7 +22,11 @@ IMAGE = encoded(picture(1))
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*")) if p.name != "_index.bin"}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.glob("*"))
+        if p.name != "_index.bin"
+    }
 
 
 def test_the_same_input_gives_identical_bytes_and_other_input_does_not(tmp_path):
@@ -57,15 +61,27 @@ def test_a_writer_that_fails_leaves_whole_shards_only(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ext": "psd"}, "image type 'psd'"), ({"image": b""}, "0 bytes"), ({"key": "../x"}, "not usable"),
-        ({"key": "a.b"}, "not usable"), ({"key": ".a"}, "not usable"), ({"cls": -1}, "from 0 to 999999999"),
-        ({"cls": True}, "class number"), ({"cls": 10**9}, "class number"),
+        ({"ext": "psd"}, "image type 'psd'"),
+        ({"image": b""}, "0 bytes"),
+        ({"key": "../x"}, "not usable"),
+        ({"key": "a.b"}, "not usable"),
+        ({"key": ".a"}, "not usable"),
+        ({"cls": -1}, "from 0 to 999999999"),
+        ({"cls": True}, "class number"),
+        ({"cls": 10**9}, "class number"),
         ({"captions": [3]}, "list of texts"),
         ({"meta": {"x": "y" * 2_000_000}}, "the JSON of"),
     ],
-)  # fmt: skip
+)
 def test_the_writer_refuses_what_could_not_be_read_back(tmp_path, change, message):
-    sample = {"key": "k", "image": IMAGE, "ext": "png", "captions": ["x"], "meta": {}, "cls": None} | change
+    sample = {
+        "key": "k",
+        "image": IMAGE,
+        "ext": "png",
+        "captions": ["x"],
+        "meta": {},
+        "cls": None,
+    } | change
     with ShardWriter(tmp_path, 2) as writer, pytest.raises(ValueError, match=message):
         writer.add(*sample.values())
 
@@ -108,7 +124,10 @@ def test_an_index_that_cannot_lie_beside_its_shards_goes_to_the_cache(tmp_path, 
     assert [s.count for s in index([folder / "00000.tar"])] == [4]
     monkeypatch.setattr(index_module, "scan", lambda path: pytest.fail("scanned again"))
     assert [s.count for s in index([folder / "00000.tar"])] == [4]
-    assert len(list((tmp_path / "cache" / "index").iterdir())) == 1 and not (folder / "_index.bin").exists()
+    assert (
+        len(list((tmp_path / "cache" / "index").iterdir())) == 1
+        and not (folder / "_index.bin").exists()
+    )
 
 
 def test_samples_come_back_as_written(tmp_path):
@@ -116,15 +135,29 @@ def test_samples_come_back_as_written(tmp_path):
     assert len(source) == 25 and source.n_left_out == 0
     for i in (0, 9, 10, 24):
         sample = source[i]
-        assert (sample.sample_id, sample.image, sample.image_type) == (i, encoded(picture(i)), "png")
-        assert sample.captions == (f"caption {i} one", f"caption {i} two") and sample.meta["number"] == i
+        assert (sample.sample_id, sample.image, sample.image_type) == (
+            i,
+            encoded(picture(i)),
+            "png",
+        )
+        assert (
+            sample.captions == (f"caption {i} one", f"caption {i} two")
+            and sample.meta["number"] == i
+        )
 
 
 def test_paths_may_be_folders_files_braces_and_lists(tmp_path):
     write_shards(tmp_path / "a", 25, 10)
     write_shards(tmp_path / "b", 5, 10)
-    assert [p.name for p in expand(f"{tmp_path}/a/{{00002,00000}}.tar::{tmp_path}/b")] == ["00002.tar", "00000.tar", "00000.tar"]
-    assert len(open_shards(Options(f"{tmp_path}/a/{{00000..00001}}.tar::{tmp_path}/b"), Captions())) == 25
+    assert [p.name for p in expand(f"{tmp_path}/a/{{00002,00000}}.tar::{tmp_path}/b")] == [
+        "00002.tar",
+        "00000.tar",
+        "00000.tar",
+    ]
+    assert (
+        len(open_shards(Options(f"{tmp_path}/a/{{00000..00001}}.tar::{tmp_path}/b"), Captions()))
+        == 25
+    )
     with pytest.raises(ValueError, match="neither a folder nor a tar"):
         expand(f"{tmp_path}/a/{{00002..00003}}.tar")
     (tmp_path / "empty").mkdir()
@@ -135,13 +168,23 @@ def test_paths_may_be_folders_files_braces_and_lists(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("a/b.jpg", ("a/b", "image", "jpg")), ("b.seg.PNG", ("b.seg", "image", "png")), ("../../x.jpg", ("x", "image", "jpg")),
-        ("/etc/x.txt", ("etc/x", "txt", "txt")), ("./x.json", ("x", "json", "json")), ("a.b/c.jpg", ("a.b/c", "image", "jpg")),
-        ("IMG_3.v2.negative.JPG", ("IMG_3.v2", "negative", "jpg")), ("a\\b.TXT", ("a/b", "txt", "txt")),
-        ("x.npy", ("x", "", "npy")), ("noext", ("noext", "", "")), ("folder/", None),
-        ("._x.jpg", None), ("__MACOSX/x.jpg", None), ("a/.cache/x.jpg", None), ("PaxHeaders.7/x.jpg", None),
+        ("a/b.jpg", ("a/b", "image", "jpg")),
+        ("b.seg.PNG", ("b.seg", "image", "png")),
+        ("../../x.jpg", ("x", "image", "jpg")),
+        ("/etc/x.txt", ("etc/x", "txt", "txt")),
+        ("./x.json", ("x", "json", "json")),
+        ("a.b/c.jpg", ("a.b/c", "image", "jpg")),
+        ("IMG_3.v2.negative.JPG", ("IMG_3.v2", "negative", "jpg")),
+        ("a\\b.TXT", ("a/b", "txt", "txt")),
+        ("x.npy", ("x", "", "npy")),
+        ("noext", ("noext", "", "")),
+        ("folder/", None),
+        ("._x.jpg", None),
+        ("__MACOSX/x.jpg", None),
+        ("a/.cache/x.jpg", None),
+        ("PaxHeaders.7/x.jpg", None),
     ],
-)  # fmt: skip
+)
 def test_names_are_taken_apart_and_stay_inside(name, expected):
     assert parse_name(name) == expected
 
@@ -157,7 +200,15 @@ def test_webdataset_reads_our_shards_and_we_read_theirs(tmp_path):
 
     with webdataset.TarWriter(str(tmp_path / "theirs.tar")) as sink:
         for i in range(5):
-            sink.write({"__key__": f"deep/{'long' * 40}/s{i}", "png": IMAGE, "txt": f"text {i}", "cls": i, "json": {"class": "c"}})
+            sink.write(
+                {
+                    "__key__": f"deep/{'long' * 40}/s{i}",
+                    "png": IMAGE,
+                    "txt": f"text {i}",
+                    "cls": i,
+                    "json": {"class": "c"},
+                }
+            )
     source = open_shards(Options(str(tmp_path / "theirs.tar")), Captions())
     assert [source[i].captions for i in range(5)] == [(f"text {i}",) for i in range(5)]
     assert source[3].key == f"deep/{'long' * 40}/s3" and source[3].meta == {"class": "c", "cls": 3}
@@ -165,14 +216,20 @@ def test_webdataset_reads_our_shards_and_we_read_theirs(tmp_path):
 
 @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_every_kind_of_tar_header_is_understood(tmp_path, layout):
-    names = ["plain", "größe/ü", "d" * 60 + "/" + "f" * 70] + (["e" * 150] if layout != tarfile.USTAR_FORMAT else [])
+    names = ["plain", "größe/ü", "d" * 60 + "/" + "f" * 70] + (
+        ["e" * 150] if layout != tarfile.USTAR_FORMAT else []
+    )
     with tarfile.open(tmp_path / "x.tar", "w", format=layout) as tar:
         for name in names:
             for kind, data in (("png", IMAGE), ("txt", name.encode())):
                 (tmp_path / "member").write_bytes(data)
                 tar.add(tmp_path / "member", f"{name}.{kind}")  # real owners, times and modes
     source = open_shards(Options(str(tmp_path / "x.tar")), Captions())
-    assert [source[i].key for i in range(len(source))] == names == [source[i].captions[0] for i in range(len(source))]
+    assert (
+        [source[i].key for i in range(len(source))]
+        == names
+        == [source[i].captions[0] for i in range(len(source))]
+    )
 
 
 @needs_data

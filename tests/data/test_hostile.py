@@ -25,7 +25,11 @@ IMAGE = encoded(picture(1))
 
 
 def sample(i: int, image: bytes = IMAGE) -> list[tuple[str, bytes]]:
-    return [(f"{i:04d}.png", image), (f"{i:04d}.txt", b"text %d" % i), (f"{i:04d}.json", b'{"n": %d}' % i)]
+    return [
+        (f"{i:04d}.png", image),
+        (f"{i:04d}.txt", b"text %d" % i),
+        (f"{i:04d}.json", b'{"n": %d}' % i),
+    ]
 
 
 def keys(path) -> list[str]:
@@ -48,19 +52,28 @@ def test_a_pickle_in_a_shard_is_never_run(tmp_path, monkeypatch):
         archive.writestr("archive/data.pkl", attack)
     members = []
     for i in range(6):
-        members += sample(i) + [(f"{i:04d}.{kind}", attack) for kind in ("pyd", "pkl", "pickle", "pth", "npy", "mp")]
+        members += sample(i) + [
+            (f"{i:04d}.{kind}", attack) for kind in ("pyd", "pkl", "pickle", "pth", "npy", "mp")
+        ]
         members += [(f"{i:04d}.pt", zipped.getvalue())]
     path = write_tar(tmp_path / "0.tar", members)
     loader = loader_of(data_of(path, workers=1), 3)
-    assert len({key for _ in range(2) for key in next(loader).key}) == 6 and not (tmp_path / "executed").exists()
+    assert (
+        len({key for _ in range(2) for key in next(loader).key}) == 6
+        and not (tmp_path / "executed").exists()
+    )
     pickle.loads(attack)  # the charge is live
     assert (tmp_path / "executed").exists()
 
 
 def test_members_that_point_outside_stay_inside(tmp_path):
-    members = [(name.replace("0001", f"../../{i}"), data) for i in range(2) for name, data in sample(1)]
+    members = [
+        (name.replace("0001", f"../../{i}"), data) for i in range(2) for name, data in sample(1)
+    ]
     folder = tmp_path / "deep" / "shards"
-    path = write_tar(folder / "0.tar", [*members, ("/etc/passwd.png", IMAGE), ("/etc/passwd.txt", b"root")])
+    path = write_tar(
+        folder / "0.tar", [*members, ("/etc/passwd.png", IMAGE), ("/etc/passwd.txt", b"root")]
+    )
     before = sorted(p for p in tmp_path.rglob("*"))
     assert keys(path) == ["0", "1", "etc/passwd"]
     assert sorted(p for p in tmp_path.rglob("*")) == sorted([*before, folder / "_index.bin"])
@@ -78,10 +91,17 @@ def test_links_and_devices_are_no_samples(tmp_path):
 
 def test_the_first_of_a_repeated_key_is_kept_and_the_others_named(tmp_path):
     other = encoded(picture(9))
-    shard = scan(write_tar(tmp_path / "0.tar", sample(1) + sample(2) + sample(1, other) + sample(2)[:1] + sample(2)[1:]))
+    shard = scan(
+        write_tar(
+            tmp_path / "0.tar",
+            sample(1) + sample(2) + sample(1, other) + sample(2)[:1] + sample(2)[1:],
+        )
+    )
     assert shard.count == 2 and shard.n_problems == shard.n_left_out == 2
     which = {1: "another picture", 2: "the same picture"}
-    assert shard.problems == [f"000{i}: a second sample of this key: with {which[i]}; the first is kept" for i in (1, 2)]
+    assert shard.problems == [
+        f"000{i}: a second sample of this key: with {which[i]}; the first is kept" for i in (1, 2)
+    ]
     shard = scan(write_tar(tmp_path / "1.tar", sample(1) + sample(1, other)))
     assert shard.count == 1 and shard.n_problems == 1
     source = open_shards(Options(str(tmp_path / "1.tar")), Captions())
@@ -110,7 +130,11 @@ def test_a_broken_text_costs_itself_and_not_its_sample(tmp_path, member, reason)
     path = write_tar(tmp_path / "0.tar", sample(0) + broken + sample(2))
     shard = scan(path)
     assert (shard.count, shard.n_left_out, shard.n_problems) == (3, 0, 1)
-    assert "0001: " in shard.problems[0] and reason in shard.problems[0] and sum(shard.left_out.values()) == 1
+    assert (
+        "0001: " in shard.problems[0]
+        and reason in shard.problems[0]
+        and sum(shard.left_out.values()) == 1
+    )
     assert open_shards(Options(str(path)), Captions())[1].captions == ("text 1",)
 
 
@@ -119,20 +143,30 @@ def test_a_sample_without_a_picture_is_left_out_and_named(tmp_path):
     path = write_tar(tmp_path / "0.tar", sample(0) + empty + sample(2) + sample(3)[1:])
     shard = scan(path)
     assert (shard.count, shard.n_left_out, shard.n_problems) == (2, 2, 2)
-    assert shard.left_out == {"an image of 0 bytes": 1, "no image member": 1} and shard.problems[1].startswith("0003: no image")
+    assert shard.left_out == {"an image of 0 bytes": 1, "no image member": 1} and shard.problems[
+        1
+    ].startswith("0003: no image")
     assert keys(path) == ["0000", "0002"]
 
 
 def test_a_truncated_tar_gives_its_whole_samples_and_no_half_one(tmp_path):
-    whole = write_tar(tmp_path / "w" / "0.tar", [m for i in range(20) for m in sample(i)]).read_bytes()
+    whole = write_tar(
+        tmp_path / "w" / "0.tar", [m for i in range(20) for m in sample(i)]
+    ).read_bytes()
     chance = random.Random(1)
     for trial in range(60):
-        cut = chance.randrange(1, end_of(whole, 19)) // (512 if trial % 2 else 1) * (512 if trial % 2 else 1)
+        cut = (
+            chance.randrange(1, end_of(whole, 19))
+            // (512 if trial % 2 else 1)
+            * (512 if trial % 2 else 1)
+        )
         path = tmp_path / f"{trial}.tar"
         path.write_bytes(whole[:cut])
         shard = scan(path)
         n_whole = sum(1 for i in range(20) if end_of(whole, i) <= cut)
-        assert n_whole - 1 <= shard.count <= n_whole  # the last whole one counts as half where no end can be seen
+        assert (
+            n_whole - 1 <= shard.count <= n_whole
+        )  # the last whole one counts as half where no end can be seen
         assert shard.n_problems or cut < 512
         for i in range(shard.count):
             assert read(path, shard, i).captions == (f"text {i}",)
@@ -140,7 +174,11 @@ def test_a_truncated_tar_gives_its_whole_samples_and_no_half_one(tmp_path):
 
 def end_of(tar: bytes, i: int) -> int:
     with tarfile.open(fileobj=io.BytesIO(tar)) as file:
-        return max(m.offset_data + -(-m.size // 512) * 512 for m in file.getmembers() if m.name.startswith(f"{i:04d}."))
+        return max(
+            m.offset_data + -(-m.size // 512) * 512
+            for m in file.getmembers()
+            if m.name.startswith(f"{i:04d}.")
+        )
 
 
 def read(path, shard, i):
@@ -151,7 +189,9 @@ def read(path, shard, i):
 
 
 def test_a_damaged_header_costs_its_neighbours_only(tmp_path):
-    whole = write_tar(tmp_path / "w" / "0.tar", [m for i in range(20) for m in sample(i)]).read_bytes()
+    whole = write_tar(
+        tmp_path / "w" / "0.tar", [m for i in range(20) for m in sample(i)]
+    ).read_bytes()
     with tarfile.open(fileobj=io.BytesIO(whole)) as file:
         members = file.getmembers()
     for n, member in enumerate(members):
@@ -162,14 +202,22 @@ def test_a_damaged_header_costs_its_neighbours_only(tmp_path):
         shard = scan(path)
         hit = n // 3
         found = [read(path, shard, i).meta["n"] for i in range(shard.count)]
-        assert hit not in found and len(found) >= 17 and set(range(20)) - set(found) <= {hit - 1, hit, hit + 1}, (n, found)
+        assert (
+            hit not in found
+            and len(found) >= 17
+            and set(range(20)) - set(found) <= {hit - 1, hit, hit + 1}
+        ), (n, found)
         assert shard.n_problems >= 2
 
 
 @pytest.mark.parametrize("cases", [150, pytest.param(4000, marks=pytest.mark.slow)])
 def test_mutated_shards_never_hang_crash_or_show_half_a_sample(tmp_path, cases):
-    """Bytes overwritten, cut out, repeated or zeroed anywhere: every sample shown is one of the originals' parts."""
-    original = write_tar(tmp_path / "w" / "0.tar", [m for i in range(12) for m in sample(i, encoded(picture(i)))]).read_bytes()
+    """Bytes overwritten, cut out, repeated or zeroed anywhere: every sample shown is one of the
+    originals' parts.
+    """
+    original = write_tar(
+        tmp_path / "w" / "0.tar", [m for i in range(12) for m in sample(i, encoded(picture(i)))]
+    ).read_bytes()
     chance = random.Random(cases)
     n_shown = n_problems = 0
     for _ in range(cases):
@@ -205,7 +253,9 @@ def corrupt(folder, every: int) -> set[int]:
             for member in tar.getmembers():
                 number = int(member.name[:9]) % 10_000 + int(member.name[:5]) * 10
                 if member.name.endswith(".png") and number % every == 3:
-                    data[member.offset_data : member.offset_data + member.size] = b"\0" * member.size
+                    data[member.offset_data : member.offset_data + member.size] = (
+                        b"\0" * member.size
+                    )
                     bad.add(number)
         path.write_bytes(data)
     return bad
@@ -216,14 +266,20 @@ def test_bad_samples_are_replaced_in_place_and_nothing_else_moves(tmp_path, work
     good = write_shards(tmp_path / "good", 100, 10)
     bad = corrupt(write_shards(tmp_path / "bad", 100, 10), every=25)
     assert len(bad) == 4
-    reference, loader = loader_of(data_of(good), 20), loader_of(data_of(tmp_path / "bad", workers=workers), 20)
+    reference, loader = (
+        loader_of(data_of(good), 20),
+        loader_of(data_of(tmp_path / "bad", workers=workers), 20),
+    )
     n_replaced = 0
     for _ in range(15):
         a, b = next(reference), next(loader)
         for row in range(20):
             if int(a.sample_id[row]) in bad:
                 n_replaced += 1
-                assert int(b.sample_id[row]) not in bad and int(b.sample_id[row]) not in a.sample_id.tolist()
+                assert (
+                    int(b.sample_id[row]) not in bad
+                    and int(b.sample_id[row]) not in a.sample_id.tolist()
+                )
             else:
                 assert a.key[row] == b.key[row] and torch.equal(a.image[row], b.image[row])
                 assert torch.equal(a.text[row], b.text[row])
@@ -231,17 +287,24 @@ def test_bad_samples_are_replaced_in_place_and_nothing_else_moves(tmp_path, work
     assert loader.counters()["bad_samples"] >= n_replaced >= 10
     assert all("no readable image" in reason and key for _, key, reason in loader.bad)
     said = capsys.readouterr().err
-    assert all(f"sample {i} {key!r} was replaced by another: BadImage" in said for i, key, _ in loader.bad)
+    assert all(
+        f"sample {i} {key!r} was replaced by another: BadImage" in said for i, key, _ in loader.bad
+    )
     again = [loader_of(data_of(tmp_path / "bad"), 20, rank=r, world=4) for r in range(4)]
     reference = loader_of(data_of(tmp_path / "bad"), 20)
     for _ in range(10):
-        assert [key for rank in again for key in next(rank).key] == next(reference).key  # also with other ranks
+        assert [key for rank in again for key in next(rank).key] == next(
+            reference
+        ).key  # also with other ranks
 
 
 def test_too_many_bad_samples_end_the_run_with_a_report(tmp_path):
     corrupt(write_shards(tmp_path, 100, 10), every=5)
     loader = loader_of(data_of(tmp_path), 20)
-    with pytest.raises(DataError, match=r"1[789] samples could not be used by step \d(.|\n)*sample \d+ '0000\d+': BadImage: .*"):
+    with pytest.raises(
+        DataError,
+        match=r"1[789] samples could not be used by step \d(.|\n)*sample \d+ '0000\d+': BadImage: .*",
+    ):
         for _ in range(100):
             next(loader)
 
@@ -290,29 +353,51 @@ def test_a_full_disk_under_the_index_is_survived(tmp_path, monkeypatch, capsys):
 
 def test_gigantic_numbers_in_json_stay_numbers(tmp_path):
     record = json.dumps({"captions": ["x"], "big": 10**300, "deep": {"a": [1] * 100}}).encode()
-    source = open_shards(Options(str(write_tar(tmp_path / "0.tar", [("a.png", IMAGE), ("a.json", record)]))), Captions())
+    source = open_shards(
+        Options(str(write_tar(tmp_path / "0.tar", [("a.png", IMAGE), ("a.json", record)]))),
+        Captions(),
+    )
     assert source[0].meta["big"] == 10**300
 
 
 def test_odd_values_in_optional_fields_are_no_fields(tmp_path):
-    odd = [{"negatives": "abc", "score": "high"}, {"negatives": [1, None], "score": []}, {"counterfactuals": {"a": 1}}, {}]
-    records = [json.dumps({"captions": ["lone \ud800 surrogate"], **extra}).encode() for extra in odd]
-    members = [(f"{i}.{kind}", data) for i, r in enumerate(records) for kind, data in (("png", IMAGE), ("json", r))]
+    odd = [
+        {"negatives": "abc", "score": "high"},
+        {"negatives": [1, None], "score": []},
+        {"counterfactuals": {"a": 1}},
+        {},
+    ]
+    records = [
+        json.dumps({"captions": ["lone \ud800 surrogate"], **extra}).encode() for extra in odd
+    ]
+    members = [
+        (f"{i}.{kind}", data)
+        for i, r in enumerate(records)
+        for kind, data in (("png", IMAGE), ("json", r))
+    ]
     loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members)), 4)
     batch = next(loader)
-    assert batch.score is None and batch.counterfactual is None and (batch.negatives is None or not batch.negatives_valid.any())
+    assert (
+        batch.score is None
+        and batch.counterfactual is None
+        and (batch.negatives is None or not batch.negatives_valid.any())
+    )
 
 
 @pytest.mark.slow
 def test_a_thousand_shards_of_which_several_are_bad(tmp_path):
-    """Cut, damaged and unreadable shards among 1,000: the rest is trained on whole, and memory stays where it was."""
+    """Cut, damaged and unreadable shards among 1,000: the rest is trained on whole, and memory
+    stays where it was.
+    """
     import resource
 
     write_shards(tmp_path, 8_000, 8)
     paths = sorted(tmp_path.glob("*.tar"))
     for i, path in enumerate(paths[100::150]):
         data = path.read_bytes()
-        path.write_bytes([data[:5000], data.replace(b"ustar", b"USTAR", 3), os.urandom(len(data))][i % 3])
+        path.write_bytes(
+            [data[:5000], data.replace(b"ustar", b"USTAR", 3), os.urandom(len(data))][i % 3]
+        )
     loader = loader_of(data_of(tmp_path), 64)
     assert 7_900 <= loader.n_samples < 8_000 and len(loader.problems()) >= 7
     ids = [i for _ in range(loader.steps_per_epoch) for i in next(loader).sample_id.tolist()]

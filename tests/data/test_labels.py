@@ -1,4 +1,6 @@
-"""Numbers of a sample's JSON that terms read: relevance, a teacher's scores of negatives, weights of concepts."""
+"""Numbers of a sample's JSON that terms read: relevance, a teacher's scores of negatives, weights
+of concepts.
+"""
 
 import json
 
@@ -14,10 +16,18 @@ def write(folder, **changed):
     with ShardWriter(folder, 3) as writer:
         for i in range(8):
             meta = {
-                "score": i / 2, "negatives": [f"not {i}"] * (1 + i % 2), "negative_scores": [i, -i][: 1 + i % 2],
+                "score": i / 2,
+                "negatives": [f"not {i}"] * (1 + i % 2),
+                "negative_scores": [i, -i][: 1 + i % 2],
                 "concepts": [0, i, 0.5],
-            }  # fmt: skip
-            writer.add(f"k{i}", encoded(picture(i)), "png", [f"text {i}"], meta | (changed if i == 5 else {}))
+            }
+            writer.add(
+                f"k{i}",
+                encoded(picture(i)),
+                "png",
+                [f"text {i}"],
+                meta | (changed if i == 5 else {}),
+            )
     return folder
 
 
@@ -45,34 +55,61 @@ def folder(path):
     lines = []
     for i in range(8):
         (path / f"k{i}.png").write_bytes(encoded(picture(i)))
-        lines.append({"image": f"k{i}.png", "caption": f"text {i}", "score": i / 2, "negatives": [f"not {i}"] * (1 + i % 2),
-                      "negative_scores": [i, -i][: 1 + i % 2], "concepts": [0, i, 0.5]})  # fmt: skip
+        lines.append(
+            {
+                "image": f"k{i}.png",
+                "caption": f"text {i}",
+                "score": i / 2,
+                "negatives": [f"not {i}"] * (1 + i % 2),
+                "negative_scores": [i, -i][: 1 + i % 2],
+                "concepts": [0, i, 0.5],
+            }
+        )
     (path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return {"name": "folder", "path": str(path), "captions": str(path / "captions.jsonl")}
 
 
 def test_a_label_that_one_sample_lacks_is_not_carried(tmp_path):
-    loader = loader_of(data_of(write(tmp_path / "s", score="high", concepts=None, negative_scores=[])), 4)
+    loader = loader_of(
+        data_of(write(tmp_path / "s", score="high", concepts=None, negative_scores=[])), 4
+    )
     assert not loader.carries & {"score", "teacher_scores", "concept_targets"}
 
 
-@pytest.mark.parametrize(("changed", "expected"), [
-    ({"score": -0.5}, "the score is -0.5, expected a number >= 0"), ({"score": float("nan")}, "the score is nan"),
-    ({"score": 10**400}, "the score is 1000"), ({"score": 1e39}, "the score is 1e+39"),
-    ({"concepts": [1, 2]}, "2 numbers in 'concepts', expected 3: one for each concept"),
-    ({"concepts": [1, float("inf"), 0]}, "a number in 'concepts' is inf"),
-    ({"negative_scores": [1, 2, 3]}, "3 numbers in 'negative_scores', expected 2: one for each of its negatives"),
-])  # fmt: skip
-def test_a_number_that_cannot_be_used_costs_its_sample_where_it_is_read(tmp_path, changed, expected):
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"score": -0.5}, "the score is -0.5, expected a number >= 0"),
+        ({"score": float("nan")}, "the score is nan"),
+        ({"score": 10**400}, "the score is 1000"),
+        ({"score": 1e39}, "the score is 1e+39"),
+        ({"concepts": [1, 2]}, "2 numbers in 'concepts', expected 3: one for each concept"),
+        ({"concepts": [1, float("inf"), 0]}, "a number in 'concepts' is inf"),
+        (
+            {"negative_scores": [1, 2, 3]},
+            "3 numbers in 'negative_scores', expected 2: one for each of its negatives",
+        ),
+    ],
+)
+def test_a_number_that_cannot_be_used_costs_its_sample_where_it_is_read(
+    tmp_path, changed, expected
+):
     data = data_of(write(tmp_path / "s", **changed))
     loader = loader_of(data, 8)
     batch = next(loader)
     assert "k5" not in batch.key and loader.counters()["bad_samples"] >= 1
     assert {(key, expected in reason) for _, key, reason in loader.bad} == {("k5", True)}
     other = "concepts" if "score" in changed else "score"
-    unread = loader_of(data, 8, reads=frozenset({{"concepts": "concept_targets"}.get(other, other)}))
+    unread = loader_of(
+        data, 8, reads=frozenset({{"concepts": "concept_targets"}.get(other, other)})
+    )
     batch = next(unread)
-    assert "k5" in batch.key and not unread.bad and batch.teacher_scores is None and batch.negatives is None
+    assert (
+        "k5" in batch.key
+        and not unread.bad
+        and batch.teacher_scores is None
+        and batch.negatives is None
+    )
 
 
 def test_hard_captions_are_made_only_where_a_term_reads_them(tmp_path):
@@ -90,12 +127,18 @@ def test_scores_of_no_negatives_are_no_missing_label(tmp_path):
     assert batch.teacher_scores.any(1).sum() == 6  # not k0, whose score is 0, and not k5
 
 
-@pytest.mark.parametrize(("changed", "expected"), [
-    ({"negatives_valid": [False, True]}, [False, True]),
-    ({"negatives_valid": [True, 0]}, [True, False]),
-    ({"negatives_valid": [False]}, [True, True]),  # of another length: it belongs to other negatives
-    ({"negatives": ["not 5", " \n"]}, [True, False]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"negatives_valid": [False, True]}, [False, True]),
+        ({"negatives_valid": [True, 0]}, [True, False]),
+        (
+            {"negatives_valid": [False]},
+            [True, True],
+        ),  # of another length: it belongs to other negatives
+        ({"negatives": ["not 5", " \n"]}, [True, False]),
+    ],
+)
 def test_masked_and_empty_negatives_do_not_count(tmp_path, changed, expected):
     batch = next(loader_of(data_of(write(tmp_path / "s", **changed)), 8))
     assert batch.negatives_valid[batch.key.index("k5")].tolist() == expected

@@ -1,4 +1,6 @@
-"""The loader: a step's batch is the same whatever ranks and workers there are, and resuming changes nothing."""
+"""The loader: a step's batch is the same whatever ranks and workers there are, and resuming changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 
-from tests.data.material import IMAGE, TEXT, data_of, encoded, loader_of, picture, write_shards, write_tar
+from tests.data.material import (
+    IMAGE,
+    TEXT,
+    data_of,
+    encoded,
+    loader_of,
+    picture,
+    write_shards,
+    write_tar,
+)
 from vlp.data import loader as loader_module
 from vlp.data.loader import DataError
 from vlp.types import Batch
@@ -27,7 +38,9 @@ def shards(tmp_path_factory):
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return a.key == b.key and all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("image", "text", "sample_id"))
+    return a.key == b.key and all(
+        torch.equal(getattr(a, f), getattr(b, f)) for f in ("image", "text", "sample_id")
+    )
 
 
 def joined(parts: list[Batch]) -> Batch:
@@ -45,13 +58,22 @@ def test_ranks_and_workers_do_not_change_a_step(shards, weights):
     if weights:
         sources = [{**source, "weight": weight} for source, weight in zip(sources, weights)]
     reference = take(loader_of(data_of(*sources, augment=AUGMENT), 12), 30)
-    assert reference[0].image.shape == (12, 3, *IMAGE.size) and reference[0].image.dtype == torch.uint8
-    assert reference[0].text.shape == (12, TEXT.context_length) and reference[0].text.dtype == torch.int64
+    assert (
+        reference[0].image.shape == (12, 3, *IMAGE.size) and reference[0].image.dtype == torch.uint8
+    )
+    assert (
+        reference[0].text.shape == (12, TEXT.context_length)
+        and reference[0].text.dtype == torch.int64
+    )
     for world, workers in ((1, 2), (2, 1), (4, 0), (12, 0)):
         data = data_of(*sources, augment=AUGMENT, workers=workers)
         ranks = [loader_of(data, 12, rank=r, world=world) for r in range(world)]
         for step in range(30 if world < 12 else 5):
-            assert same(joined([next(rank) for rank in ranks]), reference[step]), (world, workers, step)
+            assert same(joined([next(rank) for rank in ranks]), reference[step]), (
+                world,
+                workers,
+                step,
+            )
     assert not same(reference[0], reference[1])
     other = next(loader_of(data_of(*sources, augment=AUGMENT), 12, seed=4))
     assert not same(other, reference[0])
@@ -75,7 +97,11 @@ def test_crops_and_captions_change_between_epochs_and_ids_mean_what_they_say(sha
     changed = sum(not torch.equal(one.image[i], two.image[back[i]]) for i in range(50))
     other_caption = sum(not torch.equal(one.text[i], two.text[back[i]]) for i in range(50))
     assert changed > 45 and 10 < other_caption < 40
-    plain = data_of(shards / "one", augment={"scale": [1, 1], "ratio": [40 / 36, 40 / 36]}, captions={"choose": "first"})
+    plain = data_of(
+        shards / "one",
+        augment={"scale": [1, 1], "ratio": [40 / 36, 40 / 36]},
+        captions={"choose": "first"},
+    )
     batch = next(loader_of(plain, 50))
     from vlp.data.decode import evaluate
     from vlp.data.text import build
@@ -90,8 +116,11 @@ def test_crops_and_captions_change_between_epochs_and_ids_mean_what_they_say(sha
 
 @pytest.mark.parametrize("trials", [12, pytest.param(300, marks=pytest.mark.slow)])
 def test_resuming_anywhere_with_other_ranks_and_workers_continues_exactly(shards, trials):
-    data = data_of({"name": "shards", "path": str(shards / "many"), "weight": 2.0},
-                   {"name": "shards", "path": str(shards / "one"), "weight": 1.0}, augment=AUGMENT)  # fmt: skip
+    data = data_of(
+        {"name": "shards", "path": str(shards / "many"), "weight": 2.0},
+        {"name": "shards", "path": str(shards / "one"), "weight": 1.0},
+        augment=AUGMENT,
+    )
     reference = take(loader_of(data, 12), 60)
     chance = random.Random(trials)
     for trial in range(trials):
@@ -105,7 +134,11 @@ def test_resuming_anywhere_with_other_ranks_and_workers_continues_exactly(shards
         for rank in ranks:
             rank.load_state_dict(state)
         for step in range(stop + 2, min(stop + 4, 60)):
-            assert same(joined([next(rank) for rank in ranks]), reference[step]), (trial, step, world)
+            assert same(joined([next(rank) for rank in ranks]), reference[step]), (
+                trial,
+                step,
+                world,
+            )
 
 
 def test_prefetching_workers_do_not_move_the_saved_position(shards):
@@ -137,7 +170,10 @@ def test_a_resumed_run_on_other_data_is_refused_by_name(shards, tmp_path):
 
 
 def test_what_cannot_work_is_an_error_that_says_what_to_change(shards, tmp_path):
-    with pytest.raises(ValueError, match=r"a batch of 64 is larger than the data \(50 samples\); set train.batch lower"):
+    with pytest.raises(
+        ValueError,
+        match=r"a batch of 64 is larger than the data \(50 samples\); set train.batch lower",
+    ):
         loader_of(data_of(shards / "one"), 64)
     with pytest.raises(ValueError, match="choose a multiple of 3"):
         loader_of(data_of(shards / "one"), 10, world=3)
@@ -150,19 +186,32 @@ def test_what_cannot_work_is_an_error_that_says_what_to_change(shards, tmp_path)
 
 def test_missing_captions_are_refused_or_dropped_and_counted(tmp_path, capsys):
     image = encoded(picture(1))
-    members = [(f"{i}.{kind}", data) for i in range(8) for kind, data in (("png", image), ("txt", b"hi" if i % 2 else b" "))]
+    members = [
+        (f"{i}.{kind}", data)
+        for i in range(8)
+        for kind, data in (("png", image), ("txt", b"hi" if i % 2 else b" "))
+    ]
     path = write_tar(tmp_path / "0.tar", members)
-    with pytest.raises(ValueError, match=r"4 of 8 samples have no caption .*class_templates.*missing=drop"):
+    with pytest.raises(
+        ValueError, match=r"4 of 8 samples have no caption .*class_templates.*missing=drop"
+    ):
         loader_of(data_of(path), 4)
     loader = loader_of(data_of(path, captions={"missing": "drop"}), 4)
     assert loader.n_samples == 4 and loader.counters()["left_out_samples"] == 4
     assert "4 samples of the data are left out; what was found:" in capsys.readouterr().err
-    assert sorted(next(loader).key) == ["1", "3", "5", "7"] and "4 samples without text" in loader.problems()[0]
+    assert (
+        sorted(next(loader).key) == ["1", "3", "5", "7"]
+        and "4 samples without text" in loader.problems()[0]
+    )
 
 
 def test_class_names_become_captions(tmp_path):
     image = encoded(picture(1))
-    members = [(f"{i}.{k}", d) for i in range(4) for k, d in (("png", image), ("json", b'{"class": "red fox"}'))]
+    members = [
+        (f"{i}.{k}", d)
+        for i in range(4)
+        for k, d in (("png", image), ("json", b'{"class": "red fox"}'))
+    ]
     path = write_tar(tmp_path / "0.tar", members)
     loader = loader_of(data_of(path, captions={"class_templates": ["a photo of a {}."]}), 4)
     from vlp.data.text import build
@@ -172,17 +221,42 @@ def test_class_names_become_captions(tmp_path):
 
 def test_optional_fields_are_carried_with_their_masks(tmp_path):
     image = encoded(picture(1))
-    extras = [{"negatives": ["a", "b", "c"], "counterfactuals": ["two cats"]}, {"negatives": ["d"]}, {}, {}]
+    extras = [
+        {"negatives": ["a", "b", "c"], "counterfactuals": ["two cats"]},
+        {"negatives": ["d"]},
+        {},
+        {},
+    ]
     members = []
     for i, extra in enumerate(extras):
-        members += [(f"{i}.png", image), (f"{i}.json", json.dumps({"captions": [f"text {i}"], "score": i / 2, **extra}).encode())]
+        members += [
+            (f"{i}.png", image),
+            (
+                f"{i}.json",
+                json.dumps({"captions": [f"text {i}"], "score": i / 2, **extra}).encode(),
+            ),
+        ]
     loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members), shuffle=False), 4)
     batch = next(loader)
     names = {"negatives", "negatives_valid", "counterfactual", "counterfactual_valid", "score"}
     assert loader.carries == names and names <= batch.carries()
-    assert batch.negatives.shape == (4, 3, TEXT.context_length) and batch.counterfactual.shape == (4, 1, TEXT.context_length)
-    assert batch.negatives_valid.tolist() == [[True] * 3, [True, False, False], [False] * 3, [False] * 3]
-    assert batch.counterfactual_valid.tolist() == [True, False, False, False] and batch.score.tolist() == [0, 0.5, 1, 1.5]
+    assert batch.negatives.shape == (4, 3, TEXT.context_length) and batch.counterfactual.shape == (
+        4,
+        1,
+        TEXT.context_length,
+    )
+    assert batch.negatives_valid.tolist() == [
+        [True] * 3,
+        [True, False, False],
+        [False] * 3,
+        [False] * 3,
+    ]
+    assert batch.counterfactual_valid.tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ] and batch.score.tolist() == [0, 0.5, 1, 1.5]
     from vlp.data.text import build
 
     assert torch.equal(batch.negatives[0], build(TEXT)(["a", "b", "c"]))
@@ -191,7 +265,11 @@ def test_optional_fields_are_carried_with_their_masks(tmp_path):
 
 def test_truncated_captions_are_counted(tmp_path):
     image = encoded(picture(1))
-    members = [(f"{i}.{k}", d) for i in range(6) for k, d in (("png", image), ("txt", b"word " * (40 if i < 2 else 3)))]
+    members = [
+        (f"{i}.{k}", d)
+        for i in range(6)
+        for k, d in (("png", image), ("txt", b"word " * (40 if i < 2 else 3)))
+    ]
     loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members)), 6)
     take(loader, 3)
     assert loader.counters()["truncated_captions"] == 6

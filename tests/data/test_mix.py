@@ -28,7 +28,11 @@ class Numbers:
 
 
 def mixture(*sizes: int, weights: list[float] | None = None, **options) -> Mixture:
-    return Mixture([Numbers(n) for n in sizes], weights or [None] * len(sizes), **{"seed": 5, "shuffle": True, **options})
+    return Mixture(
+        [Numbers(n) for n in sizes],
+        weights or [None] * len(sizes),
+        **{"seed": 5, "shuffle": True, **options},
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 17, 63, 64, 65, 100, 255, 257, 1000, 4097])
@@ -45,10 +49,17 @@ def test_permutations_look_random():
     n, trials = 50, 4000
     drawn = np.stack([permute(n, key, np.arange(n)) for key in range(trials)])
     expected = trials / n
-    for i in (0, 1, 17, 49):  # where an element goes: chi-square with 49 degrees of freedom, mean 49, deviation 9.9
+    for i in (
+        0,
+        1,
+        17,
+        49,
+    ):  # where an element goes: chi-square with 49 degrees of freedom, mean 49, deviation 9.9
         counts = np.bincount(drawn[:, i], minlength=n)
         assert 20 < ((counts - expected) ** 2 / expected).sum() < 95
-    steps = np.bincount((drawn[:, 1] - drawn[:, 0]) % n, minlength=n)[1:]  # neighbours stay neighbours no more than others
+    steps = np.bincount((drawn[:, 1] - drawn[:, 0]) % n, minlength=n)[
+        1:
+    ]  # neighbours stay neighbours no more than others
     expected = trials / (n - 1)
     assert 20 < ((steps - expected) ** 2 / expected).sum() < 95
     order = permute(100_000, 3, np.arange(100_000))
@@ -56,14 +67,18 @@ def test_permutations_look_random():
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.015
 
 
-@pytest.mark.parametrize(("sizes", "batch"), [((10,), 3), ((64,), 64), ((7, 1, 40), 5), ((1000, 3), 17)])
+@pytest.mark.parametrize(
+    ("sizes", "batch"), [((10,), 3), ((64,), 64), ((7, 1, 40), 5), ((1000, 3), 17)]
+)
 def test_an_epoch_holds_every_sample_at_most_once_and_leaves_out_the_remainder_only(sizes, batch):
     mix, n = mixture(*sizes), sum(sizes)
     steps = n // batch
     left_out = []
     for epoch in range(4):
         ids = np.concatenate([mix.batch(epoch * steps + s, batch) for s in range(steps)])
-        assert len(set(ids.tolist())) == len(ids) == n - n % batch and ids.min() >= 0 and ids.max() < n
+        assert (
+            len(set(ids.tolist())) == len(ids) == n - n % batch and ids.min() >= 0 and ids.max() < n
+        )
         left_out.append(frozenset(range(n)) - set(ids.tolist()))
     if n % batch and n > 20:
         assert len(set(left_out)) > 1  # other ones each epoch
@@ -71,7 +86,12 @@ def test_an_epoch_holds_every_sample_at_most_once_and_leaves_out_the_remainder_o
 
 def test_without_shuffling_the_order_is_the_stored_one():
     mix = mixture(4, 3, shuffle=False)
-    assert [mix.batch(s, 3).tolist() for s in range(4)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
+    assert [mix.batch(s, 3).tolist() for s in range(4)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
 
 
 def test_seeds_and_epochs_differ_and_steps_repeat():

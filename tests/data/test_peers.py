@@ -1,4 +1,6 @@
-"""open_clip's own training loader reads shards that we write, and we read what img2dataset writes, byte for byte."""
+"""open_clip's own training loader reads shards that we write, and we read what img2dataset writes,
+byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from vlp.config import Captions
 from vlp.data.sources.shards import Options
 from vlp.data.sources.shards import open as open_shards
 
-# Runs in an environment of its own: open_clip's training loader breaks on newer webdatasets than 0.2.86.
+# Runs in an environment of its own: open_clip's training loader breaks on newer webdatasets than
+# 0.2.86.
 READ = """
 import argparse, json, sys
 from open_clip import SimpleTokenizer, image_transform
@@ -44,7 +47,9 @@ def test_open_clips_loader_reads_our_shards(tmp_path):
         pytest.skip(f"open_clip's environment cannot be made here: {error}")
     write_shards(tmp_path, 24, 8)
     urls = f"{tmp_path}/{{00000..00002}}.tar"
-    done = subprocess.run([python, "-c", READ, urls, "24"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [python, "-c", READ, urls, "24"], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found, shapes = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 24 and shapes == [[8, 3, 32, 32]] * 3
@@ -55,22 +60,46 @@ def test_open_clips_loader_reads_our_shards(tmp_path):
 
 
 def test_we_read_img2datasets_layout(tmp_path):
-    """Successes only, in the order of completion, .jpg .json .txt, a missing caption without .txt, statistics beside."""
+    """Successes only, in the order of completion, .jpg .json .txt, a missing caption without .txt,
+    statistics beside.
+    """
     members, kept = [], [3, 0, 7, 12]
     for i in kept:
         key = f"00000{i:04d}"
-        record = {"caption": f"text {i}", "url": f"https://example.org/{i}", "key": key, "status": "success", "error_message": None,
-                  "width": 40, "height": 36, "exif": "{}", "sha256": "0" * 64}  # fmt: skip
-        members += [(f"{key}.jpg", encoded(picture(i), "JPEG")), (f"{key}.json", json.dumps(record).encode())]
+        record = {
+            "caption": f"text {i}",
+            "url": f"https://example.org/{i}",
+            "key": key,
+            "status": "success",
+            "error_message": None,
+            "width": 40,
+            "height": 36,
+            "exif": "{}",
+            "sha256": "0" * 64,
+        }
+        members += [
+            (f"{key}.jpg", encoded(picture(i), "JPEG")),
+            (f"{key}.json", json.dumps(record).encode()),
+        ]
         members += [(f"{key}.txt", f"text {i}".encode())]
-    bare = {"caption": None, "url": "https://example.org/9", "key": "000000009", "status": "success"}
-    members += [("000000009.jpg", encoded(picture(9), "JPEG")), ("000000009.json", json.dumps(bare).encode())]
+    bare = {
+        "caption": None,
+        "url": "https://example.org/9",
+        "key": "000000009",
+        "status": "success",
+    }
+    members += [
+        ("000000009.jpg", encoded(picture(9), "JPEG")),
+        ("000000009.json", json.dumps(bare).encode()),
+    ]
     write_tar(tmp_path / "00000.tar", members)
     (tmp_path / "00000_stats.json").write_text(json.dumps({"count": 20, "successes": 5}))
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="1 of 5 samples have no caption"):
         open_shards(Options(str(tmp_path)), Captions())
     source = open_shards(Options(str(tmp_path)), Captions(missing="drop"))
-    assert [source[k].captions for k in range(4)] == [(f"text {i}",) for i in kept] and source.n_left_out == 1
+    assert [source[k].captions for k in range(4)] == [
+        (f"text {i}",) for i in kept
+    ] and source.n_left_out == 1
     assert [source[k].image for k in range(4)] == [encoded(picture(i), "JPEG") for i in kept]
     assert source[1].key == "000000000" and source[1].meta["url"] == "https://example.org/0"

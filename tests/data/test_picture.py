@@ -60,9 +60,16 @@ def assert_all_see(
 # ---- formats
 
 SAVED = {  # format -> how it is written without loss
-    "PNG": {}, "BMP": {}, "GIF": {}, "TIFF": {}, "PPM": {}, "WEBP": {"lossless": True}, "JPEG2000": {"irreversible": False},
-    "JPEG": {"quality": 95}, "AVIF": {"quality": 95},
-}  # fmt: skip
+    "PNG": {},
+    "BMP": {},
+    "GIF": {},
+    "TIFF": {},
+    "PPM": {},
+    "WEBP": {"lossless": True},
+    "JPEG2000": {"irreversible": False},
+    "JPEG": {"quality": 95},
+    "AVIF": {"quality": 95},
+}
 
 
 def turned(orientation: int, name: str = "JPEG", image: Image.Image = PHOTO) -> bytes:
@@ -201,7 +208,8 @@ def test_every_mode_with_alpha_is_composited(mode):
     colours = GRAY[..., None].repeat(3, -1)
     for decoding in (Decoding(), BLUE):
         found = np.asarray(to_rgb(image, decoding)).astype(int)
-        # Premultiplied colours are stored rounded, so the darkest alphas come back a few levels off.
+        # Premultiplied colours are stored rounded, so the darkest alphas come back a few levels
+        # off.
         assert np.abs(found - on(decoding.background, colours, ALPHA)).max() <= (
             2 if mode.endswith("a") else 1
         )

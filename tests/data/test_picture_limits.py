@@ -1,4 +1,6 @@
-"""Bombs, slow files, damage and lack of memory: each is refused in time, and costs one picture only."""
+"""Bombs, slow files, damage and lack of memory: each is refused in time, and costs one picture
+only.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +57,16 @@ BOMBS = {
     "TIFF": tiff_of(40_000, 40_000),
     "AVIF": avif_of(60_000, 60_000),
     "BMP": b"BM" + struct.pack("<IIIIiiHH", 100, 0, 54, 40, 60_000, 60_000, 1, 24) + bytes(100),
-    "GIF": b"GIF89a" + struct.pack("<HH", 65_000, 65_000) + b"\x80\0\0" + bytes(6)
-    + b",\0\0\0\0" + struct.pack("<HH", 65_000, 65_000),
+    "GIF": b"GIF89a"
+    + struct.pack("<HH", 65_000, 65_000)
+    + b"\x80\0\0"
+    + bytes(6)
+    + b",\0\0\0\0"
+    + struct.pack("<HH", 65_000, 65_000),
     "PPM": b"P6\n60000 60000\n255\n",
     "WebP": b"RIFF\x1e\0\0\0WEBPVP8L\x11\0\0\0\x2f\xff\xff\xff\x0f" + bytes(16),
     "zTXt": chunked_png(8, 8, b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -132,10 +138,14 @@ def half(name: str) -> bytes:
 
 
 BROKEN = {
-    "empty": b"", "text": b"not found", "zeros": bytes(5000), "pickle": b"\x80\x04\x95\x10",
-    "no end": encoded(picture(1, (200, 160)), "JPEG")[:-2], "header only": encoded(picture(1, (200, 160)), "JPEG")[:300],
+    "empty": b"",
+    "text": b"not found",
+    "zeros": bytes(5000),
+    "pickle": b"\x80\x04\x95\x10",
+    "no end": encoded(picture(1, (200, 160)), "JPEG")[:-2],
+    "header only": encoded(picture(1, (200, 160)), "JPEG")[:300],
     **{f"half {name}": half(name) for name in IMAGE_FORMATS},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)

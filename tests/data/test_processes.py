@@ -1,4 +1,6 @@
-"""Loader processes that die, trainers that die, and shared memory that is too small: with real processes and real kills."""
+"""Loader processes that die, trainers that die, and shared memory that is too small: with real
+processes and real kills.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +72,14 @@ def test_a_killed_loader_process_is_told_of_with_its_end_and_a_way_out(n_workers
         assert part in text, text
 
 
-@pytest.mark.parametrize(("fault", "parts"), [
-    ("import", ("before its first batch", "exit code 1", "stands above", "data.workers=0")),
-    ("bus", ("bus error", "--shm-size", "data.workers=0", "train.batch")),
-    ("data", ("all samples are bad",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        ("import", ("before its first batch", "exit code 1", "stands above", "data.workers=0")),
+        ("bus", ("bus error", "--shm-size", "data.workers=0", "train.batch")),
+        ("data", ("all samples are bad",)),
+    ],
+)
 def test_a_fault_in_a_loader_process_is_told_in_plain_words(fault, parts):
     with pytest.raises(DataError) as caught:
         drain(Feed(Items(fault=fault), 0, 1))
@@ -88,14 +93,20 @@ def test_a_killed_trainer_leaves_no_process_behind(tmp_path, n_workers):
     for name in ("socket", "random", "json", "torch"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
     command = [sys.executable, str(TRAINER), str(n_workers)]
-    trainer = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    trainer = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     server, *workers = map(int, trainer.stdout.readline().split())
     assert len(workers) == n_workers
     sessions = [os.getsid(pid) for pid in (server, *workers)]
-    assert set(sessions) == {server} != {os.getsid(trainer.pid)}  # a signal to the trainer's group passes them by
+    assert (
+        set(sessions) == {server} != {os.getsid(trainer.pid)}
+    )  # a signal to the trainer's group passes them by
     trainer.kill()
     trainer.wait()
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in (server, *workers) if psutil.pid_exists(pid)], timeout=15)
+    _, alive = psutil.wait_procs(
+        [psutil.Process(pid) for pid in (server, *workers) if psutil.pid_exists(pid)], timeout=15
+    )
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -107,18 +118,36 @@ def test_shared_memory_is_checked_against_what_is_made_ahead(tmp_path):
     for n_ranks, batch in ((1, free // 4), (4, free // 10)):
         with pytest.raises(DataError) as caught:
             check_shared_memory(batch, 2, n_ranks, tmp_path)
-        for part in (f"{n_ranks * 5} batches of", "free of", "--shm-size=", "data.workers=0", "train.batch"):
+        for part in (
+            f"{n_ranks * 5} batches of",
+            "free of",
+            "--shm-size=",
+            "data.workers=0",
+            "train.batch",
+        ):
             assert part in str(caught.value)
 
 
 def test_shared_memory_that_runs_full_is_told_with_a_way_out(tmp_path):
-    """In a mount namespace of its own, with 1 MiB of shared memory, as a batch of 4 MiB is handed over."""
+    """In a mount namespace of its own, with 1 MiB of shared memory, as a batch of 4 MiB is handed
+    over.
+    """
     script = "from tests.data.test_processes import *; drain(Feed(Items(fault='large'), 0, 1))"
     mount = "mount -t tmpfs -o size=1m none /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system of its own")
-    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, script]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    command = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        f'{mount} && exec "$0" -c "$1"',
+        sys.executable,
+        script,
+    ]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
     last = done.stderr.strip().splitlines()[-1]
     for part in ("DataError", "/dev/shm (", "free of 1 MB", "--shm-size", "data.workers=0"):
         assert part in last, done.stderr[-2000:]

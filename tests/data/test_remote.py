@@ -1,4 +1,6 @@
-"""Remote shards: the order keeps to a window, each shard is fetched once an epoch at most, failures are retried and told."""
+"""Remote shards: the order keeps to a window, each shard is fetched once an epoch at most, failures
+are retried and told.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def cached(tmp_path) -> set[str]:
 def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch):
     fetched: Counter[str] = Counter()
     real = Cache._fetch
-    monkeypatch.setattr(Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1])
+    monkeypatch.setattr(
+        Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1]
+    )
     loader = loader_of(data_of(remote(bucket)), 10)
     assert loader.n_samples == 400 and not fetched  # the index beside the shards was enough
     next(loader)
@@ -65,7 +69,10 @@ def test_ranks_workers_and_resuming_change_nothing(bucket):
 def test_braces_lists_mixing_and_local_sources(bucket, tmp_path):
     local = write_shards(tmp_path / "local", 50, 25, start=900)
     path = f"file://{bucket}/{{00000..00004}}.tar::file://{bucket}/00039.tar"
-    data = data_of({**remote(bucket, path=path), "weight": 1}, {"name": "shards", "path": str(local), "weight": 1})
+    data = data_of(
+        {**remote(bucket, path=path), "weight": 1},
+        {"name": "shards", "path": str(local), "weight": 1},
+    )
     loader = loader_of(data, 10)
     assert loader.n_samples == 110
     seen = Counter(int(i) >= 60 for _ in range(22) for i in next(loader).sample_id)
@@ -78,10 +85,14 @@ def test_braces_lists_mixing_and_local_sources(bucket, tmp_path):
 def test_shards_without_an_index_are_fetched_once_to_make_it(bucket, tmp_path, capsys):
     (bucket / "_index.bin").unlink()
     assert loader_of(data_of(remote(bucket)), 8).n_samples == 400
-    assert "40 of 40 shards have no index" in capsys.readouterr().err and len(cached(tmp_path)) == 40
+    assert (
+        "40 of 40 shards have no index" in capsys.readouterr().err and len(cached(tmp_path)) == 40
+    )
     assert loader_of(data_of(remote(bucket)), 8).n_samples == 400
     assert not capsys.readouterr().err and not (bucket / "_index.bin").exists()
-    os.truncate(bucket / "00007.tar", 10_240)  # a shard that changed is noticed by its size, its old copy is dropped
+    os.truncate(
+        bucket / "00007.tar", 10_240
+    )  # a shard that changed is noticed by its size, its old copy is dropped
     assert loader_of(data_of(remote(bucket)), 8).n_samples < 400
     assert "1 of 40 shards" in capsys.readouterr().err
 
@@ -118,15 +129,25 @@ def test_failures_are_tried_again(bucket, tmp_path, monkeypatch):
         copy.unlink()
     monkeypatch.setattr(fsspec, "open", Flaky(2, ConnectionResetError("connection reset")))
     loader = loader_of(data_of(remote(bucket)), 10)
-    assert all(same(next(loader), batch) for batch in reference) and loader.counters()["bad_samples"] == 0
+    assert (
+        all(same(next(loader), batch) for batch in reference)
+        and loader.counters()["bad_samples"] == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(TimeoutError("timed out"), r"cannot fetch .*tar \(4 tries\): TimeoutError: timed out"),
-     (OSError(errno.ENOSPC, "No space left on device"), r"is full, set cache_gb lower or VLP_CACHE elsewhere")],
-)  # fmt: skip
-def test_a_server_that_stays_away_and_a_full_disk_end_the_run_with_the_reason(bucket, monkeypatch, error, message):
+    [
+        (TimeoutError("timed out"), r"cannot fetch .*tar \(4 tries\): TimeoutError: timed out"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"is full, set cache_gb lower or VLP_CACHE elsewhere",
+        ),
+    ],
+)
+def test_a_server_that_stays_away_and_a_full_disk_end_the_run_with_the_reason(
+    bucket, monkeypatch, error, message
+):
     monkeypatch.setattr(fsspec, "open", Flaky(10**6, error))
     with pytest.raises(DataError, match=message):
         next(loader_of(data_of(remote(bucket)), 10))
@@ -147,16 +168,21 @@ def test_a_shard_that_failed_rests_before_it_is_tried_again(bucket, monkeypatch)
 def test_a_shard_is_fetched_by_one_of_many_at_a_time(bucket, monkeypatch):
     fetched: Counter[str] = Counter()
     real = Cache._fetch
-    monkeypatch.setattr(Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1])
+    monkeypatch.setattr(
+        Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1]
+    )
     cache = Cache(10**9)
     with ThreadPool(8) as pool:
         paths = pool.map(cache.get, [f"file://{bucket}/00000.tar"] * 40)
     assert len(set(paths)) == 1 and fetched.total() == 1
-    assert open(paths[0], "rb").read() == (bucket / "00000.tar").read_bytes()  # noqa: SIM115
+    assert open(paths[0], "rb").read() == (bucket / "00000.tar").read_bytes()
 
 
 def test_wrong_addresses_say_so(bucket):
-    for path, message in ((f"file://{bucket}/none/", "names no shards"), (f"file://{bucket}/9.tar", "no shard at"),
-                          ("nosuch://x/0.tar", "nosuch")):  # fmt: skip
+    for path, message in (
+        (f"file://{bucket}/none/", "names no shards"),
+        (f"file://{bucket}/9.tar", "no shard at"),
+        ("nosuch://x/0.tar", "nosuch"),
+    ):
         with pytest.raises(ValueError, match=message):
             loader_of(data_of(remote(bucket, path=path)), 8)

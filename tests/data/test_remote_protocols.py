@@ -1,4 +1,6 @@
-"""Shards behind http:// and s3:// on loopback: the same batches as from disk, through errors, dropped connections, stalls."""
+"""Shards behind http:// and s3:// on loopback: the same batches as from disk, through errors,
+dropped connections, stalls.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def http(server) -> dict:
 
 
 def s3(server) -> dict:
-    keys = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": server.url, "region_name": "us-east-1"}}
+    keys = {
+        "key": "k",
+        "secret": "s",
+        "client_kwargs": {"endpoint_url": server.url, "region_name": "us-east-1"},
+    }
     return {"name": "remote", "path": "s3://bucket/train/", "window": 2, "storage": keys}
 
 
@@ -68,7 +74,9 @@ def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
     with open(cache.get(f"{server.url}/{name}"), "rb") as copy:
         assert copy.read() == (server.root / name).read_bytes()
     assert server.suffered["away"] == 2
-    with pytest.raises(OSError, match=r"cannot fetch http://127.0.0.1:1/0.tar \(4 tries\): ClientConnector"):
+    with pytest.raises(
+        OSError, match=r"cannot fetch http://127.0.0.1:1/0.tar \(4 tries\): ClientConnector"
+    ):
         cache.get("http://127.0.0.1:1/0.tar")  # refused
     before = server.suffered.total()
     with pytest.raises(FileNotFoundError):
@@ -79,7 +87,9 @@ def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
 def test_a_server_that_never_recovers_ends_the_run_with_its_name(server):
     loader = loader_of(data_of(http(server)), 10)
     server.faults = ["error"] * 1000
-    with pytest.raises(DataError, match=r"cannot fetch http://127.0.0.1:\d+/train/\d+.tar \(4 tries\): .*500"):
+    with pytest.raises(
+        DataError, match=r"cannot fetch http://127.0.0.1:\d+/train/\d+.tar \(4 tries\): .*500"
+    ):
         take(loader, 5)
 
 
@@ -90,7 +100,12 @@ def signed(server, signature: str, **options) -> dict:
     """The shards at addresses with credentials and a signature."""
     host = server.url.replace("http://", f"http://anna:{signature}@")
     query = f"?X-Amz-Credential=AKIA/{signature}/us-east-1&X-Amz-Signature={signature}"
-    return {"name": "remote", "path": f"{host}/train/{{00000..00019}}.tar{query}", "window": 2, **options}
+    return {
+        "name": "remote",
+        "path": f"{host}/train/{{00000..00019}}.tar{query}",
+        "window": 2,
+        **options,
+    }
 
 
 def test_a_new_signature_fetches_nothing_again_and_is_written_nowhere(server):
@@ -113,7 +128,12 @@ def test_signed_shards_stay_within_the_bound(server):
     for _ in range(20):
         next(loader)
         names = [path.name for path in (fetch.cache_folder() / "shards").glob("*/*")]
-        most = max(most, len([name for name in names if not name.startswith(".") and not name.endswith(".lock")]))
+        most = max(
+            most,
+            len(
+                [name for name in names if not name.startswith(".") and not name.endswith(".lock")]
+            ),
+        )
     assert 3 <= most <= 9 and loader.counters()["bad_samples"] == 0
 
 
@@ -134,7 +154,9 @@ def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):
         data, before = bytearray(copy.read_bytes()), copy.stat().st_mtime_ns
         if damage == "flip":
             data[700] ^= 1  # in the first picture
-        copy.write_bytes({"flip": data, "cut": data[:-5000], "other": copies[1].read_bytes()}[damage])
+        copy.write_bytes(
+            {"flip": data, "cut": data[:-5000], "other": copies[1].read_bytes()}[damage]
+        )
         if keeps_time:
             os.utime(copy, ns=(before, before))
     shard_files._Handle.cache_clear()  # as in the process of another run, which has no file open
@@ -155,7 +177,8 @@ def test_a_shard_that_changed_in_the_store_is_noticed_at_equal_size(server, kind
     data = (shards / "00007.tar").read_bytes()
     assert data.count(b"caption 70") > 0
     (shards / "00007.tar").write_bytes(data.replace(b"caption 70", b"numeral 70"))
-    shard_files._Handle.cache_clear()  # as in another process, which has no file open and has listed nothing
+    # as in another process, which has no file open and has listed nothing
+    shard_files._Handle.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     after = take(loader_of(data_of(kind(server)), 10), 20)
     changed = [not same(a, b) for a, b in zip(before, after)]

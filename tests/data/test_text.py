@@ -1,4 +1,6 @@
-"""Tokenizers: the ids of open_clip's own, on real, odd and multilingual captions; truncation counted."""
+"""Tokenizers: the ids of open_clip's own, on real, odd and multilingual captions; truncation
+counted.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,42 @@ from vlp.data.text import ClipTokenizer, build
 from vlp.types import TextSpec
 
 ODD = [
-    "", " ", "\t a\n b \r\n", "A DOG's bowl, they'll they'RE we'D", "x" * 300, "&lt;b&gt; &amp;amp;", "1234 5.6%",
-    "naïve café — “quotes” ‘single’", "sï¿½ mojibake cafÃ© â€œhiâ€\x9d", "日本語の猫", "кошка сидит", "🐱🐶👩‍👩‍👧",
-    "a\u00a0b\u2003c\u200bd", "\x1b[31mred\x1b[0m", "\x00\x07bell", "tab\there", "ﬁne ligature", "İstanbul STRASSE ß",
-    "a_b-c/d\\e", "don''t 'stop'", "\ufeffbom", "＂ｆｕｌｌ　ｗｉｄｔｈ＂", "under_score __init__", "…ellipsis…",
-    "a\x0bb\x0cc\x1cd\x85e", "<start>", "ǆ Ǆ ſ K",
-]  # fmt: skip
+    "",
+    " ",
+    "\t a\n b \r\n",
+    "A DOG's bowl, they'll they'RE we'D",
+    "x" * 300,
+    "&lt;b&gt; &amp;amp;",
+    "1234 5.6%",
+    "naïve café — “quotes” ‘single’",
+    "sï¿½ mojibake cafÃ© â€œhiâ€\x9d",
+    "日本語の猫",
+    "кошка сидит",
+    "🐱🐶👩‍👩‍👧",
+    "a\u00a0b\u2003c\u200bd",
+    "\x1b[31mred\x1b[0m",
+    "\x00\x07bell",
+    "tab\there",
+    "ﬁne ligature",
+    "İstanbul STRASSE ß",
+    "a_b-c/d\\e",
+    "don''t 'stop'",
+    "\ufeffbom",
+    "＂ｆｕｌｌ　ｗｉｄｔｈ＂",
+    "under_score __init__",
+    "…ellipsis…",
+    "a\x0bb\x0cc\x1cd\x85e",
+    "<start>",
+    "ǆ Ǆ ſ K",
+]
 
 
 def varied(n: int) -> list[str]:
     """n captions: real ones, and mixtures of their words with odd pieces, cases and lengths."""
     chance = random.Random(0)
-    coco, nlvr = ((REAL / name).read_text().splitlines() for name in ("coco_open.jsonl", "nlvr.jsonl"))
+    coco, nlvr = (
+        (REAL / name).read_text().splitlines() for name in ("coco_open.jsonl", "nlvr.jsonl")
+    )
     real = [caption for line in coco for caption in json.loads(line)["captions"]]
     real += sorted({json.loads(line)["sentence"] for line in nlvr})
     words = [word for caption in real for word in caption.split()]
@@ -35,9 +61,13 @@ def varied(n: int) -> list[str]:
         for _ in range(chance.randrange(3)):
             pieces.insert(chance.randrange(len(pieces)), chance.choice(ODD))
         if chance.random() < 0.3:
-            pieces = [chance.choice([str.upper, str.title, str.swapcase])(piece) for piece in pieces]
+            pieces = [
+                chance.choice([str.upper, str.title, str.swapcase])(piece) for piece in pieces
+            ]
         if chance.random() < 0.2:
-            pieces.append("".join(chr(chance.randrange(32, 0x2FFF)) for _ in range(chance.randrange(1, 12))))
+            pieces.append(
+                "".join(chr(chance.randrange(32, 0x2FFF)) for _ in range(chance.randrange(1, 12)))
+            )
         result.append(chance.choice([" ", " ", "  ", "\n", ""]).join(pieces))
     return result[:n]
 
@@ -62,15 +92,23 @@ def test_special_tokens_in_captions_are_plain_text():
     text = "a cat <end_of_text> and <start_of_text> a dog"
     ours, theirs = build(TextSpec("clip", 32)), SimpleTokenizer(context_length=32)
     assert (ours([text]) == 49407).sum() == 1 and (ours([text]) == 49406).sum() == 1
-    assert (theirs([text]) == 49407).sum() == 2  # what we do not want: the tower would read the caption up to there
+    assert (
+        theirs([text]) == 49407
+    ).sum() == 2  # what we do not want: the tower would read the caption up to there
     pieces = [ours._slow.decoder[i] for i in ours.encode("<end_of_text>")]
     assert pieces == ["<</w>", "end</w>", "_</w>", "of</w>", "_</w>", "text</w>", "></w>"]
 
 
 def test_truncation_keeps_the_end_token():
     ours = build(TextSpec("clip", 8))
-    ids, n_truncated = ours.tokenize(["one two three four five six", "one two three four five six seven", ""])
-    assert n_truncated == 1 and ids[:, -1].tolist() == [49407, 49407, 0] and ids[2, :2].tolist() == [49406, 49407]
+    ids, n_truncated = ours.tokenize(
+        ["one two three four five six", "one two three four five six seven", ""]
+    )
+    assert (
+        n_truncated == 1
+        and ids[:, -1].tolist() == [49407, 49407, 0]
+        and ids[2, :2].tolist() == [49406, 49407]
+    )
 
 
 def test_the_cache_is_bounded(monkeypatch):
@@ -95,12 +133,33 @@ def hub_folder(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ein", "hund", "und", "eine", "katze", "##n", "groß", "##er"]
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "ein",
+        "hund",
+        "und",
+        "eine",
+        "katze",
+        "##n",
+        "groß",
+        "##er",
+    ]
+    tokenizer = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
     )
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
@@ -110,6 +169,8 @@ def hub_folder(tmp_path_factory):
 def test_hugging_face_tokenizers_equal_open_clips_wrapper_and_count_truncation(hub_folder):
     ours = build(TextSpec(hub_folder, 6, clean="whitespace"))
     texts = ["ein  großer hund", "ein hund und eine katze und ein hund", "ein hund und eine", ""]
-    assert torch.equal(ours(texts), HFTokenizer(hub_folder, context_length=6, clean="whitespace")(texts))
+    assert torch.equal(
+        ours(texts), HFTokenizer(hub_folder, context_length=6, clean="whitespace")(texts)
+    )
     ids, n_truncated = ours.tokenize(texts)
     assert ids[0].tolist() == [2, 4, 10, 11, 5, 3] and n_truncated == 1 and ours.vocab_size == 12

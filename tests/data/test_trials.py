@@ -1,4 +1,6 @@
-"""Long trials: processes killed at any moment and resumed elsewhere; memory over an hour's worth of batches."""
+"""Long trials: processes killed at any moment and resumed elsewhere; memory over an hour's worth of
+batches.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,28 @@ AUGMENT = {"scale": [0.4, 1.0], "flip": 0.5}
 
 def digest(batches: list[Batch]) -> str:
     """Of the rows of a step, rank after rank."""
-    rows = [(key, image.numpy().tobytes(), text.tolist()) for b in batches for key, image, text in zip(b.key, b.image, b.text)]
+    rows = [
+        (key, image.numpy().tobytes(), text.tolist())
+        for b in batches
+        for key, image, text in zip(b.key, b.image, b.text)
+    ]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def train_until_killed(
-    sources: list[dict[str, Any]], workers: int, world: int, state: dict[str, Any] | None, out: str, cache: str
+    sources: list[dict[str, Any]],
+    workers: int,
+    world: int,
+    state: dict[str, Any] | None,
+    out: str,
+    cache: str,
 ) -> None:
     """All ranks of a run in one process: a line a step with its digest and the state after it."""
     os.environ["VLP_CACHE"] = cache  # the fork server may be older than this test
-    ranks = [loader_of(data_of(*sources, augment=AUGMENT, workers=workers), BATCH, rank=r, world=world) for r in range(world)]
+    ranks = [
+        loader_of(data_of(*sources, augment=AUGMENT, workers=workers), BATCH, rank=r, world=world)
+        for r in range(world)
+    ]
     for rank in ranks if state else []:
         rank.load_state_dict(state)
     with open(out, "a") as file:
@@ -51,13 +65,30 @@ def whole_lines(out: Path) -> list[list[Any]]:
 def kinds_of_data(folder: Path) -> list[list[dict[str, Any]]]:
     many = {"name": "shards", "path": str(write_shards(folder / "many", 103, 10))}
     one = {"name": "shards", "path": str(write_shards(folder / "one", 50, 100, start=200))}
-    stream = {"name": "webdataset", "urls": f"{folder}/many/{{00000..00009}}.tar", "samples": 100, "parts": 2, "run": 6}
+    stream = {
+        "name": "webdataset",
+        "urls": f"{folder}/many/{{00000..00009}}.tar",
+        "samples": 100,
+        "parts": 2,
+        "run": 6,
+    }
     remote = {"name": "remote", "path": f"file://{folder}/many/", "window": 2}
-    weighted = [{**source, "weight": weight} for source, weight in zip((many, one, stream), (0.5, 0.3, 0.2))]
-    return [[many, one], [one], weighted, [stream], [remote], [{**remote, "weight": 2}, {**one, "weight": 1}]]
+    weighted = [
+        {**source, "weight": weight} for source, weight in zip((many, one, stream), (0.5, 0.3, 0.2))
+    ]
+    return [
+        [many, one],
+        [one],
+        weighted,
+        [stream],
+        [remote],
+        [{**remote, "weight": 2}, {**one, "weight": 1}],
+    ]
 
 
-@pytest.mark.parametrize("trials", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    "trials", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_a_run_killed_at_any_moment_continues_exactly(tmp_path, monkeypatch, trials):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     context = multiprocessing.get_context("forkserver")
@@ -75,7 +106,8 @@ def test_a_run_killed_at_any_moment_continues_exactly(tmp_path, monkeypatch, tri
             workers = 1 if trial % 60 == 59 and life == 0 else 0
             world = chance.choice([1, 2, 3, 4])
             child = context.Process(
-                target=train_until_killed, args=(data[kind], workers, world, state, str(out), str(tmp_path / "cache"))
+                target=train_until_killed,
+                args=(data[kind], workers, world, state, str(out), str(tmp_path / "cache")),
             )
             child.start()
             wanted = len(whole_lines(out)) + chance.randrange(1, 12)
@@ -96,16 +128,23 @@ def test_a_run_killed_at_any_moment_continues_exactly(tmp_path, monkeypatch, tri
 
 
 def tree_bytes() -> int:
-    """Resident memory of this process and all it started, without the pages of files, which others may share or not."""
+    """Resident memory of this process and all it started, without the pages of files, which others
+    may share or not.
+    """
     tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
     status = "".join(Path(f"/proc/{process.pid}/status").read_text() for process in tree)
-    return sum(int(kilobytes) for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status)) * 1024
+    return (
+        sum(int(kilobytes) for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status))
+        * 1024
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_memory_stays_flat_over_an_hours_worth_of_batches(tmp_path, monkeypatch):
-    """7,200 batches, two a second for an hour, through two loader processes and every kind of source."""
+    """7,200 batches, two a second for an hour, through two loader processes and every kind of
+    source.
+    """
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     sources = kinds_of_data(tmp_path)
     weighted = [*sources[2], {**sources[4][0], "weight": 0.2}]

@@ -1,4 +1,6 @@
-"""The source `webdataset`: URLs and own pipelines in order, over ranks, workers and parts; what a stream cannot do is told."""
+"""The source `webdataset`: URLs and own pipelines in order, over ranks, workers and parts; what a
+stream cannot do is told.
+"""
 
 from __future__ import annotations
 
@@ -67,12 +69,16 @@ def test_a_pass_is_in_order_and_the_same_again(shards):
     assert not torch.equal(batches[0].image, batches[5].image)  # crops are drawn anew
 
 
-@pytest.mark.parametrize("options", [{}, {"parts": 4, "run": 4}, {"parts": 3, "run": 5, "buffer": 12}])
+@pytest.mark.parametrize(
+    "options", [{}, {"parts": 4, "run": 4}, {"parts": 3, "run": 5, "buffer": 12}]
+)
 def test_ranks_workers_and_resuming_change_nothing(shards, options):
     data = data_of(stream(shards, **options))
     reference = take(loader_of(data, 16), 12)
     if options.get("buffer") is None and options:
-        assert numbers(reference[:5]) != list(range(N)) and sorted(numbers(reference[:5])) == list(range(N))
+        assert numbers(reference[:5]) != list(range(N)) and sorted(numbers(reference[:5])) == list(
+            range(N)
+        )
     running = loader_of(data, 16)
     take(running, 7)
     state = json.loads(json.dumps(running.state_dict()))
@@ -89,7 +95,11 @@ def test_ranks_workers_and_resuming_change_nothing(shards, options):
 def test_each_part_is_read_by_one_process_where_parts_and_runs_fit(shards, monkeypatch):
     opened = Counter()
     real = source_module.Stream._open
-    monkeypatch.setattr(source_module.Stream, "_open", lambda self, part: (opened.update([part]), real(self, part))[1])
+    monkeypatch.setattr(
+        source_module.Stream,
+        "_open",
+        lambda self, part: (opened.update([part]), real(self, part))[1],
+    )
     rank = loader_of(data_of(stream(shards, parts=4, run=4)), 8, rank=1, world=2)
     take(rank, 9)
     assert opened == {0: 1, 1: 1, 3: 1}  # 0 for the reserve, of which every process keeps a copy
@@ -116,7 +126,10 @@ def test_a_part_that_ends_before_the_pass_starts_again(shards):
 def test_bad_samples_are_replaced_by_the_first_of_the_pass(tmp_path):
     members = []
     for i in range(40):
-        members += [(f"{i:04d}.png", b"no picture" if i in (2, 30) else encoded(picture(i))), (f"{i:04d}.txt", b"a text")]
+        members += [
+            (f"{i:04d}.png", b"no picture" if i in (2, 30) else encoded(picture(i))),
+            (f"{i:04d}.txt", b"a text"),
+        ]
         members += [(f"{i:04d}.pyd", pickle.dumps({"never": "opened"}))]
     members[31 * 3 + 1] = ("0031.txt", b" ")
     path = write_tar(tmp_path / "0.tar", members)
@@ -125,20 +138,37 @@ def test_bad_samples_are_replaced_by_the_first_of_the_pass(tmp_path):
     batches = take(loader, 4)
     assert {key for _, key, _ in loader.bad} == {"0002", "0030", ""} and len(loader.bad) == 3
     assert "no caption" in loader.bad[-1][2]
-    replaced = [key for batch in batches[3:] for row, key in enumerate(batch.key) if int(key) != 30 + row]
+    replaced = [
+        key for batch in batches[3:] for row, key in enumerate(batch.key) if int(key) != 30 + row
+    ]
     assert len(replaced) == 2 and all(int(key) < 8 for key in replaced)
     assert all(same(next(reference), batch) for batch in batches)
 
 
 def test_decoded_samples_and_broken_streams_end_the_run_with_what_to_change(shards):
     with pytest.raises(StreamError, match=r"gives 'png' as Image; expected bytes: take out decode"):
-        next(loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:decoding", "samples": 40}), 8))
-    with pytest.raises(StreamError, match=r"part 0 .* fails at sample 5 \(4 tries\): ConnectionError: connection lost"):
-        take(loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:failing", "samples": 40}), 8), 2)
+        next(
+            loader_of(
+                data_of({"name": "webdataset", "pipeline": f"{__name__}:decoding", "samples": 40}),
+                8,
+            )
+        )
+    with pytest.raises(
+        StreamError,
+        match=r"part 0 .* fails at sample 5 \(4 tries\): ConnectionError: connection lost",
+    ):
+        take(
+            loader_of(
+                data_of({"name": "webdataset", "pipeline": f"{__name__}:failing", "samples": 40}), 8
+            ),
+            2,
+        )
 
 
 def lenient(part: int, parts: int):
-    urls = wds.SimpleShardList([os.environ["DAMAGED"], *sorted(glob(os.environ["SHARDS"] + "/*.tar"))])
+    urls = wds.SimpleShardList(
+        [os.environ["DAMAGED"], *sorted(glob(os.environ["SHARDS"] + "/*.tar"))]
+    )
     return wds.DataPipeline(urls, wds.tarfile_to_samples(handler=wds.ignore_and_continue))
 
 
@@ -150,16 +180,20 @@ def test_a_damaged_tar_ends_the_run_or_is_skipped_by_an_own_pipeline(shards, tmp
         with pytest.raises(StreamError, match=rf"part 0 .* \(4 tries\): .*{message}"):
             next(loader_of(data_of({"name": "webdataset", "urls": str(path), "samples": 40}), 8))
         monkeypatch.setenv("DAMAGED", str(path))
-        loader = loader_of(data_of({"name": "webdataset", "pipeline": f"{__name__}:lenient", "samples": 40}), 8)
+        loader = loader_of(
+            data_of({"name": "webdataset", "pipeline": f"{__name__}:lenient", "samples": 40}), 8
+        )
         assert set(numbers(take(loader, 5)[1:])) <= set(range(N))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"parts": 9}, "urls names 8 shards; set parts lower"),
-     ({"urls": "", "pipeline": "nothing:at_all"}, "No module named 'nothing'"),
-     ({"urls": "", "pipeline": f"{__name__}:absent"}, "has no attribute 'absent'")],
-)  # fmt: skip
+    [
+        ({"parts": 9}, "urls names 8 shards; set parts lower"),
+        ({"urls": "", "pipeline": "nothing:at_all"}, "No module named 'nothing'"),
+        ({"urls": "", "pipeline": f"{__name__}:absent"}, "has no attribute 'absent'"),
+    ],
+)
 def test_what_cannot_be_opened_says_why(shards, options, message):
     with pytest.raises(ValueError, match=message):
         loader_of(data_of(stream(shards, **options)), 8)

@@ -1,4 +1,6 @@
-"""Hard negatives and counterfactuals belong to the caption that they were made from: in batches, at all ways of choosing."""
+"""Hard negatives and counterfactuals belong to the caption that they were made from: in batches, at
+all ways of choosing.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def captions(i: int) -> list[str]:
 
 
 def negatives(i: int) -> tuple[list[str], list[int]]:
-    """One is given; caption c has c of its own, mixed up with those of others. Odd samples have none but the given one."""
+    """One is given; caption c has c of its own, mixed up with those of others. Odd samples have
+    none but the given one.
+    """
     numbers = [-1] if i % 2 else [-1, 2, 1, 2]
     return [f"sample {i} negative {n} place {place}" for place, n in enumerate(numbers)], numbers
 
@@ -126,7 +130,9 @@ def test_the_image_of_a_negative_is_shown_beside_its_caption_alone(tmp_path: Pat
 
 
 def test_a_stand_in_brings_its_own(tmp_path: Path) -> None:
-    """Under `all` the mixture says which caption stands in a row: of its sample, not of the one that takes its place."""
+    """Under `all` the mixture says which caption stands in a row: of its sample, not of the one
+    that takes its place.
+    """
     with ShardWriter(tmp_path) as writer:
         for i in range(N):
             meta = {"negatives": [f"{i} not {c}" for c in range(3)], "negatives_of": [0, 1, 2]}
@@ -149,11 +155,19 @@ def test_a_stand_in_brings_its_own(tmp_path: Path) -> None:
     assert n_replaced >= 5 and {key for _, key, _ in loader.bad} == {"k0"}
 
 
-@pytest.mark.parametrize("numbers, fault", [
-    ([0], r"has 1 numbers for 2 texts"), ([0, 2], "names caption 2 of 2"), ([0, -2], "names caption -2 of 2"),
-    ([0, "1"], r"holds \[0, '1'\]"), ([0, True], r"holds \[0, True\]"), ("01", "holds 01"), ({"a": 1}, "holds "),
-    ([0, 1.5], r"holds \[0, 1.5\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "numbers, fault",
+    [
+        ([0], r"has 1 numbers for 2 texts"),
+        ([0, 2], "names caption 2 of 2"),
+        ([0, -2], "names caption -2 of 2"),
+        ([0, "1"], r"holds \[0, '1'\]"),
+        ([0, True], r"holds \[0, True\]"),
+        ("01", "holds 01"),
+        ({"a": 1}, "holds "),
+        ([0, 1.5], r"holds \[0, 1.5\]"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["shards", "folder"])
 def test_numbers_that_cannot_be_right_cost_the_texts_and_are_counted(
     tmp_path, kind, numbers, fault
@@ -223,7 +237,9 @@ def test_what_is_no_list_of_texts_is_nothing() -> None:
 
 
 def test_which_counterfactual_comes_first_is_drawn_at_each_visit(tmp_path: Path) -> None:
-    """The loss of one counterfactual sees the first. The order depends on seed, step and sample, not on rank or workers."""
+    """The loss of one counterfactual sees the first. The order depends on seed, step and sample,
+    not on rank or workers.
+    """
     wrong = [f"{n} dogs" for n in range(5)]
     with ShardWriter(tmp_path) as writer:
         for i in range(4):

@@ -1,4 +1,6 @@
-"""A trainer in a process of its own, for tests that kill it: `python trainer.py WORKERS` prints its processes and waits."""
+"""A trainer in a process of its own, for tests that kill it: `python trainer.py WORKERS` prints its
+processes and waits.
+"""
 
 import multiprocessing
 import sys

@@ -15,5 +15,7 @@ def shards(tmp_path: Path) -> Path:
     """Three shards of two samples; the picture's bytes tell them apart."""
     with ShardWriter(tmp_path / "in", 2) as writer:
         for i, captions in enumerate(CAPTIONS):
-            writer.add(f"k{i}", f"image {i}".encode(), "jpg", captions, {"class": "x", "extra": [i]}, cls=i)
+            writer.add(
+                f"k{i}", f"image {i}".encode(), "jpg", captions, {"class": "x", "extra": [i]}, cls=i
+            )
     return tmp_path / "in"

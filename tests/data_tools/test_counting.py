@@ -1,4 +1,6 @@
-"""`vlp data counting` on shards: which captions count, counterfactuals, balance, the detector's say."""
+"""`vlp data counting` on shards: which captions count, counterfactuals, balance, the detector's
+say.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +19,40 @@ from vlp.data_tools import counting, scenes
 def test_counting_pairs(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert call(counting, shards, "--to", tmp_path / "out") == 0
     after = read(tmp_path / "out")
-    assert {key: sample.meta["number"] for key, sample in after.items()} == {"k0": 2, "k1": 3, "k3": 10}
+    assert {key: sample.meta["number"] for key, sample in after.items()} == {
+        "k0": 2,
+        "k1": 3,
+        "k3": 10,
+    }
     sample = after["k3"]
-    assert sample.captions == ("a man often attends to ten horses",) and sample.meta["all_captions"] == CAPTIONS[3]
+    assert (
+        sample.captions == ("a man often attends to ten horses",)
+        and sample.meta["all_captions"] == CAPTIONS[3]
+    )
     texts = sample.meta["counterfactuals"]
-    numbers = "two three four five six seven eight nine".split()  # noqa: SIM905
+    numbers = "two three four five six seven eight nine".split()
     assert sorted(texts) == sorted(f"a man often attends to {n} horses" for n in numbers)
     assert texts != [f"a man often attends to {n} horses" for n in numbers]
     out = capsys.readouterr().out
-    expected = {"captions dropped: several numbers": 1, "dropped: no caption counts": 3, "samples written": 3, "number 10": 1}
+    expected = {
+        "captions dropped: several numbers": 1,
+        "dropped: no caption counts": 3,
+        "samples written": 3,
+        "number 10": 1,
+    }
     for line, n in expected.items():
         assert re.search(rf"{line} +{n}\b", out), (line, out)
 
 
 def test_what_belongs_to_other_captions_goes_with_them(tmp_path: Path) -> None:
     lists = {
-        "negatives": ["given", "of 1", "of 0", "of 1 too"], "negatives_of": [-1, 1, 0, 1], "negative_kinds": list("abcd"),
-        "negatives_valid": [True, False, True, True], "negative_scores": [1, 2, 3, 4], "clip_scores": [0.1, 0.2],
-    }  # fmt: skip
+        "negatives": ["given", "of 1", "of 0", "of 1 too"],
+        "negatives_of": [-1, 1, 0, 1],
+        "negative_kinds": list("abcd"),
+        "negatives_valid": [True, False, True, True],
+        "negative_scores": [1, 2, 3, 4],
+        "clip_scores": [0.1, 0.2],
+    }
     later = {"negatives": ["of 0", "of 1"], "negatives_of": [0, 1]}
     with ShardWriter(tmp_path / "in") as writer:
         for key, meta in (("a", lists), ("b", later)):
@@ -42,11 +60,18 @@ def test_what_belongs_to_other_captions_goes_with_them(tmp_path: Path) -> None:
     call(counting, tmp_path / "in", "--to", tmp_path / "out")
     after = read(tmp_path / "out")
     assert {name: after["a"].meta[name] for name in lists} == {
-        "negatives": ["given", "of 1", "of 1 too"], "negatives_of": [-1, 0, 0], "negative_kinds": list("abd"),
-        "negatives_valid": [True, False, True], "negative_scores": [1, 2, 4], "clip_scores": [0.2],
-    }  # fmt: skip
+        "negatives": ["given", "of 1", "of 1 too"],
+        "negatives_of": [-1, 0, 0],
+        "negative_kinds": list("abd"),
+        "negatives_valid": [True, False, True],
+        "negative_scores": [1, 2, 4],
+        "clip_scores": [0.2],
+    }
     assert (after["b"].meta["negatives"], after["b"].meta["negatives_of"]) == (["of 1"], [0])
-    assert (after["a"].negative_image, after["b"].negative_image) == (b"y", b"")  # it shows the first negative
+    assert (after["a"].negative_image, after["b"].negative_image) == (
+        b"y",
+        b"",
+    )  # it shows the first negative
 
 
 def test_counting_without_any_number_is_an_error(tmp_path: Path) -> None:
@@ -59,26 +84,37 @@ def test_counting_without_any_number_is_an_error(tmp_path: Path) -> None:
 def test_balance() -> None:
     kept = [[(f"{n}-{i}", 0, n) for n in range(2, 11) for i in range(12 - n)], [("other", 0, 5)]]
     equal = counting.balance(kept, "equal", 0)
-    assert Counter(n for shard in equal for _, n in shard.values()) == dict.fromkeys(range(2, 11), 2)
+    assert Counter(n for shard in equal for _, n in shard.values()) == dict.fromkeys(
+        range(2, 11), 2
+    )
     most = counting.balance(kept, "4", 0)
-    assert Counter(n for shard in most for _, n in shard.values()) == {n: min(4, 12 - n) for n in range(2, 11)}
+    assert Counter(n for shard in most for _, n in shard.values()) == {
+        n: min(4, 12 - n) for n in range(2, 11)
+    }
     assert sum(map(len, counting.balance(kept, "none", 0))) == sum(map(len, kept))
     assert equal == counting.balance(kept, "equal", 0) != counting.balance(kept, "equal", 1)
     with pytest.raises(ValueError, match="no caption counts 2, 3, 4, 6, 7, 8, 9, 10"):
         counting.balance([[("a", 0, 5)]], "equal", 0)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--balance", "even"], "expected none, equal, or a number"),
-    (["--counterfactuals", "9"], "1 to 8"),
-    (["--threshold", "1.5"], r"in \(0, 1\)"),
-])  # fmt: skip
-def test_senseless_counting_options_are_refused(shards: Path, tmp_path: Path, options: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--balance", "even"], "expected none, equal, or a number"),
+        (["--counterfactuals", "9"], "1 to 8"),
+        (["--threshold", "1.5"], r"in \(0, 1\)"),
+    ],
+)
+def test_senseless_counting_options_are_refused(
+    shards: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         call(counting, shards, "--to", tmp_path / "out", *options)
 
 
-def test_the_detector_must_agree_and_is_asked_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_detector_must_agree_and_is_asked_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vlp.data_tools.counting import detector
 
     asked = []
@@ -91,12 +127,33 @@ def test_the_detector_must_agree_and_is_asked_once(shards: Path, tmp_path: Path,
     for _ in range(2):
         call(counting, shards, "--to", tmp_path / "out", "--detector", "any")
     assert list(read(tmp_path / "out")) == ["k0"] and len(asked) == 3
-    notes = [json.loads(p.read_text())["counts"] for p in sorted((tmp_path / "out").glob("*_survey.json"))]
-    assert notes[0]["dropped: the detector counts another number"] == notes[1]["dropped: the detector sees nothing"] == 1
+    notes = [
+        json.loads(p.read_text())["counts"]
+        for p in sorted((tmp_path / "out").glob("*_survey.json"))
+    ]
+    assert (
+        notes[0]["dropped: the detector counts another number"]
+        == notes[1]["dropped: the detector sees nothing"]
+        == 1
+    )
 
 
 def test_counting_pairs_of_scenes_are_balanced(tmp_path: Path) -> None:
-    scenes.write(tmp_path / "s", n_train=1200, n_val=0, n_test=0, n_zeroshot=0, n_retrieval=0, n_proofs=0, size=16, processes=1)
+    scenes.write(
+        tmp_path / "s",
+        n_train=1200,
+        n_val=0,
+        n_test=0,
+        n_zeroshot=0,
+        n_retrieval=0,
+        n_proofs=0,
+        size=16,
+        processes=1,
+    )
     call(counting, tmp_path / "s" / "train", "--to", tmp_path / "out", "--balance", "equal")
     numbers = Counter(sample.meta["number"] for sample in read(tmp_path / "out").values())
-    assert set(numbers) == set(range(2, 11)) and len(set(numbers.values())) == 1 and min(numbers.values()) > 20
+    assert (
+        set(numbers) == set(range(2, 11))
+        and len(set(numbers.values())) == 1
+        and min(numbers.values()) > 20
+    )

@@ -1,4 +1,6 @@
-"""Samples of one origin stay side by side and in one shard: in `vlp data reshard`, `filter` and the writer of all tools."""
+"""Samples of one origin stay side by side and in one shard: in `vlp data reshard`, `filter` and the
+writer of all tools.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,19 @@ def families(folder: Path) -> list[list[tuple[Any, int]]]:
     return result
 
 
-@pytest.mark.parametrize("options", [
-    (), ("--shuffle", 3), ("--shuffle", 4, "--renumber", "--processes", 2), ("--megabytes-per-shard", 0.02, "--shuffle", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--shuffle", 3),
+        ("--shuffle", 4, "--renumber", "--processes", 2),
+        ("--megabytes-per-shard", 0.02, "--shuffle", 1),
+    ],
+)
 def test_families_stay_together(tmp_path: Path, options: tuple) -> None:
-    """Also where the cut between two shards of the input goes through one, and where one is larger than a shard."""
+    """Also where the cut between two shards of the input goes through one, and where one is larger
+    than a shard.
+    """
     sizes, n = {f"o{i}": 1 + i % 4 for i in range(12)} | {"large": 9}, 0
     keys = [(origin, v) for origin, size in sizes.items() for v in range(size)]
     (tmp_path / "in").mkdir()

@@ -1,4 +1,6 @@
-"""`vlp data sheet`, `stats`, `reshard` and `embed`: what they show, count, cut and embed, also of damaged shards."""
+"""`vlp data sheet`, `stats`, `reshard` and `embed`: what they show, count, cut and embed, also of
+damaged shards.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,19 @@ from vlp.data.format import ShardWriter, index
 from vlp.data_tools import embed, reshard, sheet, stats
 
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=alert(1)>'
-CAPTIONS = [[HOSTILE, "ein Hund auf dem Sofa"], ["two dogs and three cats", "two dogs on a sofa"], [], ["собака"]]
+CAPTIONS = [
+    [HOSTILE, "ein Hund auf dem Sofa"],
+    ["two dogs and three cats", "two dogs on a sofa"],
+    [],
+    ["собака"],
+]
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """30 samples in shards of 8; sample 5's picture is broken, and the second shard ends in mid-sample."""
+    """30 samples in shards of 8; sample 5's picture is broken, and the second shard ends in
+    mid-sample.
+    """
     with ShardWriter(tmp_path / "in", 8) as writer:
         for i in range(30):
             image = b"no picture" if i == 5 else encoded(picture(i, (60 + i, 40)))
@@ -42,36 +51,75 @@ def usable(folder: Path) -> int:
     return sum(shard.count for shard in index(sorted(folder.glob("*.tar"))))
 
 
-def test_a_page_of_samples_holds_pictures_and_captions_as_text(source: Path, tmp_path: Path, capsys) -> None:
+def test_a_page_of_samples_holds_pictures_and_captions_as_text(
+    source: Path, tmp_path: Path, capsys
+) -> None:
     n = usable(source)
     assert 24 <= n < 30
     call(sheet, source, "--to", tmp_path / "a.html", "--samples", 100)
     got = Reader((tmp_path / "a.html").read_text())
-    assert got.count("img") == n - 1 and got.count("script") == got.text.count("no readable image") == 1
+    assert (
+        got.count("img") == n - 1
+        and got.count("script") == got.text.count("no readable image") == 1
+    )
     assert HOSTILE in got.text and "ein Hund auf dem Sofa" in got.text and "собака" in got.text
     assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in got.resources)
-    assert f"{n} samples, 1 without a readable picture; 2 problems in the shards read" in capsys.readouterr().out
+    assert (
+        f"{n} samples, 1 without a readable picture; 2 problems in the shards read"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_sheet_shows_negatives_under_their_caption(tmp_path: Path) -> None:
-    meta = {"negatives": ["no lion", "no <dog>", "nothing", "masked"], "negatives_of": [1, 0, -1, 0]}
+    meta = {
+        "negatives": ["no lion", "no <dog>", "nothing", "masked"],
+        "negatives_of": [1, 0, -1, 0],
+    }
     with ShardWriter(tmp_path / "in") as writer:
-        writer.add("k", b"x", "jpg", ["a dog", "a lion"], meta | {"negatives_valid": [True, True, True, False]})
+        writer.add(
+            "k",
+            b"x",
+            "jpg",
+            ["a dog", "a lion"],
+            meta | {"negatives_valid": [True, True, True, False]},
+        )
     call(sheet, tmp_path / "in", "--to", tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
     lines = re.findall(r"<li><(?:span|small)>(.*?)</", page)
-    assert lines == ["a dog", "not: no &lt;dog&gt;", "not: nothing", "a lion", "not: no lion", "not: nothing"]
+    assert lines == [
+        "a dog",
+        "not: no &lt;dog&gt;",
+        "not: nothing",
+        "a lion",
+        "not: no lion",
+        "not: nothing",
+    ]
 
 
 def test_a_sheet_s_samples_are_its_seed_s(source: Path, tmp_path: Path) -> None:
     drawn = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        call(sheet, source, "--to", tmp_path / f"{name}.png", "--samples", 6, "--columns", 3, "--seed", seed, "--size", 64)
+        call(
+            sheet,
+            source,
+            "--to",
+            tmp_path / f"{name}.png",
+            "--samples",
+            6,
+            "--columns",
+            3,
+            "--seed",
+            seed,
+            "--size",
+            64,
+        )
         drawn[name] = (tmp_path / f"{name}.png").read_bytes()
     assert drawn["a"] == drawn["b"] != drawn["c"]
     image = np.asarray(Image.open(io.BytesIO(drawn["a"])))
     assert image.shape[2] == 3 and image.shape[1] == 3 * (64 + 8) + 8 and (image < 128).any()
-    few = sheet.draw(sorted(source.glob("*.tar")), 2, 3, Counter())  # fewer samples than shards: no more shards are read
+    few = sheet.draw(
+        sorted(source.glob("*.tar")), 2, 3, Counter()
+    )  # fewer samples than shards: no more shards are read
     assert len(few) == 2
     with pytest.raises(ValueError, match=r"neither \.html nor \.png"):
         call(sheet, source, "--to", tmp_path / "a.pdf")
@@ -83,27 +131,44 @@ def test_stats_count_what_a_loop_counts(source: Path, tmp_path: Path, capsys) ->
     kept = list(read(source).values())
     captions = [caption for sample in kept for caption in sample.captions]
     found = {name: entry["values"] for name, entry in told["distributions"].items()}
-    assert told["counts"]["samples read"] == len(kept) and told["counts"]["unreadable: pictures"] == 1
+    assert (
+        told["counts"]["samples read"] == len(kept) and told["counts"]["unreadable: pictures"] == 1
+    )
     assert told["counts"]["unreadable: problems of the input shards"] == 2
-    assert found["words"] == {str(k): n for k, n in Counter(len(c.split()) for c in captions).items()}
+    assert found["words"] == {
+        str(k): n for k, n in Counter(len(c.split()) for c in captions).items()
+    }
     assert found["width"] == {str(60 + s.meta["number"]): 1 for s in kept if s.meta["number"] != 5}
     assert found["height"] == {"40": len(kept) - 1}
     n_cats, n_dogs = captions.count("two dogs and three cats"), captions.count("two dogs on a sofa")
     assert found["numbers"] == {"2": n_cats + n_dogs, "3": n_cats}
     languages = {"de": "ein Hund auf dem Sofa", "ru": "собака"}
-    assert all(found["language"][code] == captions.count(caption) for code, caption in languages.items())
+    assert all(
+        found["language"][code] == captions.count(caption) for code, caption in languages.items()
+    )
     widths = sorted(60 + s.meta["number"] for s in kept if s.meta["number"] != 5)
     quantiles = told["distributions"]["width"]["quantiles"]
-    assert [quantiles[name] for name in ("min", "median", "max")] == [widths[0], widths[(len(widths) - 1) // 2], widths[-1]]
+    assert [quantiles[name] for name in ("min", "median", "max")] == [
+        widths[0],
+        widths[(len(widths) - 1) // 2],
+        widths[-1],
+    ]
     got = Reader((tmp_path / "out" / "stats.html").read_text())
     assert set(got.sections) == {"counts", "pictures", "captions"} and got.count("svg") == 10
     bars = [attrs for tag, attrs in got.tags if tag == "rect"]
-    assert len(bars) > 40 and all(float(bar["y"]) >= 0 and float(bar["y"]) + float(bar["height"]) <= 190 for bar in bars)
+    assert len(bars) > 40 and all(
+        float(bar["y"]) >= 0 and float(bar["y"]) + float(bar["height"]) <= 190 for bar in bars
+    )
 
 
 def test_bins_hold_every_value_once() -> None:
     rng, n = np.random.default_rng(0), 0
-    for values in (rng.integers(0, 5, 100), rng.integers(10, 4000, 500), rng.normal(1, 0.3, 300).round(2), np.array([7])):
+    for values in (
+        rng.integers(0, 5, 100),
+        rng.integers(10, 4000, 500),
+        rng.normal(1, 0.3, 300).round(2),
+        np.array([7]),
+    ):
         counter = Counter(values.tolist())
         bars = stats.binned(counter)
         assert sum(times for _, times in bars) == len(values) and len(bars) <= 24
@@ -126,13 +191,43 @@ def test_resharding_keeps_every_sample_and_the_order(source: Path, tmp_path: Pat
 def test_a_shuffle_is_its_seed_s_for_any_processes_and_parts(source: Path, tmp_path: Path) -> None:
     runs = {"a": (5,), "b": (5, "--processes", 2), "c": (6,)}
     for name, (seed, *options) in runs.items():
-        call(reshard, source, "--to", tmp_path / name, "--samples-per-shard", 10, "--shuffle", seed, *options)
+        call(
+            reshard,
+            source,
+            "--to",
+            tmp_path / name,
+            "--samples-per-shard",
+            10,
+            "--shuffle",
+            seed,
+            *options,
+        )
     for part in ("2/2", "1/2"):
-        call(reshard, source, "--to", tmp_path / "d", "--samples-per-shard", 10, "--shuffle", 5, "--part", part)
-    assert order(tmp_path / "a") == order(tmp_path / "b") == order(tmp_path / "d") != order(tmp_path / "c")
+        call(
+            reshard,
+            source,
+            "--to",
+            tmp_path / "d",
+            "--samples-per-shard",
+            10,
+            "--shuffle",
+            5,
+            "--part",
+            part,
+        )
+    assert (
+        order(tmp_path / "a")
+        == order(tmp_path / "b")
+        == order(tmp_path / "d")
+        != order(tmp_path / "c")
+    )
     assert sorted(order(tmp_path / "a")) == order(source) != order(tmp_path / "a")
     for path in (tmp_path / "a").glob("*.tar"):
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes() == (tmp_path / "d" / path.name).read_bytes()
+        assert (
+            path.read_bytes()
+            == (tmp_path / "b" / path.name).read_bytes()
+            == (tmp_path / "d" / path.name).read_bytes()
+        )
 
 
 def test_shards_end_before_the_sample_that_exceeds_their_bytes() -> None:
@@ -140,9 +235,17 @@ def test_shards_end_before_the_sample_that_exceeds_their_bytes() -> None:
     for _ in range(50):
         lengths = rng.integers(1, 100, rng.integers(1, 40))
         n_samples, n_bytes = int(rng.integers(0, 8)), int(rng.choice([0, 50, 150]))
-        cuts, expected, start = reshard._cuts(lengths, np.arange(len(lengths)), n_samples, n_bytes), [], 0
+        cuts, expected, start = (
+            reshard._cuts(lengths, np.arange(len(lengths)), n_samples, n_bytes),
+            [],
+            0,
+        )
         for i in range(1, len(lengths) + 1):
-            if i == len(lengths) or (n_samples and i - start == n_samples) or (n_bytes and lengths[start : i + 1].sum() > n_bytes):
+            if (
+                i == len(lengths)
+                or (n_samples and i - start == n_samples)
+                or (n_bytes and lengths[start : i + 1].sum() > n_bytes)
+            ):
                 expected.append((start, i))
                 start = i
         assert cuts == expected
@@ -159,7 +262,9 @@ def test_equal_keys_meet_in_a_new_shard(source: Path, tmp_path: Path) -> None:
     assert [s.meta["source_key"] for s in read(tmp_path / "b").values()] == 2 * list(read(source))
 
 
-def test_embeddings_lie_beside_the_samples_they_are_of(source: Path, tmp_path: Path, capsys) -> None:
+def test_embeddings_lie_beside_the_samples_they_are_of(
+    source: Path, tmp_path: Path, capsys
+) -> None:
     from vlp.eval.models import load
 
     ref = f"local-dir:{tiny_open_clip(tmp_path / 'model')}"
@@ -170,14 +275,25 @@ def test_embeddings_lie_beside_the_samples_they_are_of(source: Path, tmp_path: P
             image, text, about = file.get_tensor("image"), file.get_tensor("text"), file.metadata()
         [shard] = index([path])
         kept = [s for s in read(source).values() if s.key.startswith(path.stem)]
-        assert image.dtype == text.dtype == torch.float16 and len(image) == len(text) == len(kept) == shard.count
+        assert (
+            image.dtype == text.dtype == torch.float16
+            and len(image) == len(text) == len(kept) == shard.count
+        )
         keys = hashlib.sha256("\n".join(s.key for s in kept).encode()).hexdigest()
         assert about == {"model": ref, "scale": str(encoder.scale), "keys": keys}
         for sample, x, t in zip(kept, image.float(), text.float()):
             number = sample.meta["number"]
-            expected = torch.zeros_like(x) if number == 5 else encoder.encode_images([picture(number, (60 + number, 40))])[0]
+            expected = (
+                torch.zeros_like(x)
+                if number == 5
+                else encoder.encode_images([picture(number, (60 + number, 40))])[0]
+            )
             assert torch.allclose(x, expected, atol=1e-3)
-            caption = encoder.encode_texts([sample.captions[0]])[0] if sample.captions else torch.zeros_like(t)
+            caption = (
+                encoder.encode_texts([sample.captions[0]])[0]
+                if sample.captions
+                else torch.zeros_like(t)
+            )
             assert torch.allclose(t, caption, atol=1e-3)
             n += 1
     assert n == usable(source)

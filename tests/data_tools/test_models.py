@@ -18,7 +18,23 @@ from vlp.data.members import Content
 from vlp.data_tools import counting, negatives, scenes
 from vlp.data_tools._encoder import Model
 
-WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "car", "truck", "two", "dogs", "cats", "under", "table"]
+WORDS = [
+    "[UNK]",
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "red",
+    "blue",
+    "car",
+    "truck",
+    "two",
+    "dogs",
+    "cats",
+    "under",
+    "table",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +42,37 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A masked and a causal model with random weights, and a model that is neither."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        BertModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        PreTrainedTokenizerFast,
+    )
 
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]", "eos_token": "[SEP]"}
+    special = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "mask_token": "[MASK]",
+        "eos_token": "[SEP]",
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     torch.manual_seed(0)
-    small = BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    small = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
     made = {"masked": BertForMaskedLM(small), "neither": BertModel(small)}
     ends = {"bos_token_id": 3, "eos_token_id": 3}
-    made["causal"] = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, **ends))
+    made["causal"] = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, **ends)
+    )
     folder = tmp_path_factory.mktemp("models")
     for name, model in made.items():
         model.save_pretrained(folder / name)
@@ -58,10 +94,25 @@ def test_a_masked_model_replaces_words(language_models: Path) -> None:
         assert changed[0][1] in negative.new_words and changed[0][1] in WORDS
 
 
-def test_a_causal_model_continues_the_prompt(language_models: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_causal_model_continues_the_prompt(
+    language_models: Path, shards: Path, tmp_path: Path
+) -> None:
     model = language_models / "causal"
-    call(negatives, shards, "--to", tmp_path / "out", "--kinds", "none", "--rewriter", model, "--prompt", "two {} red")
-    kinds = Counter(kind for sample in read(tmp_path / "out").values() for kind in sample.meta["negative_kinds"])
+    call(
+        negatives,
+        shards,
+        "--to",
+        tmp_path / "out",
+        "--kinds",
+        "none",
+        "--rewriter",
+        model,
+        "--prompt",
+        "two {} red",
+    )
+    kinds = Counter(
+        kind for sample in read(tmp_path / "out").values() for kind in sample.meta["negative_kinds"]
+    )
     assert set(kinds) == {"rewritten"} and kinds["rewritten"] >= 3
 
 
@@ -80,9 +131,15 @@ def detector(tmp_path: Path) -> Path:
     from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
     config = YolosConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32], patch_size=16,
-        num_detection_tokens=7, num_labels=2,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[32, 32],
+        patch_size=16,
+        num_detection_tokens=7,
+        num_labels=2,
+    )
     YolosForObjectDetection(config).save_pretrained(tmp_path / "detector")
     YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "detector")
     return tmp_path / "detector"
@@ -101,13 +158,17 @@ def test_a_detector_with_random_weights_runs(detector: Path) -> None:
         most_frequent(image, "/no/such/model", 0.5)
 
 
-def test_pictures_that_do_not_open_are_counted_and_passed_over(detector: Path, shards: Path, tmp_path: Path, capsys) -> None:
+def test_pictures_that_do_not_open_are_counted_and_passed_over(
+    detector: Path, shards: Path, tmp_path: Path, capsys
+) -> None:
     with pytest.raises(ValueError, match="no caption in"):  # all of these pictures are broken
         call(counting, shards, "--to", tmp_path / "out", "--detector", detector)
     assert re.search(r"dropped: no readable picture +3\b", capsys.readouterr().err)
 
 
-def test_a_model_is_loaded_before_threads_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_loaded_before_threads_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vlp.eval import models
 
     loaded, load = [], models.load

@@ -1,4 +1,6 @@
-"""What foreign shards may hold and no tool may fall over: lone surrogates, odd class numbers, keys that lead elsewhere."""
+"""What foreign shards may hold and no tool may fall over: lone surrogates, odd class numbers, keys
+that lead elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,15 @@ from vlp.data_tools import counting, dedup, negatives, reshard, sheet, stats
 from vlp.data_tools import filter as filtering
 
 TOOLS: list[tuple[ModuleType, list[Any]]] = [
-    (filtering, ["--min-words", 1]), (filtering, ["--max-repeats", 9]), (reshard, []), (reshard, ["--renumber", "--shuffle", 1]),
-    (dedup, []), (negatives, []), (counting, []), (stats, []),
-]  # fmt: skip
+    (filtering, ["--min-words", 1]),
+    (filtering, ["--max-repeats", 9]),
+    (reshard, []),
+    (reshard, ["--renumber", "--shuffle", 1]),
+    (dedup, []),
+    (negatives, []),
+    (counting, []),
+    (stats, []),
+]
 NAMES = [f"{tool.__name__.rsplit('.')[-1]}{i}" for i, (tool, _) in enumerate(TOOLS)]
 LONE = "two dogs on a red sofa \ud800"
 

@@ -1,4 +1,6 @@
-"""Rules for negatives and counts, on tables of examples, and on scenes where an independent checker knows the truth."""
+"""Rules for negatives and counts, on tables of examples, and on scenes where an independent checker
+knows the truth.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,18 @@ from vlp.data_tools.negatives.rules import HEAD, RULES, head, propose
 
 LEXICON = Lexicon.load()
 TINY = {  # every choice is forced, so that the whole caption can be compared
-    "attributes": {"things": {"color": ["red", "orange"], "size": ["large|big", "small"]}, "people": {"age": ["young", "elderly"]}},
-    "nouns": {"animate": {"person": ["man|guy", "woman"], "animal": ["cow", "elephant"]}, "thing": {"ware": ["knife", "box"]}},
-    "relations": {"anything": {"vertical": ["above", "under"]}, "animate": {"posture": ["sitting", "standing"]}},
+    "attributes": {
+        "things": {"color": ["red", "orange"], "size": ["large|big", "small"]},
+        "people": {"age": ["young", "elderly"]},
+    },
+    "nouns": {
+        "animate": {"person": ["man|guy", "woman"], "animal": ["cow", "elephant"]},
+        "thing": {"ware": ["knife", "box"]},
+    },
+    "relations": {
+        "anything": {"vertical": ["above", "under"]},
+        "animate": {"posture": ["sitting", "standing"]},
+    },
     "protected": ["red wine"],
 }
 
@@ -36,10 +47,22 @@ def made(caption: str, kind: str, words: dict | None = None) -> list[str]:
 # --- English ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noun, many", [
-    ("box", "boxes"), ("bench", "benches"), ("cherry", "cherries"), ("boy", "boys"), ("woman", "women"), ("knife", "knives"),
-    ("sheep", "sheep"), ("bus", "buses"), ("cross", "crosses"), ("tomato", "tomatoes"), ("zebra", "zebras"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "noun, many",
+    [
+        ("box", "boxes"),
+        ("bench", "benches"),
+        ("cherry", "cherries"),
+        ("boy", "boys"),
+        ("woman", "women"),
+        ("knife", "knives"),
+        ("sheep", "sheep"),
+        ("bus", "buses"),
+        ("cross", "crosses"),
+        ("tomato", "tomatoes"),
+        ("zebra", "zebras"),
+    ],
+)
 def test_plural(noun: str, many: str) -> None:
     assert plural(noun) == many and is_plural(many)
 
@@ -49,11 +72,30 @@ def test_singulars_that_end_like_plurals(word: str) -> None:
     assert not is_plural(word)
 
 
-@pytest.mark.parametrize("word, expected", [
-    ("orange", "an"), ("red", "a"), ("umbrella", "an"), ("uniform", "a"), ("unicorn", "a"), ("unusual", "an"), ("hour", "an"),
-    ("horse", "a"), ("one-way", "a"), ("8", "an"), ("11", "an"), ("2", "a"), ("eight", "an"), ("European", "a"), ("user", "a"),
-    ("uninteresting", "an"), ("ugly", "an"), ("utensil", "a"), ("onion", "an"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("orange", "an"),
+        ("red", "a"),
+        ("umbrella", "an"),
+        ("uniform", "a"),
+        ("unicorn", "a"),
+        ("unusual", "an"),
+        ("hour", "an"),
+        ("horse", "a"),
+        ("one-way", "a"),
+        ("8", "an"),
+        ("11", "an"),
+        ("2", "a"),
+        ("eight", "an"),
+        ("European", "a"),
+        ("user", "a"),
+        ("uninteresting", "an"),
+        ("ugly", "an"),
+        ("utensil", "a"),
+        ("onion", "an"),
+    ],
+)
 def test_article(word: str, expected: str) -> None:
     assert article(word) == expected
 
@@ -68,35 +110,69 @@ def test_edits_keep_capitals_and_correct_articles() -> None:
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("caption, numbers", [
-    ("Two young girls petting goats", [2]), ("a group of five people", [5]), ("10 boats and THREE ducks", [10, 3]),
-    ("The two women sit next to two dogs", [2, 2]), ("a table with 4 plates, a fork", [4]), ("seven sheep in a field", [7]),
-    ("a couple of kids watch two baseball players", [2]), ("an often visited house", []), ("a network of tents", []),
-    ("someone attends", []), ("one dog", []), ("eleven dogs", []), ("12 dogs", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "caption, numbers",
+    [
+        ("Two young girls petting goats", [2]),
+        ("a group of five people", [5]),
+        ("10 boats and THREE ducks", [10, 3]),
+        ("The two women sit next to two dogs", [2, 2]),
+        ("a table with 4 plates, a fork", [4]),
+        ("seven sheep in a field", [7]),
+        ("a couple of kids watch two baseball players", [2]),
+        ("an often visited house", []),
+        ("a network of tents", []),
+        ("someone attends", []),
+        ("one dog", []),
+        ("eleven dogs", []),
+        ("12 dogs", []),
+    ],
+)
 def test_counts_are_found_as_whole_words(caption: str, numbers: list[int]) -> None:
     assert [count.value for count in counts(caption)[0]] == numbers
 
 
-@pytest.mark.parametrize("caption, reason", [
-    ("at least two dogs", "bound"), ("a box with 3 items at most", "bound"), ("over 4 planes", "bound"),
-    ("two or three dogs", "range"), ("a two story building", "no plural noun"), ("a two of hearts", "no plural noun"),
-    ("a man of 7 years", "measure"), ("2 hours later", "measure"), ("route 4 signs", "name"), ("2 1/2 loaves", "longer number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "caption, reason",
+    [
+        ("at least two dogs", "bound"),
+        ("a box with 3 items at most", "bound"),
+        ("over 4 planes", "bound"),
+        ("two or three dogs", "range"),
+        ("a two story building", "no plural noun"),
+        ("a two of hearts", "no plural noun"),
+        ("a man of 7 years", "measure"),
+        ("2 hours later", "measure"),
+        ("route 4 signs", "name"),
+        ("2 1/2 loaves", "longer number"),
+    ],
+)
 def test_numbers_that_do_not_count(caption: str, reason: str) -> None:
     found, refused = counts(caption)
     assert not found and reason in refused[0]
 
 
 @pytest.mark.parametrize(
-    "caption", ["a two-story house", "at 2:30 pm", "a 3.5 inch disk", "4x4 trucks", "$5 bills", "1,000 birds", "7% of cars"]
+    "caption",
+    [
+        "a two-story house",
+        "at 2:30 pm",
+        "a 3.5 inch disk",
+        "4x4 trucks",
+        "$5 bills",
+        "1,000 birds",
+        "7% of cars",
+    ],
 )
 def test_parts_of_compounds_and_longer_numbers_are_no_numbers(caption: str) -> None:
     assert counts(caption) == ([], [])
 
 
 def test_counterfactuals_are_the_eight_other_numbers() -> None:
-    for caption, article_of_eight in (("A two people kayak", "An eight people kayak"), ("a 2 dogs show", "an 8 dogs show")):
+    for caption, article_of_eight in (
+        ("A two people kayak", "An eight people kayak"),
+        ("a 2 dogs show", "an 8 dogs show"),
+    ):
         found, _ = counts(caption)
         texts = counterfactuals(caption, found)
         assert len(set(texts)) == 8 and caption not in texts and article_of_eight in texts
@@ -108,15 +184,22 @@ def test_counterfactuals_are_the_eight_other_numbers() -> None:
 
 TABLE = [
     ("swap_attribute", "a red box under an orange knife", ["an orange box under a red knife"]),
-    ("swap_attribute", "A big red box and a small orange knife",
-     ["A small red box and a big orange knife", "A big orange box and a small red knife"]),
+    (
+        "swap_attribute",
+        "A big red box and a small orange knife",
+        ["A small red box and a big orange knife", "A big orange box and a small red knife"],
+    ),
     ("swap_attribute", "a red box and an orange box", []),  # the same said in another order
     ("swap_attribute", "a big red box and a big orange box", []),
     ("swap_attribute", "a red box above an orange box", ["an orange box above a red box"]),
     ("swap_attribute", "one red box and one orange box", []),
     ("swap_attribute", "a red and orange box", []),
     ("swap_attribute", "a red box", []),
-    ("swap_attribute", "the box is red and the knife is orange", ["the box is orange and the knife is red"]),
+    (
+        "swap_attribute",
+        "the box is red and the knife is orange",
+        ["the box is orange and the knife is red"],
+    ),
     ("swap_attribute", "one is red and one is orange", []),
     ("swap_noun", "A knife on a box", ["A box on a knife"]),
     ("swap_noun", "a man holding an elephant", ["an elephant holding a man"]),
@@ -152,7 +235,7 @@ TABLE = [
     ("replace_number", "a dog", []),
     ("replace_number", "at least three dogs", []),
     ("order", "a dog runs", []),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, caption, expected", TABLE)
@@ -163,18 +246,26 @@ def test_rules_by_example(kind: str, caption: str, expected: list[str]) -> None:
 def test_the_table_shows_every_rule_at_work_and_at_rest() -> None:
     assert set(RULES) == set(KINDS)
     fires = {kind for kind, _, expected in TABLE if expected}
-    assert fires == set(KINDS) - {"replace_number", "order"} and {kind for kind, _, expected in TABLE if not expected} == set(KINDS)
-    assert made("Three dogs", "replace_number")[0].endswith(" dogs") and len(made("a dog runs away fast", "order")) >= 3
+    assert fires == set(KINDS) - {"replace_number", "order"} and {
+        kind for kind, _, expected in TABLE if not expected
+    } == set(KINDS)
+    assert (
+        made("Three dogs", "replace_number")[0].endswith(" dogs")
+        and len(made("a dog runs away fast", "order")) >= 3
+    )
 
 
-@pytest.mark.parametrize("caption, kind, wrong", [
-    ("A table filled with plates", "replace_relation", "without"),
-    ("A woman with one hand up", "replace_relation", "without"),
-    ("There is a box with a ball", "replace_relation", "without"),  # another box may have none
-    ("a hot dog on a bun", "replace_noun", "hot c"),
-    ("a black and white photo", "replace_attribute", "photo"),
-    ("people wait to cross a street", "replace_noun", "to s"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "caption, kind, wrong",
+    [
+        ("A table filled with plates", "replace_relation", "without"),
+        ("A woman with one hand up", "replace_relation", "without"),
+        ("There is a box with a ball", "replace_relation", "without"),  # another box may have none
+        ("a hot dog on a bun", "replace_noun", "hot c"),
+        ("a black and white photo", "replace_attribute", "photo"),
+        ("people wait to cross a street", "replace_noun", "to s"),
+    ],
+)
 def test_the_shipped_lists_avoid_bad_english(caption: str, kind: str, wrong: str) -> None:
     assert not [text for text in made(caption, kind) if wrong in text]
 
@@ -182,9 +273,18 @@ def test_the_shipped_lists_avoid_bad_english(caption: str, kind: str, wrong: str
 def test_shuffles_keep_the_words_and_change_the_order() -> None:
     caption = "a brown dog chases a small cat over the lawn."
     found = shuffles(caption, random.Random(0))
-    assert set(found) == {"order_content_words", "order_function_words", "order_within_trigrams", "order_trigrams"}
+    assert set(found) == {
+        "order_content_words",
+        "order_function_words",
+        "order_within_trigrams",
+        "order_trigrams",
+    }
     for text in found.values():
-        assert sorted(text[:-1].split()) == sorted(caption[:-1].split()) and text != caption and text.endswith(".")
+        assert (
+            sorted(text[:-1].split()) == sorted(caption[:-1].split())
+            and text != caption
+            and text.endswith(".")
+        )
     assert found["order_content_words"].split()[0] == "a"
     assert shuffles("dog dog dog", random.Random(0)) == {}
     for seed in range(50):
@@ -202,7 +302,9 @@ def test_rules_are_pure() -> None:
 
 @pytest.mark.parametrize("words", [None, "scenes"])
 def test_negatives_by_rule_are_false_of_scenes(words: str | None) -> None:
-    """Of thousands of negatives for true captions of scenes, the independent checker finds none true and knows most false."""
+    """Of thousands of negatives for true captions of scenes, the independent checker finds none
+    true and knows most false.
+    """
     change = AddNegatives(50, KINDS, 0, Lexicon.load(words))
     verdicts: Counter[tuple[str, bool | None]] = Counter()
     for index in range(250):
@@ -232,13 +334,25 @@ def test_a_bad_rule_would_be_noticed() -> None:
 # --- word lists ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"attributes": {"things": {"color": []}}}, r"attributes\.things\.color is \[\]; expected at least two words"),
-    ({"nouns": {"animate": {"person": ["man"]}}}, r"nouns\.animate\.person is \['man'\]; expected at least two"),
-    ({"relations": {}}, "relations has no lists"),
-    ({"verbs": {}}, "found verbs; expected attributes"),
-    ({"nouns": {"thins": {"x": ["a", "b"]}}}, r"nouns\.thins is not one of animate, thing, place"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"attributes": {"things": {"color": []}}},
+            r"attributes\.things\.color is \[\]; expected at least two words",
+        ),
+        (
+            {"nouns": {"animate": {"person": ["man"]}}},
+            r"nouns\.animate\.person is \['man'\]; expected at least two",
+        ),
+        ({"relations": {}}, "relations has no lists"),
+        ({"verbs": {}}, "found verbs; expected attributes"),
+        (
+            {"nouns": {"thins": {"x": ["a", "b"]}}},
+            r"nouns\.thins is not one of animate, thing, place",
+        ),
+    ],
+)
 def test_wrong_word_lists_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Lexicon({**TINY, **change}, "words.yaml")
@@ -256,10 +370,19 @@ def test_a_broken_word_file_is_named(tmp_path: Path) -> None:
 # --- long captions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phrase", [
-    "A red car with two small black dogs next to a large table and three cats under it. ", "two dogs ", "10 ", "about 3 ",
-    "a an ", "box with ", "up to five ", "redred",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "A red car with two small black dogs next to a large table and three cats under it. ",
+        "two dogs ",
+        "10 ",
+        "about 3 ",
+        "a an ",
+        "box with ",
+        "up to five ",
+        "redred",
+    ],
+)
 def test_an_alt_text_of_50_kb_takes_a_second_at_most(phrase: str) -> None:
     caption = (phrase * (50_000 // len(phrase) + 1))[:50_000]
     change, started = AddNegatives(4, KINDS, 0, LEXICON), time.process_time()
@@ -272,16 +395,29 @@ def test_an_alt_text_of_50_kb_takes_a_second_at_most(phrase: str) -> None:
     assert between - started < 1 and ended - between < 1, (between - started, ended - between)
     for negative, i in chosen:
         if i == 0:
-            assert negative.text.endswith(caption[HEAD:]) and negative.text != caption and len(negative.text) > 49_000
+            assert (
+                negative.text.endswith(caption[HEAD:])
+                and negative.text != caption
+                and len(negative.text) > 49_000
+            )
 
 
 def test_what_stands_around_a_number_is_read_as_far_as_it_matters() -> None:
     far = "x " * 200
-    for text in ("at least two dogs", "about two dogs", "three or two dogs", "two of the at most dogs", "two to four dogs"):
+    for text in (
+        "at least two dogs",
+        "about two dogs",
+        "three or two dogs",
+        "two of the at most dogs",
+        "two to four dogs",
+    ):
         assert counts(far + text + " " + far)[0] == counts(text)[0] == []
     [count] = counts(far + "two small dogs and " + far)[0]
     assert count.head == "dogs" and count.start == len(far)
-    assert edit(far + "an  orange and a red car", [(len(far) + 4, len(far) + 10, "blue")]) == far + "a  blue and a red car"
+    assert (
+        edit(far + "an  orange and a red car", [(len(far) + 4, len(far) + 10, "blue")])
+        == far + "a  blue and a red car"
+    )
 
 
 def test_the_head_of_a_caption_ends_with_a_word() -> None:

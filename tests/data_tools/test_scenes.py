@@ -1,4 +1,6 @@
-"""Scenes: pictures agree with their JSON, captions with both, splits stay apart, bytes are reproducible."""
+"""Scenes: pictures agree with their JSON, captions with both, splits stay apart, bytes are
+reproducible.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,27 @@ def some(split: str, n: int = N_CAPTIONS, seed: int = 0) -> list[scenes.Scene]:
 
 def described(scene: dict) -> tuple:
     ground = scene["background"]
-    return ground["color"], ground["texture"], scene["relation"], tuple(tuple(g.items()) for g in scene["groups"])
+    return (
+        ground["color"],
+        ground["texture"],
+        scene["relation"],
+        tuple(tuple(g.items()) for g in scene["groups"]),
+    )
 
 
 # --- the JSON against the pixels -------------------------------------------------------------------------------------
 
 
 def blobs(image: Image.Image) -> Counter[str]:
-    """Connected regions of each object color in a picture, by flood fill; specks below 12 pixels at 128 px are edges."""
+    """Connected regions of each object color in a picture, by flood fill; specks below 12 pixels at
+    128 px are edges.
+    """
     width, height = image.size
     pixels = list(image.get_flattened_data())
-    names = {p: next((name for name, c in COLORS.items() if math.dist(c, p) < 40), None) for p in set(pixels)}
+    names = {
+        p: next((name for name, c in COLORS.items() if math.dist(c, p) < 40), None)
+        for p in set(pixels)
+    }
     label = [names[p] for p in pixels]
     seen, found = set(), Counter()
     for start, name in enumerate(label):
@@ -53,7 +65,12 @@ def blobs(image: Image.Image) -> Counter[str]:
             place = queue.popleft()
             area += 1
             x = place % width
-            for near in (place - 1 if x else -1, place + 1 if x + 1 < width else -1, place - width, place + width):
+            for near in (
+                place - 1 if x else -1,
+                place + 1 if x + 1 < width else -1,
+                place - width,
+                place + width,
+            ):
                 if 0 <= near < width * height and near not in seen and label[near] == name:
                     seen.add(near)
                     queue.append(near)
@@ -63,7 +80,9 @@ def blobs(image: Image.Image) -> Counter[str]:
 
 
 def test_every_object_is_one_blob_of_its_color() -> None:
-    """Found in the pixels: exactly the objects of the JSON, by color; nothing overlaps or touches, nothing is missing."""
+    """Found in the pixels: exactly the objects of the JSON, by color; nothing overlaps or touches,
+    nothing is missing.
+    """
     kinds = Counter()
     for index in range(N_PIXELS):
         image, meta, _ = scenes.generate(index, 7, "train", size=128)
@@ -78,7 +97,12 @@ def test_a_missing_object_is_noticed() -> None:
     image, meta, _ = scenes.generate(0, 7, "train", size=128)
     first = meta["scene"]["objects"][0]
     r = first["diameter"] / 2
-    box = [128 * (first["x"] - r), 128 * (first["y"] - r), 128 * (first["x"] + r), 128 * (first["y"] + r)]
+    box = [
+        128 * (first["x"] - r),
+        128 * (first["y"] - r),
+        128 * (first["x"] + r),
+        128 * (first["y"] + r),
+    ]
     ImageDraw.Draw(image).rectangle(box, fill=(146, 148, 152))
     assert blobs(image) != Counter(o["color"] for o in meta["scene"]["objects"])
 
@@ -86,7 +110,9 @@ def test_a_missing_object_is_noticed() -> None:
 def test_objects_have_their_color_after_jpeg_at_64_and_32_pixels() -> None:
     n = 0
     for scene in some("test", 200):
-        small = Image.open(io.BytesIO(_jpeg(scene.image))).resize((32, 32), Image.Resampling.BICUBIC)
+        small = Image.open(io.BytesIO(_jpeg(scene.image))).resize(
+            (32, 32), Image.Resampling.BICUBIC
+        )
         for picture, side in ((Image.open(io.BytesIO(_jpeg(scene.image))), 64), (small, 32)):
             for o in scene.meta["scene"]["objects"]:
                 if o["shape"] == "ring":
@@ -102,8 +128,15 @@ def test_shapes_differ_in_pixels() -> None:
     from vlp.data_tools.scenes.draw import _mask
 
     shapes = sorted({shape for _, shape in KINDS})
-    masks = {s: _mask(s, 7, 0, 0).tobytes() for s in shapes}  # a small object of a 64 px picture, halved
-    gaps = [sum(abs(x - y) for x, y in zip(masks[a], masks[b])) / 49 / 255 for a in shapes for b in shapes if a < b]
+    masks = {
+        s: _mask(s, 7, 0, 0).tobytes() for s in shapes
+    }  # a small object of a 64 px picture, halved
+    gaps = [
+        sum(abs(x - y) for x, y in zip(masks[a], masks[b])) / 49 / 255
+        for a in shapes
+        for b in shapes
+        if a < b
+    ]
     assert len(gaps) == 28 and min(gaps) > 0.06, min(gaps)
 
 
@@ -119,13 +152,17 @@ def _jpeg(image: Image.Image) -> bytes:
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_are_true_and_different(split: str) -> None:
     for scene in some(split):
-        assert len(set(scene.captions)) == len(scene.captions) >= (1 if split in scenes.PROOFS else 3)
+        assert (
+            len(set(scene.captions)) == len(scene.captions) >= (1 if split in scenes.PROOFS else 3)
+        )
         for caption in scene.captions:
             assert truth(caption, scene.meta["scene"]) is True, (caption, scene.meta["scene"])
 
 
 def test_the_checker_refuses_captions_of_other_scenes() -> None:
-    """Negative control: the same captions are (nearly) never true of another scene, and no gibberish is."""
+    """Negative control: the same captions are (nearly) never true of another scene, and no
+    gibberish is.
+    """
     all_scenes = some("train")
     wrong = [truth(c, b.meta["scene"]) for a, b in pairwise(all_scenes) for c in a.captions]
     assert len(wrong) > 2500 and sum(w is True for w in wrong) / len(wrong) < 0.02
@@ -177,8 +214,16 @@ def test_heldout_combinations_are_absent_from_training_and_present_in_heldout() 
     for split, found in seen.items():
         for scene in some(split, 4000):
             groups = scene.meta["scene"]["groups"]
-            novel = [(g["color"], g["shape"]) for g in groups if (g["color"], g["shape"]) in HELDOUT_KINDS]
-            novel += [(g["count"], g["shape"]) for g in groups if (g["count"], g["shape"]) in HELDOUT_COUNTS]
+            novel = [
+                (g["color"], g["shape"])
+                for g in groups
+                if (g["color"], g["shape"]) in HELDOUT_KINDS
+            ]
+            novel += [
+                (g["count"], g["shape"])
+                for g in groups
+                if (g["count"], g["shape"]) in HELDOUT_COUNTS
+            ]
             assert len(novel) == len(scene.meta["heldout"])
             assert bool(novel) == (split == "heldout")
             found.update(novel)
@@ -187,7 +232,9 @@ def test_heldout_combinations_are_absent_from_training_and_present_in_heldout() 
 
 
 def test_no_evaluation_scene_is_described_like_a_training_scene() -> None:
-    train = {described(s.meta["scene"]) for s in some("train", 4000)} | {described(s.meta["scene"]) for s in some("train", 2000, 1)}
+    train = {described(s.meta["scene"]) for s in some("train", 4000)} | {
+        described(s.meta["scene"]) for s in some("train", 2000, 1)
+    }
     for split in SPLITS:
         shared = train & {described(s.meta["scene"]) for s in some(split)}
         assert bool(shared) == (split == "train"), split
@@ -205,7 +252,16 @@ def test_generate_is_pure_and_seeds_matter() -> None:
 
 # --- what is written -------------------------------------------------------------------------------------------------
 
-SMALL = {"n_train": 2100, "n_val": 40, "n_test": 40, "n_zeroshot": 60, "n_retrieval": 120, "n_proofs": 27, "size": 32, "seed": 3}
+SMALL = {
+    "n_train": 2100,
+    "n_val": 40,
+    "n_test": 40,
+    "n_zeroshot": 60,
+    "n_retrieval": 120,
+    "n_proofs": 27,
+    "size": 32,
+    "seed": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +270,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("scenes")
     for n in (1, 2):
         made = scenes.write(root / str(n), processes=n, **SMALL)
-    assert made["zeroshot"] == 112 and made["novel_zeroshot"] == 16 and made["train"] == 2100 and made["counting"] == 27
+    assert (
+        made["zeroshot"] == 112
+        and made["novel_zeroshot"] == 16
+        and made["train"] == 2100
+        and made["counting"] == 27
+    )
     return root / "1", root / "2"
 
 
@@ -225,7 +286,10 @@ def members(path: Path) -> dict[str, bytes]:
 
 def test_bytes_do_not_depend_on_the_number_of_processes(folders: tuple[Path, Path]) -> None:
     """Every file but the index, which holds times of change."""
-    files = [[p.relative_to(f) for p in sorted(f.rglob("*")) if p.is_file() and p.name != "_index.bin"] for f in folders]
+    files = [
+        [p.relative_to(f) for p in sorted(f.rglob("*")) if p.is_file() and p.name != "_index.bin"]
+        for f in folders
+    ]
     assert files[0] == files[1] and sum(p.suffix == ".tar" for p in files[0]) == 13
     for name in files[0]:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
@@ -236,7 +300,9 @@ def test_shards_hold_what_generate_returns(folders: tuple[Path, Path]) -> None:
     record = json.loads(shard["000020007.json"])
     scene = scenes.generate(2007, 3, "train", 32)
     assert shard["000020007.jpg"] == _jpeg(scene.image)
-    assert record["captions"] == scene.captions and record["scene"] == json.loads(json.dumps(scene.meta["scene"]))
+    assert record["captions"] == scene.captions and record["scene"] == json.loads(
+        json.dumps(scene.meta["scene"])
+    )
     assert record["index"] == 2007 and len(shard) == 3 * 100
 
 
@@ -248,12 +314,19 @@ def test_the_index_knows_every_sample(folders: tuple[Path, Path]) -> None:
         assert sum(s.count for s in found) == n and not any(s.n_problems for s in found)
 
 
-@pytest.mark.parametrize("name, n_classes, rounds", [("zeroshot", 56, 2), ("novel_zeroshot", 64, 2)])
-def test_zeroshot_sets_follow_clip_benchmark(folders: tuple[Path, Path], name: str, n_classes: int, rounds: int) -> None:
+@pytest.mark.parametrize(
+    "name, n_classes, rounds", [("zeroshot", 56, 2), ("novel_zeroshot", 64, 2)]
+)
+def test_zeroshot_sets_follow_clip_benchmark(
+    folders: tuple[Path, Path], name: str, n_classes: int, rounds: int
+) -> None:
     folder = folders[0] / name
     classes = (folder / "classnames.txt").read_text().splitlines()
     assert len(classes) == len(set(classes)) == n_classes
-    assert all(t.count("{c}") == 1 for t in (folder / "zeroshot_classification_templates.txt").read_text().splitlines())
+    assert all(
+        t.count("{c}") == 1
+        for t in (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
+    )
     assert (folder / "test" / "nshards.txt").read_text().strip() == "1"
     found = members(folder / "test" / "0.tar")
     labels = Counter()
@@ -269,13 +342,17 @@ def test_zeroshot_sets_follow_clip_benchmark(folders: tuple[Path, Path], name: s
 def test_retrieval_captions_belong_to_one_picture_each(folders: tuple[Path, Path]) -> None:
     found = members(folders[0] / "retrieval" / "test" / "0.tar")
     assert (folders[0] / "retrieval" / "dataset_type.txt").read_text().strip() == "retrieval"
-    texts = {name: data.decode().splitlines() for name, data in found.items() if name.endswith(".txt")}
+    texts = {
+        name: data.decode().splitlines() for name, data in found.items() if name.endswith(".txt")
+    }
     records = {name: json.loads(found[name[:-4] + ".json"])["scene"] for name in texts}
     assert len(texts) == 120 and all(len(lines) == 3 for lines in texts.values())
     assert len({line for lines in texts.values() for line in lines}) == 360
     for name, lines in texts.items():
         for line in lines:
-            assert [other for other, scene in records.items() if truth(line, scene) is True] == [name], line
+            assert [other for other, scene in records.items() if truth(line, scene) is True] == [
+                name
+            ], line
 
 
 def test_a_folder_with_shards_is_refused(folders: tuple[Path, Path]) -> None:
@@ -292,7 +369,9 @@ def test_senseless_numbers_are_refused(tmp_path: Path, wrong: dict) -> None:
 def test_the_command_writes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     scenes.arguments(parser)
-    options = "--train 5 --val 0 --test 0 --zeroshot 0 --retrieval 0 --proofs 0 --size 32 --processes 1"
+    options = (
+        "--train 5 --val 0 --test 0 --zeroshot 0 --retrieval 0 --proofs 0 --size 32 --processes 1"
+    )
     assert scenes.run(parser.parse_args(["--to", str(tmp_path), *options.split()])) == 0
     assert "5 scenes in" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train"]

@@ -1,4 +1,6 @@
-"""The common way over shards: processes, going on after a kill, parts of many machines, what goes wrong."""
+"""The common way over shards: processes, going on after a kill, parts of many machines, what goes
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def write(folder: Path, n_shards: int, per_shard: int) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.tar"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.tar"))
+    }
 
 
 def times(paths: list[Path]) -> dict[str, int]:
@@ -40,10 +45,26 @@ def times(paths: list[Path]) -> dict[str, int]:
 
 def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", 16, 40), tmp_path / "out"
-    command = [sys.executable, "-m", "vlp.cli", "data", "negatives", str(source), "--processes", "2", "--to"]
-    tool = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "vlp.cli",
+        "data",
+        "negatives",
+        str(source),
+        "--processes",
+        "2",
+        "--to",
+    ]
+    tool = subprocess.Popen(
+        [*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while len(list(out.glob("0*_negatives.json"))) < 4 and tool.poll() is None and time.monotonic() < deadline:
+    while (
+        len(list(out.glob("0*_negatives.json"))) < 4
+        and tool.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     workers = psutil.Process(tool.pid).children(recursive=True)
     os.kill(tool.pid, signal.SIGKILL)
@@ -68,7 +89,12 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
-    source, out, rng, n_kills = write(tmp_path / "in", 12, 200), tmp_path / "out", random.Random(0), 0
+    source, out, rng, n_kills = (
+        write(tmp_path / "in", 12, 200),
+        tmp_path / "out",
+        random.Random(0),
+        0,
+    )
     options = [str(source), "--samples-per-shard", "25", "--shuffle", "0", "--processes", "3"]
 
     def finished() -> int:
@@ -76,7 +102,9 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
 
     while True:
         enough = finished() + rng.randint(1, 12)
-        tool = subprocess.Popen([sys.executable, "-m", "vlp.cli", "data", "reshard", *options, "--to", str(out)])
+        tool = subprocess.Popen(
+            [sys.executable, "-m", "vlp.cli", "data", "reshard", *options, "--to", str(out)]
+        )
         while tool.poll() is None and finished() < enough:
             time.sleep(0.002)
         if tool.poll() is not None:
@@ -97,28 +125,46 @@ def test_the_parts_of_two_machines_are_the_whole(
     call(filtering, source, "--to", tmp_path / "whole", *options)
     whole = capsys.readouterr().out.split("\n", 1)[1]
     out = tmp_path / "parts"
-    for rank in ("0", "1", "0", "1"):  # two calls each, because repeats are counted before anything is written
+    for rank in (
+        "0",
+        "1",
+        "0",
+        "1",
+    ):  # two calls each, because repeats are counted before anything is written
         monkeypatch.setenv("SLURM_PROCID", rank)
         monkeypatch.setenv("SLURM_NTASKS", "2")
         call(filtering, source, "--to", out, *options)
         told = capsys.readouterr()
         assert f"part {int(rank) + 1} of 2 is {3 - int(rank)} of 5 shards" in told.err
-        assert ("unfinished" in told.err) == (not (out / "_index.bin").exists()), "only the last one finds all shards finished"
+        assert ("unfinished" in told.err) == (not (out / "_index.bin").exists()), (
+            "only the last one finds all shards finished"
+        )
     assert told.out.split("\n", 1)[1] == whole
     assert digests(out) == digests(tmp_path / "whole") and len(digests(out)) == 5
-    call(filtering, source, "--to", tmp_path / "half", "--min-words", 3, "--part", "1/2")  # the option goes before the rank
+    call(
+        filtering, source, "--to", tmp_path / "half", "--min-words", 3, "--part", "1/2"
+    )  # the option goes before the rank
     assert sorted(digests(tmp_path / "half")) == ["00000.tar", "00002.tar", "00004.tar"]
 
 
-@pytest.mark.parametrize("part, environment, expected", [
-    (None, {}, (1, 1)),
-    ("3/8", {"RANK": "0", "WORLD_SIZE": "2"}, (3, 8)),
-    (None, {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (2, 2)),
-    (None, {"RANK": "1"}, (1, 1)),
-    ("0/2", {}, None), ("3/2", {}, None), ("1", {}, None), ("a/b", {}, None), ("", {"RANK": "2", "WORLD_SIZE": "2"}, None),
-    ("", {"SLURM_PROCID": "x", "SLURM_NTASKS": "2"}, None),
-])  # fmt: skip
-def test_who_takes_which_part(monkeypatch: pytest.MonkeyPatch, part: str, environment: dict, expected: tuple | None) -> None:
+@pytest.mark.parametrize(
+    "part, environment, expected",
+    [
+        (None, {}, (1, 1)),
+        ("3/8", {"RANK": "0", "WORLD_SIZE": "2"}, (3, 8)),
+        (None, {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (2, 2)),
+        (None, {"RANK": "1"}, (1, 1)),
+        ("0/2", {}, None),
+        ("3/2", {}, None),
+        ("1", {}, None),
+        ("a/b", {}, None),
+        ("", {"RANK": "2", "WORLD_SIZE": "2"}, None),
+        ("", {"SLURM_PROCID": "x", "SLURM_NTASKS": "2"}, None),
+    ],
+)
+def test_who_takes_which_part(
+    monkeypatch: pytest.MonkeyPatch, part: str, environment: dict, expected: tuple | None
+) -> None:
     for name in (name for names in _work.RANKS for name in names):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -135,7 +181,11 @@ def test_who_takes_which_part(monkeypatch: pytest.MonkeyPatch, part: str, enviro
 def test_every_job_is_one_machine_s() -> None:
     jobs, n = list(range(17)), 0
     for parts in range(1, 20):
-        taken = [job for part in range(1, parts + 1) for job in _work.Crew(part=part, parts=parts).share(jobs)]
+        taken = [
+            job
+            for part in range(1, parts + 1)
+            for job in _work.Crew(part=part, parts=parts).share(jobs)
+        ]
         assert sorted(taken) == jobs
         n += 1
     assert n == 19
@@ -153,28 +203,39 @@ def fail_at_three(number: int) -> _work.Result:
     return {"counts": {"samples read": 1}}
 
 
-@pytest.mark.parametrize("work, processes, error, message", [
-    (end_at_three, 2, _work.WorkerLost, "fewer --processes"),
-    (fail_at_three, 2, ValueError, "three is broken"),
-    (fail_at_three, 1, ValueError, "three is broken"),
-])  # fmt: skip
-def test_a_failure_ends_the_call_and_keeps_what_is_finished(tmp_path: Path, work, processes, error, message) -> None:
+@pytest.mark.parametrize(
+    "work, processes, error, message",
+    [
+        (end_at_three, 2, _work.WorkerLost, "fewer --processes"),
+        (fail_at_three, 2, ValueError, "three is broken"),
+        (fail_at_three, 1, ValueError, "three is broken"),
+    ],
+)
+def test_a_failure_ends_the_call_and_keeps_what_is_finished(
+    tmp_path: Path, work, processes, error, message
+) -> None:
     jobs = [_work.Job(tmp_path / f"{i}.json", i, 1) for i in range(6)]
     with pytest.raises(error, match=message):
         _work.carry_out("test", jobs, work, _work.Crew(processes))
     finished = {path.stem for path in tmp_path.glob("*.json")}
     assert "3" not in finished and finished >= ({"0", "1", "2"} if processes == 1 else set())
-    assert all(json.loads(path.read_text())["counts"] == {"samples read": 1} for path in tmp_path.glob("*.json"))
+    assert all(
+        json.loads(path.read_text())["counts"] == {"samples read": 1}
+        for path in tmp_path.glob("*.json")
+    )
 
 
-def test_progress_tells_shards_throughput_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_progress_tells_shards_throughput_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     clock = iter([0.0, 2.0, 8.0, 20.0])
     monkeypatch.setattr(_work.time, "monotonic", lambda: next(clock))
     jobs = [_work.Job(tmp_path / f"{i}.json", i, size) for i, size in enumerate((10, 30, 60))]
     _work.carry_out("test", jobs, fail_at_three, _work.Crew())
     assert capsys.readouterr().err.splitlines() == [
         "test: 1/3 shards, 1 samples, 0/s, 0:18 left",  # a tenth of the bytes in two seconds
-        "test: 3/3 shards, 3 samples, 0/s, took 0:20",  # eight seconds after the first line was too soon for another
+        # eight seconds after the first line was too soon for another
+        "test: 3/3 shards, 3 samples, 0/s, took 0:20",
     ]
 
 

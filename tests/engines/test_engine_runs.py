@@ -10,21 +10,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_train import LAUNCH, ROOT, STUCK, losses, settings  # noqa: F401  (settings is a fixture)
+from tests.test_train import LAUNCH, ROOT, STUCK, losses, settings
 from vlp import checkpoint
 from vlp.export.folder import export_run
 
-OPTIONS = ("train.duration=30", "checkpoint.every=100%", "model.image_tower.patch_dropout=0", "data.workers=0")
+OPTIONS = (
+    "train.duration=30",
+    "checkpoint.every=100%",
+    "model.image_tower.patch_dropout=0",
+    "data.workers=0",
+)
 
 
 def launch(tmp_path, name, *overrides):
     command = [sys.executable, *LAUNCH, str(tmp_path / f"{name}.yaml"), *OPTIONS, *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_steps(process, metrics, n):
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= n):
+    while time.monotonic() < deadline and not (
+        metrics.exists() and metrics.read_text().count("\n") >= n
+    ):
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.05)
 
@@ -32,14 +41,21 @@ def wait_for_steps(process, metrics, n):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_two_ranks_that_wait_for_data_save_within_the_launchers_grace(settings, tmp_path, signum):  # noqa: F811
+def test_two_ranks_that_wait_for_data_save_within_the_launchers_grace(settings, tmp_path, signum):
     """The launcher signals each rank's process group, loader processes and all."""
     settings(out="run")
     command = [sys.executable, *LAUNCH, str(tmp_path / "run.yaml"), *STUCK, "data.workers=2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where the pipeline that gets stuck is found
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT)
+    }  # where the pipeline that gets stuck is found
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for_steps(process, tmp_path / "run" / "metrics.jsonl", 4)
     time.sleep(2)
     start = time.monotonic()
@@ -59,7 +75,7 @@ def ddp_export(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_train_kill_resume_export(engine, settings, tmp_path, ddp_export):  # noqa: F811
+def test_train_kill_resume_export(engine, settings, tmp_path, ddp_export):
     settings(out="run")
     process = launch(tmp_path, "run", f"train.engine={engine}")
     wait_for_steps(process, tmp_path / "run" / "metrics.jsonl", 3)

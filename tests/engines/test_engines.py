@@ -1,4 +1,6 @@
-"""Every engine equals one process, and what any engine saves continues in any other at another number of ranks."""
+"""Every engine equals one process, and what any engine saves continues in any other at another
+number of ranks.
+"""
 
 import os
 
@@ -20,9 +22,19 @@ def as_lists(tensors):
 
 
 def continue_from(engine, micro_batches, steps, read=None, write=None):
-    """`steps` float32 updates, starting from the state in folder `read`; the last state goes to folder `write`."""
-    os.environ["PATH"] = os.path.dirname(os.sys.executable) + os.pathsep + os.environ["PATH"]  # DeepSpeed looks for ninja
-    training = make_training(micro_batches, engine=engine, double=False, clip_norm=CLIP_NORM, weights=read and f"{read}/model")
+    """`steps` float32 updates, starting from the state in folder `read`; the last state goes to
+    folder `write`.
+    """
+    os.environ["PATH"] = (
+        os.path.dirname(os.sys.executable) + os.pathsep + os.environ["PATH"]
+    )  # DeepSpeed looks for ninja
+    training = make_training(
+        micro_batches,
+        engine=engine,
+        double=False,
+        clip_norm=CLIP_NORM,
+        weights=read and f"{read}/model",
+    )
     if read:
         training.engine.load_moments(load_file(f"{read}/moments"))
         training.step = 1
@@ -39,8 +51,8 @@ def continue_from(engine, micro_batches, steps, read=None, write=None):
 def check(result, expected):
     """Weights, both moments, norms and embeddings, to float32's precision.
 
-    A tensor's error is held against the whole model's norm too: the keys' biases have no gradient but rounding (softmax
-    does not see them), and AdamW's first steps make a full step of that.
+    A tensor's error is held against the whole model's norm too: the keys' biases have no gradient
+    but rounding (softmax does not see them), and AdamW's first steps make a full step of that.
     """
     for own, wanted in zip(result[:2], expected[:2]):
         whole = torch.tensor([x for values in wanted.values() for x in values]).norm()
@@ -50,11 +62,20 @@ def check(result, expected):
     assert result[3] == pytest.approx(expected[3], abs=1e-5)
 
 
-@pytest.mark.parametrize("engine", [
-    "ddp", "fsdp2", "zero2", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        "fsdp2",
+        "zero2",
+        pytest.param("zero1", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_engine_equals_one_process_and_states_travel(engine, tmp_path):
-    """Two steps on two ranks; then step two again from one process's state, and by one process from theirs."""
+    """Two steps on two ranks; then step two again from one process's state, and by one process from
+    theirs.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()

@@ -1,4 +1,6 @@
-"""Small things that evaluation tests are made of: pictures that say who they are, encoders with known answers, tiny models."""
+"""Small things that evaluation tests are made of: pictures that say who they are, encoders with
+known answers, tiny models.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from vlp.eval.models import Encoder
 
-DATA = Path(os.environ.get("VLP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+DATA = Path(
+    os.environ.get("VLP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data")
+)
 
 
 def shared(name: str) -> Path:
@@ -46,7 +50,9 @@ def png(image: Image.Image) -> bytes:
 def direction(*key: object, dim: int = 32) -> Tensor:
     """A unit vector that depends on `key` alone."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-    return torch.nn.functional.normalize(torch.randn(dim, generator=torch.Generator().manual_seed(seed)), dim=0)
+    return torch.nn.functional.normalize(
+        torch.randn(dim, generator=torch.Generator().manual_seed(seed)), dim=0
+    )
 
 
 def known_encoder(image, text, name: str = "known") -> Encoder:
@@ -67,16 +73,25 @@ def constant() -> Encoder:
 
 def random_encoder(seed: int = 0) -> Encoder:
     """Pictures and sentences that know nothing of each other."""
-    return known_encoder(lambda n: direction(seed, "image", n), lambda t: direction(seed, "text", t))
+    return known_encoder(
+        lambda n: direction(seed, "image", n), lambda t: direction(seed, "text", t)
+    )
 
 
 def matrix_encoder() -> Encoder:
-    """Real arithmetic without a network: pixels and letter counts times fixed matrices. Starts at once on a fresh rank."""
+    """Real arithmetic without a network: pixels and letter counts times fixed matrices. Starts at
+    once on a fresh rank.
+    """
     generator = torch.Generator().manual_seed(0)
-    of_pixels, of_letters = torch.randn(192, 24, generator=generator), torch.randn(128, 24, generator=generator)
+    of_pixels, of_letters = (
+        torch.randn(192, 24, generator=generator),
+        torch.randn(128, 24, generator=generator),
+    )
 
     def letters(text: str) -> Tensor:
-        return torch.bincount(torch.tensor([ord(c) % 128 for c in text or " "]), minlength=128).float()
+        return torch.bincount(
+            torch.tensor([ord(c) % 128 for c in text or " "]), minlength=128
+        ).float()
 
     return Encoder(
         name="matrix",
@@ -98,10 +113,17 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def clip_benchmark_set(
-    root: Path, samples: list[tuple[bytes, object]], n_shards: int = 2, split: str = "test",
-    classes: list[str] | None = None, templates: list[str] | None = None, kind: str = "",
+    root: Path,
+    samples: list[tuple[bytes, object]],
+    n_shards: int = 2,
+    split: str = "test",
+    classes: list[str] | None = None,
+    templates: list[str] | None = None,
+    kind: str = "",
 ) -> Path:
-    """Samples (image bytes, label) as clip_benchmark's webdataset_builder writes them; a label is int, captions or array."""
+    """Samples (image bytes, label) as clip_benchmark's webdataset_builder writes them; a label is
+    int, captions or array.
+    """
     each = -(-len(samples) // n_shards)
     for shard in range(n_shards):
         members = []
@@ -118,7 +140,11 @@ def clip_benchmark_set(
                 members.append((f"s{i:07d}.txt", "\n".join(label).encode()))
         write_tar(root / split / f"{shard}.tar", members)
     (root / split / "nshards.txt").write_text(f"{n_shards}\n")
-    for name, lines in (("classnames", classes), ("zeroshot_classification_templates", templates), ("dataset_type", [kind])):
+    for name, lines in (
+        ("classnames", classes),
+        ("zeroshot_classification_templates", templates),
+        ("dataset_type", [kind]),
+    ):
         if lines and lines != [""]:
             (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return root
@@ -144,12 +170,19 @@ def tiny_open_clip(folder: Path, seed: int = 0) -> Path:
                 if value.ndim > 1:
                     value.copy_(torch.randn_like(value) * value.shape[-1] ** -0.5)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     preprocess = {
-        "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
-        "interpolation": "bicubic", "resize_mode": "shortest",
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
     }
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": preprocess}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": TINY, "preprocess_cfg": preprocess})
+    )
     return folder
 
 
@@ -157,7 +190,14 @@ OUR_CONFIG = {
     "out": "runs/tiny",
     "data": {"sources": [{"name": "shards", "path": "data"}]},
     "model": {
-        "image_tower": {"name": "vit", "width": 32, "layers": 1, "head_width": 16, "patch_size": 8, "image_size": 32},
+        "image_tower": {
+            "name": "vit",
+            "width": 32,
+            "layers": 1,
+            "head_width": 16,
+            "patch_size": 8,
+            "image_size": 32,
+        },
         "text_tower": {"name": "transformer", "width": 32, "layers": 1, "heads": 2},
         "embed_dim": 16,
     },

@@ -10,7 +10,17 @@ import torch
 from tests.eval.material import OUR_CONFIG, our_model
 from vlp import checkpoint, config
 
-SECTIONS = ["summary", "curves", "scores", "space", "confusion", "retrieval", "examples", "configuration", "environment"]
+SECTIONS = [
+    "summary",
+    "curves",
+    "scores",
+    "space",
+    "confusion",
+    "retrieval",
+    "examples",
+    "configuration",
+    "environment",
+]
 
 
 class Reader(HTMLParser):
@@ -27,7 +37,9 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append((tag, attrs))
-        self.resources += [attrs[k] for k in ("src", "href", "xlink:href", "srcset", "data") if k in attrs]
+        self.resources += [
+            attrs[k] for k in ("src", "href", "xlink:href", "srcset", "data") if k in attrs
+        ]
         assert not any(name.startswith("on") for name in attrs), (tag, attrs)
         if tag == "section":
             self.sections[attrs["id"]] = ""
@@ -49,7 +61,10 @@ class Reader(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.texts))
 
     def count(self, tag, **attrs):
-        return sum(t == tag and all(a.get(k.rstrip("_")) == v for k, v in attrs.items()) for t, a in self.tags)
+        return sum(
+            t == tag and all(a.get(k.rstrip("_")) == v for k, v in attrs.items())
+            for t, a in self.tags
+        )
 
 
 def read(file):
@@ -63,31 +78,62 @@ def read(file):
 
 
 def make_run(folder, data=None, steps=6, evals=(3, 6), checkpoints=True, **changes):
-    """A run's folder as training leaves it, without the training: a random model and invented curves."""
+    """A run's folder as training leaves it, without the training: a random model and invented
+    curves.
+    """
     tree = {**OUR_CONFIG, "out": str(folder), "train": {"duration": 6, "batch": 4}, **changes}
     if data is not None:
-        tree["eval"] = {"zeroshot": {"data": str(data / "zeroshot")}, "retrieval": {"data": str(data / "retrieval")}}
+        tree["eval"] = {
+            "zeroshot": {"data": str(data / "zeroshot")},
+            "retrieval": {"data": str(data / "retrieval")},
+        }
     parsed = config.parse(tree)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.dump(parsed))
     records = [
-        {"step": s, "kind": "train", "loss": 3 / s, "infonce": 2 / s, "uniformity": 1 / s, "scale": 14.0 + s, "lr": 1e-3 / s,
-         "grad_norm": 1.0, "samples_s": 100.0 + s, "data_wait": 0.01, "waited_s": 0.1, "bad_samples": 0}
+        {
+            "step": s,
+            "kind": "train",
+            "loss": 3 / s,
+            "infonce": 2 / s,
+            "uniformity": 1 / s,
+            "scale": 14.0 + s,
+            "lr": 1e-3 / s,
+            "grad_norm": 1.0,
+            "samples_s": 100.0 + s,
+            "data_wait": 0.01,
+            "waited_s": 0.1,
+            "bad_samples": 0,
+        }
         for s in range(1, steps + 1)
-    ]  # fmt: skip
-    scores = {"zeroshot.acc1": 0.3, "retrieval.text_retrieval_recall@1": 0.2, "representation.centroid_distance": 0.8}
+    ]
+    scores = {
+        "zeroshot.acc1": 0.3,
+        "retrieval.text_retrieval_recall@1": 0.2,
+        "representation.centroid_distance": 0.8,
+    }
     records += [{"step": s, "kind": "eval", **scores} for s in evals if s <= steps]
     records.sort(key=lambda r: r["step"])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     if evals and steps >= 6:
-        record = {"label": "zeroshot", "dataset": "zeroshot", "metrics": {"acc1": 0.3}, "chance": {"acc1": 0.02},
-                  "intervals_95": {"acc1": [0.2, 0.4]}}  # fmt: skip
+        record = {
+            "label": "zeroshot",
+            "dataset": "zeroshot",
+            "metrics": {"acc1": 0.3},
+            "chance": {"acc1": 0.02},
+            "intervals_95": {"acc1": [0.2, 0.4]},
+        }
         (folder / "results.json").write_text(json.dumps([record]))
     if checkpoints:
         model = our_model()
         state = {"step": steps, "loader": {"samples": 40}, "versions": {"torch": "9.9.9"}}
         contents = checkpoint.Contents(
-            model.state_dict(), {"x": torch.ones(1)}, {"x": torch.ones(1)}, state, config.dump(parsed), model.description()
+            model.state_dict(),
+            {"x": torch.ones(1)},
+            {"x": torch.ones(1)},
+            state,
+            config.dump(parsed),
+            model.description(),
         )
         checkpoint.save(folder, steps, contents, keep=2)
     return folder

@@ -1,7 +1,8 @@
-"""The model and the sets on which this project and clip_benchmark are compared: `python -m tests.eval.parity DIR`.
+"""The model and the sets on which this project and clip_benchmark are compared: `python -m
+tests.eval.parity DIR`.
 
-parity.json holds clip_benchmark's numbers for them. It was written, with clip-benchmark 1.6.2 (and requests, numpy 2.3.5,
-torch 2.15.0, open_clip_torch 3.3.0) in an environment of its own, by
+parity.json holds clip_benchmark's numbers for them. It was written, with clip-benchmark 1.6.2 (and
+requests, numpy 2.3.5, torch 2.15.0, open_clip_torch 3.3.0) in an environment of its own, by
 
     python -m tests.eval.parity DIR
     for SET in zeroshot retrieval multilabel; do
@@ -23,23 +24,41 @@ import numpy as np
 from tests.eval import material
 
 SETS = ("zeroshot", "retrieval", "multilabel")
-CLASSES = ("airplanes", "motorbikes", "faces", "watch", "leopards", "bonsai", "car_side", "ketch", "chandelier", "hawksbill")
+CLASSES = (
+    "airplanes",
+    "motorbikes",
+    "faces",
+    "watch",
+    "leopards",
+    "bonsai",
+    "car_side",
+    "ketch",
+    "chandelier",
+    "hawksbill",
+)
 TEMPLATES = ["a photo of a {c}.", "a drawing of the {c}", "{c}"]
 
 
 def build(root: Path) -> None:
     """Write model/, zeroshot/, retrieval/ and multilabel/ below `root`, the same bytes every time."""
     material.tiny_open_clip(root / "model")
-    rows = [r for r in material.read_jsonl(material.shared("caltech101.jsonl")) if r["class"] in CLASSES and r["split"] == "test"]
+    rows = [
+        r
+        for r in material.read_jsonl(material.shared("caltech101.jsonl"))
+        if r["class"] in CLASSES and r["split"] == "test"
+    ]
     rows = rows[::3]
     classes = sorted({r["class"] for r in rows})
     pictures = material.members_of(material.shared("caltech101.tar"), [r["image"] for r in rows])
     photos = [(pictures[r["image"]], classes.index(r["class"])) for r in rows]
     material.clip_benchmark_set(root / "zeroshot", photos, classes=classes, templates=TEMPLATES)
     several = [
-        (image, np.array([label == c or i % (c + 2) == 0 for c in range(6)]).astype(int)) for i, (image, label) in enumerate(photos)
+        (image, np.array([label == c or i % (c + 2) == 0 for c in range(6)]).astype(int))
+        for i, (image, label) in enumerate(photos)
     ]
-    material.clip_benchmark_set(root / "multilabel", several, classes=classes[:6], templates=TEMPLATES, kind="multilabel")
+    material.clip_benchmark_set(
+        root / "multilabel", several, classes=classes[:6], templates=TEMPLATES, kind="multilabel"
+    )
     rows = material.read_jsonl(material.shared("coco_open.jsonl"))
     pictures = material.members_of(material.shared("coco_open.tar"), [r["image"] for r in rows])
     captions = [(pictures[r["image"]], r["captions"][: 1 + i % 5]) for i, r in enumerate(rows)]

@@ -1,4 +1,6 @@
-"""Compositional and counting tasks: known answers on the published file formats, and what must be refused."""
+"""Compositional and counting tasks: known answers on the published file formats, and what must be
+refused.
+"""
 
 import json
 import sys
@@ -29,7 +31,9 @@ def pictures(folder, n, names="{}.png", size=(8, 8)):
 
 
 def likes(word):
-    """Every sentence with `word` is near every picture, others are not: right exactly where only the caption has it."""
+    """Every sentence with `word` is near every picture, others are not: right exactly where only
+    the caption has it.
+    """
     near, far = material.direction("near"), material.direction("far")
     return material.known_encoder(lambda n: near, lambda t: near if word in t else far)
 
@@ -44,7 +48,11 @@ def sugarcrepe_files(folder, per_subset=4, good=3):
         items = {}
         for i in range(per_subset + s):
             texts = ["yes", "no"] if i < good else ["no", "yes"]
-            items[str(i * 2)] = {"filename": f"{i}.png", "caption": f"{texts[0]} {i}", "negative_caption": f"{texts[1]} {i}"}
+            items[str(i * 2)] = {
+                "filename": f"{i}.png",
+                "caption": f"{texts[0]} {i}",
+                "negative_caption": f"{texts[1]} {i}",
+            }
         (folder / f"{subset}.json").write_text(json.dumps(items))
     return folder
 
@@ -55,10 +63,16 @@ def test_sugarcrepe_reports_seven_subsets_and_their_mean(tmp_path):
     expected = {subset: 3 / (4 + s) for s, subset in enumerate(sugarcrepe.SUBSETS)}
     assert record["metrics"] == pytest.approx(expected | {"mean": sum(expected.values()) / 7})
     assert record["counts"]["items"] == sum(4 + s for s in range(7))
-    assert record["intervals_95"]["mean"][0] < record["metrics"]["mean"] < record["intervals_95"]["mean"][1]
+    assert (
+        record["intervals_95"]["mean"][0]
+        < record["metrics"]["mean"]
+        < record["intervals_95"]["mean"][1]
+    )
 
 
-@pytest.mark.parametrize("task", ["sugarcrepe", "sugarcrepe_pp", "valse", "winoground", "aro", "countbench"])
+@pytest.mark.parametrize(
+    "task", ["sugarcrepe", "sugarcrepe_pp", "valse", "winoground", "aro", "countbench"]
+)
 def test_a_constant_encoder_gets_nothing_right(task, tmp_path):
     record, _ = evaluate(task, material.constant(), **small(task, tmp_path))
     scores = {name: value for name, value in record["metrics"].items() if name != "mean_distance"}
@@ -67,7 +81,9 @@ def test_a_constant_encoder_gets_nothing_right(task, tmp_path):
 
 
 def small(task, root):
-    """Options for a tiny set in the published format of `task`; captions with "yes" are the right ones."""
+    """Options for a tiny set in the published format of `task`; captions with "yes" are the right
+    ones.
+    """
     images = pictures(root / "images", 30)
     data = root / "data"
     data.mkdir(exist_ok=True)
@@ -76,29 +92,53 @@ def small(task, root):
     elif task == "sugarcrepe_pp":
         for subset in sugarcrepe_pp.SUBSETS:
             captions = {"caption": "yes a", "caption2": "yes b", "negative_caption": "no"}
-            (data / f"{subset}.json").write_text(json.dumps([{"id": i, "filename": f"{i}.png", **captions} for i in range(3)]))
+            (data / f"{subset}.json").write_text(
+                json.dumps([{"id": i, "filename": f"{i}.png", **captions} for i in range(3)])
+            )
     elif task == "valse":
         for piece, votes in (("existence", [3, 2, 1]), ("foil-it", [3, 3, 0, 2])):
             items = {
-                f"k{i}": {"image_file": f"{i}.png", "caption": "yes", "foil": "no", "mturk": {"caption": v, "foil": 0}}
+                f"k{i}": {
+                    "image_file": f"{i}.png",
+                    "caption": "yes",
+                    "foil": "no",
+                    "mturk": {"caption": v, "foil": 0},
+                }
                 for i, v in enumerate(votes)
             }
             (data / f"{piece}.json").write_text(json.dumps(items))
     elif task == "winoground":
         rows = [
-            {"id": i} | {f"{what}_{k}": f"{say}{2 * i + k}" for what, say in (("image", ""), ("caption", "say ")) for k in (0, 1)}
+            {"id": i}
+            | {
+                f"{what}_{k}": f"{say}{2 * i + k}"
+                for what, say in (("image", ""), ("caption", "say "))
+                for k in (0, 1)
+            }
             for i in range(4)
         ]
         (data / "examples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     elif task == "aro":
         box = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 4, "bbox_h": 4}
-        cases = [{"image_path": f"{i}.png", "true_caption": "yes", "false_caption": "no", **box} for i in range(30)]
-        relations = [c | {"relation_name": "on" if i < 25 else "under"} for i, c in enumerate(cases)]
+        cases = [
+            {"image_path": f"{i}.png", "true_caption": "yes", "false_caption": "no", **box}
+            for i in range(30)
+        ]
+        relations = [
+            c | {"relation_name": "on" if i < 25 else "under"} for i, c in enumerate(cases)
+        ]
         attributes = [c | {"attributes": ["red", "big"]} for c in cases]
         (data / "visual_genome_relation.json").write_text(json.dumps(relations))
         (data / "visual_genome_attribution.json").write_text(json.dumps(attributes))
     else:
-        rows = [{"image": f"{i}.png", "text": f"a photo of {countbench.NUMBERS[i]} cats", "number": i + 2} for i in range(9)]
+        rows = [
+            {
+                "image": f"{i}.png",
+                "text": f"a photo of {countbench.NUMBERS[i]} cats",
+                "number": i + 2,
+            }
+            for i in range(9)
+        ]
         data = data / "CountBench.json"
         data.write_text(json.dumps(rows))
     return {"data": str(data), "images": str(images)}
@@ -106,7 +146,9 @@ def small(task, root):
 
 def test_sugarcrepe_refuses_absent_files_and_images(tmp_path):
     options = small("sugarcrepe", tmp_path)
-    with pytest.raises(DataError, match=r"annotations name images that are not in .*\n  29\.png|no images at"):
+    with pytest.raises(
+        DataError, match=r"annotations name images that are not in .*\n  29\.png|no images at"
+    ):
         evaluate("sugarcrepe", likes("yes"), data=options["data"], images=str(tmp_path / "none"))
     (tmp_path / "images" / "0.png").unlink()
     with pytest.raises(DataError, match=r"7 of 49 annotations name images that are not in"):
@@ -126,7 +168,9 @@ def test_sugarcrepe_refuses_absent_files_and_images(tmp_path):
 
 
 def test_the_open_sugarcrepe_items_end_to_end_on_a_real_model(tmp_path):
-    """Against the rule written out on the same model: caption strictly above negative, item by item."""
+    """Against the rule written out on the same model: caption strictly above negative, item by
+    item.
+    """
     table, images = material.shared("sugarcrepe_open.jsonl"), material.shared("coco_open.tar")
     folder = material.tiny_open_clip(tmp_path / "model")
     encoder = models.load(str(folder))
@@ -136,13 +180,18 @@ def test_the_open_sugarcrepe_items_end_to_end_on_a_real_model(tmp_path):
 
     found = Collection(images)
     image = encoder.encode_images([found.find(row["image"]).open() for row in rows]).double()
-    caption, negative = (encoder.encode_texts([row[key] for row in rows]).double() for key in ("caption", "negative_caption"))
+    caption, negative = (
+        encoder.encode_texts([row[key] for row in rows]).double()
+        for key in ("caption", "negative_caption")
+    )
     hits = [float(x @ c > x @ n) for x, c, n in zip(image, caption, negative)]
     by_subset = {s: [h for h, r in zip(hits, rows) if r["subset"] == s] for s in sugarcrepe.SUBSETS}
     assert record["counts"]["items"] == 148
     for subset, own in by_subset.items():
         assert items[f"sugarcrepe/{subset}"][:, 0].tolist() == own, subset
-    assert record["metrics"]["mean"] == pytest.approx(sum(sum(own) / len(own) for own in by_subset.values()) / 7)
+    assert record["metrics"]["mean"] == pytest.approx(
+        sum(sum(own) / len(own) for own in by_subset.values()) / 7
+    )
 
 
 # --- the others ---------------------------------------------------------------------------------------------------------------
@@ -158,8 +207,12 @@ def test_sugarcrepe_pp_needs_both_captions_and_has_a_text_only_side(tmp_path):
     options = small("sugarcrepe_pp", tmp_path)
     record, _ = evaluate("sugarcrepe_pp", likes("yes a"), **options)
     assert record["metrics"]["itt_mean"] == 0  # the second caption is no better than the negative
-    assert record["metrics"]["tot_mean"] == 0  # caption 2 and the negative are the same to this encoder
-    assert {f"{w}_{s}" for w in ("itt", "tot") for s in (*sugarcrepe_pp.SUBSETS, "mean")} == record["metrics"].keys()
+    assert (
+        record["metrics"]["tot_mean"] == 0
+    )  # caption 2 and the negative are the same to this encoder
+    assert {f"{w}_{s}" for w in ("itt", "tot") for s in (*sugarcrepe_pp.SUBSETS, "mean")} == record[
+        "metrics"
+    ].keys()
 
 
 def test_valse_keeps_what_annotators_accepted(tmp_path):
@@ -172,12 +225,19 @@ def test_aro_is_a_mean_over_frequent_groups_on_cut_pictures(tmp_path):
     options = small("aro", tmp_path)
     path = tmp_path / "data" / "visual_genome_relation.json"
     rows = json.loads(path.read_text())
-    rows += [row | {"relation_name": "by", "true_caption": "no", "false_caption": "yes"} for row in rows[:25] * 2]
+    rows += [
+        row | {"relation_name": "by", "true_caption": "no", "false_caption": "yes"}
+        for row in rows[:25] * 2
+    ]
     path.write_text(json.dumps(rows))
     record, _ = evaluate("aro", likes("yes"), **options)
-    assert record["metrics"]["vg_relation"] == pytest.approx(0.5)  # 25 right in "on", 50 wrong in "by"; "under" is rare
+    assert record["metrics"]["vg_relation"] == pytest.approx(
+        0.5
+    )  # 25 right in "on", 50 wrong in "by"; "under" is rare
     assert record["counts"]["vg_relation_groups"] == 2
-    assert evaluate("aro", likes("yes"), **options, exclude=["by"])[0]["metrics"]["vg_relation"] == 1
+    assert (
+        evaluate("aro", likes("yes"), **options, exclude=["by"])[0]["metrics"]["vg_relation"] == 1
+    )
     data = run.read_all(plugin.keyed("vlp.eval.tasks", {"aro": options}))[0]
     assert data.tests["vg_attribution"][0]["picture"].open().size == (4, 4)
     with pytest.raises(DataError, match="no group of at least 25"):
@@ -191,8 +251,13 @@ def test_winoground_scores_text_image_and_group(tmp_path):
     assert set(evaluate("winoground", perfect, **options)[0]["metrics"].values()) == {1}
     # the second picture is the same as the first: texts can be told for it, pictures cannot
     blind = material.known_encoder(lambda n: say[n - n % 2], lambda t: say[int(t.split()[1])])
-    assert evaluate("winoground", blind, **options)[0]["metrics"] == {"text_acc": 0, "image_acc": 0, "acc": 0}
-    # captions with a common part that lies nearer to every first picture: only one side of each comparison can fail
+    assert evaluate("winoground", blind, **options)[0]["metrics"] == {
+        "text_acc": 0,
+        "image_acc": 0,
+        "acc": 0,
+    }
+    # captions with a common part that lies nearer to every first picture: only one side of each
+    # comparison can fail
     torch.manual_seed(0)
     vectors = {i: torch.nn.functional.normalize(torch.randn(4), dim=0) for i in range(16)}
     noisy = material.known_encoder(lambda n: vectors[n], lambda t: vectors[8 + int(t.split()[1])])
@@ -217,7 +282,9 @@ def test_only_whole_number_words_are_exchanged():
 
 def counts_cats(error=0):
     def text(t):
-        return material.direction(next(i for i, w in enumerate(countbench.NUMBERS) if f" {w} " in t))
+        return material.direction(
+            next(i for i, w in enumerate(countbench.NUMBERS) if f" {w} " in t)
+        )
 
     return material.known_encoder(lambda n: material.direction(min(8, n + error)), text)
 
@@ -232,7 +299,9 @@ def test_countbench_scores_accuracy_and_distance(tmp_path):
     rows = json.loads((tmp_path / "data/CountBench.json").read_text())
     rows[4]["text"] = "a photo of 6 tents"
     (tmp_path / "data/CountBench.json").write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r"1 captions do not say their number as a word, e.g. 'a photo of 6 tents'"):
+    with pytest.raises(
+        DataError, match=r"1 captions do not say their number as a word, e.g. 'a photo of 6 tents'"
+    ):
         evaluate("countbench", counts_cats(), **options)
 
 
@@ -241,7 +310,11 @@ def test_countbench_reads_the_hub_form(tmp_path):
     import pyarrow.parquet as pq
 
     rows = [
-        {"image": {"bytes": material.png(material.picture(i)), "path": None}, "text": f"see {w} cats", "number": i + 2}
+        {
+            "image": {"bytes": material.png(material.picture(i)), "path": None},
+            "text": f"see {w} cats",
+            "number": i + 2,
+        }
         for i, w in enumerate(countbench.NUMBERS)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
@@ -264,11 +337,17 @@ def test_order_sets_keep_words_and_what_they_say_they_keep():
     for shuffled in (nouns, others, within, groups):
         assert sorted(shuffled.split()) == sorted(own.split()) and shuffled != own
     content = {"small", "brown", "dog", "big", "white", "cat", "tall", "grass"}
-    assert [w if w not in content else "_" for w in nouns.split()] == [w if w not in content else "_" for w in own.split()]
+    assert [w if w not in content else "_" for w in nouns.split()] == [
+        w if w not in content else "_" for w in own.split()
+    ]
     assert [w for w in others.split() if w in content] == [w for w in own.split() if w in content]
     words = own.split()
-    assert all(sorted(within.split()[i : i + 3]) == sorted(words[i : i + 3]) for i in range(0, 12, 3))
-    assert {tuple(words[i : i + 3]) for i in range(0, 12, 3)} <= {tuple(groups.split()[i : i + 3]) for i in range(14)}
+    assert all(
+        sorted(within.split()[i : i + 3]) == sorted(words[i : i + 3]) for i in range(0, 12, 3)
+    )
+    assert {tuple(words[i : i + 3]) for i in range(0, 12, 3)} <= {
+        tuple(groups.split()[i : i + 3]) for i in range(14)
+    }
     assert order.choices(CAPTION, order.by_words, 30, seed=0)[1] == nouns
     assert order.choices(CAPTION, order.by_words, 30, seed=1)[1:] != [nouns, others, within, groups]
 
@@ -292,7 +371,9 @@ def test_the_order_task_is_right_for_who_knows_the_order_and_wrong_for_a_bag_of_
     data = str(order_set(tmp_path))
     near = material.direction("near")
     cleaned = {order.clean(c, 30) for c in (CAPTION, "two cats and a red ball on the floor")}
-    knows = material.known_encoder(lambda n: near, lambda t: near if t in cleaned else material.direction(t))
+    knows = material.known_encoder(
+        lambda n: near, lambda t: near if t in cleaned else material.direction(t)
+    )
     bag = material.known_encoder(lambda n: near, lambda t: material.direction(*sorted(t.split())))
     assert evaluate("order", knows, data=data, tagger="words")[0]["metrics"] == {"precision@1": 1}
     record, _ = evaluate("order", bag, data=data, tagger="words")
@@ -305,30 +386,60 @@ def test_the_published_order_sets_need_spacy_and_use_its_tags(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(DataError, match=r"spaCy.*tagger=words"):
         evaluate("order", material.constant(), data=data)
-    tags = {"dog": "NN", "cat": "NNP", "grass.": "NNS", "small": "JJ", "big": "JJR", "brown": "JJS", "tall": "JJ"}
+    tags = {
+        "dog": "NN",
+        "cat": "NNP",
+        "grass.": "NNS",
+        "small": "JJ",
+        "big": "JJR",
+        "brown": "JJS",
+        "tall": "JJ",
+    }
 
     def load(name):
         assert name == "en_core_web_sm"
-        return lambda text: [types.SimpleNamespace(text=w, tag_=tags.get(w, "DT")) for w in text.split()]
+        return lambda text: [
+            types.SimpleNamespace(text=w, tag_=tags.get(w, "DT")) for w in text.split()
+        ]
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
     first = run.read_all(plugin.keyed("vlp.eval.tasks", {"order": {"data": data}}))[0].choices[0]
-    changed = {w for own, new in zip(first[0].split(), first[1].split()) if own != new for w in (own, new)}
+    changed = {
+        w for own, new in zip(first[0].split(), first[1].split()) if own != new for w in (own, new)
+    }
     assert changed and changed <= {word.strip(".") for word in tags}
 
 
 def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
     members = []
     for i in range(4):
-        meta = {"caption": "yes", "captions": ["yes", "other"], "negatives": ["no", "yes not"] if i else ["no"]}
+        meta = {
+            "caption": "yes",
+            "captions": ["yes", "other"],
+            "negatives": ["no", "yes not"] if i else ["no"],
+        }
         meta["negative_kinds"] = ["swap", "negation"][: len(meta["negatives"])]
-        members += [(f"{i}.png", material.png(material.picture(i))), (f"{i}.json", json.dumps(meta).encode())]
+        members += [
+            (f"{i}.png", material.png(material.picture(i))),
+            (f"{i}.json", json.dumps(meta).encode()),
+        ]
     members += [("9.png", material.png(material.picture(9))), ("9.txt", b"no negatives here")]
     material.write_tar(tmp_path / "s" / "00000.tar", members)
     record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path / "s"))
-    assert record["metrics"] == {"acc": 1 / 4, "acc_swap": 1, "acc_negation": 0}  # "yes not" ties with "yes"
+    assert record["metrics"] == {
+        "acc": 1 / 4,
+        "acc_swap": 1,
+        "acc_negation": 0,
+    }  # "yes not" ties with "yes"
     assert record["chance"]["acc"] == pytest.approx((1 / 2 + 3 / 3) / 4)
-    counts = {"images": 4, "captions": 4, "negatives": 7, "without_negatives": 1, "malformed": 0, "skipped": 0}
+    counts = {
+        "images": 4,
+        "captions": 4,
+        "negatives": 7,
+        "without_negatives": 1,
+        "malformed": 0,
+        "skipped": 0,
+    }
     assert record["counts"] == counts
     material.write_tar(tmp_path / "t" / "00000.tar", members[-2:])
     with pytest.raises(DataError, match="vlp data negatives"):
@@ -338,10 +449,18 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
 def test_every_caption_stands_against_its_own_negatives(tmp_path):
     """The first negative is wrong only beside its own caption: beside the other one it would win."""
     own = {
-        "captions": ["yes one", "maybe two"], "negatives": ["given", "maybe one", "yes two", "masked yes yes"],
-        "negatives_of": [-1, 0, 1, 1], "negative_kinds": list("gabm"), "negatives_valid": [True, True, True, False],
-    }  # fmt: skip
-    single = own | {"captions": ["yes"], "negatives": ["no"], "negatives_of": [0], "negative_kinds": ["a"]}
+        "captions": ["yes one", "maybe two"],
+        "negatives": ["given", "maybe one", "yes two", "masked yes yes"],
+        "negatives_of": [-1, 0, 1, 1],
+        "negative_kinds": list("gabm"),
+        "negatives_valid": [True, True, True, False],
+    }
+    single = own | {
+        "captions": ["yes"],
+        "negatives": ["no"],
+        "negatives_of": [0],
+        "negative_kinds": ["a"],
+    }
     wrong = {"captions": ["yes"], "negatives": ["no"], "negatives_of": [1]}
     samples = [own, single | {"negatives_valid": [True]}, wrong, {"captions": ["yes"]}]
     members = [(f"{i}.json", json.dumps(meta).encode()) for i, meta in enumerate(samples)]
@@ -351,13 +470,29 @@ def test_every_caption_stands_against_its_own_negatives(tmp_path):
     # "yes one" beats "given" and "maybe one"; "maybe two" loses to "yes two" and ties with "given".
     assert record["metrics"] == {"acc": 2 / 3, "acc_a": 1, "acc_b": 0, "acc_g": 1 / 2}
     assert record["chance"]["acc"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
-    counts = {"images": 2, "captions": 3, "negatives": 5, "without_negatives": 1, "malformed": 1, "skipped": 0}
+    counts = {
+        "images": 2,
+        "captions": 3,
+        "negatives": 5,
+        "without_negatives": 1,
+        "malformed": 1,
+        "skipped": 0,
+    }
     assert record["counts"] == counts
-    assert items["negatives/acc"].tolist() == [[1, 2], [1, 1]]  # a picture with its captions is what intervals draw
-    del own["negatives_of"]  # negative control: nobody says whose they are, the first caption stands against all
-    material.write_tar(tmp_path / "t" / "00000.tar", [("0.json", json.dumps(own).encode()), members[4]])
+    assert items["negatives/acc"].tolist() == [
+        [1, 2],
+        [1, 1],
+    ]  # a picture with its captions is what intervals draw
+    del own[
+        "negatives_of"
+    ]  # negative control: nobody says whose they are, the first caption stands against all
+    material.write_tar(
+        tmp_path / "t" / "00000.tar", [("0.json", json.dumps(own).encode()), members[4]]
+    )
     record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path / "t"))
     assert record["metrics"]["acc"] == 0 and record["counts"]["captions"] == 1
     material.write_tar(tmp_path / "u" / "00000.tar", [("2.json", members[2][1]), members[4 + 2]])
-    with pytest.raises(DataError, match=r"1 samples: its negatives are not used: negatives_of names caption 1 of 1"):
+    with pytest.raises(
+        DataError, match=r"1 samples: its negatives are not used: negatives_of names caption 1 of 1"
+    ):
         evaluate("negatives", likes("yes"), data=str(tmp_path / "u"))

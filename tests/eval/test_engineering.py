@@ -1,4 +1,6 @@
-"""Around the scores: embeddings kept by content, any number of ranks, results files, comparison, the command, training."""
+"""Around the scores: embeddings kept by content, any number of ranks, results files, comparison,
+the command, training.
+"""
 
 import argparse
 import json
@@ -22,15 +24,24 @@ def room(tmp_path_factory):
     root = tmp_path_factory.mktemp("room")
     for seed in (0, 1):
         material.tiny_open_clip(root / f"model{seed}", seed)
-    rows = [r for r in material.read_jsonl(material.shared("caltech101.jsonl")) if r["split"] == "test"][::60]
+    rows = [
+        r for r in material.read_jsonl(material.shared("caltech101.jsonl")) if r["split"] == "test"
+    ][::60]
     pictures = material.members_of(material.shared("caltech101.tar"), [r["image"] for r in rows])
     classes = sorted({r["class"] for r in rows})
     samples = [(pictures[r["image"]], classes.index(r["class"])) for r in rows]
-    material.clip_benchmark_set(root / "photos", samples, classes=classes, templates=["a photo of a {c}.", "a {c}"])
+    material.clip_benchmark_set(
+        root / "photos", samples, classes=classes, templates=["a photo of a {c}.", "a {c}"]
+    )
     rows = material.read_jsonl(material.shared("coco_open.jsonl"))[:20]
     pictures = material.members_of(material.shared("coco_open.tar"), [r["image"] for r in rows])
-    material.clip_benchmark_set(root / "captions", [(pictures[r["image"]], r["captions"]) for r in rows], kind="retrieval")
-    suite = {"zeroshot": {"data": str(root / "photos")}, "retrieval": {"data": str(root / "captions")}}
+    material.clip_benchmark_set(
+        root / "captions", [(pictures[r["image"]], r["captions"]) for r in rows], kind="retrieval"
+    )
+    suite = {
+        "zeroshot": {"data": str(root / "photos")},
+        "retrieval": {"data": str(root / "captions")},
+    }
     (root / "suite.yaml").write_text(json.dumps(suite))
     return root
 
@@ -60,16 +71,22 @@ def test_embeddings_are_computed_once_and_found_by_content(room, tmp_path):
 
     def evaluate(this=encoder):
         calls.clear()
-        context = Context(batch=8, cache=tmp_path / "kept", contents=Contents(tmp_path / "kept/contents.json"))
+        context = Context(
+            batch=8, cache=tmp_path / "kept", contents=Contents(tmp_path / "kept/contents.json")
+        )
         return run.evaluate(this, tasks(room), context)[0]
 
     first = evaluate()
     assert calls
     assert evaluate() == first and not calls
     other = replace(encoder, fingerprint="other weights")
-    assert evaluate(other)[0]["metrics"] == first[0]["metrics"] and calls  # nothing of another model is reused
+    assert (
+        evaluate(other)[0]["metrics"] == first[0]["metrics"] and calls
+    )  # nothing of another model is reused
     training = replace(encoder, fingerprint="")
-    assert evaluate(training) and calls and evaluate(training) and calls  # a model in training is never kept
+    assert (
+        evaluate(training) and calls and evaluate(training) and calls
+    )  # a model in training is never kept
 
 
 def test_changed_pictures_are_embedded_again(tmp_path):
@@ -78,18 +95,24 @@ def test_changed_pictures_are_embedded_again(tmp_path):
         files.append(tmp_path / f"{i}.png")
         files[-1].write_bytes(material.png(material.picture(i)))
     pictures = [Picture(str(p), str(p)) for p in files]
-    encoder = material.known_encoder(lambda n: material.direction(n), lambda t: material.direction(t))
+    encoder = material.known_encoder(
+        lambda n: material.direction(n), lambda t: material.direction(t)
+    )
     object.__setattr__(encoder, "fingerprint", "known")
     context = Context(cache=tmp_path / "kept", contents=Contents())
     before = embed.images(encoder, pictures, context)
     assert torch.equal(embed.images(encoder, pictures, context), before)
     files[1].write_bytes(material.png(material.picture(77)))
     after = embed.images(encoder, pictures, context)
-    assert torch.allclose(after[1], material.direction(77)) and torch.equal(after[[0, 2]], before[[0, 2]])
+    assert torch.allclose(after[1], material.direction(77)) and torch.equal(
+        after[[0, 2]], before[[0, 2]]
+    )
     half = replace(encoder, autocast=torch.bfloat16)
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
     embed.images(half, pictures, context)  # another precision is another embedding
-    embed.images(encoder, [replace(p, box=(0, 0, 4, 4)) for p in pictures], context)  # and so is another part of a picture
+    embed.images(
+        encoder, [replace(p, box=(0, 0, 4, 4)) for p in pictures], context
+    )  # and so is another part of a picture
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 4
 
 
@@ -115,14 +138,18 @@ def test_equal_items_are_embedded_once_and_batches_do_not_matter(room):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_order_does_not_depend_on_the_threads(workers):
-    encoder = material.known_encoder(lambda n: material.direction(n), lambda t: material.direction(t))
+    encoder = material.known_encoder(
+        lambda n: material.direction(n), lambda t: material.direction(t)
+    )
     pictures = [Picture(str(i), data=material.png(material.picture(i))) for i in range(23)]
     rows = embed.images(encoder, pictures, Context(batch=4, workers=workers))
     assert torch.allclose(rows, torch.stack([material.direction(i) for i in range(23)]))
 
 
 def test_a_diverged_model_is_refused_not_scored(room):
-    encoder = material.known_encoder(lambda n: torch.full((8,), float("nan")), lambda t: material.direction(t, dim=8))
+    encoder = material.known_encoder(
+        lambda n: torch.full((8,), float("nan")), lambda t: material.direction(t, dim=8)
+    )
     with pytest.raises(ValueError, match="20 of 20 image embeddings are not finite"):
         run.evaluate(encoder, tasks(room)[1:], Context())
 
@@ -134,7 +161,9 @@ def evaluate_on_a_rank(room, cache):
     from pathlib import Path
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have it: the number of threads changes the order of sums
+    torch.set_num_threads(
+        1
+    )  # as the ranks have it: the number of threads changes the order of sums
     context = Context(batch=8, workers=1, contents=Contents(), cache=Path(cache) if cache else None)
     records, items = run.evaluate(material.matrix_encoder(), tasks(room), context)
     torch.set_num_threads(threads)
@@ -149,8 +178,13 @@ def test_any_number_of_ranks_gives_the_same_bits(room, tmp_path, n_ranks):
 
 
 def break_one_picture(folder):
-    pictures = [Picture(str(i), data=material.png(material.picture(i)) if i != 5 else b"no picture") for i in range(8)]
-    encoder = material.known_encoder(lambda n: material.direction(n), lambda t: material.direction(t))
+    pictures = [
+        Picture(str(i), data=material.png(material.picture(i)) if i != 5 else b"no picture")
+        for i in range(8)
+    ]
+    encoder = material.known_encoder(
+        lambda n: material.direction(n), lambda t: material.direction(t)
+    )
     try:
         embed.images(encoder, pictures, Context(batch=1, workers=1))
     except DataError as error:
@@ -166,7 +200,12 @@ def test_a_bad_picture_on_one_rank_is_an_error_on_all(tmp_path):
 
 
 RECORD = {
-    "label": "zeroshot", "dataset": "d", "model": "m", "metrics": {"acc1": 0.5}, "data_sha256": "x", "protocol": {"version": 1},
+    "label": "zeroshot",
+    "dataset": "d",
+    "model": "m",
+    "metrics": {"acc1": 0.5},
+    "data_sha256": "x",
+    "protocol": {"version": 1},
 }
 
 
@@ -177,15 +216,43 @@ def command(*arguments):
 def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
     out = tmp_path / "deep/results.json"
     quick = ("--cache", tmp_path / "kept", "--quiet", "--batch", "16")
-    assert command(room / "model0", "--task", "zeroshot", "--data", room / "photos", "split=test", "--out", out, *quick) == 0
+    assert (
+        command(
+            room / "model0",
+            "--task",
+            "zeroshot",
+            "--data",
+            room / "photos",
+            "split=test",
+            "--out",
+            out,
+            *quick,
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     (record,) = json.loads(out.read_text())
-    assert {"dataset", "model", "pretrained", "task", "metrics", "language"} <= record.keys()  # clip_benchmark's fields
-    assert (record["dataset"], record["task"], record["language"]) == ("photos", "zeroshot_classification", "en")
+    assert {
+        "dataset",
+        "model",
+        "pretrained",
+        "task",
+        "metrics",
+        "language",
+    } <= record.keys()  # clip_benchmark's fields
+    assert (record["dataset"], record["task"], record["language"]) == (
+        "photos",
+        "zeroshot_classification",
+        "en",
+    )
     assert record["protocol"]["version"] == 1 and record["protocol"]["options"]["split"] == "test"
     assert len(record["data_sha256"]) == len(record["model_sha256"]) == 64
     assert torch.__version__.startswith(record["versions"]["torch"])
-    assert record["intervals_95"]["acc1"][0] <= record["metrics"]["acc1"] <= record["intervals_95"]["acc1"][1]
+    assert (
+        record["intervals_95"]["acc1"][0]
+        <= record["metrics"]["acc1"]
+        <= record["intervals_95"]["acc1"][1]
+    )
     assert "mean_per_class_recall" in shown and "chance" in shown and "NOT COMPARABLE" not in shown
     left_out = record | {"counts": {"images": 3, "skipped": 2}}
     assert "zeroshot: NOT COMPARABLE, 2 left out" in report.table([left_out])
@@ -197,11 +264,23 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
 def test_two_models_are_compared_on_the_same_photos(room, tmp_path, capsys):
     for seed in (0, 1):
         out = tmp_path / f"{seed}" / "results.json"
-        command(room / f"model{seed}", "--suite", room / "suite.yaml", "--out", out, "--cache", "none", "--quiet")
+        command(
+            room / f"model{seed}",
+            "--suite",
+            room / "suite.yaml",
+            "--out",
+            out,
+            "--cache",
+            "none",
+            "--quiet",
+        )
     capsys.readouterr()
     assert command("--compare", tmp_path / "0", tmp_path / "1" / "results.json") == 0
     shown = capsys.readouterr().out
-    a, b = (report.open_results(str(tmp_path / s))[0][1]["metrics"]["text_retrieval_recall@5"] for s in "01")
+    a, b = (
+        report.open_results(str(tmp_path / s))[0][1]["metrics"]["text_retrieval_recall@5"]
+        for s in "01"
+    )
     line = next(line for line in shown.splitlines() if "text_retrieval_recall@5" in line)
     assert f"{a:.4f}" in line and f"{b:.4f}" in line and f"{a - b:+.4f} ±" in line
 
@@ -213,16 +292,29 @@ def test_a_real_difference_is_called_and_its_direction_known(tmp_path):
     def result(name, share, rank):
         hits = torch.stack([(luck < share).double(), torch.ones(500, dtype=torch.float64)], 1)
         ranked = torch.stack([rank + luck.double(), torch.ones(500, dtype=torch.float64)], 1)
-        items = {"retrieval/text_retrieval_recall@1": hits, "retrieval/text_retrieval_mean_rank": ranked}
+        items = {
+            "retrieval/text_retrieval_recall@1": hits,
+            "retrieval/text_retrieval_mean_rank": ranked,
+        }
         metrics = {key.split("/")[1]: float(value[:, 0].mean()) for key, value in items.items()}
-        report.write(tmp_path / f"{name}.json", [RECORD | {"label": "retrieval", "model": name, "metrics": metrics}], items)
+        report.write(
+            tmp_path / f"{name}.json",
+            [RECORD | {"label": "retrieval", "model": name, "metrics": metrics}],
+            items,
+        )
         return str(tmp_path / f"{name}.json")
 
     a, b, c = result("a", 0.6, 3.0), result("b", 0.5, 4.0), result("c", 0.6, 3.0)
     lines = report.compare(a, b).splitlines()
     assert all("A better" in line for line in lines if "retrieval" in line)
-    assert all("B better" in line for line in report.compare(b, a).splitlines() if "retrieval" in line)
-    assert all("no difference shown" in line for line in report.compare(a, c).splitlines() if "retrieval" in line)
+    assert all(
+        "B better" in line for line in report.compare(b, a).splitlines() if "retrieval" in line
+    )
+    assert all(
+        "no difference shown" in line
+        for line in report.compare(a, c).splitlines()
+        if "retrieval" in line
+    )
 
 
 def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
@@ -232,7 +324,9 @@ def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
     for other, reason in (("b", "the data differ"), ("c", "protocol versions differ")):
         with pytest.raises(DataError, match=reason):
             report.compare(str(tmp_path / "a.json"), str(tmp_path / f"{other}.json"))
-    assert "no outcomes by unit" in report.compare(str(tmp_path / "a.json"), str(tmp_path / "a.json"))
+    assert "no outcomes by unit" in report.compare(
+        str(tmp_path / "a.json"), str(tmp_path / "a.json")
+    )
     with pytest.raises(DataError, match="no results at"):
         report.compare(str(tmp_path / "a.json"), str(tmp_path / "none.json"))
 
@@ -241,17 +335,28 @@ def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
     ("arguments", "message"),
     [
         (("MODEL", "--task", "zeroshat", "--data", "PHOTOS"), "did you mean 'zeroshot'"),
-        (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "templtes=x"), "did you mean 'templates'"),
+        (
+            ("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "templtes=x"),
+            "did you mean 'templates'",
+        ),
         (("MODEL", "--task", "zeroshot", "--data", "/nowhere"), "no evaluation data at /nowhere"),
         (("MODEL", "--task", "zeroshot"), "missing key 'data'"),
         (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "split"), "not of the form key=value"),
         (("no-such-model", "--task", "zeroshot", "--data", "PHOTOS"), "no model 'no-such-model'"),
         (("MODEL",), "give MODEL and --task"),
-        (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "--suite", "suite.yaml"), "--suite names the tasks itself"),
-        (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "--out", "PHOTOS"), "is a folder; name a file"),
+        (
+            ("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "--suite", "suite.yaml"),
+            "--suite names the tasks itself",
+        ),
+        (
+            ("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "--out", "PHOTOS"),
+            "is a folder; name a file",
+        ),
     ],
 )
-def test_wrong_commands_say_what_to_do_and_write_nothing(room, tmp_path, capsys, arguments, message):
+def test_wrong_commands_say_what_to_do_and_write_nothing(
+    room, tmp_path, capsys, arguments, message
+):
     known = {"MODEL": room / "model0", "PHOTOS": room / "photos"}
     filled = [known.get(a, a) for a in arguments]
     quiet = ["--cache", tmp_path / "kept", "--quiet"]
@@ -265,7 +370,12 @@ def test_help_imports_nothing_heavy():
     import sys
 
     code = "import sys, argparse; from vlp.eval import run; run.arguments(argparse.ArgumentParser()); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )
     assert isinstance(run.HELP, str) and "vlp eval" in run.EXAMPLE
     run.arguments(argparse.ArgumentParser())
 

@@ -9,7 +9,9 @@ from vlp.eval import confidence, metrics
 
 
 def rows(n: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return torch.nn.functional.normalize(
+        torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
 
 
 @pytest.fixture(params=[(1024, 4096), (7, 5)], ids=["one tile", "many tiles"])
@@ -23,10 +25,20 @@ def naive_retrieval(image, text, owner):
     image_rank, text_rank = [], []
     for i in range(len(image)):
         best = max(scores[m, i] for m in range(len(text)) if owner[m] == i)
-        image_rank.append(1 + sum(bool(scores[m, i] >= best - metrics.TIE) for m in range(len(text)) if owner[m] != i))
+        image_rank.append(
+            1
+            + sum(
+                bool(scores[m, i] >= best - metrics.TIE) for m in range(len(text)) if owner[m] != i
+            )
+        )
     for m in range(len(text)):
         own = scores[m, owner[m]]
-        text_rank.append(1 + sum(bool(scores[m, i] >= own - metrics.TIE) for i in range(len(image)) if i != owner[m]))
+        text_rank.append(
+            1
+            + sum(
+                bool(scores[m, i] >= own - metrics.TIE) for i in range(len(image)) if i != owner[m]
+            )
+        )
     return image_rank, text_rank
 
 
@@ -34,7 +46,9 @@ def naive_retrieval(image, text, owner):
 @pytest.mark.parametrize("seed", range(3))
 def test_retrieval_ranks_equal_the_loop(seed):
     image, text = rows(23, seed=seed), rows(61, seed=seed + 10)
-    owner = torch.cat([torch.arange(23), torch.randint(23, (38,), generator=torch.Generator().manual_seed(seed))])
+    owner = torch.cat(
+        [torch.arange(23), torch.randint(23, (38,), generator=torch.Generator().manual_seed(seed))]
+    )
     owner = owner[torch.randperm(61, generator=torch.Generator().manual_seed(seed))]
     found = metrics.retrieval_ranks(image, text, owner)
     assert [r.tolist() for r in found] == list(naive_retrieval(image, text, owner.tolist()))
@@ -43,14 +57,18 @@ def test_retrieval_ranks_equal_the_loop(seed):
 @pytest.mark.usefixtures("tiles")
 def test_retrieval_of_a_constant_encoder_ranks_everything_last():
     same = rows(1)
-    image_rank, text_rank = metrics.retrieval_ranks(same.expand(9, -1), same.expand(27, -1), torch.arange(9).repeat(3))
+    image_rank, text_rank = metrics.retrieval_ranks(
+        same.expand(9, -1), same.expand(27, -1), torch.arange(9).repeat(3)
+    )
     assert set(image_rank.tolist()) == {27 - 3 + 1}
     assert set(text_rank.tolist()) == {9}
 
 
 def test_an_equal_foreign_caption_is_placed_before_the_right_one():
     image = torch.eye(3)
-    image_rank, text_rank = metrics.retrieval_ranks(image, image[[0, 0, 2]], torch.tensor([0, 1, 2]))
+    image_rank, text_rank = metrics.retrieval_ranks(
+        image, image[[0, 0, 2]], torch.tensor([0, 1, 2])
+    )
     assert image_rank.tolist() == [2, 3, 1]  # image 0: its caption and the foreign equal one
     assert text_rank.tolist() == [1, 3, 1]
 
@@ -60,26 +78,35 @@ def test_class_ranks_equal_the_loop():
     image, classes = rows(31), rows(12, seed=1)
     labels = torch.randint(12, (31,), generator=torch.Generator().manual_seed(2))
     scores = image.double() @ classes.double().T
-    expected = [1 + sum(bool(scores[i, c] > scores[i, y]) for c in range(12)) for i, y in enumerate(labels)]
+    expected = [
+        1 + sum(bool(scores[i, c] > scores[i, y]) for c in range(12)) for i, y in enumerate(labels)
+    ]
     assert metrics.class_ranks(image, classes, labels).tolist() == expected
 
 
 def test_of_equal_classes_the_first_wins():
     classes = torch.eye(3)[[0, 1, 1, 2]]
-    assert metrics.class_ranks(torch.eye(3)[[1, 1]], classes, torch.tensor([1, 2])).tolist() == [1, 2]
+    assert metrics.class_ranks(torch.eye(3)[[1, 1]], classes, torch.tensor([1, 2])).tolist() == [
+        1,
+        2,
+    ]
 
 
 def test_per_class_weights_give_the_mean_of_recalls():
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     hits = torch.tensor([1.0, 0, 0, 1, 1, 0], dtype=torch.float64)
     w = metrics.per_class_weights(labels)
-    assert confidence.score(torch.stack([hits * w, w], 1)) == pytest.approx((1 / 3 + 1 + 1 / 2) / 3, abs=1e-12)
+    assert confidence.score(torch.stack([hits * w, w], 1)) == pytest.approx(
+        (1 / 3 + 1 + 1 / 2) / 3, abs=1e-12
+    )
 
 
 def test_average_precision_equals_the_definition_and_places_ties_last():
     scores = torch.tensor([[0.9, 0.5], [0.8, 0.5], [0.1, 0.5]])
     targets = torch.tensor([[True, True], [False, False], [True, False]])
-    assert metrics.average_precision(scores, targets).tolist() == pytest.approx([(1 + 2 / 3) / 2, 1 / 3])
+    assert metrics.average_precision(scores, targets).tolist() == pytest.approx(
+        [(1 + 2 / 3) / 2, 1 / 3]
+    )
     assert metrics.average_precision(scores, torch.zeros(3, 2, dtype=torch.bool)).tolist() == [0, 0]
 
 
@@ -87,9 +114,13 @@ def test_average_precision_equals_the_definition_and_places_ties_last():
 def test_representation_measures_equal_the_loops():
     x, t = (torch.nn.functional.normalize(rows(19, seed=seed).double(), dim=1) for seed in (0, 1))
     pairs = [(i, j) for i in range(19) for j in range(i)]
-    loop = math.log(sum(math.exp(-2 * float((x[i] - x[j]).square().sum())) for i, j in pairs) / len(pairs))
+    loop = math.log(
+        sum(math.exp(-2 * float((x[i] - x[j]).square().sum())) for i, j in pairs) / len(pairs)
+    )
     assert metrics.uniformity(x) == pytest.approx(loop, abs=1e-10)
-    assert metrics.alignment(x, t) == pytest.approx(sum(float((x[i] - t[i]).square().sum()) for i in range(19)) / 19)
+    assert metrics.alignment(x, t) == pytest.approx(
+        sum(float((x[i] - t[i]).square().sum()) for i in range(19)) / 19
+    )
     assert metrics.centroid_distance(x, x) == 0
     assert metrics.uniformity(x[:1].expand(5, -1)) == pytest.approx(0, abs=1e-12)
 
@@ -103,7 +134,10 @@ def test_logistic_regression_is_at_its_optimum():
     features, labels = rows(40, 3).double(), torch.arange(40) % 3
     weight, bias = metrics.logistic_regression(features, labels, 3, decay=0.01)
     weight.requires_grad_(), bias.requires_grad_()
-    loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, labels) + 0.005 * weight.square().sum()
+    loss = (
+        torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
+        + 0.005 * weight.square().sum()
+    )
     loss.backward()
     assert weight.grad.abs().max() < 1e-6
     assert bias.grad.abs().max() < 1e-6
@@ -116,7 +150,14 @@ def test_nearest_neighbours_equal_the_loop():
     found = metrics.nearest_neighbour_ranks(queries, bank, bank_labels, labels, 4, k=5)
     for i in range(11):
         near = sorted(range(30), key=lambda j: -float(queries[i] @ bank[j]))[:5]
-        votes = [sum(math.exp((float(queries[i] @ bank[j]) - 1) / 0.07) for j in near if bank_labels[j] == c) for c in range(4)]
+        votes = [
+            sum(
+                math.exp((float(queries[i] @ bank[j]) - 1) / 0.07)
+                for j in near
+                if bank_labels[j] == c
+            )
+            for c in range(4)
+        ]
         assert found[i] == sum(v >= votes[labels[i]] - 1e-12 for v in votes)
 
 
@@ -130,7 +171,12 @@ def test_rows_that_are_no_unit_rows_are_refused(bad):
 
 def test_wilson_equals_published_values():
     # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29
-    for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for hits, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert confidence.wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
     with pytest.raises(ValueError, match="found 3 of 2"):
         confidence.wilson(3, 2)
@@ -151,7 +197,9 @@ def test_the_bootstrap_covers_as_often_as_it_says():
         hits = torch.binomial(captions, torch.full_like(captions, 0.3), generator=generator)
         items = torch.stack([hits, captions], 1)
         drawn = confidence.resampled(items, seed=trial, resamples=200)
-        low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        low, high = torch.quantile(
+            drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)
+        ).tolist()
         covered += low <= 0.3 <= high
     assert 0.89 <= covered / 200 <= 0.99
 

@@ -1,4 +1,6 @@
-"""The report's page: parsed as HTML, on whole, partial and hostile runs; nothing loaded, nothing private, nothing unescaped."""
+"""The report's page: parsed as HTML, on whole, partial and hostile runs; nothing loaded, nothing
+private, nothing unescaped.
+"""
 
 import json
 import re
@@ -34,11 +36,25 @@ def whole(scenes, tmp_path_factory):
 def test_whole_run_shows_everything(whole):
     got = read(whole / "report.html")
     assert "What is missing" not in got.text
-    titles = ["loss", "infonce", "uniformity", "logit scale", "learning rate", "samples a second", "share of time waiting for data"]
+    titles = [
+        "loss",
+        "infonce",
+        "uniformity",
+        "logit scale",
+        "learning rate",
+        "samples a second",
+        "share of time waiting for data",
+    ]
     for title in titles:
         assert title in got.sections["curves"]
-    assert "30.0%" in got.sections["summary"] and "2.0%" in got.sections["summary"] and "20.0% – 40.0%" in got.sections["summary"]
-    assert got.count("svg", class_="chart") == 8 + 2 + 1  # training (with its two terms), scores, the logged gap
+    assert (
+        "30.0%" in got.sections["summary"]
+        and "2.0%" in got.sections["summary"]
+        and "20.0% – 40.0%" in got.sections["summary"]
+    )
+    assert (
+        got.count("svg", class_="chart") == 8 + 2 + 1
+    )  # training (with its two terms), scores, the logged gap
     assert got.count("svg", class_="scatter") == 1
     assert got.count("circle", class_="c0") == got.count("circle", class_="c1") == 20
     assert "taken for" in got.sections["confusion"]
@@ -55,7 +71,11 @@ def test_whole_run_shows_everything(whole):
 
 def test_page_holds_no_place_beyond_the_run(whole, scenes):
     text = (whole / "report.html").read_text()
-    assert str(whole.parent) not in text and str(scenes) not in text and str(Path.home()) + "/" not in text
+    assert (
+        str(whole.parent) not in text
+        and str(scenes) not in text
+        and str(Path.home()) + "/" not in text
+    )
     assert "…/zeroshot" in text
 
 
@@ -81,14 +101,19 @@ def test_two_runs_side_by_side(whole, tmp_path, scenes):
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    first, second = make_run(tmp_path / "a" / "run", checkpoints=False), make_run(tmp_path / "b" / "run", checkpoints=False)
+    first, second = (
+        make_run(tmp_path / "a" / "run", checkpoints=False),
+        make_run(tmp_path / "b" / "run", checkpoints=False),
+    )
     got = read(page.write(first, second, with_model=False))
     assert "a/run" in got.text and "b/run" in got.text
 
 
 def test_without_model(whole, tmp_path):
     got = read(page.write(whole, to=tmp_path / "plain.html", with_model=False))
-    assert all("--no-model" in got.sections[key] for key in ("space", "confusion", "retrieval", "examples"))
+    assert all(
+        "--no-model" in got.sections[key] for key in ("space", "confusion", "retrieval", "examples")
+    )
     assert got.count("img") == 0
 
 
@@ -99,9 +124,14 @@ def test_hostile_texts_are_shown_and_not_run(tmp_path, scenes):
             scene = generate(i, size=32)
             meta = {"caption": f"{HOSTILE} {i}", "negatives": [f"</article>{HOSTILE}"]}
             writer.add(None, png(scene.image), "png", [f"{HOSTILE} {i}"], meta, None)
-    run = make_run(tmp_path / "run", eval={"retrieval": {"data": str(folder)}, "negatives": {"data": str(folder)}})
+    run = make_run(
+        tmp_path / "run",
+        eval={"retrieval": {"data": str(folder)}, "negatives": {"data": str(folder)}},
+    )
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 7, "kind": "train", "loss": 1.0, "<script>term": 2.0}) + "\n")
+        file.write(
+            json.dumps({"step": 7, "kind": "train", "loss": 1.0, "<script>term": 2.0}) + "\n"
+        )
     record = {"label": "<b>x</b>", "dataset": HOSTILE, "metrics": {"<i>": 1.0}, "chance": {}}
     (run / "results.json").write_text(json.dumps([record]))
     text = page.write(run).read_text()
@@ -118,17 +148,27 @@ def test_secrets_and_places_stay_out(tmp_path):
     run = make_run(tmp_path / "home" / "anna" / "run", checkpoints=False)
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["data"]["sources"] = [
-        {"name": "shards", "path": "/home/anna/secret-project/train"}, {"name": "shards", "path": f"{run}/data/train"},
-        {"name": "shards", "path": f"pipe:curl -H 'Authorization: Bearer {token}' https://anna:pw@host.example/x/a.tar?sig=zzz"},
+        {"name": "shards", "path": "/home/anna/secret-project/train"},
+        {"name": "shards", "path": f"{run}/data/train"},
+        {
+            "name": "shards",
+            "path": f"pipe:curl -H 'Authorization: Bearer {token}' https://anna:pw@host.example/x/a.tar?sig=zzz",
+        },
         {"name": "shards", "path": "~/elsewhere/shards", "api_token": "plainsecret"},
-    ]  # fmt: skip
+    ]
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
     got = read(page.write(run, with_model=False))
     text = (run / "report.html").read_text()
     for secret in (token, "plainsecret", "anna", "secret-project", "sig=zzz", "pw@", "elsewhere"):
         assert secret not in text, secret
     shown = got.sections["configuration"]
-    assert "…/train" in shown and "data/train" in shown and "…/shards" in shown and "…/a.tar" in shown and "***" in shown
+    assert (
+        "…/train" in shown
+        and "data/train" in shown
+        and "…/shards" in shown
+        and "…/a.tar" in shown
+        and "***" in shown
+    )
 
 
 def partial(folder, what, scenes):
@@ -137,23 +177,40 @@ def partial(folder, what, scenes):
         run = make_run(folder, scenes, steps=4)
         with (run / "metrics.jsonl").open("a") as file:
             file.write('{"step": 5, "kind": "train", "lo')
-        return run, ["unfinished: step 4 of 6", "the last line of metrics.jsonl was left out", "results.json"]
+        return run, [
+            "unfinished: step 4 of 6",
+            "the last line of metrics.jsonl was left out",
+            "results.json",
+        ]
     if what == "no checkpoint":
-        return make_run(folder, scenes, checkpoints=False), ["no checkpoint", "only what the run logged is shown"]
+        return make_run(folder, scenes, checkpoints=False), [
+            "no checkpoint",
+            "only what the run logged is shown",
+        ]
     if what == "damaged checkpoint":
         run = make_run(folder, scenes)
         next(run.glob("checkpoints/*/model.safetensors")).write_bytes(b"x")
         return run, ["all 1 checkpoints are damaged"]
     if what == "no eval section":
-        return make_run(folder, evals=()), ["the configuration has no eval section", "names no zeroshot task", "names no retrieval"]
+        return make_run(folder, evals=()), [
+            "the configuration has no eval section",
+            "names no zeroshot task",
+            "names no retrieval",
+        ]
     if what == "no data":
         gone = folder / "gone"
-        return make_run(folder, gone), ["no evaluation data at …/retrieval", "no evaluation data at …/zeroshot"]
+        return make_run(folder, gone), [
+            "no evaluation data at …/retrieval",
+            "no evaluation data at …/zeroshot",
+        ]
     if what == "only a checkpoint":
         run = make_run(folder, scenes)
         for name in ("config.yaml", "metrics.jsonl", "results.json"):
             (run / name).unlink()
-        return run, ["no curves: metrics.jsonl is not there", "the configuration is that of checkpoints/step_00000006"]
+        return run, [
+            "no curves: metrics.jsonl is not there",
+            "the configuration is that of checkpoints/step_00000006",
+        ]
     if what == "nothing but a configuration":
         run = make_run(folder, checkpoints=False)
         (run / "metrics.jsonl").write_text("")
@@ -161,7 +218,9 @@ def partial(folder, what, scenes):
         return run, ["no training record yet", "no checkpoint", "unfinished: step 0 of 6"]
     run = make_run(folder, checkpoints=False, steps=5)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "kind": "train", "loss": NaN}\nnonsense\n{"step": 7, "kind": "train", "loss": Infinity}\n')
+        file.write(
+            '{"step": 6, "kind": "train", "loss": NaN}\nnonsense\n{"step": 7, "kind": "train", "loss": Infinity}\n'
+        )
     (run / "config.yaml").write_text("a: [")
     (run / "results.json").write_text("{")
     said = ["not finite at step 6 and 1 more", "line 8 of metrics.jsonl was left out"]
@@ -185,7 +244,9 @@ def test_no_run_is_a_message(tmp_path, capsys):
     (tmp_path / "something").write_text("x")
     for folder in (tmp_path, tmp_path / "absent"):
         assert cli.main(["report", str(folder)]) == 1
-        assert re.search(r"is no (run|folder).*config\.yaml, metrics\.jsonl", capsys.readouterr().err)
+        assert re.search(
+            r"is no (run|folder).*config\.yaml, metrics\.jsonl", capsys.readouterr().err
+        )
     run = make_run(tmp_path / "run", checkpoints=False)
     assert cli.main(["report", str(run), "--to", str(tmp_path)]) == 1
     assert "is a folder; name a file" in capsys.readouterr().err
@@ -195,11 +256,16 @@ def test_no_run_is_a_message(tmp_path, capsys):
 
 def test_command_and_its_help(tmp_path, capsys):
     run = make_run(tmp_path / "run", checkpoints=False)
-    assert cli.main(["report", str(run), "--no-model", "--to", str(tmp_path / "new" / "page.html")]) == 0
+    assert (
+        cli.main(["report", str(run), "--no-model", "--to", str(tmp_path / "new" / "page.html")])
+        == 0
+    )
     assert "page.html" in capsys.readouterr().out
     read(tmp_path / "new" / "page.html")
     program = "import sys; from vlp.cli import main\ntry: main(['report', '--help'])\nexcept SystemExit: print(sorted(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert "vlp report runs/demo" in output
     assert not any(f"'{heavy}'" in output for heavy in ("torch", "numpy", "PIL", "yaml"))
 

@@ -1,4 +1,6 @@
-"""The report in a real browser: no console message, no overflow on a phone or a desktop, light and dark, tooltips."""
+"""The report in a real browser: no console message, no overflow on a phone or a desktop, light and
+dark, tooltips.
+"""
 
 import pytest
 
@@ -24,19 +26,28 @@ LOADED = "return performance.getEntriesByType('resource').map(r => r.name).filte
 def test_page_in_chromium(tmp_path, scenes):
     run = make_run(tmp_path / "a-run-with-quite-a-long-name-for-a-phone", scenes)
     other = make_run(tmp_path / "other", scenes)
-    files = [page.write(run, samples=20, data=[str(scenes / "order")]), page.write(run, other, both=True, samples=20)]
+    files = [
+        page.write(run, samples=20, data=[str(scenes / "order")]),
+        page.write(run, other, both=True, samples=20),
+    ]
     with browser(tmp_path) as session:
         colors = set()
         for file in files:
             for width in (360, 1280):
                 for dark in (False, True):
                     session.open(file, width, dark=dark)
-                    session.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+                    session.run(
+                        "document.querySelectorAll('details').forEach(d => { d.open = true; })"
+                    )
                     assert session.run("return document.documentElement.scrollWidth") <= width
                     assert session.run(OVERFLOWING) == []
-                    assert session.run("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+                    assert session.run(
+                        "return [...document.images].every(i => i.complete && i.naturalWidth > 0)"
+                    )
                     assert "step 6: 0.5" in session.run(MOVE)
-                    colors.add(session.run("return getComputedStyle(document.body).backgroundColor"))
+                    colors.add(
+                        session.run("return getComputedStyle(document.body).backgroundColor")
+                    )
             assert session.run(LOADED) == []
         assert session.messages() == []
         assert len(colors) == 2

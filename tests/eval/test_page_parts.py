@@ -17,7 +17,9 @@ def test_long_curves_keep_their_spikes():
     assert points[54_321] in kept and points[77_777] in kept
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, -1.1), (1e-7, 1e-3), (14.28, 14.29), (0, 123456)])
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (-3.2, -1.1), (1e-7, 1e-3), (14.28, 14.29), (0, 123456)]
+)
 def test_ticks_are_few_round_and_inside(low, high):
     got = charts.ticks(low, high)
     assert 2 <= len(got) <= 6
@@ -36,18 +38,26 @@ def test_projection_is_the_singular_value_decomposition():
     values, vectors = torch.linalg.eigh(torch.cov(rows.T))
     expected = (rows - rows.mean(0)) @ vectors[:, [-1, -2]]
     torch.testing.assert_close(flat.abs(), expected.abs())
-    assert plane.shares == pytest.approx([float(values[-1] / values.sum()), float(values[-2] / values.sum())])
+    assert plane.shares == pytest.approx(
+        [float(values[-1] / values.sum()), float(values[-2] / values.sum())]
+    )
 
 
 def test_failures_come_first_and_an_image_is_asked_for_once():
     image = torch.eye(4)
-    text = torch.nn.functional.normalize(image[[0, 1, 0, 2, 3]] + torch.tensor([[0.0], [0], [0], [0], [0]]), dim=1)
-    owner = torch.tensor([0, 1, 2, 2, 3])  # the third caption belongs to image 2 but looks like image 0
+    text = torch.nn.functional.normalize(
+        image[[0, 1, 0, 2, 3]] + torch.tensor([[0.0], [0], [0], [0], [0]]), dim=1
+    )
+    owner = torch.tensor(
+        [0, 1, 2, 2, 3]
+    )  # the third caption belongs to image 2 but looks like image 0
     right = owner[:, None] == torch.arange(4)
     got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
     assert [q.place for q in got] == [2, 0, 1]
     assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
-    shown, hits = findings.choices([torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])], 3)
+    shown, hits = findings.choices(
+        [torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])], 3
+    )
     assert shown == [0, 2, 1] and hits == [False, True, False]  # a tie is no hit
 
 
@@ -55,11 +65,20 @@ def test_worst_classes_and_what_they_are_taken_for():
     classes = torch.eye(3)
     image, labels = classes[[0, 0, 2, 2, 1]], torch.tensor([0, 0, 1, 1, 1])
     worst = findings.confusions(image, classes, labels, worst=1)
-    assert [(c.number, c.hits, c.n, dict(c.answers), c.wrong) for c in worst] == [(1, 1, 3, {2: 2, 1: 1}, 2)]
+    assert [(c.number, c.hits, c.n, dict(c.answers), c.wrong) for c in worst] == [
+        (1, 1, 3, {2: 2, 1: 1}, 2)
+    ]
 
 
 def test_private_leaves_other_words_alone():
-    for text in ("timm/vit_base", "hf-hub:user/name", "a red/blue ring", "R@1 / R@5", "1/0.07", "and/or"):
+    for text in (
+        "timm/vit_base",
+        "hf-hub:user/name",
+        "a red/blue ring",
+        "R@1 / R@5",
+        "1/0.07",
+        "and/or",
+    ):
         assert private(text) == text
     assert private("no data at /home/anna/x/y; give one") == "no data at …/y; give one"
     assert private("C:\\Users\\anna\\x failed") == "…/x failed"

@@ -21,7 +21,9 @@ def evaluate(task, encoder, **options):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     samples = [(material.png(material.picture(i)), [f"text {i}"]) for i in range(120)]
-    return str(material.clip_benchmark_set(tmp_path_factory.mktemp("pairs"), samples, kind="retrieval"))
+    return str(
+        material.clip_benchmark_set(tmp_path_factory.mktemp("pairs"), samples, kind="retrieval")
+    )
 
 
 def number(text):
@@ -29,11 +31,15 @@ def number(text):
 
 
 def test_equal_modalities_have_no_gap(pairs):
-    same = material.known_encoder(lambda n: material.direction(n), lambda t: material.direction(number(t)))
+    same = material.known_encoder(
+        lambda n: material.direction(n), lambda t: material.direction(number(t))
+    )
     scores = evaluate("representation", same, data=pairs)["metrics"]
     assert scores["centroid_distance"] == pytest.approx(0, abs=1e-6)
     assert scores["alignment"] == pytest.approx(0, abs=1e-6)
-    assert scores["linear_separability"] == 0.5  # every held-out pair is told the same on both sides
+    assert (
+        scores["linear_separability"] == 0.5
+    )  # every held-out pair is told the same on both sides
     assert scores["uniformity_image"] == pytest.approx(scores["uniformity_text"])
     assert 25 < scores["effective_rank_image"] <= 32
     assert scores["temperature"] == 1
@@ -41,7 +47,9 @@ def test_equal_modalities_have_no_gap(pairs):
 
 def test_shifted_modalities_are_told_apart(pairs):
     shift = 3 * material.direction("shift")
-    apart = material.known_encoder(lambda n: material.direction(n) + shift, lambda t: material.direction(number(t)) - shift)
+    apart = material.known_encoder(
+        lambda n: material.direction(n) + shift, lambda t: material.direction(number(t)) - shift
+    )
     record = evaluate("representation", apart, data=pairs)
     assert record["metrics"]["linear_separability"] == 1
     assert record["metrics"]["centroid_distance"] > 1.7
@@ -58,10 +66,17 @@ def test_too_few_pairs_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """Four classes, by picture number mod 4; the test pictures are others than the training pictures."""
+    """Four classes, by picture number mod 4; the test pictures are others than the training
+    pictures.
+    """
     root = tmp_path_factory.mktemp("labelled")
-    rows = [{"image": f"{i}.png", "class": f"class {i % 4}", "split": "train" if i < 80 else "test"} for i in range(120)]
-    material.write_tar(root / "t.tar", [(f"{i}.png", material.png(material.picture(i))) for i in range(120)])
+    rows = [
+        {"image": f"{i}.png", "class": f"class {i % 4}", "split": "train" if i < 80 else "test"}
+        for i in range(120)
+    ]
+    material.write_tar(
+        root / "t.tar", [(f"{i}.png", material.png(material.picture(i))) for i in range(120)]
+    )
     (root / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root / "t.jsonl"
 
@@ -97,7 +112,12 @@ def test_the_probe_chooses_its_decay_on_every_fifth_training_image_of_a_class(la
         scores[decay] = int((answers == labels[held]).sum())
     assert len(set(scores.values())) > 1
     assert scores[linear_probe.choose(rows, labels, 2, options)] == max(scores.values())
-    assert evaluate("linear_probe", clustered(3), data=str(labelled), decays=[1e-2])["metrics"]["decay"] == 1e-2
+    assert (
+        evaluate("linear_probe", clustered(3), data=str(labelled), decays=[1e-2])["metrics"][
+            "decay"
+        ]
+        == 1e-2
+    )
 
 
 def test_splits_must_be_separate_and_have_the_same_classes(labelled, tmp_path):

@@ -1,4 +1,6 @@
-"""Evaluation sets in tables: every kind of file and column, rows of one image, equal pictures, what is missing."""
+"""Evaluation sets in tables: every kind of file and column, rows of one image, equal pictures, what
+is missing.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def evaluate(task: str, encoder: models.Encoder, **options: Any) -> dict[str, An
 def perfect() -> models.Encoder:
     """Knows every picture by its number, and captions by the number in them."""
     return material.known_encoder(
-        lambda n: material.direction(n), lambda text: material.direction(int(text.split()[1]) if text[:1] == "p" else text)
+        lambda n: material.direction(n),
+        lambda text: material.direction(int(text.split()[1]) if text[:1] == "p" else text),
     )
 
 
@@ -68,7 +71,9 @@ def write(path: Path, rows: list[dict[str, Any]], separator: str = ",") -> Path:
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix in (".csv", ".tsv", ".txt"):
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else separator)
+            writer = csv.DictWriter(
+                file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else separator
+            )
             writer.writeheader()
             writer.writerows(rows)
     elif path.suffix == ".json":
@@ -85,45 +90,77 @@ def test_zeroshot_reads_every_kind_of_table_alike(tmp_path, photos):
     captioned = [{"image": row["image"], "caption": "x", "label": row["class"]} for row in rows]
     images = {"images": str(photos)}
     cases = [
-        (write(tmp_path / "a.csv", rows), {}), (write(tmp_path / "a.tsv", rows), {}), (write(tmp_path / "a.jsonl", rows), {}),
-        (write(tmp_path / "a.json", rows), {}), (write(tmp_path / "a.parquet", rows), {}),
-        (write(tmp_path / "b.csv", rows, ";"), {}), (write(tmp_path / "d.csv", labelled), {}),
+        (write(tmp_path / "a.csv", rows), {}),
+        (write(tmp_path / "a.tsv", rows), {}),
+        (write(tmp_path / "a.jsonl", rows), {}),
+        (write(tmp_path / "a.json", rows), {}),
+        (write(tmp_path / "a.parquet", rows), {}),
+        (write(tmp_path / "b.csv", rows, ";"), {}),
+        (write(tmp_path / "d.csv", labelled), {}),
         (write(tmp_path / "c.csv", renamed), {"image_column": "Bild", "class_column": "breed"}),
-        (write(tmp_path / "e.csv", captioned), {"class_column": "label"}), (write(photos / "beside.csv", rows), {"images": None}),
-    ]  # fmt: skip
-    records = [evaluate("zeroshot", knows_classes(), data=str(path), **(images | options)) for path, options in cases]
+        (write(tmp_path / "e.csv", captioned), {"class_column": "label"}),
+        (write(photos / "beside.csv", rows), {"images": None}),
+    ]
+    records = [
+        evaluate("zeroshot", knows_classes(), data=str(path), **(images | options))
+        for path, options in cases
+    ]
     assert len(records) == 10 and all(record["metrics"]["acc1"] == 1 for record in records)
-    assert all(record["data_sha256"] == records[0]["data_sha256"] and record["counts"]["classes"] == 3 for record in records[:9])
+    assert all(
+        record["data_sha256"] == records[0]["data_sha256"] and record["counts"]["classes"] == 3
+        for record in records[:9]
+    )
     with pytest.raises(DataError, match=r"have no class.*class_column=NAME"):
         evaluate("zeroshot", knows_classes(), data=str(cases[8][0]), **images)
-    with pytest.raises(DataError, match=r"c\.csv: no column is known to hold captions or classes; it has 'Breed', 'Bild'"):
+    with pytest.raises(
+        DataError,
+        match=r"c\.csv: no column is known to hold captions or classes; it has 'Breed', 'Bild'",
+    ):
         evaluate("zeroshot", knows_classes(), data=str(tmp_path / "c.csv"), **images)
 
 
 def test_class_numbers_of_a_table_need_names(tmp_path, photos):
     path = write(tmp_path / "t.csv", [{"image": name(i), "label": i % 3} for i in range(N)])
-    record = evaluate("zeroshot", knows_classes(), data=str(path), images=str(photos), classes=list(CLASSES))
+    record = evaluate(
+        "zeroshot", knows_classes(), data=str(path), images=str(photos), classes=list(CLASSES)
+    )
     assert record["metrics"]["acc1"] == 1 and record["counts"]["classes"] == 3
     with pytest.raises(DataError, match="numbers its classes"):
         evaluate("zeroshot", knows_classes(), data=str(path), images=str(photos))
 
 
 def test_probes_and_splits_are_read_from_tables(tmp_path, photos):
-    rows = [{"image": name(i), "class": CLASSES[i % 3], "Split": "train" if i < 6 else "test"} for i in range(N)]
+    rows = [
+        {"image": name(i), "class": CLASSES[i % 3], "Split": "train" if i < 6 else "test"}
+        for i in range(N)
+    ]
     path = write(tmp_path / "t.csv", rows)
     record = evaluate("knn", knows_classes(), data=str(path), images=str(photos), k=1)
-    assert record["metrics"]["acc1"] == 1 and record["counts"]["train_images"] == record["counts"]["images"] == 6
-    record = evaluate("zeroshot", knows_classes(), data=str(path), images=str(photos), where={"Split": "train"})
+    assert (
+        record["metrics"]["acc1"] == 1
+        and record["counts"]["train_images"] == record["counts"]["images"] == 6
+    )
+    record = evaluate(
+        "zeroshot", knows_classes(), data=str(path), images=str(photos), where={"Split": "train"}
+    )
     assert record["counts"]["images"] == 6
-    with pytest.raises(DataError, match=r"no row with Split = 'val'; Split holds train \(6\), test \(6\)"):
+    with pytest.raises(
+        DataError, match=r"no row with Split = 'val'; Split holds train \(6\), test \(6\)"
+    ):
         evaluate("zeroshot", knows_classes(), data=str(path), images=str(photos), split="val")
 
 
 def test_rows_of_one_image_are_one_image_in_every_kind_of_table(tmp_path, photos):
-    """One line a caption: were each line an image, equal pictures would tie, and no model would find any."""
-    rows = [{"file": name(i), "comment": f"p {i} says {k}", "k": k} for i in range(N) for k in range(5)]
+    """One line a caption: were each line an image, equal pictures would tie, and no model would
+    find any.
+    """
+    rows = [
+        {"file": name(i), "comment": f"p {i} says {k}", "k": k} for i in range(N) for k in range(5)
+    ]
     for file in ("t.jsonl", "t.csv", "t.tsv", "t.json", "t.parquet"):
-        record = evaluate("retrieval", perfect(), data=str(write(tmp_path / file, rows)), images=str(photos))
+        record = evaluate(
+            "retrieval", perfect(), data=str(write(tmp_path / file, rows)), images=str(photos)
+        )
         assert record["counts"] == {"images": N, "captions": 5 * N, "skipped": 0}, file
         assert all(value == 1 for value in record["metrics"].values()), file
 
@@ -134,19 +171,55 @@ def test_equal_pictures_are_one_picture(tmp_path, photos):
         (photos / f"copy_{name(i)}").write_bytes((photos / name(i)).read_bytes())
     names = [copy + name(i) for copy in ("", "copy_") for i in range(N)]
     rows = [{"image": file, "caption": f"p {i % N} says {i}"} for i, file in enumerate(names)]
-    table = evaluate("retrieval", perfect(), data=str(write(tmp_path / "t.csv", rows)), images=str(photos))
-    assert main(["data", "pack", str(photos), "--captions", str(tmp_path / "t.csv"), "--to", str(tmp_path / "shards")]) == 0
+    table = evaluate(
+        "retrieval", perfect(), data=str(write(tmp_path / "t.csv", rows)), images=str(photos)
+    )
+    assert (
+        main(
+            [
+                "data",
+                "pack",
+                str(photos),
+                "--captions",
+                str(tmp_path / "t.csv"),
+                "--to",
+                str(tmp_path / "shards"),
+            ]
+        )
+        == 0
+    )
     shards = evaluate("retrieval", perfect(), data=str(tmp_path / "shards"))
     for record in (table, shards):
-        assert record["counts"] == {"images": N, "captions": 2 * N, "skipped": 0, "equal_pictures_joined": N}
-        assert record["metrics"]["image_retrieval_recall@1"] == record["metrics"]["text_retrieval_recall@1"] == 1
+        assert record["counts"] == {
+            "images": N,
+            "captions": 2 * N,
+            "skipped": 0,
+            "equal_pictures_joined": N,
+        }
+        assert (
+            record["metrics"]["image_retrieval_recall@1"]
+            == record["metrics"]["text_retrieval_recall@1"]
+            == 1
+        )
 
 
 def test_what_cannot_be_used_is_refused_or_counted(tmp_path, photos):
     rows = [f"{name(i)},p {i} says" for i in range(N)]
     path = tmp_path / "t.csv"
-    path.write_text("\n".join(["image,caption,n", *(f"{row},1" for row in rows), "gone.png,p 3,1", f"{name(0)}", ",p 4,1"]))
-    with pytest.raises(DataError, match=r"2 rows cannot be used; .*missing=skip.*\n.*t\.csv:15: found 1 field"):
+    path.write_text(
+        "\n".join(
+            [
+                "image,caption,n",
+                *(f"{row},1" for row in rows),
+                "gone.png,p 3,1",
+                f"{name(0)}",
+                ",p 4,1",
+            ]
+        )
+    )
+    with pytest.raises(
+        DataError, match=r"2 rows cannot be used; .*missing=skip.*\n.*t\.csv:15: found 1 field"
+    ):
         evaluate("retrieval", perfect(), data=str(path), images=str(photos))
     record = evaluate("retrieval", perfect(), data=str(path), images=str(photos), missing="skip")
     assert record["counts"] == {"images": N, "captions": N, "skipped": 3}
@@ -164,11 +237,23 @@ def test_images_without_a_caption_are_refused_or_counted(tmp_path, photos):
 
 
 def test_texts_beyond_the_context_are_counted(tmp_path, photos):
-    path = write(tmp_path / "t.csv", [{"image": name(i), "caption": f"p {i} " + "says " * i} for i in range(N)])
-    short = dataclasses.replace(perfect(), n_truncated=lambda texts: sum(len(text) > 30 for text in texts))
+    path = write(
+        tmp_path / "t.csv",
+        [{"image": name(i), "caption": f"p {i} " + "says " * i} for i in range(N)],
+    )
+    short = dataclasses.replace(
+        perfect(), n_truncated=lambda texts: sum(len(text) > 30 for text in texts)
+    )
     record = evaluate("retrieval", short, data=str(path), images=str(photos))
-    assert record["counts"]["truncated_texts"] == sum(len(f"p {i} " + "says " * i) - 1 > 30 for i in range(N)) > 2
-    assert "truncated_texts" not in evaluate("retrieval", perfect(), data=str(path), images=str(photos))["counts"]
+    assert (
+        record["counts"]["truncated_texts"]
+        == sum(len(f"p {i} " + "says " * i) - 1 > 30 for i in range(N))
+        > 2
+    )
+    assert (
+        "truncated_texts"
+        not in evaluate("retrieval", perfect(), data=str(path), images=str(photos))["counts"]
+    )
 
 
 def test_a_model_of_ours_counts_its_truncated_texts():
@@ -184,9 +269,15 @@ def test_annotations_of_choices_are_read_by_the_same_reader(tmp_path):
     for file in ("t.csv", "t.tsv"):
         assert read_rows(write(tmp_path / file, rows), ("image", "text")) == expected
     with_separator = tmp_path / "u.jsonl"
-    with_separator.write_text('{"image": "a.png", "text": "two\u2028cats\x0c"}\n', encoding="utf-16")
+    with_separator.write_text(
+        '{"image": "a.png", "text": "two\u2028cats\x0c"}\n', encoding="utf-16"
+    )
     assert read_rows(with_separator) == [{"image": "a.png", "text": "two\u2028cats\x0c"}]
-    for content, message in (("[1", "not valid JSON"), ('"x"', "found str"), ("[3]", "item 0 is '3', expected a mapping")):
+    for content, message in (
+        ("[1", "not valid JSON"),
+        ('"x"', "found str"),
+        ("[3]", "item 0 is '3', expected a mapping"),
+    ):
         (tmp_path / "add_att.json").write_text(content)
         with pytest.raises(DataError, match=message):
             evaluate("sugarcrepe", perfect(), data=str(tmp_path))
@@ -196,23 +287,44 @@ def test_options_of_tables_reach_the_command(tmp_path, photos, capsys):
     """A separator that YAML cannot read, and a wrong column: an answer before any model is loaded."""
     path = tmp_path / "t.csv"
     path.write_text("Bild,Worte\n" + "".join(f"{name(i)},p {i}\n" for i in range(N)))
-    ask = ["eval", "nowhere", "--task", "retrieval", "--data", str(path), f"images={photos}", "separator=,", "image_column=bild"]
+    ask = [
+        "eval",
+        "nowhere",
+        "--task",
+        "retrieval",
+        "--data",
+        str(path),
+        f"images={photos}",
+        "separator=,",
+        "image_column=bild",
+    ]
     assert main([*ask, "caption_columns=Wrote"]) == 1
     assert "no column 'Wrote', did you mean 'Worte'" in capsys.readouterr().err
-    assert main([*ask, "caption_columns=Worte", "quoting=none", "header=yes", "where={Worte: p 1}"]) == 1
+    assert (
+        main([*ask, "caption_columns=Worte", "quoting=none", "header=yes", "where={Worte: p 1}"])
+        == 1
+    )
     assert "nowhere" in capsys.readouterr().err  # the model is what is missing now
     assert main([*ask, "columns=x"]) == 1
     assert "unknown key 'columns'" in capsys.readouterr().err
 
 
 def test_parquet_of_a_folder_takes_usual_columns(tmp_path):
-    rows = [{"Picture": {"bytes": material.png(material.picture(i)), "path": None}, "txt": [f"p {i} says"], "split": "st"[i % 2]}
-            for i in range(N)]  # fmt: skip
+    rows = [
+        {
+            "Picture": {"bytes": material.png(material.picture(i)), "path": None},
+            "txt": [f"p {i} says"],
+            "split": "st"[i % 2],
+        }
+        for i in range(N)
+    ]
     folder = tmp_path / "set"
     folder.mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
     record = evaluate("retrieval", perfect(), data=str(folder), split="s")
-    assert record["counts"]["images"] == N // 2 and record["metrics"]["image_retrieval_recall@1"] == 1
+    assert (
+        record["counts"]["images"] == N // 2 and record["metrics"]["image_retrieval_recall@1"] == 1
+    )
     (folder / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="no whole parquet file"):
         evaluate("retrieval", perfect(), data=str(folder))

@@ -1,4 +1,6 @@
-"""What an exported folder holds: the same model for every library, the tokenizer and preprocessing, the results."""
+"""What an exported folder holds: the same model for every library, the tokenizer and preprocessing,
+the results.
+"""
 
 import json
 import os
@@ -27,28 +29,63 @@ TOLERANCE = 1e-5  # of the issue: largest difference of a coordinate on the same
 RESNET = {"name": "timm", "model": "test_resnet", "image_size": 64}
 CASES = {  # keys of the model section -> the transformers class the export loads as
     "gelu": ({}, "CLIPModel"),
-    "quick gelu": ({"image_tower": VIT | {"quick_gelu": True}, "text_tower": TEXT | {"quick_gelu": True}}, "CLIPModel"),
+    "quick gelu": (
+        {"image_tower": VIT | {"quick_gelu": True}, "text_tower": TEXT | {"quick_gelu": True}},
+        "CLIPModel",
+    ),
     "odd sizes": (
-        {"image_tower": VIT | {"width": 96, "head_width": 24, "layers": 3, "mlp_ratio": 2.5, "patch_size": 4},
-         "text_tower": TEXT | {"width": 48, "heads": 3, "layers": 1, "context_length": 9, "mlp_ratio": 3.0}, "embed_dim": 20},
-        "CLIPModel"),
+        {
+            "image_tower": VIT
+            | {"width": 96, "head_width": 24, "layers": 3, "mlp_ratio": 2.5, "patch_size": 4},
+            "text_tower": TEXT
+            | {"width": 48, "heads": 3, "layers": 1, "context_length": 9, "mlp_ratio": 3.0},
+            "embed_dim": 20,
+        },
+        "CLIPModel",
+    ),
     "an open_clip architecture": (  # 40 million weights, written twice and read five times
-        {"image_tower": {"name": "open_clip", "architecture": "ViT-S-32-alt", "image_size": 64, "context_length": 16},
-         "text_tower": None, "embed_dim": None}, "CLIPModel"),
+        {
+            "image_tower": {
+                "name": "open_clip",
+                "architecture": "ViT-S-32-alt",
+                "image_size": 64,
+                "context_length": 16,
+            },
+            "text_tower": None,
+            "embed_dim": None,
+        },
+        "CLIPModel",
+    ),
     "a bias": ({"bias": -4.0}, "CLIPModel"),
     "patch drop": ({"image_tower": VIT | {"patch_dropout": 0.5}}, "CLIPModel"),
     "mean pooling": ({"image_tower": VIT | {"pool": "avg"}}, None),
     "a timm tower": ({"image_tower": RESNET}, None),
     "siglip": ("siglip", "SiglipModel"),
     "siglip without bias": ("siglip", "SiglipModel"),
-}  # fmt: skip
+}
 
 SENTENCES = [
-    "a photo of a cat", "A PHOTO of two  DOGS!", "it's the dogs' 3 red-ish circles", "naïve café, 12½ €", "日本語 и русский",
-    "tabs\tand\nnewlines", "", "under_score (brackets) [x] {y} #1 @home 50%", "e\u0301 combining", "🙂 smile",
-    "we'll they're I'd don't", "one 2 three 44 555", "a" * 40, "word " * 40,
-]  # fmt: skip
-REPAIRED_BY_OPEN_CLIP = ["a cat&apos;s caf&eacute;", "a dog’s “ball”", "ｆｕｌｌ ｗｉｄｔｈ", "cafÃ©"]  # as the card says
+    "a photo of a cat",
+    "A PHOTO of two  DOGS!",
+    "it's the dogs' 3 red-ish circles",
+    "naïve café, 12½ €",
+    "日本語 и русский",
+    "tabs\tand\nnewlines",
+    "",
+    "under_score (brackets) [x] {y} #1 @home 50%",
+    "e\u0301 combining",
+    "🙂 smile",
+    "we'll they're I'd don't",
+    "one 2 three 44 555",
+    "a" * 40,
+    "word " * 40,
+]
+REPAIRED_BY_OPEN_CLIP = [
+    "a cat&apos;s caf&eacute;",
+    "a dog’s “ball”",
+    "ｆｕｌｌ ｗｉｄｔｈ",
+    "cafÃ©",
+]  # as the card says
 
 
 def make(case, folder):
@@ -59,7 +96,9 @@ def make(case, folder):
     return tiny(**keys)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if "architecture" in c else ()) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if "architecture" in c else ()) for c in CASES]
+)
 def test_every_library_gives_the_models_embeddings(case, tmp_path):
     from transformers import AutoModel
 
@@ -73,9 +112,13 @@ def test_every_library_gives_the_models_embeddings(case, tmp_path):
         ours = model(pixels, ids)
         again = load(tmp_path / "out").eval()(pixels, ids)
         assert torch.equal(ours.image, again.image) and torch.equal(ours.text, again.text)
-        assert torch.equal(ours.scale, again.scale) and (ours.bias is None or torch.equal(ours.bias, again.bias))
+        assert torch.equal(ours.scale, again.scale) and (
+            ours.bias is None or torch.equal(ours.bias, again.bias)
+        )
 
-        theirs = open_clip.create_model(f"local-dir:{tmp_path / 'out'}", output_dict=True).eval()(normalised, ids)
+        theirs = open_clip.create_model(f"local-dir:{tmp_path / 'out'}", output_dict=True).eval()(
+            normalised, ids
+        )
         assert (theirs["image_features"] - ours.image).abs().max() <= TOLERANCE
         assert (theirs["text_features"] - ours.text).abs().max() <= TOLERANCE
         assert theirs["logit_scale"].item() == pytest.approx(ours.scale.item())
@@ -97,21 +140,36 @@ def test_every_library_gives_the_models_embeddings(case, tmp_path):
 
 
 def test_a_language_model_tower_loads_again_without_its_source(tmp_path, monkeypatch):
-    text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
+    text = {
+        "name": "huggingface",
+        "model": str(language_model(tmp_path / "bert")),
+        "context_length": 12,
+        "pretrained": False,
+    }
     model = tiny(text_tower=text)
     expected = models.from_model(model).encode_texts(["two red circles", "a dog"])
-    contents = checkpoint.Contents(model.state_dict(), {}, config="out: run", description=model.description())
+    contents = checkpoint.Contents(
+        model.state_dict(), {}, config="out: run", description=model.description()
+    )
     checkpoint.save(tmp_path / "run", 1, contents, keep=1)
     export.export_stages([tmp_path / "run"] * 2, tmp_path / "stages")
     notes = export.export_run(tmp_path / "run", tmp_path / "out")
     os.rename(tmp_path / "bert", tmp_path / "gone")
     _, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(text=ids).text, model(text=ids).text)
-    assert not any(str(tmp_path / "bert") in path.read_text() for path in (tmp_path / "out").glob("*.json"))
-    assert not any(str(tmp_path) in text for text in (*notes, (tmp_path / "out/README.md").read_text()))
+    assert not any(
+        str(tmp_path / "bert") in path.read_text() for path in (tmp_path / "out").glob("*.json")
+    )
+    assert not any(
+        str(tmp_path) in text for text in (*notes, (tmp_path / "out/README.md").read_text())
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # from any working directory, by any reference
-    encoders = [models.load(str(tmp_path / "out")), models.load("../out"), models.load("local-dir:../out")]
+    encoders = [
+        models.load(str(tmp_path / "out")),
+        models.load("../out"),
+        models.load("local-dir:../out"),
+    ]
     rows = [encoder.encode_texts(["two red circles", "a dog"]) for encoder in encoders]
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
     assert torch.allclose(rows[0], expected, atol=TOLERANCE)
@@ -119,7 +177,9 @@ def test_a_language_model_tower_loads_again_without_its_source(tmp_path, monkeyp
     theirs = open_clip.create_model("local-dir:../out").eval()
     tokens = open_clip.get_tokenizer("local-dir:../out")(["two red circles", "a dog"])
     assert tokens.tolist() == [[8, 6, 10, 1] + [0] * 8, [3, 12, 1] + [0] * 9]
-    torch.testing.assert_close(theirs.encode_text(ids, normalize=True), model(text=ids).text, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        theirs.encode_text(ids, normalize=True), model(text=ids).text, rtol=0, atol=TOLERANCE
+    )
 
 
 def test_a_scale_above_its_maximum_is_exported_as_the_model_uses_it(tmp_path):
@@ -128,8 +188,12 @@ def test_a_scale_above_its_maximum_is_exported_as_the_model_uses_it(tmp_path):
         model.logit_scale.fill_(9.0)
     export.export(model, tmp_path / "out")
     exported = load(tmp_path / "out")
-    assert load_file(tmp_path / "out/model.safetensors")["logit_scale"].exp().item() == pytest.approx(25, rel=1e-6)
-    assert exported.scale_config == model.scale_config and exported(None, None).scale.item() == pytest.approx(25)
+    assert load_file(tmp_path / "out/model.safetensors")[
+        "logit_scale"
+    ].exp().item() == pytest.approx(25, rel=1e-6)
+    assert exported.scale_config == model.scale_config and exported(
+        None, None
+    ).scale.item() == pytest.approx(25)
 
 
 # ---- tokens and pixels
@@ -140,19 +204,40 @@ def exported(tmp_path_factory):
     """One exported model, for the tests that only read the folder."""
     folder = tmp_path_factory.mktemp("exported") / "tiny-clip"
     records = [
-        {"task": "zeroshot_classification", "dataset": "/somewhere/private/caltech101",
-         "protocol": {"name": "zeroshot", "version": 1}, "metrics": {"acc1": 0.2749, "acc5": 0.5},
-         "intervals_95": {"acc1": [0.2586, 0.2911]}, "chance": {"acc1": 0.01}},
-        {"task": "zeroshot_retrieval", "dataset": None, "intervals_95": None, "protocol": {"name": "retrieval", "version": 1},
-         "metrics": {"text_retrieval_recall@1": 0.125, "undefined": float("nan")}},
+        {
+            "task": "zeroshot_classification",
+            "dataset": "/somewhere/private/caltech101",
+            "protocol": {"name": "zeroshot", "version": 1},
+            "metrics": {"acc1": 0.2749, "acc5": 0.5},
+            "intervals_95": {"acc1": [0.2586, 0.2911]},
+            "chance": {"acc1": 0.01},
+        },
+        {
+            "task": "zeroshot_retrieval",
+            "dataset": None,
+            "intervals_95": None,
+            "protocol": {"name": "retrieval", "version": 1},
+            "metrics": {"text_retrieval_recall@1": 0.125, "undefined": float("nan")},
+        },
     ]
-    sources = [{"name": "shards", "path": "/somewhere/private/train", "embeddings": None},
-               {"name": "remote", "path": "https://me:pass@host/a/{0..3}.tar?X-Amz-Signature=SIGNED",
-                "storage": {"client_kwargs": {"headers": {"Authorization": "Bearer SIGNED"}}}},
-               {"name": "shards", "path": "../private/a::~/private/b"}]  # fmt: skip
-    training = {"out": "/somewhere/private/run", "init_from": "runs/private/first", "hf_token": "SIGNED"}
+    sources = [
+        {"name": "shards", "path": "/somewhere/private/train", "embeddings": None},
+        {
+            "name": "remote",
+            "path": "https://me:pass@host/a/{0..3}.tar?X-Amz-Signature=SIGNED",
+            "storage": {"client_kwargs": {"headers": {"Authorization": "Bearer SIGNED"}}},
+        },
+        {"name": "shards", "path": "../private/a::~/private/b"},
+    ]
+    training = {
+        "out": "/somewhere/private/run",
+        "init_from": "runs/private/first",
+        "hf_token": "SIGNED",
+    }
     training["data"] = {"sources": sources}
-    export.export(tiny(), folder, results=records, training=training, step=1200, license="apache-2.0")
+    export.export(
+        tiny(), folder, results=records, training=training, step=1200, license="apache-2.0"
+    )
     return folder
 
 
@@ -163,7 +248,9 @@ def test_tokens_are_the_same_in_all_libraries(exported):
     ours = open_clip.get_tokenizer(f"local-dir:{exported}")(SENTENCES)
     assert ours.shape == (len(SENTENCES), 16)
     for sentence, row in zip(SENTENCES, ours.tolist()):
-        expected = row[: row.index(49407) + 1]  # open_clip pads with 0, transformers with the end token: neither is read
+        expected = row[
+            : row.index(49407) + 1
+        ]  # open_clip pads with 0, transformers with the end token: neither is read
         assert theirs(sentence, truncation=True).input_ids == expected, sentence
     for sentence in REPAIRED_BY_OPEN_CLIP:  # if transformers learns to, the card must change
         repaired = open_clip.tokenizer.basic_clean(sentence)
@@ -172,18 +259,27 @@ def test_tokens_are_the_same_in_all_libraries(exported):
         assert theirs(repaired).input_ids == ids[: ids.index(49407) + 1]
     padded = theirs(SENTENCES, truncation=True, padding="max_length", return_tensors="pt").input_ids
     model = load(exported).eval()
-    torch.testing.assert_close(model(text=padded).text, model(text=ours).text, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        model(text=padded).text, model(text=ours).text, rtol=0, atol=TOLERANCE
+    )
 
 
-@pytest.mark.parametrize(("size", "aside"), [((32, 32), 0), ((64, 100), 0), ((480, 636), 0), ((20, 20), 0), ((33, 57), 1)])
+@pytest.mark.parametrize(
+    ("size", "aside"),
+    [((32, 32), 0), ((64, 100), 0), ((480, 636), 0), ((20, 20), 0), ((33, 57), 1)],
+)
 def test_pixels_of_the_processor_are_within_one_level(exported, size, aside):
-    """One level of 255, .015 after normalisation: the resize rounds differently. An odd margin is cropped one pixel aside."""
+    """One level of 255, .015 after normalisation: the resize rounds differently. An odd margin is
+    cropped one pixel aside.
+    """
     from transformers import AutoProcessor
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{exported}")
     ours = preprocess(image)
-    theirs = AutoProcessor.from_pretrained(exported)(images=image, return_tensors="pt").pixel_values[0]
+    theirs = AutoProcessor.from_pretrained(exported)(
+        images=image, return_tensors="pt"
+    ).pixel_values[0]
     width = ours.shape[-1] - aside
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     assert ((ours[..., :width] - theirs[..., aside:]).abs() * std * 255).max() <= 1.01
@@ -196,9 +292,14 @@ def test_squashed_pixels_agree_too(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8))
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    inputs_ = processor(text=["two red circles"], images=image, padding="max_length", return_tensors="pt")
+    inputs_ = processor(
+        text=["two red circles"], images=image, padding="max_length", return_tensors="pt"
+    )
     assert (preprocess(image) - inputs_["pixel_values"][0]).abs().max() * 127.5 <= 1.01
-    assert inputs_["input_ids"].tolist() == [[8, 6, 10, 1] + [0] * 8] and "attention_mask" not in inputs_
+    assert (
+        inputs_["input_ids"].tolist() == [[8, 6, 10, 1] + [0] * 8]
+        and "attention_mask" not in inputs_
+    )
 
 
 def shown(pixels):
@@ -214,16 +315,22 @@ def code_of(card):
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 60, 200)])
 @pytest.mark.parametrize("exif", [True, False])
-def test_the_cards_code_shows_every_library_what_training_saw(tmp_path, monkeypatch, background, exif):
+def test_the_cards_code_shows_every_library_what_training_saw(
+    tmp_path, monkeypatch, background, exif
+):
     from transformers import AutoProcessor
 
     model = tiny(decoding={"background": list(background), "exif": exif})
     notes = export.export(model, tmp_path / "out")
     off = [note for note in notes if "levels off" in note]
-    assert len(off) == (background != (255, 255, 255))  # transformers knows only white, and the export says so
+    assert len(off) == (
+        background != (255, 255, 255)
+    )  # transformers knows only white, and the export says so
     assert all(str(background) in note for note in off)
     card = (tmp_path / "out/README.md").read_text()
-    assert f"transparent pixels lay on {'white ' if background[0] == 255 else ''}{background}" in card
+    assert (
+        f"transparent pixels lay on {'white ' if background[0] == 255 else ''}{background}" in card
+    )
     assert ("turned as its Exif" in card) == exif
 
     (tmp_path / "photo.jpg").write_bytes(_pixels.sample(model.image_spec))
@@ -233,7 +340,9 @@ def test_the_cards_code_shows_every_library_what_training_saw(tmp_path, monkeypa
     seen = decode.evaluate((tmp_path / "photo.jpg").read_bytes(), model.image_spec)
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")
     assert torch.equal(shown(preprocess(names["image"])).round().to(torch.uint8), seen)
-    theirs = AutoProcessor.from_pretrained(tmp_path / "out")(images=names["image"], return_tensors="pt").pixel_values[0]
+    theirs = AutoProcessor.from_pretrained(tmp_path / "out")(
+        images=names["image"], return_tensors="pt"
+    ).pixel_values[0]
     assert (shown(theirs) - seen).abs().max() <= export.LEVELS
 
 
@@ -253,7 +362,11 @@ def test_other_libraries_do_with_pictures_what_the_card_says(exported, tmp_path)
 
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{exported}")
     hidden = shown(preprocess(stored))  # resized with alpha, which is dropped then
-    assert (hidden - pixels(stored.convert("RGB"))).abs().mean() < 5 < (hidden - pixels(stored)).abs().mean()
+    assert (
+        (hidden - pixels(stored.convert("RGB"))).abs().mean()
+        < 5
+        < (hidden - pixels(stored)).abs().mean()
+    )
     processor = AutoProcessor.from_pretrained(exported)
     theirs = shown(processor(images=stored, return_tensors="pt").pixel_values[0])
     assert (theirs - pixels(stored)).abs().max() <= export.LEVELS
@@ -275,9 +388,17 @@ def test_the_card_holds_metadata_results_and_no_private_paths(exported):
     assert metadata["pipeline_tag"] == "zero-shot-image-classification"
     first, second = metadata["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in first["metrics"]} == {"acc1": 0.2749, "acc5": 0.5}
-    assert first["dataset"]["name"] == "caltech101" and [m["type"] for m in second["metrics"]] == ["text_retrieval_recall@1"]
-    assert "| zeroshot_classification | caltech101 | zeroshot v1 | acc1 | 0.2749 | 0.2586 to 0.2911 | 0.01 |" in body
-    assert "| zeroshot_classification | caltech101 | zeroshot v1 | acc5 | 0.5 |  |  |" in body and "1200 steps" in body
+    assert first["dataset"]["name"] == "caltech101" and [m["type"] for m in second["metrics"]] == [
+        "text_retrieval_recall@1"
+    ]
+    assert (
+        "| zeroshot_classification | caltech101 | zeroshot v1 | acc1 | 0.2749 | 0.2586 to 0.2911 | 0.01 |"
+        in body
+    )
+    assert (
+        "| zeroshot_classification | caltech101 | zeroshot v1 | acc5 | 0.5 |  |  |" in body
+        and "1200 steps" in body
+    )
     assert "private" not in card and "name: shards" in body and "host/a/{0..3}.tar" in body
     assert not any(secret in card for secret in ("SIGNED", "pass@", "storage", "None"))
 
@@ -296,7 +417,9 @@ def test_the_folder_holds_safetensors_only_and_is_readable(exported):
                      "modules.json"}  # fmt: skip
     assert not any(path.suffix in (".bin", ".pt", ".pth", ".pkl") for path in exported.rglob("*"))
     assert len({stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()}) == 1
-    assert json.loads((exported / "config.json").read_text())["text_config"]["eos_token_id"] == 49407
+    assert (
+        json.loads((exported / "config.json").read_text())["text_config"]["eos_token_id"] == 49407
+    )
 
 
 def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
@@ -305,23 +428,33 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     (out / "mine.txt").write_text("precious")
     with pytest.raises(export.ExportError, match="not empty"):
         export.export(tiny(), out)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "mine.txt").read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
+        out / "mine.txt"
+    ).read_text() == "precious"
     (out / ".git").mkdir()
     (out / ".git/config").write_text("theirs")
     (out / "link").symlink_to("/nowhere")
     export.export(tiny(), out, overwrite=True)
-    assert (out / "mine.txt").read_text() == "precious" and (out / ".git/config").read_text() == "theirs"
+    assert (out / "mine.txt").read_text() == "precious" and (
+        out / ".git/config"
+    ).read_text() == "theirs"
     assert (out / "link").is_symlink() and (out / "config.json").exists()
     mean = {"image_tower": VIT | {"pool": "avg"}}
-    export.export(tiny(**mean), out, overwrite=True)  # its forms are fewer: what the first export wrote goes
+    export.export(
+        tiny(**mean), out, overwrite=True
+    )  # its forms are fewer: what the first export wrote goes
     assert (out / "mine.txt").exists() and not (out / "config.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     project = tmp_path / "project"
     project.mkdir()
     (project / "README.md").write_text("of a thesis")
-    with pytest.raises(export.ExportError, match=r"README.md, which no export wrote and this one would replace"):
+    with pytest.raises(
+        export.ExportError, match=r"README.md, which no export wrote and this one would replace"
+    ):
         export.export(tiny(), project, overwrite=True)
-    assert [p.name for p in project.iterdir()] == ["README.md"] and sorted(p.name for p in tmp_path.iterdir()) == ["out", "project"]
+    assert [p.name for p in project.iterdir()] == ["README.md"] and sorted(
+        p.name for p in tmp_path.iterdir()
+    ) == ["out", "project"]
     with pytest.raises(export.ExportError, match="is a file"):
         export.export(tiny(), out / "README.md")
 
@@ -340,11 +473,16 @@ def test_a_form_whose_embeddings_differ_is_not_written(tmp_path, monkeypatch):
     real = export._clip_form.network
 
     def wrong(model, weights):
-        return real(model, weights | {"visual.proj": weights["visual.proj"] * torch.linspace(0.9, 1.1, 48)})
+        return real(
+            model, weights | {"visual.proj": weights["visual.proj"] * torch.linspace(0.9, 1.1, 48)}
+        )
 
     monkeypatch.setattr(export._clip_form, "network", wrong)
     notes = export.export(tiny(), tmp_path / "out")
-    assert any("its embeddings differ by" in note for note in notes) and not (tmp_path / "out/config.json").exists()
+    assert (
+        any("its embeddings differ by" in note for note in notes)
+        and not (tmp_path / "out/config.json").exists()
+    )
 
 
 # ---- a run
@@ -353,21 +491,32 @@ def test_a_form_whose_embeddings_differ_is_not_written(tmp_path, monkeypatch):
 def test_a_run_is_exported_with_its_results(tmp_path):
     towers = {"image_tower": VIT, "text_tower": TEXT, "embed_dim": 48}
     (tmp_path / "shards").mkdir()
-    whole = {"out": "run", "model": towers, "objective": {"infonce": {}}, "train": {"duration": 10, "batch": 4},
-             "data": {"sources": [{"name": "shards", "path": str(tmp_path / "shards")}]}}  # fmt: skip
+    whole = {
+        "out": "run",
+        "model": towers,
+        "objective": {"infonce": {}},
+        "train": {"duration": 10, "batch": 4},
+        "data": {"sources": [{"name": "shards", "path": str(tmp_path / "shards")}]},
+    }
     model, run = tiny(seed=5), tmp_path / "run"
     for step in (10, 20):
         with torch.no_grad():
             model.logit_scale.fill_(step / 10)
-        contents = checkpoint.Contents(model.state_dict(), {}, config=yaml.safe_dump(whole), description=model.description())
+        contents = checkpoint.Contents(
+            model.state_dict(), {}, config=yaml.safe_dump(whole), description=model.description()
+        )
         checkpoint.save(run, step, contents, keep=2)
-    (run / "results.json").write_text(json.dumps([{"task": "zero_shot", "dataset": "scenes", "metrics": {"top1": 0.75}}]))
+    (run / "results.json").write_text(
+        json.dumps([{"task": "zero_shot", "dataset": "scenes", "metrics": {"top1": 0.75}}])
+    )
     export.export_run(run, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert "| zero_shot | scenes |  | top1 | 0.75 |  |  |" in card and "20 steps" in card
     pixels, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(pixels, ids).image, model(pixels, ids).image)
-    export.export_run(run / "checkpoints/step_00000010", tmp_path / "earlier")  # its results are not those of the end
+    export.export_run(
+        run / "checkpoints/step_00000010", tmp_path / "earlier"
+    )  # its results are not those of the end
     assert "Not evaluated." in (tmp_path / "earlier/README.md").read_text()
     assert load(tmp_path / "earlier")(None, None).scale.item() == pytest.approx(np.e)
 
@@ -402,10 +551,28 @@ def test_a_fresh_process_without_network_or_vlp_loads_it(exported, tmp_path):
     kept = tmp_path / "kept.pt"
     with torch.no_grad():
         features = model(pixels, ids)
-    torch.save({"pixels": model.pixels(pixels), "ids": ids, "image": features.image, "text": features.text}, kept)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run([sys.executable, "-c", FRESH, str(exported), str(kept)], env=environment, cwd=tmp_path,
-                         capture_output=True, text=True, timeout=200)  # fmt: skip
+    torch.save(
+        {
+            "pixels": model.pixels(pixels),
+            "ids": ids,
+            "image": features.image,
+            "text": features.text,
+        },
+        kept,
+    )
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "empty"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", FRESH, str(exported), str(kept)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     differences = json.loads(ran.stdout.strip().splitlines()[-1])
     assert len(differences) == 5 and max(differences) <= TOLERANCE

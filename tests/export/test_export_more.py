@@ -1,4 +1,6 @@
-"""Forms whose libraries are not among vlp's own dependencies but in its extra `hub`, which `dev` brings along."""
+"""Forms whose libraries are not among vlp's own dependencies but in its extra `hub`, which `dev`
+brings along.
+"""
 
 import sys
 
@@ -19,7 +21,12 @@ def described(kind, folder):
         "clip": lambda: {},
         "mean pooling": lambda: {"image_tower": VIT | {"pool": "avg"}},
         "timm": lambda: {"image_tower": {"name": "timm", "model": "test_resnet", "image_size": 64}},
-        "siglip": lambda: {"image_tower": siglip(folder), "text_tower": None, "embed_dim": None, "bias": -10.0},
+        "siglip": lambda: {
+            "image_tower": siglip(folder),
+            "text_tower": None,
+            "embed_dim": None,
+            "bias": -10.0,
+        },
         "huggingface": lambda: {"text_tower": language | {"model": str(language_model(folder))}},
     }[kind]()
 
@@ -33,10 +40,16 @@ def test_sentence_transformers(kind, tmp_path):
     notes = export.export(model, tmp_path / "out")
     assert any(note.startswith("sentence-transformers: ") for note in notes)
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    texts = ["two red circles", "a dog"] if kind == "siglip" else ["two red circles", "a dog that is too long " * 9]
+    texts = (
+        ["two red circles", "a dog"]
+        if kind == "siglip"
+        else ["two red circles", "a dog that is too long " * 9]
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    ids = processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = processor.tokenizer(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     pixels = processor.image_processor(images=image, return_tensors="pt").pixel_values
     with torch.no_grad():
         ours = model(pixels, ids)
@@ -44,7 +57,10 @@ def test_sentence_transformers(kind, tmp_path):
     assert (theirs.encode([image], convert_to_tensor=True) - ours.image).abs().max() <= TOLERANCE
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mean pooling", "timm", "siglip", "huggingface")]
+SLOW = [
+    pytest.param(kind, marks=pytest.mark.slow)
+    for kind in ("mean pooling", "timm", "siglip", "huggingface")
+]
 
 
 @pytest.mark.parametrize("kind", ["clip", *SLOW])
@@ -58,9 +74,16 @@ def test_onnx(kind, tmp_path):
         normalised = model.pixels(pixels)
         with torch.no_grad():
             ours = model(pixels, ids)
-        for file, fed, row in (("image", {"pixel_values": normalised}, ours.image), ("text", {"input_ids": ids}, ours.text)):
-            session = onnxruntime.InferenceSession(tmp_path / f"out/onnx/{file}.onnx", providers=["CPUExecutionProvider"])
-            (found,) = session.run([f"{file}_embeds"], {name: value.numpy() for name, value in fed.items()})
+        for file, fed, row in (
+            ("image", {"pixel_values": normalised}, ours.image),
+            ("text", {"input_ids": ids}, ours.text),
+        ):
+            session = onnxruntime.InferenceSession(
+                tmp_path / f"out/onnx/{file}.onnx", providers=["CPUExecutionProvider"]
+            )
+            (found,) = session.run(
+                [f"{file}_embeds"], {name: value.numpy() for name, value in fed.items()}
+            )
             assert (torch.from_numpy(found) - row).abs().max() <= TOLERANCE
 
 
@@ -82,6 +105,9 @@ def test_what_the_exporter_raises_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_form, "_NEEDED", ())
     monkeypatch.setitem(sys.modules, "onnxruntime", object())
     monkeypatch.setattr(torch.onnx, "export", failing)
-    with pytest.raises(onnx_form.OnnxError, match=r"^the image tower cannot be written .*does not know\); leave out --onnx"):
+    with pytest.raises(
+        onnx_form.OnnxError,
+        match=r"^the image tower cannot be written .*does not know\); leave out --onnx",
+    ):
         export.export(tiny(), tmp_path / "out", onnx=True)
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,9 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # for the processes that load; here it was read at import:
+    monkeypatch.setenv(
+        "HF_HUB_DISABLE_XET", "1"
+    )  # for the processes that load; here it was read at import:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     with loopback_hub() as running:
         yield running
@@ -48,10 +50,15 @@ def test_all_files_arrive_in_one_commit_and_a_second_push_changes_nothing(export
     address, _ = quickly(exported, hub)
     assert address == f"{hub.url}/{REPO}/commit/1"
     there = {path: data for path, data in hub.repos[REPO].items() if path != ".gitattributes"}
-    written = {str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    written = {
+        str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()
+    }
     card = there.pop("README.md").decode()
     local = written.pop("README.md").decode()
-    assert local.replace('"local-dir:tiny"', f'"hf-hub:{REPO}"').replace('("tiny")', f'("{REPO}")') == card
+    assert (
+        local.replace('"local-dir:tiny"', f'"hf-hub:{REPO}"').replace('("tiny")', f'("{REPO}")')
+        == card
+    )
     assert there == written and "local-dir" not in card
     _, said = quickly(exported, hub)
     assert said == [f"{REPO} holds this model already"] and len(hub.uploads) == 2
@@ -84,19 +91,32 @@ def test_other_content_is_not_replaced_unless_asked(exported, hub):
         quickly(exported, hub)
     assert hub.repos[REPO]["their.txt"] == b"precious"
     quickly(exported, hub, overwrite=True)
-    assert "their.txt" not in hub.repos[REPO] and f"hf-hub:{REPO}".encode() in hub.repos[REPO]["README.md"]
+    assert (
+        "their.txt" not in hub.repos[REPO]
+        and f"hf-hub:{REPO}".encode() in hub.repos[REPO]["README.md"]
+    )
 
 
 def test_only_what_the_export_wrote_is_published(exported, hub, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "copy")
-    foreign = [".env", ".DS_Store", ".ipynb_checkpoints/card-checkpoint.md", "notes.txt", "onnx/mine.onnx"]
+    foreign = [
+        ".env",
+        ".DS_Store",
+        ".ipynb_checkpoints/card-checkpoint.md",
+        "notes.txt",
+        "onnx/mine.onnx",
+    ]
     for name in foreign:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("SECRET")
     (folder / "passwd").symlink_to("/etc/passwd")
     _, said = quickly(folder, hub)
-    assert said == [f"left out, because no export wrote them: {', '.join(sorted([*foreign, 'passwd']))}"]
-    assert not set(hub.repos[REPO]) & {*foreign, "passwd"} and b"SECRET" not in b"".join(hub.repos[REPO].values())
+    assert said == [
+        f"left out, because no export wrote them: {', '.join(sorted([*foreign, 'passwd']))}"
+    ]
+    assert not set(hub.repos[REPO]) & {*foreign, "passwd"} and b"SECRET" not in b"".join(
+        hub.repos[REPO].values()
+    )
 
 
 def test_stages_load_from_the_hub_as_their_card_says(exported, hub, tmp_path, monkeypatch):
@@ -120,7 +140,9 @@ def test_files_that_are_lost_or_lead_out_are_refused(exported, hub, tmp_path):
     (folder / "tokenizer.json").symlink_to("/etc/passwd")
     with pytest.raises(PushError, match=r"tokenizer.json leads out of the folder, to /etc/passwd"):
         quickly(folder, hub)
-    (folder / "vlp_export.json").write_text('{"name": "tiny", "files": ["../../etc/passwd", "/etc/passwd"]}')
+    (folder / "vlp_export.json").write_text(
+        '{"name": "tiny", "files": ["../../etc/passwd", "/etc/passwd"]}'
+    )
     with pytest.raises(PushError, match=r"leads out of the folder|has lost"):
         quickly(folder, hub)
     assert REPO not in hub.repos
@@ -175,15 +197,24 @@ print(json.dumps([max((i - data["image"]).abs().max().item(), (t - data["text"])
 """
 
 
-@pytest.mark.parametrize("kind", ["clip", "huggingface", pytest.param("siglip", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["clip", "huggingface", pytest.param("siglip", marks=pytest.mark.slow)]
+)
 def test_every_library_loads_it_from_the_hub_and_the_card_runs(kind, exported, hub, tmp_path):
     folder, model = exported, tiny()
     prelude = ""
-    if kind == "siglip":  # whose tokenizer lies in the repository, under a name that only the push knows
+    if (
+        kind == "siglip"
+    ):  # whose tokenizer lies in the repository, under a name that only the push knows
         model = tiny(image_tower=siglip(tmp_path), text_tower=None, embed_dim=None, bias=-10.0)
         prelude = "from tests.models.tiny import register_small_siglip\nregister_small_siglip()\n"
     if kind == "huggingface":  # so does its text tower
-        text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
+        text = {
+            "name": "huggingface",
+            "model": str(language_model(tmp_path / "bert")),
+            "context_length": 12,
+            "pretrained": False,
+        }
         model = tiny(text_tower=text)
     if kind != "clip":
         folder = tmp_path / "out"
@@ -196,17 +227,37 @@ def test_every_library_loads_it_from_the_hub_and_the_card_runs(kind, exported, h
     pixels, ids = inputs(model)
     with torch.no_grad():
         features = model(pixels, ids)
-    torch.save({"pixels": model.pixels(pixels), "ids": ids, "image": features.image, "text": features.text}, tmp_path / "kept.pt")
+    torch.save(
+        {
+            "pixels": model.pixels(pixels),
+            "ids": ids,
+            "image": features.image,
+            "text": features.text,
+        },
+        tmp_path / "kept.pt",
+    )
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     form = "open_clip" if kind == "huggingface" else "transformers"
-    ran = subprocess.run([sys.executable, "-c", prelude + LOADED, str(tmp_path / "kept.pt"), form], env=environment,
-                         cwd=tmp_path, capture_output=True, text=True, timeout=200)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", prelude + LOADED, str(tmp_path / "kept.pt"), form],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     *differences, tokens, n_blocks, n_ran = json.loads(ran.stdout.strip().splitlines()[-1])
     assert len(differences) == (4 if kind == "huggingface" else 5) and max(differences) <= 1e-5
-    assert len(tokens[0]) == model.text_spec.context_length and (kind == "clip" or tokens[0][:4] == [8, 6, 10, 1])
+    assert len(tokens[0]) == model.text_spec.context_length and (
+        kind == "clip" or tokens[0][:4] == [8, 6, 10, 1]
+    )
     n_skipped = 0 if form == "open_clip" or importlib.util.find_spec("sentence_transformers") else 1
     assert n_blocks == (3 if kind == "huggingface" else 5) and n_ran == n_blocks - n_skipped
     assert TOKEN not in ran.stdout + ran.stderr

@@ -1,4 +1,6 @@
-"""What reaches an objective from outside, and what does not: autocast, second derivatives, retained graphs."""
+"""What reaches an objective from outside, and what does not: autocast, second derivatives, retained
+graphs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ def narrow() -> dict[str, Tensor]:
 
 def value_and_gradients(objective, given: dict[str, Tensor], **options) -> list[Tensor]:
     total, _ = objective(**given, step=0)
-    return [total.detach(), *torch.autograd.grad(total, [given[leaf] for leaf in LEAVES], materialize_grads=True, **options)]
+    return [
+        total.detach(),
+        *torch.autograd.grad(
+            total, [given[leaf] for leaf in LEAVES], materialize_grads=True, **options
+        ),
+    ]
 
 
 @pytest.mark.parametrize("impl", ["dense", "tiled"])
@@ -39,7 +46,9 @@ def test_autocast_changes_no_bit_of_any_term(impl):
             leaves = [given[leaf] for leaf in LEAVES]
             late = [total.detach(), *torch.autograd.grad(total, leaves, materialize_grads=True)]
         for found in (inside, late):
-            assert all(torch.equal(a, b) for a, b in zip(found, outside, strict=True)), f"{name} {options}"
+            assert all(torch.equal(a, b) for a, b in zip(found, outside, strict=True)), (
+                f"{name} {options}"
+            )
         largest = max(largest, *(g.abs().max().item() for g in outside[1:]))
         n += 1
     assert n == len(TERMS) == 50 and largest > 0.1
@@ -60,7 +69,9 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("impl", ["tiled"])
 def test_second_derivatives_of_reductions_are_refused(impl):
     given = narrow()
-    rows, _ = Engine(impl=impl).at(0).margin_logsumexp(given["image"], given["text"], given["scale"])
+    rows, _ = (
+        Engine(impl=impl).at(0).margin_logsumexp(given["image"], given["text"], given["scale"])
+    )
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         torch.autograd.grad(rows.sum(), [given["image"]], create_graph=True)
 
@@ -71,9 +82,19 @@ def exchanges() -> list[str]:
     value = torch.ones(4, 3, requires_grad=True)
 
     def ring(value: Tensor) -> Tensor:
-        return build({"infonce": {}}, topology="ring").engine.at(0).margin_logsumexp(value, value, 1.0)[0]
+        return (
+            build({"infonce": {}}, topology="ring")
+            .engine.at(0)
+            .margin_logsumexp(value, value, 1.0)[0]
+        )
 
-    for exchange in (dist.all_gather, dist.reduce_scatter, dist.all_reduce, dist.all_to_all, lambda value, _: ring(value)):
+    for exchange in (
+        dist.all_gather,
+        dist.reduce_scatter,
+        dist.all_reduce,
+        dist.all_to_all,
+        lambda value, _: ring(value),
+    ):
         try:
             torch.autograd.grad(exchange(value, group).sum(), [value], create_graph=True)
         except NotImplementedError as error:

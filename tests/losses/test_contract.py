@@ -1,4 +1,6 @@
-"""The contract of a loss file, for every file found in vlp/losses: a new one is tested without being named here."""
+"""The contract of a loss file, for every file found in vlp/losses: a new one is tested without
+being named here.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_files_import_nothing_but_torch_and_this_project():
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
             for module in modules:
                 root = module.split(".")[0]
-                assert root in {"torch", "vlp"} | sys.stdlib_module_names, f"{path.name} imports {module}"
+                assert root in {"torch", "vlp"} | sys.stdlib_module_names, (
+                    f"{path.name} imports {module}"
+                )
                 n += 1
     assert n > 100
 
@@ -73,7 +77,13 @@ def test_files_load_without_gpu_and_extras():
         "found = [plugin.load('vlp.losses', name) for name in plugin.names('vlp.losses')]\n"
         "print(len(found))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=_without_gpu(), timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=_without_gpu(),
+        timeout=120,
+    )
     assert done.stdout.strip() == "24", done.stderr
 
 
@@ -93,16 +103,21 @@ def test_defaults_give_finite_gradients_and_ranks_agree():
     alone, found = with_defaults(), ranks.run(2, with_defaults)
     for name in NAMES:
         values = [torch.tensor(v, dtype=torch.float64) for v in alone[name]]
-        assert all(v.isfinite().all() for v in values) and any(v.norm() > 1e-6 for v in values[1:]), name
+        assert all(v.isfinite().all() for v in values) and any(
+            v.norm() > 1e-6 for v in values[1:]
+        ), name
         for i, leaf in enumerate(("value", *LEAVES)):
             mean = sum(torch.tensor(r[name][i], dtype=torch.float64) for r in found) / 2
-            # numbers of each sample are float32: a learned temperature starts at a rounded value, the same on all ranks
+            # numbers of each sample are float32: a learned temperature starts at a rounded value,
+            # the same on all ranks
             assert (mean - values[i]).norm() <= 1e-9 * values[i].norm() + 1e-12, f"{name}, {leaf}"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_aligned_pairs_and_identical_rows_stay_finite_in_float32(name):
-    """At a scale of 100: texts that are the images' own embeddings; then one embedding for all rows."""
+    """At a scale of 100: texts that are the images' own embeddings; then one embedding for all
+    rows.
+    """
     for same in (False, True):
         d = {k: v.detach().float() if v.is_floating_point() else v for k, v in given().items()}
         d["image"] = d["image"][:1].expand(8, -1).contiguous() if same else d["image"]
@@ -119,7 +134,10 @@ def test_what_is_missing_is_named_with_the_term_and_its_supplier():
         objective = build({name: {}})
         for keyword in sorted(objective.needs):
             supplier = re.escape(SUPPLIERS[keyword.removesuffix("_valid")])
-            with pytest.raises(ValueError, match=f"the term '{name}.*' needs '{keyword}'.* \\(it comes from {supplier}\\)"):
+            with pytest.raises(
+                ValueError,
+                match=f"the term '{name}.*' needs '{keyword}'.* \\(it comes from {supplier}\\)",
+            ):
                 objective(**{k: v for k, v in given().items() if k != keyword})
             n += 1
     assert n == 25 and set(SUPPLIERS) <= set(KEYWORDS)
@@ -134,27 +152,44 @@ def changed(name, **values):
     return lambda: build({name: {}})(**d)
 
 
-@pytest.mark.parametrize("call, message", [
-    *((changed(name, queue_text=shortened, queue_image=shortened), f"'{name}': a queue of 7 is smaller than the batch of 8")
-      for name in ("mixing", "momentum_queue")),
-    (changed("slip", image_views=lambda v: v[:1]), "'slip': found 1 image views, expected at least 2"),
-    (changed("ranked", score=lambda s: s - 1), "'ranked': score: found -1, expected numbers >= 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        *(
+            (
+                changed(name, queue_text=shortened, queue_image=shortened),
+                f"'{name}': a queue of 7 is smaller than the batch of 8",
+            )
+            for name in ("mixing", "momentum_queue")
+        ),
+        (
+            changed("slip", image_views=lambda v: v[:1]),
+            "'slip': found 1 image views, expected at least 2",
+        ),
+        (
+            changed("ranked", score=lambda s: s - 1),
+            "'ranked': score: found -1, expected numbers >= 0",
+        ),
+    ],
+)
 def test_bad_inputs(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("mann_whitney", {"tau": 0}, "expected tau > 0"),
-    ("momentum_queue", {"temperature": -1}, "expected a number > 0"),
-    ("slip", {"temperature": 0}, "expected a number > 0"),
-    ("mixing", {"hardest": 0}, "expected hardest >= 1"),
-    ("multi_view", {"label_smoothing": 1}, "expected 0 <= ε < 1"),
-    ("ranked", {"power": -1}, "expected a number >= 0"),
-    ("cyclip", {"in_modal": -1}, "expected numbers >= 0"),
-    ("distill", {"form": "rank"}, "did you mean 'ranking'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("mann_whitney", {"tau": 0}, "expected tau > 0"),
+        ("momentum_queue", {"temperature": -1}, "expected a number > 0"),
+        ("slip", {"temperature": 0}, "expected a number > 0"),
+        ("mixing", {"hardest": 0}, "expected hardest >= 1"),
+        ("multi_view", {"label_smoothing": 1}, "expected 0 <= ε < 1"),
+        ("ranked", {"power": -1}, "expected a number >= 0"),
+        ("cyclip", {"in_modal": -1}, "expected numbers >= 0"),
+        ("distill", {"form": "rank"}, "did you mean 'ranking'"),
+    ],
+)
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         build({name: options})
@@ -169,6 +204,8 @@ def short_queue():
     assert dist.world_size() == 2
     d = own_rows(data())
     try:
-        build({"momentum_queue": {}})(**d | {name: d[name][:7] for name in ("queue_image", "queue_text")})
+        build({"momentum_queue": {}})(
+            **d | {name: d[name][:7] for name in ("queue_image", "queue_text")}
+        )
     except ValueError as error:
         return str(error)

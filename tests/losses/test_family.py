@@ -1,7 +1,9 @@
-"""Every objective against a loop written from its equation, in float64, on 1, 2 and 4 ranks, gathered and on a ring.
+"""Every objective against a loop written from its equation, in float64, on 1, 2 and 4 ranks,
+gathered and on a ring.
 
-The ranks hold different numbers of valid captions, counting samples, tokens and concepts; values and the gradients of
-all inputs are compared, through `vlp.losses.build`. (Objectives with a state for each sample: test_moving.py.)
+The ranks hold different numbers of valid captions, counting samples, tokens and concepts; values
+and the gradients of all inputs are compared, through `vlp.losses.build`. (Objectives with a state
+for each sample: test_moving.py.)
 """
 
 from __future__ import annotations
@@ -29,11 +31,23 @@ def data() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(11)
 
     def rows(*shape: int) -> Tensor:
-        return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).requires_grad_()
+        return F.normalize(
+            torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1
+        ).requires_grad_()
 
-    given = {name: rows(B, D) for name in ("image", "text", "negative_image", "ema_image", "ema_text")}
-    given |= {"negatives": rows(B, K, D), "ema_negatives": rows(B, K, D), "counterfactual": rows(B, C, D)}
-    given |= {"teacher_image": rows(B, TEACHER), "teacher_text": rows(B, TEACHER), "teacher_scores": rows(B, K)}
+    given = {
+        name: rows(B, D) for name in ("image", "text", "negative_image", "ema_image", "ema_text")
+    }
+    given |= {
+        "negatives": rows(B, K, D),
+        "ema_negatives": rows(B, K, D),
+        "counterfactual": rows(B, C, D),
+    }
+    given |= {
+        "teacher_image": rows(B, TEACHER),
+        "teacher_text": rows(B, TEACHER),
+        "teacher_scores": rows(B, K),
+    }
     given |= {name: rows(V, B, D) for name in ("image_views", "text_views")}
     given |= {name: rows(Q, D) for name in ("queue_image", "queue_text")}
     given |= {"caption_logits": rows(B, L, WORDS), "concept_logits": rows(B, CONCEPTS)}
@@ -44,11 +58,16 @@ def data() -> dict[str, Tensor]:
     return given | {
         "teacher_scale": torch.tensor(8.0, dtype=torch.float64),
         # uneven: the first rank of four has no valid caption at all, the third has all
-        "negatives_valid": torch.tensor([0, 0, 5, 2, 7, 7, 4, 0]).unsqueeze(1).bitwise_and(torch.tensor([4, 2, 1])).bool(),
+        "negatives_valid": torch.tensor([0, 0, 5, 2, 7, 7, 4, 0])
+        .unsqueeze(1)
+        .bitwise_and(torch.tensor([4, 2, 1]))
+        .bool(),
         "counterfactual_valid": torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]).bool(),
         "score": torch.tensor([0, 0.5, 2, 1, 0.1, 3, 1, 0.7], dtype=torch.float64),
-        "caption_ids": torch.randint(1, WORDS, (B, L), generator=generator) * (torch.arange(L) < torch.arange(B).view(B, 1) - 2),
-        "concept_targets": (torch.arange(B * CONCEPTS) % 4).view(B, CONCEPTS).double() * (torch.arange(B) % 3 > 0).unsqueeze(1),
+        "caption_ids": torch.randint(1, WORDS, (B, L), generator=generator)
+        * (torch.arange(L) < torch.arange(B).view(B, 1) - 2),
+        "concept_targets": (torch.arange(B * CONCEPTS) % 4).view(B, CONCEPTS).double()
+        * (torch.arange(B) % 3 > 0).unsqueeze(1),
     }
 
 
@@ -74,7 +93,9 @@ def others(i):
 
 
 def both(one):
-    """Mean over rows of ½ (row term + column term); one(score, i) with score(j, k) the score that row j gives k."""
+    """Mean over rows of ½ (row term + column term); one(score, i) with score(j, k) the score that
+    row j gives k.
+    """
 
     def loop(d):
         rows = sum(one(lambda i, j: z(d, i, j), i, d) for i in CANDIDATES)
@@ -90,7 +111,14 @@ def infonce(score, i, d):
 
 def siglip(d):
     y = 2 * torch.eye(B) - 1
-    return sum(torch.log(1 + torch.exp(-y[i, j] * (z(d, i, j) + d["bias"]))) for i in CANDIDATES for j in CANDIDATES) / B
+    return (
+        sum(
+            torch.log(1 + torch.exp(-y[i, j] * (z(d, i, j) + d["bias"])))
+            for i in CANDIDATES
+            for j in CANDIDATES
+        )
+        / B
+    )
 
 
 def distance(a, b):
@@ -128,7 +156,10 @@ def decoupled_weighted(score, i, d):
 def hn_nce(alpha, beta):
     def one(score, i, d):
         norm = sum(torch.exp(beta * score(i, k)) for k in others(i))
-        hard = sum((B - 1) * torch.exp(beta * score(i, j)) / norm * torch.exp(score(i, j)) for j in others(i))
+        hard = sum(
+            (B - 1) * torch.exp(beta * score(i, j)) / norm * torch.exp(score(i, j))
+            for j in others(i)
+        )
         return -torch.log(torch.exp(score(i, i)) / (alpha * torch.exp(score(i, i)) + hard))
 
     return one
@@ -162,7 +193,9 @@ def macl(d):
 def cyclip(d):
     x, t = d["image"], d["text"]
     return sum(
-        (x[i] @ x[j] - t[i] @ t[j]) ** 2 + (x[i] @ t[j] - x[j] @ t[i]) ** 2 for i in CANDIDATES for j in CANDIDATES
+        (x[i] @ x[j] - t[i] @ t[j]) ** 2 + (x[i] @ t[j] - x[j] @ t[i]) ** 2
+        for i in CANDIDATES
+        for j in CANDIDATES
     ) / (4 * B)
 
 
@@ -199,7 +232,9 @@ def self_distillation(negatives):
             total = total + distance(d["text"][i], d["ema_text"][i].detach())
             for k in range(K) if negatives else ():
                 if d["negatives_valid"][i, k]:
-                    total = total + distance(d["negatives"][i, k], d["ema_negatives"][i, k].detach())
+                    total = total + distance(
+                        d["negatives"][i, k], d["ema_negatives"][i, k].detach()
+                    )
         return total / B
 
     return loop
@@ -225,7 +260,10 @@ def triplet(d):
         x, caption = d["negative_image"], d["negatives"][:, 0]
         own = scale * (x[i] @ caption[i])
         rows = [scale * (x[i] @ c) for c in [*(caption[j] for j in live), *d["text"]]]
-        second = second + (log_sum(rows) + log_sum(scale * (x[j] @ caption[i]) for j in live) - 2 * own) / 2
+        second = (
+            second
+            + (log_sum(rows) + log_sum(scale * (x[j] @ caption[i]) for j in live) - 2 * own) / 2
+        )
         n += 1
     return negclip(d, columns=[0]) + second / n
 
@@ -261,7 +299,10 @@ def text_grounded(d):
 def rank(margin):
     def loop(d):
         cells = [(i, k) for i in CANDIDATES for k in range(K) if d["negatives_valid"][i, k]]
-        gap = [margin[k] + d["scale"] * (d["image"][i] @ d["negatives"][i, k]) - z(d, i, i) for i, k in cells]
+        gap = [
+            margin[k] + d["scale"] * (d["image"][i] @ d["negatives"][i, k]) - z(d, i, i)
+            for i, k in cells
+        ]
         return sum(torch.clamp(g, min=0) for g in gap) / len(cells)
 
     return loop
@@ -279,8 +320,14 @@ def ranking(d):
     total, n = 0, 0
     for i in CANDIDATES:
         live = [k for k in range(K) if d["negatives_valid"][i, k]]
-        left = [d["scale"] * (d["image"][i] @ d["negatives"][i, k]) for k in sorted(live, key=lambda k: -d["teacher_scores"][i, k])]
-        total, n = total + sum(log_sum(left[r:]) - left[r] for r in range(len(left))), n + bool(left)
+        left = [
+            d["scale"] * (d["image"][i] @ d["negatives"][i, k])
+            for k in sorted(live, key=lambda k: -d["teacher_scores"][i, k])
+        ]
+        total, n = (
+            total + sum(log_sum(left[r:]) - left[r] for r in range(len(left))),
+            n + bool(left),
+        )
     return total / n
 
 
@@ -289,7 +336,10 @@ def concepts(d):
     for i in CANDIDATES:
         q, z = d["concept_targets"][i], d["concept_logits"][i]
         if q.sum() > 0:
-            total, n = total - sum(q[c] / q.sum() * (z[c] - log_sum(z)) for c in range(CONCEPTS)), n + 1
+            total, n = (
+                total - sum(q[c] / q.sum() * (z[c] - log_sum(z)) for c in range(CONCEPTS)),
+                n + 1,
+            )
     return total / n
 
 
@@ -302,7 +352,10 @@ def captioning(d):
 def ranked(power, normalize):
     def loop(d):
         w = [float(s) ** power for s in d["score"]]
-        total = sum(w[i] * (infonce(lambda i, j: z(d, i, j), i, d) + infonce(lambda i, j: z(d, j, i), i, d)) for i in CANDIDATES)
+        total = sum(
+            w[i] * (infonce(lambda i, j: z(d, i, j), i, d) + infonce(lambda i, j: z(d, j, i), i, d))
+            for i in CANDIDATES
+        )
         return total / 2 / (sum(w) if normalize else B)
 
     return loop
@@ -312,7 +365,9 @@ def mann_whitney(tau):
     def loop(d):
         s = d["image"] @ d["text"].T
         cells = [(i, k, j) for i in CANDIDATES for k in CANDIDATES for j in others(k)]
-        return sum(torch.log(1 + torch.exp((s[k, j] - s[i, i]) / tau)) for i, k, j in cells) / len(cells)
+        return sum(torch.log(1 + torch.exp((s[k, j] - s[i, i]) / tau)) for i, k, j in cells) / len(
+            cells
+        )
 
     return loop
 
@@ -326,7 +381,11 @@ def momentum_queue(d):
     for own, other in (("image", "text"), ("text", "image")):
         for i in CANDIDATES:
             positive = d[own][i] @ d[f"ema_{other}"][i].detach() / 0.07
-            total = total + log_sum([positive, *(d[own][i] @ k / 0.07 for k in keys(d[f"queue_{other}"]))]) - positive
+            total = (
+                total
+                + log_sum([positive, *(d[own][i] @ k / 0.07 for k in keys(d[f"queue_{other}"]))])
+                - positive
+            )
     return total / (2 * B)
 
 
@@ -335,7 +394,9 @@ def mixtures(query, queue, i, name, options):
     hardest = sorted(keys(queue), key=lambda k: -(query @ k))[: options["hardest"]]
     n, n_pairs = len(hardest), options["mixed_pairs"]
     seed = derive(0, "mixing", name, 0)
-    which, other, weight = (u[0].tolist() for u in draws(torch.tensor([i]), seed, n_pairs + options["mixed_queries"]))
+    which, other, weight = (
+        u[0].tolist() for u in draws(torch.tensor([i]), seed, n_pairs + options["mixed_queries"])
+    )
     for m in range(len(which)):
         first = int(which[m] * n)
         second = (first + 1 + int(other[m] * (n - 1))) % n
@@ -354,8 +415,16 @@ def mixing(options):
             for i in CANDIDATES:
                 x, queue = d[own][i], d[f"queue_{other}"]
                 batch = range(B) if options.get("in_batch", True) else [i]
-                found = [*(d[other][j] for j in batch), *keys(queue), *mixtures(x, queue, i, other, options)]
-                total = total + log_sum([d["scale"] * (x @ v) for v in found]) - d["scale"] * (x @ d[other][i])
+                found = [
+                    *(d[other][j] for j in batch),
+                    *keys(queue),
+                    *mixtures(x, queue, i, other, options),
+                ]
+                total = (
+                    total
+                    + log_sum([d["scale"] * (x @ v) for v in found])
+                    - d["scale"] * (x @ d[other][i])
+                )
         return total / (2 * B)
 
     return loop
@@ -378,7 +447,11 @@ def slip(d):
     v = [*d["image_views"][0], *d["image_views"][1]]
     total = 0
     for i in range(2 * B):
-        total = total + log_sum(v[i] @ v[k] / 0.1 for k in range(2 * B) if k != i) - v[i] @ v[(i + B) % (2 * B)] / 0.1
+        total = (
+            total
+            + log_sum(v[i] @ v[k] / 0.1 for k in range(2 * B) if k != i)
+            - v[i] @ v[(i + B) % (2 * B)] / 0.1
+        )
     return total / (2 * B)
 
 
@@ -444,8 +517,12 @@ PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("globa
 
 
 def gradients_of(value: Tensor, d: dict[str, Tensor]) -> list:
-    assert not any(g is not None and g.any() for g in torch.autograd.grad(
-        value, [d[name] for name in NEVER], retain_graph=True, allow_unused=True))  # fmt: skip
+    assert not any(
+        g is not None and g.any()
+        for g in torch.autograd.grad(
+            value, [d[name] for name in NEVER], retain_graph=True, allow_unused=True
+        )
+    )
     found = torch.autograd.grad(value, [d[name] for name in LEAVES], materialize_grads=True)
     return [value.item(), *(g.tolist() for g in found)]
 
@@ -481,13 +558,22 @@ def test_objectives_equal_loops(n_ranks):
     for p, plan in enumerate(PLANS):
         for f, (name, options, _) in enumerate(FAMILY):
             for i, leaf in enumerate(("value", *LEAVES)):
-                mean = sum(torch.tensor(found[k][p][f][i], dtype=torch.float64) for k in range(n_ranks)) / n_ranks
+                mean = (
+                    sum(
+                        torch.tensor(found[k][p][f][i], dtype=torch.float64) for k in range(n_ranks)
+                    )
+                    / n_ranks
+                )
                 wanted = torch.tensor(expected[f][i], dtype=torch.float64)
                 error = (mean - wanted).norm()
-                assert error <= 1e-10 * wanted.norm() + 1e-12, f"{name} {options}, {plan}, {leaf}: {mean} is not {wanted}"
+                assert error <= 1e-10 * wanted.norm() + 1e-12, (
+                    f"{name} {options}, {plan}, {leaf}: {mean} is not {wanted}"
+                )
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
-    assert n_cases == 4 * len(FAMILY) == 4 * 43 and n_live == 4 * N_LIVE, "the comparison must not be empty"
+    assert n_cases == 4 * len(FAMILY) == 4 * 43 and n_live == 4 * N_LIVE, (
+        "the comparison must not be empty"
+    )
 
 
 def test_half_precision_embeddings():
@@ -500,16 +586,27 @@ def test_half_precision_embeddings():
         exact["scale"].fill_(20)
     n = 0
     for name, options, loop in FAMILY:
-        given = {k: v.bfloat16() if v.is_floating_point() and v.dim() else v for k, v in exact.items()}
-        given = {k: v.detach().float() if v.dtype == torch.float64 else v.detach() for k, v in given.items()}
+        given = {
+            k: v.bfloat16() if v.is_floating_point() and v.dim() else v for k, v in exact.items()
+        }
+        given = {
+            k: v.detach().float() if v.dtype == torch.float64 else v.detach()
+            for k, v in given.items()
+        }
         for leaf in LEAVES:
             given[leaf].requires_grad_()
         total, _ = build({name: options}, impl="tiled")(**given)
         expected = loop(exact)
-        assert total.item() == pytest.approx(expected.item(), rel=2e-5, abs=1e-6), f"{name} {options}"
+        assert total.item() == pytest.approx(expected.item(), rel=2e-5, abs=1e-6), (
+            f"{name} {options}"
+        )
         for leaf in LEAVES:
-            a, b = (torch.autograd.grad(v, d[leaf], retain_graph=True, materialize_grads=True)[0].double()
-                    for v, d in ((total, given), (expected, exact)))  # fmt: skip
+            a, b = (
+                torch.autograd.grad(v, d[leaf], retain_graph=True, materialize_grads=True)[
+                    0
+                ].double()
+                for v, d in ((total, given), (expected, exact))
+            )
             assert (a - b).norm() <= 1e-2 * b.norm() + 1e-5, f"{name} {options}, {leaf}"
             n += bool(b.norm() > 1e-6)
     assert n == N_LIVE
@@ -534,8 +631,13 @@ def margins_on_rank() -> list:
     unmoved = torch.equal(*margins)
     later = build({"hard_negatives": {"form": "rank"}})
     later.load_state_dict(saved)
-    return [first, saved["hard_negatives.rank"]["margin"].tolist(), unmoved, objective(**own_rows(d), step=1)[0].item(),
-            later(**own_rows(d), step=1)[0].item()]  # fmt: skip
+    return [
+        first,
+        saved["hard_negatives.rank"]["margin"].tolist(),
+        unmoved,
+        objective(**own_rows(d), step=1)[0].item(),
+        later(**own_rows(d), step=1)[0].item(),
+    ]
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
@@ -545,7 +647,9 @@ def test_the_margin_of_rank_is_the_previous_step_s(n_ranks):
     margin = []
     for k in range(K):
         live = [i for i in CANDIDATES if d["negatives_valid"][i, k]]
-        gap = mean - sum(d["scale"] * (d["image"][i] @ d["negatives"][i, k]) for i in live) / len(live)
+        gap = mean - sum(d["scale"] * (d["image"][i] @ d["negatives"][i, k]) for i in live) / len(
+            live
+        )
         margin.append(min(max(gap.item(), 0.0), 10.0))
     assert max(margin) > 0
     results = ranks.run(n_ranks, margins_on_rank)
@@ -557,29 +661,45 @@ def test_the_margin_of_rank_is_the_previous_step_s(n_ranks):
 
 
 def test_uniformity_on_the_sphere_is_the_written_one():
-    """−2‖x − y‖² and 4x·y − 4 differ in gradient along x only: through a normalisation they are one."""
-    raw = {name: torch.randn(B, D, dtype=torch.float64).requires_grad_() for name in ("image", "text")}
+    """−2‖x − y‖² and 4x·y − 4 differ in gradient along x only: through a normalisation they are
+    one.
+    """
+    raw = {
+        name: torch.randn(B, D, dtype=torch.float64).requires_grad_() for name in ("image", "text")
+    }
     unit = {name: F.normalize(v, dim=1) for name, v in raw.items()}
 
     def mean_kernel(x, y, cells):
         return torch.log(sum(torch.exp(-2 * distance(x[i], y[j])) for i, j in cells) / len(cells))
 
     upper = [(i, j) for i in CANDIDATES for j in range(i + 1, B)]
-    written = (mean_kernel(unit["image"], unit["image"], upper) + mean_kernel(unit["text"], unit["text"], upper)) / 2
-    written = written + mean_kernel(unit["image"], unit["text"], [(i, j) for i in CANDIDATES for j in others(i)])
+    written = (
+        mean_kernel(unit["image"], unit["image"], upper)
+        + mean_kernel(unit["text"], unit["text"], upper)
+    ) / 2
+    written = written + mean_kernel(
+        unit["image"], unit["text"], [(i, j) for i in CANDIDATES for j in others(i)]
+    )
     total, _ = build({"uniformity": {}, "cross_uniformity": {}})(**unit, scale=1.0)
     torch.testing.assert_close(total, written, rtol=1e-12, atol=0)
-    for a, b in zip(*(torch.autograd.grad(v, list(raw.values()), retain_graph=True) for v in (total, written))):
+    for a, b in zip(
+        *(torch.autograd.grad(v, list(raw.values()), retain_graph=True) for v in (total, written))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
         assert b.norm() > 1e-2
 
 
-@pytest.mark.parametrize("name, options, changed, valid", [
-    ("counting", {}, "counterfactual", "counterfactual_valid"),
-    *(("hard_negatives", {"form": k}, "negatives", "negatives_valid")
-      for k in ("negclip", "triplet", "own", "text", "rank", "intra")),
-    ("self_distillation", {"negatives": True}, "negatives", "negatives_valid"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, changed, valid",
+    [
+        ("counting", {}, "counterfactual", "counterfactual_valid"),
+        *(
+            ("hard_negatives", {"form": k}, "negatives", "negatives_valid")
+            for k in ("negclip", "triplet", "own", "text", "rank", "intra")
+        ),
+        ("self_distillation", {"negatives": True}, "negatives", "negatives_valid"),
+    ],
+)
 def test_invalid_entries_have_no_influence(name, options, changed, valid):
     d = data()
     before = gradients_of(build({name: options})(**d)[0], d)
@@ -591,7 +711,11 @@ def test_invalid_entries_have_no_influence(name, options, changed, valid):
         d[changed][d[valid]] = d[changed][d[valid]].roll(1, dims=-1)
     assert gradients_of(build({name: options})(**d)[0], d)[0] != before[0]
     nothing = build({name: options})(**d | {valid: torch.zeros_like(d[valid])})[0]
-    if name == "counting" or options["form" if "form" in options else "negatives"] in ("own", "text", "rank"):
+    if name == "counting" or options["form" if "form" in options else "negatives"] in (
+        "own",
+        "text",
+        "rank",
+    ):
         assert nothing == 0 and not any(torch.tensor(g).any() for g in gradients_of(nothing, d)[1:])
 
 
@@ -602,13 +726,16 @@ def test_terms_over_other_rows_need_two(name):
         build({name: {}})(**d)
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("decoupled", {"sigma": 0}, "expected a number > 0"),
-    ("hn_nce", {"beta": -1}, "expected numbers >= 0"),
-    ("macl", {"alpha": 1}, "temperature could become negative"),
-    ("cwcl", {"frozen": "txt"}, "did you mean 'text'"),
-    ("hard_negatives", {"form": "negclip", "focal": 2}, "belong to form: own"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("decoupled", {"sigma": 0}, "expected a number > 0"),
+        ("hn_nce", {"beta": -1}, "expected numbers >= 0"),
+        ("macl", {"alpha": 1}, "temperature could become negative"),
+        ("cwcl", {"frozen": "txt"}, "did you mean 'text'"),
+        ("hard_negatives", {"form": "negclip", "focal": 2}, "belong to form: own"),
+    ],
+)
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         build({name: options})
@@ -618,7 +745,14 @@ def test_bad_options(name, options, message):
 def test_one_candidate_without_a_valid_caption_gives_zero_and_no_gradient(form):
     shapes = {"image": (1, 4), "text": (1, 4), "negatives": (1, 2, 4), "negative_image": (1, 4)}
     unit = torch.nn.functional.normalize
-    d = {n: unit(torch.randn(shape, dtype=torch.float64), dim=-1).requires_grad_() for n, shape in shapes.items()}
-    total, _ = build({"hard_negatives": {"form": form}})(**d, negatives_valid=torch.zeros(1, 2, dtype=torch.bool), scale=10.0)
+    d = {
+        n: unit(torch.randn(shape, dtype=torch.float64), dim=-1).requires_grad_()
+        for n, shape in shapes.items()
+    }
+    total, _ = build({"hard_negatives": {"form": form}})(
+        **d, negatives_valid=torch.zeros(1, 2, dtype=torch.bool), scale=10.0
+    )
     assert total == 0
-    assert all(not g.any() for g in torch.autograd.grad(total, list(d.values()), materialize_grads=True))  # and none is NaN
+    assert all(
+        not g.any() for g in torch.autograd.grad(total, list(d.values()), materialize_grads=True)
+    )  # and none is NaN

@@ -1,4 +1,6 @@
-"""What a call may bring: wrong shapes, dtypes and rows are refused by name, at the first call and at every later one."""
+"""What a call may bring: wrong shapes, dtypes and rows are refused by name, at the first call and
+at every later one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def wrong_shapes(value: Tensor) -> Iterator[Tensor]:
     for dim, size in enumerate(value.shape):
         yield value.select(dim, 0)
         yield torch.cat([value, value.narrow(dim, 0, 1)], dim)
-        yield from (value.narrow(dim, 0, smaller) for smaller in {1, size - 1} if 0 < smaller < size)
+        yield from (
+            value.narrow(dim, 0, smaller) for smaller in {1, size - 1} if 0 < smaller < size
+        )
         if dim and value.shape[dim - 1] != size:
             yield value.transpose(dim - 1, dim)
 
@@ -63,7 +67,9 @@ def test_every_wrong_shape_of_every_term_is_refused_by_name():
                 if tuple(wrong.shape) in FREE.get((name, keyword), ()):
                     continue
                 for objective in (first, later):
-                    with pytest.raises(ValueError, match=rf"(?s)(?=.*\b{keyword}\b).*found \[.*expected ") as refused:
+                    with pytest.raises(
+                        ValueError, match=rf"(?s)(?=.*\b{keyword}\b).*found \[.*expected "
+                    ) as refused:
                         objective(**right | {keyword: wrong}, step=0)
                     assert "the term" not in str(refused.value), "before any term runs"
                     n += 1
@@ -75,8 +81,11 @@ N_SHAPES = 2221
 
 
 def test_every_wrong_dtype_is_refused_with_the_conversion():
-    others = {"floats": (torch.int64, torch.bool), "bool": (torch.uint8, torch.int64, torch.float32),
-              "int64": (torch.int32, torch.float32)}  # fmt: skip
+    others = {
+        "floats": (torch.int64, torch.bool),
+        "bool": (torch.uint8, torch.int64, torch.float32),
+        "int64": (torch.int32, torch.float32),
+    }
     n = 0
     for name, options in TERMS:
         objective = build({name: options})
@@ -84,7 +93,10 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
             form = FORMS[keyword]
             for dtype in others[form.dtype]:
                 given_type = str(dtype).removeprefix("torch.")
-                with pytest.raises(ValueError, match=f"{keyword}: found {given_type}, expected {form.dtype}; convert with"):
+                with pytest.raises(
+                    ValueError,
+                    match=f"{keyword}: found {given_type}, expected {form.dtype}; convert with",
+                ):
                     objective(**given() | {keyword: given()[keyword].to(dtype)})
                 n += 1
     assert n == N_DTYPES
@@ -93,14 +105,26 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
 N_DTYPES = 445
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"image": [[1.0]]}, r"image: found list, expected a tensor \[b, D\]"),
-    ({"scale": "10"}, "scale: found str, expected a number"),
-    ({"step": torch.tensor(3)}, "step: found Tensor, expected a whole number"),
-    ({"image": torch.zeros(0, 5), "text": torch.zeros(0, 5)}, r"image: found \[0, 5\].*each at least 1"),
-    ({"text": torch.zeros(8, 5, device="meta")}, "text: found on meta, expected cpu, where image is"),
-    ({"image": torch.ones(3), "text": torch.ones(3)}, r"(?s)image: found \[3\].*text: found \[3\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image": [[1.0]]}, r"image: found list, expected a tensor \[b, D\]"),
+        ({"scale": "10"}, "scale: found str, expected a number"),
+        ({"step": torch.tensor(3)}, "step: found Tensor, expected a whole number"),
+        (
+            {"image": torch.zeros(0, 5), "text": torch.zeros(0, 5)},
+            r"image: found \[0, 5\].*each at least 1",
+        ),
+        (
+            {"text": torch.zeros(8, 5, device="meta")},
+            "text: found on meta, expected cpu, where image is",
+        ),
+        (
+            {"image": torch.ones(3), "text": torch.ones(3)},
+            r"(?s)image: found \[3\].*text: found \[3\]",
+        ),
+    ],
+)
 def test_what_is_no_such_tensor(change, message):
     with pytest.raises(ValueError, match=message):
         build({"infonce": {}})(**given() | change)
@@ -113,12 +137,16 @@ def test_a_number_may_be_a_tensor_of_one_element():
     total, terms = build({"siglip": {}})(**right | leaves)
     assert total.shape == terms["siglip"].shape == ()
     torch.testing.assert_close(total, build({"siglip": {}})(**right)[0], rtol=0, atol=0)
-    assert all(g.shape == (1,) and g.abs() > 0 for g in torch.autograd.grad(total, list(leaves.values())))
+    assert all(
+        g.shape == (1,) and g.abs() > 0 for g in torch.autograd.grad(total, list(leaves.values()))
+    )
 
 
 def test_the_loader_s_batch_is_described_in_the_same_letters():
     source = inspect.getsource(Batch)
-    described = dict(re.findall(r"^    (\w+): Tensor(?: \| None = None)?  # \[([^\]]+)\]", source, re.M))
+    described = dict(
+        re.findall(r"^    (\w+): Tensor(?: \| None = None)?  # \[([^\]]+)\]", source, re.M)
+    )
     letters = {name: text.split(", ") for name, text in described.items()}
     n = 0
     for name in set(FORMS) & set(letters):
@@ -150,19 +178,32 @@ def test_rows_that_are_not_unit_are_refused_with_their_norm_or_normalised():
             raw = {keyword: given()[keyword] * 7}
             objective, lenient = build({name: options}), build({name: options}, normalize=True)
             for _ in range(2):
-                with pytest.raises(ValueError, match=rf"{keyword}: row .* has norm 7, expected unit rows.*normalize=True"):
+                with pytest.raises(
+                    ValueError,
+                    match=rf"{keyword}: row .* has norm 7, expected unit rows.*normalize=True",
+                ):
                     objective(**given() | raw)
                 objective(**given())
-            torch.testing.assert_close(lenient(**given() | raw)[0], objective(**given())[0], rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                lenient(**given() | raw)[0], objective(**given())[0], rtol=1e-12, atol=0
+            )
             n += 1
     assert n == sum(form.unit for form in FORMS.values()) == 14
 
 
 def test_normalised_rows_have_the_gradient_of_a_normalisation():
-    raw = {name: (3 * value).requires_grad_() for name, value in given().items() if name in ("image", "text")}
+    raw = {
+        name: (3 * value).requires_grad_()
+        for name, value in given().items()
+        if name in ("image", "text")
+    }
     inside, _ = build({"infonce": {}}, normalize=True)(**raw, scale=5.0)
-    outside, _ = build({"infonce": {}})(**{name: F.normalize(value, dim=1) for name, value in raw.items()}, scale=5.0)
-    found, expected = (torch.autograd.grad(total, list(raw.values())) for total in (inside, outside))
+    outside, _ = build({"infonce": {}})(
+        **{name: F.normalize(value, dim=1) for name, value in raw.items()}, scale=5.0
+    )
+    found, expected = (
+        torch.autograd.grad(total, list(raw.values())) for total in (inside, outside)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -175,7 +216,9 @@ def test_a_row_of_zeros_has_no_direction(normalize):
 
 
 def test_rows_that_are_unit_as_far_as_it_can_be_told():
-    """Normalised in bfloat16; those that take no part; an empty queue; a NaN, which shows in the value."""
+    """Normalised in bfloat16; those that take no part; an empty queue; a NaN, which shows in the
+    value.
+    """
     torch.manual_seed(0)
     narrow = F.normalize(torch.randn(8, 768).bfloat16(), dim=1)
     build({"infonce": {}})(image=narrow, text=narrow.flip(0), scale=10.0)
@@ -212,5 +255,7 @@ def on_two_ranks() -> list[str]:
 def test_every_rank_raises_what_one_rank_finds_at_the_first_call():
     first, second = ranks.run(2, on_two_ranks)
     assert first == second and len(first) == 3
-    for message, expected in zip(first, ("K is 3 in negatives", "found int64, expected bool", "has norm 3")):
+    for message, expected in zip(
+        first, ("K is 3 in negatives", "found int64, expected bool", "has norm 3")
+    ):
         assert expected in message

@@ -1,4 +1,6 @@
-"""The interpolated form of the Mann-Whitney loss against all comparisons; test_family.py has those against a loop."""
+"""The interpolated form of the Mann-Whitney loss against all comparisons; test_family.py has those
+against a loop.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ def rows(dtype=torch.float64):
 
 def value_and_gradients(tau, exact, d):
     mine = slice(dist.rank() * B // dist.world_size(), (dist.rank() + 1) * B // dist.world_size())
-    total, _ = build({"mann_whitney": {"tau": tau, "exact": exact}})(**{k: v[mine] for k, v in d.items()}, scale=1.0)
+    total, _ = build({"mann_whitney": {"tau": tau, "exact": exact}})(
+        **{k: v[mine] for k, v in d.items()}, scale=1.0
+    )
     return [total.item(), *(g.tolist() for g in torch.autograd.grad(total, list(d.values())))]
 
 

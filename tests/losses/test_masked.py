@@ -1,4 +1,5 @@
-"""What takes no part has no influence at all: NaN and infinity there change no bit of a value or a gradient.
+"""What takes no part has no influence at all: NaN and infinity there change no bit of a value or a
+gradient.
 
 And what is not finite where it does take part is never written into a state.
 """
@@ -17,7 +18,9 @@ from tests.losses.test_moving import rows as moving_rows
 from vlp.losses import build
 from vlp.losses._table import Table
 
-Slots = Callable[[dict[str, Tensor]], Tensor]  # the entries that take no part, as an index of the keyword
+Slots = Callable[
+    [dict[str, Tensor]], Tensor
+]  # the entries that take no part, as an index of the keyword
 
 
 def invalid(d):
@@ -66,7 +69,10 @@ def forms(*names: str) -> list[dict[str, str]]:
 
 
 CASES: list[tuple[str, dict, str, Slots]] = [
-    *(("hard_negatives", o, "negatives", invalid) for o in forms("negclip", "own", "text", "rank", "intra")),
+    *(
+        ("hard_negatives", o, "negatives", invalid)
+        for o in forms("negclip", "own", "text", "rank", "intra")
+    ),
     ("hard_negatives", {"form": "own", "focal": 2, "smoothing": 0.02}, "negatives", invalid),
     ("hard_negatives", {"form": "own", "focal": 0.5, "smoothing": 0.1}, "negatives", invalid),
     ("hard_negatives", {"form": "triplet"}, "negatives", behind_first),
@@ -76,11 +82,18 @@ CASES: list[tuple[str, dict, str, Slots]] = [
     ("distill", {"form": "ranking"}, "negatives", invalid),
     ("distill", {"form": "ranking"}, "teacher_scores", invalid),
     ("distill", {"form": "concepts"}, "concept_logits", unnamed),
-    *(("counting", {"logits": x, "counterfactuals": "all"}, "counterfactual", uncounted) for x in ("raw", "scaled")),
+    *(
+        ("counting", {"logits": x, "counterfactuals": "all"}, "counterfactual", uncounted)
+        for x in ("raw", "scaled")
+    ),
     ("counting", {}, "counterfactual", second_counterfactual),
     ("captioning", {}, "caption_logits", padding),
     ("captioning", {}, "caption_nll", padding),
-    *((name, {}, queue, empty(queue)) for name in ("mixing", "momentum_queue") for queue in ("queue_image", "queue_text")),
+    *(
+        (name, {}, queue, empty(queue))
+        for name in ("mixing", "momentum_queue")
+        for queue in ("queue_image", "queue_text")
+    ),
     ("slip", {}, "image_views", third),
 ]
 
@@ -88,15 +101,24 @@ CASES: list[tuple[str, dict, str, Slots]] = [
 def inputs(keyword: str) -> dict[str, Tensor]:
     d = data()
     if keyword == "caption_nll":
-        d = d | {"caption_nll": torch.rand(B, L, dtype=torch.float64).requires_grad_(), "caption_logits": None}
+        d = d | {
+            "caption_nll": torch.rand(B, L, dtype=torch.float64).requires_grad_(),
+            "caption_logits": None,
+        }
     if keyword == "image_views":
-        d["image_views"] = torch.cat([d["image_views"].detach(), d["image_views"].detach()[:1].flip(1)]).requires_grad_()
+        d["image_views"] = torch.cat(
+            [d["image_views"].detach(), d["image_views"].detach()[:1].flip(1)]
+        ).requires_grad_()
     return d
 
 
 def value_and_gradients(name: str, options: dict, d: dict[str, Tensor]) -> dict[str, Tensor]:
     total, _ = build({name: options})(**d, step=0)
-    leaves = {k: v for k, v in d.items() if v is not None and v.requires_grad and k in (*LEAVES, "caption_nll")}
+    leaves = {
+        k: v
+        for k, v in d.items()
+        if v is not None and v.requires_grad and k in (*LEAVES, "caption_nll")
+    }
     gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     return {"value": total.detach(), **dict(zip(leaves, gradients))}
 
@@ -111,12 +133,16 @@ def test_nothing_in_a_masked_slot_has_any_influence():
         expected = value_and_gradients(name, options, d)
         assert expected["value"].isfinite() and any(g.any() for g in expected.values())
         fillings = (torch.nan, torch.inf, -torch.inf, 1e300)
-        for filling in fillings[: 3 if keyword.startswith("queue") else 4]:  # a row of large numbers is a key
+        for filling in fillings[
+            : 3 if keyword.startswith("queue") else 4
+        ]:  # a row of large numbers is a key
             with torch.no_grad():
                 d[keyword][where] = filling
             found = value_and_gradients(name, options, d)
             for key, value in found.items():
-                assert torch.equal(value, expected[key]), f"{name} {options}: {filling} in {keyword} changes {key}"
+                assert torch.equal(value, expected[key]), (
+                    f"{name} {options}: {filling} in {keyword} changes {key}"
+                )
             if keyword in found:
                 assert not found[keyword][where].any()
             n += 1
@@ -126,12 +152,19 @@ def test_nothing_in_a_masked_slot_has_any_influence():
 def test_the_same_holds_where_nothing_is_valid():
     n = 0
     for name, options, keyword, valid in (
-        *(("hard_negatives", o, "negatives", "negatives_valid")
-          for o in forms("negclip", "triplet", "own", "text", "rank", "intra")),
-        ("hard_negatives", {"form": "own", "focal": 0.5, "smoothing": 0.1}, "negatives", "negatives_valid"),
+        *(
+            ("hard_negatives", o, "negatives", "negatives_valid")
+            for o in forms("negclip", "triplet", "own", "text", "rank", "intra")
+        ),
+        (
+            "hard_negatives",
+            {"form": "own", "focal": 0.5, "smoothing": 0.1},
+            "negatives",
+            "negatives_valid",
+        ),
         ("distill", {"form": "ranking"}, "negatives", "negatives_valid"),
         ("counting", {}, "counterfactual", "counterfactual_valid"),
-    ):  # fmt: skip
+    ):
         d = data()
         d[valid] = torch.zeros_like(d[valid])
         with torch.no_grad():
@@ -144,7 +177,13 @@ def test_the_same_holds_where_nothing_is_valid():
 
 # State
 
-MOVING = [("sogclr", {}), ("isogclr", {}), ("fastclip", {"version": "v1"}), ("fastclip", {"version": "v2"}), ("fastclip", {})]
+MOVING = [
+    ("sogclr", {}),
+    ("isogclr", {}),
+    ("fastclip", {"version": "v1"}),
+    ("fastclip", {"version": "v2"}),
+    ("fastclip", {}),
+]
 
 
 def test_numbers_of_samples_are_not_written_by_what_is_not_finite():

@@ -11,13 +11,27 @@ def test_draws_are_uniform_and_independent():
         assert drawn.shape == (400, 50) and drawn.min() >= 0 and drawn.max() < 1
         assert abs(drawn.mean() - 0.5) < 0.01 and abs(drawn.var() - 1 / 12) < 0.003
         assert drawn.unique().numel() > 19_900, "hardly any number comes twice"
-        assert max(abs(torch.corrcoef(torch.stack([drawn[a].flatten(), drawn[b].flatten()]))[0, 1]) for a, b in (
-            (slice(0, 399), slice(1, 400)), (slice(0, 200), slice(200, 400)))) < 0.05  # fmt: skip
-    assert abs(torch.corrcoef(torch.stack([which.flatten(), other.flatten(), weight.flatten()])).tril(-1)).max() < 0.05
+        assert (
+            max(
+                abs(torch.corrcoef(torch.stack([drawn[a].flatten(), drawn[b].flatten()]))[0, 1])
+                for a, b in ((slice(0, 399), slice(1, 400)), (slice(0, 200), slice(200, 400)))
+            )
+            < 0.05
+        )
+    assert (
+        abs(
+            torch.corrcoef(torch.stack([which.flatten(), other.flatten(), weight.flatten()])).tril(
+                -1
+            )
+        ).max()
+        < 0.05
+    )
 
 
 def test_a_row_draws_the_same_in_any_block_and_another_step_draws_anew():
     whole = torch.stack(list(draws(torch.arange(12), 7, 5)))
-    parts = torch.cat([torch.stack(list(draws(torch.arange(a, a + 4), 7, 5))) for a in (0, 4, 8)], 1)
+    parts = torch.cat(
+        [torch.stack(list(draws(torch.arange(a, a + 4), 7, 5))) for a in (0, 4, 8)], 1
+    )
     assert torch.equal(whole, parts)
     assert not (whole == torch.stack(list(draws(torch.arange(12), 8, 5)))).any()

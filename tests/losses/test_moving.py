@@ -1,4 +1,6 @@
-"""Objectives with numbers of each sample against loops over two steps, with samples that come back, on 1, 2 and 4 ranks."""
+"""Objectives with numbers of each sample against loops over two steps, with samples that come back,
+on 1, 2 and 4 ranks.
+"""
 
 import math
 from dataclasses import replace
@@ -12,7 +14,10 @@ from vlp import dist
 from vlp.losses import _table, build
 
 B, D, N = 8, 5, 14
-IDS = [[3, 1, 4, 0, 5, 9, 2, 6], [6, 10, 3, 5, 8, 7, 13, 1]]  # five samples come back, on other ranks
+IDS = [
+    [3, 1, 4, 0, 5, 9, 2, 6],
+    [6, 10, 3, 5, 8, 7, 13, 1],
+]  # five samples come back, on other ranks
 FALLING = {"gamma": 1.0, "gamma_end": 0.2, "gamma_steps": 2}
 LEARNED = {"temperature": 0.1, "temperature_lr": 0.02, "temperature_decay": 0.7, "rho": 3.0}
 CASES = [
@@ -29,13 +34,24 @@ PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("globa
 
 def rows(step):
     generator = torch.Generator().manual_seed(step)
-    x, t = (F.normalize(torch.randn(B, D, generator=generator, dtype=torch.float64), dim=1) for _ in range(2))
+    x, t = (
+        F.normalize(torch.randn(B, D, generator=generator, dtype=torch.float64), dim=1)
+        for _ in range(2)
+    )
     scale = torch.tensor(6.0, dtype=torch.float64)
-    return {"image": x.requires_grad_(), "text": t.requires_grad_(), "scale": scale.requires_grad_()}
+    return {
+        "image": x.requires_grad_(),
+        "text": t.requires_grad_(),
+        "scale": scale.requires_grad_(),
+    }
 
 
 def gamma_at(options, step):
-    return 0.2 + 0.8 * (1 + math.cos(math.pi * min(step / 2, 1))) / 2 if "gamma_end" in options else options["gamma"]
+    return (
+        0.2 + 0.8 * (1 + math.cos(math.pi * min(step / 2, 1))) / 2
+        if "gamma_end" in options
+        else options["gamma"]
+    )
 
 
 def loop(name, options, step, kept):
@@ -60,7 +76,10 @@ def loop(name, options, step, kept):
             if individual:
                 gradient = math.log(u) + options["rho"] - gap.item() / tau
                 v = 0.7 * v + 0.3 * min(max(gradient, -5), 5)
-                own = min(max(tau - 0.02 * v, options.get("min_temperature", 0.005)), options.get("max_temperature", 1.0))
+                own = min(
+                    max(tau - 0.02 * v, options.get("min_temperature", 0.005)),
+                    options.get("max_temperature", 1.0),
+                )
             kept[key] = [u, own, v]
     return total / (2 * B), d
 
@@ -77,7 +96,10 @@ def as_rows(kept, individual):
 
 
 def gradients(value, d):
-    return [value.item(), *(g.tolist() for g in torch.autograd.grad(value, list(d.values()), materialize_grads=True))]
+    return [
+        value.item(),
+        *(g.tolist() for g in torch.autograd.grad(value, list(d.values()), materialize_grads=True)),
+    ]
 
 
 def made(name, options, impl="tiled", topology="global", samples=N):
@@ -114,13 +136,25 @@ def test_two_steps_equal_the_loop(n_ranks):
                 value, d = loop(name, options, step, kept)
                 for i, wanted in enumerate(gradients(value, d)):
                     wanted = torch.tensor(wanted, dtype=torch.float64)
-                    mean = sum(torch.tensor(r[case][step][i], dtype=torch.float64) for r in found) / n_ranks
-                    # the state is float32: e^{log u} and τ carry its rounding into the second step, and a first τ too
+                    mean = (
+                        sum(torch.tensor(r[case][step][i], dtype=torch.float64) for r in found)
+                        / n_ranks
+                    )
+                    # the state is float32: e^{log u} and τ carry its rounding into the second step,
+                    # and a first τ too
                     tolerance = 1e-10 if step == 0 and name == "sogclr" else 1e-4
-                    assert (mean - wanted).norm() <= tolerance * wanted.norm() + 1e-12, f"{name} {options}, {step}, {i}"
-            wanted = torch.tensor(as_rows(kept, name == "isogclr" or options.get("version") == "v2"))
-            torch.testing.assert_close(torch.tensor(found[0][case][2]), wanted, rtol=1e-5, atol=1e-5)
-            assert all(r[case][2] == [] for r in found[1:]), "a table is whole on the first rank only"
+                    assert (mean - wanted).norm() <= tolerance * wanted.norm() + 1e-12, (
+                        f"{name} {options}, {step}, {i}"
+                    )
+            wanted = torch.tensor(
+                as_rows(kept, name == "isogclr" or options.get("version") == "v2")
+            )
+            torch.testing.assert_close(
+                torch.tensor(found[0][case][2]), wanted, rtol=1e-5, atol=1e-5
+            )
+            assert all(r[case][2] == [] for r in found[1:]), (
+                "a table is whole on the first rank only"
+            )
             case += 1
     assert case == 4 * len(CASES) == 28
 
@@ -155,8 +189,15 @@ def test_resumed_on_other_ranks_equals_uninterrupted(before, after):
     results = ranks.run(after, second_half, saved)
     for found, same in ((results, True), ([second_half(None)], False)):
         mean = sum(torch.tensor(r[0][1], dtype=torch.float64) for r in found) / len(found)
-        assert torch.allclose(mean, torch.tensor(expected[0][1], dtype=torch.float64), rtol=1e-6, atol=1e-9) == same
-    torch.testing.assert_close(torch.tensor(results[0][1]), torch.tensor(expected[1]), rtol=1e-6, atol=1e-6)
+        assert (
+            torch.allclose(
+                mean, torch.tensor(expected[0][1], dtype=torch.float64), rtol=1e-6, atol=1e-9
+            )
+            == same
+        )
+    torch.testing.assert_close(
+        torch.tensor(results[0][1]), torch.tensor(expected[1]), rtol=1e-6, atol=1e-6
+    )
 
 
 def bytes_kept():
@@ -189,23 +230,33 @@ def test_of_a_sample_that_comes_twice_the_last_row_counts():
 
 def test_sogclr_without_memory_is_decoupled_times_tau():
     d, tau = rows(0), 0.2
-    total, _ = made("sogclr", {"temperature": tau, "gamma": 1.0})(**d, sample_id=torch.tensor(IDS[0]), step=0)
-    decoupled, _ = build({"decoupled": {}})(**d | {"scale": torch.tensor(1 / tau, dtype=torch.float64)})
+    total, _ = made("sogclr", {"temperature": tau, "gamma": 1.0})(
+        **d, sample_id=torch.tensor(IDS[0]), step=0
+    )
+    decoupled, _ = build({"decoupled": {}})(
+        **d | {"scale": torch.tensor(1 / tau, dtype=torch.float64)}
+    )
     towers = [d["image"], d["text"]]
-    for a, b in zip(*(torch.autograd.grad(v, towers, retain_graph=True) for v in (total, decoupled))):
+    for a, b in zip(
+        *(torch.autograd.grad(v, towers, retain_graph=True) for v in (total, decoupled))
+    ):
         torch.testing.assert_close(a, tau * b, rtol=1e-10, atol=1e-13)
         assert b.norm() > 1e-2
 
 
 def test_fastclip_gradient_is_that_of_the_robust_objective():
-    """At γ = 1: min over τ of τ·(log g + ρ), whose gradient in τ and in the embeddings the loss must have."""
+    """At γ = 1: min over τ of τ·(log g + ρ), whose gradient in τ and in the embeddings the loss
+    must have.
+    """
     d = rows(0)
     total, _ = made("fastclip", {"gamma_end": None})(**d, sample_id=torch.tensor(IDS[0]), step=0)
     s, tau, robust = d["image"] @ d["text"].T, 1 / d["scale"], 0
     for score in (s, s.T):
         h = (score - score.diagonal().unsqueeze(1))[~torch.eye(B, dtype=torch.bool)].view(B, B - 1)
         robust = robust + (tau * ((h / tau).exp().mean(1).log() + 6.5)).mean() / 2
-    for a, b in zip(*(torch.autograd.grad(v, list(d.values()), retain_graph=True) for v in (total, robust))):
+    for a, b in zip(
+        *(torch.autograd.grad(v, list(d.values()), retain_graph=True) for v in (total, robust))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
         assert b.norm() > 1e-3
 
@@ -215,7 +266,9 @@ def test_gamma_falls_over_half_the_run():
         return build({"fastclip": given}, **run).plugins[0].options
 
     run = options({}, samples=9, steps=100)
-    assert [run.gamma_at(s) for s in (0, 25, 50, 99)] == pytest.approx([1, 0.6, 0.2, 0.2]) and run.samples == 9
+    assert [run.gamma_at(s) for s in (0, 25, 50, 99)] == pytest.approx(
+        [1, 0.6, 0.2, 0.2]
+    ) and run.samples == 9
     assert options({"gamma_steps": 10, "samples": 3}, samples=9, steps=100).gamma_steps == 10
     assert options({}).gamma_at(10**6) == 1
 
@@ -231,10 +284,13 @@ def test_state_moves_only_in_training_steps():
     assert objective.state_dict()["sogclr"]["samples"].isfinite().sum() == 2 * B
 
 
-@pytest.mark.parametrize("samples, ids, message", [
-    (5, IDS[0], "sample_id: found 0 to 9, but samples is 5; raise it"),
-    (None, [-1, *IDS[0][1:]], "sample_id: found -1 to 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "samples, ids, message",
+    [
+        (5, IDS[0], "sample_id: found 0 to 9, but samples is 5; raise it"),
+        (None, [-1, *IDS[0][1:]], "sample_id: found -1 to 9"),
+    ],
+)
 def test_ids_outside_are_refused(samples, ids, message):
     with pytest.raises(ValueError, match=message):
         made("sogclr", {}, samples=samples)(**rows(0), sample_id=torch.tensor(ids))
@@ -245,15 +301,18 @@ def test_a_table_of_other_data_is_refused():
         made("sogclr", {}, samples=13).load_state_dict(made("sogclr", {}).state_dict())
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("sogclr", {"temperature": 0}, "expected a number > 0"),
-    ("sogclr", {"samples": 0}, "samples: found 0"),
-    ("sogclr", {"gamma": 1.5}, "expected 0 < γ <= 1"),
-    ("sogclr", {"gamma_steps": 10}, "together with gamma_end"),
-    ("isogclr", {"temperature": 2.0}, "temperature <= max_temperature"),
-    ("isogclr", {"temperature_decay": 1}, "temperature_decay < 1"),
-    ("fastclip", {"version": "v4"}, "'v4' is not a choice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("sogclr", {"temperature": 0}, "expected a number > 0"),
+        ("sogclr", {"samples": 0}, "samples: found 0"),
+        ("sogclr", {"gamma": 1.5}, "expected 0 < γ <= 1"),
+        ("sogclr", {"gamma_steps": 10}, "together with gamma_end"),
+        ("isogclr", {"temperature": 2.0}, "temperature <= max_temperature"),
+        ("isogclr", {"temperature_decay": 1}, "temperature_decay < 1"),
+        ("fastclip", {"version": "v4"}, "'v4' is not a choice"),
+    ],
+)
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         build({name: options})
@@ -265,6 +324,8 @@ def test_aligned_pairs_at_a_low_temperature_stay_finite(name):
     x = torch.eye(B).requires_grad_()
     options = {"temperature": 0.01} if name != "fastclip" else {}
     scale = torch.tensor(100.0, requires_grad=True)
-    total, _ = build({name: options})(image=x, text=torch.eye(B), scale=scale, sample_id=torch.arange(B), step=0)
+    total, _ = build({name: options})(
+        image=x, text=torch.eye(B), scale=scale, sample_id=torch.arange(B), step=0
+    )
     total.backward()
     assert total.isfinite() and x.grad.isfinite().all() and x.grad.norm() > 1e-3

@@ -11,7 +11,9 @@ from vlp.losses import build
 
 def rows(b=6, seed=0):
     torch.manual_seed(seed)
-    return {name: F.normalize(torch.randn(b, 4), dim=1) for name in ("image", "text")} | {"scale": torch.tensor(10.0)}
+    return {name: F.normalize(torch.randn(b, 4), dim=1) for name in ("image", "text")} | {
+        "scale": torch.tensor(10.0)
+    }
 
 
 def test_total_is_the_weighted_sum_of_unweighted_terms():
@@ -44,7 +46,9 @@ def test_needs_and_candidates():
     assert build({"infonce": {}}).needs == frozenset()
     assert build({"infonce": {}, "siglip": {}}).needs == {"bias"}
     assert build({"infonce": {}}).candidates(7) == 7
-    build({"infonce": {}})(**rows(), negatives_valid=torch.ones(6, 2), sample_id=torch.arange(6))  # known: ignored
+    build({"infonce": {}})(
+        **rows(), negatives_valid=torch.ones(6, 2), sample_id=torch.arange(6)
+    )  # known: ignored
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,10 @@ def test_needs_and_candidates():
     [
         ({}, "objective: no term"),
         ({"infonc": {}}, r"no 'infonc' in vlp.losses, did you mean 'infonce'\?"),
-        ({"infonce": {"label_smothing": 0.1}}, r"infonce.label_smothing: .*did you mean 'label_smoothing'\?"),
+        (
+            {"infonce": {"label_smothing": 0.1}},
+            r"infonce.label_smothing: .*did you mean 'label_smoothing'\?",
+        ),
         ({"infonce": {"label_smoothing": 1.5}}, "expected 0 <= ε < 1"),
         ({"infonce": {"weight": -1}}, "expected a number >= 0"),
         ({"infonce": {"weight": {"start": 1, "end": 0, "steps": 0}}}, "steps >= 1"),
@@ -69,7 +76,10 @@ def test_bad_configurations(objective, message):
     [
         ({"imgae": 1}, r"unknown keyword 'imgae', did you mean 'image'\?"),
         ({"bias": None}, "the term 'siglip' needs 'bias'"),
-        ({"image": torch.zeros(5, 4)}, r"text: found \[6, 4\], expected \[b, D\], and b is 5 in image"),
+        (
+            {"image": torch.zeros(5, 4)},
+            r"text: found \[6, 4\], expected \[b, D\], and b is 5 in image",
+        ),
     ],
 )
 def test_bad_calls(change, message):
@@ -97,14 +107,23 @@ def test_ranks_with_other_sizes_are_refused():
 
 
 def part_of_the_world():
-    """Objectives over a process group that is not the world: ranks 0 and 2, then groups of one inside it."""
+    """Objectives over a process group that is not the world: ranks 0 and 2, then groups of one
+    inside it.
+    """
     import torch.distributed as torch_dist
 
     pairs = [torch_dist.new_group([0, 2]), torch_dist.new_group([1, 3])]
     mine = pairs[dist.rank() % 2]
-    own = {k: v[dist.rank() // 2 * 3 :][:3] if v.dim() else v for k, v in rows(seed=dist.rank() % 2).items()}
+    own = {
+        k: v[dist.rank() // 2 * 3 :][:3] if v.dim() else v
+        for k, v in rows(seed=dist.rank() % 2).items()
+    }
     whole = build({"infonce": {}}, group=mine)
-    return whole(**own)[0].item(), whole.candidates(3), build({"infonce": {}}, group=mine, topology="local")(**own)[0].item()
+    return (
+        whole(**own)[0].item(),
+        whole.candidates(3),
+        build({"infonce": {}}, group=mine, topology="local")(**own)[0].item(),
+    )
 
 
 def test_a_given_process_group_is_the_whole_world():
@@ -112,11 +131,17 @@ def test_a_given_process_group_is_the_whole_world():
     for parity in (0, 1):
         expected = build({"infonce": {}})(**rows(seed=parity))[0].item()
         whole, n, local = (sum(results[r][i] for r in (parity, parity + 2)) / 2 for i in range(3))
-        assert whole == pytest.approx(expected, rel=1e-5) and n == 6 and local != pytest.approx(expected, rel=1e-2)
+        assert (
+            whole == pytest.approx(expected, rel=1e-5)
+            and n == 6
+            and local != pytest.approx(expected, rel=1e-2)
+        )
 
 
 def test_autocast_does_not_narrow_the_scores():
     given = rows(64)
     with torch.autocast("cpu", torch.bfloat16):
         inside, _ = build({"infonce": {}}, impl="tiled")(**given)
-    torch.testing.assert_close(inside, build({"infonce": {}}, impl="tiled")(**given)[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        inside, build({"infonce": {}}, impl="tiled")(**given)[0], rtol=0, atol=0
+    )

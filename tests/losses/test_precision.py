@@ -1,6 +1,8 @@
-"""Gradients in float32 at a scale of 100 where a model is already right: a loss of 1e-8 still has its gradient.
+"""Gradients in float32 at a scale of 100 where a model is already right: a loss of 1e-8 still has
+its gradient.
 
-Each case is compared with itself in float64 on the same float32 numbers. The losses range over seven orders.
+Each case is compared with itself in float64 on the same float32 numbers. The losses range over
+seven orders.
 """
 
 from __future__ import annotations
@@ -19,60 +21,102 @@ B, D, K, Z = 6, 48, 3, 9
 SCALE = 100.0
 GAPS = (2.0, 5.0, 9.0, 13.0, 16.0, 18.5)  # of scores: losses from .1 to 1e-8
 CASES = [
-    ("infonce", {}), ("decoupled", {}), ("siglip", {}), ("hn_nce", {}), ("ranked", {}), ("macl", {}),
+    ("infonce", {}),
+    ("decoupled", {}),
+    ("siglip", {}),
+    ("hn_nce", {}),
+    ("ranked", {}),
+    ("macl", {}),
     ("multi_view", {"label_smoothing": 0}),
-    ("cwcl", {"sharpening": 400}), ("counting", {"logits": "scaled"}),
-    ("counting", {"logits": "scaled", "counterfactuals": "all"}), ("momentum_queue", {"temperature": 0.01}),
-    ("mixing", {"mixed_pairs": 0, "mixed_queries": 0}), ("slip", {"temperature": 0.01}), ("mann_whitney", {"tau": 0.01}),
+    ("cwcl", {"sharpening": 400}),
+    ("counting", {"logits": "scaled"}),
+    ("counting", {"logits": "scaled", "counterfactuals": "all"}),
+    ("momentum_queue", {"temperature": 0.01}),
+    ("mixing", {"mixed_pairs": 0, "mixed_queries": 0}),
+    ("slip", {"temperature": 0.01}),
+    ("mann_whitney", {"tau": 0.01}),
     *(("hard_negatives", {"form": form}) for form in ("negclip", "triplet", "own", "intra")),
     ("hard_negatives", {"form": "text", "text_scale": SCALE}),
     ("hard_negatives", {"form": "own", "focal": 2}),
     ("hard_negatives", {"form": "own", "smoothing": 0.02}),
     ("hard_negatives", {"form": "own", "focal": 2, "smoothing": 0.02}),
-    ("distill", {}), ("distill", {"form": "ranking"}), ("distill", {"form": "concepts"}), ("captioning", {}),
-]  # fmt: skip
+    ("distill", {}),
+    ("distill", {"form": "ranking"}),
+    ("distill", {"form": "concepts"}),
+    ("captioning", {}),
+]
 DIFFERENTIATED = ("image", "text", "scale", "negatives", "negative_image", "counterfactual", "image_views", "text_views",
                   "concept_logits", "caption_logits")  # fmt: skip
 
 
 def aligned(gap: float) -> dict[str, Tensor]:
-    """Pairs whose score is `gap` above that of every other candidate, captions and keys included, float32."""
+    """Pairs whose score is `gap` above that of every other candidate, captions and keys included,
+    float32.
+    """
     generator = torch.Generator().manual_seed(int(gap * 10))
     around = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))[0]
     cosine = 1 - gap / SCALE  # of everything with everything but the pair
 
     def rows(first: int, n: int) -> Tensor:
-        """Unit rows whose cosine with one another, and with all others of another `first`, is `cosine`."""
+        """Unit rows whose cosine with one another, and with all others of another `first`, is
+        `cosine`.
+        """
         own = around[first : first + n] * math.sqrt(1 - cosine)
         return own + around[-1] * math.sqrt(cosine)
 
     pair, noise = rows(0, B), torch.randn(4, B, D, generator=generator, dtype=torch.float64)
     near = F.normalize(pair + 1e-3 * noise, dim=-1)
     hard = rows(B, B * K).view(B, K, D)
-    logits = torch.zeros(B, 4, Z, dtype=torch.float64) + 0.1 * torch.randn(B, 4, Z, generator=generator, dtype=torch.float64)
+    logits = torch.zeros(B, 4, Z, dtype=torch.float64) + 0.1 * torch.randn(
+        B, 4, Z, generator=generator, dtype=torch.float64
+    )
     ids = torch.randint(1, Z, (B, 4), generator=generator)
     logits.scatter_(2, ids.unsqueeze(2), gap + math.log(Z))
     concepts = 1e-9 * torch.ones(B, Z, dtype=torch.float64)
     concepts[:, 2] = 1.0
     keys = rows(B + B * K, B)
     d = {
-        "image": near[0], "text": near[1], "ema_image": near[2], "ema_text": near[3],
-        "image_views": near[:2].flip(0), "text_views": near[2:],
-        "negatives": hard, "counterfactual": hard[:, :2], "negative_image": F.normalize(hard[:, 0] + 1e-3 * noise[0], dim=1),
-        "queue_image": keys, "queue_text": keys.flip(0), "teacher_image": near[2], "teacher_text": near[3],
-        "concept_logits": logits[:, 0] * 0 + (gap + math.log(Z)) * F.one_hot(torch.tensor(2), Z), "concept_targets": concepts,
-        "caption_logits": logits, "teacher_scores": torch.arange(K).flip(0).expand(B, K).double(), "score": torch.ones(B).double(),
-    }  # fmt: skip
+        "image": near[0],
+        "text": near[1],
+        "ema_image": near[2],
+        "ema_text": near[3],
+        "image_views": near[:2].flip(0),
+        "text_views": near[2:],
+        "negatives": hard,
+        "counterfactual": hard[:, :2],
+        "negative_image": F.normalize(hard[:, 0] + 1e-3 * noise[0], dim=1),
+        "queue_image": keys,
+        "queue_text": keys.flip(0),
+        "teacher_image": near[2],
+        "teacher_text": near[3],
+        "concept_logits": logits[:, 0] * 0 + (gap + math.log(Z)) * F.one_hot(torch.tensor(2), Z),
+        "concept_targets": concepts,
+        "caption_logits": logits,
+        "teacher_scores": torch.arange(K).flip(0).expand(B, K).double(),
+        "score": torch.ones(B).double(),
+    }
     d = {name: value.float() for name, value in d.items()}
-    d |= {"scale": torch.tensor(SCALE), "teacher_scale": torch.tensor(2 * SCALE), "bias": torch.tensor(-SCALE * cosine - gap / 2)}
-    d |= {"negatives_valid": torch.ones(B, K, dtype=torch.bool), "counterfactual_valid": torch.ones(B, dtype=torch.bool)}
+    d |= {
+        "scale": torch.tensor(SCALE),
+        "teacher_scale": torch.tensor(2 * SCALE),
+        "bias": torch.tensor(-SCALE * cosine - gap / 2),
+    }
+    d |= {
+        "negatives_valid": torch.ones(B, K, dtype=torch.bool),
+        "counterfactual_valid": torch.ones(B, dtype=torch.bool),
+    }
     return d | {"caption_ids": ids, "sample_id": torch.arange(B)}
 
 
 def ordered(d: dict[str, Tensor], gap: float) -> dict[str, Tensor]:
-    """For ListMLE, captions of a sample that lie `gap` apart in the teacher's order: at scores of 100 − k·gap."""
+    """For ListMLE, captions of a sample that lie `gap` apart in the teacher's order: at scores of
+    100 − k·gap.
+    """
     x = d["image"].double()
-    side = F.normalize(torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0][:K].unsqueeze(0).expand(B, K, D), dim=-1)
+    side = F.normalize(
+        torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0][:K].unsqueeze(0).expand(B, K, D),
+        dim=-1,
+    )
     side = F.normalize(side - (side @ x.unsqueeze(2)) * x.unsqueeze(1), dim=-1)
     cosine = (1 - gap / SCALE * torch.arange(K)).view(1, K, 1)
     return d | {"negatives": (cosine * x.unsqueeze(1) + (1 - cosine**2).sqrt() * side).float()}
@@ -97,13 +141,17 @@ def test_a_small_loss_has_its_gradient(name, options):
         loss, found = value_and_gradients(build({name: options}), d)
         expected_loss, expected = value_and_gradients(build({name: options}), wide)
         losses.append(expected_loss.item())
-        assert abs(loss - expected_loss) <= 1e-4 * expected_loss.abs(), f"gap {gap}: loss {loss} is not {expected_loss}"
+        assert abs(loss - expected_loss) <= 1e-4 * expected_loss.abs(), (
+            f"gap {gap}: loss {loss} is not {expected_loss}"
+        )
         for leaf, gradient in expected.items():
             if not gradient.any():
                 assert not found[leaf].any()
                 continue
             error = (found[leaf] - gradient).norm() / gradient.norm()
-            assert error <= 1e-4, f"gap {gap}, loss {expected_loss:.1e}: the gradient of {leaf} is {error:.1e} off"
+            assert error <= 1e-4, (
+                f"gap {gap}, loss {expected_loss:.1e}: the gradient of {leaf} is {error:.1e} off"
+            )
             n += 1
     assert n >= len(GAPS)
     if name not in ("decoupled", "macl", "siglip") and not options.get("smoothing"):

@@ -1,4 +1,6 @@
-"""Folders that bring code along: whatever reads them, nothing of it is run, asked about, or left unsaid."""
+"""Folders that bring code along: whatever reads them, nothing of it is run, asked about, or left
+unsaid.
+"""
 
 import json
 import shutil
@@ -26,8 +28,10 @@ class EvilModel(BertModel): pass
 def plant(folder, sprung):
     """Everything in a folder that makes transformers import evil.py from it, if it is allowed to."""
     (folder / "evil.py").write_text(EVIL.format(sprung=str(sprung)))
-    entries = {"tokenizer_config.json": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
-               "config.json": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}}  # fmt: skip
+    entries = {
+        "tokenizer_config.json": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        "config.json": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"},
+    }
     for name, entry in entries.items():
         path = folder / name
         stated = json.loads(path.read_text()) if path.exists() else {}
@@ -37,9 +41,18 @@ def plant(folder, sprung):
 
 @pytest.fixture
 def trapped(tmp_path, monkeypatch):
-    """An export and a run with a language model as the text tower, whose folders bring evil.py; and what it would write."""
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the folder's code"))
-    text = {"name": "huggingface", "model": str(language_model(tmp_path / "bert")), "context_length": 12, "pretrained": False}
+    """An export and a run with a language model as the text tower, whose folders bring evil.py; and
+    what it would write.
+    """
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: pytest.fail("asked whether to run the folder's code")
+    )
+    text = {
+        "name": "huggingface",
+        "model": str(language_model(tmp_path / "bert")),
+        "context_length": 12,
+        "pretrained": False,
+    }
     model = tiny(text_tower=text)
     export.export(model, tmp_path / "export")
     sprung = tmp_path / "sprung"
@@ -54,7 +67,12 @@ def trapped(tmp_path, monkeypatch):
         del said["vlp"]
         foreign = shutil.copytree(folder, tmp_path / f"foreign_{name}")
         (foreign / "open_clip_config.json").write_text(json.dumps(said))
-    run = checkpoint.Contents(model.state_dict(), {}, config="out: run", description=asked | {"vlp": model.description()["vlp"]})
+    run = checkpoint.Contents(
+        model.state_dict(),
+        {},
+        config="out: run",
+        description=asked | {"vlp": model.description()["vlp"]},
+    )
     checkpoint.save(tmp_path / "run", 1, run, keep=1)
     plant(tmp_path / "bert", sprung)
     return tmp_path, sprung
@@ -65,8 +83,12 @@ def test_no_command_runs_a_folders_code(trapped, scenes):
     asked = [home / name for name in ("kwargs", "foreign_kwargs", "run")]
     commands = {
         "eval, report": lambda ref: models.load(ref),
-        "data embed": lambda ref: call(embed, scenes / "train", "--model", ref, "--to", home / "embedded"),
-        "data filter": lambda ref: call(filter, scenes / "train", "--model", ref, "--to", home / "kept", "--min-score", "0.1"),
+        "data embed": lambda ref: call(
+            embed, scenes / "train", "--model", ref, "--to", home / "embedded"
+        ),
+        "data filter": lambda ref: call(
+            filter, scenes / "train", "--model", ref, "--to", home / "kept", "--min-score", "0.1"
+        ),
         "init_from, teacher.model": lambda ref: checkpoint.load_any(ref),
         "pretrained": lambda ref: tiny(pretrained=ref),
         "export": lambda ref: export.export_run(ref, home / "again", overwrite=True),
@@ -76,7 +98,10 @@ def test_no_command_runs_a_folders_code(trapped, scenes):
         for name, command in commands.items():
             if name == "pretrained" and reference.endswith(("kwargs", "run")):
                 continue  # it takes the tensors alone, and these do not fit
-            with pytest.raises(ValueError, match=r"tokenizer_kwargs holds trust_remote_code; expected only clean, language"):
+            with pytest.raises(
+                ValueError,
+                match=r"tokenizer_kwargs holds trust_remote_code; expected only clean, language",
+            ):
                 command(reference)
             n_refused += 1
     assert n_refused == 15 and not sprung.exists()
@@ -86,11 +111,16 @@ def test_a_folder_that_only_offers_its_code_is_refused_in_our_words(trapped):
     home, sprung = trapped
     n_refused = 0
     for name in ("silent", "foreign_silent", "bert"):
-        with pytest.raises(ValueError, match=r"code that it brings along, which vlp never runs|transformers cannot load") as caught:
+        with pytest.raises(
+            ValueError,
+            match=r"code that it brings along, which vlp never runs|transformers cannot load",
+        ) as caught:
             models.load(str(home / name))
         assert "trust_remote_code" not in str(caught.value)
         n_refused += 1
-    checkpoint.load_any(home / "silent")  # the towers are transformers' own: their code is not needed
+    checkpoint.load_any(
+        home / "silent"
+    )  # the towers are transformers' own: their code is not needed
     assert n_refused == 3 and not sprung.exists()
 
 
@@ -105,9 +135,14 @@ def test_the_trap_works(trapped, monkeypatch):
     assert sprung.read_text() == "run"
 
 
-@pytest.mark.parametrize("options", [{"trust_remote_code": True}, {"cache_dir": "/x"}, {"additional_special_tokens": ["<x>"]}])
+@pytest.mark.parametrize(
+    "options",
+    [{"trust_remote_code": True}, {"cache_dir": "/x"}, {"additional_special_tokens": ["<x>"]}],
+)
 def test_tokenizer_options_of_a_folder_pass_a_list(options):
     with pytest.raises(ValueError, match="tokenizer_kwargs holds"):
-        text_spec({"hf_tokenizer_name": "x", "tokenizer_kwargs": {"clean": "whitespace"} | options}, 8)
+        text_spec(
+            {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"clean": "whitespace"} | options}, 8
+        )
     known = {"clean": "canonicalize", "strip_sep_token": True}
     assert text_spec({"tokenizer_kwargs": known}, 8).options == {"strip_sep_token": True}

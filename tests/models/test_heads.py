@@ -1,4 +1,6 @@
-"""Views, concepts and captions: trained with the towers, exact at any number of ranks and micro-batches, left out of exports."""
+"""Views, concepts and captions: trained with the towers, exact at any number of ranks and
+micro-batches, left out of exports.
+"""
 
 import dataclasses
 
@@ -15,25 +17,45 @@ from vlp.types import Batch
 
 LENGTH = 10
 HEADS = {"views": {"width": 24}, "concepts": 5, "captions": {"layers": 1}}
-OBJECTIVE = {"multi_view": {}, "slip": {}, "captioning": {"weight": 2}, "distill": {"form": "concepts"}, "infonce": {}}
+OBJECTIVE = {
+    "multi_view": {},
+    "slip": {},
+    "captioning": {"weight": 2},
+    "distill": {"form": "concepts"},
+    "infonce": {},
+}
 
 
 def rich_batch(rows=slice(None)):
-    """`make_batch` of short captions, with two views of each image and text, and weights of five concepts."""
+    """`make_batch` of short captions, with two views of each image and text, and weights of five
+    concepts.
+    """
     plain = make_batch()
     generator = torch.Generator().manual_seed(6)
-    images = torch.randint(0, 256, (len(plain), 2, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        0, 256, (len(plain), 2, 3, 16, 16), dtype=torch.uint8, generator=generator
+    )
     texts = torch.randint(1, 400, (len(plain), 2, LENGTH), generator=generator)
     texts[..., -1] = 49407
     concepts = torch.rand(len(plain), 5, generator=generator)
     return dataclasses.replace(
-        make_batch(rows), text=plain.text[rows, :LENGTH], image_views=images[rows], text_views=texts[rows],
+        make_batch(rows),
+        text=plain.text[rows, :LENGTH],
+        image_views=images[rows],
+        text_views=texts[rows],
         concept_targets=concepts[rows],
-    )  # fmt: skip
+    )
 
 
 def run(micro_batches=1, engine="ddp"):
-    return gradients_and_weights(micro_batches, batch=rich_batch, engine=engine, heads=HEADS, objective=OBJECTIVE, length=LENGTH)
+    return gradients_and_weights(
+        micro_batches,
+        batch=rich_batch,
+        engine=engine,
+        heads=HEADS,
+        objective=OBJECTIVE,
+        length=LENGTH,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +83,36 @@ def test_ranks_change_nothing(reference, engine):
 def test_what_heads_give():
     model = tiny(heads=HEADS)
     pixels, ids = inputs(model)
-    batch = Batch(pixels, ids, torch.arange(3), list("abc"), image_views=pixels[:, None].repeat(1, 2, 1, 1, 1),
-                  text_views=ids[:, None].repeat(1, 2, 1))  # fmt: skip
-    found = embed(model, batch, {"image", "text", "image_views", "text_views", "concept_logits", "caption_logits"})
+    batch = Batch(
+        pixels,
+        ids,
+        torch.arange(3),
+        list("abc"),
+        image_views=pixels[:, None].repeat(1, 2, 1, 1, 1),
+        text_views=ids[:, None].repeat(1, 2, 1),
+    )
+    found = embed(
+        model,
+        batch,
+        {"image", "text", "image_views", "text_views", "concept_logits", "caption_logits"},
+    )
     assert found["image_views"].shape == found["text_views"].shape == (3, 2, 48)
     assert torch.allclose(found["image_views"].norm(dim=-1), torch.ones(3, 2))
-    # The same view twice. Close, not equal: a kernel's last bits may depend on a row's place in its batch.
-    torch.testing.assert_close(found["image_views"][:, 0], found["image_views"][:, 1], rtol=0, atol=1e-6)
-    assert (found["image_views"][:, 0] - found["image"]).abs().max() > 0.01  # by a projection of their own
+    # The same view twice. Close, not equal: a kernel's last bits may depend on a row's place in its
+    # batch.
+    torch.testing.assert_close(
+        found["image_views"][:, 0], found["image_views"][:, 1], rtol=0, atol=1e-6
+    )
+    assert (
+        found["image_views"][:, 0] - found["image"]
+    ).abs().max() > 0.01  # by a projection of their own
     assert found["concept_logits"].shape == (3, 5)
     assert found["caption_nll"].shape == (3, ids.shape[1] - 1) and (found["caption_nll"] > 0).all()
     bare = embed(model, batch, {"image", "text"})
     assert bare.keys() == {"image", "text", "scale"}
-    torch.testing.assert_close(bare["image"], found["image"], rtol=0, atol=1e-6)  # without the views' rows beside them
+    torch.testing.assert_close(
+        bare["image"], found["image"], rtol=0, atol=1e-6
+    )  # without the views' rows beside them
 
 
 def test_a_caption_position_sees_the_image_and_the_words_before_it():
@@ -86,7 +125,9 @@ def test_a_caption_position_sees_the_image_and_the_words_before_it():
     before, changed = nll(pixels, ids), ids.clone()
     changed[:, 4] += 1
     after = nll(pixels, changed)
-    assert torch.equal(before[:, :3], after[:, :3])  # position 3 is about token 4, and those from 4 on see it
+    assert torch.equal(
+        before[:, :3], after[:, :3]
+    )  # position 3 is about token 4, and those from 4 on see it
     assert ((before[:, 3:6] - after[:, 3:6]).abs() > 1e-5).all()
     assert (before - nll(255 - pixels, ids)).abs().amax(1).min() > 1e-4
 
@@ -99,7 +140,9 @@ def test_token_losses_stand_for_logits():
     nll = -logits.log_softmax(2).gather(2, ids.unsqueeze(2)).squeeze(2)
     other, _ = objective(image=unit, text=unit, scale=1.0, caption_nll=nll, caption_ids=ids)
     assert torch.allclose(total, other)
-    assert torch.allclose(*(torch.autograd.grad(v, logits, retain_graph=True)[0] for v in (total, other)))
+    assert torch.allclose(
+        *(torch.autograd.grad(v, logits, retain_graph=True)[0] for v in (total, other))
+    )
 
 
 def test_heads_return_from_a_checkpoint_and_stay_out_of_an_export(tmp_path):
@@ -115,5 +158,10 @@ def test_heads_return_from_a_checkpoint_and_stay_out_of_an_export(tmp_path):
 
 
 def test_a_captioner_needs_a_tower_with_tokens():
-    with pytest.raises(ValueError, match=r"heads\.captions reads the towers' tokens.*found TimmModel"):
-        tiny(image_tower={"name": "timm", "model": "resnet10t", "image_size": 32}, heads={"captions": {}})
+    with pytest.raises(
+        ValueError, match=r"heads\.captions reads the towers' tokens.*found TimmModel"
+    ):
+        tiny(
+            image_tower={"name": "timm", "model": "resnet10t", "image_size": 32},
+            heads={"captions": {}},
+        )

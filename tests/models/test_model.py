@@ -1,4 +1,6 @@
-"""The dual encoder: what it computes, how its scale is bounded, what it allows engines to do with it."""
+"""The dual encoder: what it computes, how its scale is bounded, what it allows engines to do with
+it.
+"""
 
 import copy
 import json
@@ -24,9 +26,13 @@ def test_uint8_pixels_are_normalised_as_open_clip_does():
     model = tiny()
     pixels, _ = inputs(model, rows=2)
     transform = image_transform(32, is_train=False)
-    floats = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels])
+    floats = torch.stack(
+        [transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels]
+    )
     torch.testing.assert_close(model.pixels(pixels), floats, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model(image=pixels).image, model(image=floats).image, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        model(image=pixels).image, model(image=floats).image, rtol=0, atol=1e-6
+    )
 
 
 def test_either_side_alone():
@@ -50,7 +56,11 @@ def test_ids_of_another_length_are_refused():
 
 
 def test_seed_decides_the_weights():
-    first, again, other = tiny(seed=3).state_dict(), tiny(seed=3).state_dict(), tiny(seed=4).state_dict()
+    first, again, other = (
+        tiny(seed=3).state_dict(),
+        tiny(seed=3).state_dict(),
+        tiny(seed=4).state_dict(),
+    )
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["visual.proj"], other["visual.proj"])
 
@@ -59,7 +69,9 @@ def test_seed_decides_the_weights():
 
 
 def descend(forward, start, gradient_of_scale, steps=20, lr=0.1):
-    """Plain descent on the logarithm of the scale, under a loss whose gradient in the scale has one sign."""
+    """Plain descent on the logarithm of the scale, under a loss whose gradient in the scale has one
+    sign.
+    """
     log_scale = torch.tensor([start], requires_grad=True)
     for _ in range(steps):
         (gradient,) = torch.autograd.grad(gradient_of_scale * forward(log_scale), log_scale)
@@ -77,9 +89,13 @@ def ours(log_scale):
 def test_the_scale_never_passes_its_maximum_and_comes_back():
     above = math.log(100) + 1
     assert ours(torch.tensor([above])).item() == pytest.approx(100, rel=1e-6)
-    assert descend(ours, above, gradient_of_scale=1.0) < math.log(100)  # the loss wants it lower: it moves
+    assert descend(ours, above, gradient_of_scale=1.0) < math.log(
+        100
+    )  # the loss wants it lower: it moves
     assert descend(ours, above, gradient_of_scale=-1.0) == pytest.approx(above)  # higher: it stays
-    assert descend(ours, 0.0, gradient_of_scale=-1.0) == pytest.approx(2.0, abs=1e-5)  # below, both ways are free
+    assert descend(ours, 0.0, gradient_of_scale=-1.0) == pytest.approx(
+        2.0, abs=1e-5
+    )  # below, both ways are free
     assert descend(ours, 0.0, gradient_of_scale=1.0) == pytest.approx(-2.0, abs=1e-5)
 
 
@@ -131,7 +147,10 @@ def test_float64_reaches_everything():
 # ---- what engines and recipes ask of the model
 
 
-@pytest.mark.parametrize(("keys", "count"), [({}, 4), ({"image_tower": {**VIT, "layers": 1}}, 3), ({"image_tower": BLOCKED}, 6)])
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [({}, 4), ({"image_tower": {**VIT, "layers": 1}}, 3), ({"image_tower": BLOCKED}, 6)],
+)
 def test_blocks(keys, count):
     model = tiny(**keys)
     blocks = model.blocks()
@@ -146,13 +165,20 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(kind, tmp_path)
     if kind == "siglip":
         keys["siglip"] = {"image_tower": siglip(tmp_path), "text_tower": None, "embed_dim": None}
     if kind == "huggingface":
-        text = {"name": "huggingface", "model": str(language_model(tmp_path)), "context_length": 12, "pretrained": False}
+        text = {
+            "name": "huggingface",
+            "model": str(language_model(tmp_path)),
+            "context_length": 12,
+            "pretrained": False,
+        }
         keys["huggingface"] = {"text_tower": text}
     model = tiny(**keys[kind]).train()  # transformers recomputes in training only
     pixels, ids = inputs(model)
     calls = []
     for block in (model.blocks()[0], model.blocks()[-1]):
-        next(block.children()).register_forward_pre_hook(lambda *_: calls.append(1))  # recomputed, whoever wraps the block
+        next(block.children()).register_forward_pre_hook(
+            lambda *_: calls.append(1)
+        )  # recomputed, whoever wraps the block
 
     def gradients():
         calls.clear()
@@ -170,7 +196,13 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(kind, tmp_path)
 
 
 def test_a_resnet_that_cannot_recompute_says_so():
-    model = build(settings(image_tower={"name": "open_clip", "architecture": "RN50"}, text_tower=TEXT, embed_dim=None))
+    model = build(
+        settings(
+            image_tower={"name": "open_clip", "architecture": "RN50"},
+            text_tower=TEXT,
+            embed_dim=None,
+        )
+    )
     with pytest.raises(ValueError, match="activation_checkpointing: false"):
         model.set_activation_checkpointing()
 
@@ -182,12 +214,20 @@ def test_a_locked_tower_keeps_weights_and_statistics():
     (features.image * features.text).sum().backward()
     learning = [k for k, p in model.named_parameters() if p.requires_grad]
     assert [k for k in learning if k.startswith("visual")] == ["visual.head.proj.weight"]
-    assert all(p.grad is not None for k, p in model.named_parameters() if k in learning and not k.startswith("scaling"))
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())  # running means included
+    assert all(
+        p.grad is not None
+        for k, p in model.named_parameters()
+        if k in learning and not k.startswith("scaling")
+    )
+    assert all(
+        torch.equal(before[k], v) for k, v in model.state_dict().items()
+    )  # running means included
     unlocked = tiny(image_tower=BLOCKED).train()
     start = unlocked.visual.trunk.bn1.running_mean.clone()
     unlocked(*inputs(unlocked))
-    assert not torch.equal(start, unlocked.visual.trunk.bn1.running_mean)  # without the lock they do move
+    assert not torch.equal(
+        start, unlocked.visual.trunk.bn1.running_mean
+    )  # without the lock they do move
 
 
 def test_both_towers_can_be_locked():
@@ -248,7 +288,9 @@ def test_the_openai_layout_is_read(tmp_path):
 
 def test_bias_and_weights(tmp_path):
     _, without = weights_file(tmp_path, "pt")
-    assert tiny(bias=-10.0, pretrained=str(without)).logit_bias.item() == -10  # the weights have none: ours stays
+    assert (
+        tiny(bias=-10.0, pretrained=str(without)).logit_bias.item() == -10
+    )  # the weights have none: ours stays
     _, biased = weights_file(tmp_path, "safetensors", bias=-7.0)
     assert tiny(bias=-10.0, pretrained=str(biased)).logit_bias.item() == -7
     with pytest.warns(UserWarning, match="set model.bias to keep it"):
@@ -258,13 +300,21 @@ def test_bias_and_weights(tmp_path):
 def test_positions_are_interpolated_for_another_image_size(tmp_path):
     source, path = weights_file(tmp_path, "pt")
     larger = tiny(image_tower=VIT | {"image_size": 48}, pretrained=str(path))
-    assert larger.visual.positional_embedding.shape[0] == 37 and source.visual.positional_embedding.shape[0] == 17
-    torch.testing.assert_close(larger.visual.positional_embedding[0], source.visual.positional_embedding[0])
+    assert (
+        larger.visual.positional_embedding.shape[0] == 37
+        and source.visual.positional_embedding.shape[0] == 17
+    )
+    torch.testing.assert_close(
+        larger.visual.positional_embedding[0], source.visual.positional_embedding[0]
+    )
 
 
 def test_weights_that_do_not_fit(tmp_path):
     _, path = weights_file(tmp_path, "pt", image_tower=VIT | {"layers": 3})
-    with pytest.raises(ValueError, match=r"do not fit this model: \d+ of \d+ tensors fit; 12 not known here \(visual.*resblocks.2"):
+    with pytest.raises(
+        ValueError,
+        match=r"do not fit this model: \d+ of \d+ tensors fit; 12 not known here \(visual.*resblocks.2",
+    ):
         tiny(pretrained=str(path))
 
 
@@ -276,27 +326,42 @@ def test_damaged_weights(tmp_path):
 
 
 def test_weights_that_do_not_exist():
-    with pytest.raises(ValueError, match=r"pretrained: no model 'laion2b': no such file or folder. What works: "):
+    with pytest.raises(
+        ValueError, match=r"pretrained: no model 'laion2b': no such file or folder. What works: "
+    ):
         tiny(pretrained="laion2b")
     with pytest.raises(ValueError, match="did you mean 'laion400m_e32'"):
-        tiny(image_tower={"name": "open_clip", "architecture": "ViT-B-32"}, text_tower=None, pretrained="laion400m_e3")
+        tiny(
+            image_tower={"name": "open_clip", "architecture": "ViT-B-32"},
+            text_tower=None,
+            pretrained="laion400m_e3",
+        )
 
 
 def test_a_tag_of_the_other_activation_names_the_architecture():
     with pytest.raises(ValueError, match="use architecture ViT-B-32-quickgelu"):
-        tiny(image_tower={"name": "open_clip", "architecture": "ViT-B-32"}, text_tower=None, pretrained="openai")
+        tiny(
+            image_tower={"name": "open_clip", "architecture": "ViT-B-32"},
+            text_tower=None,
+            pretrained="openai",
+        )
 
 
 def test_how_pictures_are_decoded_travels_with_the_model(tmp_path):
     said = Decoding((10, 60, 200), exif=False)
     model = tiny(decoding={"background": [10, 60, 200], "exif": False})
     assert model.image_spec.decoding == said
-    assert from_description(json.loads(json.dumps(model.description()))).image_spec == model.image_spec
+    assert (
+        from_description(json.loads(json.dumps(model.description()))).image_spec == model.image_spec
+    )
 
     folder = str(tmp_path / "out")
     export.export(model, folder)
     assert load(folder).image_spec == model.image_spec
-    started = {"image_tower": {"name": "open_clip", "architecture": f"local-dir:{folder}"}, "text_tower": None}
+    started = {
+        "image_tower": {"name": "open_clip", "architecture": f"local-dir:{folder}"},
+        "text_tower": None,
+    }
     for keys in ({**started, "embed_dim": None}, {"pretrained": folder}):
         assert tiny(**keys).image_spec.decoding == said
         assert tiny(**keys, decoding={}).image_spec.decoding == ON_WHITE
@@ -304,12 +369,20 @@ def test_how_pictures_are_decoded_travels_with_the_model(tmp_path):
     earlier = model.description()
     del earlier["preprocess_cfg"]["decoding"]  # as models of before are described
     assert from_description(earlier).image_spec.decoding == ON_WHITE
-    with pytest.raises(ConfigError, match=r"background is \(300, 0, 0\); expected red, green and blue"):
+    with pytest.raises(
+        ConfigError, match=r"background is \(300, 0, 0\); expected red, green and blue"
+    ):
         tiny(decoding={"background": [300, 0, 0]})
 
 
 def test_a_description_rebuilds_the_model_without_weights(tmp_path):
-    model = tiny(image_tower=siglip(tmp_path), text_tower=None, embed_dim=None, bias=-2.0, scale={"init": 5.0, "max": 7.0})
+    model = tiny(
+        image_tower=siglip(tmp_path),
+        text_tower=None,
+        embed_dim=None,
+        bias=-2.0,
+        scale={"init": 5.0, "max": 7.0},
+    )
     again = from_description(model.description()).eval()
     assert again.image_spec == model.image_spec and again.text_spec == model.text_spec
     assert again.scale_config == model.scale_config

@@ -1,4 +1,6 @@
-"""Every tower file keeps the folder's contract, and what it describes is built, runs and trains every weight."""
+"""Every tower file keeps the folder's contract, and what it describes is built, runs and trains
+every weight.
+"""
 
 import dataclasses
 import json
@@ -12,14 +14,27 @@ from vlp import plugin
 from vlp.models import assemble
 
 NAMES = ["huggingface", "open_clip", "timm", "transformer", "vit"]
-SECTIONS = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg, "shared_cfg": dict, "preprocess_cfg": dict}
+SECTIONS = {
+    "vision_cfg": open_clip.CLIPVisionCfg,
+    "text_cfg": open_clip.CLIPTextCfg,
+    "shared_cfg": dict,
+    "preprocess_cfg": dict,
+}
 
 
 def example(name, folder):
     """The smallest use of each file."""
     return {
-        "huggingface": lambda: {"model": str(language_model(folder)), "context_length": 12, "pretrained": False},
-        "open_clip": lambda: {"architecture": "ViT-S-32-alt", "image_size": 64, "context_length": 16},
+        "huggingface": lambda: {
+            "model": str(language_model(folder)),
+            "context_length": 12,
+            "pretrained": False,
+        },
+        "open_clip": lambda: {
+            "architecture": "ViT-S-32-alt",
+            "image_size": 64,
+            "context_length": 16,
+        },
         "timm": lambda: {"model": "test_resnet", "image_size": 64},
         "transformer": lambda: {k: v for k, v in TEXT.items() if k != "name"},
         "vit": lambda: {k: v for k, v in VIT.items() if k != "name"},
@@ -39,7 +54,9 @@ def test_contract(name, tmp_path):
     assert found & {"vision_cfg", "text_cfg"}
     for section in found:
         value = getattr(module, section)(options)
-        assert json.loads(json.dumps(value)) == value, f"{section} must be plain JSON: it is exported"
+        assert json.loads(json.dumps(value)) == value, (
+            f"{section} must be plain JSON: it is exported"
+        )
         SECTIONS[section](**value)
         value.clear()  # a caller's change must not reach the next caller
         assert getattr(module, section)(options) or section == "preprocess_cfg"
@@ -57,7 +74,9 @@ def test_every_tower_runs_and_trains_all_its_weights(name, tmp_path):
     for rows in (features.image, features.text):
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
     (features.scale * (features.image * features.text).sum()).backward()
-    assert [k for k, p in model.named_parameters() if p.grad is None] == []  # DDP would wait for them for ever
+    assert [
+        k for k, p in model.named_parameters() if p.grad is None
+    ] == []  # DDP would wait for them for ever
 
 
 def test_siglip_parts_train_all_their_weights(tmp_path):
@@ -70,22 +89,45 @@ def test_siglip_parts_train_all_their_weights(tmp_path):
 
 BAD = {
     "an image tower on the text side": ({"text_tower": VIT}, "'vit' cannot be the text tower"),
-    "a text tower on the image side": ({"image_tower": TEXT}, "'transformer' cannot be the image tower"),
+    "a text tower on the image side": (
+        {"image_tower": TEXT},
+        "'transformer' cannot be the image tower",
+    ),
     "no text tower": ({"text_tower": None}, "brings no text tower; add text_tower: one of"),
     "no embedding size": ({"embed_dim": None}, "set model.embed_dim"),
-    "a misspelt architecture": ({"image_tower": {"name": "open_clip", "architecture": "ViT-B32"}}, "did you mean 'ViT-B-32'"),
+    "a misspelt architecture": (
+        {"image_tower": {"name": "open_clip", "architecture": "ViT-B32"}},
+        "did you mean 'ViT-B-32'",
+    ),
     "an architecture with a decoder": (
-        {"image_tower": {"name": "open_clip", "architecture": "coca_ViT-B-32"}}, "captioning decoder"),
-    "a misspelt timm model": ({"image_tower": {"name": "timm", "model": "resnet5"}}, "close to it: resnet50"),
+        {"image_tower": {"name": "open_clip", "architecture": "coca_ViT-B-32"}},
+        "captioning decoder",
+    ),
+    "a misspelt timm model": (
+        {"image_tower": {"name": "timm", "model": "resnet5"}},
+        "close to it: resnet50",
+    ),
     "an unknown tag of a timm model": (
-        {"image_tower": {"name": "timm", "model": "resnet50.none"}}, "has no tag 'none'; found resnet50."),
-    "a nameless timm model": ({"image_tower": {"name": "timm", "model": "zzzz"}}, "timm.list_models() has them"),
+        {"image_tower": {"name": "timm", "model": "resnet50.none"}},
+        "has no tag 'none'; found resnet50.",
+    ),
+    "a nameless timm model": (
+        {"image_tower": {"name": "timm", "model": "zzzz"}},
+        "timm.list_models() has them",
+    ),
     "a timm size that cannot be reloaded": (
-        {"image_tower": {"name": "timm", "model": "vit_tiny_patch16_224", "image_size": 64}}, "made for 224 pixels"),
-    "towers that disagree": ({"text_tower": TEXT | {"quick_gelu": True}}, "quick_gelu is False for image_tower 'vit' and True"),
+        {"image_tower": {"name": "timm", "model": "vit_tiny_patch16_224", "image_size": 64}},
+        "made for 224 pixels",
+    ),
+    "towers that disagree": (
+        {"text_tower": TEXT | {"quick_gelu": True}},
+        "quick_gelu is False for image_tower 'vit' and True",
+    ),
     "a missing language model": (
-        {"text_tower": {"name": "huggingface", "model": "/no/such"}}, "no Hugging Face model configuration"),
-}  # fmt: skip
+        {"text_tower": {"name": "huggingface", "model": "/no/such"}},
+        "no Hugging Face model configuration",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -101,12 +143,15 @@ def test_features_that_are_no_embedding_of_the_size_asked_for():
         tiny(image_tower={"name": "timm", "model": "test_resnet", "image_size": 64, "proj": "none"})
 
 
-@pytest.mark.parametrize(("tower", "message"), [
-    ({**VIT, "head_width": 48}, "head_width 48 does not divide width 64"),
-    ({**VIT, "image_size": 30}, "patch_size 8 does not divide image_size 30"),
-    ({**VIT, "patch_dropout": 1.0}, "patch_dropout is 1.0"),
-    ({**VIT, "widht": 64}, "did you mean 'width'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        ({**VIT, "head_width": 48}, "head_width 48 does not divide width 64"),
+        ({**VIT, "image_size": 30}, "patch_size 8 does not divide image_size 30"),
+        ({**VIT, "patch_dropout": 1.0}, "patch_dropout is 1.0"),
+        ({**VIT, "widht": 64}, "did you mean 'width'"),
+    ],
+)
 def test_bad_options_are_found_with_the_configuration(tower, message):
     with pytest.raises(ValueError) as caught:
         settings(image_tower=tower)

@@ -1,4 +1,6 @@
-"""Models that build in milliseconds, with all that is needed to train, export and load them without a network."""
+"""Models that build in milliseconds, with all that is needed to train, export and load them without
+a network.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,34 @@ from vlp.models.dual_encoder import DualEncoder, build
 
 VIT = {"name": "vit", "width": 64, "layers": 2, "head_width": 32, "patch_size": 8, "image_size": 32}
 TEXT = {"name": "transformer", "width": 64, "layers": 2, "heads": 2, "context_length": 16}
-WORDS = ("[PAD]", "</s>", "[UNK]", "a", "photo", "of", "red", "blue", "two", "circle", "circles", "square", "dog", "cat")
+WORDS = (
+    "[PAD]",
+    "</s>",
+    "[UNK]",
+    "a",
+    "photo",
+    "of",
+    "red",
+    "blue",
+    "two",
+    "circle",
+    "circles",
+    "square",
+    "dog",
+    "cat",
+)
 
 
 def settings(**keys: Any) -> config.Model:
-    return schema.parse(config.Model, {"image_tower": VIT, "text_tower": TEXT, "embed_dim": 48} | keys)
+    return schema.parse(
+        config.Model, {"image_tower": VIT, "text_tower": TEXT, "embed_dim": 48} | keys
+    )
 
 
 def tiny(seed: int = 0, **keys: Any) -> DualEncoder:
-    """A ViT beside a transformer, or what `keys` of the model section say; weights from `seed`, in evaluation mode."""
+    """A ViT beside a transformer, or what `keys` of the model section say; weights from `seed`, in
+    evaluation mode.
+    """
     torch.manual_seed(seed)
     return build(settings(**keys)).eval()
 
@@ -30,7 +51,9 @@ def tiny(seed: int = 0, **keys: Any) -> DualEncoder:
 def inputs(model: DualEncoder, rows: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:
     """uint8 pixels and token ids that end as the model's tokenizer ends them."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (rows, 3, *model.image_spec.size), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (rows, 3, *model.image_spec.size), generator=generator, dtype=torch.uint8
+    )
     length = model.text_spec.context_length
     ids = torch.zeros(rows, length, dtype=torch.long)
     for row in range(rows):
@@ -45,52 +68,88 @@ def tokenizer(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="</s>", unk_token="[UNK]")
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", eos_token="</s>", unk_token="[UNK]"
+    )
     made.save_pretrained(folder)
     return folder
 
 
 def language_model(folder: Path) -> Path:
-    """The configuration of a two-layer BERT, with its tokenizer, as a folder that transformers reads."""
+    """The configuration of a two-layer BERT, with its tokenizer, as a folder that transformers
+    reads.
+    """
     from transformers import BertConfig
 
-    BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-               max_position_embeddings=16, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-               ).save_pretrained(folder)  # fmt: skip
+    BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ).save_pretrained(folder)
     return tokenizer(folder)
 
 
 def siglip(folder: Path, **text: Any) -> dict[str, Any]:
-    """A tower description whose parts are those of SigLIP at a fraction of the size; weights are random."""
+    """A tower description whose parts are those of SigLIP at a fraction of the size; weights are
+    random.
+    """
     register_small_siglip()
     tokenizer(folder)
     described = {
         "model_cfg": {
             "embed_dim": 32,
-            "vision_cfg": {"timm_model_name": "vit_small_for_tests", "timm_pool": "map", "timm_proj": "none", "image_size": 32},
+            "vision_cfg": {
+                "timm_model_name": "vit_small_for_tests",
+                "timm_pool": "map",
+                "timm_proj": "none",
+                "image_size": 32,
+            },
             "text_cfg": {
-                "context_length": 12, "vocab_size": len(WORDS), "hf_tokenizer_name": "local", "width": 32, "heads": 2, "layers": 2,
-                "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
-            } | text,
+                "context_length": 12,
+                "vocab_size": len(WORDS),
+                "hf_tokenizer_name": "local",
+                "width": 32,
+                "heads": 2,
+                "layers": 2,
+                "no_causal_mask": True,
+                "proj_bias": True,
+                "pool_type": "last",
+                "norm_kwargs": {"eps": 1e-6},
+            }
+            | text,
         },
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
-    }  # fmt: skip
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(described))
     return {"name": "open_clip", "architecture": f"local-dir:{folder}"}
 
 
 def register_small_siglip() -> None:
-    """Teach timm a vision transformer of SigLIP's form that is small; its own smallest has 93 million weights."""
+    """Teach timm a vision transformer of SigLIP's form that is small; its own smallest has 93
+    million weights.
+    """
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
     def vit_small_for_tests(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         keys = {key: kwargs[key] for key in ("num_classes", "global_pool") if key in kwargs}
-        return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, class_token=False, **keys)
+        return VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, class_token=False, **keys
+        )
 
     def vit_small_siglip_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         return vit_small_for_tests(**kwargs)

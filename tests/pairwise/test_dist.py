@@ -25,7 +25,9 @@ def _reference(name, n):
     everyone = range(n)
     where = {
         "all_gather": [[[(k, i)] for k in everyone for i in range(2 * n)] for _ in everyone],
-        "reduce_scatter": [[[(k, i) for k in everyone] for i in (2 * r, 2 * r + 1)] for r in everyone],
+        "reduce_scatter": [
+            [[(k, i) for k in everyone] for i in (2 * r, 2 * r + 1)] for r in everyone
+        ],
         "all_reduce": [[[(k, i) for k in everyone] for i in range(2 * n)] for _ in everyone],
         "all_to_all": [[[(k, i)] for k in everyone for i in (2 * r, 2 * r + 1)] for r in everyone],
     }[name]
@@ -66,9 +68,13 @@ def _odd_and_even():
 
 
 def test_subgroups_and_ring():
-    for rank, (members, gathered, received, objects, total, first) in enumerate(ranks.run(4, _odd_and_even)):
+    for rank, (members, gathered, received, objects, total, first) in enumerate(
+        ranks.run(4, _odd_and_even)
+    ):
         mates = [rank % 2, rank % 2 + 2]
-        assert list(members) == mates and gathered == mates and objects == mates and first == mates[0]
+        assert (
+            list(members) == mates and gathered == mates and objects == mates and first == mates[0]
+        )
         assert received == [mates[1 - mates.index(rank)]] and total == 6
 
 

@@ -1,7 +1,8 @@
-"""Every way to compute a loss equals the float64 single-process truth, in value and in every gradient.
+"""Every way to compute a loss equals the float64 single-process truth, in value and in every
+gradient.
 
-Full product in float64 at small B; a covering design in float32 and bfloat16; and negative controls: the mistakes that
-such code is prone to, each of which must fail the same assertion.
+Full product in float64 at small B; a covering design in float32 and bfloat16; and negative
+controls: the mistakes that such code is prone to, each of which must fail the same assertion.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def test_full_product_in_float64():
 
 
 def test_uneven_valid_samples():
-    """Means over valid samples, 0, 6, 6 and 7 of them on four ranks and as uneven in the micro-batches."""
+    """Means over valid samples, 0, 6, 6 and 7 of them on four ranks and as uneven in the
+    micro-batches.
+    """
     cases = [
         Case("infonce", impl, n, topology, m, aligned=True)
         for impl, n, topology, m in product(IMPLS, (1, 2, 4), ("global", "ring"), (1, 3, 4))
@@ -84,7 +87,9 @@ def covering(dtype: str) -> list[Case]:
 
 @pytest.mark.parametrize("dtype, n_cases", [("float64", 32), ("float32", 18), ("bfloat16", 18)])
 def test_gradients_of_embeddings(dtype, n_cases):
-    """Gradients of each rank's own rows, scale and bias. (Dense float32 is not held to this: it is off, see below.)"""
+    """Gradients of each rank's own rows, scale and bias. (Dense float32 is not held to this: it is
+    off, see below.)
+    """
     cases = covering(dtype)
     for case, found in zip(cases, run_all("embeddings_of_rank", cases)):
         assert_equal(case, combine(found), truth(case))
@@ -121,10 +126,17 @@ def test_kept_tiles_change_nothing():
             objective = exact.objective_of(case)
             object.__setattr__(objective.engine, "memory_budget", budget)
             leaves = [x.clone().requires_grad_(), t.clone().requires_grad_()]
-            leaves += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (scale, exact.BIAS)]
+            leaves += [
+                torch.tensor(v, dtype=torch.float64, requires_grad=True)
+                for v in (scale, exact.BIAS)
+            ]
             total, _ = objective(**dict(zip(("image", "text", "scale", "bias"), leaves)))
-            gradients = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
-            again = torch.autograd.grad(total, leaves, materialize_grads=True)  # nothing kept was overwritten
+            gradients = torch.autograd.grad(
+                total, leaves, retain_graph=True, materialize_grads=True
+            )
+            again = torch.autograd.grad(
+                total, leaves, materialize_grads=True
+            )  # nothing kept was overwritten
             assert_equal(case, [total.detach(), *gradients], truth(case))
             assert all(torch.equal(a, b) for a, b in zip(gradients, again))
             n += 1
@@ -138,7 +150,9 @@ def detached_gather(case: Case) -> list:
     from vlp import dist
 
     gather = dist._AllGather.backward
-    dist._AllGather.backward = staticmethod(lambda ctx, g: (g.chunk(ctx.group.size)[ctx.group.index], None))
+    dist._AllGather.backward = staticmethod(
+        lambda ctx, g: (g.chunk(ctx.group.size)[ctx.group.index], None)
+    )
     try:
         return exact.embeddings_of_rank(case)
     finally:
@@ -179,7 +193,9 @@ def test_a_factor_of_the_rank_count_is_noticed():
 
 @pytest.mark.parametrize("micro_batches", [2, 3])
 def test_dropout_is_replayed(micro_batches):
-    """Two passes with dropout equal one graph over the same micro-batches; without replay they do not."""
+    """Two passes with dropout equal one graph over the same micro-batches; without replay they do
+    not.
+    """
     case = Case("infonce", "tiled", 1, micro_batches=micro_batches, aligned=True)
     expected = one_graph(case, 0.3)
     (found,) = ranks.run(1, exact.step_of_rank, case, 0.3)
@@ -230,24 +246,34 @@ def test_identical_embeddings_give_log_n(impl, dtype):
 
 
 def test_bfloat16_at_scale_100():
-    case = Case("infonce", "tiled", 1, scale=100.0, aligned=True, rows=200, dtype="bfloat16", tile_size=64)
+    case = Case(
+        "infonce", "tiled", 1, scale=100.0, aligned=True, rows=200, dtype="bfloat16", tile_size=64
+    )
     found = combine([exact.embeddings_of_rank(case)])
     assert all(torch.isfinite(f).all() for f in found)
     assert_equal(case, found, truth(case))
 
 
 def test_float32_where_dense_is_wrong():
-    """Pairs at cosine .999 and scale 100: the tiled engine keeps its accuracy on a loss of 1e-30 and less."""
+    """Pairs at cosine .999 and scale 100: the tiled engine keeps its accuracy on a loss of 1e-30
+    and less.
+    """
     torch.manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(64, 128), dim=1)
     t = torch.nn.functional.normalize(x + 0.003 * torch.randn(64, 128), dim=1)
 
     def gradients(dtype, impl):
-        leaves = [e.to(dtype).requires_grad_() for e in (x, t)] + [torch.tensor(100.0, dtype=dtype, requires_grad=True)]
-        total, _ = build({"infonce": {}}, impl=impl)(image=leaves[0], text=leaves[1], scale=leaves[2])
+        leaves = [e.to(dtype).requires_grad_() for e in (x, t)] + [
+            torch.tensor(100.0, dtype=dtype, requires_grad=True)
+        ]
+        total, _ = build({"infonce": {}}, impl=impl)(
+            image=leaves[0], text=leaves[1], scale=leaves[2]
+        )
         return [total.detach().double(), *(g.double() for g in torch.autograd.grad(total, leaves))]
 
-    for found, expected in zip(gradients(torch.float32, "tiled"), gradients(torch.float64, "dense")):
+    for found, expected in zip(
+        gradients(torch.float32, "tiled"), gradients(torch.float64, "dense")
+    ):
         assert 0 < expected.norm() < 1e-20
         assert (found - expected).norm() <= 5e-5 * expected.norm()
 

@@ -1,4 +1,6 @@
-"""Memory of the loss: what is never allocated, and how it grows. Each peak is measured in a process of its own."""
+"""Memory of the loss: what is never allocated, and how it grows. Each peak is measured in a process
+of its own.
+"""
 
 import json
 import os
@@ -26,14 +28,22 @@ print(peak_memory(run({B}), device))
 
 def extra_memory(method: str, B: int, D: int) -> float:
     command = [sys.executable, "-c", MEASURE.format(method=method, B=B, D=D)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("method", ["tiled", "tiled siglip"])
 def test_the_matrix_is_never_stored(method):
-    """B = 6,144: one float32 matrix of scores takes 144 MiB; the engine's tiles and gradients a fraction of that."""
+    """B = 6,144: one float32 matrix of scores takes 144 MiB; the engine's tiles and gradients a
+    fraction of that.
+    """
     assert extra_memory(method, 6144, 64) < 50 * MIB
 
 

@@ -1,7 +1,8 @@
 """Every reduction that objectives may ask for, against naive loops in float64, on 1, 2 and 4 ranks.
 
-Each entry of REDUCTIONS pairs `share(pairs, data)`, computed by the engine on a rank's own rows, with `loop(data)`, the
-same number from its definition over the whole batch. Values and gradients of all inputs are compared.
+Each entry of REDUCTIONS pairs `share(pairs, data)`, computed by the engine on a rank's own rows,
+with `loop(data)`, the same number from its definition over the whole batch. Values and gradients of
+all inputs are compared.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Data:
     LEAVES = ("image", "text", "extra", "scale", "row_scale", "teacher")
 
     def own(self) -> Data:
-        rows = slice(dist.rank() * B // dist.world_size(), (dist.rank() + 1) * B // dist.world_size())
+        rows = slice(
+            dist.rank() * B // dist.world_size(), (dist.rank() + 1) * B // dist.world_size()
+        )
         return replace(self, **{k: v[rows] for k, v in vars(self).items() if v.dim()})
 
 
@@ -44,16 +47,21 @@ def data() -> Data:
     generator = torch.Generator().manual_seed(3)
 
     def rows(*shape: int) -> Tensor:
-        return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).requires_grad_()
+        return F.normalize(
+            torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1
+        ).requires_grad_()
 
     return Data(
-        image=rows(B, D), text=rows(B, D), extra=rows(B, K, D), teacher=rows(B, D),
+        image=rows(B, D),
+        text=rows(B, D),
+        extra=rows(B, K, D),
+        teacher=rows(B, D),
         scale=torch.tensor(7.0, dtype=torch.float64, requires_grad=True),
         row_scale=torch.linspace(2, 9, B, dtype=torch.float64).requires_grad_(),
         weight=torch.linspace(-1, 2, B, dtype=torch.float64),
         valid=torch.arange(B * K).reshape(B, K) % 5 > 1,
         none=torch.zeros(B, dtype=torch.bool),
-    )  # fmt: skip
+    )
 
 
 def lse(values: list[Tensor]) -> Tensor:
@@ -80,13 +88,19 @@ def margin(pairs, d):
 def margin_loop(d):
     def one(i):
         z = [[d.scale * (d.image[k] @ d.text[j]) for j in range(B)] for k in range(B)]
-        return d.weight[i] * (lse([z[i][j] for j in others(i)]) - z[i][i]) + lse([z[j][i] for j in others(i)]) - z[i][i]
+        return (
+            d.weight[i] * (lse([z[i][j] for j in others(i)]) - z[i][i])
+            + lse([z[j][i] for j in others(i)])
+            - z[i][i]
+        )
 
     return sum(one(i) for i in range(B)) / B
 
 
 def multiples(pairs, d):
-    ((r1, c1), (r2, c2)), positive = pairs.multiples_logsumexp(d.image, d.text, d.scale, (1.25, 0.25))
+    ((r1, c1), (r2, c2)), positive = pairs.multiples_logsumexp(
+        d.image, d.text, d.scale, (1.25, 0.25)
+    )
     return pairs.mean(d.weight * (r1 - 2 * r2) + c1 * c2 + positive)
 
 
@@ -119,7 +133,9 @@ def row_scales(pairs, d):
 def row_scales_loop(d):
     def one(i):
         rows = lse([d.row_scale[i] * (d.image[i] @ d.text[j]) for j in others(i)])
-        return d.weight[i] * rows + lse([d.row_scale[i] ** 2 * (d.image[j] @ d.text[i]) for j in others(i)])
+        return d.weight[i] * rows + lse(
+            [d.row_scale[i] ** 2 * (d.image[j] @ d.text[i]) for j in others(i)]
+        )
 
     return sum(one(i) for i in range(B)) / B
 
@@ -150,7 +166,9 @@ def uniformity(pairs, d):
 
 def uniformity_loop(d):
     # −2‖x_i − x_j‖² = 4x_i·x_j − 4 on the sphere; written so here because the two differ off it
-    return lse([4 * (d.image[i] @ d.image[j]) - 4 for i in range(B) for j in others(i)]) - math.log(B * (B - 1))
+    return lse([4 * (d.image[i] @ d.image[j]) - 4 for i in range(B) for j in others(i)]) - math.log(
+        B * (B - 1)
+    )
 
 
 def weighted_tile(tile: Tile):
@@ -195,14 +213,22 @@ def four_tile(tile: Tile):
 def four_matrices(pairs, d):
     reduction = Reduction(four_tile, rows=(SUM,), columns=(SUM,))
     rows, columns = pairs.reduce(
-        reduction, [d.image, d.text, d.image, d.text], [d.image, d.text, d.text, d.image], paired=False
+        reduction,
+        [d.image, d.text, d.image, d.text],
+        [d.image, d.text, d.text, d.image],
+        paired=False,
     )
     return pairs.mean(d.weight * rows + columns)
 
 
 def four_matrices_loop(d):
     def cells(i, j):
-        return d.image[i] @ d.image[j], d.text[i] @ d.text[j], d.image[i] @ d.text[j], d.text[i] @ d.image[j]
+        return (
+            d.image[i] @ d.image[j],
+            d.text[i] @ d.text[j],
+            d.image[i] @ d.text[j],
+            d.text[i] @ d.image[j],
+        )
 
     def row(i, j):
         xx, tt, xt, tx = cells(i, j)
@@ -227,8 +253,14 @@ def own_text_rows_loop(d):
 
 def best(pairs, d):
     scores, columns, positions = pairs.top_k(d.image, d.text, 3)
-    assert scores.shape == positions.shape == (len(d.image), 3) and columns.shape == (len(d.image), 3, D)
-    return pairs.mean(d.weight * (scores * torch.tensor([1.0, -2.0, 3.0])).sum(1) + columns.pow(3).sum((1, 2)))
+    assert scores.shape == positions.shape == (len(d.image), 3) and columns.shape == (
+        len(d.image),
+        3,
+        D,
+    )
+    return pairs.mean(
+        d.weight * (scores * torch.tensor([1.0, -2.0, 3.0])).sum(1) + columns.pow(3).sum((1, 2))
+    )
 
 
 def best_loop(d):
@@ -248,7 +280,9 @@ def all_against_all(tile: Tile):
 
 def mann_whitney(pairs, d):
     diagonal = pairs.gather((d.image * d.text).sum(1))
-    (rows,) = pairs.reduce(Reduction(all_against_all, rows=(SUM,)), [d.image], [d.text], shared=[d.scale, diagonal])
+    (rows,) = pairs.reduce(
+        Reduction(all_against_all, rows=(SUM,)), [d.image], [d.text], shared=[d.scale, diagonal]
+    )
     return pairs.mean(rows)
 
 
@@ -264,14 +298,20 @@ def masked_mean(pairs, d):
     poisoned = torch.where(d.valid, values, torch.nan)
     nothing = pairs.mean(torch.where(d.none, values[:, 0], torch.inf), d.none)
     assert nothing == 0
-    return pairs.mean(poisoned, d.valid) + nothing + pairs.mean(values, d.valid * d.weight.abs().unsqueeze(1))
+    return (
+        pairs.mean(poisoned, d.valid)
+        + nothing
+        + pairs.mean(values, d.valid * d.weight.abs().unsqueeze(1))
+    )
 
 
 def masked_mean_loop(d):
     cells = [(i, k) for i in range(B) for k in range(K) if d.valid[i, k]]
     value = {(i, k): (d.text[i] @ d.extra[i, k]) * d.scale for i, k in cells}
     weights = {(i, k): d.weight[i].abs() for i, k in cells}
-    return sum(value.values()) / len(cells) + sum(weights[c] * value[c] for c in cells) / sum(weights.values())
+    return sum(value.values()) / len(cells) + sum(weights[c] * value[c] for c in cells) / sum(
+        weights.values()
+    )
 
 
 def totals(pairs, d):
@@ -301,7 +341,10 @@ REDUCTIONS = {
 
 def gradients_of(value: Tensor, d: Data) -> list:
     leaves = [getattr(d, name) for name in Data.LEAVES]
-    return [value.item(), *(g.tolist() for g in torch.autograd.grad(value, leaves, materialize_grads=True))]
+    return [
+        value.item(),
+        *(g.tolist() for g in torch.autograd.grad(value, leaves, materialize_grads=True)),
+    ]
 
 
 def on_rank(plans: list[tuple[str, str]]) -> list[list]:
@@ -326,12 +369,20 @@ def test_reductions_equal_loops(n_ranks):
     n_cases = n_live = 0
     for p, plan in enumerate(PLANS):
         for r, name in enumerate(REDUCTIONS):
-            # each rank holds its own rows of the leaves, so the mean over ranks is the whole gradient
+            # each rank holds its own rows of the leaves, so the mean over ranks is the whole
+            # gradient
             for i, leaf in enumerate(("value", *Data.LEAVES)):
-                mean = sum(torch.tensor(found[k][p][r][i], dtype=torch.float64) for k in range(n_ranks)) / n_ranks
+                mean = (
+                    sum(
+                        torch.tensor(found[k][p][r][i], dtype=torch.float64) for k in range(n_ranks)
+                    )
+                    / n_ranks
+                )
                 wanted = torch.tensor(expected[r][i], dtype=torch.float64)
                 error = (mean - wanted).norm()
-                assert error <= 1e-10 * wanted.norm() + 1e-12, f"{name}, {plan}, {leaf}: {mean} is not {wanted}"
+                assert error <= 1e-10 * wanted.norm() + 1e-12, (
+                    f"{name}, {plan}, {leaf}: {mean} is not {wanted}"
+                )
                 n_live += bool(wanted.norm() > 1e-6)
             n_cases += 1
     assert n_cases == 4 * 13 and n_live == 4 * 48, "the comparison must not be empty"

@@ -13,12 +13,23 @@ def test_layouts():
     assert strided(6, 2) == ((0, 3), (1, 4), (2, 5))
     assert Topology(2, "strided").partition(6, step=5) == strided(6, 2)
     assert Topology.read("local").partition(3) == ((0,), (1,), (2,))
-    assert Topology.read("global").partition(3) == ((0, 1, 2),) == Topology.read("ring").partition(3)
+    assert (
+        Topology.read("global").partition(3) == ((0, 1, 2),) == Topology.read("ring").partition(3)
+    )
 
 
 def test_alternating_groups_let_every_pair_meet():
     n = 0
-    for n_ranks, size, seed in [(4, 2, 0), (8, 2, 0), (8, 4, 1), (12, 3, 2), (16, 8, 0), (64, 8, 0), (6, 6, 0), (5, 1, 0)]:
+    for n_ranks, size, seed in [
+        (4, 2, 0),
+        (8, 2, 0),
+        (8, 4, 1),
+        (12, 3, 2),
+        (16, 8, 0),
+        (64, 8, 0),
+        (6, 6, 0),
+        (5, 1, 0),
+    ]:
         cycle = rotation(n_ranks, size, seed)
         met = set()
         for partition in cycle:
@@ -56,12 +67,18 @@ def test_bad_topologies(value, message):
 
 
 def test_a_group_that_does_not_divide_names_the_divisors():
-    with pytest.raises(ValueError, match=r"groups of 4 do not divide 6 ranks; choose group from \[1, 2, 3, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"groups of 4 do not divide 6 ranks; choose group from \[1, 2, 3, 6\]"
+    ):
         Topology(4).group_size(6)
-    with pytest.raises(ValueError, match=r"groups of 2 do not divide 1 ranks; choose group from \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"groups of 2 do not divide 1 ranks; choose group from \[1\]"
+    ):
         Engine(topology=Topology(2))
 
 
 def test_unknown_implementation():
-    with pytest.raises(ValueError, match="impl: found 'fast'; choose from auto, dense, tiled, triton"):
+    with pytest.raises(
+        ValueError, match="impl: found 'fast'; choose from auto, dense, tiled, triton"
+    ):
         Engine(impl="fast")

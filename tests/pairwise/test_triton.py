@@ -1,7 +1,8 @@
-"""The Triton kernels: by the interpreter on a CPU, compiled for Hopper without a GPU, and on a GPU where there is one.
+"""The Triton kernels: by the interpreter on a CPU, compiled for Hopper without a GPU, and on a GPU
+where there is one.
 
-The interpreter is chosen when Triton is imported, so the cases run in a process of their own. It is right for float32
-and float16; bfloat16 dots under it are not.
+The interpreter is chosen when Triton is imported, so the cases run in a process of their own. It is
+right for float32 and float16; bfloat16 dots under it are not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ CASES = [
     for loss, dtype, (scale, aligned, rows) in product(
         ("infonce", "siglip"),
         ("float32", "float16"),
-        ((1.0, False, 37), (14.0, True, 32), (100.0, True, 37), (100.0, False, 50), (14.0, False, 1)),
+        (
+            (1.0, False, 37),
+            (14.0, True, 32),
+            (100.0, True, 37),
+            (100.0, False, 50),
+            (14.0, False, 1),
+        ),
     )
 ]
 
@@ -59,7 +66,13 @@ print(json.dumps([
 def test_kernels_compile_for_hopper():
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
     for _, dtype, _, shared, tensor_cores in kernels:
@@ -70,7 +83,9 @@ def test_kernels_compile_for_hopper():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_the_error_names_what_works():
-    with pytest.raises(ValueError, match="needs a CUDA device and found none; choose auto, tiled or dense"):
+    with pytest.raises(
+        ValueError, match="needs a CUDA device and found none; choose auto, tiled or dense"
+    ):
         build({"infonce": {}}, impl="triton")
 
 
@@ -80,7 +95,11 @@ def test_kernels_on_a_gpu():
     cases = [
         Case(loss, "triton", 1, "global", 1, scale, aligned, rows, dtype, tile_size=0)
         for loss, dtype, scale, aligned, rows in product(
-            ("infonce", "siglip"), ("bfloat16", "float16", "float32"), (1.0, 14.0, 100.0), (False, True), (1, 300, 9000)
+            ("infonce", "siglip"),
+            ("bfloat16", "float16", "float32"),
+            (1.0, 14.0, 100.0),
+            (False, True),
+            (1, 300, 9000),
         )
     ]
     for case in cases:

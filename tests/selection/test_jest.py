@@ -1,4 +1,6 @@
-"""JEST: the draw against a naive loop, against chance, over ranks, and in whole runs that stop and go on."""
+"""JEST: the draw against a naive loop, against chance, over ranks, and in whole runs that stop and
+go on.
+"""
 
 import json
 import shutil
@@ -34,7 +36,10 @@ def naive(learner, reference, n_chosen, chunks, seed, step, couplings=True):
 
     def losses(model):
         z = model.scale * (model.image.double() @ model.text.double().T).numpy() + model.bias
-        return [[np.log1p(np.exp(-z[i, j] if i == j else z[i, j])) for j in range(len(z))] for i in range(len(z))]
+        return [
+            [np.log1p(np.exp(-z[i, j] if i == j else z[i, j])) for j in range(len(z))]
+            for i in range(len(z))
+        ]
 
     s = np.array(losses(learner)) - np.array(losses(reference))
     chosen = []
@@ -52,22 +57,32 @@ def naive(learner, reference, n_chosen, chunks, seed, step, couplings=True):
 def test_the_draw_equals_the_naive_loop():
     n_cases, n_other = 0, 0
     for seed in range(12):
-        learner, reference = embedded(seed, noise=1.5), embedded(seed + 100, noise=0.3, scale=12.0, bias=-7.0)
+        learner, reference = (
+            embedded(seed, noise=1.5),
+            embedded(seed + 100, noise=0.3, scale=12.0, bias=-7.0),
+        )
         for n_chosen, chunks in ((12, 1), (12, 4), (8, 8), (24, 3)):
             chosen, own = select(learner, reference, n_chosen, chunks, seed, step=3)
             assert chosen.tolist() == naive(learner, reference, n_chosen, chunks, seed, 3)
             n_cases += 1
-            n_other += chosen.tolist() != naive(learner, reference, n_chosen, chunks, seed, 3, couplings=False)
+            n_other += chosen.tolist() != naive(
+                learner, reference, n_chosen, chunks, seed, 3, couplings=False
+            )
         expected = F.softplus(-learner.scale * (learner.image * learner.text).sum(1) - learner.bias)
-        expected -= F.softplus(-reference.scale * (reference.image * reference.text).sum(1) - reference.bias)
+        expected -= F.softplus(
+            -reference.scale * (reference.image * reference.text).sum(1) - reference.bias
+        )
         torch.testing.assert_close(own, expected.double())
     assert n_cases == 48
-    assert n_other >= 12  # negative control: without the couplings between chosen pairs the sets are others
+    assert (
+        n_other >= 12
+    )  # negative control: without the couplings between chosen pairs the sets are others
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_one_chunk_of_equal_models_is_uniform(same):
-    """4,000 draws of 3 of 6 rows: χ² of the 20 possible sets, 19 degrees of freedom; 43.8 is exceeded by chance once in 1,000.
+    """4,000 draws of 3 of 6 rows: χ² of the 20 possible sets, 19 degrees of freedom; 43.8 is
+    exceeded by chance once in 1,000.
 
     Negative control: against another reference the sets are far from equally frequent.
     """
@@ -87,7 +102,10 @@ def selected(seed, n_chosen=12, chunks=4):
     """On any number of ranks: what is chosen, and this rank's rows after the exchange."""
     group = dist.world()
     mine = slice(group.index * N // group.size, (group.index + 1) * N // group.size)
-    models = [Embedded(m.image[mine], m.text[mine], m.scale, m.bias) for m in (embedded(seed, noise=1.5), embedded(seed + 100))]
+    models = [
+        Embedded(m.image[mine], m.text[mine], m.scale, m.bias)
+        for m in (embedded(seed, noise=1.5), embedded(seed + 100))
+    ]
     chosen, _ = select(*models, n_chosen, chunks, seed, step=1)
     number = torch.arange(N)[mine]
     batch = Batch(
@@ -160,12 +178,17 @@ def settings(folder, scenes, out, *overrides):
 
 
 def chosen_by(home, **options):
-    return "selection=" + json.dumps({"jest": {"reference": str(home / "reference"), "keep": 0.5, "chunks": 4, **options}})
+    return "selection=" + json.dumps(
+        {"jest": {"reference": str(home / "reference"), "keep": 0.5, "chunks": 4, **options}}
+    )
 
 
 def logged(run):
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("samples_s", "data_wait", "waited_s")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("samples_s", "data_wait", "waited_s")}
+        for line in lines
+    ]
 
 
 def test_a_run_that_stops_goes_on_exactly_and_counts_its_cost(home, scenes):
@@ -186,7 +209,12 @@ def test_a_run_that_stops_goes_on_exactly_and_counts_its_cost(home, scenes):
 
 def test_stored_embeddings_choose_as_the_reference_does(home, scenes):
     shards, stored = scenes / "train", home / "stored"
-    assert main(["data", "embed", str(shards), "--model", str(home / "reference"), "--to", str(stored)]) == 0
+    assert (
+        main(
+            ["data", "embed", str(shards), "--model", str(home / "reference"), "--to", str(stored)]
+        )
+        == 0
+    )
     plain = ("data.augment.scale=[1.0, 1.0]", "data.captions.choose=first", "train.duration=2")
     by_model = logged(train(settings(home, scenes, "by_model", chosen_by(home), *plain)))
     scale, bias = (v.item() for v in checkpoint.load_model(home / "reference").scaling())
@@ -194,22 +222,39 @@ def test_stored_embeddings_choose_as_the_reference_does(home, scenes):
     source = f"data.sources=[{{name: shards, path: {shards}, embeddings: {stored}}}]"
     by_file = logged(train(settings(home, scenes, "by_file", by_rows, source, *plain)))
     assert [r["jest.reference_rows"] for r in by_file] == [0, 0]
-    assert by_file[0]["jest.learnability"] == pytest.approx(by_model[0]["jest.learnability"], rel=1e-3)  # stored as float16
-    assert by_file[0]["jest.learnability_chosen"] == pytest.approx(by_model[0]["jest.learnability_chosen"], rel=1e-3)
+    assert by_file[0]["jest.learnability"] == pytest.approx(
+        by_model[0]["jest.learnability"], rel=1e-3
+    )  # stored as float16
+    assert by_file[0]["jest.learnability_chosen"] == pytest.approx(
+        by_model[0]["jest.learnability_chosen"], rel=1e-3
+    )
 
 
 def losses_of(path, *overrides):
     run = train(config.load(path, list(overrides)))
     dist.barrier()  # the first rank has written its log
-    return [(record["loss"], record["jest.reference_rows"], record["jest.learnability_chosen"]) for record in logged(run)]
+    return [
+        (record["loss"], record["jest.reference_rows"], record["jest.learnability_chosen"])
+        for record in logged(run)
+    ]
 
 
-@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.slow) for e in ("fsdp2", "zero2", "zero3"))])
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", *(pytest.param(e, marks=pytest.mark.slow) for e in ("fsdp2", "zero2", "zero3"))],
+)
 def test_two_ranks_train_on_what_one_chooses(home, scenes, engine):
     settings(home, scenes, "one")
-    options = (chosen_by(home), "train.duration=3", "model.image_tower.patch_dropout=0", "train.micro_batches=1")
+    options = (
+        chosen_by(home),
+        "train.duration=3",
+        "model.image_tower.patch_dropout=0",
+        "train.micro_batches=1",
+    )
     alone = losses_of(home / "one.yaml", *options, f"out={home / f'one_{engine}'}")
-    together = ranks.run(2, losses_of, home / "one.yaml", *options, f"out={home / engine}", f"train.engine={engine}")[0]
+    together = ranks.run(
+        2, losses_of, home / "one.yaml", *options, f"out={home / engine}", f"train.engine={engine}"
+    )[0]
     assert len(alone) == 3
     np.testing.assert_allclose(together, alone, rtol=1e-4)
 
@@ -221,18 +266,53 @@ def test_refusals(home, scenes):
         assert not (home / "refused").exists()
 
     refused("inverse must be a whole number", chosen_by(home, keep=0.3), error=ConfigError)
-    refused("set both to those of the model", 'selection={"jest": {"reference": "precomputed"}}', error=ConfigError)
-    refused("one at a time", 'selection={"jest": {"reference": "x"}, "mcl": {"labels": ["y"]}}', error=ConfigError)
+    refused(
+        "set both to those of the model",
+        'selection={"jest": {"reference": "precomputed"}}',
+        error=ConfigError,
+    )
+    refused(
+        "one at a time",
+        'selection={"jest": {"reference": "x"}, "mcl": {"labels": ["y"]}}',
+        error=ConfigError,
+    )
     refused("5 chunks of jest do not divide train.batch 16", chosen_by(home, chunks=5))
     refused("leave out data.together", chosen_by(home), "data.together=2")
-    refused("embeds the pixels", chosen_by(home), "model.image_tower.locked=true", "model.image_tower.precomputed=true")
+    refused(
+        "embeds the pixels",
+        chosen_by(home),
+        "model.image_tower.locked=true",
+        "model.image_tower.precomputed=true",
+    )
     refused("set model.bias", chosen_by(home), "model.bias=null", "objective={infonce: {}}")
-    refused("selection.jest.reference .* reads \\(16, 16\\) pixels", chosen_by(home), "model.image_tower.image_size=24")
-    refused("selection.jest.reference .* but the model .*context_length=20", chosen_by(home), "model.text_tower.context_length=20")
+    refused(
+        "selection.jest.reference .* reads \\(16, 16\\) pixels",
+        chosen_by(home),
+        "model.image_tower.image_size=24",
+    )
+    refused(
+        "selection.jest.reference .* but the model .*context_length=20",
+        chosen_by(home),
+        "model.text_tower.context_length=20",
+    )
     refused("nowhere", chosen_by(home, reference="nowhere"))
     precomputed = chosen_by(home, reference="precomputed", scale=10, bias=-10)
     refused(r"needs \['teacher_image', 'teacher_text'\].*vlp data embed", precomputed)
     refused("larger than the data", chosen_by(home, keep=0.01))
-    train(settings(home, scenes, "clip", "model.bias=null", "objective={infonce: {}}", "train.duration=1"))
-    refused("clip has no logit bias.*selection.jest.bias", chosen_by(home, reference=str(home / "clip")))
-    train(settings(home, scenes, "by_clip", chosen_by(home, reference=str(home / "clip"), bias=-10), "train.duration=1"))
+    train(
+        settings(
+            home, scenes, "clip", "model.bias=null", "objective={infonce: {}}", "train.duration=1"
+        )
+    )
+    refused(
+        "clip has no logit bias.*selection.jest.bias", chosen_by(home, reference=str(home / "clip"))
+    )
+    train(
+        settings(
+            home,
+            scenes,
+            "by_clip",
+            chosen_by(home, reference=str(home / "clip"), bias=-10),
+            "train.duration=1",
+        )
+    )

@@ -1,7 +1,8 @@
 """The configuration: one typed tree, read strictly from YAML with dotted overrides.
 
-`load("configs/demo.yaml", ["train.batch=512"])` reports every problem at once, each with file and line. Plug-ins
-(sources, towers, terms, tasks) validate their own options by name through `vlp.plugin`.
+`load("configs/demo.yaml", ["train.batch=512"])` reports every problem at once, each with file and
+line. Plug-ins (sources, towers, terms, tasks) validate their own options by name through
+`vlp.plugin`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from vlp.types import Decoding
 
 @dataclass(frozen=True)
 class Duration:
-    """A span of training in any unit: `1000` (steps), `5%` (of the run), `3ep` (epochs), `200ksamples`, `2Msamples`."""
+    """A span of training in any unit: `1000` (steps), `5%` (of the run), `3ep` (epochs),
+    `200ksamples`, `2Msamples`.
+    """
 
     value: float
     unit: Literal["steps", "%", "ep", "samples"]
@@ -32,7 +35,9 @@ class Duration:
     def from_config(cls, value: Any) -> Duration:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|ep|samples|ksamples|Msamples)?", str(value))
         if not match or isinstance(value, bool):
-            raise ValueError(f"found {value!r}, expected a duration: 1000 (steps), 5%, 3ep, 200ksamples or 2Msamples")
+            raise ValueError(
+                f"found {value!r}, expected a duration: 1000 (steps), 5%, 3ep, 200ksamples or 2Msamples"
+            )
         number, unit = float(match[1]), match[2] or "steps"
         if unit == "steps" and number != int(number):
             raise ValueError(f"found {value!r}, expected a whole number of steps")
@@ -40,22 +45,35 @@ class Duration:
         return cls(number * factor, "samples" if unit.endswith("samples") else unit)  # type: ignore[arg-type]
 
     def to_config(self) -> str | int:
-        return int(self.value) if self.unit == "steps" else f"{self.value:g}{self.unit}" if self.unit != "samples" else (
-            f"{self.value / 1e3:.12g}ksamples"
+        return (
+            int(self.value)
+            if self.unit == "steps"
+            else f"{self.value:g}{self.unit}"
+            if self.unit != "samples"
+            else (f"{self.value / 1e3:.12g}ksamples")
         )
 
     def steps(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> int:
-        """The span in optimiser steps of `batch` samples, at least 1 unless the value is 0; `%` needs `total` steps."""
+        """The span in optimiser steps of `batch` samples, at least 1 unless the value is 0; `%`
+        needs `total` steps.
+        """
         span = self.span(batch=batch, steps_per_epoch=steps_per_epoch, total=total)
         return max(1, round(span)) if span else 0
 
     def span(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> Fraction:
-        """The span in steps before rounding; its multiples are rounded one by one, so that they do not drift."""
+        """The span in steps before rounding; its multiples are rounded one by one, so that they do
+        not drift.
+        """
         if self.unit == "%" and total is None:
-            raise ValueError("a percentage has no meaning here; give steps, epochs (3ep) or samples (2Msamples)")
+            raise ValueError(
+                "a percentage has no meaning here; give steps, epochs (3ep) or samples (2Msamples)"
+            )
         per_unit = {
-            "steps": Fraction(1), "ep": Fraction(steps_per_epoch), "samples": Fraction(1, batch), "%": Fraction(total or 0, 100)
-        }  # fmt: skip
+            "steps": Fraction(1),
+            "ep": Fraction(steps_per_epoch),
+            "samples": Fraction(1, batch),
+            "%": Fraction(total or 0, 100),
+        }
         return Fraction(str(self.value)) * per_unit[self.unit]
 
 
@@ -73,7 +91,9 @@ class Plan:
         return cls(train.batch, steps_per_epoch, total)
 
     def steps(self, duration: Duration) -> int:
-        return duration.steps(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
+        return duration.steps(
+            batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total
+        )
 
     def due(self, every: Duration | None, step: int) -> bool:
         """Whether something done `every` so often is due after `step` updates: see `due_steps`."""
@@ -85,10 +105,11 @@ class Plan:
         return span <= 1 or any(round(k * span) == step for k in near)
 
     def due_steps(self, every: Duration | None) -> list[int]:
-        """The steps after which something done `every` so often is due: the rounded multiples of the span, and the end.
+        """The steps after which something done `every` so often is due: the rounded multiples of
+        the span, and the end.
 
-        A multiple in per cent that falls short of the end by less than a tenth of the span (33% three times) is the end
-        itself, so that nothing is done twice within a few steps.
+        A multiple in per cent that falls short of the end by less than a tenth of the span (33%
+        three times) is the end itself, so that nothing is done twice within a few steps.
         """
         if every is None:
             return [self.total]
@@ -111,17 +132,23 @@ class Augment:
     scale: tuple[float, float] = (0.9, 1.0)  # share of the image's area that a crop covers
     ratio: tuple[float, float] = (0.75, 1.3333333)  # width / height of a crop
     flip: float = 0.0  # probability of a horizontal flip; harmful where captions say left and right
-    color: float = 0.0  # strength of brightness, contrast and saturation jitter: factors in [1 − color, 1 + color]
+    # strength of brightness, contrast and saturation jitter: factors in [1 − color, 1 + color]
+    color: float = 0.0
     grayscale: float = 0.0  # probability of gray
-    blur: float = 0.0  # probability of a Gaussian blur, σ of .1 to 2 px at 224 px and in proportion at other sizes
-    scaled_decoding: bool = False  # decode a JPEG at 1/2, 1/4 or 1/8 where its crop stays large enough: faster, a few levels off
+    # probability of a Gaussian blur, σ of .1 to 2 px at 224 px and in proportion at other sizes
+    blur: float = 0.0
+    # decode a JPEG at 1/2, 1/4 or 1/8 where its crop stays large enough: faster, a few levels off
+    scaled_decoding: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale {self.scale} must satisfy 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio} must satisfy 0 < low <= high")
-        if not all(0 <= p <= 1 for p in (self.flip, self.grayscale, self.blur)) or not 0 <= self.color < 1:
+        if (
+            not all(0 <= p <= 1 for p in (self.flip, self.grayscale, self.blur))
+            or not 0 <= self.color < 1
+        ):
             raise ValueError("flip, grayscale and blur must lie in [0, 1] and color in [0, 1)")
 
 
@@ -137,10 +164,14 @@ class StrongAugment(Augment):
 
 @dataclass(frozen=True)
 class TextAugment:
-    """How a caption becomes a further view: the probability of each change, for each word that it can happen to."""
+    """How a caption becomes a further view: the probability of each change, for each word that it
+    can happen to.
+    """
 
     stop_words: float = 0.3  # a stop word is left out
-    synonyms: float = 0.2  # a word of the list in vlp.data.wording becomes another of the same meaning
+    synonyms: float = (
+        0.2  # a word of the list in vlp.data.wording becomes another of the same meaning
+    )
     swaps: float = 0.1  # a word changes places with the next one
     deletions: float = 0.1  # a word is left out, whatever it is
 
@@ -151,7 +182,9 @@ class TextAugment:
 
 @dataclass(frozen=True)
 class Views:
-    """Further, strongly augmented views of every image and caption: Batch.image_views and Batch.text_views."""
+    """Further, strongly augmented views of every image and caption: Batch.image_views and
+    Batch.text_views.
+    """
 
     n: int = 1  # A
     augment: StrongAugment = StrongAugment()
@@ -166,22 +199,33 @@ class Views:
 class Captions:
     """Where a sample's text comes from.
 
-    seed: one of its captions by (seed, step, row). first: always the first. all: every pair (image, caption) stands in
-    the epoch by itself (the first 255 captions of a sample). weights: as `seed`, by the weights of the positions.
+    seed: one of its captions by (seed, step, row). first: always the first. all: every pair (image,
+    caption) stands in the epoch by itself (the first 255 captions of a sample). weights: as `seed`,
+    by the weights of the positions.
     """
 
     choose: Literal["seed", "first", "all", "weights"] = "seed"
-    weights: list[float] = field(default_factory=list)  # of the first, second, … caption; further ones are not taken
-    class_templates: list[str] = field(default_factory=list)  # e.g. "a photo of a {}.": filled with the JSON's "class"
-    missing: Literal["error", "drop"] = "error"  # a sample without any text: refuse to start, or drop it and count it
-    lines: Literal["one", "each"] = "one"  # a text file of several lines is one caption, or each of its lines is one
+    weights: list[float] = field(
+        default_factory=list
+    )  # of the first, second, … caption; further ones are not taken
+    class_templates: list[str] = field(
+        default_factory=list
+    )  # e.g. "a photo of a {}.": filled with the JSON's "class"
+    missing: Literal["error", "drop"] = (
+        "error"  # a sample without any text: refuse to start, or drop it and count it
+    )
+    lines: Literal["one", "each"] = (
+        "one"  # a text file of several lines is one caption, or each of its lines is one
+    )
 
     def __post_init__(self) -> None:
         bad = [t for t in self.class_templates if t.count("{}") != 1]
         if bad:
             raise ValueError(f"templates need exactly one {{}} for the class name: {bad}")
         if (self.choose == "weights") != bool(self.weights) or min(self.weights, default=1) <= 0:
-            raise ValueError(f"choose is {self.choose} and weights are {self.weights}; positive weights belong to choose: weights")
+            raise ValueError(
+                f"choose is {self.choose} and weights are {self.weights}; positive weights belong to choose: weights"
+            )
 
 
 @dataclass(frozen=True)
@@ -192,15 +236,20 @@ class Data:
     augment: Augment = Augment()
     captions: Captions = field(default_factory=Captions)
     views: Views | None = None  # further views for terms that compare them; None: none
-    together: int = 1  # G: batches are made of whole groups of G samples of one "origin" (a field of their JSON)
-    replacement: bool = False  # independent uniform draws (within a source's share) instead of whole epochs
+    # G: batches are made of whole groups of G samples of one "origin" (a field of their JSON)
+    together: int = 1
+    replacement: bool = (
+        False  # independent uniform draws (within a source's share) instead of whole epochs
+    )
     shuffle: bool = True
     bad_share: float = 0.01  # more unusable samples than 16 + this share of the rows end the run
     workers: int = 1  # decoding processes a rank; 0 decodes in the training process
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("sources is empty; name at least one, e.g. [{name: shards, path: data/train}]")
+            raise ValueError(
+                "sources is empty; name at least one, e.g. [{name: shards, path: data/train}]"
+            )
         if self.workers < 0 or self.together < 1 or not 0 <= self.bad_share <= 1:
             raise ValueError(
                 f"workers is {self.workers}, together {self.together}, bad_share {self.bad_share}; expected workers >= 0, "
@@ -209,9 +258,13 @@ class Data:
         if self.replacement and not self.shuffle:
             raise ValueError("replacement draws at random; it does not go with shuffle: false")
         if self.together > 1 and self.captions.choose == "all":
-            raise ValueError("together makes batches of samples, captions.choose: all of captions; take one of the two")
+            raise ValueError(
+                "together makes batches of samples, captions.choose: all of captions; take one of the two"
+            )
         if self.views and (self.augment.scaled_decoding or self.views.augment.scaled_decoding):
-            raise ValueError("scaled_decoding does not go with views: all crops of an image come from one decoding at full size")
+            raise ValueError(
+                "scaled_decoding does not go with views: all crops of an image come from one decoding at full size"
+            )
 
 
 @dataclass(frozen=True)
@@ -254,20 +307,28 @@ class Heads:
 
     def __post_init__(self) -> None:
         if self.concepts < 0:
-            raise ValueError(f"concepts is {self.concepts}; expected the number of concepts, or 0 for none")
+            raise ValueError(
+                f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
+            )
 
 
 @dataclass(frozen=True)
 class Model:
-    """Two towers into one space. An open_clip architecture gives both; otherwise name one tower each."""
+    """Two towers into one space. An open_clip architecture gives both; otherwise name one tower
+    each.
+    """
 
     image_tower: Annotated[Plugin, Named("vlp.towers")]
-    text_tower: Annotated[Plugin, Named("vlp.towers")] | None = None  # may be absent where the image tower names both
+    text_tower: Annotated[Plugin, Named("vlp.towers")] | None = (
+        None  # may be absent where the image tower names both
+    )
     embed_dim: int | None = None  # None: the architecture's
     scale: Scale = Scale()
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
     heads: Heads = Heads()
-    pretrained: str | None = None  # open_clip tag, or any reference (vlp.pretrained.references); None: random
+    pretrained: str | None = (
+        None  # open_clip tag, or any reference (vlp.pretrained.references); None: random
+    )
     decoding: Decoding | None = None  # None: as `pretrained` says, or on white and upright
 
     @property
@@ -278,7 +339,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with warm-up and cosine decay. Decay leaves gains, biases, embeddings, scale and bias alone."""
+    """AdamW with warm-up and cosine decay. Decay leaves gains, biases, embeddings, scale and bias
+    alone.
+    """
 
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
@@ -301,31 +364,44 @@ class Train:
 
     duration: Duration
     batch: int  # global: rows of one step over all ranks
-    micro_batches: int = 1  # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
+    # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
+    micro_batches: int = 1
     optimizer: Optimizer = Optimizer()
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: the faster one, as a short measurement finds
-    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"  # auto: what the launcher set up
+    precision: Literal["auto", "float32", "bf16"] = (
+        "auto"  # auto: the faster one, as a short measurement finds
+    )
+    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = (
+        "auto"  # auto: what the launcher set up
+    )
     compile: bool = False
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    non_finite: Literal["stop", "skip"] = "stop"  # a step with NaN or infinity: end the run, or leave the step out
+    non_finite: Literal["stop", "skip"] = (
+        "stop"  # a step with NaN or infinity: end the run, or leave the step out
+    )
     max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
 
     def __post_init__(self) -> None:
         if self.duration.unit == "%" or not self.duration.value:
             found = self.duration.to_config()
-            raise ValueError(f"duration is {found}; expected steps (1000), epochs (3ep) or samples (2Msamples), more than none")
+            raise ValueError(
+                f"duration is {found}; expected steps (1000), epochs (3ep) or samples (2Msamples), more than none"
+            )
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
         if self.max_skipped < 1:
-            raise ValueError(f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop")
+            raise ValueError(
+                f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop"
+            )
 
 
 @dataclass(frozen=True)
 class Teacher:
     """What gives terms embeddings without gradient, beside the trained model (vlp.teacher)."""
 
-    ema: float | None = None  # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
+    ema: float | None = (
+        None  # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
+    )
     queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
     model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
 
@@ -333,16 +409,21 @@ class Teacher:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
         if self.queue < 0 or (self.queue and self.ema is None):
-            raise ValueError(f"queue is {self.queue} with ema {self.ema}: expected a size >= 0, and ema where it is not 0")
+            raise ValueError(
+                f"queue is {self.queue} with ema {self.ema}: expected a size >= 0, and ema where it is not 0"
+            )
 
 
 @dataclass(frozen=True)
 class Pairwise:
     """How the pairs of a step are formed and computed (vlp.pairwise)."""
 
-    topology: Any = "auto"  # auto | local | global | ring | {group: 8, layout: contiguous | strided | alternating}
+    # auto | local | global | ring | {group: 8, layout: contiguous | strided | alternating}
+    topology: Any = "auto"
     impl: Literal["auto", "dense", "tiled", "triton"] = "auto"
-    memory_budget: int | None = None  # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
+    memory_budget: int | None = (
+        None  # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
+    )
 
 
 @dataclass(frozen=True)
@@ -382,15 +463,20 @@ class Config:
     log: Log = field(default_factory=Log)
     seed: int = 0
     init_from: str | None = None  # weights to start from: any reference (vlp.pretrained.references)
-    resume: str = "never"  # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
+    # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
+    resume: str = "never"
 
     def __post_init__(self) -> None:
         if not self.objective:
             raise ValueError("objective is empty; name at least one term, e.g. {infonce: {}}")
         if len(self.selection) > 1:
-            raise ValueError(f"selection names {[plugin.name for plugin in self.selection]}; one at a time")
+            raise ValueError(
+                f"selection names {[plugin.name for plugin in self.selection]}; one at a time"
+            )
         if 0 < self.teacher.queue < self.train.batch:
-            raise ValueError(f"teacher.queue is {self.teacher.queue}, smaller than train.batch {self.train.batch}; enlarge it")
+            raise ValueError(
+                f"teacher.queue is {self.teacher.queue}, smaller than train.batch {self.train.batch}; enlarge it"
+            )
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -422,12 +508,18 @@ def _read(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[schema
         tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         known = [*shipped(), *map(str, path.parent.glob("*.y*ml"))]
-        raise ConfigError([Problem((), f"no configuration file {path}{did_you_mean(str(path), known)}")]) from None
+        raise ConfigError(
+            [Problem((), f"no configuration file {path}{did_you_mean(str(path), known)}")]
+        ) from None
     except IsADirectoryError:
         files = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "none"
-        raise ConfigError([Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]) from None
+        raise ConfigError(
+            [Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([Problem((), f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})")]) from None
+        raise ConfigError(
+            [Problem((), f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})")]
+        ) from None
     for override in overrides:
         _override(tree, override, lines)
     privacy.learn(tree)
@@ -435,7 +527,9 @@ def _read(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[schema
 
 
 def parse(tree: dict[str, Any], lines: dict[schema.Path, str] | None = None) -> Config:
-    """Validate a plain mapping; raises ConfigError naming every problem, at its line where `lines` knows it."""
+    """Validate a plain mapping; raises ConfigError naming every problem, at its line where `lines`
+    knows it.
+    """
     try:
         return schema.parse(Config, tree)
     except ConfigError as error:
@@ -461,18 +555,31 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     """A configuration's file by path, or by the name of a shipped one."""
-    return Path(name) if Path(name).is_file() else shipped().get(name.removesuffix(".yaml"), Path(name))
+    return (
+        Path(name)
+        if Path(name).is_file()
+        else shipped().get(name.removesuffix(".yaml"), Path(name))
+    )
 
 
 def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, str]]:
-    """Parse YAML into plain values and a map from each value's path to "file:line"; duplicate keys are an error."""
+    """Parse YAML into plain values and a map from each value's path to "file:line"; duplicate keys
+    are an error.
+    """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError([Problem((), f"{name}: not valid YAML: {error}")]) from None
     if not isinstance(values, dict):
-        raise ConfigError([Problem((), f"{name}: found {type(values).__name__}, expected a mapping of keys to values")])
+        raise ConfigError(
+            [
+                Problem(
+                    (),
+                    f"{name}: found {type(values).__name__}, expected a mapping of keys to values",
+                )
+            ]
+        )
     lines: dict[schema.Path, str] = {(): name}
     problems: list[Problem] = []
     _mark(root, (), name, lines, problems)
@@ -481,7 +588,13 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, s
     return values, lines
 
 
-def _mark(node: yaml.Node, path: schema.Path, name: str, lines: dict[schema.Path, str], problems: list[Problem]) -> None:
+def _mark(
+    node: yaml.Node,
+    path: schema.Path,
+    name: str,
+    lines: dict[schema.Path, str],
+    problems: list[Problem],
+) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -500,7 +613,9 @@ def _mark(node: yaml.Node, path: schema.Path, name: str, lines: dict[schema.Path
 def _override(tree: dict[str, Any], override: str, lines: dict[schema.Path, str]) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name:
-        raise ConfigError([Problem((), f"override {override!r} is not of the form section.key=value")])
+        raise ConfigError(
+            [Problem((), f"override {override!r} is not of the form section.key=value")]
+        )
     node: Any = tree
     *parents, last = keys = [int(k) if k.isdigit() else k for k in name.split(".")]
     try:
@@ -510,7 +625,14 @@ def _override(tree: dict[str, Any], override: str, lines: dict[schema.Path, str]
             node = node[key]
         node[last] = _value(override, value)
     except (TypeError, IndexError, KeyError):
-        raise ConfigError([Problem(tuple(keys), f"override {override!r} leads through something that is not a mapping")]) from None
+        raise ConfigError(
+            [
+                Problem(
+                    tuple(keys),
+                    f"override {override!r} leads through something that is not a mapping",
+                )
+            ]
+        ) from None
     lines[tuple(keys)] = f"override {override!r}"
 
 
@@ -521,4 +643,10 @@ def _value(override: str, text: str) -> Any:
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or str(error)
         advice = "quote text that holds signs of YAML: key='\"[1\"'"
-        raise ConfigError([Problem((), f"override {override!r}: {text!r} is not a YAML value ({reason}); {advice}")]) from None
+        raise ConfigError(
+            [
+                Problem(
+                    (), f"override {override!r}: {text!r} is not a YAML value ({reason}); {advice}"
+                )
+            ]
+        ) from None

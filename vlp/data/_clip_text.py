@@ -1,6 +1,8 @@
-"""open_clip's module of tokenizers, without the rest of open_clip: a loader process needs no models.
+"""open_clip's module of tokenizers, without the rest of open_clip: a loader process needs no
+models.
 
-Importing the package would take each server of loader processes two seconds and 75 MB that nothing shares.
+Importing the package would take each server of loader processes two seconds and 75 MB that nothing
+shares.
 """
 
 import importlib.util

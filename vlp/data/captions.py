@@ -1,7 +1,9 @@
-"""What the text members of a sample say: its captions and its JSON, and which of its texts are trained on.
+"""What the text members of a sample say: its captions and its JSON, and which of its texts are
+trained on.
 
-A sample's texts stand under names: those of its JSON's fields, and `txt` for the text file. Unless a source's `captions`
-chooses, they are those of the first of `USUAL` that holds any. What cannot be used is noted and costs only itself.
+A sample's texts stand under names: those of its JSON's fields, and `txt` for the text file. Unless
+a source's `captions` chooses, they are those of the first of `USUAL` that holds any. What cannot be
+used is noted and costs only itself.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ MAX_TEXT_BYTES = 1 << 20  # a caption file or JSON beyond this is an attack or a
 USUAL = ("captions", "caption", "txt")  # where captions stand in a shard of which nothing is said
 MAX_CLASS = 10**9  # class numbers are below this
 
-TEXT_FILE = ".txt"  # the text file among the names of a `Form`, in which `txt` may be a field of the JSON too
+# the text file among the names of a `Form`, in which `txt` may be a field of the JSON too
+TEXT_FILE = ".txt"
 _IN_ENTRIES = ("caption", "raw", "text", "sentence")  # COCO's and Karpathy's fields of one caption
 _MAX_NAMES = 64  # text fields of one sample that can be chosen, and the length of their names
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-Form = dict[str, int]  # how many texts a sample has under each name, the lines of its text file included; at most 255
+Form = dict[
+    str, int
+]  # how many texts a sample has under each name, the lines of its text file included; at most 255
 
 
 class TextMembers(NamedTuple):
@@ -37,17 +42,24 @@ class TextMembers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Options of the sources whose samples are members of tars: which of a sample's texts are its captions."""
+    """Options of the sources whose samples are members of tars: which of a sample's texts are its
+    captions.
+    """
 
-    # Fields of the JSON by name, `txt` for the text file: [re_caption, txt] has the texts of all of them, in this order;
-    # {re_caption: 0.75, txt: 0.25} draws a field by its share. Empty: the JSON's captions or caption, else the text file.
+    # Fields of the JSON by name, `txt` for the text file: [re_caption, txt] has the texts of all of
+    # them, in this order; {re_caption: 0.75, txt: 0.25} draws a field by its share. Empty: the
+    # JSON's captions or caption, else the text file.
     captions: list[str] | dict[str, float] = field(default_factory=list)
-    lines: Literal["one", "each"] | None = None  # a text file of several lines: as data.captions.lines, unless said here
+    lines: Literal["one", "each"] | None = (
+        None  # a text file of several lines: as data.captions.lines, unless said here
+    )
 
     def __post_init__(self) -> None:
         shares = self.captions.values() if isinstance(self.captions, dict) else []
         if len(set(self.captions)) < len(self.captions) or min(shares, default=1) <= 0:
-            raise ValueError(f"captions is {self.captions}; expected different names, with shares above 0 where it has shares")
+            raise ValueError(
+                f"captions is {self.captions}; expected different names, with shares above 0 where it has shares"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,15 @@ class Choice:
 
     names: tuple[str, ...] = ()  # empty: the first of `USUAL` that the sample has
     shares: tuple[float, ...] = ()  # of the names; empty: all captions alike
-    lines: Literal["one", "each"] = "one"  # whether a text file is one caption, or each of its lines is
+    lines: Literal["one", "each"] = (
+        "one"  # whether a text file is one caption, or each of its lines is
+    )
 
     @classmethod
     def of(cls, texts: Texts, captions: Captions) -> Choice:
-        """What a source's options and `data.captions` choose together; raises ValueError where they do not agree."""
+        """What a source's options and `data.captions` choose together; raises ValueError where they
+        do not agree.
+        """
         shares = tuple(texts.captions.values()) if isinstance(texts.captions, dict) else ()
         if shares and captions.choose != "seed":
             raise ValueError(
@@ -85,7 +101,9 @@ class Choice:
         return tuple(share / len(group) for share, group in zip(self.shares, groups) for _ in group)
 
     def check(self, there: Mapping[str, int], n_samples: int, where: str) -> list[str]:
-        """What to tell about names that samples lack; ValueError for one that none has. `there`: samples by name."""
+        """What to tell about names that samples lack; ValueError for one that none has. `there`:
+        samples by name.
+        """
         for name in self.names:
             if name not in there:
                 raise ValueError(
@@ -124,7 +142,11 @@ _USUAL_CHOICE = Choice()
 def listed(names: Mapping[str, int]) -> str:
     """Names with their numbers of samples, the commonest first: "txt (40), re_caption (30)"."""
     common = sorted(names, key=lambda name: (-names[name], name))
-    return ", ".join(f"{name} ({names[name]:,})" for name in common[:20]) + (", …" if len(common) > 20 else "") or "none"
+    return (
+        ", ".join(f"{name} ({names[name]:,})" for name in common[:20])
+        + (", …" if len(common) > 20 else "")
+        or "none"
+    )
 
 
 def read_texts(members: dict[str, bytes]) -> TextMembers:
@@ -142,7 +164,9 @@ def read_texts(members: dict[str, bytes]) -> TextMembers:
         if re.fullmatch(r"\d{1,9}", label):
             meta.setdefault("cls", int(label))
         else:
-            notes.append(f"a .cls that is no class number is not read: {label[:40]!r}, expected a whole number below {MAX_CLASS}")
+            notes.append(
+                f"a .cls that is no class number is not read: {label[:40]!r}, expected a whole number below {MAX_CLASS}"
+            )
     text = decoded.get("txt", "")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -179,7 +203,9 @@ def lines_of(text: str) -> list[str]:
 
 
 def texts_of(value: Any) -> list[str]:
-    """The captions that a value of a JSON holds: a text, an entry such as {"raw": text}, or a list of these."""
+    """The captions that a value of a JSON holds: a text, an entry such as {"raw": text}, or a list
+    of these.
+    """
     if isinstance(value, str):
         text = value.strip()
         return [text] if text else []
@@ -215,14 +241,21 @@ def _decode(data: bytes, kind: str, notes: list[str]) -> str:
             text = data.decode("cp1252", "replace")
     if "\0" in text:
         halves = {"utf-16-le": data[1::2], "utf-16-be": data[0::2]}
-        encoding = next((name for name, half in halves.items() if half.count(0) * 2 > len(half)), "")
-        notes.append(f".{kind} holds NUL bytes: " + (f"read as {encoding.upper()}" if encoding else "they are left out"))
+        encoding = next(
+            (name for name, half in halves.items() if half.count(0) * 2 > len(half)), ""
+        )
+        notes.append(
+            f".{kind} holds NUL bytes: "
+            + (f"read as {encoding.upper()}" if encoding else "they are left out")
+        )
         text = (data.decode(encoding, "replace") if encoding else text).replace("\0", "")
     return text.removeprefix("\ufeff")
 
 
 def _json(text: str, notes: list[str]) -> dict[str, Any]:
-    """The JSON as a mapping; a text or a list is its captions. One that cannot be used is empty, and noted."""
+    """The JSON as a mapping; a text or a list is its captions. One that cannot be used is empty,
+    and noted.
+    """
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
@@ -240,7 +273,11 @@ def _json(text: str, notes: list[str]) -> dict[str, Any]:
         if entries is None or isinstance(entries, str):
             continue
         entries = entries if isinstance(entries, list) else [entries]
-        odd = [entry for entry in entries if entry is not None and not isinstance(entry, str) and not text_in(entry)]
+        odd = [
+            entry
+            for entry in entries
+            if entry is not None and not isinstance(entry, str) and not text_in(entry)
+        ]
         if odd:
             notes.append(f"no text in the JSON's {name}: {json.dumps(odd[0])[:40]} is left out")
     return value

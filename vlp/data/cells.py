@@ -1,11 +1,13 @@
-"""Batches from one cell at a time: the order of multistage contrastive learning (MCL, Zhang et al. 2024, arXiv 2402.11816).
+"""Batches from one cell at a time: the order of multistage contrastive learning (MCL, Zhang et al.
+2024, arXiv 2402.11816).
 
-An earlier stage's image features, clustered, give every sample a label (`vlp data cells`). A cell is the samples that
-agree in all labels given. Every global batch comes from one cell, so that what earlier stages tell apart is of no help
-and the next one must learn something else.
+An earlier stage's image features, clustered, give every sample a label (`vlp data cells`). A cell
+is the samples that agree in all labels given. Every global batch comes from one cell, so that what
+earlier stages tell apart is of no help and the next one must learn something else.
 
-An epoch holds size // B batches of every cell, all of them in a random order: every sample stands in it at most once, and
-size mod B samples of each cell, other ones each epoch, are left out. Batches are a pure function of (seed, step).
+An epoch holds size // B batches of every cell, all of them in a random order: every sample stands
+in it at most once, and size mod B samples of each cell, other ones each epoch, are left out.
+Batches are a pure function of (seed, step).
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ from vlp.data.sources import Source
 from vlp.files import write_atomically
 from vlp.seeds import derive
 
-_PROBES = 64  # samples whose content is compared when labels are read: tars of equal layout may hold other pictures
+# samples whose content is compared when labels are read: tars of equal layout may hold other
+# pictures
+_PROBES = 64
 
 
 def collection(mixture: Mixture) -> str:
-    """A hash that changes whenever samples are added, moved or (as far as 64 of them tell) exchanged."""
+    """A hash that changes whenever samples are added, moved or (as far as 64 of them tell)
+    exchanged.
+    """
     total = hashlib.sha256("".join(source.fingerprint() for source in mixture.sources).encode())
     for i in np.unique(np.linspace(0, mixture.n_samples - 1, _PROBES).astype(int)):
         try:
@@ -42,47 +48,74 @@ def collection(mixture: Mixture) -> str:
     return total.hexdigest()
 
 
-def write_labels(path: Path, labels: np.ndarray, n_clusters: int, mixture: Mixture, made_by: dict[str, Any]) -> None:
-    """Keep a label in [0, n_clusters) for every sample of `mixture`, int32 [n], with what they were made for."""
+def write_labels(
+    path: Path, labels: np.ndarray, n_clusters: int, mixture: Mixture, made_by: dict[str, Any]
+) -> None:
+    """Keep a label in [0, n_clusters) for every sample of `mixture`, int32 [n], with what they were
+    made for.
+    """
     about = {"n_clusters": n_clusters, "collection": collection(mixture), **made_by}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({"labels": labels.astype(np.int32)}, metadata={"vlp cells": json.dumps(about)}))
+    write_atomically(
+        path, save({"labels": labels.astype(np.int32)}, metadata={"vlp cells": json.dumps(about)})
+    )
 
 
 def read_labels(path: str | Path, mixture: Mixture) -> tuple[np.ndarray, int]:
-    """(labels [n], number of clusters); ValueError where the file is no such file or was made for other samples."""
+    """(labels [n], number of clusters); ValueError where the file is no such file or was made for
+    other samples.
+    """
     remedy = "make labels for these sources with vlp data cells"
     try:
         with safe_open(path, "numpy") as file:
             about, labels = json.loads(file.metadata()["vlp cells"]), file.get_tensor("labels")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no labels of cells ({error or type(error).__name__}); {remedy}") from None
+        raise ValueError(
+            f"{path} holds no labels of cells ({error or type(error).__name__}); {remedy}"
+        ) from None
     if len(labels) != mixture.n_samples:
-        raise ValueError(f"{path} labels {len(labels)} samples, but the data has {mixture.n_samples}; {remedy}")
+        raise ValueError(
+            f"{path} labels {len(labels)} samples, but the data has {mixture.n_samples}; {remedy}"
+        )
     if about["collection"] != collection(mixture):
         raise ValueError(f"{path} was made for other samples than those of the data; {remedy}")
     return labels, about["n_clusters"]
 
 
 class Cells(Mixture):
-    """A mixture whose batches of `batch` rows each come from one cell. `labels`: files, one for each earlier stage.
+    """A mixture whose batches of `batch` rows each come from one cell. `labels`: files, one for
+    each earlier stage.
 
-    Cells smaller than a batch are an error, or with `small="merge"` pooled: in the order of their labels, first stage
-    first, until a pool fills a batch; what remains at the end joins the last pool, or the largest cell.
-    Memory: about 50 bytes a sample for a moment at the start; then 4, shared by a rank's loader processes.
+    Cells smaller than a batch are an error, or with `small="merge"` pooled: in the order of their
+    labels, first stage first, until a pool fills a batch; what remains at the end joins the last
+    pool, or the largest cell. Memory: about 50 bytes a sample for a moment at the start; then 4,
+    shared by a rank's loader processes.
     """
 
     def __init__(
-        self, sources: list[Source], weights: list[float | None], *, seed: int, shuffle: bool,
-        labels: Sequence[str], batch: int, small: str = "error",
-    ) -> None:  # fmt: skip
+        self,
+        sources: list[Source],
+        weights: list[float | None],
+        *,
+        seed: int,
+        shuffle: bool,
+        labels: Sequence[str],
+        batch: int,
+        small: str = "error",
+    ) -> None:
         super().__init__(sources, weights, seed=seed, shuffle=shuffle)
         if self.shares is not None:
-            raise ValueError("batches from cells and weights of sources exclude each other; leave the weights out")
+            raise ValueError(
+                "batches from cells and weights of sources exclude each other; leave the weights out"
+            )
         if any(source.window for source in sources):
-            raise ValueError("a batch from one cell would fetch many remote shards; copy them here and use `name: shards`")
+            raise ValueError(
+                "a batch from one cell would fetch many remote shards; copy them here and use `name: shards`"
+            )
         if any(source.reserve for source in sources):
-            raise ValueError("a batch from one cell needs samples from anywhere, a stream gives them in turn; pack it into shards")
+            raise ValueError(
+                "a batch from one cell needs samples from anywhere, a stream gives them in turn; pack it into shards"
+            )
         combined = np.zeros(self.n_samples, np.int64)
         for path in labels:
             own, n_clusters = read_labels(path, self)
@@ -96,11 +129,17 @@ class Cells(Mixture):
                 )
             cell = _pooled(sizes, batch)[cell]
         self.sizes = np.bincount(cell)
-        log.say(f"cells: {len(self.sizes)} of {self.sizes.min():,} to {self.sizes.max():,} samples; {n_small} small ones pooled")
+        log.say(
+            f"cells: {len(self.sizes)} of {self.sizes.min():,} to {self.sizes.max():,} samples; {n_small} small ones pooled"
+        )
         self._starts = np.cumsum(self.sizes) - self.sizes
-        self._cell_of_slot = np.repeat(np.arange(len(self.sizes)), self.sizes // batch)  # slots: the batches of an epoch
+        self._cell_of_slot = np.repeat(
+            np.arange(len(self.sizes)), self.sizes // batch
+        )  # slots: the batches of an epoch
         # In shared memory, as loader processes receive it; half the bytes where 32 bits are enough.
-        members = np.argsort(cell, kind="stable").astype(np.int32 if self.n_samples < 2**31 else np.int64)
+        members = np.argsort(cell, kind="stable").astype(
+            np.int32 if self.n_samples < 2**31 else np.int64
+        )
         self._members = torch.from_numpy(members).share_memory_()
         self._digest = hashlib.sha256(cell.astype(np.int32).tobytes()).hexdigest()[:16]
 
@@ -112,15 +151,27 @@ class Cells(Mixture):
 
     def batch(self, step: int, size: int) -> np.ndarray:
         epoch, cell, turn = self._place(step)
-        return self._samples(cell, self._shuffled(int(self.sizes[cell]), turn * size + np.arange(size), "cell", epoch, cell))
+        return self._samples(
+            cell,
+            self._shuffled(
+                int(self.sizes[cell]), turn * size + np.arange(size), "cell", epoch, cell
+            ),
+        )
 
     def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
         """Stand-ins of the same cell, chosen as `Mixture` chooses among a source."""
         _, cell, _ = self._place(step)
-        n, present, key = int(self.sizes[cell]), set(batch.tolist()), derive(self.seed, "replace", step)
+        n, present, key = (
+            int(self.sizes[cell]),
+            set(batch.tolist()),
+            derive(self.seed, "replace", step),
+        )
         own = permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
         yield from (i for i in self._samples(cell, own).tolist() if i not in present)
-        for wanted in (True, False):  # a cell hardly larger than the batch: share, and at last repeat
+        for wanted in (
+            True,
+            False,
+        ):  # a cell hardly larger than the batch: share, and at last repeat
             for i in range(n):
                 (candidate,) = self._samples(cell, permute(n, key, np.array([i]))).tolist()
                 if (candidate not in present) == wanted and candidate != sample_id:

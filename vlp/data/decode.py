@@ -19,7 +19,11 @@ from vlp.config import Augment
 from vlp.data import picture
 from vlp.types import ON_WHITE, Decoding, ImageSpec
 
-_SHRINKS = (8, 4, 2)  # what libjpeg-turbo scales by in vector code; other eighths are slower than no scaling
+_SHRINKS = (
+    8,
+    4,
+    2,
+)  # what libjpeg-turbo scales by in vector code; other eighths are slower than no scaling
 _REACH = 3  # pixels around a part that count when it is enlarged: 2 for bicubic, 1 for rounding
 _THIN = 16  # what is enlarged to this many times its part that counts is cut before
 
@@ -30,20 +34,27 @@ def decode(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> Tenso
 
 
 def train(data: bytes, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
-    """`random_crop` of an encoded image; with `augment.scaled_decoding` its crop is of reduced pixels. Raises BadImage."""
+    """`random_crop` of an encoded image; with `augment.scaled_decoding` its crop is of reduced
+    pixels. Raises BadImage.
+    """
     size = picture.jpeg_size(data, spec.decoding) if augment.scaled_decoding else None
     if size is None:
         return random_crop(decode(data, spec.decoding), spec, augment, rng)
     box = crop_box(*size, augment, rng)
-    shrink = next((s for s in _SHRINKS if box[2] >= s * spec.size[0] and box[3] >= s * spec.size[1]), 1)
+    shrink = next(
+        (s for s in _SHRINKS if box[2] >= s * spec.size[0] and box[3] >= s * spec.size[1]), 1
+    )
     top, left, height, width = (side / shrink for side in box)
     top, left = round(top), round(left)
-    image = decode(data, spec.decoding, shrink)[:, top : top + round(height), left : left + round(width)]
+    image = decode(data, spec.decoding, shrink)[
+        :, top : top + round(height), left : left + round(width)
+    ]
     return _augmented(image, spec, augment, rng)
 
 
 def random_crop(image: Tensor, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
-    """A crop of pixels uint8 [3, h, w] at the tower's size, flipped, recoloured and blurred by `augment`: uint8 [3, H, W].
+    """A crop of pixels uint8 [3, h, w] at the tower's size, flipped, recoloured and blurred by
+    `augment`: uint8 [3, H, W].
 
     A pure function of its arguments and the state of `rng`.
     """
@@ -53,24 +64,32 @@ def random_crop(image: Tensor, spec: ImageSpec, augment: Augment, rng: random.Ra
 
 def _augmented(image: Tensor, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
     if image.shape[1:] != spec.size:
-        packed = image[None].contiguous(memory_format=torch.channels_last)  # what the vectorised kernel wants
+        packed = image[None].contiguous(
+            memory_format=torch.channels_last
+        )  # what the vectorised kernel wants
         image = F.interpolate(packed, spec.size, mode=spec.interpolation, antialias=True)[0]
     if augment.flip and rng.random() < augment.flip:
         image = image.flip(-1)
     if augment.color or augment.grayscale:
-        from torchvision.transforms.v2 import functional as color  # here: it costs each server of loaders 90 MB
+        from torchvision.transforms.v2 import (
+            functional as color,
+        )  # here: it costs each server of loaders 90 MB
     if augment.color:
         for adjust in (color.adjust_brightness, color.adjust_contrast, color.adjust_saturation):
             image = adjust(image, rng.uniform(1 - augment.color, 1 + augment.color))
     if augment.grayscale and rng.random() < augment.grayscale:
         image = color.rgb_to_grayscale(image, num_output_channels=3)
     if augment.blur and rng.random() < augment.blur:
-        image = blurred(image, rng.uniform(0.1, 2.0) * image.shape[1] / 224)  # SimCLR's range, which is meant for 224 px
+        image = blurred(
+            image, rng.uniform(0.1, 2.0) * image.shape[1] / 224
+        )  # SimCLR's range, which is meant for 224 px
     return image
 
 
 def blurred(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of standard deviation `sigma` pixels, mirrored at the borders: uint8 [3, H, W] like `image`."""
+    """Gaussian blur of standard deviation `sigma` pixels, mirrored at the borders: uint8 [3, H, W]
+    like `image`.
+    """
     radius = min(math.ceil(3 * sigma), min(image.shape[1:]) - 1)
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
@@ -78,7 +97,9 @@ def blurred(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(wide, kernel), kernel.mT)[:, 0].round().to(torch.uint8)
 
 
-def crop_box(height: int, width: int, augment: Augment, rng: random.Random) -> tuple[int, int, int, int]:
+def crop_box(
+    height: int, width: int, augment: Augment, rng: random.Random
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) with the distribution of torchvision's RandomResizedCrop."""
     low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
     for _ in range(10):
@@ -94,15 +115,19 @@ def crop_box(height: int, width: int, augment: Augment, rng: random.Random) -> t
 
 
 def evaluate(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
-    """The evaluation pixels of open_clip's PIL transform for `spec`, before normalisation: uint8 [3, H, W].
+    """The evaluation pixels of open_clip's PIL transform for `spec`, before normalisation: uint8
+    [3, H, W].
 
-    "shortest" resizes the shortest side and cuts the centre; "squash" resizes both sides. Raises BadImage.
+    "shortest" resizes the shortest side and cuts the centre; "squash" resizes both sides. Raises
+    BadImage.
     """
     if isinstance(image, bytes):
         image = picture.rgb(image, spec.decoding)
     image = picture.to_rgb(image, spec.decoding)
     height, width = spec.size
-    method = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    method = (
+        Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    )
     if spec.resize == "squash":
         return _to_tensor(np.array(image.resize((width, height), method)))
 
@@ -132,14 +157,15 @@ def _resized_part(
 ) -> Image.Image:
     """`image.resize(size, method).crop(box)` without ever holding the resized picture.
 
-    Equal to it but for rounding, by a level at most: first the rows, then the columns, as Pillow does
-    when it enlarges.
+    Equal to it but for rounding, by a level at most: first the rows, then the columns, as Pillow
+    does when it enlarges.
     """
     across, down = image.width / size[0], image.height / size[1]
     left, top, right, bottom = box[0] * across, box[1] * down, box[2] * across, box[3] * down
     width, height = box[2] - box[0], box[3] - box[1]
 
-    # Cut to what the filter can reach: Pillow's 32-bit coordinates within so small a part are exact.
+    # Cut to what the filter can reach: Pillow's 32-bit coordinates within so small a part are
+    # exact.
     x, y = max(0, math.floor(left) - _REACH), max(0, math.floor(top) - _REACH)
     end_x = min(image.width, math.ceil(right) + _REACH)
     end_y = min(image.height, math.ceil(bottom) + _REACH)
@@ -152,7 +178,8 @@ def _resized_part(
 def middle(image: Image.Image) -> Image.Image:
     """The centre of a very long picture, for transforms that resize its shorter side and cut.
 
-    Any other picture comes back as it is. What such a transform gives moves by less than two pixels.
+    Any other picture comes back as it is. What such a transform gives moves by less than two
+    pixels.
     """
     short, long = min(image.size), max(image.size)
     if long <= _THIN * short:

@@ -1,7 +1,9 @@
-"""Embeddings that a teacher gave the samples of shards before training: written by `vlp data embed`, read row by row.
+"""Embeddings that a teacher gave the samples of shards before training: written by `vlp data
+embed`, read row by row.
 
-DIR/STEM.safetensors belongs to the shard STEM.tar: `image` and `text` [n, D] float16 in the order of its n usable samples,
-and metadata "model", "scale" and "keys" (SHA-256 in hex of the samples' keys, one a line).
+DIR/STEM.safetensors belongs to the shard STEM.tar: `image` and `text` [n, D] float16 in the order
+of its n usable samples, and metadata "model", "scale" and "keys" (SHA-256 in hex of the samples'
+keys, one a line).
 """
 
 from __future__ import annotations
@@ -32,13 +34,19 @@ class Embeddings:
 
     def __init__(self, folder: str, paths: list[str], shards: list[Shard], with_text: bool) -> None:
         self.folder, self.with_text = folder, with_text
-        self._files = [Path(folder).expanduser() / f"{Path(path).stem}.safetensors" for path in paths]
+        self._files = [
+            Path(folder).expanduser() / f"{Path(path).stem}.safetensors" for path in paths
+        ]
         if len(set(self._files)) < len(self._files):
-            raise ValueError(f"embeddings {folder!r}: several shards have one name; make each folder of shards a source of its own")
+            raise ValueError(
+                f"embeddings {folder!r}: several shards have one name; make each folder of shards a source of its own"
+            )
         kinds = {_check(path, shard): path for path, shard in zip(self._files, shards)}
         if len(kinds) > 1:
             found = "; ".join(f"{path}: {teacher}" for teacher, path in kinds.items())
-            raise ValueError(f"embeddings {folder!r} are of several models ({found}); make them anew with `vlp data embed`")
+            raise ValueError(
+                f"embeddings {folder!r} are of several models ({found}); make them anew with `vlp data embed`"
+            )
         [self.teacher] = kinds
         self._times = [path.stat().st_mtime_ns for path in self._files]
 
@@ -57,17 +65,26 @@ def _check(path: Path, shard: Shard) -> Teacher:
     remedy = f"make it with `vlp data embed` from the shard {shard.name}"
     try:
         with safe_open(path, "numpy") as file:
-            about, shapes = file.metadata(), [tuple(file.get_slice(name).get_shape()) for name in ("image", "text")]
+            about, shapes = (
+                file.metadata(),
+                [tuple(file.get_slice(name).get_shape()) for name in ("image", "text")],
+            )
         model, scale, keys = about["model"], float(about["scale"]), about["keys"]
         (n, width), _ = shapes
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no embeddings ({type(error).__name__}: {error}); {remedy}") from None
+        raise ValueError(
+            f"{path} holds no embeddings ({type(error).__name__}: {error}); {remedy}"
+        ) from None
     if shapes[0] != shapes[1] or n != shard.count or keys != shard.keys:
-        raise ValueError(f"{path} holds {shapes[0]} images and {shapes[1]} texts for other samples than the {shard.count} of "
-                         f"{shard.name}; {remedy}")  # fmt: skip
+        raise ValueError(
+            f"{path} holds {shapes[0]} images and {shapes[1]} texts for other samples than the {shard.count} of "
+            f"{shard.name}; {remedy}"
+        )
     return Teacher(model, scale, width)
 
 
-@lru_cache(maxsize=128)  # a process keeps this many files mapped; only the rows that are read take memory
+@lru_cache(
+    maxsize=128
+)  # a process keeps this many files mapped; only the rows that are read take memory
 def _opened(path: Path, mtime_ns: int) -> Any:
     return safe_open(path, "numpy")

@@ -49,7 +49,9 @@ class Cache:
     """
 
     limit_bytes: int
-    storage: dict[str, Any] = field(default_factory=dict)  # options of the fsspec file system: endpoints, anon, …
+    storage: dict[str, Any] = field(
+        default_factory=dict
+    )  # options of the fsspec file system: endpoints, anon, …
     versions: dict[str, str] = field(default_factory=dict)  # of the files, by `privacy.address`
     since: float = field(default_factory=time.time)  # when the run began
     folder: Path = field(default_factory=lambda: cache_folder() / "shards")
@@ -65,7 +67,9 @@ class Cache:
             with _locked(path.with_suffix(".lock")):
                 if not self._check(path):
                     self._fetch(url, path)
-        raise OSError(f"the cache {path.parent} is too small: copies vanish before they are read; set cache_gb higher")
+        raise OSError(
+            f"the cache {path.parent} is too small: copies vanish before they are read; set cache_gb higher"
+        )
 
     def drop_if_changed(self, url: str, size: int, version: str) -> bool:
         """Remove the copy of a file that has another size now, or another version where the store
@@ -129,7 +133,10 @@ class Cache:
         temporary = path.with_name(f".{path.name}.tmp")
         for attempt in range(_TRIES):
             try:
-                with fsspec.open(url, "rb", **self.storage) as source, open(temporary, "wb") as target:
+                with (
+                    fsspec.open(url, "rb", **self.storage) as source,
+                    open(temporary, "wb") as target,
+                ):
                     expected = getattr(source, "size", None)
                     self._make_room(expected or 0, keep=path)
                     digest = _copy(source, target)
@@ -138,26 +145,39 @@ class Cache:
                 status = temporary.stat()
                 os.replace(temporary, path)
                 note = {
-                    "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest,
+                    "bytes": status.st_size,
+                    "mtime_ns": status.st_mtime_ns,
+                    "sha256": digest,
                     "version": self.versions.get(address(url), ""),
-                }  # fmt: skip
+                }
                 write_atomically(_note(path), json.dumps(note).encode())
                 _sound[path, self.since] = _identity(status)
                 return
-            except Exception as error:  # each file system has errors of its own; all are tried again and then OSErrors
+            # each file system has errors of its own; all are tried again and then OSErrors
+            except Exception as error:
                 if _absent(error, url):
                     raise
                 full = isinstance(error, OSError) and error.errno == errno.ENOSPC
                 if attempt == _TRIES - 1 or full:
-                    hint = f"; the disk of {path.parent} is full, set cache_gb lower or VLP_CACHE elsewhere" if full else ""
-                    told = error.__cause__ if isinstance(error, FileNotFoundError) else error  # what http met in truth
-                    raise OSError(f"cannot fetch {url} ({attempt + 1} tries): {type(told).__name__}: {told}{hint}") from error
+                    hint = (
+                        f"; the disk of {path.parent} is full, set cache_gb lower or VLP_CACHE elsewhere"
+                        if full
+                        else ""
+                    )
+                    told = (
+                        error.__cause__ if isinstance(error, FileNotFoundError) else error
+                    )  # what http met in truth
+                    raise OSError(
+                        f"cannot fetch {url} ({attempt + 1} tries): {type(told).__name__}: {told}{hint}"
+                    ) from error
                 time.sleep(_PAUSE_S * 2**attempt)
             finally:
                 temporary.unlink(missing_ok=True)
 
     def _make_room(self, n_bytes: int, keep: Path) -> None:
-        """Remove the copies unused for longest until `n_bytes` more fit. Processes that have one open keep reading it."""
+        """Remove the copies unused for longest until `n_bytes` more fit. Processes that have one
+        open keep reading it.
+        """
         copies = []
         for copy in self.folder.glob("*/*"):
             if copy.name.startswith(".") or copy.suffix == ".lock":
@@ -224,9 +244,15 @@ def _digest(path: Path) -> str:
 
 
 def _absent(error: Exception, url: str) -> bool:
-    """Whether there is no such file. fsspec's http says so of every failure to open: 503, refused connections, timeouts."""
+    """Whether there is no such file. fsspec's http says so of every failure to open: 503, refused
+    connections, timeouts.
+    """
     cause = error.__cause__
-    told = cause is None or not url.startswith(("http://", "https://")) or getattr(cause, "status", None) == 404
+    told = (
+        cause is None
+        or not url.startswith(("http://", "https://"))
+        or getattr(cause, "status", None) == 404
+    )
     return isinstance(error, FileNotFoundError) and told
 
 

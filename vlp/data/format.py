@@ -10,9 +10,10 @@
     folder/00000_stats.json   counts; written after its tar, so a tar without it may be unfinished
     folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
 
-A key is five digits of the shard and four (or more) of the sample. Foreign shards are read with any keys, member order
-and missing texts; `vlp.data.members` says what counts. Tars are reproducible (no times, owners or modes of the machine)
-and appear whole or not at all. Only the standard library is needed here.
+A key is five digits of the shard and four (or more) of the sample. Foreign shards are read with any
+keys, member order and missing texts; `vlp.data.members` says what counts. Tars are reproducible (no
+times, owners or modes of the machine) and appear whole or not at all. Only the standard library is
+needed here.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ __all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
 class ShardWriter:
     """Writes samples into numbered shards of `samples_per_shard`; a context manager.
 
-    Samples of one origin that follow one another stay in one shard, which may grow beyond that for them.
+    Samples of one origin that follow one another stay in one shard, which may grow beyond that for
+    them.
 
         with ShardWriter("data/train") as writer:
             writer.add(None, image, "jpg", ["a red cube"], {"class": "cube"})
 
-    An exception inside the block leaves the finished shards and removes the unfinished one. Several processes may write
-    into one folder when their ranges of shard numbers (`first_shard`) do not meet. `overwrite=False` refuses a folder
-    that already holds tars.
+    An exception inside the block leaves the finished shards and removes the unfinished one. Several
+    processes may write into one folder when their ranges of shard numbers (`first_shard`) do not
+    meet. `overwrite=False` refuses a folder that already holds tars.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class ShardWriter:
         first_shard: int = 0,
         overwrite: bool = False,
         shard_name: str = "{:05d}",  # clip_benchmark counts 0.tar, 1.tar, …
-        indexed: bool = True,  # False: whoever finishes the folder indexes it, once instead of after every shard
+        # False: whoever finishes the folder indexes it, once instead of after every shard
+        indexed: bool = True,
     ) -> None:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
@@ -73,7 +76,9 @@ class ShardWriter:
         self._origin: Any = None  # of the last sample; a shard ends only where it changes
         self.folder.mkdir(parents=True, exist_ok=True)
         if not overwrite and first_shard == 0 and any(self.folder.glob("*.tar")):
-            raise FileExistsError(f"{self.folder} already holds shards; choose another folder or overwrite")
+            raise FileExistsError(
+                f"{self.folder} already holds shards; choose another folder or overwrite"
+            )
 
     def add(
         self,
@@ -85,7 +90,8 @@ class ShardWriter:
         cls: int | None = None,
         *,
         txt: str | None = None,  # other text for the .txt; default: the first caption
-        negative_image: tuple[bytes, str] | None = None,  # bytes and type of an image that the first negative is true of
+        negative_image: tuple[bytes, str]
+        | None = None,  # bytes and type of an image that the first negative is true of
     ) -> str:
         """Append one sample and return its key; raises ValueError for what could not be read back."""
         origin = (meta or {}).get("origin")
@@ -98,10 +104,14 @@ class ShardWriter:
         if negative_image is not None:
             self._check(key, *negative_image, captions)
         if cls is not None and not is_class_number(cls):
-            raise ValueError(f"the class number of {key!r} is {cls!r}; expected a whole number from 0 to {MAX_CLASS - 1}")
+            raise ValueError(
+                f"the class number of {key!r} is {cls!r}; expected a whole number from 0 to {MAX_CLASS - 1}"
+            )
         record = {**(meta or {}), "key": key, "captions": list(captions)}
         text = " ".join(captions[0].split()) if captions and txt is None else txt
-        members = [(ext, image)] + ([(NEGATIVE + negative_image[1], negative_image[0])] if negative_image else [])
+        members = [(ext, image)] + (
+            [(NEGATIVE + negative_image[1], negative_image[0])] if negative_image else []
+        )
         if text is not None:
             members.append(("txt", _encode(text, f"the .txt of {key!r}")))
         encoded = _encode(_json(record), f"the JSON of {key!r}")
@@ -111,7 +121,9 @@ class ShardWriter:
         with naming(self._path()):
             tar = self._tar or self._start()
             for extension, data in members:
-                info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0, mode is 0644
+                info = tarfile.TarInfo(
+                    f"{key}.{extension}"
+                )  # mtime, uid and gid are 0, mode is 0644
                 info.size = len(data)
                 tar.addfile(info, BytesIO(data))
         self._keys.add(key)
@@ -128,18 +140,22 @@ class ShardWriter:
 
     def _check(self, key: str, image: bytes, ext: str, captions: list[str]) -> None:
         if ext not in IMAGE_TYPES:
-            raise ValueError(f"image type {ext!r} of {key!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it")
+            raise ValueError(
+                f"image type {ext!r} of {key!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it"
+            )
         if parse_name(f"{key}.{ext}") != (key, "image", ext) or "." in key.rpartition("/")[2]:
             raise ValueError(f"key {key!r} is not usable; it must be a relative path without dots")
         if key in self._keys:
             raise ValueError(f"key {key!r} appears twice in shard {self._number}")
         if not 0 < len(image) <= MAX_IMAGE_BYTES:
-            raise ValueError(f"the image of {key!r} has {len(image)} bytes; expected 1 to {MAX_IMAGE_BYTES}")
+            raise ValueError(
+                f"the image of {key!r} has {len(image)} bytes; expected 1 to {MAX_IMAGE_BYTES}"
+            )
         if not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"captions of {key!r} are {captions!r}; expected a list of texts")
 
     def _start(self) -> tarfile.TarFile:
-        self._tar = tarfile.open(self._temporary(), "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed in _finish or __exit__
+        self._tar = tarfile.open(self._temporary(), "w", format=tarfile.PAX_FORMAT)
         return self._tar
 
     def _name(self) -> str:
@@ -157,10 +173,18 @@ class ShardWriter:
             self._tar.close()
             sync(self._temporary())
         stats_path = self.folder / f"{self._name()}_stats.json"
-        stats_path.unlink(missing_ok=True)  # an overwritten shard must not be vouched for by the old statistics
+        stats_path.unlink(
+            missing_ok=True
+        )  # an overwritten shard must not be vouched for by the old statistics
         os.replace(self._temporary(), path)
         n = len(self._keys)
-        stats = {"count": n, "successes": n, "failed_to_download": 0, "failed_to_resize": 0, "status_dict": {"success": n}}
+        stats = {
+            "count": n,
+            "successes": n,
+            "failed_to_download": 0,
+            "failed_to_resize": 0,
+            "status_dict": {"success": n},
+        }
         write_atomically(stats_path, (json.dumps(stats, indent=1) + "\n").encode())
         self.paths.append(path)
         self._tar, self._keys = None, set()
@@ -169,7 +193,12 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if kind is None and self._tar is not None:
                 self._finish()

@@ -1,10 +1,12 @@
-"""The index of a folder of shards: where every usable sample lies, so that counts and random access read no tar.
+"""The index of a folder of shards: where every usable sample lies, so that counts and random access
+read no tar.
 
-One file, `_index.bin`, lies beside the shards (or in the cache where the folder cannot be written): a check sum, a JSON
-header naming each shard with its size, time of change, number of samples and what was left out, then 20 bytes a sample
-(`vlp.data.rows`). A shard whose size or time differ from the header's, or that is not named there, is scanned again: its
-headers and small text members are read once. So foreign shards need no preparation, and an index can be deleted at any
-time; one of an older version is made anew.
+One file, `_index.bin`, lies beside the shards (or in the cache where the folder cannot be written):
+a check sum, a JSON header naming each shard with its size, time of change, number of samples and
+what was left out, then 20 bytes a sample (`vlp.data.rows`). A shard whose size or time differ from
+the header's, or that is not named there, is scanned again: its headers and small text members are
+read once. So foreign shards need no preparation, and an index can be deleted at any time; one of an
+older version is made anew.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def index(paths: list[Path]) -> list[Shard]:
             except OSError as error:
                 raise ValueError(unreadable(path, error)) from None
             shard = known[path.parent].get(path.name)
-            if shard is None or (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            if shard is None or (shard.size, shard.mtime_ns) != (
+                status.st_size,
+                status.st_mtime_ns,
+            ):
                 shard = scan(path)
                 known[path.parent][path.name] = shard
                 changed.add(path.parent)
@@ -54,7 +59,9 @@ def index(paths: list[Path]) -> list[Shard]:
 
 
 def cache_folder() -> Path:
-    """Where indices and downloads go that cannot lie beside their data: $VLP_CACHE, else ~/.cache/vlp."""
+    """Where indices and downloads go that cannot lie beside their data: $VLP_CACHE, else
+    ~/.cache/vlp.
+    """
     return Path(os.environ.get("VLP_CACHE") or Path.home() / ".cache" / "vlp")
 
 
@@ -83,9 +90,15 @@ class OldIndex(ValueError):
 
 
 def parse_index(data: bytes) -> dict[str, Shard]:
-    """The shards that an index file describes, by name; raises ValueError, OldIndex for another version's."""
+    """The shards that an index file describes, by name; raises ValueError, OldIndex for another
+    version's.
+    """
     if not data.startswith(_MAGIC):
-        raise OldIndex("another version") if data.startswith(_FAMILY) else ValueError("it starts with other bytes")
+        raise (
+            OldIndex("another version")
+            if data.startswith(_FAMILY)
+            else ValueError("it starts with other bytes")
+        )
     start = len(_MAGIC) + _SUM_BYTES
     if hashlib.sha256(data[start:]).digest() != data[len(_MAGIC) : start]:
         raise ValueError("its check sum is that of other bytes")
@@ -111,7 +124,9 @@ def save_index(path: Path, shards: dict[str, Shard]) -> None:
     """Write an index file; raises OSError."""
     header, body = [], []
     for shard in shards.values():
-        fields = {name: value for name, value in vars(shard).items() if name not in ("rows", "extents")}
+        fields = {
+            name: value for name, value in vars(shard).items() if name not in ("rows", "extents")
+        }
         header.append({**fields, "n_extents": len(shard.extents) // EXTENT.size})
         body += [shard.rows, shard.extents]
     encoded = json.dumps(header).encode()

@@ -1,6 +1,8 @@
-"""The members of a shard: which names count, which of them belong to one sample, and a sample taken apart.
+"""The members of a shard: which names count, which of them belong to one sample, and a sample taken
+apart.
 
-Only the extensions below are ever looked into; a pickle in a shard is passed over, and counted, like any other member.
+Only the extensions below are ever looked into; a pickle in a shard is passed over, and counted,
+like any other member.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 from vlp.data.captions import read_texts
 from vlp.data.tar import Member, walk
 
-# Pillow's names of the formats that are read, with the extensions that say so. Content decides what a
-# picture is; an extension only whether a member or file is taken for one. None of these readers runs
-# code or another program.
+# Pillow's names of the formats that are read, with the extensions that say so. Content decides what
+# a picture is; an extension only whether a member or file is taken for one. None of these readers
+# runs code or another program.
 IMAGE_FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
     "PNG": ("png", "apng"),
@@ -34,7 +36,8 @@ NEGATIVE = "negative."  # KEY.negative.jpg: the image of the sample's first nega
 _BEFORE_NEGATIVE = "." + NEGATIVE[:-1]  # how the stem of such a name ends
 MAX_IMAGE_BYTES = 1 << 28
 
-# What operating systems, file servers and editors leave in folders, in lower case; none of it was meant as data.
+# What operating systems, file servers and editors leave in folders, in lower case; none of it was
+# meant as data.
 SYSTEM_NAMES = frozenset({
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
@@ -69,7 +72,8 @@ class Content:
 
 
 def parse_name(name: str) -> Name | None:
-    """A member's key and kind by its name; None for what is hidden, a folder, or left behind by a system.
+    """A member's key and kind by its name; None for what is hidden, a folder, or left behind by a
+    system.
 
     The extension is what follows the last dot, together with `negative.` before an image's; the key is all before it:
     IMG_3.v2.jpg and IMG_3.v2.txt are the sample IMG_3.v2. Whether x.seg.png is a sample, or belongs to the sample x as
@@ -101,20 +105,27 @@ def parse_name(name: str) -> Name | None:
 
 
 def is_hidden(part: str) -> bool:
-    """Whether one part of a path is hidden or a system's: .DS_Store, ._x.jpg, __MACOSX, PaxHeaders.123."""
+    """Whether one part of a path is hidden or a system's: .DS_Store, ._x.jpg, __MACOSX,
+    PaxHeaders.123.
+    """
     return part.startswith((".", "PaxHeader")) or part.lower() in SYSTEM_NAMES
 
 
 def is_guest(key: str, host: str) -> bool:
-    """Whether a member with this key would belong to the sample `host` by the first dot: x.seg to x."""
+    """Whether a member with this key would belong to the sample `host` by the first dot: x.seg to
+    x.
+    """
     return key.startswith(host + ".") and "/" not in key[len(host) :]
 
 
-def separate(parts: dict[str, dict[str, Payload]]) -> tuple[dict[str, dict[str, Payload]], dict[str, str]]:
-    """Which keys are samples of their own: (members by kind, by key; the keys of the others, each with its host's).
+def separate(
+    parts: dict[str, dict[str, Payload]],
+) -> tuple[dict[str, dict[str, Payload]], dict[str, str]]:
+    """Which keys are samples of their own: (members by kind, by key; the keys of the others, each
+    with its host's).
 
-    A dotted key (x.seg) with an image and a text of its own is a sample. With less it belongs to the sample x where x
-    has an image, as a member that nobody reads.
+    A dotted key (x.seg) with an image and a text of its own is a sample. With less it belongs to
+    the sample x where x has an image, as a member that nobody reads.
     """
     guests: dict[str, str] = {}
     for key, members in parts.items():
@@ -135,7 +146,8 @@ def _hosts(key: str) -> Iterable[str]:
 
 
 def open_sample(span: bytes) -> Content:
-    """Take apart the bytes of one sample's members; raises ValueError saying why the sample cannot be used.
+    """Take apart the bytes of one sample's members; raises ValueError saying why the sample cannot
+    be used.
 
     All members that count must be of one key.
     """
@@ -147,7 +159,9 @@ def open_sample(span: bytes) -> Content:
             continue
         content.key = content.key or name.key
         if name.key != content.key:
-            raise ValueError(f"members of {content.key!r} and {name.key!r} are mixed; the index is out of date")
+            raise ValueError(
+                f"members of {content.key!r} and {name.key!r} are mixed; the index is out of date"
+            )
         if name.kind not in found:
             found[name.kind] = member
             if name.kind == "image":
@@ -162,16 +176,22 @@ def open_sample(span: bytes) -> Content:
 
 
 def check_images(members: dict[str, Member]) -> None:
-    """Raise ValueError unless there is an image, and every image (by kind) has a size that one can have."""
+    """Raise ValueError unless there is an image, and every image (by kind) has a size that one can
+    have.
+    """
     if "image" not in members:
         raise ValueError(f"no image member: one of {', '.join(sorted(IMAGE_TYPES))}")
     for kind, name in (("image", "an image"), ("negative", "a negative image")):
         if kind in members and not 0 < members[kind].size <= MAX_IMAGE_BYTES:
-            raise ValueError(f"{name} of {members[kind].size} bytes: expected 1 to {MAX_IMAGE_BYTES}")
+            raise ValueError(
+                f"{name} of {members[kind].size} bytes: expected 1 to {MAX_IMAGE_BYTES}"
+            )
 
 
 def fill(content: Content, texts: dict[str, bytes]) -> None:
-    """Read the members txt, json and cls into captions, meta and text; what cannot be used is noted."""
+    """Read the members txt, json and cls into captions, meta and text; what cannot be used is
+    noted.
+    """
     read = read_texts(texts)
     content.captions, content.meta, content.text = read.captions, read.meta, read.text
     content.notes += read.notes

@@ -1,17 +1,22 @@
-"""Which sample stands at which row of which step: a pure function of (seed, step), in constant memory.
+"""Which sample stands at which row of which step: a pure function of (seed, step), in constant
+memory.
 
-What is drawn are units (`vlp.data.units`) of G rows: a sample, one of its captions, or G samples of one origin, which
-stand next to each other in their batch. Units of all steps are numbered: draw = step · B/G + position. Without weights an
-epoch is one pseudo-random permutation of all N units of all sources, cut into whole batches; what remains at its end is
-left out (other units each epoch). With weights every source runs through permutations of its own, one after another, and
-the draws are dealt to the sources so evenly that among any first n draws each source has its share, to within one draw a
-source. A source whose share of a batch is a whole number of draws has exactly that many in every batch: 8 of 256 for 1/32.
-With `replacement` a draw is any unit (of its source, with weights), independent of all others.
+What is drawn are units (`vlp.data.units`) of G rows: a sample, one of its captions, or G samples of
+one origin, which stand next to each other in their batch. Units of all steps are numbered: draw =
+step · B/G + position. Without weights an epoch is one pseudo-random permutation of all N units of
+all sources, cut into whole batches; what remains at its end is left out (other units each epoch).
+With weights every source runs through permutations of its own, one after another, and the draws are
+dealt to the sources so evenly that among any first n draws each source has its share, to within one
+draw a source. A source whose share of a batch is a whole number of draws has exactly that many in
+every batch: 8 of 256 for 1/32. With `replacement` a draw is any unit (of its source, with weights),
+independent of all others.
 
-Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time (`Windows`).
+Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time
+(`Windows`).
 
-Permutations are Feistel networks (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): the i-th element
-is computed, not looked up, so a billion samples cost no memory, no start-up time and no state to save.
+Permutations are Feistel networks (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"):
+the i-th element is computed, not looked up, so a billion samples cost no memory, no start-up time
+and no state to save.
 """
 
 from __future__ import annotations
@@ -39,7 +44,8 @@ def permute(n: int, key: int, i: np.ndarray) -> np.ndarray:
     keys = [np.uint64(derive(key, "round", r)) for r in range(_ROUNDS)]
     result = np.array(i, np.uint64)
     outside = np.ones(len(result), bool)
-    while outside.any():  # the network permutes a power of four ≥ n; walk on until back within n (< 4 walks on average)
+    # the network permutes a power of four ≥ n; walk on until back within n (< 4 walks on average)
+    while outside.any():
         result[outside] = _feistel(result[outside], half, keys)
         outside = result >= n
     return result.astype(np.int64)
@@ -61,20 +67,29 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 
 
 def uniform(n: int, key: int, i: np.ndarray) -> np.ndarray:
-    """Draws `i` of the sequence of independent uniform numbers in range(n) that `key` names; int64 like `i`."""
-    steps = i.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's, so that neighbouring draws differ in all bits
+    """Draws `i` of the sequence of independent uniform numbers in range(n) that `key` names; int64
+    like `i`.
+    """
+    steps = i.astype(np.uint64) * np.uint64(
+        0x9E3779B97F4A7C15
+    )  # splitmix64's, so that neighbouring draws differ in all bits
     return (_scramble(_scramble(steps + np.uint64(key))) % np.uint64(n)).astype(np.int64)
 
 
 class Windows:
     """A permutation that keeps to a few shards at a time, for data whose shards are fetched whole.
 
-    Shards are permuted; each `width` of them in that order are a window; samples are permuted within their window.
+    Shards are permuted; each `width` of them in that order are a window; samples are permuted
+    within their window.
     """
 
-    def __init__(self, runs: np.ndarray, width: int, key: int) -> None:  # runs: samples of each shard
+    def __init__(
+        self, runs: np.ndarray, width: int, key: int
+    ) -> None:  # runs: samples of each shard
         order = permute(len(runs), derive(key, "shards"), np.arange(len(runs)))
-        self.firsts = (np.cumsum(runs) - runs)[order]  # number of each shard's first sample, in the order of reading
+        self.firsts = (np.cumsum(runs) - runs)[
+            order
+        ]  # number of each shard's first sample, in the order of reading
         self.ends = np.cumsum(runs[order])
         self.window_ends = self.ends[[*range(width - 1, len(runs) - 1, width), len(runs) - 1]]
         self.sizes, self.key = runs[order], key
@@ -86,7 +101,11 @@ class Windows:
         for w in np.unique(window):
             start = self.window_ends[w - 1] if w else 0
             here = window == w
-            place = start + permute(int(self.window_ends[w] - start), derive(self.key, "window", int(w)), i[here] - start)
+            place = start + permute(
+                int(self.window_ends[w] - start),
+                derive(self.key, "window", int(w)),
+                i[here] - start,
+            )
             shard = np.searchsorted(self.ends, place, side="right")
             result[here] = self.firsts[shard] + place - (self.ends[shard] - self.sizes[shard])
         return result
@@ -95,28 +114,47 @@ class Windows:
 class Mixture:
     """Several sources as one numbered collection: sample_id counts through the sources in order.
 
-    Drawn are single samples, or with `together` = G > 1 groups of G of one origin, or with `every_caption` captions.
+    Drawn are single samples, or with `together` = G > 1 groups of G of one origin, or with
+    `every_caption` captions.
     """
 
     def __init__(
-        self, sources: list[Source], weights: list[float | None], *, seed: int, shuffle: bool = True,
-        together: int = 1, every_caption: bool = False, replacement: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        sources: list[Source],
+        weights: list[float | None],
+        *,
+        seed: int,
+        shuffle: bool = True,
+        together: int = 1,
+        every_caption: bool = False,
+        replacement: bool = False,
+    ) -> None:
         if any(w is None for w in weights) and any(w is not None for w in weights):
-            raise ValueError(f"weights are {weights}: give every source a weight, or none (every sample once an epoch)")
+            raise ValueError(
+                f"weights are {weights}: give every source a weight, or none (every sample once an epoch)"
+            )
         self.sources, self.seed, self.shuffle = sources, seed, shuffle
         self.together, self.every_caption, self.replacement = together, every_caption, replacement
         self.firsts = np.cumsum([0, *map(len, sources)])
         self.n_samples = int(self.firsts[-1])
-        self.shares = None if weights[0] is None else [Fraction(w).limit_denominator(10**6) for w in weights]
+        self.shares = (
+            None if weights[0] is None else [Fraction(w).limit_denominator(10**6) for w in weights]
+        )
         self.units = [_units(source, together, every_caption, shuffle) for source in sources]
         self._check()
         self.n_units = sum(map(len, self.units))
         width = max(source.window for source in sources)
-        runs = [_runs(source, units) for source, units in zip(sources, self.units)] if width else [None] * len(sources)
+        runs = (
+            [_runs(source, units) for source, units in zip(sources, self.units)]
+            if width
+            else [None] * len(sources)
+        )
         whole = np.concatenate(runs) if width and self.shares is None else None
-        # Stream 0 is all sources together, stream s + 1 is source s: (units of each shard, shards in a window).
-        self._shards = [(whole, width)] + [(own if s.window else None, s.window) for s, own in zip(sources, runs)]
+        # Stream 0 is all sources together, stream s + 1 is source s: (units of each shard, shards
+        # in a window).
+        self._shards = [(whole, width)] + [
+            (own if s.window else None, s.window) for s, own in zip(sources, runs)
+        ]
         self._windows: dict[int, Windows] = {}
 
     def read(self, sample_id: int) -> Sample:
@@ -133,7 +171,9 @@ class Mixture:
         return self.n_units // (size // self.together)
 
     def identity(self) -> dict[str, Any]:
-        """What the order depends on besides sources, weights, seed and shuffle; JSON-able. A resumed run compares it."""
+        """What the order depends on besides sources, weights, seed and shuffle; JSON-able. A
+        resumed run compares it.
+        """
         return {"together": self.together, "replacement": self.replacement}
 
     def batch(self, step: int, size: int) -> np.ndarray:
@@ -141,24 +181,33 @@ class Mixture:
         return self._rows(step, size)[0]
 
     def captions(self, step: int, size: int) -> np.ndarray | None:
-        """Which caption of its sample stands in each row [size] of a step, where captions are drawn by themselves."""
+        """Which caption of its sample stands in each row [size] of a step, where captions are drawn
+        by themselves.
+        """
         return self._rows(step, size)[1] if self.every_caption else None
 
     def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
-        """Stand-ins for a sample that cannot be read: others of its origin, then of its source, not in the batch while
-        there are such.
+        """Stand-ins for a sample that cannot be read: others of its origin, then of its source, not
+        in the batch while there are such.
 
-        Rows of one batch try different stand-ins (those at positions row, row + B, … of a permutation), so that ranks
-        need not know of each other's losses to avoid using one twice.
+        Rows of one batch try different stand-ins (those at positions row, row + B, … of a
+        permutation), so that ranks need not know of each other's losses to avoid using one twice.
         """
         s = self.source_of(sample_id)
         n, first = self.sources[s].reserve or len(self.sources[s]), int(self.firsts[s])
         key, present = derive(self.seed, "replace", step, s), set(batch.tolist())
-        others = [int(first + i) for i in self.units[s].others(sample_id - first) if first + i not in present]
+        others = [
+            int(first + i)
+            for i in self.units[s].others(sample_id - first)
+            if first + i not in present
+        ]
         own = first + permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
         yield from others[row % self.together :: self.together]
         yield from (int(i) for i in own if int(i) not in present)
-        for wanted in (True, False):  # a source hardly larger than the batch: share, and at last repeat
+        for wanted in (
+            True,
+            False,
+        ):  # a source hardly larger than the batch: share, and at last repeat
             for i in range(n):
                 candidate = first + int(permute(n, key, np.array([i]))[0])
                 if (candidate not in present) == wanted and candidate != sample_id:
@@ -168,12 +217,18 @@ class Mixture:
         """Let the sources fetch what these samples need, without waiting."""
         for s, source in enumerate(self.sources):
             if source.window:
-                source.prepare(ids[(ids >= self.firsts[s]) & (ids < self.firsts[s + 1])] - self.firsts[s])
+                source.prepare(
+                    ids[(ids >= self.firsts[s]) & (ids < self.firsts[s + 1])] - self.firsts[s]
+                )
 
     def ahead(self, size: int) -> int:
-        """How many steps of `size` rows lie between a sample and the one a window later; 0 where nothing is fetched."""
+        """How many steps of `size` rows lie between a sample and the one a window later; 0 where
+        nothing is fetched.
+        """
         pairs = zip(self.sources, self.units)
-        spans = [s.window * len(units) * self.together / len(s.runs) for s, units in pairs if s.window]
+        spans = [
+            s.window * len(units) * self.together / len(s.runs) for s, units in pairs if s.window
+        ]
         return max(1, int(max(spans) / size)) if spans else 0
 
     def _check(self) -> None:
@@ -183,7 +238,9 @@ class Mixture:
                     f"data.together is {self.together}, but no origin in source {s} has as many samples; variations of one "
                     'origin follow one another and share the "origin" of their JSON. Set together lower, or leave it out'
                 )
-            if source.reserve and (self.replacement or (self.shares is None and len(self.sources) > 1)):
+            if source.reserve and (
+                self.replacement or (self.shares is None and len(self.sources) > 1)
+            ):
                 raise ValueError(
                     f"source {s} is a stream, read in its own order: give every source a weight, and leave data.replacement out"
                 )
@@ -202,7 +259,9 @@ class Mixture:
         return sample.ravel(), caption.ravel()
 
     def _drawn(self, step: int, n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each source: which of the step's n draws are its own, the units drawn, and the round of each."""
+        """For each source: which of the step's n draws are its own, the units drawn, and the round
+        of each.
+        """
         position = np.arange(n)
         if self.shares is not None:
             for s, (mine, count) in enumerate(self._deal(step, n)):
@@ -217,7 +276,9 @@ class Mixture:
             first += len(units)
 
     def _order(self, stream: int, n: int, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Elements `count` of a stream's endless sequence of n units, and the round of each: its epoch, else itself."""
+        """Elements `count` of a stream's endless sequence of n units, and the round of each: its
+        epoch, else itself.
+        """
         if self.replacement:
             return uniform(n, derive(self.seed, "draw", stream), count), count
         number, epoch = np.empty_like(count), count // n
@@ -240,12 +301,20 @@ class Mixture:
         return self._windows[key](i)
 
     def _deal(self, step: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each source: which of the step's n draws are its own, and how many it had before each draw."""
-        before = (step * n + np.arange(n)).astype(object)  # Python integers: products exceed 64 bits
+        """For each source: which of the step's n draws are its own, and how many it had before each
+        draw.
+        """
+        before = (step * n + np.arange(n)).astype(
+            object
+        )  # Python integers: products exceed 64 bits
         after, left = before + 1, sum(self.shares)
         result: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        # Each takes its part of what those before it left, so only where these took whole numbers is its own exact.
-        for s in sorted(range(len(self.shares)), key=lambda s: (self.shares[s] / sum(self.shares) * n).denominator > 1):
+        # Each takes its part of what those before it left, so only where these took whole numbers
+        # is its own exact.
+        for s in sorted(
+            range(len(self.shares)),
+            key=lambda s: (self.shares[s] / sum(self.shares) * n).denominator > 1,
+        ):
             part = self.shares[s] / left
             mine_before = before * part.numerator // part.denominator
             mine_after = after * part.numerator // part.denominator

@@ -96,9 +96,7 @@ class Names:
         loosest = _LEVELS[-1]
         there = _folded(cleaned(stored), loosest)
         readings = [_folded(parts, loosest) for parts in _readings(name)]
-        return any(
-            _n_common(wanted, there) == min(len(wanted), len(there)) for wanted in readings
-        )
+        return any(_n_common(wanted, there) == min(len(wanted), len(there)) for wanted in readings)
 
     def _matches(self, name: str) -> list[str]:
         """The equally good readings of the strictest kind that has any."""

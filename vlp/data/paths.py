@@ -32,7 +32,9 @@ def expand(path: str, packed: bool = False) -> list[Path]:
 
 def unreadable(name: Path | str, error: OSError) -> str:
     """What to tell of a path that the system does not let us read."""
-    return f"{name} cannot be read: {error.strerror}; check that it is there and that you may read it"
+    return (
+        f"{name} cannot be read: {error.strerror}; check that it is there and that you may read it"
+    )
 
 
 def plain_only(shards: list[Path], path: str) -> list[Path]:
@@ -58,12 +60,16 @@ def _places(name: str) -> list[Path]:
         return [place]
     found = sorted(map(Path, glob.glob(str(place)))) if glob.has_magic(name) else []
     if not found:
-        raise ValueError(f"shards path {name!r} is neither a folder nor a tar file; {_nearest(place)}")
+        raise ValueError(
+            f"shards path {name!r} is neither a folder nor a tar file; {_nearest(place)}"
+        )
     return found
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The tars of a folder, plain or compressed, in order of name. A compressed one beside its plain tar is left out."""
+    """The tars of a folder, plain or compressed, in order of name. A compressed one beside its
+    plain tar is left out.
+    """
     entries = _entries(folder) if folder.is_dir() else []
     plain = [name for name in entries if name.lower().endswith(".tar")]
     stems = {name.lower() for name in plain}
@@ -74,7 +80,9 @@ def shards_in(folder: Path) -> list[Path]:
 def _in_folder(folder: Path) -> list[Path]:
     shards = shards_in(folder)
     if not shards:
-        raise ValueError(f"shards path '{folder}' is a folder without .tar files; {_contents(folder, _entries(folder))}")
+        raise ValueError(
+            f"shards path '{folder}' is a folder without .tar files; {_contents(folder, _entries(folder))}"
+        )
     return shards
 
 
@@ -107,4 +115,8 @@ def _contents(folder: Path, names: list[str]) -> str:
 def _nearest(place: Path) -> str:
     """The part of a path that is there."""
     there = next((str(parent) for parent in place.parents if parent.exists()), "")
-    return f"there is {there}, but no {place.name} in it" if there == str(place.parent) else f"of the path only {there} is there"
+    return (
+        f"there is {there}, but no {place.name} in it"
+        if there == str(place.parent)
+        else f"of the path only {there} is there"
+    )

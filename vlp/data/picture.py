@@ -343,8 +343,8 @@ def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
             )
         gray = np.rint(values * 255)
     else:
-        # Pillow gives a PNM's values of more than 8 bits as 0 to 65535, in 32 bits. Elsewhere 32 bits
-        # have no agreed white.
+        # Pillow gives a PNM's values of more than 8 bits as 0 to 65535, in 32 bits. Elsewhere 32
+        # bits have no agreed white.
         dark = image.mode == "I" and image.format != "PPM" and high < 256
         if not 0 <= low <= high < 1 << 16 or dark:
             raise BadImage(

@@ -1,8 +1,10 @@
-"""The loader processes: how they are started, watched and ended, and the shared memory their batches travel through.
+"""The loader processes: how they are started, watched and ended, and the shared memory their
+batches travel through.
 
-They are forked from a server that only has the imports, since a fork of a process that has used OpenMP, CUDA or threads
-can hang. So they are no children of the trainer: nothing tells it of their death, and nothing tells them of its own.
-Both are asked for here: the trainer looks at them twice a second while it waits, and each watches the trainer.
+They are forked from a server that only has the imports, since a fork of a process that has used
+OpenMP, CUDA or threads can hang. So they are no children of the trainer: nothing tells it of their
+death, and nothing tells them of its own. Both are asked for here: the trainer looks at them twice a
+second while it waits, and each watches the trainer.
 """
 
 from __future__ import annotations
@@ -31,24 +33,33 @@ _OPTIONS = "lower data.workers or train.batch, or decode in the training process
 
 
 class Feed:
-    """Items `start`, `start` + 1, … of `dataset`, without end, made by `n_workers` processes or in this one."""
+    """Items `start`, `start` + 1, … of `dataset`, without end, made by `n_workers` processes or in
+    this one.
+    """
 
     def __init__(self, dataset: Dataset, start: int, n_workers: int) -> None:
         self._n_taken = 0
         options: dict[str, Any] = {"pin_memory": torch.cuda.is_available()}
         if n_workers:
-            # With a time-out torch looks at its processes each time it runs out, and gives control back.
+            # With a time-out torch looks at its processes each time it runs out, and gives control
+            # back.
             options |= {"timeout": _POLL_S, "prefetch_factor": PREFETCH, "worker_init_fn": _begin}
             options["multiprocessing_context"] = torch.multiprocessing.get_context("forkserver")
             server.start()
-        loader = DataLoader(_Told(dataset), batch_size=None, sampler=_From(start), num_workers=n_workers, **options)
+        loader = DataLoader(
+            _Told(dataset), batch_size=None, sampler=_From(start), num_workers=n_workers, **options
+        )
         try:
             self._iterator = iter(loader)
         except (OSError, EOFError) as error:
-            raise DataError(f"the loader processes cannot be started ({error}): is there memory left? {_OPTIONS}") from error
+            raise DataError(
+                f"the loader processes cannot be started ({error}): is there memory left? {_OPTIONS}"
+            ) from error
 
     def poll(self) -> Any | None:
-        """The next item, or None where none came for half a second. DataError for a process that died or could not go on."""
+        """The next item, or None where none came for half a second. DataError for a process that
+        died or could not go on.
+        """
         try:
             item = next(self._iterator)
         except RuntimeError as error:
@@ -57,9 +68,14 @@ class Feed:
             if str(error).startswith("DataLoader worker (pid"):
                 raise DataError(self._death()) from error
             if str(error).startswith("Too many open files"):
-                raise DataError("too many open files between the loader processes; raise the limit: ulimit -n 65536") from error
+                raise DataError(
+                    "too many open files between the loader processes; raise the limit: ulimit -n 65536"
+                ) from error
             raise
-        except (OSError, EOFError) as error:  # the process died while its batch was being handed over
+        except (
+            OSError,
+            EOFError,
+        ) as error:  # the process died while its batch was being handed over
             if not self._dead(_FAREWELL_S):
                 raise
             raise DataError(self._death()) from error
@@ -77,7 +93,11 @@ class Feed:
     def _death(self) -> str:
         """What happened to the processes, and what to do."""
         codes = sorted({process.exitcode for process in self._dead(_FAREWELL_S)})
-        when = "a loader process died" if self._n_taken else "a loader process died before its first batch"
+        when = (
+            "a loader process died"
+            if self._n_taken
+            else "a loader process died before its first batch"
+        )
         if -signal.SIGBUS in codes:
             return f"{when} of a bus error. {no_shared_memory()}"
         ends = " and ".join(_ending(code) for code in codes) or "it gave no exit code"
@@ -88,8 +108,12 @@ class Feed:
         return f"{when} ({ends}), {advice}"
 
 
-def check_shared_memory(batch_bytes: int, n_workers: int, n_ranks: int, folder: Path = SHARED_MEMORY) -> None:
-    """Raise DataError where the batches that are made ahead on this machine will not fit into its shared memory."""
+def check_shared_memory(
+    batch_bytes: int, n_workers: int, n_ranks: int, folder: Path = SHARED_MEMORY
+) -> None:
+    """Raise DataError where the batches that are made ahead on this machine will not fit into its
+    shared memory.
+    """
     if not n_workers or not folder.is_dir():
         return
     n_batches = n_ranks * (n_workers * PREFETCH + 1)  # and the one that is being trained on
@@ -98,7 +122,9 @@ def check_shared_memory(batch_bytes: int, n_workers: int, n_ranks: int, folder: 
         raise DataError(no_shared_memory(n_batches, batch_bytes, folder))
 
 
-def no_shared_memory(n_batches: int | None = None, batch_bytes: int = 0, folder: Path = SHARED_MEMORY) -> str:
+def no_shared_memory(
+    n_batches: int | None = None, batch_bytes: int = 0, folder: Path = SHARED_MEMORY
+) -> str:
     """What to say of shared memory that is, or will be, full."""
     need, size = "", "8g"
     if n_batches is not None:
@@ -118,7 +144,9 @@ def megabytes(n: int) -> str:
 
 
 class _Told(Dataset):
-    """A data set whose DataErrors come as items: as exceptions they would arrive with a traceback for a message."""
+    """A data set whose DataErrors come as items: as exceptions they would arrive with a traceback
+    for a message.
+    """
 
     def __init__(self, inner: Dataset) -> None:
         self.inner = inner
@@ -143,7 +171,9 @@ def is_shared_memory(error: Exception) -> bool:
 
 
 def _share(item: Any) -> None:
-    """Move an item's tensors to shared memory here, where a failure can be told; its queue would lose it without a word."""
+    """Move an item's tensors to shared memory here, where a failure can be told; its queue would
+    lose it without a word.
+    """
     for value in vars(item[0]).values():
         if isinstance(value, Tensor):
             value.share_memory_()

@@ -10,16 +10,24 @@ from typing import Any, BinaryIO
 from vlp.data.captions import Form
 from vlp.data.members import Content, open_sample
 
-# Offset and bytes of the sample's members, number of its form, the most negatives and the most counterfactuals that
-# belong to one of its captions, flags.
+# Offset and bytes of the sample's members, number of its form, the most negatives and the most
+# counterfactuals that belong to one of its captions, flags.
 ROW = struct.Struct("<QIIBBH")
-EXTENT = struct.Struct("<QI")  # offset and bytes of some members of a sample whose members do not follow one another
+EXTENT = struct.Struct(
+    "<QI"
+)  # offset and bytes of some members of a sample whose members do not follow one another
 
 CLASS = 1  # flag: the sample's JSON names its class
-LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}  # flags: numbers of the sample's JSON that terms read
+LABELS = {
+    "score": 2,
+    "negative_scores": 16,
+    "concepts": 32,
+}  # flags: numbers of the sample's JSON that terms read
 PICTURED = 4  # flag: it has an image of its first negative
 CONTINUES = 8  # flag: its origin is that of the sample before it
-SCATTERED = 64  # flag: offset is the number of its first extent, of as many as have its bytes together
+SCATTERED = (
+    64  # flag: offset is the number of its first extent, of as many as have its bytes together
+)
 
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
 _KINDS = 40  # different kinds of what was left out; further ones are counted together
@@ -37,15 +45,23 @@ class Shard:
     n_problems: int = 0  # those, and what is odd or damaged besides
     n_damaged: int = 0  # places where the tar is damaged, or no tar
     problems: list[str] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)  # how many samples, texts and members, by what they are
-    keys: str = ""  # SHA-256, in hex, of the keys of `rows`, one a line: what lies beside a shard can name it by them
+    left_out: dict[str, int] = field(
+        default_factory=dict
+    )  # how many samples, texts and members, by what they are
+    # SHA-256, in hex, of the keys of `rows`, one a line: what lies beside a shard can name it by
+    # them
+    keys: str = ""
     texts: str = ""  # SHA-256, in hex, of the bytes of their text members
-    forms: list[Form] = field(default_factory=list)  # which texts samples have; a row names one of them by its number
+    forms: list[Form] = field(
+        default_factory=list
+    )  # which texts samples have; a row names one of them by its number
     rows: bytes = b""
     extents: bytes = b""
 
     def report(self, key: str, reason: str) -> None:
-        """Count one problem, of the kind that stands before the colon, and keep it in words while there are few."""
+        """Count one problem, of the kind that stands before the colon, and keep it in words while
+        there are few.
+        """
         self.n_problems += 1
         if len(self.problems) < _KEPT:
             self.problems.append(f"{key}: {reason}" if key else reason)
@@ -80,7 +96,9 @@ def extents(table: bytes | memoryview, first: int, length: int) -> list[tuple[in
 def said(left_out: Mapping[str, int]) -> str:
     """What was left out, in one line, the commonest first."""
     common = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
-    return ", ".join(f"{left_out[kind]:,} × {kind}" for kind in common[:10]) + (", …" if len(common) > 10 else "")
+    return ", ".join(f"{left_out[kind]:,} × {kind}" for kind in common[:10]) + (
+        ", …" if len(common) > 10 else ""
+    )
 
 
 def labels_of(meta: dict[str, Any]) -> Set[str]:
@@ -93,10 +111,12 @@ def labels_of(meta: dict[str, Any]) -> Set[str]:
         return found
     lists = {name: [meta[name]] if name == "score" else meta[name] for name in found}
     return frozenset(
-        name for name, values in lists.items()
-        if isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
+        name
+        for name, values in lists.items()
+        if isinstance(values, list)
+        and all(isinstance(v, (int, float)) for v in values)
         and (values or (name == "negative_scores" and not meta.get("negatives")))
-    )  # fmt: skip
+    )
 
 
 def read_extents(file: BinaryIO, places: Sequence[tuple[int, int]]) -> bytes:

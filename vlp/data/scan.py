@@ -1,10 +1,13 @@
-"""Reading a tar once, from its first header to its last: the samples that it holds, and what is left out of them.
+"""Reading a tar once, from its first header to its last: the samples that it holds, and what is
+left out of them.
 
-Consecutive members of one key are a sample. Where a key returns later, or a dotted key such as x.seg may belong to x,
-the tar is read again and gathered by key: all pictures first and then all texts is as good an order as any other.
+Consecutive members of one key are a sample. Where a key returns later, or a dotted key such as
+x.seg may belong to x, the tar is read again and gathered by key: all pictures first and then all
+texts is as good an order as any other.
 
-What is left out is in `Shard.problems` and `Shard.left_out`, never silent: samples without a usable image, further
-samples of a key, what lies next to damage, because it might be half a sample, and every member that no reader looks at.
+What is left out is in `Shard.problems` and `Shard.left_out`, never silent: samples without a usable
+image, further samples of a key, what lies next to damage, because it might be half a sample, and
+every member that no reader looks at.
 """
 
 from __future__ import annotations
@@ -19,9 +22,29 @@ from typing import Any, BinaryIO
 
 from vlp.data import tar, wrong_captions
 from vlp.data.captions import MAX_TEXT_BYTES, cut, form_of
-from vlp.data.members import MAX_IMAGE_BYTES, TEXT_TYPES, Content, Name, check_images, fill, is_guest, parse_name, separate
+from vlp.data.members import (
+    MAX_IMAGE_BYTES,
+    TEXT_TYPES,
+    Content,
+    Name,
+    check_images,
+    fill,
+    is_guest,
+    parse_name,
+    separate,
+)
 from vlp.data.paths import unreadable
-from vlp.data.rows import CLASS, CONTINUES, EXTENT, LABELS, PICTURED, ROW, SCATTERED, Shard, labels_of
+from vlp.data.rows import (
+    CLASS,
+    CONTINUES,
+    EXTENT,
+    LABELS,
+    PICTURED,
+    ROW,
+    SCATTERED,
+    Shard,
+    labels_of,
+)
 from vlp.data.tar import BLOCK, DamagedTar, Member
 
 Members = dict[str, Member]  # of one sample, by kind
@@ -34,7 +57,9 @@ class Found:
     content: Content  # without the images' bytes
     members: Members  # the image is among them
     texts: bytes  # of its text members, one after another
-    whole: bool  # its members follow one another, with none of another sample between, so that it can be read at once
+    # its members follow one another, with none of another sample between, so that it can be read at
+    # once
+    whole: bool
 
 
 class _Scattered(Exception):
@@ -52,7 +77,9 @@ class _Run:
 
 
 def scan(path: Path) -> Shard:
-    """Index one tar; damage costs only the samples beside it. Raises ValueError for what is no tar to read from."""
+    """Index one tar; damage costs only the samples beside it. Raises ValueError for what is no tar
+    to read from.
+    """
     rows: list[_Rows] = []
 
     def begin(shard: Shard) -> Callable[[Found], None]:
@@ -64,11 +91,17 @@ def scan(path: Path) -> Shard:
     return shard
 
 
-def read(path: Path, begin: Callable[[Shard], Callable[[Found], None]], also: frozenset[str] = frozenset()) -> Shard:
-    """Give every usable sample of a tar to the function that `begin` returns; the shard tells what is left out.
+def read(
+    path: Path,
+    begin: Callable[[Shard], Callable[[Found], None]],
+    also: frozenset[str] = frozenset(),
+) -> Shard:
+    """Give every usable sample of a tar to the function that `begin` returns; the shard tells what
+    is left out.
 
-    `begin` is called again, and what it got before is void, where members turn out to be out of order. `also`: the
-    extensions of further members to find, which are their kinds. Raises ValueError for what is no tar to read from.
+    `begin` is called again, and what it got before is void, where members turn out to be out of
+    order. `also`: the extensions of further members to find, which are their kinds. Raises
+    ValueError for what is no tar to read from.
     """
     try:
         with open(path, "rb", buffering=1 << 18) as file:
@@ -78,10 +111,14 @@ def read(path: Path, begin: Callable[[Shard], Callable[[Found], None]], also: fr
             try:
                 _read(file, shard, begin(shard), also, _in_order)
             except _Scattered:
-                shard = replace(shard, left_out={}, problems=[], n_left_out=0, n_problems=0, n_damaged=0)
+                shard = replace(
+                    shard, left_out={}, problems=[], n_left_out=0, n_problems=0, n_damaged=0
+                )
                 _read(file, shard, begin(shard), also, _gathered)
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not a tar; rename it, or make a tar of what it holds") from None
+        raise ValueError(
+            f"{path} is a folder, not a tar; rename it, or make a tar of what it holds"
+        ) from None
     except OSError as error:
         raise ValueError(unreadable(path, error)) from None
     return shard
@@ -96,7 +133,11 @@ def _refuse_packed(path: Path, file: BinaryIO) -> None:
 
 
 def _read(
-    file: BinaryIO, shard: Shard, take: Callable[[Found], None], also: frozenset[str], arrange: Callable[..., Iterator[Any]]
+    file: BinaryIO,
+    shard: Shard,
+    take: Callable[[Found], None],
+    also: frozenset[str],
+    arrange: Callable[..., Iterator[Any]],
 ) -> None:
     for key, members, whole in arrange(_runs(file, shard, also), file, shard):
         found = _found(file, shard, key, members, whole)
@@ -108,7 +149,9 @@ def _read(
 
 
 def _runs(file: BinaryIO, shard: Shard, also: frozenset[str]) -> Iterator[_Run]:
-    """The members that count, in runs of one key, in order; the shard learns of damage and of all other members."""
+    """The members that count, in runs of one key, in order; the shard learns of damage and of all
+    other members.
+    """
     file.seek(0)
     kind = "an empty file" if not shard.size else tar.foreign(file.read(BLOCK))
     if kind:
@@ -125,14 +168,20 @@ def _runs(file: BinaryIO, shard: Shard, also: frozenset[str]) -> Iterator[_Run]:
                 name = _counting(member, also, passed)
                 if name is None:
                     continue
-                if run is None or member.name in run.names or not (name.key == run.key or is_guest(name.key, run.key)):
+                if (
+                    run is None
+                    or member.name in run.names
+                    or not (name.key == run.key or is_guest(name.key, run.key))
+                ):
                     if run is not None:
                         yield run
                     run, suspect = _Run(name.key, suspect), False
                 members = run.parts.setdefault(name.key, {})
                 run.names.add(member.name)
                 if name.kind in members:
-                    passed[f"further members of a kind that the sample has already: .{name.extension}"] += 1
+                    passed[
+                        f"further members of a kind that the sample has already: .{name.extension}"
+                    ] += 1
                 else:
                     members[name.kind] = member
             break
@@ -143,16 +192,24 @@ def _runs(file: BinaryIO, shard: Shard, also: frozenset[str]) -> Iterator[_Run]:
                 run.suspect = True
                 yield run
             run, suspect = None, True
-            position = tar.find_header(file, error.offset + 1 + (-error.offset - 1) % BLOCK, shard.size)
+            position = tar.find_header(
+                file, error.offset + 1 + (-error.offset - 1) % BLOCK, shard.size
+            )
     if run is not None:
         if not _ends(file, shard.size):
             shard.n_damaged += 1
-            shard.report("", "damage: the file ends without the mark of a tar's end, so its last sample may be half")
+            shard.report(
+                "",
+                "damage: the file ends without the mark of a tar's end, so its last sample may be half",
+            )
             run.suspect = True
         yield run
 
     if joints := passed.pop("joints", 0):
-        shard.report("", f"several tars joined in one: tar and webdataset stop before the further {joints}, which are read here")
+        shard.report(
+            "",
+            f"several tars joined in one: tar and webdataset stop before the further {joints}, which are read here",
+        )
     for kind, n in passed.items():
         shard.pass_over(kind, n)
 
@@ -165,20 +222,28 @@ def _counting(member: Member, also: frozenset[str], passed: Counter[str]) -> Nam
     if name is not None and name.extension in also:
         return name._replace(kind=name.extension)
     if name is not None:
-        passed[f"members .{name.extension[:12]}" if name.extension else "members without an extension"] += 1
+        passed[
+            f"members .{name.extension[:12]}" if name.extension else "members without an extension"
+        ] += 1
     elif not member.name.endswith("/"):
         passed["hidden files"] += 1
     return None
 
 
 def _ends(file: BinaryIO, size: int) -> bool:
-    """Whether the file ends in the zeros that close a tar; one that was cut between two members does not."""
+    """Whether the file ends in the zeros that close a tar; one that was cut between two members
+    does not.
+    """
     file.seek(max(0, size - BLOCK))
     return file.read() == bytes(BLOCK)
 
 
-def _in_order(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tuple[str, Members, bool]]:
-    """(key, members, whole) of every sample, as they come; raises _Scattered where that does not do."""
+def _in_order(
+    runs: Iterator[_Run], file: BinaryIO, shard: Shard
+) -> Iterator[tuple[str, Members, bool]]:
+    """(key, members, whole) of every sample, as they come; raises _Scattered where that does not
+    do.
+    """
     seen: set[str] = set()
     for run in _trusted(runs, shard, seen):
         if not seen.isdisjoint(run.parts):
@@ -193,8 +258,12 @@ def _in_order(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tu
             yield key, members, alone
 
 
-def _gathered(runs: Iterator[_Run], file: BinaryIO, shard: Shard) -> Iterator[tuple[str, Members, bool]]:
-    """(key, members, False) of every sample, wherever in the tar its members lie, in the order of their first ones."""
+def _gathered(
+    runs: Iterator[_Run], file: BinaryIO, shard: Shard
+) -> Iterator[tuple[str, Members, bool]]:
+    """(key, members, False) of every sample, wherever in the tar its members lie, in the order of
+    their first ones.
+    """
     parts: dict[str, Members] = {}
     suspects: set[str] = set()
     for run in _trusted(runs, shard, suspects):
@@ -230,7 +299,9 @@ def _complete(members: Members) -> bool:
 
 
 def _trusted(runs: Iterator[_Run], shard: Shard, suspects: set[str]) -> Iterator[_Run]:
-    """The runs that lie beside no damage; the keys of the others, which are left out, go to `suspects`."""
+    """The runs that lie beside no damage; the keys of the others, which are left out, go to
+    `suspects`.
+    """
     for run in runs:
         if not run.suspect:
             yield run
@@ -330,7 +401,9 @@ class _Rows:
 
 
 def _places(found: Found) -> list[tuple[int, int]]:
-    """(offset, bytes) of a sample's members: one place where they follow one another, with all that lies between them."""
+    """(offset, bytes) of a sample's members: one place where they follow one another, with all that
+    lies between them.
+    """
     members = list(found.members.values())
     if found.whole:
         return [(members[0].start, members[-1].end - members[0].start)]

@@ -1,8 +1,9 @@
-"""The server that loader processes are forked from: how the trainer starts it, and what it does first.
+"""The server that loader processes are forked from: how the trainer starts it, and what it does
+first.
 
-It imports what they need once; they share that memory. It leaves the trainer's session, because launchers and terminals
-send a signal to the trainer's whole process group: loader processes that died of it would leave the trainer, which still
-has to end its step and save, without its batch.
+It imports what they need once; they share that memory. It leaves the trainer's session, because
+launchers and terminals send a signal to the trainer's whole process group: loader processes that
+died of it would leave the trainer, which still has to end its step and save, without its batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _MARK = "VLP_LOADER_SERVER"  # in the server's environment; this module is impor
 
 
 def start_for(config: Config) -> None:
-    """Start the server with all that loader processes will need for this run, if it has any: early, for it takes seconds."""
+    """Start the server with all that loader processes will need for this run, if it has any: early,
+    for it takes seconds.
+    """
     if not config.data.workers:
         return
     modules = [plugin.module.__name__ for plugin in config.data.sources]
@@ -31,9 +34,14 @@ def start_for(config: Config) -> None:
 
 
 def start(*modules: str) -> None:
-    """Start the server, unless it runs, and return: it imports `modules` while this process goes on."""
-    forkserver.set_forkserver_preload([__name__, "vlp.data.loader", "vlp.data._clip_text", *modules])
-    # The server is started by `python -c`, which would look for modules in the current folder first.
+    """Start the server, unless it runs, and return: it imports `modules` while this process goes
+    on.
+    """
+    forkserver.set_forkserver_preload(
+        [__name__, "vlp.data.loader", "vlp.data._clip_text", *modules]
+    )
+    # The server is started by `python -c`, which would look for modules in the current folder
+    # first.
     with _environment(PYTHONSAFEPATH="1", **{_MARK: "1"}):
         forkserver.ensure_running()
 

@@ -1,4 +1,6 @@
-"""One rank's rows of a step: read, decode, crop, choose captions, tokenize → `Batch`. Runs in the loader processes."""
+"""One rank's rows of a step: read, decode, crop, choose captions, tokenize → `Batch`. Runs in the
+loader processes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _TRIES = 64  # stand-ins for one bad sample before the data is called unusable
 
 
 class DataError(RuntimeError):
-    """The data cannot be trained on: too many bad samples, a stalled shard, or a resumed run on other data."""
+    """The data cannot be trained on: too many bad samples, a stalled shard, or a resumed run on
+    other data.
+    """
 
 
 @dataclass
@@ -46,12 +50,16 @@ class Row:
     caption: str
 
     def wrong(self, field: str) -> tuple[WrongCaptions, list[int]]:
-        """The sample's `negatives` or `counterfactuals`, and the places of those that belong to the row's caption."""
+        """The sample's `negatives` or `counterfactuals`, and the places of those that belong to the
+        row's caption.
+        """
         found = wrong_captions.read(self.sample.meta, field, self.sample.captions)
         return found, found.of(self.caption)
 
     def negative_image(self) -> bytes:
-        """The image of the row's first negative; that of another caption's negative is none of this row's."""
+        """The image of the row's first negative; that of another caption's negative is none of this
+        row's.
+        """
         _, places = self.wrong("negatives")
         return self.sample.negative_image if places[:1] == [0] else b""
 
@@ -85,11 +93,15 @@ def optional_fields(sources: list[Source], data: Data) -> dict[str, int]:
 def read_fields(fields: dict[str, int], reads: frozenset[str]) -> dict[str, int]:
     """Those of `optional_fields` that are worth making where only `reads` are read.
 
-    A bad score costs its sample only where a term reads scores; hard captions are tokenized only where they are read.
+    A bad score costs its sample only where a term reads scores; hard captions are tokenized only
+    where they are read.
     """
     unread = {"score", "teacher_scores", "concept_targets"} - reads
     for family in ("negative", "counterfactual"):
-        if not any(family in name for name in reads | ({"negatives"} if "teacher_scores" in reads else set())):
+        if not any(
+            family in name
+            for name in reads | ({"negatives"} if "teacher_scores" in reads else set())
+        ):
             unread |= {name for name in fields if name.startswith(family)}
     return {name: width for name, width in fields.items() if name not in unread}
 
@@ -98,17 +110,34 @@ class Steps(Dataset):
     """Item s: this rank's rows of step s, with a report. Sent to every loader process."""
 
     def __init__(
-        self, mixture: Mixture, data: Data, image: ImageSpec, text: TextSpec, batch: int, rank: int, world: int,
-        optional: dict[str, int], pixels: bool,
-    ) -> None:  # fmt: skip
+        self,
+        mixture: Mixture,
+        data: Data,
+        image: ImageSpec,
+        text: TextSpec,
+        batch: int,
+        rank: int,
+        world: int,
+        optional: dict[str, int],
+        pixels: bool,
+    ) -> None:
         self.pixels = pixels
-        self.mixture, self.data, self.image, self.text, self.optional = mixture, data, image, text, optional
+        self.mixture, self.data, self.image, self.text, self.optional = (
+            mixture,
+            data,
+            image,
+            text,
+            optional,
+        )
         self.size, self.rows = batch, range(rank * batch // world, (rank + 1) * batch // world)
         self.ahead = mixture.ahead(batch)
         self._tokenizer: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokenizer": None}  # each process builds its own: its caches are large
+        return {
+            **self.__dict__,
+            "_tokenizer": None,
+        }  # each process builds its own: its caches are large
 
     def __getitem__(self, step: int) -> tuple[Batch, Report]:
         self._tokenizer = self._tokenizer or text.build(self.text)
@@ -118,30 +147,45 @@ class Steps(Dataset):
         report = Report([], 0)
         pictures = self._new_pictures()
         rows = [
-            self._row(step, row, ids, places, {name: rows[i] for name, rows in pictures.items()}, report)
+            self._row(
+                step, row, ids, places, {name: rows[i] for name, rows in pictures.items()}, report
+            )
             for i, row in enumerate(self.rows)
         ]
         captions = [row.caption for row in rows]
         samples = [row.sample for row in rows]
         tokens, report.n_truncated = self._tokenizer.tokenize(captions)
-        optional = {**pictures, **self._labels(rows, step), **self._text_views(captions, samples, step)}
+        optional = {
+            **pictures,
+            **self._labels(rows, step),
+            **self._text_views(captions, samples, step),
+        }
         ids = torch.tensor([sample.sample_id for sample in samples])
-        return Batch(text=tokens, sample_id=ids, key=[sample.key for sample in samples], **optional), report
+        return Batch(
+            text=tokens, sample_id=ids, key=[sample.key for sample in samples], **optional
+        ), report
 
     @property
     def nbytes(self) -> int:
         """Bytes of one item's tensors, near enough to find room for them."""
         pixels = sum(math.prod(shape) for shape in self._picture_shapes().values())
         widths = self.optional
-        n_texts = 1 + sum(widths.get(name, 0) for name in ("negatives", "counterfactual", "text_views"))
-        n_numbers = sum(widths.get(name, 0) for name in ("teacher_image", "teacher_text", "concept_targets"))
+        n_texts = 1 + sum(
+            widths.get(name, 0) for name in ("negatives", "counterfactual", "text_views")
+        )
+        n_numbers = sum(
+            widths.get(name, 0) for name in ("teacher_image", "teacher_text", "concept_targets")
+        )
         return len(self.rows) * (pixels + 8 * self.text.context_length * n_texts + 4 * n_numbers)
 
     def _new_pictures(self) -> dict[str, Tensor]:
         """Uninitialised rows of the fields that hold pictures."""
         if not self.pixels:
             return {"image": torch.empty(len(self.rows), 3, 0, 0, dtype=torch.uint8)}
-        return {name: _new_pixels((len(self.rows), *shape)) for name, shape in self._picture_shapes().items()}
+        return {
+            name: _new_pixels((len(self.rows), *shape))
+            for name, shape in self._picture_shapes().items()
+        }
 
     def _picture_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one row of each field that holds pictures."""
@@ -155,11 +199,18 @@ class Steps(Dataset):
         return shapes
 
     def _row(
-        self, step: int, row: int, ids: np.ndarray, places: np.ndarray | None, out: dict[str, Tensor], report: Report
+        self,
+        step: int,
+        row: int,
+        ids: np.ndarray,
+        places: np.ndarray | None,
+        out: dict[str, Tensor],
+        report: Report,
     ) -> Row:
         """The sample of this row, or its first usable stand-in, with its pictures written to `out`.
 
-        `places` [B]: which caption of its sample stands in each row, where the mixture draws them; a stand-in's is chosen.
+        `places` [B]: which caption of its sample stands in each row, where the mixture draws them;
+        a stand-in's is chosen.
         """
         wanted = int(ids[row])
         stand_ins = self.mixture.replacements(wanted, step, row, ids)
@@ -170,15 +221,22 @@ class Steps(Dataset):
                 key = sample.key
                 self._check_numbers(sample)
                 drawn = places is not None and sample_id == wanted
-                chosen = Row(sample, sample.captions[places[row]] if drawn else self._caption(sample, step, row))
+                chosen = Row(
+                    sample,
+                    sample.captions[places[row]] if drawn else self._caption(sample, step, row),
+                )
                 self._draw(chosen, step, row, out)
                 return chosen
             except (OSError, ValueError) as error:
                 report.bad.append((sample_id, key, f"{type(error).__name__}: {error}"))
-        raise DataError(f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: {report.bad[-1]}")
+        raise DataError(
+            f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: {report.bad[-1]}"
+        )
 
     def _check_numbers(self, sample: Sample) -> None:
-        """Raise ValueError for numbers that a term reads and cannot use: they cost their sample, not the run."""
+        """Raise ValueError for numbers that a term reads and cannot use: they cost their sample,
+        not the run.
+        """
         if "score" in self.optional:
             _relevance(sample)
         if "teacher_scores" in self.optional:
@@ -201,14 +259,18 @@ class Steps(Dataset):
         if views is None:
             out["image"].copy_(decode.train(sample.image, self.image, augment, chance("pixels")))
         else:
-            image = decode.decode(sample.image, self.image.decoding)  # once for all views, so at full size
+            image = decode.decode(
+                sample.image, self.image.decoding
+            )  # once for all views, so at full size
             out["image"].copy_(decode.random_crop(image, self.image, augment, chance("pixels")))
             for v, view in enumerate(out["image_views"]):
                 view.copy_(decode.random_crop(image, self.image, views.augment, chance("view", v)))
         if "negative_image" in out:
             out["negative_image"].zero_()
             if negative := chosen.negative_image():
-                out["negative_image"].copy_(decode.train(negative, self.image, augment, chance("negative")))
+                out["negative_image"].copy_(
+                    decode.train(negative, self.image, augment, chance("negative"))
+                )
 
     def _seed(self, purpose: str, *position: int) -> int:
         return derive(self.mixture.seed, purpose, *position)
@@ -229,7 +291,9 @@ class Steps(Dataset):
         """The optional fields that come from the samples' JSON or lie beside them."""
         result, samples = self._wrong_captions(rows, step), [row.sample for row in rows]
         if "score" in self.optional:
-            result["score"] = torch.tensor([_relevance(sample) for sample in samples], dtype=torch.float32)
+            result["score"] = torch.tensor(
+                [_relevance(sample) for sample in samples], dtype=torch.float32
+            )
         if c := self.optional.get("concept_targets", 0):
             lists = [_numbers(sample, "concepts", c) for sample in samples]
             result["concept_targets"] = torch.tensor(lists, dtype=torch.float32)
@@ -247,17 +311,23 @@ class Steps(Dataset):
             result["negatives"] = self._tokens(texts)
             result["negatives_valid"] = torch.tensor(valid)
             if "negative_image" in self.optional:
-                result["negatives_valid"][:, 0] &= torch.tensor([bool(row.negative_image()) for row in rows])
+                result["negatives_valid"][:, 0] &= torch.tensor(
+                    [bool(row.negative_image()) for row in rows]
+                )
             if "teacher_scores" in self.optional:
                 result["teacher_scores"] = torch.tensor(scores, dtype=torch.float32)
         if c := self.optional.get("counterfactual", 0):
-            texts = [self._counterfactuals(row, c, step, number) for row, number in zip(rows, self.rows)]
+            texts = [
+                self._counterfactuals(row, c, step, number) for row, number in zip(rows, self.rows)
+            ]
             result["counterfactual"] = self._tokens(texts)
             result["counterfactual_valid"] = torch.tensor([any(row) for row in texts])
         return result
 
     def _negatives(self, row: Row, k: int) -> tuple[list[str], list[bool], list[float]]:
-        """K texts, which of them count, and a teacher's scores of them; padded where the caption has fewer."""
+        """K texts, which of them count, and a teacher's scores of them; padded where the caption
+        has fewer.
+        """
         negatives, places = row.wrong("negatives")
         scores = [0.0] * len(negatives.texts)
         if "teacher_scores" in self.optional and places:
@@ -271,9 +341,11 @@ class Steps(Dataset):
         )
 
     def _counterfactuals(self, row: Row, c: int, step: int, number: int) -> list[str]:
-        """C texts of the row's caption, or C empty ones; fewer are repeated, so that a valid row has C real texts.
+        """C texts of the row's caption, or C empty ones; fewer are repeated, so that a valid row
+        has C real texts.
 
-        Which one comes first, which is all that a loss of one counterfactual sees, is drawn anew at each visit.
+        Which one comes first, which is all that a loss of one counterfactual sees, is drawn anew at
+        each visit.
         """
         wrong, places = row.wrong("counterfactuals")
         own = [wrong.texts[i] for i in places if wrong.valid[i]]
@@ -282,13 +354,18 @@ class Steps(Dataset):
         first = self._seed("counterfactual", step, number, row.sample.sample_id) % len(own)
         return [own[(first + i) % len(own)] for i in range(c)]
 
-    def _text_views(self, captions: list[str], samples: list[Sample], step: int) -> dict[str, Tensor]:
+    def _text_views(
+        self, captions: list[str], samples: list[Sample], step: int
+    ) -> dict[str, Tensor]:
         views = self.data.views
         if views is None:
             return {}
         seeds = [(step, row, sample.sample_id) for row, sample in zip(self.rows, samples)]
         texts = [
-            [vary(caption, views.text, random.Random(self._seed("wording", *seed, v))) for v in range(views.n)]
+            [
+                vary(caption, views.text, random.Random(self._seed("wording", *seed, v)))
+                for v in range(views.n)
+            ]
             for caption, seed in zip(captions, seeds)
         ]
         return {"text_views": self._tokens(texts)}
@@ -301,7 +378,9 @@ class Steps(Dataset):
 def _relevance(sample: Sample) -> float:
     score = _finite(sample.meta["score"])
     if score is None or score < 0:
-        raise ValueError(f"the score is {str(sample.meta['score'])[:20]}, expected a number >= 0 and below 3e38")
+        raise ValueError(
+            f"the score is {str(sample.meta['score'])[:20]}, expected a number >= 0 and below 3e38"
+        )
     return score
 
 
@@ -313,7 +392,9 @@ def _numbers(sample: Sample, field: str, count: int) -> list[float]:
             f"{'of its negatives' if field == 'negative_scores' else 'concept, as the first sample has'}"
         )
     if None in values:
-        raise ValueError(f"a number in {field!r} is {str(sample.meta[field][values.index(None)])[:20]}, expected a finite one")
+        raise ValueError(
+            f"a number in {field!r} is {str(sample.meta[field][values.index(None)])[:20]}, expected a finite one"
+        )
     return values
 
 
@@ -327,8 +408,12 @@ def _finite(value: float) -> float | None:
 
 
 def _new_pixels(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8; in a loader process already in the shared memory through which it will travel: one copy less."""
+    """Uninitialised uint8; in a loader process already in the shared memory through which it will
+    travel: one copy less.
+    """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    storage = torch.UntypedStorage._new_shared(
+        math.prod(shape)
+    )  # as torch's own collate function does
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)

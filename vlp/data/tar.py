@@ -1,7 +1,7 @@
 """The headers of a tar: which members lie where. Nothing is ever unpacked to disk.
 
-Headers are parsed here rather than with `tarfile`, which is an order of magnitude slower, because the same walk finds
-samples when a shard is indexed and takes a sample apart each time it is read.
+Headers are parsed here rather than with `tarfile`, which is an order of magnitude slower, because
+the same walk finds samples when a shard is indexed and takes a sample apart each time it is read.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # an extended header beyond this is an attack or an accident
 
 _REGULAR = b"0\x007"
-_WITHOUT_DATA = b"123456"  # links, devices, folders and pipes: their size, if any, counts no bytes of the file
+_WITHOUT_DATA = (
+    b"123456"  # links, devices, folders and pipes: their size, if any, counts no bytes of the file
+)
 _NAMES = {
-    b"1": "links", b"2": "links", b"3": "devices", b"4": "devices", b"5": "folders", b"6": "pipes", b"S": "sparse files",
-}  # fmt: skip
+    b"1": "links",
+    b"2": "links",
+    b"3": "devices",
+    b"4": "devices",
+    b"5": "folders",
+    b"6": "pipes",
+    b"S": "sparse files",
+}
 
 # How other files begin that are taken for tars by their name.
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
@@ -57,11 +65,13 @@ class Member(NamedTuple):
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
 
-def walk(file: BinaryIO, start: int, end: int, passed: Counter[str] | None = None) -> Iterator[Member]:
+def walk(
+    file: BinaryIO, start: int, end: int, passed: Counter[str] | None = None
+) -> Iterator[Member]:
     """All regular members between two byte positions, in order; raises DamagedTar.
 
-    Tars that were joined by `cat` are read to the end of the last. `passed` counts what is no regular member, by kind,
-    and the joints.
+    Tars that were joined by `cat` are read to the end of the last. `passed` counts what is no
+    regular member, by kind, and the joints.
     """
     position, chain, override = start, start, {}
     passed = Counter() if passed is None else passed
@@ -76,7 +86,9 @@ def walk(file: BinaryIO, start: int, end: int, passed: Counter[str] | None = Non
             continue
         kind, name, size = _header(header, position)
         data = position + BLOCK
-        if kind in b"Lx":  # a long name (GNU) or extended header (POSIX) for the member that comes next
+        if (
+            kind in b"Lx"
+        ):  # a long name (GNU) or extended header (POSIX) for the member that comes next
             if data + size > end or size > MAX_HEADER_BYTES:
                 raise DamagedTar(position, "an extended header that is cut off or too large")
             override |= _extended(kind, file.read(size), position)
@@ -97,7 +109,9 @@ def walk(file: BinaryIO, start: int, end: int, passed: Counter[str] | None = Non
 
 
 def find_header(file: BinaryIO, position: int, end: int) -> int:
-    """The first position at or after `position`, in whole blocks, that holds a valid header; `end` if there is none."""
+    """The first position at or after `position`, in whole blocks, that holds a valid header; `end`
+    if there is none.
+    """
     while position + BLOCK <= end:
         file.seek(position)
         chunk = file.read(min(1 << 20, end - position))
@@ -109,7 +123,8 @@ def find_header(file: BinaryIO, position: int, end: int) -> int:
 
 
 def _after_end(file: BinaryIO, position: int, end: int) -> int:
-    """Where the walk goes on after zeros at `position`: at the next tar's first header, else at the `end`.
+    """Where the walk goes on after zeros at `position`: at the next tar's first header, else at the
+    `end`.
 
     Zeros that something else follows are a hole in the tar: DamagedTar.
     """
@@ -148,7 +163,8 @@ def _header(header: bytes, position: int) -> tuple[bytes, str, int]:
     except (ValueError, IndexError):
         raise DamagedTar(position, "a damaged header") from None
 
-    # The low half of Adler-32 is one more than the sum of the bytes, modulo 65521: a tar's check sum at the speed of C.
+    # The low half of Adler-32 is one more than the sum of the bytes, modulo 65521: a tar's check
+    # sum at the speed of C.
     summed = zlib.adler32(header[:148] + b"        " + header[156:]) & 0xFFFF
     if len(header) < BLOCK or expected < 0 or (expected + 1) % 65521 != summed or size < 0:
         raise DamagedTar(position, "a damaged header")
@@ -192,12 +208,16 @@ def packed_with(head: bytes) -> str:
 
 
 def foreign(head: bytes) -> str:
-    """What a file with this beginning is and what to do with it, where it is known and no tar; else ""."""
+    """What a file with this beginning is and what to do with it, where it is known and no tar; else
+    "".
+    """
     return next((name for magic, name in _FOREIGN.items() if head.lstrip().startswith(magic)), "")
 
 
 def open_packed(path: Path) -> BinaryIO:
-    """A compressed tar, read as the tar that it holds; raises ValueError for an unknown compression, OSError."""
+    """A compressed tar, read as the tar that it holds; raises ValueError for an unknown
+    compression, OSError.
+    """
     with open(path, "rb") as file:
         name = packed_with(file.read(8))
     if name == "zstd":
@@ -206,5 +226,7 @@ def open_packed(path: Path) -> BinaryIO:
         return pyarrow.input_stream(str(path), compression="zstd")
     openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     if name not in openers:
-        raise ValueError(f"{path} is compressed in no way that is known here (gzip, zstd, bzip2, xz); unpack it first")
+        raise ValueError(
+            f"{path} is compressed in no way that is known here (gzip, zstd, bzip2, xz); unpack it first"
+        )
     return openers[name](path)

@@ -1,9 +1,9 @@
 """Captions to token ids [n, L], as the text tower's `TextSpec` says.
 
-"clip" gives exactly the ids of open_clip's SimpleTokenizer, several times faster: captions of plain ASCII need no
-repair, and a word's ids are looked up. One thing is different on purpose: a caption is data, so a literal
-`<start_of_text>` or `<end_of_text>` in it is spelled out like any other text; open_clip would end the caption there,
-because its towers read the features at the first end token.
+"clip" gives exactly the ids of open_clip's SimpleTokenizer, several times faster: captions of plain
+ASCII need no repair, and a word's ids are looked up. One thing is different on purpose: a caption
+is data, so a literal `<start_of_text>` or `<end_of_text>` in it is spelled out like any other text;
+open_clip would end the caption there, because its towers read the features at the first end token.
 """
 
 from __future__ import annotations
@@ -19,22 +19,31 @@ from torch import Tensor
 
 from vlp.types import TextSpec
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of the tokenizers library do not survive a fork
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # threads of the tokenizers library do not survive a fork
 
 _PROBES = ["A photo of 2 red Circles, naïve & café!", "two dogs"]
 _LIMIT = 1 << 17  # words kept; without a bound the cache of a multilingual run grows for ever
-_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # SimpleTokenizer's pattern, special tokens left out
+# SimpleTokenizer's pattern, special tokens left out
+_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def build(spec: TextSpec) -> ClipTokenizer | HubTokenizer:
-    """The tokenizer for `spec`: callable on a list of texts, returning int64 [n, L]; raises ValueError or OSError."""
+    """The tokenizer for `spec`: callable on a list of texts, returning int64 [n, L]; raises
+    ValueError or OSError.
+    """
     if spec.options.get("reduction_mask"):
-        raise ValueError("reduction_mask draws tokens at random outside our seeds; choose plain truncation")
+        raise ValueError(
+            "reduction_mask draws tokens at random outside our seeds; choose plain truncation"
+        )
     return ClipTokenizer(spec) if spec.tokenizer == "clip" else HubTokenizer(spec)
 
 
 def same_tokens(one: TextSpec, other: TextSpec) -> bool:
-    """Whether two specifications make the same ids; every export brings a copy of its tokenizer, in a folder of its own."""
+    """Whether two specifications make the same ids; every export brings a copy of its tokenizer, in
+    a folder of its own.
+    """
     if replace(one, tokenizer=other.tokenizer) != other:
         return False
     return one == other or build(one)(_PROBES).equal(build(other)(_PROBES))
@@ -44,12 +53,17 @@ class ClipTokenizer:
     """open_clip's SimpleTokenizer with a fast path. `vocab_size` counts the special tokens too."""
 
     def __init__(self, spec: TextSpec) -> None:
-        from vlp.data._clip_text import tokenizers as theirs  # here, because it imports ftfy and more
+        from vlp.data._clip_text import (
+            tokenizers as theirs,
+        )  # here, because it imports ftfy and more
 
         self.context_length = spec.context_length
-        self._slow = theirs.SimpleTokenizer(context_length=spec.context_length, clean=spec.clean, **spec.options)
+        self._slow = theirs.SimpleTokenizer(
+            context_length=spec.context_length, clean=spec.clean, **spec.options
+        )
         self.vocab_size = self._slow.vocab_size
-        # What cleaning comes to where the text has no mojibake, entities or control characters to repair.
+        # What cleaning comes to where the text has no mojibake, entities or control characters to
+        # repair.
         self._clean = {
             "lower": lambda text: " ".join(text.split()).lower(),
             "whitespace": lambda text: " ".join(text.split()),
@@ -103,9 +117,13 @@ class HubTokenizer:
     def __init__(self, spec: TextSpec) -> None:
         from vlp.data._clip_text import tokenizers
 
-        options: dict[str, Any] = dict(spec.options) | {"trust_remote_code": False}  # its folder may bring code along
+        options: dict[str, Any] = dict(spec.options) | {
+            "trust_remote_code": False
+        }  # its folder may bring code along
         self.context_length = spec.context_length
-        self._inner = tokenizers.HFTokenizer(spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options)
+        self._inner = tokenizers.HFTokenizer(
+            spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options
+        )
         self.vocab_size = len(self._inner.tokenizer)
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -116,6 +134,11 @@ class HubTokenizer:
         """Token ids, int64 [n, L], and how many texts were truncated."""
         ids = self._inner(texts)
         pad = self._inner.tokenizer.pad_token_id
-        full = [i for i, row in enumerate(ids) if pad is None or row[-1] != pad]  # only these can have been cut
-        whole = [self._inner.tokenizer(self._inner.clean_fn(texts[i]), verbose=False).input_ids for i in full]
+        full = [
+            i for i, row in enumerate(ids) if pad is None or row[-1] != pad
+        ]  # only these can have been cut
+        whole = [
+            self._inner.tokenizer(self._inner.clean_fn(texts[i]), verbose=False).input_ids
+            for i in full
+        ]
         return ids, sum(len(w) > self.context_length for w in whole)

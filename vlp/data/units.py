@@ -1,7 +1,8 @@
-"""What is drawn at once from a source: a sample, one caption of a sample, or G samples of one origin.
+"""What is drawn at once from a source: a sample, one caption of a sample, or G samples of one
+origin.
 
-Units are numbered 0 ≤ u < len(units), in the order of their samples. `rows` says what stands in a unit's rows; `before`
-how many units begin before a sample, which tells the units of a shard.
+Units are numbered 0 ≤ u < len(units), in the order of their samples. `rows` says what stands in a
+unit's rows; `before` how many units begin before a sample, which tells the units of a shard.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ class Units(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, units: np.ndarray, key: int, rounds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Samples and captions [n, G] of `units` [n]; caption −1 is still to be chosen.
 
-        Where a unit has more samples than rows, they are drawn by `key` and by its number in `rounds` [n].
+        Where a unit has more samples than rows, they are drawn by `key` and by its number in
+        `rounds` [n].
         """
         ...
 
@@ -50,7 +54,9 @@ class Samples:
     def __len__(self) -> int:
         return self.n
 
-    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, units: np.ndarray, key: int, rounds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return units[:, None], np.full((len(units), 1), -1)
 
     def before(self, samples: np.ndarray) -> np.ndarray:
@@ -69,7 +75,9 @@ class CaptionsOfSamples(Samples):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, units: np.ndarray, key: int, rounds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         sample = np.searchsorted(self._ends.numpy(), units, side="right")
         return sample[:, None], (units - self.before(sample))[:, None]
 
@@ -90,7 +98,9 @@ class Origins(Samples):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def rows(self, units: np.ndarray, key: int, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, units: np.ndarray, key: int, rounds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         result = self._starts.numpy()[units][:, None] + np.arange(self.size)
         counts = self._counts.numpy()[units]
         for i in np.flatnonzero(counts > self.size) if self.shuffle else ():

@@ -1,4 +1,6 @@
-"""Captions in other words: the text side of augmented views (CLIP-rocket, Fini et al. 2023; EDA, Wei & Zou 2019)."""
+"""Captions in other words: the text side of augmented views (CLIP-rocket, Fini et al. 2023; EDA,
+Wei & Zou 2019).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ _STOP_WORDS = """
     is are was were be been being am it its there here some very just so
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-# Words of one line can stand for one another in most captions: equal in number and form, and after the same article.
+# Words of one line can stand for one another in most captions: equal in number and form, and after
+# the same article.
 _GROUPS = """
     big large
     small little tiny
@@ -69,17 +72,26 @@ _GROUPS = """
     seaside coast
 """
 SYNONYMS = {
-    word: tuple(other for other in line.split() if other != word) for line in _GROUPS.splitlines() for word in line.split()
+    word: tuple(other for other in line.split() if other != word)
+    for line in _GROUPS.splitlines()
+    for word in line.split()
 }
 
 
 def vary(caption: str, augment: TextAugment, chance: random.Random) -> str:
-    """The caption with words left out, replaced and exchanged, in the order of `TextAugment`; never empty.
+    """The caption with words left out, replaced and exchanged, in the order of `TextAugment`; never
+    empty.
 
     A pure function of its arguments and the state of `chance`.
     """
-    words = [word for word in caption.split() if not (word.lower() in STOP_WORDS and chance.random() < augment.stop_words)]
-    words = [_synonym(word, chance) if chance.random() < augment.synonyms else word for word in words]
+    words = [
+        word
+        for word in caption.split()
+        if not (word.lower() in STOP_WORDS and chance.random() < augment.stop_words)
+    ]
+    words = [
+        _synonym(word, chance) if chance.random() < augment.synonyms else word for word in words
+    ]
     for i in range(len(words) - 1):
         if chance.random() < augment.swaps:
             words[i], words[i + 1] = words[i + 1], words[i]
@@ -88,7 +100,9 @@ def vary(caption: str, augment: TextAugment, chance: random.Random) -> str:
 
 
 def _synonym(word: str, chance: random.Random) -> str:
-    """Another word of the same meaning, with the capital and the punctuation of `word`; the word itself if none is known."""
+    """Another word of the same meaning, with the capital and the punctuation of `word`; the word
+    itself if none is known.
+    """
     core = word.strip(".,;:!?\"'()")
     others = SYNONYMS.get(core.lower())
     if others is None:

@@ -4,8 +4,8 @@
 the same lengths, number the sample's captions: entry j is the caption that text j was made from, or
 −1 (GIVEN) where the text was given for the picture, whatever its caption. A wrong caption is a
 minimal pair with its own caption alone, so it is used with that one and with no other; a given one
-is used with every caption. Where the second list is missing, all texts count as given. A third list of the
-same length, `negatives_valid`, masks texts that shall not count.
+is used with every caption. Where the second list is missing, all texts count as given. A third list
+of the same length, `negatives_valid`, masks texts that shall not count.
 
 Numbers that cannot be right (another length, no caption of that number) cost the sample these
 texts, never a wrong pairing: `problem` says what is wrong, and the index counts it.
@@ -41,17 +41,23 @@ class WrongCaptions:
         ]
 
     def most(self, captions: Sequence[str]) -> int:
-        """How many texts belong to the caption that has most of them; without captions, the given ones."""
+        """How many texts belong to the caption that has most of them; without captions, the given
+        ones.
+        """
         return max(len(self.of(caption)) for caption in captions or [""])
 
     def numbers(self, captions: Sequence[str]) -> list[int | None]:
-        """For each text the number of its caption among `captions`; GIVEN, or None where it is not there."""
+        """For each text the number of its caption among `captions`; GIVEN, or None where it is not
+        there.
+        """
         number = {caption.strip(): i for i, caption in reversed(list(enumerate(captions)))}
         return [GIVEN if source is None else number.get(source) for source in self.made_from]
 
 
 def read(meta: dict[str, Any], field: str, captions: Sequence[str]) -> WrongCaptions:
-    """The texts of one of LISTS in the JSON of a sample with these captions; empty where it has none."""
+    """The texts of one of LISTS in the JSON of a sample with these captions; empty where it has
+    none.
+    """
     entries, numbers = meta.get(field), meta.get(f"{field}_of")
     if not isinstance(entries, list):
         return WrongCaptions([], [], [])

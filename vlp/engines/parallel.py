@@ -1,4 +1,5 @@
-"""The engines that keep ranks in step: one process, DDP and FSDP2 here, DeepSpeed's ZeRO in `vlp.engines.zero`.
+"""The engines that keep ranks in step: one process, DDP and FSDP2 here, DeepSpeed's ZeRO in
+`vlp.engines.zero`.
 
     engine = parallel.start(config.train)      joins the processes that the launcher started, chooses the device
     engine.prepare(model, config.train)        wraps the model (weights already restored), builds the optimiser
@@ -81,7 +82,9 @@ class Replicated:
             self.model = accelerator(self.device).prepare_model(self.model)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Around a forward and its backward. DDP decides already in the forward whether this backward will exchange."""
+        """Around a forward and its backward. DDP decides already in the forward whether this
+        backward will exchange.
+        """
         return nullcontext() if last or dist.world_size() == 1 else self.model.no_sync()
 
     def backward(self, loss: Tensor) -> None:
@@ -91,8 +94,8 @@ class Replicated:
     def update(self, lr: float) -> Tensor:
         """One AdamW step at rate `lr`; returns the norm of the averaged gradient before clipping.
 
-        Where the norm is not finite, on all ranks alike, neither weights nor moments move: the fused optimiser looks
-        at `found_inf` on the device, so nothing waits for the answer here.
+        Where the norm is not finite, on all ranks alike, neither weights nor moments move: the
+        fused optimiser looks at `found_inf` on the device, so nothing waits for the answer here.
         """
         norm = self.gradient_norm()
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
@@ -107,7 +110,9 @@ class Replicated:
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the gradient over all parameters, equal on all ranks."""
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self._trained()])))
+        return torch.linalg.vector_norm(
+            torch.stack(torch._foreach_norm([p.grad for p in self._trained()]))
+        )
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.grad is not None]
@@ -129,25 +134,39 @@ class Replicated:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
         for name, parameter in self.module.named_parameters():
             if f"step.{name}" in moments:
-                parts = {key: _part(moments[f"{key}.{name}"].to(self.device), parameter) for key in MOMENTS}
-                self.optimizer.state[parameter] = {"step": moments[f"step.{name}"].to(self.device, copy=True), **parts}
+                parts = {
+                    key: _part(moments[f"{key}.{name}"].to(self.device), parameter)
+                    for key in MOMENTS
+                }
+                self.optimizer.state[parameter] = {
+                    "step": moments[f"step.{name}"].to(self.device, copy=True),
+                    **parts,
+                }
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every rank calls it together."""
+        """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every
+        rank calls it together.
+        """
         copied = copy.deepcopy(self.module).requires_grad_(False)
         if weights is not None:
             copied.load_state_dict(dict(weights))
         return copied.eval()
 
     def follow(self, average: nn.Module, decay: float) -> None:
-        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken over."""
-        own, new = ([_local(p.detach()) for p in module.parameters()] for module in (average, self.module))
+        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken
+        over.
+        """
+        own, new = (
+            [_local(p.detach()) for p in module.parameters()] for module in (average, self.module)
+        )
         torch._foreach_lerp_(own, new, 1 - decay)
         for mine, its in zip(average.buffers(), self.module.buffers()):
             mine.copy_(its)
 
     def whole(self, average: nn.Module) -> dict[str, Tensor]:
-        """State of what `average` returned, as whole tensors on the CPU of the first rank. Collective."""
+        """State of what `average` returned, as whole tensors on the CPU of the first rank.
+        Collective.
+        """
         return _whole_state(average, dist.is_main())
 
     def evaluation_model(self) -> DualEncoder:
@@ -156,7 +175,9 @@ class Replicated:
 
 
 class Sharded(Replicated):
-    """FSDP2: parameters, gradients and moments sharded over all ranks, block by block (torch's fully_shard)."""
+    """FSDP2: parameters, gradients and moments sharded over all ranks, block by block (torch's
+    fully_shard).
+    """
 
     def wrap(self, options: config.Train) -> None:
         self.plain = copy.deepcopy(self.module).cpu()
@@ -193,8 +214,8 @@ class Sharded(Replicated):
 def start(options: config.Train) -> Engine:
     """Join the process group, choose the device and return the engine asked for.
 
-    LaunchError where what was obtained is not what was asked for: launchers fall back to one process, and libraries
-    to plain DDP, without a word.
+    LaunchError where what was obtained is not what was asked for: launchers fall back to one
+    process, and libraries to plain DDP, without a word.
     """
     launched = launched_processes()
     device = _device(options.device)
@@ -209,13 +230,19 @@ def start(options: config.Train) -> Engine:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     if launched > 1 and not dist.initialised():
         gpu = device.type == "cuda"
-        torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        torch.distributed.init_process_group(
+            "nccl" if gpu else "gloo", device_id=device if gpu else None
+        )
     if dist.world_size() != launched:
-        raise LaunchError(f"the launcher announced {launched} processes, but {dist.world_size()} joined")
+        raise LaunchError(
+            f"the launcher announced {launched} processes, but {dist.world_size()} joined"
+        )
     if name == "ddp":
         return Replicated(device)
     if launched == 1:
-        raise LaunchError(f"train.engine is {name}, but there is one process; start with accelerate launch, or set engine: ddp")
+        raise LaunchError(
+            f"train.engine is {name}, but there is one process; start with accelerate launch, or set engine: ddp"
+        )
     if name == "fsdp2":
         return Sharded(device)
     from vlp.engines.zero import ZeRO
@@ -224,14 +251,22 @@ def start(options: config.Train) -> Engine:
 
 
 def launched_processes() -> int:
-    """How many processes the launcher has started, by its environment; LaunchError where that does not hold together."""
+    """How many processes the launcher has started, by its environment; LaunchError where that does
+    not hold together.
+    """
     said = os.environ.get("WORLD_SIZE")
     if said is None:
         _refuse_single(os.environ)
         return 1
     if not said.isdecimal() or int(said) < 1:
-        raise LaunchError(f"WORLD_SIZE is {said!r}, expected a number of processes; unset it, or start with torchrun")
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        raise LaunchError(
+            f"WORLD_SIZE is {said!r}, expected a number of processes; unset it, or start with torchrun"
+        )
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     if int(said) > 1 and missing:
         raise LaunchError(
             f"WORLD_SIZE announces {said} processes, but {', '.join(missing)} is not set; start with torchrun "
@@ -242,7 +277,10 @@ def launched_processes() -> int:
 
 def _refuse_single(environment: Mapping[str, str]) -> None:
     """LaunchError where several processes were asked for, but each would be a run of its own."""
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys():  # its launcher of one process, asked for more
+    if {
+        "ACCELERATE_MIXED_PRECISION",
+        "MASTER_ADDR",
+    } <= environment.keys():  # its launcher of one process, asked for more
         raise LaunchError(
             "accelerate was asked for several processes and started one, as it does with --cpu; start two on a CPU with "
             "accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py CONFIG, or with "
@@ -262,9 +300,15 @@ def accelerator(device: torch.device, deepspeed_plugin: Any = None) -> Any:
 
     on_cpu = device.type == "cpu"
     PartialState(cpu=on_cpu)
-    made = Accelerator(deepspeed_plugin=deepspeed_plugin) if deepspeed_plugin else Accelerator(cpu=on_cpu)
+    made = (
+        Accelerator(deepspeed_plugin=deepspeed_plugin)
+        if deepspeed_plugin
+        else Accelerator(cpu=on_cpu)
+    )
     if made.device.type != device.type:
-        raise LaunchError(f"Accelerate chose {made.device}, but training runs on {device}; set train.device")
+        raise LaunchError(
+            f"Accelerate chose {made.device}, but training runs on {device}; set train.device"
+        )
     return made
 
 
@@ -281,7 +325,9 @@ def _device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LaunchError("train.device is cuda, but torch sees no CUDA device; use device: auto or cpu")
+        raise LaunchError(
+            "train.device is cuda, but torch sees no CUDA device; use device: auto or cpu"
+        )
     device = torch.device("cuda", dist.local_rank())
     torch.cuda.set_device(device)
     return device
@@ -303,15 +349,25 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
-    """A CPU copy of all ranks' parts, or None where it is not kept; every rank must call it for a sharded tensor."""
+    """A CPU copy of all ranks' parts, or None where it is not kept; every rank must call it for a
+    sharded tensor.
+    """
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu().clone() if keep else None
 
 
 def _whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    return {name: whole for name, value in module.state_dict().items() if (whole := _whole(value, keep)) is not None}
+    return {
+        name: whole
+        for name, value in module.state_dict().items()
+        if (whole := _whole(value, keep)) is not None
+    }
 
 
 def _part(whole: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_whole`: sharded as `like` is."""
-    return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole.clone()
+    return (
+        distribute_tensor(whole, like.device_mesh, like.placements)
+        if isinstance(like, DTensor)
+        else whole.clone()
+    )

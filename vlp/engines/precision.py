@@ -9,7 +9,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-ROWS, WIDTH = 128, 256  # .4 GFLOP forward and backward: milliseconds, yet more than the calls themselves cost
+ROWS, WIDTH = (
+    128,
+    256,
+)  # .4 GFLOP forward and backward: milliseconds, yet more than the calls themselves cost
 TRIALS = 4
 GAIN = 0.9  # bf16 rounds, so it has to take at most this share of float32's time
 
@@ -18,15 +21,18 @@ Precision = Literal["float32", "bf16"]
 
 @functools.cache
 def faster(device_type: str) -> Precision:
-    """bf16 where it is clearly faster than float32 on this machine: on GPUs that have it, on CPUs by a measurement.
+    """bf16 where it is clearly faster than float32 on this machine: on GPUs that have it, on CPUs
+    by a measurement.
 
-    AMX and AVX512-BF16 multiply bf16 faster; other CPUs emulate it, several times slower. The global random state is
-    not touched. Ranks may find different answers: one has to decide for all.
+    AMX and AVX512-BF16 multiply bf16 faster; other CPUs emulate it, several times slower. The
+    global random state is not touched. Ranks may find different answers: one has to decide for all.
     """
     if device_type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that the thread's own clock sees all the work, however busy the machine is
+    torch.set_num_threads(
+        1
+    )  # so that the thread's own clock sees all the work, however busy the machine is
     try:
         seconds = _measured()
     finally:
@@ -45,12 +51,18 @@ def _measured() -> dict[Precision, float]:
                 out = layer(rows)
             out.float().sum().backward()
             taken.append(time.thread_time() - start)
-    return {name: min(taken[1:]) for name, taken in seconds.items()}  # the first one compiles kernels
+    return {
+        name: min(taken[1:]) for name, taken in seconds.items()
+    }  # the first one compiles kernels
 
 
 def _layer() -> nn.Module:
     """A transformer's feed-forward layer with constant weights."""
-    layer = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH, device="meta"), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH, device="meta"))
+    layer = nn.Sequential(
+        nn.Linear(WIDTH, 4 * WIDTH, device="meta"),
+        nn.GELU(),
+        nn.Linear(4 * WIDTH, WIDTH, device="meta"),
+    )
     layer = layer.to_empty(device="cpu")
     for parameter in layer.parameters():
         nn.init.constant_(parameter, 0.01)

@@ -1,4 +1,6 @@
-"""The model card: metadata that the Hub reads, how to load the model, what it scored, how it was trained."""
+"""The model card: metadata that the Hub reads, how to load the model, what it scored, how it was
+trained.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,27 @@ _TAGS = {None: [], "CLIPModel": ["transformers", "clip"], "SiglipModel": ["trans
 
 
 def render(
-    model: DualEncoder, name: str, *, form: str | None, notes: Sequence[str], results: Sequence[Mapping[str, Any]],
-    training: Mapping[str, Any] | None, step: int | None, license: str | None,
-) -> str:  # fmt: skip
-    """The README.md of an exported folder called `name`. `form` is the transformers class it loads as, or None."""
+    model: DualEncoder,
+    name: str,
+    *,
+    form: str | None,
+    notes: Sequence[str],
+    results: Sequence[Mapping[str, Any]],
+    training: Mapping[str, Any] | None,
+    step: int | None,
+    license: str | None,
+) -> str:
+    """The README.md of an exported folder called `name`. `form` is the transformers class it loads
+    as, or None.
+    """
     onnx = any(note.startswith("ONNX") for note in notes)
-    parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step), "## Use", _usage(name, form, onnx)]
+    parts = [
+        _front_matter(name, form, results, license),
+        f"# {name}",
+        _summary(model, step),
+        "## Use",
+        _usage(name, form, onnx),
+    ]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes), "## Results", _results(results)]
     if training is not None:
@@ -35,7 +52,11 @@ def render(
 
 def render_stages(model: Stages, name: str, members: Sequence[str], license: str | None) -> str:
     """The README.md of a folder of several stages."""
-    metadata = {"library_name": "vlp", "pipeline_tag": "zero-shot-image-classification", "tags": ["contrastive"]}
+    metadata = {
+        "library_name": "vlp",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": ["contrastive"],
+    }
     metadata |= {} if license is None else {"license": license}
     dims = " + ".join(str(member.embed_dim) for member in model.members)
     return f"""---
@@ -62,7 +83,9 @@ all on the same pixels and ids: of an opaque, upright picture transformers' imag
 entities, curly quotes, full-width letters, wrongly decoded characters) before it tokenizes."""
 
 
-def _front_matter(name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None) -> str:
+def _front_matter(
+    name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None
+) -> str:
     metadata: dict[str, Any] = {
         "library_name": "transformers" if form else "open_clip",
         "pipeline_tag": "zero-shot-image-classification",
@@ -71,16 +94,24 @@ def _front_matter(name: str, form: str | None, results: Sequence[Mapping[str, An
     if license is not None:
         metadata["license"] = license
     if results:
-        metadata["model-index"] = [{"name": name, "results": [_indexed(record) for record in results]}]
+        metadata["model-index"] = [
+            {"name": name, "results": [_indexed(record) for record in results]}
+        ]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---"
 
 
 def _indexed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record in the Hub's model-index form."""
-    kind = {"zeroshot_retrieval": "image-text-retrieval"}.get(record["task"], "zero-shot-image-classification")
+    kind = {"zeroshot_retrieval": "image-text-retrieval"}.get(
+        record["task"], "zero-shot-image-classification"
+    )
     data = _plain(record, "dataset") or record["task"]
     metrics = [{"type": key, "name": key, "value": value} for key, value in _numbers(record)]
-    return {"task": {"type": kind, "name": record["task"]}, "dataset": {"type": data, "name": data}, "metrics": metrics}
+    return {
+        "task": {"type": kind, "name": record["task"]},
+        "dataset": {"type": data, "name": data},
+        "metrics": metrics,
+    }
 
 
 def _plain(record: Mapping[str, Any], key: str) -> str:
@@ -89,7 +120,11 @@ def _plain(record: Mapping[str, Any], key: str) -> str:
 
 
 def _numbers(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    finite = {k: v for k, v in record["metrics"].items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    finite = {
+        k: v
+        for k, v in record["metrics"].items()
+        if isinstance(v, (int, float)) and math.isfinite(v)
+    }
     return sorted(finite.items())
 
 
@@ -105,8 +140,11 @@ def _summary(model: DualEncoder, step: int | None) -> str:
 
 
 def _usage(name: str, form: str | None, onnx: bool) -> str:
-    """How each library loads the model, as code that runs where the folder lies; `published` makes it the repository's."""
-    blocks = [f"""```python
+    """How each library loads the model, as code that runs where the folder lies; `published` makes
+    it the repository's.
+    """
+    blocks = [
+        f"""```python
 import open_clip
 import torch
 from PIL import Image
@@ -119,7 +157,8 @@ with torch.no_grad():
     image = model.encode_image(pixels, normalize=True)
     text = model.encode_text(tokenizer(["a cat", "a dog"]), normalize=True)
 print(image @ text.T)
-```"""]
+```"""
+    ]
     if form is not None:
         padding = '"max_length"' if form == "SiglipModel" else "True"
         to_probabilities = "sigmoid()" if form == "SiglipModel" else "softmax(dim=-1)"
@@ -144,7 +183,9 @@ print(model.similarity(image, text))
 ```""")
     blocks.append(_vlp_block(name))
     if onnx:
-        blocks.append("`onnx/image.onnx` and `onnx/text.onnx` take what open_clip's `preprocess` and `tokenizer` give.")
+        blocks.append(
+            "`onnx/image.onnx` and `onnx/text.onnx` take what open_clip's `preprocess` and `tokenizer` give."
+        )
     return "\n\n".join(blocks)
 
 
@@ -158,11 +199,15 @@ model = load("local-dir:{name}").eval()
 
 def published(card: str, name: str, repository: str) -> str:
     """The card of the folder `name` as it stands in a repository: its code loads from there."""
-    return card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"').replace(f'("{name}")', f'("{repository}")')
+    return card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"').replace(
+        f'("{name}")', f'("{repository}")'
+    )
 
 
 def _pictures(model: DualEncoder, form: str | None) -> str:
-    """What the model saw of stored pictures, what other libraries show it, and how to show it the same."""
+    """What the model saw of stored pictures, what other libraries show it, and how to show it the
+    same.
+    """
     decoding = model.image_spec.decoding
     turned = "turned as its Exif orientation says"
     if not decoding.exif:
@@ -181,7 +226,9 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
             "transformers' processors put transparent pixels on white and turn nothing;",
             "its pipelines turn a picture and drop its transparency.",
         ]
-    return " ".join(lines) + f""" For the same pixels everywhere:
+    return (
+        " ".join(lines)
+        + f""" For the same pixels everywhere:
 
 ```python
 from PIL import Image, ImageOps
@@ -189,26 +236,43 @@ image = {opened}.convert("RGBA")
 background = Image.new("RGBA", image.size, {(*decoding.background, 255)})
 image = Image.alpha_composite(background, image).convert("RGB")
 ```"""
+    )
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
-    """Every score beside its 95 % interval and what guessing would give, as far as the record has them."""
+    """Every score beside its 95 % interval and what guessing would give, as far as the record has
+    them.
+    """
     if not results:
         return "Not evaluated."
-    rows = ["| task | data | protocol | metric | value | 95 % interval | chance |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| task | data | protocol | metric | value | 95 % interval | chance |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for record in results:
         protocol = "{name} v{version}".format(**record["protocol"]) if "protocol" in record else ""
         intervals, chance = record.get("intervals_95") or {}, record.get("chance") or {}
         for key, value in _numbers(record):
             interval = " to ".join(f"{bound:.4g}" for bound in intervals.get(key) or ())
             guessed = f"{chance[key]:.4g}" if chance.get(key) is not None else ""
-            cells = [record["task"], _plain(record, "dataset"), protocol, key, f"{value:.4g}", interval, guessed]
+            cells = [
+                record["task"],
+                _plain(record, "dataset"),
+                protocol,
+                key,
+                f"{value:.4g}",
+                interval,
+                guessed,
+            ]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def _data(training: Mapping[str, Any]) -> str:
     sources = training["data"]["sources"] if "data" in training else []
-    stated = [{key: value for key, value in shareable(source).items() if value is not None} for source in sources]
+    stated = [
+        {key: value for key, value in shareable(source).items() if value is not None}
+        for source in sources
+    ]
     lines = [", ".join(f"{key}: {value}" for key, value in source.items()) for source in stated]
     return "\n".join(f"- {line}" for line in lines) or "Not recorded."

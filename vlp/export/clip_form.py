@@ -14,20 +14,40 @@ from vlp.pretrained.clip_layout import CLIP_VISION, LAYER, TEXT
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
-BEGIN, END = 49406, 49407  # ids of CLIP's special tokens; transformers pools at END, the largest id, as open_clip does
+BEGIN, END = (
+    49406,
+    49407,
+)  # ids of CLIP's special tokens; transformers pools at END, the largest id, as open_clip does
 
-# What CLIPModel cannot vary, per section of open_clip's configuration. Everything else maps onto a field of CLIPConfig.
+# What CLIPModel cannot vary, per section of open_clip's configuration. Everything else maps onto a
+# field of CLIPConfig.
 _BLOCKS = {
-    "ls_init_value": None, "act_kwargs": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
-    "scale_attn_inner": False, "scale_attn": False, "scale_fc": False,
-}  # fmt: skip
+    "ls_init_value": None,
+    "act_kwargs": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
 _VISION = _BLOCKS | {
-    "timm_model_name": None, "attentional_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable", "pool_type": "tok",
-}  # fmt: skip
+    "timm_model_name": None,
+    "attentional_pool": False,
+    "no_ln_pre": False,
+    "pos_embed_type": "learnable",
+    "pool_type": "tok",
+}
 _TEXT = _BLOCKS | {
-    "hf_model_name": None, "hf_tokenizer_name": None, "embed_cls": False, "no_causal_mask": False, "pool_type": "argmax",
-    "proj_bias": False, "proj_type": "linear", "vocab_size": END + 1,
-}  # fmt: skip
+    "hf_model_name": None,
+    "hf_tokenizer_name": None,
+    "embed_cls": False,
+    "no_causal_mask": False,
+    "pool_type": "argmax",
+    "proj_bias": False,
+    "proj_type": "linear",
+    "vocab_size": END + 1,
+}
 
 
 def obstacles(model: DualEncoder) -> list[str]:
@@ -38,8 +58,12 @@ def obstacles(model: DualEncoder) -> list[str]:
         found.append("the image tower is a ResNet")
     if model.image_spec.size[0] != model.image_spec.size[1]:
         found.append(f"the image size {model.image_spec.size} is not square")
-    if not text.hf_tokenizer_name and (model.text_spec.clean != "lower" or set(model.text_spec.options) - {"reduction_mask"}):
-        found.append(f"captions are cleaned by {model.text_spec.clean!r} {model.text_spec.options}, CLIPTokenizer only lower-cases")
+    if not text.hf_tokenizer_name and (
+        model.text_spec.clean != "lower" or set(model.text_spec.options) - {"reduction_mask"}
+    ):
+        found.append(
+            f"captions are cleaned by {model.text_spec.clean!r} {model.text_spec.options}, CLIPTokenizer only lower-cases"
+        )
     return found
 
 
@@ -52,27 +76,40 @@ def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> CLIPModel:
     both = {"projection_dim": model.embed_dim, "hidden_act": activation}
     settings = CLIPConfig(
         projection_dim=model.embed_dim,
-        vision_config=both | tower_config(vision, vision.width // vision.head_width)
+        vision_config=both
+        | tower_config(vision, vision.width // vision.head_width)
         | {"image_size": model.image_spec.size[0], "patch_size": vision.patch_size},
-        text_config=both | tower_config(text, text.heads)
+        text_config=both
+        | tower_config(text, text.heads)
         | {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
         | {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END},
-    )  # fmt: skip
+    )
     result = CLIPModel(settings).eval()
-    renamed = {**dict(_vision(weights)), **dict(_text(weights)), "logit_scale": weights["logit_scale"]}
+    renamed = {
+        **dict(_vision(weights)),
+        **dict(_text(weights)),
+        "logit_scale": weights["logit_scale"],
+    }
     result.load_state_dict(renamed)
     return result
 
 
 def processor(model: DualEncoder) -> CLIPProcessor:
-    """Tokenizer and image processor; the vocabulary is the one that open_clip carries, so nothing is downloaded."""
+    """Tokenizer and image processor; the vocabulary is the one that open_clip carries, so nothing
+    is downloaded.
+    """
     from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
     ours = open_clip.SimpleTokenizer()
     words = ours.decoder
-    vocabulary = {words[i]: i for i in range(BEGIN)} | {"<|startoftext|>": BEGIN, "<|endoftext|>": END}
+    vocabulary = {words[i]: i for i in range(BEGIN)} | {
+        "<|startoftext|>": BEGIN,
+        "<|endoftext|>": END,
+    }
     tokenizer = CLIPTokenizer(
-        vocab=vocabulary, merges=list(ours.bpe_ranks), model_max_length=model.text_spec.context_length
+        vocab=vocabulary,
+        merges=list(ours.bpe_ranks),
+        model_max_length=model.text_spec.context_length,
     )
     return CLIPProcessor(CLIPImageProcessor(**image_settings(model)), tokenizer)
 
@@ -95,17 +132,23 @@ def image_settings(model: DualEncoder) -> dict[str, Any]:
 def sections(model: DualEncoder) -> tuple[open_clip.CLIPVisionCfg, open_clip.CLIPTextCfg]:
     """Both tower sections with open_clip's defaults filled in."""
     config = model.open_clip_config
-    return open_clip.CLIPVisionCfg(**config["vision_cfg"]), open_clip.CLIPTextCfg(**config["text_cfg"])
+    return open_clip.CLIPVisionCfg(**config["vision_cfg"]), open_clip.CLIPTextCfg(
+        **config["text_cfg"]
+    )
 
 
-def tower_config(section: open_clip.CLIPVisionCfg | open_clip.CLIPTextCfg, heads: int) -> dict[str, Any]:
+def tower_config(
+    section: open_clip.CLIPVisionCfg | open_clip.CLIPTextCfg, heads: int
+) -> dict[str, Any]:
     """The fields that transformers' towers share."""
     return {
         "hidden_size": section.width,
         "intermediate_size": int(section.width * section.mlp_ratio),
         "num_hidden_layers": section.layers,
         "num_attention_heads": heads,
-        "layer_norm_eps": (section.norm_kwargs or {}).get("eps", 1e-5),  # torch's own where open_clip says nothing
+        "layer_norm_eps": (section.norm_kwargs or {}).get(
+            "eps", 1e-5
+        ),  # torch's own where open_clip says nothing
     }
 
 
@@ -113,8 +156,13 @@ def _unlike(name: str, section: Any, required: Mapping[str, Any]) -> Iterator[st
     for key, value in required.items():
         found = getattr(section, key)
         if found != value:
-            # what is None by rights is a name or a folder when it is not: naming it would put paths into public notes
-            yield f"{name}.{key} is set" if value is None else f"{name}.{key} is {found!r}, and CLIPModel knows only {value!r}"
+            # what is None by rights is a name or a folder when it is not: naming it would put paths
+            # into public notes
+            yield (
+                f"{name}.{key} is set"
+                if value is None
+                else f"{name}.{key} is {found!r}, and CLIPModel knows only {value!r}"
+            )
     if section.block_type not in (None, "default"):
         yield f"{name}.block_type is {section.block_type!r}"
     if set(section.norm_kwargs or {}) - {"eps"}:
@@ -134,19 +182,26 @@ def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def text_trunk(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """open_clip's TextTransformer without its projection, under the names of CLIPTextModel and SiglipTextModel."""
+    """open_clip's TextTransformer without its projection, under the names of CLIPTextModel and
+    SiglipTextModel.
+    """
     for ours, theirs in TEXT.items():
         yield f"text_model.{theirs}", weights[f"text.{ours}"]
     yield from layers(weights, "text.transformer.resblocks.", "text_model.encoder.layers.")
 
 
 def layers(weights: Mapping[str, Tensor], source: str, target: str) -> Iterator[tuple[str, Tensor]]:
-    """Residual attention blocks under transformers' names; the joint q, k, v projection becomes three."""
+    """Residual attention blocks under transformers' names; the joint q, k, v projection becomes
+    three.
+    """
     for key in (key for key in weights if key.startswith(source)):
         number, part = key.removeprefix(source).split(".", 1)
         if part.startswith("attn.in_proj_"):
             for name, piece in zip("qkv", weights[key].chunk(3)):
-                yield f"{target}{number}.self_attn.{name}_proj.{part.removeprefix('attn.in_proj_')}", piece
+                yield (
+                    f"{target}{number}.self_attn.{name}_proj.{part.removeprefix('attn.in_proj_')}",
+                    piece,
+                )
         else:
             module, _, kind = part.rpartition(".")
             yield f"{target}{number}.{LAYER[module]}.{kind}", weights[key]

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from vlp.models.dual_encoder import DualEncoder
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_GIVEN = {"image": "pixel_values", "text": "input_ids"}  # the inputs' names, which are transformers'
+_GIVEN = {
+    "image": "pixel_values",
+    "text": "input_ids",
+}  # the inputs' names, which are transformers'
 
 
 class OnnxError(ValueError):
@@ -23,12 +26,16 @@ class OnnxError(ValueError):
 
 
 def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
-    """Write image.onnx (`pixel_values` [b, 3, H, W] float32, normalised → `image_embeds` [b, D]) and text.onnx (`input_ids`
-    [rows, L] int64 → `text_embeds` [rows, D]), and compare both with PyTorch at other batch sizes than the traced one; a
-    line a file says how close they are. OnnxError for missing packages, or beyond `tolerance`."""
+    """Write image.onnx (`pixel_values` [b, 3, H, W] float32, normalised → `image_embeds` [b, D])
+    and text.onnx (`input_ids` [rows, L] int64 → `text_embeds` [rows, D]), and compare both with
+    PyTorch at other batch sizes than the traced one; a line a file says how close they are.
+    OnnxError for missing packages, or beyond `tolerance`.
+    """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise OnnxError(f"ONNX needs packages that are not installed; run: pip install {' '.join(missing)}")
+        raise OnnxError(
+            f"ONNX needs packages that are not installed; run: pip install {' '.join(missing)}"
+        )
     folder.mkdir(parents=True)
     return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _GIVEN]
 
@@ -52,14 +59,23 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
     import onnxruntime
 
     given, made = _GIVEN[tower.side], f"{tower.side}_embeds"
-    large = sum(p.numel() * p.element_size() for p in tower.parameters()) > 2**30  # one ONNX file ends at 2 GiB
+    large = (
+        sum(p.numel() * p.element_size() for p in tower.parameters()) > 2**30
+    )  # one ONNX file ends at 2 GiB
     difference = 0.0
     try:
         with _quiet():
             torch.onnx.export(
-                tower.eval(), (tower.example(2),), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},),
-                input_names=[given], output_names=[made], external_data=large, verbose=False,
-            )  # fmt: skip
+                tower.eval(),
+                (tower.example(2),),
+                str(path),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("rows")},),
+                input_names=[given],
+                output_names=[made],
+                external_data=large,
+                verbose=False,
+            )
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
         for rows in (1, 3):  # other numbers of rows than the traced one: a frozen axis shows here
@@ -73,7 +89,9 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
             "leave out --onnx, or report it with the model's configuration"
         ) from error
     if difference > tolerance:
-        raise OnnxError(f"{path.name} differs from PyTorch by {difference:.1e}, more than {tolerance:g}")
+        raise OnnxError(
+            f"{path.name} differs from PyTorch by {difference:.1e}, more than {tolerance:g}"
+        )
     return f"ONNX: {path.parent.name}/{path.name}, embeddings within {difference:.1e} of PyTorch's"
 
 

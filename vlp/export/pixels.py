@@ -34,10 +34,11 @@ def sample(spec: ImageSpec) -> bytes:
 
 
 def difference(spec: ImageSpec, prepare: Callable[[Image.Image], Tensor]) -> float:
-    """The largest difference, in levels of 255, between a library's pixels of `sample` and training's.
+    """The largest difference, in levels of 255, between a library's pixels of `sample` and
+    training's.
 
-    prepare: the library's way from a Pillow image, turned or not as training saw it and with its alpha
-    channel, to normalised pixels [3, H, W].
+    prepare: the library's way from a Pillow image, turned or not as training saw it and with its
+    alpha channel, to normalised pixels [3, H, W].
     """
     data = sample(spec)
     image = Image.open(BytesIO(data))

@@ -1,7 +1,8 @@
-"""A DualEncoder as transformers' SiglipModel and SiglipProcessor (Zhai et al. 2023): whether it can be said so, and how.
+"""A DualEncoder as transformers' SiglipModel and SiglipProcessor (Zhai et al. 2023): whether it can
+be said so, and how.
 
-That is a timm vision transformer pooled by attention, without class token and projection, beside open_clip's text
-transformer without causal mask, pooled at the last token.
+That is a timm vision transformer pooled by attention, without class token and projection, beside
+open_clip's text transformer without causal mask, pooled at the last token.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ if TYPE_CHECKING:
     from transformers import SiglipModel, SiglipProcessor
 
 _TEXT = {
-    "hf_model_name": None, "embed_cls": False, "no_causal_mask": True, "pool_type": "last", "proj_type": "linear",
-    "ls_init_value": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False, "scale_attn_inner": False,
-    "scale_attn": False, "scale_fc": False,
-}  # fmt: skip
+    "hf_model_name": None,
+    "embed_cls": False,
+    "no_causal_mask": True,
+    "pool_type": "last",
+    "proj_type": "linear",
+    "ls_init_value": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
 
 
 def obstacles(model: DualEncoder) -> list[str]:
@@ -32,12 +42,20 @@ def obstacles(model: DualEncoder) -> list[str]:
 
     _, text = sections(model)
     unlike = {key: value for key, value in _TEXT.items() if getattr(text, key) != value}
-    found = [f"text_cfg.{k} is set" if v is None else f"text_cfg.{k} is not {v!r}" for k, v in unlike.items()]
+    found = [
+        f"text_cfg.{k} is set" if v is None else f"text_cfg.{k} is not {v!r}"
+        for k, v in unlike.items()
+    ]
     if not text.hf_tokenizer_name:
-        found.append("it reads CLIP's tokens, which have no padding id of their own for SiglipModel to pool at")
+        found.append(
+            "it reads CLIP's tokens, which have no padding id of their own for SiglipModel to pool at"
+        )
     trunk = getattr(model.visual, "trunk", None)
     if not isinstance(trunk, VisionTransformer) or trunk.attn_pool is None or model.visual.head:
-        return [*found, "its image tower is no timm vision transformer pooled by attention, without projection"]
+        return [
+            *found,
+            "its image tower is no timm vision transformer pooled by attention, without projection",
+        ]
     own = {key.partition(".")[0] for key in trunk.state_dict()}
     if own != {"pos_embed", "patch_embed", "blocks", "norm", "attn_pool"}:
         found.append(f"its vision transformer is made of {sorted(own)}")
@@ -63,41 +81,64 @@ def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> SiglipModel:
             "layer_norm_eps": trunk.norm.eps,
             "image_size": model.image_spec.size[0],
             "patch_size": trunk.patch_embed.patch_size[0],
-            "hidden_act": "gelu_pytorch_tanh" if getattr(block.mlp.act, "approximate", "none") == "tanh" else "gelu",
+            "hidden_act": "gelu_pytorch_tanh"
+            if getattr(block.mlp.act, "approximate", "none") == "tanh"
+            else "gelu",
         },
-        text_config=tower_config(text, text.heads) | {
+        text_config=tower_config(text, text.heads)
+        | {
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.context_length,
             "projection_size": model.embed_dim,
-            "hidden_act": "quick_gelu" if quick else "gelu_pytorch_tanh" if text.act_kwargs else "gelu",
-            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+            "hidden_act": "quick_gelu"
+            if quick
+            else "gelu_pytorch_tanh"
+            if text.act_kwargs
+            else "gelu",
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
         },
-    )  # fmt: skip
+    )
     result = SiglipModel(settings).eval()
-    result.load_state_dict({**dict(_vision(weights)), **dict(_text(weights)), **dict(_logits(weights))})
+    result.load_state_dict(
+        {**dict(_vision(weights)), **dict(_text(weights)), **dict(_logits(weights))}
+    )
     return result
 
 
 def processor(model: DualEncoder) -> SiglipProcessor:
     """The model's own tokenizer and an image processor."""
-    from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor, SiglipProcessor
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        SiglipImageProcessor,
+        SiglipProcessor,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(
         model.text_spec.tokenizer,
         trust_remote_code=False,
         model_max_length=model.text_spec.context_length,
-        model_input_names=["input_ids"],  # padding was attended to in training, so no attention mask
+        model_input_names=[
+            "input_ids"
+        ],  # padding was attended to in training, so no attention mask
     )
     settings = image_settings(model)
     cropped = settings["do_center_crop"]
     if not cropped:
         del settings["do_center_crop"], settings["crop_size"]
-    return SiglipProcessor((CLIPImageProcessor if cropped else SiglipImageProcessor)(**settings), tokenizer)
+    return SiglipProcessor(
+        (CLIPImageProcessor if cropped else SiglipImageProcessor)(**settings), tokenizer
+    )
 
 
 def _logits(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     yield "logit_scale", weights["logit_scale"].reshape(1)
-    yield "logit_bias", weights["logit_bias"].reshape(1) if "logit_bias" in weights else torch.zeros(1)
+    yield (
+        "logit_bias",
+        weights["logit_bias"].reshape(1) if "logit_bias" in weights else torch.zeros(1),
+    )
 
 
 def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -112,7 +153,11 @@ def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    trunk = {k.removeprefix("visual.trunk."): v for k, v in weights.items() if k.startswith("visual.trunk.")}
+    trunk = {
+        k.removeprefix("visual.trunk."): v
+        for k, v in weights.items()
+        if k.startswith("visual.trunk.")
+    }
     for kind in ("weight", "bias"):  # one joint projection in transformers, two in timm
         joint = torch.cat([trunk.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")])
         yield f"vision_model.head.attention.in_proj_{kind}", joint

@@ -4,8 +4,8 @@
     total, terms = objective(image=x, text=t, scale=scale)
     total.backward()
 
-works in any trainer. On several ranks each returns its share, and averaging gradients over ranks (as DDP, FSDP and
-ZeRO do) gives exactly the gradient of one process with the whole batch.
+works in any trainer. On several ranks each returns its share, and averaging gradients over ranks
+(as DDP, FSDP and ZeRO do) gives exactly the gradient of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ def build(
 ) -> Objective:
     """The callable objective of a configuration's `objective:` section, {name: options, …}.
 
-    group: a torch ProcessGroup; None: all ranks of an initialised process group, else this process alone.
-    topology: auto | local | global | ring | {group: g, layout: contiguous | strided | alternating,
-    exchange: gather | ring} (see `vlp.pairwise.topology`). impl: auto | dense | tiled | triton.
-    memory_budget: bytes for score tiles kept from forward (None: twice the candidates' embeddings).
-    seed: of alternating groups and of what terms draw. samples, steps: of the run, for terms that keep numbers of
-    each sample, or follow a schedule, and whose options leave them open. normalize: divide the rows of all embeddings by
-    their norm; without it, rows that are not unit are refused. Raises ConfigError (a ValueError) naming every
-    problem of the mapping, ValueError for a topology that does not fit the ranks or an impl that this machine cannot run.
+    group: a torch ProcessGroup; None: all ranks of an initialised process group, else this process
+    alone. topology: auto | local | global | ring | {group: g, layout: contiguous | strided |
+    alternating, exchange: gather | ring} (see `vlp.pairwise.topology`). impl: auto | dense | tiled
+    | triton. memory_budget: bytes for score tiles kept from forward (None: twice the candidates'
+    embeddings). seed: of alternating groups and of what terms draw. samples, steps: of the run, for
+    terms that keep numbers of each sample, or follow a schedule, and whose options leave them open.
+    normalize: divide the rows of all embeddings by their norm; without it, rows that are not unit
+    are refused. Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError
+    for a topology that does not fit the ranks or an impl that this machine cannot run.
     """
     terms = plugin.keyed(__name__, objective)
     if not terms:
-        raise ValueError(f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}")
+        raise ValueError(
+            f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}"
+        )
     terms = [_for_run(term, samples, steps) for term in terms]
     engine = Engine(
         ranks=dist.group_of(group),
@@ -60,7 +63,9 @@ def build(
 
 
 def _for_run(term: plugin.Plugin, samples: int | None, steps: int | None) -> plugin.Plugin:
-    """The term with what only the run knows; ValueError for a schedule that the run is too short for."""
+    """The term with what only the run knows; ValueError for a schedule that the run is too short
+    for.
+    """
     weight = term.common.weight
     if isinstance(weight, Schedule) and steps is not None and weight.steps > steps:
         raise ValueError(

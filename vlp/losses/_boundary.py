@@ -20,7 +20,8 @@ from vlp.losses._inputs import Inputs
 def evaluated(evaluate: Callable[[Inputs], tuple[Any, ...]], inputs: Inputs) -> tuple[Any, ...]:
     """`evaluate(inputs)` inside the boundary.
 
-    Returns the first result, the total, as one node of the caller's graph, and the others as they are.
+    Returns the first result, the total, as one node of the caller's graph, and the others as they
+    are.
     """
     outer = {name: value for name, value in inputs.tensors().items() if value.requires_grad}
     with _no_autocast(inputs.image):

@@ -169,7 +169,8 @@ class Inputs:
         return found
 
     def unit_problems(self, normalize: bool) -> list[str]:
-        """A line for every keyword with finite rows that are not unit (`normalize`: that are zeros).
+        """A line for every keyword with finite rows that are not unit (`normalize`: that are
+        zeros).
 
         Reads the norms: a host sync on a GPU.
         """

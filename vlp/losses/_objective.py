@@ -36,7 +36,9 @@ Moves = dict[str, dict[str, "Tensor | Write"]]  # label of a term: its new state
 
 @dataclass(frozen=True)
 class Schedule:
-    """A weight that moves linearly from `start` to `end` over the first `steps` steps, and stays there."""
+    """A weight that moves linearly from `start` to `end` over the first `steps` steps, and stays
+    there.
+    """
 
     start: float
     end: float
@@ -69,7 +71,8 @@ INSTEAD = {"caption_logits": "caption_nll"}  # keywords that another one can sta
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
 _TEACHER = "a teacher model (teacher.model) or its stored embeddings (vlp data embed, and the source's `embeddings`)"
-# Keywords that not every model and data set has, and what supplies them: in `vlp train`, what is in parentheses.
+# Keywords that not every model and data set has, and what supplies them: in `vlp train`, what is in
+# parentheses.
 SUPPLIERS = {
     "bias": "a model with a logit bias (model.bias; SigLIP -10)",
     "negatives": "shards with hard captions (vlp data negatives)",
@@ -98,17 +101,18 @@ SUPPLIERS = {
 class Objective:
     """Called with keywords (see `Inputs`), returns `(total, terms)`.
 
-    total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}. Both are this rank's share: the
-    MEAN over ranks is the value, and the mean over ranks of gradients is the gradient, of the single-process term.
-    Keywords that no term needs are ignored. Autocast has no influence, on the backward pass neither; gradients cannot be
-    differentiated again (NotImplementedError).
+    total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}. Both are this
+    rank's share: the MEAN over ranks is the value, and the mean over ranks of gradients is the
+    gradient, of the single-process term. Keywords that no term needs are ignored. Autocast has no
+    influence, on the backward pass neither; gradients cannot be differentiated again
+    (NotImplementedError).
 
-    Raises ValueError for an unknown keyword, for a needed one that is missing, for shapes and dtypes that are not those of
-    `Inputs`, for shapes that differ between ranks or change later on several ranks, and for rows that are not unit, within
-    1 % (`normalize` makes them so). Norms are measured at the first call, where ranks agree on what they found, and after
-    it only where that is free: on the CPU of a single process.
-    State (margins, numbers of each sample, …) moves only when `step` is given and gradients are enabled, and never by what
-    is not finite.
+    Raises ValueError for an unknown keyword, for a needed one that is missing, for shapes and
+    dtypes that are not those of `Inputs`, for shapes that differ between ranks or change later on
+    several ranks, and for rows that are not unit, within 1 % (`normalize` makes them so). Norms are
+    measured at the first call, where ranks agree on what they found, and after it only where that
+    is free: on the CPU of a single process. State (margins, numbers of each sample, …) moves only
+    when `step` is given and gradients are enabled, and never by what is not finite.
     """
 
     def __init__(self, plugins: list[Plugin], engine: Engine, normalize: bool = False) -> None:
@@ -118,12 +122,18 @@ class Objective:
         self.reads = reads(plugins).union(ALWAYS, {"step"})
         stateful = {p.label: p for p in plugins if hasattr(p.module, "initial_state")}
         self.state = {label: p.module.initial_state(p.options) for label, p in stateful.items()}
-        for table in (s for state in self.state.values() for s in state.values() if isinstance(s, Table)):
-            table.place(engine.ranks)  # now, not at the first step: memory that is not there should be missed at once
+        for table in (
+            s for state in self.state.values() for s in state.values() if isinstance(s, Table)
+        ):
+            table.place(
+                engine.ranks
+            )  # now, not at the first step: memory that is not there should be missed at once
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the first call
 
     def candidates(self, n_rows: int) -> int:
-        """n = g·b: how many columns a row of this rank is compared with. Uninformative scores give log n."""
+        """n = g·b: how many columns a row of this rank is compared with. Uninformative scores give
+        log n.
+        """
         return self.engine.group_size * n_rows
 
     def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -132,7 +142,9 @@ class Objective:
         return total, terms
 
     def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], Moves]:
-        """As a call, but the state stays; `commit` makes the moves returned, once the step is known to count."""
+        """As a call, but the state stays; `commit` makes the moves returned, once the step is known
+        to count.
+        """
         inputs = self._inputs(keywords)
         self._check(inputs)
         return evaluated(partial(self._evaluate, self.engine.at(inputs.step)), inputs)
@@ -153,18 +165,25 @@ class Objective:
     def commit(self, moves: Moves) -> None:
         """Move the state as an evaluation found. Collective where it holds numbers of each sample."""
         for label, move in moves.items():
-            self.state[label] = {n: s.apply() if isinstance(s, Write) else s.detach() for n, s in move.items()}
+            self.state[label] = {
+                n: s.apply() if isinstance(s, Write) else s.detach() for n, s in move.items()
+            }
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{label: {name: tensor}}. Numbers of each sample are whole, [samples, c], on the first rank and empty on the
-        others. Collective."""
+        """{label: {name: tensor}}. Numbers of each sample are whole, [samples, c], on the first
+        rank and empty on the others. Collective.
+        """
         return {
-            label: {name: s.whole() if isinstance(s, Table) else s.clone() for name, s in state.items()}
+            label: {
+                name: s.whole() if isinstance(s, Table) else s.clone() for name, s in state.items()
+            }
             for label, state in self.state.items()
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take what the first rank of any number of ranks saved; every rank brings the whole. Collective."""
+        """Take what the first rank of any number of ranks saved; every rank brings the whole.
+        Collective.
+        """
         if state.keys() != self.state.keys():
             raise ValueError(
                 f"found objective state of {sorted(state)}, but this objective keeps {sorted(self.state)}; resume with the "
@@ -173,14 +192,18 @@ class Objective:
         for label, tensors in state.items():
             own = self.state[label]
             if tensors.keys() != own.keys():
-                raise ValueError(f"state of {label!r} holds {sorted(tensors)}, expected {sorted(own)}")
+                raise ValueError(
+                    f"state of {label!r} holds {sorted(tensors)}, expected {sorted(own)}"
+                )
             for name, tensor in tensors.items():
                 if isinstance(own[name], Table):
                     own[name].load(tensor)
                 else:
                     own[name] = tensor.clone()
 
-    def _term(self, plugin: Plugin, inputs: Inputs, pairs: Any) -> tuple[Tensor, dict[str, Tensor | Write]]:
+    def _term(
+        self, plugin: Plugin, inputs: Inputs, pairs: Any
+    ) -> tuple[Tensor, dict[str, Tensor | Write]]:
         own = [self.state[plugin.label]] if plugin.label in self.state else []
         try:
             found = plugin.module.term(inputs, pairs, plugin.options, *own)
@@ -189,7 +212,11 @@ class Objective:
         return found if own else (found, {})
 
     def _inputs(self, keywords: dict[str, Any]) -> Inputs:
-        unknown = [f"unknown keyword {k!r}{did_you_mean(k, KEYWORDS)}" for k in keywords if k not in KEYWORDS]
+        unknown = [
+            f"unknown keyword {k!r}{did_you_mean(k, KEYWORDS)}"
+            for k in keywords
+            if k not in KEYWORDS
+        ]
         missing = [
             f"the term {label!r} needs {name!r}, which the call does not carry{_from(name)}: give {name}=… or drop the term"
             for label, needs in self.required.items()
@@ -201,7 +228,9 @@ class Objective:
         return Inputs(**{k: v for k, v in keywords.items() if k in self.reads})
 
     def _check(self, inputs: Inputs) -> None:
-        """Everything that can be refused before a term runs. The first call exchanges it between ranks, later ones do not."""
+        """Everything that can be refused before a term runs. The first call exchanges it between
+        ranks, later ones do not.
+        """
         first, alone = self._shapes is None, self.engine.ranks.size == 1
         problems = inputs.problems()
         if not problems and (first or (alone and inputs.image.device.type == "cpu")):
@@ -210,7 +239,11 @@ class Objective:
         if first:
             problems = self._agreed(problems, shapes)
         elif not alone and not problems and shapes != self._shapes:
-            changed = {name: (self._shapes.get(name), s) for name, s in shapes.items() if s != self._shapes.get(name)}
+            changed = {
+                name: (self._shapes.get(name), s)
+                for name, s in shapes.items()
+                if s != self._shapes.get(name)
+            }
             problems = [
                 f"shapes changed since the first step, {changed}: ranks would no longer match; "
                 "give every step the same rows on every rank, or build another objective"
@@ -229,7 +262,9 @@ class Objective:
         for name in sorted(set().union(*(shapes for _, shapes in every))):
             sizes = {f"rank {r}": s.get(name) for r, (_, s) in zip(self.engine.ranks.ranks, every)}
             if len(set(sizes.values())) > 1:
-                different.append(f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows")
+                different.append(
+                    f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows"
+                )
         return different
 
     def _check_candidates(self, n_rows: int) -> None:
@@ -237,8 +272,10 @@ class Objective:
         for plugin in self.plugins:
             least = getattr(plugin.module, "MIN_CANDIDATES", 1)
             if n < least:
-                raise ValueError(f"the term {plugin.label!r} needs at least {least} candidates a row, found {n}: raise "
-                                 "the batch size or the group size")  # fmt: skip
+                raise ValueError(
+                    f"the term {plugin.label!r} needs at least {least} candidates a row, found {n}: raise "
+                    "the batch size or the group size"
+                )
 
 
 def reads(plugins: Iterable[Plugin]) -> frozenset[str]:

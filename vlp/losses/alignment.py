@@ -1,6 +1,6 @@
 """Alignment of pairs (CUA, arXiv 2405.18570; Wang and Isola, arXiv 2005.10242).
 
-    L = mean_i ‖x_i − t_i‖²,   x, t: [b, D]
+L = mean_i ‖x_i − t_i‖²,   x, t: [b, D]
 """
 
 from __future__ import annotations

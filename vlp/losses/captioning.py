@@ -2,9 +2,9 @@
 
     L = −mean over tokens (i, l) that are no padding of log softmax(caption_logits[i, l])[caption_ids[i, l]]
 
-caption_logits: [b, L, Z] the decoder's, already shifted, so that position l predicts caption_ids[:, l]: [b, L] int64. A
-sample term whose mean runs over the tokens of all ranks, so a long caption weighs more. CoCa: weight 2 beside InfoNCE
-of weight 1.
+caption_logits: [b, L, Z] the decoder's, already shifted, so that position l predicts caption_ids[:,
+l]: [b, L] int64. A sample term whose mean runs over the tokens of all ranks, so a long caption
+weighs more. CoCa: weight 2 beside InfoNCE of weight 1.
 """
 
 from __future__ import annotations

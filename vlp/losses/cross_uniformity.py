@@ -1,6 +1,6 @@
 """Uniformity across modalities, the X of CUAXU (arXiv 2405.18570).
 
-    L = log mean_{i≠j} e^{−2‖x_i − t_j‖²}        (x, t: [b, D] unit rows; see `uniformity`)
+L = log mean_{i≠j} e^{−2‖x_i − t_j‖²}        (x, t: [b, D] unit rows; see `uniformity`)
 """
 
 from __future__ import annotations

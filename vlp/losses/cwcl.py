@@ -23,7 +23,9 @@ NEEDS = frozenset({"image", "text", "scale"})
 
 @dataclass(frozen=True)
 class Options:
-    frozen: Literal["image", "text"] = "image"  # the frozen tower, whose similarities are the weights
+    frozen: Literal["image", "text"] = (
+        "image"  # the frozen tower, whose similarities are the weights
+    )
     sharpening: float = 1.0
 
     def __post_init__(self) -> None:
@@ -32,7 +34,9 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    frozen, other = (inputs.image, inputs.text) if options.frozen == "image" else (inputs.text, inputs.image)
+    frozen, other = (
+        (inputs.image, inputs.text) if options.frozen == "image" else (inputs.text, inputs.image)
+    )
     rows, columns, positive = pairs.logsumexp(frozen, other, inputs.scale)
 
     def weighted(tile: Tile) -> tuple[Tensor, ...]:
@@ -42,7 +46,10 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
     u, wide = frozen.detach(), inputs.wide()
     own = (wide.image * wide.text).sum(1)
-    gaps, weights = pairs.reduce(Reduction(weighted, rows=(SUM, SUM)), [frozen, u], [other, u], row_values=[own])
-    # Centred on the pair, where −log softmax_i = softplus(margin): −log softmax_j = softplus(margin) − (z_ij − z_ii).
+    gaps, weights = pairs.reduce(
+        Reduction(weighted, rows=(SUM, SUM)), [frozen, u], [other, u], row_values=[own]
+    )
+    # Centred on the pair, where −log softmax_i = softplus(margin): −log softmax_j =
+    # softplus(margin) − (z_ij − z_ii).
     soft = softplus(rows - positive) - torch.as_tensor(inputs.scale) * gaps / weights
     return pairs.mean((soft + softplus(columns - positive)) / 2)

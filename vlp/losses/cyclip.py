@@ -24,12 +24,16 @@ class Options:
 
     def __post_init__(self) -> None:
         if min(self.in_modal, self.cross_modal) < 0 or not self.in_modal + self.cross_modal:
-            raise ValueError(f"in_modal and cross_modal: expected numbers >= 0, one of them positive, found {self}")
+            raise ValueError(
+                f"in_modal and cross_modal: expected numbers >= 0, one of them positive, found {self}"
+            )
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     x, t = inputs.image, inputs.text
-    in_modal, cross_modal = pairs.reduce(Reduction(_squares, rows=(SUM, SUM)), [x, t, x, t], [x, t, t, x], paired=False)
+    in_modal, cross_modal = pairs.reduce(
+        Reduction(_squares, rows=(SUM, SUM)), [x, t, x, t], [x, t, t, x], paired=False
+    )
     return pairs.mean(options.in_modal * in_modal + options.cross_modal * cross_modal)
 
 

@@ -2,8 +2,9 @@
 
     L = ½ Σ_directions mean_i [ −w_i z_ii + log Σ_{j≠i} e^{z_ij} ],      z_ij = scale·x_i·t_j
 
-the softmax without the positive in its denominator. w_i = 1 (DCL), or weighted w_i = 2 − n·softmax_i(s_ii/σ),
-detached, over the group (DCLW): pairs that already agree weigh less. x, t: [b, D].
+the softmax without the positive in its denominator. w_i = 1 (DCL), or weighted w_i = 2 −
+n·softmax_i(s_ii/σ), detached, over the group (DCLW): pairs that already agree weigh less. x, t: [b,
+D].
 """
 
 from __future__ import annotations

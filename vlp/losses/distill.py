@@ -52,29 +52,41 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 
 def similarity(inputs: Inputs, pairs: Pairs) -> Tensor:
-    """Two passes: the teacher's normalisers (why scores must be wide: they have to fit), then the weighted sums.
+    """Two passes: the teacher's normalisers (why scores must be wide: they have to fit), then the
+    weighted sums.
 
-    Centred on the pair, −Σ_j p_j log softmax(z)_j = softplus(q_i) − Σ_{j≠i} p_j (z_ij − z_ii): nothing cancels where
-    teacher and student are sure of it.
+    Centred on the pair, −Σ_j p_j log softmax(z)_j = softplus(q_i) − Σ_{j≠i} p_j (z_ij − z_ii):
+    nothing cancels where teacher and student are sure of it.
     """
     u, v = inputs.teacher_image.detach(), inputs.teacher_text.detach()
-    scale, teacher_scale = (torch.as_tensor(s, device=u.device) for s in (inputs.scale, inputs.teacher_scale))
+    scale, teacher_scale = (
+        torch.as_tensor(s, device=u.device) for s in (inputs.scale, inputs.teacher_scale)
+    )
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
     with torch.no_grad():
-        margins, teacher_own = pairs.margin_logsumexp(u, v, teacher_scale), teacher_scale * (u * v).sum(1)
+        margins, teacher_own = (
+            pairs.margin_logsumexp(u, v, teacher_scale),
+            teacher_scale * (u * v).sum(1),
+        )
         by_row, by_column = ((teacher_own + softplus(q)).to(u.dtype) for q in margins)
     own = (inputs.image * inputs.text).sum(1)
     row_gaps, column_gaps = pairs.reduce(
-        Reduction(_expected_gaps, rows=(SUM,), columns=(SUM,)), [inputs.image, u], [inputs.text, v],
-        row_values=[by_row, own], column_values=[by_column, own], shared=[teacher_scale.detach()],
-    )  # fmt: skip
+        Reduction(_expected_gaps, rows=(SUM,), columns=(SUM,)),
+        [inputs.image, u],
+        [inputs.text, v],
+        row_values=[by_row, own],
+        column_values=[by_column, own],
+        shared=[teacher_scale.detach()],
+    )
     row_terms = softplus(rows - positive) - scale * row_gaps
     column_terms = softplus(columns - positive) - scale * column_gaps
     return pairs.mean((row_terms + column_terms) / 2)
 
 
 def _expected_gaps(tile: Tile) -> tuple[Tensor, ...]:
-    """s_ij − s_ii and s_ij − s_jj times the teacher's probability of the row and of the column; 0 at the pair."""
+    """s_ij − s_ii and s_ij − s_jj times the teacher's probability of the row and of the column; 0
+    at the pair.
+    """
     student, teacher = tile.scores[0], tile.shared[0] * tile.scores[1]
     gaps = []
     for (normaliser, own), axis in ((tile.row_values, 1), (tile.column_values, 0)):
@@ -86,7 +98,9 @@ def _expected_gaps(tile: Tile) -> tuple[Tensor, ...]:
 def ranking(inputs: Inputs, pairs: Pairs) -> Tensor:
     valid = inputs.negatives_valid
     z = torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
-    order = inputs.teacher_scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    order = inputs.teacher_scores.masked_fill(~valid, -torch.inf).argsort(
+        dim=1, descending=True, stable=True
+    )
     z, ranked = z.gather(1, order), valid.gather(1, order)
     below = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool, device=z.device).triu(1)  # q > r
     left = torch.where(below & ranked.unsqueeze(1), z.unsqueeze(1), -torch.inf)

@@ -1,12 +1,14 @@
-"""FastCLIP, versions 1 to 3 (arXiv 2407.01445): moving estimates of normalisers whose weight γ falls along a cosine.
+"""FastCLIP, versions 1 to 3 (arXiv 2407.01445): moving estimates of normalisers whose weight γ
+falls along a cosine.
 
     v1   `sogclr` at one constant τ
     v2   `isogclr`, a learned τ_i for each sample
     v3   L = ½ Σ_directions mean_i [ sg(τ)·g_i / u_i + τ (log u_i + ρ) ],   u detached,   x, t: [b, D],
          with g_i = mean_{j≠i} e^{(s_ij − s_ii)/τ} and τ = 1 / scale learned by the model
 
-u_i ← (1−γ) u_i + γ g_i with γ from 1 to .2 over half the run. At γ = 1 the gradient of v3, in τ too, is that of the
-robust objective τ (log g_i + ρ). State: 2 numbers (8 bytes) a sample, 6 (24 bytes) with v2, on the rank that owns it.
+u_i ← (1−γ) u_i + γ g_i with γ from 1 to .2 over half the run. At γ = 1 the gradient of v3, in τ
+too, is that of the robust objective τ (log g_i + ρ). State: 2 numbers (8 bytes) a sample, 6 (24
+bytes) with v2, on the rank that owns it.
 """
 
 from __future__ import annotations
@@ -35,11 +37,17 @@ class Options(_moving.Individual):
 
 
 def needs(options: Options) -> frozenset[str]:
-    return frozenset({"image", "text", "sample_id"} | ({"scale"} if options.version == "v3" else set()))
+    return frozenset(
+        {"image", "text", "sample_id"} | ({"scale"} if options.version == "v3" else set())
+    )
 
 
 def initial_state(options: Options) -> State:
-    return _moving.individual_state_of(options) if options.version == "v2" else _moving.state_of(options)
+    return (
+        _moving.individual_state_of(options)
+        if options.version == "v2"
+        else _moving.state_of(options)
+    )
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options, state: State) -> tuple[Tensor, State]:

@@ -13,8 +13,9 @@ rank      (CE-CLIP CMR, arXiv 2306.08832) mean over valid of relu(m_k + z(x_i, n
           margin m_k = mean_i z(x_i, t_i) − mean_i z(x_i, n_ik) of the PREVIOUS step, in [0, 10], 0 at first; state.
 intra     (CE-CLIP IMC) cross-entropy of [z(x_i, t_i); scale·t_i·every caption of the candidates] to the first.
 
-`own`, `text` and `rank` are sample terms: means over samples (or pairs i, k) with a valid caption, of all ranks.
-Invalid captions have no influence at all. Published weights: own .1 (IGC) or .5 (FSC), text .1, rank .2, intra .3.
+`own`, `text` and `rank` are sample terms: means over samples (or pairs i, k) with a valid caption,
+of all ranks. Invalid captions have no influence at all. Published weights: own .1 (IGC) or .5
+(FSC), text .1, rank .2, intra .3.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ class Options:
 
     def __post_init__(self) -> None:
         if (self.focal or self.smoothing) and self.form != "own":
-            raise ValueError(f"focal and smoothing belong to form: own, not {self.form}; remove them")
+            raise ValueError(
+                f"focal and smoothing belong to form: own, not {self.form}; remove them"
+            )
         if self.text_scale != 10 and self.form != "text":
             raise ValueError(f"text_scale belongs to form: text, not {self.form}; remove it")
         if self.focal < 0 or not 0 <= self.smoothing < 1 or self.text_scale <= 0:
-            raise ValueError(f"expected focal >= 0, 0 <= smoothing < 1, text_scale > 0, found {self}")
+            raise ValueError(
+                f"expected focal >= 0, 0 <= smoothing < 1, text_scale > 0, found {self}"
+            )
 
 
 def label(options: Options) -> str:
@@ -59,14 +64,20 @@ def needs(options: Options) -> frozenset[str]:
 
 
 def initial_state(options: Options) -> dict[str, Tensor]:
-    """The margins of `rank`, one a caption position; empty until the first step says how many there are."""
+    """The margins of `rank`, one a caption position; empty until the first step says how many there
+    are.
+    """
     return {"margin": torch.zeros(0)} if options.form == "rank" else {}
 
 
-def term(inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def term(
+    inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
     if options.form == "rank":
         return rank(inputs, pairs, state["margin"])
-    function = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}[options.form]
+    function = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}[
+        options.form
+    ]
     return function(inputs, pairs, options), state
 
 
@@ -84,13 +95,23 @@ def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     columns = pairs.row_logsumexp(caption, x, scale, valid=valid, paired=True)
     hard = pairs.row_logsumexp(x, inputs.text, scale)
     second = (softplus(logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
-    first = Inputs(inputs.image, inputs.text, scale, negatives=caption.unsqueeze(1), negatives_valid=valid.unsqueeze(1))
+    first = Inputs(
+        inputs.image,
+        inputs.text,
+        scale,
+        negatives=caption.unsqueeze(1),
+        negatives_valid=valid.unsqueeze(1),
+    )
     return negclip(first, pairs, options) + pairs.mean(second, valid)
 
 
 def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     inputs = inputs.wide()
-    z, ε, valid = _own_scores(inputs.image, inputs.text, inputs, inputs.scale), options.smoothing, inputs.negatives_valid
+    z, ε, valid = (
+        _own_scores(inputs.image, inputs.text, inputs, inputs.scale),
+        options.smoothing,
+        inputs.negatives_valid,
+    )
     loss = _focal(margin(z, 0), options.focal)
 
     if ε:
@@ -98,7 +119,9 @@ def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         loss = (1 - ε + share) * loss
         for k in range(valid.shape[1]):
             takes_part = valid[:, k]
-            finite = z.masked_fill(~takes_part.unsqueeze(1), 0)  # the margin of what takes no part would be infinite
+            finite = z.masked_fill(
+                ~takes_part.unsqueeze(1), 0
+            )  # the margin of what takes no part would be infinite
             caption = _focal(margin(finite, k + 1), options.focal)
             loss = loss + share * torch.where(takes_part, caption, 0)
     return pairs.mean(loss, valid.any(1))
@@ -129,7 +152,9 @@ def rank(inputs: Inputs, pairs: Pairs, adaptive: Tensor) -> tuple[Tensor, dict[s
     with torch.no_grad():
         count = pairs.sum_over_ranks(valid.to(hard).sum(0))
         total = pairs.sum_over_ranks(torch.where(valid, hard, 0).sum(0))
-        mean = pairs.sum_over_ranks(positive.sum()) / pairs.sum_over_ranks(torch.ones_like(positive).sum())
+        mean = pairs.sum_over_ranks(positive.sum()) / pairs.sum_over_ranks(
+            torch.ones_like(positive).sum()
+        )
         gap = mean - total / count.clamp(min=1)
         moves = (count > 0) & gap.isfinite()
         adaptive = torch.where(moves, gap.clamp(0, LARGEST_MARGIN), adaptive)
@@ -139,12 +164,17 @@ def rank(inputs: Inputs, pairs: Pairs, adaptive: Tensor) -> tuple[Tensor, dict[s
 def _all_captions(inputs: Inputs, pairs: Pairs, anchors: Tensor) -> Tensor:
     """LSE over every valid hard caption of the group, [b]."""
     return pairs.row_logsumexp(
-        anchors, inputs.negatives.flatten(0, 1), inputs.scale, valid=inputs.negatives_valid.flatten()
+        anchors,
+        inputs.negatives.flatten(0, 1),
+        inputs.scale,
+        valid=inputs.negatives_valid.flatten(),
     )
 
 
 def _own_scores(anchor: Tensor, positive: Tensor, inputs: Inputs, scale: Tensor | float) -> Tensor:
-    """Scores of each anchor with its positive and its own captions, [b, 1 + K]; −∞ for those that are not valid."""
+    """Scores of each anchor with its positive and its own captions, [b, 1 + K]; −∞ for those that
+    are not valid.
+    """
     candidates = torch.cat([positive.unsqueeze(1), inputs.negatives], 1)
     z = torch.as_tensor(scale) * torch.einsum("bd,bkd->bk", anchor, candidates)
     return torch.cat([z[:, :1], z[:, 1:].masked_fill(~inputs.negatives_valid, -torch.inf)], 1)

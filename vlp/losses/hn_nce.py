@@ -3,9 +3,9 @@
     L = ½ Σ_directions mean_i −log [ e^{z_ii} / (α e^{z_ii} + Σ_{j≠i} w_ij e^{z_ij}) ],
     w_ij = (n−1) e^{β z_ij} / Σ_{k≠i} e^{β z_ik},
 
-x, t: [b, D]; each direction with its own normaliser; gradients flow through w. α = 1, β = 0 is `infonce`; α = β = 0 is
-`decoupled`. With Λ(m) = log Σ_{j≠i} e^{m z_ij} the sum is log(n−1) + Λ(1+β) − Λ(β): two multiples of the scale in one
-pass.
+x, t: [b, D]; each direction with its own normaliser; gradients flow through w. α = 1, β = 0 is
+`infonce`; α = β = 0 is `decoupled`. With Λ(m) = log Σ_{j≠i} e^{m z_ij} the sum is log(n−1) + Λ(1+β)
+− Λ(β): two multiples of the scale in one pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.beta < 0:
-            raise ValueError(f"alpha and beta: found {self.alpha} and {self.beta}, expected numbers >= 0")
+            raise ValueError(
+                f"alpha and beta: found {self.alpha} and {self.beta}, expected numbers >= 0"
+            )
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:

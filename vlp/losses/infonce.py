@@ -2,9 +2,10 @@
 
     L = (1/B) Σ_i [ λ·CE(z_i·, i) + (1−λ)·CE(z_·i, i) ],      z_ij = scale·x_i·t_j,   x, t: [b, D],
 
-cross-entropies over the texts of a row and over the images of a column (CLIP, arXiv 2103.00020, figure 3). With label
-smoothing ε the target is (1−ε)·δ_ij + ε/n (ALIGN, arXiv 2102.05918: ε = .1); λ weighs the directions (ConVIRT,
-arXiv 2010.00747: λ = .75). Uninformative scores give log n, with n the candidates of a row.
+cross-entropies over the texts of a row and over the images of a column (CLIP, arXiv 2103.00020,
+figure 3). With label smoothing ε the target is (1−ε)·δ_ij + ε/n (ALIGN, arXiv 2102.05918: ε = .1);
+λ weighs the directions (ConVIRT, arXiv 2010.00747: λ = .75). Uninformative scores give log n, with
+n the candidates of a row.
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    """Share of L, with CE = softplus(LSE_{j≠i} z_ij − z_ii): exact also where the pair is well aligned."""
+    """Share of L, with CE = softplus(LSE_{j≠i} z_ij − z_ii): exact also where the pair is well
+    aligned.
+    """
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
     rows, columns = softplus(rows - positive), softplus(columns - positive)
     if options.label_smoothing:
         # CE with a smoothed target is CE + ε·(z_ii − mean_j z_ij).
         n, ε = pairs.candidates(len(rows)), options.label_smoothing
         row_sums, column_sums = pairs.linear_sums(inputs.image, inputs.text, inputs.scale)
-        rows, columns = rows + ε * (positive - row_sums / n), columns + ε * (positive - column_sums / n)
+        rows, columns = (
+            rows + ε * (positive - row_sums / n),
+            columns + ε * (positive - column_sums / n),
+        )
     λ = options.image_weight
     return pairs.mean(λ * rows + (1 - λ) * columns)

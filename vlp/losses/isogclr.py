@@ -3,8 +3,8 @@
     L = ½ Σ_directions mean_i mean_{j≠i} sg(w_ij)·h_ij,   w_ij = e^{h_ij/τ_i} / u_i,   x, t: [b, D]
     v_i ← decay·v_i + (1 − decay)·clip(log u_i + ρ − mean_{j≠i} w_ij h_ij / τ_i, ±5),   τ_i ← clip(τ_i − lr·v_i)
 
-with h and u as in `sogclr`; the loss is at the τ_i of before the step. State: log u, τ and v of image and text each, 6
-numbers (24 bytes) a sample on the rank that owns it, see `_table`.
+with h and u as in `sogclr`; the loss is at the τ_i of before the step. State: log u, τ and v of
+image and text each, 6 numbers (24 bytes) a sample on the rank that owns it, see `_table`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Model-aware contrastive learning (MACL, arXiv 2207.07874): a temperature that follows the alignment of the pairs.
+"""Model-aware contrastive learning (MACL, arXiv 2207.07874): a temperature that follows the
+alignment of the pairs.
 
     A = mean sg(s_ii) over the group,   τ = τ₀ (1 + α (A − A₀)),   P_i = softmax of the pair at temperature τ,
     L = ½ Σ_directions mean_i sg(1 / (1 − P_i)) · (−log P_i)
 
-x, t: [b, D]. The factor restores the gradient that vanishes for easy pairs; 1 − P_i = σ(q_i) with the margin q, and the
-factor is clamped at `max_factor`. The model's learned scale takes no part.
+x, t: [b, D]. The factor restores the gradient that vanishes for easy pairs; 1 − P_i = σ(q_i) with
+the margin q, and the factor is clamped at `max_factor`. The model's learned scale takes no part.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Options:
         if self.temperature <= 0 or self.max_factor < 1:
             raise ValueError(f"expected temperature > 0 and max_factor >= 1, found {self}")
         if not 0 <= self.alpha * (1 + abs(self.alignment)) < 1:
-            raise ValueError(f"alpha: found {self.alpha}, with which the temperature could become negative; lower it")
+            raise ValueError(
+                f"alpha: found {self.alpha}, with which the temperature could become negative; lower it"
+            )
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:

@@ -1,4 +1,5 @@
-"""Mann-Whitney loss: every pair's score against every negative score of the batch (MW, arXiv 2510.00137).
+"""Mann-Whitney loss: every pair's score against every negative score of the batch (MW, arXiv
+2510.00137).
 
     L = mean over i and over all k ≠ l of −log σ((s_ii − s_kl)/τ) = 1/(n·n(n−1)) Σ_{k≠l} F(s_kl),
     F(s) = Σ_i softplus((s − s_ii)/τ),   s_kl = x_k·t_l,   x, t: [b, D]
@@ -48,10 +49,16 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
     def losses(tile: Tile) -> tuple[Tensor, ...]:
         scores = tile.scores[0]
-        found = Compare.apply(scores, *tile.shared, τ)[0] if exact else interpolate(scores, *tile.shared, τ / NODES_A_TAU)
+        found = (
+            Compare.apply(scores, *tile.shared, τ)[0]
+            if exact
+            else interpolate(scores, *tile.shared, τ / NODES_A_TAU)
+        )
         return (found.masked_fill(tile.positive, 0),)
 
-    rows = pairs.reduce(Reduction(losses, rows=(SUM,)), [inputs.image], [inputs.text], shared=shared)[0]
+    rows = pairs.reduce(
+        Reduction(losses, rows=(SUM,)), [inputs.image], [inputs.text], shared=shared
+    )[0]
     return pairs.mean(rows) / (n * (n - 1))
 
 
@@ -92,7 +99,11 @@ def _gaps(scores: Tensor, positives: Tensor, τ: float) -> Iterator[tuple[Tensor
 def curve(positives: Tensor, τ: float) -> tuple[Tensor, Tensor]:
     """F and τF' at nodes τ/8 apart over [−1.01, 1.01]."""
     h = τ / NODES_A_TAU
-    return Compare.apply(torch.arange(int(2 * LIMIT / h) + 2, device=positives.device).to(positives) * h - LIMIT, positives, τ)
+    return Compare.apply(
+        torch.arange(int(2 * LIMIT / h) + 2, device=positives.device).to(positives) * h - LIMIT,
+        positives,
+        τ,
+    )
 
 
 def interpolate(scores: Tensor, values: Tensor, slopes: Tensor, h: float) -> Tensor:

@@ -2,13 +2,14 @@
 
     L = ½ Σ_directions mean_i −log [ e^{z_ii} / (Σ_j e^{z_ij} + Σ_{n ∈ Q} e^{scale·x_i·n} + Σ_{h ∈ H_i} e^{scale·x_i·h}) ]
 
-x, t: [b, D]; Q: [Q, D] the queue of the other modality, rows of zeros being empty. H_i: [mixed, D] mixtures of pairs of
-the N members of Q that score highest with x_i, norm(α n + (1−α) n'), α ~ U(0, 1), and of the query with one of them,
-norm(β x_i + (1−β) n), β ~ U(0, ½). Neither Q nor H has a gradient. With nothing mixed this is InfoNCE with a queue; in
-the paper, which has one modality, the pair itself is the only candidate of the batch (`in_batch: false`).
+x, t: [b, D]; Q: [Q, D] the queue of the other modality, rows of zeros being empty. H_i: [mixed, D]
+mixtures of pairs of the N members of Q that score highest with x_i, norm(α n + (1−α) n'), α ~ U(0,
+1), and of the query with one of them, norm(β x_i + (1−β) n), β ~ U(0, ½). Neither Q nor H has a
+gradient. With nothing mixed this is InfoNCE with a queue; in the paper, which has one modality, the
+pair itself is the only candidate of the batch (`in_batch: false`).
 
-Draws are a function of (seed, step, row of the step), whatever the ranks. Rows are mixed in blocks of the queue's size
-and again in backward: O((b + Q)·D + b·(N + mixed)) memory.
+Draws are a function of (seed, step, row of the step), whatever the ranks. Rows are mixed in blocks
+of the queue's size and again in backward: O((b + Q)·D + b·(N + mixed)) memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.hardest < 1 or min(self.mixed_pairs, self.mixed_queries) < 0:
-            raise ValueError(f"expected hardest >= 1, mixed_pairs and mixed_queries >= 0, found {self}")
+            raise ValueError(
+                f"expected hardest >= 1, mixed_pairs and mixed_queries >= 0, found {self}"
+            )
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
@@ -49,13 +52,25 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     else:
         positive = scale * (inputs.image * inputs.text).sum(1)
         rows = columns = torch.full_like(positive, -torch.inf)
-    rows = logaddexp(rows, _from_queue(inputs.image, inputs.queue_text, scale, inputs.step, "text", pairs, options))
-    columns = logaddexp(columns, _from_queue(inputs.text, inputs.queue_image, scale, inputs.step, "image", pairs, options))
+    rows = logaddexp(
+        rows,
+        _from_queue(inputs.image, inputs.queue_text, scale, inputs.step, "text", pairs, options),
+    )
+    columns = logaddexp(
+        columns,
+        _from_queue(inputs.text, inputs.queue_image, scale, inputs.step, "image", pairs, options),
+    )
     return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2
 
 
 def _from_queue(
-    query: Tensor, queue: Tensor, scale: Tensor, step: int | None, name: str, pairs: Pairs, options: Options
+    query: Tensor,
+    queue: Tensor,
+    scale: Tensor,
+    step: int | None,
+    name: str,
+    pairs: Pairs,
+    options: Options,
 ) -> Tensor:
     """log Σ over the queue and the mixtures, [b]."""
     queue = filled(queue, len(query), pairs)
@@ -69,36 +84,65 @@ def _from_queue(
     parts = []
     for start in range(0, len(query), size := max(len(queue) // n_mixed, 1)):
         rows = slice(start, start + size)
-        parts.append(checkpoint(
-            _mixed_logsumexp, query[rows], queue, scale, hardest[rows], first_row + start, seed, options,
-            use_reentrant=False, preserve_rng_state=False,
-        ))  # fmt: skip
+        parts.append(
+            checkpoint(
+                _mixed_logsumexp,
+                query[rows],
+                queue,
+                scale,
+                hardest[rows],
+                first_row + start,
+                seed,
+                options,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
     return logaddexp(found, torch.cat(parts))
 
 
 def _mixed_logsumexp(
-    query: Tensor, queue: Tensor, scale: Tensor, hardest: Tensor, first_row: int, seed: int, options: Options
+    query: Tensor,
+    queue: Tensor,
+    scale: Tensor,
+    hardest: Tensor,
+    first_row: int,
+    seed: int,
+    options: Options,
 ) -> Tensor:
     with torch.no_grad():
         rows = first_row + torch.arange(len(query), device=query.device)
-        mixed = mix(query, queue, hardest, draws(rows, seed, options.mixed_pairs + options.mixed_queries), options)
+        mixed = mix(
+            query,
+            queue,
+            hardest,
+            draws(rows, seed, options.mixed_pairs + options.mixed_queries),
+            options,
+        )
     return torch.logsumexp(scale * torch.einsum("bd,bmd->bm", query, mixed), 1)
 
 
-def mix(query: Tensor, queue: Tensor, hardest: Tensor, drawn: Iterator[Tensor], options: Options) -> Tensor:
-    """H: [b, mixed_pairs + mixed_queries, D] unit rows. `drawn` gives uniform numbers [b, mixed], three times."""
+def mix(
+    query: Tensor, queue: Tensor, hardest: Tensor, drawn: Iterator[Tensor], options: Options
+) -> Tensor:
+    """H: [b, mixed_pairs + mixed_queries, D] unit rows. `drawn` gives uniform numbers [b, mixed],
+    three times.
+    """
     n, which, other, weight = hardest.shape[1], *drawn
     first = (which * n).long().clamp(max=n - 1)
     second = (first + 1 + (other * (n - 1)).long()) % n  # another one, where there is another
     first, second = (queue[hardest.gather(1, place)] for place in (first, second))
     second[:, options.mixed_pairs :] = query.unsqueeze(1)
-    weight[:, options.mixed_pairs :] = 1 - weight[:, options.mixed_pairs :] / 2  # of the negative: the query has less
+    weight[:, options.mixed_pairs :] = (
+        1 - weight[:, options.mixed_pairs :] / 2
+    )  # of the negative: the query has less
     return F.normalize(torch.lerp(second, first, weight.unsqueeze(2).to(first)), dim=2)
 
 
 def draws(rows: Tensor, seed: int, n: int) -> Iterator[Tensor]:
-    """Three times uniform numbers in [0, 1), [b, n] float64, from a hash of (seed, row, column): the same for a row on
-    any rank, in any block and on any device."""
+    """Three times uniform numbers in [0, 1), [b, n] float64, from a hash of (seed, row, column):
+    the same for a row on any rank, in any block and on any device.
+    """
     column = torch.arange(n, device=rows.device)
     for turn in range(3):
         state = _hash(rows.unsqueeze(1) ^ (seed & 0xFFFFFFFF))

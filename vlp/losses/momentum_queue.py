@@ -1,9 +1,11 @@
-"""Contrast with a queue of the moving average's embeddings (BriVL, arXiv 2103.06561; MoCo, arXiv 1911.05722).
+"""Contrast with a queue of the moving average's embeddings (BriVL, arXiv 2103.06561; MoCo, arXiv
+1911.05722).
 
     L = ½ mean_i [ CE([x_i·t̄_i ; x_i·Q_text]/τ, 0) + CE([t_i·x̄_i ; t_i·Q_image]/τ, 0) ]
 
-x̄, t̄: [b, D] embeddings of the moving average, without gradient; Q: [Q, D] those of earlier steps, rows of zeros being
-empty. The other pairs of the batch are no candidates. BriVL sums the directions, which is weight 2 here.
+x̄, t̄: [b, D] embeddings of the moving average, without gradient; Q: [Q, D] those of earlier steps,
+rows of zeros being empty. The other pairs of the batch are no candidates. BriVL sums the
+directions, which is weight 2 here.
 """
 
 from __future__ import annotations
@@ -39,4 +41,6 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 def direction(query: Tensor, key: Tensor, queue: Tensor, scale: float, pairs: Pairs) -> Tensor:
     """Cross-entropy of each row, [b]."""
     positive = scale * (query * key.detach()).sum(1)
-    return softplus(pairs.alone.row_logsumexp(query, filled(queue, len(query), pairs), scale) - positive)
+    return softplus(
+        pairs.alone.row_logsumexp(query, filled(queue, len(query), pairs), scale) - positive
+    )

@@ -2,8 +2,9 @@
 
     L = 1/(1+A)·L_CLIP(x, t) + A/(1+A)·mean over all A² pairs of views (a, c) of L_CLIP^ε(x_a, t_c)
 
-x, t: [b, D] the plain views at the model's scale; x_a, t_c of image_views, text_views [A, b, D], strongly augmented,
-from projections of their own, at `view_scale` (default: the same scale), with label smoothing ε.
+x, t: [b, D] the plain views at the model's scale; x_a, t_c of image_views, text_views [A, b, D],
+strongly augmented, from projections of their own, at `view_scale` (default: the same scale), with
+label smoothing ε.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     L = mean_i [ ‖x_i − x̄_i‖² + ‖t_i − t̄_i‖² + Σ_k valid_ik ‖n_ik − n̄_ik‖² ]
 
-with x̄, t̄: [b, D] and n̄: [b, K, D] the embeddings of the moving average (decay .9996), without gradient. Squares are
-summed over the embedding and over image, text and hard captions, and averaged over samples; the release sums over its
-batch of 256 with weight .005, which is weight 1.28 here.
+with x̄, t̄: [b, D] and n̄: [b, K, D] the embeddings of the moving average (decay .9996), without
+gradient. Squares are summed over the embedding and over image, text and hard captions, and averaged
+over samples; the release sums over its batch of 256 with weight .005, which is weight 1.28 here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     L = −(1/n) Σ_ij log σ(y_ij·(scale·x_i·t_j + bias)),      y_ii = 1, y_ij = −1 for j ≠ i.
 
-x, t: [b, D]. Each pair is a decision of its own, so scale and bias are both learned (paper: 10 and −10 at the start).
+x, t: [b, D]. Each pair is a decision of its own, so scale and bias are both learned (paper: 10 and
+−10 at the start).
 """
 
 from __future__ import annotations

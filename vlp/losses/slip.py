@@ -1,9 +1,10 @@
-"""Self-supervision of the image tower beside the contrastive loss (SLIP, arXiv 2112.12750): SimCLR's NT-Xent.
+"""Self-supervision of the image tower beside the contrastive loss (SLIP, arXiv 2112.12750):
+SimCLR's NT-Xent.
 
     L = (1/2n) Σ_i −log [ e^{v_i·v_i'/τ} / Σ_{k≠i} e^{v_i·v_k/τ} ]   over the 2n views v of the group's n images,
 
-v_i' being the other view of the same image. The views are image_views[0] and [1], [b, D] unit rows from a projection
-of their own.
+v_i' being the other view of the same image. The views are image_views[0] and [1], [b, D] unit rows
+from a projection of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Options:
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     if len(inputs.image_views) < MIN_VIEWS:
-        raise ValueError(f"found {len(inputs.image_views)} image views, expected at least 2; raise data.views.n")
+        raise ValueError(
+            f"found {len(inputs.image_views)} image views, expected at least 2; raise data.views.n"
+        )
     first, second = inputs.image_views[:2]
     scale = 1 / options.temperature
     rows, columns, positive = pairs.logsumexp(first, second, scale)

@@ -3,8 +3,8 @@
     L = ½ Σ_directions mean_i mean_{j≠i} sg(e^{h_ij/τ} / u_i)·h_ij,   h_ij = s_ij − s_ii,   x, t: [b, D]
     u_i ← (1−γ) u_i + γ mean_{j≠i} e^{h_ij/τ}   (at the first visit the mean itself)
 
-τ is fixed. The estimate makes up for a small batch; at γ = 1 the gradient is τ times that of `decoupled`. State: log u,
-2 numbers (8 bytes) a sample on the rank that owns it, see `_table`.
+τ is fixed. The estimate makes up for a small batch; at γ = 1 the gradient is τ times that of
+`decoupled`. State: log u, 2 numbers (8 bytes) a sample on the rank that owns it, see `_table`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Two towers' sections become one open_clip configuration, and what the model tells the data about itself."""
+"""Two towers' sections become one open_clip configuration, and what the model tells the data about
+itself.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,28 @@ from vlp.types import Decoding, ImageSpec, TextSpec
 def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `model_cfg` and `preprocess_cfg` of open_clip_config.json that `model` describes.
 
-    Raises ValueError for a tower on the wrong side, towers that contradict each other, and a missing embed_dim.
+    Raises ValueError for a tower on the wrong side, towers that contradict each other, and a
+    missing embed_dim.
     """
     image, text = model.image_tower, model.text_tower or model.image_tower
     _require(image, "vision_cfg", "image tower")
     if model.text_tower is None and not hasattr(image.module, "text_cfg"):
-        raise ValueError(f"image_tower {image.name!r} brings no text tower; add text_tower: one of {_able('text_cfg')}")
+        raise ValueError(
+            f"image_tower {image.name!r} brings no text tower; add text_tower: one of {_able('text_cfg')}"
+        )
     _require(text, "text_cfg", "text tower")
     shared = _agree(image, text)
     embed_dim = model.embed_dim or shared.pop("embed_dim", None)
     if embed_dim is None:
-        raise ValueError(f"towers {image.name!r} and {text.name!r} leave the embedding size open; set model.embed_dim")
+        raise ValueError(
+            f"towers {image.name!r} and {text.name!r} leave the embedding size open; set model.embed_dim"
+        )
     model_cfg = shared | {
         "embed_dim": embed_dim,
         "vision_cfg": image.module.vision_cfg(image.options),
         "text_cfg": text.module.text_cfg(text.options),
-        "custom_text": True,  # the text tower stays a module of its own, so that every model has one layout
+        # the text tower stays a module of its own, so that every model has one layout
+        "custom_text": True,
         "init_logit_scale": math.log(model.scale.init),
     }
     if model.bias is not None:
@@ -43,10 +51,18 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> ImageSpec:
-    """What pixels the image tower expects. `size` is the built tower's: one number or (height, width)."""
-    given = {ours: preprocess_cfg[theirs] for ours, theirs in _PIXELS.items() if preprocess_cfg.get(theirs) is not None}
+    """What pixels the image tower expects. `size` is the built tower's: one number or (height,
+    width).
+    """
+    given = {
+        ours: preprocess_cfg[theirs]
+        for ours, theirs in _PIXELS.items()
+        if preprocess_cfg.get(theirs) is not None
+    }
     if given.get("resize", "shortest") not in ("shortest", "squash"):
-        raise ValueError(f"resize_mode {given['resize']!r} is not supported; expected shortest or squash")
+        raise ValueError(
+            f"resize_mode {given['resize']!r} is not supported; expected shortest or squash"
+        )
     for name in {"mean", "std"} & set(given):
         given[name] = tuple(given[name])
     if "decoding" in given:
@@ -69,37 +85,61 @@ def preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
     return {theirs: plain(getattr(spec, ours)) for ours, theirs in _PIXELS.items()}
 
 
-def trained_on(stated: dict[str, Any], configured: dict[str, Any], reference: str) -> dict[str, Any]:
-    """The preprocess_cfg of a tower with weights from `reference`: as those were trained, said where the tower differs."""
-    differing = {key: value for key, value in stated.items() if key in configured and configured[key] != value}
-    differing = {key: value for key, value in differing.items() if key in ("mean", "std", "interpolation", "resize_mode")}
+def trained_on(
+    stated: dict[str, Any], configured: dict[str, Any], reference: str
+) -> dict[str, Any]:
+    """The preprocess_cfg of a tower with weights from `reference`: as those were trained, said
+    where the tower differs.
+    """
+    differing = {
+        key: value
+        for key, value in stated.items()
+        if key in configured and configured[key] != value
+    }
+    differing = {
+        key: value
+        for key, value in differing.items()
+        if key in ("mean", "std", "interpolation", "resize_mode")
+    }
     if differing:
         log.warn(
             f"pretrained {reference} was trained on pixels with {differing}, which is taken; the image tower alone would have "
             f"{ {key: configured[key] for key in differing} }"
         )
-    said = {key: value for key, value in configured.items() if key == "decoding"}  # a choice, not a fact of the weights
+    said = {
+        key: value for key, value in configured.items() if key == "decoding"
+    }  # a choice, not a fact of the weights
     return configured | stated | said
 
 
 def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
-    """How captions become ids for this text section; open_clip's defaults are written out here, once."""
+    """How captions become ids for this text section; open_clip's defaults are written out here,
+    once.
+    """
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
     foreign = sorted(options.keys() - _TOKENIZER_OPTIONS)
-    if foreign:  # the rest would reach transformers, where trust_remote_code runs what a folder brings along
-        raise ValueError(f"tokenizer_kwargs holds {', '.join(foreign)}; expected only {', '.join(sorted(_TOKENIZER_OPTIONS))}")
+    if (
+        foreign
+    ):  # the rest would reach transformers, where trust_remote_code runs what a folder brings along
+        raise ValueError(
+            f"tokenizer_kwargs holds {', '.join(foreign)}; expected only {', '.join(sorted(_TOKENIZER_OPTIONS))}"
+        )
     name = text_cfg.get("hf_tokenizer_name")
     clean = options.pop("clean", "whitespace" if name else "lower")
     if text_cfg.get("tokenizer_mode"):
         options["tokenizer_mode"] = text_cfg["tokenizer_mode"]
-    return TextSpec(tokenizer=name or "clip", context_length=context_length, clean=clean, options=options)
+    return TextSpec(
+        tokenizer=name or "clip", context_length=context_length, clean=clean, options=options
+    )
 
 
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "reduction_mask"}
 
 
 def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:
-    """Both towers' top-level keys. What only the text tower's architecture says about the pair does not count."""
+    """Both towers' top-level keys. What only the text tower's architecture says about the pair does
+    not count.
+    """
     ours, theirs = _section(image, "shared_cfg"), _section(text, "shared_cfg")
     for key in set(ours) & set(theirs):
         if ours[key] != theirs[key] and key != "embed_dim":
@@ -121,5 +161,7 @@ def _require(tower: Plugin, function: str, role: str) -> None:
 
 
 def _able(function: str) -> list[str]:
-    modules: list[ModuleType] = [plugin.load("vlp.towers", name) for name in plugin.names("vlp.towers")]
+    modules: list[ModuleType] = [
+        plugin.load("vlp.towers", name) for name in plugin.names("vlp.towers")
+    ]
     return [module.__name__.rpartition(".")[2] for module in modules if hasattr(module, function)]

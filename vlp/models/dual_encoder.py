@@ -1,7 +1,8 @@
 """Two towers into one space: pixels and token ids in, unit vectors, scale and bias out.
 
-The towers are open_clip's; parameter names are those of its CustomTextCLIP, except that scale and bias live in
-`scaling`, so that every training run is an open_clip model by a fixed rule (`open_clip_state_dict`).
+The towers are open_clip's; parameter names are those of its CustomTextCLIP, except that scale and
+bias live in `scaling`, so that every training run is an open_clip model by a fixed rule
+(`open_clip_state_dict`).
 """
 
 from __future__ import annotations
@@ -27,22 +28,44 @@ from vlp.schema import parse, plain
 from vlp.towers.huggingface import language_config
 from vlp.types import Batch, Features
 
-IMAGES = ("image", "negative_image")  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
-TEXTS = ("text", "negatives", "counterfactual")  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
-VALID = {"negatives": "negatives_valid", "counterfactual": "counterfactual_valid"}  # masks [b, K] and [b] of texts
-VIEWS = ("image_views", "text_views")  # Batch fields of further views: [b, V, …] -> [b, V, D] by the head for views
+IMAGES = (
+    "image",
+    "negative_image",
+)  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
+TEXTS = (
+    "text",
+    "negatives",
+    "counterfactual",
+)  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
+VALID = {
+    "negatives": "negatives_valid",
+    "counterfactual": "counterfactual_valid",
+}  # masks [b, K] and [b] of texts
+VIEWS = (
+    "image_views",
+    "text_views",
+)  # Batch fields of further views: [b, V, …] -> [b, V, D] by the head for views
 
 
 class DualEncoder(nn.Module):
     """An image tower and a text tower with a shared embedding space.
 
-    Attributes: `image_spec` and `text_spec` say what the data must deliver, `embed_dim` is D, `open_clip_config` is the
-    `model_cfg` of open_clip_config.json, `scale_config` how the scale starts, is bounded, and whether it is learned.
+    Attributes: `image_spec` and `text_spec` say what the data must deliver, `embed_dim` is D,
+    `open_clip_config` is the `model_cfg` of open_clip_config.json, `scale_config` how the scale
+    starts, is bounded, and whether it is learned.
     """
 
-    def __init__(self, clip: open_clip.CustomTextCLIP, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any],
-                 scale: config.Scale, heads: config.Heads) -> None:
-        """Take over the towers, scale and bias of `clip`, built from `model_cfg`; heads start at random."""
+    def __init__(
+        self,
+        clip: open_clip.CustomTextCLIP,
+        model_cfg: dict[str, Any],
+        preprocess_cfg: dict[str, Any],
+        scale: config.Scale,
+        heads: config.Heads,
+    ) -> None:
+        """Take over the towers, scale and bias of `clip`, built from `model_cfg`; heads start at
+        random.
+        """
         super().__init__()
         self.visual, self.text = clip.visual, clip.text
         self.open_clip_config = model_cfg
@@ -69,46 +92,64 @@ class DualEncoder(nn.Module):
         return self.scaling.logit_bias
 
     def forward(
-        self, image: Tensor | None = None, text: Tensor | None = None, image_views: Tensor | None = None,
-        text_views: Tensor | None = None, pairs: int = 0,
-    ) -> Features:  # fmt: skip
-        """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for `encode_text`.
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        image_views: Tensor | None = None,
+        text_views: Tensor | None = None,
+        pairs: int = 0,
+    ) -> Features:
+        """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
+        `encode_text`.
 
-        Views go through the head for views. The heads for concepts and captions read the first `pairs` rows.
+        Views go through the head for views. The heads for concepts and captions read the first
+        `pairs` rows.
         """
         scale, bias = self.scaling()
         found: dict[str, Tensor] = {}
         tokens: dict[str, Tensor | None] = {}
-        for name, own, views, tower in (("image", image, image_views, self._image), ("text", text, text_views, self._text)):
+        for name, own, views, tower in (
+            ("image", image, image_views, self._image),
+            ("text", text, text_views, self._text),
+        ):
             if own is None:
                 continue
             features, tokens[name] = tower(own if views is None else torch.cat([own, views]))
             found[name] = _unit(features[: own.shape[0]])
             if views is not None:
-                found[f"{name}_views"] = _unit(getattr(self.heads.views, name)(_unit(features[own.shape[0] :])))
+                found[f"{name}_views"] = _unit(
+                    getattr(self.heads.views, name)(_unit(features[own.shape[0] :]))
+                )
             if name == "image" and pairs and self.heads.concepts is not None:
                 found["concept_logits"] = self.heads.concepts(features[:pairs])
         if self.heads.views is not None and (image_views is not None or text_views is not None):
             found["view_scale"] = self.heads.views.scaling()[0]
         if pairs and self.heads.captions is not None:
-            found["caption_nll"] = self.heads.captions(tokens["image"][:pairs], tokens["text"][:pairs], text[:pairs])
+            found["caption_nll"] = self.heads.captions(
+                tokens["image"][:pairs], tokens["text"][:pairs], text[:pairs]
+            )
         return Features(**({"image": None, "text": None} | found), scale=scale, bias=bias)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is normalised here, on its
-        device; a floating-point image is taken as normalised already. H, W must be `image_spec.size`."""
+        """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is
+        normalised here, on its device; a floating-point image is taken as normalised already. H, W
+        must be `image_spec.size`.
+        """
         return _unit(self._image(image)[0])
 
     def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
-            raise ValueError(f"image has shape {tuple(image.shape)}; expected [b, 3, {', '.join(map(str, self.image_spec.size))}]")
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}; expected [b, 3, {', '.join(map(str, self.image_spec.size))}]"
+            )
         pixels = image if image.is_floating_point() else self.pixels(image)
         return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the context length, except
-        for Hugging Face towers, where it may be shorter."""
+        """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
+        context length, except for Hugging Face towers, where it may be shorter.
+        """
         return _unit(self._text(text)[0])
 
     def _text(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,14 +159,20 @@ class DualEncoder(nn.Module):
         return _with_tokens(self.text(text))
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated modules of towers and heads, in order, outermost only: the units to shard (FSDP2) or recompute."""
+        """The repeated modules of towers and heads, in order, outermost only: the units to shard
+        (FSDP2) or recompute.
+        """
         return [*_repeated(self.visual), *_repeated(self.text), *_repeated(self.heads)]
 
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
         if enable and isinstance(self.visual, ModifiedResNet):
-            raise ValueError("open_clip's ResNets cannot recompute activations; set train.activation_checkpointing: false")
-        image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual  # the adapter would swallow a refusal
+            raise ValueError(
+                "open_clip's ResNets cannot recompute activations; set train.activation_checkpointing: false"
+            )
+        image = (
+            self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
+        )  # the adapter would swallow a refusal
         image.set_grad_checkpointing(enable)
         if self.heads.captions is not None:
             self.heads.captions.decoder.set_grad_checkpointing(enable)
@@ -140,9 +187,11 @@ class DualEncoder(nn.Module):
                 getattr(trunk, f"{word}_checkpointing_disable")()
 
     def lock(self, *, image: bool = False, text: bool = False) -> None:
-        """Freeze towers (LiT, Zhai et al. 2022): no gradients, and evaluation mode even while training.
+        """Freeze towers (LiT, Zhai et al. 2022): no gradients, and evaluation mode even while
+        training.
 
-        Of a timm or Hugging Face tower the trunk is locked and the projection learns; any other tower is locked whole.
+        Of a timm or Hugging Face tower the trunk is locked and the projection learns; any other
+        tower is locked whole.
         """
         chosen = [t for t, wanted in ((self.visual, image), (self.text, text)) if wanted]
         self._locked = [_trunk(tower) for tower in chosen]
@@ -157,18 +206,22 @@ class DualEncoder(nn.Module):
         return self
 
     def example(self, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Inputs to compare models on: normalised noise [rows, 3, H, W] and random ids [rows, L], the same for one seed.
+        """Inputs to compare models on: normalised noise [rows, 3, H, W] and random ids [rows, L],
+        the same for one seed.
 
         Every row holds the largest id once, in the middle, which in CLIP's vocabulary ends a text.
         """
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(rows, 3, *self.image_spec.size, generator=generator)
-        ids = torch.randint(self.text.vocab_size - 1, (rows, self.text_spec.context_length), generator=generator)
+        ids = torch.randint(
+            self.text.vocab_size - 1, (rows, self.text_spec.context_length), generator=generator
+        )
         ids[:, ids.shape[1] // 2] = self.text.vocab_size - 1
         return pixels, ids
 
     def description(self) -> dict[str, Any]:
-        """All that is needed to build this model again, weights aside: the content of open_clip_config.json, as JSON values.
+        """All that is needed to build this model again, weights aside: the content of
+        open_clip_config.json, as JSON values.
 
         open_clip reads `model_cfg` and `preprocess_cfg`; `vlp` is for `from_description`.
         """
@@ -179,8 +232,14 @@ class DualEncoder(nn.Module):
         }
 
     def open_clip_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the forward pass bounds it."""
-        named = {key: value for key, value in self.state_dict().items() if not key.startswith(("scaling.", "heads."))}
+        """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the
+        forward pass bounds it.
+        """
+        named = {
+            key: value
+            for key, value in self.state_dict().items()
+            if not key.startswith(("scaling.", "heads."))
+        }
         named["logit_scale"] = self.logit_scale.detach().clamp(max=self.scaling.log_max).reshape(())
         if self.logit_bias is not None:
             named["logit_bias"] = self.logit_bias.detach().reshape(())
@@ -190,44 +249,58 @@ class DualEncoder(nn.Module):
 def build(model: config.Model) -> DualEncoder:
     """The model that a configuration describes, on the CPU in float32.
 
-    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and their preprocessing, as
-    far as it is stated beside them. Raises ValueError for unknown names and for weights that do not fit.
+    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and
+    their preprocessing, as far as it is stated beside them. Raises ValueError for unknown names and
+    for weights that do not fit.
     """
     model_cfg, preprocess_cfg = assemble.assemble(model)
     weights = None
     if model.pretrained is not None:
         architecture = getattr(model.image_tower.options, "architecture", None)
-        weights = weight_files.find(model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False)))
-        preprocess_cfg = assemble.trained_on(weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained)
+        weights = weight_files.find(
+            model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False))
+        )
+        preprocess_cfg = assemble.trained_on(
+            weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained
+        )
         model_cfg = without_downloads(model_cfg)
     clip = _instantiate(model_cfg)
     if weights is not None:
         weight_files.load_into(clip, weights.path)
-    encoder = DualEncoder(clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads)
+    encoder = DualEncoder(
+        clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads
+    )
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
     return encoder
 
 
 def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
-    """What is wanted of a batch, by one call of `model`: a DualEncoder or what an engine wrapped around one.
+    """What is wanted of a batch, by one call of `model`: a DualEncoder or what an engine wrapped
+    around one.
 
-    Returns the wanted fields of IMAGES, TEXTS and views by name, [b, …, D], the wanted outputs of heads, [b, …], and
-    "scale", "bias" and "view_scale" as far as the model has them, []. Texts that VALID masks do not pass the tower;
-    their embeddings are zeros.
+    Returns the wanted fields of IMAGES, TEXTS and views by name, [b, …, D], the wanted outputs of
+    heads, [b, …], and "scale", "bias" and "view_scale" as far as the model has them, []. Texts that
+    VALID masks do not pass the tower; their embeddings are zeros.
     """
     pixels = {name: getattr(batch, name) for name in IMAGES if name in wanted}
     ids = {name: getattr(batch, name) for name in TEXTS if name in wanted}
     masks = {name: getattr(batch, mask) for name, mask in VALID.items() if name in ids}
-    texts = {name: (value[masks[name]] if name in masks else value).flatten(0, -2) for name, value in ids.items()}
+    texts = {
+        name: (value[masks[name]] if name in masks else value).flatten(0, -2)
+        for name, value in ids.items()
+    }
     views = {name: getattr(batch, name) for name in VIEWS if name in wanted}
     pairs = {"pairs": len(batch)} if {"concept_logits", "caption_logits"} & set(wanted) else {}
     features = model(
         torch.cat(list(pixels.values())) if pixels else None,
         torch.cat(list(texts.values())) if texts else None,
-        **{name: value.flatten(0, 1) for name, value in views.items()}, **pairs,
-    )  # fmt: skip
-    result = {name: getattr(features, name).unflatten(0, value.shape[:2]) for name, value in views.items()}
+        **{name: value.flatten(0, 1) for name, value in views.items()},
+        **pairs,
+    )
+    result = {
+        name: getattr(features, name).unflatten(0, value.shape[:2]) for name, value in views.items()
+    }
     for fields, found in ((pixels, features.image), (texts, features.text)):
         if fields:
             result |= zip(fields, found.split([len(value) for value in fields.values()]))
@@ -243,25 +316,34 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
 def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
-    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is downloaded, except the
-    configuration of a Hugging Face text tower. A description without `vlp` gets the usual bound on the scale, 100.
+    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is
+    downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
+    gets the usual bound on the scale, 100.
     """
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
     if "multimodal_cfg" in model_cfg:
-        raise ValueError("this model has a captioning decoder beside its two towers; expected a dual encoder")
+        raise ValueError(
+            "this model has a captioning decoder beside its two towers; expected a dual encoder"
+        )
     clip = _instantiate(model_cfg)
     if weights is not None:
         weight_files.load_into(clip, weights)
     ours = described.get("vlp", {})
-    scale, heads = parse(config.Scale, ours.get("scale", {})), parse(config.Heads, ours.get("heads", {}))
+    scale, heads = (
+        parse(config.Scale, ours.get("scale", {})),
+        parse(config.Heads, ours.get("heads", {})),
+    )
     return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
 
 
-def load(reference: str | Path | references.Reference, like: DualEncoder | None = None) -> DualEncoder:
-    """The model behind a reference (vlp.pretrained.references), a run's excepted: `vlp.checkpoint.load_any` takes those too.
+def load(
+    reference: str | Path | references.Reference, like: DualEncoder | None = None
+) -> DualEncoder:
+    """The model behind a reference (vlp.pretrained.references), a run's excepted:
+    `vlp.checkpoint.load_any` takes those too.
 
-    `like`: the model whose architecture a file of weights alone has. Stages give a `vlp.models.stages.Stages`. ValueError says
-    what was found where the model was looked for.
+    `like`: the model whose architecture a file of weights alone has. Stages give a
+    `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
     """
     found = references.resolve(reference)
     if found.kind == "stages":
@@ -269,7 +351,9 @@ def load(reference: str | Path | references.Reference, like: DualEncoder | None 
 
         return stages.load(found.path)
     if found.kind == "run":
-        raise ValueError(f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it")
+        raise ValueError(
+            f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it"
+        )
     weights = weight_files.behind(found)
     if weights.described:
         return from_description(weights.described, weights.path)
@@ -282,31 +366,53 @@ def load(reference: str | Path | references.Reference, like: DualEncoder | None 
 
 
 def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with towers that do not fetch weights of their own: all weights are in the model's file."""
-    flags = {"vision_cfg": ("timm_model_name", "timm_model_pretrained"), "text_cfg": ("hf_model_name", "hf_model_pretrained")}
-    changed = {name: model_cfg[name] | {flag: False} for name, (tower, flag) in flags.items() if tower in model_cfg[name]}
+    """The configuration with towers that do not fetch weights of their own: all weights are in the
+    model's file.
+    """
+    flags = {
+        "vision_cfg": ("timm_model_name", "timm_model_pretrained"),
+        "text_cfg": ("hf_model_name", "hf_model_pretrained"),
+    }
+    changed = {
+        name: model_cfg[name] | {flag: False}
+        for name, (tower, flag) in flags.items()
+        if tower in model_cfg[name]
+    }
     return model_cfg | changed
 
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     text = model_cfg["text_cfg"]
     if text.get("hf_model_name"):
-        language_config(text["hf_model_name"])  # refuses code of its own, which open_clip would ask the terminal about
+        language_config(
+            text["hf_model_name"]
+        )  # refuses code of its own, which open_clip would ask the terminal about
     try:
-        clip = open_clip.CustomTextCLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
+        clip = open_clip.CustomTextCLIP(
+            **{k: v for k, v in model_cfg.items() if k != "custom_text"}
+        )
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"open_clip cannot build these towers: {error or type(error).__name__}; found {model_cfg}") from error
-    if isinstance(clip.visual, TimmModel) and open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj == "none":
+        raise ValueError(
+            f"open_clip cannot build these towers: {error or type(error).__name__}; found {model_cfg}"
+        ) from error
+    if (
+        isinstance(clip.visual, TimmModel)
+        and open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj == "none"
+    ):
         found, wanted = clip.visual.trunk.num_features, model_cfg["embed_dim"]
         if found != wanted:
-            raise ValueError(f"the image tower gives {found} features, unprojected, and embed_dim is {wanted}; make them equal")
+            raise ValueError(
+                f"the image tower gives {found} features, unprojected, and embed_dim is {wanted}; make them equal"
+            )
     if isinstance(clip.visual, TimmModel):
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
     return clip
 
 
 def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
-    """Give a timm tower the GELU of its weights (SigLIP's is the tanh form); open_clip cannot tell timm which."""
+    """Give a timm tower the GELU of its weights (SigLIP's is the tanh form); open_clip cannot tell
+    timm which.
+    """
     for module in tower.trunk.modules():
         if act_kwargs and isinstance(module, nn.GELU):
             module.approximate = act_kwargs["approximate"]
@@ -317,13 +423,23 @@ def _locked(tower: Any) -> bool:
 
 
 def _trunk(tower: nn.Module) -> nn.Module:
-    return tower.trunk if isinstance(tower, TimmModel) else tower.transformer if isinstance(tower, HFTextEncoder) else tower
+    return (
+        tower.trunk
+        if isinstance(tower, TimmModel)
+        else tower.transformer
+        if isinstance(tower, HFTextEncoder)
+        else tower
+    )
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists and sequences whose members are all of one class, and not single layers."""
+    """Members of the outermost lists and sequences whose members are all of one class, and not
+    single layers.
+    """
     children = list(module.children())
-    alike = len({type(child) for child in children}) == 1 and all(any(child.children()) for child in children)
+    alike = len({type(child) for child in children}) == 1 and all(
+        any(child.children()) for child in children
+    )
     if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
         return children
     return [block for child in children for block in _repeated(child)]
@@ -339,4 +455,6 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype  # asked at every call: engines swap parameters for cast ones
+    return next(
+        module.parameters()
+    ).dtype  # asked at every call: engines swap parameters for cast ones

@@ -1,4 +1,6 @@
-"""The ends of a model that stay exact whatever its towers are cast to: pixels going in, scale and bias coming out."""
+"""The ends of a model that stay exact whatever its towers are cast to: pixels going in, scale and
+bias coming out.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,22 @@ class Pixels(nn.Module):
 
 
 class Scaling(nn.Module):
-    """The logit scale exp(logit_scale), at most `config.max`, and the optional logit bias, never below float32.
+    """The logit scale exp(logit_scale), at most `config.max`, and the optional logit bias, never
+    below float32.
 
-    bf16 stores ln 100 as 4.59375, which is 98.9: the parameters therefore ignore casts of the model. They are [1], not
-    scalars, because FSDP2 shards no scalars.
+    bf16 stores ln 100 as 4.59375, which is 98.9: the parameters therefore ignore casts of the
+    model. They are [1], not scalars, because FSDP2 shards no scalars.
     """
 
     def __init__(self, log_scale: float, bias: float | None, settings: config.Scale) -> None:
         super().__init__()
         self.log_max = math.log(settings.max)
-        self.logit_scale = nn.Parameter(torch.tensor([log_scale], dtype=torch.float32), requires_grad=settings.learned)
-        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias], dtype=torch.float32))
+        self.logit_scale = nn.Parameter(
+            torch.tensor([log_scale], dtype=torch.float32), requires_grad=settings.learned
+        )
+        self.logit_bias = (
+            None if bias is None else nn.Parameter(torch.tensor([bias], dtype=torch.float32))
+        )
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """(scale [], bias [] or None)."""
@@ -52,8 +59,9 @@ class Scaling(nn.Module):
 class _Ceiling(torch.autograd.Function):
     """min(x, ceiling), whose gradient at and above the ceiling passes where descent lowers x.
 
-    A plain clamp has no gradient above its bound, so a scale that once got there would never come back; a plain
-    straight-through estimator would let it run away. Descent lowers x where the gradient is positive.
+    A plain clamp has no gradient above its bound, so a scale that once got there would never come
+    back; a plain straight-through estimator would let it run away. Descent lowers x where the
+    gradient is positive.
     """
 
     @staticmethod
@@ -68,10 +76,14 @@ class _Ceiling(torch.autograd.Function):
 
 
 def _never_rounding(fn: Any) -> Any:
-    """`fn` of Module._apply, except that a cast to fewer bits becomes a mere move to the device asked for."""
+    """`fn` of Module._apply, except that a cast to fewer bits becomes a mere move to the device
+    asked for.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
-        return result if result.dtype in (torch.float32, torch.float64) else tensor.to(result.device)
+        return (
+            result if result.dtype in (torch.float32, torch.float64) else tensor.to(result.device)
+        )
 
     return moved

@@ -1,10 +1,12 @@
-"""Several dual encoders as one model: their embeddings, one after another (MCL's stages, arXiv 2402.11816).
+"""Several dual encoders as one model: their embeddings, one after another (MCL's stages, arXiv
+2402.11816).
 
     z = [z_1; …; z_S] / √S, so that a cosine is the mean of the members' cosines;
     scale and bias are the means of the members' (the bias only where all have one).
 
-A folder of such a model holds vlp_stages.json, {"members": ["stage_1", …]}, and each member as `vlp export` writes it, which
-other libraries load by itself. `vlp.models.dual_encoder.load` and all that takes a model by name read the folder as one.
+A folder of such a model holds vlp_stages.json, {"members": ["stage_1", …]}, and each member as `vlp
+export` writes it, which other libraries load by itself. `vlp.models.dual_encoder.load` and all that
+takes a model by name read the folder as one.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Stages(nn.Module):
         super().__init__()
         first, *others = members
         for other in others:
-            if other.image_spec != first.image_spec or not same_tokens(other.text_spec, first.text_spec):
+            if other.image_spec != first.image_spec or not same_tokens(
+                other.text_spec, first.text_spec
+            ):
                 raise ValueError(
                     f"stages must read the same pixels and tokens, but these read {first.image_spec}, {first.text_spec} and "
                     f"{other.image_spec}, {other.text_spec}; train them alike"
@@ -39,10 +43,18 @@ class Stages(nn.Module):
         self.image_spec, self.text_spec = first.image_spec, first.text_spec
         self.embed_dim = sum(member.embed_dim for member in members)
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None, pairs: int = 0) -> Features:
-        """Embed what is given, as `DualEncoder.forward` does. `pairs` is for heads, which exports do not have."""
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None, pairs: int = 0
+    ) -> Features:
+        """Embed what is given, as `DualEncoder.forward` does. `pairs` is for heads, which exports
+        do not have.
+        """
         found = [member(image, text) for member in self.members]
-        bias = None if any(f.bias is None for f in found) else torch.stack([f.bias for f in found]).mean()
+        bias = (
+            None
+            if any(f.bias is None for f in found)
+            else torch.stack([f.bias for f in found]).mean()
+        )
         return Features(
             image=None if image is None else _joined([f.image for f in found]),
             text=None if text is None else _joined([f.text for f in found]),

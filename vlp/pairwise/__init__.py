@@ -4,7 +4,8 @@
     rows, columns = pairs.margin_logsumexp(image, text, scale)
     loss = pairs.mean(softplus(rows) + softplus(columns)) / 2
 
-Read `dense.py` for what is computed, `tiled.py` for how memory stays small, `exchange.py` for how ranks take part.
+Read `dense.py` for what is computed, `tiled.py` for how memory stays small, `exchange.py` for how
+ranks take part.
 """
 
 from vlp.pairwise.pairs import IMPLEMENTATIONS, Engine, Pairs

@@ -1,6 +1,7 @@
 """The readable reference: every score matrix whole, plain autograd, any dtype. O(b·n) memory.
 
-All other implementations equal this one in value and in every gradient; the tests compare them in float64.
+All other implementations equal this one in value and in every gradient; the tests compare them in
+float64.
 """
 
 from __future__ import annotations
@@ -18,5 +19,7 @@ def reduce(reduction: Reduction, block: Block) -> tuple[Tensor, ...]:
     matrices = reduction.function(tile)
     n_rows = len(reduction.rows)
     rows = [reduce_matrix(m, kind, dim=1) for m, kind in zip(matrices[:n_rows], reduction.rows)]
-    columns = [reduce_matrix(m, kind, dim=0) for m, kind in zip(matrices[n_rows:], reduction.columns)]
+    columns = [
+        reduce_matrix(m, kind, dim=0) for m, kind in zip(matrices[n_rows:], reduction.columns)
+    ]
     return (*rows, *columns)

@@ -1,14 +1,17 @@
 """Reductions over the candidates of a group of ranks, differentiable in everything.
 
-Each rank owns b rows and brings its own b columns; the columns of the whole group, n = g·b, are its candidates.
+Each rank owns b rows and brings its own b columns; the columns of the whole group, n = g·b, are its
+candidates.
 
-gather (one tower moves): the columns' tensors are gathered; each rank streams its b × n tiles once, which gives its
-rows' statistics and PARTIAL column statistics. These go to the columns' owners (n numbers), where they are merged;
-in backward the owners send the columns' upstream weights back by the same way, each rank computes the gradients of
-its rows and partial gradients of all n columns, and the latter are reduce-scattered with SUM.
+gather (one tower moves): the columns' tensors are gathered; each rank streams its b × n tiles once,
+which gives its rows' statistics and PARTIAL column statistics. These go to the columns' owners (n
+numbers), where they are merged; in backward the owners send the columns' upstream weights back by
+the same way, each rank computes the gradients of its rows and partial gradients of all n columns,
+and the latter are reduce-scattered with SUM.
 
-ring: the same, but blocks of b columns travel from neighbour to neighbour, the next in flight while the current one
-is computed, and in backward once more, each with its gradient: O(b·D) memory instead of O(n·D).
+ring: the same, but blocks of b columns travel from neighbour to neighbour, the next in flight while
+the current one is computed, and in backward once more, each with its gradient: O(b·D) memory
+instead of O(n·D).
 """
 
 from __future__ import annotations
@@ -23,19 +26,35 @@ from torch import Tensor
 
 from vlp import dist
 from vlp.pairwise import dense, tiled
-from vlp.pairwise.reduction import SUM, Block, Reduction, accumulation_dtype, empty_statistic, logsumexp, merge
+from vlp.pairwise.reduction import (
+    SUM,
+    Block,
+    Reduction,
+    accumulation_dtype,
+    empty_statistic,
+    logsumexp,
+    merge,
+)
 from vlp.pairwise.tiled import Kept
 
 
 class Implementation(Protocol):
     """A way to compute one block: its statistics, and their gradients."""
 
-    def reduce(self, reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -> list[Tensor]: ...
+    def reduce(
+        self, reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0
+    ) -> list[Tensor]: ...
 
     def gradients(
-        self, reduction: Reduction, block: Block, statistics: list[Tensor], upstream: list[Tensor], kept: Kept,
-        needed: Sequence[bool], tile_size: int = 0,
-    ) -> list[Tensor | None]: ...  # fmt: skip
+        self,
+        reduction: Reduction,
+        block: Block,
+        statistics: list[Tensor],
+        upstream: list[Tensor],
+        kept: Kept,
+        needed: Sequence[bool],
+        tile_size: int = 0,
+    ) -> list[Tensor | None]: ...
 
 
 @dataclass(frozen=True)
@@ -50,18 +69,21 @@ class Plan:
 
 
 def reduce(reduction: Reduction, block: Block, plan: Plan) -> tuple[Tensor, ...]:
-    """Statistics of this rank's rows [b], then of its own columns [b], over all rows and columns of the group.
+    """Statistics of this rank's rows [b], then of its own columns [b], over all rows and columns of
+    the group.
 
-    `block` holds this rank's rows and its own columns; `block.offset` is 0 where the pair of row i is column i, None
-    where columns are no one's pair. Gradients follow the convention of `vlp.dist`: what this rank's columns receive
-    is the sum over the group.
+    `block` holds this rank's rows and its own columns; `block.offset` is 0 where the pair of row i
+    is column i, None where columns are no one's pair. Gradients follow the convention of
+    `vlp.dist`: what this rank's columns receive is the sum over the group.
     """
     n_rows = len(reduction.rows)
     if plan.ring and plan.group.size > 1:
         found = _Ring.apply(reduction, block, plan, *block.tensors)
     else:
         found = _gathered(reduction, block, plan)
-    columns = [_to_owners(kind, part, plan.group) for kind, part in zip(reduction.columns, found[n_rows:])]
+    columns = [
+        _to_owners(kind, part, plan.group) for kind, part in zip(reduction.columns, found[n_rows:])
+    ]
     return (*found[:n_rows], *columns)
 
 
@@ -97,7 +119,9 @@ class _Local(torch.autograd.Function):
     """One block, all of whose columns are here."""
 
     @staticmethod
-    def forward(ctx: Any, reduction: Reduction, block: Block, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, reduction: Reduction, block: Block, plan: Plan, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.reduction, ctx.plan, ctx.restore = reduction, plan, _restorer(block)
         ctx.kept = Kept(plan.memory_budget if any(ctx.needs_input_grad) else 0)
         with _full_precision(block):
@@ -112,23 +136,35 @@ class _Local(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         with _full_precision(block):
             found = ctx.plan.implementation.gradients(
-                ctx.reduction, block, statistics, list(upstream), ctx.kept, needed, ctx.plan.tile_size
+                ctx.reduction,
+                block,
+                statistics,
+                list(upstream),
+                ctx.kept,
+                needed,
+                ctx.plan.tile_size,
             )
         return (None, None, None, *found)
 
 
 class _Ring(torch.autograd.Function):
-    """Blocks of columns travel; this rank's rows meet each of them once in forward and once in backward.
+    """Blocks of columns travel; this rank's rows meet each of them once in forward and once in
+    backward.
 
-    Returns total row statistics [b] and partial column statistics [n] in group order, as the gathered form does.
+    Returns total row statistics [b] and partial column statistics [n] in group order, as the
+    gathered form does.
     """
 
     @staticmethod
-    def forward(ctx: Any, reduction: Reduction, block: Block, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, reduction: Reduction, block: Block, plan: Plan, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         reduction, plan = _for_ring(reduction, plan)
         ctx.reduction, ctx.plan, ctx.restore = reduction, plan, _restorer(block)
         n_rows = len(reduction.rows)
-        rows = [empty_statistic(kind, block.shape[0], block.left[0].device) for kind in reduction.rows]
+        rows = [
+            empty_statistic(kind, block.shape[0], block.left[0].device) for kind in reduction.rows
+        ]
         columns: list[list[Any]] = [[None] * plan.group.size for _ in reduction.columns]
         for owner, visitor in _visitors(block, plan.group):
             with _full_precision(block):
@@ -145,32 +181,50 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         block, statistics = ctx.restore(ctx.saved_tensors)
         reduction, plan, n_columns = ctx.reduction, ctx.plan, block.shape[1]
-        # Every rank computes every travelling gradient: a neighbour may need what this rank does not.
+        # Every rank computes every travelling gradient: a neighbour may need what this rank does
+        # not.
         wanted = block.with_tensors(ctx.needs_input_grad[3:])
-        wanted = replace(wanted, right=(True,) * len(wanted.right), column_values=(True,) * len(wanted.column_values))
+        wanted = replace(
+            wanted,
+            right=(True,) * len(wanted.right),
+            column_values=(True,) * len(wanted.column_values),
+        )
         staying, travelling = None, None
         for owner, visitor in _visitors(block, plan.group):
             own = slice(owner * n_columns, (owner + 1) * n_columns)
             with _full_precision(block):
                 found = plan.implementation.gradients(
-                    reduction, visitor, _cut(reduction, statistics, own), _cut(reduction, upstream, own), Kept(0),
-                    wanted.tensors, plan.tile_size,
-                )  # fmt: skip
+                    reduction,
+                    visitor,
+                    _cut(reduction, statistics, own),
+                    _cut(reduction, upstream, own),
+                    Kept(0),
+                    wanted.tensors,
+                    plan.tile_size,
+                )
             part = block.with_tensors(tuple(found))
             staying = _add(staying, (*part.left, *part.row_values, *part.shared))
-            # The sums of this block come from the neighbour who had it before; they travelled while we computed.
+            # The sums of this block come from the neighbour who had it before; they travelled while
+            # we computed.
             arrived = None if travelling is None else travelling.wait()
             travelling = dist.Shift(_add(arrived, _travellers(part)), plan.group)
         home = travelling.wait()  # one hop more, and each block's gradient is back at its owner
         total = _assemble(block, staying, home)
-        return (None, None, None, *(
-            g.to(t.dtype) if wanted and g is not None else None
-            for g, t, wanted in zip(total.tensors, block.tensors, ctx.needs_input_grad[3:])
-        ))  # fmt: skip
+        return (
+            None,
+            None,
+            None,
+            *(
+                g.to(t.dtype) if wanted and g is not None else None
+                for g, t, wanted in zip(total.tensors, block.tensors, ctx.needs_input_grad[3:])
+            ),
+        )
 
 
 def _visitors(block: Block, group: dist.Group) -> Iterator[tuple[int, Block]]:
-    """(owner, this rank's rows against the owner's columns), own columns first; the next block is already on its way."""
+    """(owner, this rank's rows against the owner's columns), own columns first; the next block is
+    already on its way.
+    """
     current = block
     for hop in range(group.size):
         moving = dist.Shift(_travellers(current), group) if hop < group.size - 1 else None
@@ -178,7 +232,9 @@ def _visitors(block: Block, group: dist.Group) -> Iterator[tuple[int, Block]]:
         if moving:
             arrived = tuple(moving.wait())
             right, values = arrived[: len(block.right)], arrived[len(block.right) :]
-            current = replace(block, right=right, column_values=values, offset=None)  # strangers: nobody's pair
+            current = replace(
+                block, right=right, column_values=values, offset=None
+            )  # strangers: nobody's pair
 
 
 def _travellers(block: Block) -> tuple[Tensor, ...]:
@@ -197,7 +253,9 @@ def _assemble(block: Block, staying: list[Tensor | None], home: list[Tensor]) ->
     )
 
 
-def _add(total: Sequence[Tensor | None] | None, part: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _add(
+    total: Sequence[Tensor | None] | None, part: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Sums in the accumulation dtype, so that a bfloat16 gradient is rounded once a hop at most."""
     part = [None if p is None else p.to(accumulation_dtype(p)) for p in part]
     return part if total is None else [p if t is None else t + p for t, p in zip(total, part)]
@@ -216,7 +274,9 @@ def _for_ring(reduction: Reduction, plan: Plan) -> tuple[Reduction, Plan]:
 
 
 def _restorer(block: Block) -> Any:
-    """A function from saved tensors back to (block, statistics): autograd must own the tensors, not the block."""
+    """A function from saved tensors back to (block, statistics): autograd must own the tensors, not
+    the block.
+    """
     n, spec = len(block.tensors), block.with_tensors((None,) * len(block.tensors))
     return lambda saved: (spec.with_tensors(saved[:n]), list(saved[n:]))
 

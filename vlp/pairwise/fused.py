@@ -1,6 +1,7 @@
 """Hand-derived tile programs: InfoNCE's margin and the sigmoid loss, one exponential an entry.
 
-Both take scores multiplied by the scale already (`prescaled`) and work in place on a tile that sits in cache.
+Both take scores multiplied by the scale already (`prescaled`) and work in place on a tile that sits
+in cache.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ class Margin:
 
         dz_ij = g^r_i e^{z_ij − r_i} + g^c_j e^{z_ij − c_j}   (j ≠ i),      dz_ii = g^d_i.
 
-    Rows and columns share ONE exponential E = e^{z − shift}: its sums are the statistics, and in backward
-    dz = E·(g^r_i e^{shift − r_i} + g^c_j e^{shift − c_j}). That is safe while the values of a tile span less than
-    `SPAN` (e^{±SPAN} is a normal float32 and so are sums of 10⁶ of them); wider tiles take one exponential each way.
+    Rows and columns share ONE exponential E = e^{z − shift}: its sums are the statistics, and in
+    backward dz = E·(g^r_i e^{shift − r_i} + g^c_j e^{shift − c_j}). That is safe while the values
+    of a tile span less than `SPAN` (e^{±SPAN} is a normal float32 and so are sums of 10⁶ of them);
+    wider tiles take one exponential each way.
     """
 
     prescaled = True
@@ -38,7 +40,10 @@ class Margin:
         if not (len(block.left[0]) and len(block.right[0])):
             return 0.0
         dtype = accumulation_dtype(block.left[0])
-        longest = [torch.linalg.vector_norm(m, dim=1, dtype=dtype).max() for m in (block.left[0], block.right[0])]
+        longest = [
+            torch.linalg.vector_norm(m, dim=1, dtype=dtype).max()
+            for m in (block.left[0], block.right[0])
+        ]
         return float(block.shared[0].detach().abs() * longest[0] * longest[1])
 
     def forward(self, tile: Tile) -> tuple[list[Tensor], Any]:
@@ -54,18 +59,26 @@ class Margin:
             columns = e.sum(0).double().log_().add_(shift) if self.both_ways else None
         return [rows, positive, columns][: 2 + self.both_ways], memo
 
-    def backward(self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]) -> Gradients:
+    def backward(
+        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
+    ) -> Gradients:
         if memo is None:
             z = self._scores(tile)
             memo = self._exponentials(z, _Pairs(tile, *z.shape))
         e, shift = memo
         # An empty log-sum-exp (−∞) has no entries that could carry a gradient.
-        rows, columns = (s.masked_fill(s == -torch.inf, torch.inf) for s in (statistics[0], statistics[-1]))
+        rows, columns = (
+            s.masked_fill(s == -torch.inf, torch.inf) for s in (statistics[0], statistics[-1])
+        )
         by_row, by_column = upstream[0], upstream[-1]
         if shift is None:
             d = (e - rows.to(e.dtype).unsqueeze(1)).exp_().mul_(by_row.to(e.dtype).unsqueeze(1))
             if self.both_ways:
-                d += (e - columns.to(e.dtype).unsqueeze(0)).exp_().mul_(by_column.to(e.dtype).unsqueeze(0))
+                d += (
+                    (e - columns.to(e.dtype).unsqueeze(0))
+                    .exp_()
+                    .mul_(by_column.to(e.dtype).unsqueeze(0))
+                )
         else:
             by_row = (by_row * (shift - rows).exp_()).to(e.dtype).unsqueeze(1)
             by_column = (by_column * (shift - columns).exp_()).to(e.dtype).unsqueeze(0)
@@ -87,7 +100,9 @@ class Margin:
         return z
 
     def _exponentials(self, z: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor | float | None]:
-        """(E, shift) with the positives at 0; or (z, None) with the positives at −∞ where one exponential cannot do."""
+        """(E, shift) with the positives at 0; or (z, None) with the positives at −∞ where one
+        exponential cannot do.
+        """
         if self.unshifted:
             e, shift = z.exp_(), 0.0
         else:
@@ -101,7 +116,9 @@ class Margin:
 
 
 class Softplus:
-    """Statistics Σ_{j≠i} log(1 + e^{z_ij}) and z_ii, with dz_ij = g_i σ(z_ij) for j ≠ i and dz_ii = g^d_i."""
+    """Statistics Σ_{j≠i} log(1 + e^{z_ij}) and z_ii, with dz_ij = g_i σ(z_ij) for j ≠ i and dz_ii =
+    g^d_i.
+    """
 
     prescaled = True
 
@@ -116,7 +133,9 @@ class Softplus:
         pairs.fill(values, 0.0)
         return [values.sum(1), positive], z
 
-    def backward(self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]) -> Gradients:
+    def backward(
+        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
+    ) -> Gradients:
         z = tile.scores[0].add_(tile.shared[1]) if memo is None else memo
         d = torch.sigmoid(z).mul_(upstream[0].to(z.dtype).unsqueeze(1))
         _Pairs(tile, *d.shape).write(d, upstream[1])

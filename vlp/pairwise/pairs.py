@@ -1,7 +1,8 @@
-"""The face of the engine: `Engine` says how and over which ranks; `Pairs` is the engine at one step, used by losses.
+"""The face of the engine: `Engine` says how and over which ranks; `Pairs` is the engine at one
+step, used by losses.
 
-Everything a loss takes from here obeys one convention (see `vlp.dist`): the average over ranks of the values that
-ranks return has exactly the value and the gradient of the single-process term.
+Everything a loss takes from here obeys one convention (see `vlp.dist`): the average over ranks of
+the values that ranks return has exactly the value and the gradient of the single-process term.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from vlp import dist
 from vlp.pairwise import exchange, tiled
-from vlp.pairwise.reduction import MARGIN, ROW_MARGIN, SOFTPLUS, SUM, Block, Reduction, Tile, logsumexp
+from vlp.pairwise.reduction import (
+    MARGIN,
+    ROW_MARGIN,
+    SOFTPLUS,
+    SUM,
+    Block,
+    Reduction,
+    Tile,
+    logsumexp,
+)
 from vlp.pairwise.topology import Topology
 
 IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
@@ -25,10 +35,11 @@ IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 class Engine:
     """How pairwise reductions are computed.
 
-    topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device), `triton` (CUDA), `auto`.
-    memory_budget: bytes for score tiles kept from forward, which then need no recomputation; None: twice
-    the candidates' embeddings, so that memory stays O(n·D). Raises ValueError, naming what is valid, for a group
-    size that does not divide the ranks, an unknown impl, or one that this machine cannot run.
+    topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device),
+    `triton` (CUDA), `auto`. memory_budget: bytes for score tiles kept from forward, which then need
+    no recomputation; None: twice the candidates' embeddings, so that memory stays O(n·D). Raises
+    ValueError, naming what is valid, for a group size that does not divide the ranks, an unknown
+    impl, or one that this machine cannot run.
     """
 
     ranks: dist.Group = field(default_factory=dist.world)
@@ -37,7 +48,9 @@ class Engine:
     memory_budget: int | None = None
     tile_size: int = 0  # 0: the device's default
     seed: int = 0  # of alternating groups
-    _groups: dict[tuple[int, ...], dist.Group] = field(default_factory=dict, repr=False, compare=False)
+    _groups: dict[tuple[int, ...], dist.Group] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
@@ -56,7 +69,9 @@ class Engine:
         positions = next(members for members in partition if self.ranks.index in members)
         if positions not in self._groups:
             whole = len(positions) == self.ranks.size
-            self._groups[positions] = self.ranks if whole else dist.subgroup([self.ranks.ranks[p] for p in positions])
+            self._groups[positions] = (
+                self.ranks if whole else dist.subgroup([self.ranks.ranks[p] for p in positions])
+            )
         return self._groups[positions]
 
     def at(self, step: int | None = None) -> Pairs:
@@ -83,8 +98,8 @@ class Engine:
 class Pairs:
     """Reductions over all (row, candidate) pairs of a group of ranks, at one step.
 
-    Embeddings are this rank's [b, D] unit rows; results are for this rank's own rows and own columns, against the
-    candidates of the whole group.
+    Embeddings are this rank's [b, D] unit rows; results are for this rank's own rows and own
+    columns, against the candidates of the whole group.
     """
 
     engine: Engine
@@ -96,8 +111,9 @@ class Pairs:
 
     @property
     def alone(self) -> Pairs:
-        """The same for columns that every rank holds whole, like a queue: they are gathered from nobody, and must not
-        need a gradient."""
+        """The same for columns that every rank holds whole, like a queue: they are gathered from
+        nobody, and must not need a gradient.
+        """
         return replace(self, group=dist.Group((self.group.ranks[self.group.index],)))
 
     # Reductions of scores
@@ -113,20 +129,24 @@ class Pairs:
         shared: Sequence[Tensor] = (),
         paired: bool = True,  # column i is row i's own pair
     ) -> tuple[Tensor, ...]:
-        """The general form: any tile function over any score matrices. Row statistics [b], column statistics [c].
+        """The general form: any tile function over any score matrices. Row statistics [b], column
+        statistics [c].
 
-        `shared` tensors are seen by every tile; differentiable ones must be equal on all ranks (the scale, gathered
-        diagonals), and their gradients are sums over this rank's own rows.
+        `shared` tensors are seen by every tile; differentiable ones must be equal on all ranks (the
+        scale, gathered diagonals), and their gradients are sums over this rank's own rows.
         """
         left, right = _same_dtype(left, right)
         offset = 0 if paired else None
         block = Block(left, right, tuple(row_values), tuple(column_values), tuple(shared), offset)
         return exchange.reduce(reduction, block, self.engine.plan(self.group, block))
 
-    def logsumexp(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def logsumexp(
+        self, image: Tensor, text: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """z = scale·x_i·t_j: LSE_{j≠i} z_ij [b], LSE_{j≠i} z_ji [b] and the positive z_ii [b].
 
-        The positive is excluded: with it, r_i − z_ii cancels for well-aligned pairs. −∞ where there is no other.
+        The positive is excluded: with it, r_i − z_ii cancels for well-aligned pairs. −∞ where there
+        is no other.
         """
         rows, positive, columns = self.reduce(MARGIN, [image], [text], shared=[_wide(scale, image)])
         return rows, columns, positive
@@ -134,24 +154,36 @@ class Pairs:
     def margin_logsumexp(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """q_i = LSE_{j≠i} z_ij − z_ii of the rows and likewise of the columns, [b] each.
 
-        InfoNCE is the mean of softplus(q), decoupled contrastive learning the mean of q, and 1 − P_i = σ(q_i).
+        InfoNCE is the mean of softplus(q), decoupled contrastive learning the mean of q, and 1 −
+        P_i = σ(q_i).
         """
         rows, columns, positive = self.logsumexp(image, text, scale)
         return rows - positive, columns - positive
 
     def row_logsumexp(
-        self, left: Tensor, right: Tensor, scale: Tensor, *, valid: Tensor | None = None, paired: bool = False
+        self,
+        left: Tensor,
+        right: Tensor,
+        scale: Tensor,
+        *,
+        valid: Tensor | None = None,
+        paired: bool = False,
     ) -> Tensor:
         """LSE_j scale·l_i·r_j [b] over all columns of the group, in one direction.
 
-        right: [c, D], this rank's columns (hard captions [b·K, D], or the rows themselves for a modality with itself);
-        valid: [c] bool, columns that take part; paired: leave out j = i. −∞ where no column remains.
+        right: [c, D], this rank's columns (hard captions [b·K, D], or the rows themselves for a
+        modality with itself); valid: [c] bool, columns that take part; paired: leave out j = i. −∞
+        where no column remains.
         """
         masks = [] if valid is None else [_mask(valid, left)]
         shared = [_wide(scale, left)]
-        return self.reduce(ROW_MARGIN, [left], [right], column_values=masks, shared=shared, paired=paired)[0]
+        return self.reduce(
+            ROW_MARGIN, [left], [right], column_values=masks, shared=shared, paired=paired
+        )[0]
 
-    def softplus_sum(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def softplus_sum(
+        self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """z = scale·x_i·t_j + bias: Σ_{j≠i} log(1 + e^{z_ij}) [b] and the positive z_ii [b]."""
         shared = [_wide(scale, image), _wide(bias, image)]
         return self.reduce(SOFTPLUS, [image], [text], shared=shared)
@@ -159,7 +191,9 @@ class Pairs:
     def multiples_logsumexp(
         self, image: Tensor, text: Tensor, scale: Tensor, multiples: Sequence[float]
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """For each multiple m: (LSE_{j≠i} m·z_ij, LSE_{j≠i} m·z_ji), [b] each; and the positive z_ii. One pass."""
+        """For each multiple m: (LSE_{j≠i} m·z_ij, LSE_{j≠i} m·z_ji), [b] each; and the positive
+        z_ii. One pass.
+        """
         reduction = _multiples(tuple(multiples))
         found = self.reduce(reduction, [image], [text], shared=[_wide(scale, image)])
         k = len(multiples)
@@ -167,16 +201,21 @@ class Pairs:
 
     def linear_sums(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_j z_ij [b] and Σ_j z_ji [b], the positive included: x_i·Σ_j t_j needs no tile at all."""
-        sums = [dist.all_reduce(_wide_rows(e).sum(0, keepdim=True), self.group)[0] for e in (text, image)]
+        sums = [
+            dist.all_reduce(_wide_rows(e).sum(0, keepdim=True), self.group)[0]
+            for e in (text, image)
+        ]
         return scale * (_wide_rows(image) @ sums[0]), scale * (_wide_rows(text) @ sums[1])
 
     def top_k(
         self, left: Tensor, right: Tensor, k: int, *, paired: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The k columns of the group with the highest l_i·r_j, best first, without the own pair if `paired`.
+        """The k columns of the group with the highest l_i·r_j, best first, without the own pair if
+        `paired`.
 
-        Returns scores [b, k] and columns [b, k, D], differentiable in both towers, and positions [b, k] of the
-        columns in group order. The choice itself has no gradient. ValueError where fewer than k columns remain.
+        Returns scores [b, k] and columns [b, k, D], differentiable in both towers, and positions
+        [b, k] of the columns in group order. The choice itself has no gradient. ValueError where
+        fewer than k columns remain.
         """
         gathered, positions = self._hardest(left, right, k, paired)
         columns = gathered[positions]
@@ -190,17 +229,21 @@ class Pairs:
         gathered = dist.all_gather(right, self.group)
         remaining = len(gathered) - int(paired)
         if k > remaining:
-            raise ValueError(f"top {k} of {remaining} candidates; use at most {remaining}, or a larger batch")
+            raise ValueError(
+                f"top {k} of {remaining} candidates; use at most {remaining}, or a larger batch"
+            )
         offset = self.group.index * len(right) if paired else None
         return gathered, tiled.top_columns(left.detach(), gathered.detach(), k, offset)
 
     # Means and sums over rows
 
     def mean(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
-        """This rank's share of the mean of `values` over the rows of ALL ranks: the average of the shares is the mean.
+        """This rank's share of the mean of `values` over the rows of ALL ranks: the average of the
+        shares is the mean.
 
-        valid: mask or weights w ≥ 0 of the shape of `values`; then the share is (W/N)·Σ w·value with N = Σ w over all
-        ranks, and exactly 0, with zero gradient, where N = 0. Values at w = 0 have no influence, be they NaN.
+        valid: mask or weights w ≥ 0 of the shape of `values`; then the share is (W/N)·Σ w·value
+        with N = Σ w over all ranks, and exactly 0, with zero gradient, where N = 0. Values at w = 0
+        have no influence, be they NaN.
         """
         if valid is None:
             return values.mean()
@@ -210,7 +253,9 @@ class Pairs:
         return kept.sum() * (self.engine.ranks.size / torch.where(total > 0, total, 1))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Σ values over the rows of the group, whole on each of its ranks: for terms that are no mean over rows."""
+        """Σ values over the rows of the group, whole on each of its ranks: for terms that are no
+        mean over rows.
+        """
         return dist.all_reduce(values.sum(), self.group)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -226,7 +271,9 @@ class Pairs:
         return dist.all_gather(values, self.engine.ranks)
 
     def gather(self, values: Tensor) -> Tensor:
-        """[b, ...] of each rank -> [n, ...] in group order; what ranks ask of it is summed. O(n) memory."""
+        """[b, ...] of each rank -> [n, ...] in group order; what ranks ask of it is summed. O(n)
+        memory.
+        """
         return dist.all_gather(values, self.group)
 
 
@@ -240,7 +287,9 @@ def _multiples(multiples: tuple[float, ...]) -> Reduction:
     return Reduction(function, rows=(*kinds, SUM), columns=kinds)
 
 
-def _same_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _same_dtype(
+    left: Sequence[Tensor], right: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     dtypes = [torch.promote_types(x.dtype, t.dtype) for x, t in zip(left, right)]
     return (
         tuple(x.to(d) for x, d in zip(left, dtypes)),
@@ -266,7 +315,7 @@ def _mask(valid: Tensor, like: Tensor) -> Tensor:
 
 def _has_triton() -> bool:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return False
     return True
@@ -274,7 +323,9 @@ def _has_triton() -> bool:
 
 def _triton_or_explain() -> Any:
     if not _has_triton():
-        raise ValueError("impl: 'triton' needs the package triton, which is not installed; choose auto, tiled or dense")
+        raise ValueError(
+            "impl: 'triton' needs the package triton, which is not installed; choose auto, tiled or dense"
+        )
     from vlp.pairwise import triton
 
     triton.check_device()

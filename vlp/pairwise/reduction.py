@@ -1,10 +1,12 @@
-"""What a pairwise reduction is: matrices computed from scores, each summed or log-sum-exp'ed along one axis.
+"""What a pairwise reduction is: matrices computed from scores, each summed or log-sum-exp'ed along
+one axis.
 
-A `Block` holds the tensors of b rows and n columns; its score matrices s_k = left_k · right_kᵀ are [b, n] and are
-never meant to exist whole. A `Reduction` says what to do with them: `function(tile)` returns matrices of the tile's
-shape; the first ones are reduced along columns, giving one number a row, the others along rows, giving one a column.
-This description is all that an implementation needs: `dense` applies it to the whole block, `tiled` to one tile at a
-time and again in backward, and the reductions that carry a `fused` name have hand-derived gradients as well.
+A `Block` holds the tensors of b rows and n columns; its score matrices s_k = left_k · right_kᵀ are
+[b, n] and are never meant to exist whole. A `Reduction` says what to do with them: `function(tile)`
+returns matrices of the tile's shape; the first ones are reduced along columns, giving one number a
+row, the others along rows, giving one a column. This description is all that an implementation
+needs: `dense` applies it to the whole block, `tiled` to one tile at a time and again in backward,
+and the reductions that carry a `fused` name have hand-derived gradients as well.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Block:
     row_values: tuple[Tensor, ...] = ()  # [b]
     column_values: tuple[Tensor, ...] = ()  # [n]
     shared: tuple[Tensor, ...] = ()  # scale, bias, …: seen by every tile
-    offset: int | None = None  # the pair of row i is column i + offset; None: no column is a row's own pair
+    offset: int | None = (
+        None  # the pair of row i is column i + offset; None: no column is a row's own pair
+    )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,7 +47,9 @@ class Block:
         for old in (self.left, self.right, self.row_values, self.column_values, self.shared):
             parts.append(tuple(tensors[start : start + len(old)]))
             start += len(old)
-        return replace(self, **dict(zip(("left", "right", "row_values", "column_values", "shared"), parts)))
+        return replace(
+            self, **dict(zip(("left", "right", "row_values", "column_values", "shared"), parts))
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,9 @@ class Tile:
 
 @dataclass
 class Gradients:
-    """Of one tile: with respect to each score matrix, row value, column value and shared tensor (None: zero)."""
+    """Of one tile: with respect to each score matrix, row value, column value and shared tensor
+    (None: zero).
+    """
 
     scores: Sequence[Tensor | None]
     row_values: Sequence[Tensor | None] = ()
@@ -78,7 +86,9 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Reduction:
-    """`function(tile)` returns len(rows) + len(columns) matrices; the names say how each is reduced."""
+    """`function(tile)` returns len(rows) + len(columns) matrices; the names say how each is
+    reduced.
+    """
 
     function: Callable[[Tile], tuple[Tensor, ...]]
     rows: tuple[str, ...] = ()
@@ -105,15 +115,17 @@ def softplus_sums(tile: Tile) -> tuple[Tensor, ...]:
     return softplus(z).masked_fill(positive, 0), z.masked_fill(~positive, 0)
 
 
-# The three reductions worth a hand-derived gradient. InfoNCE's margin is row statistic − positive: with the positive
-# left out of the sum nothing cancels, however well the pairs are aligned.
+# The three reductions worth a hand-derived gradient. InfoNCE's margin is row statistic − positive:
+# with the positive left out of the sum nothing cancels, however well the pairs are aligned.
 MARGIN = Reduction(negatives, rows=(LOGSUMEXP, SUM), columns=(LOGSUMEXP,), fused="margin")
 ROW_MARGIN = Reduction(row_negatives, rows=(LOGSUMEXP, SUM), fused="margin")
 SOFTPLUS = Reduction(softplus_sums, rows=(SUM, SUM), fused="softplus")
 
 
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z) = −log σ(−z). Torch's default turns linear above 20, wrong by 2e-9; above 60 by 1e-26."""
+    """log(1 + e^z) = −log σ(−z). Torch's default turns linear above 20, wrong by 2e-9; above 60 by
+    1e-26.
+    """
     return torch.nn.functional.softplus(z, threshold=60)
 
 
@@ -125,7 +137,9 @@ def logsumexp(values: Tensor, dim: int) -> Tensor:
 
 
 def logaddexp(first: Tensor, second: Tensor) -> Tensor:
-    """log(e^first + e^second); −∞ with zero gradient where both are −∞ (torch's gradient is NaN there)."""
+    """log(e^first + e^second); −∞ with zero gradient where both are −∞ (torch's gradient is NaN
+    there).
+    """
     empty = (first == -torch.inf) & (second == -torch.inf)
     result = torch.logaddexp(first.masked_fill(empty, 0), second.masked_fill(empty, 0))
     return result.masked_fill(empty, -torch.inf)
@@ -141,9 +155,12 @@ def merge(kind: str, first: Tensor, second: Tensor) -> Tensor:
 
 
 def empty_statistic(kind: str, size: int, device: torch.device) -> Tensor:
-    """The statistic of no entries at all. Statistics are float64: [b] numbers cost nothing, and at a scale of 100
-    float32 would round each merge by 4e-6, which the gradients then carry."""
-    return torch.full((size,), 0.0 if kind == SUM else -torch.inf, dtype=torch.float64, device=device)
+    """The statistic of no entries at all. Statistics are float64: [b] numbers cost nothing, and at
+    a scale of 100 float32 would round each merge by 4e-6, which the gradients then carry.
+    """
+    return torch.full(
+        (size,), 0.0 if kind == SUM else -torch.inf, dtype=torch.float64, device=device
+    )
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,9 +1,10 @@
 """Reductions one tile at a time: O(b·D) memory, exact gradients by recomputation, any device.
 
-Forward streams the row and column statistics of every tile; backward recomputes each tile once and takes all its
-gradients from it. With hand-derived programs (`fused.py`) symmetric InfoNCE costs 2B²D + 6B²D FLOPs; tiles that fit
-`budget` bytes are kept from forward and need no recomputation (2B²D less where all fit).
-Deterministic for a given tile size; another tile size changes the order of float additions, nothing else.
+Forward streams the row and column statistics of every tile; backward recomputes each tile once and
+takes all its gradients from it. With hand-derived programs (`fused.py`) symmetric InfoNCE costs
+2B²D + 6B²D FLOPs; tiles that fit `budget` bytes are kept from forward and need no recomputation
+(2B²D less where all fit). Deterministic for a given tile size; another tile size changes the order
+of float additions, nothing else.
 """
 
 from __future__ import annotations
@@ -28,19 +29,27 @@ from vlp.pairwise.reduction import (
     reduce_matrix,
 )
 
-TILE = {"cpu": 1024, "cuda": 4096}  # 512 to 2,048 measured alike on a CPU; fewer tiles mean fewer thread barriers
+TILE = {
+    "cpu": 1024,
+    "cuda": 4096,
+}  # 512 to 2,048 measured alike on a CPU; fewer tiles mean fewer thread barriers
 
 
 class Program(Protocol):
     """How one tile is reduced and differentiated."""
 
-    prescaled: bool  # the scores arrive multiplied by shared[0], whose gradient the loop then takes from ⟨X, dX⟩
+    # the scores arrive multiplied by shared[0], whose gradient the loop then takes from ⟨X, dX⟩
+    prescaled: bool
 
     def forward(self, tile: Tile) -> tuple[Sequence[Tensor], Any]:
         """Partial statistics, and what backward can use instead of the scores (may overwrite them)."""
 
-    def backward(self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]) -> Gradients:
-        """`memo` is None where the tile was recomputed; statistics and upstream gradients are the tile's slices."""
+    def backward(
+        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
+    ) -> Gradients:
+        """`memo` is None where the tile was recomputed; statistics and upstream gradients are the
+        tile's slices.
+        """
 
 
 @dataclass
@@ -60,7 +69,9 @@ class Kept:
 
 
 class Scratch:
-    """Memory for the scores of one tile after another: fresh pages for each would cost a sixth of its GEMM."""
+    """Memory for the scores of one tile after another: fresh pages for each would cost a sixth of
+    its GEMM.
+    """
 
     def __init__(self) -> None:
         self.buffers: dict[int, Tensor] = {}
@@ -81,13 +92,17 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
     kinds = (*reduction.rows, *reduction.columns)
     program = program_for(reduction, block)
     sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
-    results = [empty_statistic(kind, size, block.left[0].device) for kind, size in zip(kinds, sizes)]
+    results = [
+        empty_statistic(kind, size, block.left[0].device) for kind, size in zip(kinds, sizes)
+    ]
     scratch = Scratch()
     for rows, left in _row_tiles(program, block, tile_size):
         for columns in _slices(n_columns, _tile_size(block, tile_size)):
             tile = _tile(block, left, rows, columns, scratch)
             partials, memo = program.forward(tile)
-            for result, kind, where, partial in zip(results, kinds, _where(reduction, rows, columns), partials):
+            for result, kind, where, partial in zip(
+                results, kinds, _where(reduction, rows, columns), partials
+            ):
                 result[where] = merge(kind, result[where], partial)
             if kept.offer((rows.start, columns.start), memo, sum(s.nbytes for s in tile.scores)):
                 scratch.forget()
@@ -113,7 +128,10 @@ def gradients(
             tile = _tile(block, left, rows, columns, scratch if memo is None else None)
             where = _where(reduction, rows, columns)
             found = program.backward(
-                tile, memo, [s[w] for s, w in zip(statistics, where)], [u[w] for u, w in zip(upstream, where)]
+                tile,
+                memo,
+                [s[w] for s, w in zip(statistics, where)],
+                [u[w] for u, w in zip(upstream, where)],
             )
             sink.add(found, left, rows, columns)
         sink.finish_rows(rows)
@@ -159,16 +177,22 @@ class _Sink:
                     total[where] += part
 
     def finish_rows(self, rows: slice) -> None:
-        """With z = (scale·x)·t the sums hold dZ·T: dscale = Σ dz·s = ⟨X, dZ·T⟩, and dX = scale·dZ·T."""
+        """With z = (scale·x)·t the sums hold dZ·T: dscale = Σ dz·s = ⟨X, dZ·T⟩, and dX =
+        scale·dZ·T.
+        """
         if not self.prescaled or self.current[0] is None:
             return
         if self.scale_needed:
-            self.shared[0] += torch.linalg.vecdot(self.current[0], _wide(self.block.left[0][rows])).sum()
+            self.shared[0] += torch.linalg.vecdot(
+                self.current[0], _wide(self.block.left[0][rows])
+            ).sum()
         self.current[0].mul_(self.block.shared[0])
 
     def result(self) -> list[Tensor | None]:
         sums = (*self.left, *self.right, *self.row_values, *self.column_values, *self.shared)
-        return [s.to(t.dtype) if w else None for s, t, w in zip(sums, self.block.tensors, self.needed)]
+        return [
+            s.to(t.dtype) if w else None for s, t, w in zip(sums, self.block.tensors, self.needed)
+        ]
 
 
 class Recompute:
@@ -182,12 +206,19 @@ class Recompute:
     def forward(self, tile: Tile) -> tuple[Sequence[Tensor], Any]:
         matrices, n_rows = self.reduction.function(tile), len(self.reduction.rows)
         kinds = (*self.reduction.rows, *self.reduction.columns)
-        partials = [reduce_matrix(m, k, dim=int(i < n_rows)) for i, (m, k) in enumerate(zip(matrices, kinds))]
+        partials = [
+            reduce_matrix(m, k, dim=int(i < n_rows))
+            for i, (m, k) in enumerate(zip(matrices, kinds))
+        ]
         return partials, tile.scores
 
-    def backward(self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]) -> Gradients:
+    def backward(
+        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
+    ) -> Gradients:
         groups = (memo or tile.scores, tile.row_values, tile.column_values, tile.shared)
-        leaves = [[t.detach().requires_grad_(t.is_floating_point()) for t in group] for group in groups]
+        leaves = [
+            [t.detach().requires_grad_(t.is_floating_point()) for t in group] for group in groups
+        ]
         flat = [t for group in leaves for t in group if t.requires_grad]
         with torch.enable_grad():
             matrices = self.reduction.function(Tile(*map(tuple, leaves), tile.offset))
@@ -197,23 +228,35 @@ class Recompute:
             for i, (m, kind, s, u) in enumerate(zip(matrices, kinds, statistics, upstream))
         ]
         live = [(m, w) for m, w in zip(matrices, weights) if m.requires_grad]
-        found = iter(torch.autograd.grad([m for m, _ in live], flat, [w for _, w in live], allow_unused=True))
-        return Gradients(*([next(found) if t.requires_grad else None for t in group] for group in leaves))
+        found = iter(
+            torch.autograd.grad([m for m, _ in live], flat, [w for _, w in live], allow_unused=True)
+        )
+        return Gradients(
+            *([next(found) if t.requires_grad else None for t in group] for group in leaves)
+        )
 
 
 def _weight(matrix: Tensor, kind: str, statistic: Tensor, upstream: Tensor, by_row: bool) -> Tensor:
-    """∂(Σ upstream·statistic)/∂matrix: the upstream itself for a sum, times e^{m − lse} for a log-sum-exp."""
+    """∂(Σ upstream·statistic)/∂matrix: the upstream itself for a sum, times e^{m − lse} for a
+    log-sum-exp.
+    """
     axis = 1 if by_row else 0
     weight = upstream.to(matrix.dtype).unsqueeze(axis).expand_as(matrix)
     if kind != LOGSUMEXP:
         return weight
     # An empty log-sum-exp (−∞) has no entries that could carry a gradient.
-    statistic = statistic.masked_fill(statistic == -torch.inf, torch.inf).to(matrix.dtype).unsqueeze(axis)
+    statistic = (
+        statistic.masked_fill(statistic == -torch.inf, torch.inf).to(matrix.dtype).unsqueeze(axis)
+    )
     return weight * (matrix - statistic).exp()
 
 
 def program_for(reduction: Reduction, block: Block) -> Program:
-    return fused.PROGRAMS[reduction.fused](reduction, block) if reduction.fused else Recompute(reduction)
+    return (
+        fused.PROGRAMS[reduction.fused](reduction, block)
+        if reduction.fused
+        else Recompute(reduction)
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -228,18 +271,24 @@ def _tile_size(block: Block, tile_size: int) -> int:
     return tile_size or TILE.get(block.left[0].device.type, TILE["cpu"])
 
 
-def _row_tiles(program: Program, block: Block, tile_size: int) -> Iterator[tuple[slice, list[Tensor]]]:
+def _row_tiles(
+    program: Program, block: Block, tile_size: int
+) -> Iterator[tuple[slice, list[Tensor]]]:
     for rows in _slices(block.shape[0], _tile_size(block, tile_size)):
         left = [_wide(x[rows]) for x in block.left]
         yield rows, [left[0] * block.shared[0]] if program.prescaled else left
 
 
-def _tile(block: Block, left: Sequence[Tensor], rows: slice, columns: slice, scratch: Scratch | None) -> Tile:
+def _tile(
+    block: Block, left: Sequence[Tensor], rows: slice, columns: slice, scratch: Scratch | None
+) -> Tile:
     """The tile with its scores in `scratch`, or without scores where there is none."""
     m, n = rows.stop - rows.start, columns.stop - columns.start
     pairs = () if scratch is None else enumerate(zip(left, block.right))
     return Tile(
-        tuple(torch.mm(x, _wide(t[columns]).T, out=scratch.take(k, m, n, x)) for k, (x, t) in pairs),
+        tuple(
+            torch.mm(x, _wide(t[columns]).T, out=scratch.take(k, m, n, x)) for k, (x, t) in pairs
+        ),
         tuple(v[rows] for v in block.row_values),
         tuple(v[columns] for v in block.column_values),
         block.shared,
@@ -252,16 +301,25 @@ def _where(reduction: Reduction, rows: slice, columns: slice) -> list[slice]:
 
 
 @torch.no_grad()
-def top_columns(left: Tensor, right: Tensor, k: int, offset: int | None, tile_size: int = 0) -> Tensor:
-    """[b, k] positions of the columns with the highest left·rightᵀ, best first; column i + offset is left out."""
+def top_columns(
+    left: Tensor, right: Tensor, k: int, offset: int | None, tile_size: int = 0
+) -> Tensor:
+    """[b, k] positions of the columns with the highest left·rightᵀ, best first; column i + offset
+    is left out.
+    """
     block = Block((left,), (right,), offset=offset)
     found = []
     for rows in _slices(len(left), _tile_size(block, tile_size)):
-        best, where = left.new_empty(rows.stop - rows.start, 0, dtype=accumulation_dtype(left)), None
+        best, where = (
+            left.new_empty(rows.stop - rows.start, 0, dtype=accumulation_dtype(left)),
+            None,
+        )
         for columns in _slices(len(right), _tile_size(block, tile_size)):
             tile = _tile(block, [_wide(left[rows])], rows, columns, Scratch())
             scores = tile.scores[0].masked_fill_(tile.positive, -torch.inf)
-            positions = torch.arange(columns.start, columns.stop, device=left.device).expand(len(scores), -1)
+            positions = torch.arange(columns.start, columns.stop, device=left.device).expand(
+                len(scores), -1
+            )
             best = torch.cat([best, scores], dim=1)
             where = positions if where is None else torch.cat([where, positions], dim=1)
             best, chosen = best.topk(min(k, best.shape[1]), dim=1)

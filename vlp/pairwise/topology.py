@@ -1,8 +1,9 @@
 """Which ranks share candidates, and how embeddings travel between them.
 
-A topology is one value of a configuration: `auto`, `local`, `global`, `ring`, or a mapping
-`{group: 8, layout: contiguous, exchange: gather}`. With groups of g ranks a row's candidates are the n = g·b columns
-of its group; g = 1 is `local`, g = W is `global` (M2-Encoder's grouped aggregation, arXiv 2401.15896).
+A topology is one value of a configuration: `auto`, `local`, `global`, `ring`, or a mapping `{group:
+8, layout: contiguous, exchange: gather}`. With groups of g ranks a row's candidates are the n = g·b
+columns of its group; g = 1 is `local`, g = W is `global` (M2-Encoder's grouped aggregation, arXiv
+2401.15896).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Topology:
     """Groups of ranks that share candidates. `group: 0` means all ranks."""
 
     group: int = 0  # ranks a group; must divide the number of ranks
-    # contiguous: neighbours, so inside a node; strided: one of every W/g; alternating: another partition every step,
-    # so that over one cycle every pair of ranks meets
+    # contiguous: neighbours, so inside a node; strided: one of every W/g; alternating: another
+    # partition every step, so that over one cycle every pair of ranks meets
     layout: Literal["contiguous", "strided", "alternating"] = "contiguous"
     # gather: all candidates at once, O(n·D) memory; ring: block by block between neighbours, O(b·D)
     exchange: Literal["gather", "ring"] = "gather"
@@ -36,7 +37,9 @@ class Topology:
 
     @classmethod
     def read(cls, value: Any) -> Topology:
-        """Read `auto | local | global | ring | {group, layout, exchange}`; ValueError says what is known."""
+        """Read `auto | local | global | ring | {group, layout, exchange}`; ValueError says what is
+        known.
+        """
         if isinstance(value, Topology):
             return value
         if isinstance(value, Mapping):
@@ -54,11 +57,15 @@ class Topology:
         size = self.group or n_ranks
         if n_ranks % size:
             divisors = [d for d in range(1, n_ranks + 1) if n_ranks % d == 0]
-            raise ValueError(f"topology: groups of {size} do not divide {n_ranks} ranks; choose group from {divisors}")
+            raise ValueError(
+                f"topology: groups of {size} do not divide {n_ranks} ranks; choose group from {divisors}"
+            )
         return size
 
     def partition(self, n_ranks: int, step: int = 0, seed: int = 0) -> Partition:
-        """The groups of positions 0..n_ranks−1 at this step: the same on every rank, a function of (seed, step)."""
+        """The groups of positions 0..n_ranks−1 at this step: the same on every rank, a function of
+        (seed, step).
+        """
         size = self.group_size(n_ranks)
         if self.layout == "alternating":
             cycle = rotation(n_ranks, size, seed)
@@ -67,7 +74,8 @@ class Topology:
 
 
 NAMED = {
-    "auto": Topology(),  # global: a grouping changes the objective, so it is never chosen for the user
+    # global: a grouping changes the objective, so it is never chosen for the user
+    "auto": Topology(),
     "local": Topology(group=1),
     "global": Topology(),
     "ring": Topology(exchange="ring"),
@@ -86,10 +94,12 @@ def strided(n_ranks: int, size: int) -> Partition:
 
 @cache
 def rotation(n_ranks: int, size: int, seed: int = 0) -> tuple[Partition, ...]:
-    """Partitions into groups of `size`, after all of which every two ranks have shared a group at least once.
+    """Partitions into groups of `size`, after all of which every two ranks have shared a group at
+    least once.
 
     Greedy: each partition fills its groups with the ranks that have met each other least; at least
-    (W−1)/(g−1) partitions are needed, and a few more are used. The first is contiguous; the seed orders the others.
+    (W−1)/(g−1) partitions are needed, and a few more are used. The first is contiguous; the seed
+    orders the others.
     """
     if size in (1, n_ranks):
         return (contiguous(n_ranks, size),)

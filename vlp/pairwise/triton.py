@@ -1,4 +1,5 @@
-"""Triton kernels for the margin log-sum-exp and the sigmoid loss: the reductions with a hand-derived gradient.
+"""Triton kernels for the margin log-sum-exp and the sigmoid loss: the reductions with a
+hand-derived gradient.
 
 The score GEMM is fused with what follows it, and no float32 score ever leaves the chip:
 
@@ -6,8 +7,9 @@ The score GEMM is fused with what follows it, and no float32 score ever leaves t
     backward  one kernel recomputes z tiles and writes dz of a CHUNK of the matrix in the inputs' dtype; two library
               GEMMs turn it into dX and dT while it is in cache or nearly so (6B²D).
 
-A kernel that kept dX and dT accumulators on the chip would have to compute z once for each of them (10B²D in all).
-Inputs bfloat16, float16 or float32, accumulation in float32. Other reductions take the tiled path.
+A kernel that kept dX and dT accumulators on the chip would have to compute z once for each of them
+(10B²D in all). Inputs bfloat16, float16 or float32, accumulation in float32. Other reductions take
+the tiled path.
 """
 
 from __future__ import annotations
@@ -26,19 +28,23 @@ from vlp.pairwise.reduction import Block, Reduction, empty_statistic, merge
 from vlp.pairwise.tiled import Kept
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Rows × columns of a program, depth of one dot, warps, pipeline stages; chosen to fit Hopper's registers and shared
-# memory with float32 accumulators. Narrow inputs, then float32.
+# Rows × columns of a program, depth of one dot, warps, pipeline stages; chosen to fit Hopper's
+# registers and shared memory with float32 accumulators. Narrow inputs, then float32.
 HALF = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 FULL = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
 SPAN = 16  # column tiles a forward program streams before it writes its row statistics
-FORWARD_ROWS = 8192  # rows a launch: bounds the partial column statistics, FORWARD_ROWS / BM · n numbers
+FORWARD_ROWS = (
+    8192  # rows a launch: bounds the partial column statistics, FORWARD_ROWS / BM · n numbers
+)
 CHUNK = (4096, 8192)  # rows × columns of dz that exist at once: 64 MiB in bfloat16
 
 
 def check_device() -> None:
     """ValueError where the kernels cannot run."""
     if not (torch.cuda.is_available() or INTERPRETED):
-        raise ValueError("impl: 'triton' needs a CUDA device and found none; choose auto, tiled or dense")
+        raise ValueError(
+            "impl: 'triton' needs a CUDA device and found none; choose auto, tiled or dense"
+        )
 
 
 def supports(reduction: Reduction, block: Block) -> bool:
@@ -47,7 +53,9 @@ def supports(reduction: Reduction, block: Block) -> bool:
 
 
 def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -> list[Tensor]:
-    """Row statistics [b], then column statistics [n], in float64 (see `tiled.reduce`). Nothing is kept."""
+    """Row statistics [b], then column statistics [n], in float64 (see `tiled.reduce`). Nothing is
+    kept.
+    """
     if not supports(reduction, block):
         return tiled.reduce(reduction, block, kept, tile_size)
     x, t, (n_rows, n_columns) = block.left[0].contiguous(), block.right[0].contiguous(), block.shape
@@ -59,11 +67,25 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
         size = rows.stop - rows.start
         n_blocks, n_spans = triton.cdiv(size, meta["BM"]), triton.cdiv(n_columns, meta["BN"] * SPAN)
         by_row, positive = (x.new_empty(n_spans, size, dtype=torch.float32) for _ in range(2))
-        by_column = x.new_empty(n_blocks if reduction.columns else 0, n_columns, dtype=torch.float32)
+        by_column = x.new_empty(
+            n_blocks if reduction.columns else 0, n_columns, dtype=torch.float32
+        )
         _statistics[(n_blocks, n_spans)](
-            x[rows], t, *_scalars(block), by_row, positive, by_column, size, n_columns,
-            *_offset(block, rows), D=x.shape[1], MODE=reduction.fused, COLUMNS=bool(reduction.columns), SPAN=SPAN, **meta,
-        )  # fmt: skip
+            x[rows],
+            t,
+            *_scalars(block),
+            by_row,
+            positive,
+            by_column,
+            size,
+            n_columns,
+            *_offset(block, rows),
+            D=x.shape[1],
+            MODE=reduction.fused,
+            COLUMNS=bool(reduction.columns),
+            SPAN=SPAN,
+            **meta,
+        )
         results[0][rows] = _merge_parts(kinds[0], by_row)
         results[1][rows] = positive.double().sum(0)
         if reduction.columns:
@@ -98,32 +120,69 @@ def gradients(
             bias_sum += sums
     scale_gradient = torch.linalg.vecdot(dx, x.float()).sum() * unit
     factor = unit * block.shared[0].float()
-    found = [dx.mul_(factor).to(x.dtype), dt.mul_(factor).to(t.dtype), scale_gradient, bias_sum * unit]
+    found = [
+        dx.mul_(factor).to(x.dtype),
+        dt.mul_(factor).to(t.dtype),
+        scale_gradient,
+        bias_sum * unit,
+    ]
     return [g.to(v.dtype) if n else None for g, v, n in zip(found, block.tensors, needed)]
 
 
 def _chunk(
-    reduction: Reduction, block: Block, x: Tensor, t: Tensor, saved: list[Tensor], upstream: list[Tensor],
-    rows: slice, columns: slice, meta: dict[str, int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    reduction: Reduction,
+    block: Block,
+    x: Tensor,
+    t: Tensor,
+    saved: list[Tensor],
+    upstream: list[Tensor],
+    rows: slice,
+    columns: slice,
+    meta: dict[str, int],
+) -> tuple[Tensor, Tensor]:
     """dz [rows, columns] in the inputs' dtype, and its sum in float32."""
     m, n = rows.stop - rows.start, columns.stop - columns.start
     grid = (triton.cdiv(m, meta["BM"]), triton.cdiv(n, meta["BN"]))
     dz, sums = x.new_empty(m, n), x.new_empty(grid, dtype=torch.float32)
-    by_column = [values[-1][columns] if reduction.columns else values[0] for values in (saved, upstream)]
+    by_column = [
+        values[-1][columns] if reduction.columns else values[0] for values in (saved, upstream)
+    ]
     _weights[grid](
-        x[rows], t[columns], *_scalars(block), saved[0][rows], upstream[0][rows], upstream[1][rows], *by_column,
-        dz, sums, m, n, *_offset(block, rows, columns), D=x.shape[1], MODE=reduction.fused,
-        COLUMNS=bool(reduction.columns), **meta,
-    )  # fmt: skip
+        x[rows],
+        t[columns],
+        *_scalars(block),
+        saved[0][rows],
+        upstream[0][rows],
+        upstream[1][rows],
+        *by_column,
+        dz,
+        sums,
+        m,
+        n,
+        *_offset(block, rows, columns),
+        D=x.shape[1],
+        MODE=reduction.fused,
+        COLUMNS=bool(reduction.columns),
+        **meta,
+    )
     return dz, sums.sum()
 
 
 @triton.jit
 def _scores(
-    x, t, rows, columns, n_rows, n_columns, scale, bias,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x,
+    t,
+    rows,
+    columns,
+    n_rows,
+    n_columns,
+    scale,
+    bias,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """z = scale·x·tᵀ + bias of one tile [BM, BN], float32."""
     depth = tl.arange(0, BK)
     left = x + rows[:, None].to(tl.int64) * D + depth[None, :]
@@ -142,18 +201,37 @@ def _scores(
 
 @triton.jit
 def _softplus(z):
-    """max(z, 0) + log1p(e^{−|z|}), with Kahan's log1p: at z = −10, where SigLIP starts, log(1 + e^z) is off by 1e-3."""
+    """max(z, 0) + log1p(e^{−|z|}), with Kahan's log1p: at z = −10, where SigLIP starts, log(1 +
+    e^z) is off by 1e-3.
+    """
     e = tl.exp(-tl.abs(z))
     w = 1.0 + e
-    return tl.maximum(z, 0.0) + tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.maximum(z, 0.0) + tl.where(
+        w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0))
+    )
 
 
 @triton.jit
 def _statistics(
-    x, t, scale_ptr, bias_ptr, by_row, positive_out, by_column, n_rows, n_columns, offset, paired,
-    D: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x,
+    t,
+    scale_ptr,
+    bias_ptr,
+    by_row,
+    positive_out,
+    by_column,
+    n_rows,
+    n_columns,
+    offset,
+    paired,
+    D: tl.constexpr,
+    MODE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Statistics of BM rows over SPAN column tiles, and of each of those columns over the BM rows."""
     block, span = tl.program_id(0), tl.program_id(1)
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
@@ -180,7 +258,11 @@ def _statistics(
                 top = tl.max(z, 0)
                 base = tl.where(top == float("-inf"), 0.0, top)
                 column = base + tl.log(tl.sum(tl.exp(z - base[None, :]), 0))
-                tl.store(by_column + block.to(tl.int64) * n_columns + columns, column, mask=columns < n_columns)
+                tl.store(
+                    by_column + block.to(tl.int64) * n_columns + columns,
+                    column,
+                    mask=columns < n_columns,
+                )
     if MODE != "softplus":
         total = tl.where(highest == float("-inf"), 0.0, highest) + tl.log(total)
     out = span.to(tl.int64) * n_rows + rows
@@ -190,11 +272,31 @@ def _statistics(
 
 @triton.jit
 def _weights(
-    x, t, scale_ptr, bias_ptr, row_statistic, row_weight, positive_weight, column_statistic, column_weight, dz_out, sums,
-    n_rows, n_columns, offset, paired, D: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """dz of one tile, and its sum: g^r e^{z − r} + g^c e^{z − c}, or g^r σ(z); the upstream weight at the own pair."""
+    x,
+    t,
+    scale_ptr,
+    bias_ptr,
+    row_statistic,
+    row_weight,
+    positive_weight,
+    column_statistic,
+    column_weight,
+    dz_out,
+    sums,
+    n_rows,
+    n_columns,
+    offset,
+    paired,
+    D: tl.constexpr,
+    MODE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """dz of one tile, and its sum: g^r e^{z − r} + g^c e^{z − c}, or g^r σ(z); the upstream weight
+    at the own pair.
+    """
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -214,7 +316,9 @@ def _weights(
     dz = tl.where(own, tl.load(positive_weight + rows, mask=here, other=0.0)[:, None], dz)
     real = here[:, None] & there[None, :]
     dz = tl.where(real, dz, 0.0)
-    tl.store(sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(dz, 1), 0))
+    tl.store(
+        sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(dz, 1), 0)
+    )
     where = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
     tl.store(dz_out + where, dz.to(dz_out.dtype.element_ty), mask=real)
 
@@ -233,7 +337,9 @@ def _scalars(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def _offset(block: Block, rows: slice, columns: slice | None = None) -> tuple[int, int]:
-    """Where the own pair of the first row lies relative to the first column, and whether there are pairs at all."""
+    """Where the own pair of the first row lies relative to the first column, and whether there are
+    pairs at all.
+    """
     first_column = columns.start if columns else 0
     return (0, 0) if block.offset is None else (block.offset + rows.start - first_column, 1)
 
@@ -243,7 +349,9 @@ def _merge_parts(kind: str, parts: Tensor) -> Tensor:
 
 
 def _normalised(upstream: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Upstream weights divided by their largest: 1/(2B) times a probability would vanish in float16."""
+    """Upstream weights divided by their largest: 1/(2B) times a probability would vanish in
+    float16.
+    """
     largest = torch.stack([u.abs().max() for u in upstream]).max()
     largest = torch.where(largest > 0, largest, 1)
     return largest.float(), [(u / largest).float() for u in upstream]
@@ -261,7 +369,9 @@ def _slices(size: int, step: int) -> Iterator[slice]:
 
 
 def compile_ahead(D: int, dtype: str, mode: str, capability: int = 90) -> dict[str, Any]:
-    """Both kernels compiled for a GPU generation without one at hand: {kernel name: compiled kernel}."""
+    """Both kernels compiled for a GPU generation without one at hand: {kernel name: compiled
+    kernel}.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -279,7 +389,13 @@ def compile_ahead(D: int, dtype: str, mode: str, capability: int = 90) -> dict[s
             else:
                 signature[name] = f"*{dtype}" if name in ("x", "t", "dz_out") else "*fp32"
         # Tensors of torch are aligned; without the hint loads would be too narrow to pipeline.
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if str(signature[n])[0] == "*"}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(kernel.arg_names)
+            if str(signature[n])[0] == "*"
+        }
         source = ASTSource(kernel, signature, constants, aligned)
-        compiled[kernel.__name__] = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled[kernel.__name__] = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=options
+        )
     return compiled

@@ -1,19 +1,36 @@
-"""Model folders of the Hugging Face Hub, downloaded into its cache: configurations, tokenizers, weights, never code."""
+"""Model folders of the Hugging Face Hub, downloaded into its cache: configurations, tokenizers,
+weights, never code.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_DESCRIPTIONS = ["*.json", "*.txt", "*.model", "text_tower/*", "open_clip_model.safetensors", "*/open_clip_model.safetensors"]
+_DESCRIPTIONS = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "text_tower/*",
+    "open_clip_model.safetensors",
+    "*/open_clip_model.safetensors",
+]
 _TRANSFORMERS = ["model.safetensors", "model-*.safetensors"]
-_PICKLED = {"open_clip_config.json": "open_clip_pytorch_model.bin", "config.json": "pytorch_model.bin"}
-_PATIENCE_S = {True: 10.0, False: 3.0}  # that the Hub has for its first answer; the lower for a name that may be a path
+_PICKLED = {
+    "open_clip_config.json": "open_clip_pytorch_model.bin",
+    "config.json": "pytorch_model.bin",
+}
+_PATIENCE_S = {
+    True: 10.0,
+    False: 3.0,
+}  # that the Hub has for its first answer; the lower for a name that may be a path
 
 
 def snapshot(repository: str, patient: bool = True) -> Path:
-    """The folder of `repository`, user/name: as the Hub has it, or as the cache has it where no Hub answers.
+    """The folder of `repository`, user/name: as the Hub has it, or as the cache has it where no Hub
+    answers.
 
-    `patient`: False where the name may as well be a mistyped path. ValueError says why there is none.
+    `patient`: False where the name may as well be a mistyped path. ValueError says why there is
+    none.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -39,13 +56,21 @@ def _cached(repository: str, waited_s: float) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_DESCRIPTIONS, local_files_only=True))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=_DESCRIPTIONS, local_files_only=True
+            )
+        )
     except LocalEntryNotFoundError:
-        raise ValueError(f"no Hub answered within {waited_s:g} s, and its cache on this machine does not hold it") from None
+        raise ValueError(
+            f"no Hub answered within {waited_s:g} s, and its cache on this machine does not hold it"
+        ) from None
 
 
 def _answers(repository: str, timeout_s: float) -> bool:
-    """Whether the Hub has the repository; False where none can be reached, which may leave the cache."""
+    """Whether the Hub has the repository; False where none can be reached, which may leave the
+    cache.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -59,14 +84,18 @@ def _answers(repository: str, timeout_s: float) -> bool:
 
 
 def http_error() -> type[Exception]:
-    """The base of httpx's errors, or of httpx2's: whichever this version of huggingface_hub speaks with."""
+    """The base of httpx's errors, or of httpx2's: whichever this version of huggingface_hub speaks
+    with.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 def _fetch_weights(repository: str, folder: Path) -> None:
-    """Add the weights where they are not open_clip's safetensors: transformers', or pickled tensors."""
+    """Add the weights where they are not open_clip's safetensors: transformers', or pickled
+    tensors.
+    """
     import huggingface_hub
 
     described = next((name for name in _PICKLED if (folder / name).is_file()), None)

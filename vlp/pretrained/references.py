@@ -1,5 +1,5 @@
-"""What a model reference means, decided once for all that take one: `init_from`, `model.pretrained`, `teacher.model`,
-`vlp eval`, `vlp export`, and `--model` of the data tools.
+"""What a model reference means, decided once for all that take one: `init_from`,
+`model.pretrained`, `teacher.model`, `vlp eval`, `vlp export`, and `--model` of the data tools.
 
     runs/demo, runs/demo/checkpoints/step_00000100     a run (its newest checkpoint), or one checkpoint
     exported/demo, local-dir:exported/demo             a folder of vlp export, open_clip or transformers (CLIP, SigLIP)
@@ -27,10 +27,19 @@ MANIFEST = "vlp_export.json"  # of an export: its name and the files that it wro
 TEXT_TOWER = "text_tower"  # a folder of our exports: the configuration of a Hugging Face text tower
 # The names that open_clip gives the weights of a folder, in its order of preference.
 OPEN_CLIP_WEIGHTS = (
-    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
-)  # fmt: skip
-FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")  # endings of weights; npz is big_vision's
+)
+FILES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".npz",
+)  # endings of weights; npz is big_vision's
 
 _HUB = ("hf-hub:", "hf:")
 _LOCAL = "local-dir:"
@@ -77,14 +86,24 @@ def resolve(reference: str | Path | Reference) -> Reference:
 
     if text in open_clip.list_models():
         known = ", ".join(open_clip.list_pretrained_tags_by_model(text)) or "none"
-        raise ValueError(f"{text} is an architecture without weights; write {text}:TAG (known: {known}) or {text}:FILE")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and place.suffix not in FILES and not place.parent.exists():
+        raise ValueError(
+            f"{text} is an architecture without weights; write {text}:TAG (known: {known}) or {text}:FILE"
+        )
+    if (
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)
+        and place.suffix not in FILES
+        and not place.parent.exists()
+    ):
         return in_folder(text, hub.snapshot(text, patient=False))
-    raise ValueError(f"no model {text!r}: no such file or folder{_near(place)}. What works: {_WORKING}")
+    raise ValueError(
+        f"no model {text!r}: no such file or folder{_near(place)}. What works: {_WORKING}"
+    )
 
 
 def in_folder(text: str, folder: Path) -> Reference:
-    """The kind of model that a folder holds, by its files; a ValueError names them where it holds none."""
+    """The kind of model that a folder holds, by its files; a ValueError names them where it holds
+    none.
+    """
     checkpoints = folder / "checkpoints"
     if (folder / "manifest.json").is_file() or any(checkpoints.glob("step_*")):
         return Reference(text, "run", folder)
@@ -105,13 +124,18 @@ def in_folder(text: str, folder: Path) -> Reference:
             f"name the architecture: ARCHITECTURE:{weights[0]}"
         )
     if checkpoints.is_dir():
-        raise ValueError(f"{folder} holds no complete checkpoint; expected {checkpoints}/step_*/manifest.json")
-    raise ValueError(f"{folder} is no model: it holds {listing(folder)}. What works: {_WORKING}{_inside(folder)}")
+        raise ValueError(
+            f"{folder} holds no complete checkpoint; expected {checkpoints}/step_*/manifest.json"
+        )
+    raise ValueError(
+        f"{folder} is no model: it holds {listing(folder)}. What works: {_WORKING}{_inside(folder)}"
+    )
 
 
 def describe(architecture: str) -> dict[str, Any]:
-    """model_cfg and preprocess_cfg ({} where nothing is said) of a name, a JSON file, a folder, or hf-hub:; a new copy
-    at every call."""
+    """model_cfg and preprocess_cfg ({} where nothing is said) of a name, a JSON file, a folder, or
+    hf-hub:; a new copy at every call.
+    """
     import open_clip
 
     named = open_clip.get_model_config(architecture) if ":" not in architecture else None
@@ -122,7 +146,9 @@ def describe(architecture: str) -> dict[str, Any]:
         return _own_architecture(place)
     if not architecture.startswith((*_HUB, _LOCAL)) and not place.is_dir():
         known = open_clip.list_models()
-        raise ValueError(f"open_clip knows no architecture {architecture!r}{did_you_mean(architecture, known)}")
+        raise ValueError(
+            f"open_clip knows no architecture {architecture!r}{did_you_mean(architecture, known)}"
+        )
     found = resolve(architecture)
     if found.kind == "open_clip":
         return read_config(found.path)
@@ -130,11 +156,15 @@ def describe(architecture: str) -> dict[str, Any]:
         from vlp.pretrained import clip_layout
 
         return clip_layout.describe(found.path)
-    raise ValueError(f"{architecture} is a {found.kind}, whose towers vlp builds from its own `model` section; copy that")
+    raise ValueError(
+        f"{architecture} is a {found.kind}, whose towers vlp builds from its own `model` section; copy that"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """open_clip_config.json with both sections present, its Hugging Face parts pointing into the folder where they lie."""
+    """open_clip_config.json with both sections present, its Hugging Face parts pointing into the
+    folder where they lie.
+    """
     config = read_json(folder / CONFIG)
     if "model_cfg" not in config:
         raise ValueError(f"{folder / CONFIG} has no section 'model_cfg'; found {sorted(config)}")
@@ -151,7 +181,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path.parent} holds no {path.name}; it holds {listing(path.parent)}") from None
+        raise ValueError(
+            f"{path.parent} holds no {path.name}; it holds {listing(path.parent)}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); export or download it again") from None
     if not isinstance(value, dict):
@@ -161,7 +193,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def files_of(folder: Path) -> list[str]:
     """The files below a folder, links among them, by their path in it."""
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    return [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    ]
 
 
 def exported_files(folder: Path) -> list[str]:
@@ -179,15 +215,23 @@ def listing(folder: Path, most: int = 8) -> str:
 
 
 def _of_file(text: str, path: Path) -> Reference:
-    """A file of weights; the folder around it where that describes them, or where the file is its description."""
+    """A file of weights; the folder around it where that describes them, or where the file is its
+    description.
+    """
     if path.name in (CONFIG, "config.json", "manifest.json", STAGES):
         return in_folder(text, path.parent)
     if path.suffix == ".json":
         _own_architecture(path)
-        raise ValueError(f"{text} is an architecture without weights; write {text}:FILE with a file of weights")
+        raise ValueError(
+            f"{text} is an architecture without weights; write {text}:FILE with a file of weights"
+        )
     if path.suffix not in FILES:
-        raise ValueError(f"{text} is no file of weights; expected one ending in {', '.join(FILES)}, or {_WORKING}")
-    described = any((path.parent / name).is_file() for name in (CONFIG, "config.json", "manifest.json"))
+        raise ValueError(
+            f"{text} is no file of weights; expected one ending in {', '.join(FILES)}, or {_WORKING}"
+        )
+    described = any(
+        (path.parent / name).is_file() for name in (CONFIG, "config.json", "manifest.json")
+    )
     if described and path.name in ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS):
         return in_folder(text, path.parent)
     return Reference(text, "file", path)
@@ -197,7 +241,9 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     """ARCHITECTURE:TAG or ARCHITECTURE:FILE."""
     import open_clip
 
-    address = re.fullmatch(r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*", text)
+    address = re.fullmatch(
+        r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*", text
+    )
     if address:
         raise ValueError(f"{text} is an address; write hf-hub:{address[2]}")
     own = Path(architecture).suffix == ".json"
@@ -205,7 +251,9 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
         raise ValueError(f"no file {architecture}{_near(Path(architecture))}")
     if not own and architecture not in open_clip.list_models():
         hint = did_you_mean(architecture, open_clip.list_models()).partition(";")[0]
-        raise ValueError(f"no model {text!r}: open_clip knows no architecture {architecture!r}{hint}. What works: {_WORKING}")
+        raise ValueError(
+            f"no model {text!r}: open_clip knows no architecture {architecture!r}{hint}. What works: {_WORKING}"
+        )
     place = Path(weights).expanduser()
     if place.is_file():
         return Reference(text, "file", place, architecture)
@@ -213,7 +261,9 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     if weights in tags:
         return Reference(text, "tag", architecture=architecture, tag=weights)
     if place.is_dir():
-        raise ValueError(f"{weights} is a folder, which says its architecture itself; write {weights} alone")
+        raise ValueError(
+            f"{weights} is a folder, which says its architecture itself; write {weights} alone"
+        )
     hint = "" if own else f", and no tag{did_you_mean(weights, tags)}"
     raise ValueError(f"{architecture} has no weights {weights!r}: no such file{_near(place)}{hint}")
 
@@ -224,7 +274,9 @@ def _own_architecture(path: Path) -> dict[str, Any]:
     model_cfg = config.get("model_cfg", config)
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - model_cfg.keys()
     if missing:
-        raise ValueError(f"{path} is no architecture: it lacks {sorted(missing)}; found {sorted(model_cfg)}")
+        raise ValueError(
+            f"{path} is no architecture: it lacks {sorted(missing)}; found {sorted(model_cfg)}"
+        )
     return {"model_cfg": model_cfg, "preprocess_cfg": config.get("preprocess_cfg", {})}
 
 
@@ -233,7 +285,9 @@ def _trained_as(weights: Path) -> str:
     for folder in (weights.parent, weights.parent.parent):
         notes = folder / "params.txt"
         if notes.is_file():
-            line = re.search(r"^model: (\S+)$", notes.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            line = re.search(
+                r"^model: (\S+)$", notes.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+            )
             return line[1] if line else ""
     return ""
 
@@ -256,5 +310,7 @@ def _near(place: Path) -> str:
 def _inside(folder: Path) -> str:
     """Subfolders that are models, for a folder that is none."""
     names = ("manifest.json", STAGES, CONFIG, "config.json")
-    models = [path for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in names)]
+    models = [
+        path for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in names)
+    ]
     return f"; models inside it: {', '.join(map(str, models[:3]))}" if models else ""

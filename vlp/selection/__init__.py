@@ -3,8 +3,9 @@
     jest    the most learnable part of a larger batch, for the model of the moment
     mcl     every global batch from one cell of what earlier models see alike
 
-A file holds `Options` and `open(options, config, model, engine) -> Selection`, called once at the start, before the
-engine takes over the model; it raises ValueError for settings that do not fit the model or the batch.
+A file holds `Options` and `open(options, config, model, engine) -> Selection`, called once at the
+start, before the engine takes over the model; it raises ValueError for settings that do not fit the
+model or the batch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Selection:
     loaded: int  # rows of all ranks that the loader delivers a step
     mixture: Callable[..., Mixture] = Mixture  # which samples those are (vlp.data.mix)
     needs: frozenset[str] = frozenset()  # optional fields of Batch that choosing reads
-    choose: Choose = keep_all  # (training, this rank's loaded rows) -> (its rows of the step, scalars to log). Collective.
+    # (training, this rank's loaded rows) -> (its rows of the step, scalars to log). Collective.
+    choose: Choose = keep_all
 
     def check(self, carried: frozenset[str]) -> None:
         """Refuse data whose batches do not carry what choosing reads."""
@@ -51,7 +53,9 @@ class Selection:
 
 
 def build(config: Config, model: DualEncoder, engine: Engine) -> Selection:
-    """The selection that `config.selection` names; without one every row that is loaded is trained on."""
+    """The selection that `config.selection` names; without one every row that is loaded is trained
+    on.
+    """
     if not config.selection:
         return Selection(config.train.batch)
     (plugin,) = config.selection

@@ -1,4 +1,5 @@
-"""Image and text towers. open_clip builds them; a file here turns a few options into sections of its configuration.
+"""Image and text towers. open_clip builds them; a file here turns a few options into sections of
+its configuration.
 
 A tower file holds a frozen dataclass `Options` and functions of an instance of it, each returning the section of
 open_clip_config.json whose name it bears, so that whatever is trained here can be exported there:
@@ -8,8 +9,8 @@ open_clip_config.json whose name it bears, so that whatever is trained here can 
     shared_cfg(options)      optional: top-level keys (embed_dim, quick_gelu, …); two towers must not contradict
     preprocess_cfg(options)  optional: mean, std, interpolation, resize_mode of the pixels an image tower expects
 
-A file with both `vision_cfg` and `text_cfg` can stand alone as the image tower. `vlp.models.assemble` joins the
-sections; nothing else knows which towers exist.
+A file with both `vision_cfg` and `text_cfg` can stand alone as the image tower.
+`vlp.models.assemble` joins the sections; nothing else knows which towers exist.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from dataclasses import dataclass
 class Common:
     """Keys that every tower takes."""
 
-    locked: bool = False  # LiT: the tower keeps its weights, batch statistics included (a timm trunk; not its projection)
-    precomputed: bool = False  # of a locked image tower: training reads its embeddings from the sources' `embeddings`
+    # LiT: the tower keeps its weights, batch statistics included (a timm trunk; not its projection)
+    locked: bool = False
+    # of a locked image tower: training reads its embeddings from the sources' `embeddings`
+    precomputed: bool = False
 
     def __post_init__(self) -> None:
         if self.precomputed and not self.locked:
-            raise ValueError("precomputed embeddings stay as they are, so the tower must be locked: set locked: true")
+            raise ValueError(
+                "precomputed embeddings stay as they are, so the tower must be locked: set locked: true"
+            )

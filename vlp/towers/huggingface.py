@@ -1,4 +1,6 @@
-"""A Hugging Face language model as the text tower, with its own tokenizer (open_clip's HFTextEncoder)."""
+"""A Hugging Face language model as the text tower, with its own tokenizer (open_clip's
+HFTextEncoder).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,19 @@ class Options:
     context_length: int = 77  # L
     pretrained: bool = True  # the language model's weights; false: random
     tokenizer: str | None = None  # Hub name or local folder; None: the model's
-    pooler: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = None  # None: usual for it
+    pooler: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = (
+        None  # None: usual for it
+    )
     proj: Literal["linear", "mlp"] = "linear"
-    clean: Literal["lower", "whitespace", "canonicalize"] = "whitespace"  # how captions are cleaned before tokens
+    clean: Literal["lower", "whitespace", "canonicalize"] = (
+        "whitespace"  # how captions are cleaned before tokens
+    )
 
     def __post_init__(self) -> None:
         if self.context_length < 3:
-            raise ValueError(f"context_length is {self.context_length}; begin, end and one word need at least 3")
+            raise ValueError(
+                f"context_length is {self.context_length}; begin, end and one word need at least 3"
+            )
 
 
 def text_cfg(options: Options) -> dict[str, Any]:
@@ -39,7 +47,8 @@ def text_cfg(options: Options) -> dict[str, Any]:
 
 
 def language_config(model: str) -> PretrainedConfig:
-    """transformers' configuration of a language model by name or folder; ValueError for none, and for one with code.
+    """transformers' configuration of a language model by name or folder; ValueError for none, and
+    for one with code.
 
     Code that a folder or repository brings along is never run, nor asked about.
     """
@@ -48,11 +57,15 @@ def language_config(model: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no Hugging Face model configuration at {model!r}: {reason(error)}") from None
+        raise ValueError(
+            f"no Hugging Face model configuration at {model!r}: {reason(error)}"
+        ) from None
 
 
 def reason(error: Exception) -> str:
-    """What transformers says in a line; where it would have code of the folder run, that vlp does not."""
+    """What transformers says in a line; where it would have code of the folder run, that vlp does
+    not.
+    """
     said = " ".join(str(error).split())
     if "trust_remote_code" in said:
         return "it needs code that it brings along, which vlp never runs; convert it to a class of transformers"
@@ -64,5 +77,7 @@ def _usual_pooler(model: str) -> str:
 
     kind = language_config(model).model_type
     if kind not in arch_dict:
-        raise ValueError(f"{model!r} is a {kind!r} model, which open_clip cannot make a text tower{did_you_mean(kind, arch_dict)}")
+        raise ValueError(
+            f"{model!r} is a {kind!r} model, which open_clip cannot make a text tower{did_you_mean(kind, arch_dict)}"
+        )
     return arch_dict[kind]["pooler"]

@@ -1,4 +1,6 @@
-"""Any architecture that open_clip knows by name, or describes in a Hub repository or folder; image, text, or both."""
+"""Any architecture that open_clip knows by name, or describes in a Hub repository or folder; image,
+text, or both.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from vlp.pretrained.references import describe
 
 @dataclass(frozen=True)
 class Options:
-    architecture: str  # ViT-B-32, …; FILE.json of your own; hf-hub:user/name or a folder (`pretrained` loads weights)
+    # ViT-B-32, …; FILE.json of your own; hf-hub:user/name or a folder (`pretrained` loads weights)
+    architecture: str
     image_size: int | None = None  # pixels, square; None: the architecture's
     context_length: int | None = None  # L; None: the architecture's
     patch_dropout: float = 0.0  # share of patches left out in training (FLIP); none in evaluation
@@ -34,22 +37,39 @@ def vision_cfg(options: Options) -> dict[str, Any]:
 
 def text_cfg(options: Options) -> dict[str, Any]:
     section = _config(options.architecture)["text_cfg"]
-    return section | ({"context_length": options.context_length} if options.context_length is not None else {})
+    return section | (
+        {"context_length": options.context_length} if options.context_length is not None else {}
+    )
 
 
 def shared_cfg(options: Options) -> dict[str, Any]:
-    """The architecture's other keys. Scale and bias are `vlp.config.Model`'s to say, and so is the class of the model."""
-    ours = {"vision_cfg", "text_cfg", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"}
-    return {"quick_gelu": False} | {k: v for k, v in _config(options.architecture).items() if k not in ours}
+    """The architecture's other keys. Scale and bias are `vlp.config.Model`'s to say, and so is the
+    class of the model.
+    """
+    ours = {
+        "vision_cfg",
+        "text_cfg",
+        "custom_text",
+        "init_logit_scale",
+        "init_logit_bias",
+        "nonscalar_logit_scale",
+    }
+    return {"quick_gelu": False} | {
+        k: v for k, v in _config(options.architecture).items() if k not in ours
+    }
 
 
 def preprocess_cfg(options: Options) -> dict[str, Any]:
-    """What the folder or repository says; a name alone says nothing (its weights do: see `vlp.pretrained.weight_files`)."""
+    """What the folder or repository says; a name alone says nothing (its weights do: see
+    `vlp.pretrained.weight_files`).
+    """
     return describe(options.architecture)["preprocess_cfg"]
 
 
 def _config(architecture: str) -> dict[str, Any]:
     config = describe(architecture)["model_cfg"]
     if "multimodal_cfg" in config:
-        raise ValueError(f"{architecture} has a captioning decoder beside its two towers; choose a dual encoder, such as ViT-B-32")
+        raise ValueError(
+            f"{architecture} has a captioning decoder beside its two towers; choose a dual encoder, such as ViT-B-32"
+        )
     return config

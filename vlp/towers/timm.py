@@ -11,13 +11,19 @@ from typing import Any, Literal
 class Options:
     model: str  # timm's name, optionally with a tag of weights: resnet50, convnext_tiny.fb_in22k
     image_size: int | None = None  # pixels, square; None: what timm states for the model
-    pretrained: bool = False  # timm's own weights (downloaded); without them the trunk starts at random
+    pretrained: bool = (
+        False  # timm's own weights (downloaded); without them the trunk starts at random
+    )
     pool: Literal["", "avg", "token", "map", "abs_attn", "rot_attn"] = ""  # "": the model's own
-    proj: Literal["linear", "mlp", "none"] = "linear"  # none: the trunk's features are the embedding
+    proj: Literal["linear", "mlp", "none"] = (
+        "linear"  # none: the trunk's features are the embedding
+    )
     proj_bias: bool = False
     drop: float = 0.0  # dropout before the projection
     drop_path: float | None = None  # stochastic depth of the trunk
-    patch_dropout: float = 0.0  # share of patches left out in training (FLIP), where the model has patches
+    patch_dropout: float = (
+        0.0  # share of patches left out in training (FLIP), where the model has patches
+    )
 
 
 def vision_cfg(options: Options) -> dict[str, Any]:
@@ -32,7 +38,8 @@ def vision_cfg(options: Options) -> dict[str, Any]:
         "timm_model_name": options.model,
         "timm_model_pretrained": options.pretrained,
         "timm_pool": options.pool,
-        # open_clip's empty projection makes timm's own head the projection: attention pools end with theirs
+        # open_clip's empty projection makes timm's own head the projection: attention pools end
+        # with theirs
         "timm_proj": "" if options.pool in ("abs_attn", "rot_attn") else options.proj,
         "timm_proj_bias": options.proj_bias,
         "timm_drop": options.drop,
@@ -47,7 +54,9 @@ def preprocess_cfg(options: Options) -> dict[str, Any]:
     if not options.pretrained:
         return {}
     stated = _stated(options.model)
-    interpolation = stated.interpolation if stated.interpolation in ("bicubic", "bilinear") else "bicubic"
+    interpolation = (
+        stated.interpolation if stated.interpolation in ("bicubic", "bilinear") else "bicubic"
+    )
     return {"mean": list(stated.mean), "std": list(stated.std), "interpolation": interpolation}
 
 
@@ -63,4 +72,6 @@ def _stated(model: str) -> Any:
         return timm.get_pretrained_cfg(model)
     except RuntimeError:
         known = timm.list_pretrained(f"{name}.*")
-        raise ValueError(f"timm's {name} has no tag {tag!r}; found {', '.join(known) or 'none'}") from None
+        raise ValueError(
+            f"timm's {name} has no tag {tag!r}; found {', '.join(known) or 'none'}"
+        ) from None

@@ -1,4 +1,6 @@
-"""A causal text transformer of any size from scratch, on CLIP's tokens (open_clip's TextTransformer; Radford et al. 2021)."""
+"""A causal text transformer of any size from scratch, on CLIP's tokens (open_clip's
+TextTransformer; Radford et al. 2021).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Options:
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}")
         if self.context_length < 3:
-            raise ValueError(f"context_length is {self.context_length}; begin, end and one word need at least 3")
+            raise ValueError(
+                f"context_length is {self.context_length}; begin, end and one word need at least 3"
+            )
 
 
 def text_cfg(options: Options) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""A vision transformer of any size from scratch (open_clip's VisionTransformer; Dosovitskiy et al. 2021)."""
+"""A vision transformer of any size from scratch (open_clip's VisionTransformer; Dosovitskiy et al.
+2021).
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,26 @@ class Options:
     image_size: int  # pixels, square
     head_width: int = 64  # width of one attention head
     mlp_ratio: float = 4.0
-    pool: Literal["tok", "avg"] = "tok"  # class token, or mean over patches (exported to open_clip only)
+    pool: Literal["tok", "avg"] = (
+        "tok"  # class token, or mean over patches (exported to open_clip only)
+    )
     patch_dropout: float = 0.0  # share of patches left out in training (FLIP); none in evaluation
     quick_gelu: bool = False  # OpenAI's x·σ(1.702x) instead of GELU
 
     def __post_init__(self) -> None:
-        if min(self.width, self.layers, self.patch_size, self.image_size, self.head_width) < 1 or self.mlp_ratio <= 0:
-            raise ValueError("width, layers, patch_size, image_size, head_width and mlp_ratio must be positive")
+        if (
+            min(self.width, self.layers, self.patch_size, self.image_size, self.head_width) < 1
+            or self.mlp_ratio <= 0
+        ):
+            raise ValueError(
+                "width, layers, patch_size, image_size, head_width and mlp_ratio must be positive"
+            )
         if self.width % self.head_width:
             raise ValueError(f"head_width {self.head_width} does not divide width {self.width}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+            raise ValueError(
+                f"patch_size {self.patch_size} does not divide image_size {self.image_size}"
+            )
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout is {self.patch_dropout}; expected a share in [0, 1)")
 

@@ -1,7 +1,8 @@
 """Data sources, one a file. `Common` holds the keys that every source takes.
 
-A source's file holds `Options` and `open(options: Options, captions: vlp.config.Captions) -> Source`, which raises
-ValueError or OSError for data that cannot be trained on, saying what to change.
+A source's file holds `Options` and `open(options: Options, captions: vlp.config.Captions) ->
+Source`, which raises ValueError or OSError for data that cannot be trained on, saying what to
+change.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 class Common:
     """Keys of every source."""
 
-    weight: float | None = None  # share of the samples drawn; None for all sources: every sample once an epoch
+    weight: float | None = (
+        None  # share of the samples drawn; None for all sources: every sample once an epoch
+    )
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.weight <= 0:
@@ -32,20 +35,26 @@ class Common:
 
 
 class Source(Protocol):
-    """Samples by number. It is sent to every loader process, so it holds no open files and few Python objects.
+    """Samples by number. It is sent to every loader process, so it holds no open files and few
+    Python objects.
 
     A source inherits this protocol and overrides what it offers.
     """
 
-    n_left_out: int = 0  # samples that exist but cannot be used (damaged, without text where those are dropped)
+    n_left_out: int = (
+        0  # samples that exist but cannot be used (damaged, without text where those are dropped)
+    )
     n_negatives: int = 0  # most hard-negative captions of any caption
     n_counterfactuals: int = 0  # most counterfactual captions of any caption
     pictured: bool = False  # some sample has an image of its first negative
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Embeddings | None = None  # a teacher's, of every sample
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
-    reserve: int = 0  # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at any time
-    # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to fetch their shards.
+    # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
+    # any time
+    reserve: int = 0
+    # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to
+    # fetch their shards.
 
     def __len__(self) -> int: ...
 
@@ -62,23 +71,39 @@ class Source(Protocol):
         return []
 
     def note_wrong_captions(self, meta: dict[str, Any], captions: Sequence[str]) -> None:
-        """Let `n_negatives` and `n_counterfactuals` learn of a sample with this JSON and these captions."""
+        """Let `n_negatives` and `n_counterfactuals` learn of a sample with this JSON and these
+        captions.
+        """
         negatives, counterfactuals = (read(meta, field, captions).most(captions) for field in LISTS)
         self.n_negatives = max(self.n_negatives, negatives)
         self.n_counterfactuals = max(self.n_counterfactuals, counterfactuals)
 
     def n_captions(self) -> np.ndarray:
         """How many captions each sample has, int64 [n]."""
-        raise ValueError(f"{type(self).__name__} does not know how many captions its samples have; pack it into shards")
+        raise ValueError(
+            f"{type(self).__name__} does not know how many captions its samples have; pack it into shards"
+        )
 
     def origins(self) -> np.ndarray:
-        """The number of each sample's origin, int64 [n], never falling: variations of one origin follow one another."""
-        raise ValueError(f"{type(self).__name__} does not know the origins of its samples; pack it into shards")
+        """The number of each sample's origin, int64 [n], never falling: variations of one origin
+        follow one another.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not know the origins of its samples; pack it into shards"
+        )
 
 
-def captions_of(captions: tuple[str, ...], meta: dict[str, Any], config: Captions) -> tuple[str, ...]:
-    """A sample's texts: its captions, else its class name in the configured templates, else nothing."""
+def captions_of(
+    captions: tuple[str, ...], meta: dict[str, Any], config: Captions
+) -> tuple[str, ...]:
+    """A sample's texts: its captions, else its class name in the configured templates, else
+    nothing.
+    """
     if captions or not config.class_templates:
         return captions
     name = meta.get("class")
-    return tuple(template.replace("{}", name) for template in config.class_templates) if isinstance(name, str) else ()
+    return (
+        tuple(template.replace("{}", name) for template in config.class_templates)
+        if isinstance(name, str)
+        else ()
+    )

@@ -1,4 +1,6 @@
-"""A class-per-folder tree: `{name: classes, path: imagenet/train}`, with captions from `captions.class_templates`."""
+"""A class-per-folder tree: `{name: classes, path: imagenet/train}`, with captions from
+`captions.class_templates`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A folder (or a tar) of images with their captions: in a table, or in texts beside the images.
 
-    {name: folder, path: photos, captions: photos/captions.csv}
-    {name: folder, path: photos}      # 00000/000000001.jpg with 000000001.txt or .json beside it, at any depth
+{name: folder, path: photos, captions: photos/captions.csv}
+{name: folder, path: photos}      # 00000/000000001.jpg with 000000001.txt or .json beside it, at any depth
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ class Options(TableOptions):
 
     def __post_init__(self) -> None:
         unsaid = TableOptions()
-        useless = [f.name for f in fields(TableOptions) if getattr(self, f.name) != getattr(unsaid, f.name)]
+        useless = [
+            f.name for f in fields(TableOptions) if getattr(self, f.name) != getattr(unsaid, f.name)
+        ]
         if useless and not self.captions:
-            raise ValueError(f"{', '.join(useless)} choose from a table; name it with captions: TABLE")
+            raise ValueError(
+                f"{', '.join(useless)} choose from a table; name it with captions: TABLE"
+            )
 
 
 def open(options: Options, captions: Captions) -> Listed:
-    """Read the table and find its images, or read the texts beside them; raises ValueError or OSError."""
+    """Read the table and find its images, or read the texts beside them; raises ValueError or
+    OSError.
+    """
     if not options.captions:
         return open_tree(options.path, options.split, options.on_missing, captions, paired=True)
     archive = Archive(options.path, options.split)

@@ -1,8 +1,10 @@
-"""A Hugging Face data set: `{name: huggingface, path: user/photos, split: train}`, or `path:` a local folder.
+"""A Hugging Face data set: `{name: huggingface, path: user/photos, split: train}`, or `path:` a
+local folder.
 
-Read through `datasets` (the extra `vlp[datasets]`), which downloads it once and maps it into memory: any order costs the
-same, and resuming is exact. The folder is one that `save_to_disk` wrote or that `load_dataset` understands (parquet,
-images with a metadata file, …). Images are taken as they are stored; `datasets` decodes nothing.
+Read through `datasets` (the extra `vlp[datasets]`), which downloads it once and maps it into
+memory: any order costs the same, and resuming is exact. The folder is one that `save_to_disk` wrote
+or that `load_dataset` understands (parquet, images with a metadata file, …). Images are taken as
+they are stored; `datasets` decodes nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from vlp.data.tables.columns import (
     split_column,
     usual,
     usual_captions,
-)  # fmt: skip
+)
 from vlp.data.tables.values import NoText, asked, counted, equals, jsonable, shown, texts
 from vlp.schema import did_you_mean
 from vlp.types import Sample
@@ -39,7 +41,14 @@ if TYPE_CHECKING:
     import datasets
 
 # Columns that mean what they mean in a shard's JSON.
-_FIELDS = ("negatives", "negatives_of", "negatives_valid", "counterfactuals", "counterfactuals_of", *LABELS)
+_FIELDS = (
+    "negatives",
+    "negatives_of",
+    "negatives_valid",
+    "counterfactuals",
+    "counterfactuals_of",
+    *LABELS,
+)
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,13 @@ class Options:
     config: str = ""  # the data set's configuration (subset), where it has several
     revision: str = ""  # branch, tag or commit on the Hub
     image_column: str = ""  # empty: the only column of images
-    caption_columns: list[str] = field(default_factory=list)  # empty: captions, caption, text, title, …, caption1, …
+    caption_columns: list[str] = field(
+        default_factory=list
+    )  # empty: captions, caption, text, title, …, caption1, …
     class_column: str = ""  # empty: class or class_name, or the only column of class labels
-    where: dict[str, Any] = field(default_factory=dict)  # only rows whose column has this value, or one of these
+    where: dict[str, Any] = field(
+        default_factory=dict
+    )  # only rows whose column has this value, or one of these
 
 
 def open(options: Options, captions: Captions) -> HubSet:
@@ -61,7 +74,9 @@ def open(options: Options, captions: Captions) -> HubSet:
     try:
         import datasets
     except ImportError:
-        raise ValueError("the source huggingface needs the package datasets: pip install 'vlp[datasets]'") from None
+        raise ValueError(
+            "the source huggingface needs the package datasets: pip install 'vlp[datasets]'"
+        ) from None
     table = _load(datasets, options)
     image = _image_column(datasets, table, options)
     table = table.cast_column(image, datasets.Image(decode=False))
@@ -79,22 +94,32 @@ def _load(datasets: Any, options: Options) -> datasets.Dataset:
     saved = Path(options.path).expanduser()
     single, several = ((saved / name).exists() for name in ("state.json", "dataset_dict.json"))
     if single or several:
-        _refuse_choices(options, ("split", "config", "revision") if single else ("config", "revision"))
+        _refuse_choices(
+            options, ("split", "config", "revision") if single else ("config", "revision")
+        )
     if single:
         return datasets.load_from_disk(saved)
     if several:
         splits = datasets.load_from_disk(saved)
         if options.split not in splits:
-            raise ValueError(f"{saved} has no split {options.split!r}{did_you_mean(options.split, splits)}")
+            raise ValueError(
+                f"{saved} has no split {options.split!r}{did_you_mean(options.split, splits)}"
+            )
         return splits[options.split]
     where = str(saved) if saved.is_dir() else options.path
-    return datasets.load_dataset(where, options.config or None, split=options.split, revision=options.revision or None)
+    return datasets.load_dataset(
+        where, options.config or None, split=options.split, revision=options.revision or None
+    )
 
 
 def _refuse_choices(options: Options, names: tuple[str, ...]) -> None:
     """A folder of `save_to_disk` holds what was chosen when it was written."""
     default = Options(options.path)
-    asked = [f"{name}: {getattr(options, name)}" for name in names if getattr(options, name) != getattr(default, name)]
+    asked = [
+        f"{name}: {getattr(options, name)}"
+        for name in names
+        if getattr(options, name) != getattr(default, name)
+    ]
     if asked:
         raise ValueError(
             f"{options.path} was written by save_to_disk, so there is nothing to choose with {', '.join(asked)}; "
@@ -103,7 +128,9 @@ def _refuse_choices(options: Options, names: tuple[str, ...]) -> None:
 
 
 def _image_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
-    kinds = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.Image)}
+    kinds = {
+        name: kind for name, kind in table.features.items() if isinstance(kind, datasets.Image)
+    }
     if options.image_column:
         return _known(options.image_column, table, options)
     if not kinds:  # pictures as plain bytes, as pandas and pyarrow write them
@@ -127,14 +154,18 @@ def _holds_bytes(datasets: Any, kind: Any) -> bool:
 
 def _caption_columns(table: datasets.Dataset, options: Options) -> list[str]:
     named = [_known(name, table, options) for name in options.caption_columns]
-    texts = [name for name in table.column_names if name.lower() not in DIALOGUE_COLUMNS]  # only where they are named
+    texts = [
+        name for name in table.column_names if name.lower() not in DIALOGUE_COLUMNS
+    ]  # only where they are named
     return named or usual_captions(texts)
 
 
 def _class_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
     if options.class_column:
         return _known(options.class_column, table, options)
-    labels = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = [
+        name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)
+    ]
     return usual(table.column_names, CLASS_COLUMNS) or (labels[0] if len(labels) == 1 else "")
 
 
@@ -143,18 +174,26 @@ def _known(name: str, table: datasets.Dataset, options: Options) -> str:
 
 
 def _chosen_rows(table: datasets.Dataset, options: Options) -> tuple[datasets.Dataset, list[str]]:
-    """The rows that fulfil `where`, and what is to be noted; raises ValueError with the values that are there."""
+    """The rows that fulfil `where`, and what is to be noted; raises ValueError with the values that
+    are there.
+    """
     wanted = {_known(name, table, options): value for name, value in options.where.items()}
     split = split_column(table.column_names)
     names = [*wanted, *([split] if split and split not in wanted else [])]
     cells = {name: _readable(table, name) for name in names}
     notes = []
     if split and split not in wanted and len(set(cells[split])) > 1:
-        notes.append(f"{options.path}: rows of all splits are taken together ({counted(cells[split])}); where chooses some")
+        notes.append(
+            f"{options.path}: rows of all splits are taken together ({counted(cells[split])}); where chooses some"
+        )
     if not wanted:
         return table, notes
 
-    rows = [i for i in range(len(table)) if all(equals(cells[name][i], value) for name, value in wanted.items())]
+    rows = [
+        i
+        for i in range(len(table))
+        if all(equals(cells[name][i], value) for name, value in wanted.items())
+    ]
     if not rows:
         said = " and ".join(f"{name} = {asked(value)}" for name, value in wanted.items())
         there = "; ".join(f"{name} holds {counted(cells[name])}" for name in wanted)
@@ -170,18 +209,36 @@ def _readable(table: datasets.Dataset, name: str) -> list[str]:
 
 
 class HubSet(Source):
-    """Random access to the rows of a `datasets.Dataset` that have a text; a row's number is its key."""
+    """Random access to the rows of a `datasets.Dataset` that have a text; a row's number is its
+    key.
+    """
 
     def __init__(
-        self, table: datasets.Dataset, image: str, texts: list[str], label: str, captions: Captions, name: str,
+        self,
+        table: datasets.Dataset,
+        image: str,
+        texts: list[str],
+        label: str,
+        captions: Captions,
+        name: str,
         notes: list[str],
-    ) -> None:  # fmt: skip
-        self.image, self.texts, self.label, self.captions, self.name = image, texts, label, captions, name
+    ) -> None:
+        self.image, self.texts, self.label, self.captions, self.name = (
+            image,
+            texts,
+            label,
+            captions,
+            name,
+        )
         self._notes = notes
         self._fields = [field for field in _FIELDS if field in table.column_names]
         self._odd: list[str] = []  # problems that cost no row
-        self._table = table.select_columns(list(dict.fromkeys([image, *texts, *filter(None, [label]), *self._fields])))
-        self._classes = getattr(table.features.get(label), "names", None)  # of a column of class labels: numbers
+        self._table = table.select_columns(
+            list(dict.fromkeys([image, *texts, *filter(None, [label]), *self._fields]))
+        )
+        self._classes = getattr(
+            table.features.get(label), "names", None
+        )  # of a column of class labels: numbers
         counts, digest = [], hashlib.sha256()
         self.labels = frozenset(LABELS)
         for row in self._table.remove_columns(image):
@@ -189,7 +246,10 @@ class HubSet(Source):
             counts.append(len(found))
             digest.update(json.dumps([found, meta]).encode())
             self.note_wrong_captions(meta, found)
-            self._odd += [f"{name}: row {len(counts) - 1}: {problem}" for problem in wrong_captions.problems(meta, found)]
+            self._odd += [
+                f"{name}: row {len(counts) - 1}: {problem}"
+                for problem in wrong_captions.problems(meta, found)
+            ]
             self.labels &= labels_of(meta)
         self._digest = digest.hexdigest()
         rows = np.flatnonzero(counts)
@@ -217,7 +277,9 @@ class HubSet(Source):
         if not data:
             raise ValueError(f"row {number} of {self.name} has no image")
         captions, meta = self._text(row)
-        return Sample(i, f"{number:09d}", data, image_type(image["path"] or "") or _type(data), captions, meta)
+        return Sample(
+            i, f"{number:09d}", data, image_type(image["path"] or "") or _type(data), captions, meta
+        )
 
     def _text(self, row: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
         """A row's captions, and what a shard's JSON would hold besides."""

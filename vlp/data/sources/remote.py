@@ -1,8 +1,10 @@
-"""Shards elsewhere: `{name: remote, path: "s3://bucket/train/{00000..04095}.tar"}`, any address that fsspec knows.
+"""Shards elsewhere: `{name: remote, path: "s3://bucket/train/{00000..04095}.tar"}`, any address
+that fsspec knows.
 
-Shards are fetched whole and once, ahead of their use, into a bounded cache (`VLP_CACHE`). The order keeps to a window
-of shards at a time: shards are permuted each epoch, samples within their window. The index comes from an `_index.bin`
-beside the shards; where there is none, every shard is fetched once to make it.
+Shards are fetched whole and once, ahead of their use, into a bounded cache (`VLP_CACHE`). The order
+keeps to a window of shards at a time: shards are permuted each epoch, samples within their window.
+The index comes from an `_index.bin` beside the shards; where there is none, every shard is fetched
+once to make it.
 """
 
 from __future__ import annotations
@@ -43,8 +45,12 @@ class Options(Texts):
     path: str  # addresses with braces, several joined by ::, or a folder's address ending in /
     window: int = 8  # shards whose samples are shuffled together
     cache_gb: float = 50.0  # of local disk; must hold three windows
-    stall_s: float = 60.0  # http and s3: a connection silent for so long is given up, and the shard tried again
-    storage: dict[str, Any] = field(default_factory=dict)  # fsspec's options for this kind of address
+    stall_s: float = (
+        60.0  # http and s3: a connection silent for so long is given up, and the shard tried again
+    )
+    storage: dict[str, Any] = field(
+        default_factory=dict
+    )  # fsspec's options for this kind of address
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,19 +70,27 @@ def open(options: Options, captions: Captions) -> Remote:
     told = zip(urls, sizes, versions)
     changed = {url for url, size, version in told if cache.drop_if_changed(url, size, version)}
     shards = _index(urls, sizes, changed, cache)
-    needed = 3 * options.window * max(sizes)  # this window, the next, and the one that slower processes still read
+    needed = (
+        3 * options.window * max(sizes)
+    )  # this window, the next, and the one that slower processes still read
     if needed > cache.limit_bytes:
-        raise ValueError(f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need {needed / 1e9:.2g}")
+        raise ValueError(
+            f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need {needed / 1e9:.2g}"
+        )
     return Remote(Shards(urls, shards, captions, options), cache, options.window)
 
 
 def _storage(options: Options) -> dict[str, Any]:
-    """fsspec's options, with the patience of `stall_s` instead of a limit on the whole transfer or none."""
+    """fsspec's options, with the patience of `stall_s` instead of a limit on the whole transfer or
+    none.
+    """
     storage, patience = options.storage, options.stall_s
     if options.path.startswith("s3://"):
         limits = {"connect_timeout": patience, "read_timeout": patience}
         return {**storage, "config_kwargs": {**limits, **storage.get("config_kwargs", {})}}
-    if options.path.startswith(("http://", "https://")) and importlib.util.find_spec("aiohttp"):  # else fsspec asks for it
+    if options.path.startswith(("http://", "https://")) and importlib.util.find_spec(
+        "aiohttp"
+    ):  # else fsspec asks for it
         from aiohttp import ClientTimeout
 
         limit = ClientTimeout(total=None, sock_connect=patience, sock_read=patience)
@@ -90,11 +104,16 @@ def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dict[str,
     for part in path.split("::"):
         if part.endswith("/"):
             file_system, root = fsspec.url_to_fs(part, **storage)
-            urls += sorted(file_system.unstrip_protocol(name) for name in file_system.glob(root.rstrip("/") + "/*.tar"))
+            urls += sorted(
+                file_system.unstrip_protocol(name)
+                for name in file_system.glob(root.rstrip("/") + "/*.tar")
+            )
         else:
             urls += braceexpand(part)
     if not urls:
-        raise ValueError(f"{path!r} names no shards; expected .tar addresses or a folder's address ending in /")
+        raise ValueError(
+            f"{path!r} names no shards; expected .tar addresses or a folder's address ending in /"
+        )
     if packed := [url for url in map(address, urls) if is_packed(url)]:
         raise ValueError(
             f"{packed[0]} is compressed, but samples are read from any place of a plain tar; fetch the shards and write plain "
@@ -107,7 +126,9 @@ def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dict[str,
         raise ValueError(f"{urls[0]}: {error}") from None  # fsspec names the package to install
     except FileNotFoundError as error:
         refused = getattr(error.__cause__, "status", None) in (401, 403)
-        hint = "; the server refuses it: is its signature too old, or does it need `storage` options?"
+        hint = (
+            "; the server refuses it: is its signature too old, or does it need `storage` options?"
+        )
         raise ValueError(f"no shard at {error}{hint if refused else ''}") from None
 
 
@@ -130,7 +151,9 @@ def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -
                 known[url] = shards[name]
     stale = {url for url, size in zip(urls, sizes) if url not in known or known[url].size != size}
     if stale:
-        log.warn(f"{len(stale)} of {len(urls)} shards have no index beside them; each is fetched once to make it")
+        log.warn(
+            f"{len(stale)} of {len(urls)} shards have no index beside them; each is fetched once to make it"
+        )
     for url in filter(stale.__contains__, urls):
         try:
             known[url] = scan(Path(cache.get(url)))
@@ -171,7 +194,11 @@ class Remote(Source):
 
     def __init__(self, shards: Shards, cache: Cache, window: int) -> None:
         self.shards, self.cache, self.window = shards, cache, window
-        self.n_left_out, self.labels, self.pictured = shards.n_left_out, shards.labels, shards.pictured
+        self.n_left_out, self.labels, self.pictured = (
+            shards.n_left_out,
+            shards.labels,
+            shards.pictured,
+        )
         self.n_negatives, self.n_counterfactuals = shards.n_negatives, shards.n_counterfactuals
         self.runs = shards.counts()
         self._fetcher: ThreadPoolExecutor | None = None
@@ -188,7 +215,9 @@ class Remote(Source):
         return self.shards.sample(i, self._copy(self.shards.paths[self.shards.shard_of(i)]))
 
     def _copy(self, url: str) -> str:
-        """The local copy of a shard. One that failed rests, or each of its samples would wait for all tries anew."""
+        """The local copy of a shard. One that failed rests, or each of its samples would wait for
+        all tries anew.
+        """
         since, reason = self._failed.get(url, (-math.inf, ""))
         if time.monotonic() < since + _REST_S:
             raise OSError(reason)
@@ -199,7 +228,9 @@ class Remote(Source):
             raise
 
     def prepare(self, ids: np.ndarray) -> None:
-        """Begin to fetch the shards of these samples in the background. What fails is tried again when it is read."""
+        """Begin to fetch the shards of these samples in the background. What fails is tried again
+        when it is read.
+        """
         self._fetcher = self._fetcher or ThreadPoolExecutor(1, "fetch")
         for shard in {self.shards.shard_of(int(i)) for i in ids}:
             url = self.shards.paths[shard]

@@ -25,12 +25,31 @@ from vlp.data.embedded import Embeddings
 from vlp.data.index import index
 from vlp.data.members import open_sample
 from vlp.data.paths import expand
-from vlp.data.rows import CLASS, CONTINUES, EXTENT, LABELS, PICTURED, ROW, SCATTERED, Shard, extents, said
+from vlp.data.rows import (
+    CLASS,
+    CONTINUES,
+    EXTENT,
+    LABELS,
+    PICTURED,
+    ROW,
+    SCATTERED,
+    Shard,
+    extents,
+    said,
+)
 from vlp.data.sources import Source, captions_of
 from vlp.types import Sample
 
-_ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("form", "<u4"), ("negatives", "u1"), ("counterfactuals", "u1"),
-                 ("flags", "<u2")])  # fmt: skip
+_ROW = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("form", "<u4"),
+        ("negatives", "u1"),
+        ("counterfactuals", "u1"),
+        ("flags", "<u2"),
+    ]
+)
 assert _ROW.itemsize == ROW.size
 
 
@@ -39,7 +58,9 @@ class Options(Texts):
     """Where the shards are, and which of their texts are captions."""
 
     path: str  # folder, tar, braces or stars, several joined by ::
-    embeddings: str | None = None  # folder that `vlp data embed` made from these shards: a teacher's embeddings
+    embeddings: str | None = (
+        None  # folder that `vlp data embed` made from these shards: a teacher's embeddings
+    )
 
 
 def open(options: Options, captions: Captions) -> Shards:
@@ -63,26 +84,47 @@ class Shards(Source):
     """Random access to the samples of some tars."""
 
     def __init__(
-        self, paths: list[Path] | list[str], shards: list[Shard], captions: Captions, texts: Texts, embeddings: str | None = None
+        self,
+        paths: list[Path] | list[str],
+        shards: list[Shard],
+        captions: Captions,
+        texts: Texts,
+        embeddings: str | None = None,
     ) -> None:
-        self.paths, self.captions, self.choice = [str(path) for path in paths], captions, Choice.of(texts, captions)
+        self.paths, self.captions, self.choice = (
+            [str(path) for path in paths],
+            captions,
+            Choice.of(texts, captions),
+        )
         rows = np.frombuffer(b"".join(shard.rows for shard in shards), _ROW)
-        self.left_out = sum((Counter(shard.left_out) for shard in shards), Counter())  # of samples, texts and members, by what
-        self._problems = [f"{self._name()}: odd or passed over: {said(self.left_out)}"] if self.left_out else []
+        self.left_out = sum(
+            (Counter(shard.left_out) for shard in shards), Counter()
+        )  # of samples, texts and members, by what
+        self._problems = (
+            [f"{self._name()}: odd or passed over: {said(self.left_out)}"] if self.left_out else []
+        )
         if not len(rows):
-            problems = "; ".join([*self._problems, *(text for shard in shards for text in shard.problems)][:3])
-            raise ValueError(f"{self._name()} holds no usable sample: {problems or 'no members that form samples'}")
+            problems = "; ".join(
+                [*self._problems, *(text for shard in shards for text in shard.problems)][:3]
+            )
+            raise ValueError(
+                f"{self._name()} holds no usable sample: {problems or 'no members that form samples'}"
+            )
         self.names = _names(shards, rows)  # how many samples have a text under each name
         self._problems += self.choice.check(self.names, len(rows), self._name())
 
         n_texts = _counted(shards, rows, self.choice)
-        n_several = int((_counted(shards, rows, replace(self.choice, lines="each")) > n_texts).sum())
+        n_several = int(
+            (_counted(shards, rows, replace(self.choice, lines="each")) > n_texts).sum()
+        )
         if n_several:
             self._problems.append(
                 f"{self._name()}: text files of several lines are one caption each in {n_several:,} samples; the source's "
                 "lines: each makes each line a caption"
             )
-        self._problems += [f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems]
+        self._problems += [
+            f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems
+        ]
 
         has_text = n_texts > 0
         if captions.class_templates:
@@ -94,19 +136,32 @@ class Shards(Source):
         if not has_text.all():
             self._refuse_or_note(has_text, np.cumsum(counts))
             origin = np.cumsum(rows["flags"] & CONTINUES == 0)[has_text]
-            rows, shard_of, place, n_texts = rows[has_text], shard_of[has_text], place[has_text], n_texts[has_text]
-            first = np.diff(origin, prepend=0) > 0  # also of those whose origin's first sample was left out
+            rows, shard_of, place, n_texts = (
+                rows[has_text],
+                shard_of[has_text],
+                place[has_text],
+                n_texts[has_text],
+            )
+            first = (
+                np.diff(origin, prepend=0) > 0
+            )  # also of those whose origin's first sample was left out
             rows["flags"] = np.where(first, rows["flags"] & ~np.uint16(CONTINUES), rows["flags"])
         if not len(rows):
-            raise ValueError(f"{self._name()} holds no usable sample: {'; '.join(self._problems[:3])}")
+            raise ValueError(
+                f"{self._name()} holds no usable sample: {'; '.join(self._problems[:3])}"
+            )
 
         self.n_negatives = int(rows["negatives"].max())
         self.n_counterfactuals = int(rows["counterfactuals"].max())
         lonely = int((rows["negatives"][rows["flags"] & PICTURED == 0] > 0).sum())
         self.pictured = bool((rows["flags"] & PICTURED > 0).any())
         if self.pictured and lonely:
-            self._problems.append(f"{self.paths[0]}…: the first negative of {lonely} samples is masked: no image belongs to it")
-        self.labels = frozenset(name for name, flag in LABELS.items() if (rows["flags"] & flag > 0).all())
+            self._problems.append(
+                f"{self.paths[0]}…: the first negative of {lonely} samples is masked: no image belongs to it"
+            )
+        self.labels = frozenset(
+            name for name, flag in LABELS.items() if (rows["flags"] & flag > 0).all()
+        )
         self._digest = _digest(rows, shard_of, n_texts, shards, self.choice)
         self._share(rows, shard_of, n_texts, shards)
         if embeddings is not None:
@@ -121,14 +176,22 @@ class Shards(Source):
                     "set captions.choose=first, and no class_templates, lines or captions of the source to have it"
                 )
 
-    def _share(self, rows: np.ndarray, shard_of: np.ndarray, n_texts: np.ndarray, shards: list[Shard]) -> None:
-        """Keep what reading needs in shared memory: loader processes receive a handle instead of a copy."""
+    def _share(
+        self, rows: np.ndarray, shard_of: np.ndarray, n_texts: np.ndarray, shards: list[Shard]
+    ) -> None:
+        """Keep what reading needs in shared memory: loader processes receive a handle instead of a
+        copy.
+        """
         rows, table = rows.copy(), b"".join(shard.extents for shard in shards)
         firsts = np.cumsum([0, *(len(shard.extents) // EXTENT.size for shard in shards)])
-        rows["offset"] += np.where(rows["flags"] & SCATTERED > 0, firsts[shard_of], 0).astype(np.uint64)
+        rows["offset"] += np.where(rows["flags"] & SCATTERED > 0, firsts[shard_of], 0).astype(
+            np.uint64
+        )
 
         self._rows = torch.from_numpy(rows.view(np.uint8)).share_memory_()
-        self._extents = torch.frombuffer(bytearray(table), dtype=torch.uint8).share_memory_() if table else None
+        self._extents = (
+            torch.frombuffer(bytearray(table), dtype=torch.uint8).share_memory_() if table else None
+        )
         self._n_texts = torch.from_numpy(n_texts).share_memory_()
         self._shard_of = torch.from_numpy(shard_of).share_memory_()
 
@@ -138,7 +201,10 @@ class Shards(Source):
     def _refuse_or_note(self, has_text: np.ndarray, ends: np.ndarray) -> None:
         bad = np.flatnonzero(~has_text)
         per_shard = np.bincount(np.searchsorted(ends, bad, side="right"), minlength=len(self.paths))
-        lines = [f"{self.paths[s]}: {per_shard[s]} samples without text" for s in np.flatnonzero(per_shard)]
+        lines = [
+            f"{self.paths[s]}: {per_shard[s]} samples without text"
+            for s in np.flatnonzero(per_shard)
+        ]
         if self.captions.missing == "error":
             wanted = " or ".join(self.choice.names or USUAL)
             raise ValueError(
@@ -161,18 +227,36 @@ class Shards(Source):
     def sample(self, i: int, path: str) -> Sample:
         """Sample i, read from `path`, a copy of its shard."""
         offset, length, *_, flags = ROW.unpack_from(self._rows.numpy(), i * ROW.size)
-        places = extents(self._extents.numpy(), offset, length) if flags & SCATTERED else [(offset, length)]
+        places = (
+            extents(self._extents.numpy(), offset, length)
+            if flags & SCATTERED
+            else [(offset, length)]
+        )
         content = open_sample(b"".join(_read(path, *place) for place in places))
-        captions = captions_of(self.choice.captions(content.meta, content.text), content.meta, self.captions)
+        captions = captions_of(
+            self.choice.captions(content.meta, content.text), content.meta, self.captions
+        )
         if not captions:
-            raise ValueError(f"{path}: {content.key!r} has no caption any more; the shard changed after it was indexed")
+            raise ValueError(
+                f"{path}: {content.key!r} has no caption any more; the shard changed after it was indexed"
+            )
         row = self.embeddings and self.embeddings.row(self.shard_of(i), int(self._place[i]))
         if row is not None and not row[0].any():
-            raise ValueError(f"{path}: {content.key!r} has no image embedding: its picture did not open for `vlp data embed`")
+            raise ValueError(
+                f"{path}: {content.key!r} has no image embedding: its picture did not open for `vlp data embed`"
+            )
         weights = self.choice.weights(content.meta, content.text)
         return Sample(
-            i, content.key, content.image, content.image_type, captions, content.meta, content.negative_image, row, weights
-        )  # fmt: skip
+            i,
+            content.key,
+            content.image,
+            content.image_type,
+            captions,
+            content.meta,
+            content.negative_image,
+            row,
+            weights,
+        )
 
     def counts(self) -> np.ndarray:
         """Usable samples of each shard, int64."""
@@ -217,8 +301,12 @@ def _counted(shards: list[Shard], rows: np.ndarray, choice: Choice) -> np.ndarra
     return counts
 
 
-def _digest(rows: np.ndarray, shard_of: np.ndarray, n_texts: np.ndarray, shards: list[Shard], choice: Choice) -> str:
-    """Of all that a resumed run must find again: places, keys, texts, and which of the texts are captions."""
+def _digest(
+    rows: np.ndarray, shard_of: np.ndarray, n_texts: np.ndarray, shards: list[Shard], choice: Choice
+) -> str:
+    """Of all that a resumed run must find again: places, keys, texts, and which of the texts are
+    captions.
+    """
     kept = rows.copy()
     kept["form"] = 0  # its number depends on what else the shard holds
     digest = hashlib.sha256(kept.tobytes() + shard_of.tobytes() + n_texts.tobytes())
@@ -244,5 +332,7 @@ def _read(path: str, offset: int, length: int) -> bytes:
     """Bytes of a shard at a position; a shard that grew shorter is a ValueError."""
     data = os.pread(_Handle(path).fd, length, offset)
     if len(data) != length:
-        raise ValueError(f"{path} ends before byte {offset + length}; it changed after it was indexed")
+        raise ValueError(
+            f"{path} ends before byte {offset + length}; it changed after it was indexed"
+        )
     return data

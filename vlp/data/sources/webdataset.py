@@ -1,12 +1,13 @@
-"""A webdataset stream: `{name: webdataset, urls: "pipe:aws s3 cp s3://b/{000..199}.tar -", samples: 1000000}`.
+"""A webdataset stream: `{name: webdataset, urls: "pipe:aws s3 cp s3://b/{000..199}.tar -", samples:
+1000000}`.
 
 Either `urls`, read as webdataset reads them, or `pipeline: package.module:function`, your own pipeline:
 
     def function(part: int, parts: int) -> Iterable[dict]:  # samples as webdataset gives them before any decoding
         return wds.DataPipeline(wds.SimpleShardList(URLS[part::parts]), wds.tarfile_to_samples(), wds.select(good))
 
-Members stay bytes: webdataset's own decoder, which runs pickles, is never used. Prefer the sources `shards` and `remote`
-wherever the data are plain shards. A stream has no random access, so here
+Members stay bytes: webdataset's own decoder, which runs pickles, is never used. Prefer the sources
+`shards` and `remote` wherever the data are plain shards. A stream has no random access, so here
 
 - a pass is `samples` long and in the stream's own order, the same in every pass; a part that ends sooner starts again;
 - resuming is exact if the stream gives the same samples in the same order again, and takes the time to read up to there;
@@ -58,7 +59,8 @@ class Options(Texts):
     pipeline: str = ""  # package.module:function
     parts: int = 1  # streams that are read beside one another
     run: int = 64  # samples taken from a part before the next one's turn
-    buffer: int = 0  # samples of a part among which the order is drawn; webdataset's shuffle, with a fixed seed
+    # samples of a part among which the order is drawn; webdataset's shuffle, with a fixed seed
+    buffer: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +76,9 @@ def open(options: Options, captions: Captions) -> Stream:
     """Check that the stream can be opened; nothing is read yet. Raises ValueError."""
     stream = Stream(options, captions)
     if options.urls and len(stream.urls) < options.parts:
-        raise ValueError(f"parts is {options.parts}, but urls names {len(stream.urls)} shards; set parts lower")
+        raise ValueError(
+            f"parts is {options.parts}, but urls names {len(stream.urls)} shards; set parts lower"
+        )
     if options.pipeline:
         _function(options.pipeline)
     return stream
@@ -85,7 +89,11 @@ class Stream(Source):
 
     def __init__(self, options: Options, captions: Captions) -> None:
         self.options, self.captions, self.choice = options, captions, Choice.of(options, captions)
-        self.urls = [url for part in options.urls.split("::") for url in braceexpand(part)] if options.urls else []
+        self.urls = (
+            [url for part in options.urls.split("::") for url in braceexpand(part)]
+            if options.urls
+            else []
+        )
         self.reserve = min(RESERVE, options.samples)
         self._first: list[Sample] = []
         self._parts: dict[int, _Part] = {}
@@ -109,7 +117,9 @@ class Stream(Source):
         turn, place = divmod(i, self.options.run)
         position, part = divmod(turn, self.options.parts)
         if part not in self._parts:
-            self._parts[part] = _Part(lambda: self._open(part), f"part {part} of the webdataset stream")
+            self._parts[part] = _Part(
+                lambda: self._open(part), f"part {part} of the webdataset stream"
+            )
         found = self._parts[part].take(position * self.options.run + place)
         try:
             return _sample(i, found, self.choice, self.captions)
@@ -122,17 +132,23 @@ class Stream(Source):
         if self.options.pipeline:
             stream = _function(self.options.pipeline)(part, self.options.parts)
         else:
-            stream = wds.DataPipeline(wds.SimpleShardList(self.urls[part :: self.options.parts]), wds.tarfile_to_samples())
+            stream = wds.DataPipeline(
+                wds.SimpleShardList(self.urls[part :: self.options.parts]), wds.tarfile_to_samples()
+            )
         if not self.options.buffer:
             return stream
-        return wds.filters.shuffle(self.options.buffer, initial=self.options.buffer, rng=random.Random(part))(iter(stream))
+        return wds.filters.shuffle(
+            self.options.buffer, initial=self.options.buffer, rng=random.Random(part)
+        )(iter(stream))
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps([asdict(self.options), self.urls]).encode()).hexdigest()
 
 
 class _Part:
-    """One endless stream at a position, opened again where it ends or where an earlier sample is wanted."""
+    """One endless stream at a position, opened again where it ends or where an earlier sample is
+    wanted.
+    """
 
     def __init__(self, start: Callable[[], Iterable[dict[str, Any]]], name: str) -> None:
         self.start, self.name, self.position = start, name, 0
@@ -145,7 +161,9 @@ class _Part:
                 return self._advance(position)
             except StreamError:
                 raise
-            except Exception as error:  # the pipeline is somebody else's: a network, a decoder, anything
+            except (
+                Exception
+            ) as error:  # the pipeline is somebody else's: a network, a decoder, anything
                 self._samples = None
                 if attempt == _TRIES - 1:
                     raise StreamError(
@@ -174,29 +192,45 @@ class _Part:
 
 
 def _sample(i: int, found: dict[str, Any], choice: Choice, captions: Captions) -> Sample:
-    """webdataset's mapping of extensions to bytes as a sample; raises ValueError for one that cannot be used."""
+    """webdataset's mapping of extensions to bytes as a sample; raises ValueError for one that
+    cannot be used.
+    """
     if not isinstance(found, dict):
-        raise StreamError(f"the webdataset pipeline gives {type(found).__name__}; expected mappings: take out to_tuple and batched")
+        raise StreamError(
+            f"the webdataset pipeline gives {type(found).__name__}; expected mappings: take out to_tuple and batched"
+        )
     prefix = str(found.get("__key__", i))
     parts: dict[str, dict[str, tuple[str, bytes]]] = {}
     for ending, value in found.items():
         name = parse_name(f"{prefix}.{ending}") if not ending.startswith("__") else None
         if name is not None and name.kind:
-            parts.setdefault(name.key, {}).setdefault(name.kind, (name.extension, _bytes(ending, value, name.kind)))
+            parts.setdefault(name.key, {}).setdefault(
+                name.kind, (name.extension, _bytes(ending, value, name.kind))
+            )
 
-    samples = {key: members for key, members in separate(parts)[0].items() if members.get("image", ("", b""))[1]}
+    samples = {
+        key: members
+        for key, members in separate(parts)[0].items()
+        if members.get("image", ("", b""))[1]
+    }
     if len(samples) != 1:
         there = sorted(ending for ending in found if not ending.startswith("__"))
         if not samples:
             raise ValueError(f"no image among the members {there}")
-        raise ValueError(f"webdataset joins the samples {sorted(samples)} at their first dot; read the tars by the source shards")
+        raise ValueError(
+            f"webdataset joins the samples {sorted(samples)} at their first dot; read the tars by the source shards"
+        )
     [(key, members)] = samples.items()
     extension, image = members["image"]
     content = Content(key, image, extension)
     fill(content, {kind: value for kind, (_, value) in members.items() if kind in TEXT_TYPES})
     texts = captions_of(choice.captions(content.meta, content.text), content.meta, captions)
     if not texts:
-        raise ValueError(f"no caption{f' under {choice.names}' if choice.names else ''}; {'; '.join(content.notes)}".rstrip("; "))
+        raise ValueError(
+            f"no caption{f' under {choice.names}' if choice.names else ''}; {'; '.join(content.notes)}".rstrip(
+                "; "
+            )
+        )
     weights = choice.weights(content.meta, content.text)
     return Sample(i, content.key, content.image, extension, texts, content.meta, weights=weights)
 
@@ -205,7 +239,9 @@ def _bytes(ending: str, value: Any, kind: str) -> bytes:
     if isinstance(value, str) and kind in TEXT_TYPES:
         return value.encode()
     if not isinstance(value, bytes):
-        raise StreamError(f"the webdataset pipeline gives {ending!r} as {type(value).__name__}; expected bytes: take out decode")
+        raise StreamError(
+            f"the webdataset pipeline gives {ending!r} as {type(value).__name__}; expected bytes: take out decode"
+        )
     return value
 
 

@@ -44,9 +44,13 @@ class TableOptions:
     # Only rows whose column has this value, or one of these.
     where: dict[str, Any] = field(default_factory=dict)
     only: str = ""  # only images that this list names, one a line (Flickr_8k.trainImages.txt)
-    separator: str = ""  # of a text table: a character, tab or space; empty: found in the first line
+    separator: str = (
+        ""  # of a text table: a character, tab or space; empty: found in the first line
+    )
     encoding: str = ""  # such as cp1252; empty: UTF-8 or UTF-16
-    header: bool | None = None  # the first line names the columns; None: if it holds no image's name
+    header: bool | None = (
+        None  # the first line names the columns; None: if it holds no image's name
+    )
     # csv: quotes as RFC 4180 says; none: a quote is a character like others; auto: what fits.
     quoting: Literal["auto", "csv", "none"] = "auto"
 

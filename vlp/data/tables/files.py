@@ -1,5 +1,4 @@
-"""A table's file as text: found by name, unpacked from gzip, decoded, or refused with what to do.
-"""
+"""A table's file as text: found by name, unpacked from gzip, decoded, or refused with what to do."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ def option(name: str, value: str) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The extension that tells how a table is read, without .gz; raises ValueError for another one.
-    """
+    """The extension that tells how a table is read, without .gz; raises ValueError for another one."""
     name = path.name.lower().removesuffix(".gz")
     suffix = Path(name).suffix
     if suffix in (".xlsx", ".xls", ".ods"):

@@ -187,8 +187,7 @@ def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
 
 
 def join(item: Item, other: Item) -> str:
-    """Give an item the captions of another one of the same image; returns what contradicts, or "".
-    """
+    """Give an item the captions of another one of the same image; returns what contradicts, or ""."""
     item.captions = item.captions + [
         caption for caption in other.captions if caption not in item.captions
     ]

@@ -49,7 +49,8 @@ def _listed(path: Path) -> list[str]:
     if len(table.columns) == 1:
         name = table.columns[0]
         names = [row[name] for _, row in table.rows]
-        # Names without extensions: the first line is one of them, unless it says what the column is.
+        # Names without extensions: the first line is one of them, unless it says what the column
+        # is.
         return (
             names
             if names_image(names[0]) or name.lower() in ("image", "file_name", "filename")

@@ -9,8 +9,7 @@ from vlp.data.tables.values import jsonable
 
 
 def parse_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """Numbered rows of a parquet file of names and texts, and what was left out; raises ValueError.
-    """
+    """Numbered rows of a parquet file of names and texts, and what was left out; raises ValueError."""
     from pyarrow import ArrowException, parquet
 
     try:
