@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny
-from tests.test_train import losses, settings
+from tests.test_train import losses
 from vlp import checkpoint
 from vlp.train import train
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.test_train import ROOT, settings
+from tests.test_train import ROOT
 from vlp.config import Duration, Train
 from vlp.engines.parallel import LaunchError, launched_processes, start
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.data_tools.tools import call
-from tests.test_train import settings
 from vlp import checkpoint
 from vlp.data_tools import embed
 from vlp.train import train

@@ -297,7 +297,7 @@ class Foreign:
         pickle.loads(b"plain text")
 
     def package():
-        import a_package_that_is_not_there
+        import a_package_that_is_not_there  # noqa: F401
 
     def memory():
         import torch

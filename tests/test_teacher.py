@@ -10,7 +10,7 @@ import torch
 
 from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
-from tests.test_train import losses, settings
+from tests.test_train import losses
 from vlp import checkpoint, config
 from vlp.step import train_step
 from vlp.teacher import Teacher

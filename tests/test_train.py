@@ -24,32 +24,6 @@ from vlp.step import NonFiniteError
 from vlp.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = """
-out: {out}
-data:
-  sources: [{{name: shards, path: {data}}}]
-  workers: 1
-model:
-  image_tower: {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16, patch_dropout: 0.25}}
-  text_tower: {{name: transformer, context_length: 24, width: 32, layers: 1, heads: 2}}
-  embed_dim: 16
-train: {{duration: 9, batch: 48, micro_batches: 2, precision: float32, optimizer: {{lr: 1e-3}}}}
-objective: {{infonce: {{}}, fastclip: {{version: v2}}}}
-log: {{every: 1}}
-checkpoint: {{every: 3, keep: 2}}
-"""
-
-
-@pytest.fixture
-def settings(scenes, tmp_path):
-    """Nine steps of 48 of 200 scenes: steps_per_epoch is 4, so checkpoints lie in mid-epoch."""
-
-    def make(*overrides, out="run"):
-        path = tmp_path / f"{out}.yaml"
-        path.write_text(SETTINGS.format(out=tmp_path / out, data=scenes / "train"))
-        return config.load(path, list(overrides))
-
-    return make
 
 
 def losses(run):

@@ -136,7 +136,7 @@ def open_results(path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     items = {}
     if items_path(file).exists():
         with safe_open(items_path(file), framework="pt") as tensors:
-            items = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            items = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     return records, items
 
 

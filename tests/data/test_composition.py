@@ -293,7 +293,7 @@ def test_draws_with_replacement_are_uniform_and_independent():
     assert np.array_equal(ids[7], mixture(25, 15, replacement=True).batch(7, size))
     assert not np.array_equal(ids[7], mixture(25, 15, replacement=True, seed=6).batch(7, size))
     expected = ids.size / n
-    chi = lambda counts, expected: ((counts - expected) ** 2 / expected).sum()
+    chi = lambda counts, expected: ((counts - expected) ** 2 / expected).sum()  # noqa: E731
     assert (
         15 < chi(np.bincount(ids.ravel(), minlength=n), expected) < 75
     )  # 39 degrees of freedom, deviation 8.8

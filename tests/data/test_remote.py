@@ -175,7 +175,7 @@ def test_a_shard_is_fetched_by_one_of_many_at_a_time(bucket, monkeypatch):
     with ThreadPool(8) as pool:
         paths = pool.map(cache.get, [f"file://{bucket}/00000.tar"] * 40)
     assert len(set(paths)) == 1 and fetched.total() == 1
-    assert open(paths[0], "rb").read() == (bucket / "00000.tar").read_bytes()
+    assert open(paths[0], "rb").read() == (bucket / "00000.tar").read_bytes()  # noqa: SIM115
 
 
 def test_wrong_addresses_say_so(bucket):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_train import LAUNCH, ROOT, STUCK, losses, settings
+from tests.test_train import LAUNCH, ROOT, STUCK, losses
 from vlp import checkpoint
 from vlp.export.folder import export_run
 

@@ -155,7 +155,7 @@ class ShardWriter:
             raise ValueError(f"captions of {key!r} are {captions!r}; expected a list of texts")
 
     def _start(self) -> tarfile.TarFile:
-        self._tar = tarfile.open(self._temporary(), "w", format=tarfile.PAX_FORMAT)
+        self._tar = tarfile.open(self._temporary(), "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         return self._tar
 
     def _name(self) -> str:

@@ -315,7 +315,7 @@ def _mask(valid: Tensor, like: Tensor) -> Tensor:
 
 def _has_triton() -> bool:
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError:
         return False
     return True
