@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # High to low. Rooms in one row may import one another.
 LAYERS = [
     ("vlp.cli", "vlp.launch", "vlp.demo", "vlp.faults"),
-    ("vlp.eval", "vlp.data_tools", "vlp.export.folder"),
+    ("vlp.eval", "vlp.data_tools", "vlp.export"),
     ("vlp.train", "vlp.reporter", "vlp.checks"),
     ("vlp.selection",),
     (
