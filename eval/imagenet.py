@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vlp.eval.pictures import DataError
 
 if TYPE_CHECKING:
-    from vlp.eval.datasets import Source
+    from vlp.eval.datasets.source import Source
 
 SYNSET = re.compile(r"n\d{8}")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from vlp.eval import choices, embed, metrics
-from vlp.eval.datasets import beside, read_rows
+from vlp.eval.datasets.tables import beside, read_rows
 from vlp.eval.pictures import DataError, Picture
 from vlp.eval.tasks import TaskResult
 

@@ -20,7 +20,8 @@ from vlp.data import wrong_captions
 from vlp.data.tables import TableOptions
 from vlp.eval import choices as _choices
 from vlp.eval import embed, metrics
-from vlp.eval.datasets import Record, Source, open_source
+from vlp.eval.datasets import open_source
+from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import DataError, Picture
 from vlp.eval.tasks import TaskResult
 

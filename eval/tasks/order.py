@@ -25,7 +25,7 @@ from typing import Any, Literal
 from vlp.data.tables import TableOptions
 from vlp.eval import choices as _choices
 from vlp.eval import embed
-from vlp.eval.datasets import Source
+from vlp.eval.datasets.source import Source
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, retrieval, shared
 

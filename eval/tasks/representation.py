@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlp.data.tables import TableOptions
 from vlp.eval import choices, embed, metrics
-from vlp.eval.datasets import Source
+from vlp.eval.datasets.source import Source
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, retrieval, shared
 

@@ -17,7 +17,8 @@ import torch
 from vlp.data.captions import Texts
 from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
-from vlp.eval.datasets import Source, join_equal_pictures, open_source
+from vlp.eval.datasets import open_source
+from vlp.eval.datasets.source import Source, join_equal_pictures
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 

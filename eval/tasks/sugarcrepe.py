@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.eval import choices, datasets, embed
+from vlp.eval import choices, embed
+from vlp.eval.datasets import tables
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
@@ -51,8 +52,8 @@ class Data:
 def read(options: Options) -> Data:
     path = Path(options.data)
     if path.is_file():
-        rows = datasets.read_rows(path, ("image", "caption", "negative_caption"))
-        images = options.images or str(datasets.beside(path))
+        rows = tables.read_rows(path, ("image", "caption", "negative_caption"))
+        images = options.images or str(tables.beside(path))
         choices.need_keys(rows, ("image", "subset", "caption", "negative_caption"), path)
     else:
         rows = []

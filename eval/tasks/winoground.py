@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from vlp.eval import choices, embed, metrics
-from vlp.eval.datasets import read_rows
+from vlp.eval.datasets.tables import read_rows
 from vlp.eval.pictures import Collection, DataError, refuse_missing
 from vlp.eval.tasks import TaskResult
 

@@ -19,7 +19,8 @@ from vlp.data.tables import TableOptions
 from vlp.data.trees import class_name
 from vlp.eval import classes, embed, imagenet, metrics, prompts
 from vlp.eval.classes import ClassList
-from vlp.eval.datasets import Record, Source, open_source
+from vlp.eval.datasets import open_source
+from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 

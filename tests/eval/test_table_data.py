@@ -19,7 +19,7 @@ from tests.eval import material
 from vlp import plugin
 from vlp.cli import main
 from vlp.eval import models, run
-from vlp.eval.datasets import read_rows
+from vlp.eval.datasets.tables import read_rows
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 
