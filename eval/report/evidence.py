@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlp import checkpoint, plugin
-from vlp.eval import choices as _choices
+from vlp.eval import choices
 from vlp.eval import embed, metrics, models, prompts
 from vlp.eval.pictures import Picture
 from vlp.eval.report import findings
@@ -240,20 +240,17 @@ class _Parts:
                 self.evidence.examples.append(self._examples(negatives.read(options)))
 
     def _examples(self, data: negatives.Data) -> ExampleSet:
-        choices = _sample(data.choices, self.samples)
-        captions = [choice.captions for choice in choices]
-        scores = _choices.cosines(
-            self.encoder, [choice.picture for choice in choices], captions, self.context
-        )
-        shown, hits = findings.choices(scores, EXAMPLES)
+        sample = _sample(data.choices, self.samples)
+        captions = [choice.captions for choice in sample]
+        pictures = [choice.picture for choice in sample]
+        scores = choices.cosines(self.encoder, pictures, captions, self.context)
+        places, hits = findings.choices(scores, EXAMPLES)
         items = [
-            Example(
-                thumbnail(choices[i].picture), list(zip(captions[i], scores[i].tolist())), hits[i]
-            )
-            for i in shown
+            Example(thumbnail(pictures[i]), list(zip(captions[i], scores[i].tolist())), hits[i])
+            for i in places
         ]
-        chance = sum(1 / len(c) for c in captions) / len(captions)
-        return ExampleSet(data.source.name, len(hits), sum(hits) / len(hits), chance, items)
+        accuracy = sum(hits) / len(hits)
+        return ExampleSet(data.name, len(hits), accuracy, choices.chance(captions), items)
 
     def _opened(self, section: str, names: tuple[str, ...]) -> Any:
         tasks = _tasks(self.run, self.evidence, section, names)
@@ -306,7 +303,7 @@ def _sample(items: Any, n: int) -> list:
 
 def _space(name: str, captions: list[str], image: Tensor, text: Tensor) -> Space:
     measures: dict[str, Callable[[], float]] = {
-        "modality gap": lambda: metrics.centroid_distance(image, text),
+        "modality gap": lambda: metrics.modality_gap(image, text),
         "alignment": lambda: metrics.alignment(image, text),
         "uniformity of images": lambda: metrics.uniformity(image),
         "uniformity of texts": lambda: metrics.uniformity(text),
