@@ -34,7 +34,7 @@ COUNTERS = {
     "waited_s": "seconds waited for data",
 }
 GEOMETRY = (
-    "centroid_distance",
+    "modality_gap",
     "uniformity",
     "alignment",
     "separability",
@@ -42,14 +42,13 @@ GEOMETRY = (
     "temperature",
 )
 HEADLINES = ("acc1", "acc", "recall@1", "mean_average_precision", "text_score", "image_score", "group_score",
-             "centroid_distance", "alignment", "uniformity_image", "uniformity_text")  # fmt: skip
+             "modality_gap", "alignment", "uniformity_image", "uniformity_text")  # fmt: skip
 
 NAMES = {
     "acc": "accuracy",
     "acc1": "accuracy",
     "acc5": "top-5 accuracy",
     "mean_per_class_recall": "recall, mean over classes",
-    "centroid_distance": "modality gap",
 }
 
 

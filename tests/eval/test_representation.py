@@ -35,7 +35,7 @@ def test_equal_modalities_have_no_gap(pairs):
         lambda n: material.direction(n), lambda t: material.direction(number(t))
     )
     scores = evaluate("representation", same, data=pairs)["metrics"]
-    assert scores["centroid_distance"] == pytest.approx(0, abs=1e-6)
+    assert scores["modality_gap"] == pytest.approx(0, abs=1e-6)
     assert scores["alignment"] == pytest.approx(0, abs=1e-6)
     assert (
         scores["linear_separability"] == 0.5
@@ -52,7 +52,7 @@ def test_shifted_modalities_are_told_apart(pairs):
     )
     record = evaluate("representation", apart, data=pairs)
     assert record["metrics"]["linear_separability"] == 1
-    assert record["metrics"]["centroid_distance"] > 1.7
+    assert record["metrics"]["modality_gap"] > 1.7
     assert record["intervals_95"]["linear_separability"][0] > 0.9
     assert record["counts"]["pairs"] == 120
 
