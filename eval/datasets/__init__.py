@@ -3,13 +3,15 @@ is.
 
 folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
                                 zeroshot_classification_templates.txt, dataset_type.txt
-folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class", or captions)
+folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class",
+                                or captions)
 folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
-folder or tar of images         key.jpg with its captions in key.txt, key.json or key.caption, at any depth
+folder or tar of images         key.jpg with its captions in key.txt, key.json or key.caption, at
+                                any depth
 folder or tar of folders        one folder of images a class, where no text lies beside an image
-table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables reads: COCO's
-                                captions_*.json and Karpathy's dataset_*.json too; the images in `images`, the .tar of
-                                the same name, or the table's folder
+table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables
+                                reads: COCO's captions_*.json and Karpathy's dataset_*.json too; the
+                                images in `images`, the .tar of the same name, or the table's folder
 hf:user/name                    any of the above in a data set repository on the hub
 """
 
@@ -38,11 +40,12 @@ def open_source(
     options: TableOptions | None = None,  # how a table is read
     texts: Texts | None = None,  # which texts of shards are captions; None: the usual ones
 ) -> Source:
-    """Read an evaluation set's index; a DataError says what was expected. No image is decoded here."""
+    """Read an evaluation set's index; a DataError says what was expected. No image is decoded."""
     options, texts = options or TableOptions(), texts or Texts()
     root = _download(path[3:], split) if path.startswith("hf:") else Path(path)
     if not root.exists():
         raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
+
     if root.is_file() and not _may_be_tar(root):
         source = tables.from_table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
@@ -50,6 +53,7 @@ def open_source(
         source = shards.clip_benchmark(root, split, choice, missing)
     else:
         source = _by_content(root, split, missing, options, texts)
+
     if not source.records:
         raise DataError(f"{path} holds no image in split {split!r}")
     return replace(source, name=_short_name(path))
@@ -73,7 +77,7 @@ def _download(repository: str, split: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    wanted = [
+    patterns = [
         f"{split}/*",
         f"*/{split}/*",
         f"{split}-*",
@@ -82,86 +86,105 @@ def _download(repository: str, split: str) -> Path:
         f"*/{split}.*",
         "*.txt",
     ]
-    return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
+    return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+
+
+# --- folders and tars -----------------------------------------------------------------------------
 
 
 def _by_content(
     root: Path, split: str, missing: str, options: TableOptions, texts: Texts
 ) -> Source:
-    """Shards, parquet files, or a tree of images in a folder or tar: whichever lies there; both
-    kinds are refused.
+    """Shards, parquet files, or a tree of images in a folder or tar: whichever lies there.
+
+    Raises DataError where shards and a tree lie side by side.
     """
     archive = _archive_of_split(root, split)
     in_folders = next((name for name in archive.names if "/" in name), None)
     tars = _tars(root, split)
-    named = (
-        root.is_file() and bool(archive.texts) and not archive.below
-    )  # a shard; without texts its folders are classes
-    if named or (tars and root.is_dir() and in_folders is None):
-        choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
-        source = shards.from_tars(root, tars, choice, missing)
-        numbered = any(isinstance(record.label, int) for record in source.records)
-        return replace(source, classes=shards.class_names(root)) if numbered else source
+
+    # A tar with texts is a shard; without them its folders are classes.
+    is_shard = root.is_file() and bool(archive.texts) and not archive.below
+    if is_shard or (tars and root.is_dir() and in_folders is None):
+        return _shards(root, tars, missing, texts)
+
     if tars and tars[0].parent == archive.path:
         raise DataError(
-            f"{archive.path} holds shards ({tars[0].name}) and images in folders ({in_folders}); give one of them, such as "
-            f"{tars[0]}, or keep them in folders of their own"
+            f"{archive.path} holds shards ({tars[0].name}) and images in folders ({in_folders}); "
+            f"give one of them, such as {tars[0]}, or keep them in folders of their own"
         )
     if texts.captions:
         raise DataError(
-            f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no .tar; leave it out"
+            f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no "
+            ".tar; leave it out"
         )
-    with_images = _split_files(root, split, "*.parquet") or _named_parquet(root, split)
-    if not (with_images or archive.names):  # says which splits there are
-        with_images = _of_split(root, sorted(root.rglob("*.parquet")), split)
+
+    with_images = _parquet_files(root, split, archive)
     if with_images and (not archive.names or parquet.holds_images(with_images[0])):
         return parquet.from_parquet(root, with_images, split, options)
     return trees.from_tree(root, split, missing, archive, texts.lines or "one")
 
 
-def _tars(root: Path, split: str) -> list[Path]:
-    """The shards of a split: those in its folder, else those beside, or the tar that is named."""
-    if root.is_file():
-        there = [root]
-    else:
-        there = shards_in(root / split) or _of_split(root, shards_in(root), split)
-    try:
-        return plain_only(there, str(root))
-    except ValueError as error:
-        raise DataError(str(error)) from None
+def _shards(root: Path, tars: list[Path], missing: str, texts: Texts) -> Source:
+    choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
+    source = shards.from_tars(root, tars, choice, missing)
+    numbered = any(isinstance(record.label, int) for record in source.records)
+    return replace(source, classes=shards.class_names(root)) if numbered else source
 
 
 def _archive_of_split(root: Path, split: str) -> Archive:
     """What lies in the split's folder, or where there is none in all of `root`."""
     if root.is_dir():
         return open_archive(root, split if (root / split).is_dir() else "")
+
     archive = open_archive(root)
-    return (
-        open_archive(root, split)
-        if any(name.startswith(f"{split}/") for name in archive.names)
-        else archive
-    )
+    has_split = any(name.startswith(f"{split}/") for name in archive.names)
+    return open_archive(root, split) if has_split else archive
 
 
-def _split_files(root: Path, split: str, pattern: str) -> list[Path]:
-    in_split, in_root = (
-        [p for p in sorted(folder.glob(pattern)) if not is_hidden(p.name)]
-        for folder in (root / split, root)
-    )
-    return in_split or _of_split(root, in_root, split)
+# --- the files of a split -------------------------------------------------------------------------
 
 
-def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
-    """The files that belong to a split by the beginning of their names; all where none tells one."""
-    named = sorted(set(filter(None, (splits.of_file(file.name) for file in files))))
-    chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![a-z])", file.name, re.I)]
-    if named and not chosen:
-        raise DataError(f"{root} has no split {split!r}, only {', '.join(named)}; pass split=…")
-    return chosen if named else files
+def _tars(root: Path, split: str) -> list[Path]:
+    """The shards of a split: those in its folder, else those beside, or the tar that is named."""
+    if root.is_file():
+        tars = [root]
+    else:
+        tars = shards_in(root / split) or _of_split(root, shards_in(root), split)
+    try:
+        return plain_only(tars, str(root))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def _parquet_files(root: Path, split: str, archive: Archive) -> list[Path]:
+    """The parquet files of a split, in its folder, beside, or at any depth."""
+    in_split, in_root = _visible(root / split), _visible(root)
+    files = in_split or _of_split(root, in_root, split) or _named_parquet(root, split)
+    if not files and not archive.names:
+        # Nothing else is there: either all files are of one split, or the error names the splits.
+        files = _of_split(root, sorted(root.rglob("*.parquet")), split)
+    return files
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.parquet")) if not is_hidden(path.name)]
 
 
 def _named_parquet(root: Path, split: str) -> list[Path]:
     """data/test-00000-of-00002.parquet and the like, at any depth, as the hub lays data sets out."""
     return sorted(
-        p for p in root.rglob("*.parquet") if p.name.startswith(split) or p.parent.name == split
+        path
+        for path in root.rglob("*.parquet")
+        if path.name.startswith(split) or path.parent.name == split
     )
+
+
+def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
+    """The files that belong to a split by the beginning of their names; all where none tells."""
+    named = sorted(set(filter(None, (splits.of_file(file.name) for file in files))))
+    begins = re.compile(rf"{re.escape(split)}(?![a-z])", re.I)
+    chosen = [file for file in files if begins.match(file.name)]
+    if named and not chosen:
+        raise DataError(f"{root} has no split {split!r}, only {', '.join(named)}; pass split=…")
+    return chosen if named else files

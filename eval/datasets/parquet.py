@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,17 @@ from vlp.data.tables.values import texts as texts_of
 from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import DataError, Picture
 
-NUMBERS = (
-    "label",
-    "fine_label",
-    "labels",
-    "cls",
-)  # columns of class numbers in the hub's data sets
+NUMBERS = ("label", "fine_label", "labels", "cls")  # columns of class numbers on the hub
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns of a file are read, and what a row must hold to count."""
+
+    image: str
+    captions: list[str]
+    label: str | None
+    conditions: dict[str, Any]
 
 
 def holds_images(table: Path) -> bool:
@@ -45,57 +52,16 @@ def from_parquet(root: Path, files: list[Path], split: str, options: TableOption
     records: list[Record] = []
     class_names = None
     for file in files:
-        content, features = _parquet_rows(file)
-        columns = content.column_names
-        try:
-            image = (
-                column(columns, options.image_column, file)
-                if options.image_column
-                else usual(columns, IMAGE_COLUMNS)
-            )
-            captions = [
-                column(columns, name, file) for name in options.named_captions
-            ] or usual_captions(columns)
-            label = (
-                column(columns, options.class_column, file)
-                if options.class_column
-                else usual(columns, NUMBERS)
-            )
-            conditions = {
-                column(columns, name, file): value for name, value in options.where.items()
-            }
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        if not image:
-            raise DataError(
-                f"{file} has no column of images, only {listed(columns)}; name it: image_column=NAME"
-            )
-        if split_column(columns):
-            conditions.setdefault(split_column(columns), split)
-        class_names = class_names or features.get(label, {}).get("names")
-        for i, row in enumerate(content.to_pylist()):
-            if not all(equals(row[name], value) for name, value in conditions.items()):
-                continue
-            value = row[label] if label else None
-            data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
-            if not data or isinstance(data, str):
-                raise DataError(
-                    f"{file}: row {i} holds no image bytes in {image!r}; download the data set with its images embedded, or "
-                    "give this file itself as data= if it names image files"
-                )
-            found: list[str] = []
-            try:
-                for name in captions:
-                    found += texts_of(row[name])
-            except NoText as error:
-                raise DataError(f"{file}: row {i}: {error}") from None
-            number = tuple(value) if isinstance(value, list) else value
-            records.append(Record(Picture(f"{file}:{i}", data=data), tuple(found), number))
+        content, features = _read(file)
+        columns = _columns(content.column_names, file, split, options)
+        class_names = class_names or features.get(columns.label, {}).get("names")
+        records += _records(file, content, columns)
+
     multilabel = any(isinstance(record.label, tuple) for record in records)
     return Source(str(root), records, classes=class_names, multilabel=multilabel)
 
 
-def _parquet_rows(file: Path) -> tuple[Any, dict[str, Any]]:
+def _read(file: Path) -> tuple[Any, dict[str, Any]]:
     """A parquet file's table, and what `datasets` notes about its columns."""
     from pyarrow import ArrowException, parquet
 
@@ -107,3 +73,51 @@ def _parquet_rows(file: Path) -> tuple[Any, dict[str, Any]]:
         ) from None
     noted = json.loads((content.schema.metadata or {}).get(b"huggingface", b"{}"))
     return content, noted.get("info", {}).get("features", {})
+
+
+def _columns(names: list[str], file: Path, split: str, options: TableOptions) -> _Columns:
+    """The columns that the options name, else those of the usual names."""
+    try:
+        image, label = usual(names, IMAGE_COLUMNS), usual(names, NUMBERS)
+        if options.image_column:
+            image = column(names, options.image_column, file)
+        captions = [column(names, name, file) for name in options.named_captions]
+        if options.class_column:
+            label = column(names, options.class_column, file)
+        conditions = {column(names, name, file): value for name, value in options.where.items()}
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+    if not image:
+        raise DataError(
+            f"{file} has no column of images, only {listed(names)}; name it: image_column=NAME"
+        )
+    if split_column(names):
+        conditions.setdefault(split_column(names), split)
+    return _Columns(image, captions or usual_captions(names), label, conditions)
+
+
+def _records(file: Path, content: Any, columns: _Columns) -> Iterator[Record]:
+    for i, row in enumerate(content.to_pylist()):
+        if not all(equals(row[name], value) for name, value in columns.conditions.items()):
+            continue
+
+        stored = row[columns.image]
+        data = stored.get("bytes") if isinstance(stored, dict) else stored
+        if not data or isinstance(data, str):
+            raise DataError(
+                f"{file}: row {i} holds no image bytes in {columns.image!r}; download the data set "
+                "with its images embedded, or give this file itself as data= if it names image "
+                "files"
+            )
+
+        captions: list[str] = []
+        try:
+            for name in columns.captions:
+                captions += texts_of(row[name])
+        except NoText as error:
+            raise DataError(f"{file}: row {i}: {error}") from None
+
+        label = row[columns.label] if columns.label else None
+        number = tuple(label) if isinstance(label, list) else label
+        yield Record(Picture(f"{file}:{i}", data=data), tuple(captions), number)

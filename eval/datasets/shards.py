@@ -25,34 +25,39 @@ def clip_benchmark(root: Path, split: str, choice: Choice, missing: str) -> Sour
         raise DataError(
             f"{root / split / 'nshards.txt'} holds {text!r}, expected the number of shards"
         )
+
     tars = [root / split / f"{i}.tar" for i in range(int(text))]
-    absent = [str(t) for t in tars if not t.exists()]
+    absent = [str(tar) for tar in tars if not tar.exists()]
     if absent:
         raise DataError(
-            f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: {', '.join(absent[:5])}"
+            f"nshards.txt announces {len(tars)} shards but {len(absent)} are not there: "
+            f"{', '.join(absent[:5])}"
         )
+
+    # Where the classes are listed, labels are numbers of that list.
     names = class_names(root)
     source = from_tars(root, tars, choice, missing, "cls" if names else "class")
+    kind = (_lines(root / "dataset_type.txt") or [""])[0]
     return replace(
         source,
         classes=names,
         templates=_lines(root / "zeroshot_classification_templates.txt"),
-        multilabel=(_lines(root / "dataset_type.txt") or [""])[0] == "multilabel",
+        multilabel=kind == "multilabel",
     )
 
 
 def class_names(root: Path) -> list[str] | None:
+    """The names in classnames.txt, by class number; None where there is no such file."""
     path = root / "classnames.txt"
     return classes.read_list(path).names if path.exists() else None
 
 
 def _lines(path: Path) -> list[str] | None:
     """The lines of a text that are not blank; None where there is no such file."""
-    return (
-        [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
-        if path.exists()
-        else None
-    )
+    if not path.exists():
+        return None
+    lines = path.read_text("utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def from_tars(
@@ -67,17 +72,18 @@ def from_tars(
     """
     records: list[Record] = []
     skipped: list[str] = []
-    names: Counter[str] = Counter()
+    text_names: Counter[str] = Counter()
     for tar in tars:
-        samples, problems = _samples(tar, missing)
-        skipped += problems
+        samples, left_out = _samples(tar, missing)
+        skipped += left_out
         for sample in samples:
-            names.update(form_of(sample.content.meta, sample.content.text).keys())
+            text_names.update(form_of(sample.content.meta, sample.content.text).keys())
             records.append(_record(tar, sample, choice, prefer))
+
+    # A chosen text that no sample has would silently leave every image without a caption.
+    n_with = {name.removeprefix("."): n for name, n in text_names.items()}
     try:
-        choice.check(
-            {name.removeprefix("."): n for name, n in names.items()}, len(records), str(root)
-        )
+        choice.check(n_with, len(records), str(root))
     except ValueError as error:
         raise DataError(str(error)) from None
     return Source(str(root), records, skipped=skipped)
@@ -85,7 +91,8 @@ def from_tars(
 
 def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
     """The samples of a tar, and a line for each that is left out; a DataError names them unless
-    they may be."""
+    they may be.
+    """
     samples: list[Found] = []
 
     def begin(_: Shard) -> Callable[[Found], None]:
@@ -96,23 +103,27 @@ def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
         shard = read(tar, begin, also=frozenset({"npy"}))
     except ValueError as error:
         raise DataError(str(error)) from None
-    lost = shard.n_left_out or shard.n_damaged
-    if lost and missing == "error":
+
+    n_lost = shard.n_left_out or shard.n_damaged
+    if n_lost and missing == "error":
         raise DataError(
             f"{tar}: {'; '.join(shard.problems[:5])}; repair the tar, or write it anew without "
-            "these samples, or pass missing=skip to evaluate without them (the score is then not comparable)"
+            "these samples, or pass missing=skip to evaluate without them "
+            "(the score is then not comparable)"
         )
-    return samples, [f"{tar}: left out"] * lost
+    return samples, [f"{tar}: left out"] * n_lost
 
 
 def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
     content, image = sample.content, sample.members["image"]
     picture = Picture(f"{tar}:{image.name}", str(tar), image.offset, image.size)
+
     other = "class" if prefer == "cls" else "cls"
     label = content.meta.get(prefer, content.meta.get(other))
     if "npy" in sample.members:
         array = sample.members["npy"]
         label = _multi_hot(Picture(f"{tar}:{array.name}", str(tar), array.offset, array.size))
+
     captions = choice.captions(content.meta, content.text)
     if not captions and label is None and content.notes:
         raise DataError(f"sample {content.key!r} in {tar}: {'; '.join(content.notes)}")
@@ -120,6 +131,7 @@ def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
 
 
 def _multi_hot(member: Picture) -> tuple[int, ...]:
+    """The class numbers of a multi-hot array, as clip_benchmark stores several labels."""
     import numpy as np
 
     values = np.load(io.BytesIO(member.read()), allow_pickle=False)

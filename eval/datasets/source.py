@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +16,8 @@ class Record:
 
     picture: Picture
     captions: tuple[str, ...] = ()
-    label: int | str | tuple[int, ...] | None = (
-        None  # class number, class name, or several numbers (multi-label)
-    )
+    # class number, class name, or several numbers (multi-label)
+    label: int | str | tuple[int, ...] | None = None
     meta: dict[str, Any] = field(default_factory=dict)  # the sample's JSON, or the table's row
 
 
@@ -30,9 +30,8 @@ class Source:
     classes: list[str] | None = None  # by class number, where the set lists them
     templates: list[str] | None = None  # where the set brings its own
     multilabel: bool = False
-    skipped: list[str] = field(
-        default_factory=list
-    )  # annotations left out because their images are missing
+    # annotations left out because their images are missing
+    skipped: list[str] = field(default_factory=list)
     n_joined: int = 0  # records that went because their pictures equal another one's
 
 
@@ -42,21 +41,20 @@ def join_equal_pictures(source: Source) -> tuple[Source, int]:
 
     Otherwise the copies tie with each other, and a tie counts against every model.
     """
-    by_size: dict[int, list[int]] = {}
-    for i, record in enumerate(source.records):
-        by_size.setdefault(record.picture.n_bytes(), []).append(i)
+    sizes = Counter(record.picture.n_bytes() for record in source.records)
     first: dict[Any, int] = {}
     joined: dict[int, Record] = {}
     for i, record in enumerate(source.records):
-        alone = (
-            len(by_size[record.picture.n_bytes()]) == 1
-        )  # no other picture has this size: none is equal
-        content = i if alone else hashlib.sha256(record.picture.read()).digest()
+        # Only pictures of one size can be equal: all others need not be read.
+        is_alone = sizes[record.picture.n_bytes()] == 1
+        content = i if is_alone else hashlib.sha256(record.picture.read()).digest()
+
         earlier = first.setdefault((content, record.picture.box, record.picture.border), i)
-        if earlier == i:
-            joined[i] = record
-        else:
-            before = joined[earlier].captions
-            more = tuple(caption for caption in record.captions if caption not in before)
-            joined[earlier] = replace(joined[earlier], captions=before + more)
+        joined[earlier] = record if earlier == i else _with_captions(joined[earlier], record)
     return replace(source, records=list(joined.values())), len(source.records) - len(joined)
+
+
+def _with_captions(record: Record, other: Record) -> Record:
+    """The record with those captions of the other that it does not have."""
+    more = tuple(caption for caption in other.captions if caption not in record.captions)
+    return replace(record, captions=record.captions + more)

@@ -38,11 +38,14 @@ def beside(table: Path) -> Path:
 def from_table(
     path: Path, images: str | None, split: str, missing: str, options: TableOptions
 ) -> Source:
+    """The rows of a split as an evaluation set."""
     try:
         listing = tables.items(path, options, split)
     except (ValueError, OSError) as error:
         raise DataError(str(error)) from None
     _refuse_rows(listing.problems, missing)
+
+    # First that every image is there, then which rows name one image.
     collection = Collection(images or beside(path))
     archive = collection.archive
     named = [(item, archive.find(item.image)) for item in listing.items]
