@@ -125,19 +125,19 @@ def _default(found: list[Run]) -> Path:
 
 def _look(looked_at: list[Run], data: list[str], samples: int) -> list[Evidence | None]:
     """What the models show, two of them on the same sets with negatives."""
-    from vlp.eval.report import evidence as model
+    from vlp.eval.report import look
 
-    sets = [*(place for run in looked_at for place in model.beside(run)), *data]
-    return [model.look(run, sets, samples) for run in looked_at]
+    sets = [*(place for run in looked_at for place in look.beside(run)), *data]
+    return [look.look(run, sets, samples) for run in looked_at]
 
 
 def _page(found: list[Run], evidence: list[Evidence | None], with_model: bool) -> str:
-    from vlp.eval.report import markup, numbers, pictures, settings
+    from vlp.eval.report import curves, markup, numbers, pictures, settings
 
     sections = [
         numbers.summary(found, evidence),
-        numbers.curves(found),
-        numbers.scores(found),
+        curves.curves(found),
+        curves.scores(found),
         pictures.space(found, evidence, with_model),
         pictures.confusion(found, evidence, with_model),
         pictures.retrieval(found, evidence, with_model),

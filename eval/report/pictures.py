@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vlp.eval.report import curves, numbers
 from vlp.eval.report import evidence as model
-from vlp.eval.report import numbers
 from vlp.eval.report.charts import scatter
 from vlp.eval.report.findings import Query
 from vlp.eval.report.markup import Html, more, note, number, section, table, tag
@@ -21,13 +21,13 @@ Seen = list["model.Evidence | None"]
 def space(found: list[Run], evidence: Seen, with_model: bool) -> Html:
     """Gap, uniformity and alignment over time where logged, and the embeddings in two dimensions."""
     keys = dict.fromkeys(k for run in found for record in run.evals for k in record)
-    keys = [k for k in keys if any(g in k.partition(".")[2] for g in numbers.GEOMETRY)]
+    keys = [k for k in keys if any(g in k.partition(".")[2] for g in curves.GEOMETRY)]
     logged = max(len(run.evals) for run in found) > 1 and keys
     main = [k for k in keys if numbers.headline(k.partition(".")[2])]
     rest = [k for k in keys if k not in main]
     why = "Gap, uniformity and alignment over time were not logged: add the task representation with `every` to eval."
-    folded = more("more measures", numbers.score_cards(found, rest)) if logged and rest else None
-    curves = [numbers.score_cards(found, main), folded] if logged else note(why)
+    folded = more("more measures", curves.score_cards(found, rest)) if logged and rest else None
+    over_time = [curves.score_cards(found, main), folded] if logged else note(why)
 
     def plane(run: Run, seen: model.Evidence) -> list[Html | None]:
         if seen.space is None:
@@ -44,7 +44,7 @@ def space(found: list[Run], evidence: Seen, with_model: bool) -> Html:
         drawing = scatter(pairs, ("images", "texts"), f"links-{found.index(run)}")
         return [tag("div", drawing, tag("div", tag("p", text), measures), class_="beside")]
 
-    return section("space", "Embeddings", curves, _each(found, evidence, with_model, plane))
+    return section("space", "Embeddings", over_time, _each(found, evidence, with_model, plane))
 
 
 def confusion(found: list[Run], evidence: Seen, with_model: bool) -> Html:
