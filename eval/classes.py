@@ -190,7 +190,7 @@ def _by_number(ordered: list[str], class_list: ClassList, where: str) -> dict[st
 
 
 def _synset_numbers(ordered: list[str], class_list: ClassList) -> dict[str, int] | None:
-    """{synset: its number} where the data are synsets and the list can be ImageNet's 1,000 names."""
+    """{synset: number} where the data are synsets and the list can be ImageNet's 1,000 names."""
     synsets = imagenet.synsets()
     if len(class_list.names) != len(synsets):
         return None

@@ -23,7 +23,7 @@ SUBSETS = ("imagenet_a", "imagenet_r")  # relatives that are scored among classe
 
 
 def names() -> list[str]:
-    """The 1,000 class names that the field prompts with: open_clip's, which repair the originals."""
+    """The 1,000 class names that the field prompts with: open_clip's repair of the originals."""
     from open_clip import IMAGENET_CLASSNAMES
 
     return list(IMAGENET_CLASSNAMES)

@@ -100,7 +100,7 @@ def retrieval_ranks(
 
 
 def _pair_scores(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
-    """[M] cosine of each caption with its image, in tiles: the gathered images would take M rows."""
+    """[M] cosine of each caption with its image; in tiles, or the gathered images take M rows."""
     tiles = zip(text.split(TILE_ROWS), owner.split(TILE_ROWS))
     return torch.cat([(rows * image[owners]).sum(1) for rows, owners in tiles])
 

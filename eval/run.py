@@ -73,7 +73,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out the command; returns the exit status. Wrong input is a ValueError with what to do."""
+    """Carry out the command; returns the exit status. Wrong input is a ValueError that helps."""
     if options.compare:
         from vlp.eval.report.records import compare
 

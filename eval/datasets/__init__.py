@@ -172,7 +172,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _named_parquet(root: Path, split: str) -> list[Path]:
-    """data/test-00000-of-00002.parquet and the like, at any depth, as the hub lays data sets out."""
+    """data/test-00000-of-00002.parquet and the like, at any depth, as on the hub."""
     return sorted(
         path
         for path in root.rglob("*.parquet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vlp.eval.report.charts import Series, curve
+from vlp.eval.report.charts import Point, Series, curve
 from vlp.eval.report.markup import Html, more, note, number, section, table, tag
 from vlp.eval.report.numbers import headline, name_of, tagged
 from vlp.eval.report.runs import NOT_SCALARS, Run
@@ -31,6 +31,7 @@ COUNTERS = {
     "left_out_samples": "samples left out",
     "waited_s": "seconds waited for data",
 }
+# parts of the names of the representation task's scores
 GEOMETRY = (
     "modality_gap",
     "uniformity",
@@ -41,108 +42,132 @@ GEOMETRY = (
 )
 
 
-def curves(found: list[Run]) -> Html:
-    """Loss and terms, then how training went: scale, learning rate, gradient, throughput, waiting."""
-    keys = list(
-        dict.fromkeys(
-            k for run in found for record in run.train for k in record if k not in NOT_SCALARS
-        )
-    )
-    terms = [k for k in keys if k not in FIRST and k not in SPEED and k not in COUNTERS]
-    if len(terms) == 1 and all(run.scalar(terms[0]) == run.scalar("loss") for run in found):
-        terms = []  # one term of weight 1 is the loss
-    order = [k for k in (*FIRST, *terms, *SPEED) if k in keys]
+# --- training -------------------------------------------------------------------------------------
+
+
+def curves(runs: list[Run]) -> Html:
+    """Loss and terms, then how training went: scale, learning rate, throughput, waiting."""
+    keys = scalar_keys(record for run in runs for record in run.train)
+    order = [key for key in (*FIRST, *_terms(runs, keys), *SPEED) if key in keys]
     if not order:
         return section("curves", "Training", note("No curves: no training record has been logged."))
-    counted = [k for k in COUNTERS if any(v for run in found for _, v in run.scalar(k)[-1:])]
-    cards = _cards(
-        ((k, SPEED.get(k, k.replace("_", " ")), run_points(found, k)) for k in order), found
-    )
-    rows = [
-        [COUNTERS[k], *(number(run.scalar(k)[-1][1]) if run.scalar(k) else "–" for run in found)]
-        for k in counted
-    ]
-    table_ = (
-        table(["counted over the run", *(tagged(run, found) or "" for run in found)], rows)
-        if rows
-        else None
-    )
+
+    titles = {key: SPEED.get(key, key.replace("_", " ")) for key in order}
+    cards = _cards(((key, titles[key], [run.scalar(key) for run in runs]) for key in order), runs)
     return section(
         "curves",
         "Training",
-        _legend(found),
+        _legend(runs),
         cards,
-        table_,
+        _counter_table(runs),
         lead="By optimiser step; beside a title the latest value.",
     )
 
 
-def run_points(found: list[Run], key: str) -> list[list[tuple[float, float]]]:
-    """A training scalar of every run."""
-    return [run.scalar(key) for run in found]
+def scalar_keys(records: Iterable[dict]) -> list[str]:
+    """What the records log, in the order of its first appearance."""
+    keys: dict[str, None] = {}
+    for record in records:
+        keys |= dict.fromkeys(record)
+    return [key for key in keys if key not in NOT_SCALARS]
 
 
-def scores(found: list[Run]) -> Html:
+def _terms(runs: list[Run], keys: list[str]) -> list[str]:
+    """The terms of the loss; none where one term of weight 1 is the loss."""
+    terms = [key for key in keys if key not in (*FIRST, *SPEED, *COUNTERS)]
+    if len(terms) == 1 and all(run.scalar(terms[0]) == run.scalar("loss") for run in runs):
+        return []
+    return terms
+
+
+def _counter_table(runs: list[Run]) -> Html | None:
+    """What was counted over the run, where it is not nothing."""
+    rows = []
+    for key, title in COUNTERS.items():
+        points = [run.scalar(key) for run in runs]
+        totals = [of_run[-1][1] if of_run else None for of_run in points]
+        if any(totals):
+            rows.append([title, *("–" if total is None else number(total) for total in totals)])
+
+    if not rows:
+        return None
+    return table(["counted over the run", *(tagged(run, runs) or "" for run in runs)], rows)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def scores(runs: list[Run]) -> Html:
     """Evaluation scores over steps; the geometry of the embeddings has its own cards."""
-    keys = list(
-        dict.fromkeys(
-            k for run in found for record in run.evals for k in record if k not in NOT_SCALARS
-        )
-    )
-    keys = [k for k in keys if not any(g in k.partition(".")[2] for g in GEOMETRY)]
+    keys = scalar_keys(record for run in runs for record in run.evals)
+    keys = [key for key in keys if not is_geometry(key)]
+    title = "Scores over steps"
     if not keys:
-        why = (
-            "the configuration has no eval section"
-            if not any(r.config.get("eval") for r in found)
-            else "none was logged yet"
-        )
-        return section("scores", "Scores over steps", note(f"No evaluation: {why}."))
-    if max(len(run.evals) for run in found) < 2:
-        return section(
-            "scores",
-            "Scores over steps",
-            note("One evaluation so far; its scores are in the summary."),
-        )
-    main = [k for k in keys if headline(k.partition(".")[2])] or keys[:4]
-    rest = [k for k in keys if k not in main]
-    folded = more(f"{len(rest)} more scores", score_cards(found, rest)) if rest else None
+        has_section = any(run.config.get("eval") for run in runs)
+        why = "none was logged yet" if has_section else "the configuration has no eval section"
+        return section("scores", title, note(f"No evaluation: {why}."))
+    if max(len(run.evals) for run in runs) < 2:
+        reason = "One evaluation so far; its scores are in the summary."
+        return section("scores", title, note(reason))
+
+    main, rest = headlines_first(keys)
+    main = main or keys[:4]
+    rest = [key for key in keys if key not in main]
+    folded = more(f"{len(rest)} more scores", score_cards(runs, rest)) if rest else None
     return section(
         "scores",
-        "Scores over steps",
-        _legend(found),
-        score_cards(found, main),
+        title,
+        _legend(runs),
+        score_cards(runs, main),
         folded,
         lead="On held-out data. The dashed line is chance, where results.json states it.",
     )
 
 
-def score_cards(found: list[Run], keys: list[str]) -> Html:
+def is_geometry(key: str) -> bool:
+    """Whether a score "label.metric" says how the embeddings lie on the sphere."""
+    return any(part in key.partition(".")[2] for part in GEOMETRY)
+
+
+def headlines_first(keys: list[str]) -> tuple[list[str], list[str]]:
+    """(scores "label.metric" that a page opens with, all others)."""
+    main = [key for key in keys if headline(key.partition(".")[2])]
+    return main, [key for key in keys if key not in main]
+
+
+def score_cards(runs: list[Run], keys: list[str]) -> Html:
     """A card a score, with its chance level where known."""
-    chance = {
-        f"{r['label']}.{m}": c
-        for run in found
-        for r in run.results
-        for m, c in r.get("chance", {}).items()
-    }
-    titles = {k: f"{k.partition('.')[0]} · {name_of(k.partition('.')[2])}" for k in keys}
-    return _cards(((k, titles[k], [run.score(k) for run in found]) for k in keys), found, chance)
+    chance: dict[str, float] = {}
+    for run in runs:
+        for record in run.results:
+            levels = record.get("chance", {})
+            chance |= {f"{record['label']}.{metric}": level for metric, level in levels.items()}
+
+    titles = {}
+    for key in keys:
+        label, _, metric = key.partition(".")
+        titles[key] = f"{label} · {name_of(metric)}"
+    return _cards(
+        ((key, titles[key], [run.score(key) for run in runs]) for key in keys), runs, chance
+    )
+
+
+# --- cards ----------------------------------------------------------------------------------------
 
 
 def _cards(
-    wanted: Iterable[tuple[str, str, list[list[tuple[float, float]]]]],
-    found: list[Run],
-    chance: dict[str, float] | None = None,
+    cards: Iterable[tuple[str, str, list[list[Point]]]],  # key, title, points of each run
+    runs: list[Run],
+    chance: dict[str, float] | None = None,  # by key
 ) -> Html:
-    cards = []
-    for key, title, points in wanted:
-        series = [Series(run.name, p, i) for i, (run, p) in enumerate(zip(found, points))]
-        cards.append(curve(title, series, (chance or {}).get(key)))
-    return tag("div", cards, class_="cards")
+    drawn = []
+    for key, title, points in cards:
+        series = [Series(run.name, of_run, i) for i, (run, of_run) in enumerate(zip(runs, points))]
+        drawn.append(curve(title, series, (chance or {}).get(key)))
+    return tag("div", drawn, class_="cards")
 
 
-def _legend(found: list[Run]) -> Html | None:
-    return (
-        tag("p", [tagged(run, found) for run in found], class_="legends")
-        if len(found) > 1
-        else None
-    )
+def _legend(runs: list[Run]) -> Html | None:
+    if len(runs) < 2:
+        return None
+    return tag("p", [tagged(run, runs) for run in runs], class_="legends")

@@ -1,8 +1,9 @@
-"""What the page knows of the run's model: plain values, and notes on what could not be had."""
+"""What the page knows of a run's model: plain values, and notes on what could not be had."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,22 +33,22 @@ class Evidence:
         print(f"vlp report: {text}", file=sys.stderr)
 
     @contextmanager
-    def attempt(self, section: str, what: str):
+    def attempt(self, section: str, subject: str) -> Iterator[None]:
         """Let a part fail on its own: its error becomes a note."""
         try:
             yield
         except EXPECTED as error:
-            self.note(section, f"{what}: {_reason(error)}")
+            self.note(section, f"{subject}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
     """An error in one sentence; ours say what to do, others are named."""
     if isinstance(error, OSError) and error.filename:
         return f"{Path(error.filename).name}: {error.strerror}"
-    ours = type(error).__module__.startswith("vlp.")
-    return (
-        str(error) if ours or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    )
+    is_ours = type(error).__module__.startswith("vlp.")
+    if is_ours or isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Confusion:
     """The worst classes of a zero-shot set."""
 
     dataset: str
-    n: int
+    n: int  # pictures
     accuracy: float
     names: list[str]  # of all classes
     worst: list[findings.ClassAnswers]
@@ -82,14 +83,14 @@ class Sheets:
     recall: dict[str, float]  # R@1 of "by_text" and "by_image"
     by_text: list[findings.Query]
     by_image: list[findings.Query]
-    thumbnails: dict[int, str]
+    thumbnails: dict[int, str]  # place -> data URI
 
 
 @dataclass(frozen=True)
 class Example:
     """A picture, its true caption and negatives with their cosines, the true one first."""
 
-    thumbnail: str
+    thumbnail: str  # data URI
     captions: list[tuple[str, float]]
     hit: bool
 
@@ -99,7 +100,7 @@ class ExampleSet:
     """Items of one set with negatives."""
 
     name: str
-    n: int
+    n: int  # choices that were scored, of which `items` are shown
     accuracy: float
     chance: float
     items: list[Example]

@@ -8,7 +8,7 @@ import io
 import os
 import random
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from vlp import checkpoint, plugin
-from vlp.eval import choices, embed, metrics, models, prompts
+from vlp.eval import choices, embed, metrics, models
 from vlp.eval.pictures import Picture
 from vlp.eval.report import findings
 from vlp.eval.report.evidence import Confusion, Evidence, Example, ExampleSet, Sheets, Space
 from vlp.eval.report.runs import Run
-from vlp.eval.tasks import negatives
+from vlp.eval.tasks import negatives, zeroshot
 
 # sets that `vlp data scenes` and the demo lay beside the others
 PROOFS = ("counting", "binding", "relations", "order")
@@ -30,10 +30,21 @@ MAX_PROMPTS = 2000  # classes × templates; more templates are left out
 WORST, QUERIES, EXAMPLES = 10, 6, 5
 THUMBNAIL_PX = 96
 
+# measure -> its name for the eye, in the order of the page
+MEASURES = {
+    "modality_gap": "modality gap",
+    "alignment": "alignment",
+    "uniformity_image": "uniformity of images",
+    "uniformity_text": "uniformity of texts",
+    "effective_rank_image": "effective rank of images",
+    "effective_rank_text": "effective rank of texts",
+}
+
 
 def beside(run: Run) -> list[str]:
     """The sets with negatives that lie in the run's own folder, as those of the demo do."""
-    return [str(place) for name in PROOFS if (place := run.folder / "data" / name).is_dir()]
+    places = [run.folder / "data" / name for name in PROOFS]
+    return [str(place) for place in places if place.is_dir()]
 
 
 def look(run: Run, data: list[str], samples: int) -> Evidence:
@@ -45,21 +56,20 @@ def look(run: Run, data: list[str], samples: int) -> Evidence:
     evidence = Evidence()
     path = checkpoint.newest(run.folder)
     if path is None:
-        damaged = (
-            f"all {len(run.checkpoints)} checkpoints are damaged"
-            if run.checkpoints
-            else "the run has no checkpoint"
-        )
-        evidence.note("model", f"{damaged}; only what the run logged is shown")
+        state = "the run has no checkpoint"
+        if run.checkpoints:
+            state = f"all {len(run.checkpoints)} checkpoints are damaged"
+        evidence.note("model", f"{state}; only what the run logged is shown")
         return evidence
+
     with evidence.attempt("model", f"the model of {path.name} cannot be loaded"):
         encoder = models.load(str(path), "cuda" if torch.cuda.is_available() else "cpu")
         evidence.model = path.name
     if not evidence.model:
         return evidence
-    parts = _Parts(
-        encoder, run, evidence, samples, embed.Context(workers=min(4, os.cpu_count() or 1))
-    )
+
+    context = embed.Context(workers=min(4, os.cpu_count() or 1))
+    parts = _Parts(encoder, run, evidence, samples, context)
     parts.pairs()
     parts.classes()
     parts.proofs(data)
@@ -81,20 +91,23 @@ class _Parts:
         source = self._opened("pairs", ("retrieval", "representation"))
         if source is None:
             return
+
         with self.evidence.attempt("pairs", source.name):
             records = _sample(source.records, self.samples)
-            captions = [c for r in records for c in r.captions]
-            owner = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
-            pictures = [r.picture for r in records]
-            image, text = (
-                embed.images(self.encoder, pictures, self.context),
-                embed.texts(self.encoder, captions, self.context),
+            pictures = [record.picture for record in records]
+            captions, first, owner = [], [], []
+            for i, record in enumerate(records):
+                first.append(len(captions))
+                captions += record.captions
+                owner += [i] * len(record.captions)
+
+            image = embed.images(self.encoder, pictures, self.context)
+            text = embed.texts(self.encoder, captions, self.context)
+            first_captions = [captions[i] for i in first]
+            self.evidence.space = _space(source.name, first_captions, image, text[first])
+            self.evidence.sheets = _sheets(
+                source.name, pictures, captions, torch.tensor(owner), image, text
             )
-            first = torch.tensor([owner.tolist().index(i) for i in range(len(records))])
-            self.evidence.space = _space(
-                source.name, [captions[i] for i in first], image, text[first]
-            )
-            self.evidence.sheets = _sheets(source.name, pictures, captions, owner, image, text)
 
     def classes(self) -> None:
         """The classes that zero-shot classification confuses most."""
@@ -108,34 +121,37 @@ class _Parts:
             )
             return
         with self.evidence.attempt("classes", data.source.name):
-            places = _sample(range(len(data.labels)), self.samples)
-            pictures, labels = [data.source.records[i].picture for i in places], data.labels[places]
-            templates = data.templates[: max(1, MAX_PROMPTS // len(data.classes))]
-            text = embed.texts(self.encoder, prompts.fill(templates, data.classes), self.context)
-            mean = text.view(len(data.classes), len(templates), -1).mean(1)
-            classes = torch.nn.functional.normalize(mean, dim=-1)
-            image = embed.images(self.encoder, pictures, self.context)
-            worst = findings.confusions(image, classes, labels, WORST)
-            accuracy = float(((image @ classes.T).argmax(1) == labels).double().mean())
-            shown = {c.wrong: thumbnail(pictures[c.wrong]) for c in worst if c.wrong is not None}
-            self.evidence.confusion = Confusion(
-                data.source.name, len(labels), accuracy, data.classes, worst, shown
-            )
+            self.evidence.confusion = self._confusion(data)
+
+    def _confusion(self, data: zeroshot.Data) -> Confusion:
+        places = _sample(range(len(data.labels)), self.samples)
+        pictures = [data.source.records[i].picture for i in places]
+        labels = data.labels[places]
+
+        templates = data.templates[: max(1, MAX_PROMPTS // len(data.classes))]
+        classes = zeroshot.class_embeddings(self.encoder, templates, data.classes, self.context)
+        image = embed.images(self.encoder, pictures, self.context)
+
+        worst = findings.confusions(image, classes, labels, WORST)
+        accuracy = float(((image @ classes.T).argmax(1) == labels).double().mean())
+        mistaken = [answers.wrong for answers in worst if answers.wrong is not None]
+        thumbnails = {place: thumbnail(pictures[place]) for place in mistaken}
+        return Confusion(data.source.name, len(labels), accuracy, data.classes, worst, thumbnails)
 
     def proofs(self, more: list[str]) -> None:
         """Examples from every set with negatives: the configuration's, and `more`."""
-        configured = [
-            p.options for p in _tasks(self.run, self.evidence, "examples", ("negatives",))
-        ]
-        wanted = {
-            Path(o.data).resolve(): o for o in (*(negatives.Options(p) for p in more), *configured)
-        }
-        if not wanted:
+        configured = _tasks(self.run, self.evidence, "examples", ("negatives",))
+        options_of_sets = [negatives.Options(place) for place in more]
+        options_of_sets += [task.options for task in configured]
+
+        # A set that is named twice is shown once, as the configuration has it.
+        by_place = {Path(options.data).resolve(): options for options in options_of_sets}
+        if not by_place:
             self.evidence.note(
                 "examples",
                 "no set with negatives: name one under eval (task negatives) or with --data",
             )
-        for options in wanted.values():
+        for options in by_place.values():
             with self.evidence.attempt("examples", Path(options.data).name):
                 self.evidence.examples.append(self._examples(negatives.read(options)))
 
@@ -144,7 +160,8 @@ class _Parts:
         captions = [choice.captions for choice in sample]
         pictures = [choice.picture for choice in sample]
         scores = choices.cosines(self.encoder, pictures, captions, self.context)
-        places, hits = findings.choices(scores, EXAMPLES)
+
+        places, hits = findings.examples_to_show(scores, EXAMPLES)
         items = [
             Example(thumbnail(pictures[i]), list(zip(captions[i], scores[i].tolist())), hits[i])
             for i in places
@@ -153,6 +170,7 @@ class _Parts:
         return ExampleSet(data.name, len(hits), accuracy, choices.chance(captions), items)
 
     def _opened(self, section: str, names: tuple[str, ...]) -> Any:
+        """The data of the first of these tasks that opens, or None with a note."""
         tasks = _tasks(self.run, self.evidence, section, names)
         for task in tasks:
             with self.evidence.attempt(section, task.label):
@@ -164,19 +182,21 @@ class _Parts:
         return None
 
 
+# --- the run's tasks ------------------------------------------------------------------------------
+
+
 def _tasks(
     run: Run, evidence: Evidence, section: str, names: tuple[str, ...]
 ) -> list[plugin.Plugin]:
-    """The configured tasks of these names, in their order; one that cannot be understood is noted."""
-    chosen = []
+    """The configured tasks of these names, in their order; a note on each that is malformed."""
+    tasks = []
     for name in names:
         options = (run.config.get("eval") or {}).get(name, [])
         for item in options if isinstance(options, list) else [options]:
             with evidence.attempt(section, f"eval.{name}"):
-                chosen += [
-                    _located(task, run) for task in plugin.keyed("vlp.eval.tasks", {name: item})
-                ]
-    return chosen
+                parsed = plugin.keyed("vlp.eval.tasks", {name: item})
+                tasks += [_located(task, run) for task in parsed]
+    return tasks
 
 
 def _located(task: plugin.Plugin, run: Run) -> plugin.Plugin:
@@ -185,37 +205,30 @@ def _located(task: plugin.Plugin, run: Run) -> plugin.Plugin:
     """
     out = Path(str(run.config.get("out", "")))
     moved = {}
-    for key in {"data", "images"} & {f.name for f in fields(task.options)}:
+    for key in {"data", "images"} & {option.name for option in fields(task.options)}:
         value = getattr(task.options, key)
         if value and not Path(value).exists() and Path(value).is_relative_to(out):
             moved[key] = str(run.folder / Path(value).relative_to(out))
     return replace(task, options=replace(task.options, **moved))
 
 
-def _sample(items: Any, n: int) -> list:
+def _sample(items: Sequence[Any], n: int) -> list:
     """At most `n` of the items, always the same ones, in their order; drawn, because sets often go
     round by class.
     """
     if len(items) <= n:
         return list(items)
-    return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), n))]
+    places = random.Random(0).sample(range(len(items)), n)
+    return [items[place] for place in sorted(places)]
+
+
+# --- values for the page --------------------------------------------------------------------------
 
 
 def _space(name: str, captions: list[str], image: Tensor, text: Tensor) -> Space:
-    measures: dict[str, Callable[[], float]] = {
-        "modality gap": lambda: metrics.modality_gap(image, text),
-        "alignment": lambda: metrics.alignment(image, text),
-        "uniformity of images": lambda: metrics.uniformity(image),
-        "uniformity of texts": lambda: metrics.uniformity(text),
-        "effective rank of images": lambda: metrics.effective_rank(image),
-        "effective rank of texts": lambda: metrics.effective_rank(text),
-    }
-    return Space(
-        name,
-        captions,
-        findings.projection(image, text),
-        {k: measure() for k, measure in measures.items()},
-    )
+    values = metrics.geometry(image, text)
+    measures = {shown_name: values[key] for key, shown_name in MEASURES.items()}
+    return Space(name, captions, findings.projection(image, text), measures)
 
 
 def _sheets(
@@ -230,24 +243,18 @@ def _sheets(
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
     by_text = findings.queries(text, image, right, text_ranks, QUERIES)
     by_image = findings.queries(image, text, right.T, image_ranks, QUERIES)
-    shown = (
-        {j for q in by_text for j, _, _ in q.best}
-        | {q.right[0] for q in by_text}
-        | {q.place for q in by_image}
-    )
+
+    # Only pictures that the page shows become thumbnails.
+    shown = {query.place for query in by_image}
+    for query in by_text:
+        shown |= {candidate.place for candidate in query.best}
+        shown.add(query.right[0])
     recall = {
         "by_text": float((text_ranks == 1).double().mean()),
         "by_image": float((image_ranks == 1).double().mean()),
     }
-    return Sheets(
-        name,
-        captions,
-        len(image),
-        recall,
-        by_text,
-        by_image,
-        {i: thumbnail(pictures[i]) for i in sorted(shown)},
-    )
+    thumbnails = {i: thumbnail(pictures[i]) for i in sorted(shown)}
+    return Sheets(name, captions, len(image), recall, by_text, by_image, thumbnails)
 
 
 def thumbnail(picture: Picture) -> str:

@@ -236,7 +236,7 @@ def _warn_of_numbers(names: list[str]) -> None:
 def class_embeddings(
     encoder: Encoder, templates: list[str], names: list[str], context: Context
 ) -> Tensor:
-    """[C, D] unit rows: of each class the mean of its prompts' unit embeddings, normalised again."""
+    """[C, D] unit rows: a class is the mean of its prompts' unit rows, normalised again."""
     text = embed.texts(encoder, prompts.fill(templates, names), context)
     mean = text.view(len(names), len(templates), -1).mean(1)
     return torch.nn.functional.normalize(mean, dim=-1)

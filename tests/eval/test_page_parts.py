@@ -55,7 +55,7 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
     got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
     assert [q.place for q in got] == [2, 0, 1]
     assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
-    shown, hits = findings.choices(
+    shown, hits = findings.examples_to_show(
         [torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])], 3
     )
     assert shown == [0, 2, 1] and hits == [False, True, False]  # a tie is no hit
