@@ -38,7 +38,7 @@ def likes(word):
     return material.known_encoder(lambda n: near, lambda t: near if word in t else far)
 
 
-# --- SugarCrepe -------------------------------------------------------------------------------------------------------------
+# --- SugarCrepe -----------------------------------------------------------------------------------
 
 
 def sugarcrepe_files(folder, per_subset=4, good=3):
@@ -194,7 +194,7 @@ def test_the_open_sugarcrepe_items_end_to_end_on_a_real_model(tmp_path):
     )
 
 
-# --- the others ---------------------------------------------------------------------------------------------------------------
+# --- the others -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["sugarcrepe_pp", "valse", "aro"])
@@ -273,7 +273,7 @@ def test_winoground_scores_text_image_and_group(tmp_path):
         evaluate("winoground", perfect, **options)
 
 
-# --- counting -----------------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 def test_only_whole_number_words_are_exchanged():
@@ -325,7 +325,7 @@ def test_countbench_reads_the_hub_form(tmp_path):
         evaluate("countbench", counts_cats(), data=str(tmp_path))
 
 
-# --- word order, negatives in shards ------------------------------------------------------------------------------------------
+# --- word order, negatives in shards --------------------------------------------------------------
 
 
 CAPTION = "The small brown dog is chasing a big white cat through the tall grass."
@@ -453,7 +453,7 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
 
 
 def test_every_caption_stands_against_its_own_negatives(tmp_path):
-    """The first negative is wrong only beside its own caption: beside the other one it would win."""
+    """The first negative is wrong only beside its own caption; beside the other it would win."""
     own = {
         "captions": ["yes one", "maybe two"],
         "negatives": ["given", "maybe one", "yes two", "masked yes yes"],

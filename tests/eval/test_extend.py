@@ -37,7 +37,7 @@ def extended(tmp_path, monkeypatch):
 
 
 def write_colours(folder):
-    """Two red pictures and a green one; the caption of the second red one names the wrong colour."""
+    """Two red pictures and a green one; the second red one's caption names the wrong colour."""
     rows = []
     colours = [("red", "red", "blue"), ("red", "blue", "red"), ("green", "green", "blue")]
     for i, (colour, right, wrong) in enumerate(colours):

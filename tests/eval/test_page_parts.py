@@ -1,4 +1,4 @@
-"""What the report's page is made of: curves, projections, choices of examples, words kept private."""
+"""What the report's page is made of: curves, projections, choices of examples, private words."""
 
 import pytest
 import torch

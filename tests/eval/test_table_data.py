@@ -284,7 +284,7 @@ def test_annotations_of_choices_are_read_by_the_same_reader(tmp_path):
 
 
 def test_options_of_tables_reach_the_command(tmp_path, photos, capsys):
-    """A separator that YAML cannot read, and a wrong column: an answer before any model is loaded."""
+    """A separator that YAML cannot read, and a wrong column: an answer before a model is loaded."""
     path = tmp_path / "t.csv"
     path.write_text("Bild,Worte\n" + "".join(f"{name(i)},p {i}\n" for i in range(N)))
     ask = [
