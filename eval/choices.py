@@ -122,6 +122,8 @@ def with_pictures(
 
     Raises DataError for absent images, unless `missing` is "skip" and something is left.
     """
+    # Annotations name images with and without folders and extensions: the collection knows which
+    # file is meant.
     collection = Collection(images)
     kept, absent = [], []
     for row in rows:
@@ -146,6 +148,8 @@ def cosines(
 ) -> list[Tensor]:
     """For each picture the cosines with its captions, [number of its captions]."""
     image = embed.images(encoder, pictures, context)
+
+    # All captions in one go, so that each different one is embedded once.
     every_caption = [caption for group in captions for caption in group]
     text = embed.texts(encoder, every_caption, context)
 
@@ -155,6 +159,7 @@ def cosines(
 
 def first_is_best(scores: Iterable[Tensor]) -> Tensor:
     """[n] float64: 1 where the first caption is strictly above all others (a tie is wrong)."""
+    # Pictures may have different numbers of captions, so there is no one tensor of scores.
     hits = [float(metrics.strictly_above(s[0], s[1:]).all()) for s in scores]
     return torch.tensor(hits, dtype=torch.float64)
 
@@ -166,6 +171,7 @@ def accuracy(hits: Tensor) -> Tensor:
 
 def macro(hits: Tensor, groups: Sequence[Any]) -> Tensor:
     """[n, 2] items whose score is the mean over groups of the group's accuracy."""
+    # A group's mean is weighed like a class's recall.
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     weights = metrics.per_class_weights(torch.tensor([number[group] for group in groups]))
     return torch.stack([hits.double() * weights, weights], 1)
@@ -205,6 +211,10 @@ def run_grouped(
         name,
         items=items,
         chance=dict.fromkeys(items, chance(data.captions)),
-        counts={"items": len(hits), **data.counts, "skipped": len(data.skipped)},
+        counts={
+            "items": len(hits),
+            **data.counts,
+            "skipped": len(data.skipped),
+        },
         digest=context.digest(data.pictures, data.captions, data.groups),
     )

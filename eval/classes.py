@@ -61,7 +61,11 @@ def read_list(path: Path) -> ClassList:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
-    readers = {".json": _from_json, ".csv": _from_table, ".tsv": _from_table}
+    readers = {
+        ".json": _from_json,
+        ".csv": _from_table,
+        ".tsv": _from_table,
+    }
     read = readers.get(path.suffix.lower(), _from_lines)
     names, keys = read(text, path)
     return checked(ClassList(names, keys, str(path)))
@@ -111,6 +115,7 @@ def assign(present: Sequence[str], class_list: ClassList, where: str) -> dict[st
         _refuse_unknown(unknown, ordered, class_list, where)
         return {name: _only(name, several, class_list) for name, several in places.items()}
 
+    # No name of the list is a class: the data may count them (rule 2), or be ImageNet (rule 3).
     if all(name.isdecimal() for name in ordered):
         return _by_number(ordered, class_list, where)
 
@@ -118,6 +123,7 @@ def assign(present: Sequence[str], class_list: ClassList, where: str) -> dict[st
     if synset_numbers is not None:
         return synset_numbers
 
+    # Rule 4: the names go to the classes in their order, if there are as many.
     if len(class_list.names) != len(ordered):
         raise DataError(
             f"{class_list.origin} lists {len(class_list.names)} names but {where} has "
@@ -166,6 +172,8 @@ def _refuse_unknown(
 ) -> None:
     if not unknown:
         return
+
+    # A misspelt name is likelier than a class that is none.
     hints = "; ".join(
         f"{name!r}{did_you_mean(class_name(name), class_list.names[:20])}" for name in unknown[:5]
     )
@@ -177,6 +185,7 @@ def _refuse_unknown(
 
 
 def _by_number(ordered: list[str], class_list: ClassList, where: str) -> dict[str, int]:
+    # Exactly 1 … n are counted from 1; all else counts from 0.
     numbers = [int(name) for name in ordered]
     n_names = len(class_list.names)
     if numbers == list(range(1, n_names + 1)):
@@ -208,6 +217,7 @@ def _from_lines(text: str, path: Path) -> tuple[list[str], list[str]]:
     if not all(matches):
         return lines, []
 
+    # Every line begins with a number or synset: keys, unless the numbers do not count the lines.
     keys, names = [match[1] for match in matches], [match[2] for match in matches]
     if not keys[0].isdecimal():
         return [name.split(",")[0] for name in names], keys  # synsets with their synonyms
@@ -225,9 +235,12 @@ def _counts(keys: list[str]) -> bool:
 def _from_table(text: str, path: Path) -> tuple[list[str], list[str]]:
     """(names, keys) of a CSV or TSV, with a header or without."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
+
+    # A blank line at the end is no class; one in between is refused by `checked`.
     reader = csv.reader(io.StringIO(text.rstrip()), delimiter=separator)
     rows = [[cell.strip() for cell in row] for row in reader]
 
+    # The first row is a header if one of its cells is a usual name for names.
     header = [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else []
     name_column = next((header.index(name) for name in _NAME_COLUMNS if name in header), None)
     key_column = next((header.index(name) for name in _KEY_COLUMNS if name in header), None)
@@ -238,6 +251,7 @@ def _from_table(text: str, path: Path) -> tuple[list[str], list[str]]:
     else:
         name_column, key_column = _columns_without_header(rows)
 
+    # A comma inside a name without quotes would shift the columns unnoticed.
     short = next((i for i, row in enumerate(rows, 1) if row and len(row) != len(header)), None)
     if short is not None:
         raise DataError(
@@ -266,6 +280,7 @@ def _from_json(text: str, path: Path) -> tuple[list[str], list[str]]:
         raise DataError(f"{path} is not JSON: {error}") from None
 
     if isinstance(value, dict):
+        # COCO keeps its categories beside images and annotations.
         inner = next((value[key] for key in _LIST_KEYS if key in value), None)
         value = inner if isinstance(inner, (list, dict)) else value
     if isinstance(value, dict):
@@ -301,6 +316,7 @@ def _name(entry: Any, path: Path) -> str:
 
 def _numbered(by_number: dict[int, str], path: Path) -> tuple[list[str], list[str]]:
     """(names in the order of their numbers, no keys)."""
+    # JSON's keys are in any order; what counts is the number.
     numbers = sorted(by_number)
     start = numbers[0]
     expected = range(start, start + len(numbers))

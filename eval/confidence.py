@@ -41,6 +41,7 @@ def interval(items: Tensor, seed: int = 0) -> tuple[float, float]:
     """Wilson for a plain accuracy (every unit 0 or 1, of weight 1), else the bootstrap's 2.5 and
     97.5 % quantiles.
     """
+    # A plain accuracy has a closed form, sound at 0 and 1 where the bootstrap has no width.
     numerator, denominator = items.double().unbind(1)
     is_hit_or_miss = (numerator == 0) | (numerator == 1)
     if bool((denominator == 1).all()) and bool(is_hit_or_miss.all()):

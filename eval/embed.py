@@ -121,6 +121,7 @@ def _key(encoder: Encoder, kind: str, context: Context, content: Callable[[], st
     if context.cache is None or not encoder.fingerprint:
         return ""
 
+    # Whatever changes an embedding is in here; whatever does not (batch, ranks) is not.
     parts = (
         CACHE_VERSION,
         kind,
@@ -147,6 +148,8 @@ def _kept(
         return rows
 
     rows = _embed(items, prepare, encode, kind, context)
+
+    # A diverged model is an error here, not a score of 0 later.
     metrics.check_unit_rows(rows, kind.rstrip("s"))
 
     # Rows of plain gray are not kept: the next call would not know of them.
@@ -167,6 +170,8 @@ def _recall(path: Path, n: int) -> Tensor | None:
                 f"vlp eval: kept embeddings {path} cannot be read ({error}); computing them again",
                 file=sys.stderr,
             )
+
+    # A file of another length does not belong to these items.
     is_whole = rows is not None and len(rows) == n
     return rows if all(dist.gather_objects(is_whole)) else None
 
@@ -184,6 +189,8 @@ def _embed(
     group = dist.world()
     batches = [items[i : i + context.batch] for i in range(0, len(items), context.batch)]
     rounds = -(-len(batches) // group.size)
+
+    # A rank without a batch repeats the first one: every rank runs its model equally often.
     batches_of_rank = [
         batches[k] if k < len(batches) else batches[0]
         for k in range(group.index, rounds * group.size, group.size)
@@ -207,6 +214,7 @@ def _embed(
         problem = DataError(f"{type(error).__name__}: {error}")
     _agree_on(problem)
 
+    # Batch k was made by rank k mod W: the ranks' rows are dealt back in that order.
     gathered = dist.all_gather(torch.stack(rows), group)  # [W · rounds, batch, D], rank by rank
     in_order = gathered.view(group.size, rounds, *gathered.shape[1:]).transpose(0, 1)
     return in_order.reshape(-1, gathered.shape[-1])[: len(items)].cpu()

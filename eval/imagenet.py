@@ -72,6 +72,7 @@ def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]
             "classes only"
         )
 
+    # Scores are among the present classes, numbered anew in ImageNet's order.
     in_class_order = sorted(folders, key=numbers.__getitem__)
     class_names = [all_names[numbers[folder]] for folder in in_class_order]
     return class_names, {folder: i for i, folder in enumerate(in_class_order)}
@@ -100,6 +101,7 @@ def objectnet_folders(root: Path) -> dict[str, str] | None:
     if place is None:
         return None
 
+    # The labels of all folders, of which only those count that ImageNet has too.
     labels = json.loads((place / "folder_to_objectnet_label.json").read_text(encoding="utf-8"))
     overlap = json.loads((place / "objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
     return {folder: label.lower() for folder, label in labels.items() if label in overlap}

@@ -76,6 +76,7 @@ def retrieval_ranks(
     mean(rank <= k) is the field's recall, by which an image is a hit if any of its captions is
     among the k best. Both come from one pass over tiles of scores.
     """
+    # What a rival must reach: for a caption its own image, for an image the best of its captions.
     pair_scores = _pair_scores(image, text, owner)  # [M]
     best_scores = image.new_full((len(image),), -torch.inf)
     best_scores = best_scores.scatter_reduce(0, owner, pair_scores, "amax")  # [N]

@@ -95,6 +95,8 @@ def load(
 
 def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encoder:
     reference = references.resolve(ref)
+
+    # Weights of others are run by the library that they were made with.
     if reference.kind == "tag":
         return _of_tag(reference, device, autocast)
     if reference.kind == "transformers":
@@ -104,7 +106,13 @@ def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encod
 
     from vlp.checkpoint import load_any
 
-    return from_model(load_any(reference), name=ref, device=device, autocast=autocast, keep=True)
+    return from_model(
+        load_any(reference),
+        name=ref,
+        device=device,
+        autocast=autocast,
+        keep=True,
+    )
 
 
 # --- models of ours -------------------------------------------------------------------------------
@@ -129,6 +137,8 @@ def from_model(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     if keep:
         model = model.to(device).eval()
+
+    # Only fixed weights get a fingerprint: embeddings of a model in training must not be kept.
     tokenizer = _tokenizer(lambda: tokenizers.build(model.text_spec), name)
     preprocessing = repr((model.image_spec, model.text_spec))
     with torch.no_grad():
@@ -241,6 +251,8 @@ def _transformers(
     tokenizer = _tokenizer(
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name
     )
+
+    # Some tokenizers state no limit, some models one that is smaller.
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
 
     def prepare(picture: Image.Image) -> Tensor:
@@ -258,6 +270,7 @@ def _transformers(
     def n_truncated(texts: list[str]) -> int:
         return sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids)
 
+    # What the processor will cut away anyway need not be resized with it.
     cuts = getattr(processor, "do_center_crop", False) and processor.size.get("shortest_edge")
     preprocessing = processor.to_json_string() + _describe(tokenizer)
     return Encoder(
@@ -335,6 +348,8 @@ def fingerprint(weights: Mapping[str, Tensor], preprocessing: str) -> str:
     total = hashlib.sha256(preprocessing.encode())
     for key in sorted(weights):
         value = weights[key].detach().cpu().contiguous()
+
+        # Name, type and shape too: equal bytes may be other weights.
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

@@ -71,6 +71,7 @@ class Picture:
                 f"image {self.name} does not open ({error}); repair or remove it and its annotation"
             ) from error
 
+        # A frame around the picture, such as ObjectNet's, goes before the box is cut.
         if self.border:
             right, lower = image.width - self.border, image.height - self.border
             image = image.crop((self.border, self.border, right, lower))
@@ -154,6 +155,8 @@ def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy
     names = list(missing)[:10]
     some = "".join(f"\n  {name} {where.archive.index.why_not(name)}" for name in names)
     more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
+
+    # Not one image: the folder is likelier to be wrong than every name.
     if len(missing) >= total:
         advice = (
             f"none of the annotations has its image; is {where.root} the right folder? "
@@ -174,6 +177,7 @@ def refuse_unreadable(opened: Any) -> None:
     """Raise for pictures of an opened evaluation set that are gone or empty, or, of `_PROBED` of
     them, do not open.
     """
+    # Sizes are cheap to ask of all; decoding is tried on a sample spread over the set.
     pictures = list(dict.fromkeys(_pictures_in(opened)))
     step = max(1, len(pictures) // _PROBED)
     problems = []

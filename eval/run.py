@@ -141,6 +141,7 @@ def _tasks(options: argparse.Namespace) -> dict[str, Any]:
     name, *pairs = options.task
     task_options: dict[str, Any] = {}
     if options.data:
+        # --data PATH key=value is --task NAME data=PATH key=value.
         task_options["data"], *more = options.data
         pairs += more
     for pair in pairs:
@@ -169,6 +170,7 @@ def _context(options: argparse.Namespace) -> Context:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         cache = Path(options.cache) if options.cache else home / "vlp" / "embeddings"
 
+    # What is not given keeps the default of Context.
     more = {} if options.workers is None else {"workers": options.workers}
     contents = Contents(cache / "contents.json" if cache else None)
     return Context(
@@ -187,6 +189,7 @@ def _join_ranks(device: str) -> tuple[bool, str]:
     if join:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
 
+    # Each rank of a node takes its own card.
     if device == "auto" and cuda:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
@@ -252,6 +255,7 @@ def evaluate(
         results.append(records.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
 
+    # Hashing large tars takes long; the next evaluation finds it done.
     if context.contents is not None and dist.is_main():
         context.contents.save()
     return results, items
@@ -266,6 +270,7 @@ def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]
     """
     from vlp.eval.models import from_model
 
+    # Dropout and patch dropping off, and on again whatever happens.
     was_training = model.training
     model.eval()
     try:
@@ -329,7 +334,11 @@ def _failed(task: Plugin, failure: str) -> dict[str, Any]:
             f"the evaluation {task.label!r} failed and is left out at this step; "
             f"training goes on. {failure}"
         )
-    return {"label": task.label, "metrics": {"failed": 1.0}, "error": failure}
+    return {
+        "label": task.label,
+        "metrics": {"failed": 1.0},
+        "error": failure,
+    }
 
 
 def _count_unreadable(task: Plugin, counts: dict[str, int], context: Context) -> None:

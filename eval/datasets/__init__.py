@@ -46,6 +46,7 @@ def open_source(
     if not root.exists():
         raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
 
+    # A file is a table or a tar; a folder is told by what lies in it.
     if root.is_file() and not _may_be_tar(root):
         source = tables.from_table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
@@ -108,6 +109,7 @@ def _by_content(
     if is_shard or (tars and root.is_dir() and in_folders is None):
         return _shards(root, tars, missing, texts)
 
+    # Reading only one of both kinds would score a part of the set under its whole name.
     if tars and tars[0].parent == archive.path:
         raise DataError(
             f"{archive.path} holds shards ({tars[0].name}) and images in folders ({in_folders}); "
@@ -128,6 +130,8 @@ def _by_content(
 def _shards(root: Path, tars: list[Path], missing: str, texts: Texts) -> Source:
     choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
     source = shards.from_tars(root, tars, choice, missing)
+
+    # Names by number are of use only where the samples carry numbers.
     numbered = any(isinstance(record.label, int) for record in source.records)
     return replace(source, classes=shards.class_names(root)) if numbered else source
 
@@ -137,6 +141,7 @@ def _archive_of_split(root: Path, split: str) -> Archive:
     if root.is_dir():
         return open_archive(root, split if (root / split).is_dir() else "")
 
+    # A tar may hold its splits as folders.
     archive = open_archive(root)
     has_split = any(name.startswith(f"{split}/") for name in archive.names)
     return open_archive(root, split) if has_split else archive
@@ -182,6 +187,7 @@ def _named_parquet(root: Path, split: str) -> list[Path]:
 
 def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
     """The files that belong to a split by the beginning of their names; all where none tells."""
+    # Files whose names tell no split belong to every one.
     named = sorted(set(filter(None, (splits.of_file(file.name) for file in files))))
     begins = re.compile(rf"{re.escape(split)}(?![a-z])", re.I)
     chosen = [file for file in files if begins.match(file.name)]

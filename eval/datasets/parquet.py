@@ -54,6 +54,8 @@ def from_parquet(root: Path, files: list[Path], split: str, options: TableOption
     for file in files:
         content, features = _read(file)
         columns = _columns(content.column_names, file, split, options)
+
+        # The files of a set share their features; the first that notes names decides.
         class_names = class_names or features.get(columns.label, {}).get("names")
         records += _records(file, content, columns)
 
@@ -71,6 +73,8 @@ def _read(file: Path) -> tuple[Any, dict[str, Any]]:
         raise DataError(
             f"{file} is no whole parquet file ({str(error)[:120]}); fetch it again"
         ) from None
+
+    # `datasets` writes its features, class names among them, into the file's metadata.
     noted = json.loads((content.schema.metadata or {}).get(b"huggingface", b"{}"))
     return content, noted.get("info", {}).get("features", {})
 
@@ -92,6 +96,8 @@ def _columns(names: list[str], file: Path, split: str, options: TableOptions) ->
         raise DataError(
             f"{file} has no column of images, only {listed(names)}; name it: image_column=NAME"
         )
+
+    # One file may hold all splits, told apart by a column.
     if split_column(names):
         conditions.setdefault(split_column(names), split)
     return _Columns(image, captions or usual_captions(names), label, conditions)
@@ -99,6 +105,7 @@ def _columns(names: list[str], file: Path, split: str, options: TableOptions) ->
 
 def _records(file: Path, content: Any, columns: _Columns) -> Iterator[Record]:
     for i, row in enumerate(content.to_pylist()):
+        # Rows of another split, or that the options leave out.
         if not all(equals(row[name], value) for name, value in columns.conditions.items()):
             continue
 
@@ -118,6 +125,7 @@ def _records(file: Path, content: Any, columns: _Columns) -> Iterator[Record]:
         except NoText as error:
             raise DataError(f"{file}: row {i}: {error}") from None
 
+        # Several labels come as a list.
         label = row[columns.label] if columns.label else None
         number = tuple(label) if isinstance(label, list) else label
         yield Record(Picture(f"{file}:{i}", data=data), tuple(captions), number)

@@ -118,12 +118,14 @@ def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
     content, image = sample.content, sample.members["image"]
     picture = Picture(f"{tar}:{image.name}", str(tar), image.offset, image.size)
 
+    # A sample may carry both its class's number and its name.
     other = "class" if prefer == "cls" else "cls"
     label = content.meta.get(prefer, content.meta.get(other))
     if "npy" in sample.members:
         array = sample.members["npy"]
         label = _multi_hot(Picture(f"{tar}:{array.name}", str(tar), array.offset, array.size))
 
+    # A sample with neither caption nor label, and with notes of why, is broken.
     captions = choice.captions(content.meta, content.text)
     if not captions and label is None and content.notes:
         raise DataError(f"sample {content.key!r} in {tar}: {'; '.join(content.notes)}")

@@ -74,6 +74,7 @@ def _refuse_rows(problems: list[str], missing: str) -> None:
 
 def _labels(values: list[Any]) -> list[int | str | None]:
     """Class numbers where all classes are whole numbers, else class names."""
+    # A whole number may have been read as a float: 3.0 is class 3.
     numbers = [
         int(value) if isinstance(value, float) and value.is_integer() else value for value in values
     ]

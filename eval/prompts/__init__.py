@@ -24,6 +24,8 @@ def sets() -> list[str]:
 def _files() -> dict[str, Path]:
     """The sets that are files, by name."""
     files = {}
+
+    # Beside this file, and where a plug-in has put a folder of its own.
     for folder in __path__:
         files |= {file.stem: file for file in Path(folder).glob("*.txt")}
     return files
@@ -39,6 +41,7 @@ def templates(choice: str | Sequence[str]) -> list[str]:
 
         return [template("{}") for template in getattr(open_clip, FROM_OPEN_CLIP[choice])]
 
+    # `{c}` is how clip_benchmark writes the place of the name.
     lines = [line.strip().replace("{c}", "{}") for line in _lines(choice) if line.strip()]
     wrong = [line for line in lines if line.count("{}") != 1]
     if wrong or not lines:
@@ -53,6 +56,7 @@ def _lines(choice: str | Sequence[str]) -> list[str]:
     if not isinstance(choice, str):
         return list(choice)
 
+    # A set's name goes before a file of that name.
     path = _files().get(choice, Path(choice))
     if not path.is_file():
         raise ValueError(f"no template set or file {choice!r}; known sets: {', '.join(sets())}")

@@ -35,6 +35,7 @@ def curve(title: str, series: Sequence[Series], level: float | None = None) -> H
     if not drawn:
         return _empty_card(title, "no finite value")
 
+    # One scale for all runs, with some room above and below; chance is always inside.
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points]
     if level is not None:
@@ -98,6 +99,8 @@ def scatter(pairs: Sequence[tuple[Point, Point, str]], names: tuple[str, str], k
     text.
     """
     points = [first for first, _, _ in pairs] + [second for _, second, _ in pairs]
+
+    # One scale for both axes: distances in the plot mean the same in every direction.
     at = _square(points)
     links, dots = [], []
     for first, second, text in pairs:
@@ -146,6 +149,8 @@ def bars(title: str, rows: Sequence[tuple[str, float]], total: str = "") -> Html
 
     plot = _Plot((0, len(rows)), (0, max(value for _, value in rows) or 1))
     floor = HEIGHT - BOTTOM
+
+    # A letter is about six pixels wide, and labels need a gap.
     label_width = 8 + 6 * max(len(label) for label, _ in rows)
     every = -(-len(rows) * label_width // (WIDTH - LEFT - RIGHT))
     drawn = []

@@ -106,6 +106,8 @@ def scores(runs: list[Run]) -> Html:
         has_section = any(run.config.get("eval") for run in runs)
         why = "none was logged yet" if has_section else "the configuration has no eval section"
         return section("scores", title, note(f"No evaluation: {why}."))
+
+    # A curve of one point says no more than the table.
     if max(len(run.evals) for run in runs) < 2:
         reason = "One evaluation so far; its scores are in the summary."
         return section("scores", title, note(reason))
@@ -137,6 +139,7 @@ def headlines_first(keys: list[str]) -> tuple[list[str], list[str]]:
 
 def score_cards(runs: list[Run], keys: list[str]) -> Html:
     """A card a score, with its chance level where known."""
+    # Training logs no chance levels; the final results state them.
     chance: dict[str, float] = {}
     for run in runs:
         for record in run.results:

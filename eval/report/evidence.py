@@ -45,6 +45,8 @@ def _reason(error: Exception) -> str:
     """An error in one sentence; ours say what to do, others are named."""
     if isinstance(error, OSError) and error.filename:
         return f"{Path(error.filename).name}: {error.strerror}"
+
+    # Errors of ours are sentences; a bare KeyError needs its kind.
     is_ours = type(error).__module__.startswith("vlp.")
     if is_ours or isinstance(error, ValueError):
         return str(error)

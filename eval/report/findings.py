@@ -73,6 +73,7 @@ def projection(image: Tensor, text: Tensor) -> Projection:
     flat = torch.nn.functional.pad(flat, (0, 2 - flat.shape[1]))
     points = [tuple(point) for point in flat.tolist()]
 
+    # Embeddings that are all the same have no variance to share.
     total = float(values.square().sum()) or 1.0
     shares = [float(share) for share in values[:2].square() / total]
     second_share = shares[1] if len(shares) > 1 else 0.0
@@ -146,6 +147,8 @@ def examples_to_show(scores: Sequence[Tensor], n: int) -> tuple[list[int], list[
     `scores`: of each item's true caption, then of its negatives.
     """
     hits = [bool(metrics.strictly_above(s[0], s[1:]).all()) for s in scores]
+
+    # A failure is clear where a negative lies far above the true caption.
     margins = [float(s[0] - s[1:].max()) for s in scores]
 
     order = sorted(range(len(scores)), key=margins.__getitem__)

@@ -128,6 +128,7 @@ class _Parts:
         pictures = [data.source.records[i].picture for i in places]
         labels = data.labels[places]
 
+        # A thousand classes in eighty templates take longer than the page is worth.
         templates = data.templates[: max(1, MAX_PROMPTS // len(data.classes))]
         classes = zeroshot.class_embeddings(self.encoder, templates, data.classes, self.context)
         image = embed.images(self.encoder, pictures, self.context)
@@ -206,6 +207,7 @@ def _located(task: plugin.Plugin, run: Run) -> plugin.Plugin:
     out = Path(str(run.config.get("out", "")))
     moved = {}
     for key in {"data", "images"} & {option.name for option in fields(task.options)}:
+        # Only what is not where it was: data elsewhere stay where the configuration has them.
         value = getattr(task.options, key)
         if value and not Path(value).exists() and Path(value).is_relative_to(out):
             moved[key] = str(run.folder / Path(value).relative_to(out))
@@ -259,6 +261,7 @@ def _sheets(
 
 def thumbnail(picture: Picture) -> str:
     """A small WebP as a data URI; larger pictures are scaled down, none is scaled up."""
+    # Small, so that a page with all its pictures can be mailed.
     image = picture.open()
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()

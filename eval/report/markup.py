@@ -94,6 +94,8 @@ def page(title: str, sections: Sequence[Html], kind: str = "vlp report") -> str:
     command made it.
     """
     folder = resources.files("vlp.eval.report")
+
+    # Inside the page: it must open without a network and without files beside it.
     style = (folder / "style.css").read_text(encoding="utf-8")
     script = (folder / "page.js").read_text(encoding="utf-8")
     head = tag(

@@ -69,6 +69,8 @@ def _facts(run: Run) -> Html:
     batch = (run.config.get("train") or {}).get("batch")
     objective = run.config.get("objective")
     losses, scales = run.scalar("loss"), run.scalar("scale")
+
+    # Their median is shown: single steps compile, evaluate or wait for data.
     speeds = sorted(value for _, value in run.scalar("samples_s"))
 
     of_total = f" of {total:,}" if total else ""
@@ -138,9 +140,12 @@ def _tables_of_task(runs: list[Run], label: str, records: Records) -> list[Html 
     """The task's heading, its main scores, and the others folded away."""
     known = [record for record in records if record]
     metrics = list(dict.fromkeys(metric for record in known for metric in record["metrics"]))
+
+    # A task without headlines opens with its first scores.
     main = [metric for metric in metrics if headline(metric)] or metrics[:3]
     rest = [metric for metric in metrics if metric not in main]
 
+    # Both runs may have been scored on sets of other names.
     names = [private(str(record["dataset"])) for record in known if record.get("dataset")]
     datasets = ", ".join(dict.fromkeys(names))
     return [

@@ -95,6 +95,7 @@ def write(
     if len(shown_runs) > 1:
         runs.tell_apart(*shown_runs)
 
+    # A target that cannot be written is refused before a model is loaded.
     target = Path(to) if to is not None else _default(shown_runs)
     if target.is_dir():
         raise ValueError(

@@ -188,6 +188,8 @@ def _found_images(query: Query, sheets: Sheets) -> Html:
         return tag("figure", picture, line, class_="right" if is_right else None)
 
     cells = [cell(*candidate) for candidate in query.best]
+
+    # The right image is shown even where it is not among the five best.
     if not any(candidate.is_right for candidate in query.best):
         cells.append(cell(*query.right, True, f" · rank {query.rank}"))
     return _query(query, tag("p", caption, class_="said"), tag("div", cells, class_="strip"))
@@ -199,6 +201,8 @@ def _found_texts(query: Query, sheets: Sheets) -> Html:
         _caption(sheets.captions[place], score, "right" if is_right else None)
         for place, score, is_right in query.best
     ]
+
+    # The right caption is shown even where it is not among the five best.
     if not any(candidate.is_right for candidate in query.best):
         place, score = query.right
         rows.append(_caption(f"{sheets.captions[place]} · rank {query.rank}", score, "right"))

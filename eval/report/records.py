@@ -70,6 +70,8 @@ def write(path: Path, records: list[dict[str, Any]], items: dict[str, Tensor]) -
     -> [U, 2].
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    # The outcomes first: results without them would look complete and compare worse.
     outcomes = save({name: value.contiguous() for name, value in items.items()})
     write_atomically(items_path(path), outcomes)
 
@@ -219,5 +221,7 @@ def _difference(
     difference, low, high = confidence.paired_difference(*pair)
     lower_is_better = any(part in name for part in LOWER_IS_BETTER)
     better = "B better" if (difference > 0) == lower_is_better else "A better"
+
+    # The interval of the difference decides, not whether the two intervals overlap.
     verdict = better if low > 0 or high < 0 else "no difference shown"
     return f"{a:.4f}", f"{b:.4f}", f"{difference:+.4f} ± {(high - low) / 2:.4f}", verdict

@@ -98,6 +98,8 @@ def read(folder: Path) -> Run:
         )
 
     run = Run(folder, folder.resolve().name)
+
+    # The state and the copies of the configuration lie in the checkpoints.
     run.checkpoints = [path.name for path in checkpoint.all_of(folder)]
     run.state = _state(run)
     run.config = _config(run)

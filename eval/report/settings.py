@@ -105,6 +105,7 @@ def shown(value: Any, key: str, run: Run) -> str:
 
 def _inside(value: str, run: Run) -> str | None:
     """A place in the run's folder relative to it, the folder by the run's name; else None."""
+    # As written in the configuration, as the page's reader calls it, and with links resolved.
     for root in (str(run.config.get("out", "")), str(run.folder), str(run.folder.resolve())):
         if root and Path(value).is_relative_to(root):
             return run.name if Path(value) == Path(root) else str(Path(value).relative_to(root))

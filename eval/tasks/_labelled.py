@@ -34,6 +34,7 @@ def read(options: Any) -> Splits:
     if train.labels.ndim == 2:
         raise DataError(f"{options.data} has several labels an image; probes need one")
 
+    # A picture in both splits would be its own nearest neighbour.
     train_pictures = {record.picture for record in train.source.records}
     if any(record.picture in train_pictures for record in test.source.records):
         raise DataError(f"{names} share pictures; give separate splits")

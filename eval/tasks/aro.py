@@ -96,6 +96,7 @@ def run(
         result.counts[f"{name}_items"] = len(hits)
         result.counts[f"{name}_groups"] = len(set(test.groups))
 
+    # One digest over both tests: the record is one.
     pictures = [picture for test in data.values() for picture in test.pictures]
     annotations = [(test.captions, test.groups) for test in data.values()]
     result.digest = context.digest(pictures, annotations)

@@ -85,6 +85,8 @@ def _parquet(folder: Path) -> RowsWithPictures:
         raise DataError(f"no .parquet file under {folder}")
 
     choices.need_keys(rows, KEYS, folder)
+
+    # Rows without their picture would shrink the benchmark unnoticed.
     present = [row for row in rows if row["image"] and row["image"]["bytes"]]
     if len(present) < len(rows):
         raise DataError(

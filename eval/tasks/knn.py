@@ -42,6 +42,7 @@ def read(options: Options) -> _labelled.Splits:
 
 
 def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
+    # Training images vote, test images are asked.
     bank = _labelled.embedded(encoder, data.train, context)
     queries = _labelled.embedded(encoder, data.test, context)
     ranks = metrics.nearest_neighbour_ranks(

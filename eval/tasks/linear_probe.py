@@ -56,6 +56,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
     else:
         decay = choose(train, labels, n_classes, options)
 
+    # With the decay chosen, all training images are fitted.
     weight, bias = metrics.logistic_regression(
         train, labels, n_classes, decay, options.max_iterations
     )

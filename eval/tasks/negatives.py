@@ -92,6 +92,7 @@ def choices_of(record: Record) -> list[NegativesChoice]:
         # Nothing says whose they are: they stand against the first caption.
         captions = [record.meta["caption"]] if record.meta.get("caption") else captions[:1]
 
+    # Kinds that do not match the negatives one to one say nothing.
     kinds = record.meta.get("negative_kinds")
     if not isinstance(kinds, list) or len(kinds) != len(negatives.texts):
         kinds = []
@@ -112,6 +113,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     pictures, captions = data.pictures, data.captions
     scores = choices.cosines(encoder, pictures, captions, context)
 
+    # One score over all negatives of a caption, one a kind over single negatives.
     hits = choices.first_is_best(scores).tolist()
     hits_by_score = {"acc": list(zip(pictures, hits)), **_hits_by_kind(data.choices, scores)}
 

@@ -90,6 +90,7 @@ def candidates(caption: str, tag: Tagger, max_words: int, seed: int) -> list[str
     words = WORD.findall(caption)
     shufflings = _by_tags(tag(caption), chance) + _by_threes(words, chance)
 
+    # A shuffling with the words of the caption in its order is no rival.
     cleaned = clean(caption, max_words)
     same_words = clean(" ".join(words), max_words).split()
     rivals = [clean(" ".join(shuffled), max_words) for shuffled in shufflings]
@@ -104,6 +105,7 @@ def _by_tags(tagged: list[tuple[str, str]], chance: random.Random) -> list[list[
     for place, (_, kind) in enumerate(tagged):
         places[kind].append(place)
 
+    # Nouns trade places with nouns, adjectives with adjectives: the sentence stays grammatical.
     nouns_shuffled = _shuffled(words, places["noun"], chance)
     nouns_and_adjectives = _shuffled(nouns_shuffled, places["adjective"], chance)
     return [nouns_and_adjectives, _shuffled(words, places["other"], chance)]

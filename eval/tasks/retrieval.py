@@ -62,6 +62,8 @@ def read(options: Options) -> Source:
     source = open_source(
         options.data, options.split, options.missing, options.images, options, options
     )
+
+    # Copies of a picture would tie with each other, and a tie counts against every model.
     source, n_joined = join_equal_pictures(source)
 
     with_caption = [record for record in source.records if _has_caption(record)]
@@ -98,7 +100,11 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
 
     result = TaskResult(
         data.name,
-        counts={"images": len(image), "captions": len(text), "skipped": len(data.skipped)},
+        counts={
+            "images": len(image),
+            "captions": len(text),
+            "skipped": len(data.skipped),
+        },
         digest=context.digest(pictures, captions),
     )
     if data.n_joined:

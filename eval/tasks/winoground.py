@@ -79,12 +79,17 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     text = embed.texts(encoder, data.captions, context).view(n, 2, -1)
     scores = torch.einsum("npd,ncd->npc", image, text)  # [n, picture, caption]
 
+    # Two of the four scores belong together, two are crossed.
     own_0, own_1 = scores[:, 0, 0], scores[:, 1, 1]
     cross_01, cross_10 = scores[:, 0, 1], scores[:, 1, 0]
     by_text = strictly_above(own_0, cross_01) & strictly_above(own_1, cross_10)
     by_image = strictly_above(own_0, cross_10) & strictly_above(own_1, cross_01)
 
-    hits = {"text_acc": by_text, "image_acc": by_image, "acc": by_text & by_image}
+    hits = {
+        "text_acc": by_text,
+        "image_acc": by_image,
+        "acc": by_text & by_image,
+    }
     return TaskResult(
         "winoground",
         items={name: choices.accuracy(values) for name, values in hits.items()},

@@ -70,6 +70,8 @@ def read(options: Options) -> Data:
 
 def _open(options: Options) -> Source:
     root = Path(options.data)
+
+    # ObjectNet is told by its mappings; its class folders lie deeper than the root.
     objectnet = imagenet.objectnet_folders(root)
     place = options.data if objectnet is None else str(imagenet.objectnet_images(root))
     source = open_source(place, options.split, options.missing, options.images, options)
@@ -137,6 +139,7 @@ def _named(source: Source, options: Options) -> tuple[list[str], Tensor]:
         names, number = imagenet.classes_of(source, options.partial)
         return names, torch.tensor([number[label] for label in labels])
 
+    # A list of the options goes before the set's own; without any the labels are the names.
     listed = _listed_classes(options)
     if listed is None and source.classes:
         listed = ClassList(source.classes, origin="classnames.txt")
@@ -167,6 +170,8 @@ def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     ]
     highest = max((max(several) for several in numbers if several), default=0)
     names = listed.names if listed is not None else names_of_set
+
+    # Numbers count in the set's own list where it has one.
     n_names = len(names_of_set or names)
     if highest >= n_names:
         raise DataError(
@@ -214,6 +219,8 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
         },
         digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
     )
+
+    # Several labels a picture have no single right class, so no accuracy.
     if data.labels.ndim == 2:
         precision = metrics.average_precision(image @ class_rows.T, data.labels)
         result.values["mean_average_precision"] = float(precision.mean())
