@@ -154,10 +154,12 @@ def _places_by_name(ordered: list[str], class_list: ClassList) -> dict[str, list
 
 
 def _folded(name: str) -> str:
+    """A name without case, underscores, hyphens and doubled blanks."""
     return class_name(name.replace("-", " ")).casefold()
 
 
 def _only(name: str, places: list[int], class_list: ClassList) -> int:
+    """The one place of a class in the list; a DataError if there are several."""
     if len(set(places)) > 1:
         several = ", ".join(repr(class_list.names[place]) for place in places)
         raise DataError(
@@ -170,6 +172,7 @@ def _only(name: str, places: list[int], class_list: ClassList) -> int:
 def _refuse_unknown(
     unknown: list[str], ordered: list[str], class_list: ClassList, where: str
 ) -> None:
+    """Raise DataError for classes of the data that the list does not name."""
     if not unknown:
         return
 
@@ -185,6 +188,7 @@ def _refuse_unknown(
 
 
 def _by_number(ordered: list[str], class_list: ClassList, where: str) -> dict[str, int]:
+    """{class of the data: number in the list} where the classes are numbers."""
     # Exactly 1 … n are counted from 1; all else counts from 0.
     numbers = [int(name) for name in ordered]
     n_names = len(class_list.names)
@@ -293,6 +297,7 @@ def _from_json(text: str, path: Path) -> tuple[list[str], list[str]]:
 
 
 def _from_mapping(value: dict[str, Any], path: Path) -> tuple[list[str], list[str]]:
+    """(names, keys) of {name: number}, {number: name} or {folder: name}."""
     # {name: number}, {number: name} or {folder: name}.
     if value and all(type(number) is int for number in value.values()):
         return _numbered({number: name for name, number in value.items()}, path)

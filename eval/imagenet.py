@@ -79,6 +79,7 @@ def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]
 
 
 def _is_subset_of_its_own(folders: list[str]) -> bool:
+    """Whether the folders are exactly those of ImageNet-A or -R."""
     return any(set(folders) == set(synsets(subset)) for subset in SUBSETS)
 
 

@@ -107,6 +107,7 @@ def _pair_scores(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
 
 
 def _count(mask: Tensor, dim: int) -> Tensor:
+    """How many are true along a dimension; bytes are counted faster than bools."""
     return mask.view(torch.uint8).sum(dim, dtype=torch.int32).cpu()
 
 

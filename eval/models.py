@@ -94,6 +94,7 @@ def load(
 
 
 def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encoder:
+    """The encoder of a reference, by whichever library its weights belong to."""
     reference = references.resolve(ref)
 
     # Weights of others are run by the library that they were made with.
@@ -193,6 +194,7 @@ def _open_clip(
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> Encoder:
+    """A model that open_clip builds, with open_clip's own pixels and our tokenizer."""
     import open_clip
 
     from vlp.data import text as tokenizers
@@ -306,6 +308,7 @@ def _load_transformers(name: str, folder: str, device: torch.device) -> tuple[An
 
 
 def _pooled(output: Any) -> Tensor:
+    """The embeddings in a tower's output."""
     # A tensor before transformers 5.
     return output if isinstance(output, Tensor) else output.pooler_output
 
@@ -333,6 +336,7 @@ def _tokenizer(build: Callable[[], Any], name: str) -> Any:
 
 
 def _ids(tokenizer: Any, sentence: str) -> list[int]:
+    """The token ids of one sentence."""
     ids = tokenizer([sentence])
     return ids[0].tolist() if isinstance(ids, Tensor) else ids["input_ids"][0]
 

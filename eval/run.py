@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluate_command(options: argparse.Namespace) -> int:
+    """Evaluate one model on the tasks named, print the table, write the results."""
     import torch
 
     from vlp import dist, plugin
@@ -123,6 +124,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
 
 
 def _check_writable(out: Path) -> None:
+    """Raise ValueError unless results can be written there; make the folder."""
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'results.json'}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +155,7 @@ def _tasks(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _option_value(text: str) -> Any:
+    """A value of the command line, with the type that YAML gives it."""
     import yaml
 
     try:
@@ -162,6 +165,7 @@ def _option_value(text: str) -> Any:
 
 
 def _context(options: argparse.Namespace) -> Context:
+    """How the command line wants the evaluation carried out."""
     from vlp.eval.embed import Context
     from vlp.eval.pictures import Contents
 
@@ -215,6 +219,7 @@ def read_all(tasks: list[Plugin]) -> list[Any]:
 
 
 def _may_skip(task: Plugin) -> bool:
+    """Whether a task may leave out what it cannot read."""
     return getattr(task.options, "missing", "error") == "skip"
 
 
@@ -327,6 +332,7 @@ def _first_failure(failure: str) -> str:
 
 
 def _failed(task: Plugin, failure: str) -> dict[str, Any]:
+    """The record of a task that failed, with a warning from the first rank."""
     from vlp import dist, log
 
     if dist.is_main():

@@ -66,6 +66,7 @@ def _may_be_tar(path: Path) -> bool:
 
 
 def _short_name(path: str) -> str:
+    """What records call the set: its folder, table or repository."""
     if path.startswith("hf:"):
         return path[3:]
     name = Path(path).resolve().name
@@ -128,6 +129,7 @@ def _by_content(
 
 
 def _shards(root: Path, tars: list[Path], missing: str, texts: Texts) -> Source:
+    """The samples of tars, with the names of their classes where those are numbers."""
     choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
     source = shards.from_tars(root, tars, choice, missing)
 
@@ -173,6 +175,7 @@ def _parquet_files(root: Path, split: str, archive: Archive) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
+    """A folder's parquet files without hidden ones."""
     return [path for path in sorted(folder.glob("*.parquet")) if not is_hidden(path.name)]
 
 

@@ -104,6 +104,7 @@ def _columns(names: list[str], file: Path, split: str, options: TableOptions) ->
 
 
 def _records(file: Path, content: Any, columns: _Columns) -> Iterator[Record]:
+    """The rows of one file that belong to the split, as records; a DataError names a row."""
     for i, row in enumerate(content.to_pylist()):
         # Rows of another split, or that the options leave out.
         if not all(equals(row[name], value) for name, value in columns.conditions.items()):

@@ -115,6 +115,7 @@ def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
 
 
 def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
+    """A sample of a tar as an evaluation record; its picture stays where it is."""
     content, image = sample.content, sample.members["image"]
     picture = Picture(f"{tar}:{image.name}", str(tar), image.offset, image.size)
 

@@ -53,6 +53,7 @@ def templates(choice: str | Sequence[str]) -> list[str]:
 
 
 def _lines(choice: str | Sequence[str]) -> list[str]:
+    """The lines of a set or file, or the sentences as listed."""
     if not isinstance(choice, str):
         return list(choice)
 

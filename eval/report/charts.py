@@ -70,6 +70,7 @@ def _drawable(series: Sequence[Series]) -> list[Series]:
 
 
 def _empty_card(title: str, reason: str) -> Html:
+    """A card that says why there is nothing to draw."""
     return tag("figure", tag("figcaption", title), tag("p", reason, class_="note"), class_="card")
 
 
@@ -199,6 +200,7 @@ def _domain(values: Sequence[float], margin: float) -> Point:
 
 
 def _pair(values: Point) -> str:
+    """Two numbers as the page's script reads them."""
     return f"{values[0]:.9g} {values[1]:.9g}"
 
 

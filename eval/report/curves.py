@@ -163,6 +163,7 @@ def _cards(
     runs: list[Run],
     chance: dict[str, float] | None = None,  # by key
 ) -> Html:
+    """A chart for every scalar, with a curve a run."""
     drawn = []
     for key, title, points in cards:
         series = [Series(run.name, of_run, i) for i, (run, of_run) in enumerate(zip(runs, points))]

@@ -124,6 +124,7 @@ class _Parts:
             self.evidence.confusion = self._confusion(data)
 
     def _confusion(self, data: zeroshot.Data) -> Confusion:
+        """The worst classes of a sample of the set, with a mistaken picture each."""
         places = _sample(range(len(data.labels)), self.samples)
         pictures = [data.source.records[i].picture for i in places]
         labels = data.labels[places]
@@ -157,6 +158,7 @@ class _Parts:
                 self.evidence.examples.append(self._examples(negatives.read(options)))
 
     def _examples(self, data: negatives.Data) -> ExampleSet:
+        """A few choices of a set, and how often the true caption won on the whole sample."""
         sample = _sample(data.choices, self.samples)
         captions = [choice.captions for choice in sample]
         pictures = [choice.picture for choice in sample]
@@ -241,6 +243,7 @@ def _sheets(
     image: Tensor,
     text: Tensor,
 ) -> Sheets:
+    """Retrieval both ways among the sample, with what the page shows of it."""
     image_ranks, text_ranks = metrics.retrieval_ranks(image, text, owner)
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
     by_text = findings.queries(text, image, right, text_ranks, QUERIES)

@@ -57,6 +57,7 @@ def summary(runs: list[Run], evidence: list[Evidence | None]) -> Html:
 
 
 def _missing_box(missing: list[str]) -> Html | None:
+    """What the run lacks, as a list."""
     if not missing:
         return None
     items = [tag("li", private(text)) for text in missing]
@@ -110,6 +111,7 @@ def _records(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _score_tables(runs: list[Run]) -> list[Html | None]:
+    """A heading and tables for every task, then what would make the numbers say more."""
     per_run = [_records(run) for run in runs]
     labels = list(dict.fromkeys(label for records in per_run for label in records))
     if not labels:
@@ -210,6 +212,7 @@ def _row(records: Records, metric: str, chance: float | None) -> list[Any]:
 
 
 def _value(value: float | None, chance: float | None) -> str:
+    """A share in percent where chance is known, else a number."""
     if value is None:
         return "–"
     return f"{value:.1%}" if chance is not None else number(value)

@@ -110,6 +110,7 @@ def write(
 
 
 def _default(runs: list[Run]) -> Path:
+    """Where the page lies unless --to says otherwise."""
     name = "report.html" if len(runs) == 1 else f"report-{runs[1].folder.resolve().name}.html"
     return runs[0].folder / name
 
@@ -125,6 +126,7 @@ def _look(runs: list[Run], data: list[str], samples: int) -> list[Evidence]:
 
 
 def _page(runs: list[Run], evidence: list[Evidence | None], with_model: bool) -> str:
+    """The document, its sections in the order of reading."""
     from vlp.eval.report import curves, markup, numbers, pictures, settings
 
     sections = [
@@ -142,6 +144,7 @@ def _page(runs: list[Run], evidence: list[Evidence | None], with_model: bool) ->
 
 
 def _save(target: Path, text: str) -> Path:
+    """Write the page whole or not at all."""
     from vlp.files import write_atomically
 
     target.parent.mkdir(parents=True, exist_ok=True)

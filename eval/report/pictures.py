@@ -33,6 +33,7 @@ def space(runs: list[Run], evidence: list[Evidence | None], with_model: bool) ->
 
 
 def _geometry_over_time(runs: list[Run]) -> list[Html | None] | Html:
+    """Charts of the geometry scores, or a note on how to log them."""
     keys = curves.scalar_keys(record for run in runs for record in run.evals)
     keys = [key for key in keys if curves.is_geometry(key)]
     if not keys or max(len(run.evals) for run in runs) < 2:
@@ -212,16 +213,19 @@ def _found_texts(query: Query, sheets: Sheets) -> Html:
 
 
 def _query(query: Query, asked: Html, answers: Html) -> Html:
+    """A query with its answers, marked as a hit or by its rank."""
     hit = query.rank == 1
     mark = _mark("found" if hit else f"rank {query.rank}", hit)
     return tag("article", mark, asked, answers, class_="query")
 
 
 def _mark(text: str, hit: bool) -> Html:
+    """A hit's or failure's label."""
     return tag("span", text, class_="mark-ok" if hit else "mark-bad")
 
 
 def _caption(text: str, score: float, kind: str | None) -> Html:
+    """A caption with its cosine."""
     return tag("li", tag("span", text), tag("b", f"{score:.2f}"), class_=kind)
 
 

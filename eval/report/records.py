@@ -141,6 +141,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row a score: value, interval, chance."""
     rows = []
     for name, value in of_task["metrics"].items():
         bounds = of_task["intervals_95"].get(name)

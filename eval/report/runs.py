@@ -79,6 +79,7 @@ class Run:
 
 
 def _points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records that log the key."""
     return [
         (record["step"], float(record[key]))
         for record in records
@@ -189,6 +190,7 @@ def _read_metrics(run: Run) -> None:
 
 
 def _damaged_line(number: int, n_lines: int) -> str:
+    """The note on a line of metrics.jsonl that is no record."""
     if number < n_lines:
         return f"line {number} of metrics.jsonl was left out: it is damaged"
     return (

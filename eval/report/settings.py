@@ -53,6 +53,7 @@ def configuration(runs: list[Run]) -> Html:
 
 
 def _differences(runs: list[Run], settings: list[dict[str, str]]) -> Html:
+    """The settings in which two runs differ, side by side."""
     if not all(settings):
         return note("One of the runs has no readable configuration.")
 
@@ -143,6 +144,7 @@ def _versions(runs: list[Run]) -> Html:
 
 
 def _recorded_versions(run: Run) -> dict[str, Any]:
+    """Package versions of the newest checkpoint, else of the results."""
     if run.state.get("versions"):
         return run.state["versions"]
     return next((record["versions"] for record in run.results if "versions" in record), {})

@@ -42,6 +42,7 @@ def read(options: Any) -> Splits:
 
 
 def _split(options: Any, split: str) -> zeroshot.Data:
+    """One split as zero-shot classification reads it."""
     return zeroshot.read(shared(zeroshot.Options, options, split=split, partial=True))
 
 

@@ -44,10 +44,12 @@ class Options(choices.Options):
 
 
 def read(options: Options) -> dict[str, ChoiceSet]:
+    """Both tests, each with the groups that count."""
     return {name: _read_test(options, file, key) for name, (file, key) in TESTS.items()}
 
 
 def _read_test(options: Options, file: str, group_key: str) -> ChoiceSet:
+    """The items of one published file that lie in frequent groups, cut to their boxes."""
     path = Path(options.data) / file
     keys = ("image_path", "true_caption", "false_caption", group_key, *BOX)
     rows = choices.read_items(path, keys)
@@ -79,6 +81,7 @@ def _group(value: str | list[str]) -> str:
 
 
 def _cut(picture: Picture, row: dict[str, Any]) -> Picture:
+    """The part of a picture inside a row's box."""
     left, upper, width, height = (row[key] for key in BOX)
     return replace(picture, box=(left, upper, left + width, upper + height))
 
@@ -86,6 +89,7 @@ def _cut(picture: Picture, row: dict[str, Any]) -> Picture:
 def run(
     encoder: Encoder, data: dict[str, ChoiceSet], options: Options, context: Context
 ) -> TaskResult:
+    """For each test the mean over its groups of the accuracy."""
     n_skipped = sum(len(test.skipped) for test in data.values())
     result = TaskResult("aro", counts={"skipped": n_skipped})
     for name, test in data.items():

@@ -48,6 +48,7 @@ class Data:
 
 
 def read(options: Options) -> Data:
+    """Pictures with their captions in all nine numbers."""
     path = Path(options.data)
     if path.is_dir():
         rows, absent = _parquet(path), []
@@ -68,6 +69,7 @@ def read(options: Options) -> Data:
 
 
 def _table(path: Path, options: Options) -> tuple[RowsWithPictures, list[str]]:
+    """The rows of a table whose pictures are there, and the names of the absent."""
     rows = read_rows(path, ("image", "text"))
     choices.need_keys(rows, KEYS, path)
     images = options.images or beside(path)
@@ -76,6 +78,7 @@ def _table(path: Path, options: Options) -> tuple[RowsWithPictures, list[str]]:
 
 
 def _parquet(folder: Path) -> RowsWithPictures:
+    """The rows of the hub's files, each with its picture."""
     import pyarrow.parquet as parquet
 
     rows: list[dict[str, Any]] = []
@@ -100,11 +103,13 @@ def _parquet(folder: Path) -> RowsWithPictures:
 
 
 def _says_its_number(row: dict[str, Any]) -> bool:
+    """Whether a caption holds the word of its number, from two to ten."""
     in_range = row["number"] in range(2, 11)
     return in_range and bool(_pattern(row["number"]).search(row["text"]))
 
 
 def _pattern(number: int) -> re.Pattern[str]:
+    """A number's word, whole and in any case."""
     # Whole words only: "often" contains "ten".
     return re.compile(rf"\b{NUMBERS[number - 2]}\b", re.IGNORECASE)
 
@@ -122,6 +127,7 @@ def say(caption: str, number: int, other: int) -> str:
 
 
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """Accuracy, and how far the number chosen lies from the true one."""
     cosines = choices.cosines(encoder, data.pictures, data.captions, context)
     scores = torch.stack(cosines)  # [n, 9]
     true_numbers = torch.tensor(data.numbers)

@@ -38,10 +38,12 @@ class Options(TableOptions):
 
 
 def read(options: Options) -> _labelled.Splits:
+    """The training and the test split."""
     return _labelled.read(options)
 
 
 def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
+    """Ranks of the right classes by the vote of the nearest training images."""
     # Training images vote, test images are asked.
     bank = _labelled.embedded(encoder, data.train, context)
     queries = _labelled.embedded(encoder, data.test, context)

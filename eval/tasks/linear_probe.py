@@ -43,10 +43,12 @@ class Options(TableOptions):
 
 
 def read(options: Options) -> _labelled.Splits:
+    """The training and the test split."""
     return _labelled.read(options)
 
 
 def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
+    """Choose the decay, fit on the training split, rank the classes of the test split."""
     train = _features(encoder, data.train, context)
     test = _features(encoder, data.test, context)
     labels, n_classes = data.train.labels, len(data.test.classes)

@@ -61,6 +61,7 @@ class Data(ChoiceSet):
 
 
 def read(options: Options) -> Data:
+    """The choices that the shards offer; a DataError if there is none."""
     source = open_source(options.data, options.split, options.missing, options=options)
     offered = [choices_of(record) for record in source.records]
     problems = [
@@ -110,6 +111,7 @@ def choices_of(record: Record) -> list[NegativesChoice]:
 
 
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """How often a caption is above all its negatives, and above each kind of them."""
     pictures, captions = data.pictures, data.captions
     scores = choices.cosines(encoder, pictures, captions, context)
 

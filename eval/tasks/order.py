@@ -71,6 +71,7 @@ class Data(ChoiceSet):
 
 
 def read(options: Options) -> Data:
+    """Each caption of the set with its shufflings."""
     source = retrieval.read(shared(retrieval.Options, options))
     tag = _spacy() if options.tagger == "spacy" else by_words
     items = []
@@ -155,6 +156,7 @@ def _is_content(word: str) -> bool:
 
 
 def _spacy() -> Tagger:
+    """A tagger as in the paper; a DataError says what must be installed."""
     try:
         import spacy
 
@@ -183,6 +185,7 @@ def _shuffled(words: list[str], places: list[int], chance: random.Random) -> lis
 
 
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """How often a caption is above all its shufflings."""
     pictures, captions = data.pictures, data.captions
     hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
     n_equal = sum(5 - len(group) for group in captions)

@@ -44,6 +44,7 @@ class Options(TableOptions):
 
 
 def read(options: Options) -> Source:
+    """The images with captions; at least five of them."""
     source = retrieval.read(shared(retrieval.Options, options))
     if len(source.records) < 5:
         raise DataError(
@@ -53,6 +54,7 @@ def read(options: Options) -> Source:
 
 
 def run(encoder: Encoder, data: Source, options: Options, context: Context) -> TaskResult:
+    """Measures of the geometry, and how well a line tells images from texts."""
     pictures = [record.picture for record in data.records]
     captions = [record.captions[0] for record in data.records]
     image = embed.images(encoder, pictures, context)

@@ -88,6 +88,7 @@ def _has_caption(record: Record) -> bool:
 
 
 def run(encoder: Encoder, data: Source, options: Options, context: Context) -> TaskResult:
+    """Recalls and ranks both ways, over all images and captions of the split."""
     pictures = [record.picture for record in data.records]
     captions = [list(record.captions[: options.captions_per_image]) for record in data.records]
     every_caption = [caption for of_image in captions for caption in of_image]

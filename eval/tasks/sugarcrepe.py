@@ -36,6 +36,7 @@ class Options(choices.Options):
 
 
 def read(options: Options) -> ChoiceSet:
+    """The items of all seven subsets whose images are there."""
     path = Path(options.data)
     if path.is_file():
         rows, image_key = _table(path), "image"
@@ -61,12 +62,14 @@ def read(options: Options) -> ChoiceSet:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table with all subsets."""
     rows = read_rows(path, ("image", "caption", "negative_caption"))
     choices.need_keys(rows, ("image", "subset", "caption", "negative_caption"), path)
     return rows
 
 
 def _published(folder: Path) -> list[dict[str, Any]]:
+    """The items of the seven published files, each with its subset."""
     keys = ("filename", "caption", "negative_caption")
     rows = []
     for subset in SUBSETS:
@@ -76,6 +79,7 @@ def _published(folder: Path) -> list[dict[str, Any]]:
 
 
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
+    """The accuracy of every subset, and their mean."""
     result = choices.run_grouped("sugar_crepe", encoder, data, context, SUBSETS)
     result.counts |= {subset: len(result.items[subset]) for subset in SUBSETS}
     return result

@@ -32,6 +32,7 @@ class Options(choices.Options):
 
 
 def read(options: Options) -> ChoiceSet:
+    """The accepted items of every piece whose images are there."""
     files = sorted(Path(options.data).glob("*.json"))
     if not files:
         raise DataError(
@@ -57,4 +58,5 @@ def read(options: Options) -> ChoiceSet:
 
 
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
+    """The accuracy of every piece, and their mean."""
     return choices.run_grouped("valse", encoder, data, context)

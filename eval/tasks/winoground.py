@@ -45,6 +45,7 @@ class Data:
 
 
 def read(options: Options) -> Data:
+    """The examples whose two images are there."""
     path = _examples(Path(options.data))
     keys = (*IMAGES, *CAPTIONS)
     rows = read_rows(path, keys)
@@ -74,6 +75,7 @@ def _examples(path: Path) -> Path:
 
 
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """The text, image and group scores."""
     n = len(data.pictures) // 2
     image = embed.images(encoder, data.pictures, context).view(n, 2, -1)
     text = embed.texts(encoder, data.captions, context).view(n, 2, -1)

@@ -69,6 +69,7 @@ def read(options: Options) -> Data:
 
 
 def _open(options: Options) -> Source:
+    """The set's records; of an ObjectNet those of ImageNet's classes."""
     root = Path(options.data)
 
     # ObjectNet is told by its mappings; its class folders lie deeper than the root.
@@ -109,6 +110,7 @@ def _labelled_by_name(source: Source, options: Options) -> bool:
 
 
 def _templates(source: Source, options: Options) -> list[str]:
+    """The templates of the options, else the set's own, else the usual ones."""
     is_imagenet = imagenet.looks_like(source) or options.classes == "imagenet"
     usual = "imagenet80" if is_imagenet else "photo"
     try:
@@ -202,6 +204,7 @@ def _multi_hot(numbers: list[tuple[int, ...]], place: list[int]) -> Tensor:
 
 
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """Accuracies of the nearest class, or the mean average precision for several labels."""
     if context.progress and dist.is_main():
         _warn_of_numbers(data.classes)
 
