@@ -144,7 +144,8 @@ def in_order(labels: Sequence[str]) -> list[str]:
 
 def _places_by_name(ordered: list[str], class_list: ClassList) -> dict[str, list[int]]:
     """Where the list has each class of the data, by its name or its key."""
-    exact, folded = defaultdict(list), defaultdict(list)
+    exact: dict[str, list[int]] = defaultdict(list)
+    folded: dict[str, list[int]] = defaultdict(list)
     for place, entry in [*enumerate(class_list.names), *enumerate(class_list.keys)]:
         exact[entry].append(place)
         folded[_folded(entry)].append(place)
@@ -224,8 +225,12 @@ def _from_lines(text: str, path: Path) -> tuple[list[str], list[str]]:
     # Every line begins with a number or synset: keys, unless the numbers do not count the lines.
     keys, names = [match[1] for match in matches], [match[2] for match in matches]
     if not keys[0].isdecimal():
-        return [name.split(",")[0] for name in names], keys  # synsets with their synonyms
-    return _numbered(dict(zip(map(int, keys), names)), path) if _counts(keys) else (lines, [])
+        # Synsets come with their synonyms; the first is the name.
+        return [name.split(",")[0] for name in names], keys
+
+    if not _counts(keys):
+        return lines, []
+    return _numbered(dict(zip(map(int, keys), names)), path)
 
 
 def _counts(keys: list[str]) -> bool:
@@ -246,8 +251,8 @@ def _from_table(text: str, path: Path) -> tuple[list[str], list[str]]:
 
     # The first row is a header if one of its cells is a usual name for names.
     header = [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else []
-    name_column = next((header.index(name) for name in _NAME_COLUMNS if name in header), None)
-    key_column = next((header.index(name) for name in _KEY_COLUMNS if name in header), None)
+    name_column = _column_of(header, _NAME_COLUMNS)
+    key_column = _column_of(header, _KEY_COLUMNS)
     if name_column is not None:
         rows = rows[1:]
     elif len(header) < 2:
@@ -263,11 +268,22 @@ def _from_table(text: str, path: Path) -> tuple[list[str], list[str]]:
             f"{len(header)}"
         )
 
+    # A blank line keeps its place, so that `checked` can name it.
     names = [row[name_column] if row else "" for row in rows]
-    keys = [] if key_column is None else [row[key_column] if row else "" for row in rows]
+    keys = []
+    if key_column is not None:
+        keys = [row[key_column] if row else "" for row in rows]
     if keys and _counts(keys):
         return _numbered(dict(zip(map(int, keys), names)), path)
     return names, keys
+
+
+def _column_of(header: list[str], usual_names: Sequence[str]) -> int | None:
+    """Where the header has the first of the usual names that it has at all."""
+    for name in usual_names:
+        if name in header:
+            return header.index(name)
+    return None
 
 
 def _columns_without_header(rows: list[list[str]]) -> tuple[int, int]:
@@ -298,7 +314,6 @@ def _from_json(text: str, path: Path) -> tuple[list[str], list[str]]:
 
 def _from_mapping(value: dict[str, Any], path: Path) -> tuple[list[str], list[str]]:
     """(names, keys) of {name: number}, {number: name} or {folder: name}."""
-    # {name: number}, {number: name} or {folder: name}.
     if value and all(type(number) is int for number in value.values()):
         return _numbered({number: name for name, number in value.items()}, path)
 

@@ -31,9 +31,11 @@ def wilson(hits: float, n: int, z: float = Z) -> tuple[float, float]:
     if n < 1 or not 0 <= hits <= n:
         raise ValueError(f"expected 0 <= hits <= n and n >= 1, found {hits} of {n}")
 
+    # The shares p at which `share` lies z standard errors of p away: the roots of a quadratic.
     share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    shrink = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

@@ -186,6 +186,7 @@ def _embed(
     if not items:
         raise DataError(f"no {kind} to embed; check the path and the split")
 
+    # Batch k is the same pictures on any number of ranks, so that any number gives the same bits.
     group = dist.world()
     batches = [items[i : i + context.batch] for i in range(0, len(items), context.batch)]
     rounds = -(-len(batches) // group.size)
@@ -209,6 +210,7 @@ def _embed(
     except (DataError, Interrupted) as error:
         problem = error
     except Exception as error:
+        # Only inside training: a command shows the traceback of what nobody foresaw.
         if context.unreadable is None:
             raise
         problem = DataError(f"{type(error).__name__}: {error}")
@@ -243,6 +245,7 @@ def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> It
     pool, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for batch in batches:
+            # Futures in the order of the batch: threads may finish in any.
             waiting.append([pool.submit(prepare, item) for item in batch])
             # Two batches ahead: enough to keep the model fed, little enough to hold.
             if len(waiting) > 2:

@@ -80,6 +80,8 @@ def retrieval_ranks(
     pair_scores = _pair_scores(image, text, owner)  # [M]
     best_scores = image.new_full((len(image),), -torch.inf)
     best_scores = best_scores.scatter_reduce(0, owner, pair_scores, "amax")  # [N]
+
+    # A rank begins at 1 and grows by every rival, tile by tile.
     image_rank = torch.ones(len(image), dtype=torch.int32)
     text_rank = torch.ones(len(text), dtype=torch.int32)
 

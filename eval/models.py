@@ -168,6 +168,7 @@ def _of_tag(reference: Reference, device: torch.device, autocast: torch.dtype | 
     import open_clip
 
     architecture, tag = reference.architecture, reference.tag
+    # Weights of the other activation load without an error, and every score would be wrong.
     weight_files.check_tag(architecture, tag)
     text_cfg = open_clip.get_model_config(architecture)["text_cfg"]
     return _open_clip(architecture, tag, architecture, text_cfg, device, autocast)
@@ -343,6 +344,7 @@ def _ids(tokenizer: Any, sentence: str) -> list[int]:
 
 def _describe(tokenizer: Any) -> str:
     """What a tokenizer does to a sentence, as far as a hash must know: its ids for two probes."""
+    # Cases, accents and punctuation are where tokenizers differ; "" shows what frames a sentence.
     probes = ("A photo of 2 Cats, naïve & café!", "")
     return json.dumps([type(tokenizer).__name__, *(_ids(tokenizer, probe) for probe in probes)])
 

@@ -52,6 +52,7 @@ class Picture:
         """The encoded image."""
         if self.data is not None:
             return self.data
+        # Opened anew each time: thousands of pictures would exhaust the open files.
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
@@ -255,6 +256,7 @@ class Contents:
             write_atomically(self.memory, json.dumps(self.known).encode())
 
     def _file(self, path: str) -> str:
+        # A file of the same size and time of change is taken for the same.
         path = os.path.abspath(path)
         status = os.stat(path)
         stamp = [status.st_size, status.st_mtime_ns]

@@ -55,6 +55,7 @@ def open_source(
     else:
         source = _by_content(root, split, missing, options, texts)
 
+    # A path that exists may hold nothing of this split.
     if not source.records:
         raise DataError(f"{path} holds no image in split {split!r}")
     return replace(source, name=_short_name(path))
@@ -69,6 +70,7 @@ def _short_name(path: str) -> str:
     """What records call the set: its folder, table or repository."""
     if path.startswith("hf:"):
         return path[3:]
+    # Resolved, so that "." and links have the name of the folder itself.
     name = Path(path).resolve().name
     return name.removesuffix(".gz").rpartition(".")[0] if Path(path).is_file() else name
 
@@ -116,6 +118,7 @@ def _by_content(
             f"{archive.path} holds shards ({tars[0].name}) and images in folders ({in_folders}); "
             f"give one of them, such as {tars[0]}, or keep them in folders of their own"
         )
+    # Outside of shards every text has its place, and a choice would be ignored in silence.
     if texts.captions:
         raise DataError(
             f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no "

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vlp.data.captions import Choice, form_of
 from vlp.data.rows import Shard
@@ -117,20 +118,24 @@ def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
 def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
     """A sample of a tar as an evaluation record; its picture stays where it is."""
     content, image = sample.content, sample.members["image"]
-    picture = Picture(f"{tar}:{image.name}", str(tar), image.offset, image.size)
+    picture = _member(tar, image)
 
     # A sample may carry both its class's number and its name.
     other = "class" if prefer == "cls" else "cls"
     label = content.meta.get(prefer, content.meta.get(other))
     if "npy" in sample.members:
-        array = sample.members["npy"]
-        label = _multi_hot(Picture(f"{tar}:{array.name}", str(tar), array.offset, array.size))
+        label = _multi_hot(_member(tar, sample.members["npy"]))
 
     # A sample with neither caption nor label, and with notes of why, is broken.
     captions = choice.captions(content.meta, content.text)
     if not captions and label is None and content.notes:
         raise DataError(f"sample {content.key!r} in {tar}: {'; '.join(content.notes)}")
     return Record(picture, captions, label, content.meta)
+
+
+def _member(tar: Path, member: Any) -> Picture:
+    """A file of a sample, where it lies in the tar."""
+    return Picture(f"{tar}:{member.name}", str(tar), member.offset, member.size)
 
 
 def _multi_hot(member: Picture) -> tuple[int, ...]:

@@ -106,10 +106,12 @@ def scatter(pairs: Sequence[tuple[Point, Point, str]], names: tuple[str, str], k
     links, dots = [], []
     for first, second, text in pairs:
         (x1, y1), (x2, y2) = at(first), at(second)
+        hint = tag("title", text)
         links.append(tag("line", x1=x1, y1=y1, x2=x2, y2=y2))
-        dots.append(tag("circle", tag("title", text), cx=x1, cy=y1, r=2.6, class_="c0"))
-        dots.append(tag("circle", tag("title", text), cx=x2, cy=y2, r=2.6, class_="c1"))
+        dots.append(tag("circle", hint, cx=x1, cy=y1, r=2.6, class_="c0"))
+        dots.append(tag("circle", hint, cx=x2, cy=y2, r=2.6, class_="c1"))
 
+    # Lines first: what is drawn later lies on top.
     drawing = tag(
         "svg",
         tag("g", links, class_="links"),
@@ -129,14 +131,21 @@ def scatter(pairs: Sequence[tuple[Point, Point, str]], names: tuple[str, str], k
 def _square(points: Sequence[Point]) -> Callable[[Point], tuple[str, str]]:
     """A function from a point to its place in the scatter's square, as texts (x, y)."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    span = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
-    middle_x, middle_y = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
+    left, right = min(xs), max(xs)
+    bottom, top = min(ys), max(ys)
+    # Points that are all the same lie in the middle.
+    span = max(right - left, top - bottom) or 1.0
     room = SCATTER_SIDE - 2 * SCATTER_EDGE
+    middle_x = (right + left) / 2
+    middle_y = (top + bottom) / 2
 
     def at(point: Point) -> tuple[str, str]:
         x = (point[0] - middle_x) / span * room
         y = (point[1] - middle_y) / span * room
-        return f"{SCATTER_SIDE / 2 + x:.1f}", f"{SCATTER_SIDE / 2 - y:.1f}"
+        # Down is positive in SVG.
+        across = SCATTER_SIDE / 2 + x
+        down = SCATTER_SIDE / 2 - y
+        return f"{across:.1f}", f"{down:.1f}"
 
     return at
 
@@ -148,7 +157,8 @@ def bars(title: str, rows: Sequence[tuple[str, float]], total: str = "") -> Html
     if not rows:
         return _empty_card(title, "nothing to count")
 
-    plot = _Plot((0, len(rows)), (0, max(value for _, value in rows) or 1))
+    highest = max(value for _, value in rows)
+    plot = _Plot((0, len(rows)), (0, highest or 1))
     floor = HEIGHT - BOTTOM
 
     # A letter is about six pixels wide, and labels need a gap.
@@ -156,8 +166,14 @@ def bars(title: str, rows: Sequence[tuple[str, float]], total: str = "") -> Html
     every = -(-len(rows) * label_width // (WIDTH - LEFT - RIGHT))
     drawn = []
     for i, (label, value) in enumerate(rows):
-        (left, top), (right, _) = plot.at(i, value), plot.at(i + 1, value)
-        shape = {"x": left + 1, "y": top, "width": max(right - left - 2, 1), "height": floor - top}
+        left, top = plot.at(i, value)
+        right, _ = plot.at(i + 1, value)
+        shape = {
+            "x": left + 1,
+            "y": top,
+            "width": max(right - left - 2, 1),  # a pixel between bars
+            "height": floor - top,
+        }
         attributes = {name: f"{length:.1f}" for name, length in shape.items()}
         hint = tag("title", f"{label}: {number(value)}")
         drawn.append(tag("rect", hint, class_="c0", **attributes))
@@ -185,7 +201,8 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     # A thousandth and a billionth off: rounding must not skip a tick that is just reached.
-    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw * 0.999)
+    round_steps = [factor * power for factor in (1, 2, 2.5, 5, 10)]
+    step = next(step for step in round_steps if step >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
@@ -213,8 +230,11 @@ class _Plot:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where a value lies, in pixels."""
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        x_low, x_high = self.x
+        y_low, y_high = self.y
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_low) / (y_high - y_low)
+        # Down is positive in SVG.
         left = LEFT + across * (WIDTH - LEFT - RIGHT)
         top = HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
         return left, top
@@ -224,11 +244,21 @@ class _Plot:
         drawn = []
         for value in ticks(*self.y):
             y = f"{self.at(self.x[0], value)[1]:.1f}"
-            place = {"x": LEFT - 6, "y": y, "dy": "0.32em", "text_anchor": "end"}
-            drawn.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-            drawn.append(tag("text", number(value), **place))
+            grid_line = tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid")
+            drawn.append(grid_line)
+            label = tag(
+                "text",
+                number(value),
+                x=LEFT - 6,
+                y=y,
+                dy="0.32em",
+                text_anchor="end",
+            )
+            drawn.append(label)
 
-        for value in ticks(*self.x) if across else ():
+        if not across:
+            return drawn
+        for value in ticks(*self.x):
             x = f"{self.at(value, self.y[0])[0]:.1f}"
             shown = f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
             drawn.append(tag("text", shown, x=x, y=HEIGHT - 7, text_anchor="middle"))

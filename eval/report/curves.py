@@ -112,9 +112,10 @@ def scores(runs: list[Run]) -> Html:
         reason = "One evaluation so far; its scores are in the summary."
         return section("scores", title, note(reason))
 
+    # The scores that matter are open, all others folded away.
     main, rest = headlines_first(keys)
-    main = main or keys[:4]
-    rest = [key for key in keys if key not in main]
+    if not main:
+        main, rest = keys[:4], keys[4:]
     folded = more(f"{len(rest)} more scores", score_cards(runs, rest)) if rest else None
     return section(
         "scores",

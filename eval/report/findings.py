@@ -80,11 +80,12 @@ def projection(image: Tensor, text: Tensor) -> Projection:
     return Projection(points[: len(image)], points[len(image) :], (shares[0], second_share))
 
 
-def confusions(image: Tensor, classes: Tensor, labels: Tensor, worst: int) -> list[ClassAnswers]:
-    """The `worst` classes by recall (then by how many pictures show it), worst first. Ties go as in
-    `metrics.class_ranks`.
-    """
-    answers = (image @ classes.T).argmax(1)
+def confusions(
+    answers: Tensor,  # [n] int64, the class of highest cosine; ties go as in metrics.class_ranks
+    labels: Tensor,  # [n] int64, the right class
+    worst: int,
+) -> list[ClassAnswers]:
+    """The `worst` classes by recall (then by how many pictures show it), worst first."""
     by_class = []
     for number in labels.unique().tolist():
         places = (labels == number).nonzero()[:, 0]
@@ -102,12 +103,17 @@ def confusions(image: Tensor, classes: Tensor, labels: Tensor, worst: int) -> li
     return sorted(by_class, key=recall_then_size)[:worst]
 
 
-def queries(query: Tensor, candidates: Tensor, right: Tensor, ranks: Tensor, n: int) -> list[Query]:
-    """`n` queries, failures first (the lowest ranked of all first), then hits. `right`: [queries,
-    candidates] bool.
-    """
+def queries(
+    query: Tensor,  # [q, D] unit rows
+    candidates: Tensor,  # [c, D] unit rows
+    right: Tensor,  # [q, c] bool
+    ranks: Tensor,  # [q] int64, of the best right candidate
+    n: int,
+) -> list[Query]:
+    """`n` queries, failures first (the lowest ranked of all first), then hits."""
     order = torch.argsort(ranks, descending=True, stable=True).tolist()
-    order = _one_each(order, [tuple(row.nonzero()[:, 0].tolist()) for row in right])
+    answers = [tuple(row.nonzero()[:, 0].tolist()) for row in right]
+    order = _one_each(order, answers)
     failures = [i for i in order if ranks[i] > 1]
     hits = [i for i in order if ranks[i] == 1]
 
@@ -115,10 +121,11 @@ def queries(query: Tensor, candidates: Tensor, right: Tensor, ranks: Tensor, n: 
     for i in _failures_then_hits(failures, hits, n):
         scores = query[i] @ candidates.T
         top = scores.topk(min(TOP, len(scores)))
-        best = [
-            Candidate(place, score, bool(right[i, place]))
-            for score, place in zip(top.values.tolist(), top.indices.tolist())
-        ]
+        best = []
+        for score, place in zip(top.values.tolist(), top.indices.tolist()):
+            is_right = bool(right[i, place])
+            best.append(Candidate(place, score, is_right))
+        # The right answer is shown even where it is not among the best.
         best_right = int(scores.masked_fill(~right[i], -torch.inf).argmax())
         shown.append(Query(i, int(ranks[i]), best, (best_right, float(scores[best_right]))))
     return shown

@@ -130,12 +130,14 @@ class _Parts:
         labels = data.labels[places]
 
         # A thousand classes in eighty templates take longer than the page is worth.
-        templates = data.templates[: max(1, MAX_PROMPTS // len(data.classes))]
+        n_templates = max(1, MAX_PROMPTS // len(data.classes))
+        templates = data.templates[:n_templates]
         classes = zeroshot.class_embeddings(self.encoder, templates, data.classes, self.context)
         image = embed.images(self.encoder, pictures, self.context)
 
-        worst = findings.confusions(image, classes, labels, WORST)
-        accuracy = float(((image @ classes.T).argmax(1) == labels).double().mean())
+        answers = (image @ classes.T).argmax(1)
+        accuracy = float((answers == labels).double().mean())
+        worst = findings.confusions(answers, labels, WORST)
         mistaken = [answers.wrong for answers in worst if answers.wrong is not None]
         thumbnails = {place: thumbnail(pictures[place]) for place in mistaken}
         return Confusion(data.source.name, len(labels), accuracy, data.classes, worst, thumbnails)

@@ -194,13 +194,16 @@ def _chance(records: Records, metric: str) -> float | None:
 
 def _row(records: Records, metric: str, chance: float | None) -> list[Any]:
     """A score's name with bars, each run's value with its interval, and of two the difference."""
+    # A run that was not scored on it has a dash.
     values = [record["metrics"].get(metric) if record else None for record in records]
     bars = [_bar(value, chance, i) for i, value in enumerate(values)]
     row: list[Any] = [[name_of(metric), *bars]]
     for record, value in zip(records, values):
         bounds = (record or {}).get("intervals_95", {}).get(metric)
-        interval = " – ".join(_value(bound, chance) for bound in bounds) if bounds else None
-        row.append([_value(value, chance), tag("small", interval) if interval else None])
+        interval = None
+        if bounds:
+            interval = tag("small", " – ".join(_value(bound, chance) for bound in bounds))
+        row.append([_value(value, chance), interval])
 
     if len(values) > 1:
         if None in values:

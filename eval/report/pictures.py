@@ -101,6 +101,7 @@ def _confusion_row(answers: ClassAnswers, confusion: Confusion) -> list[Html | s
     if answers.wrong is not None:
         picture = _image(confusion.thumbnails[answers.wrong], name)
 
+    # The class itself is among its four most frequent answers, or the fourth is not shown.
     chips = []
     for number_of_class, n in answers.answers.most_common(4):
         if number_of_class != answers.number and len(chips) < 3:
@@ -114,6 +115,7 @@ def _confusion_row(answers: ClassAnswers, confusion: Confusion) -> list[Html | s
 
 def _matrix(confusion: Confusion) -> Html:
     """Shares of answers: a row a worst class, a column an answer that they got most often."""
+    # The worst classes come first among the columns: right answers lie on the diagonal.
     columns = _matrix_columns(confusion.worst)
     names = confusion.names
     head = tag("tr", tag("th", ""), [tag("th", tag("span", names[k])) for k in columns])

@@ -129,6 +129,7 @@ def table(records: list[dict[str, Any]]) -> str:
         counted = [f"{n:,} {noun}" for noun, n in of_task["counts"].items() if n]
         counts.append(f"{of_task['label']}: {', '.join(counted)}")
 
+    # Last, so that nobody overlooks them: the score is not over the whole set.
     skipped, gray = [], []
     for of_task in records:
         warning = f"{of_task['label']}: NOT COMPARABLE"
@@ -175,18 +176,22 @@ def compare(first: str, second: str) -> str:
     rows = [("task", "data", "score", "A", "B", "A − B", "verdict")]
     refused = []
     for a in records_a:
+        # Data, protocol and labels must agree: a difference of scores is then one of the models.
         b = next((record for record in records_b if _same_task(a, record)), None)
         reason = "only in A" if b is None else _why_not(a, b)
         if reason:
             refused.append(f"{a['label']} on {a['dataset']}: {reason}")
             continue
 
-        for name in a["metrics"]:
-            if name in b["metrics"]:
-                key = f"{a['label']}/{name}"
-                pair = (items_a[key], items_b[key]) if key in items_a and key in items_b else None
-                difference = _difference(name, a["metrics"][name], b["metrics"][name], pair)
-                rows.append((a["label"], a["dataset"], name, *difference))
+        for name, value in a["metrics"].items():
+            if name not in b["metrics"]:
+                continue
+            key = f"{a['label']}/{name}"
+            pair = None
+            if key in items_a and key in items_b:
+                pair = (items_a[key], items_b[key])
+            difference = _difference(name, value, b["metrics"][name], pair)
+            rows.append((a["label"], a["dataset"], name, *difference))
 
     if len(rows) == 1:
         raise DataError("nothing to compare: " + ("; ".join(refused) or "no record in A"))

@@ -174,6 +174,7 @@ def _read_metrics(run: Run) -> None:
         return
 
     run.written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    # The run may be writing at this moment: its last line may be cut off.
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
@@ -232,6 +233,7 @@ def _note_the_whole(run: Run) -> None:
             "sheets, examples)"
         )
 
+    # Nothing tells a run that is still going from one that crashed, but when it last wrote.
     if not run.finished:
         total = run.planned_steps
         of_total = f" of {total:,}" if total else ""

@@ -75,12 +75,14 @@ def flattened(run: Run) -> Iterator[tuple[str, str]]:
             for key, item in value.items():
                 yield from walk(item, (*keys, str(key)))
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            # Sources and plug-ins: a setting for each; a plain list is one setting.
             for i, item in enumerate(value):
                 yield from walk(item, (*keys, str(i)))
         else:
             yield ".".join(keys), shown(value, keys[-1] if keys else "", run)
 
-    yield from walk(without_secrets(run.config), ()) if run.config else ()
+    if run.config:
+        yield from walk(without_secrets(run.config), ())
 
 
 def shown(value: Any, key: str, run: Run) -> str:

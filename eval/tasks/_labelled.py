@@ -28,6 +28,7 @@ def read(options: Any) -> Splits:
     train, test = _split(options, options.train_split), _split(options, options.split)
     names = f"splits {options.train_split!r} and {options.split!r} of {options.data}"
 
+    # A class's number must mean the same in both.
     if train.classes != test.classes:
         in_one_only = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"{names} have different classes: {', '.join(in_one_only[:5])}")

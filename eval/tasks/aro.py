@@ -95,6 +95,7 @@ def run(
     for name, test in data.items():
         cosines = choices.cosines(encoder, test.pictures, test.captions, context)
         hits = choices.first_is_best(cosines)
+        # The mean over groups: the frequent relations would decide a plain accuracy.
         result.items[name] = choices.macro(hits, test.groups)
         result.chance[name] = 0.5
         result.counts[f"{name}_items"] = len(hits)

@@ -133,6 +133,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     true_numbers = torch.tensor(data.numbers)
     true_places = true_numbers[:, None] - 2
 
+    # The true number stands at its own place among the nine, so every other one is a rival.
     true_scores = scores.gather(1, true_places)
     is_rival = torch.ones_like(scores, dtype=torch.bool).scatter_(1, true_places, False)
     hits = (metrics.strictly_above(true_scores, scores) | ~is_rival).all(1)

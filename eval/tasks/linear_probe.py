@@ -53,6 +53,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
     test = _features(encoder, data.test, context)
     labels, n_classes = data.train.labels, len(data.test.classes)
 
+    # One decay leaves nothing to choose, and saves the fits.
     if len(options.decays) == 1:
         decay = options.decays[0]
     else:
@@ -76,6 +77,7 @@ def _features(encoder: Encoder, data: _labelled.zeroshot.Data, context: Context)
 
 def choose(train: Tensor, labels: Tensor, n_classes: int, options: Options) -> float:
     """The decay with the best accuracy on every fifth image of each class; the larger of equals."""
+    # Class by class, so that none lacks training or held-out images by chance.
     position = torch.zeros_like(labels)  # of an image among those of its class
     for number in range(n_classes):
         of_class = labels == number

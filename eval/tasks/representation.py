@@ -60,6 +60,7 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
     image = embed.images(encoder, pictures, context)
     text = embed.texts(encoder, captions, context)
 
+    # How well a plane divides images from texts says what the distance of centroids cannot.
     hits = told_apart(image, text, options.seed)
     return TaskResult(
         data.name,
@@ -73,6 +74,7 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
 
 def told_apart(image: Tensor, text: Tensor, seed: int) -> Tensor:
     """Hits of the regression on the 20 % of pairs that it has not seen, images and texts."""
+    # Pairs are divided, not rows: a caption must not give its image away.
     order = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))
     n_known = int(0.8 * len(image))
     known, new = order[:n_known], order[n_known:]

@@ -130,6 +130,7 @@ def _score(
         sums = torch.zeros(n_images, dtype=torch.float64).index_add_(0, owner, values.double())
         return torch.stack([sums, per_image], 1)
 
+    # Image retrieval is counted over captions, text retrieval over images.
     for k in KS:
         image_retrieval, text_retrieval = (
             f"image_retrieval_recall@{k}",
@@ -152,6 +153,7 @@ def _chance_any(n_captions: Tensor, total: int, k: int) -> float:
 
     n_captions: [N] of each image. total: all captions.
     """
+    # Few different numbers of captions occur: one binomial each instead of one an image.
     counts, n_images = n_captions.unique(return_counts=True)
     draws = math.comb(total, min(k, total))
     missed = [math.comb(total - int(count), min(k, total)) / draws for count in counts]

@@ -57,6 +57,7 @@ def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -
     """The accuracy of every subset and their mean, with pictures and without."""
     cosines = choices.cosines(encoder, data.pictures, data.captions, context)
     scores = torch.stack(cosines)  # [n, 3] caption, caption2, negative
+    # The worse of the two captions decides.
     with_picture = strictly_above(scores[:, :2], scores[:, 2:]).all(1)
     text_only = _hits_without_pictures(encoder, data.captions, context)
 

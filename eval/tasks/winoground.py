@@ -82,8 +82,12 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     scores = torch.einsum("npd,ncd->npc", image, text)  # [n, picture, caption]
 
     # Two of the four scores belong together, two are crossed.
-    own_0, own_1 = scores[:, 0, 0], scores[:, 1, 1]
-    cross_01, cross_10 = scores[:, 0, 1], scores[:, 1, 0]
+    own_0 = scores[:, 0, 0]
+    own_1 = scores[:, 1, 1]
+    cross_01 = scores[:, 0, 1]
+    cross_10 = scores[:, 1, 0]
+
+    # A picture chooses between captions, a caption between pictures.
     by_text = strictly_above(own_0, cross_01) & strictly_above(own_1, cross_10)
     by_image = strictly_above(own_0, cross_10) & strictly_above(own_1, cross_01)
 
@@ -95,6 +99,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     return TaskResult(
         "winoground",
         items={name: choices.accuracy(values) for name, values in hits.items()},
+        # Two comparisons right by chance; of the 24 orders of four scores 4 have both own on top.
         chance={"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6},
         counts={"examples": n, "skipped": len(data.skipped)},
         digest=context.digest(data.pictures, data.captions),

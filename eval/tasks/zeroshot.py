@@ -146,8 +146,10 @@ def _named(source: Source, options: Options) -> tuple[list[str], Tensor]:
     if listed is None and source.classes:
         listed = ClassList(source.classes, origin="classnames.txt")
     if listed is None:
-        names = list(dict.fromkeys(class_name(label) for label in classes.in_order(labels)))
-        return names, torch.tensor([names.index(class_name(label)) for label in labels])
+        ordered = [class_name(label) for label in classes.in_order(labels)]
+        names = list(dict.fromkeys(ordered))
+        number = {label: names.index(class_name(label)) for label in set(labels)}
+        return names, torch.tensor([number[label] for label in labels])
 
     number = classes.assign(labels, listed, options.data)
     return listed.names, torch.tensor([number[label] for label in labels])
