@@ -78,7 +78,7 @@ class Choice:
         do not agree.
         """
         shares = tuple(texts.captions.values()) if isinstance(texts.captions, dict) else ()
-        if shares and captions.choose != "seed":
+        if shares and captions.choose != "random":
             raise ValueError(
                 f"the source's captions {texts.captions} are drawn by their shares, which data.captions.choose: "
                 f"{captions.choose} leaves no room for; give a list of names, or leave choose out"
