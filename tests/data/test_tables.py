@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tests.data.material import data_of, encoded, loader_of, picture
+from tests.data.material import data_of, encoded, loader_of, picture, write_tar
 from vlp.cli import main
 from vlp.config import Captions
 from vlp.data.archives import Archive
@@ -771,6 +772,36 @@ def test_addresses_are_found_by_the_name_in_them(tmp_path, content):
 def test_entries_of_a_list_say_the_same_in_tables_and_shards():
     entries = ["a", {"raw": "b", "caption": "c"}, {"sentence": " d "}, {"text": "e", "id": 1}]
     assert texts(entries) == texts_of(entries) == ["a", "c", "d", "e"]
+
+
+WRITTEN_LISTS = [
+    ('["a dog", "a cat"]', ("a dog", "a cat")),
+    ("['a dog', \"a cat's\"]", ("a dog", "a cat's")),
+    (' [ "a dog" ] ', ("a dog",)),
+    ("[a dog]", ("[a dog]",)),
+    ('["a dog", 3]', ('["a dog", 3]',)),
+    ('["a dog"', ('["a dog"',)),
+    ('["a dog"] ["a cat"]', ('["a dog"] ["a cat"]',)),
+]
+
+
+def test_a_list_that_is_written_into_a_text_is_that_list_in_tables_and_shards(tmp_path):
+    members = []
+    for i, (value, captions) in enumerate(WRITTEN_LISTS):
+        assert tuple(texts(value)) == captions
+        members.append((f"{i}.png", encoded(picture(i))))
+        members.append((f"{i}.json", json.dumps({"captions": value}).encode()))
+
+    source = open_shards(ShardOptions(str(write_tar(tmp_path / "0.tar", members))), Captions())
+    assert [source[i].captions for i in range(len(source))] == [c for _, c in WRITTEN_LISTS]
+    assert source.n_captions().tolist() == [2, 2, 1, 1, 1, 1, 1]
+
+
+def test_a_text_that_only_looks_like_a_list_is_read_in_no_time():
+    longest = "[" + "'a'," * (1 << 18) + "]"
+    started = time.perf_counter()
+    assert texts(longest) == texts_of(longest) == [longest]
+    assert time.perf_counter() - started < 1
 
 
 def test_ids_of_coco_may_be_numbers_here_and_texts_there(tmp_path):

@@ -4,7 +4,6 @@ hold them.
 
 from __future__ import annotations
 
-import ast
 import datetime
 import json
 import math
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
-from vlp.data.captions import text_in
+from vlp.data.captions import text_in, written_list
 
 _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 _DECIMAL = re.compile(
@@ -40,10 +39,7 @@ def texts(value: Any) -> list[str]:
     NoText for all else.
     """
     if isinstance(value, str):
-        value = value.strip()
-        if not value.startswith("["):
-            return [value] if value else []
-        value = _written_list(value)
+        value = written_list(value.strip())
     if value is None:
         return []
     if not isinstance(value, list):
@@ -61,20 +57,6 @@ def texts(value: Any) -> list[str]:
         if text:
             result.append(text)
     return result
-
-
-def _written_list(text: str) -> Any:
-    """A list that JSON or Python wrote into a text; any other text as it is."""
-    if not text.endswith("]"):
-        return text
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-            return value
-    return text
 
 
 def _is_dialogue(turns: list[dict[str, Any]]) -> bool:
