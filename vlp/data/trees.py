@@ -118,18 +118,29 @@ def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
     """{picture: {kind: text}} of the pictures that have any: `a.txt` or `a.jpg.txt` beside
     `a.jpg`."""
     by_stem: dict[str, dict[str, str]] = defaultdict(dict)
+    by_image_name: dict[str, dict[str, str]] = defaultdict(dict)
     for name in archive.texts:
         extension = extension_of(name)
         kind = "txt" if extension == "caption" else extension
         by_stem[_stem(name)].setdefault(kind, name)
-    result = {}
+        by_image_name[_plain_extension(_stem(name))].setdefault(kind, name)
+
+    stems = {_plain_extension(_stem(name)) for name in archive.names}
+    beside: dict[str, dict[str, str]] = {}
     for name in archive.names:
-        if beside := {
-            **by_stem.get(unicodedata.normalize("NFC", name), {}),
-            **by_stem.get(_stem(name), {}),
-        }:
-            result[name] = beside
-    return result
+        image_name = _plain_extension(unicodedata.normalize("NFC", name))
+        # Of `a.jpg` and `a.jpg.png`, the second one has the text `a.jpg.txt`.
+        by_name = {} if image_name in stems else by_image_name.get(image_name, {})
+        texts = by_name | by_stem.get(_stem(name), {})
+        if texts:
+            beside[name] = texts
+    return beside
+
+
+def _plain_extension(name: str) -> str:
+    """The name with its last extension in lower case."""
+    stem, extension = os.path.splitext(name)
+    return stem + extension.lower()
 
 
 def _stem(name: str) -> str:

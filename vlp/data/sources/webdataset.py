@@ -37,7 +37,7 @@ from braceexpand import braceexpand
 
 from vlp.config import Captions
 from vlp.data.captions import Choice, Texts
-from vlp.data.members import TEXT_TYPES, Content, fill, parse_name, separate
+from vlp.data.members import TEXT_TYPES, Content, fill, join_texts, parse_name, separate
 from vlp.data.sources import Source, captions_of
 from vlp.types import Sample
 
@@ -210,7 +210,7 @@ def _sample(i: int, found: dict[str, Any], choice: Choice, captions: Captions) -
 
     samples = {
         key: members
-        for key, members in separate(parts)[0].items()
+        for key, members in separate(join_texts(parts, _extension))[0].items()
         if members.get("image", ("", b""))[1]
     }
     if len(samples) != 1:
@@ -233,6 +233,10 @@ def _sample(i: int, found: dict[str, Any], choice: Choice, captions: Captions) -
         )
     weights = choice.weights(content.meta, content.text)
     return Sample(i, content.key, content.image, extension, texts, content.meta, weights=weights)
+
+
+def _extension(member: tuple[str, bytes]) -> str:
+    return member[0]
 
 
 def _bytes(ending: str, value: Any, kind: str) -> bytes:
