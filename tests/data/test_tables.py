@@ -620,11 +620,6 @@ REFUSED = [
     ),
     (
         "t.json",
-        '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2, "caption": "x"}]}',
-        r"annotations\[0\] names image 2, which",
-    ),
-    (
-        "t.json",
         '[{"image": "a", "conversations": [{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
         r"row 1: conversations is a dialogue with 2 answers.*--caption-column conversations",
     ),
@@ -638,7 +633,7 @@ REFUSED = [
 
 
 def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path):
-    assert len(REFUSED) == 29
+    assert len(REFUSED) == 28
     for name, content, message in REFUSED:
         with pytest.raises(ValueError, match=message):
             items(write(tmp_path, name, content), TableOptions())
@@ -814,9 +809,28 @@ def test_ids_of_coco_may_be_numbers_here_and_texts_there(tmp_path):
         ("a.jpg", ["x"]),
         ("b.jpg", ["y"]),
     ]
-    content["annotations"].append({"image_id": 3, "caption": "z"})
-    with pytest.raises(ValueError, match=r"names image 3, .* remove the annotation"):
-        items(write(tmp_path, "c.json", json.dumps(content)), TableOptions())
+
+
+def test_annotations_of_images_that_cocos_file_does_not_list_are_refused_or_counted(
+    tmp_path, photos, capsys
+):
+    content = json.loads(coco())
+    content["images"] = content["images"][1:]  # a.jpg, with two captions
+    table = write(tmp_path, "captions.json", json.dumps(content))
+    refusal = r"captions\.json: annotations\[0\] names image 100, which .* remove the annotation"
+    source = {"name": "folder", "path": str(photos), "captions": str(table)}
+    with pytest.raises(ValueError, match=rf"2 rows cannot be used(.|\n)*{refusal}"):
+        loader_of(data_of(source), 2)
+    loader = loader_of(data_of({**source, "on_missing": "skip"}), 2)
+    assert (loader.n_samples, loader.counters()["left_out_samples"]) == (2, 2)
+
+    pack = ["data", "pack", str(photos), "--captions", str(table), "--to", str(tmp_path / "out")]
+    assert main(pack) == 1
+    assert "annotations[1] names image 100" in capsys.readouterr().err
+    assert main([*pack, "--on-missing", "skip"]) == 0
+    said = capsys.readouterr().out
+    assert "left out: 2 rows that cannot be read" in said
+    assert "2 images with 3 captions" in said
 
 
 def test_columns_that_were_never_named_lead_to_no_header_option(tmp_path):

@@ -12,8 +12,9 @@ and BLIP is read as it is.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlp.data.tables.columns import CAPTION_COLUMNS, IMAGE_COLUMNS
 from vlp.data.tables.values import jsonable
@@ -24,27 +25,35 @@ Rows = list[tuple[int, dict[str, Any]]]
 _OTHER_FORMS = {"keypoints": "keypoints", "segments_info": "panoptic", "bbox": "instances"}
 
 
-def parse_json(text: str, path: Path, by_line: bool) -> tuple[Rows, bool]:
-    """The rows of a JSON file, and whether their numbers are lines; raises ValueError.
+class Parsed(NamedTuple):
+    """The rows of a JSON file."""
+
+    rows: Rows
+    by_line: bool  # whether their numbers are lines
+    problems: list[str]  # a line for each entry that belongs to no row
+
+
+def parse_json(text: str, path: Path, by_line: bool) -> Parsed:
+    """The rows of a JSON file; raises ValueError.
 
     `by_line` is what the file's name promises. Either form is read under either name: some tools
     write JSON lines into .json, and some one list into .jsonl.
     """
     if by_line:
         try:
-            return _lines(text, path), True
+            return Parsed(_lines(text, path), True, [])
         except ValueError:
             if not text.lstrip().startswith("["):
                 raise
-            return rows_of(whole(text, path), path), False
+            return rows_of(whole(text, path), path)
     try:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         first_line = text.strip().partition("\n")[0]
         if _is_mapping(first_line):
-            return _lines(text, path), True
+            return Parsed(_lines(text, path), True, [])
         value = whole(text, path)
-    return rows_of(value, path), False
+    return rows_of(value, path)
 
 
 def whole(text: str, path: Path) -> Any:
@@ -94,7 +103,7 @@ def _lines(text: str, path: Path) -> Rows:
     return rows
 
 
-def rows_of(value: Any, path: Path) -> Rows:
+def rows_of(value: Any, path: Path) -> Parsed:
     """The rows that a JSON value of any known form holds; raises ValueError that names the form it
     found.
     """
@@ -112,7 +121,7 @@ def rows_of(value: Any, path: Path) -> Rows:
     ):
         return _numbered(images)
     if _are_rows(images):
-        return _numbered(_coco(images, value, path))
+        return _numbered(*_coco(images, value, path))
 
     if _names(value, IMAGE_COLUMNS):
         if all(isinstance(column, list) for column in value.values()):
@@ -138,8 +147,9 @@ def rows_of(value: Any, path: Path) -> Rows:
     )
 
 
-def _numbered(rows: list[dict[str, Any]]) -> Rows:
-    return [(number, jsonable(row)) for number, row in enumerate(rows, 1)]
+def _numbered(rows: list[dict[str, Any]], problems: Sequence[str] = ()) -> Parsed:
+    numbered = [(number, jsonable(row)) for number, row in enumerate(rows, 1)]
+    return Parsed(numbered, False, list(problems))
 
 
 def _are_rows(value: Any) -> bool:
@@ -187,8 +197,10 @@ def _karpathy(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _coco(
     images: list[dict[str, Any]], content: dict[str, Any], path: Path
-) -> list[dict[str, Any]]:
-    """COCO's form: images by id, captions in annotations that name one."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """COCO's form: images by id, captions in annotations that name one; a line for each annotation
+    that names none.
+    """
     annotations = content.get("annotations")
     if not _are_rows(annotations):
         raise ValueError(
@@ -211,18 +223,19 @@ def _coco(
                 f"{path}: images[{i}] lacks id or file_name (it has {', '.join(image)})"
             )
         captions[str(image["id"])] = []  # some writers give numbers here and texts there
+    problems = []
     for i, row in enumerate(annotations):
         image_id = str(row.get("image_id"))
         if image_id not in captions:
-            raise ValueError(
+            problems.append(
                 f"{path}: annotations[{i}] names image {image_id}, which the file's images do not "
                 "list; add it to them, or remove the annotation"
             )
-        if row.get("caption") is not None:
+        elif row.get("caption") is not None:
             captions[image_id].append(row["caption"])
 
     rows = []
     for image in images:
         rest = {name: value for name, value in image.items() if name != "file_name"}
         rows.append({"image": image["file_name"], "captions": captions[str(image["id"])], **rest})
-    return rows
+    return rows, problems

@@ -73,10 +73,11 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
             nothing = f"{path} has no rows below the line that names its columns ({', '.join(parsed.columns)[:120]})"
             raise ValueError(parsed.problems[0] if parsed.problems else nothing)
         return Table(path, parsed.columns, parsed.rows, True, True, parsed.problems, [])
-    rows, by_line = forms.parse_json(text, path, by_line=kind in files.JSON_LINES)
+
+    rows, by_line, problems = forms.parse_json(text, path, by_line=kind in files.JSON_LINES)
     if not rows:
         raise ValueError(f"{path} has no rows")
-    return Table(path, _columns_of(rows), rows, by_line, False, [], [])
+    return Table(path, _columns_of(rows), rows, by_line, False, problems, [])
 
 
 def read_json(path: str | Path) -> Any:
