@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vlp import log
-from vlp.data.mix import Mixture, permute
+from vlp.data.mix import Mixture
+from vlp.data.permutation import permute
 from vlp.data.sources import Source
 from vlp.files import write_atomically
 from vlp.seeds import derive
