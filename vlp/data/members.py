@@ -134,7 +134,8 @@ def join_texts(
         if image is None or "image" in members or extension_of(image) != extension.lower():
             continue
 
-        for kind in TEXT_TYPES & members.keys() - joined[host].keys():
+        # In one order everywhere: the index keeps a digest of a sample's texts.
+        for kind in sorted(TEXT_TYPES & members.keys() - joined[host].keys()):
             joined[host][kind] = joined[key].pop(kind)
         if not joined[key]:
             del joined[key]
@@ -204,7 +205,7 @@ def _key_of(names: list[Name]) -> str:
 
 
 def _is_part(name: Name, key: str) -> bool:
-    """Whether a member belongs to the sample `key`: by its key, or as a text by its image's name."""
+    """Whether a member belongs to a sample: by its key, or as a text by its image's name."""
     if name.key == key:
         return True
     stem, _, extension = name.key.rpartition(".")
