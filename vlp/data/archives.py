@@ -19,7 +19,8 @@ from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden
 from vlp.data.names import Names, cleaned
 from vlp.data.tar import DamagedTar, Member, foreign, packed_with, walk
 
-CAPTION_TYPES = TEXT_TYPES | {"caption"}  # of texts that may lie beside a picture under its name
+# Of texts that may lie beside a picture under its name.
+CAPTION_TYPES = TEXT_TYPES | {"caption"}
 _SHOWN = 3  # names that are given for a reason
 _LONGEST_EXTENSION = 10  # what is longer is the end of a sentence
 
@@ -108,7 +109,8 @@ class Archive:
         self.path = Path(path).expanduser()
         self.below = below
         self.left_out = LeftOut()
-        self.outside: dict[str, str] = {}  # links that lead out of the folder: name -> target
+        # Links that lead out of the folder: name -> target.
+        self.outside: dict[str, str] = {}
         self.texts: dict[str, Place] = {}  # those that may belong to a picture
         # Of the first level, files by extension.
         self.folders: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -162,6 +164,7 @@ class Archive:
             for entry in os.scandir(self.path)
             if entry.is_dir() and not is_hidden(entry.name)
         ]
+
         raise ValueError(_no_folder(self.path, below, folders))
 
     def _take(self, name: str, place: Place) -> None:
@@ -214,11 +217,13 @@ class Archive:
             ) from None
 
     def _refuse_packed(self, start: bytes) -> None:
+        # Samples are read from any place, and a compressed tar has none to go to.
         if kind := packed_with(start):
             raise ValueError(
                 f"{self.path} is compressed with {kind}; unpack it first, or, if it holds shards, "
                 f"write plain ones: vlp data reshard {self.path} --to DIR"
             )
+
         if kind := foreign(start):
             raise ValueError(f"{self.path} is no tar: it is {kind}")
 
@@ -256,7 +261,8 @@ class Archive:
                     continue
 
                 if not prefix:
-                    self.folders.setdefault(entry.name, Counter())  # also one that holds nothing
+                    # Also one that holds nothing.
+                    self.folders.setdefault(entry.name, Counter())
                 if entry.is_symlink():
                     linked_folders.append((f"{name}/", entry.path))
                 else:
@@ -266,6 +272,7 @@ class Archive:
     def _entries(self, path: str, prefix: str) -> list[os.DirEntry]:
         """The entries of a folder that are not hidden, by name."""
         try:
+            # Sorted: of two links to one folder the first by name is read, on every machine.
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError:
             self.left_out.add("folders that cannot be read", prefix or str(self.path))

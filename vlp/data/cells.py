@@ -49,6 +49,7 @@ def collection(mixture: Mixture) -> str:
             sample = mixture.read(int(sample_id))
             total.update(sample.key.encode() + b"\0" + sample.image)
         except (OSError, ValueError):
+            # Damage is the loader's to tell; the labels fit as before.
             total.update(b"unreadable")
     return total.hexdigest()
 
@@ -111,6 +112,7 @@ class Cells(Mixture):
         small: str = "error",
     ) -> None:
         super().__init__(sources, weights, seed=seed, shuffle=shuffle)
+
         if self.shares is not None:
             raise ValueError(
                 "batches from cells and weights of sources exclude each other; "
@@ -141,10 +143,12 @@ class Cells(Mixture):
 
     def _cells(self, labels: Sequence[str], batch: int, small: str) -> np.ndarray:
         """The cell of each sample, int64 [n samples], small ones pooled or refused."""
+        # Samples are of one cell where all labels agree: one number for each combination.
         combined = np.zeros(self.n_samples, np.int64)
         for path in labels:
             stage_labels, n_clusters = read_labels(path, self)
             combined = combined * n_clusters + stage_labels
+
         _, cell, sizes = np.unique(combined, return_inverse=True, return_counts=True)
 
         n_small = int((sizes < batch).sum())
@@ -202,6 +206,7 @@ class Cells(Mixture):
         (slot,) = self._shuffled(n_slots, np.array([position]), "cells", epoch).tolist()
 
         cell = int(self._cell_of_slot[slot])
+        # A cell's slots stand side by side: the distance from its first one is its turn.
         first_slot = int(np.searchsorted(self._cell_of_slot, cell))
         return epoch, cell, slot - first_slot
 

@@ -39,6 +39,7 @@ def settle(named: Sequence[Named], archive: Archive) -> tuple[list[Named], list[
         if not agreeing:
             continue
 
+        # The first one's row gives the JSON; the others add their captions.
         first, *others = agreeing
         for other in others:
             contradiction = join(first, other)
@@ -57,4 +58,5 @@ def families(named: Sequence[Named]) -> list[list[Named]]:
         # A number keeps those without an origin apart from each other.
         family = f"alone {number}" if origin is None else f"origin {origin!r}"
         result.setdefault(family, []).append((item, name))
+
     return list(result.values())

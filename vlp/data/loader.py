@@ -26,7 +26,8 @@ from vlp.types import Batch, ImageSpec, TextSpec
 
 __all__ = ["DataError", "Loader"]
 
-_STALL_S = 900  # a batch that takes longer than this is a hang: a dead mount, a killed process
+# A batch that takes longer than this is a hang: a dead mount, a killed process.
+_STALL_S = 900
 _FREE_BAD_ROWS = 16  # unusable rows of a rank that end no run, however short it is
 _MAX_NAMED = 100  # bad samples that are kept by name, and logged
 _NAMED_IN_ERROR = 20
@@ -96,18 +97,21 @@ class Loader:
         self._next: tuple[Batch, Report] | None = None  # made, not yet taken
         self._bad_share = data.bad_share
         self._rows = batch // world
-        self.bad: list[tuple[int, str, str]] = []  # the first hundred bad samples: id, key, reason
+        # The first hundred bad samples: id, key, reason.
+        self.bad: list[tuple[int, str, str]] = []
         self.n_left_out = _n_left_out(self._mixture)
         self._reset_counters()
 
         # Said before the first batch: a full /dev/shm kills loader processes without a word.
         check_shared_memory(self._steps.nbytes, self._workers, min(world, dist.local_world_size()))
+        # All ranks read the same sources.
         if rank == 0:
             self._warn_of_problems()
 
     def problems(self) -> list[str]:
         """What the sources left out or found odd, in words."""
         problems = [text for source in self._mixture.sources for text in source.problems()]
+
         for s, units in enumerate(self._mixture.units):
             if units.n_left_out:
                 problems.append(
@@ -188,6 +192,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the loader processes; the next batch starts them again."""
+        # torch ends its processes when their iterator is let go.
         self._feed = self._next = None
 
     def _reset_counters(self) -> None:
@@ -228,6 +233,7 @@ class Loader:
 def _drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str, Any]:
     """How `mixture` is to draw, as far as it differs from whole epochs of single samples."""
     if rows % data.together:
+        # The nearest size below, for a larger one may not fit into memory.
         near = max(data.together, rows // data.together * data.together)
         raise ValueError(
             f"data.together is {data.together}, which does not divide a rank's {rows} rows: "

@@ -31,7 +31,8 @@ from vlp.seeds import derive
 from vlp.types import Sample
 
 _TRIED_AT_ONCE = 64  # stand-ins that are computed together, for each row of a batch
-_RUN = 10_000  # units that a source without shards lets stand together, beside one with windows
+# Units that a source without shards lets stand together, beside one with windows.
+_RUN = 10_000
 
 
 class _Draws(NamedTuple):
@@ -39,7 +40,8 @@ class _Draws(NamedTuple):
 
     places: np.ndarray  # of the step's n draws: a mask [n] bool
     units: np.ndarray  # [of the source] int64
-    rounds: np.ndarray  # [of the source] int64; which pass over the source each draw belongs to
+    # [of the source] int64; which pass over the source each draw belongs to.
+    rounds: np.ndarray
 
 
 class Mixture:
@@ -78,9 +80,11 @@ class Mixture:
         if all(weighted):
             self.shares = [Fraction(weight).limit_denominator(10**6) for weight in weights]
 
-        self.firsts = np.cumsum([0, *map(len, sources)])  # sample ids: where each source begins
+        # Sample ids: where each source begins.
+        self.firsts = np.cumsum([0, *map(len, sources)])
         self.n_samples = int(self.firsts[-1])
         self.units = [_units(source, together, every_caption, shuffle) for source in sources]
+        # Here, where the source is known by its number: at the first step it would be too late.
         self._check()
         self.n_units = sum(map(len, self.units))
 
@@ -90,6 +94,7 @@ class Mixture:
     def read(self, sample_id: int) -> Sample:
         """The sample with this number; raises OSError or ValueError where it cannot be read."""
         s = self.source_of(sample_id)
+        # A source numbers its own samples only.
         sample = self.sources[s][sample_id - int(self.firsts[s])]
         return replace(sample, sample_id=sample_id)
 
@@ -132,6 +137,7 @@ class Mixture:
 
         of_origin = [first + int(i) for i in self.units[s].others(sample_id - first)]
         absent = [candidate for candidate in of_origin if candidate not in present]
+        # Rows of one unit try different ones, as those of the batch do below.
         yield from absent[row % self.together :: self.together]
 
         positions = np.arange(row, min(n, row + _TRIED_AT_ONCE * len(batch)), len(batch))
@@ -157,6 +163,7 @@ class Mixture:
         """How many steps of `size` rows lie between a sample and the one a window later; 0 where
         nothing is fetched.
         """
+        # A window's units follow one another, so that many rows pass until the next window.
         rows_of_windows = [
             source.window * len(units) * self.together / len(source.runs)
             for source, units in zip(self.sources, self.units)
@@ -164,6 +171,7 @@ class Mixture:
         ]
         if not rows_of_windows:
             return 0
+
         return max(1, int(max(rows_of_windows) / size))
 
     def _check(self) -> None:
@@ -198,22 +206,27 @@ class Mixture:
         if not width:
             return [(None, 0)] * (1 + len(self.sources))
 
+        # One source with windows makes all of them stand in runs, so that it is not read apart.
         runs = [_runs(source, units) for source, units in zip(self.sources, self.units)]
         together = np.concatenate(runs) if self.shares is None else None
         streams = [(together, width)]
+
         for source, own_runs in zip(self.sources, runs):
             streams.append((own_runs if source.window else None, source.window))
         return streams
 
     def _rows(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample ids and captions [size] of a step's rows."""
+        # A draw fills `together` rows.
         n = size // self.together
         sample = np.empty((n, self.together), np.int64)
         caption = np.empty((n, self.together), np.int64)
+
         for s, draws in enumerate(self._draws(step, n)):
             key = derive(self.seed, "unit", s)
             in_source, caption[draws.places] = self.units[s].rows(draws.units, key, draws.rounds)
             sample[draws.places] = self.firsts[s] + in_source
+
         return sample.ravel(), caption.ravel()
 
     def _draws(self, step: int, n: int) -> Iterator[_Draws]:
@@ -228,6 +241,7 @@ class Mixture:
         epoch, step_of_epoch = divmod(step, self.n_units // n)
         count = epoch * self.n_units + step_of_epoch * n + np.arange(n)
         numbers, rounds = self._order(0, self.n_units, count)
+
         first = 0
         for units in self.units:
             places = (first <= numbers) & (numbers < first + len(units))
@@ -304,6 +318,7 @@ def _units(source: Source, together: int, every_caption: bool, shuffle: bool) ->
 def _runs(source: Source, units: Units) -> np.ndarray:
     """Units of each shard; a source without shards counts as runs of ten thousand."""
     if source.window:
+        # A shard's units are those that begin between its first sample and the next one's.
         shard_starts = np.cumsum([0, *source.runs])
         return np.diff(units.before(shard_starts))
 

@@ -33,7 +33,8 @@ Parts = tuple[str, ...]
 _OTHER_ENDINGS = ("jpe", "jfif", "tif", "tiff", "avif", "heic", "ppm", "pgm", "pbm", "pnm", "jp2")
 _PICTURE_ENDINGS = IMAGE_TYPES.union(_OTHER_ENDINGS)
 _LEVELS = range(3)  # as spelled, in any case, without extension
-_NEIGHBOURS = 40  # names on either side, in alphabetical order, that may be suggested
+# Names on either side, in alphabetical order, that may be suggested.
+_NEIGHBOURS = 40
 
 
 def cleaned(name: str) -> Parts:
@@ -138,8 +139,10 @@ class Names:
     def _n_known_folders(self, folders: Parts) -> int:
         """How many of the last `folders` of a wanted name are a folder here: so many must agree."""
         wanted = _folded_case(folders)
+
         if wanted in self._folder_ends:
             return len(wanted)
+
         for i in range(len(wanted)):
             if wanted[i:] in self._folders:
                 return len(wanted) - i
@@ -203,6 +206,7 @@ def _folded(parts: Parts, level: int) -> Parts:
         return parts
 
     *folders, last = _folded_case(parts)
+    # Only endings of pictures are left out: `3.5_a` has none.
     stem, dot, ending = last.rpartition(".")
     if level == 2 and dot and ending in _PICTURE_ENDINGS:
         last = stem
@@ -216,6 +220,7 @@ def _folded_case(parts: Parts) -> Parts:
 def _n_common(one: Parts, other: Parts) -> int:
     """How many parts at the end are the same."""
     n = 0
+
     for a, b in zip(reversed(one), reversed(other)):
         if a != b:
             break

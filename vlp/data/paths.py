@@ -32,6 +32,7 @@ def expand(path: str, packed: bool = False) -> list[Path]:
                 shards += _in_folder(place) if place.is_dir() else [place]
         except OSError as error:
             raise ValueError(unreadable(name, error)) from None
+
     return shards if packed else plain_only(shards, path)
 
 
@@ -108,6 +109,7 @@ def _stem(name: str) -> str:
 
 def _contents(folder: Path, names: list[str]) -> str:
     """What a folder holds instead of shards, and what can be done with it."""
+    # The commonest slip: the folder above the shards.
     below = [name for name in names if any((folder / name).glob("*.tar"))]
     if below:
         folders = ", ".join(below[:5])

@@ -92,7 +92,8 @@ class Windows:
             size = int(self.window_ends[w] - start)
             here = window == w
             key = derive(self.key, "window", int(w))
-            place = start + permute(size, key, i[here] - start)  # in the order of reading
+            # In the order of reading.
+            place = start + permute(size, key, i[here] - start)
 
             shard = np.searchsorted(self.ends, place, side="right")
             shard_start = self.ends[shard] - self.sizes[shard]

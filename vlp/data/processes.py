@@ -28,7 +28,8 @@ from vlp.lifetime import end_with_parent
 
 PREFETCH = 2  # batches that each process makes ahead
 SHARED_MEMORY = Path("/dev/shm")
-_POLL_S = 0.5  # between two looks at the processes, and at whether the run was asked to stop
+# Between two looks at the processes, and at whether the run was asked to stop.
+_POLL_S = 0.5
 _FAREWELL_S = 3.0  # from a failed exchange with a process until its death is known
 _OPTIONS = "lower data.workers or train.batch, or decode in the training process: data.workers=0"
 
@@ -50,6 +51,7 @@ class Feed:
             options["multiprocessing_context"] = torch.multiprocessing.get_context("forkserver")
             server.start()
 
+        # torch neither draws nor batches: an item is a whole step.
         loader = DataLoader(
             _ErrorsAsItems(dataset),
             batch_size=None,
@@ -98,6 +100,7 @@ class Feed:
 
     def _dead(self, timeout_s: float = 0) -> list[Any]:
         """Loader processes that have ended; waits for a first one."""
+        # torch offers no way to ask for them.
         processes = self._iterator._workers
 
         # A sentinel is ready once its process has ended: no look needs to be repeated.
@@ -133,8 +136,9 @@ def check_shared_memory(
     if not n_workers or not folder.is_dir():
         return
 
-    # torch would notice only when the first batch is written, and then by a bus error.
-    n_batches = n_ranks * (n_workers * PREFETCH + 1)  # and the one that is being trained on
+    # torch would notice only when the first batch is written, and then by a bus error. With those
+    # made ahead counts the one that is being trained on.
+    n_batches = n_ranks * (n_workers * PREFETCH + 1)
     free = shutil.disk_usage(folder).free
     if n_batches * batch_bytes > free:
         raise DataError(no_shared_memory(n_batches, batch_bytes, folder))

@@ -15,7 +15,8 @@ from multiprocessing import forkserver
 
 from vlp.config import Config
 
-_MARK = "VLP_LOADER_SERVER"  # in the server's environment; this module is imported elsewhere, too
+# In the server's environment; this module is imported elsewhere, too.
+_MARK = "VLP_LOADER_SERVER"
 
 
 def start_for(config: Config) -> None:

@@ -23,7 +23,8 @@ from vlp.types import TextSpec
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _PROBES = ["A photo of 2 red Circles, naïve & café!", "two dogs"]
-_LIMIT = 1 << 17  # words kept; without a bound the cache of a multilingual run grows for ever
+# Words kept; without a bound the cache of a multilingual run grows for ever.
+_LIMIT = 1 << 17
 # SimpleTokenizer's pattern, special tokens left out
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -45,6 +46,7 @@ def same_tokens(one: TextSpec, other: TextSpec) -> bool:
     """
     if replace(one, tokenizer=other.tokenizer) != other:
         return False
+
     if one == other:
         return True
     return build(one)(_PROBES).equal(build(other)(_PROBES))
@@ -71,6 +73,7 @@ class ClipTokenizer:
             "canonicalize": theirs.canonicalize_text,
         }
         self._clean = cleaners[spec.clean]
+
         self._pattern = regex.compile(_WORD, regex.IGNORECASE)
         self._words: dict[str, list[int]] = {}
 
@@ -92,6 +95,7 @@ class ClipTokenizer:
             # Appends the end token to a short text, and cuts a long one to make room for it.
             ids[length - 1 :] = [last]
             row[: len(ids)] = ids
+
         return torch.from_numpy(result), n_truncated
 
     def encode(self, text: str) -> list[int]:
@@ -111,6 +115,7 @@ class ClipTokenizer:
         slow = self._slow
         ids: list[int] = []
         for token in self._pattern.findall(word):
+            # BPE knows bytes as printable characters.
             token = "".join(slow.byte_encoder[b] for b in token.encode("utf-8"))
             ids.extend(slow.encoder[piece] for piece in slow.bpe(token).split(" "))
 
@@ -162,4 +167,5 @@ class HubTokenizer:
             whole = self._inner.tokenizer(cleaned, verbose=False).input_ids
             if len(whole) > self.context_length:
                 n_truncated += 1
+
         return ids, n_truncated

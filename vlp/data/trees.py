@@ -25,7 +25,8 @@ from vlp.data.tables import Item
 _TABLES = (".csv", ".tsv", ".token", ".jsonl", ".ndjson", ".parquet")
 # What a .txt or .json is called that is a table rather than a note.
 _TABLE_NAME = re.compile(r"caption|annotation|metadata|token|dataset|result|label|train|test|val")
-_LABELS = ("class", "cls")  # what a sample's JSON calls its class, by name and by number
+# What a sample's JSON calls its class, by name and by number.
+_LABELS = ("class", "cls")
 
 
 @dataclass
@@ -35,8 +36,10 @@ class Tree:
     items: list[Item]
     classes: list[str]  # sorted; empty unless all of them come by name
     paired: bool  # whether texts lie beside the pictures
-    problems: list[str] = field(default_factory=list)  # what cannot be used, a line each
-    notes: list[str] = field(default_factory=list)  # what was decided and may surprise
+    # What cannot be used, a line each.
+    problems: list[str] = field(default_factory=list)
+    # What was decided and may surprise.
+    notes: list[str] = field(default_factory=list)
 
 
 def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
@@ -89,6 +92,7 @@ def _other_hint(archive: Archive) -> str:
             ". Its .tar files may be shards already: train on them with {name: shards}, "
             "or name one of them"
         )
+
     if counts[".parquet"]:
         return (
             ". Parquet files that hold pictures are read by the source {name: huggingface} and by "
@@ -99,6 +103,7 @@ def _other_hint(archive: Archive) -> str:
 
 def _tables_in(archive: Archive) -> list[str]:
     """The files of a tree that may be tables of its pictures, some of each kind."""
+    # Tables of other kinds are no texts, so they are among what is left out.
     tables = [name for kind in _TABLES for name in archive.left_out.names.get(kind, ())]
     texts = sorted(name for name in archive.texts if _TABLE_NAME.search(_last(name).casefold()))
     return tables + texts
@@ -110,6 +115,7 @@ def _naming(archive: Archive) -> str:
     table = "TABLE"
     if tables and archive.path.is_dir():
         table = f"{archive.path}/{tables[0]}"
+
     there = f"found {', '.join(tables[:3])}; " if tables else ""
     return (
         f"{there}name a table of captions: --captions {table} (configuration: captions: {table}; "
@@ -127,6 +133,7 @@ def _last(name: str) -> str:
 def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
     """{picture: {kind: text}} of the pictures that have any: `a.txt` or `a.jpg.txt` beside
     `a.jpg`."""
+    # Composed Unicode throughout: a tar made on a Mac spells its names decomposed.
     by_stem: dict[str, dict[str, str]] = defaultdict(dict)
     by_image_name: dict[str, dict[str, str]] = defaultdict(dict)
     for name in archive.texts:
@@ -201,6 +208,7 @@ def _pairs(
             "Where folders are the classes, move those texts away"
         )
 
+    # What no picture takes is told: its name may be mistyped.
     used_texts: set[str] = set()
     for beside in texts.values():
         used_texts.update(beside.values())
@@ -259,6 +267,7 @@ def _classes(archive: Archive) -> Tree:
             "away"
         )
 
+    # What lies at the root is of no class.
     problems = [f"{name!r} lies outside of any class folder" for name in loose]
     for folder, extensions in sorted(archive.folders.items()):
         holds_shards = "tar" in extensions  # perhaps an earlier output
@@ -320,9 +329,11 @@ def _notes(folders: set[str]) -> list[str]:
             f"the folders' names are numbers ({first} to {last}) and no image has a .txt or .json "
             "beside it: the numbers are taken as class names"
         )
+
     if len(folders) == 1:
         notes.append(f"there is one class folder only, {printable(next(iter(folders)))!r}")
 
+    # Folders whose names differ in blanks, underscores or composition only.
     spellings = defaultdict(list)
     for folder in sorted(folders):
         spellings[class_name(folder)].append(printable(folder))

@@ -71,7 +71,8 @@ class CaptionsOfSamples(Samples):
     """Every caption of a sample is a unit."""
 
     def __init__(self, source: Source) -> None:
-        self._ends = _shared(np.cumsum(source.n_captions()))  # units up to and with a sample
+        # Units up to and with a sample.
+        self._ends = _shared(np.cumsum(source.n_captions()))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -79,6 +80,7 @@ class CaptionsOfSamples(Samples):
     def rows(
         self, units: np.ndarray, key: int, rounds: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        # A caption's number is its place behind the captions of all samples before its own.
         sample = np.searchsorted(self._ends.numpy(), units, side="right")
         caption = units - self.before(sample)
         return sample[:, None], caption[:, None]
@@ -121,6 +123,7 @@ class Origins(Samples):
             chance = random.Random(derive(key, "members", int(units[i]), int(rounds[i])))
             members = chance.sample(range(counts[i]), self.size)
             samples[i] = starts[i] + np.array(members)
+
         return samples, np.full(samples.shape, -1)
 
     def before(self, samples: np.ndarray) -> np.ndarray:

@@ -31,6 +31,8 @@ def open_tree(
     """
     archive = Archive(path, split)
     tree = read_tree(archive, captions.lines)
+
+    # The other kind would train, on the wrong captions.
     if tree.paired and not paired:
         raise ValueError(
             f"{archive.path} holds images with texts beside them; use {{name: folder}}"
@@ -40,6 +42,7 @@ def open_tree(
             f"{archive.path} holds one folder a class and no text beside an image; "
             "use {name: classes}, or name a table with captions: TABLE"
         )
+
     if tree.problems and on_missing == "fail":
         lines = "\n".join(tree.problems[:10])
         raise ValueError(
@@ -90,6 +93,7 @@ class Listed(Source):
                 odd.append(f"{archive.path}: {name!r}: {problem}")
         self._digest = digest.hexdigest()
 
+        # Refused only after all have been looked at, so that the error counts them.
         left_out = [*problems, *clashes, *silent]
         if silent and captions.missing == "error":
             raise ValueError(
@@ -100,6 +104,7 @@ class Listed(Source):
         if not records:
             reasons = "; ".join(left_out[:3]) or "no rows"
             raise ValueError(f"{archive.path} holds no usable sample: {reasons}")
+
         self.n_left_out = len(left_out)
         self._problems = [*left_out, *odd, *notes]
 
@@ -130,6 +135,7 @@ class Listed(Source):
         begins = []
         for origin, origin_before in zip(origins, [None, *origins]):
             begins.append(origin is None or origin != origin_before)
+
         return np.cumsum(begins)
 
     def fingerprint(self) -> str:

@@ -25,16 +25,20 @@ class Options(TableOptions):
     path: str  # folder or tar
     # .csv, .tsv, .txt, .token, .jsonl, .json or .parquet; rows of one image are taken together.
     captions: str = ""  # empty: texts beside the images
-    split: str = ""  # the sub-folder to take where the path holds splits (train, val, …)
-    on_missing: Literal["fail", "skip"] = "fail"  # rows that cannot be used: refuse, or leave out
+    # The sub-folder to take where the path holds splits (train, val, …).
+    split: str = ""
+    # Rows that cannot be used: refuse, or leave out.
+    on_missing: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
         default = TableOptions()
+        # Without a table they would be read by nobody.
         table_options = [
             option.name
             for option in fields(TableOptions)
             if getattr(self, option.name) != getattr(default, option.name)
         ]
+
         if table_options and not self.captions:
             raise ValueError(
                 f"{', '.join(table_options)} choose from a table; name it with captions: TABLE"

@@ -62,7 +62,8 @@ class Options:
     image_column: str = ""  # empty: the only column of images
     # Empty: captions, caption, text, title, …, caption1, …
     caption_columns: list[str] = field(default_factory=list)
-    class_column: str = ""  # empty: class or class_name, or the only column of class labels
+    # Empty: class or class_name, or the only column of class labels.
+    class_column: str = ""
     # Only rows whose column has this value, or one of these.
     where: dict[str, Any] = field(default_factory=dict)
 
@@ -109,6 +110,7 @@ def _load(datasets: Any, options: Options) -> datasets.Dataset:
             )
         return splits[options.split]
 
+    # A folder that load_dataset understands, or a name on the Hub.
     path = str(folder) if folder.is_dir() else options.path
     return datasets.load_dataset(
         path, options.config or None, split=options.split, revision=options.revision or None
@@ -123,6 +125,7 @@ def _refuse_choices(options: Options, names: tuple[str, ...]) -> None:
         for name in names
         if getattr(options, name) != getattr(default, name)
     ]
+
     if choices:
         raise ValueError(
             f"{options.path} was written by save_to_disk, so there is nothing to choose with "
@@ -172,6 +175,8 @@ def _class_column(datasets: Any, table: datasets.Dataset, options: Options) -> s
     labels = [
         name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)
     ]
+
+    # Of several columns of class labels none is the better guess.
     only_label = labels[0] if len(labels) == 1 else ""
     return usual(table.column_names, CLASS_COLUMNS) or only_label
 
@@ -242,6 +247,8 @@ class HubSet(Source):
         self.name = name
         self._notes = notes
         self._fields = [field for field in _FIELDS if field in table.column_names]
+
+        # Only these: reading a row must not read the rest of the table.
         named = [columns.image, *columns.captions, columns.label, *self._fields]
         self._table = table.select_columns(list(dict.fromkeys(filter(None, named))))
         # Of a column of class labels, which holds their numbers.
@@ -269,6 +276,8 @@ class HubSet(Source):
         digest = hashlib.sha256()
         self._odd: list[str] = []  # problems that cost no row
         self.labels = frozenset(LABELS)
+
+        # Without the pictures, which would be read from disk one by one.
         for number, row in enumerate(self._table.remove_columns(self.columns.image)):
             captions, meta = self._text(row)
             counts.append(len(captions))
@@ -277,6 +286,7 @@ class HubSet(Source):
             self.note_wrong_captions(meta, captions)
             for problem in wrong_captions.problems(meta, captions):
                 self._odd.append(f"{self.name}: row {number}: {problem}")
+
         self._digest = digest.hexdigest()
         return counts
 
@@ -303,6 +313,7 @@ class HubSet(Source):
         """A row's captions, and what a shard's JSON would hold besides."""
         meta = {name: jsonable(row[name]) for name in self._fields if row[name] is not None}
         label = row[self.columns.label] if self.columns.label else None
+
         if label is not None:
             meta["class"] = str(label)
             if self._classes:

@@ -49,7 +49,8 @@ from vlp.types import Sample
 
 RESERVE = 64
 _TRIES = 4
-_PAUSE_S = 1.0  # before a stream that failed is opened again; doubled before each further try
+# Before a stream that failed is opened again; doubled before each further try.
+_PAUSE_S = 1.0
 
 
 class StreamError(RuntimeError):
@@ -61,7 +62,8 @@ class Options(Texts):
     """Which stream, how long a pass over it is, and in how many parts it is read."""
 
     samples: int  # of a pass: an epoch
-    urls: str = ""  # with braces, several joined by ::, `pipe:` as webdataset knows it
+    # With braces, several joined by ::, `pipe:` as webdataset knows it.
+    urls: str = ""
     pipeline: str = ""  # package.module:function
     parts: int = 1  # streams that are read beside one another
     run: int = 64  # samples taken from a part before the next one's turn
@@ -81,10 +83,12 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Stream:
     """Check that the stream can be opened; nothing is read yet. Raises ValueError."""
     stream = Stream(options, captions)
+    # A part without shards is an empty stream, which ends the run at its first turn.
     if options.urls and len(stream.urls) < options.parts:
         raise ValueError(
             f"parts is {options.parts}, but urls names {len(stream.urls)} shards; set parts lower"
         )
+
     if options.pipeline:
         _function(options.pipeline)
     return stream
@@ -102,6 +106,7 @@ class Stream(Source):
             for pattern in options.urls.split("::"):
                 self.urls += braceexpand(pattern)
         self.reserve = min(RESERVE, options.samples)
+
         self._first: list[Sample | ValueError] = []
         self._parts: dict[int, _Part] = {}
 
@@ -118,6 +123,7 @@ class Stream(Source):
             self._first = [self._take(k) for k in range(self.reserve)]
 
         sample = self._first[i] if i < self.reserve else self._take(i)
+
         if isinstance(sample, ValueError):
             raise sample
         return sample
@@ -185,6 +191,7 @@ class _Part:
                         f"{self.name} fails at sample {self.position} ({_TRIES} tries): "
                         f"{type(error).__name__}: {error}"
                     ) from error
+                # Longer each time: an overloaded server needs rest.
                 time.sleep(_PAUSE_S * 2**attempt)
         raise AssertionError
 
@@ -280,6 +287,7 @@ def _bytes(ending: str, value: Any, kind: str) -> bytes:
     """A member's bytes; raises StreamError for what a decoder made of them."""
     if isinstance(value, str) and kind in TEXT_TYPES:
         return value.encode()
+
     if not isinstance(value, bytes):
         raise StreamError(
             f"the webdataset pipeline gives {ending!r} as {type(value).__name__}; "

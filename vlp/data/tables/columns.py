@@ -25,7 +25,8 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 DIALOGUE_COLUMNS = ("conversations", "messages")
 CLASS_COLUMNS = ("class", "class_name")
-LABEL_COLUMNS = ("category", "label")  # only without captions: beside them they may mean anything
+# Only without captions: beside them they may mean anything.
+LABEL_COLUMNS = ("category", "label")
 SPLIT_COLUMN = "split"
 
 _IMAGE_NAME = re.compile(rf"\S.*\.(?:{'|'.join(sorted(IMAGE_TYPES))})(?:#\d+)?", re.IGNORECASE)
@@ -40,10 +41,12 @@ class TableOptions:
     image_column: str = ""
     # Empty: captions, caption, text, title, …, caption1, caption2, … (CAPTION_COLUMNS).
     caption_columns: str | list[str] = field(default_factory=list)
-    class_column: str = ""  # empty: class or class_name; category or label if there are no captions
+    # Empty: class or class_name; category or label if there are no captions.
+    class_column: str = ""
     # Only rows whose column has this value, or one of these.
     where: dict[str, Any] = field(default_factory=dict)
-    only: str = ""  # only images that this list names, one a line (Flickr_8k.trainImages.txt)
+    # Only images that this list names, one a line (Flickr_8k.trainImages.txt).
+    only: str = ""
     # Of a text table: a character, tab or space; empty: found in the first line.
     separator: str = ""
     encoding: str = ""  # such as cp1252; empty: UTF-8 or UTF-16
@@ -104,6 +107,7 @@ def choose(
     if options.class_column:
         label = column(columns, options.class_column, table)
     else:
+        # A category beside captions may be anything.
         usual_labels = CLASS_COLUMNS if captions else (*CLASS_COLUMNS, *LABEL_COLUMNS)
         rest = [name for name in columns if name != image and name not in captions]
         label = usual(rest, usual_labels)
@@ -129,6 +133,7 @@ def _image_column(
     if options.image_column:
         return column(columns, options.image_column, table)
     image = usual(columns, IMAGE_COLUMNS) or _image_by_content(columns, sample)
+
     if not image:
         raise ValueError(
             f"{table}: no column is known to hold image names; it has {listed(columns)}. "
@@ -143,6 +148,8 @@ def column(columns: Sequence[str], name: str, table: object) -> str:
     """
     if name in columns:
         return name
+
+    # Case and marks do not count, unless two columns differ in them only.
     same = [other for other in columns if _plain(other) == _plain(name)]
     if len(same) == 1:
         return same[0]
@@ -169,6 +176,7 @@ def usual(columns: Sequence[str], names: Sequence[str]) -> str:
 def usual_captions(columns: Sequence[str]) -> list[str]:
     """The first usual caption column, or all of a numbered family: caption1, caption2, …"""
     for usual_name in CAPTION_COLUMNS:
+        # caption, caption1, caption_2 and `Caption 3` are one family.
         family = [name for name in columns if _plain(_without_number(name)) == _plain(usual_name)]
         if family:
             return sorted(family, key=_number)
@@ -179,6 +187,7 @@ def _image_by_content(columns: Sequence[str], sample: Sequence[dict[str, Any]]) 
     """The only column that holds nothing but image names, or ""."""
     if not sample:
         return ""
+
     candidates = [name for name in columns if all(names_image(row.get(name)) for row in sample)]
     return candidates[0] if len(candidates) == 1 else ""
 

@@ -86,6 +86,7 @@ class _Reader:
         try:
             return self._collect(self._quoted_rows())
         except Unfitting as problem:
+            # With tabs and bars no quoting is usual: the quotes are text.
             if quoting == "auto" and self.separator in LITERAL:
                 return self._collect(self._plain_rows())
             raise ValueError(
@@ -101,6 +102,7 @@ class _Reader:
             if cells is None:
                 result.problems.append(self._misfit(line, row))
                 continue
+
             if "#" in cells[self.image]:
                 cells[self.image] = _without_number(cells[self.image])
 
@@ -131,7 +133,8 @@ class _Reader:
                 if has_several_lines and quoting == "auto":
                     self._refuse_swallowed(row, number)
                 yield number, row
-            elif line and not line.isspace():  # most lines: without the pattern for quotes
+            # Most lines: without the pattern for quotes.
+            elif line and not line.isspace():
                 yield number, plain_row(line, self.separator)
 
             number += 1 + self.text.count("\n", position, end)
@@ -154,6 +157,7 @@ class _Reader:
         cells = plain_row(line, self.separator).cells
         if len(cells) < len(self.columns):
             return False
+
         cell = cells[self.image].strip('"')
         if names_image(cell):
             return True
@@ -173,6 +177,7 @@ class _Reader:
         wanted = self.options.image_column or usual(self.columns, IMAGE_COLUMNS)
         if wanted in self.columns:
             return self.columns.index(wanted)
+
         for i, cell in enumerate(self._first_cells()):
             if names_image(cell):
                 return i
@@ -187,6 +192,7 @@ class _Reader:
         if len(row.cells) < 3 or len(self.columns) != 2:
             return None
 
+        # Kaggle's captions.txt has commas in captions, and no quotes.
         if self.image == 0:
             return [row.cells[0], self.separator.join(row.written[1:]).strip()]
         return [self.separator.join(row.written[:-1]).strip(), row.cells[-1]]

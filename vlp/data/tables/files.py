@@ -27,7 +27,8 @@ _BOMS = (
 
 def option(name: str, value: str) -> str:
     """How a person says an option of the reader: to a tool, in a configuration, to `vlp eval`."""
-    flag = name.replace("_", "-").removesuffix("s")  # a tool takes --caption-column several times
+    # A tool takes --caption-column several times.
+    flag = name.replace("_", "-").removesuffix("s")
     return f"--{flag} {value} (configuration: {name}: {value}; vlp eval: {name}={value})"
 
 
@@ -35,8 +36,11 @@ def kind_of(path: Path) -> str:
     """The extension that tells how a table is read, without .gz; raises ValueError for others."""
     name = path.name.lower().removesuffix(".gz")
     suffix = Path(name).suffix
+
+    # Told apart from other endings, because the remedy is known.
     if suffix in (".xlsx", ".xls", ".ods"):
         raise ValueError(f"{path} is a spreadsheet; save it as CSV in UTF-8")
+
     if suffix not in KINDS:
         raise ValueError(f"{path}: {EXPECTED}, not {suffix or 'nothing'!r}")
     return suffix
@@ -73,6 +77,7 @@ def load(path: Path) -> bytes:
 def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent}"
+
     names = [entry.name for entry in path.parent.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""

@@ -92,6 +92,7 @@ def _lines(text: str, path: Path) -> Rows:
                 "expected a mapping of columns to values"
             ) from None
 
+        # [image, caption], as some write their lines.
         if _is_pair_of_texts(value):
             value = {"image": value[0], "caption": value[1]}
         if not isinstance(value, dict):
@@ -131,7 +132,8 @@ def rows_of(value: Any, path: Path) -> Parsed:
     if _names(value, IMAGE_COLUMNS):
         if all(isinstance(column, list) for column in entries):
             return _numbered(_columns(value, path))
-        if all(isinstance(column, dict) for column in entries):  # pandas' form, by row number
+        # Pandas' form, by row number.
+        if all(isinstance(column, dict) for column in entries):
             columns = {name: list(column.values()) for name, column in value.items()}
             return _numbered(_columns(columns, path))
         return _numbered([value])
@@ -181,9 +183,11 @@ def _listed(value: list[Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(columns: dict[str, list[Any]], path: Path) -> list[dict[str, Any]]:
+    # Cut to the shortest, they would give a picture another one's caption.
     sizes = {name: len(column) for name, column in columns.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{path}: its columns differ in length: {sizes}")
+
     names = list(columns)
     return [dict(zip(names, values)) for values in zip(*columns.values())]
 
@@ -194,6 +198,7 @@ def _karpathy(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for image in images:
         rest = {name: value for name, value in image.items() if name not in read_here}
+        # COCO's pictures lie in folders, which only this file names.
         folder, name = image.get("filepath"), image.get("filename")
         place = f"{folder}/{name}" if folder and name else name
         rows.append({"image": place, "captions": image.get("sentences"), **rest})
@@ -218,7 +223,9 @@ def _coco(
             )
         captions[str(image["id"])] = []
 
+    # Counted, not refused: a list cut down to some images keeps all annotations.
     problems = []
+
     for i, annotation in enumerate(annotations):
         image_id = str(annotation.get("image_id"))
         if image_id not in captions:

@@ -85,6 +85,7 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
     listing = _gather(table, chosen, conditions)
     if options.only:
         _keep_listed(listing, options.only)
+
     if not listing.items and listing.problems:
         raise ValueError("no row can be used:\n" + "\n".join(listing.problems[:10]))
     if not listing.items:
@@ -108,6 +109,7 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
 
 def _keep_listed(listing: Listing, path: str) -> None:
     """Only the items that a list names; names that mean none are noted."""
+    # A list that names none of the images is of another data set.
     n_before = len(listing.items)
     listing.items, lost = only(listing.items, path)
     if n_before and not listing.items:
@@ -115,6 +117,7 @@ def _keep_listed(listing: Listing, path: str) -> None:
             f"no name in {path} is that of an image in {listing.table.path}; "
             f"the first is {lost[0]!r}"
         )
+
     if lost:
         listing.notes.append(
             f"{len(lost)} names in {path} are of no image in {listing.table.path} "
@@ -128,6 +131,7 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
     taken = (chosen.image, *chosen.captions, chosen.label)
     kept_columns = [name for name in table.columns if name not in taken]
     typed = table.converters([chosen.label, *kept_columns] if chosen.label else kept_columns)
+
     by_image: dict[str, Item] = {}
     classes: set[Any] = set()
     differing: Counter[str] = Counter()
@@ -158,6 +162,7 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
         if label is not None:
             item.meta["class"] = values.shown(label)
 
+        # The first row of an image is its item.
         earlier = by_image.setdefault(item.image, item)
         if earlier is item:
             continue
@@ -249,6 +254,7 @@ def _refuse_nothing(table: Table, conditions: dict[str, Any]) -> None:
 
     wanted = " and ".join(f"{name} = {values.asked(value)}" for name, value in conditions.items())
     there = []
+
     for name in conditions:
         cells = [row.get(name) for _, row in table.rows]
         there.append(f"{name} holds {values.counted(cells)}")

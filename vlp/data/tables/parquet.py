@@ -32,6 +32,7 @@ def parse_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
             raise ValueError(
                 f"{path}: the column {name!r} cannot be read ({str(error)[:120]}); write it again"
             ) from None
+        # Noted, not refused: stored features beside captions do no harm.
         if any(isinstance(value, bytes) for value in values):
             notes.append(f"{path}: the column {name!r} holds bytes and was left out")
         else:
@@ -50,6 +51,7 @@ def _refuse_pictures(path: Path, name: str, column: Any) -> None:
     """
     if not _is_picture(column.type):
         return
+
     pictures = column.combine_chunks().field("bytes")
     if pictures.null_count < len(column):
         raise ValueError(

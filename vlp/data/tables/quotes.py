@@ -87,6 +87,8 @@ def _check_open(text: str, position: int, separator: str, quoting: str, line: in
     n_quotes = text.count('"', position, line_end(text, position))
     if n_quotes % 2:
         raise Unfitting(line, "a quote opens a field here and does not close it")
+
+    # A comma's quote may belong to the text: `"Stop", it says`.
     if quoting == "csv" or separator in LITERAL:
         raise Unfitting(line, "text follows a closed quote here")
 

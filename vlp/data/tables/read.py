@@ -36,6 +36,8 @@ class Table:
         """
         if not self.textual:
             return dict.fromkeys(names, _as_it_is)
+
+        # By the whole column: one text among the numbers makes all of them texts.
         result = {}
         for name in names:
             cells = (row[name] for _, row in self.rows if name in row)
@@ -47,6 +49,7 @@ class Table:
         texts = set(texts)
         typed = self.converters(name for name in self.columns if name not in texts)
         typed |= dict.fromkeys(texts, _as_it_is)
+
         records = []
         for _, row in self.rows:
             records.append({name: typed[name](value) for name, value in row.items()})
@@ -74,7 +77,8 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
     options = options or TableOptions()
     kind = files.kind_of(path)
     if kind == ".parquet":
-        files.load(path)  # says what is wrong with a path, which pyarrow would in its own words
+        # Says what is wrong with a path, which pyarrow would in its own words.
+        files.load(path)
         rows, notes = parse_parquet(path)
         return Table(
             path, _columns_of(rows), rows, by_line=False, textual=False, problems=[], notes=notes

@@ -37,6 +37,7 @@ def preamble(text: str, path: Path, options: TableOptions) -> tuple[int, str]:
         )
 
     first_line, _, _ = text.partition("\n")
+    # Excel writes it where the separator is not that of the country.
     directive = _DIRECTIVE.fullmatch(first_line.strip())
     if directive:
         return len(first_line) + 1, separator or directive[1]
@@ -54,12 +55,14 @@ def sample(text: str, first: int) -> list[str]:
             lines.append(match[0])
         if len(lines) == _SAMPLED:
             break
+
     return lines or [""]
 
 
 def sniff(lines: Sequence[str], path: Path, options: TableOptions) -> str:
     """The separator that makes most sense of the first line; then of the lines below it."""
     default = "\t" if path.name.lower().removesuffix(".gz").endswith((".tsv", ".token")) else ","
+    # What a person names must come out as a column.
     named = {options.image_column, options.class_column, *options.named_captions}
 
     def sense(separator: str) -> tuple[int, int, float, bool]:
@@ -114,6 +117,7 @@ def invented(lines: Sequence[str], separator: str, without_header: bool) -> list
     there is no header, else the first.
     """
     rows = [single(line, separator).cells for line in lines]
+    # Of the shortest row, so that every column has a cell in each.
     n_columns = min((len(row) for row in rows if len(row) > 1), default=1)
     image = _place_of_image(rows[0][:n_columns])
     if image is None and not without_header:

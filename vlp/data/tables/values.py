@@ -28,7 +28,8 @@ _LARGEST = 1 << 53  # beyond it, readers that keep numbers as doubles change an 
 _LISTED = 20  # values of a column that a message lists
 _NOTHING = frozenset({"nan", "na", "n/a", "null", "none", "<na>"})
 _TRUTH = {"true": True, "false": False}
-_TURN_KEYS = (("from", "value"), ("role", "content"))  # of a dialogue: LLaVA's form, the chat form
+# Of a dialogue: LLaVA's form, the chat form.
+_TURN_KEYS = (("from", "value"), ("role", "content"))
 _ANSWERING = ("gpt", "assistant", "model")
 
 
@@ -47,7 +48,9 @@ def texts(value: Any) -> list[str]:
         value = written_list(value.strip())
     if value is None:
         return []
+
     entries = value if isinstance(value, list) else [value]
+    # The questions of a dialogue are no captions.
     if _is_dialogue(entries):
         entries = answers(entries)
 
@@ -66,6 +69,7 @@ def texts(value: Any) -> list[str]:
 def _is_dialogue(entries: list[Any]) -> bool:
     if not entries or not all(isinstance(turn, dict) for turn in entries):
         return False
+
     first = entries[0]
     return any(speaker in first and content in first for speaker, content in _TURN_KEYS)
 
@@ -91,6 +95,7 @@ def _text_of_turn(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
+
     texts_of_parts = [part.get("text") for part in parts if isinstance(part, dict)]
     return " ".join(text for text in texts_of_parts if isinstance(text, str))
 
@@ -105,6 +110,7 @@ def jsonable(value: Any) -> Any:
         return repaired(value)
     if value is None or isinstance(value, (bool, int)):
         return value
+    # JSON has no NaN: other readers refuse a file that holds one.
     if isinstance(value, float):
         return value if math.isfinite(value) else None
 
@@ -136,6 +142,7 @@ def _from_decimal(value: Decimal) -> Any:
     """A decimal as JSON holds it; a whole one that a double would change, as a text."""
     if not value.is_finite():
         return None
+
     is_whole = value == value.to_integral_value()
     if not is_whole:
         return float(value)
@@ -175,6 +182,7 @@ def _truth_value(cell: str) -> bool:
 def _number(cell: str) -> int | float | None:
     if cell.lower() in _NOTHING:
         return None
+
     number = int(cell) if _WHOLE.fullmatch(cell) else float(cell)
     return number if math.isfinite(number) else None
 
