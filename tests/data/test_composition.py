@@ -73,6 +73,7 @@ def test_variations_of_one_origin_stand_together_on_one_rank(variations):
     assert loader.steps_per_epoch == len(whole) // 4
     assert loader.n_samples == sum(SIZES)
     assert loader.n_left_out == sum(n for n in runs.values() if n < 3) > 0
+
     problem = f"{loader.n_left_out} samples of origins with fewer than data.together = 3"
     assert problem in loader.problems()[-1]
 
@@ -91,6 +92,7 @@ def test_variations_of_one_origin_stand_together_on_one_rank(variations):
         # Each group stands in an epoch at most once.
         assert all(n <= whole_of_origin[origin] for origin, n in seen.items())
         assert seen.total() == 4 * loader.steps_per_epoch >= len(whole) - 3
+
         members.append(frozenset(chosen))
     # An origin of eight gives other three in another epoch.
     assert len(set(members)) > 1
@@ -138,9 +140,11 @@ def test_origins_keep_together_in_windows_of_remote_shards(variations, tmp_path,
     loader = loader_of(data_of(remote, together=3), 6)
     local = loader_of(data_of(variations, together=3), 6)
     assert loader.steps_per_epoch == local.steps_per_epoch == 6
+
     batches = take(loader, 6)
     keys = [key for batch in batches for key in batch.key]
     assert len(origins_of(keys, 3)) == 12 and len(set(keys)) == 36
+
     shards = [set((batch.sample_id // 20).tolist()) for batch in batches]
     assert len(shards[0] | shards[1]) <= 2  # the first window, of at least four groups
     assert len(set().union(*shards)) == 3  # the fourth has no group
@@ -192,6 +196,7 @@ def test_composition_that_cannot_be_is_refused(variations, tmp_path, monkeypatch
         loader_of(data_of(variations, together=3), 42)
     with pytest.raises(ValueError, match="fetches whole shards in turn"):
         loader_of(data_of({"name": "remote", "path": f"file://{variations}/"}, replacement=True), 4)
+
     for wrong in (
         {"together": 2, "captions": {"choose": "all"}},
         {"replacement": True, "shuffle": False},
@@ -227,6 +232,7 @@ def test_every_caption_stands_in_the_epoch_once(variations):
     loader = loader_of(data_of(variations, captions={"choose": "all"}), 4)
     n_captions = [1 + origin % 3 for origin, size in enumerate(SIZES) for _ in range(size)]
     assert loader.steps_per_epoch == sum(n_captions) // 4 and loader.n_samples == sum(SIZES)
+
     pairs = Counter()
     tokens = text.build(TEXT)
     expected = set()
@@ -254,6 +260,7 @@ def test_every_template_of_a_class_name_is_a_caption(tmp_path):
     loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members), captions=captions), 9)
     batch = next(loader)
     assert Counter(batch.key) == {**{str(i): 2 for i in range(4)}, "5": 1}
+
     expected = text.build(TEXT)(["a fox."] * 4 + ["the fox."] * 4 + ["its own"])
     assert sorted(batch.text.tolist()) == sorted(expected.tolist())
 
@@ -269,6 +276,7 @@ def test_a_folder_knows_captions_and_origins_too(tmp_path):
     table.write_text("\n".join(map(json.dumps, rows)))
     source = {"name": "folder", "path": str(tmp_path), "captions": str(table)}
     assert loader_of(data_of(source, captions={"choose": "all"}), 7).steps_per_epoch == 3
+
     batch = next(loader_of(data_of(source, together=2), 6))
     origins = [int(key) // 2 for key in batch.key]
     assert origins[::2] == origins[1::2]
@@ -309,6 +317,7 @@ def test_draws_with_replacement_are_uniform_and_independent():
     # The negative control: an epoch repeats nothing.
     of_an_epoch = np.bincount(mixture(25, 15).batch(0, n), minlength=n)
     assert chi_squared(of_an_epoch, 1) == 0
+
     distinct = np.array([len(set(row.tolist())) for row in ids])
     assert abs(distinct.mean() - n * (1 - (1 - 1 / n) ** size)) < 0.2
 

@@ -55,6 +55,7 @@ def test_a_teachers_embeddings_come_with_their_samples(embedded):
     for workers in (0, 1):
         loader = loader_of(data_of(source, captions=first, workers=workers), 8)
         assert loader.teacher_scale == 50.0 and loader.carries == {"teacher_image", "teacher_text"}
+
         n = 0
         for batch in take(loader, 4):
             assert batch.teacher_image.dtype == batch.teacher_text.dtype == torch.float32
@@ -66,6 +67,7 @@ def test_a_teachers_embeddings_come_with_their_samples(embedded):
                 n += 1
         assert n == 32
     assert loader_of(data_of(shards, captions=first), 8).teacher_scale is None
+
     loader = loader_of(
         data_of(source, captions={"missing": "drop"}), 8
     )  # other captions than the embedded ones
@@ -85,6 +87,7 @@ def test_a_picture_that_did_not_open_for_the_teacher_is_replaced_even_without_pi
         loader = loader_of(data_of(source), 24, pixels=pixels)
         batch = next(loader)
         assert batch.teacher_image.any(1).all() and 0 not in batch.sample_id
+
         [(i, _, reason)] = loader.bad
         assert i == 0 and "its picture did not open" in reason
 
@@ -101,6 +104,7 @@ def test_embeddings_that_do_not_fit_are_refused_by_name(embedded, tmp_path):
         ValueError, match=r"none/00000.safetensors holds no embeddings.*vlp data embed.*00000.tar"
     ):
         opened(tmp_path / "none")
+
     with ShardWriter(tmp_path / "other", 7) as writer:
         for i in range(18):
             writer.add(f"other{i}", encoded(picture(i)), "png", ["x"])
@@ -109,15 +113,18 @@ def test_embeddings_that_do_not_fit_are_refused_by_name(embedded, tmp_path):
         match=r"00000.safetensors holds .* for other samples than the 7 of 00000.tar.*data embed",
     ):
         opened(write_embeddings(tmp_path / "others", tmp_path / "other"))
+
     mixed = write_embeddings(tmp_path / "mixed", shards, scale=20.0)
     (mixed / "00001.safetensors").write_bytes((teacher / "00001.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"are of several models.*scale=20.*scale=50"):
         opened(mixed)
     with pytest.raises(ValueError, match=r"embeddings are of different models.*None"):
         opened(teacher, {"name": "shards", "path": str(tmp_path / "other")})
+
     (mixed / "00000.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ValueError, match="holds no embeddings"):
         opened(mixed)
+
     source = {"name": "shards", "path": f"{shards}::{shards}", "embeddings": str(teacher)}
     with pytest.raises(ValueError, match="several shards have one name"):
         loader_of(data_of(source, captions=captions), 4)

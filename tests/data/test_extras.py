@@ -47,14 +47,17 @@ def test_images_of_negatives_come_with_them_and_mask_the_first_where_they_lack(t
         "negative_image" in loader.carries
         and "first negative of 4 samples is masked" in loader.problems()[0]
     )
+
     batch = next(loader)
     assert (
         batch.negative_image.shape == batch.image.shape
         and batch.negative_image.dtype == torch.uint8
     )
+
     for row, key in enumerate(batch.key):
         i = int(key[1:])
         assert batch.negatives_valid[row].tolist() == [i % 2 == 0, True]
+
         expected = (
             decode.train(encoded(picture(100 + i)), IMAGE, data.augment, random.Random(0))
             if i % 2 == 0
@@ -94,6 +97,7 @@ def test_members_of_negatives_lie_beside_the_image_and_come_back(tmp_path):
     assert [source[i].negative_image for i in range(8)] == [
         b"" if i % 2 else encoded(picture(100 + i)) for i in range(8)
     ]
+
     foreign = [
         ("a.txt", b"x"),
         ("a.negative.PNG", encoded(picture(1))),
@@ -131,6 +135,7 @@ def test_a_negative_image_that_does_not_open_replaces_the_sample(tmp_path):
     loader = loader_of(data_of(tmp_path), 5)
     keys = [key for batch in take(loader, 6) for key in batch.key]
     assert "k0" not in keys and {key for _, key, _ in loader.bad} == {"k0"}
+
     [shard] = index([write_tar(tmp_path / "e" / "0.tar", empty)])
     assert shard.count == 1 and "a negative image of 0 bytes" in shard.problems[0]
 
@@ -149,6 +154,7 @@ def test_an_old_index_is_made_anew(tmp_path, capsys):
     whole = (tmp_path / "_index.bin").read_bytes()
     older = re.sub(rb"(?<=vlp shard index )\d+", b"2", whole, count=1)
     assert older != whole
+
     (tmp_path / "_index.bin").write_bytes(older)
     shards = index(sorted(tmp_path.glob("*.tar")))
     assert capsys.readouterr().err == "" and (tmp_path / "_index.bin").read_bytes() == whole

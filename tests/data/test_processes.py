@@ -61,14 +61,17 @@ def drain(feed, n=10**9, seconds=20.0):
 def test_a_killed_loader_process_is_told_of_with_its_end_and_a_way_out(n_workers, n_before):
     feed = Feed(Items(seconds=0.0 if n_before else 60.0), 0, n_workers)
     assert [item[0].number.item() for item in drain(feed, n_before)] == list(range(n_before))
+
     for process in feed._iterator._workers:
         os.kill(process.pid, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(DataError) as caught:
         drain(feed)  # what was already made may still come
     assert time.monotonic() - start < 10
+
     text = str(caught.value)
     assert ("before its first batch" in text) == (n_before == 0)
+
     for part in ("killed by SIGKILL", "memory", "data.workers"):
         assert part in text, text
 

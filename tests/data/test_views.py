@@ -34,6 +34,7 @@ def test_views_are_further_crops_and_wordings_of_the_same_samples(tmp_path):
         ranks[0].carries == {"image_views", "text_views"}
         and not {"image_views", "text_views"} & plain.carries()
     )
+
     parts = [next(rank) for rank in ranks]
     whole = next(loader_of(data_of(tmp_path, views=VIEWS), 12))
     for name in ("image", "text", "image_views", "text_views"):
@@ -46,6 +47,7 @@ def test_views_are_further_crops_and_wordings_of_the_same_samples(tmp_path):
         and whole.image_views.dtype == torch.uint8
     )
     assert whole.text_views.shape == (12, 3, TEXT.context_length)
+
     n_texts = 0
     for row in range(12):
         assert (
@@ -54,6 +56,7 @@ def test_views_are_further_crops_and_wordings_of_the_same_samples(tmp_path):
         )
         n_texts += len({view.numpy().tobytes() for view in whole.text_views[row]})
     assert n_texts > 30
+
     half = whole.split(2)[1].to("cpu")
     assert torch.equal(half.image_views, whole.image_views[6:]) and torch.equal(
         half.text_views, whole.text_views[6:]
