@@ -13,7 +13,7 @@ from tests.losses.test_family import LEAVES, data
 from tests.losses.test_inputs import TERMS
 from vlp import dist
 from vlp.losses import build
-from vlp.pairwise import Engine
+from vlp.pairwise import Backend
 
 
 def narrow() -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def test_second_derivatives_are_refused():
 def test_second_derivatives_of_reductions_are_refused(impl):
     given = narrow()
     rows, _ = (
-        Engine(impl=impl).at(0).margin_logsumexp(given["image"], given["text"], given["scale"])
+        Backend(impl=impl).at(0).margin_logsumexp(given["image"], given["text"], given["scale"])
     )
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         torch.autograd.grad(rows.sum(), [given["image"]], create_graph=True)
@@ -84,7 +84,7 @@ def exchanges() -> list[str]:
     def ring(value: Tensor) -> Tensor:
         return (
             build({"infonce": {}}, topology="ring")
-            .engine.at(0)
+            .backend.at(0)
             .margin_logsumexp(value, value, 1.0)[0]
         )
 

@@ -545,7 +545,7 @@ def on_rank() -> list[list]:
         for name, options, _ in FAMILY:
             d = data()
             objective = build({name: options}, impl=impl, topology=topology)
-            objective.engine = replace(objective.engine, tile_size=3)
+            objective.backend = replace(objective.backend, tile_size=3)
             results[-1].append(gradients_of(objective(**own_rows(d))[0], d))
     return results
 

@@ -104,7 +104,7 @@ def gradients(value, d):
 
 def made(name, options, impl="tiled", topology="global", samples=N):
     objective = build({name: options}, impl=impl, topology=topology, samples=samples)
-    objective.engine = replace(objective.engine, tile_size=3)
+    objective.backend = replace(objective.backend, tile_size=3)
     return objective
 
 

@@ -96,7 +96,7 @@ def truth(case: Case, groups: list[list[int]] | None = None) -> list[Tensor]:
 def objective_of(case: Case):
     topology = dict(case.topology) if isinstance(case.topology, tuple) else case.topology
     objective = build({case.loss: {}}, topology=topology, impl=case.impl)
-    objective.engine = replace(objective.engine, tile_size=case.tile_size)
+    objective.backend = replace(objective.backend, tile_size=case.tile_size)
     return objective
 
 

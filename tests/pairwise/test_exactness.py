@@ -124,7 +124,7 @@ def test_kept_tiles_change_nothing():
         x, t = exact.pairs_of(case)
         for budget in (0, 8 * 5 * 5 * 3, 10**6):
             objective = exact.objective_of(case)
-            object.__setattr__(objective.engine, "memory_budget", budget)
+            object.__setattr__(objective.backend, "memory_budget", budget)
             leaves = [x.clone().requires_grad_(), t.clone().requires_grad_()]
             leaves += [
                 torch.tensor(v, dtype=torch.float64, requires_grad=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import ranks
 from vlp import dist
-from vlp.pairwise import LOGSUMEXP, SUM, Engine, Reduction, Tile, Topology, softplus
+from vlp.pairwise import LOGSUMEXP, SUM, Backend, Reduction, Tile, Topology, softplus
 
 B, D, K = 8, 5, 3
 
@@ -351,11 +351,11 @@ def on_rank(plans: list[tuple[str, str]]) -> list[list]:
     """[plan][reduction] -> value share and this rank's gradients of the leaves of the whole batch."""
     results = []
     for impl, topology in plans:
-        engine = Engine(topology=Topology.read(topology), impl=impl, tile_size=3)
+        backend = Backend(topology=Topology.read(topology), impl=impl, tile_size=3)
         results.append([])
         for share, _ in REDUCTIONS.values():
             d = data()
-            results[-1].append(gradients_of(share(engine.at(0), d.own()), d))
+            results[-1].append(gradients_of(share(backend.at(0), d.own()), d))
     return results
 
 
@@ -391,4 +391,4 @@ def test_reductions_equal_loops(n_ranks):
 def test_top_k_of_too_few():
     d = data()
     with pytest.raises(ValueError, match="top 8 of 7 candidates; use at most 7"):
-        Engine().at().top_k(d.image, d.text, 8)
+        Backend().at().top_k(d.image, d.text, 8)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from vlp.pairwise import Engine, Topology
+from vlp.pairwise import Backend, Topology
 from vlp.pairwise.topology import contiguous, rotation, strided
 
 
@@ -74,11 +74,11 @@ def test_a_group_that_does_not_divide_names_the_divisors():
     with pytest.raises(
         ValueError, match=r"groups of 2 do not divide 1 ranks; choose group from \[1\]"
     ):
-        Engine(topology=Topology(2))
+        Backend(topology=Topology(2))
 
 
 def test_unknown_implementation():
     with pytest.raises(
         ValueError, match="impl: found 'fast'; choose from auto, dense, tiled, triton"
     ):
-        Engine(impl="fast")
+        Backend(impl="fast")

@@ -17,7 +17,7 @@ from typing import Any
 from vlp import dist, plugin
 from vlp.losses._inputs import Inputs
 from vlp.losses._objective import Common, Objective, Schedule, reads, supplier
-from vlp.pairwise import Engine, Topology
+from vlp.pairwise import Backend, Topology
 
 __all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "supplier"]
 
@@ -52,14 +52,14 @@ def build(
             f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}"
         )
     terms = [_for_run(term, samples, steps) for term in terms]
-    engine = Engine(
+    backend = Backend(
         ranks=dist.group_of(group),
         topology=Topology.read(topology),
         impl=impl,
         memory_budget=memory_budget,
         seed=seed,
     )
-    return Objective(terms, engine, normalize)
+    return Objective(terms, backend, normalize)
 
 
 def _for_run(term: plugin.Plugin, samples: int | None, steps: int | None) -> plugin.Plugin:

@@ -26,7 +26,7 @@ from vlp import dist
 from vlp.losses._boundary import evaluated
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
-from vlp.pairwise import Engine, Pairs
+from vlp.pairwise import Backend, Pairs
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
@@ -115,8 +115,8 @@ class Objective:
     when `step` is given and gradients are enabled, and never by what is not finite.
     """
 
-    def __init__(self, plugins: list[Plugin], engine: Engine, normalize: bool = False) -> None:
-        self.plugins, self.engine, self.normalize = plugins, engine, normalize
+    def __init__(self, plugins: list[Plugin], backend: Backend, normalize: bool = False) -> None:
+        self.plugins, self.backend, self.normalize = plugins, backend, normalize
         self.required = {p.label: _needs(p) for p in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
         self.reads = reads(plugins).union(ALWAYS, {"step"})
@@ -126,7 +126,7 @@ class Objective:
             s for state in self.state.values() for s in state.values() if isinstance(s, Table)
         ):
             table.place(
-                engine.ranks
+                backend.ranks
             )  # now, not at the first step: memory that is not there should be missed at once
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the first call
 
@@ -134,7 +134,7 @@ class Objective:
         """n = g·b: how many columns a row of this rank is compared with. Uninformative scores give
         log n.
         """
-        return self.engine.group_size * n_rows
+        return self.backend.group_size * n_rows
 
     def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms, moves = self.evaluate(**keywords)
@@ -147,7 +147,7 @@ class Objective:
         """
         inputs = self._inputs(keywords)
         self._check(inputs)
-        return evaluated(partial(self._evaluate, self.engine.at(inputs.step)), inputs)
+        return evaluated(partial(self._evaluate, self.backend.at(inputs.step)), inputs)
 
     def _evaluate(self, pairs: Pairs, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor], Moves]:
         inputs = inputs.prepared(self.normalize)
@@ -231,7 +231,7 @@ class Objective:
         """Everything that can be refused before a term runs. The first call exchanges it between
         ranks, later ones do not.
         """
-        first, alone = self._shapes is None, self.engine.ranks.size == 1
+        first, alone = self._shapes is None, self.backend.ranks.size == 1
         problems = inputs.problems()
         if not problems and (first or (alone and inputs.image.device.type == "cpu")):
             problems = inputs.unit_problems(self.normalize)
@@ -255,12 +255,12 @@ class Objective:
 
     def _agreed(self, problems: list[str], shapes: dict[str, tuple[int, ...]]) -> list[str]:
         """The problems of all ranks, or those between them: every rank raises what one rank found."""
-        every = dist.gather_objects((problems, shapes), self.engine.ranks)
+        every = dist.gather_objects((problems, shapes), self.backend.ranks)
         if found := [problem for problems, _ in every for problem in problems]:
             return list(dict.fromkeys(found))
         different = []
         for name in sorted(set().union(*(shapes for _, shapes in every))):
-            sizes = {f"rank {r}": s.get(name) for r, (_, s) in zip(self.engine.ranks.ranks, every)}
+            sizes = {f"rank {r}": s.get(name) for r, (_, s) in zip(self.backend.ranks.ranks, every)}
             if len(set(sizes.values())) > 1:
                 different.append(
                     f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows"

@@ -13,7 +13,7 @@ def filled(queue: Tensor, n_rows: int, pairs: Pairs) -> Tensor:
 
     Raises ValueError for a queue that the rows of one step would overrun.
     """
-    step = n_rows * pairs.engine.ranks.size
+    step = n_rows * pairs.backend.ranks.size
     if len(queue) < step:
         raise ValueError(
             f"a queue of {len(queue)} is smaller than the batch of {step}: raise its size to at least {step}"

@@ -79,8 +79,8 @@ def _from_queue(
     if not n_mixed or not len(queue):
         return found
     hardest = pairs.alone.hardest(query, queue, min(options.hardest, len(queue)), paired=False)
-    first_row = pairs.engine.ranks.index * len(query)
-    seed = derive(pairs.engine.seed, "mixing", name, step or 0)
+    first_row = pairs.backend.ranks.index * len(query)
+    seed = derive(pairs.backend.seed, "mixing", name, step or 0)
     parts = []
     for start in range(0, len(query), size := max(len(queue) // n_mixed, 1)):
         rows = slice(start, start + size)

@@ -58,7 +58,7 @@ class Implementation(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Execution:
     """All that `reduce` needs to know besides tensors."""
 
     group: dist.Group
@@ -68,7 +68,7 @@ class Plan:
     tile_size: int = 0  # 0: the device's default
 
 
-def reduce(reduction: Reduction, block: Block, plan: Plan) -> tuple[Tensor, ...]:
+def reduce(reduction: Reduction, block: Block, execution: Execution) -> tuple[Tensor, ...]:
     """Statistics of this rank's rows [b], then of its own columns [b], over all rows and columns of
     the group.
 
@@ -77,27 +77,28 @@ def reduce(reduction: Reduction, block: Block, plan: Plan) -> tuple[Tensor, ...]
     `vlp.dist`: what this rank's columns receive is the sum over the group.
     """
     n_rows = len(reduction.rows)
-    if plan.ring and plan.group.size > 1:
-        found = _Ring.apply(reduction, block, plan, *block.tensors)
+    if execution.ring and execution.group.size > 1:
+        found = _Ring.apply(reduction, block, execution, *block.tensors)
     else:
-        found = _gathered(reduction, block, plan)
+        found = _gathered(reduction, block, execution)
     columns = [
-        _to_owners(kind, part, plan.group) for kind, part in zip(reduction.columns, found[n_rows:])
+        _to_owners(kind, part, execution.group)
+        for kind, part in zip(reduction.columns, found[n_rows:])
     ]
     return (*found[:n_rows], *columns)
 
 
-def _gathered(reduction: Reduction, block: Block, plan: Plan) -> tuple[Tensor, ...]:
-    group, own = plan.group, block.right[0].shape[0]
+def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple[Tensor, ...]:
+    group, own = execution.group, block.right[0].shape[0]
     whole = replace(
         block,
         right=_gather_once(block.right, group),
         column_values=_gather_once(block.column_values, group),
         offset=None if block.offset is None else block.offset + group.index * own,
     )
-    if plan.implementation is None:
+    if execution.implementation is None:
         return dense.reduce(reduction, whole)
-    return _Local.apply(reduction, whole, plan, *whole.tensors)
+    return _Local.apply(reduction, whole, execution, *whole.tensors)
 
 
 def _gather_once(tensors: tuple[Tensor, ...], group: dist.Group) -> tuple[Tensor, ...]:
@@ -120,12 +121,14 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, reduction: Reduction, block: Block, plan: Plan, *tensors: Tensor
+        ctx: Any, reduction: Reduction, block: Block, execution: Execution, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.reduction, ctx.plan, ctx.restore = reduction, plan, _restorer(block)
-        ctx.kept = Kept(plan.memory_budget if any(ctx.needs_input_grad) else 0)
+        ctx.reduction, ctx.execution, ctx.restore = reduction, execution, _restorer(block)
+        ctx.kept = Kept(execution.memory_budget if any(ctx.needs_input_grad) else 0)
         with _full_precision(block):
-            statistics = plan.implementation.reduce(reduction, block, ctx.kept, plan.tile_size)
+            statistics = execution.implementation.reduce(
+                reduction, block, ctx.kept, execution.tile_size
+            )
         ctx.save_for_backward(*tensors, *statistics)
         return tuple(statistics)
 
@@ -135,14 +138,14 @@ class _Local(torch.autograd.Function):
         block, statistics = ctx.restore(ctx.saved_tensors)
         needed = ctx.needs_input_grad[3:]
         with _full_precision(block):
-            found = ctx.plan.implementation.gradients(
+            found = ctx.execution.implementation.gradients(
                 ctx.reduction,
                 block,
                 statistics,
                 list(upstream),
                 ctx.kept,
                 needed,
-                ctx.plan.tile_size,
+                ctx.execution.tile_size,
             )
         return (None, None, None, *found)
 
@@ -157,18 +160,20 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, reduction: Reduction, block: Block, plan: Plan, *tensors: Tensor
+        ctx: Any, reduction: Reduction, block: Block, execution: Execution, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        reduction, plan = _for_ring(reduction, plan)
-        ctx.reduction, ctx.plan, ctx.restore = reduction, plan, _restorer(block)
+        reduction, execution = _for_ring(reduction, execution)
+        ctx.reduction, ctx.execution, ctx.restore = reduction, execution, _restorer(block)
         n_rows = len(reduction.rows)
         rows = [
             empty_statistic(kind, block.shape[0], block.left[0].device) for kind in reduction.rows
         ]
-        columns: list[list[Any]] = [[None] * plan.group.size for _ in reduction.columns]
-        for owner, visitor in _visitors(block, plan.group):
+        columns: list[list[Any]] = [[None] * execution.group.size for _ in reduction.columns]
+        for owner, visitor in _visitors(block, execution.group):
             with _full_precision(block):
-                found = plan.implementation.reduce(reduction, visitor, Kept(0), plan.tile_size)
+                found = execution.implementation.reduce(
+                    reduction, visitor, Kept(0), execution.tile_size
+                )
             rows = [merge(kind, old, new) for kind, old, new in zip(reduction.rows, rows, found)]
             for parts, part in zip(columns, found[n_rows:]):
                 parts[owner] = part
@@ -180,7 +185,7 @@ class _Ring(torch.autograd.Function):
     @dist.first_order
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         block, statistics = ctx.restore(ctx.saved_tensors)
-        reduction, plan, n_columns = ctx.reduction, ctx.plan, block.shape[1]
+        reduction, execution, n_columns = ctx.reduction, ctx.execution, block.shape[1]
         # Every rank computes every travelling gradient: a neighbour may need what this rank does
         # not.
         wanted = block.with_tensors(ctx.needs_input_grad[3:])
@@ -190,24 +195,24 @@ class _Ring(torch.autograd.Function):
             column_values=(True,) * len(wanted.column_values),
         )
         staying, travelling = None, None
-        for owner, visitor in _visitors(block, plan.group):
+        for owner, visitor in _visitors(block, execution.group):
             own = slice(owner * n_columns, (owner + 1) * n_columns)
             with _full_precision(block):
-                found = plan.implementation.gradients(
+                found = execution.implementation.gradients(
                     reduction,
                     visitor,
                     _cut(reduction, statistics, own),
                     _cut(reduction, upstream, own),
                     Kept(0),
                     wanted.tensors,
-                    plan.tile_size,
+                    execution.tile_size,
                 )
             part = block.with_tensors(tuple(found))
             staying = _add(staying, (*part.left, *part.row_values, *part.shared))
             # The sums of this block come from the neighbour who had it before; they travelled while
             # we computed.
             arrived = None if travelling is None else travelling.wait()
-            travelling = dist.Shift(_add(arrived, _travellers(part)), plan.group)
+            travelling = dist.Shift(_add(arrived, _travellers(part)), execution.group)
         home = travelling.wait()  # one hop more, and each block's gradient is back at its owner
         total = _assemble(block, staying, home)
         return (
@@ -266,11 +271,13 @@ def _cut(reduction: Reduction, values: Sequence[Tensor], own: slice) -> list[Ten
     return [*values[:n_rows], *(v[own] for v in values[n_rows:])]
 
 
-def _for_ring(reduction: Reduction, plan: Plan) -> tuple[Reduction, Plan]:
+def _for_ring(reduction: Reduction, execution: Execution) -> tuple[Reduction, Execution]:
     """The dense reference on a ring is the general path with one tile a block."""
-    if plan.implementation is not None:
-        return reduction, plan
-    return replace(reduction, fused=""), replace(plan, implementation=tiled, tile_size=sys.maxsize)
+    if execution.implementation is not None:
+        return reduction, execution
+    return replace(reduction, fused=""), replace(
+        execution, implementation=tiled, tile_size=sys.maxsize
+    )
 
 
 def _restorer(block: Block) -> Any:

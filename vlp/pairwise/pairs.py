@@ -1,4 +1,4 @@
-"""The face of the engine: `Engine` says how and over which ranks; `Pairs` is the engine at one
+"""The face of the engine: `Backend` says how and over which ranks; `Pairs` is the engine at one
 step, used by losses.
 
 Everything a loss takes from here obeys one convention (see `vlp.dist`): the average over ranks of
@@ -32,7 +32,7 @@ IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 
 
 @dataclass(frozen=True)
-class Engine:
+class Backend:
     """How pairwise reductions are computed.
 
     topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device),
@@ -77,11 +77,11 @@ class Engine:
     def at(self, step: int | None = None) -> Pairs:
         return Pairs(self, self.group(step or 0))
 
-    def plan(self, group: dist.Group, block: Block) -> exchange.Plan:
+    def execution(self, group: dist.Group, block: Block) -> exchange.Execution:
         candidates = group.size * sum({id(t): t.nbytes for t in block.right}.values())
         budget = 2 * candidates if self.memory_budget is None else self.memory_budget
         ring = self.topology.exchange == "ring"
-        return exchange.Plan(group, ring, self._implementation(block), budget, self.tile_size)
+        return exchange.Execution(group, ring, self._implementation(block), budget, self.tile_size)
 
     def _implementation(self, block: Block) -> Any:
         """None is the dense reference."""
@@ -102,7 +102,7 @@ class Pairs:
     columns, against the candidates of the whole group.
     """
 
-    engine: Engine
+    backend: Backend
     group: dist.Group
 
     def candidates(self, n_rows: int) -> int:
@@ -138,7 +138,7 @@ class Pairs:
         left, right = _same_dtype(left, right)
         offset = 0 if paired else None
         block = Block(left, right, tuple(row_values), tuple(column_values), tuple(shared), offset)
-        return exchange.reduce(reduction, block, self.engine.plan(self.group, block))
+        return exchange.reduce(reduction, block, self.backend.execution(self.group, block))
 
     def logsumexp(
         self, image: Tensor, text: Tensor, scale: Tensor
@@ -248,9 +248,9 @@ class Pairs:
         if valid is None:
             return values.mean()
         weights = valid.to(values.dtype)
-        total = dist.all_reduce(weights.detach().sum(), self.engine.ranks)
+        total = dist.all_reduce(weights.detach().sum(), self.backend.ranks)
         kept = torch.where(valid != 0, values, 0) * weights
-        return kept.sum() * (self.engine.ranks.size / torch.where(total > 0, total, 1))
+        return kept.sum() * (self.backend.ranks.size / torch.where(total > 0, total, 1))
 
     def sum(self, values: Tensor) -> Tensor:
         """Σ values over the rows of the group, whole on each of its ranks: for terms that are no
@@ -260,7 +260,7 @@ class Pairs:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum of `values` over ALL ranks, whole on each of them."""
-        return dist.all_reduce(values, self.engine.ranks)
+        return dist.all_reduce(values, self.backend.ranks)
 
     def log_sum(self, values: Tensor) -> Tensor:
         """log Σ e^values over the rows of the group, whole on each of its ranks. values: [b]."""
@@ -268,7 +268,7 @@ class Pairs:
 
     def gather_over_ranks(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [W·b, ...] of ALL ranks."""
-        return dist.all_gather(values, self.engine.ranks)
+        return dist.all_gather(values, self.backend.ranks)
 
     def gather(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [n, ...] in group order; what ranks ask of it is summed. O(n)
