@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import ranks
 from vlp import dist
-from vlp.pairwise import LOGSUMEXP, SUM, Backend, Reduction, Tile, Topology, softplus
+from vlp.pairwise import LOGSUMEXP, SUM, Backend, Pairs, Reduction, Tile, Topology, softplus
 
 B, D, K = 8, 5, 3
 
@@ -352,10 +352,11 @@ def on_rank(plans: list[tuple[str, str]]) -> list[list]:
     results = []
     for impl, topology in plans:
         backend = Backend(topology=Topology.read(topology), impl=impl, tile_size=3)
+        pairs = Pairs.at(backend)
         results.append([])
         for share, _ in REDUCTIONS.values():
             d = data()
-            results[-1].append(gradients_of(share(backend.at(0), d.own()), d))
+            results[-1].append(gradients_of(share(pairs, d.own()), d))
     return results
 
 
@@ -391,4 +392,4 @@ def test_reductions_equal_loops(n_ranks):
 def test_top_k_of_too_few():
     d = data()
     with pytest.raises(ValueError, match="top 8 of 7 candidates; use at most 7"):
-        Backend().at().top_k(d.image, d.text, 8)
+        Pairs.at(Backend()).top_k(d.image, d.text, 8)

@@ -147,7 +147,7 @@ class Objective:
         """
         inputs = self._inputs(keywords)
         self._check(inputs)
-        return evaluated(partial(self._evaluate, self.backend.at(inputs.step)), inputs)
+        return evaluated(partial(self._evaluate, Pairs.at(self.backend, inputs.step)), inputs)
 
     def _evaluate(self, pairs: Pairs, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor], Moves]:
         inputs = inputs.prepared(self.normalize)

@@ -1,6 +1,6 @@
 """Exact reductions over image-text pairs in O(b·D) memory, on any number of ranks.
 
-    pairs = Backend(topology=Topology.read("global"), impl="auto").at(step)
+    pairs = Pairs.at(Backend(topology=Topology.read("global"), impl="auto"), step)
     rows, columns = pairs.margin_logsumexp(image, text, scale)
     loss = pairs.mean(softplus(rows) + softplus(columns)) / 2
 
@@ -8,7 +8,8 @@ Read `dense.py` for what is computed, `tiled.py` for how memory stays small, `ex
 ranks take part.
 """
 
-from vlp.pairwise.pairs import IMPLEMENTATIONS, Backend, Pairs
+from vlp.pairwise.backend import IMPLEMENTATIONS, Backend
+from vlp.pairwise.pairs import Pairs
 from vlp.pairwise.reduction import LOGSUMEXP, SUM, Reduction, Tile, logaddexp, logsumexp, softplus
 from vlp.pairwise.topology import Topology
 

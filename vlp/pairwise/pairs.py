@@ -8,7 +8,7 @@ the values that ranks return has exactly the value and the gradient of the singl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlp import dist
 from vlp.pairwise import exchange, tiled
+from vlp.pairwise.backend import Backend
 from vlp.pairwise.reduction import (
     MARGIN,
     ROW_MARGIN,
@@ -26,72 +27,6 @@ from vlp.pairwise.reduction import (
     Tile,
     logsumexp,
 )
-from vlp.pairwise.topology import Topology
-
-IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
-
-
-@dataclass(frozen=True)
-class Backend:
-    """How pairwise reductions are computed.
-
-    topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device),
-    `triton` (CUDA), `auto`. memory_budget: bytes for score tiles kept from forward, which then need
-    no recomputation; None: twice the candidates' embeddings, so that memory stays O(n·D). Raises
-    ValueError, naming what is valid, for a group size that does not divide the ranks, an unknown
-    impl, or one that this machine cannot run.
-    """
-
-    ranks: dist.Group = field(default_factory=dist.world)
-    topology: Topology = field(default_factory=Topology)
-    impl: str = "auto"
-    memory_budget: int | None = None
-    tile_size: int = 0  # 0: the device's default
-    seed: int = 0  # of alternating groups
-    _groups: dict[tuple[int, ...], dist.Group] = field(
-        default_factory=dict, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        if self.impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl: found {self.impl!r}; choose from {', '.join(IMPLEMENTATIONS)}")
-        if self.impl == "triton":
-            _triton_or_explain()
-        self.topology.group_size(self.ranks.size)
-
-    @property
-    def group_size(self) -> int:
-        return self.topology.group_size(self.ranks.size)
-
-    def group(self, step: int = 0) -> dist.Group:
-        """The ranks that share candidates with this one at this step (collective when first met)."""
-        partition = self.topology.partition(self.ranks.size, step, self.seed)
-        positions = next(members for members in partition if self.ranks.index in members)
-        if positions not in self._groups:
-            whole = len(positions) == self.ranks.size
-            self._groups[positions] = (
-                self.ranks if whole else dist.subgroup([self.ranks.ranks[p] for p in positions])
-            )
-        return self._groups[positions]
-
-    def at(self, step: int | None = None) -> Pairs:
-        return Pairs(self, self.group(step or 0))
-
-    def execution(self, group: dist.Group, block: Block) -> exchange.Execution:
-        candidates = group.size * sum({id(t): t.nbytes for t in block.right}.values())
-        budget = 2 * candidates if self.memory_budget is None else self.memory_budget
-        ring = self.topology.exchange == "ring"
-        return exchange.Execution(group, ring, self._implementation(block), budget, self.tile_size)
-
-    def _implementation(self, block: Block) -> Any:
-        """None is the dense reference."""
-        device, dtype = block.left[0].device.type, block.left[0].dtype
-        if self.impl == "dense":
-            return None
-        half_on_cuda = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
-        if self.impl == "triton" or (self.impl == "auto" and half_on_cuda and _has_triton()):
-            return _triton_or_explain()
-        return tiled
 
 
 @dataclass(frozen=True)
@@ -108,6 +43,10 @@ class Pairs:
     def candidates(self, n_rows: int) -> int:
         """n: the candidates of a row."""
         return self.group.size * n_rows
+
+    @classmethod
+    def at(cls, backend: Backend, step: int | None = None) -> Pairs:
+        return cls(backend, backend.group(step or 0))
 
     @property
     def alone(self) -> Pairs:
@@ -311,22 +250,3 @@ def _mask(valid: Tensor, like: Tensor) -> Tensor:
     """0 for columns that take part, −∞ for the others."""
     zeros = torch.zeros(valid.shape, dtype=_wide_rows(like[:0]).dtype, device=like.device)
     return zeros.masked_fill(~valid.bool(), -torch.inf)
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _triton_or_explain() -> Any:
-    if not _has_triton():
-        raise ValueError(
-            "impl: 'triton' needs the package triton, which is not installed; choose auto, tiled or dense"
-        )
-    from vlp.pairwise import triton
-
-    triton.check_device()
-    return triton

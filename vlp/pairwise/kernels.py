@@ -1,0 +1,202 @@
+"""The two Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# Rows × columns of a program, depth of one dot, warps, pipeline stages; chosen to fit Hopper's
+# registers and shared memory with float32 accumulators. Narrow inputs, then float32.
+HALF = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+FULL = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+SPAN = 16  # column tiles a forward program streams before it writes its row statistics
+
+
+@triton.jit
+def _scores(
+    x,
+    t,
+    rows,
+    columns,
+    n_rows,
+    n_columns,
+    scale,
+    bias,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """z = scale·x·tᵀ + bias of one tile [BM, BN], float32."""
+    depth = tl.arange(0, BK)
+    left = x + rows[:, None].to(tl.int64) * D + depth[None, :]
+    right = t + columns[:, None].to(tl.int64) * D + depth[None, :]
+    z = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, D, BK):
+        here, there = rows[:, None] < n_rows, columns[:, None] < n_columns
+        if D % BK != 0:
+            inside = depth[None, :] < D - k
+            here, there = here & inside, there & inside
+        a = tl.load(left + k, mask=here, other=0.0)
+        b = tl.load(right + k, mask=there, other=0.0)
+        z = tl.dot(a, tl.trans(b), z, input_precision="ieee")
+    return z * scale + bias
+
+
+@triton.jit
+def _softplus(z):
+    """max(z, 0) + log1p(e^{−|z|}), with Kahan's log1p: at z = −10, where SigLIP starts, log(1 +
+    e^z) is off by 1e-3.
+    """
+    e = tl.exp(-tl.abs(z))
+    w = 1.0 + e
+    return tl.maximum(z, 0.0) + tl.where(
+        w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0))
+    )
+
+
+@triton.jit
+def _statistics(
+    x,
+    t,
+    scale_ptr,
+    bias_ptr,
+    by_row,
+    positive_out,
+    by_column,
+    n_rows,
+    n_columns,
+    offset,
+    paired,
+    D: tl.constexpr,
+    MODE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Statistics of BM rows over SPAN column tiles, and of each of those columns over the BM rows."""
+    block, span = tl.program_id(0), tl.program_id(1)
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
+    rows = block * BM + tl.arange(0, BM)
+    highest = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    positive = tl.zeros((BM,), dtype=tl.float32)
+    start = span * SPAN * BN
+    for first in range(start, min(start + SPAN * BN, n_columns), BN):
+        columns = first + tl.arange(0, BN)
+        z = _scores(x, t, rows, columns, n_rows, n_columns, scale, bias, D, BM, BN, BK)
+        own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
+        positive += tl.sum(tl.where(own, z, 0.0), 1)
+        real = (rows[:, None] < n_rows) & (columns[None, :] < n_columns) & (own == 0)
+        if MODE == "softplus":
+            total += tl.sum(tl.where(real, _softplus(z), 0.0), 1)
+        else:
+            z = tl.where(real, z, float("-inf"))
+            new = tl.maximum(highest, tl.max(z, 1))
+            base = tl.where(new == float("-inf"), 0.0, new)  # −∞ − −∞ would be NaN
+            total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base[:, None]), 1)
+            highest = new
+            if COLUMNS:
+                top = tl.max(z, 0)
+                base = tl.where(top == float("-inf"), 0.0, top)
+                column = base + tl.log(tl.sum(tl.exp(z - base[None, :]), 0))
+                tl.store(
+                    by_column + block.to(tl.int64) * n_columns + columns,
+                    column,
+                    mask=columns < n_columns,
+                )
+    if MODE != "softplus":
+        total = tl.where(highest == float("-inf"), 0.0, highest) + tl.log(total)
+    out = span.to(tl.int64) * n_rows + rows
+    tl.store(by_row + out, total, mask=rows < n_rows)
+    tl.store(positive_out + out, positive, mask=rows < n_rows)
+
+
+@triton.jit
+def _weights(
+    x,
+    t,
+    scale_ptr,
+    bias_ptr,
+    row_statistic,
+    row_weight,
+    positive_weight,
+    column_statistic,
+    column_weight,
+    dz_out,
+    sums,
+    n_rows,
+    n_columns,
+    offset,
+    paired,
+    D: tl.constexpr,
+    MODE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """dz of one tile, and its sum: g^r e^{z − r} + g^c e^{z − c}, or g^r σ(z); the upstream weight
+    at the own pair.
+    """
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    z = _scores(x, t, rows, columns, n_rows, n_columns, scale, bias, D, BM, BN, BK)
+    here, there = rows < n_rows, columns < n_columns
+    weight = tl.load(row_weight + rows, mask=here, other=0.0)
+    if MODE == "softplus":
+        dz = weight[:, None] * tl.sigmoid(z)
+    else:
+        statistic = tl.load(row_statistic + rows, mask=here, other=float("inf"))
+        dz = weight[:, None] * tl.exp(z - statistic[:, None])
+        if COLUMNS:
+            statistic = tl.load(column_statistic + columns, mask=there, other=float("inf"))
+            weight = tl.load(column_weight + columns, mask=there, other=0.0)
+            dz += weight[None, :] * tl.exp(z - statistic[None, :])
+    own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
+    dz = tl.where(own, tl.load(positive_weight + rows, mask=here, other=0.0)[:, None], dz)
+    real = here[:, None] & there[None, :]
+    dz = tl.where(real, dz, 0.0)
+    tl.store(
+        sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(dz, 1), 0)
+    )
+    where = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
+    tl.store(dz_out + where, dz.to(dz_out.dtype.element_ty), mask=real)
+
+
+def compile_ahead(D: int, dtype: str, mode: str, capability: int = 90) -> dict[str, Any]:
+    """Both kernels compiled for a GPU generation without one at hand: {kernel name: compiled
+    kernel}.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    compiled, meta = {}, dict(FULL if dtype == "fp32" else HALF)
+    options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
+    for kernel in (_statistics, _weights):
+        constants = {"MODE": mode, "COLUMNS": mode == "margin", "SPAN": SPAN, "D": D, **meta}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        signature = {}
+        for name in kernel.arg_names:
+            if name in constants:
+                signature[name] = "constexpr"
+            elif name in ("n_rows", "n_columns", "offset", "paired"):
+                signature[name] = "i32"
+            else:
+                signature[name] = f"*{dtype}" if name in ("x", "t", "dz_out") else "*fp32"
+        # Tensors of torch are aligned; without the hint loads would be too narrow to pipeline.
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(kernel.arg_names)
+            if str(signature[n])[0] == "*"
+        }
+        source = ASTSource(kernel, signature, constants, aligned)
+        compiled[kernel.__name__] = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=options
+        )
+    return compiled
