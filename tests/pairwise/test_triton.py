@@ -78,7 +78,7 @@ def test_kernels_compile_for_hopper():
     for _, dtype, _, shared, tensor_cores in kernels:
         assert shared <= 227 * 1024  # a Hopper block's shared memory
         assert tensor_cores == (dtype == "bf16")
-    assert [name for *_, name, _, _ in kernels] == ["_statistics", "_weights"] * 3
+    assert [name for *_, name, _, _ in kernels] == ["statistics_kernel", "weights_kernel"] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -20,11 +20,12 @@ IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 class Backend:
     """How pairwise reductions are computed.
 
-    topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device),
+    topology: which ranks share candidates. impl: `dense` (reference), `tiled` (any device),
     `triton` (CUDA), `auto`. memory_budget: bytes for score tiles kept from forward, which then need
-    no recomputation; None: twice the candidates' embeddings, so that memory stays O(n·D). Raises
-    ValueError, naming what is valid, for a group size that does not divide the ranks, an unknown
-    impl, or one that this machine cannot run.
+    no recomputation; None: twice the candidates' embeddings, so that memory stays O(n·D).
+
+    Raises ValueError, naming what is valid, for a group size that does not divide the ranks, an
+    unknown impl, or one that this machine cannot run.
     """
 
     ranks: dist.Group = field(default_factory=dist.world)
@@ -40,38 +41,48 @@ class Backend:
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl: found {self.impl!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+
+        # Both raise for what cannot run: better now than at the first step.
         if self.impl == "triton":
             _triton_or_explain()
         self.topology.group_size(self.ranks.size)
 
     @property
     def group_size(self) -> int:
+        """g, the ranks that share candidates."""
         return self.topology.group_size(self.ranks.size)
 
     def group(self, step: int = 0) -> dist.Group:
-        """The ranks that share candidates with this one at this step (collective when first met)."""
+        """The ranks that share candidates with this one now (collective when first met)."""
         partition = self.topology.partition(self.ranks.size, step, self.seed)
         positions = next(members for members in partition if self.ranks.index in members)
+
+        # A process group is made once: alternating groups come back every cycle.
         if positions not in self._groups:
             whole = len(positions) == self.ranks.size
-            self._groups[positions] = (
-                self.ranks if whole else dist.subgroup([self.ranks.ranks[p] for p in positions])
-            )
+            members = [self.ranks.ranks[position] for position in positions]
+            self._groups[positions] = self.ranks if whole else dist.subgroup(members)
         return self._groups[positions]
 
     def execution(self, group: dist.Group, block: Block) -> Execution:
-        candidates = group.size * sum({id(t): t.nbytes for t in block.right}.values())
-        budget = 2 * candidates if self.memory_budget is None else self.memory_budget
+        """How this block is reduced over the candidates of `group`."""
+        budget = self.memory_budget
+        if budget is None:
+            distinct_columns = {id(matrix): matrix.nbytes for matrix in block.right}
+            budget = 2 * group.size * sum(distinct_columns.values())
+
         ring = self.topology.exchange == "ring"
         return Execution(group, ring, self._implementation(block), budget, self.tile_size)
 
     def _implementation(self, block: Block) -> Any:
-        """None is the dense reference."""
-        device, dtype = block.left[0].device.type, block.left[0].dtype
+        """The module that computes; None is the dense reference."""
         if self.impl == "dense":
             return None
+
+        device, dtype = block.left[0].device.type, block.left[0].dtype
         half_on_cuda = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
-        if self.impl == "triton" or (self.impl == "auto" and half_on_cuda and _has_triton()):
+        pays = self.impl == "auto" and half_on_cuda and _has_triton()
+        if self.impl == "triton" or pays:
             return _triton_or_explain()
         return tiled
 
@@ -87,7 +98,8 @@ def _has_triton() -> bool:
 def _triton_or_explain() -> Any:
     if not _has_triton():
         raise ValueError(
-            "impl: 'triton' needs the package triton, which is not installed; choose auto, tiled or dense"
+            "impl: 'triton' needs the package triton, which is not installed; choose auto, tiled "
+            "or dense"
         )
     from vlp.pairwise import triton
 

@@ -1,17 +1,20 @@
 """Reductions over the candidates of a group of ranks, differentiable in everything.
 
 Each rank owns b rows and brings its own b columns; the columns of the whole group, n = g·b, are its
-candidates.
+candidates. In the gathered form, which this file holds, one tower moves:
 
-gather (one tower moves): the columns' tensors are gathered; each rank streams its b × n tiles once,
-which gives its rows' statistics and PARTIAL column statistics. These go to the columns' owners (n
-numbers), where they are merged; in backward the owners send the columns' upstream weights back by
-the same way, each rank computes the gradients of its rows and partial gradients of all n columns,
-and the latter are reduce-scattered with SUM.
+    forward    gather the columns' tensors of the group          b → n columns
+               stream the b × n tiles once                       this rank's row statistics, and
+                                                                 PARTIAL statistics of n columns
+               send these to the columns' owners, who merge them n numbers
+    backward   the owners send the columns' upstream weights back by the same way
+               stream the tiles again                            gradients of b rows, and partial
+                                                                 gradients of all n columns
+               reduce-scatter the latter with SUM                n → b columns
 
-ring: the same, but blocks of b columns travel from neighbour to neighbour, the next in flight while
-the current one is computed, and in backward once more, each with its gradient: O(b·D) memory
-instead of O(n·D).
+Using one's own upstream weights for foreign columns would give the right loss and gradients that
+are 15 % wrong; hence the way back. With `exchange: ring` columns travel instead (`ring.py`): the
+same statistics in O(b·D) memory instead of O(n·D).
 """
 
 from __future__ import annotations
@@ -25,43 +28,48 @@ from torch import Tensor
 from vlp import dist
 from vlp.pairwise import dense
 from vlp.pairwise.execution import Execution, full_precision, restorer
-from vlp.pairwise.reduction import (
-    SUM,
-    Block,
-    Reduction,
-    logsumexp,
-)
+from vlp.pairwise.reduction import SUM, Block, Reduction, logsumexp
 from vlp.pairwise.ring import Ring
 from vlp.pairwise.tiled import Kept
 
 
 def reduce(reduction: Reduction, block: Block, execution: Execution) -> tuple[Tensor, ...]:
-    """Statistics of this rank's rows [b], then of its own columns [b], over all rows and columns of
-    the group.
+    """Statistics of this rank's rows [b], then of its own columns [b], over the whole group.
 
     `block` holds this rank's rows and its own columns; `block.offset` is 0 where the pair of row i
     is column i, None where columns are no one's pair. Gradients follow the convention of
     `vlp.dist`: what this rank's columns receive is the sum over the group.
     """
-    n_rows = len(reduction.rows)
-    if execution.ring and execution.group.size > 1:
-        found = Ring.apply(reduction, block, execution, *block.tensors)
+    group, n_row_kinds = execution.group, len(reduction.rows)
+
+    if execution.ring and group.size > 1:
+        statistics = Ring.apply(reduction, block, execution, *block.tensors)
     else:
-        found = _gathered(reduction, block, execution)
+        statistics = _gathered(reduction, block, execution)
+
+    # Rows are complete; columns have met this rank's rows only.
+    rows, partial_columns = statistics[:n_row_kinds], statistics[n_row_kinds:]
     columns = [
-        _to_owners(kind, part, execution.group)
-        for kind, part in zip(reduction.columns, found[n_rows:])
+        _to_owners(kind, partial, group)
+        for kind, partial in zip(reduction.columns, partial_columns)
     ]
-    return (*found[:n_rows], *columns)
+    return (*rows, *columns)
 
 
 def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple[Tensor, ...]:
-    group, own = execution.group, block.right[0].shape[0]
+    """Row statistics [b] and partial column statistics [n] against the gathered columns."""
+    group = execution.group
+
+    # The pair of this rank's row i is now column i of this rank's part of the columns.
+    offset = block.offset
+    if offset is not None:
+        offset += group.index * block.right[0].shape[0]
+
     whole = replace(
         block,
         right=_gather_once(block.right, group),
         column_values=_gather_once(block.column_values, group),
-        offset=None if block.offset is None else block.offset + group.index * own,
+        offset=offset,
     )
     if execution.implementation is None:
         return dense.reduce(reduction, whole)
@@ -70,8 +78,9 @@ def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple
 
 def _gather_once(tensors: tuple[Tensor, ...], group: dist.Group) -> tuple[Tensor, ...]:
     """Gather each distinct tensor once, however often it appears."""
-    gathered = {id(t): dist.all_gather(t, group) for t in {id(t): t for t in tensors}.values()}
-    return tuple(gathered[id(t)] for t in tensors)
+    distinct = {id(tensor): tensor for tensor in tensors}
+    gathered = {key: dist.all_gather(tensor, group) for key, tensor in distinct.items()}
+    return tuple(gathered[id(tensor)] for tensor in tensors)
 
 
 def _to_owners(kind: str, partial: Tensor, group: dist.Group) -> Tensor:
@@ -80,7 +89,10 @@ def _to_owners(kind: str, partial: Tensor, group: dist.Group) -> Tensor:
         return partial
     if kind == SUM:
         return dist.reduce_scatter(partial, group)
-    return logsumexp(dist.all_to_all(partial, group).view(group.size, -1), dim=0)
+
+    # A log-sum-exp is no sum: the owner needs every rank's part.
+    parts = dist.all_to_all(partial, group).view(group.size, -1)  # [g, b]
+    return logsumexp(parts, dim=0)
 
 
 class _Local(torch.autograd.Function):
@@ -91,6 +103,8 @@ class _Local(torch.autograd.Function):
         ctx: Any, reduction: Reduction, block: Block, execution: Execution, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.reduction, ctx.execution, ctx.restore = reduction, execution, restorer(block)
+
+        # Tiles are kept for a backward only: evaluation pays no memory.
         ctx.kept = Kept(execution.memory_budget if any(ctx.needs_input_grad) else 0)
         with full_precision(block):
             statistics = execution.implementation.reduce(
@@ -103,9 +117,9 @@ class _Local(torch.autograd.Function):
     @dist.first_order
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         block, statistics = ctx.restore(ctx.saved_tensors)
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[3:]  # after reduction, block, execution
         with full_precision(block):
-            found = ctx.execution.implementation.gradients(
+            gradients = ctx.execution.implementation.gradients(
                 ctx.reduction,
                 block,
                 statistics,
@@ -114,4 +128,4 @@ class _Local(torch.autograd.Function):
                 needed,
                 ctx.execution.tile_size,
             )
-        return (None, None, None, *found)
+        return (None, None, None, *gradients)

@@ -1,10 +1,10 @@
-"""What one reduction needs besides tensors, and what gathered and ring form share."""
+"""How one reduction is carried out: which ranks take part, and which implementation computes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Implementation(Protocol):
 
 @dataclass(frozen=True)
 class Execution:
-    """All that `reduce` needs to know besides tensors."""
+    """All that `exchange.reduce` needs to know besides tensors."""
 
     group: dist.Group
     ring: bool = False
@@ -44,14 +44,24 @@ class Execution:
     tile_size: int = 0  # 0: the device's default
 
 
-def restorer(block: Block) -> Any:
-    """A function from saved tensors back to (block, statistics): autograd must own the tensors, not
-    the block.
+Restore = Callable[[Sequence[Tensor]], tuple[Block, list[Tensor]]]
+
+
+def restorer(block: Block) -> Restore:
+    """A function from an autograd context's saved tensors back to (block, statistics).
+
+    Autograd must own the tensors, so that a backward frees them and hooks on saved tensors see
+    them; what is kept of the block here is its form alone.
     """
-    n, spec = len(block.tensors), block.with_tensors((None,) * len(block.tensors))
-    return lambda saved: (spec.with_tensors(saved[:n]), list(saved[n:]))
+    n_tensors = len(block.tensors)
+    form = block.with_tensors((None,) * n_tensors)
+
+    def restore(saved: Sequence[Tensor]) -> tuple[Block, list[Tensor]]:
+        return form.with_tensors(saved[:n_tensors]), list(saved[n_tensors:])
+
+    return restore
 
 
 def full_precision(block: Block) -> torch.autocast:
-    """Autocast would turn the float32 products of a tile into bfloat16."""
+    """A context without autocast, which would turn a tile's float32 products into bfloat16."""
     return torch.autocast(block.left[0].device.type, enabled=False)

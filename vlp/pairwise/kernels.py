@@ -1,4 +1,9 @@
-"""The two Triton kernels."""
+"""The two Triton kernels of `vlp.pairwise.triton`, and their compilation without a GPU.
+
+Both work on tiles z = scale·x·tᵀ + bias of BM rows and BN columns, computed BK of D at a time, with
+x [n_rows, D] and t [n_columns, D] contiguous. Where `paired`, column i + offset is row i's own
+pair. MODE is `margin` or `softplus`; COLUMNS: column statistics are wanted too.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +38,7 @@ def _scores(
     depth = tl.arange(0, BK)
     left = x + rows[:, None].to(tl.int64) * D + depth[None, :]
     right = t + columns[:, None].to(tl.int64) * D + depth[None, :]
+
     z = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, D, BK):
         here, there = rows[:, None] < n_rows, columns[:, None] < n_columns
@@ -41,24 +47,25 @@ def _scores(
             here, there = here & inside, there & inside
         a = tl.load(left + k, mask=here, other=0.0)
         b = tl.load(right + k, mask=there, other=0.0)
+        # ieee: TF32 would round float32 inputs to 10 bits.
         z = tl.dot(a, tl.trans(b), z, input_precision="ieee")
     return z * scale + bias
 
 
 @triton.jit
 def _softplus(z):
-    """max(z, 0) + log1p(e^{−|z|}), with Kahan's log1p: at z = −10, where SigLIP starts, log(1 +
-    e^z) is off by 1e-3.
+    """max(z, 0) + log1p(e^{−|z|}), with Kahan's log1p.
+
+    At z = −10, where SigLIP starts, log(1 + e^z) is off by 1e-3.
     """
     e = tl.exp(-tl.abs(z))
     w = 1.0 + e
-    return tl.maximum(z, 0.0) + tl.where(
-        w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0))
-    )
+    log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.maximum(z, 0.0) + log1p
 
 
 @triton.jit
-def _statistics(
+def statistics_kernel(
     x,
     t,
     scale_ptr,
@@ -78,19 +85,23 @@ def _statistics(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Statistics of BM rows over SPAN column tiles, and of each of those columns over the BM rows."""
+    """Statistics of BM rows over SPAN column tiles, and of those columns over the BM rows."""
     block, span = tl.program_id(0), tl.program_id(1)
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
     rows = block * BM + tl.arange(0, BM)
+
+    # An online log-sum-exp: Σ e^z = total · e^highest.
     highest = tl.full((BM,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
     positive = tl.zeros((BM,), dtype=tl.float32)
+
     start = span * SPAN * BN
     for first in range(start, min(start + SPAN * BN, n_columns), BN):
         columns = first + tl.arange(0, BN)
         z = _scores(x, t, rows, columns, n_rows, n_columns, scale, bias, D, BM, BN, BK)
         own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
         positive += tl.sum(tl.where(own, z, 0.0), 1)
+
         real = (rows[:, None] < n_rows) & (columns[None, :] < n_columns) & (own == 0)
         if MODE == "softplus":
             total += tl.sum(tl.where(real, _softplus(z), 0.0), 1)
@@ -100,6 +111,8 @@ def _statistics(
             base = tl.where(new == float("-inf"), 0.0, new)  # −∞ − −∞ would be NaN
             total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base[:, None]), 1)
             highest = new
+
+            # Columns meet no other tile of this program: their part is final here.
             if COLUMNS:
                 top = tl.max(z, 0)
                 base = tl.where(top == float("-inf"), 0.0, top)
@@ -109,6 +122,7 @@ def _statistics(
                     column,
                     mask=columns < n_columns,
                 )
+
     if MODE != "softplus":
         total = tl.where(highest == float("-inf"), 0.0, highest) + tl.log(total)
     out = span.to(tl.int64) * n_rows + rows
@@ -117,7 +131,7 @@ def _statistics(
 
 
 @triton.jit
-def _weights(
+def weights_kernel(
     x,
     t,
     scale_ptr,
@@ -140,13 +154,16 @@ def _weights(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """dz of one tile, and its sum: g^r e^{z − r} + g^c e^{z − c}, or g^r σ(z); the upstream weight
-    at the own pair.
+    """dz of one tile, and its sum.
+
+    g^r e^{z − r} + g^c e^{z − c} for `margin`, g^r σ(z) for `softplus`; the upstream weight of the
+    positive at the own pair.
     """
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     z = _scores(x, t, rows, columns, n_rows, n_columns, scale, bias, D, BM, BN, BK)
+
     here, there = rows < n_rows, columns < n_columns
     weight = tl.load(row_weight + rows, mask=here, other=0.0)
     if MODE == "softplus":
@@ -158,45 +175,49 @@ def _weights(
             statistic = tl.load(column_statistic + columns, mask=there, other=float("inf"))
             weight = tl.load(column_weight + columns, mask=there, other=0.0)
             dz += weight[None, :] * tl.exp(z - statistic[None, :])
+
     own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
     dz = tl.where(own, tl.load(positive_weight + rows, mask=here, other=0.0)[:, None], dz)
+
     real = here[:, None] & there[None, :]
     dz = tl.where(real, dz, 0.0)
-    tl.store(
-        sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(dz, 1), 0)
-    )
-    where = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
-    tl.store(dz_out + where, dz.to(dz_out.dtype.element_ty), mask=real)
+    place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums + place, tl.sum(tl.sum(dz, 1), 0))
+    entries = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
+    tl.store(dz_out + entries, dz.to(dz_out.dtype.element_ty), mask=real)
 
 
 def compile_ahead(D: int, dtype: str, mode: str, capability: int = 90) -> dict[str, Any]:
-    """Both kernels compiled for a GPU generation without one at hand: {kernel name: compiled
-    kernel}.
-    """
+    """{kernel name: compiled kernel} for a GPU generation without one at hand."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    compiled, meta = {}, dict(FULL if dtype == "fp32" else HALF)
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
-    for kernel in (_statistics, _weights):
-        constants = {"MODE": mode, "COLUMNS": mode == "margin", "SPAN": SPAN, "D": D, **meta}
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        signature = {}
-        for name in kernel.arg_names:
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name in ("n_rows", "n_columns", "offset", "paired"):
-                signature[name] = "i32"
-            else:
-                signature[name] = f"*{dtype}" if name in ("x", "t", "dz_out") else "*fp32"
+    sizes = dict(FULL if dtype == "fp32" else HALF)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"MODE": mode, "COLUMNS": mode == "margin", "SPAN": SPAN, "D": D, **sizes}
+
+    compiled = {}
+    for kernel in (statistics_kernel, weights_kernel):
+        own_constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+        signature = {name: _type(name, own_constants, dtype) for name in kernel.arg_names}
+
         # Tensors of torch are aligned; without the hint loads would be too narrow to pipeline.
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, n in enumerate(kernel.arg_names)
-            if str(signature[n])[0] == "*"
-        }
-        source = ASTSource(kernel, signature, constants, aligned)
+        aligned = {}
+        for i, name in enumerate(kernel.arg_names):
+            if signature[name].startswith("*"):
+                aligned[(i,)] = [["tt.divisibility", 16]]
+
+        source = ASTSource(kernel, signature, own_constants, aligned)
         compiled[kernel.__name__] = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options=options
         )
     return compiled
+
+
+def _type(name: str, constants: dict[str, Any], dtype: str) -> str:
+    """Triton's word for the type of a kernel's argument."""
+    if name in constants:
+        return "constexpr"
+    if name in ("n_rows", "n_columns", "offset", "paired"):
+        return "i32"
+    return f"*{dtype}" if name in ("x", "t", "dz_out") else "*fp32"

@@ -1,4 +1,4 @@
-"""How one tile is reduced and differentiated."""
+"""How one tile is reduced and differentiated: the contract, and the general path by autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vlp.pairwise.reduction import LOGSUMEXP, Gradients, Reduction, Tile, reduce_matrix
+from vlp.pairwise.reduction import (
+    LOGSUMEXP,
+    Gradients,
+    Reduction,
+    Tile,
+    reduce_matrix,
+    without_empty,
+)
 
 
 class Program(Protocol):
@@ -18,12 +25,17 @@ class Program(Protocol):
     prescaled: bool
 
     def forward(self, tile: Tile) -> tuple[Sequence[Tensor], Any]:
-        """Partial statistics, and what backward can use instead of the scores (may overwrite them)."""
+        """Partial statistics, and a memo: what backward can use instead of the scores.
+
+        May overwrite the scores.
+        """
 
     def backward(
         self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
     ) -> Gradients:
-        """`memo` is None where the tile was recomputed; statistics and upstream gradients are the
+        """Gradients of Σ upstream·statistics of this tile.
+
+        `memo` is None where the tile was recomputed; statistics and upstream gradients are the
         tile's slices.
         """
 
@@ -37,48 +49,51 @@ class Recompute:
         self.reduction = reduction
 
     def forward(self, tile: Tile) -> tuple[Sequence[Tensor], Any]:
-        matrices, n_rows = self.reduction.function(tile), len(self.reduction.rows)
-        kinds = (*self.reduction.rows, *self.reduction.columns)
-        partials = [
-            reduce_matrix(m, k, dim=int(i < n_rows))
-            for i, (m, k) in enumerate(zip(matrices, kinds))
-        ]
+        matrices, n_row_kinds = self.reduction.function(tile), len(self.reduction.rows)
+        partials = []
+        for i, (matrix, kind) in enumerate(zip(matrices, self.reduction.kinds)):
+            along_columns = i < n_row_kinds
+            partials.append(reduce_matrix(matrix, kind, dim=1 if along_columns else 0))
         return partials, tile.scores
 
     def backward(
         self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
     ) -> Gradients:
-        groups = (memo or tile.scores, tile.row_values, tile.column_values, tile.shared)
-        leaves = [
-            [t.detach().requires_grad_(t.is_floating_point()) for t in group] for group in groups
-        ]
-        flat = [t for group in leaves for t in group if t.requires_grad]
+        # The tile again, as leaves of a graph of its own.
+        scores = tile.scores if memo is None else memo
+        groups = (scores, tile.row_values, tile.column_values, tile.shared)
+        leaves = [[_leaf(tensor) for tensor in group] for group in groups]
         with torch.enable_grad():
             matrices = self.reduction.function(Tile(*map(tuple, leaves), tile.offset))
-        n_rows, kinds = len(self.reduction.rows), (*self.reduction.rows, *self.reduction.columns)
-        weights = [
-            _weight(m.detach(), kind, s, u, by_row=i < n_rows)
-            for i, (m, kind, s, u) in enumerate(zip(matrices, kinds, statistics, upstream))
-        ]
-        live = [(m, w) for m, w in zip(matrices, weights) if m.requires_grad]
-        found = iter(
-            torch.autograd.grad([m for m, _ in live], flat, [w for _, w in live], allow_unused=True)
-        )
-        return Gradients(
-            *([next(found) if t.requires_grad else None for t in group] for group in leaves)
-        )
+
+        # Autograd starts at the matrices: their reduction is differentiated by its statistic.
+        outputs, weights = [], []
+        for i, (matrix, kind) in enumerate(zip(matrices, self.reduction.kinds)):
+            if matrix.requires_grad:
+                by_row = i < len(self.reduction.rows)
+                outputs.append(matrix)
+                weights.append(
+                    _weight(matrix.detach(), kind, statistics[i], upstream[i], by_row=by_row)
+                )
+
+        differentiable = [leaf for group in leaves for leaf in group if leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(outputs, differentiable, weights, allow_unused=True))
+        by_group = []
+        for group in leaves:
+            by_group.append([next(gradients) if leaf.requires_grad else None for leaf in group])
+        return Gradients(*by_group)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 def _weight(matrix: Tensor, kind: str, statistic: Tensor, upstream: Tensor, by_row: bool) -> Tensor:
-    """∂(Σ upstream·statistic)/∂matrix: the upstream itself for a sum, times e^{m − lse} for a
-    log-sum-exp.
-    """
+    """∂(Σ upstream·statistic)/∂matrix: upstream for a sum, times e^{m − lse} for a log-sum-exp."""
     axis = 1 if by_row else 0
     weight = upstream.to(matrix.dtype).unsqueeze(axis).expand_as(matrix)
     if kind != LOGSUMEXP:
         return weight
-    # An empty log-sum-exp (−∞) has no entries that could carry a gradient.
-    statistic = (
-        statistic.masked_fill(statistic == -torch.inf, torch.inf).to(matrix.dtype).unsqueeze(axis)
-    )
+
+    statistic = without_empty(statistic).to(matrix.dtype).unsqueeze(axis)
     return weight * (matrix - statistic).exp()
