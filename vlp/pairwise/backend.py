@@ -34,6 +34,7 @@ class Backend:
     memory_budget: int | None = None
     tile_size: int = 0  # 0: the device's default
     seed: int = 0  # of alternating groups
+    # process groups, by the positions of their members
     _groups: dict[tuple[int, ...], dist.Group] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -79,6 +80,7 @@ class Backend:
         if self.impl == "dense":
             return None
 
+        # auto: the kernels for the inputs they are made for, the tiled path elsewhere.
         device, dtype = block.left[0].device.type, block.left[0].dtype
         half_on_cuda = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
         pays = self.impl == "auto" and half_on_cuda and _has_triton()
@@ -101,6 +103,7 @@ def _triton_or_explain() -> Any:
             "impl: 'triton' needs the package triton, which is not installed; choose auto, tiled "
             "or dense"
         )
+    # Imported late: its first lines need the package.
     from vlp.pairwise import triton
 
     triton.check_device()

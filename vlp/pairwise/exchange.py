@@ -71,6 +71,7 @@ def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple
         column_values=_gather_once(block.column_values, group),
         offset=offset,
     )
+    # Autograd finds its own way through the dense reference.
     if execution.implementation is None:
         return dense.reduce(reduction, whole)
     return _Local.apply(reduction, whole, execution, *whole.tensors)
@@ -118,6 +119,7 @@ class _Local(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         block, statistics = ctx.restore(ctx.saved_tensors)
         needed = ctx.needs_input_grad[3:]  # after reduction, block, execution
+
         with full_precision(block):
             gradients = ctx.execution.implementation.gradients(
                 ctx.reduction,

@@ -53,6 +53,7 @@ def restorer(block: Block) -> Restore:
     Autograd must own the tensors, so that a backward frees them and hooks on saved tensors see
     them; what is kept of the block here is its form alone.
     """
+    # A block without tensors: a closure over the block would keep them alive.
     n_tensors = len(block.tensors)
     form = block.with_tensors((None,) * n_tensors)
 

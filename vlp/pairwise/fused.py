@@ -46,6 +46,7 @@ class Margin:
     @staticmethod
     def _bound(block: Block) -> float:
         """max |z| ≤ scale · max‖x‖ · max‖t‖ (NaN compares false and takes the careful path)."""
+        # Torch has no maximum of nothing.
         x, t = block.left[0], block.right[0]
         if not (len(x) and len(t)):
             return 0.0
@@ -58,9 +59,12 @@ class Margin:
 
     def forward(self, tile: Tile) -> tuple[list[Tensor], Memo]:
         z = self._scores(tile)
+
+        # The positive is read first, then leaves the sums: it would cancel in the margin.
         pairs = _Diagonal(tile, *z.shape)
         positive = pairs.read(z)
         memo = self._exponentials(z, pairs)
+
         statistics = [_log_sums(memo, dim=1), positive]
         if self.both_ways:
             statistics.append(_log_sums(memo, dim=0))
@@ -100,6 +104,7 @@ class Margin:
     ) -> Tensor:
         """dz = E·(g^r_i e^{shift − r_i} + g^c_j e^{shift − c_j}), in memory used for every tile."""
         e, shift = memo
+        # E may be kept for another backward, so dz has memory of its own, reused by every tile.
         if self.scratch is None or self.scratch.numel() < e.numel():
             self.scratch = e.new_empty(e.numel())
         d = self.scratch[: e.numel()].view_as(e)
@@ -156,6 +161,8 @@ class Softplus:
         z = self._scores(tile)
         pairs = _Diagonal(tile, *z.shape)
         positive = pairs.read(z)
+
+        # z itself stays as it is: backward needs it, not its softplus.
         values = softplus(z)
         pairs.fill(values, 0.0)
         return [values.sum(1), positive], z

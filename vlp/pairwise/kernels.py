@@ -102,6 +102,7 @@ def statistics_kernel(
         own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
         positive += tl.sum(tl.where(own, z, 0.0), 1)
 
+        # Rows and columns past the end were read as zeros; own pairs are no negatives.
         real = (rows[:, None] < n_rows) & (columns[None, :] < n_columns) & (own == 0)
         if MODE == "softplus":
             total += tl.sum(tl.where(real, _softplus(z), 0.0), 1)
@@ -176,9 +177,11 @@ def weights_kernel(
             weight = tl.load(column_weight + columns, mask=there, other=0.0)
             dz += weight[None, :] * tl.exp(z - statistic[None, :])
 
+    # The positive is a statistic of its own, with a weight of its own.
     own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
     dz = tl.where(own, tl.load(positive_weight + rows, mask=here, other=0.0)[:, None], dz)
 
+    # Rows and columns past the end were read as zeros, whose z is the bias.
     real = here[:, None] & there[None, :]
     dz = tl.where(real, dz, 0.0)
     place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

@@ -77,7 +77,9 @@ class Pairs:
         `shared` tensors are seen by every tile; differentiable ones must be equal on all ranks (the
         scale, gathered diagonals), and their gradients are sums over this rank's own rows.
         """
+        # A product of two dtypes would raise.
         left, right = _same_dtype(left, right)
+
         offset = 0 if paired else None
         block = Block(left, right, tuple(row_values), tuple(column_values), tuple(shared), offset)
         return exchange.reduce(reduction, block, self.backend.execution(self.group, block))
@@ -191,6 +193,7 @@ class Pairs:
         return self._hardest(left, right, k, paired)[1]
 
     def _hardest(self, left: Tensor, right: Tensor, k: int, paired: bool) -> tuple[Tensor, Tensor]:
+        # The columns are needed whole: their positions are over the group.
         gathered = dist.all_gather(right, self.group)
         remaining = len(gathered) - int(paired)
         if k > remaining:
@@ -210,6 +213,7 @@ class Pairs:
         `values`; then the share is (W/N)·Σ w·value with N = Σ w over all ranks, and exactly 0, with
         zero gradient, where N = 0. Values at w = 0 have no influence, be they NaN.
         """
+        # Every rank has the same number of rows, so that its own mean is its share.
         if valid is None:
             return values.mean()
 

@@ -55,6 +55,7 @@ class Ring(torch.autograd.Function):
             for parts, part in zip(columns, statistics[n_row_kinds:]):
                 parts[owner] = part
 
+        # In group order, as the gathered form has them.
         results = (*rows, *(torch.cat(parts) for parts in columns))
         ctx.save_for_backward(*tensors, *results)
         return results

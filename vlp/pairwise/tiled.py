@@ -79,6 +79,7 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
     sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
     totals = [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
 
+    # One sweep serves both: a tile gives its part of row and of column statistics.
     program, scratch = program_for(reduction, block), Scratch()
     for rows, left in _row_tiles(program, block, size):
         for columns in slices(n_columns, size):
@@ -89,6 +90,7 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
             for total, kind, place, partial in zip(totals, reduction.kinds, places, partials):
                 total[place] = merge(kind, total[place], partial)
 
+            # A memo that is kept may be the scratch itself.
             n_bytes = sum(scores.nbytes for scores in tile.scores)
             if kept.offer((rows.start, columns.start), memo, n_bytes):
                 scratch.forget()
@@ -151,6 +153,8 @@ class _Sink:
         for k, d_scores in enumerate(tile.scores):
             if d_scores is None:
                 continue
+
+            # s = x·t: dx takes the tile's columns, dt its rows.
             if self.current[k] is not None:
                 self.current[k].addmm_(d_scores, widened(self.block.right[k][columns]))
             if self.right[k] is not None:
@@ -214,6 +218,7 @@ def top_columns(
     block = Block((left,), (right,), offset=offset)
     size = _tile_size(block, tile_size)
 
+    # The k best of each row so far are all that is kept of a tile: O(b·k) memory.
     chosen_rows = []
     for rows in slices(len(left), size):
         left_tile, n_rows = [widened(left[rows])], rows.stop - rows.start

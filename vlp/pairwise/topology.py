@@ -105,6 +105,7 @@ def rotation(n_ranks: int, size: int, seed: int = 0) -> tuple[Partition, ...]:
     (W−1)/(g−1) partitions are needed, and a few more are used. The first is contiguous; the seed
     orders the others.
     """
+    # One rank a group meets nobody, one group everybody.
     first = contiguous(n_ranks, size)
     if size in (1, n_ranks):
         return (first,)
@@ -112,6 +113,7 @@ def rotation(n_ranks: int, size: int, seed: int = 0) -> tuple[Partition, ...]:
     order = random.Random(seed).sample(range(n_ranks), n_ranks)
     cycle = [first]
     strangers = [set(range(n_ranks)) - set(first[rank // size]) for rank in range(n_ranks)]
+
     while any(strangers):
         partition = _next_partition(order, size, strangers)
         cycle.append(partition)

@@ -80,6 +80,7 @@ def _partial_statistics(
     n_blocks = triton.cdiv(n_rows, launch["BM"])
     n_spans = triton.cdiv(n_columns, launch["BN"] * SPAN)
 
+    # A program sees SPAN column tiles of one row block: statistics come in parts.
     by_row, positive = (x.new_empty(n_spans, n_rows, dtype=torch.float32) for _ in range(2))
     n_parts = n_blocks if reduction.columns else 0
     by_column = x.new_empty(n_parts, n_columns, dtype=torch.float32)
@@ -118,6 +119,7 @@ def gradients(
     x, t = block.left[0].contiguous(), block.right[0].contiguous()
     dx, dt = (torch.zeros_like(rows, dtype=torch.float32) for rows in (x, t))
     bias_sum = x.new_zeros((), dtype=torch.float32)
+    # dz is written in the inputs' dtype, so it is computed for weights of at most 1.
     unit, weights = _normalised(upstream)
     saved = [without_empty(statistic).float() for statistic in statistics]
 
