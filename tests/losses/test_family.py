@@ -71,10 +71,15 @@ def data() -> dict[str, Tensor]:
     }
 
 
-LEAVES = ("image", "text", "scale", "bias", "negatives", "negative_image", "counterfactual", "image_views", "text_views",
-          "view_scale", "caption_logits", "concept_logits")  # fmt: skip
-NEVER = ("ema_image", "ema_text", "ema_negatives", "teacher_image", "teacher_text", "teacher_scores", "queue_image",
-         "queue_text")  # teachers get no gradient  # fmt: skip
+LEAVES = (
+    "image", "text", "scale", "bias", "negatives", "negative_image", "counterfactual",
+    "image_views", "text_views", "view_scale", "caption_logits", "concept_logits",
+)  # fmt: skip
+# Teachers get no gradient.
+NEVER = (
+    "ema_image", "ema_text", "ema_negatives", "teacher_image", "teacher_text", "teacher_scores",
+    "queue_image", "queue_text",
+)  # fmt: skip
 
 
 # Loops, straight from the equations

@@ -85,7 +85,7 @@ def loop(name, options, step, kept):
 
 
 def as_rows(kept, individual):
-    """What a checkpoint should hold: log u of image and text, then τ and v where they are learned."""
+    """What a checkpoint should hold: log u of image and text, then τ and v where learned."""
     unseen = [0.0, 0.1, 0.0]
     found = []
     for sample in range(N):

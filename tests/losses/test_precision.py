@@ -45,8 +45,10 @@ CASES = [
     ("distill", {"form": "concepts"}),
     ("captioning", {}),
 ]
-DIFFERENTIATED = ("image", "text", "scale", "negatives", "negative_image", "counterfactual", "image_views", "text_views",
-                  "concept_logits", "caption_logits")  # fmt: skip
+DIFFERENTIATED = (
+    "image", "text", "scale", "negatives", "negative_image", "counterfactual", "image_views",
+    "text_views", "concept_logits", "caption_logits",
+)  # fmt: skip
 
 
 def aligned(gap: float) -> dict[str, Tensor]:
