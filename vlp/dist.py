@@ -104,6 +104,7 @@ def subgroup(ranks: Sequence[int]) -> Group:
     Collective among the members only.
     """
     ranks = tuple(ranks)
+    # What needs no new process group gets none.
     if len(ranks) == 1:
         return Group(ranks)
     if ranks == tuple(range(world_size())):
@@ -196,6 +197,7 @@ class Shift:
         target = group.ranks[(group.index + 1) % group.size]
         source = group.ranks[group.index - 1]
 
+        # Both directions in one batch, so that no rank waits for another's turn.
         self.sent = [tensor.contiguous() for tensor in tensors]  # held until the transfer is over
         self.received = [torch.empty_like(tensor) for tensor in self.sent]
         operations = [

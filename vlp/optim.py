@@ -31,6 +31,7 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     ValueError if there is none.
     """
+    # By name and shape, so that a new parameter always falls into one of the two.
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
