@@ -40,12 +40,15 @@ def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers(warmup, found
 def test_a_run_with_such_a_warmup_does_not_start(scenes, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        f"out: {tmp_path / 'run'}\ndata: {{sources: [{{name: shards, path: {scenes / 'train'}}}], workers: 0}}\n"
+        f"out: {tmp_path / 'run'}\n"
+        f"data: {{sources: [{{name: shards, path: {scenes / 'train'}}}], workers: 0}}\n"
         "model:\n"
-        "  image_tower: {name: vit, image_size: 16, patch_size: 8, width: 16, layers: 1, head_width: 16}\n"
+        "  image_tower:\n"
+        "    {name: vit, image_size: 16, patch_size: 8, width: 16, layers: 1, head_width: 16}\n"
         "  text_tower: {name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}\n"
         "  embed_dim: 16\n"
-        "train: {duration: 5, batch: 32, precision: float32, optimizer: {warmup: 10000}}\nobjective: {infonce: {}}\n"
+        "train: {duration: 5, batch: 32, precision: float32, optimizer: {warmup: 10000}}\n"
+        "objective: {infonce: {}}\n"
     )
     with pytest.raises(ValueError, match="warmup is 10,000 steps, but the run has 5"):
         train(config.load(path))
@@ -57,7 +60,8 @@ def test_a_run_with_such_a_warmup_does_not_start(scenes, tmp_path):
     [
         (
             {"infonce": {"weight": {"start": 1, "end": 0.5, "steps": 101}}},
-            r"objective.infonce.weight moves over 101 steps, but the run has 100: it would never reach 0\.5",
+            "objective.infonce.weight moves over 101 steps, but the run has 100: "
+            r"it would never reach 0\.5",
         ),
         ({"fastclip": {"gamma_steps": 200}}, "gamma_steps is 200, but the run has 100 steps"),
     ],

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,18 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(**json.loads(args.worker))))
         return
-    rows = [
-        row
-        for dim in args.dim
-        for batch in args.batch
-        for method in args.methods
-        if (row := in_own_process(args, method, batch, dim)) is not None
-    ]
+
+    rows = []
+    for dim, batch, method in product(args.dim, args.batch, args.methods):
+        row = in_own_process(args, method, batch, dim)
+        if row is not None:
+            rows.append(row)
     compare(rows)
+
     notes = (
-        "Median of the repeats. floor: 8B²D FLOPs at the matmul rate measured in the same process; extra memory: peak "
-        "above the embeddings; against open_clip: the ratio of times and of extra memory at the same B and D."
+        "Median of the repeats. floor: 8B²D FLOPs at the matmul rate measured in the same process; "
+        "extra memory: peak above the embeddings; against open_clip: the ratio of times and of "
+        "extra memory at the same B and D."
     )
     report.publish(args.section, "Contrastive loss, forward and backward", rows, args, notes)
 
@@ -151,7 +153,10 @@ def measure(
 
 
 def loss_of(method: str, device: Any) -> Callable[..., Any]:
-    """(image, text, scale) -> loss; exits with 'unavailable' where a package or device is missing."""
+    """(image, text, scale) -> loss.
+
+    Exits with 'unavailable' where a package or device is missing.
+    """
     import torch
 
     name = method.split()[0]

@@ -44,7 +44,7 @@ class Case:
 
 
 def pairs_of(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Unit rows [B, D] of both towers: random, or aligned with cosines about .2, .45, .9 in turn."""
+    """Unit rows [B, D] of both towers: random, or aligned with cosines .2, .45, .9 in turn."""
     generator = torch.Generator().manual_seed(seed + case.B)
     x, noise = (
         F.normalize(torch.randn(case.B, D, generator=generator, dtype=torch.float64), dim=1)

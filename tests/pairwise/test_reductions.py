@@ -348,7 +348,7 @@ def gradients_of(value: Tensor, d: Data) -> list:
 
 
 def on_rank(plans: list[tuple[str, str]]) -> list[list]:
-    """[plan][reduction] -> value share and this rank's gradients of the leaves of the whole batch."""
+    """[plan][reduction] -> value share and this rank's gradients of the whole batch's leaves."""
     results = []
     for impl, topology in plans:
         backend = Backend(topology=Topology.read(topology), impl=impl, tile_size=3)

@@ -57,7 +57,9 @@ warnings.simplefilter("ignore")
 from vlp.pairwise import triton
 print(json.dumps([
     [mode, dtype, name, kernel.metadata.shared, "wgmma" in kernel.asm["ptx"]]
-    for mode, dtype, D in (("margin", "bf16", 512), ("margin", "fp32", 24), ("softplus", "bf16", 512))
+    for mode, dtype, D in (
+        ("margin", "bf16", 512), ("margin", "fp32", 24), ("softplus", "bf16", 512)
+    )
     for name, kernel in triton.compile_ahead(D, dtype, mode).items()
 ]))
 """

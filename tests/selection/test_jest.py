@@ -151,12 +151,16 @@ data:
   sources: [{{name: shards, path: {data}}}]
   workers: 0
 model:
-  image_tower: {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16, patch_dropout: 0.25}}
+  image_tower:
+    {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16,
+      patch_dropout: 0.25}}
   text_tower: {{name: transformer, context_length: 24, width: 32, layers: 1, heads: 2}}
   embed_dim: 16
   scale: {{init: 10}}
   bias: -10
-train: {{duration: 6, batch: 16, micro_batches: 2, precision: float32, device: cpu, optimizer: {{lr: 1e-2}}}}
+train:
+  {{duration: 6, batch: 16, micro_batches: 2, precision: float32, device: cpu,
+    optimizer: {{lr: 1e-2}}}}
 objective: {{siglip: {{}}}}
 log: {{every: 1}}
 checkpoint: {{every: 3, keep: 2}}

@@ -341,7 +341,8 @@ from vlp.models.dual_encoder import load
 model = load("hf-hub:someone/joined").eval()
 pixels, ids = model.members[0].example(2)
 with torch.no_grad():
-    print(json.dumps([model.embed_dim, (model(pixels, ids).image @ model(pixels, ids).text.T).tolist()]))
+    scores = model(pixels, ids).image @ model(pixels, ids).text.T
+    print(json.dumps([model.embed_dim, scores.tolist()]))
 """
 
 
