@@ -77,6 +77,7 @@ def learning_rate(options: Optimizer, step: int, warmup: int, total: int) -> flo
         lr·(step + 1)/warmup                      for step < warmup,
         lr·(f + (1 − f)·(1 + cos π·p)/2)          after it, p = (step − warmup)/(total − warmup).
     """
+    # The first update learns already: 1/warmup, not 0.
     if step < warmup:
         return options.lr * (step + 1) / warmup
 

@@ -56,6 +56,7 @@ def build(
         )
     terms = [_for_run(term, samples, steps) for term in terms]
 
+    # A topology that does not fit the ranks raises here, not at the first step.
     backend = Backend(
         ranks=dist.group_of(group),
         topology=Topology.read(topology),

@@ -40,6 +40,8 @@ class Moving:
         """γ of a step; with an unknown number of steps it stays at `gamma`."""
         if self.gamma_end is None or self.gamma_steps is None:
             return self.gamma
+
+        # The cosine ends at gamma_steps and stays there.
         progress = min(step / self.gamma_steps, 1.0)
         cosine = 1 + math.cos(math.pi * progress)
         return self.gamma_end + (self.gamma - self.gamma_end) * cosine / 2
@@ -94,6 +96,7 @@ def for_run(options: AnyMoving, samples: int | None, steps: int | None) -> AnyMo
     if options.gamma_end is None or steps is None:
         return options
 
+    # Half the run, as FastCLIP does.
     if options.gamma_steps is None:
         return replace(options, gamma_steps=max(steps // 2, 1))
     if options.gamma_steps > steps:

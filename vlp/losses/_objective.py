@@ -153,6 +153,7 @@ class Objective:
         self, plugin: Plugin, inputs: Inputs, pairs: Pairs
     ) -> tuple[Tensor, dict[str, Tensor | Write]]:
         """(value, new state) of one term; the new state of a term without one is empty."""
+        # A term does not know its label: errors get it here.
         stateful = plugin.label in self.state
         arguments = [self.state[plugin.label]] if stateful else []
         try:
@@ -165,6 +166,7 @@ class Objective:
 
     def commit(self, moves: Moves) -> None:
         """Move the state as an evaluation found. Collective if it holds numbers of each sample."""
+        # A table stores its rows; other state is replaced.
         for label, move in moves.items():
             self.state[label] = {
                 name: value.apply() if isinstance(value, Write) else value.detach()
@@ -286,6 +288,7 @@ class Objective:
         return different
 
     def _check_candidates(self, n_rows: int) -> None:
+        # After the shapes, on which ranks have agreed: all of them raise alike.
         n = self.candidates(n_rows)
         for plugin in self.plugins:
             least = getattr(plugin.module, "MIN_CANDIDATES", 1)

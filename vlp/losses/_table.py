@@ -116,6 +116,7 @@ class Table:
         return -(-self.samples // self.ranks.size)
 
     def _make_room(self, ids: Tensor) -> None:
+        # An id beyond a known number of samples is an error of the data, no reason to grow.
         lowest, highest = ids.aminmax()
         if lowest < 0 or (not self.grows and highest >= self.samples):
             raise ValueError(

@@ -46,6 +46,8 @@ class Options:
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
+
+    # The mean of the margins, without InfoNCE's softplus around them.
     if not options.weighted:
         return pairs.mean((rows + columns) / 2 - positive)
 

@@ -145,6 +145,7 @@ def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 def intra(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """A text must score higher with its image than with any hard caption of the group."""
+    # The text is the anchor: what competes with its image is text, too.
     wide = inputs.wide()
     positive = torch.as_tensor(inputs.scale) * (wide.image * wide.text).sum(1)
     return pairs.mean(softplus(_all_captions(inputs, pairs, inputs.text) - positive))
@@ -235,6 +236,7 @@ def _own_scores(
     scale: Tensor | float,
 ) -> Tensor:
     """Scores of each anchor with its positive, then its captions, [b, 1 + K]; −∞ if not valid."""
+    # −∞ leaves a caption out of every sum.
     candidates = torch.cat([positive.unsqueeze(1), inputs.negatives], 1)
     z = torch.as_tensor(scale) * torch.einsum("bd,bkd->bk", anchor, candidates)
     return torch.cat([z[:, :1], z[:, 1:].masked_fill(~inputs.negatives_valid, -torch.inf)], 1)
@@ -242,5 +244,6 @@ def _own_scores(
 
 def _focal(q: Tensor, γ: float) -> Tensor:
     """(1 − p)^γ (−log p) of a probability p = σ(−q), by the logarithm of 1 − p = σ(q)."""
+    # 1 − p itself would round to 0 where p is near 1.
     loss = softplus(q)
     return loss * (-γ * softplus(-q)).exp() if γ else loss

@@ -13,7 +13,7 @@ Relations:
   arXiv 2401.15896)
 
 Papers:
-- CLIP (arXiv 2103.00020, figure 3): `objective: {infonce: {}}`
+- CLIP (arXiv 2103.00020): `objective: {infonce: {}}`
 - ALIGN (arXiv 2102.05918): `objective: {infonce: {label_smoothing: 0.1}}`
 - ConVIRT (arXiv 2010.00747): `objective: {infonce: {image_weight: 0.75}}`
 

@@ -132,6 +132,7 @@ def _mixed_logsumexp(
     options: Options,
 ) -> Tensor:
     """log Σ over the mixtures of each query, [b]."""
+    # Mixtures are constants: only the query that they are compared with learns.
     with torch.no_grad():
         rows = first_row + torch.arange(len(query), device=query.device)
         mixed = mix(query, queue, hardest, draws(rows, seed, options.n_mixed), options)

@@ -48,6 +48,7 @@ class Options:
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     inputs = inputs.wide()
+    # Images look for texts in the texts' queue, and the other way round.
     scale = 1 / options.temperature
     rows = direction(inputs.image, inputs.ema_text, inputs.queue_text, scale, pairs)
     columns = direction(inputs.text, inputs.ema_image, inputs.queue_image, scale, pairs)

@@ -47,6 +47,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         raise ValueError(
             f"found {len(inputs.image_views)} image views, expected at least 2; raise data.views.n"
         )
+
     first, second = inputs.image_views[:2]
     scale = 1 / options.temperature
     rows, columns, positive = pairs.logsumexp(first, second, scale)

@@ -55,6 +55,7 @@ class Backend:
 
     def group(self, step: int = 0) -> dist.Group:
         """The ranks that share candidates with this one now (collective when first met)."""
+        # Every rank derives the same partition, so that members meet in the same call.
         partition = self.topology.partition(self.ranks.size, step, self.seed)
         positions = next(members for members in partition if self.ranks.index in members)
 

@@ -86,6 +86,7 @@ def _gather_once(tensors: tuple[Tensor, ...], group: dist.Group) -> tuple[Tensor
 
 def _to_owners(kind: str, partial: Tensor, group: dist.Group) -> Tensor:
     """[n] partial column statistics of each rank -> [b] statistics of this rank's own columns."""
+    # Alone, they are whole already.
     if group.size == 1:
         return partial
     if kind == SUM:

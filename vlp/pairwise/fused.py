@@ -92,6 +92,7 @@ class Margin:
         self, z: Tensor, rows: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor
     ) -> Tensor:
         """dz with an exponential each way, for tiles too wide for one."""
+        # Statistics are float64, the tile is not.
         rows, by_row = (v.to(z.dtype).unsqueeze(1) for v in (rows, by_row))
         d = (z - rows).exp_().mul_(by_row)
         if self.both_ways:
@@ -124,6 +125,7 @@ class Margin:
 
     def _exponentials(self, z: Tensor, pairs: _Diagonal) -> Memo:
         """(E, shift) with the positives at 0; or (z, None) with the positives at −∞."""
+        # Small scores need no look at the tile's range.
         if self.unshifted:
             e, shift = z.exp_(), 0.0
         else:
@@ -208,6 +210,7 @@ class _Diagonal:
 
     def _rows(self, matrix: Tensor) -> slice:
         """The rows whose own entry lies in this tile."""
+        # A diagonal that enters the tile from the left begins in a later row.
         start = max(0, -self.offset)
         return slice(start, start + matrix.diagonal(self.offset).shape[0])
 

@@ -35,6 +35,7 @@ def _scores(
     BK: tl.constexpr,
 ):
     """z = scale·x·tᵀ + bias of one tile [BM, BN], float32."""
+    # int64: rows × D passes 2³¹ at large batches.
     depth = tl.arange(0, BK)
     left = x + rows[:, None].to(tl.int64) * D + depth[None, :]
     right = t + columns[:, None].to(tl.int64) * D + depth[None, :]
@@ -124,6 +125,7 @@ def statistics_kernel(
                     mask=columns < n_columns,
                 )
 
+    # These rows over these columns only: the caller merges the spans.
     if MODE != "softplus":
         total = tl.where(highest == float("-inf"), 0.0, highest) + tl.log(total)
     out = span.to(tl.int64) * n_rows + rows
@@ -170,6 +172,7 @@ def weights_kernel(
     if MODE == "softplus":
         dz = weight[:, None] * tl.sigmoid(z)
     else:
+        # +∞ past the end: e^{z − ∞} is 0.
         statistic = tl.load(row_statistic + rows, mask=here, other=float("inf"))
         dz = weight[:, None] * tl.exp(z - statistic[:, None])
         if COLUMNS:

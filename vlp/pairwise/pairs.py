@@ -254,6 +254,7 @@ class Pairs:
 def _multiples(multiples: tuple[float, ...]) -> Reduction:
     """Log-sum-exps of m·z, row and column, for each m, and the positive z_ii."""
 
+    # The same matrices serve rows and columns.
     def function(tile: Tile) -> tuple[Tensor, ...]:
         z, positive = tile.shared[0] * tile.scores[0], tile.positive
         others = tuple((m * z).masked_fill(positive, -torch.inf) for m in multiples)

@@ -52,6 +52,7 @@ class Recompute:
         matrices, n_row_kinds = self.reduction.function(tile), len(self.reduction.rows)
         partials = []
         for i, (matrix, kind) in enumerate(zip(matrices, self.reduction.kinds)):
+            # A row statistic sums over columns.
             along_columns = i < n_row_kinds
             partials.append(reduce_matrix(matrix, kind, dim=1 if along_columns else 0))
         return partials, tile.scores

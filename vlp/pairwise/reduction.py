@@ -108,6 +108,7 @@ class Reduction:
 
 def negatives(tile: Tile) -> tuple[Tensor, ...]:
     """z = scale·s (+ column offsets): LSE_{j≠i} z_ij, the positive z_ii, LSE_{i≠j} z_ij."""
+    # −∞ leaves a log-sum-exp as it is, 0 a sum.
     z, positive = _scaled(tile), tile.positive
     others = z.masked_fill(positive, -torch.inf)
     return others, z.masked_fill(~positive, 0), others
@@ -152,6 +153,7 @@ def softplus(z: Tensor) -> Tensor:
 
 def logsumexp(values: Tensor, dim: int) -> Tensor:
     """log Σ e^v; −∞ with zero gradient where all values are −∞ (torch's gradient is NaN there)."""
+    # Rows that are all −∞ are computed from zeros, which keeps their gradient finite.
     empty = (values == -torch.inf).all(dim, keepdim=True)
     result = torch.logsumexp(values.masked_fill(empty, 0), dim)
     return result.masked_fill(empty.squeeze(dim), -torch.inf)
@@ -179,6 +181,7 @@ def empty_statistic(kind: str, size: int, device: torch.device) -> Tensor:
 
 def merge(kind: str, first: Tensor, second: Tensor) -> Tensor:
     """The statistic of two parts together, from the statistics of each."""
+    # No gradient passes here, so that torch's own will do.
     return first + second if kind == SUM else torch.logaddexp(first, second)
 
 

@@ -39,6 +39,7 @@ class Ring(torch.autograd.Function):
         group, n_row_kinds = execution.group, len(reduction.rows)
         n_rows, device = block.shape[0], block.left[0].device
 
+        # No tile is kept for backward: memory must not grow with the group.
         rows = [empty_statistic(kind, n_rows, device) for kind in reduction.rows]
         columns: list[list[Any]] = [[None] * group.size for _ in reduction.columns]
         for owner, visitor in _visitors(block, group):

@@ -253,6 +253,7 @@ def _tile_size(block: Block, tile_size: int) -> int:
 
 def _row_tiles(program: Program, block: Block, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """(rows, their left matrices in the accumulation dtype, times the scale if `prescaled`)."""
+    # The scale goes into the rows: b·D products instead of b·n.
     for rows in slices(block.shape[0], size):
         left = [widened(x[rows]) for x in block.left]
         yield rows, [left[0] * block.shared[0]] if program.prescaled else left

@@ -57,6 +57,7 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
     if not supports(reduction, block):
         return tiled.reduce(reduction, block, kept, tile_size)
 
+    # The kernels compute addresses from D alone.
     x, t, (n_rows, n_columns) = block.left[0].contiguous(), block.right[0].contiguous(), block.shape
     sizes = [n_rows, n_rows, n_columns]
     totals = [empty_statistic(kind, n, x.device) for kind, n in zip(reduction.kinds, sizes)]

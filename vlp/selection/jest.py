@@ -207,6 +207,7 @@ class Chooser:
         and nothing is remembered between steps: the bits of a row may depend on its place and on
         the shape of its batch, and a resumed run must find the same ones.
         """
+        # Evaluation mode: dropout would make the scores, and so the choice, random.
         learner_rows, reference_rows = [], []
         model.eval()
         for part in parts:

@@ -46,6 +46,7 @@ class Options:
 
 def open(options: Options, config: Config, *_: Any) -> Selection:
     """The order of `vlp.data.cells`; nothing is chosen after loading."""
+    # The order does the work: each global batch is of one cell.
     batch = config.train.batch
     mixture = partial(Cells, labels=options.labels, batch=batch, small=options.small)
     return Selection(batch, mixture)
