@@ -50,6 +50,7 @@ def test_a_run_with_such_a_warmup_does_not_start(scenes, tmp_path):
         "train: {duration: 5, batch: 32, precision: float32, optimizer: {warmup: 10000}}\n"
         "objective: {infonce: {}}\n"
     )
+
     with pytest.raises(ValueError, match="warmup is 10,000 steps, but the run has 5"):
         train(config.load(path))
     assert not (tmp_path / "run").exists()
@@ -69,6 +70,7 @@ def test_a_run_with_such_a_warmup_does_not_start(scenes, tmp_path):
 def test_schedules_longer_than_the_run_are_refused(objective, message):
     build(objective)
     build(objective, steps=200)
+
     with pytest.raises(ValueError, match=message):
         build(objective, steps=100)
 
@@ -76,6 +78,7 @@ def test_schedules_longer_than_the_run_are_refused(objective, message):
 def test_decay_covers_matrices_only():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     decayed, plain = optim.groups(model, 0.1)
+
     assert decayed["params"] == [model[0].weight] and len(plain["params"]) == 3
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert isinstance(optim.build(model, Optimizer()), torch.optim.AdamW)

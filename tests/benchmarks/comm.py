@@ -58,6 +58,7 @@ def measure(args: argparse.Namespace, n_ranks: int) -> list[dict[str, Any]]:
     """A row for every topology that fits the number of ranks, and one for open_clip."""
     names = [*(name for name in TOPOLOGIES if fits(TOPOLOGIES[name], n_ranks)), "open_clip"]
     by_rank = ranks.run(n_ranks, count, names, args.rows, args.dim, args.dtype, timeout_s=300)
+
     assert all(counts == by_rank[0] for counts in by_rank), "ranks send alike"
 
     rows = []

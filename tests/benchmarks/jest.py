@@ -137,6 +137,7 @@ def compare(out: Path, title: str, key: str, seeds: list[int]) -> list[dict[str,
     """A row an arm: final score, and what it took to reach the best score of uniform sampling."""
     curves = {(arm, seed): curve(out / name(arm, seed), key) for arm in ARMS for seed in seeds}
     levels = {seed: max(score for _, score in curves["uniform", seed]) for seed in seeds}
+
     rows = []
     for arm in ARMS:
         reached = [
@@ -161,6 +162,7 @@ def compare(out: Path, title: str, key: str, seeds: list[int]) -> list[dict[str,
                 "work to it": passes,
             }
         )
+
     return rows
 
 

@@ -65,6 +65,7 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(**json.loads(args.worker))))
         return
+
     rows: list[dict[str, Any]] = []
     for term in args.terms:
         smaller = None
@@ -73,6 +74,7 @@ def main() -> None:
             row["growth"] = row["extra MiB"] / smaller if smaller and row["extra MiB"] else None
             smaller = row["extra MiB"]
             rows.append(row)
+
     notes = (
         "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
         "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
@@ -87,6 +89,7 @@ def in_own_process(args: argparse.Namespace, term: str, batch: int) -> dict[str,
     command = [sys.executable, __file__, "--worker", json.dumps(work)]
     row: dict[str, Any] = {"term": term, "B": batch, "D": args.dim}
     empty = dict.fromkeys(("ms", "extra MiB"))
+
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s)
     except subprocess.TimeoutExpired:
@@ -97,6 +100,7 @@ def in_own_process(args: argparse.Namespace, term: str, batch: int) -> dict[str,
         else:
             errors = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
             row, note = row | empty, errors[-1][:80]
+
     row |= {
         "embeddings MiB": 2 * batch * args.dim * 4 / 2**20,
         "one matrix MiB": batch**2 * 4 / 2**20,

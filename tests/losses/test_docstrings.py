@@ -31,6 +31,7 @@ def test_needs_are_those_of_the_defaults(name):
     (term,) = plugin.keyed("vlp.losses", {name: {}})
     optional = getattr(term.module, "OPTIONAL", frozenset())
     named = re.split(r"[;.]", sections(name)["Needs"])[0]
+
     assert set(re.findall(r"\w+", named)) == reads([term]) - optional
 
 
@@ -42,4 +43,5 @@ def test_configurations_of_papers_are_valid():
             build(objective, samples=8, steps=8)
             assert name in objective, f"{name}: {text}"
             n += 1
+
     assert n >= len(NAMES)

@@ -245,11 +245,13 @@ def mixed_truth(case: Case) -> list[Tensor]:
     out = model(x, t)
     loss = loss_of("infonce", out.image, out.text, out.scale, out.bias)
     captions, wrong = (F.normalize(e @ model.text, dim=-1) for e in (captions, wrong))
+
     own, n = torch.zeros(()), 0
     for i in range(case.B):
         if valid[i].any():
             z = [out.scale * (out.image[i] @ c) for c in (out.text[i], *captions[i][valid[i]])]
             own, n = own + torch.logsumexp(torch.stack(z), 0) - z[0], n + 1
+
     loss = loss + 0.7 * own / n
     gaps = [
         (out.image[i] @ wrong[i]) - (out.image[i] @ out.text[i])

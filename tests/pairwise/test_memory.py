@@ -38,6 +38,7 @@ def extra_memory(method: str, B: int, D: int) -> float:
         timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
+
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

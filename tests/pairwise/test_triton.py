@@ -44,6 +44,7 @@ def test_kernels_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.pairwise.test_triton"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     for case, found in zip(CASES, results):
@@ -75,6 +76,7 @@ def test_kernels_compile_for_hopper():
         text=True,
         timeout=200,
     )
+
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
     for _, dtype, _, shared, tensor_cores in kernels:
