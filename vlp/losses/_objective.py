@@ -270,9 +270,11 @@ class Objective:
         """The problems of all ranks, or those between them: every rank raises what one found."""
         ranks = self.backend.ranks
         by_rank = dist.gather_objects((problems, shapes), ranks)
-        all_problems = [problem for problems, _ in by_rank for problem in problems]
+        all_problems = {}  # a dict keeps their order, and each of them once
+        for rank_problems, _ in by_rank:
+            all_problems |= dict.fromkeys(rank_problems)
         if all_problems:
-            return list(dict.fromkeys(all_problems))
+            return list(all_problems)
 
         # Each rank is right by itself: compare them.
         different = []

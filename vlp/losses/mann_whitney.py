@@ -112,8 +112,8 @@ def _gaps(scores: Tensor, positives: Tensor, τ: float) -> Iterator[tuple[Tensor
     size = max(BLOCK // scores.numel(), 1)
     for start in range(0, len(positives), size):
         block = slice(start, start + size)
-        own = positives[block].view(-1, *[1] * scores.dim())
-        yield (scores - own) / τ, block
+        compared = positives[block].view(-1, *[1] * scores.dim())
+        yield (scores - compared) / τ, block
 
 
 def curve(positives: Tensor, τ: float) -> tuple[Tensor, Tensor]:

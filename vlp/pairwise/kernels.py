@@ -100,11 +100,11 @@ def statistics_kernel(
     for first in range(start, min(start + SPAN * BN, n_columns), BN):
         columns = first + tl.arange(0, BN)
         z = _scores(x, t, rows, columns, n_rows, n_columns, scale, bias, D, BM, BN, BK)
-        own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
-        positive += tl.sum(tl.where(own, z, 0.0), 1)
+        is_pair = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
+        positive += tl.sum(tl.where(is_pair, z, 0.0), 1)
 
         # Rows and columns past the end were read as zeros; own pairs are no negatives.
-        real = (rows[:, None] < n_rows) & (columns[None, :] < n_columns) & (own == 0)
+        real = (rows[:, None] < n_rows) & (columns[None, :] < n_columns) & (is_pair == 0)
         if MODE == "softplus":
             total += tl.sum(tl.where(real, _softplus(z), 0.0), 1)
         else:
@@ -181,8 +181,8 @@ def weights_kernel(
             dz += weight[None, :] * tl.exp(z - statistic[None, :])
 
     # The positive is a statistic of its own, with a weight of its own.
-    own = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
-    dz = tl.where(own, tl.load(positive_weight + rows, mask=here, other=0.0)[:, None], dz)
+    is_pair = (rows[:, None] + offset == columns[None, :]) & (paired != 0)
+    dz = tl.where(is_pair, tl.load(positive_weight + rows, mask=here, other=0.0)[:, None], dz)
 
     # Rows and columns past the end were read as zeros, whose z is the bias.
     real = here[:, None] & there[None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -77,7 +78,7 @@ class Recompute:
                     _weight(matrix.detach(), kind, statistics[i], upstream[i], by_row=by_row)
                 )
 
-        differentiable = [leaf for group in leaves for leaf in group if leaf.requires_grad]
+        differentiable = [leaf for leaf in chain(*leaves) if leaf.requires_grad]
         gradients = iter(torch.autograd.grad(outputs, differentiable, weights, allow_unused=True))
         by_group = []
         for group in leaves:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 from vlp import schema
@@ -124,20 +124,25 @@ def rotation(n_ranks: int, size: int, seed: int = 0) -> tuple[Partition, ...]:
 
 
 def _next_partition(order: list[int], size: int, strangers: list[set[int]]) -> Partition:
+    """A partition whose groups hold ranks that have met each other least so far."""
+
+    def n_strangers(rank: int) -> int:
+        return len(strangers[rank])
+
     # Whoever still has most to meet chooses first: that keeps the cycle short.
-    free = sorted(order, key=lambda rank: -len(strangers[rank]))
+    free = sorted(order, key=n_strangers, reverse=True)
 
     groups = []
     while free:
         group = [free.pop(0)]
         while len(group) < size:
-            best = max(free, key=lambda rank: _n_new(rank, group, strangers))
+            best = max(free, key=partial(_n_new, group, strangers))
             free.remove(best)
             group.append(best)
         groups.append(tuple(sorted(group)))
     return tuple(sorted(groups))
 
 
-def _n_new(rank: int, group: list[int], strangers: list[set[int]]) -> int:
+def _n_new(group: list[int], strangers: list[set[int]], rank: int) -> int:
     """How many of the group this rank has not met."""
     return sum(rank in strangers[mate] for mate in group)
