@@ -3,18 +3,16 @@
 Each rank owns b rows and brings its own b columns; the columns of the whole group, n = g·b, are its
 candidates. In the gathered form, which this file holds, one tower moves:
 
-    forward    gather the columns' tensors of the group          b → n columns
-               stream the b × n tiles once                       this rank's row statistics, and
-                                                                 PARTIAL statistics of n columns
-               send these to the columns' owners, who merge them n numbers
-    backward   the owners send the columns' upstream weights back by the same way
-               stream the tiles again                            gradients of b rows, and partial
-                                                                 gradients of all n columns
-               reduce-scatter the latter with SUM                n → b columns
+    forward    gather the columns' tensors of the group: b → n columns
+               stream the b × n tiles once: statistics of b rows, and PARTIAL ones of n columns
+               send the latter to the columns' owners, where they are merged: n numbers
+    backward   the owners send the columns' upstream weights back by the same way: n numbers
+               stream the tiles again: gradients of b rows, and partial ones of n columns
+               reduce-scatter the latter with SUM: n → b columns
 
-Using one's own upstream weights for foreign columns would give the right loss and gradients that
-are 15 % wrong; hence the way back. With `exchange: ring` columns travel instead (`ring.py`): the
-same statistics in O(b·D) memory instead of O(n·D).
+With upstream weights of its own for foreign columns a rank would get the right loss, and gradients
+that are 15 % wrong; hence the way back. With `exchange: ring` columns travel instead (`ring.py`):
+the same statistics in O(b·D) memory instead of O(n·D).
 """
 
 from __future__ import annotations
