@@ -90,6 +90,7 @@ def group_of(handle: Any | None) -> Group:
     if handle is None:
         return world()
     ranks = tuple(torch_dist.get_process_group_ranks(handle))
+    # Collectives need this rank's place in the group.
     if rank() not in ranks:
         raise ValueError(
             f"rank {rank()} is not in the process group of ranks {ranks}; pass a group that "
@@ -232,6 +233,7 @@ def _scatter_sum(value: Tensor, group: Group) -> Tensor:
 
 
 def _sum(value: Tensor, group: Group) -> Tensor:
+    # torch reduces in place, and the value belongs to the caller's graph.
     result = value.contiguous().clone()
     torch_dist.all_reduce(result, group=group.handle)
     return result
@@ -253,6 +255,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
+        # Autograd enables gradients inside a backward only where a graph of it is wanted.
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "create_graph=True: gradients of objectives and of exchanges between ranks cannot "

@@ -37,4 +37,5 @@ class Common:
 
     def weight_at(self, step: int | None) -> float:
         """The weight of a step; None: of the first."""
+        # Without a step a schedule stands at its start.
         return self.weight.at(step or 0) if isinstance(self.weight, Schedule) else self.weight

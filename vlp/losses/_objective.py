@@ -91,6 +91,7 @@ class Objective:
     def __init__(self, plugins: list[Plugin], backend: Backend, normalize: bool = False) -> None:
         self.plugins, self.backend, self.normalize = plugins, backend, normalize
 
+        # What each term needs is known before the first call, and refused by name in it.
         self.required = {plugin.label: _needs(plugin) for plugin in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
         self.reads = reads(plugins).union(ALWAYS, {"step"})

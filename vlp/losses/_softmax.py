@@ -22,6 +22,7 @@ def margin(
     −∞ with zero gradient where no other entry takes part.
     """
     place = torch.as_tensor(target, device=scores.device).expand(scores.shape[:-1]).unsqueeze(-1)
+    # The entry itself leaves the sum, where it would cancel.
     others = scores.scatter(-1, place, -torch.inf)
     return logsumexp(others, -1) - scores.gather(-1, place).squeeze(-1)
 

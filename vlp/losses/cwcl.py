@@ -54,7 +54,8 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         frozen, other = other, frozen
     rows, columns, positive = pairs.logsumexp(frozen, other, inputs.scale)
 
-    # Σ_j w_ij (s_ij − s_ii) and Σ_j w_ij of each row.
+    # Σ_j w_ij (s_ij − s_ii) and Σ_j w_ij of each row. Rounding may take a cosine below −1, where
+    # the power of a negative number would be NaN.
     def weighted(tile: Tile) -> tuple[Tensor, ...]:
         w = ((1 + tile.scores[1]) / 2).clamp(min=0) ** options.sharpening
         gaps = (tile.scores[0] - tile.row_values[0].unsqueeze(1)).masked_fill(tile.positive, 0)

@@ -50,6 +50,7 @@ class Options(_moving_options.Individual):
 
 
 def needs(options: Options) -> frozenset[str]:
+    # v1 and v2 have temperatures of their own.
     scale = {"scale"} if options.version == "v3" else set()
     return frozenset({"image", "text", "sample_id"} | scale)
 
@@ -62,6 +63,7 @@ def initial_state(options: Options) -> State:
 
 def term(inputs: Inputs, pairs: Pairs, options: Options, state: State) -> tuple[Tensor, State]:
     """This rank's share of L, and the moved estimates (and, with v2, temperatures)."""
+    # The versions differ in what τ is: a constant, a number of each sample, the model's.
     if options.version == "v1":
         return _moving.fixed(inputs, pairs, options, state, options.temperature)
     if options.version == "v2":

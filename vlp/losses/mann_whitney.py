@@ -88,6 +88,7 @@ class Compare(torch.autograd.Function):
         ctx.τ = τ
         total, slope = torch.zeros_like(scores), torch.zeros_like(scores)
         for gap, _ in _gaps(scores, positives, τ):
+            # In this order: the sigmoid overwrites the gaps.
             total += softplus(gap).sum(0)
             slope += gap.sigmoid_().sum(0)
         return total, slope

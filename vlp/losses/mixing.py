@@ -92,6 +92,8 @@ def _from_queue(
 ) -> Tensor:
     """log Σ over the queue and the mixtures, [b]."""
     queue = filled(queue, len(query), pairs)
+
+    # The queue itself; while it is empty there is nothing to mix.
     log_sums = pairs.alone.row_logsumexp(query, queue, scale)
     if not options.n_mixed or not len(queue):
         return log_sums

@@ -56,5 +56,6 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
             views = replace(inputs, image=image, text=text, scale=scale)
             view_losses = view_losses + infonce.term(views, pairs, smoothed)
 
+    # The views weigh V/(1+V), and their mean divides by V².
     plain = infonce.term(inputs, pairs, infonce.Options())
     return (plain + view_losses / n_views) / (1 + n_views)

@@ -70,6 +70,7 @@ class Backend:
         """How this block is reduced over the candidates of `group`."""
         budget = self.memory_budget
         if budget is None:
+            # A matrix that appears twice is gathered once.
             distinct_columns = {id(matrix): matrix.nbytes for matrix in block.right}
             budget = 2 * group.size * sum(distinct_columns.values())
 

@@ -63,6 +63,7 @@ def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple
     if offset is not None:
         offset += group.index * block.right[0].shape[0]
 
+    # From here on the block is against the columns of all the group.
     whole = replace(
         block,
         right=_gather_once(block.right, group),

@@ -159,6 +159,8 @@ class Pairs:
         """
         reduction = _multiples(tuple(multiples))
         statistics = self.reduce(reduction, [image], [text], shared=[_number(scale, image)])
+
+        # The positive stands between the statistics of rows and those of columns.
         k = len(multiples)
         rows, positive, columns = statistics[:k], statistics[k], statistics[k + 1 :]
         return list(zip(rows, columns)), positive
@@ -168,6 +170,7 @@ class Pairs:
 
         x_i·Σ_j t_j needs no tile at all.
         """
+        # One row for each modality is all that ranks exchange.
         text_sum, image_sum = (
             dist.all_reduce(widened(rows).sum(0, keepdim=True), self.group)[0]
             for rows in (text, image)

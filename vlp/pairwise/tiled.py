@@ -45,6 +45,7 @@ class Kept:
 
     def offer(self, key: tuple[int, int], memo: Any, n_bytes: int) -> bool:
         """Whether the memo was kept."""
+        # First come, first kept: which tiles are kept changes no number.
         if n_bytes > self.budget:
             return False
         self.budget -= n_bytes
@@ -63,6 +64,7 @@ class Scratch:
 
     def take(self, k: int, m: int, n: int, like: Tensor) -> Tensor:
         """[m, n] for score matrix k, with the dtype and device of `like`."""
+        # Tiles at the edges are smaller: a view of the same memory.
         if k not in self.buffers or self.buffers[k].numel() < m * n:
             self.buffers[k] = like.new_empty(m * n)
         return self.buffers[k][: m * n].view(m, n)

@@ -57,6 +57,8 @@ class Topology:
     def group_size(self, n_ranks: int) -> int:
         """g for a run of `n_ranks` ranks; ValueError names the divisors when g is not one."""
         size = self.group or n_ranks
+
+        # Groups of unequal size would give rows unequal numbers of candidates.
         if n_ranks % size:
             divisors = [d for d in range(1, n_ranks + 1) if n_ranks % d == 0]
             raise ValueError(

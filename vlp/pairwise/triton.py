@@ -44,6 +44,7 @@ def check_device() -> None:
 
 def supports(reduction: Reduction, block: Block) -> bool:
     """Whether a kernel computes this; what it does not takes the tiled path."""
+    # The kernels know neither float64 nor masked columns.
     x = block.left[0]
     narrow = x.dtype != torch.float64 and not block.column_values
     return bool(reduction.fused) and narrow and (x.is_cuda or INTERPRETED)

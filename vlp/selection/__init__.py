@@ -61,5 +61,6 @@ def build(config: Config, model: DualEncoder, engine: Engine) -> Selection:
     if not config.selection:
         return Selection(config.train.batch)
 
+    # The configuration holds one at most.
     (plugin,) = config.selection
     return plugin.module.open(plugin.options, config, model, engine)

@@ -100,6 +100,7 @@ def open(options: Options, config: Config, model: DualEncoder, engine: Engine) -
 
     reference = teacher.frozen(options.reference, model, "selection.jest.reference")
     chooser = Chooser(options, reference.to(engine.device))
+    # Only now: the options may leave the bias to the reference.
     if chooser.bias is None:
         raise ValueError(
             f"{options.reference} has no logit bias, which the sigmoid loss needs; set "
