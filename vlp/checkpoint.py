@@ -21,7 +21,6 @@ pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -40,15 +39,42 @@ from vlp.models.dual_encoder import DualEncoder, from_description
 from vlp.models.dual_encoder import load as load_export
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
+from vlp.pretrained.runs import (
+    FOLDER,
+    CheckpointError,
+    all_of,
+    looks_complete,
+    newest,
+    not_finite,
+    resolve,
+    sha256,
+    verify,
+)
 from vlp.pretrained.weight_files import same_activation
 
-FOLDER = "checkpoints"
+__all__ = [
+    "ABANDONED",
+    "FOLDER",
+    "CheckpointError",
+    "Contents",
+    "abandon",
+    "all_of",
+    "check_alike",
+    "flat",
+    "load",
+    "load_any",
+    "load_model",
+    "nested",
+    "newest",
+    "not_finite",
+    "resolve",
+    "restore",
+    "save",
+    "verify",
+]
+
 ABANDONED = ".abandoned"  # ending of a checkpoint that the run did not go on from
 TENSORS = ("model", "optimizer", "objective", "teacher")  # each a .safetensors file
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or does not fit."""
 
 
 @dataclass
@@ -107,7 +133,7 @@ def _write(folder: Path, contents: Contents) -> None:
     (folder / "model.json").write_text(json.dumps(contents.description, indent=1), encoding="utf-8")
     (folder / "config.yaml").write_text(contents.config, encoding="utf-8")
     manifest = {
-        p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())
+        p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in folder.iterdir():
@@ -123,7 +149,7 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     has passed them.
     """
     others = [path for path in all_of(run) if path != newest]
-    complete = [path for path in others if _looks_complete(path)]
+    complete = [path for path in others if looks_complete(path)]
     kept = complete[len(complete) - (keep - 1) :]
     for path in others:
         if path not in kept:
@@ -131,17 +157,6 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):
         if path.name.split(".")[0] <= newest.name:
             shutil.rmtree(path)
-
-
-def _looks_complete(path: Path) -> bool:
-    """Whether all files have their sizes, which is known without reading them."""
-    try:
-        return all(
-            (path / name).stat().st_size == entry["bytes"]
-            for name, entry in _manifest(path).items()
-        )
-    except (OSError, CheckpointError):
-        return False
 
 
 def abandon(run: Path, step: int) -> list[Path]:
@@ -159,12 +174,6 @@ def abandon(run: Path, step: int) -> list[Path]:
     return moved
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with NaN or infinity."""
-    floating = ((name, value) for name, value in tensors.items() if value.is_floating_point())
-    return [name for name, value in floating if not value.isfinite().all()]
-
-
 def load(path: Path) -> Contents:
     """Read and verify a checkpoint's folder; CheckpointError says which file is damaged and how."""
     verify(path)
@@ -180,87 +189,6 @@ def load(path: Path) -> Contents:
         config=(path / "config.yaml").read_text(encoding="utf-8"),
         description=description,
     )
-
-
-def verify(path: Path) -> None:
-    """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
-    for name, expected in _manifest(path).items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{file} is damaged: found {size} bytes, expected {expected['bytes']}"
-            )
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest's")
-
-
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """The manifest of a checkpoint, found whole; raises CheckpointError."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is no complete checkpoint: its manifest.json cannot be read ({error})"
-        ) from None
-    entries = manifest if isinstance(manifest, dict) else {}
-    missing = {"model.safetensors", "state.json", "model.json", "config.yaml"} - entries.keys()
-    if missing:
-        raise CheckpointError(
-            f"{path} is no complete checkpoint: its manifest.json does not name {sorted(missing)[0]}"
-        )
-    for name, entry in entries.items():
-        if (
-            not isinstance(entry, dict)
-            or entry.keys() != {"bytes", "sha256"}
-            or Path(name).name != name
-        ):
-            raise CheckpointError(
-                f"{path} is damaged: manifest.json says {str(entry)[:80]} of {name!r}"
-            )
-    return entries
-
-
-def all_of(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, complete or not; temporary and abandoned ones are
-    left out.
-    """
-    return sorted(path for path in (run / FOLDER).glob("step_*") if not path.suffix)
-
-
-def newest(run: Path) -> Path | None:
-    """The newest checkpoint that verifies and has finite weights; others are named in a warning.
-    None if there is none.
-    """
-    for path in reversed(all_of(run)):
-        try:
-            verify(path)
-            if wrong := not_finite(load_file(path / "model.safetensors")):
-                raise CheckpointError(f"{path} holds NaN or infinity in {wrong[0]}")
-            return path
-        except CheckpointError as error:
-            log.warn(f"{error}; trying the checkpoint before it")
-    return None
-
-
-def resolve(ref: str | Path) -> Path:
-    """The checkpoint meant by a run's folder (its newest complete one) or by a checkpoint's own
-    folder.
-    """
-    ref = Path(ref)
-    if (ref / "manifest.json").exists():
-        return ref
-    found = newest(ref)
-    if found is None:
-        siblings = all_of(ref.parent.parent) if ref.parent.name == FOLDER else []
-        if siblings:
-            raise CheckpointError(
-                f"{ref} is no complete checkpoint; {ref.parent} holds {', '.join(p.name for p in siblings)}"
-            )
-        raise CheckpointError(
-            f"{ref} holds no complete checkpoint; expected {ref / FOLDER}/step_*/manifest.json"
-        )
-    return found
 
 
 def load_model(ref: str | Path) -> DualEncoder:
@@ -351,8 +279,3 @@ def nested(tensors: Mapping[str, Tensor], terms: Iterable[str]) -> dict[str, dic
         term, _, name = key.rpartition("/")
         state.setdefault(term, {})[name] = tensor
     return state
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
