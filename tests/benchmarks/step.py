@@ -48,22 +48,22 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(SimpleNamespace(**json.loads(args.worker)))))
         return
-    rows = [in_own_process(args, method, micro) for micro in args.micro for method in args.methods]
+
+    rows = []
+    for micro in args.micro:
+        rows += [in_own_process(args, method, micro) for method in args.methods]
+
+    # Beside open_clip with as many micro-batches, where both ran.
+    peers = {row["micro-batches"]: row for row in rows if row["method"] == "open_clip"}
     for row in rows:
-        peer = next(
-            (
-                r
-                for r in rows
-                if (r["method"], r["micro-batches"]) == ("open_clip", row["micro-batches"])
-            ),
-            None,
-        )
-        both = peer and row["samples/s"] and peer["samples/s"]
+        peer = peers.get(row["micro-batches"])
+        both = peer is not None and row["samples/s"] and peer["samples/s"]
         row["speed / open_clip"] = row["samples/s"] / peer["samples/s"] if both else None
         row["memory / open_clip"] = row["peak MiB"] / peer["peak MiB"] if both else None
+
     notes = (
-        f"{args.architecture}, batch {args.batch}, {args.precision}, mean of {args.steps} steps after a warm-up. Peak memory: "
-        "allocated on CUDA, resident on a CPU, of the whole process."
+        f"{args.architecture}, batch {args.batch}, {args.precision}, mean of {args.steps} steps "
+        "after a warm-up. Peak memory: allocated on CUDA, resident on a CPU, of the whole process."
     )
     report.publish("step", "Training step", rows, args, notes)
 
