@@ -22,7 +22,8 @@ class Options:
     tokenizer: str | None = None  # Hub name or local folder; None: the model's
     # where the text's features are read; None: as is usual for the model
     pooler: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = None
-    proj: Literal["linear", "mlp"] = "linear"  # into the shared space
+    # projection into the shared space: one layer, or two with GELU between
+    proj: Literal["linear", "mlp"] = "linear"
     # how captions are cleaned before they become tokens
     clean: Literal["lower", "whitespace", "canonicalize"] = "whitespace"
 

@@ -18,7 +18,7 @@ class Options:
     pool: Literal["", "avg", "token", "map", "abs_attn", "rot_attn"] = ""
     # into the shared space; none: the trunk's features are the embedding
     proj: Literal["linear", "mlp", "none"] = "linear"
-    proj_bias: bool = False  # of the projection
+    proj_bias: bool = False  # the linear projection has a bias
     drop: float = 0.0  # dropout before the projection
     drop_path: float | None = None  # stochastic depth of the trunk
     # share of patches left out in training (FLIP), where the model has patches
