@@ -1,0 +1,79 @@
+"""The section `model`: two towers, the logit scale and the heads that only the objective reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from vlp.plugin import Named, Plugin
+from vlp.types import Decoding
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The logit scale (inverse temperature): learned as its logarithm, clamped in the forward pass."""
+
+    init: float = 14.285714285714286  # 1 / 0.07
+    max: float = 100.0
+    learned: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.init <= self.max:
+            raise ValueError(f"scale init {self.init} must lie in (0, max = {self.max}]")
+
+
+@dataclass(frozen=True)
+class ViewHead:
+    """Projection of further views, D → width → D, with a scale of its own."""
+
+    width: int = 2048
+    text: bool = True  # captions have views too; false for slip alone
+    scale: Scale = Scale()
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A multimodal decoder of the text tower's width."""
+
+    layers: int = 3
+    heads: int | None = None  # None: as many as the text tower has
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Trained parts that only the objective reads; exports leave them out (vlp.models.heads)."""
+
+    views: ViewHead | None = None  # image_views, text_views (with data.views)
+    concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
+    captions: Captioner | None = None  # caption_logits
+
+    def __post_init__(self) -> None:
+        if self.concepts < 0:
+            raise ValueError(
+                f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
+            )
+
+
+@dataclass(frozen=True)
+class Model:
+    """Two towers into one space. An open_clip architecture gives both; otherwise name one tower
+    each.
+    """
+
+    image_tower: Annotated[Plugin, Named("vlp.towers")]
+    text_tower: Annotated[Plugin, Named("vlp.towers")] | None = (
+        None  # may be absent where the image tower names both
+    )
+    embed_dim: int | None = None  # None: the architecture's
+    scale: Scale = Scale()
+    bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
+    heads: Heads = Heads()
+    pretrained: str | None = (
+        None  # open_clip tag, or any reference (vlp.pretrained.references); None: random
+    )
+    decoding: Decoding | None = None  # None: as `pretrained` says, or on white and upright
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether training reads the image tower's embeddings from the data instead of running it."""
+        return self.image_tower.common is not None and self.image_tower.common.precomputed

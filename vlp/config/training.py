@@ -1,0 +1,117 @@
+"""The sections about the run itself: `train`, `teacher`, `pairwise`, `checkpoint` and `log`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vlp.config.durations import Duration
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with warm-up and cosine decay. Decay leaves gains, biases, embeddings, scale and bias
+    alone.
+    """
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup: Duration = Duration(5, "%")
+    final_lr: float = 0.0  # share of lr at the end of the cosine
+    clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
+            raise ValueError("lr and eps must be positive, weight_decay >= 0, final_lr in [0, 1]")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; expected a positive number or null")
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, how large and on what."""
+
+    duration: Duration
+    batch: int  # global: rows of one step over all ranks
+    # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
+    micro_batches: int = 1
+    optimizer: Optimizer = Optimizer()
+    precision: Literal["auto", "float32", "bf16"] = (
+        "auto"  # auto: the faster one, as a short measurement finds
+    )
+    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = (
+        "auto"  # auto: what the launcher set up
+    )
+    compile: bool = False
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    non_finite: Literal["stop", "skip"] = (
+        "stop"  # a step with NaN or infinity: end the run, or leave the step out
+    )
+    max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
+
+    def __post_init__(self) -> None:
+        if self.duration.unit == "%" or not self.duration.value:
+            found = self.duration.to_config()
+            raise ValueError(
+                f"duration is {found}; expected steps (1000), epochs (3ep) or samples (2Msamples), more than none"
+            )
+        if self.batch < 1 or self.micro_batches < 1:
+            raise ValueError("batch and micro_batches must be at least 1")
+        if self.max_skipped < 1:
+            raise ValueError(
+                f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop"
+            )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What gives terms embeddings without gradient, beside the trained model (vlp.teacher)."""
+
+    ema: float | None = (
+        None  # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
+    )
+    queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
+    model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
+        if self.queue < 0 or (self.queue and self.ema is None):
+            raise ValueError(
+                f"queue is {self.queue} with ema {self.ema}: expected a size >= 0, and ema where it is not 0"
+            )
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """How the pairs of a step are formed and computed (vlp.pairwise)."""
+
+    # auto | local | global | ring | {group: 8, layout: contiguous | strided | alternating}
+    topology: Any = "auto"
+    impl: Literal["auto", "dense", "tiled", "triton"] = "auto"
+    memory_budget: int | None = (
+        None  # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When a run is saved and how many saves stay."""
+
+    every: Duration = Duration(25, "%")
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep is {self.keep}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is reported while training. Everything also goes to metrics.jsonl in the run's folder."""
+
+    every: Duration = Duration(10, "steps")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
