@@ -7,7 +7,7 @@ import torch
 
 from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
-from vlp import config, dist, losses
+from vlp import config, dist, losses, plugin
 from vlp.engines import parallel
 from vlp.models.dual_encoder import DualEncoder, build
 from vlp.step import NonFiniteError, Training, train_step
@@ -115,10 +115,10 @@ def trained_resnet(value):
     moves them.
     """
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse(
+        image_tower=plugin.Named("vlp.towers").parse(
             {"name": "timm", "model": "resnet10t", "image_size": 32}, (), []
         ),
-        text_tower=config.Named("vlp.towers").parse(
+        text_tower=plugin.Named("vlp.towers").parse(
             {"name": "transformer", "width": 32, "layers": 1, "heads": 2, "context_length": 77},
             (),
             [],

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from vlp import config, dist, losses, schema
+from vlp import config, dist, losses, plugin, schema
 from vlp.engines import parallel
 from vlp.eval import metrics
 from vlp.models.dual_encoder import build
@@ -54,10 +54,10 @@ def make_training(
     }
     text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse(
+        image_tower=plugin.Named("vlp.towers").parse(
             vit | {"patch_dropout": patch_dropout}, (), []
         ),
-        text_tower=config.Named("vlp.towers").parse(text, (), []),
+        text_tower=plugin.Named("vlp.towers").parse(text, (), []),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),
