@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from vlp import config, dist, losses, plugin, schema
-from vlp.engines import parallel
+from vlp import config, dist, engines, losses, plugin, schema
 from vlp.eval import metrics
 from vlp.models.dual_encoder import build
 from vlp.step import MEASURED, NonFiniteError, Training, embed, geometry, train_step
@@ -76,7 +75,7 @@ def make_training(
     encoder = build(model)
     if weights:
         encoder.load_state_dict(load_file(weights))
-    made = parallel.start(options)
+    made = engines.start(options)
     made.prepare(encoder.double() if double else encoder, options)
     return Training(
         made,

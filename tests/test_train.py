@@ -59,7 +59,7 @@ def test_a_resume_that_forgets_something_is_noticed(settings, monkeypatch, forgo
     shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000006")
     name = {
         "the loader's position": "vlp.data.loader.Loader.load_state_dict",
-        "the moments": "vlp.engines.parallel.Replicated.load_moments",
+        "the moments": "vlp.engines.replicated.Replicated.load_moments",
         "the numbers of each sample": "vlp.losses._table.Table.load",
     }[forgotten]
     monkeypatch.setattr(name, lambda self, state: None)

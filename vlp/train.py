@@ -15,13 +15,24 @@ from typing import Any
 
 import torch
 
-from vlp import checkpoint, dist, locks, log, losses, optim, selection, stored_embeddings, teacher
+from vlp import (
+    checkpoint,
+    dist,
+    engines,
+    locks,
+    log,
+    losses,
+    optim,
+    selection,
+    stored_embeddings,
+    teacher,
+)
 from vlp import config as configuration
 from vlp.checks import check_batch, check_extent, check_objective
 from vlp.config import Config, Plan
 from vlp.data import server
 from vlp.data.loader import Loader
-from vlp.engines import parallel
+from vlp.engines import Engine
 from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
 from vlp.lifetime import Interrupted, Stopped, StopRequest
@@ -48,13 +59,13 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     data, CheckpointError for a checkpoint that does not fit.
     """
     server.start_for(config)
-    engine = parallel.start(config.train)
+    engine = engines.start(config.train)
     check_batch(config)
     with alone_in(Path(config.out)):
         return _train(config, engine, evaluate)
 
 
-def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -> Path:
+def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     """`train`, in a folder that is held."""
     run = Path(config.out)
     source = open_run(config)
@@ -98,7 +109,7 @@ def _train(config: Config, engine: parallel.Engine, evaluate: Evaluate | None) -
         partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total),
         config.seed,
         config.train.micro_batches,
-        parallel.precision(config.train, engine.device),
+        engines.compute_dtype(config.train, engine.device),
         constants={} if loader.teacher_scale is None else {"teacher_scale": loader.teacher_scale},
         precomputed=config.model.precomputed,
         may_skip=config.train.max_skipped if config.train.non_finite == "skip" else 0,
