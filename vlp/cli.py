@@ -28,6 +28,14 @@ TRAIN_EXAMPLE = """examples:
   vlp train caltech101 train.batch=512 out=runs/large
   vlp train configs/demo.yaml resume=auto
   accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py configs/demo.yaml
+
+`vlp config` prints every key with type, default and meaning; `vlp config --search WORD` finds one.
+"""
+CONFIG_EXAMPLE = """examples:
+  vlp config                              every key
+  vlp config train.optimizer              a section, with all inside it
+  vlp config objective.hard_negatives     the options of a term; likewise image_tower.vit, eval.zeroshot
+  vlp config --search flip                keys that speak of it
 """
 EXPORT_EXAMPLE = """examples:
   vlp export runs/demo --to exported/demo
@@ -127,6 +135,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary, fill in (
         ("train", "train a configuration", _train),
+        ("config", "print the keys of a configuration, with type, default and meaning", _config),
         ("eval", "evaluate a model zero-shot, or compare results", _eval),
         ("export", "write a run as a folder that transformers and open_clip load", _export),
         ("push", "upload an export to the Hugging Face Hub", _push),
@@ -174,6 +183,33 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
         read_all(loaded.eval)  # wrong evaluation data show now, not hours later
         train(loaded, in_training)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = CONFIG_EXAMPLE
+    parser.add_argument(
+        "section",
+        nargs="?",
+        metavar="SECTION",
+        help="such as train, train.optimizer, objective.siglip, image_tower.vit; a key's own name",
+    )
+    parser.add_argument("--search", metavar="WORD", help="only keys that speak of this")
+
+    def run(options: argparse.Namespace) -> int:
+        from vlp.config import reference
+
+        if options.section and options.search:
+            raise ValueError("found SECTION and --search, expected one of the two; leave one out")
+        if options.search:
+            chosen = reference.search(options.search)
+        elif options.section:
+            chosen = reference.find(options.section)
+        else:
+            chosen = reference.sections()
+        print("\n".join(reference.lines(chosen)))
         return 0
 
     parser.set_defaults(run=run)

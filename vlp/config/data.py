@@ -87,6 +87,8 @@ class Captions:
     by the weights of the positions.
     """
 
+    # seed: one of a sample's captions by (seed, step, row); first: always the first; all: every
+    # caption is a pair of its own; weights: by the weights of the positions
     choose: Literal["seed", "first", "all", "weights"] = "seed"
     weights: list[float] = field(
         default_factory=list
@@ -115,6 +117,7 @@ class Captions:
 class Data:
     """What is trained on and how it becomes batches."""
 
+    # where samples come from: shards, folders, tables, the Hub, several mixed by weight
     sources: list[Annotated[Plugin, Named("vlp.data.sources")]]
     augment: Augment = Augment()
     captions: Captions = field(default_factory=Captions)
@@ -124,7 +127,7 @@ class Data:
     replacement: bool = (
         False  # independent uniform draws (within a source's share) instead of whole epochs
     )
-    shuffle: bool = True
+    shuffle: bool = True  # a new order every epoch; false: the order of the data
     bad_share: float = 0.01  # more unusable samples than 16 + this share of the rows end the run
     workers: int = 1  # decoding processes a rank; 0 decodes in the training process
 

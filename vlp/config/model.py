@@ -14,8 +14,8 @@ class Scale:
     """The logit scale (inverse temperature): learned as its logarithm, clamped in the forward pass."""
 
     init: float = 14.285714285714286  # 1 / 0.07
-    max: float = 100.0
-    learned: bool = True
+    max: float = 100.0  # upper bound of the scale, in the forward pass
+    learned: bool = True  # false: the scale stays at init
 
     def __post_init__(self) -> None:
         if not 0 < self.init <= self.max:
@@ -26,7 +26,7 @@ class Scale:
 class ViewHead:
     """Projection of further views, D → width → D, with a scale of its own."""
 
-    width: int = 2048
+    width: int = 2048  # of the hidden layer
     text: bool = True  # captions have views too; false for slip alone
     scale: Scale = Scale()
 
@@ -35,7 +35,7 @@ class ViewHead:
 class Captioner:
     """A multimodal decoder of the text tower's width."""
 
-    layers: int = 3
+    layers: int = 3  # transformer layers, each with cross-attention to the image
     heads: int | None = None  # None: as many as the text tower has
 
 
@@ -60,7 +60,7 @@ class Model:
     each.
     """
 
-    image_tower: Annotated[Plugin, Named("vlp.towers")]
+    image_tower: Annotated[Plugin, Named("vlp.towers")]  # image encoder by name, with its options
     text_tower: Annotated[Plugin, Named("vlp.towers")] | None = (
         None  # may be absent where the image tower names both
     )

@@ -14,10 +14,11 @@ class Optimizer:
     alone.
     """
 
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.2
+    lr: float = 5e-4  # peak learning rate, reached after the warm-up
+    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's decay of the two moments
+    eps: float = 1e-6  # AdamW's ε in the denominator
+    weight_decay: float = 0.2  # decoupled, as AdamW's
+    # linear rise of the learning rate from 0 to lr at the start
     warmup: Duration = Duration(5, "%")
     final_lr: float = 0.0  # share of lr at the end of the cosine
     clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
@@ -33,6 +34,7 @@ class Optimizer:
 class Train:
     """How long, how large and on what."""
 
+    # how long to train: 1000 (steps), 3ep (epochs), 200ksamples or 2Msamples (samples seen)
     duration: Duration
     batch: int  # global: rows of one step over all ranks
     # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
@@ -44,9 +46,10 @@ class Train:
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = (
         "auto"  # auto: what the launcher set up
     )
-    compile: bool = False
+    compile: bool = False  # torch.compile of the towers: slower start, faster steps
+    # recompute activations in the backward pass: less memory, more time
     activation_checkpointing: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     non_finite: Literal["stop", "skip"] = (
         "stop"  # a step with NaN or infinity: end the run, or leave the step out
     )
@@ -91,6 +94,8 @@ class Pairwise:
 
     # auto | local | global | ring | {group: 8, layout: contiguous | strided | alternating}
     topology: Any = "auto"
+    # dense: whole score matrices, the reference; tiled: any device; triton: CUDA kernels; auto:
+    # the fastest that runs here
     impl: Literal["auto", "dense", "tiled", "triton"] = "auto"
     memory_budget: int | None = (
         None  # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
@@ -101,8 +106,9 @@ class Pairwise:
 class Checkpoint:
     """When a run is saved and how many saves stay."""
 
+    # how often a checkpoint is written; one is written at the end in any case
     every: Duration = Duration(25, "%")
-    keep: int = 2
+    keep: int = 2  # how many checkpoints stay, the newest ones
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -113,5 +119,6 @@ class Checkpoint:
 class Log:
     """What is reported while training. Everything also goes to metrics.jsonl in the run's folder."""
 
-    every: Duration = Duration(10, "steps")
+    every: Duration = Duration(10, "steps")  # how often the scalars of a step are reported
+    # where metrics go besides metrics.jsonl
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)

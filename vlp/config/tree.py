@@ -19,14 +19,17 @@ class Config:
     data: Data
     model: Model
     train: Train
+    # terms of the loss by name; the total is Σ weight · term
     objective: Annotated[KeyedPlugins, Keyed("vlp.losses")]
     pairwise: Pairwise = Pairwise()
     teacher: Teacher = Teacher()
+    # which samples a step trains on; empty: every one that is loaded
     selection: Annotated[KeyedPlugins, Keyed("vlp.selection")] = field(default_factory=KeyedPlugins)
+    # evaluation tasks by name, run during training and at its end
     eval: Annotated[KeyedPlugins, Keyed("vlp.eval.tasks")] = field(default_factory=KeyedPlugins)
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
-    seed: int = 0
+    seed: int = 0  # everything random is derived from it: weights, order, augmentation, captions
     init_from: str | None = None  # weights to start from: any reference (vlp.pretrained.references)
     # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
     resume: str = "never"

@@ -22,6 +22,7 @@ class Options:
     pooler: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = (
         None  # None: usual for it
     )
+    # projection into the shared space: one layer, or two with GELU between
     proj: Literal["linear", "mlp"] = "linear"
     clean: Literal["lower", "whitespace", "canonicalize"] = (
         "whitespace"  # how captions are cleaned before tokens

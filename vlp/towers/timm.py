@@ -18,7 +18,7 @@ class Options:
     proj: Literal["linear", "mlp", "none"] = (
         "linear"  # none: the trunk's features are the embedding
     )
-    proj_bias: bool = False
+    proj_bias: bool = False  # the linear projection has a bias
     drop: float = 0.0  # dropout before the projection
     drop_path: float | None = None  # stochastic depth of the trunk
     patch_dropout: float = (

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Options:
-    width: int
-    layers: int
-    patch_size: int
+    width: int  # of a token
+    layers: int  # transformer blocks
+    patch_size: int  # pixels, square; must divide image_size
     image_size: int  # pixels, square
     head_width: int = 64  # width of one attention head
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
     pool: Literal["tok", "avg"] = (
         "tok"  # class token, or mean over patches (exported to open_clip only)
     )
