@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ("vlp.cli", "vlp.launch", "vlp.demo", "vlp.faults"),
     ("vlp.eval", "vlp.data_tools", "vlp.export"),
-    ("vlp.train", "vlp.reporter", "vlp.checks"),
+    ("vlp.train", "vlp.resume", "vlp.reporter", "vlp.checks"),
     ("vlp.selection",),
     (
         "vlp.step",

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vlp import config, privacy, schema
-from vlp.train import changes
+from vlp.resume import changes
 
 HIDDEN = [
     "cannot fetch https://anna:PLANTED@host/x/a.tar?X-Amz-Credential=AKIA/2026&X-Amz-Signature=PLANTED (4 tries): no",
@@ -32,8 +32,8 @@ LEFT_ALONE = [
 @pytest.fixture(autouse=True)
 def learned(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "value-of-PLANTED-variable")
-    monkeypatch.setattr(privacy, "_learned", set())
-    privacy.learn({"storage": {"profile": "default", "secret": "learned-PLANTED"}})
+    monkeypatch.setattr(privacy, "_remembered", set())
+    privacy.remember({"storage": {"profile": "default", "secret": "learned-PLANTED"}})
 
 
 def test_messages_hide_secrets_and_nothing_else():

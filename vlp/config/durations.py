@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from vlp.config.training import Train
 
+_SAMPLES = {"samples": 1.0, "ksamples": 1e3, "Msamples": 1e6}
+
 
 @dataclass(frozen=True)
 class Duration:
@@ -25,22 +27,25 @@ class Duration:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|ep|samples|ksamples|Msamples)?", str(value))
         if not match or isinstance(value, bool):
             raise ValueError(
-                f"found {value!r}, expected a duration: 1000 (steps), 5%, 3ep, 200ksamples or 2Msamples"
+                f"found {value!r}, expected a duration: "
+                "1000 (steps), 5%, 3ep, 200ksamples or 2Msamples"
             )
+
         number, unit = float(match[1]), match[2] or "steps"
         if unit == "steps" and number != int(number):
             raise ValueError(f"found {value!r}, expected a whole number of steps")
-        factor = {"ksamples": 1e3, "Msamples": 1e6}.get(unit, 1)
-        return cls(number * factor, "samples" if unit.endswith("samples") else unit)  # type: ignore[arg-type]
+
+        if unit in _SAMPLES:
+            return cls(number * _SAMPLES[unit], "samples")
+        return cls(number, unit)  # type: ignore[arg-type]  # one of the pattern's
 
     def to_config(self) -> str | int:
-        return (
-            int(self.value)
-            if self.unit == "steps"
-            else f"{self.value:g}{self.unit}"
-            if self.unit != "samples"
-            else (f"{self.value / 1e3:.12g}ksamples")
-        )
+        """The text that `from_config` reads back."""
+        if self.unit == "steps":
+            return int(self.value)
+        if self.unit == "samples":
+            return f"{self.value / 1e3:.12g}ksamples"
+        return f"{self.value:g}{self.unit}"
 
     def steps(self, *, batch: int, steps_per_epoch: int, total: int | None = None) -> int:
         """The span in optimiser steps of `batch` samples, at least 1 unless the value is 0; `%`
@@ -57,6 +62,8 @@ class Duration:
             raise ValueError(
                 "a percentage has no meaning here; give steps, epochs (3ep) or samples (2Msamples)"
             )
+
+        # Fractions, because a multiple of a rounded float can end on the wrong side of a step.
         per_unit = {
             "steps": Fraction(1),
             "ep": Fraction(steps_per_epoch),
@@ -76,10 +83,12 @@ class Plan:
 
     @classmethod
     def of(cls, train: Train, steps_per_epoch: int) -> Plan:
+        """The extent of a run of train.duration."""
         total = train.duration.steps(batch=train.batch, steps_per_epoch=steps_per_epoch)
         return cls(train.batch, steps_per_epoch, total)
 
     def steps(self, duration: Duration) -> int:
+        """A duration in steps of this run."""
         return duration.steps(
             batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total
         )
@@ -88,10 +97,15 @@ class Plan:
         """Whether something done `every` so often is due after `step` updates: see `due_steps`."""
         if step == self.total or every is None:
             return step == self.total
+
         span, n_multiples = self._multiples(every)
+        if span <= 1:
+            return True
+
+        # Rounding moves a multiple by half a step at most, so only the nearest can be `step`.
         nearest = round(step / span)
         near = range(max(1, nearest - 1), min(nearest + 1, n_multiples) + 1)
-        return span <= 1 or any(round(k * span) == step for k in near)
+        return any(round(k * span) == step for k in near)
 
     def due_steps(self, every: Duration | None) -> list[int]:
         """The steps after which something done `every` so often is due: the rounded multiples of
@@ -102,13 +116,19 @@ class Plan:
         """
         if every is None:
             return [self.total]
+
         span, n_multiples = self._multiples(every)
         if span <= 1:
             return list(range(1, self.total + 1))
-        return sorted({*(round(k * span) for k in range(1, n_multiples + 1)), self.total})
+        multiples = {round(k * span) for k in range(1, n_multiples + 1)}
+        return sorted(multiples | {self.total})
 
     def _multiples(self, every: Duration) -> tuple[Fraction, int]:
         """The span of `every` in steps, and how many of its multiples lie within the run."""
         span = every.span(batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total)
-        room = self.total - span / 10 if every.unit == "%" else Fraction(self.total)
-        return span or Fraction(1), int(room / (span or 1))
+        if not span:  # 0%: after every step
+            return Fraction(1), self.total
+        end = Fraction(self.total)
+        if every.unit == "%":
+            end -= span / 10
+        return span, int(end / span)

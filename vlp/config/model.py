@@ -11,9 +11,11 @@ from vlp.types import Decoding
 
 @dataclass(frozen=True)
 class Scale:
-    """The logit scale (inverse temperature): learned as its logarithm, clamped in the forward pass."""
+    """The logit scale (inverse temperature): learned as its logarithm, clamped in the forward
+    pass.
+    """
 
-    init: float = 14.285714285714286  # 1 / 0.07
+    init: float = 14.285714285714286  # at the start of training; 1 / 0.07, as CLIP
     max: float = 100.0  # upper bound of the scale, in the forward pass
     learned: bool = True  # false: the scale stays at init
 
@@ -43,9 +45,10 @@ class Captioner:
 class Heads:
     """Trained parts that only the objective reads; exports leave them out (vlp.models.heads)."""
 
-    views: ViewHead | None = None  # image_views, text_views (with data.views)
+    # projection of further views (data.views): image_views, text_views
+    views: ViewHead | None = None
     concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
-    captions: Captioner | None = None  # caption_logits
+    captions: Captioner | None = None  # a text decoder: caption_logits
 
     def __post_init__(self) -> None:
         if self.concepts < 0:
@@ -61,19 +64,20 @@ class Model:
     """
 
     image_tower: Annotated[Plugin, Named("vlp.towers")]  # image encoder by name, with its options
-    text_tower: Annotated[Plugin, Named("vlp.towers")] | None = (
-        None  # may be absent where the image tower names both
-    )
-    embed_dim: int | None = None  # None: the architecture's
+    # text encoder by name, with its options; may be absent where the image tower names both
+    text_tower: Annotated[Plugin, Named("vlp.towers")] | None = None
+    embed_dim: int | None = None  # D, width of the shared space; None: the architecture's
     scale: Scale = Scale()
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
     heads: Heads = Heads()
-    pretrained: str | None = (
-        None  # open_clip tag, or any reference (vlp.pretrained.references); None: random
-    )
-    decoding: Decoding | None = None  # None: as `pretrained` says, or on white and upright
+    # weights to start from: open_clip's tag, or any reference (vlp.pretrained.references);
+    # None: random
+    pretrained: str | None = None
+    # how pictures become RGB; None: as `pretrained` says, or on white and upright
+    decoding: Decoding | None = None
 
     @property
     def precomputed(self) -> bool:
-        """Whether training reads the image tower's embeddings from the data instead of running it."""
-        return self.image_tower.common is not None and self.image_tower.common.precomputed
+        """Whether the data hold the image tower's embeddings, and training does not run it."""
+        common = self.image_tower.common
+        return common is not None and common.precomputed

@@ -20,14 +20,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Secrets that a run's config.yaml leaves out must be given again by the overrides.
     """
     tree, lines = _read(Path(path), overrides or [])
+
     hidden = list(privacy.hidden_keys(tree))
     if hidden:
         again = " ".join(f"{key}=…" for key in hidden)
-        message = (
-            f"{path} leaves out secrets, which no run writes down; give them again ({again}), or use "
-            "the configuration that the run was started with"
+        raise _refusal(
+            f"{path} leaves out secrets, which no run writes down; give them again ({again}), "
+            "or use the configuration that the run was started with"
         )
-        raise ConfigError([Problem((), message)])
     return parse(tree, lines)
 
 
@@ -38,26 +38,34 @@ def recorded(path: str | Path) -> Config:
 
 def _read(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[schema.Path, str]]:
     """A YAML file with overrides applied, and where each of its values stands."""
-    try:
-        tree, lines = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        known = [*shipped(), *map(str, path.parent.glob("*.y*ml"))]
-        raise ConfigError(
-            [Problem((), f"no configuration file {path}{did_you_mean(str(path), known)}")]
-        ) from None
-    except IsADirectoryError:
-        files = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "none"
-        raise ConfigError(
-            [Problem((), f"{path} is a folder; name a YAML file (in it: {files})")]
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            [Problem((), f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})")]
-        ) from None
+    tree, lines = read_yaml(_text_of(path), str(path))
     for override in overrides:
         _override(tree, override, lines)
-    privacy.learn(tree)
+
+    # Before anything is said of these values, so that no message shows a secret among them.
+    privacy.remember(tree)
     return tree, lines
+
+
+def _text_of(path: Path) -> str:
+    """The file's text; ConfigError says what is there instead."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = [*shipped(), *map(str, path.parent.glob("*.y*ml"))]
+        suggestion = did_you_mean(str(path), known)
+        raise _refusal(f"no configuration file {path}{suggestion}") from None
+    except IsADirectoryError:
+        files = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))) or "none"
+        raise _refusal(f"{path} is a folder; name a YAML file (in it: {files})") from None
+    except UnicodeDecodeError as error:
+        place = f"{error.reason} at byte {error.start}"
+        raise _refusal(f"{path} is no text in UTF-8 ({place})") from None
+
+
+def _refusal(message: str) -> ConfigError:
+    """The error for what is wrong with the whole, at no key of it."""
+    return ConfigError([Problem((), message)])
 
 
 def parse(tree: dict[str, Any], lines: dict[schema.Path, str] | None = None) -> Config:
@@ -89,11 +97,10 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     """A configuration's file by path, or by the name of a shipped one."""
-    return (
-        Path(name)
-        if Path(name).is_file()
-        else shipped().get(name.removesuffix(".yaml"), Path(name))
-    )
+    path = Path(name)
+    if path.is_file():
+        return path
+    return shipped().get(name.removesuffix(".yaml"), path)
 
 
 def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, str]]:
@@ -104,16 +111,13 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, s
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError([Problem((), f"{name}: not valid YAML: {error}")]) from None
+        raise _refusal(f"{name}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            [
-                Problem(
-                    (),
-                    f"{name}: found {type(values).__name__}, expected a mapping of keys to values",
-                )
-            ]
+        raise _refusal(
+            f"{name}: found {type(values).__name__}, expected a mapping of keys to values"
         )
+
+    # Plain values know neither their lines nor that a key stood there twice; the nodes do.
     lines: dict[schema.Path, str] = {(): name}
     problems: list[Problem] = []
     _mark(root, (), name, lines, problems)
@@ -129,15 +133,16 @@ def _mark(
     lines: dict[schema.Path, str],
     problems: list[Problem],
 ) -> None:
+    """Add the lines of a node and of all below it to `lines`, and doubled keys to `problems`."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            where = (*path, key.value)
+            key_path = (*path, key.value)
             if key.value in seen:
-                problems.append(Problem(where, "this key appears twice"))
+                problems.append(Problem(key_path, "this key appears twice"))
             seen.add(key.value)
-            lines[where] = f"{name}:{key.start_mark.line + 1}"
-            _mark(value, where, name, lines, problems)
+            lines[key_path] = f"{name}:{key.start_mark.line + 1}"
+            _mark(value, key_path, name, lines, problems)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             lines[(*path, i)] = f"{name}:{value.start_mark.line + 1}"
@@ -145,28 +150,22 @@ def _mark(
 
 
 def _override(tree: dict[str, Any], override: str, lines: dict[schema.Path, str]) -> None:
-    name, equals, value = override.partition("=")
+    """Set the value that `section.key=value` names; sections that are missing are made."""
+    name, equals, text = override.partition("=")
     if not equals or not name:
-        raise ConfigError(
-            [Problem((), f"override {override!r} is not of the form section.key=value")]
-        )
+        raise _refusal(f"override {override!r} is not of the form section.key=value")
+
+    keys = [int(key) if key.isdigit() else key for key in name.split(".")]
     node: Any = tree
-    *parents, last = keys = [int(k) if k.isdigit() else k for k in name.split(".")]
     try:
-        for key in parents:
+        for key in keys[:-1]:
             if isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}
             node = node[key]
-        node[last] = _value(override, value)
+        node[keys[-1]] = _value(override, text)
     except (TypeError, IndexError, KeyError):
-        raise ConfigError(
-            [
-                Problem(
-                    tuple(keys),
-                    f"override {override!r} leads through something that is not a mapping",
-                )
-            ]
-        ) from None
+        message = f"override {override!r} leads through something that is not a mapping"
+        raise ConfigError([Problem(tuple(keys), message)]) from None
     lines[tuple(keys)] = f"override {override!r}"
 
 
@@ -177,10 +176,6 @@ def _value(override: str, text: str) -> Any:
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or str(error)
         advice = "quote text that holds signs of YAML: key='\"[1\"'"
-        raise ConfigError(
-            [
-                Problem(
-                    (), f"override {override!r}: {text!r} is not a YAML value ({reason}); {advice}"
-                )
-            ]
+        raise _refusal(
+            f"override {override!r}: {text!r} is not a YAML value ({reason}); {advice}"
         ) from None

@@ -21,7 +21,7 @@ class Optimizer:
     # linear rise of the learning rate from 0 to lr at the start
     warmup: Duration = Duration(5, "%")
     final_lr: float = 0.0  # share of lr at the end of the cosine
-    clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
+    clip_norm: float | None = 1.0  # largest norm of the global gradient; None: no clipping
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
@@ -40,26 +40,23 @@ class Train:
     # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
     micro_batches: int = 1
     optimizer: Optimizer = Optimizer()
-    precision: Literal["auto", "float32", "bf16"] = (
-        "auto"  # auto: the faster one, as a short measurement finds
-    )
-    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = (
-        "auto"  # auto: what the launcher set up
-    )
+    # of the towers' arithmetic; auto: the faster one, as a short measurement finds
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    # what keeps ranks in step; auto: what the launcher set up
+    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     compile: bool = False  # torch.compile of the towers: slower start, faster steps
     # recompute activations in the backward pass: less memory, more time
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    non_finite: Literal["stop", "skip"] = (
-        "stop"  # a step with NaN or infinity: end the run, or leave the step out
-    )
+    # a step with NaN or infinity: end the run, or leave the step out
+    non_finite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
 
     def __post_init__(self) -> None:
         if self.duration.unit == "%" or not self.duration.value:
-            found = self.duration.to_config()
             raise ValueError(
-                f"duration is {found}; expected steps (1000), epochs (3ep) or samples (2Msamples), more than none"
+                f"duration is {self.duration.to_config()}; expected steps (1000), epochs (3ep) "
+                "or samples (2Msamples), more than none"
             )
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
@@ -73,9 +70,8 @@ class Train:
 class Teacher:
     """What gives terms embeddings without gradient, beside the trained model (vlp.teacher)."""
 
-    ema: float | None = (
-        None  # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
-    )
+    # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
+    ema: float | None = None
     queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
     model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
 
@@ -84,7 +80,8 @@ class Teacher:
             raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
         if self.queue < 0 or (self.queue and self.ema is None):
             raise ValueError(
-                f"queue is {self.queue} with ema {self.ema}: expected a size >= 0, and ema where it is not 0"
+                f"queue is {self.queue} with ema {self.ema}: "
+                "expected a size >= 0, and ema where it is not 0"
             )
 
 
@@ -92,14 +89,14 @@ class Teacher:
 class Pairwise:
     """How the pairs of a step are formed and computed (vlp.pairwise)."""
 
-    # auto | local | global | ring | {group: 8, layout: contiguous | strided | alternating}
+    # which ranks give candidates: auto, local, global, ring, or
+    # {group: 8, layout: contiguous | strided | alternating}
     topology: Any = "auto"
     # dense: whole score matrices, the reference; tiled: any device; triton: CUDA kernels; auto:
     # the fastest that runs here
     impl: Literal["auto", "dense", "tiled", "triton"] = "auto"
-    memory_budget: int | None = (
-        None  # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
-    )
+    # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
+    memory_budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Log:
-    """What is reported while training. Everything also goes to metrics.jsonl in the run's folder."""
+    """What is reported while training; everything also goes to metrics.jsonl of the run."""
 
     every: Duration = Duration(10, "steps")  # how often the scalars of a step are reported
     # where metrics go besides metrics.jsonl

@@ -31,17 +31,17 @@ class Config:
     log: Log = field(default_factory=Log)
     seed: int = 0  # everything random is derived from it: weights, order, augmentation, captions
     init_from: str | None = None  # weights to start from: any reference (vlp.pretrained.references)
-    # never | auto (newest complete checkpoint of `out`, if any) | a checkpoint's folder
+    # never; auto: from the newest complete checkpoint of `out`, if any; or a checkpoint's folder
     resume: str = "never"
 
     def __post_init__(self) -> None:
         if not self.objective:
             raise ValueError("objective is empty; name at least one term, e.g. {infonce: {}}")
         if len(self.selection) > 1:
-            raise ValueError(
-                f"selection names {[plugin.name for plugin in self.selection]}; one at a time"
-            )
+            names = [plugin.name for plugin in self.selection]
+            raise ValueError(f"selection names {names}; one at a time")
         if 0 < self.teacher.queue < self.train.batch:
             raise ValueError(
-                f"teacher.queue is {self.teacher.queue}, smaller than train.batch {self.train.batch}; enlarge it"
+                f"teacher.queue is {self.teacher.queue}, "
+                f"smaller than train.batch {self.train.batch}; enlarge it"
             )
