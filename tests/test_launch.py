@@ -1,4 +1,4 @@
-"""What a launcher started is what was asked for, or the run is refused with the command that works."""
+"""What a launcher started is what was asked for, or it is refused with the command that works."""
 
 import os
 import subprocess
