@@ -3,7 +3,7 @@
 A checkpoint is a folder `RUN/checkpoints/step_00000100` with
 
     model.safetensors       every parameter and buffer, whole, float32 where training holds float32
-    optimizer.safetensors   AdamW's moments and step of every trainable parameter: "exp_avg.<name>", …
+    optimizer.safetensors   AdamW's moments and step of every trained parameter: "exp_avg.<name>", …
     objective.safetensors   state of the objective's terms
     teacher.safetensors     moving average of the model and queue, where the run has them
     state.json              step, loader position, library versions
@@ -97,11 +97,7 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     one. Raises CheckpointError, having written nothing, for weights or moments with NaN or
     infinity.
     """
-    for name in ("model", "optimizer", "teacher"):
-        if wrong := not_finite(getattr(contents, name)):
-            raise CheckpointError(
-                f"step {step} is not saved: NaN or infinity in {wrong[0]} and {len(wrong) - 1} other tensors"
-            )
+    _check_finite(step, contents)
     final = run / FOLDER / f"step_{step:08d}"
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -109,17 +105,29 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     try:
         _write(temporary, contents)
     except BaseException:
-        shutil.rmtree(
-            temporary, ignore_errors=True
-        )  # half a checkpoint would only fill the disk further
+        # Half a checkpoint would only fill the disk further.
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(
-        final, ignore_errors=True
-    )  # only there if an earlier save of this very step was found damaged
+
+    # Only there if an earlier save of this very step was found damaged.
+    shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     sync(final.parent)
+
+    # Old ones go when the new one stands, not before.
     _prune(run, final, keep)
     return final
+
+
+def _check_finite(step: int, contents: Contents) -> None:
+    """Refuse what a run could never go on from."""
+    for name in ("model", "optimizer", "teacher"):
+        spoilt = not_finite(getattr(contents, name))
+        if spoilt:
+            raise CheckpointError(
+                f"step {step} is not saved: "
+                f"NaN or infinity in {spoilt[0]} and {len(spoilt) - 1} other tensors"
+            )
 
 
 def _write(folder: Path, contents: Contents) -> None:
@@ -129,13 +137,22 @@ def _write(folder: Path, contents: Contents) -> None:
             key: value.detach().cpu().contiguous() for key, value in getattr(contents, name).items()
         }
         save_tensors(tensors, folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(contents.state, indent=1), encoding="utf-8")
-    (folder / "model.json").write_text(json.dumps(contents.description, indent=1), encoding="utf-8")
-    (folder / "config.yaml").write_text(contents.config, encoding="utf-8")
+
+    texts = {
+        "state.json": json.dumps(contents.state, indent=1),
+        "model.json": json.dumps(contents.description, indent=1),
+        "config.yaml": contents.config,
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+    # Last, of what lies there: whatever is cut short later no longer fits it.
     manifest = {
-        p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
     for path in folder.iterdir():
         sync(path)
     sync(folder)
@@ -154,6 +171,7 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     for path in others:
         if path not in kept:
             shutil.rmtree(path)
+
     for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):
         if path.name.split(".")[0] <= newest.name:
             shutil.rmtree(path)
@@ -165,22 +183,24 @@ def abandon(run: Path, step: int) -> list[Path]:
     They belong to a branch that is no longer the run's: `newest` would otherwise go back to it.
     They are removed when the run has saved a later step.
     """
+    last_kept = f"step_{step:08d}"
     moved = []
     for path in all_of(run):
-        if path.name > f"step_{step:08d}":
-            place = path.with_name(path.name + ABANDONED)
-            shutil.rmtree(place, ignore_errors=True)  # of an even earlier branch
-            moved.append(path.rename(place))
+        if path.name <= last_kept:
+            continue
+        place = path.with_name(path.name + ABANDONED)
+        shutil.rmtree(place, ignore_errors=True)  # of an even earlier branch
+        moved.append(path.rename(place))
     return moved
 
 
 def load(path: Path) -> Contents:
     """Read and verify a checkpoint's folder; CheckpointError says which file is damaged and how."""
     verify(path)
+
+    # Checkpoints of older versions lack some; `verify` has found complete what they name.
     files = {name: path / f"{name}.safetensors" for name in TENSORS}
-    tensors = {
-        name: load_file(file) for name, file in files.items() if file.exists()
-    }  # what `verify` has found complete
+    tensors = {name: load_file(file) for name, file in files.items() if file.exists()}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     description = json.loads((path / "model.json").read_text(encoding="utf-8"))
     return Contents(
@@ -208,8 +228,10 @@ def load_any(ref: str | Path | Reference, like: DualEncoder | None = None) -> Du
 
     `like`: the model whose architecture a file of weights alone has.
     """
-    found = resolve_reference(ref)
-    return load_model(found.path) if found.kind == "run" else load_export(found, like)
+    reference = resolve_reference(ref)
+    if reference.kind == "run":
+        return load_model(reference.path)
+    return load_export(reference, like)
 
 
 def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
@@ -221,8 +243,10 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
     """
     if not isinstance(source, DualEncoder):
         raise ValueError(f"{name} holds several models; name one of them")
+
     quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
     same_activation(*quick, f"the weights of {name}", None)
+
     theirs, ours = vars(source.image_spec), vars(model.image_spec)
     different = [
         f"{key} {theirs[key]}, not {ours[key]}"
@@ -231,45 +255,46 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
     ]
     if different:
         raise ValueError(
-            f"{name} was trained on other pixels than this model reads: {'; '.join(different)}. Set model.pretrained to it "
-            "instead, which takes over its preprocessing"
+            f"{name} was trained on other pixels than this model reads: {'; '.join(different)}. "
+            "Set model.pretrained to it instead, which takes over its preprocessing"
         )
+
+    # Another length is no other meaning: the shapes of the weights speak of it.
     length = model.text_spec.context_length
     if not same_tokens(replace(source.text_spec, context_length=length), model.text_spec):
         log.warn(
-            f"{name} read its captions as {source.text_spec}, and this model reads {model.text_spec}"
+            f"{name} read its captions as {source.text_spec}, "
+            f"and this model reads {model.text_spec}"
         )
 
 
 def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Load weights strictly; CheckpointError lists what does not fit."""
-    own = model.state_dict()
-    wrong = [f"{k}: not in the checkpoint" for k in own.keys() - weights.keys()]
-    wrong += [f"{k}: not in the model" for k in weights.keys() - own.keys()]
-    shared = sorted(own.keys() & weights.keys())
-    wrong += [
-        f"{k}: {tuple(weights[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in shared
-        if own[k].shape != weights[k].shape
-    ]
-    if wrong:
-        more = f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    current = model.state_dict()
+    misfits = [f"{name}: not in the checkpoint" for name in current.keys() - weights.keys()]
+    misfits += [f"{name}: not in the model" for name in weights.keys() - current.keys()]
+    for name in current.keys() & weights.keys():
+        shape, expected = tuple(weights[name].shape), tuple(current[name].shape)
+        if shape != expected:
+            misfits.append(f"{name}: {shape}, expected {expected}")
+
+    if misfits:
+        shown = "\n  ".join(sorted(misfits)[:5])
+        more = f"\n  … and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise CheckpointError(
-            f"{source} has another architecture than the configuration's model:\n  "
-            + "\n  ".join(sorted(wrong)[:5])
-            + more
-            + "\nUse its own `model` section, or another source of weights."
+            f"{source} has another architecture than the configuration's model:\n  {shown}{more}"
+            "\nUse its own `model` section, or another source of weights."
         )
     model.load_state_dict(dict(weights))
 
 
 def flat(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """{term: {name: tensor}} as {"term/name": tensor}."""
-    return {
-        f"{term}/{name}": tensor
-        for term, tensors in state.items()
-        for name, tensor in tensors.items()
-    }
+    flattened = {}
+    for term, tensors in state.items():
+        for name, tensor in tensors.items():
+            flattened[f"{term}/{name}"] = tensor
+    return flattened
 
 
 def nested(tensors: Mapping[str, Tensor], terms: Iterable[str]) -> dict[str, dict[str, Tensor]]:

@@ -21,10 +21,10 @@ class Options(TableOptions):
 
     data: str  # as for zeroshot, with both splits
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"
-    train_split: str = "train"
-    k: int = 20
-    temperature: float = 0.07
+    split: str = "test"  # whose images are classified
+    train_split: str = "train"  # whose images vote
+    k: int = 20  # neighbours that vote
+    temperature: float = 0.07  # T of the vote's weight e^{cos/T}
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:

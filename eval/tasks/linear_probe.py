@@ -28,12 +28,12 @@ class Options(TableOptions):
 
     data: str  # as for zeroshot, with both splits
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"
-    train_split: str = "train"
+    split: str = "test"  # whose images are classified
+    train_split: str = "train"  # on which the classifier is fitted
     decays: list[float] = field(
         default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
     )  # λ of λ/2‖W‖²
-    max_iterations: int = 300
+    max_iterations: int = 300  # of L-BFGS for one decay
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:

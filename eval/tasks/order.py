@@ -52,11 +52,12 @@ class Options(TableOptions):
     """Which captions, and how they are shuffled."""
 
     data: str  # as for retrieval
-    images: str | None = None
-    split: str = "test"
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
+    split: str = "test"  # which split of the data is scored
+    # spacy: the paper's tags (needs spaCy); words: our approximation without it
     tagger: Literal["spacy", "words"] = "spacy"
-    max_words: int = 30
-    seed: int = 0
+    max_words: int = 30  # captions are cut to so many
+    seed: int = 0  # of the shufflings
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
 

@@ -34,8 +34,8 @@ class Options(TableOptions):
     """Which images and captions."""
 
     data: str  # as for retrieval
-    images: str | None = None
-    split: str = "test"
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
+    split: str = "test"  # which split of the data is scored
     seed: int = 0  # of the 80/20 division
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 

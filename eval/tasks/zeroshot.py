@@ -33,7 +33,7 @@ class Options(TableOptions):
 
     data: str  # see vlp.eval.datasets
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"
+    split: str = "test"  # which split of the data is scored
     classes: str | list[str] | None = (
         None  # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
     )
@@ -42,7 +42,7 @@ class Options(TableOptions):
     )
     partial: bool = False  # score among some of ImageNet's classes only
     missing: Literal["error", "skip"] = "error"  # annotations without their image
-    language: str = "en"
+    language: str = "en"  # recorded in the result
 
 
 @dataclass

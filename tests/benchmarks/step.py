@@ -121,8 +121,7 @@ def samples(rows: int, model: Any) -> tuple[Any, Any]:
 def our_step(work: SimpleNamespace, device: Any) -> Any:
     import torch
 
-    from vlp import config, losses, plugin, schema
-    from vlp.engines import parallel
+    from vlp import config, engines, losses, plugin, schema
     from vlp.models.dual_encoder import build
     from vlp.step import Training, train_step
     from vlp.types import Batch
@@ -139,7 +138,7 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
         "activation_checkpointing": "checkpointing" in work.method,
     }
     options = schema.parse(config.Train, train)
-    engine = parallel.start(options)
+    engine = engines.start(options)
     model = build(schema.parse(config.Model, {"image_tower": tower}))
     image, text = samples(work.batch, model)
     engine.prepare(model, options)
@@ -148,7 +147,7 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
         losses.build(plugin.keyed("vlp.losses", {"infonce": {}})),
         lambda step: 1e-4,
         micro_batches=work.micro,
-        dtype=parallel.precision(options, device),
+        dtype=engines.compute_dtype(options, device),
     )
     batch = Batch(image, text, torch.arange(work.batch), [str(i) for i in range(work.batch)])
     return lambda: train_step(training, batch)

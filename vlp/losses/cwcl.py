@@ -26,7 +26,7 @@ class Options:
     frozen: Literal["image", "text"] = (
         "image"  # the frozen tower, whose similarities are the weights
     )
-    sharpening: float = 1.0
+    sharpening: float = 1.0  # exponent of the weights; above 1 lowers those of unrelated pairs
 
     def __post_init__(self) -> None:
         if self.sharpening <= 0:

@@ -17,7 +17,6 @@ from torch import Tensor
 from vlp import log
 
 FOLDER = "checkpoints"
-_NEEDED = {"model.safetensors", "state.json", "model.json", "config.yaml"}
 
 
 class CheckpointError(RuntimeError):
@@ -31,11 +30,11 @@ def resolve(ref: str | Path) -> Path:
     ref = Path(ref)
     if (ref / "manifest.json").exists():
         return ref
-    checkpoint = newest(ref)
-    if checkpoint is not None:
-        return checkpoint
 
-    # A mistyped step is more common than an empty run, so its siblings are named.
+    complete = newest(ref)
+    if complete is not None:
+        return complete
+
     siblings = all_of(ref.parent.parent) if ref.parent.name == FOLDER else []
     if siblings:
         names = ", ".join(path.name for path in siblings)
@@ -49,13 +48,12 @@ def newest(run: Path) -> Path | None:
     """The newest checkpoint that verifies and has finite weights; others are named in a warning.
     None if there is none.
     """
-    # A run that was killed while its disk filled may have several damaged ones.
     for path in reversed(all_of(run)):
         try:
             verify(path)
-            not_finite_names = not_finite(load_file(path / "model.safetensors"))
-            if not_finite_names:
-                raise CheckpointError(f"{path} holds NaN or infinity in {not_finite_names[0]}")
+            spoilt = not_finite(load_file(path / "model.safetensors"))
+            if spoilt:
+                raise CheckpointError(f"{path} holds NaN or infinity in {spoilt[0]}")
             return path
         except CheckpointError as error:
             log.warn(f"{error}; trying the checkpoint before it")
@@ -79,8 +77,6 @@ def verify(path: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
     for name, expected in _manifest(path).items():
         file = path / name
-
-        # The size first: it is known without reading gigabytes.
         size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"]:
             raise CheckpointError(
@@ -111,17 +107,17 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         ) from None
 
     entries = manifest if isinstance(manifest, dict) else {}
-    missing = _NEEDED - entries.keys()
+    missing = {"model.safetensors", "state.json", "model.json", "config.yaml"} - entries.keys()
     if missing:
-        first = sorted(missing)[0]
         raise CheckpointError(
-            f"{path} is no complete checkpoint: its manifest.json does not name {first}"
+            f"{path} is no complete checkpoint: "
+            f"its manifest.json does not name {sorted(missing)[0]}"
         )
 
-    # Hashes of files elsewhere would verify as well: a name must be of this folder.
+    # A checkpoint may come from anybody: a name must not lead out of its folder.
     for name, entry in entries.items():
-        whole_entry = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
-        if not whole_entry or Path(name).name != name:
+        is_entry = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+        if not is_entry or Path(name).name != name:
             raise CheckpointError(
                 f"{path} is damaged: manifest.json says {str(entry)[:80]} of {name!r}"
             )

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from vlp import dist, teacher
 from vlp.config import Config
-from vlp.engines.parallel import Engine
+from vlp.engines import Engine
 from vlp.models.dual_encoder import DualEncoder
 from vlp.seeds import derive
 from vlp.selection import Selection

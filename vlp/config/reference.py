@@ -1,0 +1,333 @@
+"""Every key of the configuration with type, default and sentence, as a plain list.
+
+    for section in sections():
+        for key in section.keys: ...
+
+`vlp config` prints it and the documentation's page is made from it, so that both say what the
+dataclasses say: a field's sentence is the comment beside or above it, a section's the docstring.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vlp.config import source
+from vlp.config.durations import Duration
+from vlp.config.source import Class, Field, Module
+from vlp.schema import ConfigError, Problem
+
+REQUIRED = "required"
+_SCALARS = {
+    "int": "whole number",
+    "float": "number",
+    "str": "text",
+    "bool": "true or false",
+    "Any": "anything",
+    "None": "null",
+    "dict": "mapping",
+    "list": "list",
+}
+_EMPTY = {"list": [], "dict": {}, "KeyedPlugins": {}}  # by the name of a default_factory
+_SIDES = {"image_tower": "vision_cfg", "text_tower": "text_cfg"}  # what a tower there must define
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key as the user writes it."""
+
+    key: str  # dotted, as an override names it: train.optimizer.lr, data.sources.N.path
+    type: str  # number, text, auto | float32 | bf16, …
+    default: str  # as YAML; REQUIRED where there is none, empty for a section of its own
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A mapping of the configuration, or a plug-in's options."""
+
+    name: str  # train.optimizer, objective.infonce, data.sources.shards; empty: the root
+    sentence: str
+    written: str  # its place in YAML: objective: {infonce: {…}}
+    keys: tuple[Key, ...]
+    package: str = ""  # of plug-ins, where the keys are common to all of a folder
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place of the configuration where plug-ins of a folder are named (vlp.plugin)."""
+
+    name: str  # objective, data.sources, model.image_tower
+    package: str
+    form: Literal["keyed", "named", "list"]  # {NAME: {…}}, {name: NAME, …} or a list of those
+
+    def key_prefix(self, plugin: str) -> str:
+        """What an override writes before an option's name."""
+        inner = {"keyed": f"{plugin}.", "named": "", "list": "N."}[self.form]
+        return f"{self.name}.{inner}"
+
+    def written(self, plugin: str) -> str:
+        """The plug-in's place in YAML."""
+        if self.form == "keyed":
+            return f"{self.name}: {{{plugin}: {{…}}}}"
+        section, _, key = self.name.partition(".")
+        mapping = f"{{name: {plugin}, …}}"
+        return f"{section}: {{{key}: {f'[{mapping}]' if self.form == 'list' else mapping}}}"
+
+    def holds(self, module: Module) -> bool:
+        """Whether a file of the folder may stand here: text towers are no image towers."""
+        required = _SIDES.get(self.name.rpartition(".")[2])
+        return required is None or module.defines(required)
+
+
+@functools.cache
+def sections() -> tuple[Section, ...]:
+    """All sections, each before those inside it; plug-ins after what is common to their folder."""
+    root = _class("Config", source.read("vlp.config.tree"))
+    assert root is not None, "the source text is installed beside the code"
+    return tuple(_tree(root, ""))
+
+
+def _class(name: str, module: Module | None) -> Class | None:
+    return None if module is None else source.class_named(ast.Name(name), module)
+
+
+def _tree(section: Class, name: str) -> Iterator[Section]:
+    """The section of a dataclass and everything inside it."""
+    fields = source.fields_of(section).values()
+    prefix = f"{name}." if name else ""
+    keys = tuple(_key(field, prefix) for field in fields)
+    yield Section(name, section.summary, _written(name), keys)
+
+    for field in fields:
+        inner_name = prefix + field.name
+        slot = _slot(field.annotation, inner_name)
+        inner = _nested(field)
+        if slot is not None:
+            yield from _plugins(slot)
+        elif inner is not None:
+            yield from _tree(inner, inner_name)
+
+
+def _plugins(slot: _Slot) -> Iterator[Section]:
+    """What is common to a folder of plug-ins, then each of them."""
+    folder = source.read(slot.package)
+    assert folder is not None, slot.package
+    common = _class("Common", folder)
+    keys = () if common is None else _keys(common, slot.key_prefix("NAME"))
+    yield Section(slot.name, folder.summary, slot.written("NAME"), keys, slot.package)
+
+    for module in source.plugins(slot.package):
+        if not slot.holds(module):
+            continue
+        plugin = module.name.rpartition(".")[2]
+        options = _class("Options", module)
+        assert options is not None, f"{module.name} has no Options"
+        keys = _keys(options, slot.key_prefix(plugin))
+        yield Section(f"{slot.name}.{plugin}", module.summary, slot.written(plugin), keys)
+
+
+def _keys(section: Class, prefix: str) -> tuple[Key, ...]:
+    return tuple(_key(field, prefix) for field in source.fields_of(section).values())
+
+
+def _key(field: Field, prefix: str) -> Key:
+    inner = _nested(field)
+    sentence = field.sentence
+    if not sentence and inner is not None:
+        sentence = inner.summary
+    in_yaml = re.sub(r"\bNone\b", "null", sentence)
+    return Key(prefix + field.name, type_of(field), default_of(field), in_yaml)
+
+
+def _slot(annotation: ast.expr, name: str) -> _Slot | None:
+    """The slot for plug-ins behind an annotation such as Annotated[Plugin, Named("vlp.towers")]."""
+    for node in ast.walk(annotation):
+        match node:
+            case ast.Call(func=ast.Name(id="Keyed"), args=[ast.Constant(value=package)]):
+                return _Slot(name, package, "keyed")
+            case ast.Call(func=ast.Name(id="Named"), args=[ast.Constant(value=package)]):
+                in_list = ast.unparse(annotation).startswith("list[")
+                return _Slot(name, package, "list" if in_list else "named")
+    return None
+
+
+def _nested(field: Field) -> Class | None:
+    """The dataclass that a field holds as a section, alone or beside null or a scalar."""
+    if _slot(field.annotation, field.name) is not None:
+        return None
+    for node in ast.walk(field.annotation):
+        inner = source.class_named(node, field.module) if isinstance(node, ast.Name) else None
+        if inner is not None and inner.is_dataclass and not inner.defines("from_config"):
+            return inner
+    return None
+
+
+def type_of(field: Field) -> str:
+    """A field's type in the words of whoever writes a configuration."""
+    slot = _slot(field.annotation, field.name)
+    if slot is None:
+        return _words(field.annotation, field.module)
+    plugins = {
+        "keyed": "{NAME: {option: …}, …}",
+        "named": "{name: NAME, option: …}",
+        "list": "[{name: NAME, option: …}, …]",
+    }[slot.form]
+    is_optional = isinstance(field.annotation, ast.BinOp)
+    return f"{plugins} or null" if is_optional else plugins
+
+
+def _words(annotation: ast.expr, module: Module) -> str:
+    match annotation:
+        case ast.Constant(value=None):
+            return "null"
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return f"{_words(left, module)} or {_words(right, module)}"
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            values = choices.elts if isinstance(choices, ast.Tuple) else [choices]
+            return " | ".join(_shown(ast.literal_eval(value)) for value in values)
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            return f"list of {_words(item, module)}"
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=items)):
+            return f"[{', '.join(_words(item, module) for item in items)}]"
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, value])):
+            return f"mapping to {_words(value, module)}"
+        case ast.Name(id=name) if name in _SCALARS:
+            return _SCALARS[name]
+
+    named = source.class_named(annotation, module)
+    if named is not None and named.defines("from_config"):
+        return named.node.name.lower()
+    if named is not None and named.is_dataclass:
+        return f"{{{', '.join(source.fields_of(named))}}}"
+    raise TypeError(f"{module.name}: no words for the type {ast.unparse(annotation)}")
+
+
+def default_of(field: Field) -> str:
+    """A field's default as YAML; REQUIRED where it has to be given."""
+    if field.default is None:
+        return REQUIRED
+    match field.default:
+        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Name(id=name))]):
+            return _shown(_EMPTY[name]) if name in _EMPTY else ""
+        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Lambda(body=v))]):
+            return _shown(ast.literal_eval(v))
+        case ast.Call(func=ast.Name(id="Duration"), args=arguments):
+            number, unit = (ast.literal_eval(argument) for argument in arguments)
+            return _shown(Duration(number, unit).to_config())
+        case ast.Call():
+            return ""  # a section with the defaults of its own keys
+    return _shown(ast.literal_eval(field.default))
+
+
+def _shown(value: Any) -> str:
+    """A plain value as YAML has it."""
+    if value is None or isinstance(value, (bool, list, tuple, dict)) or value == "":
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def _written(name: str) -> str:
+    """A section's place in YAML."""
+    text = "{…}"
+    for part in reversed(name.split(".")[1:]):
+        text = f"{{{part}: {text}}}"
+    return f"{name.split('.')[0]}: {text}" if name else "the file itself"
+
+
+def find(name: str) -> list[Section]:
+    """The sections that a name means: a section with all inside it, the end of its name, a folder
+    of plug-ins (losses, towers, tasks) or a single key; ConfigError suggests the near one.
+    """
+    everything = sections()
+    inside = [section for section in everything if _lies_in(section, name)]
+    if inside:
+        return inside
+
+    roots = [
+        section.name
+        for section in everything
+        if section.name.endswith(f".{name}") or section.package.endswith(f".{name}")
+    ]
+    if roots:
+        return [s for s in everything if any(_lies_in(s, root) for root in roots)]
+
+    keys = _with_keys(lambda key: f".{key.key}".endswith(f".{name}"))
+    if keys:
+        return keys
+    message = f"the configuration has no section or key {name!r}{_near(name)}"
+    raise ConfigError([Problem((), message)])
+
+
+def _lies_in(section: Section, name: str) -> bool:
+    return f"{section.name}.".startswith(f"{name}.")
+
+
+def search(word: str) -> list[Section]:
+    """The sections cut down to the keys that hold `word` in name, type or sentence; ConfigError
+    where no key does.
+    """
+    wanted = _folded(word)
+    hits = _with_keys(lambda key: wanted in _folded(f"{key.key} {key.type} {key.sentence}"))
+    if not hits:
+        message = f"no key says anything of {word!r}{_near(word)}"
+        raise ConfigError([Problem((), message)])
+    return hits
+
+
+def _with_keys(is_wanted: Callable[[Key], bool]) -> list[Section]:
+    """The sections that hold wanted keys, with those alone."""
+    hits = []
+    for section in sections():
+        keys = tuple(key for key in section.keys if is_wanted(key))
+        if keys:
+            hits.append(replace(section, keys=keys))
+    return hits
+
+
+def _folded(text: str) -> str:
+    """Without case, hyphens and underscores: warm-up is warmup."""
+    return text.lower().replace("-", "").replace("_", "")
+
+
+def _near(name: str) -> str:
+    names = {section.name for section in sections() if section.name}
+    names |= {key.key for section in sections() for key in section.keys}
+    names |= {full.rpartition(".")[2] for full in names}
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    if close:
+        return f", did you mean {close[0]!r}?"
+
+    # All three hundred would hide the message.
+    outermost = ", ".join(key.key for key in sections()[0].keys)
+    return f"; known: {outermost}; vlp config --search WORD looks everywhere"
+
+
+def lines(chosen: Iterable[Section]) -> Iterator[str]:
+    """Sections as the terminal shows them."""
+    for section in chosen:
+        yield f"{section.name or 'configuration'}    {section.written}"
+        yield _indented(section.sentence, 2)
+        for key in section.keys:
+            yield ""
+            yield f"  {_assignment(key)}    ({key.type})"
+            yield _indented(key.sentence, 6)
+        yield ""
+
+
+def _assignment(key: Key) -> str:
+    if key.default == REQUIRED:
+        return f"{key.key}, {REQUIRED}"
+    return f"{key.key} = {key.default}" if key.default else key.key
+
+
+def _indented(sentence: str, n_blanks: int) -> str:
+    margin = " " * n_blanks
+    return textwrap.fill(sentence, 96, initial_indent=margin, subsequent_indent=margin)
