@@ -245,7 +245,7 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
         raise ValueError(f"{name} holds several models; name one of them")
 
     quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
-    same_activation(*quick, f"the weights of {name}", None)
+    same_activation(quick[0], quick[1], f"the weights of {name}", None)
 
     theirs, ours = vars(source.image_spec), vars(model.image_spec)
     different = [

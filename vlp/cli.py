@@ -222,7 +222,7 @@ def _config(parser: argparse.ArgumentParser) -> None:
         elif options.section:
             chosen = reference.find(options.section)
         else:
-            chosen = reference.sections()
+            chosen = list(reference.sections())
         print("\n".join(reference.lines(chosen)))
         return 0
 

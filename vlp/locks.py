@@ -93,6 +93,7 @@ def _locked(path: Path, target: Path, advice: str, shared: bool = False) -> Iter
     if descriptor is None:
         _refuse(target, [path, *filter(_is_held, _shares(path))], advice)
 
+    assert descriptor is not None  # `_refuse` has raised
     _held[key] += 1
     try:
         if not shared:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Trackers:
     an error.
     """
 
-    def __init__(self, names: list[str], run: Path, config: dict[str, Any]) -> None:
+    def __init__(self, names: Sequence[str], run: Path, config: dict[str, Any]) -> None:
         self._trackers = [_tracker(name, run) for name in names]
         for tracker in self._trackers:
             tracker.store_init_configuration({"config": json.dumps(config)})
@@ -103,7 +103,7 @@ class Trackers:
             tracker.finish()
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """ValueError for a tracker whose package is not installed."""
     if not names:  # the import takes a second
         return

@@ -108,7 +108,7 @@ class Keyed:
         return KeyedPlugins(_unique_labels(plugins))
 
 
-class KeyedPlugins(list):
+class KeyedPlugins(list[Plugin]):
     """A list of plug-ins that writes itself back as the mapping it was read from."""
 
     def to_config(self) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The values of nested mappings by dotted key."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    values = {}
+    values: dict[str, Any] = {}
     for name, item in tree.items():
         values |= _flat(item, f"{prefix}{name}.")
     return values

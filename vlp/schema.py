@@ -121,7 +121,8 @@ def _choice(choices: tuple, value: Any, path: Path, problems: list[Problem]) -> 
     return value
 
 
-def _wrong(value: Any, expected: str, path: Path, problems: list[Problem]) -> None:
+def _wrong(value: Any, expected: str, path: Path, problems: list[Problem]) -> Any:
+    """None, which stands for the value; the problem is noted."""
     problems.append(Problem(path, f"found {value!r} ({type(value).__name__}), expected {expected}"))
 
 
@@ -188,7 +189,7 @@ def _sequence(
         return _wrong(value, f"a list of {len(arguments)} items", path, problems)
     kinds = arguments
     if not fixed:
-        kinds = [arguments[0] if arguments else Any] * len(value)
+        kinds = (arguments[0] if arguments else Any,) * len(value)
     items = [
         parse_into(kind, item, (*path, i), problems)
         for i, (kind, item) in enumerate(zip(kinds, value))
@@ -196,7 +197,7 @@ def _sequence(
     return origin(items)
 
 
-def _dataclass(cls: type, value: Any, path: Path, problems: list[Problem]) -> Any:
+def _dataclass(cls: Any, value: Any, path: Path, problems: list[Problem]) -> Any:
     if not isinstance(value, dict):
         return _wrong(value, "a mapping", path, problems)
 

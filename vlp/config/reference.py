@@ -35,7 +35,11 @@ _SCALARS = {
     "dict": "mapping",
     "list": "list",
 }
-_EMPTY = {"list": [], "dict": {}, "KeyedPlugins": {}}  # by the name of a default_factory
+_EMPTY: dict[str, Any] = {
+    "list": [],
+    "dict": {},
+    "KeyedPlugins": {},
+}  # by the name of a default_factory
 _SIDES = {"image_tower": "vision_cfg", "text_tower": "text_cfg"}  # what a tower there must define
 
 
@@ -151,9 +155,9 @@ def _slot(annotation: ast.expr, name: str) -> _Slot | None:
     """The slot for plug-ins behind an annotation such as Annotated[Plugin, Named("vlp.towers")]."""
     for node in ast.walk(annotation):
         match node:
-            case ast.Call(func=ast.Name(id="Keyed"), args=[ast.Constant(value=package)]):
+            case ast.Call(func=ast.Name(id="Keyed"), args=[ast.Constant(value=str(package))]):
                 return _Slot(name, package, "keyed")
-            case ast.Call(func=ast.Name(id="Named"), args=[ast.Constant(value=package)]):
+            case ast.Call(func=ast.Name(id="Named"), args=[ast.Constant(value=str(package))]):
                 in_list = ast.unparse(annotation).startswith("list[")
                 return _Slot(name, package, "list" if in_list else "named")
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Replicated:
         self.optimizer = optim.build(self.module, options.optimizer)
 
     def wrap(self, options: config.Train) -> None:
-        self.model: nn.Module = torch.compile(self.module) if options.compile else self.module
+        self.model: Any = torch.compile(self.module) if options.compile else self.module
         if dist.world_size() > 1:
             self.model = accelerator(self.device).prepare_model(self.model)
 
@@ -61,11 +62,12 @@ class Replicated:
         norm = self.gradient_norm()
 
         # Read by the fused optimiser on the device; asking here would make the host wait.
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        found_inf = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by this name
 
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
-            gradients = [local_part(p.grad) for p in self._trained()]
+            gradients = [local_part(gradient) for gradient in self._gradients()]
             torch._foreach_mul_(gradients, factor)
 
         for group in self.optimizer.param_groups:
@@ -76,11 +78,11 @@ class Replicated:
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the gradient over all parameters, equal on all ranks."""
-        norms = torch._foreach_norm([p.grad for p in self._trained()])
+        norms = torch._foreach_norm(self._gradients())
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters() if p.grad is not None]
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""

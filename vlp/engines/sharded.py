@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vlp import config, dist
@@ -25,13 +26,13 @@ class Sharded(Replicated):
         # Evaluation and averages need the whole model; the one below falls into shards.
         self.plain = copy.deepcopy(self.module).cpu()
 
-        self.mesh = torch.distributed.init_device_mesh(self.device.type, (dist.world_size(),))
+        self.mesh = init_device_mesh(self.device.type, (dist.world_size(),))
         self.model = self.shard(self.module)
 
         if options.compile:
             self.model.compile()
 
-    def shard(self, module: DualEncoder, **options: Any) -> nn.Module:
+    def shard(self, module: DualEncoder, **options: Any) -> Any:
         for block in module.blocks():
             fully_shard(block, mesh=self.mesh, **options)
         return fully_shard(module, mesh=self.mesh, **options)
@@ -49,7 +50,7 @@ class Sharded(Replicated):
         return nullcontext()
 
     def gradient_norm(self) -> Tensor:
-        squares = [local_part(p.grad).square().sum() for p in self._trained()]
+        squares = [local_part(gradient).square().sum() for gradient in self._gradients()]
         local_square = torch.stack(squares).sum()
         return dist.all_reduce(local_square, dist.world()).sqrt()
 

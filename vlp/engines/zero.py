@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import torch
@@ -215,6 +216,7 @@ def settings(stage: int, options: config.Train, device: torch.device) -> dict:
     launch/deepspeed/zero<stage>.json, with what this run's configuration decides.
     """
     launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    file: Path | Traversable
     if launcher_file:
         file = Path(launcher_file)
     else:
