@@ -1,4 +1,4 @@
-"""What the report's page is made of: curves, projections, choices of examples, words kept private."""
+"""What the report's page is made of: curves, projections, choices of examples, private words."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
     got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
     assert [q.place for q in got] == [2, 0, 1]
     assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
-    shown, hits = findings.choices(
+    shown, hits = findings.examples_to_show(
         [torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])], 3
     )
     assert shown == [0, 2, 1] and hits == [False, True, False]  # a tie is no hit
@@ -64,7 +64,7 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
 def test_worst_classes_and_what_they_are_taken_for():
     classes = torch.eye(3)
     image, labels = classes[[0, 0, 2, 2, 1]], torch.tensor([0, 0, 1, 1, 1])
-    worst = findings.confusions(image, classes, labels, worst=1)
+    worst = findings.confusions((image @ classes.T).argmax(1), labels, worst=1)
     assert [(c.number, c.hits, c.n, dict(c.answers), c.wrong) for c in worst] == [
         (1, 1, 3, {2: 2, 1: 1}, 2)
     ]
