@@ -312,3 +312,9 @@ def test_replacement_keeps_the_shares():
     mix = mixture(10, 1000, weights=[1, 3], replacement=True)
     for step in range(50):
         assert (mix.batch(step, 16) < 10).sum() == 4
+
+
+def test_the_old_word_for_a_random_caption_is_refused_with_the_new_one(variations):
+    with pytest.raises(ConfigError, match=r"captions\.choose: 'seed' is called 'random' now"):
+        data_of(variations, captions={"choose": "seed"})
+    assert data_of(variations).captions.choose == "random"

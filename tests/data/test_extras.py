@@ -1,4 +1,4 @@
-"""What a batch carries besides pairs: images of negatives, further views, a teacher's embeddings."""
+"""What a batch carries besides pairs: images of negatives, further views, teachers' embeddings."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_wrong_views_are_refused(tmp_path):
 def write_embeddings(
     folder: Path, shards: Path, *, model: str = "teacher", scale: float = 50.0, width: int = 6
 ) -> Path:
-    """As `vlp data embed` writes them: row i of a shard says which shard and sample it belongs to."""
+    """As `vlp data embed` writes them: row i of a shard says of which shard and sample it is."""
     folder.mkdir()
     for s, path in enumerate(sorted(shards.glob("*.tar"))):
         with tarfile.open(path) as tar:
@@ -376,7 +376,7 @@ def test_embeddings_that_do_not_fit_are_refused_by_name(embedded, tmp_path):
             writer.add(f"other{i}", encoded(picture(i)), "png", ["x"])
     with pytest.raises(
         ValueError,
-        match=r"00000.safetensors holds .* for other samples than the 7 of 00000.tar.*vlp data embed",
+        match=r"00000.safetensors holds .* for other samples than the 7 of 00000.tar.*data embed",
     ):
         opened(write_embeddings(tmp_path / "others", tmp_path / "other"))
     mixed = write_embeddings(tmp_path / "mixed", shards, scale=20.0)

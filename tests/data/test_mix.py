@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlp.data.mix import Mixture, Windows, permute
+from vlp.data.mix import Mixture
+from vlp.data.permutation import Windows, permute
 from vlp.types import Sample
 
 

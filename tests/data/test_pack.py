@@ -124,7 +124,10 @@ def test_rows_that_name_missing_images_are_each_reported_and_nothing_is_written(
     assert "gone.png" in capsys.readouterr().err
     assert len(open_shards(Options(str(tmp_path / "out")), Captions())) == 3
     folder = {"name": "folder", "path": str(photos), "captions": str(captions)}
-    refused = r"3 rows cannot be used, 3 of them name images that are not there; on_missing: skip(.|\n)*t.csv:6: no image 'gone"
+    refused = (
+        r"3 rows cannot be used, 3 of them name images that are not there; "
+        r"on_missing: skip(.|\n)*t.csv:6: no image 'gone"
+    )
     with pytest.raises(ValueError, match=refused):
         loader_of(data_of(folder), 3)
     assert (
@@ -305,5 +308,8 @@ def test_real_photos_in_clip_benchmarks_layout(tmp_path):
 
 
 def test_help_needs_no_torch():
-    code = "import sys, vlp.data_tools.pack; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys, vlp.data_tools.pack; "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
