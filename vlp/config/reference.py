@@ -188,6 +188,15 @@ def type_of(field: Field) -> str:
     return f"{plugins} or null" if is_optional else plugins
 
 
+def _alias(name: str, module: Module) -> ast.expr | None:
+    """What a name of the module stands for, such as `Choice = Literal["a", "b"]`."""
+    for statement in module.tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=target)]) if target == name:
+                return statement.value
+    return None
+
+
 def _words(annotation: ast.expr, module: Module) -> str:
     match annotation:
         case ast.Constant(value=None):
@@ -203,8 +212,12 @@ def _words(annotation: ast.expr, module: Module) -> str:
             return f"[{', '.join(_words(item, module) for item in items)}]"
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, value])):
             return f"mapping to {_words(value, module)}"
+        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[kind, *_])):
+            return _words(kind, module)
         case ast.Name(id=name) if name in _SCALARS:
             return _SCALARS[name]
+        case ast.Name(id=name) if (alias := _alias(name, module)) is not None:
+            return _words(alias, module)
 
     named = source.class_named(annotation, module)
     if named is not None and named.defines("from_config"):
