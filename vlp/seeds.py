@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 
 
-def derive(seed: int, purpose: str, *position: int) -> int:
+def derive(seed: int, purpose: str, *position: int | str) -> int:
     """A 63-bit seed that depends on all arguments, the same on every machine and in every process.
 
     Python's own `hash` differs from process to process, and torch takes no negative seed.

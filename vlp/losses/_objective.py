@@ -245,7 +245,7 @@ class Objective:
             problems = inputs.unit_problems(self.normalize)
 
         shapes = inputs.shapes() if not problems else {}
-        if first:
+        if self._shapes is None:
             problems = self._agreed(problems, shapes)
         elif not alone and not problems and shapes != self._shapes:
             problems = [self._changed(shapes)]
@@ -257,10 +257,11 @@ class Objective:
 
     def _changed(self, shapes: dict[str, tuple[int, ...]]) -> str:
         """What is wrong with shapes that are not the first step's, on several ranks."""
+        first = self._shapes or {}
         changed = {
-            name: (self._shapes.get(name), shape)
+            name: (first.get(name), shape)
             for name, shape in shapes.items()
-            if shape != self._shapes.get(name)
+            if shape != first.get(name)
         }
         return (
             f"shapes changed since the first step, {changed}: ranks would no longer match; "

@@ -227,6 +227,7 @@ class Chooser:
 
     def _reference_rows(self, part: Batch) -> tuple[Tensor, Tensor]:
         if self.reference is None:
+            assert part.teacher_image is not None and part.teacher_text is not None
             return part.teacher_image, part.teacher_text
         features = self.reference(part.image, part.text)
         return features.image.float(), features.text.float()
