@@ -173,13 +173,13 @@ def compare(first: str, second: str) -> str:
     nothing is left.
     """
     (records_a, items_a), (records_b, items_b) = open_results(first), open_results(second)
-    rows = [("task", "data", "score", "A", "B", "A − B", "verdict")]
+    rows: list[tuple[str, ...]] = [("task", "data", "score", "A", "B", "A − B", "verdict")]
     refused = []
     for a in records_a:
         # Data, protocol and labels must agree: a difference of scores is then one of the models.
         b = next((record for record in records_b if _same_task(a, record)), None)
         reason = "only in A" if b is None else _why_not(a, b)
-        if reason:
+        if b is None or reason:
             refused.append(f"{a['label']} on {a['dataset']}: {reason}")
             continue
 

@@ -18,7 +18,7 @@ from vlp.data.tables import TableOptions
 from vlp.eval import metrics
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
-from vlp.eval.tasks import TaskResult, _labelled
+from vlp.eval.tasks import TaskResult, _labelled, zeroshot
 
 VERSION = 1
 KNOWN_AS = "linear_probe"
@@ -69,7 +69,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
     return result
 
 
-def _features(encoder: Encoder, data: _labelled.zeroshot.Data, context: Context) -> Tensor:
+def _features(encoder: Encoder, data: zeroshot.Data, context: Context) -> Tensor:
     """[n, D] rows of length √D."""
     rows = _labelled.embedded(encoder, data, context)
     return rows * rows.shape[1] ** 0.5

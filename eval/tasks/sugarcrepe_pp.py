@@ -61,7 +61,7 @@ def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -
     with_picture = strictly_above(scores[:, :2], scores[:, 2:]).all(1)
     text_only = _hits_without_pictures(encoder, data.captions, context)
 
-    items = {}
+    items: dict[str, Tensor] = {}
     for name, hits in (("itt", with_picture), ("tot", text_only)):
         of_groups = choices.by_group(hits, data.groups)
         items |= {f"{name}_{group}": value for group, value in of_groups.items()}

@@ -157,6 +157,7 @@ def _named(source: Source, options: Options) -> tuple[list[str], Tensor]:
 
 def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     """Classes that the data give by number (.cls, .npy, a label column)."""
+    listed: ClassList | None
     if options.classes == "imagenet":
         listed = ClassList(imagenet.names())
     else:
@@ -168,10 +169,7 @@ def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
             "add it (a line a name) or classes=FILE"
         )
 
-    numbers = [
-        record.label if isinstance(record.label, tuple) else (record.label,)
-        for record in source.records
-    ]
+    numbers = [_class_numbers(record.label) for record in source.records]
     highest = max((max(several) for several in numbers if several), default=0)
     names = listed.names if listed is not None else names_of_set
 
@@ -192,6 +190,14 @@ def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     if source.multilabel:
         return names, _multi_hot(numbers, place)
     return names, torch.tensor([place[number] for (number,) in numbers])
+
+
+def _class_numbers(label: int | str | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The classes of one image, of which a multilabel set gives several."""
+    if isinstance(label, tuple):
+        return label
+    assert isinstance(label, int)  # `read` has seen that the labels are numbers
+    return (label,)
 
 
 def _multi_hot(numbers: list[tuple[int, ...]], place: list[int]) -> Tensor:
