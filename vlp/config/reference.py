@@ -167,8 +167,13 @@ def _nested(field: Field) -> Class | None:
     """The dataclass that a field holds as a section, alone or beside null or a scalar."""
     if _slot(field.annotation, field.name) is not None:
         return None
+    # A hook such as Renamed(…) reads the value; it is no section.
+    calls = [node for node in ast.walk(field.annotation) if isinstance(node, ast.Call)]
+    of_hooks = {node for call in calls for node in ast.walk(call)}
     for node in ast.walk(field.annotation):
-        inner = source.class_named(node, field.module) if isinstance(node, ast.Name) else None
+        if not isinstance(node, ast.Name) or node in of_hooks:
+            continue
+        inner = source.class_named(node, field.module)
         if inner is not None and inner.is_dataclass and not inner.defines("from_config"):
             return inner
     return None
