@@ -120,7 +120,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """The results for the eye: score, 95 % interval, chance; below, what was counted and what was
     left out.
     """
-    rows = [("task", "data", "score", "value", "95 %", "chance")]
+    rows: list[tuple[str, ...]] = [("task", "data", "score", "value", "95 %", "chance")]
     for of_task in records:
         rows += _rows(of_task)
 
@@ -143,7 +143,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row a score: value, interval, chance."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, value in of_task["metrics"].items():
         bounds = of_task["intervals_95"].get(name)
         interval = f"{bounds[0]:.4f} … {bounds[1]:.4f}" if bounds else ""

@@ -163,7 +163,8 @@ def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     else:
         listed = _listed_classes(options)
     names_of_set = source.classes
-    if listed is None and names_of_set is None:
+    names = listed.names if listed is not None else names_of_set
+    if names is None:
         raise DataError(
             f"{options.data} numbers its classes but has no classnames.txt; "
             "add it (a line a name) or classes=FILE"
@@ -171,7 +172,6 @@ def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
 
     numbers = [_class_numbers(record.label) for record in source.records]
     highest = max((max(several) for several in numbers if several), default=0)
-    names = listed.names if listed is not None else names_of_set
 
     # Numbers count in the set's own list where it has one.
     n_names = len(names_of_set or names)
