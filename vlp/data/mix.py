@@ -244,10 +244,10 @@ class Mixture:
         numbers, rounds = self._order(0, self.n_units, count)
 
         first = 0
-        for units in self.units:
-            places = (first <= numbers) & (numbers < first + len(units))
+        for of_source in self.units:
+            places = (first <= numbers) & (numbers < first + len(of_source))
             yield _Draws(places, numbers[places] - first, rounds[places])
-            first += len(units)
+            first += len(of_source)
 
     def _order(self, stream: int, n: int, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Elements `count` of a stream's endless sequence of n units, and the round of each: its

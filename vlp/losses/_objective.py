@@ -272,7 +272,7 @@ class Objective:
         """The problems of all ranks, or those between them: every rank raises what one found."""
         ranks = self.backend.ranks
         by_rank = dist.gather_objects((problems, shapes), ranks)
-        all_problems = {}  # a dict keeps their order, and each of them once
+        all_problems: dict[str, None] = {}  # a dict keeps their order, and each of them once
         for rank_problems, _ in by_rank:
             all_problems |= dict.fromkeys(rank_problems)
         if all_problems:
@@ -305,7 +305,7 @@ class Objective:
 
 def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
     """The keywords that some of the terms read, needed or not."""
-    keywords = frozenset()
+    keywords: frozenset[str] = frozenset()
     for plugin in plugins:
         keywords |= _needs(plugin).union(getattr(plugin.module, "OPTIONAL", ()))
     return keywords

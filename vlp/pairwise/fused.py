@@ -217,4 +217,4 @@ class _Diagonal:
         return slice(start, start + matrix.diagonal(self.offset).shape[0])
 
 
-PROGRAMS = {"margin": Margin, "softplus": Softplus}
+PROGRAMS: dict[str, type[Margin] | type[Softplus]] = {"margin": Margin, "softplus": Softplus}

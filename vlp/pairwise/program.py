@@ -66,7 +66,9 @@ class Recompute:
         groups = (scores, tile.row_values, tile.column_values, tile.shared)
         leaves = [tuple(_leaf(tensor) for tensor in group) for group in groups]
         with torch.enable_grad():
-            matrices = self.reduction.function(Tile(*leaves, offset=tile.offset))
+            scores, row_values, column_values, shared = leaves
+            again = Tile(scores, row_values, column_values, shared, tile.offset)
+            matrices = self.reduction.function(again)
 
         # Autograd starts at the matrices: their reduction is differentiated by its statistic.
         outputs, weights = [], []
