@@ -173,8 +173,10 @@ class _Sink:
 
         dscale = Σ dz·s = ⟨X, dZ·T⟩, and dX = scale·dZ·T.
         """
+        if not self.prescaled:
+            return
         d_left, d_scale = self.current[0], self.shared[0]
-        if not self.prescaled or d_left is None:
+        if d_left is None:
             return
 
         if d_scale is not None:
