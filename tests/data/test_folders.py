@@ -36,18 +36,22 @@ def test_img2datasets_files_are_pairs_for_pack_and_for_training(tmp_path, capsys
     for source in both(tmp_path, root):
         out = tmp_path / f"out{n_cases}"
         assert pack(source, "--to", out) == 0
+
         said = capsys.readouterr().out
         assert "4 images with 4 captions and 0 classes" in said
         assert "left out: 1 .parquet" in said and "1 .json without an image" in said
+
         samples = packed(out)
         assert [s.captions for s in samples] == [(f"caption {i}",) for i in range(4)]
         assert [s.meta["similarity"] for s in samples] == [0.5, 1.5, 2.5, 3.5]
+
         direct = loader_of(data_of({"name": "folder", "path": str(source)}), 4)
         shards = loader_of(data_of(out), 4)
         one, other = next(direct), next(shards)
         assert one.text.equal(other.text) and one.image.equal(other.image)
         with pytest.raises(ValueError, match=r"texts beside them; use \{name: folder\}"):
             loader_of(data_of({"name": "classes", "path": str(source)}, captions=TEMPLATES), 4)
+
         n_cases += 1
     assert n_cases == 2
 
@@ -77,6 +81,7 @@ def test_pictures_without_a_text_among_pairs_are_refused_or_counted(tmp_path, ca
     root = put(put(tmp_path / "p", "a/1.png", "a/2.png", "b/3.png"), "a/1.txt", data=b"one")
     put(root, "b/3.json", data=b"{not json")
     assert pack(root, "--to", tmp_path / "out") == 1
+
     said = capsys.readouterr().err
     assert "'a/2.png' has no text beside it (2.txt, 2.json or 2.caption)" in said
     assert "the text beside 'b/3.png' cannot be used: not valid JSON" in said
@@ -91,6 +96,7 @@ def test_pictures_without_a_text_among_pairs_are_refused_or_counted(tmp_path, ca
     )
     with pytest.raises(ValueError, match="on_missing: skip leaves them out"):
         loader_of(data_of({"name": "folder", "path": str(root)}), 1)
+
     loader = loader_of(data_of({"name": "folder", "path": str(root), "on_missing": "skip"}), 1)
     assert loader.counters()["left_out_samples"] == 2
 

@@ -34,10 +34,13 @@ def test_hidden_and_system_names_are_never_classes_or_pictures(tmp_path, capsys)
         assert (tree.classes, tree.problems) == (["cat", "dog"], [])
         # In a folder a hidden folder counts once, in a tar each of its members does.
         assert archive.left_out.counts["hidden"] == 10
+
         out = tmp_path / f"out{n_cases}"
         assert pack(source, "--to", out) == 0
+
         said = capsys.readouterr().out
         assert "3 images with 0 captions and 2 classes" in said and "left out: 10 hidden (" in said
+
         n_cases += 1
     assert n_cases == 2
 
@@ -59,10 +62,12 @@ def test_links_are_followed_once_and_loops_and_broken_ones_counted(tmp_path, cap
     }
     assert sorted(archive.outside) == ["cat/2.png", "dog", "hound"]
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
+
     said = capsys.readouterr().out
     assert "3 images with 0 captions and 2 classes" in said
     assert "3 links lead out of" in said and f"dog -> {store / 'dogs'}" in said
     assert pack(root, "--to", tmp_path / "inside", "--on-missing", "skip", "--links", "inside") == 0
+
     said = capsys.readouterr().out
     assert (
         "1 images with 0 captions and 1 classes" in said
@@ -85,12 +90,15 @@ def test_files_that_are_no_pictures_are_counted_and_an_empty_class_is_refused(tm
     (root / "owl").mkdir()
     os.mkfifo(root / "cat" / "pipe.png")  # opening it would wait for ever
     assert pack(root, "--to", tmp_path / "out") == 1
+
     said = capsys.readouterr().err
     assert "the class folder 'cow' holds no image (found 2 .webm, 1 .txt)" in said
     assert "the class folder 'owl' holds no image (found nothing)" in said
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
+
     said = capsys.readouterr().out
     assert "2 classes" in said
+
     for part in (
         "2 images or folders that cannot be used",
         "3 .webm (cat/1.webm, cow/1.webm, cow/2.webm)",
@@ -102,6 +110,7 @@ def test_files_that_are_no_pictures_are_counted_and_an_empty_class_is_refused(tm
     with pytest.raises(ValueError, match=r"'cow' holds no image(.|\n)*'owl'"):
         data = data_of({"name": "classes", "path": str(root)}, captions=TEMPLATES)
         loader_of(data, 2)
+
     data = data_of({"name": "classes", "path": str(root), "on_missing": "skip"}, captions=TEMPLATES)
     assert any("left out 3 .webm" in line for line in loader_of(data, 2).problems())
 
@@ -130,6 +139,7 @@ def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, f
     n_cases = 0
     for source in both(tmp_path, root):
         assert pack(source, "--to", tmp_path / "out") == 1
+
         said = capsys.readouterr().err
         place = f"{source}/{first}, or " if source.is_dir() else ""
         assert (
@@ -138,6 +148,7 @@ def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, f
         ) in said
         assert pack(source, "--split-folder", first, "--to", tmp_path / f"out{n_cases}") == 0
         assert (tmp_path / f"out{n_cases}" / "classnames.txt").read_text() == "cat\ndog\n"
+
         classes = {"name": "classes", "path": str(source)}
         with pytest.raises(ValueError, match="holds splits"):
             loader_of(data_of(classes, captions=TEMPLATES), 2)
@@ -147,6 +158,7 @@ def test_a_root_of_splits_is_refused_with_the_folder_to_name(tmp_path, capsys, f
             f"holds no folder 'vali'; there are: {', '.join(sorted(folders))}"
             in capsys.readouterr().err
         )
+
         n_cases += 1
     assert n_cases == 2
 

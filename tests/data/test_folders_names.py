@@ -113,6 +113,7 @@ def test_two_names_of_one_picture_are_one_sample_unless_they_contradict_each_oth
     assert "image 'train/2.png' is missing in" in capsys.readouterr().err
     assert pack(root, *table, "--to", tmp_path / "out", "--on-missing", "skip") == 0
     assert [sample.captions for sample in packed(tmp_path / "out")] == [("one", "again"), ("two",)]
+
     direct = {
         "name": "folder",
         "path": str(root),

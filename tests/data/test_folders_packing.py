@@ -23,10 +23,12 @@ def test_a_picture_that_cannot_be_read_is_named_before_anything_is_written(
     root = put(tmp_path / "t", *(f"cat/{i}.png" for i in range(6)), "dog/1.png")
     put(root, "cat/3.png", data=broken)
     assert pack(root, "--to", tmp_path / "out") == 1
+
     said = capsys.readouterr().err
     assert "image 'cat/3.png' cannot be used" in said and "nothing was written" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t"]
     assert pack(root, "--to", tmp_path / "out", "--on-missing", "skip") == 0
+
     said = capsys.readouterr()
     assert (
         "image 'cat/3.png' cannot be used" in said.err
@@ -40,6 +42,7 @@ def test_an_interrupted_pack_leaves_the_earlier_output(tmp_path, monkeypatch):
 
     root = put(tmp_path / "t", "cat/1.png", "dog/1.png")
     assert pack(root, "--to", tmp_path / "out") == 0
+
     before = (tmp_path / "out" / "00000.tar").read_bytes()
 
     def interrupted(*_, **__):
@@ -49,6 +52,7 @@ def test_an_interrupted_pack_leaves_the_earlier_output(tmp_path, monkeypatch):
     assert pack(root, "--to", tmp_path / "out", "--overwrite") == 128 + signal.SIGINT
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t"]
     assert (tmp_path / "out" / "00000.tar").read_bytes() == before
+
     monkeypatch.undo()
 
     # Killed between its two renames: the earlier output waits under another name and comes back.
@@ -75,11 +79,13 @@ def test_families_stay_in_one_shard_and_in_one_part(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     table = ["--captions", tmp_path / "t.jsonl"]
     assert pack(root, *table, "--samples-per-shard", 4, "--to", tmp_path / "out") == 0
+
     homes: dict[str, set[str]] = {}
     for sample in packed(tmp_path / "out"):
         if sample.meta.get("origin"):
             homes.setdefault(sample.meta["origin"], set()).add(sample.key[:5])
     assert len(homes) == 4 and all(len(shards) == 1 for shards in homes.values())
+
     parts = []
     for part in ("1/2", "2/2"):
         out = tmp_path / part.replace("/", "of")

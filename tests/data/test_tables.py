@@ -63,6 +63,7 @@ def test_a_newcomers_ten_layouts_pack_and_train_alike(tmp_path, photos, capsys):
     for name in TEN:
         table = write(tmp_path, name, contents[name])
         assert pack(photos, "--captions", table, "--to", tmp_path / f"packed {name}") == 0, name
+
         packed = open_shards(ShardOptions(str(tmp_path / f"packed {name}")), Captions())
         direct = open_folder(FolderOptions(path=str(photos), captions=str(table)), Captions())
         for source in (packed, direct):
@@ -79,6 +80,7 @@ def test_pack_says_which_columns_it_took_and_what_it_left_out(tmp_path, photos, 
         "filepath;title;id;score\na.jpg;x;007;0.31\nb.jpg;;8;1\ngone.jpg;z;9;\nb;c\n",
     )
     assert pack(photos, "--captions", table, "--to", tmp_path / "out") == 1
+
     printed = capsys.readouterr()
     assert "t.csv: image ← filepath, captions ← title; left in the JSON: id, score" in printed.out
     assert (
@@ -86,11 +88,13 @@ def test_pack_says_which_columns_it_took_and_what_it_left_out(tmp_path, photos, 
         and "t.csv:5: found 2 fields" in printed.err
     )
     assert pack(photos, "--captions", table, "--to", tmp_path / "out", "--on-missing", "skip") == 0
+
     said = (
         "left out: 1 rows that cannot be read, 1 without their image, "
         "1 with neither caption nor class"
     )
     assert said in capsys.readouterr().out
+
     meta = open_shards(ShardOptions(str(tmp_path / "out")), Captions())[0].meta
     assert meta["id"] == "007" and meta["score"] == 0.31
 
@@ -100,14 +104,17 @@ def test_split_lists_and_conditions_choose_rows(tmp_path, photos, capsys):
     table = write(tmp_path, "Flickr8k.token.txt", token())
     chosen = write(tmp_path, "Flickr_8k.trainImages.txt", "a.jpg\nc.png\nnowhere.jpg\n")
     assert pack(photos, "--captions", table, "--only", chosen, "--to", tmp_path / "out") == 0
+
     printed = capsys.readouterr().out
     assert (
         "2 images with 4 captions" in printed and "1 names in" in printed and "'nowhere'" in printed
     )
+
     source = open_folder(
         FolderOptions(path=str(photos), captions=str(table), only=str(chosen)), Captions()
     )
     assert len(source) == 2
+
     stems = write(tmp_path, "stems.txt", "b\nphotos/c\n")
     assert list(pairs_of(table, only=str(stems))) == ["b.jpg", "c.png"]
     with pytest.raises(ValueError, match=r"no name in .*none\.txt is that of an image"):
@@ -165,6 +172,7 @@ def test_annotations_of_images_that_cocos_file_does_not_list_are_refused_or_coun
     source = {"name": "folder", "path": str(photos), "captions": str(table)}
     with pytest.raises(ValueError, match=rf"2 rows cannot be used(.|\n)*{refusal}"):
         loader_of(data_of(source), 2)
+
     loader = loader_of(data_of({**source, "on_missing": "skip"}), 2)
     assert (loader.n_samples, loader.counters()["left_out_samples"]) == (2, 2)
 
@@ -172,6 +180,7 @@ def test_annotations_of_images_that_cocos_file_does_not_list_are_refused_or_coun
     assert main(pack) == 1
     assert "annotations[1] names image 100" in capsys.readouterr().err
     assert main([*pack, "--on-missing", "skip"]) == 0
+
     said = capsys.readouterr().out
     assert "left out: 2 rows that cannot be read" in said
     assert "2 images with 3 captions" in said
@@ -192,5 +201,6 @@ def test_the_folder_source_takes_what_the_table_reader_takes(tmp_path, photos):
         ValueError, match=r"1 rows cannot be used, 1 of them .*\n.*t\.csv:4: no image 'gone\.jpg'"
     ):
         loader_of(data_of(source), 2)
+
     batch = next(loader_of(data_of({**source, "on_missing": "skip", "separator": ";"}), 2))
     assert sorted(batch.score.tolist()) == [0.25, 0.5]

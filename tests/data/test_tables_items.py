@@ -21,8 +21,10 @@ def test_rows_that_cannot_be_used_are_named_each(tmp_path):
     ]
     listing = items(write(tmp_path, "t.jsonl", jsonl(content)), TableOptions())
     assert [item.image for item in listing.items] == ["3"]
+
     places = [problem.split(": ", 1)[0] for problem in listing.problems]
     assert places == [f"{tmp_path}/t.jsonl:{line}" for line in (2, 3, 4)]
+
     classes = items(
         write(tmp_path, "c.csv", "image,class\na.jpg,cat\na.jpg,dog\nb.jpg,10\nc.jpg,9\n"),
         TableOptions(),

@@ -45,6 +45,7 @@ def test_quotes_can_be_said_to_mean_nothing_or_everything(tmp_path):
     path = write(tmp_path, "t.csv", 'image,caption\na.jpg,"open\nb.jpg,x"\nc.jpg,y\n')
     assert pairs_of(path, quoting="csv") == {"a.jpg": ["open\nb.jpg,x"], "c.jpg": ["y"]}
     assert pairs_of(path, quoting="none") == {"a.jpg": ['"open'], "b.jpg": ['x"'], "c.jpg": ["y"]}
+
     unnamed = write(tmp_path, "ids.csv", "12,A dog\n13,A cat, asleep\n")
     assert pairs_of(unnamed, header=False) == {"12": ["A dog"], "13": ["A cat, asleep"]}
     with pytest.raises(

@@ -87,6 +87,7 @@ def test_values_of_parquet_become_json(tmp_path):
         "picture": "p.jpg",
     }
     assert listing.items[0].meta == expected and "column 'raw' holds bytes" in listing.notes[0]
+
     json.dumps(listing.items[0].meta, allow_nan=False)
     with_pictures = pyarrow.table({"image": [{"bytes": b"x", "path": "a.jpg"}], "text": ["x"]})
     with pytest.raises(
@@ -106,11 +107,13 @@ def test_unusual_characters_stay_in_their_captions(tmp_path):
     ]
     content = jsonl([{"image": "a.jpg", "caption": text} for text in odd])
     assert pairs_of(write(tmp_path, "t.jsonl", content)) == {"a.jpg": odd}
+
     raw = "".join(f'{{"image": "a.jpg", "caption": "{text}"}}\n' for text in odd[:4])
     assert pairs_of(write(tmp_path, "raw.jsonl", raw)) == {"a.jpg": odd[:4]}
     assert pairs_of(
         write(tmp_path, "t.csv", "image,caption\n" + "".join(f"a.jpg,{t}\n" for t in odd[:3]))
     ) == {"a.jpg": odd[:3]}
+
     halves = '{"image": "a.jpg", "caption": "x \\ud83d\\udc15 \\ud800 y", "k\\ud800": "\\udc00"}'
     item = items(write(tmp_path, "s.jsonl", halves), TableOptions()).items[0]
     assert item.captions == ["x 🐕 \ufffd y"] and item.meta == {

@@ -93,8 +93,9 @@ class LeftOut:
         return ", ".join(parts)
 
     def _some(self, reason: str) -> str:
-        more = ["…"] if self.counts[reason] > len(self.names[reason]) else []
-        return ", ".join(self.names[reason] + more)
+        names = ", ".join(self.names[reason])
+        has_more = self.counts[reason] > len(self.names[reason])
+        return f"{names}, …" if has_more else names
 
 
 class Archive:

@@ -33,6 +33,10 @@ _MAX_NAMED = 100  # bad samples that are kept by name, and logged
 _NAMED_IN_ERROR = 20
 
 
+def _never() -> bool:
+    return False
+
+
 class Loader:
     """This rank's batches of an endless run over the configured data; an iterator.
 
@@ -110,7 +114,9 @@ class Loader:
 
     def problems(self) -> list[str]:
         """What the sources left out or found odd, in words."""
-        problems = [text for source in self._mixture.sources for text in source.problems()]
+        problems: list[str] = []
+        for source in self._mixture.sources:
+            problems += source.problems()
 
         for s, units in enumerate(self._mixture.units):
             if units.n_left_out:
@@ -123,7 +129,7 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def wait(self, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
+    def wait(self, asked_to_stop: Callable[[], bool] = _never) -> None:
         """Return once the next batch is here, or earlier where `asked_to_stop()`; raises DataError
         where none will come.
         """

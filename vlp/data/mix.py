@@ -225,8 +225,9 @@ class Mixture:
 
         for s, draws in enumerate(self._draws(step, n)):
             key = derive(self.seed, "unit", s)
-            in_source, caption[draws.places] = self.units[s].rows(draws.units, key, draws.rounds)
+            in_source, caption_numbers = self.units[s].rows(draws.units, key, draws.rounds)
             sample[draws.places] = self.firsts[s] + in_source
+            caption[draws.places] = caption_numbers
 
         return sample.ravel(), caption.ravel()
 

@@ -104,7 +104,10 @@ def _other_hint(archive: Archive) -> str:
 def _tables_in(archive: Archive) -> list[str]:
     """The files of a tree that may be tables of its pictures, some of each kind."""
     # Tables of other kinds are no texts, so they are among what is left out.
-    tables = [name for kind in _TABLES for name in archive.left_out.names.get(kind, ())]
+    tables: list[str] = []
+    for kind in _TABLES:
+        tables += archive.left_out.names.get(kind, [])
+
     texts = sorted(name for name in archive.texts if _TABLE_NAME.search(_last(name).casefold()))
     return tables + texts
 

@@ -81,7 +81,8 @@ class CaptionsOfSamples(Samples):
         self, units: np.ndarray, key: int, rounds: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         # A caption's number is its place behind the captions of all samples before its own.
-        sample = np.searchsorted(self._ends.numpy(), units, side="right")
+        ends = self._ends.numpy()
+        sample = np.searchsorted(ends, units, side="right")
         caption = units - self.before(sample)
         return sample[:, None], caption[:, None]
 
@@ -120,7 +121,8 @@ class Origins(Samples):
         # Of an origin with more members than rows, others stand together in each round.
         has_more = counts > self.size if self.shuffle else np.zeros(len(units), bool)
         for i in np.flatnonzero(has_more):
-            chance = random.Random(derive(key, "members", int(units[i]), int(rounds[i])))
+            seed = derive(key, "members", int(units[i]), int(rounds[i]))
+            chance = random.Random(seed)
             members = chance.sample(range(counts[i]), self.size)
             samples[i] = starts[i] + np.array(members)
 
@@ -130,8 +132,9 @@ class Origins(Samples):
         return np.searchsorted(self._starts.numpy(), samples)
 
     def others(self, sample: int) -> np.ndarray:
-        unit = int(np.searchsorted(self._starts.numpy(), sample, side="right")) - 1
-        start = int(self._starts[unit])
+        starts = self._starts.numpy()
+        unit = int(np.searchsorted(starts, sample, side="right")) - 1
+        start = int(starts[unit])
         count = int(self._counts[unit])
         return np.arange(start, start + count)
 

@@ -71,11 +71,11 @@ _GROUPS = """
     center middle
     seaside coast
 """
-SYNONYMS = {
-    word: tuple(other for other in line.split() if other != word)
-    for line in _GROUPS.splitlines()
-    for word in line.split()
-}
+SYNONYMS: dict[str, tuple[str, ...]] = {}
+for _line in _GROUPS.splitlines():
+    _group = _line.split()
+    for _word in _group:
+        SYNONYMS[_word] = tuple(other for other in _group if other != _word)
 
 
 def vary(caption: str, augment: TextAugment, chance: random.Random) -> str:

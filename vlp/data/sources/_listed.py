@@ -124,17 +124,25 @@ class Listed(Source):
 
     def _record(self, i: int) -> tuple[str, list, list[str], dict[str, Any]]:
         """Name, place, captions and JSON of sample i."""
-        record = self._text[self._ends[i] : self._ends[i + 1]]
-        return tuple(json.loads(record.numpy().tobytes()))
+        start, end = self._ends[i : i + 2].tolist()
+        record = self._text[start:end].numpy()
+        return tuple(json.loads(record.tobytes()))
 
     def n_captions(self) -> np.ndarray:
-        return np.array([len(self._record(i)[2]) for i in range(len(self))], np.int64)
+        counts = []
+        for i in range(len(self)):
+            _, _, captions, _ = self._record(i)
+            counts.append(len(captions))
+        return np.array(counts, np.int64)
 
     def origins(self) -> np.ndarray:
-        origins = [self._record(i)[3].get("origin") for i in range(len(self))]
         begins = []
-        for origin, origin_before in zip(origins, [None, *origins]):
+        origin_before = None
+        for i in range(len(self)):
+            _, _, _, meta = self._record(i)
+            origin = meta.get("origin")
             begins.append(origin is None or origin != origin_before)
+            origin_before = origin
 
         return np.cumsum(begins)
 

@@ -218,7 +218,11 @@ def _readable(table: datasets.Dataset, name: str) -> list[str]:
     classes = getattr(table.features[name], "names", None)
     # Selected first: a row of the whole table would be read with its picture.
     cells = table.select_columns([name])[name]
-    return [classes[cell] if classes and cell is not None else shown(cell) for cell in cells]
+    readable = []
+    for cell in cells:
+        is_class = classes and cell is not None
+        readable.append(classes[cell] if is_class else shown(cell))
+    return readable
 
 
 class _Columns(NamedTuple):

@@ -114,8 +114,10 @@ class _Reader:
         return result
 
     def _plain_rows(self) -> Iterator[tuple[int, Row]]:
-        first_line = 1 + self.text.count("\n", 0, self.first)
-        for number, line in enumerate(self.text[self.first :].split("\n"), first_line):
+        """(line, row) of each row, with quotes that mean nothing."""
+        n_lines_before = self.text.count("\n", 0, self.first)
+        lines = self.text[self.first :].split("\n")
+        for number, line in enumerate(lines, n_lines_before + 1):
             if line and not line.isspace():
                 yield number, plain_row(line, self.separator)
 
@@ -133,8 +135,8 @@ class _Reader:
                 if has_several_lines and quoting == "auto":
                     self._refuse_swallowed(row, number)
                 yield number, row
-            # Most lines: without the pattern for quotes.
             elif line and not line.isspace():
+                # Most lines, by the shorter way.
                 yield number, plain_row(line, self.separator)
 
             number += 1 + self.text.count("\n", position, end)

@@ -156,8 +156,10 @@ def rows_of(value: Any, path: Path) -> Parsed:
 
 
 def _numbered(rows: list[dict[str, Any]], problems: Sequence[str] = ()) -> Parsed:
-    numbered = [(number, jsonable(row)) for number, row in enumerate(rows, 1)]
-    return Parsed(numbered, False, list(problems))
+    numbered: Rows = []
+    for number, row in enumerate(rows, 1):
+        numbered.append((number, jsonable(row)))
+    return Parsed(numbered, by_line=False, problems=list(problems))
 
 
 def _are_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
@@ -188,8 +190,10 @@ def _columns(columns: dict[str, list[Any]], path: Path) -> list[dict[str, Any]]:
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{path}: its columns differ in length: {sizes}")
 
-    names = list(columns)
-    return [dict(zip(names, values)) for values in zip(*columns.values())]
+    rows = []
+    for values in zip(*columns.values()):
+        rows.append(dict(zip(columns, values)))
+    return rows
 
 
 def _karpathy(images: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -252,10 +252,11 @@ def _refuse_nothing(table: Table, conditions: dict[str, Any]) -> None:
     if not conditions:
         raise ValueError(f"{table.path} has no rows")
 
-    wanted = " and ".join(f"{name} = {values.asked(value)}" for name, value in conditions.items())
+    wanted = []
     there = []
 
-    for name in conditions:
+    for name, value in conditions.items():
+        wanted.append(f"{name} = {values.asked(value)}")
         cells = [row.get(name) for _, row in table.rows]
         there.append(f"{name} holds {values.counted(cells)}")
-    raise ValueError(f"{table.path} has no row with {wanted}; {'; '.join(there)}")
+    raise ValueError(f"{table.path} has no row with {' and '.join(wanted)}; {'; '.join(there)}")

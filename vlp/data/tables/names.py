@@ -75,5 +75,6 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _agree(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    n_common = min(len(one), len(other))
-    return one[-n_common:] == other[-n_common:]
+    shorter, longer = sorted([one, other], key=len)
+    end_of_longer = longer[-len(shorter) :]
+    return end_of_longer == shorter

@@ -228,6 +228,9 @@ def asked(wanted: Any) -> str:
 
 def counted(cells: Iterable[Any]) -> str:
     """The values of a column with their numbers, the commonest first, for messages."""
-    counts = Counter("nothing" if cell is None else shown(cell) for cell in cells)
+    counts: Counter[str] = Counter()
+    for cell in cells:
+        counts["nothing" if cell is None else shown(cell)] += 1
+
     common = ", ".join(f"{value} ({n})" for value, n in counts.most_common(_LISTED))
     return f"{common}, …" if len(counts) > _LISTED else common
