@@ -57,6 +57,7 @@ def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]
     listed = synsets() if looks_like(source) else map(str, range(len(all_names)))
     numbers = {folder: i for i, folder in enumerate(listed)}
 
+    # A folder of another name would be scored as some class or other.
     unknown = [folder for folder in folders if folder not in numbers]
     if unknown:
         raise DataError(

@@ -94,6 +94,7 @@ def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
     """The samples of a tar, and a line for each that is left out; a DataError names them unless
     they may be.
     """
+    # The same reader as in training: evaluation must not see other samples than it would.
     samples: list[Found] = []
 
     def begin(_: Shard) -> Callable[[Found], None]:

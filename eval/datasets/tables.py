@@ -51,6 +51,8 @@ def from_table(
     named = [(item, archive.find(item.image)) for item in listing.items]
     absent = [item.image for item, name in named if name is None]
     refuse_missing(absent, len(listing.items), collection, missing)
+
+    # Rows of one image become one item, unless they contradict each other.
     settled, clashes = settle([(item, name) for item, name in named if name], archive)
     _refuse_rows(clashes, missing)
 

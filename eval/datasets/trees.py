@@ -42,6 +42,7 @@ def from_tree(
             "(the score is then not comparable)"
         )
 
+    # With texts beside the images the class is written there; without, the folder is the class.
     records = []
     for item in tree.items:
         if tree.paired:

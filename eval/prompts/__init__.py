@@ -66,6 +66,7 @@ def _lines(choice: str | Sequence[str]) -> list[str]:
 
 def fill(templates: Sequence[str], names: Sequence[str]) -> list[str]:
     """All prompts, class by class: names[0] in every template, then names[1], …"""
+    # Class by class: a view [classes, templates, D] of the embeddings then needs no copy.
     prompts = []
     for name in names:
         prompts += [template.replace("{}", name) for template in templates]

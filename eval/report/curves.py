@@ -17,7 +17,7 @@ SPEED = {
     "grad_norm": "gradient norm",
     "samples_s": "samples a second",
     "data_wait": "share of time waiting for data",
-    "space.gap": "distance of the centroids, in training",
+    "space.modality_gap": "modality gap, in training",
     "space.alignment": "alignment, in training",
     "space.uniformity_image": "uniformity of images, in training",
     "space.uniformity_text": "uniformity of texts, in training",
@@ -74,6 +74,7 @@ def scalar_keys(records: Iterable[dict]) -> list[str]:
 
 def _terms(runs: list[Run], keys: list[str]) -> list[str]:
     """The terms of the loss; none where one term of weight 1 is the loss."""
+    # Whatever training logs under a name that is not known here is a term.
     terms = [key for key in keys if key not in (*FIRST, *SPEED, *COUNTERS)]
     if len(terms) == 1 and all(run.scalar(terms[0]) == run.scalar("loss") for run in runs):
         return []

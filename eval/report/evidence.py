@@ -29,6 +29,7 @@ class Evidence:
 
     def note(self, section: str, text: str) -> None:
         """Keep a note for the page, and say it at the console."""
+        # The page is passed on, the console is not.
         self.notes.setdefault(section, []).append(private(text))
         print(f"vlp report: {text}", file=sys.stderr)
 

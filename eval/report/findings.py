@@ -62,6 +62,7 @@ def projection(image: Tensor, text: Tensor) -> Projection:
     Each direction's sign is chosen so that its largest weight is positive: the same model gives the
     same picture.
     """
+    # Together: the gap between images and texts is then often the first direction.
     rows = torch.cat([image, text]).double()
     centred = rows - rows.mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -114,6 +115,7 @@ def queries(
     order = torch.argsort(ranks, descending=True, stable=True).tolist()
     answers = [tuple(row.nonzero()[:, 0].tolist()) for row in right]
     order = _one_each(order, answers)
+    # The order is by rank, so both lists keep the lowest ranked first.
     failures = [i for i in order if ranks[i] > 1]
     hits = [i for i in order if ranks[i] == 1]
 

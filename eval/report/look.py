@@ -102,6 +102,7 @@ class _Parts:
                 captions += record.captions
                 owner += [i] * len(record.captions)
 
+            # The plane shows each image with its first caption; retrieval is among all.
             image = embed.images(self.encoder, pictures, self.context)
             text = embed.texts(self.encoder, captions, self.context)
             first_captions = [captions[i] for i in first]
@@ -177,6 +178,7 @@ class _Parts:
 
     def _opened(self, section: str, names: tuple[str, ...]) -> Any:
         """The data of the first of these tasks that opens, or None with a note."""
+        # A set that is gone costs only its note: the next one may open.
         tasks = _tasks(self.run, self.evidence, section, names)
         for task in tasks:
             with self.evidence.attempt(section, task.label):
@@ -247,6 +249,7 @@ def _sheets(
     text: Tensor,
 ) -> Sheets:
     """Retrieval both ways among the sample, with what the page shows of it."""
+    # A caption seeks its one image; an image any of its captions.
     image_ranks, text_ranks = metrics.retrieval_ranks(image, text, owner)
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
     by_text = findings.queries(text, image, right, text_ranks, QUERIES)

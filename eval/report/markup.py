@@ -80,6 +80,7 @@ def number(value: float) -> str:
     """A number for the eye: four significant digits, no exponent where people would write none."""
     if not math.isfinite(value):
         return "not finite"
+    # 3e-5, not 3.00e-05.
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"

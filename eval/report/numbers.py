@@ -102,6 +102,7 @@ def _records(run: Run) -> dict[str, dict[str, Any]]:
     if run.results:
         return {record["label"]: record for record in run.results}
 
+    # A run that is still going has no results.json.
     records: dict[str, dict[str, Any]] = {}
     for key, value in run.last_scores().items():
         label, _, metric = key.partition(".")
@@ -112,6 +113,7 @@ def _records(run: Run) -> dict[str, dict[str, Any]]:
 
 def _score_tables(runs: list[Run]) -> list[Html | None]:
     """A heading and tables for every task, then what would make the numbers say more."""
+    # Tasks of either run, in the order of the first.
     per_run = [_records(run) for run in runs]
     labels = list(dict.fromkeys(label for records in per_run for label in records))
     if not labels:

@@ -102,6 +102,7 @@ def write(
             f"--to {target} is a folder; name a file, such as {target / 'report.html'}"
         )
 
+    # With --against only the first run's model is looked at.
     evidence: list[Evidence | None] = [None] * len(shown_runs)
     if with_model:
         looked_at = shown_runs if both else shown_runs[:1]
@@ -119,6 +120,7 @@ def _look(runs: list[Run], data: list[str], samples: int) -> list[Evidence]:
     """What the models show, two of them on the same sets with negatives."""
     from vlp.eval.report import look
 
+    # Sets that lie in one run's folder are scored for both models.
     sets = []
     for run in runs:
         sets += look.beside(run)

@@ -37,6 +37,7 @@ LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability")
 
 def record(task: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]:
     """One task's result as plain values."""
+    # Scores of units are computed here, so that score and interval come from the same numbers.
     scores = {name: confidence.score(items) for name, items in result.items.items()}
     intervals = {name: list(confidence.interval(items)) for name, items in result.items.items()}
     protocol = {

@@ -222,6 +222,7 @@ def _results(run: Run) -> list[dict[str, Any]]:
 
 def _note_the_whole(run: Run) -> None:
     """Notes that need all files: divergence, missing checkpoints, where the run stands, scores."""
+    # null stands for NaN and infinity; a record without a loss has not diverged.
     lost = [record["step"] for record in run.train if not _is_finite(record.get("loss", 0.0))]
     if lost:
         more = f" and {len(lost) - 1} more" if lost[1:] else ""

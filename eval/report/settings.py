@@ -58,6 +58,7 @@ def _differences(runs: list[Run], settings: list[dict[str, str]]) -> Html:
         return note("One of the runs has no readable configuration.")
 
     first, second = settings
+    # A key that one run lacks differs too.
     rows = []
     for key in dict.fromkeys([*first, *second]):
         if first.get(key) != second.get(key) and key not in UNIMPORTANT:
@@ -120,6 +121,7 @@ def _inside(value: str, run: Run) -> str | None:
 
 def environment(runs: list[Run]) -> Html:
     """Versions that the runs recorded, and the machine and code that made this page."""
+    # Of this machine its kind alone: no name, no folder.
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     here = {
         "system": f"{platform.system()} {platform.machine()}",

@@ -61,6 +61,7 @@ def result(ranks: Tensor, data: Splits, context: Context, *settings: Any) -> Tas
         "acc1": choices.accuracy(first),
         "mean_per_class_recall": torch.stack([first * weights, weights], 1),
     }
+    # Among fewer than five classes the top five are all.
     if n_classes >= 5:
         items["acc5"] = choices.accuracy(ranks <= 5)
 

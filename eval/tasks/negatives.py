@@ -70,8 +70,9 @@ def read(options: Options) -> Data:
     ]
     problems = [problem for problem in problems if problem]
 
-    stood = [choice for of_record in offered for choice in of_record]
-    if not stood:
+    # Negatives that cannot be right are told from samples that have none: both are counted.
+    every_choice = [choice for of_record in offered for choice in of_record]
+    if not every_choice:
         reason = f" ({len(problems)} samples: {problems[0]})" if problems else ""
         raise DataError(
             f"no sample of {options.data} has negatives in its JSON{reason}; "
@@ -82,7 +83,7 @@ def read(options: Options) -> Data:
         "without_negatives": offered.count([]) - len(problems),
         "malformed": len(problems),
     }
-    return Data(stood, source.skipped, counts, source.name)
+    return Data(every_choice, source.skipped, counts, source.name)
 
 
 def choices_of(record: Record) -> list[NegativesChoice]:
@@ -136,11 +137,11 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
 
 
 def _hits_by_kind(
-    stood: Sequence[NegativesChoice], scores: list[Tensor]
+    offered: Sequence[NegativesChoice], scores: list[Tensor]
 ) -> dict[str, list[tuple[Picture, float]]]:
     """For each kind of negative, where the caption is above it: (picture, 0 or 1) a pair."""
     hits_by_kind = defaultdict(list)
-    for choice, of_captions in zip(stood, scores):
+    for choice, of_captions in zip(offered, scores):
         above = metrics.strictly_above(of_captions[0], of_captions[1:]).tolist()
         for kind, hit in zip(choice.kinds, above):
             hits_by_kind[f"acc_{kind.replace(' ', '_')}"].append((choice.picture, float(hit)))
@@ -151,6 +152,7 @@ def _by_picture(hits: list[tuple[Picture, float]]) -> Tensor:
     """[n, 2] items: of each picture, which is what could have been drawn otherwise, the hits and
     how many could be.
     """
+    # Captions of one picture are no independent draws, so that an interval over them is too narrow.
     sums: dict[Picture, list[float]] = {}
     for picture, hit in hits:
         of_picture = sums.setdefault(picture, [0.0, 0.0])

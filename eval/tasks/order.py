@@ -87,6 +87,7 @@ def candidates(caption: str, tag: Tagger, max_words: int, seed: int) -> list[str
 
     A pure function of caption and seed.
     """
+    # Of caption and seed alone: neither the order of the set nor other captions matter.
     chance = random.Random(hashlib.sha256(f"{seed} {caption}".encode()).digest())
     words = WORD.findall(caption)
     shufflings = _by_tags(tag(caption), chance) + _by_threes(words, chance)
@@ -129,6 +130,7 @@ def clean(caption: str, max_words: int) -> str:
     """ARO's clean-up: lower case, some punctuation to blanks, one blank between words, cut to
     `max_words`.
     """
+    # Without this, capitals and full stops would give the caption's own order away.
     words = re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()
     return " ".join(words[:max_words])
 
@@ -138,6 +140,7 @@ def by_words(caption: str) -> list[tuple[str, str]]:
     content words.
     """
     words = WORD.findall(caption)
+    # "small brown dog": what another content word follows is taken for an adjective.
     is_content = [_is_content(word) for word in words]
 
     tagged = []
@@ -188,6 +191,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     """How often a caption is above all its shufflings."""
     pictures, captions = data.pictures, data.captions
     hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
+    # A caption has fewer than four rivals where a shuffling says the same.
     n_equal = sum(5 - len(group) for group in captions)
     return TaskResult(
         data.name,

@@ -46,6 +46,7 @@ class Options(TableOptions):
 def read(options: Options) -> Source:
     """The images with captions; at least five of them."""
     source = retrieval.read(shared(retrieval.Options, options))
+    # A fifth of fewer pairs would be none.
     if len(source.records) < 5:
         raise DataError(
             f"{options.data} has {len(source.records)} pairs; an 80/20 division needs at least 5"

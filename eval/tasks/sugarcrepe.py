@@ -45,6 +45,7 @@ def read(options: Options) -> ChoiceSet:
         rows, image_key = _published(path), "filename"
         images = options.images or path
 
+    # Both forms name the image, under different keys.
     kept_rows, skipped = choices.with_pictures(rows, [image_key], images, options.missing)
     items = [
         CaptionChoice(picture, [row["caption"], row["negative_caption"]], row["subset"])
@@ -81,5 +82,6 @@ def _published(folder: Path) -> list[dict[str, Any]]:
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
     """The accuracy of every subset, and their mean."""
     result = choices.run_grouped("sugar_crepe", encoder, data, context, SUBSETS)
+    # The subsets differ much in size, and all weigh the same in the mean.
     result.counts |= {subset: len(result.items[subset]) for subset in SUBSETS}
     return result

@@ -61,6 +61,7 @@ def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -
     with_picture = strictly_above(scores[:, :2], scores[:, 2:]).all(1)
     text_only = _hits_without_pictures(encoder, data.captions, context)
 
+    # The names of the paper: ITT with pictures, TOT without.
     items: dict[str, Tensor] = {}
     for name, hits in (("itt", with_picture), ("tot", text_only)):
         of_groups = choices.by_group(hits, data.groups)
@@ -81,6 +82,7 @@ def _hits_without_pictures(encoder: Encoder, captions: list[list[str]], context:
     text = embed.texts(encoder, every_caption, context)  # [3n, D]
     caption, caption2, negative = text.view(len(captions), 3, -1).unbind(1)
 
+    # Unit rows: the product is the cosine.
     same = (caption * caption2).sum(1)
     first_to_negative = (caption * negative).sum(1)
     second_to_negative = (caption2 * negative).sum(1)

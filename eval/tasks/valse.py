@@ -39,11 +39,13 @@ def read(options: Options) -> ChoiceSet:
             f"no .json files in {options.data}; give the data folder of VALSE's repository"
         )
 
+    # The file's name is the piece: no item says it.
     rows = []
     for file in files:
         items = choices.read_items(file, ("image_file", "caption", "foil", "mturk"))
         rows += [{**item, "piece": file.stem} for item in items]
 
+    # Where annotators did not choose the caption, the foil may be true as well.
     accepted = [row for row in rows if row["mturk"]["caption"] >= ACCEPTED]
     images = options.images or options.data
     kept_rows, absent = choices.with_pictures(accepted, ["image_file"], images, options.missing)

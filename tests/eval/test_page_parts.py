@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vlp.eval.report import charts, findings
+from vlp.eval.report import charts, findings, settings
+from vlp.eval.report.runs import Run
 from vlp.privacy import private
 
 
@@ -82,3 +83,22 @@ def test_private_leaves_other_words_alone():
         assert private(text) == text
     assert private("no data at /home/anna/x/y; give one") == "no data at …/y; give one"
     assert private("C:\\Users\\anna\\x failed") == "…/x failed"
+
+
+def test_settings_show_places_by_their_last_part_and_names_whole(tmp_path):
+    run = Run(tmp_path / "demo", "demo", config={"out": "runs/demo"})
+    expected = {
+        ("data", "runs/demo/data/test"): "data/test",
+        ("out", "runs/demo"): "demo",
+        ("data", f"{tmp_path}/demo/data"): "data",
+        ("data", "/home/anna/photos/test"): "…/test",
+        ("data", "elsewhere/photos"): "…/photos",
+        ("captions", "/home/anna/captions.csv"): "…/captions.csv",
+        ("pretrained", "timm/vit_base"): "timm/vit_base",
+        ("path", "s3://anna@bucket/photos/0.tar"): "s3: …/0.tar",
+        ("caption", "a red/blue ring"): "a red/blue ring",
+    }
+    shown = {(key, value): settings.shown(value, key, run) for key, value in expected}
+    assert shown == expected
+    assert settings.shown([], "captions", run) == settings.shown(None, "data", run) == "none"
+    assert settings.shown(True, "partial", run) == "yes"
