@@ -73,6 +73,8 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     """
     _check_finite(step, contents)
     final = run / FOLDER / f"step_{step:08d}"
+
+    # A kill at any moment leaves either no folder of this name, or a whole one.
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -139,6 +141,7 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     Damaged ones go first, so that they take no place of a good one; abandoned ones go when the run
     has passed them.
     """
+    # By sizes alone: hashes of all would have to read them again after every save.
     others = [path for path in all_of(run) if path != newest]
     complete = [path for path in others if _looks_complete(path)]
     kept = complete[len(complete) - (keep - 1) :]
@@ -253,6 +256,7 @@ def newest(run: Path) -> Path | None:
     """The newest checkpoint that verifies and has finite weights; others are named in a warning.
     None if there is none.
     """
+    # Whatever the damage is, the one before it still serves.
     for path in reversed(all_of(run)):
         try:
             verify(path)
@@ -270,6 +274,8 @@ def resolve(ref: str | Path) -> Path:
     folder.
     """
     ref = Path(ref)
+
+    # A checkpoint's own folder is meant even where newer ones exist.
     if (ref / "manifest.json").exists():
         return ref
 
@@ -319,6 +325,7 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
     if not isinstance(source, DualEncoder):
         raise ValueError(f"{name} holds several models; name one of them")
 
+    # QuickGELU has no weights, so that no shape would tell.
     quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
     same_activation(*quick, f"the weights of {name}", None)
 
@@ -345,6 +352,7 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
 
 def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Load weights strictly; CheckpointError lists what does not fit."""
+    # torch's own message lists every parameter of both, often hundreds.
     current = model.state_dict()
     misfits = [f"{name}: not in the checkpoint" for name in current.keys() - weights.keys()]
     misfits += [f"{name}: not in the model" for name in weights.keys() - current.keys()]

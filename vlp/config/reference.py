@@ -101,6 +101,7 @@ def _class(name: str, module: Module | None) -> Class | None:
 
 def _tree(section: Class, name: str) -> Iterator[Section]:
     """The section of a dataclass and everything inside it."""
+    # The keys of a section stand together, before the sections inside it.
     fields = source.fields_of(section).values()
     prefix = f"{name}." if name else ""
     keys = tuple(_key(field, prefix) for field in fields)
@@ -120,6 +121,8 @@ def _plugins(slot: _Slot) -> Iterator[Section]:
     """What is common to a folder of plug-ins, then each of them."""
     folder = source.read(slot.package)
     assert folder is not None, slot.package
+
+    # Once for all plug-ins: repeated under each, a weight would be there thirty times.
     common = _class("Common", folder)
     keys = () if common is None else _keys(common, slot.key_prefix("NAME"))
     yield Section(slot.name, folder.summary, slot.written("NAME"), keys, slot.package)
@@ -139,10 +142,13 @@ def _keys(section: Class, prefix: str) -> tuple[Key, ...]:
 
 
 def _key(field: Field, prefix: str) -> Key:
+    # A section is explained by its own docstring.
     inner = _nested(field)
     sentence = field.sentence
     if not sentence and inner is not None:
         sentence = inner.summary
+
+    # The comments are written for Python, the reference for YAML.
     in_yaml = re.sub(r"\bNone\b", "null", sentence)
     return Key(prefix + field.name, type_of(field), default_of(field), in_yaml)
 
@@ -153,6 +159,7 @@ def _slot(annotation: ast.expr, name: str) -> _Slot | None:
         match node:
             case ast.Call(func=ast.Name(id="Keyed"), args=[ast.Constant(value=package)]):
                 return _Slot(name, package, "keyed")
+            # A list of plug-ins has the hook inside: list[Annotated[Plugin, Named(…)]].
             case ast.Call(func=ast.Name(id="Named"), args=[ast.Constant(value=package)]):
                 in_list = ast.unparse(annotation).startswith("list[")
                 return _Slot(name, package, "list" if in_list else "named")
@@ -163,6 +170,8 @@ def _nested(field: Field) -> Class | None:
     """The dataclass that a field holds as a section, alone or beside null or a scalar."""
     if _slot(field.annotation, field.name) is not None:
         return None
+
+    # In any place, for a section may be optional: Views | None.
     for node in ast.walk(field.annotation):
         inner = source.class_named(node, field.module) if isinstance(node, ast.Name) else None
         if inner is not None and inner.is_dataclass and not inner.defines("from_config"):
@@ -215,8 +224,10 @@ def default_of(field: Field) -> str:
     if field.default is None:
         return REQUIRED
     match field.default:
+        # default_factory=list, or the class of a section.
         case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Name(id=name))]):
             return _shown(_EMPTY[name]) if name in _EMPTY else ""
+        # default_factory=lambda: [1e-5, …]
         case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Lambda(body=v))]):
             return _shown(ast.literal_eval(v))
         case ast.Call(func=ast.Name(id="Duration"), args=arguments):
@@ -229,6 +240,7 @@ def default_of(field: Field) -> str:
 
 def _shown(value: Any) -> str:
     """A plain value as YAML has it."""
+    # JSON's words for these are YAML's, too.
     if value is None or isinstance(value, (bool, list, tuple, dict)) or value == "":
         return json.dumps(value, ensure_ascii=False)
     return str(value)
@@ -237,6 +249,8 @@ def _shown(value: Any) -> str:
 def _written(name: str) -> str:
     """A section's place in YAML."""
     text = "{…}"
+
+    # From the inside: {optimizer: {…}}, then train: around it.
     for part in reversed(name.split(".")[1:]):
         text = f"{{{part}: {text}}}"
     return f"{name.split('.')[0]}: {text}" if name else "the file itself"
@@ -247,10 +261,13 @@ def find(name: str) -> list[Section]:
     of plug-ins (losses, towers, tasks) or a single key; ConfigError suggests the near one.
     """
     everything = sections()
+
+    # A full name first: `train` means the section, not every key that ends so.
     inside = [section for section in everything if _lies_in(section, name)]
     if inside:
         return inside
 
+    # Then the end of a name, which is how a recipe shows it: image_tower, zeroshot.
     roots = [
         section.name
         for section in everything
@@ -259,6 +276,7 @@ def find(name: str) -> list[Section]:
     if roots:
         return [s for s in everything if any(_lies_in(s, root) for root in roots)]
 
+    # Then a single key.
     keys = _with_keys(lambda key: f".{key.key}".endswith(f".{name}"))
     if keys:
         return keys
