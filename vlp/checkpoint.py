@@ -185,6 +185,7 @@ def abandon(run: Path, step: int) -> list[Path]:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors with NaN or infinity."""
     floating = ((name, value) for name, value in tensors.items() if value.is_floating_point())
+
     return [name for name, value in floating if not value.isfinite().all()]
 
 

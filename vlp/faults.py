@@ -85,6 +85,7 @@ def message(error: Exception) -> str | None:
             f"{_text(error) or 'out of memory'}; "
             "lower train.batch, raise train.micro_batches, or give the job more memory"
         )
+
     if isinstance(error, RuntimeError) and _says(error, "shared memory"):
         from vlp.data.processes import no_shared_memory
 
@@ -182,6 +183,7 @@ def _of_reader(error: Exception, library: str) -> str:
             f"{place}found no JSON: {error.msg} in line {error.lineno}, column {error.colno}; "
             "expected a whole JSON file"
         )
+
     if library == "pickle":
         return f"{place}{PICKLE}"
     if _says(error, "No space left on device"):
@@ -243,6 +245,7 @@ def _room(path: Path | None) -> str:
     """How much of the disk is free."""
     if path is None:
         return ""
+
     usage = shutil.disk_usage(existing(path))
     return f" ({usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free)"
 

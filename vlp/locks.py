@@ -255,6 +255,7 @@ def _folders(folder: Path) -> Iterator[None]:
     while not missing.exists():
         created.append(missing)
         missing = missing.parent
+
     folder.mkdir(parents=True, exist_ok=True)
 
     try:

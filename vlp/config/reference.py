@@ -105,6 +105,7 @@ def _tree(section: Class, name: str) -> Iterator[Section]:
     fields = source.fields_of(section).values()
     prefix = f"{name}." if name else ""
     keys = tuple(_key(field, prefix) for field in fields)
+
     yield Section(name, section.summary, _written(name), keys)
 
     for field in fields:
@@ -125,14 +126,17 @@ def _plugins(slot: _Slot) -> Iterator[Section]:
     # Once for all plug-ins: repeated under each, a weight would be there thirty times.
     common = _class("Common", folder)
     keys = () if common is None else _keys(common, slot.key_prefix("NAME"))
+
     yield Section(slot.name, folder.summary, slot.written("NAME"), keys, slot.package)
 
     for module in source.plugins(slot.package):
         if not slot.holds(module):
             continue
         plugin = module.name.rpartition(".")[2]
+
         options = _class("Options", module)
         assert options is not None, f"{module.name} has no Options"
+
         keys = _keys(options, slot.key_prefix(plugin))
         yield Section(f"{slot.name}.{plugin}", module.summary, slot.written(plugin), keys)
 
@@ -189,6 +193,7 @@ def type_of(field: Field) -> str:
         "named": "{name: NAME, option: …}",
         "list": "[{name: NAME, option: …}, …]",
     }[slot.form]
+
     is_optional = isinstance(field.annotation, ast.BinOp)
     return f"{plugins} or null" if is_optional else plugins
 
@@ -280,6 +285,7 @@ def find(name: str) -> list[Section]:
     keys = _with_keys(lambda key: f".{key.key}".endswith(f".{name}"))
     if keys:
         return keys
+
     message = f"the configuration has no section or key {name!r}{_near(name)}"
     raise ConfigError([Problem((), message)])
 

@@ -165,6 +165,7 @@ def fields_of(found: Class) -> dict[str, Field]:
         sentence = _sentence(node, found.module)
         if not sentence and name in fields:  # another default for what a base explains
             sentence = fields[name].sentence
+
         fields[name] = Field(name, node.annotation, node.value, sentence, found.module)
     return fields
 
