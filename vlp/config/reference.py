@@ -113,13 +113,13 @@ def _tree(section: Class, name: str) -> Iterator[Section]:
         slot = _slot(field.annotation, inner_name)
         inner = _nested(field)
         if slot is not None:
-            yield from _plugins(slot)
+            yield from _plugins(slot, _key(field, prefix).sentence)
         elif inner is not None:
             yield from _tree(inner, inner_name)
 
 
-def _plugins(slot: _Slot) -> Iterator[Section]:
-    """What is common to a folder of plug-ins, then each of them."""
+def _plugins(slot: _Slot, sentence: str) -> Iterator[Section]:
+    """What is common to a folder of plug-ins, under the sentence of its key; then each of them."""
     folder = source.read(slot.package)
     assert folder is not None, slot.package
 
@@ -127,7 +127,7 @@ def _plugins(slot: _Slot) -> Iterator[Section]:
     common = _class("Common", folder)
     keys = () if common is None else _keys(common, slot.key_prefix("NAME"))
 
-    yield Section(slot.name, folder.summary, slot.written("NAME"), keys, slot.package)
+    yield Section(slot.name, sentence, slot.written("NAME"), keys, slot.package)
 
     for module in source.plugins(slot.package):
         if not slot.holds(module):
