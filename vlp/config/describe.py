@@ -22,7 +22,8 @@ _SCALARS = {
     "dict": "mapping",
     "list": "list",
 }
-_EMPTY = {"list": [], "dict": {}, "KeyedPlugins": {}}  # by the name of a default_factory
+# By the name of a default_factory.
+_EMPTY: dict[str, Any] = {"list": [], "dict": {}, "KeyedPlugins": {}}
 _SIDES = {"image_tower": "vision_cfg", "text_tower": "text_cfg"}  # what a tower there must define
 
 
@@ -57,10 +58,10 @@ def slot_of(annotation: ast.expr, name: str) -> Slot | None:
     """The slot for plug-ins behind an annotation such as Annotated[Plugin, Named("vlp.towers")]."""
     for node in ast.walk(annotation):
         match node:
-            case ast.Call(func=ast.Name(id="Keyed"), args=[ast.Constant(value=package)]):
+            case ast.Call(func=ast.Name(id="Keyed"), args=[ast.Constant(value=str(package))]):
                 return Slot(name, package, "keyed")
             # A list of plug-ins has the hook inside: list[Annotated[Plugin, Named(…)]].
-            case ast.Call(func=ast.Name(id="Named"), args=[ast.Constant(value=package)]):
+            case ast.Call(func=ast.Name(id="Named"), args=[ast.Constant(value=str(package))]):
                 in_list = ast.unparse(annotation).startswith("list[")
                 return Slot(name, package, "list" if in_list else "named")
     return None
@@ -71,9 +72,15 @@ def section_of(field: Field) -> Class | None:
     if slot_of(field.annotation, field.name) is not None:
         return None
 
+    # A hook in Annotated reads the value; its class is no section.
+    calls = [node for node in ast.walk(field.annotation) if isinstance(node, ast.Call)]
+    of_hooks = {node for call in calls for node in ast.walk(call)}
+
     # In any place, for a section may be optional: Views | None.
     for node in ast.walk(field.annotation):
-        inner = source.class_named(node, field.module) if isinstance(node, ast.Name) else None
+        if not isinstance(node, ast.Name) or node in of_hooks:
+            continue
+        inner = source.class_named(node, field.module)
         if inner is not None and inner.is_dataclass and not inner.defines("from_config"):
             return inner
     return None
@@ -94,6 +101,15 @@ def type_of(field: Field) -> str:
     return f"{plugins} or null" if is_optional else plugins
 
 
+def _alias(name: str, module: Module) -> ast.expr | None:
+    """What a name of the module stands for, such as `Choice = Literal["a", "b"]`."""
+    for statement in module.tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=target)]) if target == name:
+                return statement.value
+    return None
+
+
 def _words(annotation: ast.expr, module: Module) -> str:
     match annotation:
         case ast.Constant(value=None):
@@ -109,8 +125,12 @@ def _words(annotation: ast.expr, module: Module) -> str:
             return f"[{', '.join(_words(item, module) for item in items)}]"
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, value])):
             return f"mapping to {_words(value, module)}"
+        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[kind, *_])):
+            return _words(kind, module)
         case ast.Name(id=name) if name in _SCALARS:
             return _SCALARS[name]
+        case ast.Name(id=name) if (alias := _alias(name, module)) is not None:
+            return _words(alias, module)
 
     named = source.class_named(annotation, module)
     if named is not None and named.defines("from_config"):

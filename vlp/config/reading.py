@@ -121,6 +121,7 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, s
         )
 
     # Plain values know neither their lines nor that a key stood there twice; the nodes do.
+    assert root is not None  # a mapping has nodes
     lines: dict[schema.Path, str] = {(): name}
     problems: list[Problem] = []
     _mark(root, (), name, lines, problems)

@@ -122,9 +122,9 @@ def class_named(name: ast.expr, module: Module) -> Class | None:
 
 
 def _class_in(module: Module, name: str) -> Class | None:
-    for node in module.tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return Class(module, node)
+    for statement in module.tree.body:
+        if isinstance(statement, ast.ClassDef) and statement.name == name:
+            return Class(module, statement)
 
     # Not defined here: perhaps imported, or exported again by a package.
     for node in ast.walk(module.tree):
@@ -173,7 +173,7 @@ def fields_of(found: Class) -> dict[str, Field]:
 def _sentence(node: ast.AnnAssign, module: Module) -> str:
     """The comments directly above a field and those on its own lines."""
     # A sentence too long for the line stands above its field.
-    above = []
+    above: list[str] = []
     line = node.lineno - 1
     while line in module.alone:
         above.insert(0, module.comments[line])
