@@ -1,5 +1,6 @@
 """The reference of the configuration: what it says is what the dataclasses are, key by key."""
 
+import ast
 import dataclasses
 import importlib
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from vlp import cli, plugin, schema
-from vlp.config import Config, reference
+from vlp.config import Config, describe, reference, source
 from vlp.schema import ConfigError, plain
 
 FOLDERS = {
@@ -148,6 +149,23 @@ def test_a_section_comes_with_all_inside_it(asked, holds):
 )
 def test_search_finds_a_key_by_what_is_said_of_it(word, key):
     assert key in {key.key for section in reference.search(word) for key in section.keys}
+
+
+def test_a_type_with_a_name_or_a_hook_is_told_by_its_choices():
+    text = """
+Choice = Literal["a", "b"]
+class Hook: ...
+class Options:
+    named: Choice = "a"
+    hooked: Annotated[Choice, Hook(Choice, old="c")] = "b"
+"""
+    module = source.Module("vlp.nowhere", ast.parse(text), {}, frozenset())
+    options = source.Class(module, module.tree.body[-1])
+    described = {
+        name: (describe.type_of(field), describe.default_of(field))
+        for name, field in source.fields_of(options).items()
+    }
+    assert described == {"named": ("a | b", "a"), "hooked": ("a | b", "b")}
 
 
 def test_what_does_not_exist_is_answered_with_the_near_one(capsys):

@@ -99,6 +99,8 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     """
     _check_finite(step, contents)
     final = run / FOLDER / f"step_{step:08d}"
+
+    # A kill at any moment leaves either no folder of this name, or a whole one.
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -165,6 +167,7 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     Damaged ones go first, so that they take no place of a good one; abandoned ones go when the run
     has passed them.
     """
+    # By sizes alone: hashes of all would have to read them again after every save.
     others = [path for path in all_of(run) if path != newest]
     complete = [path for path in others if looks_complete(path)]
     kept = complete[len(complete) - (keep - 1) :]
@@ -244,6 +247,7 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
     if not isinstance(source, DualEncoder):
         raise ValueError(f"{name} holds several models; name one of them")
 
+    # QuickGELU has no weights, so that no shape would tell.
     quick = [bool(m.open_clip_config.get("quick_gelu", False)) for m in (source, model)]
     same_activation(quick[0], quick[1], f"the weights of {name}", None)
 
@@ -270,6 +274,7 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
 
 def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Load weights strictly; CheckpointError lists what does not fit."""
+    # torch's own message lists every parameter of both, often hundreds.
     current = model.state_dict()
     misfits = [f"{name}: not in the checkpoint" for name in current.keys() - weights.keys()]
     misfits += [f"{name}: not in the model" for name in weights.keys() - current.keys()]

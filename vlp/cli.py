@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(arguments)
+
+    # Known ones first, so that an unknown one can be answered by what the command has.
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         options.parser.error(_about_unknown(unknown, arguments, options))
@@ -79,12 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except Stopped as stopped:
+        # As shells and schedulers read a status.
         log.say(f"vlp: {stopped}")
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print("\nvlp: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
+        # Other pipes break, too: that of a command which a source reads from.
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             silence_console()
             return 128 + signal.SIGPIPE
@@ -94,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads our output any more, as after `| head`."""
+    # Asked without writing, for nothing is left to be written.
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     events = poll.poll(0)
@@ -110,6 +115,8 @@ def _about_unknown(
     # Other trainers take settings as flags; the usual first mistake.
     if options.command == "train" and first.startswith("--"):
         _, equals, value = unknown[0].partition("=")
+
+        # `--batch 512` in two arguments, as well as `--batch=512`.
         after = arguments[arguments.index(unknown[0]) + 1 :]
         if not equals:
             value = after[0] if after and not after[0].startswith("--") else "…"
@@ -124,6 +131,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that suggests the choice that was meant."""
 
     def error(self, message: str) -> NoReturn:
+        # argparse lists all choices; the near one tells more.
         wrong = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
         if wrong:
             choices = re.findall(r"[\w.-]+", wrong[2])
@@ -187,6 +195,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
         loaded = config.load(config.find(options.config), options.overrides)
 
         check_writable(Path(loaded.out) / "config.yaml")
+
         # The other ranks would meet the lock of their own run.
         if os.environ.get("RANK", "0") == "0":
             locks.refuse_if_held(Path(loaded.out), advice=locks.OF_RUNS)
@@ -215,6 +224,7 @@ def _config(parser: argparse.ArgumentParser) -> None:
     def run(options: argparse.Namespace) -> int:
         from vlp.config import reference
 
+        # A section would hide that a word has hits elsewhere.
         if options.section and options.search:
             raise ValueError("found SECTION and --search, expected one of the two; leave one out")
         if options.search:
@@ -312,6 +322,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     """One subcommand for every public module of vlp.data_tools."""
     package = importlib.import_module("vlp.data_tools")
     tools = parser.add_subparsers(title="tools", metavar="TOOL", required=True)
+
+    # The folder is the list: a new tool is one file.
     modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
     for name in sorted(name for name in modules if not name.startswith("_")):
         tool = importlib.import_module(f"vlp.data_tools.{name}")

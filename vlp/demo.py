@@ -40,6 +40,7 @@ def demo(out: Path) -> int:
     What an earlier demo wrote to `out` is removed first, and nothing else: a file of somebody
     else's that would be in the way is named and refused.
     """
+    # Two demos in one folder would remove each other's files.
     with held(out, advice="Wait until it is done, or choose another folder with --out"):
         return _demo(out)
 

@@ -76,6 +76,7 @@ def say(error: Exception) -> None:
 
 def message(error: Exception) -> str | None:
     """The message of an error that a person can do something about; None for a bug."""
+    # Kinds from the most telling one to the least: the first that fits speaks.
     library = type(error).__module__.partition(".")[0].lstrip("_")
     if isinstance(error, OSError) and library not in READERS:
         return _of_system(error)
@@ -84,14 +85,19 @@ def message(error: Exception) -> str | None:
             f"{_text(error) or 'out of memory'}; "
             "lower train.batch, raise train.micro_batches, or give the job more memory"
         )
+
     if isinstance(error, RuntimeError) and _says(error, "shared memory"):
         from vlp.data.processes import no_shared_memory
 
         return no_shared_memory()
+
+    # The rank that failed says why; the others only lost it.
     if _is_peer(error):
         return (
             "another process of this run ended; what happened to it stands above or in its own log"
         )
+
+    # Ours are written for whoever reads them.
     if library == "vlp":
         return _text(error)
     if isinstance(error, ModuleNotFoundError):
@@ -109,8 +115,11 @@ def message(error: Exception) -> str | None:
 
 def _of_system(error: OSError) -> str:
     """The message for an error of the operating system."""
+    # Raised by our own code, with a message instead of a number.
     if error.errno is None or type(error).__module__.startswith("vlp."):
         return _text(error)
+
+    # Some calls name no file; then our own frames may know which it was.
     path = _path_of(error)
     name = "a file" if path is None else str(path)
 
@@ -174,6 +183,7 @@ def _of_reader(error: Exception, library: str) -> str:
             f"{place}found no JSON: {error.msg} in line {error.lineno}, column {error.colno}; "
             "expected a whole JSON file"
         )
+
     if library == "pickle":
         return f"{place}{PICKLE}"
     if _says(error, "No space left on device"):
@@ -195,6 +205,7 @@ def _says(error: Exception, *parts: str) -> bool:
 
 def _text(error: Exception) -> str:
     """An error's words; those of a loader process arrive with a traceback around them."""
+    # DataLoader puts a worker's whole traceback into the message.
     text = str(error).strip()
     if text.startswith("Caught ") and "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
@@ -209,6 +220,7 @@ def _path_of(error: OSError) -> Path | None:
 
 def _at_hand(error: Exception) -> Path | None:
     """The file that our own code was at when it failed: the innermost variable that holds one."""
+    # From the inside: the innermost frame was nearest to the file.
     for frame in reversed(list(_own_frames(error))):
         for value in frame.f_locals.values():
             if isinstance(value, io.IOBase):
@@ -233,6 +245,7 @@ def _room(path: Path | None) -> str:
     """How much of the disk is free."""
     if path is None:
         return ""
+
     usage = shutil.disk_usage(existing(path))
     return f" ({usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free)"
 

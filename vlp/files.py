@@ -50,6 +50,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left unfinished in `folder`. For whoever knows that nobody writes
     there now.
     """
+    # The names under which this module writes.
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -98,6 +99,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, have reached the disk."""
+    # Without it a rename can reach the disk before the content.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -98,6 +98,7 @@ def _announce(signum: int) -> None:
         return
     name = signal.Signals(signum).name
     line = f"\n{name}: saving after this step; the same again ends the run at once\n"
+
     # os.write, because a handler may come in the middle of a print.
     os.write(2, line.encode())
 
@@ -114,6 +115,7 @@ def silence_console() -> None:
     """Send whatever is still printed to nowhere, so that a reader who went away raises no further
     error.
     """
+    # The descriptor itself, because Python flushes what is buffered once more at the end.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -129,6 +131,7 @@ def end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None, "only a process that multiprocessing started has such a parent"
 
+    # The sentinel becomes ready when the parent ends, whatever ends it.
     def follow() -> None:
         connection.wait([parent.sentinel])
         os._exit(1)

@@ -52,6 +52,7 @@ def held(
     that are missing are made, and go again if they are empty in the end. part: (K, N), a share of
     the work in this folder.
     """
+    # The owner's message has to make sense from any folder.
     target = target.absolute()
     path = target.with_name(f".{target.name}{NAME}") if beside else target / NAME
     k, n = part
@@ -70,6 +71,7 @@ def held(
 
 def refuse_if_held(target: Path, *, advice: str) -> None:
     """Raise InUse where another process holds the whole of `target`, without taking it."""
+    # Only a look: the call that takes the lock comes later, after long checks.
     path = target.absolute() / NAME
     if path.exists() and not _held[path.resolve()] and _is_held(path):
         _refuse(target, [path], advice)
@@ -78,6 +80,7 @@ def refuse_if_held(target: Path, *, advice: str) -> None:
 @contextmanager
 def _locked(path: Path, target: Path, advice: str, shared: bool = False) -> Iterator[None]:
     """Hold the lock of one file, alone or with others that share it."""
+    # A tool that calls another one enters its own folder again.
     key = path.resolve()
     if _held[key]:
         yield
@@ -178,6 +181,7 @@ def _shares(path: Path) -> list[Path]:
 
 def _sign(descriptor: int) -> None:
     """Write into the lock's file who holds it."""
+    # Without secrets, which a command line may hold; others read this file.
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     owner = {
         "pid": os.getpid(),
@@ -252,6 +256,7 @@ def _folders(folder: Path) -> Iterator[None]:
     while not missing.exists():
         created.append(missing)
         missing = missing.parent
+
     folder.mkdir(parents=True, exist_ok=True)
 
     try:

@@ -27,6 +27,7 @@ def warn(message: str) -> None:
     """A line that must not be missed; on the error stream of every process that has something to
     warn of.
     """
+    # The launcher's variable, because warnings also come before processes join.
     rank = os.environ.get("RANK")
     with contextlib.suppress(BrokenPipeError):
         place = f" (rank {rank})" if rank else ""

@@ -51,6 +51,7 @@ def names(package: str) -> list[str]:
 
 def load(package: str, name: str) -> ModuleType:
     """Import a plug-in by name; a ValueError names what exists."""
+    # Listed before it is imported: no name from a file reaches the import otherwise.
     known = names(package)
     if name not in known:
         raise ValueError(f"no {name!r} in {package}{did_you_mean(str(name), known)}")
@@ -98,6 +99,7 @@ class Keyed:
 
         plugins = []
         for name, options in value.items():
+            # One term several times, with other options: hard_negatives: [{…}, {…}].
             is_list = isinstance(options, list)
             for i, item in enumerate(options if is_list else [options]):
                 item_path = (*path, name, i) if is_list else (*path, name)
@@ -117,6 +119,7 @@ class KeyedPlugins(list[Plugin]):
             options = {**plain(plugin.common or {}), **plain(plugin.options)}
             result.setdefault(plugin.name, []).append(options)
 
+        # As it was written: a list only where there are several.
         for name, items in result.items():
             if len(items) == 1:
                 result[name] = items[0]
@@ -167,12 +170,14 @@ def _plugin(
     if len(problems) > n_before:
         return None
 
+    # Forms of one family are told apart in the log by the label.
     label = module.label(options) if hasattr(module, "label") else name
     return Plugin(package, name, options, common, label)
 
 
 def _unique_labels(plugins: list[Plugin]) -> list[Plugin]:
     """Number the second and later plug-ins of one label: own, own_2, own_3."""
+    # Labels are keys of the metrics; two equal ones would overwrite each other.
     counts: Counter[str] = Counter()
     result = []
     for plugin in plugins:

@@ -92,6 +92,7 @@ def without_secrets(value: Any, key: str = "") -> Any:
 
 def is_secret(key: str, value: Any) -> bool:
     """Whether what stands under this key of a configuration is nobody else's business."""
+    # All of these, whatever their names: each file system has keys of its own.
     if _STORAGE.match(key) or _HEADERS.match(key):
         return True
     can_hold_text = isinstance(value, (str, bytes, Mapping, list, tuple))
@@ -119,6 +120,7 @@ def _hide(value: Any, numbers: bool) -> Any:
 
 def hidden_keys(value: Any, path: str = "") -> Iterator[str]:
     """Dotted keys of a configuration whose values hold what `without_secrets` hid."""
+    # Sequences by number, as overrides name their items.
     if isinstance(value, Mapping):
         items = [(str(name), item) for name, item in value.items()]
     elif isinstance(value, (list, tuple)):
@@ -126,6 +128,7 @@ def hidden_keys(value: Any, path: str = "") -> Iterator[str]:
     else:
         items = []
         text = value if isinstance(value, str) else ""
+
         # A caption's template may hold asterisks of its own.
         of_secrets = text == HIDDEN or "://" in text or text.startswith("pipe:")
         if HIDDEN in text and of_secrets:
@@ -155,6 +158,7 @@ def _is_telling(part: str, key: str) -> bool:
     """Whether a text is worth looking for elsewhere: what only stands in `storage` may be a common
     word or an address.
     """
+    # Hiding a region's or a host's name everywhere would spoil other messages.
     if _STORAGE.match(key):
         return len(part) >= 16 and "/" not in part
     return len(part) >= _SHORTEST and part.lower() not in ("bearer", "basic", "digest")
@@ -167,6 +171,7 @@ def address(url: str) -> str:
 
 def _bare(match: re.Match[str], instead: str) -> str:
     """An address without credentials, and with `instead` of a query that may be a signature."""
+    # A signature stands in the query, whatever the service calls it.
     query = match["query"] or ""
     if query and not _is_harmless(match["scheme"], query):
         query = query[0] + instead if instead else ""
@@ -204,6 +209,7 @@ def shareable(value: Any, key: str = "") -> Any:
 
 def _shared_text(text: str, key: str) -> str:
     """A text under `key`, for everybody; `::` joins several addresses or paths."""
+    # Addresses are shared whole, without what only their owner may know.
     if "://" in text:
         return scrubbed(address(text)).replace(f"?{HIDDEN}", "")
     return scrubbed("::".join(_last(part, key) for part in text.split("::")))
@@ -211,12 +217,14 @@ def _shared_text(text: str, key: str) -> str:
 
 def _last(text: str, key: str) -> str:
     """A path by its last part; a name of open_clip or the Hub before a colon stays."""
+    # `local-dir:/home/…` and `hf-hub:user/name` keep what stands before the colon.
     head, colon, place = text.rpartition(":")
     if head.startswith("hf") or "\n" in text:
         return text
 
     of_windows = bool(re.match(r"[A-Za-z]:\\", text))
     is_absolute = of_windows or place.startswith(("/", "~", "./", "../", "\\"))
+
     # A name user/name of the Hub stays.
     is_reference_path = key in _REFERENCES and place.count("/") > 1
     is_relative = "/" in place and (key in _FOLDERS or is_reference_path)

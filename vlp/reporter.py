@@ -24,6 +24,7 @@ class Reporter:
         if self.main:
             self.run.mkdir(parents=True, exist_ok=True)
             self.trackers = log.Trackers(config.log.trackers, self.run, configuration.shown(config))
+
             # Not before everything was checked: config.yaml makes it a run.
             write_atomically(self.run / "config.yaml", configuration.dump(config).encode())
             self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)

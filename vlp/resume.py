@@ -91,6 +91,7 @@ def _source(config: Config, run: Path) -> Path | None:
             )
         return newest
 
+    # A named checkpoint of another run may only found a new one.
     source = checkpoint.resolve(config.resume)
     if holds_run and source.parent.resolve() != (run / checkpoint.FOLDER).resolve():
         raise FileExistsError(
@@ -105,6 +106,7 @@ def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two configurations, and both values; secrets are not
     compared.
     """
+    # Secrets are hidden on both sides, so that none is said.
     before = _flat(configuration.shown(old))
     after = _flat(configuration.shown(new))
     different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
@@ -148,6 +150,7 @@ def start_from(model: DualEncoder, reference: str) -> None:
     """Take the weights of another model. Heads start at random where it has none; heads that only
     it has stay away.
     """
+    # `like`, because a file of weights alone does not say what it belongs to.
     source = checkpoint.load_any(reference, like=model)
     checkpoint.check_alike(source, model, f"init_from {reference}")
     weights = source.state_dict()
@@ -172,6 +175,7 @@ def _say_heads(reference: str, parameters: set[str], fate: str) -> None:
 
 def go_on_from(contents: checkpoint.Contents, training: Training, loader: Loader) -> None:
     """Take over all that a checkpoint holds beside the weights. Collective."""
+    # The weights are there already: the engine got the model with them.
     training.engine.load_moments(contents.optimizer)
     state = checkpoint.nested(contents.objective, training.objective.state)
     training.objective.load_state_dict(state)
@@ -182,6 +186,7 @@ def go_on_from(contents: checkpoint.Contents, training: Training, loader: Loader
 
 def set_branch_aside(run: Path, step: int) -> None:
     """Mark what the run had beyond the step it goes on from. Called by all ranks, done by one."""
+    # One rank renames; with several the second would find nothing.
     if not dist.is_main():
         return
 

@@ -81,6 +81,8 @@ def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem])
     meaningless.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+
+    # In the order from outer to inner forms: a union may hold all that follow.
     if origin is typing.Annotated:
         return arguments[1].parse(value, path, problems)
     if origin in (typing.Union, types.UnionType):
@@ -94,6 +96,8 @@ def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem])
             return _wrong(value, "a mapping", path, problems)
         inner = arguments[1] if arguments else Any
         return {key: parse_into(inner, item, (*path, key), problems) for key, item in value.items()}
+
+    # Read by whoever uses it.
     if annotation is Any:
         return value
     if hasattr(annotation, "from_config"):
@@ -132,6 +136,7 @@ def _scalar(annotation: Any, value: Any, path: Path, problems: list[Problem]) ->
     if annotation is float:
         return _number(value, path, problems)
     if annotation is int:
+        # True and False are numbers to Python; nobody means them so.
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         return value if is_whole else _wrong(value, "a whole number", path, problems)
 
@@ -184,6 +189,7 @@ def _sequence(
     if not isinstance(value, (list, tuple)):
         return _wrong(value, "a list", path, problems)
 
+    # A tuple of fixed length has a kind for each place; a list has one for all.
     fixed = origin is tuple and arguments and Ellipsis not in arguments
     if fixed and len(value) != len(arguments):
         return _wrong(value, f"a list of {len(arguments)} items", path, problems)
@@ -201,6 +207,7 @@ def _dataclass(cls: Any, value: Any, path: Path, problems: list[Problem]) -> Any
     if not isinstance(value, dict):
         return _wrong(value, "a mapping", path, problems)
 
+    # Annotations are text (from __future__ import annotations) and have to be resolved.
     hints = typing.get_type_hints(cls, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in value:

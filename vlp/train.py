@@ -63,6 +63,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     """
     # First, because its imports take seconds, which pass beside ours.
     server.start_for(config)
+
     # The ranks have to be joined before anything is decided for all of them.
     engine = engines.start(config.train)
     check_batch(config)
@@ -293,6 +294,7 @@ def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], Non
     """Save and raise Stopped on every rank if any rank was asked to stop. Collective; costs one
     all-reduce of a number.
     """
+    # A signal reaches ranks at different moments; they have to stop at the same step.
     vote = torch.tensor(float(stop.received != 0), device=training.engine.device)
     if not dist.all_reduce(vote, dist.world()).item():
         return
@@ -310,6 +312,7 @@ def evaluate_now(
     evaluate: Evaluate, training: Training, tasks: list[Plugin]
 ) -> list[dict[str, Any]]:
     """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
+    # Sharded engines gather the weights for it.
     model = training.engine.evaluation_model().eval()
     try:
         with torch.no_grad():
@@ -329,6 +332,7 @@ def ways_out(config: Config) -> str:
         settings.append("train.precision=float32")
     one_of_them = " or ".join(settings)
 
+    # With what is on the disk, for the advice must work as it is written.
     saved = checkpoint.all_of(Path(config.out))
     if not saved:
         return (

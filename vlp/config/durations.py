@@ -31,6 +31,7 @@ class Duration:
                 "1000 (steps), 5%, 3ep, 200ksamples or 2Msamples"
             )
 
+        # A bare number counts steps.
         number, unit = float(match[1]), match[2] or "steps"
         if unit == "steps" and number != int(number):
             raise ValueError(f"found {value!r}, expected a whole number of steps")
@@ -84,6 +85,7 @@ class Plan:
     @classmethod
     def of(cls, train: Train, steps_per_epoch: int) -> Plan:
         """The extent of a run of train.duration."""
+        # Before there is a total, so a percentage has no meaning here.
         total = train.duration.steps(batch=train.batch, steps_per_epoch=steps_per_epoch)
         return cls(train.batch, steps_per_epoch, total)
 

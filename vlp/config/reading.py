@@ -21,6 +21,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree, lines = _read(Path(path), overrides or [])
 
+    # What stands there instead of a secret would be taken for the secret.
     hidden = list(privacy.hidden_keys(tree))
     if hidden:
         again = " ".join(f"{key}=…" for key in hidden)
@@ -39,6 +40,8 @@ def recorded(path: str | Path) -> Config:
 def _read(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[schema.Path, str]]:
     """A YAML file with overrides applied, and where each of its values stands."""
     tree, lines = read_yaml(_text_of(path), str(path))
+
+    # Overrides before validation: they may supply what the file lacks.
     for override in overrides:
         _override(tree, override, lines)
 
@@ -156,10 +159,12 @@ def _override(tree: dict[str, Any], override: str, lines: dict[schema.Path, str]
     if not equals or not name:
         raise _refusal(f"override {override!r} is not of the form section.key=value")
 
+    # Numbers are places in lists: data.sources.0.path.
     keys = [int(key) if key.isdigit() else key for key in name.split(".")]
     node: Any = tree
     try:
         for key in keys[:-1]:
+            # `train:` with nothing behind it is null, and may get keys all the same.
             if isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}
             node = node[key]

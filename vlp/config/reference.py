@@ -12,35 +12,22 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 from vlp.config import source
-from vlp.config.durations import Duration
+from vlp.config.describe import (
+    REQUIRED,
+    Slot,
+    default_of,
+    section_of,
+    slot_of,
+    type_of,
+)
 from vlp.config.source import Class, Field, Module
 from vlp.schema import ConfigError, Problem
-
-REQUIRED = "required"
-_SCALARS = {
-    "int": "whole number",
-    "float": "number",
-    "str": "text",
-    "bool": "true or false",
-    "Any": "anything",
-    "None": "null",
-    "dict": "mapping",
-    "list": "list",
-}
-_EMPTY: dict[str, Any] = {
-    "list": [],
-    "dict": {},
-    "KeyedPlugins": {},
-}  # by the name of a default_factory
-_SIDES = {"image_tower": "vision_cfg", "text_tower": "text_cfg"}  # what a tower there must define
 
 
 @dataclass(frozen=True)
@@ -64,33 +51,6 @@ class Section:
     package: str = ""  # of plug-ins, where the keys are common to all of a folder
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A place of the configuration where plug-ins of a folder are named (vlp.plugin)."""
-
-    name: str  # objective, data.sources, model.image_tower
-    package: str
-    form: Literal["keyed", "named", "list"]  # {NAME: {…}}, {name: NAME, …} or a list of those
-
-    def key_prefix(self, plugin: str) -> str:
-        """What an override writes before an option's name."""
-        inner = {"keyed": f"{plugin}.", "named": "", "list": "N."}[self.form]
-        return f"{self.name}.{inner}"
-
-    def written(self, plugin: str) -> str:
-        """The plug-in's place in YAML."""
-        if self.form == "keyed":
-            return f"{self.name}: {{{plugin}: {{…}}}}"
-        section, _, key = self.name.partition(".")
-        mapping = f"{{name: {plugin}, …}}"
-        return f"{section}: {{{key}: {f'[{mapping}]' if self.form == 'list' else mapping}}}"
-
-    def holds(self, module: Module) -> bool:
-        """Whether a file of the folder may stand here: text towers are no image towers."""
-        required = _SIDES.get(self.name.rpartition(".")[2])
-        return required is None or module.defines(required)
-
-
 @functools.cache
 def sections() -> tuple[Section, ...]:
     """All sections, each before those inside it; plug-ins after what is common to their folder."""
@@ -105,35 +65,42 @@ def _class(name: str, module: Module | None) -> Class | None:
 
 def _tree(section: Class, name: str) -> Iterator[Section]:
     """The section of a dataclass and everything inside it."""
+    # The keys of a section stand together, before the sections inside it.
     fields = source.fields_of(section).values()
     prefix = f"{name}." if name else ""
     keys = tuple(_key(field, prefix) for field in fields)
+
     yield Section(name, section.summary, _written(name), keys)
 
     for field in fields:
         inner_name = prefix + field.name
-        slot = _slot(field.annotation, inner_name)
-        inner = _nested(field)
+        slot = slot_of(field.annotation, inner_name)
+        inner = section_of(field)
         if slot is not None:
-            yield from _plugins(slot)
+            yield from _plugins(slot, _key(field, prefix).sentence)
         elif inner is not None:
             yield from _tree(inner, inner_name)
 
 
-def _plugins(slot: _Slot) -> Iterator[Section]:
-    """What is common to a folder of plug-ins, then each of them."""
+def _plugins(slot: Slot, sentence: str) -> Iterator[Section]:
+    """What is common to a folder of plug-ins, under the sentence of its key; then each of them."""
     folder = source.read(slot.package)
     assert folder is not None, slot.package
+
+    # Once for all plug-ins: repeated under each, a weight would be there thirty times.
     common = _class("Common", folder)
     keys = () if common is None else _keys(common, slot.key_prefix("NAME"))
-    yield Section(slot.name, folder.summary, slot.written("NAME"), keys, slot.package)
+
+    yield Section(slot.name, sentence, slot.written("NAME"), keys, slot.package)
 
     for module in source.plugins(slot.package):
         if not slot.holds(module):
             continue
         plugin = module.name.rpartition(".")[2]
+
         options = _class("Options", module)
         assert options is not None, f"{module.name} has no Options"
+
         keys = _keys(options, slot.key_prefix(plugin))
         yield Section(f"{slot.name}.{plugin}", module.summary, slot.written(plugin), keys)
 
@@ -143,122 +110,22 @@ def _keys(section: Class, prefix: str) -> tuple[Key, ...]:
 
 
 def _key(field: Field, prefix: str) -> Key:
-    inner = _nested(field)
+    # A section is explained by its own docstring.
+    inner = section_of(field)
     sentence = field.sentence
     if not sentence and inner is not None:
         sentence = inner.summary
+
+    # The comments are written for Python, the reference for YAML.
     in_yaml = re.sub(r"\bNone\b", "null", sentence)
     return Key(prefix + field.name, type_of(field), default_of(field), in_yaml)
-
-
-def _slot(annotation: ast.expr, name: str) -> _Slot | None:
-    """The slot for plug-ins behind an annotation such as Annotated[Plugin, Named("vlp.towers")]."""
-    for node in ast.walk(annotation):
-        match node:
-            case ast.Call(func=ast.Name(id="Keyed"), args=[ast.Constant(value=str(package))]):
-                return _Slot(name, package, "keyed")
-            case ast.Call(func=ast.Name(id="Named"), args=[ast.Constant(value=str(package))]):
-                in_list = ast.unparse(annotation).startswith("list[")
-                return _Slot(name, package, "list" if in_list else "named")
-    return None
-
-
-def _nested(field: Field) -> Class | None:
-    """The dataclass that a field holds as a section, alone or beside null or a scalar."""
-    if _slot(field.annotation, field.name) is not None:
-        return None
-    # A hook such as Renamed(…) reads the value; it is no section.
-    calls = [node for node in ast.walk(field.annotation) if isinstance(node, ast.Call)]
-    of_hooks = {node for call in calls for node in ast.walk(call)}
-    for node in ast.walk(field.annotation):
-        if not isinstance(node, ast.Name) or node in of_hooks:
-            continue
-        inner = source.class_named(node, field.module)
-        if inner is not None and inner.is_dataclass and not inner.defines("from_config"):
-            return inner
-    return None
-
-
-def type_of(field: Field) -> str:
-    """A field's type in the words of whoever writes a configuration."""
-    slot = _slot(field.annotation, field.name)
-    if slot is None:
-        return _words(field.annotation, field.module)
-    plugins = {
-        "keyed": "{NAME: {option: …}, …}",
-        "named": "{name: NAME, option: …}",
-        "list": "[{name: NAME, option: …}, …]",
-    }[slot.form]
-    is_optional = isinstance(field.annotation, ast.BinOp)
-    return f"{plugins} or null" if is_optional else plugins
-
-
-def _alias(name: str, module: Module) -> ast.expr | None:
-    """What a name of the module stands for, such as `Choice = Literal["a", "b"]`."""
-    for statement in module.tree.body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=target)]) if target == name:
-                return statement.value
-    return None
-
-
-def _words(annotation: ast.expr, module: Module) -> str:
-    match annotation:
-        case ast.Constant(value=None):
-            return "null"
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return f"{_words(left, module)} or {_words(right, module)}"
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
-            values = choices.elts if isinstance(choices, ast.Tuple) else [choices]
-            return " | ".join(_shown(ast.literal_eval(value)) for value in values)
-        case ast.Subscript(value=ast.Name(id="list"), slice=item):
-            return f"list of {_words(item, module)}"
-        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=items)):
-            return f"[{', '.join(_words(item, module) for item in items)}]"
-        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, value])):
-            return f"mapping to {_words(value, module)}"
-        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[kind, *_])):
-            return _words(kind, module)
-        case ast.Name(id=name) if name in _SCALARS:
-            return _SCALARS[name]
-        case ast.Name(id=name) if (alias := _alias(name, module)) is not None:
-            return _words(alias, module)
-
-    named = source.class_named(annotation, module)
-    if named is not None and named.defines("from_config"):
-        return named.node.name.lower()
-    if named is not None and named.is_dataclass:
-        return f"{{{', '.join(source.fields_of(named))}}}"
-    raise TypeError(f"{module.name}: no words for the type {ast.unparse(annotation)}")
-
-
-def default_of(field: Field) -> str:
-    """A field's default as YAML; REQUIRED where it has to be given."""
-    if field.default is None:
-        return REQUIRED
-    match field.default:
-        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Name(id=name))]):
-            return _shown(_EMPTY[name]) if name in _EMPTY else ""
-        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Lambda(body=v))]):
-            return _shown(ast.literal_eval(v))
-        case ast.Call(func=ast.Name(id="Duration"), args=arguments):
-            number, unit = (ast.literal_eval(argument) for argument in arguments)
-            return _shown(Duration(number, unit).to_config())
-        case ast.Call():
-            return ""  # a section with the defaults of its own keys
-    return _shown(ast.literal_eval(field.default))
-
-
-def _shown(value: Any) -> str:
-    """A plain value as YAML has it."""
-    if value is None or isinstance(value, (bool, list, tuple, dict)) or value == "":
-        return json.dumps(value, ensure_ascii=False)
-    return str(value)
 
 
 def _written(name: str) -> str:
     """A section's place in YAML."""
     text = "{…}"
+
+    # From the inside: {optimizer: {…}}, then train: around it.
     for part in reversed(name.split(".")[1:]):
         text = f"{{{part}: {text}}}"
     return f"{name.split('.')[0]}: {text}" if name else "the file itself"
@@ -269,10 +136,13 @@ def find(name: str) -> list[Section]:
     of plug-ins (losses, towers, tasks) or a single key; ConfigError suggests the near one.
     """
     everything = sections()
+
+    # A full name first: `train` means the section, not every key that ends so.
     inside = [section for section in everything if _lies_in(section, name)]
     if inside:
         return inside
 
+    # Then the end of a name, which is how a recipe shows it: image_tower, zeroshot.
     roots = [
         section.name
         for section in everything
@@ -281,9 +151,11 @@ def find(name: str) -> list[Section]:
     if roots:
         return [s for s in everything if any(_lies_in(s, root) for root in roots)]
 
+    # Then a single key.
     keys = _with_keys(lambda key: f".{key.key}".endswith(f".{name}"))
     if keys:
         return keys
+
     message = f"the configuration has no section or key {name!r}{_near(name)}"
     raise ConfigError([Problem((), message)])
 

@@ -89,6 +89,8 @@ def plugins(package: str) -> Iterator[Module]:
     folder = Path(vlp.__path__[0]).joinpath(*package.split(".")[1:])
     for path in sorted(folder.iterdir()):
         is_module = path.suffix == ".py" or (path / "__init__.py").is_file()
+
+        # Files with an underscore are shared by plug-ins, and are none.
         if not is_module or path.stem.startswith("_"):
             continue
         module = read(f"{package}.{path.stem}")
@@ -99,6 +101,8 @@ def plugins(package: str) -> Iterator[Module]:
 def _comments(text: str) -> tuple[dict[int, str], frozenset[int]]:
     """The comments by line, and the lines that hold nothing else; a syntax tree has neither."""
     comments, alone = {}, set()
+
+    # A sign of a comment may stand in a text; the tokenizer knows which is which.
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             line, column = token.start
@@ -110,6 +114,7 @@ def _comments(text: str) -> tuple[dict[int, str], frozenset[int]]:
 
 def class_named(name: ast.expr, module: Module) -> Class | None:
     """The class of this project that a name means in a file, whatever file it is imported from."""
+    # `_moving.Individual`, where the file imports the module.
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
         holder = _imported(name.value.id, module)
         return None if holder is None else _class_in(holder, name.attr)
@@ -145,11 +150,14 @@ def _imported(name: str, module: Module) -> Module | None:
 def fields_of(found: Class) -> dict[str, Field]:
     """The fields of a dataclass by name, those of its bases first, in the order of dataclasses."""
     fields: dict[str, Field] = {}
+
+    # dataclasses collects the bases from the last one to the first.
     for base in reversed(found.node.bases):
         parent = class_named(base, found.module)
         if parent is not None:
             fields |= fields_of(parent)
 
+    # A field keeps the place of the base's one that it replaces.
     for node in found.node.body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
@@ -157,18 +165,21 @@ def fields_of(found: Class) -> dict[str, Field]:
         sentence = _sentence(node, found.module)
         if not sentence and name in fields:  # another default for what a base explains
             sentence = fields[name].sentence
+
         fields[name] = Field(name, node.annotation, node.value, sentence, found.module)
     return fields
 
 
 def _sentence(node: ast.AnnAssign, module: Module) -> str:
     """The comments directly above a field and those on its own lines."""
+    # A sentence too long for the line stands above its field.
     above: list[str] = []
     line = node.lineno - 1
     while line in module.alone:
         above.insert(0, module.comments[line])
         line -= 1
 
+    # Beside includes the lines of a default in parentheses.
     own_lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
     beside = [module.comments[line] for line in own_lines if line in module.comments]
     return " ".join([*above, *beside])

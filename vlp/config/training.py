@@ -53,6 +53,7 @@ class Train:
     max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
 
     def __post_init__(self) -> None:
+        # A percentage of itself is no length.
         if self.duration.unit == "%" or not self.duration.value:
             raise ValueError(
                 f"duration is {self.duration.to_config()}; expected steps (1000), epochs (3ep) "

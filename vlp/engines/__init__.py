@@ -26,6 +26,7 @@ def start(options: config.Train) -> Engine:
     n_launched = launched_processes()
     device = training_device(options.device)
 
+    # The launcher may have decided already; a different wish cannot be met.
     launcher = launched_engine()
     name = launcher if options.engine == "auto" else options.engine
     if launcher not in ("ddp", name):  # its libraries would wrap the model in their own way
@@ -40,6 +41,8 @@ def start(options: config.Train) -> Engine:
 
     if n_launched > 1 and not dist.initialised():
         _join(device)
+
+    # Some launchers fall back to one process without a word.
     if dist.world_size() != n_launched:
         raise LaunchError(
             f"the launcher announced {n_launched} processes, but {dist.world_size()} joined"

@@ -106,6 +106,8 @@ class Replicated:
         for name, parameter in self.module.named_parameters():
             if f"step.{name}" not in moments:
                 continue
+
+            # Copied, because AdamW counts in place.
             state = {"step": moments[f"step.{name}"].to(self.device, copy=True)}
             for key in MOMENTS:
                 whole = moments[f"{key}.{name}"].to(self.device)
@@ -116,6 +118,7 @@ class Replicated:
         """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every
         rank calls it together.
         """
+        # A copy, because the weights go on changing under it.
         copied = copy.deepcopy(self.module).requires_grad_(False)
         if weights is not None:
             copied.load_state_dict(dict(weights))

@@ -100,6 +100,8 @@ class ZeRO:
             group["lr"] = lr
 
         self.model.step()
+
+        # A step that was left out has no norm.
         if self.zero.overflow:
             return torch.tensor(torch.inf)
         return torch.as_tensor(self.model.get_global_grad_norm())
@@ -123,6 +125,7 @@ class ZeRO:
             if not parameter.requires_grad:
                 model[name] = self._frozen(parameter)
                 continue
+
             # Collective, so ranks that keep nothing take part all the same.
             weight = safe_get_full_fp32_param(parameter)
             whole = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
@@ -181,6 +184,7 @@ class ZeRO:
         """A frozen copy of the model as `prepare` got it, or with `weights`, whole on every rank at
         every stage.
         """
+        # Whole at every stage: an average is read by the step, and never trained.
         copied = copy.deepcopy(self.plain).requires_grad_(False)
         if weights is not None:
             copied.load_state_dict(dict(weights))

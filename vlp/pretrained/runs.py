@@ -28,6 +28,8 @@ def resolve(ref: str | Path) -> Path:
     folder.
     """
     ref = Path(ref)
+
+    # A checkpoint's own folder is meant even where newer ones exist.
     if (ref / "manifest.json").exists():
         return ref
 
@@ -48,6 +50,7 @@ def newest(run: Path) -> Path | None:
     """The newest checkpoint that verifies and has finite weights; others are named in a warning.
     None if there is none.
     """
+    # Whatever the damage is, the one before it still serves.
     for path in reversed(all_of(run)):
         try:
             verify(path)
@@ -70,6 +73,7 @@ def all_of(run: Path) -> list[Path]:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors with NaN or infinity."""
     floating = ((name, value) for name, value in tensors.items() if value.is_floating_point())
+
     return [name for name, value in floating if not value.isfinite().all()]
 
 
