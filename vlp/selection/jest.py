@@ -220,6 +220,8 @@ class Chooser:
 
         image, text = (torch.cat(rows) for rows in zip(*learner_rows))
         reference_image, reference_text = (torch.cat(rows) for rows in zip(*reference_rows))
+        # Stored embeddings bring no numbers of their own: the options were refused without.
+        assert self.scale is not None and self.bias is not None
         return (
             Embedded(image, text, learner.scale, learner.bias),
             Embedded(reference_image, reference_text, self.scale, self.bias),
