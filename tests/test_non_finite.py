@@ -9,7 +9,8 @@ from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
 from vlp import config, dist, losses
 from vlp.engines import parallel
-from vlp.models.dual_encoder import DualEncoder, build
+from vlp.models.build import build
+from vlp.models.dual_encoder import DualEncoder
 from vlp.step import NonFiniteError, Training, train_step
 from vlp.teacher import Teacher
 

@@ -12,7 +12,7 @@ from tests import ranks
 from vlp import config, dist, losses, schema
 from vlp.engines import parallel
 from vlp.eval import metrics
-from vlp.models.dual_encoder import build
+from vlp.models.build import build
 from vlp.step import MEASURED, NonFiniteError, Training, embed, geometry, train_step
 from vlp.types import Batch
 

@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlp import dist, log
 from vlp.engines.parallel import Engine
 from vlp.losses import Objective
-from vlp.models import dual_encoder
-from vlp.models.dual_encoder import IMAGES, TEXTS, VIEWS
+from vlp.models import embedding
+from vlp.models.embedding import IMAGES, TEXTS, VIEWS
 from vlp.seeds import derive
 from vlp.teacher import Teacher
 from vlp.types import Batch
@@ -138,7 +138,7 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     if measure:
         shown |= {
             f"valid.{name}": getattr(batch, mask).float().mean()
-            for name, mask in dual_encoder.VALID.items()
+            for name, mask in embedding.VALID.items()
             if name in leaves
         }
         shown |= {"log_n": torch.tensor(math.log(training.objective.candidates(len(batch))))}
@@ -159,7 +159,7 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     given = {"image": part.teacher_image} if training.precomputed else {}
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
     with _arithmetic(training), _attention(training):
-        return given | dual_encoder.embed(training.engine.model, part, wanted - given.keys())
+        return given | embedding.embed(training.engine.model, part, wanted - given.keys())
 
 
 def labels(training: Training, batch: Batch) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from vlp import checkpoint, config, dist
 from vlp.data.text import same_tokens
 from vlp.engines.parallel import Engine
-from vlp.models.dual_encoder import DualEncoder, embed
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.embedding import embed
 from vlp.types import Batch
 
 EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"

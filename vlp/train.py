@@ -25,8 +25,8 @@ from vlp.engines import parallel
 from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
 from vlp.lifetime import Interrupted, Stopped, StopRequest
+from vlp.models.build import build as build_model
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.dual_encoder import build as build_model
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.reporter import Reporter

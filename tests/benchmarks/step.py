@@ -123,7 +123,7 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
 
     from vlp import config, losses, plugin, schema
     from vlp.engines import parallel
-    from vlp.models.dual_encoder import build
+    from vlp.models.build import build
     from vlp.step import Training, train_step
     from vlp.types import Batch
 

@@ -23,7 +23,7 @@ from vlp.data import decode
 from vlp.eval import models
 from vlp.export import folder as export
 from vlp.export import pixels as _pixels
-from vlp.models.dual_encoder import load
+from vlp.models.load import load
 
 TOLERANCE = 1e-5  # of the issue: largest difference of a coordinate on the same pixels
 RESNET = {"name": "timm", "model": "test_resnet", "image_size": 64}

@@ -12,7 +12,9 @@ from tests.models.tiny import inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder
-from vlp.models.dual_encoder import embed, from_description, load
+from vlp.models.build import from_description
+from vlp.models.embedding import embed
+from vlp.models.load import load
 from vlp.types import Batch
 
 LENGTH = 10

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from tests.models.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
 from vlp import config
 from vlp.export import folder as export
-from vlp.models.dual_encoder import Scaling, build, from_description, load
+from vlp.models.build import build, from_description
+from vlp.models.exact import Scaling
+from vlp.models.load import load
 from vlp.schema import ConfigError
 from vlp.types import ON_WHITE, Decoding
 

@@ -16,7 +16,7 @@ from vlp import checkpoint, schema
 from vlp.config import Model
 from vlp.eval import models
 from vlp.export import folder as export
-from vlp.models.dual_encoder import build, from_description
+from vlp.models.build import build, from_description
 from vlp.pretrained import references as _references
 
 KINDS = ["a run", "a checkpoint", "its model.safetensors", "an export", "an export with local-dir:", "an export's description",

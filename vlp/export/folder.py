@@ -32,8 +32,9 @@ from vlp.export import clip_form, siglip_form
 from vlp.export import pixels as _pixels
 from vlp.files import save_tensors, sync
 from vlp.locks import held
-from vlp.models import stages
-from vlp.models.dual_encoder import DualEncoder, from_description
+from vlp.models.build import from_description
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.load import load_stages
 from vlp.pretrained import references, weight_files
 from vlp.types import ON_WHITE
 
@@ -170,7 +171,7 @@ def export_stages(
         for run, name in zip(runs, names):
             export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
         _write_json(folder / references.STAGES, {"members": names})
-        card = _card.render_stages(stages.load(folder), to.name, names, license)
+        card = _card.render_stages(load_stages(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return [
         f"vlp: {references.STAGES}; the embeddings of {len(names)} stages one after another",

@@ -7,8 +7,6 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -23,28 +21,8 @@ from vlp import config
 from vlp.models import assemble
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
-from vlp.pretrained import references, weight_files
-from vlp.schema import parse, plain
-from vlp.towers.huggingface import language_config
-from vlp.types import Batch, Features
-
-IMAGES = (
-    "image",
-    "negative_image",
-)  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
-TEXTS = (
-    "text",
-    "negatives",
-    "counterfactual",
-)  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
-VALID = {
-    "negatives": "negatives_valid",
-    "counterfactual": "counterfactual_valid",
-}  # masks [b, K] and [b] of texts
-VIEWS = (
-    "image_views",
-    "text_views",
-)  # Batch fields of further views: [b, V, …] -> [b, V, D] by the head for views
+from vlp.schema import plain
+from vlp.types import Features
 
 
 class DualEncoder(nn.Module):
@@ -244,182 +222,6 @@ class DualEncoder(nn.Module):
         if self.logit_bias is not None:
             named["logit_bias"] = self.logit_bias.detach().reshape(())
         return named
-
-
-def build(model: config.Model) -> DualEncoder:
-    """The model that a configuration describes, on the CPU in float32.
-
-    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and
-    their preprocessing, as far as it is stated beside them. Raises ValueError for unknown names and
-    for weights that do not fit.
-    """
-    model_cfg, preprocess_cfg = assemble.assemble(model)
-    weights = None
-    if model.pretrained is not None:
-        architecture = getattr(model.image_tower.options, "architecture", None)
-        weights = weight_files.find(
-            model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False))
-        )
-        preprocess_cfg = assemble.trained_on(
-            weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained
-        )
-        model_cfg = without_downloads(model_cfg)
-    clip = _instantiate(model_cfg)
-    if weights is not None:
-        weight_files.load_into(clip, weights.path)
-    encoder = DualEncoder(
-        clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads
-    )
-    text = model.text_tower
-    encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
-    return encoder
-
-
-def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
-    """What is wanted of a batch, by one call of `model`: a DualEncoder or what an engine wrapped
-    around one.
-
-    Returns the wanted fields of IMAGES, TEXTS and views by name, [b, …, D], the wanted outputs of
-    heads, [b, …], and "scale", "bias" and "view_scale" as far as the model has them, []. Texts that
-    VALID masks do not pass the tower; their embeddings are zeros.
-    """
-    pixels = {name: getattr(batch, name) for name in IMAGES if name in wanted}
-    ids = {name: getattr(batch, name) for name in TEXTS if name in wanted}
-    masks = {name: getattr(batch, mask) for name, mask in VALID.items() if name in ids}
-    texts = {
-        name: (value[masks[name]] if name in masks else value).flatten(0, -2)
-        for name, value in ids.items()
-    }
-    views = {name: getattr(batch, name) for name in VIEWS if name in wanted}
-    pairs = {"pairs": len(batch)} if {"concept_logits", "caption_logits"} & set(wanted) else {}
-    features = model(
-        torch.cat(list(pixels.values())) if pixels else None,
-        torch.cat(list(texts.values())) if texts else None,
-        **{name: value.flatten(0, 1) for name, value in views.items()},
-        **pairs,
-    )
-    result = {
-        name: getattr(features, name).unflatten(0, value.shape[:2]) for name, value in views.items()
-    }
-    for fields, found in ((pixels, features.image), (texts, features.text)):
-        if fields:
-            result |= zip(fields, found.split([len(value) for value in fields.values()]))
-    for name, mask in masks.items():
-        whole = result[name].new_zeros(*ids[name].shape[:-1], result[name].shape[-1])
-        whole[mask] = result[name].view_as(whole[mask])
-        result[name] = whole
-    others = {"concept_logits": features.concept_logits, "caption_nll": features.caption_nll}
-    scalars = {name: getattr(features, name) for name in ("scale", "bias", "view_scale")}
-    return result | {name: value for name, value in (others | scalars).items() if value is not None}
-
-
-def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
-    """The model that `DualEncoder.description` or an open_clip_config.json describes.
-
-    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is
-    downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
-    gets the usual bound on the scale, 100.
-    """
-    model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
-    if "multimodal_cfg" in model_cfg:
-        raise ValueError(
-            "this model has a captioning decoder beside its two towers; expected a dual encoder"
-        )
-    clip = _instantiate(model_cfg)
-    if weights is not None:
-        weight_files.load_into(clip, weights)
-    ours = described.get("vlp", {})
-    scale, heads = (
-        parse(config.Scale, ours.get("scale", {})),
-        parse(config.Heads, ours.get("heads", {})),
-    )
-    return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
-
-
-def load(
-    reference: str | Path | references.Reference, like: DualEncoder | None = None
-) -> DualEncoder:
-    """The model behind a reference (vlp.pretrained.references), a run's excepted:
-    `vlp.checkpoint.load_any` takes those too.
-
-    `like`: the model whose architecture a file of weights alone has. Stages give a
-    `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
-    """
-    found = references.resolve(reference)
-    if found.kind == "stages":
-        from vlp.models import stages
-
-        return stages.load(found.path)
-    if found.kind == "run":
-        raise ValueError(
-            f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it"
-        )
-    weights = weight_files.behind(found)
-    if weights.described:
-        return from_description(weights.described, weights.path)
-    if like is None:
-        raise ValueError(
-            f"{found.text} holds weights, which do not say their architecture; write {references.architecture_hint(found.path)}"
-        )
-    described = like.description()
-    return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)
-
-
-def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with towers that do not fetch weights of their own: all weights are in the
-    model's file.
-    """
-    flags = {
-        "vision_cfg": ("timm_model_name", "timm_model_pretrained"),
-        "text_cfg": ("hf_model_name", "hf_model_pretrained"),
-    }
-    changed = {
-        name: model_cfg[name] | {flag: False}
-        for name, (tower, flag) in flags.items()
-        if tower in model_cfg[name]
-    }
-    return model_cfg | changed
-
-
-def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
-    text = model_cfg["text_cfg"]
-    if text.get("hf_model_name"):
-        language_config(
-            text["hf_model_name"]
-        )  # refuses code of its own, which open_clip would ask the terminal about
-    try:
-        clip = open_clip.CustomTextCLIP(
-            **{k: v for k, v in model_cfg.items() if k != "custom_text"}
-        )
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"open_clip cannot build these towers: {error or type(error).__name__}; found {model_cfg}"
-        ) from error
-    if (
-        isinstance(clip.visual, TimmModel)
-        and open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj == "none"
-    ):
-        found, wanted = clip.visual.trunk.num_features, model_cfg["embed_dim"]
-        if found != wanted:
-            raise ValueError(
-                f"the image tower gives {found} features, unprojected, and embed_dim is {wanted}; make them equal"
-            )
-    if isinstance(clip.visual, TimmModel):
-        _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
-    return clip
-
-
-def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
-    """Give a timm tower the GELU of its weights (SigLIP's is the tanh form); open_clip cannot tell
-    timm which.
-    """
-    for module in tower.trunk.modules():
-        if act_kwargs and isinstance(module, nn.GELU):
-            module.approximate = act_kwargs["approximate"]
-
-
-def _locked(tower: Any) -> bool:
-    return tower.common is not None and tower.common.locked
 
 
 def _trunk(tower: nn.Module) -> nn.Module:

@@ -5,23 +5,19 @@
     scale and bias are the means of the members' (the bias only where all have one).
 
 A folder of such a model holds vlp_stages.json, {"members": ["stage_1", …]}, and each member as `vlp
-export` writes it, which other libraries load by itself. `vlp.models.dual_encoder.load` and all that
+export` writes it, which other libraries load by itself. `vlp.models.load` and all that
 takes a model by name read the folder as one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vlp.data.text import same_tokens
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.dual_encoder import load as load_member
-from vlp.pretrained.references import STAGES
 from vlp.types import Features
 
 
@@ -69,12 +65,6 @@ class Stages(nn.Module):
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] → [rows, ΣD] unit rows."""
         return _joined([member.encode_text(text) for member in self.members])
-
-
-def load(folder: Path) -> Stages:
-    """The model that `export` wrote to a folder, on the CPU."""
-    described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
-    return Stages([load_member(folder / name) for name in described["members"]])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

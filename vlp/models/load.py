@@ -1,0 +1,45 @@
+"""A reference becomes a model: a dual encoder, or several of them as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlp.models.build import from_description
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.stages import Stages
+from vlp.pretrained import references, weight_files
+from vlp.pretrained.references import STAGES
+
+
+def load(
+    reference: str | Path | references.Reference, like: DualEncoder | None = None
+) -> DualEncoder | Stages:
+    """The model behind a reference (vlp.pretrained.references), a run's excepted:
+    `vlp.checkpoint.load_any` takes those too.
+
+    `like`: the model whose architecture a file of weights alone has. Stages give a
+    `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
+    """
+    found = references.resolve(reference)
+    if found.kind == "stages":
+        return load_stages(found.path)
+    if found.kind == "run":
+        raise ValueError(
+            f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it"
+        )
+    weights = weight_files.behind(found)
+    if weights.described:
+        return from_description(weights.described, weights.path)
+    if like is None:
+        raise ValueError(
+            f"{found.text} holds weights, which do not say their architecture; write {references.architecture_hint(found.path)}"
+        )
+    described = like.description()
+    return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)
+
+
+def load_stages(folder: Path) -> Stages:
+    """The model that `export` wrote to a folder, on the CPU."""
+    described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
+    return Stages([load(folder / name) for name in described["members"]])
