@@ -12,6 +12,7 @@ LAYERS = [
     ("vlp.selection",),
     (
         "vlp.step",
+        "vlp.non_finite",
         "vlp.teacher",
         "vlp.checkpoint",
         "vlp.engines",
@@ -24,6 +25,7 @@ LAYERS = [
     ("vlp.config", "vlp.dist", "vlp.log", "vlp.locks", "vlp.seeds"),
     ("vlp.plugin",),
     ("vlp.schema", "vlp.types", "vlp.files", "vlp.lifetime", "vlp.privacy"),
+    ("vlp.fields", "vlp.geometry"),
     ("vlp",),
 ]
 ROOMS = {"vlp": "vlp", "eval": "vlp.eval", "data_tools": "vlp.data_tools", "launch": "vlp.launch"}

@@ -2,6 +2,8 @@
 wherever they come.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ from vlp import config, dist, losses
 from vlp.engines import parallel
 from vlp.models.build import build
 from vlp.models.dual_encoder import DualEncoder
-from vlp.step import NonFiniteError, Training, train_step
+from vlp.non_finite import NonFiniteError
+from vlp.step import Training, train_step
 from vlp.teacher import Teacher
 
 OBJECTIVE = {"infonce": {}, "sogclr": {"samples": 12}}
@@ -132,7 +135,7 @@ def trained_resnet(value):
     engine.prepare(build(model), options)
     training = Training(engine, losses.build({"infonce": {}}), lambda step: 1e-3, may_skip=1)
     batch = make_batch()
-    batch.image = batch.image.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    batch = replace(batch, image=batch.image.repeat_interleave(2, 2).repeat_interleave(2, 3))
     if value is not None:
         poison_embedding(engine.module, value)
     before = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}

@@ -19,7 +19,7 @@ SPEED = {
     "grad_norm": "gradient norm",
     "samples_s": "samples a second",
     "data_wait": "share of time waiting for data",
-    "space.gap": "distance of the centroids, in training",
+    "space.modality_gap": "distance of the centroids, in training",
     "space.alignment": "alignment, in training",
     "space.uniformity_image": "uniformity of images, in training",
     "space.uniformity_text": "uniformity of texts, in training",

@@ -96,7 +96,7 @@ def test_what_heads_give():
     found = embed(
         model,
         batch,
-        {"image", "text", "image_views", "text_views", "concept_logits", "caption_logits"},
+        {"image", "text", "image_views", "text_views", "concept_logits", "caption_nll"},
     )
     assert found["image_views"].shape == found["text_views"].shape == (3, 2, 48)
     assert torch.allclose(found["image_views"].norm(dim=-1), torch.ones(3, 2))

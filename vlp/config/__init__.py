@@ -217,8 +217,12 @@ class Captions:
     lines: Literal["one", "each"] = (
         "one"  # a text file of several lines is one caption, or each of its lines is one
     )
+    # K': captions of a sample that a batch carries besides its text, where a term reads `captions`
+    carried: int = 8
 
     def __post_init__(self) -> None:
+        if self.carried < 2:
+            raise ValueError(f"carried is {self.carried}; expected at least 2 captions of a sample")
         bad = [t for t in self.class_templates if t.count("{}") != 1]
         if bad:
             raise ValueError(f"templates need exactly one {{}} for the class name: {bad}")
@@ -303,7 +307,7 @@ class Heads:
 
     views: ViewHead | None = None  # image_views, text_views (with data.views)
     concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
-    captions: Captioner | None = None  # caption_logits
+    captions: Captioner | None = None  # caption_nll
 
     def __post_init__(self) -> None:
         if self.concepts < 0:

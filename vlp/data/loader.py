@@ -83,7 +83,7 @@ class Loader:
             raise ValueError(
                 f"a batch of {batch} is larger than the data ({held}); set train.batch lower"
             )
-        fields = optional_fields(sources, data)
+        fields = optional_fields(sources, data, reads)
         self.widths = fields  # of the optional fields that the data offer
         self.carries = frozenset(fields)
         self.teacher_scale = _teacher_scale(

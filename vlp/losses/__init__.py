@@ -16,10 +16,10 @@ from typing import Any
 
 from vlp import dist, plugin
 from vlp.losses._inputs import Inputs
-from vlp.losses._objective import Common, Objective, Schedule, reads, supplier
+from vlp.losses._objective import Common, Objective, Schedule, reads
 from vlp.pairwise import Engine, Topology
 
-__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "supplier"]
+__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads"]
 
 
 def build(

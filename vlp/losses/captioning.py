@@ -18,8 +18,8 @@ from vlp.losses._inputs import HALF, Inputs
 from vlp.losses._softmax import margin
 from vlp.pairwise import Pairs, softplus
 
-NEEDS = frozenset({"caption_logits", "caption_ids"})
-OPTIONAL = frozenset({"caption_nll"})
+NEEDS = frozenset({"caption_nll", "caption_ids"})
+OPTIONAL = frozenset({"caption_logits"})  # instead of caption_nll
 
 
 @dataclass(frozen=True)
