@@ -52,18 +52,22 @@ def _check(source: Source, model: DualEncoder, precomputed: bool) -> None:
     judge = model if precomputed else _teacher(name, folder)
     if judge is None:
         return
+
     samples, pixels = _opened(source, judge.image_spec)
     if not samples:
         log.say(f"{folder}: not compared with {name}, because no picture could be opened")
         return
 
     whose = "this run's image tower" if precomputed else name
-    stored = torch.from_numpy(np.stack([sample.embeddings[0] for sample in samples])).float()
-    _compare("image", _embedded(judge, image=pixels), stored, folder, whose)
+    _compare("image", _embedded(judge, image=pixels), _stored(samples, 0), folder, whose)
     if not precomputed and source.embeddings.with_text:
         tokens = tokenizers.build(judge.text_spec)([sample.captions[0] for sample in samples])
-        stored = torch.from_numpy(np.stack([sample.embeddings[1] for sample in samples])).float()
-        _compare("text", _embedded(judge, text=tokens), stored, folder, whose)
+        _compare("text", _embedded(judge, text=tokens), _stored(samples, 1), folder, whose)
+
+
+def _stored(samples: list[Sample], side: int) -> Tensor:
+    """The stored embeddings of images (side 0) or first captions (1), [n, D]."""
+    return torch.from_numpy(np.stack([sample.embeddings[side] for sample in samples])).float()
 
 
 def _teacher(name: str, folder: str) -> nn.Module | None:
@@ -83,17 +87,15 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
     fetched whole).
     """
     n_tried = 4 * N_SAMPLES
-    places = (
-        range(n_tried)
-        if source.window or source.reserve
-        else np.linspace(0, len(source) - 1, n_tried).astype(int)
-    )
-    numbers = dict.fromkeys(int(i) for i in places if i < len(source))
-    wide = list(numbers)[::4] + [
-        i for k, i in enumerate(numbers) if k % 4
-    ]  # the others stand in for pictures that do not open
+    places = np.linspace(0, len(source) - 1, n_tried).astype(int)
+    if source.window or source.reserve:
+        places = np.arange(n_tried)
+    numbers = list(dict.fromkeys(int(i) for i in places if i < len(source)))
+
+    # Every fourth first; the others stand in for pictures that do not open.
+    stand_ins = [number for place, number in enumerate(numbers) if place % 4]
     samples, pixels = [], []
-    for number in wide:
+    for number in numbers[::4] + stand_ins:
         try:
             sample = source[number]
             picture = decode.evaluate(sample.image, spec)
@@ -109,9 +111,9 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
 @torch.no_grad()
 def _embedded(model: nn.Module, **rows: Tensor) -> Tensor:
     """[n, D] by `model` in evaluation mode, whose mode is put back."""
+    [side] = rows
     was_training = model.training
     model.eval()
-    [side] = rows
     embedded = getattr(model(**rows), side).float()
     model.train(was_training)
     return embedded
@@ -123,16 +125,22 @@ def _compare(side: str, again: Tensor, stored: Tensor, folder: str, whose: str) 
     if again.shape != stored.shape:
         width = stored.shape[1]
         raise ValueError(
-            f"{folder}: {side} embeddings of width {width} are not {made_by}, whose width is {again.shape[1]}"
+            f"{folder}: {side} embeddings of width {width} are not {made_by}, whose width is "
+            f"{again.shape[1]}"
         )
+
+    # A row of another sample that lies clearly nearer: the order of samples differs.
     cosines = cosine_similarity(again, stored)
     others = cosine_similarity(again[:, None], stored[None], dim=-1).fill_diagonal_(-1)
     swapped = (others.max(dim=1).values > cosines + MARGIN) & stored.any(dim=1)
     if cosines.min() >= LEAST_COSINE and not swapped.any():
         return
-    shown = ", ".join(f"{c:.3f}" for c in cosines.tolist())
+
+    shown = ", ".join(f"{cosine:.3f}" for cosine in cosines.tolist())
+    nearer = "; some lie nearer to the row of another sample" if swapped.any() else ""
     raise ValueError(
-        f"{folder}: the {side} embeddings are not {made_by}: {len(cosines)} samples embedded again have cosines {shown} with "
-        f"them, expected at least {LEAST_COSINE}{'; some lie nearer to the row of another sample' if swapped.any() else ''}. "
-        "Weights, picture size, or the order of samples differ; make them anew with `vlp data embed` and this model"
+        f"{folder}: the {side} embeddings are not {made_by}: {len(cosines)} samples embedded again "
+        f"have cosines {shown} with them, expected at least {LEAST_COSINE}{nearer}. Weights, "
+        "picture size, or the order of samples differ; make them anew with `vlp data embed` and "
+        "this model"
     )

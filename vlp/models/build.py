@@ -25,22 +25,23 @@ def build(model: config.Model) -> DualEncoder:
     for weights that do not fit.
     """
     model_cfg, preprocess_cfg = assemble.assemble(model)
+
+    # Weights are found before the towers are built: they may say how pixels were normalised.
     weights = None
     if model.pretrained is not None:
         architecture = getattr(model.image_tower.options, "architecture", None)
-        weights = weight_files.find(
-            model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False))
-        )
-        preprocess_cfg = assemble.trained_on(
-            weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained
-        )
+        quick_gelu = bool(model_cfg.get("quick_gelu", False))
+        weights = weight_files.find(model.pretrained, architecture, quick_gelu)
+        stated = weights.described.get("preprocess_cfg", {})
+        preprocess_cfg = assemble.trained_on(stated, preprocess_cfg, model.pretrained)
         model_cfg = without_downloads(model_cfg)
+
     clip = _instantiate(model_cfg)
     if weights is not None:
         weight_files.load_into(clip, weights.path)
-    encoder = DualEncoder(
-        clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads
-    )
+    model_cfg = without_downloads(model_cfg)
+    encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
+
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
     return encoder
@@ -61,11 +62,10 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
     clip = _instantiate(model_cfg)
     if weights is not None:
         weight_files.load_into(clip, weights)
+
     ours = described.get("vlp", {})
-    scale, heads = (
-        parse(config.Scale, ours.get("scale", {})),
-        parse(config.Heads, ours.get("heads", {})),
-    )
+    scale = parse(config.Scale, ours.get("scale", {}))
+    heads = parse(config.Heads, ours.get("heads", {}))
     return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
 
 
@@ -86,31 +86,36 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
-    text = model_cfg["text_cfg"]
-    if text.get("hf_model_name"):
-        language_config(
-            text["hf_model_name"]
-        )  # refuses code of its own, which open_clip would ask the terminal about
+    """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    # A model with code of its own is refused here: open_clip would ask the terminal about it.
+    if language_model := model_cfg["text_cfg"].get("hf_model_name"):
+        language_config(language_model)
+
+    keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     try:
-        clip = open_clip.CustomTextCLIP(
-            **{k: v for k, v in model_cfg.items() if k != "custom_text"}
-        )
+        clip = open_clip.CustomTextCLIP(**keywords)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"open_clip cannot build these towers: {error or type(error).__name__}; found {model_cfg}"
+            f"open_clip cannot build these towers: {error or type(error).__name__}; found "
+            f"{model_cfg}"
         ) from error
-    if (
-        isinstance(clip.visual, TimmModel)
-        and open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj == "none"
-    ):
-        found, wanted = clip.visual.trunk.num_features, model_cfg["embed_dim"]
-        if found != wanted:
-            raise ValueError(
-                f"the image tower gives {found} features, unprojected, and embed_dim is {wanted}; make them equal"
-            )
+
     if isinstance(clip.visual, TimmModel):
+        _check_unprojected(clip.visual, model_cfg)
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
     return clip
+
+
+def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:
+    """Refuse a trunk whose features are the embeddings and are not as many."""
+    if open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj != "none":
+        return
+    n_features, embed_dim = tower.trunk.num_features, model_cfg["embed_dim"]
+    if n_features != embed_dim:
+        raise ValueError(
+            f"the image tower gives {n_features} features, unprojected, and embed_dim is "
+            f"{embed_dim}; make them equal"
+        )
 
 
 def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:

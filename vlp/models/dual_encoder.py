@@ -47,15 +47,18 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.visual, self.text = clip.visual, clip.text
         self.open_clip_config = model_cfg
-        self.scale_config = scale
         self.embed_dim: int = model_cfg["embed_dim"]
+
+        # What the data must deliver.
         context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
         self.image_spec = assemble.image_spec(preprocess_cfg, self.visual.image_size)
         self.text_spec = assemble.text_spec(model_cfg["text_cfg"], context_length)
         self.pixels = Pixels(self.image_spec)
+
+        # What only training reads.
         bias = None if clip.logit_bias is None else clip.logit_bias.item()
         self.scaling = Scaling(clip.logit_scale.item(), bias, scale)
-        self.heads_config = heads
+        self.scale_config, self.heads_config = scale, heads
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
 
@@ -84,29 +87,35 @@ class DualEncoder(nn.Module):
         `pairs` rows.
         """
         scale, bias = self.scaling()
-        found: dict[str, Tensor] = {}
-        tokens: dict[str, Tensor | None] = {}
-        for name, own, views, tower in (
-            ("image", image, image_views, self._image),
-            ("text", text, text_views, self._text),
-        ):
-            if own is None:
-                continue
-            features, tokens[name] = tower(own if views is None else torch.cat([own, views]))
-            found[name] = _unit(features[: own.shape[0]])
-            if views is not None:
-                found[f"{name}_views"] = _unit(
-                    getattr(self.heads.views, name)(_unit(features[own.shape[0] :]))
-                )
-            if name == "image" and pairs and self.heads.concepts is not None:
-                found["concept_logits"] = self.heads.concepts(features[:pairs])
-        if self.heads.views is not None and (image_views is not None or text_views is not None):
-            found["view_scale"] = self.heads.views.scaling()[0]
+        outputs: dict[str, Tensor] = {}
+        image_tokens = text_tokens = None
+        if image is not None:
+            features, image_tokens = self._image(_joined(image, image_views))
+            outputs |= self._embeddings("image", features, len(image))
+            if pairs and self.heads.concepts is not None:
+                outputs["concept_logits"] = self.heads.concepts(features[:pairs])
+        if text is not None:
+            features, text_tokens = self._text(_joined(text, text_views))
+            outputs |= self._embeddings("text", features, len(text))
+
+        has_views = image_views is not None or text_views is not None
+        if self.heads.views is not None and has_views:
+            outputs["view_scale"] = self.heads.views.scaling()[0]
         if pairs and self.heads.captions is not None:
-            found["caption_nll"] = self.heads.captions(
-                tokens["image"][:pairs], tokens["text"][:pairs], text[:pairs]
+            outputs["caption_nll"] = self.heads.captions(
+                image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )
-        return Features(**({"image": None, "text": None} | found), scale=scale, bias=bias)
+        return Features(**({"image": None, "text": None} | outputs), scale=scale, bias=bias)
+
+    def _embeddings(self, name: str, features: Tensor, n_rows: int) -> dict[str, Tensor]:
+        """Unit rows of the first rows of a tower's features; what follows are views, which pass the
+        head of this modality.
+        """
+        embeddings = {name: _unit(features[:n_rows])}
+        if len(features) > n_rows:
+            project = getattr(self.heads.views, name)
+            embeddings[f"{name}_views"] = _unit(project(_unit(features[n_rows:])))
+        return embeddings
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is
@@ -118,8 +127,9 @@ class DualEncoder(nn.Module):
     def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
+            height, width = self.image_spec.size
             raise ValueError(
-                f"image has shape {tuple(image.shape)}; expected [b, 3, {', '.join(map(str, self.image_spec.size))}]"
+                f"image has shape {tuple(image.shape)}; expected [b, 3, {height}, {width}]"
             )
         pixels = image if image.is_floating_point() else self.pixels(image)
         return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
@@ -131,8 +141,10 @@ class DualEncoder(nn.Module):
         return _unit(self._text(text)[0])
 
     def _text(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tower's features [rows, D], and its tokens where a head reads them."""
         length = self.text_spec.context_length
-        if text.ndim != 2 or (text.shape[1] != length and not isinstance(self.text, HFTextEncoder)):
+        any_length = isinstance(self.text, HFTextEncoder)
+        if text.ndim != 2 or not (any_length or text.shape[1] == length):
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
         return _with_tokens(self.text(text))
 
@@ -146,23 +158,19 @@ class DualEncoder(nn.Module):
         """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
         if enable and isinstance(self.visual, ModifiedResNet):
             raise ValueError(
-                "open_clip's ResNets cannot recompute activations; set train.activation_checkpointing: false"
+                "open_clip's ResNets cannot recompute activations; set "
+                "train.activation_checkpointing: false"
             )
-        image = (
-            self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
-        )  # the adapter would swallow a refusal
+        # timm's trunk itself: open_clip's adapter would swallow a refusal.
+        image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
         image.set_grad_checkpointing(enable)
+
+        if isinstance(self.text, HFTextEncoder):
+            _checkpoint_transformers(self.text.transformer, enable)
+        else:
+            self.text.set_grad_checkpointing(enable)
         if self.heads.captions is not None:
             self.heads.captions.decoder.set_grad_checkpointing(enable)
-        if not isinstance(self.text, HFTextEncoder):
-            self.text.set_grad_checkpointing(enable)
-        else:  # transformers renamed the methods on its way from 5.17 to 5.23
-            trunk = self.text.transformer
-            word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
-            if enable:
-                getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
-            else:
-                getattr(trunk, f"{word}_checkpointing_disable")()
 
     def lock(self, *, image: bool = False, text: bool = False) -> None:
         """Freeze towers (LiT, Zhai et al. 2022): no gradients, and evaluation mode even while
@@ -171,8 +179,11 @@ class DualEncoder(nn.Module):
         Of a timm or Hugging Face tower the trunk is locked and the projection learns; any other
         tower is locked whole.
         """
-        chosen = [t for t, wanted in ((self.visual, image), (self.text, text)) if wanted]
-        self._locked = [_trunk(tower) for tower in chosen]
+        self._locked = []
+        if image:
+            self._locked.append(_trunk(self.visual))
+        if text:
+            self._locked.append(_trunk(self.text))
         for module in self._locked:
             module.requires_grad_(False)
         self.train(self.training)
@@ -191,10 +202,9 @@ class DualEncoder(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(rows, 3, *self.image_spec.size, generator=generator)
-        ids = torch.randint(
-            self.text.vocab_size - 1, (rows, self.text_spec.context_length), generator=generator
-        )
-        ids[:, ids.shape[1] // 2] = self.text.vocab_size - 1
+        length, largest_id = self.text_spec.context_length, self.text.vocab_size - 1
+        ids = torch.randint(largest_id, (rows, length), generator=generator)
+        ids[:, length // 2] = largest_id
         return pixels, ids
 
     def description(self) -> dict[str, Any]:
@@ -213,25 +223,33 @@ class DualEncoder(nn.Module):
         """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the
         forward pass bounds it.
         """
+        ours_alone = ("scaling.", "heads.")
         named = {
-            key: value
-            for key, value in self.state_dict().items()
-            if not key.startswith(("scaling.", "heads."))
+            key: value for key, value in self.state_dict().items() if not key.startswith(ours_alone)
         }
-        named["logit_scale"] = self.logit_scale.detach().clamp(max=self.scaling.log_max).reshape(())
+        bounded = self.logit_scale.detach().clamp(max=self.scaling.log_max)
+        named["logit_scale"] = bounded.reshape(())
         if self.logit_bias is not None:
             named["logit_bias"] = self.logit_bias.detach().reshape(())
         return named
 
 
 def _trunk(tower: nn.Module) -> nn.Module:
-    return (
-        tower.trunk
-        if isinstance(tower, TimmModel)
-        else tower.transformer
-        if isinstance(tower, HFTextEncoder)
-        else tower
-    )
+    """What a lock freezes of a tower."""
+    if isinstance(tower, TimmModel):
+        return tower.trunk
+    if isinstance(tower, HFTextEncoder):
+        return tower.transformer
+    return tower
+
+
+def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
+    # transformers renamed the methods on its way from 5.17 to 5.23.
+    word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(trunk, f"{word}_checkpointing_disable")()
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
@@ -239,9 +257,9 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
     single layers.
     """
     children = list(module.children())
-    alike = len({type(child) for child in children}) == 1 and all(
-        any(child.children()) for child in children
-    )
+    one_class = len({type(child) for child in children}) == 1
+    single_layers = not all(any(child.children()) for child in children)
+    alike = one_class and not single_layers
     if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
         return children
     return [block for child in children for block in _repeated(child)]
@@ -256,7 +274,10 @@ def _unit(features: Tensor) -> Tensor:
     return F.normalize(wide, dim=-1)
 
 
+def _joined(rows: Tensor, views: Tensor | None) -> Tensor:
+    return rows if views is None else torch.cat([rows, views])
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next(
-        module.parameters()
-    ).dtype  # asked at every call: engines swap parameters for cast ones
+    # Asked at every call: engines swap parameters for cast ones.
+    return next(module.parameters()).dtype

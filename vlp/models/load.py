@@ -21,22 +21,26 @@ def load(
     `like`: the model whose architecture a file of weights alone has. Stages give a
     `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
     """
-    found = references.resolve(reference)
-    if found.kind == "stages":
-        return load_stages(found.path)
-    if found.kind == "run":
+    resolved = references.resolve(reference)
+    if resolved.kind == "stages":
+        return load_stages(resolved.path)
+    if resolved.kind == "run":
         raise ValueError(
-            f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it"
+            f"{resolved.text} is a run; load it with vlp.checkpoint.load_any, or export it"
         )
-    weights = weight_files.behind(found)
+
+    weights = weight_files.behind(resolved)
     if weights.described:
         return from_description(weights.described, weights.path)
     if like is None:
         raise ValueError(
-            f"{found.text} holds weights, which do not say their architecture; write {references.architecture_hint(found.path)}"
+            f"{resolved.text} holds weights, which do not say their architecture; write "
+            f"{references.architecture_hint(resolved.path)}"
         )
+    # Weights of towers alone: the heads of `like` are not theirs.
     described = like.description()
-    return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)
+    scale_alone = {"scale": described["vlp"]["scale"]}
+    return from_description(described | {"vlp": scale_alone}, weights.path)
 
 
 def load_stages(folder: Path) -> Stages:
