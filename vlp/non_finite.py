@@ -25,9 +25,10 @@ class Statistics:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        self._before = [(buffer, buffer.clone()) for buffer in buffers]
+        self._before: list[tuple[Tensor, Tensor]] = []
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                self._before += [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     def put_back(self) -> None:
         for buffer, before in self._before:
@@ -42,6 +43,8 @@ def nan_unless_finite(values: list[Tensor]) -> Tensor:
     that one check by the engine guards the update.
     """
     finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
+
+    # Counted, not compared: the answer of every rank stays on the device.
     n_bad = dist.all_reduce((~finite).float(), dist.world())
     return torch.where(n_bad > 0, torch.nan, torch.ones_like(n_bad))
 
@@ -50,23 +53,29 @@ def where_not_finite(values: Mapping[str, Any], batch: Batch) -> list[str]:
     """Which tensors of which samples of all ranks are not finite, in words. Collective."""
     lines = []
     for name, value in values.items():
+        # Numbers such as the scale belong to no sample, and ids are always finite.
         if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
             continue
+
         finite = torch.isfinite(value)
         bad_rows = ~finite.flatten(1).all(1) if value.ndim > 1 else ~finite
         for row in bad_rows.nonzero().flatten().tolist():
             lines.append(f"{_described(name)} {_place(row, value, batch)}")
+
     return [line for of_rank in dist.gather_objects(lines) for line in of_rank]
 
 
 def message(lines: list[str], step: int) -> str:
     """What is said of a step in which `where_not_finite` found these places."""
     shown = "\n  ".join(lines[:_N_SHOWN])
+
+    # Embeddings and labels are finite: what broke lies behind them.
     if not lines:
         shown = (
             "no embedding: an overflow in the loss (scale, bias, weights of the terms) "
             "or in the towers' backward pass"
         )
+
     if len(lines) > _N_SHOWN:
         shown += f"\n  … and {len(lines) - _N_SHOWN} more"
     return f"NaN or infinity at step {step}; nothing was updated:\n  {shown}"

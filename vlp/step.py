@@ -81,6 +81,8 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     of them NonFiniteError is raised on every rank instead.
     """
     engine, step = training.engine, training.step
+
+    # The forward pass moves a batch norm's statistics before it is known that the step counts.
     statistics = Statistics(engine.model)
     micro_batches = [part.to(engine.device) for part in batch.split(training.micro_batches)]
     keep_graph = len(micro_batches) == 1
@@ -93,9 +95,13 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     leaves = {name: _leaf([output[name] for output in outputs], training) for name in outputs[0]}
     taught = teacher_forward(training, micro_batches)
     constant = labels(training, batch) | taught | training.constants
+
+    # Seeded anew: how often the towers drew depends on the number of micro-batches.
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     total, terms, moves = training.objective.evaluate(**views_first(leaves), **constant, step=step)
     gradients = gradients_of(total, leaves)
+
+    # A NaN anywhere makes all gradients NaN, without waiting for the device.
     poison = nan_unless_finite([total, *leaves.values(), *gradients.values()])
 
     # 3. Through the towers.
@@ -109,6 +115,8 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     # 4. Update, which the engine leaves out if the norm of all gradients is not finite.
     lr = training.learning_rate(step)
     norm = engine.update(lr)
+
+    # State and teacher move only after a step that counts.
     if torch.isfinite(norm):
         training.objective.commit(moves)
         if training.teacher is not None:
@@ -118,6 +126,7 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
         skip_or_stop(training, where_not_finite(leaves | constant, batch))
     training.step += 1
 
+    # 5. What is logged.
     scalars = {"loss": total.detach(), **terms}
     scalars |= {name: value.detach() for name, value in leaves.items() if not value.ndim}
     if measure:
@@ -135,7 +144,9 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     a second call repeats the first.
     """
     wanted = training.objective.needs | {"image", "text"}
+    # Precomputed: the batch's embeddings stand for the image tower.
     stored = {"image": part.teacher_image} if training.precomputed else {}
+
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
     with _arithmetic(training), _attention(training):
         return stored | embedding.embed(training.engine.model, part, wanted - stored.keys())
@@ -146,6 +157,7 @@ def labels(training: Training, batch: Batch) -> dict[str, Tensor]:
     values = {name: getattr(batch, name) for name in LABELS}
     if "caption_ids" in training.objective.needs:
         values["caption_ids"] = batch.text[:, 1:]  # what follows the token that begins a text
+
     return {
         name: value.to(training.engine.device, non_blocking=True)
         for name, value in values.items()
@@ -159,24 +171,26 @@ def teacher_forward(training: Training, micro_batches: list[Batch]) -> dict[str,
     """
     if training.teacher is None:
         return {}
+
     with torch.no_grad(), _arithmetic(training), _attention(training):
         parts = [training.teacher.embed(part) for part in micro_batches]
 
-    joined = {
-        name: torch.cat([part[name] for part in parts]) if value.ndim else value
-        for name, value in parts[0].items()
-    }
+    taught = dict(parts[0])  # its scale is the same for all micro-batches
+    for name, value in taught.items():
+        if value.ndim:
+            taught[name] = torch.cat([part[name] for part in parts])
+
+    taught |= training.teacher.queue
     return {
-        name: _for_pairs(value, training) if value.ndim else value
-        for name, value in (joined | training.teacher.queue).items()
+        name: _for_pairs(value, training) if value.ndim else value for name, value in taught.items()
     }
 
 
 def views_first(embedded: dict[str, Tensor]) -> dict[str, Tensor]:
     """The embeddings as terms read them: views [V, b, D], which micro-batches cut as [b, V, D]."""
+    views = {name for name, row in EMBEDDED.items() if row.head}
     return {
-        name: value.transpose(0, 1) if name in EMBEDDED and EMBEDDED[name].head else value
-        for name, value in embedded.items()
+        name: value.transpose(0, 1) if name in views else value for name, value in embedded.items()
     }
 
 
@@ -206,6 +220,7 @@ def surrogate(
         if value.ndim:
             rows = slice(index * len(value), (index + 1) * len(value))
             total = total + (value * gradients[name][rows]).sum()
+
         # Times 0 before the last: ZeRO-3 adds a gradient that first comes later to what the last
         # step left there.
         else:
@@ -217,11 +232,13 @@ def skip_or_stop(training: Training, lines: list[str]) -> None:
     """Count a step that was left out; raises NonFiniteError if it was one too many."""
     training.skipped += 1
     text = message(lines, training.step)
+
     if training.skipped <= training.may_skip:
         if dist.is_main():
             count = f"{training.skipped} of at most {training.may_skip}"
             log.warn(f"{text}\nThe step is left out, {count}.")
         return
+
     if training.may_skip:
         text += (
             f"\n{training.may_skip} such steps were left out before it, which is all that "
@@ -240,8 +257,9 @@ def measurements(training: Training, batch: Batch, leaves: dict[str, Tensor]) ->
         if name in leaves and row.tower == "text" and row.valid
     }
     log_n = math.log(training.objective.candidates(len(batch)))
-    lie = space(leaves["image"].detach(), leaves["text"].detach())
-    return {**shares, "log_n": torch.tensor(log_n), **lie}
+
+    embeddings = space(leaves["image"].detach(), leaves["text"].detach())
+    return {**shares, "log_n": torch.tensor(log_n), **embeddings}
 
 
 def space(image: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -254,7 +272,9 @@ def space(image: Tensor, text: Tensor) -> dict[str, Tensor]:
         "modality_gap": geometry.modality_gap(image, text),
         "alignment": geometry.alignment(image, text),
     }
-    if len(image) > 1:  # a uniformity is of pairs
+
+    # A uniformity is of pairs of rows.
+    if len(image) > 1:
         values["uniformity_image"] = geometry.uniformity(image)
         values["uniformity_text"] = geometry.uniformity(text)
     return {f"space.{name}": value for name, value in values.items()}
@@ -265,6 +285,7 @@ def means_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
     step. Collective.
     """
     values = torch.stack([value.detach().float().cpu() for value in scalars.values()]).tolist()
+
     if dist.world_size() > 1:
         gathered = dist.gather_objects(values)
         values = [sum(column) / len(column) for column in zip(*gathered)]
@@ -276,7 +297,9 @@ def _leaf(parts: list[Tensor], training: Training) -> Tensor:
     # Scale and bias are the same for all micro-batches, and stay float32.
     if parts[0].ndim == 0:
         return parts[0].detach().clone().requires_grad_()
-    return _for_pairs(torch.cat([part.detach() for part in parts]), training).requires_grad_()
+
+    rows = torch.cat([part.detach() for part in parts])
+    return _for_pairs(rows, training).requires_grad_()
 
 
 def _for_pairs(rows: Tensor, training: Training) -> Tensor:

@@ -20,10 +20,12 @@ _LARGEST = 3e38  # that float32 can hold
 def offered(sources: list[Source], widths: dict[str, int]) -> dict[str, int]:
     """The labels that every sample has, with their width; `widths` of the text fields."""
     names = frozenset.intersection(*(source.labels for source in sources))
-    found = {}
+
+    labels = {}
     for name, row in LABELS.items():
         if row.json not in names:
             continue
+
         if row.beside:
             width = widths.get(row.beside, 0)
         elif is_one_number(row):
@@ -31,8 +33,8 @@ def offered(sources: list[Source], widths: dict[str, int]) -> dict[str, int]:
         else:  # all samples have as many as the first
             width = len(sources[0][0].meta[row.json])
         if width:
-            found[name] = width
-    return found
+            labels[name] = width
+    return labels
 
 
 def is_one_number(row: Field) -> bool:
@@ -46,12 +48,16 @@ def check(sample: Sample, widths: dict[str, int]) -> None:
         row = LABELS.get(name)
         if row is None or not row.json:
             continue
+
         if is_one_number(row):
             _number(sample, row)
         elif not row.beside:
             _numbers(sample, row, width)
-        elif n_texts := len(_texts_beside(sample, row)):
-            _numbers(sample, row, n_texts)
+        else:
+            # One for each text of the sample, whichever caption it belongs to.
+            n_texts = len(_texts_beside(sample, row))
+            if n_texts:
+                _numbers(sample, row, n_texts)
 
 
 def of_row(row: Row, name: str, width: int) -> float | list[float]:
@@ -62,9 +68,11 @@ def of_row(row: Row, name: str, width: int) -> float | list[float]:
     if not field.beside:
         return _numbers(row.sample, field, width)
 
+    # As the texts are: those of the row's caption, then padding.
     wrong, places = row.wrong(field.beside)
     places = places[:width]
     values = _numbers(row.sample, field, len(wrong.texts)) if places else []
+
     return [values[place] for place in places] + [0.0] * (width - len(places))
 
 
@@ -75,15 +83,18 @@ def _texts_beside(sample: Sample, row: Field) -> list[str]:
 def _number(sample: Sample, row: Field) -> float:
     value = sample.meta[row.json]
     number = _finite(value)
+
     if number is None or number < row.at_least:
-        bounded = f" >= {row.at_least:g} and below 3e38" if row.at_least > -_LARGEST else ""
-        expected = f"a number{bounded}" if bounded else "a finite one"
+        expected = "a finite one"
+        if row.at_least > -_LARGEST:
+            expected = f"a number >= {row.at_least:g} and below 3e38"
         raise ValueError(f"the {row.json} is {str(value)[:20]}, expected {expected}")
     return number
 
 
 def _numbers(sample: Sample, row: Field, count: int) -> list[float]:
     values = [_finite(value) for value in sample.meta[row.json]]
+
     if len(values) != count:
         each = f"{row.json.removesuffix('s')}, as the first sample has"
         if row.beside:
@@ -91,6 +102,7 @@ def _numbers(sample: Sample, row: Field, count: int) -> list[float]:
         raise ValueError(
             f"{len(values)} numbers in {row.json!r}, expected {count}: one for each {each}"
         )
+
     if None in values:
         odd = str(sample.meta[row.json][values.index(None)])[:20]
         raise ValueError(f"a number in {row.json!r} is {odd}, expected a finite one")

@@ -36,8 +36,9 @@ class TextField:
 def most_captions(sources: list[Source], data: Data) -> int:
     """K', the most captions of a sample, at most data.captions.carried; 0 where all have one."""
     bound = data.captions.carried
-    if data.captions.weights:
+    if data.captions.weights:  # of positions: captions without one are not taken
         bound = min(bound, len(data.captions.weights))
+
     most = min(bound, max(_most_of(source, bound) for source in sources))
     return most if most > 1 else 0
 
@@ -48,8 +49,10 @@ def captions(row: Row, data: Data, width: int) -> Texts:
     """
     offered = offered_captions(row.sample, data.captions)
     places = range(len(offered))
+
     if len(places) > width:
         places = sorted(row.chance("captions").sample(places, width))
+
     texts = [offered[place] for place in places]
     return padded(texts, [True] * len(texts), width)
 
@@ -62,8 +65,10 @@ def negatives(row: Row, data: Data, width: int) -> Texts:
     """The hard captions of the row's caption."""
     wrong, places = row.wrong("negatives")
     places = places[:width]
+
     texts = [wrong.texts[place] for place in places]
-    return padded(texts, [wrong.valid[place] for place in places], width)
+    valid = [wrong.valid[place] for place in places]
+    return padded(texts, valid, width)
 
 
 def most_counterfactuals(sources: list[Source], data: Data) -> int:
@@ -81,6 +86,7 @@ def counterfactuals(row: Row, data: Data, width: int) -> Texts:
     texts = [wrong.texts[place] for place in places if wrong.valid[place]]
     if not texts:
         return padded([], [], width)
+
     first = row.draw("counterfactual") % len(texts)
     return Texts([texts[(first + i) % len(texts)] for i in range(width)], [True] * width)
 
@@ -91,7 +97,8 @@ def n_views(sources: list[Source], data: Data) -> int:
 
 def text_views(row: Row, data: Data, width: int) -> Texts:
     """The row's caption in other words."""
-    texts = [vary(row.caption, data.views.text, row.chance("wording", v)) for v in range(width)]
+    changes = data.views.text
+    texts = [vary(row.caption, changes, row.chance("wording", v)) for v in range(width)]
     return Texts(texts, [True] * width)
 
 

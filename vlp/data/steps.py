@@ -49,20 +49,25 @@ def optional_fields(
     Captions are counted only where `reads` asks for them, because that may read every sample.
     """
     widths: dict[str, int] = {}
+
+    # Texts bring their masks.
     for name, field in TEXTS.items():
-        if name == "captions" and reads is not None and not reads & family("captions"):
+        unread = reads is not None and not reads & family(name)
+        if name == "captions" and unread:
             continue
         if width := field.width(sources, data):
             widths[name] = width
             if mask := EMBEDDED[name].valid:
                 widths[mask] = width
 
+    # Pictures, and the numbers beside a sample's texts.
     if "negatives" in widths and any(source.pictured for source in sources):
         widths["negative_image"] = 1
     if data.views:
         widths["image_views"] = data.views.n
     widths |= row_numbers.offered(sources, widths)
 
+    # A teacher's embeddings, where every source has them.
     if all(source.embeddings for source in sources):
         width = sources[0].embeddings.teacher.width
         widths["teacher_image"] = width
@@ -108,6 +113,8 @@ class Steps(Dataset):
         self.image, self.text = image, text
         self.widths = optional  # of the optional fields that are made
         self.pixels = pixels
+
+        # This rank's rows of each step.
         self.size = batch
         self.rows = range(rank * batch // world, (rank + 1) * batch // world)
         self.ahead = mixture.ahead(batch)
@@ -119,6 +126,8 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> tuple[Batch, Report]:
         self._tokenizer = self._tokenizer or text.build(self.text)
+
+        # Which samples stand in the whole step; shards of later ones are fetched meanwhile.
         ids = self.mixture.batch(step, self.size)
         places = self.mixture.captions(step, self.size)
         if self.ahead:
@@ -131,6 +140,7 @@ class Steps(Dataset):
             out = {name: values[i] for name, values in pictures.items()}
             rows.append(self._row(step, number, ids, places, out, report))
 
+        # Tokenized together: once the pictures are drawn, no sample is replaced any more.
         tokens, report.n_truncated = self._tokenizer.tokenize([row.caption for row in rows])
         batch = Batch(
             text=tokens,
@@ -148,7 +158,9 @@ class Steps(Dataset):
         pixels = sum(math.prod(shape) for shape in self._picture_shapes().values())
         n_texts = 1 + sum(self.widths.get(name, 0) for name in TEXTS)
         n_numbers = sum(self.widths.get(name, 0) for name in LABELS)
-        return len(self.rows) * (pixels + 8 * self.text.context_length * n_texts + 4 * n_numbers)
+
+        token_bytes = 8 * self.text.context_length * n_texts
+        return len(self.rows) * (pixels + token_bytes + 4 * n_numbers)
 
     def _new_pictures(self) -> dict[str, Tensor]:
         """Uninitialised rows of the fields that hold pictures."""
@@ -161,6 +173,7 @@ class Steps(Dataset):
         """The shape of one row of each field that holds pictures."""
         if not self.pixels:
             return {}
+
         one = (3, *self.image.size)
         shapes: dict[str, tuple[int, ...]] = {"image": one}
         if "negative_image" in self.widths:
@@ -186,21 +199,25 @@ class Steps(Dataset):
         wanted = int(ids[number])
         stand_ins = self.mixture.replacements(wanted, step, number, ids)
         for sample_id in itertools.chain([wanted], itertools.islice(stand_ins, _TRIES)):
-            key = ""
+            key = ""  # not known before the sample is read
             try:
                 sample = self.mixture.read(sample_id)
                 key = sample.key
                 row_numbers.check(sample, self.widths)
+
                 row = Row(sample, self.mixture.seed, step, number)
                 if places is not None and sample_id == wanted:
                     caption = sample.captions[places[number]]
                 else:
                     caption = choose_caption(row, self.data.captions)
                 row = replace(row, caption=caption)
+
+                # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
                 return row
             except (OSError, ValueError) as error:
                 report.bad.append((sample_id, key, f"{type(error).__name__}: {error}"))
+
         raise DataError(
             f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: "
             f"{report.bad[-1]}"
@@ -210,6 +227,7 @@ class Steps(Dataset):
         """Write the row's pictures; raises ValueError for one that cannot be decoded."""
         if not self.pixels:
             return
+
         stored, spec = row.sample.image, self.image
         augment, views = self.data.augment, self.data.views
 
@@ -224,6 +242,7 @@ class Steps(Dataset):
                 crop = decode.random_crop(picture, spec, views.augment, row.chance("view", v))
                 view.copy_(crop)
 
+        # Black where the row's first negative has none.
         if "negative_image" in out:
             out["negative_image"].zero_()
             if negative := row.negative_image():
@@ -249,13 +268,14 @@ class Steps(Dataset):
         for name, field in TEXTS.items():
             if name not in self.widths:
                 continue
+
             width = self.widths[name]
             of_rows = [field.of_row(row, self.data, width) for row in rows]
             result[name] = self._tokens(name, of_rows)
             if mask := EMBEDDED[name].valid:
                 result[mask] = _mask(mask, of_rows)
 
-        # A first negative that another has an image of must have one.
+        # Where some first negatives have an image, the first of a row without one does not count.
         if "negative_image" in self.widths:
             pictured = torch.tensor([bool(row.negative_image()) for row in rows])
             result["negatives_valid"][:, 0] &= pictured
@@ -281,6 +301,7 @@ def _new_pixels(shape: tuple[int, ...]) -> Tensor:
     """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    # as torch's own collate function does
+
+    # As torch's own collate function does.
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
