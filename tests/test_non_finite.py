@@ -28,7 +28,7 @@ def poison_embedding(model: DualEncoder, value: float) -> None:
 
 
 def poison_gradient(model: DualEncoder, value: float) -> None:
-    """One entry of a gradient inside the image tower, after embeddings and loss were found finite."""
+    """One entry of a gradient in the image tower, after embeddings and loss were found finite."""
     convolution = next(m for name, m in model.named_modules() if name.endswith("conv1"))
 
     def in_backward(gradient):
@@ -97,7 +97,7 @@ def test_nothing_moves_on_two_ranks(engine, place):
 
 
 def test_the_good_step_moved_everything():
-    """Negative control: with a finite value in the same place weights, moments and state do move."""
+    """Negative control: with a finite value in the same place weights, moments and state move."""
     training = make_training(double=False, objective=OBJECTIVE)
     train_step(training, make_batch())
     before = everything(training)

@@ -270,7 +270,7 @@ def test_recomputed_activations_change_nothing(parts):
 
 
 def test_carried_fields_reach_the_objective():
-    """Hard captions go through the text tower with the captions and come back in their own shape."""
+    """Hard captions go through the text tower with the texts and come back in their own shape."""
     batch = make_batch()
     batch = dataclasses.replace(
         batch,

@@ -26,6 +26,7 @@ def check_batch(config: Config) -> None:
     """Refuse a batch that ranks and micro-batches do not divide."""
     rows, world, parts = config.train.batch, dist.world_size(), config.train.micro_batches
     n_parts = world * parts
+
     if rows % n_parts:
         near = max(n_parts, rows // n_parts * n_parts)
         raise ValueError(
@@ -53,13 +54,17 @@ def check_objective(
     """
     taught = teacher.supplies(config.teacher)
     stored = set() if loader.teacher_scale is None else {"teacher_scale"}
+
     check_needs(objective, loader.carries | stored | taught, model)
     check_use(objective, config, loader)
+
+    # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.model is not None and "teacher_image" in loader.carries:
         raise ValueError(
             "both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave "
             "out one of them"
         )
+
     if config.model.precomputed:
         check_precomputed(objective.needs, taught, loader, model)
 
@@ -73,6 +78,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     if model.logit_bias is not None:
         supplied |= {"bias"}
 
+    # All at once: the user mends the configuration in one go.
     missing = []
     for label, needs in objective.required.items():
         for name in sorted(needs - supplied):
@@ -100,6 +106,7 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
             names = " or ".join(sorted(supplied))
             raise ValueError(f"{key} is set, but no term reads {names}; drop it, or add a term")
 
+    # Terms that compare views with one another need several.
     n_views = loader.widths.get("image_views", 0)
     for term in objective.plugins:
         least = getattr(term.module, "MIN_VIEWS", 0)
@@ -128,12 +135,15 @@ def check_precomputed(
     needs: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder
 ) -> None:
     """Refuse stored embeddings of the image tower that cannot stand for it."""
+    # The image tower does not run, so nothing can be made of other pixels.
     pictures = sorted(needs & _FROM_PIXELS | taught & {"ema_image", "teacher_image"})
     if pictures:
         raise ValueError(
             f"the objective needs {pictures}, which come from pixels; set "
             "image_tower.precomputed: false"
         )
+
+    # What still learns would have to run.
     if any(parameter.requires_grad for parameter in model.visual.parameters()):
         raise ValueError(
             "part of the image tower still learns (the projection of a timm trunk); precomputed "
@@ -146,6 +156,7 @@ def check_precomputed(
             "image_tower.precomputed reads stored embeddings, and no source names any: set "
             "data.sources.0.embeddings to what `vlp data embed` made with this image tower"
         )
+
     if width != model.embed_dim:
         raise ValueError(
             "image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` "

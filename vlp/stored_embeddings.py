@@ -42,6 +42,8 @@ def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> No
                     _check(source, model, precomputed)
         except ValueError as error:
             problem = str(error)
+
+    # Every rank raises what the first one found.
     problem = dist.broadcast_object(problem)
     if problem:
         raise ValueError(problem)
@@ -50,7 +52,7 @@ def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> No
 def _check(source: Source, model: DualEncoder, precomputed: bool) -> None:
     folder, name = source.embeddings.folder, source.embeddings.teacher.model
     judge = model if precomputed else _teacher(name, folder)
-    if judge is None:
+    if judge is None:  # said already
         return
 
     samples, pixels = _opened(source, judge.image_spec)
@@ -75,6 +77,7 @@ def _teacher(name: str, folder: str) -> nn.Module | None:
     if not Path(name.removeprefix("local-dir:")).expanduser().exists():
         log.say(f"{folder}: not compared with {name}, which is not on this machine")
         return None
+
     try:
         return checkpoint.load_any(name).eval()
     except (ValueError, checkpoint.CheckpointError) as error:
@@ -88,6 +91,8 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
     """
     n_tried = 4 * N_SAMPLES
     places = np.linspace(0, len(source) - 1, n_tried).astype(int)
+
+    # Spread over all shards, they would have to be fetched whole.
     if source.window or source.reserve:
         places = np.arange(n_tried)
     numbers = list(dict.fromkeys(int(i) for i in places if i < len(source)))
@@ -101,6 +106,7 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
             picture = decode.evaluate(sample.image, spec)
         except (OSError, ValueError):
             continue  # the loader counts and names it
+
         samples.append(sample)
         pixels.append(picture)
         if len(samples) == N_SAMPLES:
@@ -112,6 +118,8 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
 def _embedded(model: nn.Module, **rows: Tensor) -> Tensor:
     """[n, D] by `model` in evaluation mode, whose mode is put back."""
     [side] = rows
+
+    # Locked towers alone are in evaluation mode already; a whole model is not.
     was_training = model.training
     model.eval()
     embedded = getattr(model(**rows), side).float()
@@ -136,6 +144,7 @@ def _compare(side: str, again: Tensor, stored: Tensor, folder: str, whose: str) 
     if cosines.min() >= LEAST_COSINE and not swapped.any():
         return
 
+    # What differs is not known; the cosines let the user tell.
     shown = ", ".join(f"{cosine:.3f}" for cosine in cosines.tolist())
     nearer = "; some lie nearer to the row of another sample" if swapped.any() else ""
     raise ValueError(

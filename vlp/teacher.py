@@ -1,7 +1,7 @@
 """What stands beside the trained model and gives the objective embeddings without gradient.
 
-    ema    the model's moving average, w̄ ← d·w̄ + (1 − d)·w after every update: ema_image, ema_text,
-           ema_negatives (decay d: DeGLA .9996, BriVL .99; Tarvainen & Valpola 2017)
+    ema    the model's moving average, w̄ ← d·w̄ + (1 − d)·w after every update: ema_image,
+           ema_text, ema_negatives (decay d: DeGLA .9996, BriVL .99; Tarvainen & Valpola 2017)
     queue  the moving average's embeddings of the latest Q pairs of all ranks: queue_image,
            queue_text (MoCo, He et al. 2020); at the start zeros, which the terms leave out
     model  another, frozen model: teacher_image, teacher_text, teacher_scale
@@ -60,6 +60,7 @@ class Teacher:
         saved: Mapping[str, Tensor],
     ) -> None:
         self.decay, self.engine = options.ema, engine
+
         # What follows the prefixes among the needs; the queue takes the average's embeddings.
         self.needs = needs | ({"ema_image", "ema_text"} if options.queue else set())
 
@@ -75,6 +76,7 @@ class Teacher:
             empty = torch.zeros(options.queue, model.embed_dim, device=engine.device)
             for name in ("queue_image", "queue_text"):
                 self.queue[name] = saved.get(name, empty).to(engine.device, copy=True)
+        # Keys of another queue's length have no places in this one.
         if wrong := {len(keys) for keys in self.queue.values()} - {options.queue}:
             raise ValueError(
                 f"the checkpoint's queue holds {wrong.pop()} pairs, not {options.queue}; set "
@@ -90,6 +92,7 @@ class Teacher:
             wanted = {name.removeprefix(prefix) for name in self.needs if name.startswith(prefix)}
             if model is None or not wanted:
                 continue
+
             for name, value in embed(model, part, wanted).items():
                 if name in wanted:
                     embedded[prefix + name] = value
@@ -102,7 +105,11 @@ class Teacher:
         for name, queue in self.queue.items():
             of_rank = embedded[name.replace(QUEUE, EMA)]
             keys = dist.all_gather(of_rank.to(queue.dtype), dist.world())
-            places = (step * len(keys) + torch.arange(len(keys), device=queue.device)) % len(queue)
+
+            # A ring: the step's number alone says where its keys go.
+            number = step * len(keys) + torch.arange(len(keys), device=queue.device)
+            places = number % len(queue)
+
             # A key with NaN would spoil every later step.
             finite = keys.isfinite().all(1, keepdim=True)
             queue[places] = torch.where(finite, keys, queue[places])
@@ -113,6 +120,7 @@ class Teacher:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: whole tensors on the first rank. Collective."""
         average = {} if self.average is None else self.engine.whole(self.average)
+        # Whole on every rank; one of them saves it.
         queue = self.queue if dist.is_main() else {}
         return {EMA + name: value for name, value in average.items()} | queue
 
@@ -122,6 +130,8 @@ def frozen(reference: str, student: DualEncoder, key: str = "teacher.model") -> 
     and tokens.
     """
     model = checkpoint.load_any(reference, like=student).requires_grad_(False).eval()
+
+    # Both get the same batch, so both must have been made for the same pixels and tokens.
     size, tokens = model.image_spec.size, model.text_spec
     expected_size, expected_tokens = student.image_spec.size, student.text_spec
     if size != expected_size or not same_tokens(tokens, expected_tokens):

@@ -4,7 +4,6 @@ at every later one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +15,7 @@ from tests import ranks
 from tests.losses.test_family import FAMILY, data, own_rows
 from tests.losses.test_moving import CASES
 from vlp import dist
+from vlp.data.wrong_captions import LISTS
 from vlp.fields import CARRIED, FIELDS
 from vlp.losses import build
 from vlp.losses._inputs import dtype_kind
@@ -164,6 +164,8 @@ def test_masks_and_neighbours_are_fields_of_the_table():
             n += 1
         if row.valid:
             assert CARRIED[row.valid].dtype == "bool"
+        if row.json and row.beside:
+            assert row.beside in LISTS, "numbers lie beside the lists of wrong captions alone"
     assert n == 10
 
 

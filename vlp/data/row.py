@@ -35,7 +35,8 @@ class Row:
         """The sample's `negatives` or `counterfactuals`, and the places of those that belong to the
         row's caption.
         """
-        wrong = wrong_captions.read(self.sample.meta, name, self.sample.captions)
+        sample = self.sample
+        wrong = wrong_captions.read(sample.meta, name, sample.captions)
         return wrong, wrong.of(self.caption)
 
     def negative_image(self) -> bytes:
@@ -56,12 +57,15 @@ def offered_captions(sample: Sample, config: Captions) -> tuple[str, ...]:
 def choose_caption(row: Row, config: Captions) -> str:
     """The caption that stands in the row, where the mixture did not draw one."""
     captions, weights = row.sample.captions, row.sample.weights
+
     if config.choose == "first" or len(captions) == 1:
         return captions[0]
 
-    if weights:  # the source's, of its text fields
+    # The source's shares of its text fields come before weights of positions.
+    if weights:
         return row.chance("caption").choices(captions, weights)[0]
     if config.choose == "weights":
         offered = offered_captions(row.sample, config)
         return row.chance("caption").choices(offered, config.weights[: len(offered)])[0]
+
     return captions[row.draw("caption") % len(captions)]

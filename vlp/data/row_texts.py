@@ -31,6 +31,9 @@ class TextField:
     width: Callable[[list[Source], Data], int]
     # The texts of a row, exactly as many as its third argument says.
     of_row: Callable[[Row, Data, int], Texts]
+    # Whether knowing the width may take reading every sample: then it is asked only where a term
+    # reads the field.
+    counted: bool = False
 
 
 def most_captions(sources: list[Source], data: Data) -> int:
@@ -103,7 +106,7 @@ def text_views(row: Row, data: Data, width: int) -> Texts:
 
 
 TEXTS = {
-    "captions": TextField(most_captions, captions),
+    "captions": TextField(most_captions, captions, counted=True),
     "negatives": TextField(most_negatives, negatives),
     "counterfactual": TextField(most_counterfactuals, counterfactuals),
     "text_views": TextField(n_views, text_views),

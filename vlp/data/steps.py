@@ -46,14 +46,15 @@ def optional_fields(
 ) -> dict[str, int]:
     """The optional fields that the data offer, with their width: texts, views or numbers of a row.
 
-    Captions are counted only where `reads` asks for them, because that may read every sample.
+    `reads`: by terms; None: all. A field whose width must be counted is offered only where it is
+    read.
     """
     widths: dict[str, int] = {}
 
     # Texts bring their masks.
     for name, field in TEXTS.items():
         unread = reads is not None and not reads & family(name)
-        if name == "captions" and unread:
+        if field.counted and unread:
             continue
         if width := field.width(sources, data):
             widths[name] = width
@@ -106,12 +107,12 @@ class Steps(Dataset):
         batch: int,
         rank: int,
         world: int,
-        optional: dict[str, int],
+        widths: dict[str, int],
         pixels: bool,
     ) -> None:
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
-        self.widths = optional  # of the optional fields that are made
+        self.widths = widths  # of the optional fields that are made
         self.pixels = pixels
 
         # This rank's rows of each step.

@@ -90,6 +90,7 @@ class Inputs(Readable):
         """A line for every keyword whose shape, dtype or device is wrong. No host sync."""
         bound: dict[str, _Binding] = {}  # by letter
         lines = []
+
         if not isinstance(self.step, Integral | None):
             lines.append(f"step: found {type(self.step).__name__}, expected a whole number")
 
@@ -97,9 +98,11 @@ class Inputs(Readable):
             value = getattr(self, name)
             if value is None or (field.is_number and isinstance(value, Real)):
                 continue
+
             if not isinstance(value, Tensor):
                 lines.append(f"{name}: found {type(value).__name__}, expected {_written(field)}")
                 continue
+
             lines += _shape_problem(name, value, bound) or _dtype_problem(name, value)
             lines += self._device_problem(name, value)
         return lines
@@ -114,6 +117,7 @@ class Inputs(Readable):
         for name, value in self.tensors().items():
             if not FIELDS[name].unit:
                 continue
+
             norms = _norms(value.detach())
             wrong = self._not_unit(name, value, norms, normalize)
             if wrong.any():
@@ -146,6 +150,7 @@ class Inputs(Readable):
         valid = getattr(self, mask_name) if mask_name else None
         if valid is None:
             return None
+
         if valid.dim() == value.dim():
             valid = valid[:, 0]
         if valid.dim() == value.dim() - 1:
@@ -171,6 +176,7 @@ def _shape_problem(name: str, value: Tensor, bound: dict[str, _Binding]) -> list
     field = FIELDS[name]
     line = f"{name}: found {list(value.shape)}, expected {_written(field)}"
     if field.is_number:
+        # [1]: models keep scale and bias as parameters of one element.
         return [] if value.shape in ((), (1,)) else [line]
 
     shape = next((shape for shape in field.shapes if len(shape.split()) == value.dim()), None)
@@ -179,6 +185,7 @@ def _shape_problem(name: str, value: Tensor, bound: dict[str, _Binding]) -> list
     if 0 in value.shape:
         return [f"{line}, each at least 1: pad with a row that its mask leaves out"]
 
+    # A letter that another keyword gave another size.
     sizes = dict(zip(shape.split(), value.shape))
     clashes = {
         letter: bound[letter]
@@ -209,6 +216,7 @@ def _dtype_problem(name: str, value: Tensor) -> list[str]:
     kind = dtype_kind(FIELDS[name])
     if value.dtype in DTYPES[kind]:
         return []
+
     dtype = str(value.dtype).removeprefix("torch.")
     return [f"{name}: found {dtype}, expected {kind}; convert with {name}{CONVERSION[kind]}"]
 
@@ -224,5 +232,6 @@ def _bracketed(shape: str) -> str:
 
 
 def _norms(rows: Tensor) -> Tensor:
+    # Half precision would overflow in the squares, or lose them.
     dtype = torch.float32 if rows.dtype in HALF else rows.dtype
     return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)

@@ -134,9 +134,11 @@ def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
         )
 
     name = text_cfg.get("hf_tokenizer_name")
+    # open_clip cleans texts for its own tokenizer otherwise than for others.
     clean = options.pop("clean", "whitespace" if name else "lower")
     if text_cfg.get("tokenizer_mode"):
         options["tokenizer_mode"] = text_cfg["tokenizer_mode"]
+
     return TextSpec(
         tokenizer=name or "clip", context_length=context_length, clean=clean, options=options
     )
@@ -150,17 +152,20 @@ def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:
     not count.
     """
     ours, theirs = _section(image, "shared_cfg"), _section(text, "shared_cfg")
-    for key in set(ours) & set(theirs):
+
+    for key in ours.keys() & theirs.keys():
+        # Of an embedding size, the image tower's counts, unless the model sets its own.
         if ours[key] != theirs[key] and key != "embed_dim":
             raise ValueError(
                 f"{key} is {ours[key]!r} for image_tower {image.name!r} and {theirs[key]!r} for "
                 f"text_tower {text.name!r}; one model has one {key}: make them equal"
             )
+
     return theirs | ours
 
 
 def _section(tower: Plugin, name: str) -> dict[str, Any]:
-    function = getattr(tower.module, name, None)
+    function = getattr(tower.module, name, None)  # a tower may leave it out
     return dict(function(tower.options)) if function else {}
 
 

@@ -87,8 +87,10 @@ class DualEncoder(nn.Module):
         `pairs` rows.
         """
         scale, bias = self.scaling()
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor | None] = {"image": None, "text": None}
         image_tokens = text_tokens = None
+
+        # The towers, each once: views follow the other rows.
         if image is not None:
             features, image_tokens = self._image(_joined(image, image_views))
             outputs |= self._embeddings("image", features, len(image))
@@ -98,6 +100,7 @@ class DualEncoder(nn.Module):
             features, text_tokens = self._text(_joined(text, text_views))
             outputs |= self._embeddings("text", features, len(text))
 
+        # What heads compute of both towers.
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
@@ -105,16 +108,18 @@ class DualEncoder(nn.Module):
             outputs["caption_nll"] = self.heads.captions(
                 image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )
-        return Features(**({"image": None, "text": None} | outputs), scale=scale, bias=bias)
+        return Features(**outputs, scale=scale, bias=bias)
 
     def _embeddings(self, name: str, features: Tensor, n_rows: int) -> dict[str, Tensor]:
         """Unit rows of the first rows of a tower's features; what follows are views, which pass the
         head of this modality.
         """
         embeddings = {name: _unit(features[:n_rows])}
-        if len(features) > n_rows:
-            project = getattr(self.heads.views, name)
-            embeddings[f"{name}_views"] = _unit(project(_unit(features[n_rows:])))
+        if len(features) == n_rows:
+            return embeddings
+
+        project = getattr(self.heads.views, name)
+        embeddings[f"{name}_views"] = _unit(project(_unit(features[n_rows:])))
         return embeddings
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -131,6 +136,8 @@ class DualEncoder(nn.Module):
             raise ValueError(
                 f"image has shape {tuple(image.shape)}; expected [b, 3, {height}, {width}]"
             )
+
+        # Normalised in float32, then cast to what the tower computes in.
         pixels = image if image.is_floating_point() else self.pixels(image)
         return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
 
@@ -146,6 +153,7 @@ class DualEncoder(nn.Module):
         any_length = isinstance(self.text, HFTextEncoder)
         if text.ndim != 2 or not (any_length or text.shape[1] == length):
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
+
         return _with_tokens(self.text(text))
 
     def blocks(self) -> list[nn.Module]:
@@ -161,6 +169,7 @@ class DualEncoder(nn.Module):
                 "open_clip's ResNets cannot recompute activations; set "
                 "train.activation_checkpointing: false"
             )
+
         # timm's trunk itself: open_clip's adapter would swallow a refusal.
         image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
         image.set_grad_checkpointing(enable)
@@ -184,12 +193,15 @@ class DualEncoder(nn.Module):
             self._locked.append(_trunk(self.visual))
         if text:
             self._locked.append(_trunk(self.text))
+
         for module in self._locked:
             module.requires_grad_(False)
-        self.train(self.training)
+        self.train(self.training)  # what is locked goes into evaluation mode
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
+
+        # A locked trunk's batch norms and dropouts stay as they are.
         for module in self._locked:
             module.eval()
         return self
@@ -202,6 +214,7 @@ class DualEncoder(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(rows, 3, *self.image_spec.size, generator=generator)
+
         length, largest_id = self.text_spec.context_length, self.text.vocab_size - 1
         ids = torch.randint(largest_id, (rows, length), generator=generator)
         ids[:, length // 2] = largest_id
@@ -227,6 +240,8 @@ class DualEncoder(nn.Module):
         named = {
             key: value for key, value in self.state_dict().items() if not key.startswith(ours_alone)
         }
+
+        # open_clip's are scalars, and it knows no ceiling.
         bounded = self.logit_scale.detach().clamp(max=self.scaling.log_max)
         named["logit_scale"] = bounded.reshape(())
         if self.logit_bias is not None:
@@ -246,6 +261,7 @@ def _trunk(tower: nn.Module) -> nn.Module:
 def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
     # transformers renamed the methods on its way from 5.17 to 5.23.
     word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
+
     if enable:
         getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
@@ -258,9 +274,10 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
     """
     children = list(module.children())
     one_class = len({type(child) for child in children}) == 1
-    single_layers = not all(any(child.children()) for child in children)
-    alike = one_class and not single_layers
-    if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
+    all_composed = all(any(child.children()) for child in children)
+
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+    if is_list and one_class and all_composed:
         return children
     return [block for child in children for block in _repeated(child)]
 
@@ -270,6 +287,7 @@ def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 
 
 def _unit(features: Tensor) -> Tensor:
+    # In half precision a norm would be off by up to .4 %.
     wide = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
     return F.normalize(wide, dim=-1)
 

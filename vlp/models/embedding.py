@@ -30,6 +30,8 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     pictures = _pictures(batch, rows)
     texts = _texts_taking_part(batch, rows)
     views = _views(batch, rows)
+
+    # Heads cost: they run only where one of their outputs is wanted.
     pairs = {"pairs": len(batch)} if set(OF_PAIRS).intersection(wanted) else {}
 
     # One call: an engine exchanges gradients once a call, and a tower is fastest with all its rows.
@@ -62,6 +64,8 @@ def _texts_taking_part(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor
     for name, row in rows.items():
         if row.tower != "text" or row.head:
             continue
+
+        # Padding would cost a forward pass of the tower, and move its statistics.
         ids = getattr(batch, name)
         if row.valid:
             ids = ids[getattr(batch, row.valid)]

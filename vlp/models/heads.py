@@ -36,6 +36,8 @@ class Views(nn.Module):
                 nn.Linear(options.width, embed_dim),
             )
             setattr(self, modality, nn.Sequential(*layers))
+
+        # Views may want another temperature than pairs.
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
 
 
@@ -51,8 +53,9 @@ class Captioner(nn.Module):
                 "transformer (vit, open_clip) and its causal text transformer, found "
                 f"{type(visual).__name__} and {type(text).__name__}; take those, or drop it"
             )
-        visual.output_tokens = text.output_tokens = True
 
+        # From now on both towers return (features, tokens).
+        visual.output_tokens = text.output_tokens = True
         width = text.width
         self.bridge = nn.Linear(visual.conv1.out_channels, width)
         self.decoder = MultimodalTransformer(
@@ -84,6 +87,7 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         self.options = options
+
         self.views = Views(embed_dim, options.views) if options.views else None
         self.concepts = nn.Linear(embed_dim, options.concepts) if options.concepts else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
@@ -95,6 +99,8 @@ class Heads(nn.Module):
             for name, row in FIELDS.items()
             if row.head and row.tower and getattr(self, row.head) is not None
         }
+
+        # The head for views is there, but projects images alone.
         if self.views is not None and not self.options.views.text:
             names.discard("text_views")
         return frozenset(names)

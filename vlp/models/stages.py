@@ -47,6 +47,8 @@ class Stages(nn.Module):
         do not have.
         """
         outputs = [member(image, text) for member in self.members]
+
+        # A mean over some of the members would belong to none of the models.
         biases = [output.bias for output in outputs]
         bias = None
         if all(value is not None for value in biases):
