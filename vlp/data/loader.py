@@ -18,9 +18,10 @@ from typing import Any
 from vlp import dist, log
 from vlp.config import Data
 from vlp.data.mix import Mixture
+from vlp.data.offered import optional_fields, read_fields
 from vlp.data.processes import Feed, check_shared_memory
 from vlp.data.sources import Source
-from vlp.data.steps import DataError, Report, Steps, optional_fields, read_fields
+from vlp.data.steps import DataError, Report, Steps
 from vlp.schema import plain
 from vlp.types import Batch, ImageSpec, TextSpec
 
