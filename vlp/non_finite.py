@@ -89,6 +89,7 @@ def _place(row: int, value: Tensor, batch: Batch) -> str:
 
 
 def _described(name: str) -> str:
+    # What no tower made, such as a label or a teacher's embedding, is named alone.
     if name not in EMBEDDED:
         return name
     return f"{name} embedding ({EMBEDDED[name].tower} tower)"

@@ -77,10 +77,13 @@ class Batch(Carried):
             raise ValueError(
                 f"{parts} micro-batches do not divide a rank's {len(self)} rows; choose a divisor"
             )
+
+        # Views, no copies: a micro-batch shares its memory with the batch.
         size = len(self) // parts
         return [self._rows(slice(first, first + size)) for first in range(0, len(self), size)]
 
     def _rows(self, rows: slice) -> Batch:
+        # Names are no tensors: they are cut by themselves.
         return replace(self._map(lambda value: value[rows]), key=self.key[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:

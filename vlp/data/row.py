@@ -24,6 +24,7 @@ class Row:
 
     def draw(self, purpose: str, *position: int) -> int:
         """A seed for one purpose, the same whenever this step is made again."""
+        # By the sample as well: a stand-in must not repeat what the bad sample would have drawn.
         sample_id = self.sample.sample_id
         return derive(self.seed, purpose, self.step, self.number, sample_id, *position)
 
@@ -43,6 +44,7 @@ class Row:
         """The image of the row's first negative; that of another caption's negative is none of this
         row's.
         """
+        # The stored picture belongs to the first negative of the sample's list.
         _, places = self.wrong("negatives")
         return self.sample.negative_image if places[:1] == [0] else b""
 

@@ -103,6 +103,7 @@ def _numbers(sample: Sample, row: Field, count: int) -> list[float]:
             f"{len(values)} numbers in {row.json!r}, expected {count}: one for each {each}"
         )
 
+    # NaN, infinity, or beyond float32.
     if None in values:
         odd = str(sample.meta[row.json][values.index(None)])[:20]
         raise ValueError(f"a number in {row.json!r} is {odd}, expected a finite one")
@@ -111,6 +112,7 @@ def _numbers(sample: Sample, row: Field, count: int) -> list[float]:
 
 def _finite(value: Any) -> float | None:
     """A number of a JSON that float32 can hold, else None."""
+    # A JSON may hold whole numbers of any length, NaN and Infinity.
     try:
         number = float(value)
     except OverflowError:

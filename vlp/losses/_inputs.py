@@ -164,6 +164,7 @@ class Inputs(Readable):
         return [f"{name}: found on {value.device}, expected {device}, where image is"]
 
     def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
+        # Absent keywords and plain numbers stay as they are.
         changed = {name: change(name, value) for name, value in self.tensors().items()}
         return replace(self, **changed)
 
@@ -179,6 +180,7 @@ def _shape_problem(name: str, value: Tensor, bound: dict[str, _Binding]) -> list
         # [1]: models keep scale and bias as parameters of one element.
         return [] if value.shape in ((), (1,)) else [line]
 
+    # Alternatives differ in their number of dimensions.
     shape = next((shape for shape in field.shapes if len(shape.split()) == value.dim()), None)
     if shape is None:
         return [line]

@@ -23,6 +23,7 @@ class Pixels(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
+        # In place: one float32 copy of the pixels instead of three.
         return image.float().div_(255).sub_(self.mean).div_(self.std)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pixels:
@@ -40,6 +41,8 @@ class Scaling(nn.Module):
     def __init__(self, log_scale: float, bias: float | None, settings: config.Scale) -> None:
         super().__init__()
         self.log_max = math.log(settings.max)
+
+        # A parameter even where it is not learned: it is saved and exported alike.
         start = torch.tensor([log_scale], dtype=torch.float32)
         self.logit_scale = nn.Parameter(start, requires_grad=settings.learned)
 

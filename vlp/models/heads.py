@@ -74,6 +74,8 @@ class Captioner(nn.Module):
         logits, [b, L − 1, vocabulary], do not leave.
         """
         logits = self.decoder(self.bridge(image_tokens), text_tokens[:, :-1])
+
+        # Reduced here: the logits of a batch are Z times larger than what leaves.
         targets = ids[:, 1:].flatten()
         nll = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
         return nll.view(ids.shape[0], -1)

@@ -71,4 +71,5 @@ class Stages(nn.Module):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
+    # Unit rows again: each part has norm 1.
     return torch.cat(parts, dim=-1) / len(parts) ** 0.5
