@@ -52,7 +52,10 @@ class Field:
 
 
 def _row(field: Field, required: bool) -> Any:
-    """A dataclass field that carries its row; absent (None) unless `required`."""
+    """A dataclass field that carries its row; absent (None) unless `required`.
+
+    The table declares all of them as tensors: a term runs only where all that it needs is there.
+    """
     if required:
         return dataclasses.field(metadata={"row": field})
     return dataclasses.field(default=None, kw_only=True, metadata={"row": field})
@@ -103,36 +106,34 @@ class Carried:
     # The pair.
     image: Tensor = pictures("b 3 H W", "b D", required=True)
     text: Tensor = texts("b L", "b D", required=True)
-    sample_id: Tensor | None = label(
-        "b", "int64", supplier="the loader: a stable number of each sample"
-    )
+    sample_id: Tensor = label("b", "int64", supplier="the loader: a stable number of each sample")
 
     # Several captions of the sample, `text` among them or not; a sample with fewer is padded.
-    captions: Tensor | None = texts(
+    captions: Tensor = texts(
         "b K' L",
         "b K' D",
         valid="captions_valid",
         supplier="samples with several captions (data.captions.carried)",
     )
-    captions_valid: Tensor | None = mask("b K'", beside="captions")
+    captions_valid: Tensor = mask("b K'", beside="captions")
 
     # Hard captions of `text`. The picture belongs to negatives[:, 0], which is valid only beside
     # one, and is black elsewhere. teacher_scores: higher fits the image better.
-    negatives: Tensor | None = texts(
+    negatives: Tensor = texts(
         "b K L",
         "b K D",
         valid="negatives_valid",
         supplier="shards with hard captions (vlp data negatives)",
     )
-    negatives_valid: Tensor | None = mask("b K", beside="negatives")
-    negative_image: Tensor | None = pictures(
+    negatives_valid: Tensor = mask("b K", beside="negatives")
+    negative_image: Tensor = pictures(
         "b 3 H W",
         "b D",
         valid="negatives_valid",
         beside="negatives",
         supplier="shards with an image of a hard caption (vlp data negatives --from FILE.jsonl)",
     )
-    teacher_scores: Tensor | None = label(
+    teacher_scores: Tensor = label(
         "b K",
         beside="negatives",
         json="negative_scores",
@@ -140,23 +141,23 @@ class Carried:
     )
 
     # The caption with another number word, of the samples that count.
-    counterfactual: Tensor | None = texts(
+    counterfactual: Tensor = texts(
         "b C L",
         "b D",
         "b C D",
         valid="counterfactual_valid",
         supplier="shards with counterfactual captions (vlp data counting)",
     )
-    counterfactual_valid: Tensor | None = mask("b", beside="counterfactual")
+    counterfactual_valid: Tensor = mask("b", beside="counterfactual")
 
     # Further augmented views of `image` and of the caption, through a projection of their own.
-    image_views: Tensor | None = pictures(
+    image_views: Tensor = pictures(
         "b V 3 H W",
         "V b D",
         head="views",
         supplier="further augmentations of each image (data.views and model.heads.views)",
     )
-    text_views: Tensor | None = texts(
+    text_views: Tensor = texts(
         "b V L",
         "V b D",
         head="views",
@@ -165,21 +166,21 @@ class Carried:
 
     # Labels of a pair: its relevance, and a teacher's weights of the concepts in the image, where
     # a row of zeros has none.
-    score: Tensor | None = label(
+    score: Tensor = label(
         "b",
         json="score",
         at_least=0,
         supplier="shards with a relevance of each pair (the JSON's `score`)",
     )
-    concept_targets: Tensor | None = label(
+    concept_targets: Tensor = label(
         "b M",
         json="concepts",
         supplier="a teacher's concepts of each image (the JSON's `concepts`)",
     )
 
     # Unit rows that another model gave the whole image and the first caption.
-    teacher_image: Tensor | None = label("b D'", unit=True, supplier=_STORED)
-    teacher_text: Tensor | None = label("b D'", unit=True, supplier=_STORED)
+    teacher_image: Tensor = label("b D'", unit=True, supplier=_STORED)
+    teacher_text: Tensor = label("b D'", unit=True, supplier=_STORED)
 
 
 @dataclass(frozen=True)
@@ -188,36 +189,34 @@ class Readable(Carried):
 
     # The model's numbers: 1/temperature, already exponentiated; a bias added to every score; and
     # 1/temperature between views (None: scale).
-    scale: Tensor | float = computed("", "", required=True)
-    bias: Tensor | float | None = computed(
-        "", "", supplier="a model with a logit bias (model.bias; SigLIP -10)"
-    )
-    view_scale: Tensor | float | None = computed("", "", head="views")
+    scale: Tensor = computed("", "", required=True)
+    bias: Tensor = computed("", "", supplier="a model with a logit bias (model.bias; SigLIP -10)")
+    view_scale: Tensor = computed("", "", head="views")
 
     # The heads: an auxiliary one on the image tower, and a decoder that looks at image and text,
     # whose loss of each token is −log p. A caller with logits of its own may give those instead:
     # position l of caption_logits is for the token caption_ids[:, l].
-    concept_logits: Tensor | None = computed(
+    concept_logits: Tensor = computed(
         "image",
         "b M",
         head="concepts",
         supplier="an auxiliary head on the image tower (model.heads.concepts)",
     )
-    caption_nll: Tensor | None = computed("image", "b L", head="captions", supplier=_DECODER)
-    caption_logits: Tensor | None = computed("", "b L Z")
-    caption_ids: Tensor | None = computed("", "b L", "int64", supplier=_DECODER)
+    caption_nll: Tensor = computed("image", "b L", head="captions", supplier=_DECODER)
+    caption_logits: Tensor = computed("", "b L Z")
+    caption_ids: Tensor = computed("", "b L", "int64", supplier=_DECODER)
 
     # This model's moving average, and its embeddings of earlier steps, equal on all ranks; rows of
     # zeros, or with NaN or infinity, hold no key.
-    ema_image: Tensor | None = computed("image", "b D", unit=True, supplier=_EMA)
-    ema_text: Tensor | None = computed("text", "b D", unit=True, supplier=_EMA)
-    ema_negatives: Tensor | None = computed(
+    ema_image: Tensor = computed("image", "b D", unit=True, supplier=_EMA)
+    ema_text: Tensor = computed("text", "b D", unit=True, supplier=_EMA)
+    ema_negatives: Tensor = computed(
         "text", "b K D", unit=True, valid="negatives_valid", supplier=_EMA
     )
-    queue_image: Tensor | None = computed("image", "Q D", unit=True, zeros=True, supplier=_QUEUE)
-    queue_text: Tensor | None = computed("text", "Q D", unit=True, zeros=True, supplier=_QUEUE)
+    queue_image: Tensor = computed("image", "Q D", unit=True, zeros=True, supplier=_QUEUE)
+    queue_text: Tensor = computed("text", "Q D", unit=True, zeros=True, supplier=_QUEUE)
 
-    teacher_scale: Tensor | float | None = computed("", "", supplier=_STORED)
+    teacher_scale: Tensor = computed("", "", supplier=_STORED)
 
 
 def table_of(kind: type) -> dict[str, Field]:
