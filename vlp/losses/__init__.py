@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
+from vlp.fields import supplier
 from vlp.losses._inputs import Inputs
 from vlp.losses._objective import Common, Objective, Schedule, reads
 from vlp.pairwise import Engine, Topology
 
-__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads"]
+__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "supplier"]
 
 
 def build(
