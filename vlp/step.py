@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     # 2. One objective over all rows of the step. Its leaves cut the graph: the towers wait.
     leaves = {name: _leaf([output[name] for output in outputs], training) for name in outputs[0]}
     taught = teacher_forward(training, micro_batches)
-    constant = labels(training, batch) | taught | training.constants
+    constant: dict[str, Any] = {**labels(training, batch), **taught, **training.constants}
 
     # Seeded anew: how often the towers drew depends on the number of micro-batches.
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
@@ -215,7 +216,7 @@ def surrogate(
     Σ_name ⟨output, gradient⟩ over this micro-batch's rows, and with the last one scale·∂L/∂scale +
     bias·∂L/∂bias.
     """
-    total = 0
+    total: Any = 0
     for name, value in output.items():
         if value.ndim:
             rows = slice(index * len(value), (index + 1) * len(value))

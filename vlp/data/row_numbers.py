@@ -93,20 +93,22 @@ def _number(sample: Sample, row: Field) -> float:
 
 
 def _numbers(sample: Sample, row: Field, count: int) -> list[float]:
-    values = [_finite(value) for value in sample.meta[row.json]]
-
-    if len(values) != count:
+    entries = sample.meta[row.json]
+    if len(entries) != count:
         each = f"{row.json.removesuffix('s')}, as the first sample has"
         if row.beside:
             each = f"of its {row.beside}"
         raise ValueError(
-            f"{len(values)} numbers in {row.json!r}, expected {count}: one for each {each}"
+            f"{len(entries)} numbers in {row.json!r}, expected {count}: one for each {each}"
         )
 
-    # NaN, infinity, or beyond float32.
-    if None in values:
-        odd = str(sample.meta[row.json][values.index(None)])[:20]
-        raise ValueError(f"a number in {row.json!r} is {odd}, expected a finite one")
+    values = []
+    for entry in entries:
+        number = _finite(entry)
+        if number is None:  # NaN, infinity, or beyond float32
+            odd = str(entry)[:20]
+            raise ValueError(f"a number in {row.json!r} is {odd}, expected a finite one")
+        values.append(number)
     return values
 
 

@@ -51,7 +51,7 @@ def captions(row: Row, data: Data, width: int) -> Texts:
     without replacement.
     """
     offered = offered_captions(row.sample, data.captions)
-    places = range(len(offered))
+    places = list(range(len(offered)))
 
     if len(places) > width:
         places = sorted(row.chance("captions").sample(places, width))

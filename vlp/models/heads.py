@@ -56,7 +56,7 @@ class Captioner(nn.Module):
 
         # From now on both towers return (features, tokens).
         visual.output_tokens = text.output_tokens = True
-        width = text.width
+        width: int = text.width
         self.bridge = nn.Linear(visual.conv1.out_channels, width)
         self.decoder = MultimodalTransformer(
             width,
