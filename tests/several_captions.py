@@ -1,6 +1,6 @@
 """A term over several captions of a sample, for the tests of the field; no part of the system.
 
-    L = mean over valid captions (i, k) of e^{−s·x_i·t_ik}
+L = mean over valid captions (i, k) of e^{−s·x_i·t_ik}
 """
 
 from __future__ import annotations
@@ -30,5 +30,3 @@ def objective() -> KeyedPlugins:
     """As `objective:` of a configuration would name it, were it a file of vlp/losses."""
     plugin = Plugin("tests", "several_captions", Options(), Common(), "several_captions")
     return KeyedPlugins([plugin])
-
-

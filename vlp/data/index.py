@@ -25,7 +25,7 @@ from vlp.files import write_atomically
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
 # An index that does not know a label would say that no sample has it.
-_MAGIC = _FAMILY + " ".join(["3", *FURTHER_LABELS]).encode() + b"\n"
+_MAGIC = _FAMILY + " ".join(["4", *FURTHER_LABELS]).encode() + b"\n"
 _SUM_BYTES = 32
 
 
