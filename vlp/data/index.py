@@ -18,13 +18,14 @@ from pathlib import Path
 
 from vlp import log
 from vlp.data.paths import unreadable
-from vlp.data.rows import EXTENT, ROW, Shard
+from vlp.data.rows import EXTENT, FURTHER_LABELS, ROW, Shard
 from vlp.data.scan import scan
 from vlp.files import write_atomically
 
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
-_MAGIC = _FAMILY + b"4\n"
+# An index that does not know a label would say that no sample has it.
+_MAGIC = _FAMILY + " ".join(["4", *FURTHER_LABELS]).encode() + b"\n"
 _SUM_BYTES = 32
 
 
