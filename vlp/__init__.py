@@ -7,8 +7,20 @@ imported when they are first asked for. Start reading at README.md, then configs
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def load(ref: str, *, device: str = "auto", precision: str = "float32") -> Any:
+    """A dual encoder to embed images and texts with: a `vlp.eval.inference.Model`.
+
+    ref: a run, a checkpoint, an export, a folder or name on the Hub, `ARCHITECTURE:TAG`; the list
+    is in docs/models.md. `.images([…])` and `.texts([…])` return unit rows [n, D].
+    """
+    from vlp.eval import inference
+
+    return inference.load(ref, device=device, precision=precision)
 
 
 def __getattr__(name: str) -> ModuleType:
