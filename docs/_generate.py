@@ -45,7 +45,8 @@ def write(folder: Path) -> None:
     objectives = [Objective.read(name) for name in plugin.names("vlp.losses")]
     sections = reference.sections()
 
-    pages = {f"objectives/{o.name}.md": o.page() for o in objectives}
+    keys = {section.name: section.keys for section in sections}
+    pages = {f"objectives/{o.name}.md": o.page(keys[f"objective.{o.name}"]) for o in objectives}
     pages["objectives/index.md"] = overview(objectives)
     pages["configuration.md"] = configuration(sections)
     pages["api.md"] = "\n".join(["# API", "", *(described(name) for name in PUBLIC)])
@@ -110,11 +111,10 @@ class Objective:
                 return " ".join(found[1].split())
         return ""
 
-    def page(self) -> str:
+    def page(self, keys: list) -> str:
         """The page of one objective: its docstring, options, and what supplies what it reads."""
         from vlp.losses._objective import SUPPLIERS
 
-        keys = next(s.keys for s in reference.sections() if s.name == f"objective.{self.name}")
         supplied = [
             f"- `{name}`: {SUPPLIERS[name]}"
             for name in re.findall(r"`(\w+)`", self.needs)
