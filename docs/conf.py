@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import _generate  # noqa: E402  (it lies beside this file)
+import _generator  # noqa: E402  (it lies beside this file)
 
 project = "vlp"
 extensions = ["myst_parser", "sphinxcontrib.mermaid"]
@@ -30,4 +30,4 @@ html_theme_options = {"show_prev_next": True, "navigation_depth": 2, "show_toc_l
 
 def setup(app):
     """Write the generated pages before Sphinx lists its sources."""
-    app.connect("config-inited", lambda app, config: _generate.write(HERE / "generated"))
+    app.connect("config-inited", lambda app, config: _generator.write(HERE / "generated"))

@@ -334,10 +334,10 @@ def test_links_between_files_lead_somewhere():
 
 
 def generator():
-    """docs/_generate.py, which is no module of the package."""
+    """docs/_generator, which is no part of the package."""
     sys.path.insert(0, str(DOCS))
     try:
-        return importlib.import_module("_generate")
+        return importlib.import_module("_generator")
     finally:
         sys.path.remove(str(DOCS))
 

@@ -1,0 +1,42 @@
+"""From docstrings to Markdown."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+
+
+def paragraphs(documented: object) -> list[str]:
+    """The paragraphs of a docstring, without its indentation."""
+    return re.split(r"\n\s*\n", inspect.getdoc(documented) or "")
+
+
+def markdown(documented: object) -> str:
+    """A docstring as Markdown: prose stays prose, and what spaces lay out keeps its layout."""
+    parts = []
+    for part in paragraphs(documented):
+        # Formulae and lists of names stand on indented lines, or in columns of several spaces.
+        laid_out = re.search(r"^ {2,}|\S {3,}\S|^L = ", part, re.MULTILINE)
+        parts.append(f"```text\n{part}\n```" if laid_out else escaped(part))
+    return "\n\n".join(parts)
+
+
+def escaped(prose: str) -> str:
+    """Prose with the signs escaped that Markdown would read; code spans stay as they are."""
+    spans = re.split(r"(`[^`]*`)", prose)
+    return "".join(
+        span if span.startswith("`") else re.sub(r"([*<\[\]])", r"\\\1", span) for span in spans
+    )
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    names = list(columns)
+    lines = [names, ["---"] * len(names), *([cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(value: str) -> str:
+    """A text on one line; a bar inside of it would end the cell."""
+    return " ".join(value.split()).replace("|", "\\|")
