@@ -66,6 +66,7 @@ class Model:
         if not texts:
             return torch.zeros(0, self.width)
 
+        # Texts of any number: the tower sees `batch` of them at a time.
         starts = range(0, len(texts), batch)
         rows = [self.encoder.encode_texts(list(texts[i : i + batch])).cpu() for i in starts]
         return torch.cat(rows)
@@ -86,9 +87,11 @@ class Model:
     def _rgb(self, source: Picture) -> Image.Image:
         decoding = self.encoder.decoding
         if isinstance(source, Image.Image):
-            # Files are turned by their reader; what Pillow opened lazily still lies as stored.
+            # Files are turned by their reader; what Pillow opened still lies as it is stored.
             upright = ImageOps.exif_transpose(source) if decoding.exif else source
             return picture.to_rgb(upright, decoding)
+
+        # By content, as everywhere: the ending of a name may be wrong.
         try:
             return picture.rgb(Path(source).read_bytes(), decoding)
         except (OSError, picture.BadImage) as error:
@@ -111,6 +114,7 @@ def load(
     """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision is {precision!r}; expected float32 or bf16")
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if precision == "bf16" else None

@@ -35,6 +35,7 @@ def described(path: str) -> str:
     value = getattr(importlib.import_module(module), name)
     parts = [f"## {path}", signature(name, value), markdown(value)]
 
+    # A property has no call of its own.
     if inspect.isclass(value):
         for member_name, member in members(value):
             parts.append(f"### {name}.{member_name}")
@@ -49,6 +50,7 @@ def members(cls: type) -> list[tuple[str, object]]:
     is_data = dataclasses.is_dataclass(cls)
     data = {field.name for field in dataclasses.fields(cls)} if is_data else set()
 
+    # Not inspect.getmembers: it sorts by name, and it calls properties.
     documented = []
     for name, member in vars(cls).items():
         if name.startswith("_") or name in data or not inspect.getdoc(member):
@@ -60,6 +62,8 @@ def members(cls: type) -> list[tuple[str, object]]:
 def signature(name: str, value: object) -> str:
     """The call as a fence, one argument a line where it is long."""
     called = inspect.signature(value)
+
+    # Annotations are texts here, because the modules postpone them.
     written = arguments(called)
     says_nothing = called.return_annotation in (called.empty, None, "None")
     returned = "" if says_nothing else f" -> {called.return_annotation}"
@@ -80,6 +84,7 @@ def arguments(called: inspect.Signature) -> list[str]:
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in written:
             written.append("*")
 
+        # Not str(parameter): it quotes annotations that are texts.
         has_type = parameter.annotation is not parameter.empty
         has_default = parameter.default is not parameter.empty
         type_hint = f": {parameter.annotation}" if has_type else ""

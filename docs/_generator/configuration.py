@@ -35,5 +35,6 @@ def keys(section: Any) -> str:
     rows = []
     for key in section.keys:
         default = f"`{key.default}`" if str(key.default) else "required"
+        # Types and defaults hold signs that Markdown would read, so they are code.
         rows.append([f"`{key.name}`", f"`{key.type}`", default, escaped(key.sentence)])
     return table(["key", "type", "default", "meaning"], rows)

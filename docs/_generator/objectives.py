@@ -39,6 +39,7 @@ def pages(sections: list[Any]) -> dict[str, str]:
 
 def overview(objectives: list[Objective]) -> str:
     """The table of all objectives, and the list that Sphinx finds their pages by."""
+    # The pages are reached through the table; without this list Sphinx would miss them.
     names = "\n".join(objective.name for objective in objectives)
     hidden = f"```{{toctree}}\n:hidden:\n\n{names}\n```"
     return f"{OVERVIEW}\n{table(COLUMNS, [o.row() for o in objectives])}\n\n{hidden}\n"
@@ -55,6 +56,8 @@ class Objective:
     def summary(self) -> str:
         """The docstring's first sentence, without its reference."""
         opening = " ".join(paragraphs(self.module)[0].split())
+
+        # The number of the paper has a column of its own.
         sentence = re.split(r"(?<=[.:])\s", opening)[0].rstrip(":")
         return re.sub(r"\s*\([^()]*arXiv[^()]*\)", "", sentence)
 
@@ -70,6 +73,7 @@ class Objective:
 
     @property
     def papers(self) -> list[str]:
+        # A line may break between the word and the number.
         numbers = re.findall(r"arXiv\s+(\d{4}\.\d{5})", self.module.__doc__ or "")
         return [f"[{n}](https://arxiv.org/abs/{n})" for n in dict.fromkeys(numbers)]
 
@@ -80,6 +84,8 @@ class Objective:
             needed = self.module.NEEDS
         else:
             needed = self.module.needs(self.module.Options())
+
+        # Every call has these three.
         return sorted(needed - {"image", "text", "scale"})
 
     @property
@@ -95,6 +101,8 @@ class Objective:
     def costs(self) -> list[dict[str, Any]]:
         """What the benchmark of terms measured of it and of its forms."""
         rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+
+        # The forms of a family are named NAME.FORM; a row without a time ran out of it.
         return [row for row in rows if row["term"].split(".")[0] == self.name and row["ms"]]
 
     def row(self) -> list[str]:
@@ -126,6 +134,7 @@ class Objective:
         if lines:
             parts += ["## What supplies what it reads", "\n".join(lines)]
 
+        # What was measured stands apart from what the docstring derives.
         if self.costs:
             rows = [[row["term"], f"{row['B']:,}", str(row["D"]), cost(row)] for row in self.costs]
             measured = table(["form", "B", "D", "forward and backward, extra memory"], rows)

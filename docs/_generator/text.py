@@ -24,15 +24,20 @@ def markdown(documented: object) -> str:
 
 def escaped(prose: str) -> str:
     """Prose with the signs escaped that Markdown would read; code spans stay as they are."""
-    spans = re.split(r"(`[^`]*`)", prose)
-    return "".join(
-        span if span.startswith("`") else re.sub(r"([*<\[\]])", r"\\\1", span) for span in spans
-    )
+    written = []
+    for span in re.split(r"(`[^`]*`)", prose):
+        # A backslash inside a code span would be shown.
+        is_code = span.startswith("`")
+        written.append(span if is_code else re.sub(r"([*<\[\]])", r"\\\1", span))
+
+    return "".join(written)
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
     names = list(columns)
+
+    # A cell of several lines would end the table.
     lines = [names, ["---"] * len(names), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
