@@ -27,17 +27,17 @@ def test_the_notebook_is_small_and_compiles():
     assert {"train", "demo"} < set(words)
     overrides = [word for word in words if isinstance(word, str) and re.match(r"[a-z.]+=.", word)]
     config.load(config.find("demo"), overrides)
-    assert len(overrides) >= 4
+    assert len(overrides) >= 3
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_notebook_runs(tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="pip install vlp[docs]")
     nbclient = pytest.importorskip("nbclient", reason="pip install vlp[docs]")
     pytest.importorskip("ipykernel", reason="pip install vlp[docs]")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     place = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources=place).execute()
     printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert re.search(r"R@1 \d", printed)
