@@ -1,7 +1,7 @@
 """The page of every configuration key, and tables of the keys of one section.
 
-A section has `name`, `summary` and `keys`; a key has `name`, `type`, `default` ("" where it is
-required) and `sentence`.
+Sections and keys are those of vlp.config.reference: a section has `name`, `sentence` and `keys`; a
+key has `key` (dotted), `type`, `default` ("" for a section of its own) and `sentence`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def page(sections: list[Any]) -> str:
     parts = [INTRODUCTION]
     for section in sections:
         parts.append(f"## {section.name or 'The run'}")
-        parts.append(escaped(section.summary))
+        parts.append(escaped(section.sentence))
         parts.append(keys(section))
     return "\n\n".join(parts) + "\n"
 
@@ -34,7 +34,9 @@ def keys(section: Any) -> str:
 
     rows = []
     for key in section.keys:
-        default = f"`{key.default}`" if str(key.default) else "required"
         # Types and defaults hold signs that Markdown would read, so they are code.
-        rows.append([f"`{key.name}`", f"`{key.type}`", default, escaped(key.sentence)])
+        shown = key.default or "its own keys"
+        default = shown if shown in ("required", "its own keys") else f"`{shown}`"
+        rows.append([f"`{key.key}`", f"`{key.type}`", default, escaped(key.sentence)])
+
     return table(["key", "type", "default", "meaning"], rows)

@@ -90,11 +90,10 @@ class Objective:
 
     @property
     def when(self) -> str:
-        """The paragraph of the docstring that says when to take it; empty where there is none."""
+        """The paragraph `Use:` of the docstring; empty where there is none."""
         for part in paragraphs(self.module):
-            advice = re.match(r"When(?: to use)?(?: it)?:?\s+(.*)", part.strip(), re.DOTALL)
-            if advice:
-                return " ".join(advice[1].split())
+            if part.startswith("Use:"):
+                return " ".join(part.removeprefix("Use:").split())
         return ""
 
     @property
@@ -127,6 +126,7 @@ class Objective:
             "## Configuration",
             f"```yaml\nobjective: {{{self.name}: {{}}}}\n```",
             configuration.keys(section),
+            "`weight` is a key of every term: a number, or `{start, end, steps}`.",
         ]
 
         supplied = [(name, losses.supplier(name)) for name in self.needs]

@@ -24,7 +24,7 @@ PLUGINS = {
 
 @dataclass(frozen=True)
 class Key:
-    name: str
+    key: str
     type: str
     default: str
     sentence: str
@@ -33,7 +33,7 @@ class Key:
 @dataclass(frozen=True)
 class Section:
     name: str
-    summary: str
+    sentence: str
     keys: list[Key]
 
 
@@ -44,14 +44,15 @@ def sections() -> list[Section]:
         for name in plugin.names(package):
             module = plugin.load(package, name)
             summary = (module.__doc__ or "").split("\n\n")[0]
-            known.append(Section(f"{prefix}.{name}", summary, _keys(module.Options)))
+            section = f"{prefix}.{name}"
+            known.append(Section(section, summary, _keys(module.Options, f"{section}.")))
     return known
 
 
 def _of_tree(cls: type, name: str) -> list[Section]:
     """A section and those below it."""
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0]
-    known = [Section(name, summary, _keys(cls))]
+    known = [Section(name, summary, _keys(cls, f"{name}." if name else ""))]
     for key, hint in typing.get_type_hints(cls).items():
         for choice in (hint, *typing.get_args(hint)):
             # A class that reads itself, such as a duration, is a value and no section.
@@ -61,10 +62,10 @@ def _of_tree(cls: type, name: str) -> list[Section]:
     return known
 
 
-def _keys(cls: type) -> list[Key]:
+def _keys(cls: type, prefix: str) -> list[Key]:
     source = inspect.getsource(cls)
     return [
-        Key(field.name, str(field.type), _default(field), _sentence(source, field.name))
+        Key(prefix + field.name, str(field.type), _default(field), _sentence(source, field.name))
         for field in dataclasses.fields(cls)
     ]
 
@@ -77,8 +78,8 @@ def _default(field: dataclasses.Field) -> str:
         default = default.to_config()
 
     if default is dataclasses.MISSING:
-        return ""
-    return "its own defaults" if dataclasses.is_dataclass(default) else repr(default)
+        return "required"
+    return "" if dataclasses.is_dataclass(default) else str(default)
 
 
 def _sentence(source: str, name: str) -> str:
