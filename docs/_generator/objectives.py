@@ -58,7 +58,7 @@ class Objective:
         opening = " ".join(paragraphs(self.module)[0].split())
 
         # The number of the paper has a column of its own.
-        sentence = re.split(r"(?<=[.:])\s", opening)[0].rstrip(":")
+        sentence = re.split(r"(?<=\.)\s", opening)[0]
         return re.sub(r"\s*\([^()]*arXiv[^()]*\)", "", sentence)
 
     @property

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable
+
+LABELS = ("Relations", "Papers", "Needs", "Cost", "Use")  # that open a part of a loss's docstring
 
 
 def paragraphs(documented: object) -> list[str]:
@@ -16,15 +19,15 @@ def markdown(documented: object) -> str:
     """A docstring as Markdown: prose stays prose, and what spaces lay out keeps its layout."""
     parts = []
     for part in paragraphs(documented):
-        label = re.match(r"(\w+):\s", part)  # Relations: and - a list; Needs: and a sentence
-        if label:
-            rest = escaped(part.removeprefix(label[0]).strip())
-            parts.append(f"**{label[1]}**\n\n{rest}")
+        label, _, rest = part.partition(":")
+        if label in LABELS:
+            parts.append(f"**{label}**\n\n{escaped(rest.strip())}")
             continue
 
         # Formulae and lists of names stand on indented lines, or in columns of several spaces.
         laid_out = re.search(r"^ {2,}|\S {3,}\S|^L = ", part, re.MULTILINE)
-        parts.append(f"```text\n{part}\n```" if laid_out else escaped(part))
+        fenced = f"```text\n{textwrap.dedent(part)}\n```"
+        parts.append(fenced if laid_out else escaped(part))
 
     return "\n\n".join(parts)
 

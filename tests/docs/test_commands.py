@@ -123,3 +123,15 @@ def test_links_between_files_lead_somewhere():
             is_generated = name in plugin.names("vlp.losses") or "generated/" in target
             assert is_generated or (page.parent / target).exists(), f"{page.name}: {target}"
     assert n > 60
+
+
+def test_files_named_in_a_sentence_exist():
+    folders = "vlp|eval|data_tools|tests|configs|launch|docs|examples"
+    n = 0
+    for page in PAGES:
+        if page.name.startswith("extend"):  # they make files
+            continue
+        for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", page.read_text(encoding="utf-8")):
+            n += 1
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+    assert n >= 40

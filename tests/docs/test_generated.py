@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.docs.blocks import DOCS, ROOT
 from vlp import plugin
@@ -40,6 +41,17 @@ def test_generated_pages_cover_the_code(tmp_path):
         assert plugins in settings
     api = (tmp_path / "api.md").read_text(encoding="utf-8")
     assert "### Pairs.row_logsumexp" in api and "### Model.images" in api
+
+
+def test_configurations_named_by_objectives_are_read():
+    named = {}
+    for name in plugin.names("vlp.losses"):
+        text = plugin.load("vlp.losses", name).__doc__
+        named[name] = re.findall(r"`objective: (\{.*?\})`", text, re.DOTALL)
+        for written in named[name]:
+            plugin.keyed("vlp.losses", yaml.safe_load(written))
+        assert named[name] or "Papers:" not in text, f"{name} names no configuration"
+    assert len(named) >= 24
 
 
 def test_what_was_measured_on_uncommitted_files_is_listed():
