@@ -37,10 +37,12 @@ class Block:
 
 
 def blocks(language, pages=PAGES):
+    """All fenced blocks of a language, in the order of the pages."""
     found = []
     for page in pages:
         for comment, indent, kind, text in BLOCK.findall(page.read_text(encoding="utf-8")):
             if kind == language:
+                # A block inside a list is indented with it.
                 lines = [line.removeprefix(indent) for line in text.splitlines()]
                 found.append(Block(page, comment, kind, "\n".join(lines) + "\n"))
     return found
@@ -50,6 +52,8 @@ def merged(base, block, path=()):
     """`block` over `base`, section by section; a plug-in and its options are taken as a whole."""
     if not isinstance(base, dict) or not isinstance(block, dict):
         return block
+
+    # Options of one plug-in mean nothing to another.
     if "name" in base or "name" in block or (path and path[0] in KEYED):
         return block
     both = {key: merged(base.get(key), value, (*path, key)) for key, value in block.items()}

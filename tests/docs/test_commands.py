@@ -29,6 +29,8 @@ def check_vlp(words):
     parser = cli.build_parser(words)
     options, unknown = parser.parse_known_args(words)
     assert not unknown, unknown
+
+    # key=value is free text for the parser; configuration and tasks know the keys.
     if words[0] == "train":
         check_run(options.config, options.overrides)
     if words[0] == "eval" and options.task:
@@ -43,13 +45,18 @@ def check_run(name, overrides):
 
 
 def check_command(words):
+    # Also behind srun and its like.
     if "vlp" in words:
         return check_vlp(words[words.index("vlp") + 1 :])
     if words[0] in ("accelerate", "sbatch"):
         files = [word for word in words if word.startswith("launch/")]
+
+        # What follows the script is what follows `vlp train`.
         assert files and all((ROOT / file).is_file() for file in files), files
         name, *overrides = words[words.index(files[-1]) + 1 :]
         return check_run(name, overrides)
+
+    # Of other programs only what is ours is looked at.
     assert words[0] in SHELL, words
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
@@ -61,12 +68,15 @@ def check_command(words):
 def test_every_command_is_one_that_the_programs_take(capsys):
     wrong = []
     lines = commands()
+
+    # All that is wrong at once: a renamed option stands on several pages.
     for page, words in lines:
         try:
             check_command(words)
         except (SystemExit, AssertionError, ValueError) as error:
             said = capsys.readouterr().err.strip().splitlines()[-1:] or [str(error)]
             wrong.append(f"{page.name}: {' '.join(words)}\n    {said[0]}")
+
     assert not wrong, "\n".join(wrong)
     assert len(lines) > 60
 
@@ -94,6 +104,7 @@ def test_every_configuration_is_read():
             config.parse(merged(demo, yaml.safe_load(block.text)))
         except ConfigError as error:
             wrong.append(f"{block.name}\n    {error}")
+
     assert not wrong, "\n".join(wrong)
     assert n >= 11
 
@@ -104,6 +115,8 @@ def test_every_override_named_in_a_sentence_is_a_key():
     for page in PAGES:
         if page.name.startswith("extend-"):  # of plug-ins that only pages make
             continue
+
+        # key=value of other commands (missing=skip) names no section.
         text = page.read_text(encoding="utf-8")
         for override, section in re.findall(r"`((\w+)(?:\.\w+)*=[^`…]+)`", text):
             if section in sections:
@@ -119,6 +132,8 @@ def test_links_between_files_lead_somewhere():
             if "://" in target:
                 continue
             n += 1
+
+            # Generated pages are not there before the first build.
             name = target.rpartition("generated/objectives/")[2].removesuffix(".md")
             is_generated = name in plugin.names("vlp.losses") or "generated/" in target
             assert is_generated or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -51,6 +51,8 @@ def installed(page, folder):
         if not block.comment.startswith("file: "):
             continue
         path = Path(block.comment.removeprefix("file: "))
+
+        # The outer rooms, such as data_tools, are imported as vlp.data_tools.
         parts = path.with_suffix("").parts
         name = ".".join(parts if parts[0] == "vlp" else ("vlp", *parts))
         package = importlib.import_module(name.rpartition(".")[0])
@@ -59,12 +61,14 @@ def installed(page, folder):
         paths.append((package, str((folder / path).parent)))
         names.append(name)
 
+    # A package looks for its modules in every folder of its path.
     for package, path in paths:
         package.__path__.append(path)
     importlib.invalidate_caches()
     try:
         yield names
     finally:
+        # Tests that walk the folders must not meet them.
         for package, path in paths:
             package.__path__.remove(path)
         for name in names:
@@ -80,6 +84,7 @@ def tiny_run(page, scenes, folder):
     tree = yaml.safe_load(SETTINGS.format(out=folder / "run", data=scenes / "train"))
     (block,) = [block for block in blocks("yaml", [page]) if block.comment.startswith("uses")]
     tree = merged(tree, yaml.safe_load(block.text))
+
     tree["train"] |= {"duration": 2, "batch": 8}
     tree["data"]["workers"] = 0  # plug-ins of a temporary folder are known to this process alone
     train(config.parse(tree))
@@ -94,6 +99,7 @@ def test_the_objective_example_trains_and_equals_infonce_at_gamma_0(scenes, tmp_
     page = DOCS / "extend-objective.md"
     with installed(page, tmp_path) as names:
         assert '"focal": ' in tiny_run(page, scenes, tmp_path)
+
         x, t = torch.nn.functional.normalize(torch.randn(2, 6, 8, dtype=torch.float64), dim=-1)
         values = {}
         for term in ({"focal": {"gamma": 0.0}}, {"focal": {"gamma": 2.0}}, {"infonce": {}}):
@@ -108,6 +114,7 @@ def test_the_objective_example_trains_and_equals_infonce_at_gamma_0(scenes, tmp_
         torch.testing.assert_close(focal, (-((1 - p) ** 2) * p.log()).mean())
         with pytest.raises(ConfigError, match="expected γ >= 0"):
             vlp.losses.build({"focal": {"gamma": -1}})
+
     assert names == ["vlp.losses.focal"]
     assert "focal" not in plugin.names("vlp.losses")
 

@@ -24,6 +24,8 @@ def generator():
 def test_generated_pages_cover_the_code(tmp_path):
     generate = generator()
     generate.write(tmp_path)
+
+    # A page, a line of the table and a line of advice for every objective.
     names = plugin.names("vlp.losses")
     index = (tmp_path / "objectives" / "index.md").read_text(encoding="utf-8")
     chosen = (DOCS / "objectives.md").read_text(encoding="utf-8")
@@ -34,11 +36,13 @@ def test_generated_pages_cover_the_code(tmp_path):
         assert f"generated/objectives/{name}.md" in chosen, f"objectives.md: no word of {name}"
     assert len(names) >= 24
 
+    # What newcomers search for.
     settings = (tmp_path / "configuration.md").read_text(encoding="utf-8")
     for key in ("flip", "warmup", "precision", "trackers", "pretrained", "micro_batches"):
         assert f".{key}`" in settings, key
     for plugins in ("objective.siglip", "eval.retrieval"):
         assert plugins in settings
+
     api = (tmp_path / "api.md").read_text(encoding="utf-8")
     assert "### Pairs.row_logsumexp" in api and "### Model.images" in api
 
@@ -58,6 +62,8 @@ def test_what_was_measured_on_uncommitted_files_is_listed():
     text = (DOCS / "results.md").read_text(encoding="utf-8")
     said = re.search(r"not rerun since:\n(.*?)\. The models", text, re.S)[1]
     listed = set(re.findall(r"[a-z]+[a-z_0-9]+", said)) - {"and", "of", "the"}
+
+    # A section says + beside its commit where files were not committed.
     sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /", text, re.S))
     commits = {name: re.search(r"commit (\w+\+?)", part)[1] for name, part in sections.items()}
     unclean = {name.removeprefix("evidence_") for name, at in commits.items() if at.endswith("+")}

@@ -14,6 +14,8 @@ NOTEBOOK = ROOT / "examples" / "first_steps.ipynb"
 
 def test_the_notebook_is_small_and_compiles():
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+
+    # Stored outputs would be pictures of one machine's run.
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for cell in code:
         compile("".join(cell["source"]), cell["id"], "exec")
