@@ -18,6 +18,8 @@ PAGES = sorted(
         ROOT / "CONTRIBUTING.md",
     ]
 )
+# Pages of extension name plug-ins that only they make; their examples have tests of their own.
+PLAIN = [page for page in PAGES if not page.name.startswith("extend")]
 BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?^( *)```(\w+|\{\w+\})\n(.*?)^ *```$", re.M | re.S)
 KEYED = ("objective", "eval", "selection")  # sections whose keys are names of plug-ins
 
