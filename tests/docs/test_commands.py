@@ -6,19 +6,18 @@ from dataclasses import fields
 
 import yaml
 
-from tests.docs.blocks import PAGES, ROOT, blocks, merged
+from tests.docs.blocks import PAGES, PLAIN, ROOT, blocks, merged
 from vlp import cli, config, plugin
 from vlp.schema import ConfigError
 
 PLACEHOLDERS = ("photos",)  # configurations that need not exist
-EXAMPLES = ("longest", "mine")  # tools that only pages make
 SHELL = ("cd", "rm", "for", "source", "export", "make", "python", "pytest", "git", "ruff")
 
 
 def commands():
     """(page, words) of every command line in a fenced block; lines that end with \\ go on."""
     found = []
-    for block in blocks("bash"):
+    for block in blocks("bash", PLAIN):
         for line in block.text.replace("\\\n", " ").splitlines():
             found += [(block.page, words) for words in [shlex.split(line, comments=True)] if words]
     return found
@@ -84,11 +83,11 @@ def test_every_command_is_one_that_the_programs_take(capsys):
 def test_every_command_named_in_a_sentence_exists():
     tools = {path.stem for path in (ROOT / "data_tools").iterdir() if path.stem[0] != "_"}
     n = 0
-    for page in PAGES:
+    for page in PLAIN:
         for command, tool in re.findall(r"`vlp (\w+) ?([a-z]*)", page.read_text(encoding="utf-8")):
             n += 1
             known = command in ("train", "eval", "export", "push", "report", "demo", "config")
-            is_tool = command == "data" and tool in {*tools, *EXAMPLES, ""}
+            is_tool = command == "data" and (not tool or tool in tools)
             assert known or is_tool, f"{page.name}: vlp {command} {tool}"
     assert n > 20
 
@@ -96,9 +95,7 @@ def test_every_command_named_in_a_sentence_exists():
 def test_every_configuration_is_read():
     demo = yaml.safe_load(config.find("demo").read_text(encoding="utf-8"))
     wrong, n = [], 0
-    for block in blocks("yaml"):
-        if block.comment:  # it uses the plug-in of its page, with which the page's test runs it
-            continue
+    for block in blocks("yaml", PLAIN):
         n += 1
         try:
             config.parse(merged(demo, yaml.safe_load(block.text)))
@@ -112,10 +109,7 @@ def test_every_configuration_is_read():
 def test_every_override_named_in_a_sentence_is_a_key():
     sections = {field.name for field in fields(config.Config)}
     n = 0
-    for page in PAGES:
-        if page.name.startswith("extend-"):  # of plug-ins that only pages make
-            continue
-
+    for page in PLAIN:
         # key=value of other commands (missing=skip) names no section.
         text = page.read_text(encoding="utf-8")
         for override, section in re.findall(r"`((\w+)(?:\.\w+)*=[^`…]+)`", text):
@@ -143,9 +137,7 @@ def test_links_between_files_lead_somewhere():
 def test_files_named_in_a_sentence_exist():
     folders = "vlp|eval|data_tools|tests|configs|launch|docs|examples"
     n = 0
-    for page in PAGES:
-        if page.name.startswith("extend"):  # they make files
-            continue
+    for page in PLAIN:
         for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", page.read_text(encoding="utf-8")):
             n += 1
             assert (ROOT / name).exists(), f"{page.name}: {name}"
