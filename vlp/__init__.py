@@ -7,12 +7,14 @@ imported when they are first asked for. Start reading at README.md, then configs
 
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 __version__ = "0.1.0"
 
 
-def load(ref: str, *, device: str = "auto", precision: str = "float32") -> Any:
+def load(
+    ref: str, *, device: str = "auto", precision: Literal["float32", "bf16"] = "float32"
+) -> Any:
     """A dual encoder to embed images and texts with: a `vlp.eval.inference.Model`.
 
     ref: a run, a checkpoint, an export, a folder or name on the Hub, `ARCHITECTURE:TAG`; the list
