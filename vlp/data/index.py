@@ -24,7 +24,7 @@ from vlp.files import write_atomically
 
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
-_MAGIC = _FAMILY + b"3\n"
+_MAGIC = _FAMILY + b"4\n"
 _SUM_BYTES = 32
 
 

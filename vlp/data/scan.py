@@ -30,6 +30,7 @@ from vlp.data.members import (
     check_images,
     fill,
     is_guest,
+    join_texts,
     parse_name,
     separate,
 )
@@ -287,11 +288,16 @@ def _gathered(
 
 def _separate(parts: dict[str, Members], shard: Shard) -> dict[str, Members]:
     """The members by sample; guests, which nobody reads, are counted."""
+    parts = join_texts(parts, _extension)
     samples, guests = separate(parts)
     for key, host in guests.items():
         for member in parts[key].values():
-            shard.pass_over(f"members {key[len(host) :]}.{member.name.rpartition('.')[2].lower()}")
+            shard.pass_over(f"members {key[len(host) :]}.{_extension(member)}")
     return samples
+
+
+def _extension(member: Member) -> str:
+    return member.name.rpartition(".")[2].lower()
 
 
 def _complete(members: Members) -> bool:
