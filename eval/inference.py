@@ -49,6 +49,7 @@ class Model:
         place of a list.
         """
         _refuse_single(pictures, "images")
+        # torch cannot join no rows; a caller's loop may well come with none.
         if not pictures:
             return torch.zeros(0, self.width)
 

@@ -63,6 +63,7 @@ def _of_tree(cls: type, name: str) -> list[Section]:
 
 
 def _keys(cls: type, prefix: str) -> list[Key]:
+    # Comments are in the text alone, not in the class.
     source = inspect.getsource(cls)
     return [
         Key(prefix + field.name, str(field.type), _default(field), _sentence(source, field.name))
@@ -77,6 +78,7 @@ def _default(field: dataclasses.Field) -> str:
     if hasattr(default, "to_config"):
         default = default.to_config()
 
+    # A section of its own shows its keys elsewhere.
     if default is dataclasses.MISSING:
         return "required"
     return "" if dataclasses.is_dataclass(default) else str(default)

@@ -36,6 +36,7 @@ def test_three_lines_give_the_rows_of_evaluation(model, folder):
     texts = ["a red square", "two dogs", ""]
     encoder = models.load(str(folder))
 
+    # Five of two: the last batch is not full.
     images, rows = model.images(pictures, batch=2), model.texts(texts, batch=2)
 
     assert isinstance(model, Model)
@@ -48,9 +49,13 @@ def test_three_lines_give_the_rows_of_evaluation(model, folder):
 
 def test_a_path_and_an_image_of_one_picture_are_one_row(model, tmp_path):
     lying = painted((40, 30), (200, 10, 60))
+
+    # What phones write: pixels as the sensor lay, and a note how to turn them.
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     lying.save(tmp_path / "turned.png", exif=exif)
+
+    # Pixels whose colour shows only where they are opaque.
     glass = lying.convert("RGBA")
     glass.putalpha(Image.linear_gradient("L").resize(lying.size))
     glass.save(tmp_path / "glass.png")
