@@ -35,6 +35,9 @@ docs: setup
 
 lint: setup
 	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

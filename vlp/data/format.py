@@ -169,6 +169,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         path = self._path()
+        assert self._tar is not None
         with naming(path):
             self._tar.close()
             sync(self._temporary())

@@ -73,7 +73,8 @@ def walk(
     Tars that were joined by `cat` are read to the end of the last. `passed` counts what is no
     regular member, by kind, and the joints.
     """
-    position, chain, override = start, start, {}
+    position, chain = start, start
+    override: dict[str, Any] = {}
     passed = Counter() if passed is None else passed
     while position + BLOCK <= end:
         file.seek(position)
@@ -224,7 +225,7 @@ def open_packed(path: Path) -> BinaryIO:
         import pyarrow
 
         return pyarrow.input_stream(str(path), compression="zstd")
-    openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     if name not in openers:
         raise ValueError(
             f"{path} is compressed in no way that is known here (gzip, zstd, bzip2, xz); unpack it first"

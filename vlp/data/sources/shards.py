@@ -227,11 +227,10 @@ class Shards(Source):
     def sample(self, i: int, path: str) -> Sample:
         """Sample i, read from `path`, a copy of its shard."""
         offset, length, *_, flags = ROW.unpack_from(self._rows.numpy(), i * ROW.size)
-        places = (
-            extents(self._extents.numpy(), offset, length)
-            if flags & SCATTERED
-            else [(offset, length)]
-        )
+        places = [(offset, length)]
+        if flags & SCATTERED:
+            assert self._extents is not None  # some sample of these shards is scattered
+            places = extents(self._extents.numpy(), offset, length)
         content = open_sample(b"".join(_read(path, *place) for place in places))
         captions = captions_of(
             self.choice.captions(content.meta, content.text), content.meta, self.captions
@@ -240,7 +239,9 @@ class Shards(Source):
             raise ValueError(
                 f"{path}: {content.key!r} has no caption any more; the shard changed after it was indexed"
             )
-        row = self.embeddings and self.embeddings.row(self.shard_of(i), int(self._place[i]))
+        row = None
+        if self.embeddings is not None:
+            row = self.embeddings.row(self.shard_of(i), int(self._place[i]))
         if row is not None and not row[0].any():
             raise ValueError(
                 f"{path}: {content.key!r} has no image embedding: its picture did not open for `vlp data embed`"
