@@ -20,8 +20,8 @@ def load(
     ref: a run, a checkpoint, an export, a folder or name on the Hub, `ARCHITECTURE:TAG`; the list
     is in docs/models.md. `.images([…])` and `.texts([…])` return unit rows [n, D].
     """
-    from vlp.eval import inference
-
+    # By name, as below: the rooms import this package, so it must not import them.
+    inference = importlib.import_module("vlp.eval.inference")
     return inference.load(ref, device=device, precision=precision)
 
 

@@ -11,11 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from _generator import api, configuration, objectives
-
-try:
-    from vlp.config import reference
-except ImportError:  # a checkout whose configuration does not describe itself yet
-    from _generator import stand_in as reference
+from vlp.config import reference
 
 
 def write(folder: Path) -> None:

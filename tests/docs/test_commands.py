@@ -10,7 +10,6 @@ from tests.docs.blocks import PAGES, PLAIN, ROOT, blocks, merged
 from vlp import cli, config, plugin
 from vlp.schema import ConfigError
 
-PLACEHOLDERS = ("photos",)  # configurations that need not exist
 SHELL = ("cd", "rm", "for", "source", "export", "make", "python", "pytest", "git", "ruff")
 
 
@@ -31,16 +30,11 @@ def check_vlp(words):
 
     # key=value is free text for the parser; configuration and tasks know the keys.
     if words[0] == "train":
-        check_run(options.config, options.overrides)
+        config.load(config.find(options.config), options.overrides)
     if words[0] == "eval" and options.task:
         from vlp.eval.run import _tasks
 
         plugin.keyed("vlp.eval.tasks", _tasks(options))
-
-
-def check_run(name, overrides):
-    if name not in PLACEHOLDERS:
-        config.load(config.find(name), overrides)
 
 
 def check_command(words):
@@ -53,7 +47,7 @@ def check_command(words):
         # What follows the script is what follows `vlp train`.
         assert files and all((ROOT / file).is_file() for file in files), files
         name, *overrides = words[words.index(files[-1]) + 1 :]
-        return check_run(name, overrides)
+        return config.load(config.find(name), overrides)
 
     # Of other programs only what is ours is looked at.
     assert words[0] in SHELL, words
