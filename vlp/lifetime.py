@@ -38,6 +38,10 @@ class Interrupted(Exception):
     """
 
 
+class _CutShort(BaseException):
+    """Raised by a signal inside `cut_short`. No Exception, which a bad sample is taken for."""
+
+
 class StopRequest:
     """Remembers the first signal that asks this process to stop; a second one ends it at once, as
     if nothing was caught.
@@ -48,6 +52,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = 0
+        self.may_interrupt = False  # whether a signal ends what the main thread is doing now
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -92,6 +97,8 @@ class StopRequest:
                     2,
                     f"\n{name}: saving after this step; the same again ends the run at once\n".encode(),
                 )
+            if self.may_interrupt:
+                raise _CutShort
         elif now - self._since > _ONE_ACT_S:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -103,6 +110,25 @@ def give_way() -> None:
     """
     if _pending is not None and _pending.received:
         raise Interrupted
+
+
+@contextmanager
+def cut_short() -> Iterator[None]:
+    """Around work that may wait for ever, such as a read from a dead mount, and can be made again: a
+    signal that asks to stop ends it at once, and the block is left without an error.
+
+    Python goes on with an interrupted system call unless the signal's handler raises.
+    """
+    if _pending is None:
+        yield
+        return
+    _pending.may_interrupt = not _pending.received
+    try:
+        yield
+    except _CutShort:
+        pass
+    finally:
+        _pending.may_interrupt = False
 
 
 def silence_console() -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from vlp import dist, log
@@ -21,6 +22,7 @@ from vlp.data.mix import Mixture
 from vlp.data.processes import Feed, check_shared_memory
 from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps, optional_fields, read_fields
+from vlp.lifetime import cut_short
 from vlp.schema import plain
 from vlp.types import Batch, ImageSpec, TextSpec
 
@@ -129,7 +131,12 @@ class Loader:
         if self._feed is None:
             self._feed = Feed(self._steps, self._position, self._workers)
         while self._next is None and not asked_to_stop():
-            self._next = self._feed.poll()
+            # Loader processes give control back twice a second; a batch that is made here does not.
+            with nullcontext() if self._workers else cut_short():
+                self._next = self._feed.poll()
+            if self._next is None and not self._workers:
+                # Cut short in the middle of a batch, which a new feed makes from its beginning.
+                self._feed = Feed(self._steps, self._position, 0)
             if self._next is None and time.perf_counter() - started > _STALL_S:
                 late = f"step {self._position} took more than {_STALL_S} s to load"
                 raise DataError(f"{late}: a stalled disk, mount or server?")
