@@ -60,16 +60,10 @@ def save_tensors(
     safetensors writes files that only their owner may read, and tells a full disk as an error of
     its own.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with naming(path):
         save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:
-        told = _SYSTEM.search(str(error))
-        if told is None:
-            raise
-        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from None
     probe = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         probe.touch()
@@ -80,8 +74,10 @@ def save_tensors(
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system that come out of the block name `path`, where they name no file: a
-    full disk's do not.
+    """Let errors of the system that come out of the block be OSErrors that name `path`.
+
+    A full disk's name no file; and libraries in Rust (safetensors, tokenizers) tell them as errors
+    of their own.
     """
     try:
         yield
@@ -89,6 +85,11 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        number = _SYSTEM.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def sync(path: Path) -> None:

@@ -30,7 +30,7 @@ from vlp import checkpoint
 from vlp.export import card as _card
 from vlp.export import clip_form, siglip_form
 from vlp.export import pixels as _pixels
-from vlp.files import save_tensors, sync
+from vlp.files import naming, save_tensors, sync
 from vlp.locks import held
 from vlp.models import stages
 from vlp.models.dual_encoder import DualEncoder, from_description
@@ -73,7 +73,7 @@ def export(
     unless `overwrite`, which keeps every file that no export wrote.
     """
     to = Path(to)
-    with held(to, beside=True, advice=_BUSY), _appearing(to, overwrite) as folder:
+    with held(to, beside=True, advice=_BUSY), naming(to), _appearing(to, overwrite) as folder:
         weights = {
             k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
             for k, v in model.open_clip_state_dict().items()
@@ -166,7 +166,7 @@ def export_stages(
     Only vlp loads the whole. ValueError where one reads other pixels or tokens than the first.
     """
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
-    with held(to, beside=True, advice=_BUSY), _appearing(to, overwrite) as folder:
+    with held(to, beside=True, advice=_BUSY), naming(to), _appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
             export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
         _write_json(folder / references.STAGES, {"members": names})
