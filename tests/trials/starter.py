@@ -32,7 +32,8 @@ class Life:
     consoles: list[Path]
 
     def alive(self) -> bool:
-        return any(psutil.pid_exists(pid) for pid in self.pids)
+        """Whether a rank still runs; one that ended waits as a zombie for `wait`."""
+        return any(map(_runs, self.pids))
 
     def signal(self, signum: int, ranks: list[int] | None = None) -> None:
         """To each rank's whole session, as launchers and terminals do."""
@@ -68,10 +69,16 @@ class Life:
         left = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
-                ended = process.status() == psutil.STATUS_ZOMBIE
-                if not ended and os.getsid(process.pid) in self.pids:
+                if _runs(process.pid) and os.getsid(process.pid) in self.pids:
                     left.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
         return left
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Starter:
