@@ -63,17 +63,10 @@ def save_tensors(
     safetensors writes files that only their owner may read, and tells a full disk as an error of
     its own.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with naming(path):
         save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:
-        system_error = _SYSTEM.search(str(error))
-        if system_error is None:
-            raise
-        number = int(system_error[1])
-        raise OSError(number, os.strerror(number), str(path)) from None
 
     # Python can tell the umask only by changing it; a new file shows what it allows.
     probe = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
@@ -86,8 +79,10 @@ def save_tensors(
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system that come out of the block name `path`, where they name no file: a
-    full disk's do not.
+    """Let errors of the system that come out of the block be OSErrors that name `path`.
+
+    A full disk's name no file; and libraries in Rust (safetensors, tokenizers) tell them as errors
+    of their own.
     """
     try:
         yield
@@ -95,6 +90,11 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        number = _SYSTEM.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def sync(path: Path) -> None:

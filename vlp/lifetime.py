@@ -37,6 +37,10 @@ class Interrupted(Exception):
     """
 
 
+class _CutShort(BaseException):
+    """Raised by a signal inside `cut_short`. No Exception, which a bad sample is taken for."""
+
+
 class StopRequest:
     """Remembers the first signal that asks this process to stop; a second one ends it at once, as
     if nothing was caught.
@@ -47,6 +51,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = 0
+        self.may_interrupt = False  # whether a signal ends what the main thread is doing now
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -86,6 +91,8 @@ class StopRequest:
         if not self.received:
             self.received, self._since = signum, now
             _announce(signum)
+            if self.may_interrupt:
+                raise _CutShort
         elif now - self._since > _ONE_ACT_S:
             # Asked twice: whoever waits no longer is served by the system's own handler.
             signal.signal(signum, signal.SIG_DFL)
@@ -109,6 +116,25 @@ def give_way() -> None:
     """
     if _pending is not None and _pending.received:
         raise Interrupted
+
+
+@contextmanager
+def cut_short() -> Iterator[None]:
+    """Around work that may wait for ever, such as a read from a dead mount, and can be made again: a
+    signal that asks to stop ends it at once, and the block is left without an error.
+
+    Python goes on with an interrupted system call unless the signal's handler raises.
+    """
+    if _pending is None:
+        yield
+        return
+    _pending.may_interrupt = not _pending.received
+    try:
+        yield
+    except _CutShort:
+        pass
+    finally:
+        _pending.may_interrupt = False
 
 
 def silence_console() -> None:

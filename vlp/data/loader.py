@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from vlp import dist, log
@@ -22,6 +23,7 @@ from vlp.data.offered import optional_fields, read_fields
 from vlp.data.processes import Feed, check_shared_memory
 from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps
+from vlp.lifetime import cut_short
 from vlp.schema import plain
 from vlp.types import Batch, ImageSpec, TextSpec
 
@@ -140,7 +142,13 @@ class Loader:
 
         # Half a second at a time: a signal is answered also while a mount stalls.
         while self._next is None and not asked_to_stop():
-            self._next = self._feed.poll()
+            # Loader processes give control back twice a second; a batch that is made here does not.
+            with nullcontext() if self._workers else cut_short():
+                self._next = self._feed.poll()
+            if self._next is None and not self._workers:
+                # Cut short in the middle of a batch, which a new feed makes from its beginning.
+                self._feed = Feed(self._steps, self._position, 0)
+
             waited_s = time.perf_counter() - started
             if self._next is None and waited_s > _STALL_S:
                 raise DataError(

@@ -26,6 +26,7 @@ from vlp import checkpoint
 from vlp.export.card import render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import appearing, write_json
+from vlp.files import naming
 from vlp.locks import held
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
@@ -58,7 +59,7 @@ def export(
     """
     to = Path(to)
     # Two exports to one place would mix their files.
-    with held(to, beside=True, advice=_BUSY), appearing(to, overwrite) as folder:
+    with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         weights = {
             name: value.detach().float().cpu().contiguous()
             if value.is_floating_point()
@@ -151,7 +152,7 @@ def export_stages(
     Only vlp loads the whole. ValueError where one reads other pixels or tokens than the first.
     """
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
-    with held(to, beside=True, advice=_BUSY), appearing(to, overwrite) as folder:
+    with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
             export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
         write_json(folder / references.STAGES, {"members": names})
