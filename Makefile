@@ -1,4 +1,5 @@
-# `make setup` once; `make demo` and `make test` call it. uv is used where it is installed, plain venv + pip otherwise.
+# `make demo` installs what running needs, `make setup` all that tests, checks and documentation need;
+# the other targets call it. uv is used where it is installed, plain venv + pip otherwise.
 PYTHON ?= python3
 VLP_DATA ?= $(abspath ../shared/data)
 VENV := .venv
@@ -8,19 +9,27 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: setup demo test test-all docs lint clean
 
+define install
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '$(1)'; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'; \
+	fi
+	@touch $@
+endef
+
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@if command -v uv >/dev/null 2>&1; then \
-	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
-	else \
-	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
-	fi
-	@touch $@
+	$(call install,.[dev])
+	@touch $(VENV)/.runs
 
-demo: setup
+$(VENV)/.runs: pyproject.toml constraints.txt
+	$(call install,.)
+
+demo: $(VENV)/.runs
 	vlp demo
 
 test: setup
