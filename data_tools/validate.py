@@ -85,6 +85,7 @@ def check_shard(job: tuple[int, Path]) -> work.Result:
     """{"shard", "samples" (good ones), "n_problems", "problems" (the first in words), "left_out",
     "counts"} of one tar.
     """
+    from vlp.data.digests import stats_of
     from vlp.data.rows import Shard
     from vlp.data.scan import scan
 
@@ -95,7 +96,7 @@ def check_shard(job: tuple[int, Path]) -> work.Result:
     except ValueError as error:  # no tar to read from: the others are checked all the same
         shard, n_good = Shard(path.name, 0, 0), 0
         shard.report("", f"not readable: {error}")
-    stats = path.with_name(f"{path.stem}_stats.json")
+    stats = stats_of(path)
     if stats.exists() and (promised := _promised(stats)) != shard.count:
         shard.report(
             "",

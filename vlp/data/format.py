@@ -7,7 +7,8 @@
         000000000.json        {"captions": […], "class": name where known, "origin": the same for the variations of one
                               picture, which follow one another, …}: everything else that is known
         000000000.cls         the class number, where known
-    folder/00000_stats.json   counts; written after its tar, so a tar without it may be unfinished
+    folder/00000_stats.json   counts, and a digest of every sample (vlp.data.digests); written after its tar, so a tar
+                              without it may be unfinished
     folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
 
 A key is five digits of the shard and four (or more) of the sample. Foreign shards are read with any
@@ -29,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
+from vlp.data.digests import as_json, digest_of
 from vlp.data.index import index
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, NEGATIVE, parse_name
 from vlp.files import naming, sync, write_atomically
@@ -72,7 +74,7 @@ class ShardWriter:
         self._number = first_shard
         self._digits = max(4, len(str(samples_per_shard - 1)))
         self._tar: tarfile.TarFile | None = None
-        self._keys: set[str] = set()
+        self._digests: dict[str, int] = {}  # of the samples of the shard that is being written
         self._origin: Any = None  # of the last sample; a shard ends only where it changes
         self.folder.mkdir(parents=True, exist_ok=True)
         if not overwrite and first_shard == 0 and any(self.folder.glob("*.tar")):
@@ -95,11 +97,11 @@ class ShardWriter:
     ) -> str:
         """Append one sample and return its key; raises ValueError for what could not be read back."""
         origin = (meta or {}).get("origin")
-        if len(self._keys) >= self.samples_per_shard and origin != self._origin:
+        if len(self._digests) >= self.samples_per_shard and origin != self._origin:
             self._finish()
         ext = ext.lower().lstrip(".")
         if key is None:
-            key = f"{self._number:05d}{len(self._keys):0{self._digits}d}"
+            key = f"{self._number:05d}{len(self._digests):0{self._digits}d}"
         self._check(key, image, ext, captions)
         if negative_image is not None:
             self._check(key, *negative_image, captions)
@@ -121,21 +123,21 @@ class ShardWriter:
         with naming(self._path()):
             tar = self._tar or self._start()
             for extension, data in members:
-                info = tarfile.TarInfo(
-                    f"{key}.{extension}"
-                )  # mtime, uid and gid are 0, mode is 0644
+                # mtime, uid and gid are 0, mode is 0644
+                info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, BytesIO(data))
-        self._keys.add(key)
+        named = {_as_read(f"{key}.{extension}"): data for extension, data in members}
+        self._digests[_as_read(key)] = digest_of(named)
         self._origin = origin
         self.n_samples += 1
-        if len(self._keys) >= self.samples_per_shard and origin is None:
+        if len(self._digests) >= self.samples_per_shard and origin is None:
             self._finish()
         return key
 
     def make_room(self, n: int) -> None:
         """Begin a new shard unless the next `n` samples, which belong together, fit into this one."""
-        if self._keys and len(self._keys) + n > self.samples_per_shard:
+        if self._digests and len(self._digests) + n > self.samples_per_shard:
             self._finish()
 
     def _check(self, key: str, image: bytes, ext: str, captions: list[str]) -> None:
@@ -145,7 +147,7 @@ class ShardWriter:
             )
         if parse_name(f"{key}.{ext}") != (key, "image", ext) or "." in key.rpartition("/")[2]:
             raise ValueError(f"key {key!r} is not usable; it must be a relative path without dots")
-        if key in self._keys:
+        if _as_read(key) in self._digests:
             raise ValueError(f"key {key!r} appears twice in shard {self._number}")
         if not 0 < len(image) <= MAX_IMAGE_BYTES:
             raise ValueError(
@@ -177,17 +179,18 @@ class ShardWriter:
             missing_ok=True
         )  # an overwritten shard must not be vouched for by the old statistics
         os.replace(self._temporary(), path)
-        n = len(self._keys)
+        n = len(self._digests)
         stats = {
             "count": n,
             "successes": n,
             "failed_to_download": 0,
             "failed_to_resize": 0,
             "status_dict": {"success": n},
+            "digests": as_json(self._digests),
         }
         write_atomically(stats_path, (json.dumps(stats, indent=1) + "\n").encode())
         self.paths.append(path)
-        self._tar, self._keys = None, set()
+        self._tar, self._digests = None, {}
         self._number += 1
 
     def __enter__(self) -> ShardWriter:
@@ -217,6 +220,11 @@ class ShardWriter:
             self._tar.fileobj.close()
         self._tar = None
         self._temporary().unlink(missing_ok=True)
+
+
+def _as_read(name: str) -> str:
+    """A name as it will come back: bytes of a file system that are no UTF-8 cannot."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def is_class_number(value: Any) -> bool:

@@ -2,11 +2,14 @@
 read no tar.
 
 One file, `_index.bin`, lies beside the shards (or in the cache where the folder cannot be written):
-a check sum, a JSON header naming each shard with its size, time of change, number of samples and
-what was left out, then 20 bytes a sample (`vlp.data.rows`). A shard whose size or time differ from
-the header's, or that is not named there, is scanned again: its headers and small text members are
-read once. So foreign shards need no preparation, and an index can be deleted at any time; one of an
-older version is made anew.
+a check sum, a JSON header naming each shard with its size, times of change, number of samples and
+what was left out, then 24 bytes a sample (`vlp.data.rows`).
+
+A shard whose size or times differ from the header's, or that is not named there, is scanned again:
+it is read once, whole, because every sample gets a digest. So foreign shards need no preparation,
+and an index can be deleted at any time; one of an older version is made anew. Of the two times the
+inode's (ctime) is the one that cannot be set back: content that was replaced in place, with equal
+size and time of modification, is noticed. The price is one reading after a copy or a `chmod`.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 
 from vlp import log
+from vlp.data.digests import UNKNOWN
 from vlp.data.paths import unreadable
 from vlp.data.rows import EXTENT, ROW, Shard
 from vlp.data.scan import scan
@@ -24,7 +29,9 @@ from vlp.files import write_atomically
 
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
-_MAGIC = _FAMILY + b"3\n"
+_MAGIC = _FAMILY + b"4\n"
+_MAGIC_BEFORE = _FAMILY + b"3\n"
+_ROW_BEFORE = struct.Struct("<QIIBBH")  # as ROW, without the digest
 _SUM_BYTES = 32
 
 
@@ -44,10 +51,7 @@ def index(paths: list[Path]) -> list[Shard]:
             except OSError as error:
                 raise ValueError(unreadable(path, error)) from None
             shard = known[path.parent].get(path.name)
-            if shard is None or (shard.size, shard.mtime_ns) != (
-                status.st_size,
-                status.st_mtime_ns,
-            ):
+            if shard is None or not _is_current(shard, status):
                 shard = scan(path)
                 known[path.parent][path.name] = shard
                 changed.add(path.parent)
@@ -56,6 +60,12 @@ def index(paths: list[Path]) -> list[Shard]:
         for folder in changed:
             _save(folder, known[folder])
     return result
+
+
+def _is_current(shard: Shard, status: os.stat_result) -> bool:
+    """Whether a tar is as it was when it was indexed, as far as its inode tells."""
+    indexed = (shard.size, shard.mtime_ns, shard.ctime_ns)
+    return indexed == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def cache_folder() -> Path:
@@ -79,7 +89,7 @@ def _load(folder: Path) -> dict[str, Shard]:
         try:
             return parse_index(data)
         except OldIndex:
-            continue
+            log.warn(f"{place} is of an older version, without digests; its shards are read anew")
         except ValueError as error:
             log.warn(f"{place} is not a usable index ({error}); its shards are scanned again")
     return {}
@@ -89,16 +99,19 @@ class OldIndex(ValueError):
     """An index of another version of this project."""
 
 
-def parse_index(data: bytes) -> dict[str, Shard]:
+def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
     """The shards that an index file describes, by name; raises ValueError, OldIndex for another
     version's.
+
+    `undigested`: also of the version before, whose samples have no digests and are not checked.
     """
-    if not data.startswith(_MAGIC):
-        raise (
-            OldIndex("another version")
-            if data.startswith(_FAMILY)
-            else ValueError("it starts with other bytes")
-        )
+    without = undigested and data.startswith(_MAGIC_BEFORE)
+    if not data.startswith(_MAGIC) and not without:
+        if data.startswith(_FAMILY):
+            raise OldIndex("another version")
+        raise ValueError("it starts with other bytes")
+
+    row_bytes = _ROW_BEFORE.size if without else ROW.size
     start = len(_MAGIC) + _SUM_BYTES
     if hashlib.sha256(data[start:]).digest() != data[len(_MAGIC) : start]:
         raise ValueError("its check sum is that of other bytes")
@@ -109,15 +122,26 @@ def parse_index(data: bytes) -> dict[str, Shard]:
         header = json.loads(data[position : position + length])
         position += length
         for fields in header:
-            rows = position + fields["count"] * ROW.size
-            extents = rows + fields.pop("n_extents") * EXTENT.size
-            shards.append(Shard(**fields, rows=data[position:rows], extents=data[rows:extents]))
-            position = extents
+            end_of_rows = position + fields["count"] * row_bytes
+            end = end_of_rows + fields.pop("n_extents") * EXTENT.size
+            rows = data[position:end_of_rows]
+            if without:
+                rows = _with_unknown_digests(rows)
+            shards.append(Shard(**fields, rows=rows, extents=data[end_of_rows:end]))
+            position = end
     except (TypeError, KeyError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"its header is none ({type(error).__name__})") from None
     if position != len(data):
         raise ValueError(f"it has {len(data)} bytes instead of {position}")
     return {shard.name: shard for shard in shards}
+
+
+def _with_unknown_digests(rows: bytes) -> bytes:
+    """Rows of the version before as rows of this one."""
+    return b"".join(
+        ROW.pack(offset, length, form, UNKNOWN, *rest)
+        for offset, length, form, *rest in _ROW_BEFORE.iter_unpack(rows)
+    )
 
 
 def save_index(path: Path, shards: dict[str, Shard]) -> None:

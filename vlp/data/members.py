@@ -14,6 +14,7 @@ from io import BytesIO
 from typing import Any, NamedTuple, TypeVar
 
 from vlp.data.captions import read_texts
+from vlp.data.digests import UNKNOWN, digest_of
 from vlp.data.tar import Member, walk
 
 # Pillow's names of the formats that are read, with the extensions that say so. Content decides what
@@ -145,11 +146,11 @@ def _hosts(key: str) -> Iterable[str]:
         yield folder + slash + last
 
 
-def open_sample(span: bytes) -> Content:
+def open_sample(span: bytes, digest: int = UNKNOWN) -> Content:
     """Take apart the bytes of one sample's members; raises ValueError saying why the sample cannot
     be used.
 
-    All members that count must be of one key.
+    All members that count must be of one key, and have this digest where it is known.
     """
     found: dict[str, Member] = {}
     content = Content(key="")
@@ -170,6 +171,11 @@ def open_sample(span: bytes) -> Content:
                 content.negative_image_type = name.extension
     check_images(found)
     data = {kind: span[m.offset : m.offset + m.size] for kind, m in found.items()}
+    if digest != UNKNOWN and digest_of({m.name: data[kind] for kind, m in found.items()}) != digest:
+        raise ValueError(
+            f"the members of {content.key!r} are not those that were indexed (their digest differs): "
+            "the shard is damaged, or changed after that; restore it"
+        )
     content.image, content.negative_image = data.pop("image"), data.pop("negative", b"")
     fill(content, data)
     return content

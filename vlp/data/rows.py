@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 from vlp.data.captions import Form
 from vlp.data.members import Content, open_sample
 
-# Offset and bytes of the sample's members, number of its form, the most negatives and the most
-# counterfactuals that belong to one of its captions, flags.
-ROW = struct.Struct("<QIIBBH")
+# Offset and bytes of the sample's members, number of its form, digest of its members, the most
+# negatives and the most counterfactuals that belong to one of its captions, flags.
+ROW = struct.Struct("<QIIIBBH")
 EXTENT = struct.Struct(
     "<QI"
 )  # offset and bytes of some members of a sample whose members do not follow one another
@@ -40,8 +40,9 @@ class Shard:
     name: str
     size: int
     mtime_ns: int
+    ctime_ns: int = 0  # of the inode's last change, which no tool sets back
     count: int = 0
-    n_left_out: int = 0  # samples that are in the tar but not in `rows`
+    n_left_out: int = 0  # samples that are in the tar, or were written to it, but not in `rows`
     n_problems: int = 0  # those, and what is odd or damaged besides
     n_damaged: int = 0  # places where the tar is damaged, or no tar
     problems: list[str] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Shard:
     # them
     keys: str = ""
     texts: str = ""  # SHA-256, in hex, of the bytes of their text members
+    content: str = ""  # SHA-256, in hex, of the digests of `rows`; empty: not known
     forms: list[Form] = field(
         default_factory=list
     )  # which texts samples have; a row names one of them by its number
@@ -75,7 +77,11 @@ class Shard:
 
     def sample(self, file: BinaryIO, i: int) -> Content:
         """Sample i, read from the opened shard; raises ValueError where it cannot be used."""
-        return open_sample(read_extents(file, self.places(i)))
+        return open_sample(read_extents(file, self.places(i)), self.digest(i))
+
+    def digest(self, i: int) -> int:
+        """Of the members of sample i, see `vlp.data.digests`."""
+        return ROW.unpack_from(self.rows, i * ROW.size)[3]
 
     def places(self, i: int) -> list[tuple[int, int]]:
         """(offset, bytes) of the members of sample i."""

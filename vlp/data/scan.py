@@ -7,7 +7,9 @@ texts is as good an order as any other.
 
 What is left out is in `Shard.problems` and `Shard.left_out`, never silent: samples without a usable
 image, further samples of a key, what lies next to damage, because it might be half a sample, and
-every member that no reader looks at.
+every member that no reader looks at. A shard that was written with digests (`vlp.data.digests`) gives
+exactly the samples that were written: what is whole beside damage is kept, and any other bytes are
+left out, as samples that are missing are.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlp.data import tar, wrong_captions
+from vlp.data import digests, tar, wrong_captions
 from vlp.data.captions import MAX_TEXT_BYTES, cut, form_of
 from vlp.data.members import (
     MAX_IMAGE_BYTES,
@@ -48,6 +50,7 @@ from vlp.data.rows import (
 from vlp.data.tar import BLOCK, DamagedTar, Member
 
 Members = dict[str, Member]  # of one sample, by kind
+_READ = ("image", "negative", *sorted(TEXT_TYPES))  # the kinds of members that make a sample
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,17 @@ class Found:
     content: Content  # without the images' bytes
     members: Members  # the image is among them
     texts: bytes  # of its text members, one after another
+    digest: int
     # its members follow one another, with none of another sample between, so that it can be read at
     # once
     whole: bool
+
+
+# The statistics of a shard name what it was written with; deleting them accepts what it holds now.
+_ALTERED = "altered since it was written: its members or their bytes are others; restore the shard"
+_UNWRITTEN = (
+    "not written with this shard: where the tar was changed on purpose, delete its _stats.json"
+)
 
 
 class _Scattered(Exception):
@@ -106,15 +117,15 @@ def read(
     try:
         with open(path, "rb", buffering=1 << 18) as file:
             status = os.fstat(file.fileno())
-            shard = Shard(path.name, status.st_size, status.st_mtime_ns)
+            shard = Shard(path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             _refuse_packed(path, file)
             try:
-                _read(file, shard, begin(shard), also, _in_order)
+                _read(path, file, shard, begin(shard), also, _in_order)
             except _Scattered:
                 shard = replace(
                     shard, left_out={}, problems=[], n_left_out=0, n_problems=0, n_damaged=0
                 )
-                _read(file, shard, begin(shard), also, _gathered)
+                _read(path, file, shard, begin(shard), also, _gathered)
     except IsADirectoryError:
         raise ValueError(
             f"{path} is a folder, not a tar; rename it, or make a tar of what it holds"
@@ -133,16 +144,40 @@ def _refuse_packed(path: Path, file: BinaryIO) -> None:
 
 
 def _read(
+    path: Path,
     file: BinaryIO,
     shard: Shard,
     take: Callable[[Found], None],
     also: frozenset[str],
     arrange: Callable[..., Iterator[Any]],
 ) -> None:
-    for key, members, whole in arrange(_runs(file, shard, also), file, shard):
+    written = _written(path, shard)
+    missing = dict.fromkeys(written or {})
+    runs = _runs(file, shard, also)
+
+    for key, members, whole in arrange(runs, file, shard, judged=written is not None):
+        missing.pop(key, None)
         found = _found(file, shard, key, members, whole)
-        if found is not None:
-            take(found)
+        if found is None:
+            continue
+        if written is not None and found.digest != written.get(key):
+            shard.report(key, _ALTERED if key in written else _UNWRITTEN)
+            shard.n_left_out += 1
+            continue
+        take(found)
+
+    for key in missing:
+        shard.report(key, f"lost: the shard was written with it ({digests.stats_of(path).name})")
+        shard.n_left_out += 1
+
+
+def _written(path: Path, shard: Shard) -> dict[str, int] | None:
+    """The digests that a tar's samples were written with; None where none can be read."""
+    try:
+        return digests.beside(path)
+    except ValueError as error:
+        shard.report("", f"samples are not compared with what was written: {error}")
+        return None
 
 
 # --- from headers to samples ---------------------------------------------------------------------------------------------
@@ -239,13 +274,16 @@ def _ends(file: BinaryIO, size: int) -> bool:
 
 
 def _in_order(
-    runs: Iterator[_Run], file: BinaryIO, shard: Shard
+    runs: Iterator[_Run], file: BinaryIO, shard: Shard, judged: bool
 ) -> Iterator[tuple[str, Members, bool]]:
     """(key, members, whole) of every sample, as they come; raises _Scattered where that does not
     do.
+
+    judged: digests will tell which samples are whole. Where there are none, nothing is trusted that
+    lies beside damage.
     """
     seen: set[str] = set()
-    for run in _trusted(runs, shard, seen):
+    for run in runs if judged else _trusted(runs, shard, seen):
         if not seen.isdisjoint(run.parts):
             raise _Scattered
         seen.update(run.parts)
@@ -259,14 +297,15 @@ def _in_order(
 
 
 def _gathered(
-    runs: Iterator[_Run], file: BinaryIO, shard: Shard
+    runs: Iterator[_Run], file: BinaryIO, shard: Shard, judged: bool
 ) -> Iterator[tuple[str, Members, bool]]:
     """(key, members, False) of every sample, wherever in the tar its members lie, in the order of
-    their first ones.
+    their first ones. `judged` as above.
     """
     parts: dict[str, Members] = {}
+    unclear: set[str] = set()
     suspects: set[str] = set()
-    for run in _trusted(runs, shard, suspects):
+    for run in runs if judged else _trusted(runs, shard, suspects):
         for key, members in run.parts.items():
             first = parts.setdefault(key, {})
             twice = first.keys() & members.keys()
@@ -278,9 +317,18 @@ def _gathered(
                 continue
             if twice:
                 shard.report(key, f"a second text of this key: .{min(twice)}; the first is kept")
+            # One of two different texts may be a neighbour's under a damaged name.
+            if any(_bytes(file, first[kind]) != _bytes(file, members[kind]) for kind in twice):
+                unclear.add(key)
             parts[key] = members | first
+
     for key in suspects & parts.keys():
         del parts[key]
+    if not judged:
+        for key in sorted(unclear & parts.keys()):
+            shard.report(key, "left out: its texts are there twice, with other words")
+            shard.n_left_out += 1
+            del parts[key]
     for key, members in _separate(parts, shard).items():
         yield key, members, False
 
@@ -314,26 +362,26 @@ def _trusted(runs: Iterator[_Run], shard: Shard, suspects: set[str]) -> Iterator
 def _found(file: BinaryIO, shard: Shard, key: str, members: Members, whole: bool) -> Found | None:
     """The sample with its texts read; None, and a problem, where it cannot be used."""
     content = Content(key)
-    texts = {}
-    for kind, member in members.items():
-        if kind in TEXT_TYPES:
-            texts[kind] = _bytes(file, member, MAX_TEXT_BYTES)
     try:
         check_images(members)
+        data = {kind: _bytes(file, members[kind]) for kind in _READ if kind in members}
+        texts = {kind: data[kind][: MAX_TEXT_BYTES + 1] for kind in members if kind in TEXT_TYPES}
         fill(content, texts)
     except ValueError as error:
         shard.report(key, str(error))
         shard.n_left_out += 1
         return None
+
     for note in content.notes:
         shard.report(key, note)
-    return Found(content, members, b"".join(texts.values()), whole)
+    digest = digests.digest_of({members[kind].name: data[kind] for kind in data})
+    return Found(content, members, b"".join(texts.values()), digest, whole)
 
 
-def _bytes(file: BinaryIO, member: Member, limit: int = MAX_IMAGE_BYTES) -> bytes:
-    """A member's bytes, one more than the limit where it has more."""
+def _bytes(file: BinaryIO, member: Member) -> bytes:
+    """A member's bytes; of more than an image may have, as many as that."""
     file.seek(member.offset)
-    return file.read(min(member.size, limit + 1))
+    return file.read(min(member.size, MAX_IMAGE_BYTES))
 
 
 # --- from samples to rows ------------------------------------------------------------------------------------------------
@@ -347,7 +395,7 @@ class _Rows:
         self.rows, self.extents = bytearray(), bytearray()
         self.forms: dict[tuple, int] = {}  # each with its number
         self.numbers: dict[tuple, int] = {}  # of the forms before they are cut
-        self.keys, self.texts = hashlib.sha256(), hashlib.sha256()
+        self.keys, self.texts, self.content = (hashlib.sha256() for _ in range(3))
         self.origin: Any = None  # of the last row; None: it has none
 
     def add(self, found: Found) -> None:
@@ -389,7 +437,8 @@ class _Rows:
 
         self.keys.update(content.key.encode() if not self.rows else b"\n" + content.key.encode())
         self.texts.update(found.texts)
-        self.rows += ROW.pack(start, length, number, *counts, flags)
+        self.content.update(found.digest.to_bytes(4, "little"))
+        self.rows += ROW.pack(start, length, number, found.digest, *counts, flags)
 
     def finish(self) -> None:
         """Give the shard what was gathered."""
@@ -398,6 +447,7 @@ class _Rows:
         shard.count = len(shard.rows) // ROW.size
         shard.forms = [dict(form) for form in self.forms]
         shard.keys, shard.texts = self.keys.hexdigest(), self.texts.hexdigest()
+        shard.content = self.content.hexdigest()
 
 
 def _places(found: Found) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vlp.data.wrong_captions import LISTS, read
 
@@ -19,6 +19,30 @@ if TYPE_CHECKING:
     from vlp.config import Captions
     from vlp.data.embedded import Embeddings
     from vlp.types import Sample
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a source's shards hold, as a checkpoint keeps it to notice shards that changed."""
+
+    names: Sequence[str] = ()  # of the shards
+    digests: Sequence[str] = ()  # DIGITS letters each, or "-" that often where it is not known
+
+    DIGITS: ClassVar[int] = 8
+
+    def differing(self, joined: str) -> list[str]:
+        """In words, which shards have other digests than those of a checkpoint, joined there."""
+        before = [joined[i : i + self.DIGITS] for i in range(0, len(joined), self.DIGITS)]
+        unknown = "-" * self.DIGITS
+        changed = [
+            name
+            for name, old, new in zip(self.names, before, self.digests)
+            if old != new and unknown not in (old, new)
+        ]
+        if not changed:
+            return []
+        listed = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
+        return [f"{len(changed)} of {len(self.names)} shards hold other content now: {listed}"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,12 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever number, order or place of the samples do; a resumed run compares it."""
         ...
+
+    def contents(self) -> Contents:
+        """What its shards hold; a source without shards, or of which nothing is known, says
+        nothing.
+        """
+        return Contents()
 
     def problems(self) -> list[str]:
         """What was left out or odd, in words, as far as it was kept."""

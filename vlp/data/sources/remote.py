@@ -26,11 +26,11 @@ from vlp import log
 from vlp.config import Captions
 from vlp.data.captions import Texts
 from vlp.data.fetch import Cache, folder_and_name, version_of
-from vlp.data.index import NAME, OldIndex, cache_folder, parse_index, save_index
+from vlp.data.index import NAME, cache_folder, parse_index, save_index
 from vlp.data.paths import is_packed
 from vlp.data.rows import Shard
 from vlp.data.scan import scan
-from vlp.data.sources import Source
+from vlp.data.sources import Contents, Source
 from vlp.data.sources.shards import Shards
 from vlp.privacy import address
 from vlp.types import Sample
@@ -181,8 +181,9 @@ def _known(folder: str, url: str, cache: Cache) -> tuple[dict[str, Shard], bool]
     for file_url, storage in ((beside, cache.storage), (f"file://{_place(folder)}", {})):
         try:
             with fsspec.open(file_url, "rb", **storage) as file:
-                return parse_index(file.read()), file_url != beside
-        except (FileNotFoundError, PermissionError, OldIndex):
+                # An index without digests spares fetching all shards; their samples go unchecked.
+                return parse_index(file.read(), undigested=True), file_url != beside
+        except (FileNotFoundError, PermissionError):
             continue
         except ValueError as error:
             log.warn(f"{file_url} is not a usable index ({error}); its shards are scanned again")
@@ -248,6 +249,9 @@ class Remote(Source):
 
     def fingerprint(self) -> str:
         return self.shards.fingerprint()
+
+    def contents(self) -> Contents:
+        return self.shards.contents()
 
     def problems(self) -> list[str]:
         return self.shards.problems()

@@ -37,7 +37,7 @@ from vlp.data.rows import (
     extents,
     said,
 )
-from vlp.data.sources import Source, captions_of
+from vlp.data.sources import Contents, Source, captions_of
 from vlp.types import Sample
 
 _ROW = np.dtype(
@@ -45,12 +45,15 @@ _ROW = np.dtype(
         ("offset", "<u8"),
         ("length", "<u4"),
         ("form", "<u4"),
+        ("digest", "<u4"),
         ("negatives", "u1"),
         ("counterfactuals", "u1"),
         ("flags", "<u2"),
     ]
 )
 assert _ROW.itemsize == ROW.size
+# A row without its digest: what runs compare since before there were digests (`_digest`).
+_PLACED = np.dtype([(name, _ROW[name]) for name in _ROW.names if name != "digest"])
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ class Shards(Source):
                 f"{self._name()}: text files of several lines are one caption each in {n_several:,} samples; the source's "
                 "lines: each makes each line a caption"
             )
+        if n_undigested := sum(not shard.content for shard in shards):
+            self._problems.append(
+                f"{self._name()}: the index of {n_undigested} shards is of an older version, without "
+                "digests: their samples are read unchecked; opened where they are local they get a new one"
+            )
         self._problems += [
             f"{path}: {text}" for path, shard in zip(paths, shards) for text in shard.problems
         ]
@@ -163,6 +171,9 @@ class Shards(Source):
             name for name, flag in LABELS.items() if (rows["flags"] & flag > 0).all()
         )
         self._digest = _digest(rows, shard_of, n_texts, shards, self.choice)
+        # One text of all, because it is sent to every loader process.
+        unknown = "-" * Contents.DIGITS
+        self._contents = "".join((shard.content or unknown)[: Contents.DIGITS] for shard in shards)
         self._share(rows, shard_of, n_texts, shards)
         if embeddings is not None:
             usual_first = self.choice == Choice() and bool(
@@ -226,13 +237,13 @@ class Shards(Source):
 
     def sample(self, i: int, path: str) -> Sample:
         """Sample i, read from `path`, a copy of its shard."""
-        offset, length, *_, flags = ROW.unpack_from(self._rows.numpy(), i * ROW.size)
+        offset, length, _, digest, *_, flags = ROW.unpack_from(self._rows.numpy(), i * ROW.size)
         places = (
             extents(self._extents.numpy(), offset, length)
             if flags & SCATTERED
             else [(offset, length)]
         )
-        content = open_sample(b"".join(_read(path, *place) for place in places))
+        content = open_sample(b"".join(_read(path, *place) for place in places), digest)
         captions = captions_of(
             self.choice.captions(content.meta, content.text), content.meta, self.captions
         )
@@ -275,6 +286,11 @@ class Shards(Source):
     def fingerprint(self) -> str:
         return self._digest
 
+    def contents(self) -> Contents:
+        names, digits = [Path(path).name for path in self.paths], Contents.DIGITS
+        digests = [self._contents[i * digits : (i + 1) * digits] for i in range(len(names))]
+        return Contents(names, digests)
+
     def problems(self) -> list[str]:
         return self._problems
 
@@ -307,8 +323,10 @@ def _digest(
     """Of all that a resumed run must find again: places, keys, texts, and which of the texts are
     captions.
     """
-    kept = rows.copy()
-    kept["form"] = 0  # its number depends on what else the shard holds
+    kept = np.zeros(len(rows), _PLACED)
+    for name in _PLACED.names:
+        if name != "form":  # its number depends on what else the shard holds
+            kept[name] = rows[name]
     digest = hashlib.sha256(kept.tobytes() + shard_of.tobytes() + n_texts.tobytes())
     digest.update(repr(choice).encode())
     for shard in shards:
