@@ -96,7 +96,7 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
     for number in wide:
         try:
             sample = source[number]
-            picture = decode.evaluate(sample.image, spec)
+            picture = decode.eval_transform(sample.image, spec)
         except (OSError, ValueError):
             continue  # the loader counts and names it
         samples.append(sample)

@@ -295,7 +295,7 @@ def pixel_error(data: Path, scaled: bool) -> dict[str, float]:
     from PIL import Image
 
     from vlp.config import Augment
-    from vlp.data.decode import crop_box, train
+    from vlp.data.decode import crop_box, train_transform
     from vlp.types import ImageSpec
 
     augment, errors = Augment(scaled_decoding=scaled), []
@@ -310,7 +310,7 @@ def pixel_error(data: Path, scaled: bool) -> dict[str, float]:
                 )
             )
             found = (
-                train(encoded, ImageSpec((224, 224)), augment, random.Random(i))
+                train_transform(encoded, ImageSpec((224, 224)), augment, random.Random(i))
                 .permute(1, 2, 0)
                 .numpy()
             )

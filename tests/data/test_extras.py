@@ -70,7 +70,7 @@ def test_images_of_negatives_come_with_them_and_mask_the_first_where_they_lack(t
         i = int(key[1:])
         assert batch.negatives_valid[row].tolist() == [i % 2 == 0, True]
         expected = (
-            decode.train(encoded(picture(100 + i)), IMAGE, data.augment, random.Random(0))
+            decode.train_transform(encoded(picture(100 + i)), IMAGE, data.augment, random.Random(0))
             if i % 2 == 0
             else 0
         )

@@ -105,13 +105,13 @@ def test_crops_and_captions_change_between_epochs_and_ids_mean_what_they_say(sha
         captions={"choose": "first"},
     )
     batch = next(loader_of(plain, 50))
-    from vlp.data.decode import evaluate
+    from vlp.data.decode import eval_transform
     from vlp.data.text import build
     from vlp.types import ImageSpec
 
     for i, key in zip(batch.sample_id.tolist()[:10], batch.key):
         row = batch.sample_id.tolist().index(i)
-        expected = evaluate(encoded(picture(200 + i)), ImageSpec(IMAGE.size, resize="squash"))
+        expected = eval_transform(encoded(picture(200 + i)), ImageSpec(IMAGE.size, resize="squash"))
         assert key == f"00000{i:04d}" and (batch.image[row].int() - expected.int()).abs().max() <= 2
         assert torch.equal(batch.text[row], build(TEXT)([f"caption {200 + i} one"])[0])
 

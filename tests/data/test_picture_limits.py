@@ -154,7 +154,7 @@ def test_broken_pictures_are_refused_never_half_shown(name):
         array,
         rgb,
         decode.decode,
-        lambda data: decode.evaluate(data, ImageSpec((224, 224))),
+        lambda data: decode.eval_transform(data, ImageSpec((224, 224))),
     ):
         with pytest.raises(BadImage, match=r"\w+"):
             read(BROKEN[name])

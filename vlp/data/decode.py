@@ -33,7 +33,7 @@ def decode(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> Tenso
     return _to_tensor(picture.array(data, decoding, shrink))
 
 
-def train(data: bytes, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
+def train_transform(data: bytes, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
     """`random_crop` of an encoded image; with `augment.scaled_decoding` its crop is of reduced
     pixels. Raises BadImage.
     """
@@ -114,7 +114,7 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def evaluate(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
+def eval_transform(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
     """The evaluation pixels of open_clip's PIL transform for `spec`, before normalisation: uint8
     [3, H, W].
 

@@ -257,7 +257,7 @@ class Steps(Dataset):
 
         augment, views = self.data.augment, self.data.views
         if views is None:
-            out["image"].copy_(decode.train(sample.image, self.image, augment, chance("pixels")))
+            out["image"].copy_(decode.train_transform(sample.image, self.image, augment, chance("pixels")))
         else:
             image = decode.decode(
                 sample.image, self.image.decoding
@@ -269,7 +269,7 @@ class Steps(Dataset):
             out["negative_image"].zero_()
             if negative := chosen.negative_image():
                 out["negative_image"].copy_(
-                    decode.train(negative, self.image, augment, chance("negative"))
+                    decode.train_transform(negative, self.image, augment, chance("negative"))
                 )
 
     def _seed(self, purpose: str, *position: int) -> int:

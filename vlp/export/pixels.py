@@ -45,4 +45,4 @@ def difference(spec: ImageSpec, prepare: Callable[[Image.Image], Tensor]) -> flo
     theirs = prepare(ImageOps.exif_transpose(image) if spec.decoding.exif else image)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     levels = (theirs.cpu() * std + mean) * 255
-    return (levels - decode.evaluate(data, spec)).abs().max().item()
+    return (levels - decode.eval_transform(data, spec)).abs().max().item()
