@@ -33,6 +33,7 @@ REPOSITORY = Path(__file__).parents[2]
 BATCH, CONTEXT = 64, 77
 PHOTOS, SMALL, TINY = "photos", "photos at quality 85", "64-px shards"
 SIZES = {PHOTOS: 224, SMALL: 224, TINY: 64}
+DIGESTS = "digests / reading and decoding"
 
 
 def main() -> None:
@@ -91,15 +92,18 @@ def main() -> None:
         results[name] = {
             c: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for c, rs in runs.items()
         }
-    publish(
-        results, {scaled: pixel_error(Path(args.data), scaled) for scaled in (False, True)}, args
-    )
+    error = {scaled: pixel_error(Path(args.data), scaled) for scaled in (False, True)}
+    shares = {name: digest_share(prepare(args.cache, Path(args.data), name)) for name in SIZES}
+    publish(results, error, shares, args)
 
 
 def publish(
-    results: dict[str, Any], error: dict[bool, dict[str, float]], args: argparse.Namespace
+    results: dict[str, Any],
+    error: dict[bool, dict[str, float]],
+    shares: dict[str, float],
+    args: argparse.Namespace,
 ) -> None:
-    """The table, a row a set and measure."""
+    """The table, a row a set and measure. `shares`: see `digest_share`."""
     sys.path.insert(
         0, str(REPOSITORY)
     )  # here and not above: open_clip's environment runs this file too
@@ -120,6 +124,8 @@ def publish(
                     "scaled / open_clip": scaled and scaled / theirs,
                 }
             )
+        checking = {"measure": DIGESTS, "vlp": shares[name]}
+        rows.append({**dict.fromkeys(rows[-1]), "set": rows[-1]["set"], **checking})
     notes = (
         f"{args.workers} workers, batches of {BATCH}, median of {args.repeats} runs. CPU seconds are of all processes and threads. "
         f"Pixels against Pillow's: mean error {error[False]['mean']:.3f} levels, largest of a photo {error[False]['worst']:.3f}; "
@@ -316,6 +322,31 @@ def pixel_error(data: Path, scaled: bool) -> dict[str, float]:
             )
             errors.append(float(np.abs(found.astype(int) - expected).mean()))
     return {"mean": statistics.mean(errors), "worst": max(errors)}
+
+
+def digest_share(shards: Path, n: int = 300, rounds: int = 5) -> float:
+    """CPU time of comparing samples' digests, as a share of that of reading and decoding them."""
+    sys.path.insert(0, str(REPOSITORY))
+    from vlp.config import Augment, Captions
+    from vlp.data.decode import train_transform
+    from vlp.data.digests import digest_of
+    from vlp.data.sources.shards import Options
+    from vlp.data.sources.shards import open as open_shards
+    from vlp.types import ImageSpec
+
+    source = open_shards(Options(str(shards)), Captions())
+    samples = [source[i] for i in range(n)]
+    shares = []
+    for _ in range(rounds):
+        started = time.process_time()
+        for i in range(n):
+            train_transform(source[i].image, ImageSpec((224, 224)), Augment(), random.Random(i))
+        decoded = time.process_time()
+        for sample in samples:
+            texts = json.dumps(sample.meta).encode()
+            digest_of({"0.jpg": sample.image, "0.txt": texts, "0.json": texts})
+        shares.append((time.process_time() - decoded) / (decoded - started))
+    return statistics.median(shares)
 
 
 def peer_python(cache: Path) -> str:
