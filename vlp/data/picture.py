@@ -2,8 +2,8 @@
 
 The format is told by content, never by name, and only formats of IMAGE_FORMATS are opened: none of
 their readers runs other programs. Of animations and stacks of pages the first picture counts. The
-header is checked against the limits below before anything is decoded, and whatever goes wrong with
-one picture is a BadImage.
+header is checked against `vlp.data.picture_limits` before anything is decoded, and whatever goes
+wrong with one picture is a BadImage.
 
 - gray of 16 bits: the upper eight, v >> 8; 32-bit integers where they are 16-bit values; floats
   where they lie in [0, 1]
@@ -20,7 +20,6 @@ size; all else is Pillow's.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,21 +30,13 @@ import numpy as np
 from PIL import ExifTags, Image
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
+from vlp.data import picture_limits as limits
 from vlp.data.members import IMAGE_FORMATS
+from vlp.data.picture_limits import BadImage, CountedBytes
 from vlp.types import ON_WHITE, Decoding
 
-MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 268 MB of RGB
-MAX_SIDE = 65_535  # the longest that JPEG knows
-MAX_SCANS = 100  # of one JPEG; encoders write about ten, and each costs a pass over the picture
-MAX_SLOW_BYTES = 1 << 24  # for readers written in Python: about half a microsecond a byte
-
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for negatives
-_SLOW_READERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's names
 _JPEG = b"\xff\xd8\xff"
-_APP1, _START_OF_SCAN, _END_OF_IMAGE = 0xE1, 0xDA, 0xD9  # Exif and XMP lie in APP1
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a scan, 0 or a restart follows 0xFF
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frames, of every process
-_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 
 # By Exif orientation. Pillow counts its rotations counterclockwise.
 _TURNS = {
@@ -72,10 +63,6 @@ _FOREIGN = {
     b"PK\3\4": "a zip archive",
     b"\x1f\x8b\x08": "gzip",
 }
-
-
-class BadImage(ValueError):
-    """The bytes are no picture that can be used; the message says why."""
 
 
 class Header(NamedTuple):
@@ -131,7 +118,7 @@ def to_rgb(image: Image.Image, decoding: Decoding = ON_WHITE) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode == "La":  # premultiplied gray, from which Pillow knows one way
         image = image.convert("LA")
-    layer = image.convert("RGBA")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
     whole = Image.new("RGB", image.size, decoding.background)
     whole.paste(layer, mask=layer)
     return whole
@@ -199,66 +186,43 @@ def _fast_jpeg(data: bytes) -> _Jpeg | None:
         return None  # Pillow reads it, or says what is wrong
     if space in ("CMYK", "YCCK"):
         return None
-    _refuse_giant(height, width)
-    return _Jpeg(data, height, width, _read_markers(data))
-
-
-def _read_markers(data: bytes) -> bool:
-    """Whether a JPEG may carry an orientation (Exif, XMP). Raises BadImage for too many scans."""
-    at, n_components = 2, 0
-    has_metadata = progressive = False
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker == _START_OF_SCAN:
-            if progressive or data[at + 4] < n_components:
-                _refuse_scans(data, at)
-            return has_metadata
-        if marker == _APP1:
-            has_metadata = True
-        elif marker in _FRAMES:
-            progressive, n_components = marker in _PROGRESSIVE, data[at + 9]
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-
-    # Something lies between the segments. Decoders skip it, so nothing is known about the rest.
-    _refuse_scans(data, 2)
-    return True
-
-
-def _refuse_scans(data: bytes, start: int) -> None:
-    """Raise BadImage for more than MAX_SCANS scans between a marker and the end of the picture.
-
-    Phones append films behind that end, in which any marker may occur.
-    """
-    n_scans = 0
-    found = _MARKER.search(data, start)
-    while found and data[found.start() + 1] != _END_OF_IMAGE:
-        if data[found.start() + 1] == _START_OF_SCAN:
-            n_scans += 1
-        if n_scans > MAX_SCANS:
-            raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, slow to decode; save it again")
-        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
-        found = _MARKER.search(data, found.end() + length)
+    limits.refuse_giant(height, width, "JPEG")
+    markers = limits.read_markers(data)
+    limits.refuse_slow_jpeg(height, width, len(data), markers)
+    return _Jpeg(data, height, width, markers.has_metadata)
 
 
 def _open(data: bytes) -> Image.Image:
-    if data.startswith(_JPEG):
-        _read_markers(data)
+    limits.refuse_tiles(data)
     try:
         with _quietly():
-            image = Image.open(BytesIO(data), formats=tuple(IMAGE_FORMATS))
+            image = Image.open(CountedBytes(data), formats=tuple(IMAGE_FORMATS))
+    except BadImage:
+        raise
+    # Pillow's readers raise SyntaxError, struct.error, ValueError, OverflowError and others for
+    # bytes that they did not expect.
     except Exception as error:
         raise BadImage(f"no readable image: {_why_unreadable(data, error)}") from None
-    _refuse_giant(image.height, image.width)
-    if image.tile and image.tile[0].codec_name in _SLOW_READERS and len(data) > MAX_SLOW_BYTES:
-        raise BadImage(
-            f"{len(data)} bytes of a rare form of {image.format}, which is slow to read; "
-            "save it as PNG"
-        )
+
+    _refuse_costly(image, data)
     _scale_transparent_colour(image)
     return image
+
+
+def _refuse_costly(image: Image.Image, data: bytes) -> None:
+    """Raise BadImage for a picture, opened by Pillow, that needs too much time or memory."""
+    height, width, n_bytes = image.height, image.width, len(data)
+    if not data.startswith(_JPEG):
+        limits.refuse_giant(height, width, image.format)
+        codec = image.tile[0].codec_name if image.tile else ""
+        compression = image.info.get("compression", "")
+        limits.refuse_slow(height, width, n_bytes, image.format, codec, compression)
+        return
+
+    limits.refuse_giant(height, width, "JPEG")  # MPO, too, is one
+    limits.refuse_slow_jpeg(height, width, n_bytes, limits.read_markers(data))
+    if image.mode == "CMYK":
+        limits.refuse_slow(height, width, n_bytes, "CMYK")
 
 
 @contextmanager
@@ -280,13 +244,6 @@ def _why_unreadable(data: bytes, error: Exception) -> str:
     if kind:
         return f"found {kind}, expected {', '.join(IMAGE_FORMATS)}; convert it or leave it out"
     return str(error).split("<")[0].strip()[:100]
-
-
-def _refuse_giant(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"an image of {width}×{height} pixels, more than {MAX_PIXELS}")
-    if max(height, width) > MAX_SIDE:
-        raise BadImage(f"an image of {width}×{height} pixels, with a side of more than {MAX_SIDE}")
 
 
 def _undecodable(kind: str | None, error: Exception) -> BadImage:
