@@ -32,10 +32,10 @@ _BYTES_A_PIXEL = 20  # of memory at most, by WebP and by floats; libjpeg-turbo t
 # Nanoseconds a pixel and a byte, on one core of 2024 with memory that is touched for the first
 # time. The bytes of noise are the slowest, and a bomb's pixels have none.
 _COSTS = {
-    "JPEG": (7.0, 6.0),
-    "CMYK": (16.0, 6.0),  # a JPEG that Pillow converts
-    "PNG": (16.0, 1.0),
-    "WEBP": (18.0, 44.0),
+    "JPEG": (11.0, 6.0),
+    "CMYK": (18.0, 6.0),  # a JPEG that Pillow converts
+    "PNG": (18.0, 1.0),
+    "WEBP": (22.0, 44.0),
     "GIF": (11.0, 3.0),
     "BMP": (6.0, 1.0),
     "TIFF": (14.0, 6.0),
@@ -43,7 +43,7 @@ _COSTS = {
     "PPM": (6.0, 1.0),
     "JPEG2000": (30.0, 125.0),
 }
-_PROGRESSIVE = (15.0, 22.0)  # a JPEG, whose coefficients are held until its last scan
+_PROGRESSIVE = (18.0, 22.0)  # a JPEG, whose coefficients are held until its last scan
 _NS_A_PIXEL_AND_SCAN = 0.5
 _SLOW_TIFF = (60.0, 60.0)  # compressed with LZMA or as WebP
 _SLOW_READER = (50.0, 500.0)  # written in Python
@@ -119,6 +119,7 @@ def refuse_slow(
     elif compression in ("lzma", "webp"):
         costs = _SLOW_TIFF
 
+    # A decoder stops where its picture is full, whatever follows; readers in Python read all.
     area = height * width
     if codec not in _SLOW_READERS:
         n_bytes = min(n_bytes, _MOST_BYTES_A_PIXEL * area + (1 << 16))
@@ -162,6 +163,7 @@ def read_markers(data: bytes) -> Markers:
             several = progressive or data[at + 4] < n_components
             n_scans = _count_scans(data, at) if several else 1
             return Markers(has_metadata, progressive, n_scans)
+
         if marker == _APP1:
             has_metadata = True
         elif marker in _FRAMES:
@@ -176,11 +178,13 @@ def _count_scans(data: bytes, start: int) -> int:
     Phones append films behind that end, in which any marker may occur.
     """
     n_scans = n_markers = 0
+
     marker = _MARKER.search(data, start)
     while marker and data[marker.start() + 1] != _END_OF_IMAGE:
         n_markers += 1
         if data[marker.start() + 1] == _START_OF_SCAN:
             n_scans += 1
+
         if n_scans > MAX_SCANS:
             raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, slow to decode; save it again")
         if n_markers > _MAX_STEPS:
@@ -206,6 +210,7 @@ def refuse_tiles(data: bytes) -> None:
 
 
 def _check_tiles(data: bytes, order: str) -> None:
+    # BigTIFF has wider counts and places.
     big = struct.unpack_from(order + "H", data, 2)[0] == 43
     if big:
         count_form, entry_form, entry_bytes = "Q", "HHQQ", 20
