@@ -13,21 +13,14 @@ from vlp.data.members import Content, open_sample
 # Offset and bytes of the sample's members, number of its form, digest of its members, the most
 # negatives and the most counterfactuals that belong to one of its captions, flags.
 ROW = struct.Struct("<QIIIBBH")
-EXTENT = struct.Struct(
-    "<QI"
-)  # offset and bytes of some members of a sample whose members do not follow one another
+# Offset and bytes of some members of a sample whose members do not follow one another.
+EXTENT = struct.Struct("<QI")
 
 CLASS = 1  # flag: the sample's JSON names its class
-LABELS = {
-    "score": 2,
-    "negative_scores": 16,
-    "concepts": 32,
-}  # flags: numbers of the sample's JSON that terms read
+LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}  # flags: numbers that terms read
 PICTURED = 4  # flag: it has an image of its first negative
 CONTINUES = 8  # flag: its origin is that of the sample before it
-SCATTERED = (
-    64  # flag: offset is the number of its first extent, of as many as have its bytes together
-)
+SCATTERED = 64  # flag: offset is the number of its first extent, of as many as have its bytes
 
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
 _KINDS = 40  # different kinds of what was left out; further ones are counted together
@@ -46,17 +39,14 @@ class Shard:
     n_problems: int = 0  # those, and what is odd or damaged besides
     n_damaged: int = 0  # places where the tar is damaged, or no tar
     problems: list[str] = field(default_factory=list)
-    left_out: dict[str, int] = field(
-        default_factory=dict
-    )  # how many samples, texts and members, by what they are
-    # SHA-256, in hex, of the keys of `rows`, one a line: what lies beside a shard can name it by
-    # them
+    # How many samples, texts and members, by what they are.
+    left_out: dict[str, int] = field(default_factory=dict)
+    # SHA-256, in hex, of the keys of `rows`, one a line: what lies beside a shard names it so.
     keys: str = ""
     texts: str = ""  # SHA-256, in hex, of the bytes of their text members
     content: str = ""  # SHA-256, in hex, of the digests of `rows`; empty: not known
-    forms: list[Form] = field(
-        default_factory=list
-    )  # which texts samples have; a row names one of them by its number
+    # Which texts samples have; a row names one of them by its number.
+    forms: list[Form] = field(default_factory=list)
     rows: bytes = b""
     extents: bytes = b""
 
@@ -67,10 +57,13 @@ class Shard:
         self.n_problems += 1
         if len(self.problems) < _KEPT:
             self.problems.append(f"{key}: {reason}" if key else reason)
+
+        # Details differ from sample to sample; kinds can be counted.
         self.pass_over(reason.partition(": ")[0])
 
     def pass_over(self, kind: str, n: int = 1) -> None:
         """Count what no reader looks at."""
+        # A hostile tar may hold a million extensions.
         if kind not in self.left_out and len(self.left_out) >= _KINDS:
             kind = "of further kinds"
         self.left_out[kind] = self.left_out.get(kind, 0) + n
@@ -86,25 +79,27 @@ class Shard:
     def places(self, i: int) -> list[tuple[int, int]]:
         """(offset, bytes) of the members of sample i."""
         offset, length, *_, flags = ROW.unpack_from(self.rows, i * ROW.size)
-        return extents(self.extents, offset, length) if flags & SCATTERED else [(offset, length)]
+        if flags & SCATTERED:
+            return extents(self.extents, offset, length)
+        return [(offset, length)]
 
 
 def extents(table: bytes | memoryview, first: int, length: int) -> list[tuple[int, int]]:
     """(offset, bytes) of the extents from number `first` on that are `length` bytes together."""
     places = []
     while length > 0:
-        place = EXTENT.unpack_from(table, first * EXTENT.size)
-        places.append(place)
-        first, length = first + 1, length - place[1]
+        offset, n_bytes = EXTENT.unpack_from(table, first * EXTENT.size)
+        places.append((offset, n_bytes))
+        first += 1
+        length -= n_bytes
     return places
 
 
 def said(left_out: Mapping[str, int]) -> str:
     """What was left out, in one line, the commonest first."""
     common = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
-    return ", ".join(f"{left_out[kind]:,} × {kind}" for kind in common[:10]) + (
-        ", …" if len(common) > 10 else ""
-    )
+    more = ", …" if len(common) > 10 else ""
+    return ", ".join(f"{left_out[kind]:,} × {kind}" for kind in common[:10]) + more
 
 
 def labels_of(meta: dict[str, Any]) -> Set[str]:
@@ -112,17 +107,17 @@ def labels_of(meta: dict[str, Any]) -> Set[str]:
 
     A list may be empty only as the scores of no negatives.
     """
-    found = LABELS.keys() & meta.keys()
-    if not found:
-        return found
-    lists = {name: [meta[name]] if name == "score" else meta[name] for name in found}
-    return frozenset(
-        name
-        for name, values in lists.items()
-        if isinstance(values, list)
-        and all(isinstance(v, (int, float)) for v in values)
-        and (values or (name == "negative_scores" and not meta.get("negatives")))
-    )
+    labels = set()
+    for name in LABELS.keys() & meta.keys():
+        values = [meta[name]] if name == "score" else meta[name]
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
+            continue
+
+        # Where a sample has no negatives, no scores are right.
+        may_be_empty = name == "negative_scores" and not meta.get("negatives")
+        if values or may_be_empty:
+            labels.add(name)
+    return labels
 
 
 def read_extents(file: BinaryIO, places: Sequence[tuple[int, int]]) -> bytes:
