@@ -127,9 +127,10 @@ def publish(
         checking = {"measure": DIGESTS, "vlp": shares[name]}
         rows.append({**dict.fromkeys(rows[-1]), "set": rows[-1]["set"], **checking})
     notes = (
-        f"{args.workers} workers, batches of {BATCH}, median of {args.repeats} runs. CPU seconds are of all processes and threads. "
-        f"Pixels against Pillow's: mean error {error[False]['mean']:.3f} levels, largest of a photo {error[False]['worst']:.3f}; "
-        f"with scaled decoding {error[True]['mean']:.2f} and {error[True]['worst']:.1f}."
+        f"{args.workers} workers, batches of {BATCH}, median of {args.repeats} runs. CPU seconds "
+        "are of all processes and threads. Pixels against Pillow's: mean error "
+        f"{error[False]['mean']:.3f} levels, largest of a photo {error[False]['worst']:.3f}; with "
+        f"scaled decoding {error[True]['mean']:.2f} and {error[True]['worst']:.1f}."
     )
     report.publish("loader", "Loader beside open_clip's webdataset pipeline", rows, args, notes)
 

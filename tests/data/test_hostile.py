@@ -333,7 +333,8 @@ def test_too_many_bad_samples_end_the_run_with_a_report(tmp_path):
     loader = loader_of(data_of(tmp_path), 20)
     with pytest.raises(
         DataError,
-        match=r"1[789] samples could not be used by step \d(.|\n)*sample \d+ '0000\d+': BadImage: .*",
+        match=r"1[789] samples could not be used by step \d(.|\n)*"
+        r"sample \d+ '0000\d+': BadImage: .*",
     ):
         for _ in range(100):
             next(loader)

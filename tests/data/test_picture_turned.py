@@ -1,4 +1,4 @@
-"""Pictures are shown upright: every orientation in every format, in crops, and with damaged Exif."""
+"""Pictures are shown upright: every orientation in every format, in crops, with damaged Exif."""
 
 from __future__ import annotations
 

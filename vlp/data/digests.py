@@ -56,9 +56,11 @@ def beside(path: Path) -> dict[str, int] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{stats.name} cannot be read ({type(error).__name__})") from None
 
+    # img2dataset's statistics, and those of older versions of this project, hold none.
     digests = content.get("digests") if isinstance(content, dict) else None
     if not isinstance(digests, dict) or _METHOD not in digests:
-        return None  # img2dataset's statistics, or those of an older version of this project
+        return None
+
     try:
         return {key: int(digest, 16) for key, digest in digests[_METHOD].items()}
     except (AttributeError, TypeError, ValueError) as error:

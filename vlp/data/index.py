@@ -19,6 +19,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 from vlp import log
 from vlp.data.digests import UNKNOWN
@@ -40,26 +41,29 @@ def index(paths: list[Path]) -> list[Shard]:
 
     Raises ValueError for what is no tar to read from.
     """
-    known: dict[Path, dict[str, Shard]] = {}
-    result, changed = [], set()
+    known: dict[Path, dict[str, Shard]] = {}  # by folder and name
+    shards: list[Shard] = []
+    changed: set[Path] = set()
     try:
         for path in paths:
-            if path.parent not in known:
-                known[path.parent] = _load(path.parent)
+            folder = path.parent
+            if folder not in known:
+                known[folder] = _load(folder)
             try:
                 status = path.stat()
             except OSError as error:
                 raise ValueError(unreadable(path, error)) from None
-            shard = known[path.parent].get(path.name)
+
+            # Of a thousand shards one may be new: only that one is read.
+            shard = known[folder].get(path.name)
             if shard is None or not _is_current(shard, status):
-                shard = scan(path)
-                known[path.parent][path.name] = shard
-                changed.add(path.parent)
-            result.append(shard)
+                shard = known[folder][path.name] = scan(path)
+                changed.add(folder)
+            shards.append(shard)
     finally:  # where one cannot be read, the others are known the next time
         for folder in changed:
             _save(folder, known[folder])
-    return result
+    return shards
 
 
 def _is_current(shard: Shard, status: os.stat_result) -> bool:
@@ -85,7 +89,8 @@ def _load(folder: Path) -> dict[str, Shard]:
         try:
             data = place.read_bytes()
         except OSError:
-            continue
+            continue  # there is none
+
         try:
             return parse_index(data)
         except OldIndex:
@@ -112,9 +117,11 @@ def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
         raise ValueError("it starts with other bytes")
 
     row_bytes = _ROW_BEFORE.size if without else ROW.size
+    # A damaged row would lead to the bytes of other samples.
     start = len(_MAGIC) + _SUM_BYTES
     if hashlib.sha256(data[start:]).digest() != data[len(_MAGIC) : start]:
         raise ValueError("its check sum is that of other bytes")
+
     position = start + 8
     length = int.from_bytes(data[start:position], "little")
     shards = []
@@ -131,6 +138,7 @@ def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
             position = end
     except (TypeError, KeyError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"its header is none ({type(error).__name__})") from None
+
     if position != len(data):
         raise ValueError(f"it has {len(data)} bytes instead of {position}")
     return {shard.name: shard for shard in shards}
@@ -146,13 +154,15 @@ def _with_unknown_digests(rows: bytes) -> bytes:
 
 def save_index(path: Path, shards: dict[str, Shard]) -> None:
     """Write an index file; raises OSError."""
-    header, body = [], []
+    header: list[dict[str, Any]] = []
+    body: list[bytes] = []
     for shard in shards.values():
-        fields = {
-            name: value for name, value in vars(shard).items() if name not in ("rows", "extents")
-        }
+        # Rows and extents follow the header as bytes; JSON would triple them.
+        fields = dict(vars(shard))
+        del fields["rows"], fields["extents"]
         header.append({**fields, "n_extents": len(shard.extents) // EXTENT.size})
         body += [shard.rows, shard.extents]
+
     encoded = json.dumps(header).encode()
     content = len(encoded).to_bytes(8, "little") + encoded + b"".join(body)
 
@@ -161,12 +171,15 @@ def save_index(path: Path, shards: dict[str, Shard]) -> None:
 
 
 def _save(folder: Path, shards: dict[str, Shard]) -> None:
+    """Write the index of a folder's shards, without those that are gone, where that is possible."""
     kept = {name: shards[name] for name in sorted(shards) if (folder / name).exists()}
+
     beside, cached = _places(folder)
     try:
         return save_index(beside, kept)
     except OSError:
         pass  # a read-only folder is normal for shared data: the cache is the second place
+
     try:
         save_index(cached, kept)
     except OSError as error:

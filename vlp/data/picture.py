@@ -97,6 +97,8 @@ def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Imag
             if side:
                 image.draft("RGB", (side, side))
             image.load()
+
+            # Turned last: transparency and colours are of the stored pixels.
             turn = _TURNS.get(_orientation(image)) if decoding.exif else None
             picture = to_rgb(image, decoding)
             return picture if turn is None else picture.transpose(turn)
@@ -116,9 +118,11 @@ def to_rgb(image: Image.Image, decoding: Decoding = ON_WHITE) -> Image.Image:
         return _from_wide_gray(image, decoding)
     if not _has_transparency(image):
         return image if image.mode == "RGB" else image.convert("RGB")
+
     if image.mode == "La":  # premultiplied gray, from which Pillow knows one way
         image = image.convert("LA")
     layer = image if image.mode == "RGBA" else image.convert("RGBA")
+    # A picture without the alpha channel would show what lies hidden behind it.
     whole = Image.new("RGB", image.size, decoding.background)
     whole.paste(layer, mask=layer)
     return whole
@@ -134,13 +138,15 @@ def array(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> np.nda
     if jpeg is None:
         picture = rgb(data, decoding)
         try:
-            return np.array(picture)
+            return np.array(picture)  # a copy: tensors of it must be writable
         except MemoryError as error:
             raise _undecodable(None, error) from None
 
     height, width = (-(-side // shrink) for side in (jpeg.height, jpeg.width))
     try:
         pixels = decode_jpeg(data, min_height=height, min_width=width, min_factor=shrink)
+    # simplejpeg raises ValueError for what it does not decode and MemoryError; which else, it does
+    # not say, and one picture must not end a run.
     except Exception as error:
         raise _undecodable("JPEG", error) from None
     return _turned(pixels, jpeg.orientation()) if decoding.exif else pixels
@@ -173,19 +179,23 @@ class _Jpeg(NamedTuple):
         try:
             with _quietly():
                 return _orientation(Image.open(BytesIO(self.data), formats=("JPEG",)))
-        except Exception:  # damaged metadata never cost the picture
+        # Whatever damaged metadata make Pillow raise: they never cost the picture.
+        except Exception:
             return 1
 
 
 def _fast_jpeg(data: bytes) -> _Jpeg | None:
+    """A JPEG that simplejpeg decodes; None for all else. Raises BadImage for a costly one."""
     if not data.startswith(_JPEG):
         return None
     try:
         height, width, space, _ = decode_jpeg_header(data)
+    # Pillow reads what simplejpeg refuses, or says what is wrong with it.
     except Exception:
-        return None  # Pillow reads it, or says what is wrong
+        return None
     if space in ("CMYK", "YCCK"):
         return None
+
     limits.refuse_giant(height, width, "JPEG")
     markers = limits.read_markers(data)
     limits.refuse_slow_jpeg(height, width, len(data), markers)
@@ -194,6 +204,7 @@ def _fast_jpeg(data: bytes) -> _Jpeg | None:
 
 def _open(data: bytes) -> Image.Image:
     limits.refuse_tiles(data)
+
     try:
         with _quietly():
             image = Image.open(CountedBytes(data), formats=tuple(IMAGE_FORMATS))
@@ -235,12 +246,15 @@ def _quietly() -> Iterator[None]:
 
 
 def _why_unreadable(data: bytes, error: Exception) -> str:
+    """Why bytes are no picture, in words: what they are, where that is known."""
     if not data:
         return "the file is empty"
+
     beginning = data[:64].lstrip()
     kind = next((name for start, name in _FOREIGN.items() if beginning.startswith(start)), "")
     if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
         kind = f"the container {data[8:12].decode('latin-1').strip()!r} (HEIC, or a film)"
+
     if kind:
         return f"found {kind}, expected {', '.join(IMAGE_FORMATS)}; convert it or leave it out"
     return str(error).split("<")[0].strip()[:100]
@@ -255,10 +269,11 @@ def _orientation(image: Image.Image) -> int:
     """The Exif orientation, 1 to 8; 1 where there is none or it is damaged."""
     try:
         # Not the PNG class's own: it would decode the whole picture to look for Exif behind it.
-        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    # Exif is read by Pillow's TIFF reader, which raises anything for damaged bytes.
     except Exception:
         return 1
-    return found if found in _TURNS else 1
+    return orientation if orientation in _TURNS else 1
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -279,17 +294,21 @@ def _has_transparency(image: Image.Image) -> bool:
 
 def _scale_transparent_colour(image: Image.Image) -> None:
     """Bring a PNG's transparent colour, which Pillow gives as stored, to the pixels' eight bits."""
-    found = image.info.get("transparency")
-    if image.format != "PNG" or not image.tile or isinstance(found, bytes) or found is None:
+    if image.format != "PNG" or not image.tile:
         return
+    stored = image.info.get("transparency")
+    if stored is None or isinstance(stored, bytes):  # none, or one value a palette's colour
+        return
+
     raw_mode = image.tile[0].args
     if raw_mode == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in found)
+        image.info["transparency"] = tuple(value >> 8 for value in stored)
     elif raw_mode in ("L;2", "L;4"):
-        image.info["transparency"] = found * {"L;2": 85, "L;4": 17}[raw_mode]
+        image.info["transparency"] = stored * {"L;2": 85, "L;4": 17}[raw_mode]
 
 
 def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
+    """RGB of gray in floats or in more than eight bits."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F":
@@ -305,13 +324,14 @@ def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
         dark = image.mode == "I" and image.format != "PPM" and high < 256
         if not 0 <= low <= high < 1 << 16 or dark:
             raise BadImage(
-                f"integers from {low} to {high} in {values.itemsize * 8} bits; expected 16-bit values, "
-                "of which the upper eight bits count: save the picture with 8 or 16 bits"
+                f"integers from {low} to {high} in {values.itemsize * 8} bits; expected 16-bit "
+                "values, of which the upper eight bits count: save the picture with 8 or 16 bits"
             )
         gray = values >> 8
         # Pillow inverts a TIFF's white-is-zero gray at 8 bits only; radiographs come so at 16.
         if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             gray = 255 - gray
+
     picture = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
 
     transparent = image.info.get("transparency")

@@ -257,7 +257,9 @@ class Steps(Dataset):
 
         augment, views = self.data.augment, self.data.views
         if views is None:
-            out["image"].copy_(decode.train_transform(sample.image, self.image, augment, chance("pixels")))
+            out["image"].copy_(
+                decode.train_transform(sample.image, self.image, augment, chance("pixels"))
+            )
         else:
             image = decode.decode(
                 sample.image, self.image.decoding

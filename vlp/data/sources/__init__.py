@@ -32,8 +32,10 @@ class Contents:
 
     def differing(self, joined: str) -> list[str]:
         """In words, which shards have other digests than those of a checkpoint, joined there."""
+        # An index of the version before knows no digests, so nothing is said of its shards.
         before = [joined[i : i + self.DIGITS] for i in range(0, len(joined), self.DIGITS)]
         unknown = "-" * self.DIGITS
+
         changed = [
             name
             for name, old, new in zip(self.names, before, self.digests)
@@ -41,6 +43,7 @@ class Contents:
         ]
         if not changed:
             return []
+
         listed = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
         return [f"{len(changed)} of {len(self.names)} shards hold other content now: {listed}"]
 
@@ -49,9 +52,8 @@ class Contents:
 class Common:
     """Keys of every source."""
 
-    weight: float | None = (
-        None  # share of the samples drawn; None for all sources: every sample once an epoch
-    )
+    # Share of the samples drawn; None for all sources: every sample once an epoch.
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.weight <= 0:
@@ -65,9 +67,8 @@ class Source(Protocol):
     A source inherits this protocol and overrides what it offers.
     """
 
-    n_left_out: int = (
-        0  # samples that exist but cannot be used (damaged, without text where those are dropped)
-    )
+    # Samples that exist but cannot be used (damaged, without text where those are dropped).
+    n_left_out: int = 0
     n_negatives: int = 0  # most hard-negative captions of any caption
     n_counterfactuals: int = 0  # most counterfactual captions of any caption
     pictured: bool = False  # some sample has an image of its first negative
@@ -111,7 +112,8 @@ class Source(Protocol):
     def n_captions(self) -> np.ndarray:
         """How many captions each sample has, int64 [n]."""
         raise ValueError(
-            f"{type(self).__name__} does not know how many captions its samples have; pack it into shards"
+            f"{type(self).__name__} does not know how many captions its samples have; "
+            "pack it into shards"
         )
 
     def origins(self) -> np.ndarray:
@@ -131,9 +133,8 @@ def captions_of(
     """
     if captions or not config.class_templates:
         return captions
+
     name = meta.get("class")
-    return (
-        tuple(template.replace("{}", name) for template in config.class_templates)
-        if isinstance(name, str)
-        else ()
-    )
+    if not isinstance(name, str):
+        return ()
+    return tuple(template.replace("{}", name) for template in config.class_templates)
