@@ -54,7 +54,8 @@ class Texts:
 
     def __post_init__(self) -> None:
         shares = self.captions.values() if isinstance(self.captions, dict) else []
-        if len(set(self.captions)) < len(self.captions) or min(shares, default=1) <= 0:
+        repeated = len(set(self.captions)) < len(self.captions)
+        if repeated or min(shares, default=1) <= 0:
             raise ValueError(
                 f"captions is {self.captions}; expected different names, with shares above 0 where "
                 "it has shares"
@@ -158,8 +159,11 @@ def listed(names: Mapping[str, int]) -> str:
     common = sorted(names, key=lambda name: (-names[name], name))
     if not common:
         return "none"
-    more = ", …" if len(common) > 20 else ""
-    return ", ".join(f"{name} ({names[name]:,})" for name in common[:20]) + more
+
+    shown = [f"{name} ({names[name]:,})" for name in common[:20]]
+    if len(common) > 20:
+        shown.append("…")
+    return ", ".join(shown)
 
 
 def read_texts(members: dict[str, bytes]) -> TextMembers:
@@ -207,11 +211,13 @@ def form_of(meta: dict[str, Any], text: str) -> Form:
 
 def cut(form: Form) -> Form:
     """A form without what nobody would name: fields beyond the first 64, and endless names."""
-    if len(form) <= _MAX_NAMES and len(max(form, key=len, default="")) <= _MAX_NAMES:
+    longest = max(map(len, form), default=0)
+    if max(len(form), longest) <= _MAX_NAMES:
         return form
 
     names = [name for name in form if len(name) <= _MAX_NAMES][:_MAX_NAMES]
-    return {name: n for name, n in form.items() if name in {*names, *USUAL, TEXT_FILE}}
+    kept = {*names, *USUAL, TEXT_FILE}
+    return {name: n for name, n in form.items() if name in kept}
 
 
 def lines_of(text: str) -> list[str]:
@@ -322,7 +328,8 @@ def _note_odd_captions(value: dict[str, Any], notes: list[str]) -> None:
             if entry is not None and not isinstance(entry, str) and not text_in(entry)
         ]
         if odd:
-            notes.append(f"no text in the JSON's {name}: {json.dumps(odd[0])[:40]} is left out")
+            example = json.dumps(odd[0])[:40]
+            notes.append(f"no text in the JSON's {name}: {example} is left out")
 
 
 def _without_surrogates(value: Any, notes: list[str]) -> Any:

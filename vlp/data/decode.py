@@ -43,8 +43,9 @@ def train_transform(data: bytes, spec: ImageSpec, augment: Augment, rng: random.
     box = crop_box(*size, augment, rng)
     shrink = _shrink_for(box[2:], spec.size)
     top, left, height, width = (round(side / shrink) for side in box)
-    image = decode(data, spec.decoding, shrink)[:, top : top + height, left : left + width]
-    return _augmented(image, spec, augment, rng)
+    image = decode(data, spec.decoding, shrink)
+    crop = image[:, top : top + height, left : left + width]
+    return _augmented(crop, spec, augment, rng)
 
 
 def _shrink_for(crop: tuple[int, int], size: tuple[int, int]) -> int:
@@ -60,7 +61,8 @@ def random_crop(image: Tensor, spec: ImageSpec, augment: Augment, rng: random.Ra
 
     A pure function of its arguments and the state of `rng`.
     """
-    top, left, height, width = crop_box(image.shape[1], image.shape[2], augment, rng)
+    _, full_height, full_width = image.shape
+    top, left, height, width = crop_box(full_height, full_width, augment, rng)
     crop = image[:, top : top + height, left : left + width]
     return _augmented(crop, spec, augment, rng)
 
@@ -95,8 +97,10 @@ def blurred(image: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of standard deviation `sigma` pixels, mirrored at the borders: uint8 [3, H, W]
     like `image`.
     """
+    # Mirroring needs more pixels than it adds.
     radius = min(math.ceil(3 * sigma), min(image.shape[1:]) - 1)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
 
     # A Gaussian is separable: rows first, then columns.
@@ -109,14 +113,16 @@ def crop_box(
     height: int, width: int, augment: Augment, rng: random.Random
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) with the distribution of torchvision's RandomResizedCrop."""
-    low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
+    low, high = map(math.log, augment.ratio)
     for _ in range(10):
         area = height * width * rng.uniform(*augment.scale)
         ratio = math.exp(rng.uniform(low, high))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+            top = rng.randint(0, height - h)
+            left = rng.randint(0, width - w)
+            return top, left, h, w
 
     # No crop of these shapes fits: the whole image, cut centrally to the nearest allowed ratio.
     ratio = min(max(width / height, augment.ratio[0]), augment.ratio[1])
@@ -153,7 +159,8 @@ def eval_transform(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
         ratio = min(image.height / height, image.width / width)
         size = (round(image.width / ratio), round(image.height / ratio))
 
-    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    left = round((size[0] - width) / 2.0)
+    top = round((size[1] - height) / 2.0)
     box = (left, top, left + width, top + height)
     # A strip of a pixel would become gigabytes before it is cut.
     if size[0] > image.width and max(size) > _THIN * max(spec.size):
@@ -177,11 +184,13 @@ def _resized_part(
     across, down = image.width / size[0], image.height / size[1]
     left, right = box[0] * across, box[2] * across
     top, bottom = box[1] * down, box[3] * down
-    width, height = box[2] - box[0], box[3] - box[1]
+    width = box[2] - box[0]
+    height = box[3] - box[1]
 
     # Cut to what the filter can reach: Pillow's 32-bit coordinates within so small a part are
     # exact.
-    x, y = max(0, math.floor(left) - _REACH), max(0, math.floor(top) - _REACH)
+    x = max(0, math.floor(left) - _REACH)
+    y = max(0, math.floor(top) - _REACH)
     end_x = min(image.width, math.ceil(right) + _REACH)
     end_y = min(image.height, math.ceil(bottom) + _REACH)
     part = image.crop((x, y, end_x, end_y))

@@ -98,8 +98,10 @@ def extents(table: bytes | memoryview, first: int, length: int) -> list[tuple[in
 def said(left_out: Mapping[str, int]) -> str:
     """What was left out, in one line, the commonest first."""
     common = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
-    more = ", …" if len(common) > 10 else ""
-    return ", ".join(f"{left_out[kind]:,} × {kind}" for kind in common[:10]) + more
+    shown = [f"{left_out[kind]:,} × {kind}" for kind in common[:10]]
+    if len(common) > 10:
+        shown.append("…")
+    return ", ".join(shown)
 
 
 def labels_of(meta: dict[str, Any]) -> Set[str]:

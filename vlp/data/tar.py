@@ -118,8 +118,11 @@ def find_header(file: BinaryIO, position: int, end: int) -> int:
         file.seek(position)
         chunk = file.read(min(1 << 20, end - position))
         for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if chunk[i + 257 : i + 262] == b"ustar" and _is_header(chunk[i : i + BLOCK]):
-                return position + i  # else the word occurs in an image; keep looking
+            # The word may occur in an image, too; then the check sum is wrong.
+            if chunk[i + 257 : i + 262] != b"ustar":
+                continue
+            if _is_header(chunk[i : i + BLOCK]):
+                return position + i
         position += len(chunk) // BLOCK * BLOCK
     return end
 
@@ -175,7 +178,8 @@ def _header(header: bytes, position: int) -> tuple[bytes, str, int]:
 
     name = header[:100].split(b"\0", 1)[0]
     if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+        folder = header[345:500].split(b"\0", 1)[0]
+        name = folder + b"/" + name
     return header[156:157], name.decode("utf-8", "replace"), size
 
 
@@ -217,7 +221,8 @@ def packed_with(head: bytes) -> str:
 
 def foreign(head: bytes) -> str:
     """What a file with this beginning is and what to do with it; "" for a tar or unknown bytes."""
-    return next((name for magic, name in _FOREIGN.items() if head.lstrip().startswith(magic)), "")
+    head = head.lstrip()
+    return next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), "")
 
 
 def open_packed(path: Path) -> BinaryIO:

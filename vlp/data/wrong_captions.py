@@ -66,7 +66,8 @@ def read(meta: dict[str, Any], field: str, captions: Sequence[str]) -> WrongCapt
     mask = meta.get(f"{field}_valid")
     if not isinstance(mask, list) or len(mask) != len(texts):
         mask = [True] * len(texts)  # none, or that of other texts
-    valid = [bool(text.strip()) and bool(counts) for text, counts in zip(texts, mask)]
+    has_words = [bool(text.strip()) for text in texts]
+    valid = [words and bool(counts) for words, counts in zip(has_words, mask)]
     if numbers is None:
         return WrongCaptions(texts, valid, [None] * len(texts))
 
@@ -88,7 +89,8 @@ def problems(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
 def _numbered(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
     """The captions as the JSON numbers them: there may be blank ones, and more than are used."""
     written = meta.get("captions")
-    if not isinstance(written, list) or not all(isinstance(caption, str) for caption in written):
+    all_texts = isinstance(written, list) and all(isinstance(caption, str) for caption in written)
+    if not all_texts:
         written = Choice().captions(meta, "") or captions
     return [caption.strip() for caption in written]
 

@@ -48,7 +48,8 @@ class Table:
         begins = np.diff(origin, prepend=0) > 0
 
         rows = self.rows[kept]
-        rows["flags"] = np.where(begins, rows["flags"] & ~np.uint16(CONTINUES), rows["flags"])
+        flags = rows["flags"]
+        rows["flags"] = np.where(begins, flags & ~np.uint16(CONTINUES), flags)
         return Table(rows, self.n_texts[kept], self.shard_of[kept], self.place[kept])
 
 

@@ -183,7 +183,9 @@ def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -
 
 
 def _place(folder: str) -> Path:
-    return cache_folder() / "index" / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.bin"
+    """Where an index that is made here of a folder's shards lies."""
+    digest = hashlib.sha256(folder.encode()).hexdigest()
+    return cache_folder() / "index" / f"{digest[:16]}.bin"
 
 
 def _known(folder: str, url: str, cache: Cache) -> tuple[dict[str, Shard], bool]:
@@ -233,7 +235,8 @@ class Remote(Source):
         return len(self.shards)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.shards.sample(i, self._copy(self.shards.paths[self.shards.shard_of(i)]))
+        url = self.shards.paths[self.shards.shard_of(i)]
+        return self.shards.sample(i, self._copy(url))
 
     def _copy(self, url: str) -> str:
         """The local copy of a shard. One that failed rests, or each of its samples would wait for

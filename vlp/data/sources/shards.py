@@ -178,7 +178,8 @@ class Shards(Source):
         """
         # Numbers of extents become those of the table of all shards.
         rows, all_extents = table.rows.copy(), b"".join(shard.extents for shard in shards)
-        firsts = np.cumsum([0, *(len(shard.extents) // EXTENT.size for shard in shards)])
+        counts = [len(shard.extents) // EXTENT.size for shard in shards]
+        firsts = np.cumsum([0, *counts])
         moved = np.where(table.has(SCATTERED), firsts[table.shard_of], 0)
         rows["offset"] += moved.astype(np.uint64)
 
@@ -244,7 +245,8 @@ class Shards(Source):
 
     def sample(self, i: int, path: str) -> Sample:
         """Sample i, read from `path`, a copy of its shard."""
-        offset, length, _, digest, *_, flags = ROW.unpack_from(self._rows.numpy(), i * ROW.size)
+        row = ROW.unpack_from(self._rows.numpy(), i * ROW.size)
+        offset, length, _, digest, *_, flags = row
         places = [(offset, length)]
         if flags & SCATTERED:
             places = extents(self._extents.numpy(), offset, length)
@@ -304,7 +306,8 @@ class Shards(Source):
     def contents(self) -> Contents:
         names = [Path(path).name for path in self.paths]
         digits = Contents.DIGITS
-        digests = [self._contents[i * digits : (i + 1) * digits] for i in range(len(names))]
+        starts = range(0, len(self._contents), digits)
+        digests = [self._contents[start : start + digits] for start in starts]
         return Contents(names, digests)
 
     def problems(self) -> list[str]:
