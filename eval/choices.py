@@ -1,12 +1,20 @@
-"""What the compositional tasks share: cosines between a picture and the captions it must choose
-among.
+"""What the compositional tasks share: captions that a picture must choose among.
+
+A task reads its published files into `CaptionChoice`s and scores them:
+
+    rows = read_items(path, keys)                         the published JSON, every key there
+    found, skipped = with_pictures(rows, [key], images)   the rows whose image is there
+    run_grouped(name, encoder, ChoiceSet(…), context)     accuracy of each group, and their mean
+
+The caption must score strictly above the others: a tie is wrong (vlp.eval.metrics says why).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,38 +23,49 @@ from vlp.data import tables
 from vlp.eval import embed, metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
+from vlp.eval.tasks import TaskResult
 
 
-def cosines(
-    encoder: Encoder,
-    pictures: Sequence[Picture],
-    captions: Sequence[Sequence[str]],
-    context: embed.Context,
-) -> list[Tensor]:
-    """For each picture the cosines with its captions, [number of its captions]."""
-    image = embed.images(encoder, pictures, context)
-    text = embed.texts(encoder, [c for group in captions for c in group], context)
-    parts = text.split([len(group) for group in captions])
-    return [part @ row for row, part in zip(image, parts)]
+@dataclass(frozen=True)
+class Options:
+    """Where a published set and its images are."""
+
+    data: str  # the published files
+    images: str | None = None  # a folder or a .tar; None: beside the data
+    missing: Literal["error", "skip"] = "error"  # items without their image
 
 
-def first_is_best(scores: Sequence[Tensor]) -> Tensor:
-    """[n] float64: 1 where the first caption is strictly above all others (a tie is wrong)."""
-    return torch.tensor(
-        [float(metrics.strictly_above(s[0], s[1:]).all()) for s in scores], dtype=torch.float64
-    )
+@dataclass(frozen=True)
+class CaptionChoice:
+    """A picture and the captions that it must choose among, the true one first."""
+
+    picture: Picture
+    captions: list[str]
+    group: str = ""  # the subset, relation or phenomenon that it tests
 
 
-def accuracy(hits: Tensor) -> Tensor:
-    """[n, 2] items of a plain accuracy."""
-    return torch.stack([hits.double(), torch.ones(len(hits), dtype=torch.float64)], 1)
+@dataclass
+class ChoiceSet:
+    """An evaluation set of choices, opened and checked."""
+
+    choices: Sequence[CaptionChoice]
+    skipped: list[str]  # images that are not there
+    counts: dict[str, int] = field(default_factory=dict)  # what else reading has counted
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [choice.picture for choice in self.choices]
+
+    @property
+    def captions(self) -> list[list[str]]:
+        return [choice.captions for choice in self.choices]
+
+    @property
+    def groups(self) -> list[str]:
+        return [choice.group for choice in self.choices]
 
 
-def macro(hits: Tensor, groups: Sequence[Any]) -> Tensor:
-    """[n, 2] items whose score is the mean over groups of the group's accuracy."""
-    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    weights = metrics.per_class_weights(torch.tensor([number[g] for g in groups]))
-    return torch.stack([hits.double() * weights, weights], 1)
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> Any:
@@ -61,14 +80,21 @@ def read_json(path: Path) -> Any:
         raise DataError(str(error)) from None
 
 
-def entries(path: Path) -> list[Any]:
-    """The items of a published JSON file: a list, or a mapping of their numbers to them."""
+def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The items of a published JSON file, a list or a mapping of their numbers to them.
+
+    Raises DataError unless every item has the `keys`.
+    """
     value = read_json(path)
     if not isinstance(value, (list, dict)):
         raise DataError(
-            f"{path}: found {type(value).__name__}, expected a list of items; is this the published file?"
+            f"{path}: found {type(value).__name__}, expected a list of items; "
+            "is this the published file?"
         )
-    return value if isinstance(value, list) else list(value.values())
+
+    items = value if isinstance(value, list) else list(value.values())
+    need_keys(items, keys, path)
+    return items
 
 
 def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
@@ -78,21 +104,117 @@ def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object)
             raise DataError(
                 f"{path}: item {i} is {str(row)[:60]!r}, expected a mapping with {', '.join(keys)}"
             )
-        lost = [k for k in keys if k not in row]
-        if lost:
+        missing_keys = [key for key in keys if key not in row]
+        if missing_keys:
             raise DataError(
-                f"{path}: item {i} lacks {', '.join(lost)} (it has {', '.join(row)}); is this the published file?"
+                f"{path}: item {i} lacks {', '.join(missing_keys)} (it has {', '.join(row)}); "
+                "is this the published file?"
             )
 
 
-def attach(
-    rows: list[dict[str, Any]], names: Sequence[str], images: Path, missing: str
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows whose image is there, each with "picture" added, and the names of the absent;
-    refuses as `missing` says.
+def with_pictures(
+    rows: Sequence[dict[str, Any]],
+    image_keys: Sequence[str],  # under which a row names its images
+    images: str | Path,  # a folder or a .tar
+    missing: Literal["error", "skip"],
+) -> tuple[list[tuple[dict[str, Any], list[Picture]]], list[str]]:
+    """The rows whose images are all there, each with its pictures, and the names of the absent.
+
+    Raises DataError for absent images, unless `missing` is "skip" and something is left.
     """
+    # Annotations name images with and without folders and extensions: the collection knows which
+    # file is meant.
     collection = Collection(images)
-    found = [collection.find(name) for name in names]
-    absent = [name for name, picture in zip(names, found) if picture is None]
-    refuse_missing(absent, len(rows), collection, missing)
-    return [row | {"picture": picture} for row, picture in zip(rows, found) if picture], absent
+    kept, absent = [], []
+    for row in rows:
+        pictures = [collection.find(row[key]) for key in image_keys]
+        if None in pictures:
+            absent += [row[key] for key, picture in zip(image_keys, pictures) if picture is None]
+        else:
+            kept.append((row, pictures))
+
+    refuse_missing(absent, len(image_keys) * len(rows), collection, missing)
+    return kept, absent
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def cosines(
+    encoder: Encoder,
+    pictures: Sequence[Picture],
+    captions: Sequence[Sequence[str]],  # of each picture
+    context: embed.Context,
+) -> list[Tensor]:
+    """For each picture the cosines with its captions, [number of its captions]."""
+    image = embed.images(encoder, pictures, context)
+
+    # All captions in one go, so that each different one is embedded once.
+    every_caption = [caption for group in captions for caption in group]
+    text = embed.texts(encoder, every_caption, context)
+
+    text_of_picture = text.split([len(group) for group in captions])
+    return [rows @ picture_row for picture_row, rows in zip(image, text_of_picture)]
+
+
+def first_is_best(scores: Iterable[Tensor]) -> Tensor:
+    """[n] float64: 1 where the first caption is strictly above all others (a tie is wrong)."""
+    # Pictures may have different numbers of captions, so there is no one tensor of scores.
+    hits = [float(metrics.strictly_above(s[0], s[1:]).all()) for s in scores]
+    return torch.tensor(hits, dtype=torch.float64)
+
+
+def accuracy(hits: Tensor) -> Tensor:
+    """[n, 2] items of a plain accuracy."""
+    return torch.stack([hits.double(), torch.ones(len(hits), dtype=torch.float64)], 1)
+
+
+def macro(hits: Tensor, groups: Sequence[Any]) -> Tensor:
+    """[n, 2] items whose score is the mean over groups of the group's accuracy."""
+    # A group's mean is weighed like a class's recall.
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    weights = metrics.per_class_weights(torch.tensor([number[group] for group in groups]))
+    return torch.stack([hits.double() * weights, weights], 1)
+
+
+def by_group(
+    hits: Tensor,  # [n]
+    groups: Sequence[str],  # n, the group of each item
+    names: Iterable[str] | None = None,  # the groups in the order to report; None: as they come
+) -> dict[str, Tensor]:
+    """Items of the accuracy of each group, and of their "mean"."""
+    items = {}
+    for name in names or dict.fromkeys(groups):
+        of_group = torch.tensor([group == name for group in groups])
+        items[name] = accuracy(hits[of_group])
+
+    items["mean"] = macro(hits, groups)
+    return items
+
+
+def chance(captions: Sequence[Sequence[str]]) -> float:
+    """The expected share of right choices by guessing, the mean of 1 / number of captions."""
+    return sum(1 / len(group) for group in captions) / len(captions)
+
+
+def run_grouped(
+    name: str,  # of the evaluation set
+    encoder: Encoder,
+    data: ChoiceSet,
+    context: embed.Context,
+    groups: Iterable[str] | None = None,  # in the order to report; None: as they come
+) -> TaskResult:
+    """The result of a set whose score is the accuracy of each group, and their mean."""
+    hits = first_is_best(cosines(encoder, data.pictures, data.captions, context))
+    items = by_group(hits, data.groups, groups)
+    return TaskResult(
+        name,
+        items=items,
+        chance=dict.fromkeys(items, chance(data.captions)),
+        counts={
+            "items": len(hits),
+            **data.counts,
+            "skipped": len(data.skipped),
+        },
+        digest=context.digest(data.pictures, data.captions, data.groups),
+    )

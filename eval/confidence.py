@@ -30,9 +30,12 @@ def wilson(hits: float, n: int, z: float = Z) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= hits <= n:
         raise ValueError(f"expected 0 <= hits <= n and n >= 1, found {hits} of {n}")
+
+    # The shares p at which `share` lies z standard errors of p away: the roots of a quadratic.
     share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    shrink = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -40,12 +43,18 @@ def interval(items: Tensor, seed: int = 0) -> tuple[float, float]:
     """Wilson for a plain accuracy (every unit 0 or 1, of weight 1), else the bootstrap's 2.5 and
     97.5 % quantiles.
     """
+    # A plain accuracy has a closed form, sound at 0 and 1 where the bootstrap has no width.
     numerator, denominator = items.double().unbind(1)
-    if bool((denominator == 1).all()) and bool(((numerator == 0) | (numerator == 1)).all()):
+    is_hit_or_miss = (numerator == 0) | (numerator == 1)
+    if bool((denominator == 1).all()) and bool(is_hit_or_miss.all()):
         return wilson(float(numerator.sum()), len(items))
-    low, high = torch.quantile(
-        resampled(items, seed), torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ).tolist()
+    return _middle(resampled(items, seed))
+
+
+def _middle(values: Tensor) -> tuple[float, float]:
+    """The bounds of the middle 95 % of values [resamples]."""
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(values, bounds).tolist()
     return low, high
 
 
@@ -56,12 +65,14 @@ def resampled(items: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Tenso
     generator = torch.Generator().manual_seed(seed)
     items, n = items.double(), len(items)
     at_once = max(1, 2_000_000 // n)  # resamples drawn together: bounded memory, few calls
-    result = []
+
+    scores = []
     for done in range(0, resamples, at_once):
         drawn = torch.randint(n, (min(at_once, resamples - done), n), generator=generator)
         parts = items[drawn].sum(1)
-        result.append(parts[:, 0] / parts[:, 1])
-    return torch.cat(result).nan_to_num(0.0)
+        scores.append(parts[:, 0] / parts[:, 1])
+    # A resample may hold no denominator at all, such as no unit of a class.
+    return torch.cat(scores).nan_to_num(0.0)
 
 
 def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float, float]:
@@ -71,8 +82,6 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float
     """
     if a.shape != b.shape:
         raise ValueError(f"paired scores need the same units, found {len(a)} and {len(b)}")
-    difference = resampled(a, seed) - resampled(b, seed)
-    low, high = torch.quantile(
-        difference, torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ).tolist()
+
+    low, high = _middle(resampled(a, seed) - resampled(b, seed))
     return score(a) - score(b), low, high

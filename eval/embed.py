@@ -33,6 +33,11 @@ from vlp.files import write_atomically
 from vlp.lifetime import Interrupted, give_way
 
 CACHE_VERSION = 2  # 2: transparency on white, Exif orientation, gray of 16 bits
+PROGRESS_S = 5  # seconds between lines of progress
+
+
+def _usual_workers() -> int:
+    return min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,14 @@ class Context:
     """How an evaluation is carried out; nothing in here may change a score."""
 
     batch: int = 64  # pictures or texts a forward pass
-    workers: int = field(
-        default_factory=lambda: min(8, os.cpu_count() or 1)
-    )  # threads that decode, a rank
+    workers: int = field(default_factory=_usual_workers)  # threads that decode, a rank
     cache: Path | None = None  # where embeddings are kept; None: nowhere
     progress: bool = False  # lines on stderr, from the first rank
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
-    truncated: dict[int, int] = field(
-        default_factory=dict
-    )  # of each list of texts, by its hash: how many were cut
-    unreadable: dict[str, str] | None = (
-        None  # takes name -> reason of pictures, embedded as plain gray; None: an error
-    )
+    # of each list of texts, by its hash: how many were cut
+    truncated: dict[int, int] = field(default_factory=dict)
+    # takes name -> reason of pictures, embedded as plain gray; None: an error
+    unreadable: dict[str, str] | None = None
 
     def digest(self, pictures: Sequence[Picture], *annotations: Any) -> str:
         """Content hash of an evaluation set: its pictures and whatever is annotated; "" without
@@ -59,9 +60,14 @@ class Context:
         """
         if self.contents is None:
             return ""
-        own = self.contents.digest(pictures) if dist.is_main() else ""
-        whole = hashlib.sha256((dist.broadcast_object(own) + repr(annotations)).encode())
-        return whole.hexdigest()
+
+        # The files are read once, by the first rank.
+        of_pictures = self.contents.digest(pictures) if dist.is_main() else ""
+        of_pictures = dist.broadcast_object(of_pictures)
+        return hashlib.sha256((of_pictures + repr(annotations)).encode()).hexdigest()
+
+
+# --- what tasks call ------------------------------------------------------------------------------
 
 
 def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> Tensor:
@@ -70,9 +76,6 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
     """
     unique = list(dict.fromkeys(pictures))
     key = _key(encoder, "image", context, lambda: context.digest(unique))
-
-    def encode(batch: list[Tensor]) -> Tensor:
-        return encoder.encode_images(torch.stack(batch))
 
     def prepare(picture: Picture) -> Tensor:
         try:
@@ -84,7 +87,11 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
             image = Image.new("RGB", (64, 64), (127, 127, 127))
         return encoder.prepare(image)
 
-    return _spread(_kept(key, context, "images", unique, prepare, encode), unique, pictures)
+    def encode(batch: list[Tensor]) -> Tensor:
+        return encoder.encode_images(torch.stack(batch))
+
+    rows = _kept(key, context, "images", unique, prepare, encode)
+    return _spread(rows, unique, pictures)
 
 
 def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor:
@@ -94,22 +101,28 @@ def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor
     unique = list(dict.fromkeys(captions))
     context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)  # of kept embeddings too
     key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
-    return _spread(
-        _kept(key, context, "texts", unique, None, encoder.encode_texts), unique, captions
-    )
+    rows = _kept(key, context, "texts", unique, None, encoder.encode_texts)
+    return _spread(rows, unique, captions)
 
 
 def _spread(rows: Tensor, unique: list, items: Sequence) -> Tensor:
+    """The rows of `items`, from those of the different ones among them."""
+    if len(unique) == len(items):
+        return rows
     place = {item: i for i, item in enumerate(unique)}
-    return (
-        rows if len(unique) == len(items) else rows[torch.tensor([place[item] for item in items])]
-    )
+    return rows[torch.tensor([place[item] for item in items])]
+
+
+# --- kept on disk ---------------------------------------------------------------------------------
 
 
 def _key(encoder: Encoder, kind: str, context: Context, content: Callable[[], str]) -> str:
+    """What decides about the embeddings, as one hash; "" where none are kept."""
     if context.cache is None or not encoder.fingerprint:
         return ""
-    what = (
+
+    # Whatever changes an embedding is in here; whatever does not (batch, ranks) is not.
+    parts = (
         CACHE_VERSION,
         kind,
         encoder.fingerprint,
@@ -117,18 +130,28 @@ def _key(encoder: Encoder, kind: str, context: Context, content: Callable[[], st
         str(encoder.autocast),
         content(),
     )
-    return hashlib.sha256(repr(what).encode()).hexdigest()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _kept(
-    key: str, context: Context, what: str, items: list, prepare: Callable | None, encode: Callable
+    key: str,  # "": embed now, keep nothing
+    context: Context,
+    kind: str,  # "images" or "texts", for messages
+    items: list,
+    prepare: Callable | None,
+    encode: Callable,
 ) -> Tensor:
+    """[len(items), D] unit rows: what is kept under `key`, or embedded now and kept."""
     path = context.cache / f"{key}.safetensors" if key and context.cache else None
     rows = _recall(path, len(items)) if path else None
     if rows is not None:
         return rows
-    rows = _embed(items, prepare, encode, what, context)
-    metrics.check_unit_rows(rows, what.rstrip("s"))
+
+    rows = _embed(items, prepare, encode, kind, context)
+
+    # A diverged model is an error here, not a score of 0 later.
+    metrics.check_unit_rows(rows, kind.rstrip("s"))
+
     # Rows of plain gray are not kept: the next call would not know of them.
     if path and not any(dist.gather_objects(bool(context.unreadable))) and dist.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,48 +170,65 @@ def _recall(path: Path, n: int) -> Tensor | None:
                 f"vlp eval: kept embeddings {path} cannot be read ({error}); computing them again",
                 file=sys.stderr,
             )
-    good = rows is not None and len(rows) == n
-    return rows if all(dist.gather_objects(good)) else None
+
+    # A file of another length does not belong to these items.
+    is_whole = rows is not None and len(rows) == n
+    return rows if all(dist.gather_objects(is_whole)) else None
+
+
+# --- embedding ------------------------------------------------------------------------------------
 
 
 def _embed(
-    items: list, prepare: Callable | None, encode: Callable, what: str, context: Context
+    items: list, prepare: Callable | None, encode: Callable, kind: str, context: Context
 ) -> Tensor:
+    """[len(items), D] rows on the CPU of every rank. Collective."""
     if not items:
-        raise DataError(f"no {what} to embed; check the path and the split")
+        raise DataError(f"no {kind} to embed; check the path and the split")
+
+    # Batch k is the same pictures on any number of ranks, so that any number gives the same bits.
     group = dist.world()
     batches = [items[i : i + context.batch] for i in range(0, len(items), context.batch)]
     rounds = -(-len(batches) // group.size)
-    mine = [
+
+    # A rank without a batch repeats the first one: every rank runs its model equally often.
+    batches_of_rank = [
         batches[k] if k < len(batches) else batches[0]
         for k in range(group.index, rounds * group.size, group.size)
     ]
+
     rows, problem = [], None
+    prepared = _prepared(prepare, batches_of_rank, context.workers)
     try:
         with torch.no_grad():
-            for batch in _reported(
-                _prepared(prepare, mine, context.workers), what, len(items), group.size, context
-            ):
+            for batch in _reported(prepared, kind, len(items), group.size, context):
                 give_way()
                 encoded = encode(batch)
-                rows.append(
-                    torch.nn.functional.pad(encoded, (0, 0, 0, context.batch - len(encoded)))
-                )
+                # The last batch may be short; a gather needs equal shapes.
+                n_missing = context.batch - len(encoded)
+                rows.append(torch.nn.functional.pad(encoded, (0, 0, 0, n_missing)))
     except (DataError, Interrupted) as error:
         problem = error
     except Exception as error:
+        # Only inside training: a command shows the traceback of what nobody foresaw.
         if context.unreadable is None:
             raise
         problem = DataError(f"{type(error).__name__}: {error}")
-    # What one rank meets must not leave the others waiting.
-    problems = [found for found in dist.gather_objects(problem) if found is not None]
-    if any(isinstance(found, Interrupted) for found in problems):
-        raise Interrupted
-    if problems:
-        raise DataError("\n".join(dict.fromkeys(map(str, problems))))
+    _agree_on(problem)
+
+    # Batch k was made by rank k mod W: the ranks' rows are dealt back in that order.
     gathered = dist.all_gather(torch.stack(rows), group)  # [W · rounds, batch, D], rank by rank
     in_order = gathered.view(group.size, rounds, *gathered.shape[1:]).transpose(0, 1)
     return in_order.reshape(-1, gathered.shape[-1])[: len(items)].cpu()
+
+
+def _agree_on(problem: Exception | None) -> None:
+    """Raise on every rank what any rank met: one alone must not leave the others waiting."""
+    problems = [met for met in dist.gather_objects(problem) if met is not None]
+    if any(isinstance(met, Interrupted) for met in problems):
+        raise Interrupted
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(map(str, problems))))
 
 
 def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> Iterator[list]:
@@ -201,13 +241,14 @@ def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> It
     if workers == 0:
         yield from ([prepare(item) for item in batch] for batch in batches)
         return
+
     pool, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for batch in batches:
+            # Futures in the order of the batch: threads may finish in any.
             waiting.append([pool.submit(prepare, item) for item in batch])
-            if (
-                len(waiting) > 2
-            ):  # two batches ahead: enough to keep the model fed, little enough to hold
+            # Two batches ahead: enough to keep the model fed, little enough to hold.
+            if len(waiting) > 2:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
             yield [future.result() for future in waiting.popleft()]
@@ -216,22 +257,23 @@ def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> It
 
 
 def _reported(
-    batches: Iterator[list], what: str, total: int, n_ranks: int, context: Context
+    batches: Iterator[list], kind: str, total: int, n_ranks: int, context: Context
 ) -> Iterator[list]:
-    start = said = time.monotonic()
-    done = 0
+    """The batches, with a line of progress every few seconds and at the end of what took longer."""
+    start = last_line = time.monotonic()
+    n_done = 0
     for batch in batches:
         yield batch
-        done = min(total, done + len(batch) * n_ranks)
+        n_done = min(total, n_done + len(batch) * n_ranks)
+        if not (context.progress and dist.is_main()):
+            continue
+
         now = time.monotonic()
-        if (
-            context.progress
-            and dist.is_main()
-            and (now - said > 5 or (done == total and now - start > 5))
-        ):
-            said = now
+        ends_long_work = n_done == total and now - start > PROGRESS_S
+        if now - last_line > PROGRESS_S or ends_long_work:
+            last_line = now
             print(
-                f"  {what} {done:,}/{total:,}  {done / (now - start):,.0f}/s",
+                f"  {kind} {n_done:,}/{total:,}  {n_done / (now - start):,.0f}/s",
                 file=sys.stderr,
                 flush=True,
             )

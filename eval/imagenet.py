@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 from vlp.eval.pictures import DataError
 
 if TYPE_CHECKING:
-    from vlp.eval.datasets import Source
+    from vlp.eval.datasets.source import Source
 
 SYNSET = re.compile(r"n\d{8}")
+SUBSETS = ("imagenet_a", "imagenet_r")  # relatives that are scored among classes of their own
 
 
 def names() -> list[str]:
-    """The 1,000 class names that the field prompts with (open_clip's, which repair the originals)."""
+    """The 1,000 class names that the field prompts with: open_clip's repair of the originals."""
     from open_clip import IMAGENET_CLASSNAMES
 
     return list(IMAGENET_CLASSNAMES)
@@ -39,39 +40,48 @@ def synsets(which: str = "imagenet") -> list[str]:
 
 def looks_like(source: Source) -> bool:
     """Whether the labels are synsets."""
-    return all(isinstance(r.label, str) and SYNSET.fullmatch(r.label) for r in source.records)
+    return all(
+        isinstance(record.label, str) and SYNSET.fullmatch(record.label)
+        for record in source.records
+    )
 
 
 def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]]:
     """(class names, folder -> class number) for a tree whose folders are synsets or numbers.
 
-    The folders must be all 1,000 classes or the 200 of ImageNet-A or -R, since fewer classes make the task easier:
-    anything else is refused unless `partial`.
+    The folders must be all 1,000 classes or the 200 of ImageNet-A or -R, since fewer classes make
+    the task easier: anything else is refused unless `partial`.
     """
-    folders = sorted({str(r.label) for r in source.records})
+    folders = sorted({str(record.label) for record in source.records})
     all_names = names()
-    numbers = (
-        {s: i for i, s in enumerate(synsets())}
-        if looks_like(source)
-        else {str(i): i for i in range(len(all_names))}
-    )
-    unknown = [f for f in folders if f not in numbers]
+    listed = synsets() if looks_like(source) else map(str, range(len(all_names)))
+    numbers = {folder: i for i, folder in enumerate(listed)}
+
+    # A folder of another name would be scored as some class or other.
+    unknown = [folder for folder in folders if folder not in numbers]
     if unknown:
         raise DataError(
-            f"{source.name}: {len(unknown)} folders are no ImageNet classes: {', '.join(unknown[:5])}"
+            f"{source.name}: {len(unknown)} folders are no ImageNet classes: "
+            f"{', '.join(unknown[:5])}"
         )
+
     complete = len(folders) == len(all_names)
-    if (
-        not complete
-        and not partial
-        and not any(set(folders) == set(synsets(w)) for w in ("imagenet_a", "imagenet_r"))
-    ):
+    if not complete and not partial and not _is_subset_of_its_own(folders):
         raise DataError(
-            f"{source.name} holds {len(folders)} of ImageNet's {len(all_names)} classes and is neither ImageNet-A nor -R; "
-            "complete it, or pass partial=true for a score among those classes only"
+            f"{source.name} holds {len(folders)} of ImageNet's {len(all_names)} classes and is "
+            "neither ImageNet-A nor -R; complete it, or pass partial=true for a score among those "
+            "classes only"
         )
-    chosen = sorted(folders, key=numbers.__getitem__)
-    return [all_names[numbers[f]] for f in chosen], {f: i for i, f in enumerate(chosen)}
+
+    # Scores are among the present classes, numbered anew in ImageNet's order.
+    in_class_order = sorted(folders, key=numbers.__getitem__)
+    class_names = [all_names[numbers[folder]] for folder in in_class_order]
+    return class_names, {folder: i for i, folder in enumerate(in_class_order)}
+
+
+def _is_subset_of_its_own(folders: list[str]) -> bool:
+    """Whether the folders are exactly those of ImageNet-A or -R."""
+    return any(set(folders) == set(synsets(subset)) for subset in SUBSETS)
 
 
 def objectnet_images(root: Path) -> Path:
@@ -92,6 +102,8 @@ def objectnet_folders(root: Path) -> dict[str, str] | None:
     place = next((p for p in places if (p / "objectnet_to_imagenet_1k.json").exists()), None)
     if place is None:
         return None
+
+    # The labels of all folders, of which only those count that ImageNet has too.
     labels = json.loads((place / "folder_to_objectnet_label.json").read_text(encoding="utf-8"))
     overlap = json.loads((place / "objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
     return {folder: label.lower() for folder, label in labels.items() if label in overlap}

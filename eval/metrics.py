@@ -24,15 +24,22 @@ TILE_ROWS, TILE_COLUMNS = 1024, 4096  # a tile of scores is 16 MiB in float32
 def check_unit_rows(rows: Tensor, name: str) -> None:
     """Raise ValueError unless every row of [n, D] is finite and of length one."""
     norms = rows.norm(dim=1)
-    if not torch.isfinite(norms).all():
-        bad = int((~torch.isfinite(norms)).sum())
+    is_finite = torch.isfinite(norms)
+    if not is_finite.all():
+        n_bad = int((~is_finite).sum())
         raise ValueError(
-            f"{bad} of {len(rows)} {name} embeddings are not finite; the model has diverged or overflows"
+            f"{n_bad} of {len(rows)} {name} embeddings are not finite; "
+            "the model has diverged or overflows"
         )
+
     if len(norms) and float((norms - 1).abs().max()) > 1e-3:
         raise ValueError(
-            f"{name} embeddings must be unit rows, found lengths {float(norms.min()):.4g} to {float(norms.max()):.4g}"
+            f"{name} embeddings must be unit rows, "
+            f"found lengths {float(norms.min()):.4g} to {float(norms.max()):.4g}"
         )
+
+
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def class_ranks(
@@ -47,9 +54,12 @@ def class_ranks(
     for start in range(0, len(image), TILE_ROWS):
         scores = image[start : start + TILE_ROWS] @ classes.T
         right = labels[start : start + TILE_ROWS, None]
-        own = scores.gather(1, right)
-        before = torch.arange(len(classes)) < right
-        ranks.append(1 + ((scores > own + TIE) | (before & (scores >= own - TIE))).sum(1))
+        right_score = scores.gather(1, right)
+
+        above = scores > right_score + TIE
+        listed_before = torch.arange(len(classes)) < right
+        as_high = listed_before & (scores >= right_score - TIE)
+        ranks.append(1 + (above | as_high).sum(1))
     return torch.cat(ranks) if ranks else labels.new_zeros(0)
 
 
@@ -66,31 +76,71 @@ def retrieval_ranks(
     mean(rank <= k) is the field's recall, by which an image is a hit if any of its captions is
     among the k best. Both come from one pass over tiles of scores.
     """
-    own = torch.cat(
-        [(t * image[o]).sum(1) for t, o in zip(text.split(TILE_ROWS), owner.split(TILE_ROWS))]
-    )  # [M]
-    best = image.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, own, "amax")  # [N]
-    image_rank, text_rank = (
-        torch.ones(len(image), dtype=torch.int32),
-        torch.ones(len(text), dtype=torch.int32),
-    )
-    image_bar, text_bar = best - TIE, own - TIE
+    # What a rival must reach: for a caption its own image, for an image the best of its captions.
+    pair_scores = _pair_scores(image, text, owner)  # [M]
+    best_scores = image.new_full((len(image),), -torch.inf)
+    best_scores = best_scores.scatter_reduce(0, owner, pair_scores, "amax")  # [N]
+
+    # A rank begins at 1 and grows by every rival, tile by tile.
+    image_rank = torch.ones(len(image), dtype=torch.int32)
+    text_rank = torch.ones(len(text), dtype=torch.int32)
+
+    image_bar, text_bar = best_scores - TIE, pair_scores - TIE
     for i in range(0, len(text), TILE_ROWS):
         rows = slice(i, i + TILE_ROWS)
         for j in range(0, len(image), TILE_COLUMNS):
             columns = slice(j, j + TILE_COLUMNS)
             scores = text[rows] @ image[columns].T
-            mine = ((owner[rows] >= j) & (owner[rows] < j + scores.shape[1])).nonzero()[:, 0]
-            scores[
-                mine, owner[rows][mine] - j
-            ] = -torch.inf  # a caption and its image are no rivals
+
+            # A caption and its image are no rivals.
+            in_tile = (owner[rows] >= j) & (owner[rows] < j + scores.shape[1])
+            places = in_tile.nonzero()[:, 0]
+            scores[places, owner[rows][places] - j] = -torch.inf
+
             text_rank[rows] += _count(scores >= text_bar[rows, None], 1)
             image_rank[columns] += _count(scores >= image_bar[columns], 0)
     return image_rank.long(), text_rank.long()
 
 
+def _pair_scores(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+    """[M] cosine of each caption with its image; in tiles, or the gathered images take M rows."""
+    tiles = zip(text.split(TILE_ROWS), owner.split(TILE_ROWS))
+    return torch.cat([(rows * image[owners]).sum(1) for rows, owners in tiles])
+
+
 def _count(mask: Tensor, dim: int) -> Tensor:
+    """How many are true along a dimension; bytes are counted faster than bools."""
     return mask.view(torch.uint8).sum(dim, dtype=torch.int32).cpu()
+
+
+def nearest_neighbour_ranks(
+    queries: Tensor,  # [n, D] unit rows
+    bank: Tensor,  # [m, D] unit rows
+    bank_labels: Tensor,  # [m] int64 in [0, C)
+    labels: Tensor,  # [n] int64
+    n_classes: int,
+    k: int,
+    temperature: float = 0.07,
+) -> Tensor:  # [n] int64
+    """Rank of the right class by the weighted vote of the k nearest: Σ e^{cos/T} a class (Wu et al.
+    2018).
+    """
+    ranks = []
+    for start in range(0, len(queries), TILE_ROWS):
+        tile = queries[start : start + TILE_ROWS]
+        nearest = (tile @ bank.T).topk(min(k, len(bank)), dim=1)
+
+        # cos − 1 in the exponent: the same order, and no overflow at small temperatures.
+        weights = ((nearest.values.double() - 1) / temperature).exp()
+        votes = torch.zeros(len(tile), n_classes, dtype=torch.float64)
+        votes.scatter_add_(1, bank_labels[nearest.indices], weights)
+
+        right_votes = votes.gather(1, labels[start : start + TILE_ROWS, None])
+        ranks.append((votes >= right_votes).sum(1))
+    return torch.cat(ranks)
+
+
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def per_class_weights(labels: Tensor) -> Tensor:
@@ -114,9 +164,11 @@ def average_precision(
     """
     result = torch.zeros(scores.shape[1], dtype=torch.float64)
     for c in range(scores.shape[1]):
+        # Two stable sorts: by score, and among equals the wrong items first.
         wrong_first = torch.argsort(targets[:, c].to(torch.uint8), stable=True)
-        order = wrong_first[torch.argsort(scores[wrong_first, c], descending=True, stable=True)]
-        hits = targets[order, c].double()
+        by_score = torch.argsort(scores[wrong_first, c], descending=True, stable=True)
+        hits = targets[wrong_first[by_score], c].double()
+
         precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, dtype=torch.float64)
         if hits.any():
             result[c] = (precision * hits).sum() / hits.sum()
@@ -128,8 +180,13 @@ def strictly_above(right: Tensor, wrong: Tensor) -> Tensor:
     return right > wrong + TIE
 
 
-def centroid_distance(image: Tensor, text: Tensor) -> float:
-    """The modality gap ‖mean x − mean t‖₂ (Liang et al. 2022; Fahim, Murphy and Fyshe 2024)."""
+# --- geometry -------------------------------------------------------------------------------------
+
+
+def modality_gap(image: Tensor, text: Tensor) -> float:
+    """‖mean x − mean t‖₂, the distance of the two centroids (Liang et al. 2022; Fahim, Murphy and
+    Fyshe 2024).
+    """
     return float((image.double().mean(0) - text.double().mean(0)).norm())
 
 
@@ -145,16 +202,19 @@ def uniformity(rows: Tensor, t: float = 2.0) -> float:
     n = len(rows)
     if n < 2:
         raise ValueError(f"uniformity needs at least two rows, found {n}")
-    rows = rows.double()
+
     # All ordered pairs are summed: each unordered pair is met twice, and each row meets itself
     # once, to be taken out.
-    total = sum(
-        float((t * 2 * (rows[i : i + TILE_ROWS] @ rows[j : j + TILE_ROWS].T - 1)).exp().sum())
-        for i in range(0, n, TILE_ROWS)
-        for j in range(0, n, TILE_ROWS)
-    )
+    rows = rows.double()
+    total = 0.0
+    for i in range(0, n, TILE_ROWS):
+        for j in range(0, n, TILE_ROWS):
+            cosines = rows[i : i + TILE_ROWS] @ rows[j : j + TILE_ROWS].T
+            total += float((t * 2 * (cosines - 1)).exp().sum())
+
     itself = float((t * 2 * (rows.square().sum(1) - 1)).exp().sum())
-    return float(torch.tensor((total - itself) / (n * (n - 1)), dtype=torch.float64).log())
+    mean = (total - itself) / (n * (n - 1))
+    return float(torch.tensor(mean, dtype=torch.float64).log())
 
 
 def effective_rank(rows: Tensor) -> float:
@@ -164,6 +224,21 @@ def effective_rank(rows: Tensor) -> float:
     values = torch.linalg.svdvals(rows.double() - rows.double().mean(0))
     share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float(torch.special.entr(share).sum().exp())
+
+
+def geometry(image: Tensor, text: Tensor) -> dict[str, float]:
+    """How paired unit rows [n, D] of both kinds lie on the sphere, by the names of the record."""
+    return {
+        "modality_gap": modality_gap(image, text),
+        "uniformity_image": uniformity(image),
+        "uniformity_text": uniformity(text),
+        "alignment": alignment(image, text),
+        "effective_rank_image": effective_rank(image),
+        "effective_rank_text": effective_rank(text),
+    }
+
+
+# --- probes ---------------------------------------------------------------------------------------
 
 
 def logistic_regression(
@@ -189,37 +264,13 @@ def logistic_regression(
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = (
-            torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
-            + decay / 2 * weight.square().sum()
-        )
+        logits = features @ weight.T + bias
+        penalty = decay / 2 * weight.square().sum()
+        loss = torch.nn.functional.cross_entropy(logits, labels) + penalty
         loss.backward()
         return loss
 
+    # Evaluation runs without gradients; the probe needs its own.
     with torch.enable_grad():
         optimiser.step(closure)
     return weight.detach(), bias.detach()
-
-
-def nearest_neighbour_ranks(
-    queries: Tensor,  # [n, D] unit rows
-    bank: Tensor,  # [m, D] unit rows
-    bank_labels: Tensor,  # [m] int64 in [0, C)
-    labels: Tensor,  # [n] int64
-    n_classes: int,
-    k: int,
-    temperature: float = 0.07,
-) -> Tensor:  # [n] int64
-    """Rank of the right class by the weighted vote of the k nearest: Σ e^{cos/T} a class (Wu et al.
-    2018).
-    """
-    ranks = []
-    for start in range(0, len(queries), TILE_ROWS):
-        near = (queries[start : start + TILE_ROWS] @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(near.values), n_classes, dtype=torch.float64)
-        votes.scatter_add_(
-            1, bank_labels[near.indices], ((near.values.double() - 1) / temperature).exp()
-        )
-        right = votes.gather(1, labels[start : start + TILE_ROWS, None])
-        ranks.append((votes >= right).sum(1))
-    return torch.cat(ranks)

@@ -1,9 +1,10 @@
 """Any dual encoder behind one small interface: pictures and sentences in, unit rows out, its own
 preprocessing inside.
 
-    load("runs/demo")        every reference of vlp.pretrained.references: runs, exports, folders and tags of open_clip,
-                             ARCHITECTURE:FILE, transformers folders, hf-hub:user/name
-    from_model(model)        a vlp.models.dual_encoder.DualEncoder in memory, inside training
+    load("runs/demo")      every reference of vlp.pretrained.references: runs, exports, folders and
+                           tags of open_clip, ARCHITECTURE:FILE, transformers folders,
+                           hf-hub:user/name
+    from_model(model)      a vlp.models.dual_encoder.DualEncoder in memory, inside training
 
 vlp's own models are run by vlp. Foreign ones are run by the library they come from, with its own
 pixels; their tokenizers are built here, so that no code of a folder runs and truncated texts are
@@ -36,6 +37,10 @@ class ModelError(ValueError):
     """A model reference that cannot be evaluated; the message says what is missing."""
 
 
+def _none_truncated(texts: list[str]) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A dual encoder as evaluation sees it. The two functions return rows of any length; the
@@ -49,10 +54,10 @@ class Encoder:
     text: Callable[[list[str]], Tensor]  # n sentences -> [n, D]; tokenizes
     scale: float = 1.0  # the learned inverse temperature, for the record
     device: str | torch.device = "cpu"
-    n_truncated: Callable[[list[str]], int] = lambda texts: (
-        0
-    )  # how many sentences are longer than the context
-    fingerprint: str = ""  # content hash of weights and preprocessing; "": embeddings are not kept
+    # how many sentences are longer than the context
+    n_truncated: Callable[[list[str]], int] = _none_truncated
+    # content hash of weights and preprocessing; "": embeddings are not kept
+    fingerprint: str = ""
     autocast: torch.dtype | None = None  # None: the model's own precision
     decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
 
@@ -67,12 +72,9 @@ class Encoder:
         return self._unit(lambda: self.text(texts))
 
     def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
-        with (
-            torch.no_grad(),
-            torch.autocast(
-                torch.device(self.device).type, self.autocast, enabled=self.autocast is not None
-            ),
-        ):
+        device_type = torch.device(self.device).type
+        autocast = torch.autocast(device_type, self.autocast, enabled=self.autocast is not None)
+        with torch.no_grad(), autocast:
             return torch.nn.functional.normalize(rows().float(), dim=-1)
 
 
@@ -84,21 +86,37 @@ def load(
     """
     device = torch.device(device)
     try:
-        found = references.resolve(ref)
-        if found.kind == "tag":
-            return _of_tag(found, device, autocast)
-        if found.kind == "transformers":
-            return _transformers(found, device, autocast)
-        if found.kind == "open_clip" and "vlp" not in references.read_config(found.path):
-            return _of_folder(found, device, autocast)
-
-        from vlp.checkpoint import load_any
-
-        return from_model(load_any(found), name=ref, device=device, autocast=autocast, keep=True)
+        return _load(ref, device, autocast)
     except ModelError:
         raise
     except ValueError as error:
         raise ModelError(str(error)) from error
+
+
+def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encoder:
+    """The encoder of a reference, by whichever library its weights belong to."""
+    reference = references.resolve(ref)
+
+    # Weights of others are run by the library that they were made with.
+    if reference.kind == "tag":
+        return _of_tag(reference, device, autocast)
+    if reference.kind == "transformers":
+        return _transformers(reference, device, autocast)
+    if reference.kind == "open_clip" and "vlp" not in references.read_config(reference.path):
+        return _of_folder(reference, device, autocast)
+
+    from vlp.checkpoint import load_any
+
+    return from_model(
+        load_any(reference),
+        name=ref,
+        device=device,
+        autocast=autocast,
+        keep=True,
+    )
+
+
+# --- models of ours -------------------------------------------------------------------------------
 
 
 def from_model(
@@ -120,10 +138,13 @@ def from_model(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     if keep:
         model = model.to(device).eval()
+
+    # Only fixed weights get a fingerprint: embeddings of a model in training must not be kept.
     tokenizer = _tokenizer(lambda: tokenizers.build(model.text_spec), name)
     preprocessing = repr((model.image_spec, model.text_spec))
     with torch.no_grad():
         scale = float(model().scale)
+
     return Encoder(
         name=name,
         pretrained="",
@@ -139,35 +160,42 @@ def from_model(
     )
 
 
-def _of_tag(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
+# --- open_clip's ----------------------------------------------------------------------------------
+
+
+def _of_tag(reference: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
     """open_clip's own weights for one of its architectures."""
     import open_clip
 
-    weight_files.check_tag(found.architecture, found.tag)
-    text_cfg = open_clip.get_model_config(found.architecture)["text_cfg"]
-    return _open_clip(found.architecture, found.tag, found.architecture, text_cfg, device, autocast)
+    architecture, tag = reference.architecture, reference.tag
+    # Weights of the other activation load without an error, and every score would be wrong.
+    weight_files.check_tag(architecture, tag)
+    text_cfg = open_clip.get_model_config(architecture)["text_cfg"]
+    return _open_clip(architecture, tag, architecture, text_cfg, device, autocast)
 
 
-def _of_folder(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
+def _of_folder(reference: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
     """A folder in open_clip's form that somebody else wrote."""
-    weight_files.weights_in(found.path)  # without any, open_clip would go on with random ones
-    described = references.read_config(found.path)
+    weight_files.weights_in(reference.path)  # without any, open_clip would go on with random ones
+    described = references.read_config(reference.path)
     text_cfg = described["model_cfg"]["text_cfg"]
-    encoder = _open_clip(f"local-dir:{found.path}", "", found.text, text_cfg, device, autocast)
-    stated = described.get("preprocess_cfg", {}).get(
-        "decoding", {}
-    )  # exports of ours say it, others do not
+    name = f"local-dir:{reference.path}"
+    encoder = _open_clip(name, "", reference.text, text_cfg, device, autocast)
+
+    # Exports of ours say how pictures are decoded, others do not.
+    stated = described.get("preprocess_cfg", {}).get("decoding", {})
     return replace(encoder, decoding=parse(Decoding, stated, ("preprocess_cfg", "decoding")))
 
 
 def _open_clip(
-    name: str,
+    name: str,  # as open_clip calls it
     tag: str,
-    shown: str,
+    shown: str,  # as messages and records call it
     text_cfg: dict[str, Any],
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> Encoder:
+    """A model that open_clip builds, with open_clip's own pixels and our tokenizer."""
     import open_clip
 
     from vlp.data import text as tokenizers
@@ -175,9 +203,9 @@ def _open_clip(
 
     spec = text_spec(text_cfg, open_clip.CLIPTextCfg(**text_cfg).context_length)
     if text_cfg.get("hf_model_name"):
-        language_config(
-            text_cfg["hf_model_name"]
-        )  # refuses code of its own, which open_clip would ask the terminal about
+        # Refuses code of its own, which open_clip would ask the terminal about.
+        language_config(text_cfg["hf_model_name"])
+
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             name, pretrained=tag or None, device=device
@@ -186,6 +214,7 @@ def _open_clip(
         raise ModelError(
             f"open_clip cannot load {shown}{':' + tag if tag else ''}: {str(error)[:600]}"
         ) from error
+
     tokenizer = _tokenizer(lambda: tokenizers.build(spec), shown)
     model.eval()
     settings = open_clip.get_model_preprocess_cfg(model)
@@ -211,28 +240,26 @@ def _cut_first(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Im
     return lambda picture: transform(middle(picture))
 
 
-def _transformers(found: Reference, device: torch.device, autocast: torch.dtype | None) -> Encoder:
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+# --- transformers' --------------------------------------------------------------------------------
 
-    name, folder = found.text, str(found.path)
-    try:
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False).to(device).eval()
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers', safetensors' and torch's own kinds
-        raise ModelError(f"transformers cannot load {name}: {reason(error)}") from error
-    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-        raise ModelError(
-            f"{name} is a {type(model).__name__}; evaluation needs a dual encoder such as CLIPModel or SiglipModel"
-        )
+
+def _transformers(
+    reference: Reference, device: torch.device, autocast: torch.dtype | None
+) -> Encoder:
+    """A CLIPModel, SiglipModel or the like, run as it is."""
+    from transformers import AutoTokenizer
+
+    name, folder = reference.text, str(reference.path)
+    model, processor = _load_transformers(name, folder, device)
     tokenizer = _tokenizer(
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name
     )
+
+    # Some tokenizers state no limit, some models one that is smaller.
     length = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
 
-    def pixels(picture: Image.Image) -> Tensor:
+    def prepare(picture: Image.Image) -> Tensor:
         return processor(images=picture, return_tensors="pt")["pixel_values"][0]
-
-    cut = getattr(processor, "do_center_crop", False) and processor.size.get("shortest_edge")
 
     def text(texts: list[str]) -> Tensor:
         # All sentences to the full length: SigLIP was trained without a mask, so its padding is
@@ -240,61 +267,84 @@ def _transformers(found: Reference, device: torch.device, autocast: torch.dtype 
         tokens = tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(device)
-        return _pooled(
-            model.get_text_features(
-                **{k: tokens[k] for k in tokens if k in ("input_ids", "attention_mask")}
-            )
-        )
+        inputs = {key: tokens[key] for key in tokens if key in ("input_ids", "attention_mask")}
+        return _pooled(model.get_text_features(**inputs))
 
     def n_truncated(texts: list[str]) -> int:
         return sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids)
 
+    # What the processor will cut away anyway need not be resized with it.
+    cuts = getattr(processor, "do_center_crop", False) and processor.size.get("shortest_edge")
+    preprocessing = processor.to_json_string() + _describe(tokenizer)
     return Encoder(
         name=name,
         pretrained="",
-        prepare=_cut_first(pixels) if cut else pixels,
+        prepare=_cut_first(prepare) if cuts else prepare,
         image=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
         text=text,
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
         n_truncated=n_truncated,
-        fingerprint=fingerprint(
-            model.state_dict(), processor.to_json_string() + _describe(tokenizer)
-        ),
+        fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
     )
 
 
+def _load_transformers(name: str, folder: str, device: torch.device) -> tuple[Any, Any]:
+    """(model, image processor); a ModelError unless it has both towers."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False).to(device).eval()
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers', safetensors' and torch's own kinds
+        raise ModelError(f"transformers cannot load {name}: {reason(error)}") from error
+
+    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+        raise ModelError(
+            f"{name} is a {type(model).__name__}; evaluation needs a dual encoder such as "
+            "CLIPModel or SiglipModel"
+        )
+    return model, processor
+
+
 def _pooled(output: Any) -> Tensor:
-    return (
-        output if isinstance(output, Tensor) else output.pooler_output
-    )  # a tensor before transformers 5
+    """The embeddings in a tower's output."""
+    # A tensor before transformers 5.
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+# --- tokenizers and hashes ------------------------------------------------------------------------
 
 
 def _tokenizer(build: Callable[[], Any], name: str) -> Any:
+    """What `build` returns; a ModelError if its files are missing or broken."""
     try:
         tokenizer = build()
     except Exception as error:
         raise ModelError(
-            f"the tokenizer of {name} is missing or broken ({reason(error)}); put its files beside the weights "
-            "(tokenizer.json, tokenizer_config.json), or export the model again"
+            f"the tokenizer of {name} is missing or broken ({reason(error)}); put its files beside "
+            "the weights (tokenizer.json, tokenizer_config.json), or export the model again"
         ) from error
-    if _ids(tokenizer, "a cat") == _ids(
-        tokenizer, "a dog"
-    ):  # what transformers answers where the files are absent
+
+    # Where the files are absent, transformers answers every sentence alike.
+    if _ids(tokenizer, "a cat") == _ids(tokenizer, "a dog"):
         raise ModelError(
-            f"the tokenizer of {name} has no vocabulary; put its files (tokenizer.json) beside the weights"
+            f"the tokenizer of {name} has no vocabulary; put its files (tokenizer.json) beside "
+            "the weights"
         )
     return tokenizer
 
 
 def _ids(tokenizer: Any, sentence: str) -> list[int]:
+    """The token ids of one sentence."""
     ids = tokenizer([sentence])
     return ids[0].tolist() if isinstance(ids, Tensor) else ids["input_ids"][0]
 
 
 def _describe(tokenizer: Any) -> str:
     """What a tokenizer does to a sentence, as far as a hash must know: its ids for two probes."""
+    # Cases, accents and punctuation are where tokenizers differ; "" shows what frames a sentence.
     probes = ("A photo of 2 Cats, naïve & café!", "")
     return json.dumps([type(tokenizer).__name__, *(_ids(tokenizer, probe) for probe in probes)])
 
@@ -304,6 +354,8 @@ def fingerprint(weights: Mapping[str, Tensor], preprocessing: str) -> str:
     total = hashlib.sha256(preprocessing.encode())
     for key in sorted(weights):
         value = weights[key].detach().cpu().contiguous()
+
+        # Name, type and shape too: equal bytes may be other weights.
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

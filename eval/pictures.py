@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlp.data import picture
 from vlp.data.archives import Archive
-from vlp.data.members import IMAGE_TYPES, walk
+from vlp.data.members import IMAGE_TYPES
 from vlp.files import write_atomically
 from vlp.types import ON_WHITE, Decoding
 
@@ -44,15 +44,15 @@ class Picture:
     offset: int = 0
     size: int | None = None  # None: the whole file
     data: bytes | None = field(default=None, repr=False)
-    box: tuple[float, float, float, float] | None = (
-        None  # left, upper, right, lower: the part that counts
-    )
+    # left, upper, right, lower: the part that counts
+    box: tuple[float, float, float, float] | None = None
     border: int = 0  # pixels to cut off every side
 
     def read(self) -> bytes:
         """The encoded image."""
         if self.data is not None:
             return self.data
+        # Opened anew each time: thousands of pictures would exhaust the open files.
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
@@ -71,11 +71,15 @@ class Picture:
             raise DataError(
                 f"image {self.name} does not open ({error}); repair or remove it and its annotation"
             ) from error
+
+        # A frame around the picture, such as ObjectNet's, goes before the box is cut.
         if self.border:
-            image = image.crop(
-                (self.border, self.border, image.width - self.border, image.height - self.border)
-            )
+            right, lower = image.width - self.border, image.height - self.border
+            image = image.crop((self.border, self.border, right, lower))
         return image.crop(self.box) if self.box else image
+
+
+# --- archives -------------------------------------------------------------------------------------
 
 
 def open_archive(path: str | Path, below: str = "") -> Archive:
@@ -89,24 +93,9 @@ def open_archive(path: str | Path, below: str = "") -> Archive:
 def picture_of(archive: Archive, name: str) -> Picture:
     """A stored name of an archive as a picture."""
     place = archive.place(name)
-    whole = place.size < 0
-    return Picture(
-        place.path if whole else name, place.path, place.offset, None if whole else place.size
-    )
-
-
-def tar_members(path: str | Path) -> dict[str, Picture]:
-    """Every regular member of a tar by name, images and texts alike, without reading their
-    contents.
-    """
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            return {
-                m.name: Picture(m.name, str(path), m.offset, m.size) for m in walk(file, 0, end)
-            }
-        except ValueError as error:
-            raise DataError(f"{path}: damaged tar: {error}; fetch or pack it again") from error
+    if place.size < 0:  # a whole file
+        return Picture(place.path, place.path, place.offset)
+    return Picture(name, place.path, place.offset, place.size)
 
 
 class Collection:
@@ -119,16 +108,19 @@ class Collection:
     def __init__(self, root: str | Path) -> None:
         if not Path(root).exists():
             raise DataError(
-                f"no images at {root}: expected a folder of images or a .tar; give it as images=PATH"
+                f"no images at {root}: expected a folder of images or a .tar; "
+                "give it as images=PATH"
             )
+
         self.archive = open_archive(root)
         self.root = self.archive.path
         self._meant: dict[str, str] = {}  # the first name under which a stored picture was found
         if not self.archive.names:
-            found = f", only {self.archive.left_out}" if self.archive.left_out.counts else ""
+            left_out = f", only {self.archive.left_out}" if self.archive.left_out.counts else ""
             types = ", ".join(sorted(IMAGE_TYPES))
             raise DataError(
-                f"{root} holds no image ({types}){found}; give their folder or .tar as images=PATH"
+                f"{root} holds no image ({types}){left_out}; "
+                "give their folder or .tar as images=PATH"
             )
 
     def find(self, name: str) -> Picture | None:
@@ -138,14 +130,20 @@ class Collection:
         stored = self.archive.find(name)
         if stored is None:
             return None
-        other = self._meant.setdefault(stored, name)
-        if other != name and not (
-            self.archive.agrees(name, stored) and self.archive.agrees(other, stored)
-        ):
+
+        first_name = self._meant.setdefault(stored, name)
+        if first_name != name and not self._both_mean(first_name, name, stored):
             raise DataError(
-                f"the annotations name {other!r} and {name!r}, and {self.root} holds {stored!r} only; give the folder with both"
+                f"the annotations name {first_name!r} and {name!r}, and {self.root} holds "
+                f"{stored!r} only; give the folder with both"
             )
         return picture_of(self.archive, stored)
+
+    def _both_mean(self, first_name: str, name: str, stored: str) -> bool:
+        return self.archive.agrees(name, stored) and self.archive.agrees(first_name, stored)
+
+
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy: str) -> None:
@@ -154,14 +152,25 @@ def refuse_missing(missing: Sequence[str], total: int, where: Collection, policy
     """
     if not missing or (policy == "skip" and len(missing) < total):
         return
-    some = "".join(f"\n  {name} {where.archive.index.why_not(name)}" for name in list(missing)[:10])
+
+    names = list(missing)[:10]
+    some = "".join(f"\n  {name} {where.archive.index.why_not(name)}" for name in names)
     more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
+
+    # Not one image: the folder is likelier to be wrong than every name.
     if len(missing) >= total:
-        advice = f"none of the annotations has its image; is {where.root} the right folder? It holds {where.archive.names[0]!r}, …"
+        advice = (
+            f"none of the annotations has its image; is {where.root} the right folder? "
+            f"It holds {where.archive.names[0]!r}, …"
+        )
     else:
-        advice = "fetch them, or pass missing=skip to evaluate without them (the score is then not comparable)"
+        advice = (
+            "fetch them, or pass missing=skip to evaluate without them "
+            "(the score is then not comparable)"
+        )
     raise DataError(
-        f"{len(missing)} of {total} annotations name images that are not in {where.root}:{some}{more}\n{advice}"
+        f"{len(missing)} of {total} annotations name images that are not in {where.root}:"
+        f"{some}{more}\n{advice}"
     )
 
 
@@ -169,6 +178,7 @@ def refuse_unreadable(opened: Any) -> None:
     """Raise for pictures of an opened evaluation set that are gone or empty, or, of `_PROBED` of
     them, do not open.
     """
+    # Sizes are cheap to ask of all; decoding is tried on a sample spread over the set.
     pictures = list(dict.fromkeys(_pictures_in(opened)))
     step = max(1, len(pictures) // _PROBED)
     problems = []
@@ -180,11 +190,13 @@ def refuse_unreadable(opened: Any) -> None:
                 shown.open()
         except (DataError, OSError) as error:
             problems.append(str(error))
+
     if problems:
         some = "".join(f"\n  {problem}" for problem in problems[:10])
         raise DataError(
-            f"{len(problems)} of {len(pictures)} images cannot be read:{some}\nrepair them, or remove them and their "
-            "annotations; missing: skip (vlp eval: missing=skip) puts plain gray in their place and counts them"
+            f"{len(problems)} of {len(pictures)} images cannot be read:{some}\n"
+            "repair them, or remove them and their annotations; missing: skip "
+            "(vlp eval: missing=skip) puts plain gray in their place and counts them"
         )
 
 
@@ -193,15 +205,19 @@ def _pictures_in(value: Any) -> Iterator[Picture]:
     if isinstance(value, Picture):
         yield value
         return
+
     parts: Iterable[Any] = ()
     if dataclasses.is_dataclass(value):
-        parts = (getattr(value, f.name) for f in dataclasses.fields(value))
+        parts = (getattr(value, key.name) for key in dataclasses.fields(value))
     elif isinstance(value, dict):
         parts = value.values()
     elif isinstance(value, (list, tuple)):
         parts = value
     for part in parts:
         yield from _pictures_in(part)
+
+
+# --- content --------------------------------------------------------------------------------------
 
 
 class Contents:
@@ -221,17 +237,16 @@ class Contents:
     def digest(self, pictures: Iterable[Picture]) -> str:
         """A hash of what the pictures hold, in their order."""
         total = hashlib.sha256()
-        files: dict[str, str] = {}
-        for p in pictures:
-            if p.data is not None:
-                content = hashlib.sha256(p.data).hexdigest()
+        files: dict[str, str] = {}  # a tar holds many pictures and is looked at once
+        for shown in pictures:
+            if shown.data is not None:
+                content = hashlib.sha256(shown.data).hexdigest()
+            elif shown.path in files:
+                content = files[shown.path]
             else:
-                content = (
-                    files[p.path]
-                    if p.path in files
-                    else files.setdefault(p.path, self._file(p.path))
-                )
-            total.update(repr((content, p.offset, p.size, p.box, p.border)).encode())
+                content = files[shown.path] = self._file(shown.path)
+            place = (content, shown.offset, shown.size, shown.box, shown.border)
+            total.update(repr(place).encode())
         return total.hexdigest()
 
     def save(self) -> None:
@@ -241,6 +256,7 @@ class Contents:
             write_atomically(self.memory, json.dumps(self.known).encode())
 
     def _file(self, path: str) -> str:
+        # A file of the same size and time of change is taken for the same.
         path = os.path.abspath(path)
         status = os.stat(path)
         stamp = [status.st_size, status.st_mtime_ns]

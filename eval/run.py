@@ -22,113 +22,185 @@ if TYPE_CHECKING:
 HELP = "evaluate a model with the field's protocols, or compare two results"
 EXAMPLE = """examples:
   vlp eval runs/demo --task zeroshot --data data/test
-  vlp eval ViT-B-32:laion2b_s34b_b79k --task zeroshot --data imagenet/val classes=imagenet templates=imagenet80
-  vlp eval exported/demo --task retrieval --data dataset_coco.json images=coco/ split=test --out results.json
-  vlp eval runs/a --suite suite.yaml --out a.json      (suite.yaml: {zeroshot: {data: …}, retrieval: {data: …}})
+  vlp eval ViT-B-32:laion2b_s34b_b79k --task zeroshot --data imagenet/val \\
+      classes=imagenet templates=imagenet80
+  vlp eval exported/demo --task retrieval --data dataset_coco.json \\
+      images=coco/ split=test --out results.json
+  vlp eval runs/a --suite suite.yaml --out a.json
+      (suite.yaml: {zeroshot: {data: …}, retrieval: {data: …}})
   vlp eval --compare a.json b.json
-  accelerate launch --config_file launch/accelerate/cpu2.yaml -m vlp.cli eval runs/demo --task zeroshot --data data/test
+  accelerate launch --config_file launch/accelerate/cpu2.yaml -m vlp.cli \\
+      eval runs/demo --task zeroshot --data data/test
 
-MODEL: a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip or transformers; ARCHITECTURE:TAG, or
-ARCHITECTURE:FILE (also FILE.json:FILE) for weights such as epoch_32.pt. key=value options of the task follow --task or --data.
+MODEL: a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip or transformers;
+ARCHITECTURE:TAG, or ARCHITECTURE:FILE (also FILE.json:FILE) for weights such as epoch_32.pt.
+key=value options of the task follow --task or --data.
 """
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     from vlp.plugin import names
 
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="what to evaluate (see below)")
-    parser.add_argument(
-        "--task",
-        nargs="+",
-        metavar=("NAME", "key=value"),
-        help=f"one of {', '.join(names('vlp.eval.tasks'))}",
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar=("PATH", "key=value"),
-        help="the task's data; short for data=PATH",
-    )
-    parser.add_argument(
-        "--suite",
-        metavar="FILE",
-        help="YAML: several tasks with their options, as in a config's eval section",
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", help="write results.json (and outcomes by unit beside it)"
-    )
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A", "B"),
-        help="two results, or folders of them: a table with intervals",
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
-    parser.add_argument(
-        "--precision", choices=("float32", "bf16"), default="float32", help="of the forward pass"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=64, help="images or texts a forward pass (default 64)"
-    )
-    parser.add_argument(
-        "--workers", type=int, help="threads that decode (default: cores, at most 8)"
-    )
-    parser.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="where embeddings are kept (default ~/.cache/vlp/embeddings; none: nowhere)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress lines")
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="what to evaluate (see below)")
+
+    # What is measured.
+    tasks = ", ".join(names("vlp.eval.tasks"))
+    add("--task", nargs="+", metavar=("NAME", "key=value"), help=f"one of {tasks}")
+    data_help = "the task's data; short for data=PATH"
+    add("--data", nargs="+", metavar=("PATH", "key=value"), help=data_help)
+    suite_help = "YAML: several tasks with their options, as in a config's eval section"
+    add("--suite", metavar="FILE", help=suite_help)
+
+    # What becomes of it.
+    add("--out", metavar="FILE", help="write results.json (and outcomes by unit beside it)")
+    compare_help = "two results, or folders of them: a table with intervals"
+    add("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
+
+    # How it is carried out; nothing here changes a score but --precision.
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    precisions = ("float32", "bf16")
+    add("--precision", choices=precisions, default="float32", help="of the forward pass")
+    add("--batch", type=int, default=64, help="images or texts a forward pass (default 64)")
+    add("--workers", type=int, help="threads that decode (default: cores, at most 8)")
+    cache_help = "where embeddings are kept (default ~/.cache/vlp/embeddings; none: nowhere)"
+    add("--cache", metavar="DIR", help=cache_help)
+    add("--quiet", action="store_true", help="no progress lines")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out the command; returns the exit status. Wrong input is a ValueError with what to do."""
+    """Carry out the command; returns the exit status. Wrong input is a ValueError that helps."""
     if options.compare:
         from vlp.eval.report.records import compare
 
         print(compare(*options.compare))
         return 0
+
     if not options.model or not (options.task or options.suite):
         raise ValueError(
-            "give MODEL and --task NAME --data PATH (or --suite FILE), or --compare A B; see vlp eval --help"
+            "give MODEL and --task NAME --data PATH (or --suite FILE), or --compare A B; "
+            "see vlp eval --help"
         )
     return _evaluate_command(options)
 
 
 def _evaluate_command(options: argparse.Namespace) -> int:
+    """Evaluate one model on the tasks named, print the table, write the results."""
     import torch
 
     from vlp import dist, plugin
     from vlp.eval import models
-    from vlp.eval.report import records as report
+    from vlp.eval.report import records
 
+    # Wrong paths, and a result that could not be written, are found before a model is loaded.
     tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
-    data = read_all(tasks)  # wrong paths are found before a model is loaded
-    if options.out:  # so is a result that could not be written
-        out = Path(options.out)
-        if out.is_dir():
-            raise ValueError(
-                f"--out {out} is a folder; name a file, such as {out / 'results.json'}"
-            )
-        out.parent.mkdir(parents=True, exist_ok=True)
+    data = read_all(tasks)
+    if options.out:
+        _check_writable(Path(options.out))
+
     joined, device = _join_ranks(options.device)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     encoder = models.load(options.model, device, autocast)
     if dist.is_main() and not options.quiet:
-        print(
-            f"{encoder.name} on {device}, {dist.world_size()} rank(s)", file=sys.stderr, flush=True
-        )
-    records, items = evaluate(encoder, tasks, _context(options), data)
+        n_ranks = dist.world_size()
+        print(f"{encoder.name} on {device}, {n_ranks} rank(s)", file=sys.stderr, flush=True)
+
+    results, items = evaluate(encoder, tasks, _context(options), data)
     if dist.is_main():
-        print(report.table(records))
+        print(records.table(results))
         if options.out:
-            report.write(Path(options.out), records, items)
+            records.write(Path(options.out), results, items)
             print(f"written: {options.out}")
+
+    # No rank leaves while the first still writes.
     dist.barrier()
     if joined:
         torch.distributed.destroy_process_group()
     return 0
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ValueError unless results can be written there; make the folder."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'results.json'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _tasks(options: argparse.Namespace) -> dict[str, Any]:
+    """The tasks as a configuration's eval section has them."""
+    from vlp.config import read_yaml
+
+    if options.suite:
+        if options.task or options.data:
+            raise ValueError("--suite names the tasks itself; leave out --task and --data")
+        suite, _ = read_yaml(Path(options.suite).read_text(encoding="utf-8"), options.suite)
+        return suite.get("eval", suite)
+
+    name, *pairs = options.task
+    task_options: dict[str, Any] = {}
+    if options.data:
+        # --data PATH key=value is --task NAME data=PATH key=value.
+        task_options["data"], *more = options.data
+        pairs += more
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{pair!r} is not of the form key=value")
+        task_options[key] = _option_value(value)
+    return {name: task_options}
+
+
+def _option_value(text: str) -> Any:
+    """A value of the command line, with the type that YAML gives it."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # such as separator=, which YAML cannot read: a text
+
+
+def _context(options: argparse.Namespace) -> Context:
+    """How the command line wants the evaluation carried out."""
+    from vlp.eval.embed import Context
+    from vlp.eval.pictures import Contents
+
+    cache = None
+    if options.cache != "none":
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        cache = Path(options.cache) if options.cache else home / "vlp" / "embeddings"
+
+    # What is not given keeps the default of Context.
+    more = {} if options.workers is None else {"workers": options.workers}
+    contents = Contents(cache / "contents.json" if cache else None)
+    return Context(
+        batch=options.batch, cache=cache, contents=contents, progress=not options.quiet, **more
+    )
+
+
+def _join_ranks(device: str) -> tuple[bool, str]:
+    """Join the process group that a launcher announces (whether there was one to join), and choose
+    this rank's device.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available() and device != "cpu"
+    join = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
+    if join:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+    # Each rank of a node takes its own card.
+    if device == "auto" and cuda:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    return join, "cpu" if device == "auto" else device
+
+
+# --- the work -------------------------------------------------------------------------------------
 
 
 def read_all(tasks: list[Plugin]) -> list[Any]:
@@ -140,10 +212,15 @@ def read_all(tasks: list[Plugin]) -> list[Any]:
     opened = []
     for task in tasks:
         data = task.module.read(task.options)
-        if getattr(task.options, "missing", "error") != "skip":
+        if not _may_skip(task):
             refuse_unreadable(data)
         opened.append(data)
     return opened
+
+
+def _may_skip(task: Plugin) -> bool:
+    """Whether a task may leave out what it cannot read."""
+    return getattr(task.options, "missing", "error") == "skip"
 
 
 def evaluate(
@@ -159,29 +236,34 @@ def evaluate(
     state is not touched.
     """
     from vlp import dist
-    from vlp.eval.report import records as report
+    from vlp.eval.report import records
 
-    records, items = [], {}
     if data is None:
         data = [task.module.read(task.options) for task in tasks]
+
+    results, items = [], {}
     for task, opened in zip(tasks, data):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
-        context.truncated.clear()
+
         # Inside training the caller counts them: a rank that fails must not leave others waiting.
-        skips = context.unreadable is None and getattr(task.options, "missing", "error") == "skip"
-        of_task = replace(context, unreadable={}) if skips else context
-        result = task.module.run(encoder, opened, task.options, of_task)
+        skips = context.unreadable is None and _may_skip(task)
+        task_context = replace(context, unreadable={}) if skips else context
+        context.truncated.clear()
+        result = task.module.run(encoder, opened, task.options, task_context)
+
         if skips:
-            _count_unreadable(task, result.counts, of_task)
+            _count_unreadable(task, result.counts, task_context)
         n_truncated = sum(context.truncated.values())
         if n_truncated:
             result.counts["truncated_texts"] = n_truncated
-        records.append(report.record(task, encoder, result))
+        results.append(records.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
+
+    # Hashing large tars takes long; the next evaluation finds it done.
     if context.contents is not None and dist.is_main():
         context.contents.save()
-    return records, items
+    return results, items
 
 
 def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
@@ -193,6 +275,7 @@ def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]
     """
     from vlp.eval.models import from_model
 
+    # Dropout and patch dropping off, and on again whatever happens.
     was_training = model.training
     model.eval()
     try:
@@ -212,7 +295,6 @@ def attempt(encoder: Encoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
 
 def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
     """The record of one task, or of its failure. Ranks agree before and after the task."""
-    from vlp import dist, log
     from vlp.eval.embed import Context
     from vlp.lifetime import Interrupted
 
@@ -222,25 +304,47 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
         opened = task.module.read(task.options)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
+
     # Before the work begins, so that no rank waits in it for one that could not open its data.
-    failure = next(filter(None, dist.gather_objects(failure)), "")
-    if not failure:
-        try:
-            (record,), _ = evaluate(encoder, [task], context, [opened])
-        except Interrupted:  # of all ranks: no failure
-            raise
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        failure = next(filter(None, dist.gather_objects(failure)), "")
+    failure = _first_failure(failure)
     if failure:
-        if dist.is_main():
-            log.warn(
-                f"the evaluation {task.label!r} failed and is left out at this step; training goes on. {failure}"
-            )
-        return {"label": task.label, "metrics": {"failed": 1.0}, "error": failure}
+        return _failed(task, failure)
+
+    try:
+        (record,), _ = evaluate(encoder, [task], context, [opened])
+    except Interrupted:  # of all ranks: no failure
+        raise
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    failure = _first_failure(failure)
+    if failure:
+        return _failed(task, failure)
 
     _count_unreadable(task, record["counts"], context)
     return record
+
+
+def _first_failure(failure: str) -> str:
+    """The failure of the first rank that has one, on every rank; "" if none has. Collective."""
+    from vlp import dist
+
+    return next(filter(None, dist.gather_objects(failure)), "")
+
+
+def _failed(task: Plugin, failure: str) -> dict[str, Any]:
+    """The record of a task that failed, with a warning from the first rank."""
+    from vlp import dist, log
+
+    if dist.is_main():
+        log.warn(
+            f"the evaluation {task.label!r} failed and is left out at this step; "
+            f"training goes on. {failure}"
+        )
+    return {
+        "label": task.label,
+        "metrics": {"failed": 1.0},
+        "error": failure,
+    }
 
 
 def _count_unreadable(task: Plugin, counts: dict[str, int], context: Context) -> None:
@@ -250,67 +354,13 @@ def _count_unreadable(task: Plugin, counts: dict[str, int], context: Context) ->
     unreadable: dict[str, str] = {}
     for of_rank in dist.gather_objects(context.unreadable):
         unreadable |= of_rank
-    if unreadable:
-        counts["unreadable"] = len(unreadable)
-        if dist.is_main():
-            first = unreadable[min(unreadable)]
-            log.warn(
-                f"{task.label}: {len(unreadable)} images cannot be read and count as plain gray: {first}"
-            )
+    if not unreadable:
+        return
 
-
-def _tasks(options: argparse.Namespace) -> dict[str, Any]:
-    import yaml
-
-    from vlp.config import read_yaml
-
-    if options.suite:
-        if options.task or options.data:
-            raise ValueError("--suite names the tasks itself; leave out --task and --data")
-        suite, _ = read_yaml(Path(options.suite).read_text(encoding="utf-8"), options.suite)
-        return suite.get("eval", suite)
-    name, *pairs = options.task
-    given: dict[str, Any] = {}
-    if options.data:
-        given["data"], *more = options.data
-        pairs += more
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"{pair!r} is not of the form key=value")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            given[key] = value  # such as separator=, which YAML cannot read: a text
-    return {name: given}
-
-
-def _context(options: argparse.Namespace) -> Context:
-    from vlp.eval.embed import Context
-    from vlp.eval.pictures import Contents
-
-    cache = None
-    if options.cache != "none":
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        cache = Path(options.cache) if options.cache else home / "vlp" / "embeddings"
-    more = {} if options.workers is None else {"workers": options.workers}
-    contents = Contents(cache / "contents.json" if cache else None)
-    return Context(
-        batch=options.batch, cache=cache, contents=contents, progress=not options.quiet, **more
-    )
-
-
-def _join_ranks(device: str) -> tuple[bool, str]:
-    """Join the process group that a launcher announces (whether there was one to join), and choose
-    this rank's device.
-    """
-    import torch
-
-    cuda = torch.cuda.is_available() and device != "cpu"
-    join = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
-    if join:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    if device == "auto" and cuda:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    return join, "cpu" if device == "auto" else device
+    counts["unreadable"] = len(unreadable)
+    if dist.is_main():
+        first = unreadable[min(unreadable)]
+        log.warn(
+            f"{task.label}: {len(unreadable)} images cannot be read and count as plain gray: "
+            f"{first}"
+        )

@@ -356,7 +356,7 @@ def test_geometry_is_that_of_the_evaluation():
     found = geometry(image, text)
     x, t = image[:MEASURED].double(), text[:MEASURED].double()
     expected = {
-        "space.gap": metrics.centroid_distance(x, t),
+        "space.gap": metrics.modality_gap(x, t),
         "space.alignment": metrics.alignment(x, t),
         "space.uniformity_image": metrics.uniformity(x),
         "space.uniformity_text": metrics.uniformity(t),
@@ -364,7 +364,7 @@ def test_geometry_is_that_of_the_evaluation():
     assert {name: value.item() for name, value in found.items()} == pytest.approx(
         expected, rel=1e-5
     )
-    assert metrics.centroid_distance(image.double(), text.double()) != pytest.approx(
+    assert metrics.modality_gap(image.double(), text.double()) != pytest.approx(
         expected["space.gap"], rel=1e-4
     )
     assert geometry(image[:1], text[:1]).keys() == {

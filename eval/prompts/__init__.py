@@ -8,7 +8,6 @@ installed open_clip at run time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 FROM_OPEN_CLIP = {
@@ -19,37 +18,56 @@ FROM_OPEN_CLIP = {
 
 def sets() -> list[str]:
     """Names of the template sets."""
-    return sorted(
-        [p.name[:-4] for p in files(__name__).iterdir() if p.name.endswith(".txt")]
-        + list(FROM_OPEN_CLIP)
-    )
+    return sorted([*_files(), *FROM_OPEN_CLIP])
+
+
+def _files() -> dict[str, Path]:
+    """The sets that are files, by name."""
+    files = {}
+
+    # Beside this file, and where a plug-in has put a folder of its own.
+    for folder in __path__:
+        files |= {file.stem: file for file in Path(folder).glob("*.txt")}
+    return files
 
 
 def templates(choice: str | Sequence[str]) -> list[str]:
-    """The templates, with `{}`, of a set, of a text file (a template a line), or as given; a
-    ValueError says what is wrong.
+    """The templates, with `{}`, of a set, of a text file (a template a line), or as listed.
+
+    Raises ValueError for an unknown set, and for a template without a place for the class name.
     """
-    if not isinstance(choice, str):
-        lines = list(choice)
-    elif choice in FROM_OPEN_CLIP:
+    if isinstance(choice, str) and choice in FROM_OPEN_CLIP:
         import open_clip
 
         return [template("{}") for template in getattr(open_clip, FROM_OPEN_CLIP[choice])]
-    elif choice in sets():
-        lines = (files(__name__) / f"{choice}.txt").read_text(encoding="utf-8").splitlines()
-    elif Path(choice).is_file():
-        lines = Path(choice).read_text(encoding="utf-8").splitlines()
-    else:
-        raise ValueError(f"no template set or file {choice!r}; known sets: {', '.join(sets())}")
-    lines = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
+
+    # `{c}` is how clip_benchmark writes the place of the name.
+    lines = [line.strip().replace("{c}", "{}") for line in _lines(choice) if line.strip()]
     wrong = [line for line in lines if line.count("{}") != 1]
     if wrong or not lines:
         raise ValueError(
-            f"templates need exactly one {{}} or {{c}} for the class name, found {wrong or 'no template'}"
+            "templates need exactly one {} or {c} for the class name, "
+            f"found {wrong or 'no template'}"
         )
     return lines
 
 
+def _lines(choice: str | Sequence[str]) -> list[str]:
+    """The lines of a set or file, or the sentences as listed."""
+    if not isinstance(choice, str):
+        return list(choice)
+
+    # A set's name goes before a file of that name.
+    path = _files().get(choice, Path(choice))
+    if not path.is_file():
+        raise ValueError(f"no template set or file {choice!r}; known sets: {', '.join(sets())}")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
 def fill(templates: Sequence[str], names: Sequence[str]) -> list[str]:
     """All prompts, class by class: names[0] in every template, then names[1], …"""
-    return [template.replace("{}", name) for name in names for template in templates]
+    # Class by class: a view [classes, templates, D] of the embeddings then needs no copy.
+    prompts = []
+    for name in names:
+        prompts += [template.replace("{}", name) for template in templates]
+    return prompts

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlp.eval.report.markup import Html, number, tag
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 24
+SCATTER_SIDE, SCATTER_EDGE = 360, 12
 MAX_POINTS = 240  # a curve has no more than this; a screen shows no more
 Point = tuple[float, float]
 
@@ -23,28 +24,30 @@ class Series:
     color: int = 0
 
 
+# --- curves ---------------------------------------------------------------------------------------
+
+
 def curve(title: str, series: Sequence[Series], level: float | None = None) -> Html:
     """A card with curves over steps; `level` draws the chance level. Values that are not finite are
     left out.
     """
-    clean = [Series(s.name, [p for p in s.points if math.isfinite(p[1])], s.color) for s in series]
-    clean = [Series(s.name, downsampled(s.points), s.color) for s in clean if s.points]
-    if not clean:
-        return tag(
-            "figure",
-            tag("figcaption", title),
-            tag("p", "no finite value", class_="note"),
-            class_="card",
-        )
-    xs = [x for s in clean for x, _ in s.points]
-    ys = [y for s in clean for _, y in s.points] + ([level] if level is not None else [])
+    drawn = _drawable(series)
+    if not drawn:
+        return _empty_card(title, "no finite value")
+
+    # One scale for all runs, with some room above and below; chance is always inside.
+    xs = [x for one in drawn for x, _ in one.points]
+    ys = [y for one in drawn for _, y in one.points]
+    if level is not None:
+        ys.append(level)
     plot = _Plot(_domain(xs, 0), _domain(ys, 0.06))
-    latest = clean[0].points[-1][1]
+
+    latest = drawn[0].points[-1][1]
     drawing = tag(
         "svg",
         plot.axes(),
         plot.level(level),
-        [plot.line(s) for s in reversed(clean)],
+        [plot.line(one) for one in reversed(drawn)],  # the first run on top
         class_="chart",
         role="img",
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -56,91 +59,19 @@ def curve(title: str, series: Sequence[Series], level: float | None = None) -> H
     return tag("figure", tag("figcaption", title, tag("b", number(latest))), drawing, class_="card")
 
 
-def scatter(pairs: Sequence[tuple[Point, Point, str]], names: tuple[str, str], key: str) -> Html:
-    """Pairs of points joined by thin lines, on one scale both ways; a point's title is the pair's
-    text.
-    """
-    size, edge = 360, 12
-    xs, ys = [[p[axis] for a, b, _ in pairs for p in (a, b)] for axis in (0, 1)]
-    span = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
-    middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-
-    def at(p: Point) -> tuple[str, str]:
-        x, y = ((p[i] - middle[i]) / span * (size - 2 * edge) for i in (0, 1))
-        return f"{size / 2 + x:.1f}", f"{size / 2 - y:.1f}"
-
-    links, dots = [], []
-    for first, second, text in pairs:
-        (x1, y1), (x2, y2) = at(first), at(second)
-        links.append(tag("line", x1=x1, y1=y1, x2=x2, y2=y2))
-        dots += [
-            tag("circle", tag("title", text), cx=x, cy=y, r=2.6, class_=c)
-            for x, y, c in ((x1, y1, "c0"), (x2, y2, "c1"))
-        ]
-    drawing = tag(
-        "svg",
-        tag("g", links, class_="links"),
-        tag("g", dots),
-        class_="scatter",
-        viewBox=f"0 0 {size} {size}",
-        role="img",
-        aria_label=f"{len(pairs)} pairs of {names[0]} and {names[1]} embeddings in two dimensions",
-    )
-    legend = tag(
-        "span",
-        tag("i", class_="k0"),
-        names[0],
-        " ",
-        tag("i", class_="k1"),
-        names[1],
-        class_="legend",
-    )
-    switch = tag(
-        "label",
-        tag("input", type="checkbox", checked="", id=key),
-        " join pairs",
-        class_="switch",
-        for_=key,
-    )
-    return tag("div", switch, legend, drawing, class_="plot")
+def _drawable(series: Sequence[Series]) -> list[Series]:
+    """The series that have finite values, with as many of those as a screen shows."""
+    drawable = []
+    for one in series:
+        finite = [point for point in one.points if math.isfinite(point[1])]
+        if finite:
+            drawable.append(Series(one.name, downsampled(finite), one.color))
+    return drawable
 
 
-def bars(title: str, rows: Sequence[tuple[str, float]], said: str = "") -> Html:
-    """A card with a bar for every (label, number); where labels would touch, every second, third, …
-    is shown.
-    """
-    if not rows:
-        return tag(
-            "figure",
-            tag("figcaption", title),
-            tag("p", "nothing to count", class_="note"),
-            class_="card",
-        )
-    plot = _Plot((0, len(rows)), (0, max(n for _, n in rows) or 1))
-    floor, every = (
-        HEIGHT - BOTTOM,
-        -(-len(rows) * (8 + 6 * max(len(label) for label, _ in rows)) // (WIDTH - LEFT - RIGHT)),
-    )
-    drawn = []
-    for i, (label, n) in enumerate(rows):
-        (left, top), (right, _) = plot.at(i, n), plot.at(i + 1, n)
-        shape = {"x": left + 1, "y": top, "width": max(right - left - 2, 1), "height": floor - top}
-        shape = {name: f"{value:.1f}" for name, value in shape.items()}
-        drawn.append(tag("rect", tag("title", f"{label}: {number(n)}"), class_="c0", **shape))
-        if i % every == 0:
-            drawn.append(
-                tag(
-                    "text", label, x=f"{(left + right) / 2:.1f}", y=HEIGHT - 7, text_anchor="middle"
-                )
-            )
-    view = {
-        "class_": "bars",
-        "role": "img",
-        "viewBox": f"0 0 {WIDTH} {HEIGHT}",
-        "aria_label": title,
-    }
-    drawing = tag("svg", plot.axes(across=False), drawn, **view)
-    return tag("figure", tag("figcaption", title, tag("b", said)), drawing, class_="card")
+def _empty_card(title: str, reason: str) -> Html:
+    """A card that says why there is nothing to draw."""
+    return tag("figure", tag("figcaption", title), tag("p", reason, class_="note"), class_="card")
 
 
 def downsampled(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -149,84 +80,205 @@ def downsampled(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]
     """
     if len(points) <= limit:
         return list(points)
+
+    def value(point: Point) -> float:
+        return point[1]
+
     inner, n = points[1:-1], (limit - 2) // 2
     kept = [points[0]]
     for i in range(n):
         stretch = inner[i * len(inner) // n : (i + 1) * len(inner) // n]
-        low, high = min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])
-        kept += sorted({low, high})
+        kept += sorted({min(stretch, key=value), max(stretch, key=value)})
     return [*kept, points[-1]]
+
+
+# --- scatter and bars -----------------------------------------------------------------------------
+
+
+def scatter(pairs: Sequence[tuple[Point, Point, str]], names: tuple[str, str], key: str) -> Html:
+    """Pairs of points joined by thin lines, on one scale both ways; a point's title is the pair's
+    text.
+    """
+    points = [first for first, _, _ in pairs] + [second for _, second, _ in pairs]
+
+    # One scale for both axes: distances in the plot mean the same in every direction.
+    at = _square(points)
+    links, dots = [], []
+    for first, second, text in pairs:
+        (x1, y1), (x2, y2) = at(first), at(second)
+        hint = tag("title", text)
+        links.append(tag("line", x1=x1, y1=y1, x2=x2, y2=y2))
+        dots.append(tag("circle", hint, cx=x1, cy=y1, r=2.6, class_="c0"))
+        dots.append(tag("circle", hint, cx=x2, cy=y2, r=2.6, class_="c1"))
+
+    # Lines first: what is drawn later lies on top.
+    drawing = tag(
+        "svg",
+        tag("g", links, class_="links"),
+        tag("g", dots),
+        class_="scatter",
+        viewBox=f"0 0 {SCATTER_SIDE} {SCATTER_SIDE}",
+        role="img",
+        aria_label=f"{len(pairs)} pairs of {names[0]} and {names[1]} embeddings in two dimensions",
+    )
+    first_key, second_key = tag("i", class_="k0"), tag("i", class_="k1")
+    legend = tag("span", first_key, names[0], " ", second_key, names[1], class_="legend")
+    box = tag("input", type="checkbox", checked="", id=key)
+    switch = tag("label", box, " join pairs", class_="switch", for_=key)
+    return tag("div", switch, legend, drawing, class_="plot")
+
+
+def _square(points: Sequence[Point]) -> Callable[[Point], tuple[str, str]]:
+    """A function from a point to its place in the scatter's square, as texts (x, y)."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    left, right = min(xs), max(xs)
+    bottom, top = min(ys), max(ys)
+    # Points that are all the same lie in the middle.
+    span = max(right - left, top - bottom) or 1.0
+    room = SCATTER_SIDE - 2 * SCATTER_EDGE
+    middle_x = (right + left) / 2
+    middle_y = (top + bottom) / 2
+
+    def at(point: Point) -> tuple[str, str]:
+        x = (point[0] - middle_x) / span * room
+        y = (point[1] - middle_y) / span * room
+        # Down is positive in SVG.
+        across = SCATTER_SIDE / 2 + x
+        down = SCATTER_SIDE / 2 - y
+        return f"{across:.1f}", f"{down:.1f}"
+
+    return at
+
+
+def bars(title: str, rows: Sequence[tuple[str, float]], total: str = "") -> Html:
+    """A card with a bar for every (label, number); where labels would touch, every second, third, …
+    is shown. `total` stands beside the title.
+    """
+    if not rows:
+        return _empty_card(title, "nothing to count")
+
+    highest = max(value for _, value in rows)
+    plot = _Plot((0, len(rows)), (0, highest or 1))
+    floor = HEIGHT - BOTTOM
+
+    # A letter is about six pixels wide, and labels need a gap.
+    label_width = 8 + 6 * max(len(label) for label, _ in rows)
+    every = -(-len(rows) * label_width // (WIDTH - LEFT - RIGHT))
+    drawn = []
+    for i, (label, value) in enumerate(rows):
+        left, top = plot.at(i, value)
+        right, _ = plot.at(i + 1, value)
+        shape = {
+            "x": left + 1,
+            "y": top,
+            "width": max(right - left - 2, 1),  # a pixel between bars
+            "height": floor - top,
+        }
+        attributes = {name: f"{length:.1f}" for name, length in shape.items()}
+        hint = tag("title", f"{label}: {number(value)}")
+        drawn.append(tag("rect", hint, class_="c0", **attributes))
+        if i % every == 0:
+            middle = f"{(left + right) / 2:.1f}"
+            drawn.append(tag("text", label, x=middle, y=HEIGHT - 7, text_anchor="middle"))
+
+    drawing = tag(
+        "svg",
+        plot.axes(across=False),
+        drawn,
+        class_="bars",
+        role="img",
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        aria_label=title,
+    )
+    return tag("figure", tag("figcaption", title, tag("b", total)), drawing, class_="card")
+
+
+# --- axes -----------------------------------------------------------------------------------------
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers within [low, high]."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw * 0.999)
-    return [
-        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
+    # A thousandth and a billionth off: rounding must not skip a tick that is just reached.
+    round_steps = [factor * power for factor in (1, 2, 2.5, 5, 10)]
+    step = next(step for step in round_steps if step >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 def _domain(values: Sequence[float], margin: float) -> Point:
+    """The range of the values with a margin; of one value a range around it."""
     low, high = min(values), max(values)
-    room = (high - low) * margin or (abs(high) * 0.05 or 0.5) * (low == high)
+    room = (high - low) * margin
+    if low == high:
+        room = abs(high) * 0.05 or 0.5
     return low - room, high + room
 
 
 def _pair(values: Point) -> str:
+    """Two numbers as the page's script reads them."""
     return f"{values[0]:.9g} {values[1]:.9g}"
 
 
 @dataclass(frozen=True)
 class _Plot:
+    """The plane of a chart: the values at its edges, and what is drawn on it."""
+
     x: Point
     y: Point
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
-            HEIGHT - TOP - BOTTOM
-        )
+        """Where a value lies, in pixels."""
+        x_low, x_high = self.x
+        y_low, y_high = self.y
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_low) / (y_high - y_low)
+        # Down is positive in SVG.
+        left = LEFT + across * (WIDTH - LEFT - RIGHT)
+        top = HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return left, top
 
     def axes(self, across: bool = True) -> list[Html]:
+        """Lines and numbers up, and numbers across unless the bars have labels."""
         drawn = []
         for value in ticks(*self.y):
             y = f"{self.at(self.x[0], value)[1]:.1f}"
-            drawn.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-            drawn.append(
-                tag("text", number(value), x=LEFT - 6, y=y, dy="0.32em", text_anchor="end")
+            grid_line = tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid")
+            drawn.append(grid_line)
+            label = tag(
+                "text",
+                number(value),
+                x=LEFT - 6,
+                y=y,
+                dy="0.32em",
+                text_anchor="end",
             )
-        for value in ticks(*self.x) if across else ():
+            drawn.append(label)
+
+        if not across:
+            return drawn
+        for value in ticks(*self.x):
             x = f"{self.at(value, self.y[0])[0]:.1f}"
             shown = f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
             drawn.append(tag("text", shown, x=x, y=HEIGHT - 7, text_anchor="middle"))
         return drawn
 
     def level(self, value: float | None) -> Html | None:
+        """A dashed line at chance."""
         if value is None:
             return None
         y = f"{self.at(self.x[0], value)[1]:.1f}"
-        return tag(
-            "line",
-            tag("title", f"chance {number(value)}"),
-            x1=LEFT,
-            x2=WIDTH - RIGHT,
-            y1=y,
-            y2=y,
-            class_="chance",
-        )
+        hint = tag("title", f"chance {number(value)}")
+        return tag("line", hint, x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="chance")
 
     def line(self, series: Series) -> Html:
-        spots = [self.at(*p) for p in series.points]
-        drawn = [
-            tag(
-                "polyline",
-                points=" ".join(f"{x:.1f},{y:.1f}" for x, y in spots),
-                data_name=series.name,
-            )
-        ]
-        if len(spots) <= 12:  # few enough to be single events, such as evaluations
+        """A curve, with dots where its points are few enough to be single events, such as
+        evaluations.
+        """
+        spots = [self.at(*point) for point in series.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        drawn = [tag("polyline", points=path, data_name=series.name)]
+        if len(spots) <= 12:
             drawn += [tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.4) for x, y in spots]
         return tag("g", drawn, class_=f"s{series.color}")

@@ -1,41 +1,16 @@
-"""The newest checkpoint on the run's own evaluation sets, a bounded sample of each; what cannot be
-had is a note.
-"""
+"""What the page knows of a run's model: plain values, and notes on what could not be had."""
 
 from __future__ import annotations
 
-import io
-import os
-import random
 import sys
-from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from vlp import checkpoint, plugin
-from vlp.eval import choices as _choices
-from vlp.eval import embed, metrics, models, prompts
-from vlp.eval.pictures import Picture
 from vlp.eval.report import findings
-from vlp.eval.report.runs import Run
-from vlp.eval.tasks import negatives
 from vlp.privacy import private
 
-PROOFS = (
-    "counting",
-    "binding",
-    "relations",
-    "order",
-)  # sets that `vlp data scenes` and the demo lay beside the others
-MAX_PROMPTS = 2000  # classes × templates; more templates are left out
-WORST, QUERIES, EXAMPLES = 10, 6, 5
-THUMBNAIL_PX = 96
 EXPECTED = (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError)
 
 
@@ -54,26 +29,29 @@ class Evidence:
 
     def note(self, section: str, text: str) -> None:
         """Keep a note for the page, and say it at the console."""
+        # The page is passed on, the console is not.
         self.notes.setdefault(section, []).append(private(text))
         print(f"vlp report: {text}", file=sys.stderr)
 
     @contextmanager
-    def attempt(self, section: str, what: str):
+    def attempt(self, section: str, subject: str) -> Iterator[None]:
         """Let a part fail on its own: its error becomes a note."""
         try:
             yield
         except EXPECTED as error:
-            self.note(section, f"{what}: {_reason(error)}")
+            self.note(section, f"{subject}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
     """An error in one sentence; ours say what to do, others are named."""
     if isinstance(error, OSError) and error.filename:
         return f"{Path(error.filename).name}: {error.strerror}"
-    ours = type(error).__module__.startswith("vlp.")
-    return (
-        str(error) if ours or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    )
+
+    # Errors of ours are sentences; a bare KeyError needs its kind.
+    is_ours = type(error).__module__.startswith("vlp.")
+    if is_ours or isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +69,7 @@ class Confusion:
     """The worst classes of a zero-shot set."""
 
     dataset: str
-    n: int
+    n: int  # pictures
     accuracy: float
     names: list[str]  # of all classes
     worst: list[findings.ClassAnswers]
@@ -108,14 +86,14 @@ class Sheets:
     recall: dict[str, float]  # R@1 of "by_text" and "by_image"
     by_text: list[findings.Query]
     by_image: list[findings.Query]
-    thumbnails: dict[int, str]
+    thumbnails: dict[int, str]  # place -> data URI
 
 
 @dataclass(frozen=True)
 class Example:
     """A picture, its true caption and negatives with their cosines, the true one first."""
 
-    thumbnail: str
+    thumbnail: str  # data URI
     captions: list[tuple[str, float]]
     hit: bool
 
@@ -125,238 +103,7 @@ class ExampleSet:
     """Items of one set with negatives."""
 
     name: str
-    n: int
+    n: int  # choices that were scored, of which `items` are shown
     accuracy: float
     chance: float
     items: list[Example]
-
-
-def beside(run: Run) -> list[str]:
-    """The sets with negatives that lie in the run's own folder, as those of the demo do."""
-    return [str(place) for name in PROOFS if (place := run.folder / "data" / name).is_dir()]
-
-
-def look(run: Run, data: list[str], samples: int) -> Evidence:
-    """What the page shows of the run's newest complete checkpoint: at most `samples` items of each
-    set.
-
-    `data`: sets with negatives besides those of the run's configuration.
-    """
-    evidence = Evidence()
-    path = checkpoint.newest(run.folder)
-    if path is None:
-        damaged = (
-            f"all {len(run.checkpoints)} checkpoints are damaged"
-            if run.checkpoints
-            else "the run has no checkpoint"
-        )
-        evidence.note("model", f"{damaged}; only what the run logged is shown")
-        return evidence
-    with evidence.attempt("model", f"the model of {path.name} cannot be loaded"):
-        encoder = models.load(str(path), "cuda" if torch.cuda.is_available() else "cpu")
-        evidence.model = path.name
-    if not evidence.model:
-        return evidence
-    parts = _Parts(
-        encoder, run, evidence, samples, embed.Context(workers=min(4, os.cpu_count() or 1))
-    )
-    parts.pairs()
-    parts.classes()
-    parts.proofs(data)
-    return evidence
-
-
-@dataclass
-class _Parts:
-    """Fills the evidence, a part a method."""
-
-    encoder: models.Encoder
-    run: Run
-    evidence: Evidence
-    samples: int
-    context: embed.Context
-
-    def pairs(self) -> None:
-        """Embeddings in the plane and retrieval sheets, from the first set of pairs that opens."""
-        source = self._opened("pairs", ("retrieval", "representation"))
-        if source is None:
-            return
-        with self.evidence.attempt("pairs", source.name):
-            records = _sample(source.records, self.samples)
-            captions = [c for r in records for c in r.captions]
-            owner = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
-            pictures = [r.picture for r in records]
-            image, text = (
-                embed.images(self.encoder, pictures, self.context),
-                embed.texts(self.encoder, captions, self.context),
-            )
-            first = torch.tensor([owner.tolist().index(i) for i in range(len(records))])
-            self.evidence.space = _space(
-                source.name, [captions[i] for i in first], image, text[first]
-            )
-            self.evidence.sheets = _sheets(source.name, pictures, captions, owner, image, text)
-
-    def classes(self) -> None:
-        """The classes that zero-shot classification confuses most."""
-        data = self._opened("classes", ("zeroshot",))
-        if data is None:
-            return
-        if data.labels.ndim == 2:
-            self.evidence.note(
-                "classes",
-                f"{data.source.name} has several labels a picture: no confusion of classes",
-            )
-            return
-        with self.evidence.attempt("classes", data.source.name):
-            places = _sample(range(len(data.labels)), self.samples)
-            pictures, labels = [data.source.records[i].picture for i in places], data.labels[places]
-            templates = data.templates[: max(1, MAX_PROMPTS // len(data.classes))]
-            text = embed.texts(self.encoder, prompts.fill(templates, data.classes), self.context)
-            mean = text.view(len(data.classes), len(templates), -1).mean(1)
-            classes = torch.nn.functional.normalize(mean, dim=-1)
-            image = embed.images(self.encoder, pictures, self.context)
-            worst = findings.confusions(image, classes, labels, WORST)
-            accuracy = float(((image @ classes.T).argmax(1) == labels).double().mean())
-            shown = {c.wrong: thumbnail(pictures[c.wrong]) for c in worst if c.wrong is not None}
-            self.evidence.confusion = Confusion(
-                data.source.name, len(labels), accuracy, data.classes, worst, shown
-            )
-
-    def proofs(self, more: list[str]) -> None:
-        """Examples from every set with negatives: the configuration's, and `more`."""
-        configured = [
-            p.options for p in _tasks(self.run, self.evidence, "examples", ("negatives",))
-        ]
-        wanted = {
-            Path(o.data).resolve(): o for o in (*(negatives.Options(p) for p in more), *configured)
-        }
-        if not wanted:
-            self.evidence.note(
-                "examples",
-                "no set with negatives: name one under eval (task negatives) or with --data",
-            )
-        for options in wanted.values():
-            with self.evidence.attempt("examples", Path(options.data).name):
-                self.evidence.examples.append(self._examples(negatives.read(options)))
-
-    def _examples(self, data: negatives.Data) -> ExampleSet:
-        choices = _sample(data.choices, self.samples)
-        captions = [choice.captions for choice in choices]
-        scores = _choices.cosines(
-            self.encoder, [choice.picture for choice in choices], captions, self.context
-        )
-        shown, hits = findings.choices(scores, EXAMPLES)
-        items = [
-            Example(
-                thumbnail(choices[i].picture), list(zip(captions[i], scores[i].tolist())), hits[i]
-            )
-            for i in shown
-        ]
-        chance = sum(1 / len(c) for c in captions) / len(captions)
-        return ExampleSet(data.source.name, len(hits), sum(hits) / len(hits), chance, items)
-
-    def _opened(self, section: str, names: tuple[str, ...]) -> Any:
-        tasks = _tasks(self.run, self.evidence, section, names)
-        for task in tasks:
-            with self.evidence.attempt(section, task.label):
-                return task.module.read(task.options)
-        if not tasks:
-            self.evidence.note(
-                section, f"the configuration's eval section names no {' or '.join(names)} task"
-            )
-        return None
-
-
-def _tasks(
-    run: Run, evidence: Evidence, section: str, names: tuple[str, ...]
-) -> list[plugin.Plugin]:
-    """The configured tasks of these names, in their order; one that cannot be understood is noted."""
-    chosen = []
-    for name in names:
-        options = (run.config.get("eval") or {}).get(name, [])
-        for item in options if isinstance(options, list) else [options]:
-            with evidence.attempt(section, f"eval.{name}"):
-                chosen += [
-                    _located(task, run) for task in plugin.keyed("vlp.eval.tasks", {name: item})
-                ]
-    return chosen
-
-
-def _located(task: plugin.Plugin, run: Run) -> plugin.Plugin:
-    """The task with paths that lay inside the run's folder found there, if the run was moved or
-    another folder is current.
-    """
-    out = Path(str(run.config.get("out", "")))
-    moved = {}
-    for key in {"data", "images"} & {f.name for f in fields(task.options)}:
-        value = getattr(task.options, key)
-        if value and not Path(value).exists() and Path(value).is_relative_to(out):
-            moved[key] = str(run.folder / Path(value).relative_to(out))
-    return replace(task, options=replace(task.options, **moved))
-
-
-def _sample(items: Any, n: int) -> list:
-    """At most `n` of the items, always the same ones, in their order; drawn, because sets often go
-    round by class.
-    """
-    if len(items) <= n:
-        return list(items)
-    return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), n))]
-
-
-def _space(name: str, captions: list[str], image: Tensor, text: Tensor) -> Space:
-    measures: dict[str, Callable[[], float]] = {
-        "modality gap": lambda: metrics.centroid_distance(image, text),
-        "alignment": lambda: metrics.alignment(image, text),
-        "uniformity of images": lambda: metrics.uniformity(image),
-        "uniformity of texts": lambda: metrics.uniformity(text),
-        "effective rank of images": lambda: metrics.effective_rank(image),
-        "effective rank of texts": lambda: metrics.effective_rank(text),
-    }
-    return Space(
-        name,
-        captions,
-        findings.projection(image, text),
-        {k: measure() for k, measure in measures.items()},
-    )
-
-
-def _sheets(
-    name: str,
-    pictures: list[Picture],
-    captions: list[str],
-    owner: Tensor,
-    image: Tensor,
-    text: Tensor,
-) -> Sheets:
-    image_ranks, text_ranks = metrics.retrieval_ranks(image, text, owner)
-    right = owner[:, None] == torch.arange(len(image))  # [captions, images]
-    by_text = findings.queries(text, image, right, text_ranks, QUERIES)
-    by_image = findings.queries(image, text, right.T, image_ranks, QUERIES)
-    shown = (
-        {j for q in by_text for j, _, _ in q.best}
-        | {q.right[0] for q in by_text}
-        | {q.place for q in by_image}
-    )
-    recall = {
-        "by_text": float((text_ranks == 1).double().mean()),
-        "by_image": float((image_ranks == 1).double().mean()),
-    }
-    return Sheets(
-        name,
-        captions,
-        len(image),
-        recall,
-        by_text,
-        by_image,
-        {i: thumbnail(pictures[i]) for i in sorted(shown)},
-    )
-
-
-def thumbnail(picture: Picture) -> str:
-    """A small WebP as a data URI; larger pictures are scaled down, none is scaled up."""
-    image = picture.open()
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=72)
-    return f"data:image/webp;base64,{b64encode(buffer.getvalue()).decode()}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +37,21 @@ class ClassAnswers:
     wrong: int | None  # a picture of it that was mistaken, by its place in the sample
 
 
+class Candidate(NamedTuple):
+    """An answer to a query."""
+
+    place: int
+    score: float  # cosine with the query
+    is_right: bool
+
+
 @dataclass(frozen=True)
 class Query:
     """One query and its best candidates, best first."""
 
     place: int  # of the query
     rank: int  # of its best right candidate; 1 is a hit
-    best: list[tuple[int, float, bool]]  # candidate, cosine, whether it is right
+    best: list[Candidate]
     right: tuple[int, float]  # its best right candidate and that one's cosine
 
 
@@ -53,58 +62,74 @@ def projection(image: Tensor, text: Tensor) -> Projection:
     Each direction's sign is chosen so that its largest weight is positive: the same model gives the
     same picture.
     """
+    # Together: the gap between images and texts is then often the first direction.
     rows = torch.cat([image, text]).double()
     centred = rows - rows.mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
-    two = (
-        directions[:2]
-        * directions[:2].gather(1, directions[:2].abs().argmax(1, keepdim=True)).sign()
-    )
-    flat = centred @ two.T
+
+    strongest = directions[:2]
+    largest = strongest.abs().argmax(1, keepdim=True)
+    flat = centred @ (strongest * strongest.gather(1, largest).sign()).T
+    # A space of one dimension lies on a line of the plane.
+    flat = torch.nn.functional.pad(flat, (0, 2 - flat.shape[1]))
+    points = [tuple(point) for point in flat.tolist()]
+
+    # Embeddings that are all the same have no variance to share.
     total = float(values.square().sum()) or 1.0
-    shares = [float(v) for v in values[:2].square() / total]
-    places = [tuple(p) for p in torch.nn.functional.pad(flat, (0, 2 - flat.shape[1])).tolist()]
-    return Projection(
-        places[: len(image)],
-        places[len(image) :],
-        (shares[0], shares[1] if len(shares) > 1 else 0.0),
-    )
+    shares = [float(share) for share in values[:2].square() / total]
+    second_share = shares[1] if len(shares) > 1 else 0.0
+    return Projection(points[: len(image)], points[len(image) :], (shares[0], second_share))
 
 
-def confusions(image: Tensor, classes: Tensor, labels: Tensor, worst: int) -> list[ClassAnswers]:
-    """The `worst` classes by recall (then by how many pictures show it), worst first. Ties go as in
-    `metrics.class_ranks`.
-    """
-    answers = (image @ classes.T).argmax(1)
-    found = []
+def confusions(
+    answers: Tensor,  # [n] int64, the class of highest cosine; ties go as in metrics.class_ranks
+    labels: Tensor,  # [n] int64, the right class
+    worst: int,
+) -> list[ClassAnswers]:
+    """The `worst` classes by recall (then by how many pictures show it), worst first."""
+    by_class = []
     for number in labels.unique().tolist():
         places = (labels == number).nonzero()[:, 0]
-        given = answers[places]
-        missed = places[given != number]
-        hits = int((given == number).sum())
+        answers_of_class = answers[places]
+        missed = places[answers_of_class != number]
         wrong = int(missed[0]) if len(missed) else None
-        found.append(ClassAnswers(number, hits, len(places), Counter(given.tolist()), wrong))
-    return sorted(found, key=lambda c: (c.hits / c.n, -c.n))[:worst]
+
+        hits = int((answers_of_class == number).sum())
+        counts = Counter(answers_of_class.tolist())
+        by_class.append(ClassAnswers(number, hits, len(places), counts, wrong))
+
+    def recall_then_size(of_class: ClassAnswers) -> tuple[float, int]:
+        return of_class.hits / of_class.n, -of_class.n
+
+    return sorted(by_class, key=recall_then_size)[:worst]
 
 
-def queries(query: Tensor, candidates: Tensor, right: Tensor, ranks: Tensor, n: int) -> list[Query]:
-    """`n` queries, failures first (the lowest ranked of all first), then hits. `right`: [queries,
-    candidates] bool.
-    """
+def queries(
+    query: Tensor,  # [q, D] unit rows
+    candidates: Tensor,  # [c, D] unit rows
+    right: Tensor,  # [q, c] bool
+    ranks: Tensor,  # [q] int64, of the best right candidate
+    n: int,
+) -> list[Query]:
+    """`n` queries, failures first (the lowest ranked of all first), then hits."""
     order = torch.argsort(ranks, descending=True, stable=True).tolist()
-    order = _one_each(order, [tuple(row.nonzero()[:, 0].tolist()) for row in right])
+    answers = [tuple(row.nonzero()[:, 0].tolist()) for row in right]
+    order = _one_each(order, answers)
+    # The order is by rank, so both lists keep the lowest ranked first.
     failures = [i for i in order if ranks[i] > 1]
     hits = [i for i in order if ranks[i] == 1]
-    n_failures = min(len(failures), max(n - 2, n - len(hits)))
+
     shown = []
-    for i in failures[:n_failures] + hits[: n - n_failures]:
+    for i in _failures_then_hits(failures, hits, n):
         scores = query[i] @ candidates.T
         top = scores.topk(min(TOP, len(scores)))
-        best = [
-            (j, s, bool(right[i, j])) for s, j in zip(top.values.tolist(), top.indices.tolist())
-        ]
-        own = int(scores.masked_fill(~right[i], -torch.inf).argmax())
-        shown.append(Query(i, int(ranks[i]), best, (own, float(scores[own]))))
+        best = []
+        for score, place in zip(top.values.tolist(), top.indices.tolist()):
+            is_right = bool(right[i, place])
+            best.append(Candidate(place, score, is_right))
+        # The right answer is shown even where it is not among the best.
+        best_right = int(scores.masked_fill(~right[i], -torch.inf).argmax())
+        shown.append(Query(i, int(ranks[i]), best, (best_right, float(scores[best_right]))))
     return shown
 
 
@@ -118,15 +143,23 @@ def _one_each(order: list[int], answers: list[tuple[int, ...]]) -> list[int]:
     return list(first.values())
 
 
-def choices(scores: Sequence[Tensor], n: int) -> tuple[list[int], list[bool]]:
+def _failures_then_hits(failures: list[int], hits: list[int], n: int) -> list[int]:
+    """At most `n`, failures first, with at least two hits if there are."""
+    n_failures = min(len(failures), max(n - 2, n - len(hits)))
+    return failures[:n_failures] + hits[: n - n_failures]
+
+
+def examples_to_show(scores: Sequence[Tensor], n: int) -> tuple[list[int], list[bool]]:
     """Places of `n` items to show, clearest failures first and at least two hits if there are; and
     which items are hits.
 
     `scores`: of each item's true caption, then of its negatives.
     """
     hits = [bool(metrics.strictly_above(s[0], s[1:]).all()) for s in scores]
+
+    # A failure is clear where a negative lies far above the true caption.
     margins = [float(s[0] - s[1:].max()) for s in scores]
-    order = sorted(range(len(scores)), key=lambda i: margins[i])
-    wrong, good = [i for i in order if not hits[i]], [i for i in order if hits[i]]
-    n_wrong = min(len(wrong), max(n - 2, n - len(good)))
-    return wrong[:n_wrong] + good[: n - n_wrong], hits
+
+    order = sorted(range(len(scores)), key=margins.__getitem__)
+    failures = [i for i in order if not hits[i]]
+    return _failures_then_hits(failures, [i for i in order if hits[i]], n), hits

@@ -1,9 +1,10 @@
 """`vlp report`: one self-contained HTML file about a run, or about two side by side.
 
     runs.py       what a run's folder holds, complete or not
-    model.py      the newest checkpoint on a bounded sample of the run's evaluation sets
-    findings.py   what its embeddings show: projection, confusions, rankings, choices (pure)
-    numbers.py, pictures.py, settings.py    the page's sections
+    look.py       the newest checkpoint on a bounded sample of the run's evaluation sets
+    evidence.py   what it showed, as values, and notes on what could not be had
+    findings.py   what embeddings show: projection, confusions, rankings, choices (pure)
+    numbers.py, curves.py, pictures.py, settings.py    the page's sections
     charts.py, markup.py, style.css, page.js    how they are drawn
 
 The page needs no network, loads nothing and contains no path beyond the run's own folder.
@@ -23,55 +24,41 @@ HELP = "write a page about a run: curves, scores, embeddings, retrieval sheets, 
 EXAMPLE = """examples:
   vlp report runs/demo
   vlp report runs/demo --no-model --to demo.html
-  vlp report runs/demo --against runs/base      (the page of runs/demo; curves, scores and configuration beside the other's)
-  vlp report runs/a runs/b                      (both alike, with pictures from both models)
+  vlp report runs/demo --against runs/base
+      (the page of runs/demo; curves, scores and configuration beside the other's)
+  vlp report runs/a runs/b
+      (both alike, with pictures from both models)
 """
 SAMPLES = 400
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.add_argument(
-        "run_folder", metavar="RUN", help="a run's folder; it may still be going, or have crashed"
-    )
-    parser.add_argument(
-        "other", nargs="?", metavar="OTHER", help="a second run, shown in full beside the first"
-    )
-    parser.add_argument(
-        "--against",
-        metavar="OTHER",
-        help="a run to hold RUN against: its curves, scores and configuration only",
-    )
-    parser.add_argument(
-        "--to",
-        metavar="FILE",
-        help="file to write (default: RUN/report.html; for two runs RUN/report-OTHER.html)",
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="more shards with negatives, for examples",
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=SAMPLES,
-        metavar="N",
-        help="at most so many of a set (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--no-model", action="store_true", help="only what the run wrote down; no model is loaded"
-    )
+    add = parser.add_argument
+    run_help = "a run's folder; it may still be going, or have crashed"
+    add("run_folder", metavar="RUN", help=run_help)
+    other_help = "a second run, shown in full beside the first"
+    add("other", nargs="?", metavar="OTHER", help=other_help)
+    against_help = "a run to hold RUN against: its curves, scores and configuration only"
+    add("--against", metavar="OTHER", help=against_help)
+
+    to_help = "file to write (default: RUN/report.html; for two runs RUN/report-OTHER.html)"
+    add("--to", metavar="FILE", help=to_help)
+    data_help = "more shards with negatives, for examples"
+    add("--data", nargs="+", default=[], metavar="PATH", help=data_help)
+    samples_help = "at most so many of a set (default: %(default)s)"
+    add("--samples", type=int, default=SAMPLES, metavar="N", help=samples_help)
+    no_model_help = "only what the run wrote down; no model is loaded"
+    add("--no-model", action="store_true", help=no_model_help)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out the command; returns the exit status. Wrong input is a ValueError with what to do."""
+    """Carry out the command; returns the exit status. Wrong input is a ValueError that helps."""
     if options.other and options.against:
         raise ValueError("give the second run either after the first or as --against, not both")
     if options.samples < 5:
         raise ValueError(f"--samples is {options.samples}; expected at least 5")
+
     written = write(
         options.run_folder,
         options.other or options.against,
@@ -104,52 +91,63 @@ def write(
     """
     from vlp.eval.report import runs
 
-    found = [runs.read(Path(f)) for f in (folder, other) if f is not None]
-    if len(found) > 1:
-        runs.tell_apart(*found)
-    target = Path(to) if to is not None else _default(found)
+    shown_runs = [runs.read(Path(place)) for place in (folder, other) if place is not None]
+    if len(shown_runs) > 1:
+        runs.tell_apart(*shown_runs)
+
+    # A target that cannot be written is refused before a model is loaded.
+    target = Path(to) if to is not None else _default(shown_runs)
     if target.is_dir():
         raise ValueError(
             f"--to {target} is a folder; name a file, such as {target / 'report.html'}"
         )
-    looked_at = found[: 1 + both] if with_model else []
-    evidence = _look(looked_at, data or [], samples)
-    evidence += [None] * (len(found) - len(evidence))
-    return _save(target, _page(found, evidence, with_model))
+
+    # With --against only the first run's model is looked at.
+    evidence: list[Evidence | None] = [None] * len(shown_runs)
+    if with_model:
+        looked_at = shown_runs if both else shown_runs[:1]
+        evidence[: len(looked_at)] = _look(looked_at, data or [], samples)
+    return _save(target, _page(shown_runs, evidence, with_model))
 
 
-def _default(found: list[Run]) -> Path:
-    name = "report.html" if len(found) == 1 else f"report-{found[1].folder.resolve().name}.html"
-    return found[0].folder / name
+def _default(runs: list[Run]) -> Path:
+    """Where the page lies unless --to says otherwise."""
+    name = "report.html" if len(runs) == 1 else f"report-{runs[1].folder.resolve().name}.html"
+    return runs[0].folder / name
 
 
-def _look(looked_at: list[Run], data: list[str], samples: int) -> list[Evidence | None]:
+def _look(runs: list[Run], data: list[str], samples: int) -> list[Evidence]:
     """What the models show, two of them on the same sets with negatives."""
-    from vlp.eval.report import evidence as model
+    from vlp.eval.report import look
 
-    sets = [*(place for run in looked_at for place in model.beside(run)), *data]
-    return [model.look(run, sets, samples) for run in looked_at]
+    # Sets that lie in one run's folder are scored for both models.
+    sets = []
+    for run in runs:
+        sets += look.beside(run)
+    return [look.look(run, [*sets, *data], samples) for run in runs]
 
 
-def _page(found: list[Run], evidence: list[Evidence | None], with_model: bool) -> str:
-    from vlp.eval.report import markup, numbers, pictures, settings
+def _page(runs: list[Run], evidence: list[Evidence | None], with_model: bool) -> str:
+    """The document, its sections in the order of reading."""
+    from vlp.eval.report import curves, markup, numbers, pictures, settings
 
     sections = [
-        numbers.summary(found, evidence),
-        numbers.curves(found),
-        numbers.scores(found),
-        pictures.space(found, evidence, with_model),
-        pictures.confusion(found, evidence, with_model),
-        pictures.retrieval(found, evidence, with_model),
-        pictures.examples(found, evidence, with_model),
-        settings.configuration(found),
-        settings.environment(found),
+        numbers.summary(runs, evidence),
+        curves.curves(runs),
+        curves.scores(runs),
+        pictures.space(runs, evidence, with_model),
+        pictures.confusion(runs, evidence, with_model),
+        pictures.retrieval(runs, evidence, with_model),
+        pictures.examples(runs, evidence, with_model),
+        settings.configuration(runs),
+        settings.environment(runs),
     ]
-    return markup.page(" and ".join(run.name for run in found), sections)
+    return markup.page(" and ".join(run.name for run in runs), sections)
 
 
 def _save(target: Path, text: str) -> Path:
-    from vlp.eval.pictures import write_atomically
+    """Write the page whole or not at all."""
+    from vlp.files import write_atomically
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, text.encode())

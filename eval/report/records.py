@@ -28,32 +28,35 @@ from vlp.privacy import scrubbed, without_secrets
 from vlp.schema import plain
 
 PACKAGES = ("vlp", "torch", "torchvision", "open_clip_torch", "transformers", "pillow")
-LOWER_IS_BETTER = (
-    "_rank",
-    "mean_distance",
-    "linear_separability",
-)  # of the scores that have outcomes by unit
+# of the scores that have outcomes by unit
+LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability")
 
 
-def record(plugin: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]:
+# --- files ----------------------------------------------------------------------------------------
+
+
+def record(task: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]:
     """One task's result as plain values."""
+    # Scores of units are computed here, so that score and interval come from the same numbers.
     scores = {name: confidence.score(items) for name, items in result.items.items()}
+    intervals = {name: list(confidence.interval(items)) for name, items in result.items.items()}
+    protocol = {
+        "name": task.name,
+        "version": task.module.VERSION,
+        "options": without_secrets(plain(task.options)),
+    }
     return {
+        # clip_benchmark's
         "dataset": scrubbed(result.dataset),
         "model": encoder.name,
         "pretrained": encoder.pretrained,
-        "task": plugin.module.KNOWN_AS,
+        "task": task.module.KNOWN_AS,
         "metrics": {**scores, **result.values},
-        "language": getattr(plugin.options, "language", "en"),
-        "label": plugin.label,
-        "protocol": {
-            "name": plugin.name,
-            "version": plugin.module.VERSION,
-            "options": without_secrets(plain(plugin.options)),
-        },
-        "intervals_95": {
-            name: list(confidence.interval(items)) for name, items in result.items.items()
-        },
+        "language": getattr(task.options, "language", "en"),
+        # ours
+        "label": task.label,
+        "protocol": protocol,
+        "intervals_95": intervals,
         "chance": result.chance,
         "counts": result.counts,
         "data_sha256": result.digest,
@@ -68,52 +71,18 @@ def write(path: Path, records: list[dict[str, Any]], items: dict[str, Tensor]) -
     -> [U, 2].
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        items_path(path), save({name: value.contiguous() for name, value in items.items()})
-    )
-    write_atomically(
-        path, (json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    )
+
+    # The outcomes first: results without them would look complete and compare worse.
+    outcomes = save({name: value.contiguous() for name, value in items.items()})
+    write_atomically(items_path(path), outcomes)
+
+    text = json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def items_path(results: Path) -> Path:
     """Where the outcomes of a results file lie."""
     return results.with_name(f"{results.stem}.items.safetensors")
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """The results for the eye: score, 95 % interval, chance; below, what was counted and what was
-    left out.
-    """
-    rows = [("task", "data", "score", "value", "95 %", "chance")]
-    for r in records:
-        for name, value in r["metrics"].items():
-            bounds = r["intervals_95"].get(name)
-            interval = f"{bounds[0]:.4f} … {bounds[1]:.4f}" if bounds else ""
-            chance = f"{r['chance'][name]:.4f}" if name in r["chance"] else ""
-            rows.append((r["label"], r["dataset"], name, f"{value:.4f}", interval, chance))
-    counts = [
-        f"{r['label']}: " + ", ".join(f"{n:,} {what}" for what, n in r["counts"].items() if n)
-        for r in records
-    ]
-    skipped = [
-        f"{r['label']}: NOT COMPARABLE, {r['counts']['skipped']:,} left out"
-        for r in records
-        if r["counts"]["skipped"]
-    ]
-    skipped += [
-        f"{r['label']}: NOT COMPARABLE, {r['counts']['unreadable']:,} images count as plain gray"
-        for r in records
-        if r["counts"].get("unreadable")
-    ]
-    return "\n".join([_aligned(rows), *counts, *skipped])
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
 
 
 def open_results(path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -127,17 +96,74 @@ def open_results(path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         ) from None
     except ValueError as error:
         raise DataError(f"{file} is not a results file: {error}") from error
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and "metrics" in r and "label" in r for r in records
-    ):
+    if not isinstance(records, list) or not all(map(_is_record, records)):
         raise DataError(
-            f"{file} is not a results file of `vlp eval`: expected a list of records with label and metrics"
+            f"{file} is not a results file of `vlp eval`: "
+            "expected a list of records with label and metrics"
         )
+
+    # Without outcomes scores are still shown, only not paired.
     items = {}
     if items_path(file).exists():
         with safe_open(items_path(file), framework="pt") as tensors:
             items = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     return records, items
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and "metrics" in value and "label" in value
+
+
+# --- for the eye ----------------------------------------------------------------------------------
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The results for the eye: score, 95 % interval, chance; below, what was counted and what was
+    left out.
+    """
+    rows = [("task", "data", "score", "value", "95 %", "chance")]
+    for of_task in records:
+        rows += _rows(of_task)
+
+    counts = []
+    for of_task in records:
+        counted = [f"{n:,} {noun}" for noun, n in of_task["counts"].items() if n]
+        counts.append(f"{of_task['label']}: {', '.join(counted)}")
+
+    # Last, so that nobody overlooks them: the score is not over the whole set.
+    skipped, gray = [], []
+    for of_task in records:
+        warning = f"{of_task['label']}: NOT COMPARABLE"
+        if of_task["counts"]["skipped"]:
+            skipped.append(f"{warning}, {of_task['counts']['skipped']:,} left out")
+        if of_task["counts"].get("unreadable"):
+            n_gray = of_task["counts"]["unreadable"]
+            gray.append(f"{warning}, {n_gray:,} images count as plain gray")
+    return "\n".join([_aligned(rows), *counts, *skipped, *gray])
+
+
+def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row a score: value, interval, chance."""
+    rows = []
+    for name, value in of_task["metrics"].items():
+        bounds = of_task["intervals_95"].get(name)
+        interval = f"{bounds[0]:.4f} … {bounds[1]:.4f}" if bounds else ""
+        chance = f"{of_task['chance'][name]:.4f}" if name in of_task["chance"] else ""
+        row = (of_task["label"], of_task["dataset"], name, f"{value:.4f}", interval, chance)
+        rows.append(row)
+    return rows
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# --- two models -----------------------------------------------------------------------------------
 
 
 def compare(first: str, second: str) -> str:
@@ -151,25 +177,23 @@ def compare(first: str, second: str) -> str:
     rows = [("task", "data", "score", "A", "B", "A − B", "verdict")]
     refused = []
     for a in records_a:
-        b = next(
-            (r for r in records_b if r["label"] == a["label"] and r["dataset"] == a["dataset"]),
-            None,
-        )
+        # Data, protocol and labels must agree: a difference of scores is then one of the models.
+        b = next((record for record in records_b if _same_task(a, record)), None)
         reason = "only in A" if b is None else _why_not(a, b)
         if reason:
             refused.append(f"{a['label']} on {a['dataset']}: {reason}")
             continue
-        for name in (n for n in a["metrics"] if n in b["metrics"]):
+
+        for name, value in a["metrics"].items():
+            if name not in b["metrics"]:
+                continue
             key = f"{a['label']}/{name}"
-            pair = (items_a[key], items_b[key]) if key in items_a and key in items_b else None
-            rows.append(
-                (
-                    a["label"],
-                    a["dataset"],
-                    name,
-                    *_difference(name, a["metrics"][name], b["metrics"][name], pair),
-                )
-            )
+            pair = None
+            if key in items_a and key in items_b:
+                pair = (items_a[key], items_b[key])
+            difference = _difference(name, value, b["metrics"][name], pair)
+            rows.append((a["label"], a["dataset"], name, *difference))
+
     if len(rows) == 1:
         raise DataError("nothing to compare: " + ("; ".join(refused) or "no record in A"))
     lines = [
@@ -180,24 +204,31 @@ def compare(first: str, second: str) -> str:
     return "\n".join(lines + [f"not comparable: {line}" for line in refused])
 
 
+def _same_task(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a["label"] == b["label"] and a["dataset"] == b["dataset"]
+
+
 def _why_not(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Why two records cannot be compared; "" if they can."""
     if a["data_sha256"] != b["data_sha256"]:
         return "the data differ (content hashes)"
-    if a["protocol"]["version"] != b["protocol"]["version"]:
-        return f"protocol versions differ ({a['protocol']['version']} and {b['protocol']['version']}); evaluate again"
+    version_a, version_b = a["protocol"]["version"], b["protocol"]["version"]
+    if version_a != version_b:
+        return f"protocol versions differ ({version_a} and {version_b}); evaluate again"
     return ""
 
 
 def _difference(
     name: str, a: float, b: float, pair: tuple[Tensor, Tensor] | None
 ) -> tuple[str, str, str, str]:
+    """(A, B, A − B, verdict) of one score. `pair`: outcomes [U, 2] of both, or None."""
     if pair is None:
         return f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}", "no interval: no outcomes by unit"
+
     difference, low, high = confidence.paired_difference(*pair)
-    better = (
-        "B better"
-        if (difference > 0) == any(part in name for part in LOWER_IS_BETTER)
-        else "A better"
-    )
+    lower_is_better = any(part in name for part in LOWER_IS_BETTER)
+    better = "B better" if (difference > 0) == lower_is_better else "A better"
+
+    # The interval of the difference decides, not whether the two intervals overlap.
     verdict = better if low > 0 or high < 0 else "no difference shown"
     return f"{a:.4f}", f"{b:.4f}", f"{difference:+.4f} ± {(high - low) / 2:.4f}", verdict

@@ -17,6 +17,7 @@ from vlp import checkpoint
 from vlp.config import Duration
 
 NOT_SCALARS = {"step", "kind"}
+MARKS = ("config.yaml", "metrics.jsonl", "results.json", checkpoint.FOLDER)  # one of them: a run
 
 
 @dataclass
@@ -28,9 +29,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)  # records of training steps
     evals: list[dict[str, Any]] = field(default_factory=list)  # records of evaluations
-    results: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # of the last step (vlp.eval.report.records)
+    # of the last step (vlp.eval.report.records)
+    results: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)  # state.json of the newest checkpoint
     written: datetime | None = None  # when metrics.jsonl last grew
@@ -48,20 +48,19 @@ class Run:
         train = self.config.get("train", {})
         try:
             duration, batch = Duration.from_config(train["duration"]), int(train["batch"])
+            steps_per_epoch = 1
             if duration.unit == "ep":
-                return duration.steps(
-                    batch=batch, steps_per_epoch=self.state["loader"]["samples"] // batch
-                )
-            return duration.steps(batch=batch, steps_per_epoch=1)
+                steps_per_epoch = self.state["loader"]["samples"] // batch
+            return duration.steps(batch=batch, steps_per_epoch=steps_per_epoch)
         except (KeyError, TypeError, ValueError):
             return None  # shown as unknown
 
     @property
     def finished(self) -> bool:
         """Whether the last planned step has been made."""
-        return bool(self.results) or (
-            self.planned_steps is not None and self.last_step >= self.planned_steps
-        )
+        if self.results:
+            return True
+        return self.planned_steps is not None and self.last_step >= self.planned_steps
 
     def scalar(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a training scalar."""
@@ -73,28 +72,41 @@ class Run:
 
     def last_scores(self) -> dict[str, float]:
         """The newest value of every score that was logged."""
-        return {k: v for record in self.evals for k, v in record.items() if k not in NOT_SCALARS}
+        scores: dict[str, float] = {}
+        for record in self.evals:
+            scores |= {key: value for key, value in record.items() if key not in NOT_SCALARS}
+        return scores
 
 
 def _points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(r["step"], float(r[key])) for r in records if isinstance(r.get(key), (int, float))]
+    """(step, value) of the records that log the key."""
+    return [
+        (record["step"], float(record[key]))
+        for record in records
+        if isinstance(record.get(key), (int, float))
+    ]
 
 
 def read(folder: Path) -> Run:
     """The run in `folder`; a ValueError if there is none."""
-    marks = ("config.yaml", "metrics.jsonl", "results.json", checkpoint.FOLDER)
-    if not any((folder / mark).exists() for mark in marks):
-        what = "is no run: it holds none of" if folder.is_dir() else "is no folder; a run's holds"
+    if not any((folder / mark).exists() for mark in MARKS):
+        reason = "is no folder; a run's holds"
+        if folder.is_dir():
+            reason = "is no run: it holds none of"
         raise ValueError(
-            f"{folder} {what} {', '.join(marks)}. Give the folder that `vlp train` wrote (its out=…)"
+            f"{folder} {reason} {', '.join(MARKS)}. "
+            "Give the folder that `vlp train` wrote (its out=…)"
         )
+
     run = Run(folder, folder.resolve().name)
+
+    # The state and the copies of the configuration lie in the checkpoints.
     run.checkpoints = [path.name for path in checkpoint.all_of(folder)]
     run.state = _state(run)
     run.config = _config(run)
-    _metrics(run)
+    _read_metrics(run)
     run.results = _results(run)
-    _judge(run)
+    _note_the_whole(run)
     return run
 
 
@@ -105,117 +117,141 @@ def tell_apart(first: Run, second: Run) -> None:
             f"{first.folder} and {second.folder} are the same run; name another to compare with"
         )
     if first.name == second.name:
-        first.name, second.name = (
-            f"{run.folder.resolve().parent.name}/{run.name}" for run in (first, second)
-        )
+        for run in (first, second):
+            run.name = f"{run.folder.resolve().parent.name}/{run.name}"
+
+
+# --- its files ------------------------------------------------------------------------------------
 
 
 def _state(run: Run) -> dict[str, Any]:
+    """state.json of the newest checkpoint that has a readable one."""
     for name in reversed(run.checkpoints):
+        path = run.folder / checkpoint.FOLDER / name / "state.json"
         try:
-            return json.loads(
-                (run.folder / checkpoint.FOLDER / name / "state.json").read_text(encoding="utf-8")
-            )
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             run.notes.append(f"checkpoint {name} has no readable state.json")
     return {}
 
 
 def _config(run: Run) -> dict[str, Any]:
-    places = [
-        "config.yaml",
-        *(f"{checkpoint.FOLDER}/{name}/config.yaml" for name in reversed(run.checkpoints)),
-    ]
-    for place in places:
+    """The run's configuration, or the copy of the newest checkpoint that has a readable one."""
+    of_checkpoints = [f"{checkpoint.FOLDER}/{name}/config.yaml" for name in run.checkpoints]
+    for place in ("config.yaml", *reversed(of_checkpoints)):
         try:
             tree = yaml.safe_load((run.folder / place).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             run.notes.append(
-                f"{place} cannot be read ({type(error).__name__}); the configuration may be incomplete"
+                f"{place} cannot be read ({type(error).__name__}); "
+                "the configuration may be incomplete"
             )
             continue
-        if isinstance(tree, dict):
-            if place != "config.yaml":
-                run.notes.append(f"no readable config.yaml: the configuration is that of {place}")
-            return tree
-        run.notes.append(f"{place} holds {type(tree).__name__}, expected a mapping")
+
+        if not isinstance(tree, dict):
+            run.notes.append(f"{place} holds {type(tree).__name__}, expected a mapping")
+            continue
+        if place != "config.yaml":
+            run.notes.append(f"no readable config.yaml: the configuration is that of {place}")
+        return tree
+
     run.notes.append(
         "no configuration: neither the run nor a checkpoint has a readable config.yaml"
     )
     return {}
 
 
-def _metrics(run: Run) -> None:
+def _read_metrics(run: Run) -> None:
+    """Fill in what metrics.jsonl holds, line by line: a damaged line costs only itself."""
     path = run.folder / "metrics.jsonl"
     if not path.exists():
         run.notes.append(
-            "no curves: metrics.jsonl is not there (the run has logged nothing yet, or the file was removed)"
+            "no curves: metrics.jsonl is not there (the run has logged nothing yet, or the file "
+            "was removed)"
         )
         return
+
     run.written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    # The run may be writing at this moment: its last line may be cut off.
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for i, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            kind = {"train": run.train, "eval": run.evals}[record["kind"]]
+            records = {"train": run.train, "eval": run.evals}[record["kind"]]
             record["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError):
-            end = "the last line" if i == len(lines) else f"line {i}"
-            why = (
-                "it is cut off, as while a run writes or after it was killed"
-                if i == len(lines)
-                else "it is damaged"
-            )
-            run.notes.append(f"{end} of metrics.jsonl was left out: {why}")
+            run.notes.append(_damaged_line(number, len(lines)))
             continue
-        kind.append(record)
+        records.append(record)
+
     if not run.train:
         run.notes.append("no curves: metrics.jsonl holds no training record yet")
 
 
+def _damaged_line(number: int, n_lines: int) -> str:
+    """The note on a line of metrics.jsonl that is no record."""
+    if number < n_lines:
+        return f"line {number} of metrics.jsonl was left out: it is damaged"
+    return (
+        "the last line of metrics.jsonl was left out: it is cut off, as while a run writes or "
+        "after it was killed"
+    )
+
+
 def _results(run: Run) -> list[dict[str, Any]]:
+    """The final records, if they were written."""
     try:
         records = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        return [r for r in records if isinstance(r["metrics"], dict) and r["label"]]
+        return [
+            record for record in records if isinstance(record["metrics"], dict) and record["label"]
+        ]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         run.notes.append(
-            f"results.json cannot be read ({type(error).__name__}); final scores are those of metrics.jsonl"
+            f"results.json cannot be read ({type(error).__name__}); "
+            "final scores are those of metrics.jsonl"
         )
         return []
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(
-        value
-    )  # metrics.jsonl holds null for NaN and infinity
+# --- the whole picture ----------------------------------------------------------------------------
 
 
-def _judge(run: Run) -> None:
-    """Notes that come from the whole picture."""
-    lost = [r["step"] for r in run.train if not _is_finite(r.get("loss", 0.0))]
+def _note_the_whole(run: Run) -> None:
+    """Notes that need all files: divergence, missing checkpoints, where the run stands, scores."""
+    # null stands for NaN and infinity; a record without a loss has not diverged.
+    lost = [record["step"] for record in run.train if not _is_finite(record.get("loss", 0.0))]
     if lost:
-        run.notes.append(
-            f"the loss is not finite at step {lost[0]}"
-            + (f" and {len(lost) - 1} more" if lost[1:] else "")
-        )
+        more = f" and {len(lost) - 1} more" if lost[1:] else ""
+        run.notes.append(f"the loss is not finite at step {lost[0]}{more}")
+
     if not run.checkpoints:
         run.notes.append(
-            "no checkpoint: nothing that needs the model can be shown (embeddings, confusion, sheets, examples)"
+            "no checkpoint: nothing that needs the model can be shown (embeddings, confusion, "
+            "sheets, examples)"
         )
+
+    # Nothing tells a run that is still going from one that crashed, but when it last wrote.
     if not run.finished:
         total = run.planned_steps
-        where = f"step {run.last_step:,}" + (f" of {total:,}" if total else "")
-        when = f", last written {run.written:%Y-%m-%d %H:%M} UTC" if run.written else ""
+        of_total = f" of {total:,}" if total else ""
+        written = f", last written {run.written:%Y-%m-%d %H:%M} UTC" if run.written else ""
         run.notes.append(
-            f"unfinished: {where}{when}; the run is still going, was stopped or crashed"
+            f"unfinished: step {run.last_step:,}{of_total}{written}; "
+            "the run is still going, was stopped or crashed"
         )
+
     if run.config and not run.config.get("eval"):
         run.notes.append("no scores: the configuration has no eval section")
     elif run.train and not run.evals and not run.results:
         run.notes.append(
             "no scores yet: no evaluation of the eval section was due before the run's last step"
         )
+
+
+def _is_finite(value: float | None) -> bool:
+    # metrics.jsonl holds null for NaN and infinity.
+    return value is not None and math.isfinite(value)

@@ -18,77 +18,72 @@ import torch
 from vlp.eval.report.markup import Html, more, note, section, table, tag
 from vlp.eval.report.numbers import tagged
 from vlp.eval.report.runs import Run
-from vlp.privacy import private, without_secrets
+from vlp.privacy import private, shareable, without_secrets
 
-PLACES = {
-    "path",
-    "paths",
-    "data",
-    "images",
-    "out",
-    "resume",
-    "classes",
-    "templates",
-    "pretrained",
-}  # keys that may hold paths
 UNIMPORTANT = ("out", "resume")  # of course they differ
 
 
-def configuration(found: list[Run]) -> Html:
+# --- configuration --------------------------------------------------------------------------------
+
+
+def configuration(runs: list[Run]) -> Html:
     """What differs between two runs, and the first run's settings by section."""
-    flat = [dict(flattened(run)) for run in found]
+    settings = [dict(flattened(run)) for run in runs]
     blocks: list[Any] = []
-    if len(found) > 1:
-        blocks += [tag("h3", "Differences"), _differences(found, flat)]
-    if not flat[0]:
-        return section(
-            "configuration", "Configuration", blocks, note("No configuration could be read.")
-        )
+    if len(runs) > 1:
+        blocks += [tag("h3", "Differences"), _differences(runs, settings)]
+    if not settings[0]:
+        missing = note("No configuration could be read.")
+        return section("configuration", "Configuration", blocks, missing)
+
+    # train.batch stands under train, seed under run.
     groups: dict[str, list[tuple[str, str]]] = {}
-    for key, value in flat[0].items():
-        head, dot, rest = key.partition(".")
-        groups.setdefault(head if dot else "run", []).append((rest if dot else key, value))
-    blocks += [tag("h3", tagged(found[0], found))] if len(found) > 1 else []
+    for key, value in settings[0].items():
+        head, _, rest = key.partition(".")
+        group, name = (head, rest) if rest else ("run", key)
+        groups.setdefault(group, []).append((name, value))
+
+    if len(runs) > 1:
+        blocks.append(tag("h3", tagged(runs[0], runs)))
     blocks += [
         more(name, table(["key", "value"], rows, numeric=9)) for name, rows in groups.items()
     ]
-    return section(
-        "configuration",
-        "Configuration",
-        blocks,
-        lead="Resolved, with every default. Paths show their last part.",
-    )
+    lead = "Resolved, with every default. Paths show their last part."
+    return section("configuration", "Configuration", blocks, lead=lead)
 
 
-def _differences(found: list[Run], flat: list[dict[str, str]]) -> Html:
-    if not all(flat):
+def _differences(runs: list[Run], settings: list[dict[str, str]]) -> Html:
+    """The settings in which two runs differ, side by side."""
+    if not all(settings):
         return note("One of the runs has no readable configuration.")
-    first, second = flat
-    keys = [
-        k
-        for k in dict.fromkeys([*first, *second])
-        if first.get(k) != second.get(k) and k not in UNIMPORTANT
-    ]
-    if not keys:
+
+    first, second = settings
+    # A key that one run lacks differs too.
+    rows = []
+    for key in dict.fromkeys([*first, *second]):
+        if first.get(key) != second.get(key) and key not in UNIMPORTANT:
+            rows.append([key, first.get(key, "–"), second.get(key, "–")])
+    if not rows:
         return note("None: both runs have the same settings.")
-    rows = [[key, first.get(key, "–"), second.get(key, "–")] for key in keys]
-    return table(["key", *(tagged(run, found) for run in found)], rows, numeric=9)
+    return table(["key", *(tagged(run, runs) for run in runs)], rows, numeric=9)
 
 
 def flattened(run: Run) -> Iterator[tuple[str, str]]:
-    """(dotted key, value as shown) of the run's configuration, without secrets and foreign folders."""
+    """(dotted key, value as shown) of the configuration, without secrets and foreign folders."""
 
     def walk(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
             for key, item in value.items():
                 yield from walk(item, (*keys, str(key)))
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            # Sources and plug-ins: a setting for each; a plain list is one setting.
             for i, item in enumerate(value):
                 yield from walk(item, (*keys, str(i)))
         else:
             yield ".".join(keys), shown(value, keys[-1] if keys else "", run)
 
-    yield from walk(without_secrets(run.config), ()) if run.config else ()
+    if run.config:
+        yield from walk(without_secrets(run.config), ())
 
 
 def shown(value: Any, key: str, run: Run) -> str:
@@ -97,52 +92,36 @@ def shown(value: Any, key: str, run: Run) -> str:
     """
     if isinstance(value, (list, tuple)):
         return ", ".join(shown(item, key, run) for item in value) or "none"
-    if (
-        isinstance(value, str)
-        and key in PLACES
-        and "/" in value
-        and not re.match(r"[\w-]+:", value)
-    ):
-        return _place(value, run)
-    text = (
-        {None: "none", True: "yes", False: "no"}.get(value)
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
-    return private(text)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    # An address, or a prefix such as pipe: and hf:, is no place on this machine.
+    if not isinstance(value, str) or "/" not in value or re.match(r"[\w-]+:", value):
+        return private(str(value))
+
+    inside = _inside(value, run)
+    if inside is not None:
+        return inside
+    last = shareable(value, key)
+    return private(value) if last == value else f"…/{last}"
 
 
-def _place(value: str, run: Run) -> str:
+def _inside(value: str, run: Run) -> str | None:
+    """A place in the run's folder relative to it, the folder by the run's name; else None."""
+    # As written in the configuration, as the page's reader calls it, and with links resolved.
     for root in (str(run.config.get("out", "")), str(run.folder), str(run.folder.resolve())):
         if root and Path(value).is_relative_to(root):
-            return (
-                Path(value).relative_to(root).as_posix() if Path(value) != Path(root) else run.name
-            )
-    return f"…/{Path(value).name}"
+            return run.name if Path(value) == Path(root) else str(Path(value).relative_to(root))
+    return None
 
 
-def environment(found: list[Run]) -> Html:
+# --- environment ----------------------------------------------------------------------------------
+
+
+def environment(runs: list[Run]) -> Html:
     """Versions that the runs recorded, and the machine and code that made this page."""
-    blocks = []
-    recorded = [
-        run.state.get("versions", {})
-        or next((r["versions"] for r in run.results if "versions" in r), {})
-        for run in found
-    ]
-    packages = list(dict.fromkeys(name for versions in recorded for name in versions))
-    if packages:
-        rows = [
-            [name, *(str(versions.get(name, "–")) for versions in recorded)] for name in packages
-        ]
-        blocks.append(
-            table(["in training", *(tagged(run, found) or "version" for run in found)], rows)
-        )
-    else:
-        blocks.append(
-            note(
-                "Versions in training are unknown: no checkpoint and no results.json records them."
-            )
-        )
+    # Of this machine its kind alone: no name, no folder.
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     here = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -152,8 +131,27 @@ def environment(found: list[Run]) -> Html:
         "vlp": metadata.version("vlp"),
         "commit": commit(),
     }
-    blocks.append(table(["where this page was made", ""], list(here.items())))
-    return section("environment", "Environment", blocks)
+    made = table(["where this page was made", ""], list(here.items()))
+    return section("environment", "Environment", [_versions(runs), made])
+
+
+def _versions(runs: list[Run]) -> Html:
+    """The packages that the runs were trained with, side by side."""
+    recorded = [_recorded_versions(run) for run in runs]
+    packages = dict.fromkeys(name for versions in recorded for name in versions)
+    if not packages:
+        return note(
+            "Versions in training are unknown: no checkpoint and no results.json records them."
+        )
+    rows = [[name, *(str(versions.get(name, "–")) for versions in recorded)] for name in packages]
+    return table(["in training", *(tagged(run, runs) or "version" for run in runs)], rows)
+
+
+def _recorded_versions(run: Run) -> dict[str, Any]:
+    """Package versions of the newest checkpoint, else of the results."""
+    if run.state.get("versions"):
+        return run.state["versions"]
+    return next((record["versions"] for record in run.results if "versions" in record), {})
 
 
 def commit() -> str:
@@ -164,7 +162,7 @@ def commit() -> str:
     if not (root / ".git").exists():
         return "unknown: vlp is not run from a clone"
     try:
-        done = subprocess.run(
+        git = subprocess.run(
             ["git", "-C", root, "rev-parse", "--short=12", "HEAD"],
             capture_output=True,
             text=True,
@@ -172,4 +170,4 @@ def commit() -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown: git does not answer"
-    return done.stdout.strip() or "unknown: git does not know it"
+    return git.stdout.strip() or "unknown: git does not know it"

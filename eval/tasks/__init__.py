@@ -2,12 +2,16 @@
 takes.
 
 A task's file holds
-    Options                     a frozen dataclass: its configuration keys, one comment a field
-    VERSION                     int, raised whenever the same model and data would score differently
-    KNOWN_AS                    the name under which clip_benchmark records such a result
-    read(options)               the evaluation set, opened and checked, nothing decoded: start-up errors come from here
+    Options          a frozen dataclass: its configuration keys, one comment a field
+    VERSION          int, raised whenever the same model and data would score differently
+    KNOWN_AS         the name under which clip_benchmark records such a result
+    read(options)    the evaluation set, opened and checked, nothing decoded: start-up errors come
+                     from here
     run(encoder, data, options, context) -> TaskResult
-and its docstring names the protocol's source.
+and its docstring names the protocol's source. What it needs is public: `TaskResult` and `shared`
+from here, `Encoder` from vlp.eval.models, `Context` from vlp.eval.embed, `DataError` and `Picture`
+from vlp.eval.pictures, `open_source` from vlp.eval.datasets, and for captions that a picture must
+choose among vlp.eval.choices. docs/extend-task.md is a complete example.
 """
 
 from __future__ import annotations
@@ -33,30 +37,25 @@ def shared(kind: type, options: Any, **more: Any) -> Any:
     too, and `more`.
     """
     same = {
-        field.name: getattr(options, field.name)
-        for field in fields(kind)
-        if hasattr(options, field.name)
+        key.name: getattr(options, key.name) for key in fields(kind) if hasattr(options, key.name)
     }
     return kind(**(same | more))
 
 
 @dataclass
 class TaskResult:
-    """What a task found out. A score with `items` is Σ numerator / Σ denominator over them, and
-    gets its interval there.
+    """What a task measured.
+
+    A score with `items` is Σ numerator / Σ denominator over them, and gets its interval there.
     """
 
     dataset: str  # the set's name
-    items: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # score -> [U, 2] numerator and denominator of each unit
-    values: dict[str, float] = field(
-        default_factory=dict
-    )  # scores that are no such ratio: a median, a distance
-    chance: dict[str, float] = field(
-        default_factory=dict
-    )  # score -> its expectation under random guessing
-    counts: dict[str, int] = field(
-        default_factory=dict
-    )  # how many images, texts, classes, skipped annotations
+    # score -> [U, 2] numerator and denominator of each unit
+    items: dict[str, Tensor] = field(default_factory=dict)
+    # scores that are no such ratio: a median, a distance
+    values: dict[str, float] = field(default_factory=dict)
+    # score -> its expectation under random guessing
+    chance: dict[str, float] = field(default_factory=dict)
+    # how many images, texts, classes, skipped annotations
+    counts: dict[str, int] = field(default_factory=dict)
     digest: str = ""  # content hash of pictures and annotations (Context.digest)

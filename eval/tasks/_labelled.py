@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from vlp.eval import choices, embed, metrics
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, shared, zeroshot
 
@@ -23,43 +25,49 @@ class Splits:
 
 def read(options: Any) -> Splits:
     """Open both, as the options of a probe say; their classes must be the same."""
-    data, train_split, split = options.data, options.train_split, options.split
-    train, test = (
-        zeroshot.read(shared(zeroshot.Options, options, split=part, partial=True))
-        for part in (train_split, split)
-    )
+    train, test = _split(options, options.train_split), _split(options, options.split)
+    names = f"splits {options.train_split!r} and {options.split!r} of {options.data}"
+
+    # A class's number must mean the same in both.
     if train.classes != test.classes:
-        only = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(
-            f"splits {train_split!r} and {split!r} of {data} have different classes: {', '.join(only[:5])}"
-        )
+        in_one_only = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(f"{names} have different classes: {', '.join(in_one_only[:5])}")
     if train.labels.ndim == 2:
-        raise DataError(f"{data} has several labels an image; probes need one")
-    files = {r.picture for r in train.source.records}
-    if any(r.picture in files for r in test.source.records):
-        raise DataError(
-            f"splits {train_split!r} and {split!r} of {data} share pictures; give separate splits"
-        )
+        raise DataError(f"{options.data} has several labels an image; probes need one")
+
+    # A picture in both splits would be its own nearest neighbour.
+    train_pictures = {record.picture for record in train.source.records}
+    if any(record.picture in train_pictures for record in test.source.records):
+        raise DataError(f"{names} share pictures; give separate splits")
     return Splits(train, test)
 
 
-def embedded(encoder: Any, data: zeroshot.Data, context: embed.Context) -> Tensor:
+def _split(options: Any, split: str) -> zeroshot.Data:
+    """One split as zero-shot classification reads it."""
+    return zeroshot.read(shared(zeroshot.Options, options, split=split, partial=True))
+
+
+def embedded(encoder: Encoder, data: zeroshot.Data, context: Context) -> Tensor:
     """[n, D] unit rows of a split's pictures."""
-    return embed.images(encoder, [r.picture for r in data.source.records], context)
+    return embed.images(encoder, [record.picture for record in data.source.records], context)
 
 
-def result(ranks: Tensor, data: Splits, context: embed.Context, *settings: Any) -> TaskResult:
+def result(ranks: Tensor, data: Splits, context: Context, *settings: Any) -> TaskResult:
     """Accuracies from the ranks of the right classes."""
-    n_classes, weights = len(data.test.classes), metrics.per_class_weights(data.test.labels)
+    n_classes = len(data.test.classes)
+    weights = metrics.per_class_weights(data.test.labels)
     first = (ranks == 1).double()
     items = {
         "acc1": choices.accuracy(first),
         "mean_per_class_recall": torch.stack([first * weights, weights], 1),
     }
+    # Among fewer than five classes the top five are all.
     if n_classes >= 5:
         items["acc5"] = choices.accuracy(ranks <= 5)
-    n_skipped = sum(len(part.source.skipped) for part in (data.train, data.test))
-    pictures = [r.picture for part in (data.train, data.test) for r in part.source.records]
+
+    sources = (data.train.source, data.test.source)
+    pictures = [record.picture for source in sources for record in source.records]
+    labels = (data.train.labels.tolist(), data.test.labels.tolist())
     return TaskResult(
         data.test.source.name,
         items=items,
@@ -68,9 +76,7 @@ def result(ranks: Tensor, data: Splits, context: embed.Context, *settings: Any) 
             "train_images": len(data.train.labels),
             "images": len(ranks),
             "classes": n_classes,
-            "skipped": n_skipped,
+            "skipped": sum(len(source.skipped) for source in sources),
         },
-        digest=context.digest(
-            pictures, data.train.labels.tolist(), data.test.labels.tolist(), settings
-        ),
+        digest=context.digest(pictures, *labels, settings),
     )

@@ -13,83 +13,96 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from vlp.eval import choices, embed
-from vlp.eval.pictures import DataError
+from vlp.eval import choices
+from vlp.eval.choices import CaptionChoice, ChoiceSet
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
+from vlp.eval.pictures import DataError, Picture
 from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
-FILES = {
-    "vg_relation": "visual_genome_relation.json",
-    "vg_attribution": "visual_genome_attribution.json",
+AT_LEAST = 25  # items a group
+BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+
+# test -> its published file, and the key that its items are grouped by
+TESTS = {
+    "vg_relation": ("visual_genome_relation.json", "relation_name"),
+    "vg_attribution": ("visual_genome_attribution.json", "attributes"),
 }
-AT_LEAST = 25
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(choices.Options):
     """Where the published files and the images are."""
 
     data: str  # folder of the two .json files
     images: str | None = None  # a folder or a .tar; None: images/ beside them
     exclude: list[str] = field(default_factory=list)  # relations to leave out
-    missing: Literal["error", "skip"] = "error"  # items without their image
 
 
-@dataclass
-class Data:
-    """Items of each test with `group` (what the mean is over) and `picture` (cut to its box)."""
-
-    tests: dict[str, list[dict[str, Any]]]
-    skipped: list[str]
+def read(options: Options) -> dict[str, ChoiceSet]:
+    """Both tests, each with the groups that count."""
+    return {name: _read_test(options, file, key) for name, (file, key) in TESTS.items()}
 
 
-def read(options: Options) -> Data:
-    folder, tests, skipped = Path(options.data), {}, []
-    for name, file in FILES.items():
-        rows = choices.entries(folder / file)
-        box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-        by = "relation_name" if name == "vg_relation" else "attributes"
-        choices.need_keys(
-            rows, ("image_path", "true_caption", "false_caption", by, *box), folder / file
+def _read_test(options: Options, file: str, group_key: str) -> ChoiceSet:
+    """The items of one published file that lie in frequent groups, cut to their boxes."""
+    path = Path(options.data) / file
+    keys = ("image_path", "true_caption", "false_caption", group_key, *BOX)
+    rows = choices.read_items(path, keys)
+
+    # The accuracy of a rare group would weigh as much in the mean as that of a frequent one.
+    sizes = Counter(_group(row[group_key]) for row in rows)
+    frequent = {group for group, size in sizes.items() if size >= AT_LEAST}
+    counted = frequent - set(options.exclude)
+    rows = [row for row in rows if _group(row[group_key]) in counted]
+    if not rows:
+        raise DataError(f"{path} has no group of at least {AT_LEAST} items; is it complete?")
+
+    images = options.images or Path(options.data) / "images"
+    kept_rows, absent = choices.with_pictures(rows, ["image_path"], images, options.missing)
+    items = [
+        CaptionChoice(
+            _cut(picture, row),
+            [row["true_caption"], row["false_caption"]],
+            _group(row[group_key]),
         )
-        for row in rows:
-            row["group"] = row[by] if isinstance(row[by], str) else "_".join(row[by])
-        frequent = {
-            g for g, n in Counter(row["group"] for row in rows).items() if n >= AT_LEAST
-        } - set(options.exclude)
-        rows = [row for row in rows if row["group"] in frequent]
-        if not rows:
-            raise DataError(
-                f"{folder / file} has no group of at least {AT_LEAST} items; is it complete?"
-            )
-        images = Path(options.images) if options.images else folder / "images"
-        rows, absent = choices.attach(
-            rows, [row["image_path"] for row in rows], images, options.missing
-        )
-        for row in rows:
-            x, y, w, h = (row[key] for key in box)
-            row["picture"] = replace(row["picture"], box=(x, y, x + w, y + h))
-        tests[name] = rows
-        skipped += absent
-    return Data(tests, skipped)
+        for row, (picture,) in kept_rows
+    ]
+    return ChoiceSet(items, absent)
 
 
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    result = TaskResult("aro", counts={"skipped": len(data.skipped)})
-    seen: list[Any] = []
-    for name, rows in data.tests.items():
-        pictures = [row["picture"] for row in rows]
-        captions = [[row["true_caption"], row["false_caption"]] for row in rows]
-        hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
-        groups = [row["group"] for row in rows]
-        result.items[name] = choices.macro(hits, groups)
+def _group(value: str | list[str]) -> str:
+    """A relation's name, or the two attributes as one."""
+    return value if isinstance(value, str) else "_".join(value)
+
+
+def _cut(picture: Picture, row: dict[str, Any]) -> Picture:
+    """The part of a picture inside a row's box."""
+    left, upper, width, height = (row[key] for key in BOX)
+    return replace(picture, box=(left, upper, left + width, upper + height))
+
+
+def run(
+    encoder: Encoder, data: dict[str, ChoiceSet], options: Options, context: Context
+) -> TaskResult:
+    """For each test the mean over its groups of the accuracy."""
+    n_skipped = sum(len(test.skipped) for test in data.values())
+    result = TaskResult("aro", counts={"skipped": n_skipped})
+    for name, test in data.items():
+        cosines = choices.cosines(encoder, test.pictures, test.captions, context)
+        hits = choices.first_is_best(cosines)
+        # The mean over groups: the frequent relations would decide a plain accuracy.
+        result.items[name] = choices.macro(hits, test.groups)
         result.chance[name] = 0.5
-        result.counts |= {f"{name}_items": len(rows), f"{name}_groups": len(set(groups))}
-        seen.append((captions, groups))
-    result.digest = context.digest(
-        [row["picture"] for rows in data.tests.values() for row in rows], seen
-    )
+        result.counts[f"{name}_items"] = len(hits)
+        result.counts[f"{name}_groups"] = len(set(test.groups))
+
+    # One digest over both tests: the record is one.
+    pictures = [picture for test in data.values() for picture in test.pictures]
+    annotations = [(test.captions, test.groups) for test in data.values()]
+    result.digest = context.digest(pictures, annotations)
     return result

@@ -12,27 +12,29 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from vlp.eval import choices, embed, metrics
-from vlp.eval.datasets import beside, read_rows
+from vlp.eval import choices, metrics
+from vlp.eval.datasets.tables import beside, read_rows
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError, Picture
 from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "countbench"
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+KEYS = ("image", "text", "number")
+RowsWithPictures = list[tuple[dict[str, Any], Picture]]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(choices.Options):
     """Where the benchmark is."""
 
     data: str  # folder of parquet files, or a table (.json, .jsonl, .csv, …)
-    images: str | None = None  # for a table: a folder or a .tar; None: beside it
-    missing: Literal["error", "skip"] = "error"  # rows without their picture
 
 
 @dataclass
@@ -46,83 +48,103 @@ class Data:
 
 
 def read(options: Options) -> Data:
+    """Pictures with their captions in all nine numbers."""
     path = Path(options.data)
     if path.is_dir():
         rows, absent = _parquet(path), []
     else:
-        rows = read_rows(path, ("image", "text"))
-        choices.need_keys(rows, ("image", "text", "number"), path)
-        images = Path(options.images) if options.images else beside(path)
-        rows, absent = choices.attach(rows, [row["image"] for row in rows], images, options.missing)
-    wrong = [
-        row["text"]
-        for row in rows
-        if row["number"] not in range(2, 11) or not _pattern(row["number"]).search(row["text"])
-    ]
+        rows, absent = _table(path, options)
+
+    wrong = [row["text"] for row, _ in rows if not _says_its_number(row)]
     if wrong:
         raise DataError(
             f"{path}: {len(wrong)} captions do not say their number as a word, e.g. {wrong[0]!r}"
         )
-    captions = [[say(row["text"], row["number"], other) for other in range(2, 11)] for row in rows]
-    return Data([row["picture"] for row in rows], captions, [row["number"] for row in rows], absent)
+
+    captions = [
+        [say(row["text"], row["number"], other) for other in range(2, 11)] for row, _ in rows
+    ]
+    pictures = [picture for _, picture in rows]
+    return Data(pictures, captions, [row["number"] for row, _ in rows], absent)
 
 
-def _parquet(folder: Path) -> list[dict[str, Any]]:
+def _table(path: Path, options: Options) -> tuple[RowsWithPictures, list[str]]:
+    """The rows of a table whose pictures are there, and the names of the absent."""
+    rows = read_rows(path, ("image", "text"))
+    choices.need_keys(rows, KEYS, path)
+    images = options.images or beside(path)
+    kept_rows, absent = choices.with_pictures(rows, ["image"], images, options.missing)
+    return [(row, picture) for row, (picture,) in kept_rows], absent
+
+
+def _parquet(folder: Path) -> RowsWithPictures:
+    """The rows of the hub's files, each with its picture."""
     import pyarrow.parquet as parquet
 
-    rows = [
-        row | {"file": str(file)}
-        for file in sorted(folder.rglob("*.parquet"))
-        for row in parquet.read_table(file).to_pylist()
-    ]
+    rows: list[dict[str, Any]] = []
+    for file in sorted(folder.rglob("*.parquet")):
+        rows += [row | {"file": str(file)} for row in parquet.read_table(file).to_pylist()]
     if not rows:
         raise DataError(f"no .parquet file under {folder}")
-    choices.need_keys(rows, ("image", "text", "number"), folder)
+
+    choices.need_keys(rows, KEYS, folder)
+
+    # Rows without their picture would shrink the benchmark unnoticed.
     present = [row for row in rows if row["image"] and row["image"]["bytes"]]
     if len(present) < len(rows):
         raise DataError(
-            f"{len(rows) - len(present)} of {len(rows)} rows under {folder} hold no image bytes; fetch the full set"
+            f"{len(rows) - len(present)} of {len(rows)} rows under {folder} hold no image bytes; "
+            "fetch the full set"
         )
     return [
-        row | {"picture": Picture(f"{row['file']}:{i}", data=row["image"]["bytes"])}
+        (row, Picture(f"{row['file']}:{i}", data=row["image"]["bytes"]))
         for i, row in enumerate(rows)
     ]
 
 
+def _says_its_number(row: dict[str, Any]) -> bool:
+    """Whether a caption holds the word of its number, from two to ten."""
+    in_range = row["number"] in range(2, 11)
+    return in_range and bool(_pattern(row["number"]).search(row["text"]))
+
+
 def _pattern(number: int) -> re.Pattern[str]:
-    return re.compile(
-        rf"\b{NUMBERS[number - 2]}\b", re.IGNORECASE
-    )  # whole words only: "often" contains "ten"
+    """A number's word, whole and in any case."""
+    # Whole words only: "often" contains "ten".
+    return re.compile(rf"\b{NUMBERS[number - 2]}\b", re.IGNORECASE)
 
 
 def say(caption: str, number: int, other: int) -> str:
     """The caption with every mention of `number` replaced by `other`, in the same letter case."""
 
-    def word(found: re.Match[str]) -> str:
-        new = NUMBERS[other - 2]
-        return (
-            new.upper()
-            if found[0].isupper()
-            else new.capitalize()
-            if found[0][0].isupper()
-            else new
-        )
+    def in_its_case(match: re.Match[str]) -> str:
+        word = NUMBERS[other - 2]
+        if match[0].isupper():
+            return word.upper()
+        return word.capitalize() if match[0][0].isupper() else word
 
-    return _pattern(number).sub(word, caption)
+    return _pattern(number).sub(in_its_case, caption)
 
 
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    scores = torch.stack(choices.cosines(encoder, data.pictures, data.captions, context))  # [n, 9]
-    true = torch.tensor(data.numbers)
-    own = scores.gather(1, true[:, None] - 2)
-    others = torch.ones_like(scores, dtype=torch.bool).scatter_(1, true[:, None] - 2, False)
-    hits = (metrics.strictly_above(own, scores) | ~others).all(1)
-    rivals = scores.masked_fill(~others, -torch.inf).argmax(1) + 2
-    distance = torch.where(hits, 0, (rivals - true).abs())
+def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """Accuracy, and how far the number chosen lies from the true one."""
+    cosines = choices.cosines(encoder, data.pictures, data.captions, context)
+    scores = torch.stack(cosines)  # [n, 9]
+    true_numbers = torch.tensor(data.numbers)
+    true_places = true_numbers[:, None] - 2
+
+    # The true number stands at its own place among the nine, so every other one is a rival.
+    true_scores = scores.gather(1, true_places)
+    is_rival = torch.ones_like(scores, dtype=torch.bool).scatter_(1, true_places, False)
+    hits = (metrics.strictly_above(true_scores, scores) | ~is_rival).all(1)
+
+    # A tie is no hit, so the number chosen is the best of the others and not the argmax of all.
+    best_rivals = scores.masked_fill(~is_rival, -torch.inf).argmax(1) + 2
+    distance = torch.where(hits, 0, (best_rivals - true_numbers).abs())
     return TaskResult(
         "countbench",
         items={"acc": choices.accuracy(hits), "mean_distance": choices.accuracy(distance)},
         chance={"acc": 1 / len(NUMBERS)},
-        counts={"images": len(true), "skipped": len(data.skipped)},
+        counts={"images": len(true_numbers), "skipped": len(data.skipped)},
         digest=context.digest(data.pictures, data.captions, data.numbers),
     )

@@ -5,10 +5,12 @@ al. 2018).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, metrics
+from vlp.eval import metrics
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.tasks import TaskResult, _labelled
 
 VERSION = 1
@@ -23,25 +25,28 @@ class Options(TableOptions):
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     train_split: str = "train"
-    k: int = 20
-    temperature: float = 0.07
+    k: int = 20  # neighbours that vote
+    temperature: float = 0.07  # T of the votes' weights
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.temperature <= 0:
             raise ValueError(
-                f"k is {self.k} and temperature {self.temperature}; expected k >= 1 and temperature > 0"
+                f"k is {self.k} and temperature {self.temperature}; "
+                "expected k >= 1 and temperature > 0"
             )
 
 
 def read(options: Options) -> _labelled.Splits:
+    """The training and the test split."""
     return _labelled.read(options)
 
 
-def run(
-    encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context
-) -> TaskResult:
-    bank, queries = (_labelled.embedded(encoder, part, context) for part in (data.train, data.test))
+def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
+    """Ranks of the right classes by the vote of the nearest training images."""
+    # Training images vote, test images are asked.
+    bank = _labelled.embedded(encoder, data.train, context)
+    queries = _labelled.embedded(encoder, data.test, context)
     ranks = metrics.nearest_neighbour_ranks(
         queries,
         bank,

@@ -9,13 +9,15 @@ space, times √D so that the grid means the same at any width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, metrics
+from vlp.eval import metrics
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.tasks import TaskResult, _labelled
 
 VERSION = 1
@@ -30,10 +32,9 @@ class Options(TableOptions):
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     train_split: str = "train"
-    decays: list[float] = field(
-        default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
-    )  # λ of λ/2‖W‖²
-    max_iterations: int = 300
+    # λ of λ/2‖W‖²
+    decays: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+    max_iterations: int = 300  # of L-BFGS, a fit
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
@@ -42,44 +43,62 @@ class Options(TableOptions):
 
 
 def read(options: Options) -> _labelled.Splits:
+    """The training and the test split."""
     return _labelled.read(options)
 
 
-def run(
-    encoder: Any, data: _labelled.Splits, options: Options, context: embed.Context
-) -> TaskResult:
-    train, test = (_labelled.embedded(encoder, part, context) for part in (data.train, data.test))
-    train, test = (rows * rows.shape[1] ** 0.5 for rows in (train, test))
+def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
+    """Choose the decay, fit on the training split, rank the classes of the test split."""
+    train = _features(encoder, data.train, context)
+    test = _features(encoder, data.test, context)
     labels, n_classes = data.train.labels, len(data.test.classes)
-    decay = (
-        options.decays[0] if len(options.decays) == 1 else choose(train, labels, n_classes, options)
+
+    # One decay leaves nothing to choose, and saves the fits.
+    if len(options.decays) == 1:
+        decay = options.decays[0]
+    else:
+        decay = choose(train, labels, n_classes, options)
+
+    # With the decay chosen, all training images are fitted.
+    weight, bias = metrics.logistic_regression(
+        train, labels, n_classes, decay, options.max_iterations
     )
-    ranks = _ranks(
-        test,
-        data.test.labels,
-        *metrics.logistic_regression(train, labels, n_classes, decay, options.max_iterations),
-    )
+    ranks = _ranks(test, data.test.labels, weight, bias)
     result = _labelled.result(ranks, data, context, options.decays)
     result.values["decay"] = decay
     return result
 
 
+def _features(encoder: Encoder, data: _labelled.zeroshot.Data, context: Context) -> Tensor:
+    """[n, D] rows of length √D."""
+    rows = _labelled.embedded(encoder, data, context)
+    return rows * rows.shape[1] ** 0.5
+
+
 def choose(train: Tensor, labels: Tensor, n_classes: int, options: Options) -> float:
     """The decay with the best accuracy on every fifth image of each class; the larger of equals."""
-    position = torch.zeros_like(labels)
-    for c in range(n_classes):
-        own = labels == c
-        position[own] = torch.arange(int(own.sum()))
-    held = position % 5 == 4
-    scores = {}
+    # Class by class, so that none lacks training or held-out images by chance.
+    position = torch.zeros_like(labels)  # of an image among those of its class
+    for number in range(n_classes):
+        of_class = labels == number
+        position[of_class] = torch.arange(int(of_class.sum()))
+    held_out = position % 5 == 4
+
+    accuracies = {}
     for decay in options.decays:
-        fitted = metrics.logistic_regression(
-            train[~held], labels[~held], n_classes, decay, options.max_iterations
+        weight, bias = metrics.logistic_regression(
+            train[~held_out], labels[~held_out], n_classes, decay, options.max_iterations
         )
-        scores[decay] = float((_ranks(train[held], labels[held], *fitted) == 1).double().mean())
-    return max(scores, key=lambda d: (scores[d], d))
+        ranks = _ranks(train[held_out], labels[held_out], weight, bias)
+        accuracies[decay] = float((ranks == 1).double().mean())
+
+    def accuracy_then_decay(decay: float) -> tuple[float, float]:
+        return accuracies[decay], decay
+
+    return max(accuracies, key=accuracy_then_decay)
 
 
 def _ranks(rows: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[n] rank of the right class among the logits; a tie counts against it."""
     logits = rows.double() @ weight.T + bias
     return (logits >= logits.gather(1, labels[:, None])).sum(1)

@@ -10,17 +10,22 @@ share of captions; else the first caption stands against all. Masked negatives d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlp.data import wrong_captions
 from vlp.data.tables import TableOptions
-from vlp.eval import choices as _choices
-from vlp.eval import embed, metrics
-from vlp.eval.datasets import Record, Source, open_source
+from vlp.eval import choices, metrics
+from vlp.eval.choices import CaptionChoice, ChoiceSet
+from vlp.eval.datasets import open_source
+from vlp.eval.datasets.source import Record
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError, Picture
 from vlp.eval.tasks import TaskResult
 
@@ -38,27 +43,25 @@ class Options(TableOptions):
 
 
 @dataclass(frozen=True)
-class Choice:
+class NegativesChoice(CaptionChoice):
     """One caption of a picture and the negatives that belong to it."""
 
-    picture: Picture
-    captions: list[str]  # the true one, then the negatives
-    kinds: list[str]  # of the negatives, where they are known
+    kinds: list[str] = field(default_factory=list)  # of the negatives, where they are known
 
 
 @dataclass
-class Data:
-    """What stands to choose, the captions of one picture side by side, and how many samples offer
-    nothing.
+class Data(ChoiceSet):
+    """The captions that stand to choose, those of one picture side by side.
+
+    `counts`: samples without valid negatives, and those whose "negatives_of" cannot be right.
     """
 
-    source: Source
-    choices: list[Choice]
-    n_without: int  # samples without valid negatives
-    n_malformed: int  # samples whose "negatives_of" cannot be right
+    choices: Sequence[NegativesChoice]
+    name: str = ""
 
 
 def read(options: Options) -> Data:
+    """The choices that the shards offer; a DataError if there is none."""
     source = open_source(options.data, options.split, options.missing, options=options)
     offered = [choices_of(record) for record in source.records]
     problems = [
@@ -67,74 +70,92 @@ def read(options: Options) -> Data:
     ]
     problems = [problem for problem in problems if problem]
 
-    choices = [choice for own in offered for choice in own]
-    if not choices:
-        why = f" ({len(problems)} samples: {problems[0]})" if problems else ""
+    # Negatives that cannot be right are told from samples that have none: both are counted.
+    every_choice = [choice for of_record in offered for choice in of_record]
+    if not every_choice:
+        reason = f" ({len(problems)} samples: {problems[0]})" if problems else ""
         raise DataError(
-            f"no sample of {options.data} has negatives in its JSON{why}; write them with `vlp data negatives`"
+            f"no sample of {options.data} has negatives in its JSON{reason}; "
+            "write them with `vlp data negatives`"
         )
-    return Data(source, choices, offered.count([]) - len(problems), len(problems))
+
+    counts = {
+        "without_negatives": offered.count([]) - len(problems),
+        "malformed": len(problems),
+    }
+    return Data(every_choice, source.skipped, counts, source.name)
 
 
-def choices_of(record: Record) -> list[Choice]:
+def choices_of(record: Record) -> list[NegativesChoice]:
     """Each caption of a picture that has valid negatives, with those that belong to it."""
     negatives = wrong_captions.read(record.meta, "negatives", record.captions)
     captions = list(dict.fromkeys(record.captions))
     if record.meta.get("negatives_of") is None:
         # Nothing says whose they are: they stand against the first caption.
         captions = [record.meta["caption"]] if record.meta.get("caption") else captions[:1]
+
+    # Kinds that do not match the negatives one to one say nothing.
     kinds = record.meta.get("negative_kinds")
     if not isinstance(kinds, list) or len(kinds) != len(negatives.texts):
         kinds = []
 
-    choices = []
+    offered = []
     for caption in captions:
         places = [place for place in negatives.of(caption) if negatives.valid[place]]
         texts = [negatives.texts[place] for place in places]
         if texts:
-            own_kinds = [kinds[place] for place in places] if kinds else []
-            choices.append(Choice(record.picture, [caption, *texts], own_kinds))
-    return choices
-
-
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    pictures = [choice.picture for choice in data.choices]
-    captions = [choice.captions for choice in data.choices]
-    scores = _choices.cosines(encoder, pictures, captions, context)
-
-    hits = _choices.first_is_best(scores).tolist()
-    told: dict[str, list[tuple[Picture, float]]] = {"acc": list(zip(pictures, hits))}
-    for choice, s in zip(data.choices, scores):
-        above = metrics.strictly_above(s[0], s[1:]).tolist()
-        for kind, hit in zip(choice.kinds, above):
-            told.setdefault(f"acc_{kind.replace(' ', '_')}", []).append(
-                (choice.picture, float(hit))
+            kinds_of_caption = [kinds[place] for place in places] if kinds else []
+            offered.append(
+                NegativesChoice(record.picture, [caption, *texts], kinds=kinds_of_caption)
             )
+    return offered
 
-    chance = sum(1 / len(group) for group in captions) / len(captions)
+
+def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """How often a caption is above all its negatives, and above each kind of them."""
+    pictures, captions = data.pictures, data.captions
+    scores = choices.cosines(encoder, pictures, captions, context)
+
+    # One score over all negatives of a caption, one a kind over single negatives.
+    hits = choices.first_is_best(scores).tolist()
+    hits_by_score = {"acc": list(zip(pictures, hits)), **_hits_by_kind(data.choices, scores)}
+
+    chance = choices.chance(captions)
     return TaskResult(
-        data.source.name,
-        items={name: _by_picture(told[name]) for name in sorted(told)},
-        chance={name: chance if name == "acc" else 0.5 for name in told},
+        data.name,
+        items={name: _by_picture(hits_by_score[name]) for name in sorted(hits_by_score)},
+        chance={name: chance if name == "acc" else 0.5 for name in hits_by_score},
         counts={
             "images": len(set(pictures)),
             "captions": len(captions),
             "negatives": sum(map(len, captions)) - len(captions),
-            "without_negatives": data.n_without,
-            "malformed": data.n_malformed,
-            "skipped": len(data.source.skipped),
+            **data.counts,
+            "skipped": len(data.skipped),
         },
         digest=context.digest(pictures, captions),
     )
+
+
+def _hits_by_kind(
+    offered: Sequence[NegativesChoice], scores: list[Tensor]
+) -> dict[str, list[tuple[Picture, float]]]:
+    """For each kind of negative, where the caption is above it: (picture, 0 or 1) a pair."""
+    hits_by_kind = defaultdict(list)
+    for choice, of_captions in zip(offered, scores):
+        above = metrics.strictly_above(of_captions[0], of_captions[1:]).tolist()
+        for kind, hit in zip(choice.kinds, above):
+            hits_by_kind[f"acc_{kind.replace(' ', '_')}"].append((choice.picture, float(hit)))
+    return hits_by_kind
 
 
 def _by_picture(hits: list[tuple[Picture, float]]) -> Tensor:
     """[n, 2] items: of each picture, which is what could have been drawn otherwise, the hits and
     how many could be.
     """
+    # Captions of one picture are no independent draws, so that an interval over them is too narrow.
     sums: dict[Picture, list[float]] = {}
     for picture, hit in hits:
-        own = sums.setdefault(picture, [0.0, 0.0])
-        own[0] += hit
-        own[1] += 1
+        of_picture = sums.setdefault(picture, [0.0, 0.0])
+        of_picture[0] += hit
+        of_picture[1] += 1
     return torch.tensor(list(sums.values()), dtype=torch.float64)

@@ -20,12 +20,13 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from vlp.data.tables import TableOptions
-from vlp.eval import choices as _choices
-from vlp.eval import embed
-from vlp.eval.datasets import Source
+from vlp.eval import choices
+from vlp.eval.choices import CaptionChoice, ChoiceSet
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, retrieval, shared
 
@@ -35,14 +36,16 @@ WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
 Tagger = Callable[[str], list[tuple[str, str]]]  # caption -> (word, "noun", "adjective" or "other")
 
 _OTHER = """
-a an the this that these those some any each every all both no its his her their our my your it he she they we you i him
-them us me who which what there here and or but nor so if while as than because until though when where in on at by of to
-from with without into onto over under above below near beside besides behind between among through across along around
-about against during before after up down out off inside outside toward towards upon for is are was were be been being am
-has have had do does did can could will would may might must should not very too also just only then sits sit sat stands
-stand stood holds hold held looks look rides ride plays play eats eat walks walk runs run wears wear lies lie lays lay shows
-show sleeps sleep flies fly hangs hang leans lean watches watch makes make takes take gets get goes go comes come gives give
-puts put one two three four five six seven eight nine ten
+a an the this that these those some any each every all both no its his her their our my your it he
+she they we you i him them us me who which what there here and or but nor so if while as than
+because until though when where in on at by of to from with without into onto over under above below
+near beside besides behind between among through across along around about against during before
+after up down out off inside outside toward towards upon for is are was were be been being am has
+have had do does did can could will would may might must should not very too also just only then
+sits sit sat stands stand stood holds hold held looks look rides ride plays play eats eat walks walk
+runs run wears wear lies lie lays lay shows show sleeps sleep flies fly hangs hang leans lean
+watches watch makes make takes take gets get goes go comes come gives give puts put one two three
+four five six seven eight nine ten
 """
 OTHER = frozenset(_OTHER.split())  # neither nouns nor adjectives in a caption
 
@@ -52,62 +55,82 @@ class Options(TableOptions):
     """Which captions, and how they are shuffled."""
 
     data: str  # as for retrieval
-    images: str | None = None
+    images: str | None = None  # as for retrieval
     split: str = "test"
-    tagger: Literal["spacy", "words"] = "spacy"
-    max_words: int = 30
-    seed: int = 0
+    tagger: Literal["spacy", "words"] = "spacy"  # who tells nouns and adjectives
+    max_words: int = 30  # longer captions are cut
+    seed: int = 0  # of the shufflings
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
 
 @dataclass
-class Data:
-    """The images and captions, and the four shufflings of each caption."""
+class Data(ChoiceSet):
+    """Each caption with those of its four shufflings that are its rivals."""
 
-    source: Source
-    choices: list[list[str]]  # by caption: itself, then its rivals
+    name: str = ""
 
 
 def read(options: Options) -> Data:
+    """Each caption of the set with its shufflings."""
     source = retrieval.read(shared(retrieval.Options, options))
     tag = _spacy() if options.tagger == "spacy" else by_words
-    captions = [caption for r in source.records for caption in r.captions]
-    return Data(
-        source, [choices(caption, tag, options.max_words, options.seed) for caption in captions]
-    )
+    items = []
+    for record in source.records:
+        for caption in record.captions:
+            rivals = candidates(caption, tag, options.max_words, options.seed)
+            items.append(CaptionChoice(record.picture, rivals))
+    return Data(items, source.skipped, name=source.name)
 
 
-def choices(caption: str, tag: Tagger, max_words: int, seed: int) -> list[str]:
-    """The caption and those of its four shufflings that differ from it. A pure function of caption
-    and seed.
+def candidates(caption: str, tag: Tagger, max_words: int, seed: int) -> list[str]:
+    """The caption and those of its four shufflings that differ from it.
+
+    A pure function of caption and seed.
     """
+    # Of caption and seed alone: neither the order of the set nor other captions matter.
     chance = random.Random(hashlib.sha256(f"{seed} {caption}".encode()).digest())
-    tagged = tag(caption)
+    words = WORD.findall(caption)
+    shufflings = _by_tags(tag(caption), chance) + _by_threes(words, chance)
+
+    # A shuffling with the words of the caption in its order is no rival.
+    cleaned = clean(caption, max_words)
+    same_words = clean(" ".join(words), max_words).split()
+    rivals = [clean(" ".join(shuffled), max_words) for shuffled in shufflings]
+    differing = [rival for rival in rivals if rival.split() != same_words and rival != cleaned]
+    return [cleaned, *differing]
+
+
+def _by_tags(tagged: list[tuple[str, str]], chance: random.Random) -> list[list[str]]:
+    """Nouns and adjectives shuffled among themselves; all other words shuffled."""
     words = [word for word, _ in tagged]
-    nouns, adjectives, others = (
-        [i for i, (_, kind) in enumerate(tagged) if kind == wanted]
-        for wanted in ("noun", "adjective", "other")
-    )
-    plain = WORD.findall(caption)
-    threes = [plain[i : i + 3] for i in range(0, len(plain), 3)]
-    shuffled = [
-        _shuffled(_shuffled(words, nouns, chance), adjectives, chance),
-        _shuffled(words, others, chance),
-        [word for three in threes for word in chance.sample(three, len(three))],
-        [word for three in chance.sample(threes, len(threes)) for word in three],
-    ]
-    own = clean(caption, max_words)
-    rivals = [clean(" ".join(s), max_words) for s in shuffled]
-    return [
-        own,
-        *(r for r in rivals if r.split() != clean(" ".join(plain), max_words).split() and r != own),
-    ]
+    places: dict[str, list[int]] = {"noun": [], "adjective": [], "other": []}
+    for place, (_, kind) in enumerate(tagged):
+        places[kind].append(place)
+
+    # Nouns trade places with nouns, adjectives with adjectives: the sentence stays grammatical.
+    nouns_shuffled = _shuffled(words, places["noun"], chance)
+    nouns_and_adjectives = _shuffled(nouns_shuffled, places["adjective"], chance)
+    return [nouns_and_adjectives, _shuffled(words, places["other"], chance)]
+
+
+def _by_threes(words: list[str], chance: random.Random) -> list[list[str]]:
+    """The words inside each group of three shuffled; the groups of three shuffled."""
+    threes = [words[i : i + 3] for i in range(0, len(words), 3)]
+    within = []
+    for three in threes:
+        within += chance.sample(three, len(three))
+
+    groups = []
+    for three in chance.sample(threes, len(threes)):
+        groups += three
+    return [within, groups]
 
 
 def clean(caption: str, max_words: int) -> str:
     """ARO's clean-up: lower case, some punctuation to blanks, one blank between words, cut to
     `max_words`.
     """
+    # Without this, capitals and full stops would give the caption's own order away.
     words = re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()
     return " ".join(words[:max_words])
 
@@ -117,48 +140,67 @@ def by_words(caption: str) -> list[tuple[str, str]]:
     content words.
     """
     words = WORD.findall(caption)
-    content = [
-        w[0].isalpha() and w.lower() not in OTHER and not re.search(r"(ing|ed|ly)$", w.lower())
-        for w in words
-    ]
-    following = [*content[1:], False]
-    kinds = ["other" if not c else "adjective" if f else "noun" for c, f in zip(content, following)]
-    return list(zip(words, kinds))
+    # "small brown dog": what another content word follows is taken for an adjective.
+    is_content = [_is_content(word) for word in words]
+
+    tagged = []
+    for word, content, next_is_content in zip(words, is_content, [*is_content[1:], False]):
+        kind = "other"
+        if content:
+            kind = "adjective" if next_is_content else "noun"
+        tagged.append((word, kind))
+    return tagged
+
+
+def _is_content(word: str) -> bool:
+    """Whether a word is a noun or an adjective, by what it is not."""
+    lower = word.lower()
+    return word[0].isalpha() and lower not in OTHER and not re.search(r"(ing|ed|ly)$", lower)
 
 
 def _spacy() -> Tagger:
+    """A tagger as in the paper; a DataError says what must be installed."""
     try:
         import spacy
 
         model = spacy.load("en_core_web_sm")
     except (ImportError, OSError) as error:
         raise DataError(
-            f"the published order sets need spaCy and its model en_core_web_sm ({error}); install them, or pass tagger=words "
-            "for an approximation whose scores compare only with each other"
+            f"the published order sets need spaCy and its model en_core_web_sm ({error}); "
+            "install them, or pass tagger=words for an approximation whose scores compare only "
+            "with each other"
         ) from error
-    kind = {"NN": "noun", "JJ": "adjective"}  # NNS, NNP, JJR, … begin alike
-    return lambda caption: [(t.text, kind.get(t.tag_[:2], "other")) for t in model(caption)]
+
+    kinds = {"NN": "noun", "JJ": "adjective"}  # NNS, NNP, JJR, … begin alike
+
+    def tag(caption: str) -> list[tuple[str, str]]:
+        return [(token.text, kinds.get(token.tag_[:2], "other")) for token in model(caption)]
+
+    return tag
 
 
 def _shuffled(words: list[str], places: list[int], chance: random.Random) -> list[str]:
+    """The words with those at `places` exchanged among themselves."""
     result = list(words)
-    for place, source in zip(places, chance.sample(places, len(places))):
-        result[place] = words[source]
+    for place, origin in zip(places, chance.sample(places, len(places))):
+        result[place] = words[origin]
     return result
 
 
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    pictures = [r.picture for r in data.source.records for _ in r.captions]
-    hits = _choices.first_is_best(_choices.cosines(encoder, pictures, data.choices, context))
-    n_equal = sum(5 - len(c) for c in data.choices)
+def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """How often a caption is above all its shufflings."""
+    pictures, captions = data.pictures, data.captions
+    hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
+    # A caption has fewer than four rivals where a shuffling says the same.
+    n_equal = sum(5 - len(group) for group in captions)
     return TaskResult(
-        data.source.name,
-        items={"precision@1": _choices.accuracy(hits)},
-        chance={"precision@1": sum(1 / len(c) for c in data.choices) / len(data.choices)},
+        data.name,
+        items={"precision@1": choices.accuracy(hits)},
+        chance={"precision@1": choices.chance(captions)},
         counts={
             "captions": len(hits),
             "shufflings_equal_to_caption": n_equal,
-            "skipped": len(data.source.skipped),
+            "skipped": len(data.skipped),
         },
-        digest=context.digest(pictures, data.choices),
+        digest=context.digest(pictures, captions),
     )

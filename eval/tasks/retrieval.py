@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vlp.data.captions import Texts
 from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
-from vlp.eval.datasets import Source, join_equal_pictures, open_source
+from vlp.eval.datasets import open_source
+from vlp.eval.datasets.source import Record, Source, join_equal_pictures
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
@@ -36,16 +40,16 @@ class Options(Texts, TableOptions):
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
     captions_per_image: int | None = None  # the first so many; None: all
-    missing: Literal["error", "skip"] = (
-        "error"  # annotations without their image, images without a caption
-    )
+    # annotations without their image, images without a caption
+    missing: Literal["error", "skip"] = "error"
     language: str = "en"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.captions, dict):
             raise ValueError(
-                f"captions is {self.captions}; shares have no meaning in evaluation: give a list of names"
+                f"captions is {self.captions}; shares have no meaning in evaluation: "
+                "give a list of names"
             )
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(
@@ -58,66 +62,100 @@ def read(options: Options) -> Source:
     source = open_source(
         options.data, options.split, options.missing, options.images, options, options
     )
+
+    # Copies of a picture would tie with each other, and a tie counts against every model.
     source, n_joined = join_equal_pictures(source)
-    spoken = [r for r in source.records if any(caption.strip() for caption in r.captions)]
-    silent = [
-        r.picture.name for r in source.records if not any(caption.strip() for caption in r.captions)
-    ]
-    if not spoken:
+
+    with_caption = [record for record in source.records if _has_caption(record)]
+    silent = [record.picture.name for record in source.records if not _has_caption(record)]
+    if not with_caption:
         raise DataError(
             f"none of the {len(source.records)} images of {options.data} has a caption; if their "
             "captions are in a table, name it: --data TABLE images=FOLDER"
         )
     if silent and options.missing == "error":
         raise DataError(
-            f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; add one, remove the image, or "
-            "pass missing=skip to evaluate without them"
+            f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; "
+            "add one, remove the image, or pass missing=skip to evaluate without them"
         )
-    return replace(source, records=spoken, skipped=[*source.skipped, *silent], n_joined=n_joined)
+
+    skipped = [*source.skipped, *silent]
+    return replace(source, records=with_caption, skipped=skipped, n_joined=n_joined)
 
 
-def run(encoder: Any, data: Source, options: Options, context: embed.Context) -> TaskResult:
-    pictures = [r.picture for r in data.records]
-    captions = [list(r.captions[: options.captions_per_image]) for r in data.records]
-    owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
+def _has_caption(record: Record) -> bool:
+    return any(caption.strip() for caption in record.captions)
+
+
+def run(encoder: Encoder, data: Source, options: Options, context: Context) -> TaskResult:
+    """Recalls and ranks both ways, over all images and captions of the split."""
+    pictures = [record.picture for record in data.records]
+    captions = [list(record.captions[: options.captions_per_image]) for record in data.records]
+    every_caption = [caption for of_image in captions for caption in of_image]
+    n_captions = torch.tensor([len(of_image) for of_image in captions])
+    owner = torch.arange(len(captions)).repeat_interleave(n_captions)
+
     image = embed.images(encoder, pictures, context)
-    text = embed.texts(encoder, [caption for texts in captions for caption in texts], context)
+    text = embed.texts(encoder, every_caption, context)
     image_rank, text_rank = metrics.retrieval_ranks(image, text, owner)
+
     result = TaskResult(
         data.name,
-        counts={"images": len(image), "captions": len(text), "skipped": len(data.skipped)},
+        counts={
+            "images": len(image),
+            "captions": len(text),
+            "skipped": len(data.skipped),
+        },
         digest=context.digest(pictures, captions),
     )
     if data.n_joined:
         result.counts["equal_pictures_joined"] = data.n_joined
-    per_image = torch.bincount(owner, minlength=len(image)).double()
+    _score(result, image_rank, text_rank, owner)
+    return result
 
-    def by_image(values: torch.Tensor) -> torch.Tensor:
-        sums = torch.zeros(len(image), dtype=torch.float64).index_add_(0, owner, values.double())
-        return torch.stack(
-            [sums, per_image], 1
-        )  # an image and its captions are drawn together in the bootstrap
 
-    one = torch.ones(len(image), dtype=torch.float64)
+def _score(
+    result: TaskResult,
+    image_rank: Tensor,  # [N] of each image's best caption
+    text_rank: Tensor,  # [M] of each caption's image
+    owner: Tensor,  # [M] the image of each caption
+) -> None:
+    """Fill in recalls, mean and median ranks both ways, and the recalls' chance."""
+    n_images, n_texts = len(image_rank), len(text_rank)
+    per_image = torch.bincount(owner, minlength=n_images).double()
+    one = torch.ones(n_images, dtype=torch.float64)
+
+    def by_image(values: Tensor) -> Tensor:
+        # An image and its captions are drawn together in the bootstrap.
+        sums = torch.zeros(n_images, dtype=torch.float64).index_add_(0, owner, values.double())
+        return torch.stack([sums, per_image], 1)
+
+    # Image retrieval is counted over captions, text retrieval over images.
     for k in KS:
-        result.items[f"image_retrieval_recall@{k}"] = by_image(text_rank <= k)
-        result.items[f"text_retrieval_recall@{k}"] = torch.stack(
-            [(image_rank <= k).double(), one], 1
+        image_retrieval, text_retrieval = (
+            f"image_retrieval_recall@{k}",
+            f"text_retrieval_recall@{k}",
         )
-        result.chance[f"image_retrieval_recall@{k}"] = min(1.0, k / len(image))
-        result.chance[f"text_retrieval_recall@{k}"] = _chance_any(per_image, len(text), k)
+        result.items[image_retrieval] = by_image(text_rank <= k)
+        result.items[text_retrieval] = torch.stack([(image_rank <= k).double(), one], 1)
+        result.chance[image_retrieval] = min(1.0, k / n_images)
+        result.chance[text_retrieval] = _chance_any(per_image, n_texts, k)
+
     result.items["image_retrieval_mean_rank"] = by_image(text_rank)
     result.items["text_retrieval_mean_rank"] = torch.stack([image_rank.double(), one], 1)
     result.values["image_retrieval_median_rank"] = float(text_rank.double().quantile(0.5))
     result.values["text_retrieval_median_rank"] = float(image_rank.double().quantile(0.5))
-    return result
 
 
-def _chance_any(own: torch.Tensor, total: int, k: int) -> float:
-    """Mean over images of 1 − C(total − own, k) / C(total, k): some own caption among k drawn at
-    random.
+def _chance_any(n_captions: Tensor, total: int, k: int) -> float:
+    """Mean over images of 1 − C(total − n, k) / C(total, k): one of an image's n captions is among
+    k drawn at random.
+
+    n_captions: [N] of each image. total: all captions.
     """
-    counts, sizes = own.unique(return_counts=True)
+    # Few different numbers of captions occur: one binomial each instead of one an image.
+    counts, n_images = n_captions.unique(return_counts=True)
     draws = math.comb(total, min(k, total))
-    missed = [math.comb(total - int(c), min(k, total)) / draws for c in counts]
-    return 1 - sum(m * int(s) for m, s in zip(missed, sizes)) / len(own)
+    missed = [math.comb(total - int(count), min(k, total)) / draws for count in counts]
+    n_missed = sum(share * int(n) for share, n in zip(missed, n_images))
+    return 1 - n_missed / len(n_captions)

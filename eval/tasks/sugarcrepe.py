@@ -11,83 +11,77 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from vlp.eval import choices, datasets, embed
+from vlp.eval import choices
+from vlp.eval.choices import CaptionChoice, ChoiceSet
+from vlp.eval.datasets.tables import beside, read_rows
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
 SUBSETS = (
-    "add_att",
-    "add_obj",
-    "replace_att",
-    "replace_obj",
-    "replace_rel",
-    "swap_att",
-    "swap_obj",
-)
+    "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Options:
-    """Where the published files and the images are."""
+class Options(choices.Options):
+    """Where the published files and the images (COCO val2017) are."""
 
     data: str  # folder of the seven .json files, or a table
-    images: str | None = None  # COCO val2017: a folder or a .tar; None: beside the data
-    missing: Literal["error", "skip"] = "error"  # items without their image
 
 
-@dataclass
-class Data:
-    """Items with `subset, caption, negative_caption, picture`."""
-
-    rows: list[dict[str, Any]]
-    skipped: list[str]
-    name: str
-
-
-def read(options: Options) -> Data:
+def read(options: Options) -> ChoiceSet:
+    """The items of all seven subsets whose images are there."""
     path = Path(options.data)
     if path.is_file():
-        rows = datasets.read_rows(path, ("image", "caption", "negative_caption"))
-        images = options.images or str(datasets.beside(path))
-        choices.need_keys(rows, ("image", "subset", "caption", "negative_caption"), path)
+        rows, image_key = _table(path), "image"
+        images = options.images or beside(path)
     else:
-        rows = []
-        for subset in SUBSETS:
-            items = choices.entries(path / f"{subset}.json")
-            choices.need_keys(
-                items, ("filename", "caption", "negative_caption"), path / f"{subset}.json"
-            )
-            rows += [{**item, "subset": subset, "image": item["filename"]} for item in items]
-        images = options.images or options.data
-    rows, skipped = choices.attach(
-        rows, [row["image"] for row in rows], Path(images), options.missing
-    )
-    empty = [s for s in SUBSETS if not any(row["subset"] == s for row in rows)]
+        rows, image_key = _published(path), "filename"
+        images = options.images or path
+
+    # Both forms name the image, under different keys.
+    kept_rows, skipped = choices.with_pictures(rows, [image_key], images, options.missing)
+    items = [
+        CaptionChoice(picture, [row["caption"], row["negative_caption"]], row["subset"])
+        for row, (picture,) in kept_rows
+    ]
+
+    # Without one of the subsets the mean would be another score under the same name.
+    present = {item.group for item in items}
+    empty = [subset for subset in SUBSETS if subset not in present]
     if empty:
         raise DataError(
             f"{path} has no item of {', '.join(empty)}; the mean is over all {len(SUBSETS)} subsets"
         )
-    return Data(rows, skipped, "sugar_crepe")
+    return ChoiceSet(items, skipped)
 
 
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    pictures = [row["picture"] for row in data.rows]
-    captions = [[row["caption"], row["negative_caption"]] for row in data.rows]
-    hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
-    kinds = [row["subset"] for row in data.rows]
-    result = TaskResult(
-        data.name,
-        counts={"items": len(hits), "skipped": len(data.skipped)},
-        digest=context.digest(pictures, captions, kinds),
-    )
+def _table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table with all subsets."""
+    rows = read_rows(path, ("image", "caption", "negative_caption"))
+    choices.need_keys(rows, ("image", "subset", "caption", "negative_caption"), path)
+    return rows
+
+
+def _published(folder: Path) -> list[dict[str, Any]]:
+    """The items of the seven published files, each with its subset."""
+    keys = ("filename", "caption", "negative_caption")
+    rows = []
     for subset in SUBSETS:
-        own = [i for i, kind in enumerate(kinds) if kind == subset]
-        result.items[subset] = choices.accuracy(hits[own])
-        result.counts[subset] = len(own)
-    result.items["mean"] = choices.macro(hits, kinds)
-    result.chance = dict.fromkeys(result.items, 0.5)
+        items = choices.read_items(folder / f"{subset}.json", keys)
+        rows += [{**item, "subset": subset} for item in items]
+    return rows
+
+
+def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
+    """The accuracy of every subset, and their mean."""
+    result = choices.run_grouped("sugar_crepe", encoder, data, context, SUBSETS)
+    # The subsets differ much in size, and all weigh the same in the mean.
+    result.counts |= {subset: len(result.items[subset]) for subset in SUBSETS}
     return result

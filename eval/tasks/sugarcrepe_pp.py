@@ -10,72 +10,80 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from vlp.eval import choices, embed, metrics
+from vlp.eval import choices, embed
+from vlp.eval.choices import CaptionChoice, ChoiceSet
+from vlp.eval.embed import Context
+from vlp.eval.metrics import strictly_above
+from vlp.eval.models import Encoder
 from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
 SUBSETS = ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+CAPTIONS = ("caption", "caption2", "negative_caption")
 
 
 @dataclass(frozen=True)
-class Options:
-    """Where the published files and the images are."""
+class Options(choices.Options):
+    """Where the published files and the images (COCO val2017) are."""
 
     data: str  # folder of the five .json files
-    images: str | None = None  # COCO val2017: a folder or a .tar; None: beside the data
-    missing: Literal["error", "skip"] = "error"  # items without their image
 
 
-@dataclass
-class Data:
-    """Items with `subset, caption, caption2, negative_caption, picture`."""
-
-    rows: list[dict[str, Any]]
-    skipped: list[str]
-
-
-def read(options: Options) -> Data:
-    folder = Path(options.data)
+def read(options: Options) -> ChoiceSet:
+    """The items of the five published files whose images are there."""
     rows = []
     for subset in SUBSETS:
-        items = choices.entries(folder / f"{subset}.json")
-        choices.need_keys(
-            items,
-            ("filename", "caption", "caption2", "negative_caption"),
-            folder / f"{subset}.json",
-        )
+        path = Path(options.data) / f"{subset}.json"
+        items = choices.read_items(path, ("filename", *CAPTIONS))
         rows += [{**item, "subset": subset} for item in items]
-    images = Path(options.images or options.data)
-    return Data(*choices.attach(rows, [row["filename"] for row in rows], images, options.missing))
+
+    images = options.images or options.data
+    kept_rows, absent = choices.with_pictures(rows, ["filename"], images, options.missing)
+    return ChoiceSet(
+        [
+            CaptionChoice(picture, [row[key] for key in CAPTIONS], row["subset"])
+            for row, (picture,) in kept_rows
+        ],
+        absent,
+    )
 
 
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    pictures = [row["picture"] for row in data.rows]
-    captions = [[row["caption"], row["caption2"], row["negative_caption"]] for row in data.rows]
-    kinds = [row["subset"] for row in data.rows]
-    scores = torch.stack(choices.cosines(encoder, pictures, captions, context))
-    text = embed.texts(encoder, [c for group in captions for c in group], context).view(
-        len(captions), 3, -1
-    )
-    same, first, second = ((text[:, i] * text[:, j]).sum(1) for i, j in ((0, 1), (0, 2), (1, 2)))
-    with_picture = metrics.strictly_above(scores[:, :2], scores[:, 2:]).all(1)
-    text_only = metrics.strictly_above(same, first) & metrics.strictly_above(same, second)
-    result = TaskResult(
-        "sugar_crepe_pp",
-        counts={"items": len(scores), "skipped": len(data.skipped)},
-        digest=context.digest(pictures, captions, kinds),
-    )
+def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
+    """The accuracy of every subset and their mean, with pictures and without."""
+    cosines = choices.cosines(encoder, data.pictures, data.captions, context)
+    scores = torch.stack(cosines)  # [n, 3] caption, caption2, negative
+    # The worse of the two captions decides.
+    with_picture = strictly_above(scores[:, :2], scores[:, 2:]).all(1)
+    text_only = _hits_without_pictures(encoder, data.captions, context)
+
+    # The names of the paper: ITT with pictures, TOT without.
+    items = {}
     for name, hits in (("itt", with_picture), ("tot", text_only)):
-        for subset in dict.fromkeys(kinds):
-            own = torch.tensor([kind == subset for kind in kinds])
-            result.items[f"{name}_{subset}"] = choices.accuracy(hits[own])
-        result.items[f"{name}_mean"] = choices.macro(hits, kinds)
-    result.chance = dict.fromkeys(
-        result.items, 1 / 3
-    )  # of three random scores, the negative's is the lowest
-    return result
+        of_groups = choices.by_group(hits, data.groups)
+        items |= {f"{name}_{group}": value for group, value in of_groups.items()}
+
+    return TaskResult(
+        "sugar_crepe_pp",
+        items=items,
+        chance=dict.fromkeys(items, 1 / 3),  # of three random scores the negative's is the lowest
+        counts={"items": len(scores), "skipped": len(data.skipped)},
+        digest=context.digest(data.pictures, data.captions, data.groups),
+    )
+
+
+def _hits_without_pictures(encoder: Encoder, captions: list[list[str]], context: Context) -> Tensor:
+    """[n] bool: where the two captions are closer to each other than either is to the negative."""
+    every_caption = [caption for group in captions for caption in group]
+    text = embed.texts(encoder, every_caption, context)  # [3n, D]
+    caption, caption2, negative = text.view(len(captions), 3, -1).unbind(1)
+
+    # Unit rows: the product is the cosine.
+    same = (caption * caption2).sum(1)
+    first_to_negative = (caption * negative).sum(1)
+    second_to_negative = (caption2 * negative).sum(1)
+    return strictly_above(same, first_to_negative) & strictly_above(same, second_to_negative)

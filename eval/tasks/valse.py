@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from vlp.eval import choices, embed
+from vlp.eval import choices
+from vlp.eval.choices import CaptionChoice, ChoiceSet
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
@@ -23,60 +25,40 @@ ACCEPTED = 2  # of three annotators
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(choices.Options):
     """Where the published files and the images are."""
 
     data: str  # folder of .json files
-    images: str | None = None  # a folder or a .tar; None: beside them
-    missing: Literal["error", "skip"] = "error"  # items without their image
 
 
-@dataclass
-class Data:
-    """Items with `piece, caption, foil, picture`."""
-
-    rows: list[dict[str, Any]]
-    skipped: list[str]
-    n_rejected: int
-
-
-def read(options: Options) -> Data:
+def read(options: Options) -> ChoiceSet:
+    """The accepted items of every piece whose images are there."""
     files = sorted(Path(options.data).glob("*.json"))
     if not files:
         raise DataError(
             f"no .json files in {options.data}; give the data folder of VALSE's repository"
         )
+
+    # The file's name is the piece: no item says it.
     rows = []
     for file in files:
-        items = choices.entries(file)
-        choices.need_keys(items, ("image_file", "caption", "foil", "mturk"), file)
-        rows += [{**row, "piece": file.stem} for row in items]
+        items = choices.read_items(file, ("image_file", "caption", "foil", "mturk"))
+        rows += [{**item, "piece": file.stem} for item in items]
+
+    # Where annotators did not choose the caption, the foil may be true as well.
     accepted = [row for row in rows if row["mturk"]["caption"] >= ACCEPTED]
-    images = Path(options.images or options.data)
-    kept, absent = choices.attach(
-        accepted, [row["image_file"] for row in accepted], images, options.missing
+    images = options.images or options.data
+    kept_rows, absent = choices.with_pictures(accepted, ["image_file"], images, options.missing)
+    return ChoiceSet(
+        [
+            CaptionChoice(picture, [row["caption"], row["foil"]], row["piece"])
+            for row, (picture,) in kept_rows
+        ],
+        absent,
+        {"rejected_by_annotators": len(rows) - len(accepted)},
     )
-    return Data(kept, absent, len(rows) - len(accepted))
 
 
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    pictures = [row["picture"] for row in data.rows]
-    captions = [[row["caption"], row["foil"]] for row in data.rows]
-    pieces = [row["piece"] for row in data.rows]
-    hits = choices.first_is_best(choices.cosines(encoder, pictures, captions, context))
-    items = {
-        piece: choices.accuracy(hits[[i for i, own in enumerate(pieces) if own == piece]])
-        for piece in dict.fromkeys(pieces)
-    }
-    items["mean"] = choices.macro(hits, pieces)
-    return TaskResult(
-        "valse",
-        items=items,
-        chance=dict.fromkeys(items, 0.5),
-        counts={
-            "items": len(hits),
-            "rejected_by_annotators": data.n_rejected,
-            "skipped": len(data.skipped),
-        },
-        digest=context.digest(pictures, captions, pieces),
-    )
+def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
+    """The accuracy of every piece, and their mean."""
+    return choices.run_grouped("valse", encoder, data, context)

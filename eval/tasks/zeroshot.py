@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vlp import dist, log
 from vlp.data.tables import TableOptions
 from vlp.data.trees import class_name
-from vlp.eval import classes, embed, imagenet, metrics, prompts
+from vlp.eval import choices, classes, embed, imagenet, metrics, prompts
 from vlp.eval.classes import ClassList
-from vlp.eval.datasets import Record, Source, open_source
+from vlp.eval.datasets import open_source
+from vlp.eval.datasets.source import Record, Source
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
@@ -34,12 +38,10 @@ class Options(TableOptions):
     data: str  # see vlp.eval.datasets
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"
-    classes: str | list[str] | None = (
-        None  # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
-    )
-    templates: str | list[str] | None = (
-        None  # a set, a file or sentences; None: the data's own, imagenet80 or photo
-    )
+    # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
+    classes: str | list[str] | None = None
+    # a set, a file or sentences; None: the data's own, imagenet80 or photo
+    templates: str | list[str] | None = None
     partial: bool = False  # score among some of ImageNet's classes only
     missing: Literal["error", "skip"] = "error"  # annotations without their image
     language: str = "en"
@@ -52,101 +54,78 @@ class Data:
     source: Source
     classes: list[str]
     templates: list[str]
-    labels: torch.Tensor  # [n] int64, or [n, C] bool for several labels
+    labels: Tensor  # [n] int64, or [n, C] bool for several labels
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(options: Options) -> Data:
     """Open the set and settle class names and templates."""
-    objectnet = imagenet.objectnet_folders(Path(options.data))
-    place = (
-        options.data if objectnet is None else str(imagenet.objectnet_images(Path(options.data)))
-    )
-    source = open_source(place, options.split, options.missing, options.images, options)
-    if objectnet is not None:
-        source = _objectnet(source, objectnet)
-    unlabelled = [r.picture.name for r in source.records if r.label is None]
-    if unlabelled:
-        raise DataError(
-            f"{len(unlabelled)} images of {options.data} have no class, e.g. {unlabelled[0]}; give a .cls or a class, or name a "
-            "table's column: class_column=NAME"
-        )
-    by_name = isinstance(source.records[0].label, str)
-    if any(isinstance(r.label, str) != by_name for r in source.records):
-        raise DataError(
-            f"some classes of {options.data} are numbers and some are names; give every sample the same kind"
-        )
+    source = _open(options)
+    by_name = _labelled_by_name(source, options)
     names, labels = _named(source, options) if by_name else _numbered(source, options)
-    is_imagenet = imagenet.looks_like(source) or options.classes == "imagenet"
-    choice = options.templates or source.templates or ("imagenet80" if is_imagenet else "photo")
-    try:
-        templates = prompts.templates(choice)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    return Data(source, names, templates, labels)
+    return Data(source, names, _templates(source, options), labels)
 
 
-def run(encoder: Any, data: Data, options: Options, context: embed.Context) -> TaskResult:
-    if (
-        context.progress
-        and dist.is_main()
-        and all(name.isdecimal() for name in data.classes)
-        and len(data.classes) > 10
-    ):
-        log.warn(
-            f"the classes are called {data.classes[0]} … {data.classes[-1]}, also in the prompts; classes=FILE names them"
-        )
-    pictures = [r.picture for r in data.source.records]
-    text = embed.texts(encoder, prompts.fill(data.templates, data.classes), context)
-    class_rows = torch.nn.functional.normalize(
-        text.view(len(data.classes), len(data.templates), -1).mean(1), dim=-1
-    )
-    image = embed.images(encoder, pictures, context)
-    n, n_classes = len(image), len(class_rows)
-    result = TaskResult(
-        data.source.name,
-        counts={
-            "images": n,
-            "classes": n_classes,
-            "templates": len(data.templates),
-            "skipped": len(data.source.skipped),
-        },
-        digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
-    )
-    if data.labels.ndim == 2:
-        precision = metrics.average_precision(image @ class_rows.T, data.labels)
-        result.values["mean_average_precision"] = float(precision.mean())
-        result.chance["mean_average_precision"] = float(data.labels.double().mean())
-        return result
-    ranks = metrics.class_ranks(image, class_rows, data.labels)
-    first, one = (ranks == 1).double(), torch.ones(n, dtype=torch.float64)
-    weights = metrics.per_class_weights(data.labels)
-    result.items["acc1"] = torch.stack([first, one], 1)
-    result.chance["acc1"] = 1 / n_classes
-    if n_classes >= 5:
-        result.items["acc5"] = torch.stack([(ranks <= 5).double(), one], 1)
-        result.chance["acc5"] = 5 / n_classes
-    result.items["mean_per_class_recall"] = torch.stack([first * weights, weights], 1)
-    result.chance["mean_per_class_recall"] = 1 / n_classes
-    return result
+def _open(options: Options) -> Source:
+    """The set's records; of an ObjectNet those of ImageNet's classes."""
+    root = Path(options.data)
+
+    # ObjectNet is told by its mappings; its class folders lie deeper than the root.
+    objectnet = imagenet.objectnet_folders(root)
+    place = options.data if objectnet is None else str(imagenet.objectnet_images(root))
+    source = open_source(place, options.split, options.missing, options.images, options)
+    return source if objectnet is None else _objectnet(source, objectnet)
 
 
 def _objectnet(source: Source, folders: dict[str, str]) -> Source:
     """ObjectNet's pictures of the overlapping classes, without the red frame that marks them (2 px,
     as in wise-ft).
     """
-    kept = [
-        Record(replace(r.picture, border=2), label=folders[name])
-        for r in source.records
-        if (name := Path(r.picture.path).parent.name) in folders
-    ]
+    kept = []
+    for record in source.records:
+        folder = Path(record.picture.path).parent.name
+        if folder in folders:
+            kept.append(Record(replace(record.picture, border=2), label=folders[folder]))
     return replace(source, records=kept, name="objectnet")
 
 
-def _given(options: Options) -> ClassList | None:
+def _labelled_by_name(source: Source, options: Options) -> bool:
+    """Whether the labels are class names; else they are numbers. Raises DataError for a mixture."""
+    unlabelled = [record.picture.name for record in source.records if record.label is None]
+    if unlabelled:
+        raise DataError(
+            f"{len(unlabelled)} images of {options.data} have no class, e.g. {unlabelled[0]}; "
+            "give a .cls or a class, or name a table's column: class_column=NAME"
+        )
+
+    by_name = isinstance(source.records[0].label, str)
+    if any(isinstance(record.label, str) != by_name for record in source.records):
+        raise DataError(
+            f"some classes of {options.data} are numbers and some are names; "
+            "give every sample the same kind"
+        )
+    return by_name
+
+
+def _templates(source: Source, options: Options) -> list[str]:
+    """The templates of the options, else the set's own, else the usual ones."""
+    is_imagenet = imagenet.looks_like(source) or options.classes == "imagenet"
+    usual = "imagenet80" if is_imagenet else "photo"
+    try:
+        return prompts.templates(options.templates or source.templates or usual)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _listed_classes(options: Options) -> ClassList | None:
+    """The class list that the options give, other than ImageNet's."""
     if options.classes is None:
         return None
     if isinstance(options.classes, list):
         return classes.checked(ClassList(options.classes))
+
     path = Path(options.classes).expanduser()
     if not path.exists():
         raise DataError(
@@ -155,46 +134,137 @@ def _given(options: Options) -> ClassList | None:
     return classes.read_list(path)
 
 
-def _named(source: Source, options: Options) -> tuple[list[str], torch.Tensor]:
+def _named(source: Source, options: Options) -> tuple[list[str], Tensor]:
     """Classes that the data call by name (folders, "class" in JSON)."""
-    labels = [str(r.label) for r in source.records]
+    labels = [str(record.label) for record in source.records]
     if options.classes == "imagenet" or (options.classes is None and imagenet.looks_like(source)):
         names, number = imagenet.classes_of(source, options.partial)
         return names, torch.tensor([number[label] for label in labels])
-    given = _given(options) or (
-        ClassList(source.classes, origin="classnames.txt") if source.classes else None
-    )
-    if given is None:
-        names = list(dict.fromkeys(class_name(label) for label in classes.in_order(labels)))
-        return names, torch.tensor([names.index(class_name(label)) for label in labels])
-    number = classes.assign(labels, given, options.data)
-    return given.names, torch.tensor([number[label] for label in labels])
+
+    # A list of the options goes before the set's own; without any the labels are the names.
+    listed = _listed_classes(options)
+    if listed is None and source.classes:
+        listed = ClassList(source.classes, origin="classnames.txt")
+    if listed is None:
+        ordered = [class_name(label) for label in classes.in_order(labels)]
+        names = list(dict.fromkeys(ordered))
+        number = {label: names.index(class_name(label)) for label in set(labels)}
+        return names, torch.tensor([number[label] for label in labels])
+
+    number = classes.assign(labels, listed, options.data)
+    return listed.names, torch.tensor([number[label] for label in labels])
 
 
-def _numbered(source: Source, options: Options) -> tuple[list[str], torch.Tensor]:
+def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     """Classes that the data give by number (.cls, .npy, a label column)."""
-    given = ClassList(imagenet.names()) if options.classes == "imagenet" else _given(options)
-    own = source.classes
-    if given is None and own is None:
+    if options.classes == "imagenet":
+        listed = ClassList(imagenet.names())
+    else:
+        listed = _listed_classes(options)
+    names_of_set = source.classes
+    if listed is None and names_of_set is None:
         raise DataError(
-            f"{options.data} numbers its classes but has no classnames.txt; add it (a line a name) or classes=FILE"
+            f"{options.data} numbers its classes but has no classnames.txt; "
+            "add it (a line a name) or classes=FILE"
         )
-    numbers = [r.label if isinstance(r.label, tuple) else (r.label,) for r in source.records]
+
+    numbers = [
+        record.label if isinstance(record.label, tuple) else (record.label,)
+        for record in source.records
+    ]
     highest = max((max(several) for several in numbers if several), default=0)
-    names = given.names if given is not None else own
-    if highest >= len(own or names):
+    names = listed.names if listed is not None else names_of_set
+
+    # Numbers count in the set's own list where it has one.
+    n_names = len(names_of_set or names)
+    if highest >= n_names:
         raise DataError(
-            f"{options.data} has class number {highest} but only {len(own or names)} class names, which count from 0; "
-            "complete the list"
+            f"{options.data} has class number {highest} but only {n_names} class names, "
+            "which count from 0; complete the list"
         )
+
     # Where the set names its classes too, a list in another order goes by name.
     place = list(range(len(names)))
-    if given is not None and own is not None:
-        number = classes.assign(own, given, options.data)
-        place = [number[name] for name in own]
+    if listed is not None and names_of_set is not None:
+        number = classes.assign(names_of_set, listed, options.data)
+        place = [number[name] for name in names_of_set]
+
     if source.multilabel:
-        hot = torch.zeros(len(numbers), len(names), dtype=torch.bool)
-        for row, several in zip(hot, numbers):
-            row[[place[n] for n in several]] = True
-        return names, hot
-    return names, torch.tensor([place[n] for (n,) in numbers])
+        return names, _multi_hot(numbers, place)
+    return names, torch.tensor([place[number] for (number,) in numbers])
+
+
+def _multi_hot(numbers: list[tuple[int, ...]], place: list[int]) -> Tensor:
+    """[n, C] bool: which classes apply. `place`: of a number in the list of classes."""
+    hot = torch.zeros(len(numbers), len(place), dtype=torch.bool)
+    for row, several in zip(hot, numbers):
+        row[[place[number] for number in several]] = True
+    return hot
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+    """Accuracies of the nearest class, or the mean average precision for several labels."""
+    if context.progress and dist.is_main():
+        _warn_of_numbers(data.classes)
+
+    pictures = [record.picture for record in data.source.records]
+    class_rows = class_embeddings(encoder, data.templates, data.classes, context)
+    image = embed.images(encoder, pictures, context)
+
+    result = TaskResult(
+        data.source.name,
+        counts={
+            "images": len(image),
+            "classes": len(class_rows),
+            "templates": len(data.templates),
+            "skipped": len(data.source.skipped),
+        },
+        digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
+    )
+
+    # Several labels a picture have no single right class, so no accuracy.
+    if data.labels.ndim == 2:
+        precision = metrics.average_precision(image @ class_rows.T, data.labels)
+        result.values["mean_average_precision"] = float(precision.mean())
+        result.chance["mean_average_precision"] = float(data.labels.double().mean())
+    else:
+        ranks = metrics.class_ranks(image, class_rows, data.labels)
+        _score(result, ranks, data.labels, len(class_rows))
+    return result
+
+
+def _warn_of_numbers(names: list[str]) -> None:
+    # Ten classes may be digits; more that are called by numbers have lost their names.
+    if len(names) > 10 and all(name.isdecimal() for name in names):
+        log.warn(
+            f"the classes are called {names[0]} … {names[-1]}, also in the prompts; "
+            "classes=FILE names them"
+        )
+
+
+def class_embeddings(
+    encoder: Encoder, templates: list[str], names: list[str], context: Context
+) -> Tensor:
+    """[C, D] unit rows: a class is the mean of its prompts' unit rows, normalised again."""
+    text = embed.texts(encoder, prompts.fill(templates, names), context)
+    mean = text.view(len(names), len(templates), -1).mean(1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _score(result: TaskResult, ranks: Tensor, labels: Tensor, n_classes: int) -> None:
+    """Fill in accuracies and the mean per-class recall, from the ranks of the right classes."""
+    first = (ranks == 1).double()
+    result.items["acc1"] = choices.accuracy(first)
+    result.chance["acc1"] = 1 / n_classes
+
+    # Among fewer than five classes the top five are all.
+    if n_classes >= 5:
+        result.items["acc5"] = choices.accuracy(ranks <= 5)
+        result.chance["acc5"] = 5 / n_classes
+
+    weights = metrics.per_class_weights(labels)
+    result.items["mean_per_class_recall"] = torch.stack([first * weights, weights], 1)
+    result.chance["mean_per_class_recall"] = 1 / n_classes

@@ -102,7 +102,7 @@ GUARDS: dict[str, Column] = {
     "zero-shot, %": ("zeroshot", "acc1"),
 }
 GEOMETRY: dict[str, Column] = {
-    "centroid distance": ("representation", "centroid_distance"),
+    "centroid distance": ("representation", "modality_gap"),
     "separability, %": ("representation", "linear_separability"),
     "uniformity, images": ("representation", "uniformity_image"),
     "uniformity, texts": ("representation", "uniformity_text"),

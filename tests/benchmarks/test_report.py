@@ -6,10 +6,10 @@ from tests.benchmarks.report import replace_section, table
 def test_sections_are_replaced_where_they_are_and_appended_where_not():
     document = replace_section("# Results\n", "loss", "first")
     document = replace_section(document, "comm", "second")
-    assert (
-        document
-        == "# Results\n\n<!-- loss -->\nfirst\n<!-- /loss -->\n\n<!-- comm -->\nsecond\n<!-- /comm -->\n"
-    )
+    loss = "<!-- loss -->\nfirst\n<!-- /loss -->"
+    comm = "<!-- comm -->\nsecond\n<!-- /comm -->"
+    assert document == f"# Results\n\n{loss}\n\n{comm}\n"
+
     changed = replace_section(document, "loss", "third\nline")
     assert changed == document.replace("first", "third\nline")
     assert replace_section(changed, "loss", "third\nline") == changed

@@ -21,7 +21,7 @@ from vlp.data.text import build
 from vlp.data.wrong_captions import LISTS, problems, read
 
 CHOICES = [
-    {"choose": "seed"},
+    {"choose": "random"},
     {"choose": "first"},
     {"choose": "all"},
     {"choose": "weights", "weights": [1, 2, 4]},

@@ -110,7 +110,7 @@ def make_run(folder, data=None, steps=6, evals=(3, 6), checkpoints=True, **chang
     scores = {
         "zeroshot.acc1": 0.3,
         "retrieval.text_retrieval_recall@1": 0.2,
-        "representation.centroid_distance": 0.8,
+        "representation.modality_gap": 0.8,
     }
     records += [{"step": s, "kind": "eval", **scores} for s in evals if s <= steps]
     records.sort(key=lambda r: r["step"])

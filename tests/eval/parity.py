@@ -7,8 +7,9 @@ requests, numpy 2.3.5, torch 2.15.0, open_clip_torch 3.3.0) in an environment of
     python -m tests.eval.parity DIR
     for SET in zeroshot retrieval multilabel; do
         TASK=zeroshot_classification; [ $SET = retrieval ] && TASK=zeroshot_retrieval
-        clip_benchmark eval --dataset wds/$SET --dataset_root DIR/$SET --split test --task $TASK \
-            --model local-dir:DIR/model --pretrained "" --no_amp --num_workers 0 --recall_k 1 5 10 --output DIR/$SET.json
+        clip_benchmark eval --dataset wds/$SET --dataset_root DIR/$SET --split test --task $TASK \\
+            --model local-dir:DIR/model --pretrained "" --no_amp --num_workers 0 \\
+            --recall_k 1 5 10 --output DIR/$SET.json
     done
     python -m tests.eval.parity DIR --collect > tests/eval/parity.json
 """
@@ -40,7 +41,7 @@ TEMPLATES = ["a photo of a {c}.", "a drawing of the {c}", "{c}"]
 
 
 def build(root: Path) -> None:
-    """Write model/, zeroshot/, retrieval/ and multilabel/ below `root`, the same bytes every time."""
+    """Write model/, zeroshot/, retrieval/, multilabel/ below `root`, the same bytes every time."""
     material.tiny_open_clip(root / "model")
     rows = [
         r

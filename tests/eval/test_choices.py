@@ -38,7 +38,7 @@ def likes(word):
     return material.known_encoder(lambda n: near, lambda t: near if word in t else far)
 
 
-# --- SugarCrepe -------------------------------------------------------------------------------------------------------------
+# --- SugarCrepe -----------------------------------------------------------------------------------
 
 
 def sugarcrepe_files(folder, per_subset=4, good=3):
@@ -194,7 +194,7 @@ def test_the_open_sugarcrepe_items_end_to_end_on_a_real_model(tmp_path):
     )
 
 
-# --- the others ---------------------------------------------------------------------------------------------------------------
+# --- the others -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["sugarcrepe_pp", "valse", "aro"])
@@ -239,7 +239,7 @@ def test_aro_is_a_mean_over_frequent_groups_on_cut_pictures(tmp_path):
         evaluate("aro", likes("yes"), **options, exclude=["by"])[0]["metrics"]["vg_relation"] == 1
     )
     data = run.read_all(plugin.keyed("vlp.eval.tasks", {"aro": options}))[0]
-    assert data.tests["vg_attribution"][0]["picture"].open().size == (4, 4)
+    assert data["vg_attribution"].pictures[0].open().size == (4, 4)
     with pytest.raises(DataError, match="no group of at least 25"):
         evaluate("aro", likes("yes"), **options, exclude=["by", "on"])
 
@@ -273,7 +273,7 @@ def test_winoground_scores_text_image_and_group(tmp_path):
         evaluate("winoground", perfect, **options)
 
 
-# --- counting -----------------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 def test_only_whole_number_words_are_exchanged():
@@ -325,14 +325,14 @@ def test_countbench_reads_the_hub_form(tmp_path):
         evaluate("countbench", counts_cats(), data=str(tmp_path))
 
 
-# --- word order, negatives in shards ------------------------------------------------------------------------------------------
+# --- word order, negatives in shards --------------------------------------------------------------
 
 
 CAPTION = "The small brown dog is chasing a big white cat through the tall grass."
 
 
 def test_order_sets_keep_words_and_what_they_say_they_keep():
-    own, nouns, others, within, groups = order.choices(CAPTION, order.by_words, 30, seed=0)
+    own, nouns, others, within, groups = order.candidates(CAPTION, order.by_words, 30, seed=0)
     assert own == "the small brown dog is chasing a big white cat through the tall grass"
     for shuffled in (nouns, others, within, groups):
         assert sorted(shuffled.split()) == sorted(own.split()) and shuffled != own
@@ -348,16 +348,21 @@ def test_order_sets_keep_words_and_what_they_say_they_keep():
     assert {tuple(words[i : i + 3]) for i in range(0, 12, 3)} <= {
         tuple(groups.split()[i : i + 3]) for i in range(14)
     }
-    assert order.choices(CAPTION, order.by_words, 30, seed=0)[1] == nouns
-    assert order.choices(CAPTION, order.by_words, 30, seed=1)[1:] != [nouns, others, within, groups]
+    assert order.candidates(CAPTION, order.by_words, 30, seed=0)[1] == nouns
+    assert order.candidates(CAPTION, order.by_words, 30, seed=1)[1:] != [
+        nouns,
+        others,
+        within,
+        groups,
+    ]
 
 
 def test_a_shuffling_that_changes_nothing_is_no_rival():
     for seed in range(5):
-        own, *rivals = order.choices("a dog", order.by_words, 30, seed)
+        own, *rivals = order.candidates("a dog", order.by_words, 30, seed)
         assert own == "a dog" and set(rivals) <= {"dog a"}
-    assert order.choices("cats", order.by_words, 30, seed=0) == ["cats"]
-    long = order.choices("word " * 50 + "last", order.by_words, 30, seed=0)
+    assert order.candidates("cats", order.by_words, 30, seed=0) == ["cats"]
+    long = order.candidates("word " * 50 + "last", order.by_words, 30, seed=0)
     assert all(len(c.split()) <= 30 for c in long)
 
 
@@ -403,7 +408,8 @@ def test_the_published_order_sets_need_spacy_and_use_its_tags(tmp_path, monkeypa
         ]
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
-    first = run.read_all(plugin.keyed("vlp.eval.tasks", {"order": {"data": data}}))[0].choices[0]
+    opened = run.read_all(plugin.keyed("vlp.eval.tasks", {"order": {"data": data}}))[0]
+    first = opened.captions[0]
     changed = {
         w for own, new in zip(first[0].split(), first[1].split()) if own != new for w in (own, new)
     }
@@ -447,7 +453,7 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
 
 
 def test_every_caption_stands_against_its_own_negatives(tmp_path):
-    """The first negative is wrong only beside its own caption: beside the other one it would win."""
+    """The first negative is wrong only beside its own caption; beside the other it would win."""
     own = {
         "captions": ["yes one", "maybe two"],
         "negatives": ["given", "maybe one", "yes two", "masked yes yes"],

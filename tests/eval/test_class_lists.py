@@ -122,7 +122,8 @@ FILES = [
     ("c.json", '{"0": ["n1", "cat"], "1": ["n2", "dog"], "2": ["n3", "cow"]}'),
     (
         "c.json",
-        '{"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cow"}]}',
+        '{"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, '
+        '{"id": 3, "name": "cow"}]}',
     ),
 ]
 

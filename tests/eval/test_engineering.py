@@ -15,7 +15,7 @@ from vlp import cli, plugin
 from vlp.eval import embed, models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
-from vlp.eval.report import records as report
+from vlp.eval.report import records
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def counted(encoder, calls):
     return replace(encoder, image=image, text=text)
 
 
-# --- kept embeddings ------------------------------------------------------------------------------------------------------
+# --- kept embeddings ------------------------------------------------------------------------------
 
 
 def test_embeddings_are_computed_once_and_found_by_content(room, tmp_path):
@@ -154,7 +154,7 @@ def test_a_diverged_model_is_refused_not_scored(room):
         run.evaluate(encoder, tasks(room)[1:], Context())
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def evaluate_on_a_rank(room, cache):
@@ -165,9 +165,9 @@ def evaluate_on_a_rank(room, cache):
         1
     )  # as the ranks have it: the number of threads changes the order of sums
     context = Context(batch=8, workers=1, contents=Contents(), cache=Path(cache) if cache else None)
-    records, items = run.evaluate(material.matrix_encoder(), tasks(room), context)
+    results, items = run.evaluate(material.matrix_encoder(), tasks(room), context)
     torch.set_num_threads(threads)
-    return records, {name: value.tolist() for name, value in items.items()}
+    return results, {name: value.tolist() for name, value in items.items()}
 
 
 @pytest.mark.parametrize("n_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -196,7 +196,7 @@ def test_a_bad_picture_on_one_rank_is_an_error_on_all(tmp_path):
     assert all("image 5 does not open" in message for message in messages)
 
 
-# --- results and comparison -------------------------------------------------------------------------------------------------
+# --- results and comparison -----------------------------------------------------------------------
 
 
 RECORD = {
@@ -255,8 +255,8 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
     )
     assert "mean_per_class_recall" in shown and "chance" in shown and "NOT COMPARABLE" not in shown
     left_out = record | {"counts": {"images": 3, "skipped": 2}}
-    assert "zeroshot: NOT COMPARABLE, 2 left out" in report.table([left_out])
-    items = report.open_results(str(out))[1]
+    assert "zeroshot: NOT COMPARABLE, 2 left out" in records.table([left_out])
+    items = records.open_results(str(out))[1]
     assert items["zeroshot/acc1"][:, 0].mean().item() == pytest.approx(record["metrics"]["acc1"])
     assert not list(out.parent.glob(".*"))
 
@@ -278,7 +278,7 @@ def test_two_models_are_compared_on_the_same_photos(room, tmp_path, capsys):
     assert command("--compare", tmp_path / "0", tmp_path / "1" / "results.json") == 0
     shown = capsys.readouterr().out
     a, b = (
-        report.open_results(str(tmp_path / s))[0][1]["metrics"]["text_retrieval_recall@5"]
+        records.open_results(str(tmp_path / s))[0][1]["metrics"]["text_retrieval_recall@5"]
         for s in "01"
     )
     line = next(line for line in shown.splitlines() if "text_retrieval_recall@5" in line)
@@ -297,7 +297,7 @@ def test_a_real_difference_is_called_and_its_direction_known(tmp_path):
             "retrieval/text_retrieval_mean_rank": ranked,
         }
         metrics = {key.split("/")[1]: float(value[:, 0].mean()) for key, value in items.items()}
-        report.write(
+        records.write(
             tmp_path / f"{name}.json",
             [RECORD | {"label": "retrieval", "model": name, "metrics": metrics}],
             items,
@@ -305,30 +305,30 @@ def test_a_real_difference_is_called_and_its_direction_known(tmp_path):
         return str(tmp_path / f"{name}.json")
 
     a, b, c = result("a", 0.6, 3.0), result("b", 0.5, 4.0), result("c", 0.6, 3.0)
-    lines = report.compare(a, b).splitlines()
+    lines = records.compare(a, b).splitlines()
     assert all("A better" in line for line in lines if "retrieval" in line)
     assert all(
-        "B better" in line for line in report.compare(b, a).splitlines() if "retrieval" in line
+        "B better" in line for line in records.compare(b, a).splitlines() if "retrieval" in line
     )
     assert all(
         "no difference shown" in line
-        for line in report.compare(a, c).splitlines()
+        for line in records.compare(a, c).splitlines()
         if "retrieval" in line
     )
 
 
 def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
-    report.write(tmp_path / "a.json", [RECORD], {})
-    report.write(tmp_path / "b.json", [RECORD | {"data_sha256": "y"}], {})
-    report.write(tmp_path / "c.json", [RECORD | {"protocol": {"version": 2}}], {})
+    records.write(tmp_path / "a.json", [RECORD], {})
+    records.write(tmp_path / "b.json", [RECORD | {"data_sha256": "y"}], {})
+    records.write(tmp_path / "c.json", [RECORD | {"protocol": {"version": 2}}], {})
     for other, reason in (("b", "the data differ"), ("c", "protocol versions differ")):
         with pytest.raises(DataError, match=reason):
-            report.compare(str(tmp_path / "a.json"), str(tmp_path / f"{other}.json"))
-    assert "no outcomes by unit" in report.compare(
+            records.compare(str(tmp_path / "a.json"), str(tmp_path / f"{other}.json"))
+    assert "no outcomes by unit" in records.compare(
         str(tmp_path / "a.json"), str(tmp_path / "a.json")
     )
     with pytest.raises(DataError, match="no results at"):
-        report.compare(str(tmp_path / "a.json"), str(tmp_path / "none.json"))
+        records.compare(str(tmp_path / "a.json"), str(tmp_path / "none.json"))
 
 
 @pytest.mark.parametrize(
@@ -369,27 +369,26 @@ def test_help_imports_nothing_heavy():
     import subprocess
     import sys
 
-    code = "import sys, argparse; from vlp.eval import run; run.arguments(argparse.ArgumentParser()); print('torch' in sys.modules)"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "False"
+    code = (
+        "import sys, argparse; from vlp.eval import run; "
+        "run.arguments(argparse.ArgumentParser()); print('torch' in sys.modules)"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
     assert isinstance(run.HELP, str) and "vlp eval" in run.EXAMPLE
     run.arguments(argparse.ArgumentParser())
 
 
-# --- inside training ----------------------------------------------------------------------------------------------------------
+# --- inside training ------------------------------------------------------------------------------
 
 
 def test_the_training_loop_gets_the_same_scores_and_its_random_state_back(room):
     model = material.our_model().train()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    records = run.in_training(model, tasks(room))
+    results = run.in_training(model, tasks(room))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     expected = run.evaluate(models.from_model(model.eval()), tasks(room), Context())[0]
-    assert [r["metrics"] for r in records] == [r["metrics"] for r in expected]
-    assert [r["label"] for r in records] == ["zeroshot", "retrieval"]
+    assert [r["metrics"] for r in results] == [r["metrics"] for r in expected]
+    assert [r["label"] for r in results] == ["zeroshot", "retrieval"]

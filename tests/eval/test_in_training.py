@@ -13,7 +13,7 @@ from vlp import cli, plugin
 from vlp.eval import run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
-from vlp.eval.report import records as report
+from vlp.eval.report import records
 
 CLASSES = ["cat", "dog"]
 
@@ -82,7 +82,10 @@ def test_training_outlives_every_failure_of_an_evaluation(photos, n_ranks, capsy
 def test_unreadable_pictures_are_refused_before_anything_long_starts(photos, tmp_path, capsys):
     (photos / "dog" / "3.png").write_bytes(b"")
     (photos / "cat" / "4.png").write_bytes(b"\x89PNG no more")
-    message = r"2 of 12 images cannot be read:\n  image .*cat/4\.png does not open(.|\n)*dog/3\.png is empty(.|\n)*missing: skip"
+    message = (
+        r"2 of 12 images cannot be read:\n  image .*cat/4\.png does not open(.|\n)*"
+        r"dog/3\.png is empty(.|\n)*missing: skip"
+    )
     with pytest.raises(DataError, match=message):
         run.read_all(tasks(data=str(photos)))
     assert len(run.read_all(tasks(data=str(photos), missing="skip"))) == 1
@@ -107,9 +110,9 @@ def test_skipped_pictures_count_as_gray_and_are_counted_in_every_call(photos, tm
     context = Context(cache=tmp_path / "cache", contents=Contents())
     for _ in range(2):
         encoder = replace(material.matrix_encoder(), fingerprint="one")
-        records, _ = run.evaluate(encoder, chosen, context)
-        assert records[0]["counts"]["unreadable"] == 1
-        assert "NOT COMPARABLE, 1 images count as plain gray" in report.table(records)
+        results, _ = run.evaluate(encoder, chosen, context)
+        assert results[0]["counts"]["unreadable"] == 1
+        assert "NOT COMPARABLE, 1 images count as plain gray" in records.table(results)
     with pytest.raises(DataError, match=r"dog/3\.png does not open"):
         run.evaluate(material.matrix_encoder(), tasks(data=str(photos)), context)
 

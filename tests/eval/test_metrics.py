@@ -121,7 +121,7 @@ def test_representation_measures_equal_the_loops():
     assert metrics.alignment(x, t) == pytest.approx(
         sum(float((x[i] - t[i]).square().sum()) for i in range(19)) / 19
     )
-    assert metrics.centroid_distance(x, x) == 0
+    assert metrics.modality_gap(x, x) == 0
     assert metrics.uniformity(x[:1].expand(5, -1)) == pytest.approx(0, abs=1e-12)
 
 

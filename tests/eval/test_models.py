@@ -246,9 +246,11 @@ def test_weights_of_the_other_activation_are_refused(tmp_path, monkeypatch):
     for architecture in ("ViT-S-32-alt", "ViT-B-32-quickgelu", "ViT-B-32"):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, architecture, tags)
     cases = {
-        "ViT-S-32-alt:quick": "'quick' were trained with quick GELU, and this model has GELU; use an architecture with quick GELU",
+        "ViT-S-32-alt:quick": "'quick' were trained with quick GELU, and this model has GELU; "
+        "use an architecture with quick GELU",
         "ViT-B-32:quick": "use architecture ViT-B-32-quickgelu",
-        "ViT-B-32-quickgelu:plain": "'plain' were trained with GELU, and this model has quick GELU; use architecture ViT-B-32",
+        "ViT-B-32-quickgelu:plain": "'plain' were trained with GELU, and this model has quick "
+        "GELU; use architecture ViT-B-32",
     }
     for reference, message in cases.items():
         with pytest.raises(ModelError, match=message):
@@ -292,8 +294,8 @@ def test_a_record_tells_of_truncated_texts(tiny, tmp_path):
 
 def test_an_open_clip_folder_without_weights_is_not_evaluated_at_random(tiny, tmp_path):
     (tmp_path / "open_clip_config.json").write_text((tiny / "open_clip_config.json").read_text())
-    with pytest.raises(
-        ModelError,
-        match=r"holds no weights: it holds open_clip_config.json; expected open_clip_model.safetensors",
-    ):
+    message = (
+        r"holds no weights: it holds open_clip_config.json; expected open_clip_model.safetensors"
+    )
+    with pytest.raises(ModelError, match=message):
         models.load(str(tmp_path))

@@ -152,7 +152,8 @@ def test_secrets_and_places_stay_out(tmp_path):
         {"name": "shards", "path": f"{run}/data/train"},
         {
             "name": "shards",
-            "path": f"pipe:curl -H 'Authorization: Bearer {token}' https://anna:pw@host.example/x/a.tar?sig=zzz",
+            "path": f"pipe:curl -H 'Authorization: Bearer {token}' "
+            "https://anna:pw@host.example/x/a.tar?sig=zzz",
         },
         {"name": "shards", "path": "~/elsewhere/shards", "api_token": "plainsecret"},
     ]
@@ -219,7 +220,8 @@ def partial(folder, what, scenes):
     run = make_run(folder, checkpoints=False, steps=5)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(
-            '{"step": 6, "kind": "train", "loss": NaN}\nnonsense\n{"step": 7, "kind": "train", "loss": Infinity}\n'
+            '{"step": 6, "kind": "train", "loss": NaN}\nnonsense\n'
+            '{"step": 7, "kind": "train", "loss": Infinity}\n'
         )
     (run / "config.yaml").write_text("a: [")
     (run / "results.json").write_text("{")
@@ -227,8 +229,16 @@ def partial(folder, what, scenes):
     return run, [*said, "config.yaml cannot be read", "results.json cannot be read"]
 
 
-KINDS = ["going", "no checkpoint", "damaged checkpoint", "no eval section", "no data", "only a checkpoint",
-         "nothing but a configuration", "diverged and broken"]  # fmt: skip
+KINDS = [
+    "going",
+    "no checkpoint",
+    "damaged checkpoint",
+    "no eval section",
+    "no data",
+    "only a checkpoint",
+    "nothing but a configuration",
+    "diverged and broken",
+]
 
 
 @pytest.mark.parametrize("what", KINDS)
@@ -262,7 +272,11 @@ def test_command_and_its_help(tmp_path, capsys):
     )
     assert "page.html" in capsys.readouterr().out
     read(tmp_path / "new" / "page.html")
-    program = "import sys; from vlp.cli import main\ntry: main(['report', '--help'])\nexcept SystemExit: print(sorted(sys.modules))"
+    program = (
+        "import sys; from vlp.cli import main\n"
+        "try: main(['report', '--help'])\n"
+        "except SystemExit: print(sorted(sys.modules))"
+    )
     output = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout

@@ -19,7 +19,10 @@ const svg = document.querySelector('svg.chart'), box = svg.getBoundingClientRect
 svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 5, clientY: box.top + 20}));
 return document.getElementById('tip').textContent;
 """
-LOADED = "return performance.getEntriesByType('resource').map(r => r.name).filter(name => !name.startsWith('data:'))"
+LOADED = """
+return performance.getEntriesByType('resource').map(r => r.name)
+    .filter(name => !name.startsWith('data:'))
+"""
 
 
 @pytest.mark.skipif(not available(), reason="chromium and chromedriver are not installed")

@@ -1,9 +1,10 @@
-"""What the report's page is made of: curves, projections, choices of examples, words kept private."""
+"""What the report's page is made of: curves, projections, choices of examples, private words."""
 
 import pytest
 import torch
 
-from vlp.eval.report import charts, findings
+from vlp.eval.report import charts, findings, settings
+from vlp.eval.report.runs import Run
 from vlp.privacy import private
 
 
@@ -55,7 +56,7 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
     got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
     assert [q.place for q in got] == [2, 0, 1]
     assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
-    shown, hits = findings.choices(
+    shown, hits = findings.examples_to_show(
         [torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])], 3
     )
     assert shown == [0, 2, 1] and hits == [False, True, False]  # a tie is no hit
@@ -64,7 +65,7 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
 def test_worst_classes_and_what_they_are_taken_for():
     classes = torch.eye(3)
     image, labels = classes[[0, 0, 2, 2, 1]], torch.tensor([0, 0, 1, 1, 1])
-    worst = findings.confusions(image, classes, labels, worst=1)
+    worst = findings.confusions((image @ classes.T).argmax(1), labels, worst=1)
     assert [(c.number, c.hits, c.n, dict(c.answers), c.wrong) for c in worst] == [
         (1, 1, 3, {2: 2, 1: 1}, 2)
     ]
@@ -82,3 +83,22 @@ def test_private_leaves_other_words_alone():
         assert private(text) == text
     assert private("no data at /home/anna/x/y; give one") == "no data at …/y; give one"
     assert private("C:\\Users\\anna\\x failed") == "…/x failed"
+
+
+def test_settings_show_places_by_their_last_part_and_names_whole(tmp_path):
+    run = Run(tmp_path / "demo", "demo", config={"out": "runs/demo"})
+    expected = {
+        ("data", "runs/demo/data/test"): "data/test",
+        ("out", "runs/demo"): "demo",
+        ("data", f"{tmp_path}/demo/data"): "data",
+        ("data", "/home/anna/photos/test"): "…/test",
+        ("data", "elsewhere/photos"): "…/photos",
+        ("captions", "/home/anna/captions.csv"): "…/captions.csv",
+        ("pretrained", "timm/vit_base"): "timm/vit_base",
+        ("path", "s3://anna@bucket/photos/0.tar"): "s3: …/0.tar",
+        ("caption", "a red/blue ring"): "a red/blue ring",
+    }
+    shown = {(key, value): settings.shown(value, key, run) for key, value in expected}
+    assert shown == expected
+    assert settings.shown([], "captions", run) == settings.shown(None, "data", run) == "none"
+    assert settings.shown(True, "partial", run) == "yes"

@@ -71,7 +71,7 @@ def test_chance_is_what_random_embeddings_reach(tmp_path):
 
 
 def test_an_image_is_found_if_any_of_its_captions_is(shards):
-    """One good caption an image: text retrieval is perfect, image retrieval only for the good ones."""
+    """One good caption an image: text retrieval is perfect, image retrieval for the good ones."""
     good = material.known_encoder(
         lambda n: material.direction(n),
         lambda t: (
@@ -104,7 +104,7 @@ def test_only_the_first_captions_may_be_taken(shards):
     assert record["counts"]["captions"] == 12
 
 
-# --- annotation formats, built from the real photos and captions --------------------------------------------------------
+# --- annotation formats, built from the real photos and captions ----------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_the_open_coco_photos_are_read_from_their_table():
     }
 
 
-# --- what must be refused --------------------------------------------------------------------------------------------------
+# --- what must be refused -------------------------------------------------------------------------
 
 
 def test_wrong_splits_missing_images_and_silent_images_are_named(photos, tmp_path):

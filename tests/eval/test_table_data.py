@@ -19,7 +19,7 @@ from tests.eval import material
 from vlp import plugin
 from vlp.cli import main
 from vlp.eval import models, run
-from vlp.eval.datasets import read_rows
+from vlp.eval.datasets.tables import read_rows
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 
@@ -284,7 +284,7 @@ def test_annotations_of_choices_are_read_by_the_same_reader(tmp_path):
 
 
 def test_options_of_tables_reach_the_command(tmp_path, photos, capsys):
-    """A separator that YAML cannot read, and a wrong column: an answer before any model is loaded."""
+    """A separator that YAML cannot read, and a wrong column: an answer before a model is loaded."""
     path = tmp_path / "t.csv"
     path.write_text("Bild,Worte\n" + "".join(f"{name(i)},p {i}\n" for i in range(N)))
     ask = [

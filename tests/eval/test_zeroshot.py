@@ -214,7 +214,7 @@ def test_numbers_count_before_names_where_the_set_lists_its_classes(tmp_path):
     assert evaluate(perfect(), data=str(tmp_path))[0]["metrics"]["acc1"] == 1
 
 
-# --- ImageNet and its relatives -------------------------------------------------------------------------------------------
+# --- ImageNet and its relatives -------------------------------------------------------------------
 
 
 def tree(root, folders):
@@ -324,7 +324,7 @@ def test_objectnet_is_scored_among_its_overlapping_classes_without_the_frame(tmp
     assert record["counts"] == {"images": 2, "classes": 2, "templates": 1, "skipped": 0}
 
 
-# --- what must be refused --------------------------------------------------------------------------------------------------
+# --- what must be refused -------------------------------------------------------------------------
 
 
 def test_class_lists_of_the_wrong_length_are_refused(shards, tmp_path):
@@ -361,7 +361,10 @@ def test_missing_shards_images_and_splits_are_named(shards, tmp_path):
     material.write_tar(tmp_path / "t.tar", [("0.png", material.png(material.picture(0)))])
     rows = [{"image": f"{i}.png", "class": CLASSES[i], "split": "test"} for i in range(3)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    said = r"2 of 3 annotations name images that are not in .*\n  1\.png is missing.*\n  2\.png is missing.*\n.*missing=skip"
+    said = (
+        r"2 of 3 annotations name images that are not in .*\n  1\.png is missing.*\n"
+        r"  2\.png is missing.*\n.*missing=skip"
+    )
     with pytest.raises(DataError, match=said):
         evaluate(perfect(), data=str(tmp_path / "t.jsonl"))
     record, _ = evaluate(perfect(), data=str(tmp_path / "t.jsonl"), missing="skip")

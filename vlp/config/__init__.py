@@ -196,15 +196,35 @@ class Views:
 
 
 @dataclass(frozen=True)
+class Renamed:
+    """Schema hook for one of several words of which one was renamed: the old word is refused with
+    the new one.
+    """
+
+    choices: Any  # a Literal
+    old: str
+    new: str
+
+    def parse(self, value: Any, path: schema.Path, problems: list[Problem]) -> Any:
+        if value == self.old:
+            problems.append(Problem(path, f"{self.old!r} is called {self.new!r} now; write that"))
+            return value
+        return schema.parse_into(self.choices, value, path, problems)
+
+
+_CaptionChoice = Literal["random", "first", "all", "weights"]
+
+
+@dataclass(frozen=True)
 class Captions:
     """Where a sample's text comes from.
 
-    seed: one of its captions by (seed, step, row). first: always the first. all: every pair (image,
-    caption) stands in the epoch by itself (the first 255 captions of a sample). weights: as `seed`,
-    by the weights of the positions.
+    random: one of its captions, drawn anew at every visit by (seed, step, row). first: always the
+    first. all: every pair (image, caption) stands in the epoch by itself (the first 255 captions of
+    a sample). weights: as `random`, by the weights of the positions.
     """
 
-    choose: Literal["seed", "first", "all", "weights"] = "seed"
+    choose: Annotated[_CaptionChoice, Renamed(_CaptionChoice, old="seed", new="random")] = "random"
     weights: list[float] = field(
         default_factory=list
     )  # of the first, second, … caption; further ones are not taken

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from vlp.data.members import MAX_IMAGE_BYTES, TEXT_TYPES, separate
+from vlp.data.members import MAX_IMAGE_BYTES, TEXT_TYPES, join_texts, separate
 from vlp.data.rows import Shard
 from vlp.data.runs import Members, Run
 from vlp.data.tar import Member
@@ -88,12 +88,16 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
 
 def _separate(parts: dict[str, Members], shard: Shard) -> dict[str, Members]:
     """The members by sample; guests, which nobody reads, are counted."""
+    parts = join_texts(parts, _extension)
     samples, guests = separate(parts)
     for key, host in guests.items():
         for member in parts[key].values():
-            extension = member.name.rpartition(".")[2].lower()
-            shard.pass_over(f"members {key[len(host) :]}.{extension}")
+            shard.pass_over(f"members {key[len(host) :]}.{_extension(member)}")
     return samples
+
+
+def _extension(member: Member) -> str:
+    return member.name.rpartition(".")[2].lower()
 
 
 def _complete(members: Members) -> bool:

@@ -8,6 +8,7 @@ used is noted and costs only itself.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,9 @@ MAX_CLASS = 10**9  # class numbers are below this
 TEXT_FILE = ".txt"
 _IN_ENTRIES = ("caption", "raw", "text", "sentence")  # COCO's and Karpathy's fields of one caption
 _MAX_NAMES = 64  # text fields of one sample that can be chosen, and the length of their names
+_MAX_PYTHON_LIST = 1 << 16  # characters
+# Cheap, and true of few captions: parsing each that begins with a bracket would take long.
+_LIST_OF_TEXTS = re.compile(r"\[\s*(['\"].*)?\]", re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # How many texts a sample has under each name, the lines of its text file included; at most 255.
@@ -79,7 +83,7 @@ class Choice:
         shares: tuple[float, ...] = ()
         if isinstance(texts.captions, dict):
             shares = tuple(texts.captions.values())
-        if shares and captions.choose != "seed":
+        if shares and captions.choose != "random":
             raise ValueError(
                 f"the source's captions {texts.captions} are drawn by their shares, which "
                 f"data.captions.choose: {captions.choose} leaves no room for; give a list of "
@@ -198,10 +202,7 @@ def form_of(meta: dict[str, Any], text: str) -> Form:
     """How many texts a sample has under each name."""
     form = {}
     for name, value in meta.items():
-        if isinstance(value, str):
-            if value and not value.isspace():
-                form[name] = 1
-        elif isinstance(value, (list, dict)) and (texts := texts_of(value)):
+        if isinstance(value, (str, list, dict)) and (texts := texts_of(value)):
             form[name] = min(len(texts), 255)  # a byte of the index
 
     if text:
@@ -228,15 +229,33 @@ def lines_of(text: str) -> list[str]:
 
 def texts_of(value: Any) -> list[str]:
     """The captions that a value of a JSON holds: a text, an entry such as {"raw": text}, or a list
-    of these.
+    of these, also one that is written into a text (`written_list`).
     """
     if isinstance(value, str):
-        text = value.strip()
-        return [text] if text else []
+        value = written_list(value.strip())
 
     items = value if isinstance(value, list) else [value]
     texts = map(text_in, items)
     return [text for text in texts if text]
+
+
+def written_list(text: str) -> str | list[str]:
+    """The list of texts that JSON or Python wrote into a text, `["a dog", "a cat"]`; any other text
+    as it is.
+    """
+    if not _LIST_OF_TEXTS.fullmatch(text):
+        return text
+
+    # Python's reader takes five seconds for a text of 1 MB.
+    parsers = [json.loads, ast.literal_eval] if len(text) <= _MAX_PYTHON_LIST else [json.loads]
+    for parse in parsers:
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return value
+    return text
 
 
 def text_in(entry: Any) -> str | None:

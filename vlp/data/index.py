@@ -30,8 +30,8 @@ from vlp.files import write_atomically
 
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
-_MAGIC = _FAMILY + b"4\n"
-_MAGIC_BEFORE = _FAMILY + b"3\n"
+_MAGIC = _FAMILY + b"5\n"
+_BEFORE = (_FAMILY + b"3\n", _FAMILY + b"4\n")  # without digests
 _ROW_BEFORE = struct.Struct("<QIIBBH")  # as ROW, without the digest
 _SUM_BYTES = 32
 
@@ -108,9 +108,9 @@ def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
     """The shards that an index file describes, by name; raises ValueError, OldIndex for another
     version's.
 
-    `undigested`: also of the version before, whose samples have no digests and are not checked.
+    `undigested`: also of the versions before, whose samples have no digests and are not checked.
     """
-    without = undigested and data.startswith(_MAGIC_BEFORE)
+    without = undigested and data.startswith(_BEFORE)
     if not data.startswith(_MAGIC) and not without:
         if data.startswith(_FAMILY):
             raise OldIndex("another version")

@@ -8,7 +8,7 @@ like any other member.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, NamedTuple, TypeVar
@@ -124,6 +124,30 @@ def is_guest(key: str, host: str) -> bool:
     return key.startswith(host + ".") and "/" not in key[len(host) :]
 
 
+def join_texts(
+    parts: dict[str, dict[str, Payload]], extension_of: Callable[[Payload], str]
+) -> dict[str, dict[str, Payload]]:
+    """The members by kind, by key, with each text that is called by its image's whole name given to
+    that image's sample: 1.jpg.txt beside 1.jpg is the text of 1.
+
+    A text by the sample's own name, 1.txt, goes before. `extension_of` gives an image's extension
+    in lower case.
+    """
+    joined = {key: dict(members) for key, members in parts.items()}
+    for key, members in parts.items():
+        host, _, extension = key.rpartition(".")
+        image = parts.get(host, {}).get("image")
+        if image is None or "image" in members or extension_of(image) != extension.lower():
+            continue
+
+        # In one order everywhere: the index keeps a digest of a sample's texts.
+        for kind in sorted(TEXT_TYPES & members.keys() - joined[host].keys()):
+            joined[host][kind] = joined[key].pop(kind)
+        if not joined[key]:
+            del joined[key]
+    return joined
+
+
 def separate(
     parts: dict[str, dict[str, Payload]],
 ) -> tuple[dict[str, dict[str, Payload]], dict[str, str]]:
@@ -160,16 +184,14 @@ def open_sample(span: bytes, digest: int = UNKNOWN) -> Content:
 
     All members that count must be of one key, and have this digest where it is known.
     """
-    members: dict[str, Member] = {}  # by kind
-    content = Content(key="")
-    for member in walk(BytesIO(span), 0, len(span)):
-        name = parse_name(member.name)
-        if name is None or not name.kind:
-            continue
+    named = [(member, parse_name(member.name)) for member in walk(BytesIO(span), 0, len(span))]
+    counting = [(member, name) for member, name in named if name is not None and name.kind]
 
+    members: dict[str, Member] = {}  # by kind
+    content = Content(key=_key_of([name for _, name in counting]))
+    for member, name in counting:
         # A sample of parts of two would be worse than none.
-        content.key = content.key or name.key
-        if name.key != content.key:
+        if not _is_part(name, content.key):
             raise ValueError(
                 f"members of {content.key!r} and {name.key!r} are mixed; the index is out of date"
             )
@@ -184,8 +206,8 @@ def open_sample(span: bytes, digest: int = UNKNOWN) -> Content:
     check_images(members)
     data = {kind: span[m.offset : m.offset + m.size] for kind, m in members.items()}
     if digest != UNKNOWN:
-        named = {member.name: data[kind] for kind, member in members.items()}
-        if digest_of(named) != digest:
+        by_name = {member.name: data[kind] for kind, member in members.items()}
+        if digest_of(by_name) != digest:
             raise ValueError(
                 f"the members of {content.key!r} are not those that were indexed (their digest "
                 "differs): the shard is damaged, or changed after that; restore it"
@@ -195,6 +217,21 @@ def open_sample(span: bytes, digest: int = UNKNOWN) -> Content:
     content.negative_image = data.pop("negative", b"")
     fill(content, data)
     return content
+
+
+def _key_of(names: list[Name]) -> str:
+    """The key of the sample that these members make: its image's, for texts may lengthen it."""
+    images = [name.key for name in names if name.kind == "image"]
+    keys = images or [name.key for name in names]
+    return keys[0] if keys else ""
+
+
+def _is_part(name: Name, key: str) -> bool:
+    """Whether a member belongs to a sample: by its key, or as a text by its image's name."""
+    if name.key == key:
+        return True
+    stem, _, extension = name.key.rpartition(".")
+    return name.kind in TEXT_TYPES and stem == key and extension.lower() in IMAGE_TYPES
 
 
 def check_images(members: dict[str, Member]) -> None:

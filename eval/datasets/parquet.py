@@ -1,0 +1,132 @@
+"""Evaluation sets of the hub: images inside parquet files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlp.data.tables import TableOptions
+from vlp.data.tables.columns import (
+    IMAGE_COLUMNS,
+    column,
+    listed,
+    split_column,
+    usual,
+    usual_captions,
+)
+from vlp.data.tables.values import NoText, equals
+from vlp.data.tables.values import texts as texts_of
+from vlp.eval.datasets.source import Record, Source
+from vlp.eval.pictures import DataError, Picture
+
+NUMBERS = ("label", "fine_label", "labels", "cls")  # columns of class numbers on the hub
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns of a file are read, and what a row must hold to count."""
+
+    image: str
+    captions: list[str]
+    label: str | None
+    conditions: dict[str, Any]
+
+
+def holds_images(table: Path) -> bool:
+    """Whether a parquet file has images, and is not only what img2dataset notes of the images
+    beside it.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    schema = parquet.read_schema(table)
+    image = usual(schema.names, IMAGE_COLUMNS)
+    return bool(image) and not pyarrow.types.is_string(schema.field(image).type)
+
+
+def from_parquet(root: Path, files: list[Path], split: str, options: TableOptions) -> Source:
+    """Images inside parquet files, as the hub's data sets hold them."""
+    records: list[Record] = []
+    class_names = None
+    for file in files:
+        content, features = _read(file)
+        columns = _columns(content.column_names, file, split, options)
+
+        # The files of a set share their features; the first that notes names decides.
+        class_names = class_names or features.get(columns.label, {}).get("names")
+        records += _records(file, content, columns)
+
+    multilabel = any(isinstance(record.label, tuple) for record in records)
+    return Source(str(root), records, classes=class_names, multilabel=multilabel)
+
+
+def _read(file: Path) -> tuple[Any, dict[str, Any]]:
+    """A parquet file's table, and what `datasets` notes about its columns."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        content = parquet.read_table(file)
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"{file} is no whole parquet file ({str(error)[:120]}); fetch it again"
+        ) from None
+
+    # `datasets` writes its features, class names among them, into the file's metadata.
+    noted = json.loads((content.schema.metadata or {}).get(b"huggingface", b"{}"))
+    return content, noted.get("info", {}).get("features", {})
+
+
+def _columns(names: list[str], file: Path, split: str, options: TableOptions) -> _Columns:
+    """The columns that the options name, else those of the usual names."""
+    try:
+        image, label = usual(names, IMAGE_COLUMNS), usual(names, NUMBERS)
+        if options.image_column:
+            image = column(names, options.image_column, file)
+        captions = [column(names, name, file) for name in options.named_captions]
+        if options.class_column:
+            label = column(names, options.class_column, file)
+        conditions = {column(names, name, file): value for name, value in options.where.items()}
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+    if not image:
+        raise DataError(
+            f"{file} has no column of images, only {listed(names)}; name it: image_column=NAME"
+        )
+
+    # One file may hold all splits, told apart by a column.
+    if split_column(names):
+        conditions.setdefault(split_column(names), split)
+    return _Columns(image, captions or usual_captions(names), label, conditions)
+
+
+def _records(file: Path, content: Any, columns: _Columns) -> Iterator[Record]:
+    """The rows of one file that belong to the split, as records; a DataError names a row."""
+    for i, row in enumerate(content.to_pylist()):
+        # Rows of another split, or that the options leave out.
+        if not all(equals(row[name], value) for name, value in columns.conditions.items()):
+            continue
+
+        stored = row[columns.image]
+        data = stored.get("bytes") if isinstance(stored, dict) else stored
+        if not data or isinstance(data, str):
+            raise DataError(
+                f"{file}: row {i} holds no image bytes in {columns.image!r}; download the data set "
+                "with its images embedded, or give this file itself as data= if it names image "
+                "files"
+            )
+
+        captions: list[str] = []
+        try:
+            for name in columns.captions:
+                captions += texts_of(row[name])
+        except NoText as error:
+            raise DataError(f"{file}: row {i}: {error}") from None
+
+        # Several labels come as a list.
+        label = row[columns.label] if columns.label else None
+        number = tuple(label) if isinstance(label, list) else label
+        yield Record(Picture(f"{file}:{i}", data=data), tuple(captions), number)
