@@ -30,10 +30,9 @@ def digest_of(members: Mapping[str, bytes]) -> int:
     library .4 to 2, which would cost a tenth of the time of decoding a photo.
     """
     digest = 0
-    for name in sorted(members):
-        data = members[name]
+    for name, data in sorted(members.items()):
         # The length keeps the end of one member apart from the name of the next.
-        beginning = f"{name}\0{len(data)}\0".encode(errors="surrogatepass")
+        beginning = b"%b\0%d\0" % (name.encode(), len(data))
         digest = zlib.crc32(data, zlib.crc32(beginning, digest))
     return digest or 1
 
