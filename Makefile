@@ -31,6 +31,9 @@ test-all: setup
 
 lint: setup
 	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

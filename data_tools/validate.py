@@ -64,11 +64,14 @@ def run(args: argparse.Namespace) -> int:
 
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts over all shards."""
+    left_out: Counter[str] = Counter()
+    for report in reports:
+        left_out.update(report["left_out"])
     return {
         "shards": len(reports),
         "samples": sum(report["samples"] for report in reports),
         "problems": sum(report["n_problems"] for report in reports),
-        "left_out": sum((Counter(report["left_out"]) for report in reports), Counter()),
+        "left_out": left_out,
     }
 
 

@@ -357,5 +357,5 @@ def fingerprint(weights: Mapping[str, Tensor], preprocessing: str) -> str:
 
         # Name, type and shape too: equal bytes may be other weights.
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

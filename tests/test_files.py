@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_no_parts_and_what_was_there_before(world, tmp_path):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 20,000 bytes: what a full disk is, for users who may mount nothing."""
+    """No file may grow beyond 20,000 bytes: a full disk, for users who may mount nothing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield

@@ -7,8 +7,7 @@ import torch
 
 from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
-from vlp import config, dist, losses
-from vlp.engines import parallel
+from vlp import config, dist, engines, losses, plugin
 from vlp.models.dual_encoder import DualEncoder, build
 from vlp.step import NonFiniteError, Training, train_step
 from vlp.teacher import Teacher
@@ -115,10 +114,10 @@ def trained_resnet(value):
     moves them.
     """
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse(
+        image_tower=plugin.Named("vlp.towers").parse(
             {"name": "timm", "model": "resnet10t", "image_size": 32}, (), []
         ),
-        text_tower=config.Named("vlp.towers").parse(
+        text_tower=plugin.Named("vlp.towers").parse(
             {"name": "transformer", "width": 32, "layers": 1, "heads": 2, "context_length": 77},
             (),
             [],
@@ -127,7 +126,7 @@ def trained_resnet(value):
     )
     options = config.Train(config.Duration(4, "steps"), batch=12, device="cpu", precision="float32")
     torch.manual_seed(0)
-    engine = parallel.start(options)
+    engine = engines.start(options)
     engine.prepare(build(model), options)
     training = Training(engine, losses.build({"infonce": {}}), lambda step: 1e-3, may_skip=1)
     batch = make_batch()

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from vlp import config, dist, losses, schema
-from vlp.engines import parallel
+from vlp import config, dist, engines, losses, plugin, schema
 from vlp.eval import metrics
 from vlp.models.dual_encoder import build
 from vlp.step import MEASURED, NonFiniteError, Training, embed, geometry, train_step
@@ -54,10 +53,10 @@ def make_training(
     }
     text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse(
+        image_tower=plugin.Named("vlp.towers").parse(
             vit | {"patch_dropout": patch_dropout}, (), []
         ),
-        text_tower=config.Named("vlp.towers").parse(text, (), []),
+        text_tower=plugin.Named("vlp.towers").parse(text, (), []),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),
@@ -76,7 +75,7 @@ def make_training(
     encoder = build(model)
     if weights:
         encoder.load_state_dict(load_file(weights))
-    made = parallel.start(options)
+    made = engines.start(options)
     made.prepare(encoder.double() if double else encoder, options)
     return Training(
         made,

@@ -32,6 +32,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+        # Only now: a name that pointed to content not yet on the disk could survive a crash.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,6 +50,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left unfinished in `folder`. For whoever knows that nobody writes
     there now.
     """
+    # The names under which this module writes.
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -66,10 +69,13 @@ def save_tensors(
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
-        told = _SYSTEM.search(str(error))
-        if told is None:
+        system_error = _SYSTEM.search(str(error))
+        if system_error is None:
             raise
-        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from None
+        number = int(system_error[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+    # Python can tell the umask only by changing it; a new file shows what it allows.
     probe = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         probe.touch()
@@ -93,6 +99,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, have reached the disk."""
+    # Without it a rename can reach the disk before the content.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -115,6 +122,8 @@ def check_writable(path: Path) -> None:
         if path.absolute() != folder:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         folder = folder.parent
+
+    # os.access knows neither full quotas nor file systems mounted for reading.
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -17,9 +17,8 @@ from typing import Any
 
 # Ctrl-C, a scheduler's notice, a closed terminal, and what SLURM's --signal=USR1@… sends.
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_ONE_ACT_S = (
-    0.5  # `timeout` and some launchers send one signal twice, to the process and to its group
-)
+# `timeout` and some launchers send one signal twice, to the process and to its group.
+_ONE_ACT_S = 0.5
 
 _pending: StopRequest | None = None  # of this process, while it can save
 
@@ -54,9 +53,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         global _pending
         _pending = self
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python sets no handlers elsewhere
+
+        # Python sets no handlers in other threads.
+        if threading.current_thread() is threading.main_thread():
             for signum in ASKING:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._before[signum] = signal.signal(signum, self._receive)
@@ -82,19 +81,26 @@ class StopRequest:
             self.received = self.received or signal.SIGPIPE
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        """The handler of every signal of ASKING."""
         now = time.monotonic()
         if not self.received:
             self.received, self._since = signum, now
-            if os.environ.get("RANK", "0") == "0":
-                name = signal.Signals(signum).name
-                # os.write, because a handler may come in the middle of a print.
-                os.write(
-                    2,
-                    f"\n{name}: saving after this step; the same again ends the run at once\n".encode(),
-                )
+            _announce(signum)
         elif now - self._since > _ONE_ACT_S:
+            # Asked twice: whoever waits no longer is served by the system's own handler.
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+
+
+def _announce(signum: int) -> None:
+    """Say, on the first rank, what comes of the first signal."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    name = signal.Signals(signum).name
+    line = f"\n{name}: saving after this step; the same again ends the run at once\n"
+
+    # os.write, because a handler may come in the middle of a print.
+    os.write(2, line.encode())
 
 
 def give_way() -> None:
@@ -109,6 +115,7 @@ def silence_console() -> None:
     """Send whatever is still printed to nowhere, so that a reader who went away raises no further
     error.
     """
+    # The descriptor itself, because Python flushes what is buffered once more at the end.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -124,6 +131,7 @@ def end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None, "only a process that multiprocessing started has such a parent"
 
+    # The sentinel becomes ready when the parent ends, whatever ends it.
     def follow() -> None:
         connection.wait([parent.sentinel])
         os._exit(1)

@@ -32,7 +32,8 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ValueError if there is none.
     """
     # By name and shape, so that a new parameter always falls into one of the two.
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decayed if decays(name, parameter) else plain).append(parameter)

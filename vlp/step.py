@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlp import dist, log
-from vlp.engines.parallel import Engine
+from vlp.engines import Engine
 from vlp.losses import Objective
 from vlp.models import dual_encoder
 from vlp.models.dual_encoder import IMAGES, TEXTS, VIEWS

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlp import checkpoint, config, dist
 from vlp.data.text import same_tokens
-from vlp.engines.parallel import Engine
+from vlp.engines import Engine
 from vlp.models.dual_encoder import DualEncoder, embed
 from vlp.types import Batch
 

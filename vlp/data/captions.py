@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -247,7 +247,9 @@ def written_list(text: str) -> str | list[str]:
         return text
 
     # Python's reader takes five seconds for a text of 1 MB.
-    parsers = [json.loads, ast.literal_eval] if len(text) <= _MAX_PYTHON_LIST else [json.loads]
+    parsers: list[Callable[[str], Any]] = [json.loads]
+    if len(text) <= _MAX_PYTHON_LIST:
+        parsers.append(ast.literal_eval)
     for parse in parsers:
         try:
             value = parse(text)

@@ -225,7 +225,7 @@ def _pooled(sizes: np.ndarray, batch: int) -> np.ndarray:
     pool_of = np.arange(len(sizes))
     open_pool: list[int] = []
     last_pool = None
-    for cell in np.flatnonzero(sizes < batch):
+    for cell in np.flatnonzero(sizes < batch).tolist():
         open_pool.append(cell)
         if sizes[open_pool].sum() >= batch:
             last_pool = open_pool[0]

@@ -125,7 +125,8 @@ class Cache:
             unchanged = note is not None and size_and_time == (note["bytes"], note["mtime_ns"])
             # The note's time tells whether a process of this run has read the copy already.
             checked = unchanged and _note(path).stat().st_mtime >= self.since
-            if not checked and not (unchanged and _digest(path) == note["sha256"]):
+            same = unchanged and note is not None and (checked or _digest(path) == note["sha256"])
+            if not same:
                 log.warn(f"{path} is not as it was fetched; it is fetched again")
                 path.unlink(missing_ok=True)
                 return False

@@ -195,6 +195,7 @@ class ShardWriter:
     def _finish(self) -> None:
         """Put the shard in its place, and its statistics beside it."""
         path = self._path()
+        assert self._tar is not None
         with naming(path):
             self._tar.close()
             sync(self._temporary())

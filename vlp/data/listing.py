@@ -31,10 +31,10 @@ def settle(named: Sequence[Named], archive: Archive) -> tuple[list[Named], list[
         agreeing = [item for item in items if len(items) == 1 or archive.agrees(item.image, name)]
         for item in items:
             if item not in agreeing:
-                other = repr(agreeing[0].image) if agreeing else "another name"
+                owner = repr(agreeing[0].image) if agreeing else "another name"
                 problems.append(
                     f"image {item.image!r} is missing in {archive.path}; {name!r} is that of "
-                    f"{other}"
+                    f"{owner}"
                 )
         if not agreeing:
             continue

@@ -151,6 +151,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         self.wait()
+        assert self._next is not None  # `wait` returns with a step, or not at all
         batch, report = self._next
         self._next = None
 
@@ -279,7 +280,9 @@ def _too_few(mixture: Mixture, batch: int, together: int) -> str:
 
 def _teacher_scale(sources: list[Source]) -> float | None:
     """The logit scale of the one teacher whose embeddings all sources have, else None."""
-    teachers = {source.embeddings and source.embeddings.teacher for source in sources}
+    teachers = {
+        None if source.embeddings is None else source.embeddings.teacher for source in sources
+    }
     if len(teachers) > 1:
         names = "; ".join(sorted(map(str, teachers)))
         raise ValueError(
@@ -288,7 +291,7 @@ def _teacher_scale(sources: list[Source]) -> float | None:
         )
 
     [teacher] = teachers
-    return teacher and teacher.scale
+    return None if teacher is None else teacher.scale
 
 
 def _n_left_out(mixture: Mixture) -> int:
@@ -300,9 +303,8 @@ def _n_left_out(mixture: Mixture) -> int:
 def _identity(mixture: Mixture, data: Data, batch: int, seed: int) -> dict[str, Any]:
     """What the sequence of samples depends on, besides the step."""
     fingerprints = [source.fingerprint() for source in mixture.sources]
-    if mixture.shares is None:
-        weights = [None] * len(fingerprints)
-    else:
+    weights: list[str | None] = [None] * len(fingerprints)
+    if mixture.shares is not None:
         weights = [str(share) for share in mixture.shares]
 
     return {

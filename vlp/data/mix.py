@@ -76,9 +76,10 @@ class Mixture:
         self.every_caption = every_caption
         self.replacement = replacement
         # Fractions deal exactly: with floats a source's share of a batch would drift by a draw.
-        self.shares = None
+        self.shares: list[Fraction] | None = None
         if all(weighted):
-            self.shares = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+            stated = [weight for weight in weights if weight is not None]
+            self.shares = [Fraction(weight).limit_denominator(10**6) for weight in stated]
 
         # Sample ids: where each source begins.
         self.firsts = np.cumsum([0, *map(len, sources)])
@@ -244,10 +245,10 @@ class Mixture:
         numbers, rounds = self._order(0, self.n_units, count)
 
         first = 0
-        for units in self.units:
-            places = (first <= numbers) & (numbers < first + len(units))
+        for of_source in self.units:
+            places = (first <= numbers) & (numbers < first + len(of_source))
             yield _Draws(places, numbers[places] - first, rounds[places])
-            first += len(units)
+            first += len(of_source)
 
     def _order(self, stream: int, n: int, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Elements `count` of a stream's endless sequence of n units, and the round of each: its
@@ -285,20 +286,24 @@ class Mixture:
         each draw [n].
         """
 
+        shares = self.shares
+        assert shares is not None  # without weights nothing is dealt
+        total = sum(shares, Fraction())
+
         def fills_no_whole_draws(s: int) -> bool:
-            return (self.shares[s] / sum(self.shares) * n).denominator > 1
+            return (shares[s] / total * n).denominator > 1
 
         # Python integers, for products exceed 64 bits: how many draws were left to the sources that
         # are still to be dealt to, before and after each of the step's.
         before = (step * n + np.arange(n)).astype(object)
         after = before + 1
-        left = sum(self.shares)
+        left = total
 
         # Each takes its part of what those before it left, so only where these took whole numbers
         # is its own exact.
         result: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for s in sorted(range(len(self.shares)), key=fills_no_whole_draws):
-            part = self.shares[s] / left
+        for s in sorted(range(len(shares)), key=fills_no_whole_draws):
+            part = shares[s] / left
             taken_before = before * part.numerator // part.denominator
             taken_after = after * part.numerator // part.denominator
             places = (taken_after > taken_before).astype(bool)
@@ -306,8 +311,8 @@ class Mixture:
 
             before = before - taken_before
             after = after - taken_after
-            left -= self.shares[s]
-        return [result[s] for s in range(len(self.shares))]
+            left -= shares[s]
+        return [result[s] for s in range(len(shares))]
 
 
 def _units(source: Source, together: int, every_caption: bool, shuffle: bool) -> Units:

@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from vlp.data import picture_limits as limits
@@ -294,7 +296,7 @@ def _has_transparency(image: Image.Image) -> bool:
 
 def _scale_transparent_colour(image: Image.Image) -> None:
     """Bring a PNG's transparent colour, which Pillow gives as stored, to the pixels' eight bits."""
-    if image.format != "PNG" or not image.tile:
+    if not isinstance(image, PngImageFile) or not image.tile:
         return
     stored = image.info.get("transparency")
     if stored is None or isinstance(stored, bytes):  # none, or one value a palette's colour
@@ -329,7 +331,7 @@ def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
             )
         gray = values >> 8
         # Pillow inverts a TIFF's white-is-zero gray at 8 bits only; radiographs come so at 16.
-        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             gray = 255 - gray
 
     picture = Image.fromarray(gray.astype(np.uint8)).convert("RGB")

@@ -101,7 +101,7 @@ class Feed:
     def _dead(self, timeout_s: float = 0) -> list[Any]:
         """Loader processes that have ended; waits for a first one."""
         # torch offers no way to ask for them.
-        processes = self._iterator._workers
+        processes = self._iterator._workers  # type: ignore[attr-defined]  # torch's own name for them
 
         # A sentinel is ready once its process has ended: no look needs to be repeated.
         wait([process.sentinel for process in processes], timeout_s)

@@ -235,7 +235,7 @@ def open_packed(path: Path) -> BinaryIO:
         import pyarrow  # here, because it is slow to import and few tars are packed with zstd
 
         return pyarrow.input_stream(str(path), compression="zstd")
-    openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     if name not in openers:
         raise ValueError(
             f"{path} is compressed in no way that is known here (gzip, zstd, bzip2, xz); "

@@ -24,7 +24,7 @@ __all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "suppl
 
 
 def build(
-    objective: Mapping[str, Any],
+    objective: Mapping[str, Any] | plugin.KeyedPlugins,
     *,
     group: Any = None,
     topology: Any = "auto",
@@ -49,12 +49,12 @@ def build(
     Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError for a topology
     that does not fit the ranks or an impl that this machine cannot run.
     """
-    terms = plugin.keyed(__name__, objective)
-    if not terms:
+    chosen = plugin.keyed(__name__, objective)
+    if not chosen:
         raise ValueError(
             f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}"
         )
-    terms = [_for_run(term, samples, steps) for term in terms]
+    terms = [_for_run(term, samples, steps) for term in chosen]
 
     # A topology that does not fit the ranks raises here, not at the first step.
     backend = Backend(

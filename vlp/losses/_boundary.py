@@ -27,7 +27,9 @@ def evaluated(evaluate: Callable[[Inputs], tuple[Any, ...]], inputs: Inputs) -> 
     with _no_autocast(inputs.image):
         if not outer or not torch.is_grad_enabled():
             return evaluate(inputs)
-        inner = {name: value.detach().requires_grad_() for name, value in outer.items()}
+        inner: dict[str, Any] = {
+            name: value.detach().requires_grad_() for name, value in outer.items()
+        }
         total, *others = evaluate(replace(inputs, **inner))
     if not total.requires_grad:
         return total, *others

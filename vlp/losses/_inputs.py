@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,11 @@ def ids(shape: str) -> Form:
 NUMBER = floats("")
 
 
+# What a term does not need may be None. Terms read a keyword as a tensor all the same: a call
+# without what `NEEDS` names is refused before the first of them runs, and numbers become tensors.
+ABSENT: Any = None
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What terms may read: this rank's rows of one step.
@@ -67,47 +72,45 @@ class Inputs:
 
     image: Annotated[Tensor, unit("b D")]
     text: Annotated[Tensor, unit("b D")]
-    scale: Annotated[Tensor | float, NUMBER]  # 1/temperature, already exponentiated
-    bias: Annotated[Tensor | float | None, NUMBER] = None  # added to every score (sigmoid loss)
+    scale: Annotated[Tensor, NUMBER]  # 1/temperature, already exponentiated
+    bias: Annotated[Tensor, NUMBER] = ABSENT  # added to every score (sigmoid loss)
     step: int | None = None  # optimiser step: groups that alternate, schedules, states
     # hard captions, and an image that belongs to negatives[:, 0]
-    negatives: Annotated[Tensor | None, unit("b K D", valid="negatives_valid")] = None
-    negatives_valid: Annotated[Tensor | None, mask("b K")] = None
-    negative_image: Annotated[Tensor | None, unit("b D", valid="negatives_valid")] = None
+    negatives: Annotated[Tensor, unit("b K D", valid="negatives_valid")] = ABSENT
+    negatives_valid: Annotated[Tensor, mask("b K")] = ABSENT
+    negative_image: Annotated[Tensor, unit("b D", valid="negatives_valid")] = ABSENT
     # the caption with another number, of the samples that count
-    counterfactual: Annotated[Tensor | None, unit("b D", "b C D", valid="counterfactual_valid")] = (
-        None
-    )
-    counterfactual_valid: Annotated[Tensor | None, mask("b")] = None
+    counterfactual: Annotated[Tensor, unit("b D", "b C D", valid="counterfactual_valid")] = ABSENT
+    counterfactual_valid: Annotated[Tensor, mask("b")] = ABSENT
     # this model's moving average
-    ema_image: Annotated[Tensor | None, unit("b D")] = None
-    ema_text: Annotated[Tensor | None, unit("b D")] = None
-    ema_negatives: Annotated[Tensor | None, unit("b K D", valid="negatives_valid")] = None
+    ema_image: Annotated[Tensor, unit("b D")] = ABSENT
+    ema_text: Annotated[Tensor, unit("b D")] = ABSENT
+    ema_negatives: Annotated[Tensor, unit("b K D", valid="negatives_valid")] = ABSENT
     # another model
-    teacher_image: Annotated[Tensor | None, unit("b D'")] = None
-    teacher_text: Annotated[Tensor | None, unit("b D'")] = None
-    teacher_scale: Annotated[Tensor | float | None, NUMBER] = None
-    sample_id: Annotated[Tensor | None, ids("b")] = None
-    score: Annotated[Tensor | None, floats("b")] = None  # relevance of a pair, >= 0
+    teacher_image: Annotated[Tensor, unit("b D'")] = ABSENT
+    teacher_text: Annotated[Tensor, unit("b D'")] = ABSENT
+    teacher_scale: Annotated[Tensor, NUMBER] = ABSENT
+    sample_id: Annotated[Tensor, ids("b")] = ABSENT
+    score: Annotated[Tensor, floats("b")] = ABSENT  # relevance of a pair, >= 0
     # further augmentations, from a projection of their own; view_scale: 1/temperature between
     # them, None: scale
-    image_views: Annotated[Tensor | None, unit("V b D")] = None
-    text_views: Annotated[Tensor | None, unit("V b D")] = None
-    view_scale: Annotated[Tensor | float | None, NUMBER] = None
+    image_views: Annotated[Tensor, unit("V b D")] = ABSENT
+    text_views: Annotated[Tensor, unit("V b D")] = ABSENT
+    view_scale: Annotated[Tensor, NUMBER] = ABSENT
     # keys of earlier steps, equal on all ranks; rows of zeros, or with NaN or infinity, hold no key
-    queue_image: Annotated[Tensor | None, unit("Q D", zeros=True)] = None
-    queue_text: Annotated[Tensor | None, unit("Q D", zeros=True)] = None
+    queue_image: Annotated[Tensor, unit("Q D", zeros=True)] = ABSENT
+    queue_text: Annotated[Tensor, unit("Q D", zeros=True)] = ABSENT
     # a teacher's score of each hard caption: higher fits the image better
-    teacher_scores: Annotated[Tensor | None, floats("b K")] = None
+    teacher_scores: Annotated[Tensor, floats("b K")] = ABSENT
     # logits at position l are for the token caption_ids[:, l]; caption_nll is −log p of each
     # token, instead of caption_logits, which are Z times larger
-    caption_logits: Annotated[Tensor | None, floats("b L Z")] = None
-    caption_ids: Annotated[Tensor | None, ids("b L")] = None
-    caption_nll: Annotated[Tensor | None, floats("b L")] = None
+    caption_logits: Annotated[Tensor, floats("b L Z")] = ABSENT
+    caption_ids: Annotated[Tensor, ids("b L")] = ABSENT
+    caption_nll: Annotated[Tensor, floats("b L")] = ABSENT
     # an auxiliary head on the image tower; a teacher's weights of the concepts, >= 0, a row of
     # zeros having none
-    concept_logits: Annotated[Tensor | None, floats("b M")] = None
-    concept_targets: Annotated[Tensor | None, floats("b M")] = None
+    concept_logits: Annotated[Tensor, floats("b M")] = ABSENT
+    concept_targets: Annotated[Tensor, floats("b M")] = ABSENT
 
     def wide(self) -> Inputs:
         """The same with half-precision tensors as float32: for scores that a term computes itself.
@@ -211,9 +214,10 @@ class Inputs:
         )
 
     def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-        return replace(
-            self, **{name: change(name, value) for name, value in self.tensors().items()}
-        )
+        changed: dict[str, Any] = {
+            name: change(name, value) for name, value in self.tensors().items()
+        }
+        return replace(self, **changed)
 
 
 _HINTS = get_type_hints(Inputs, include_extras=True)

@@ -182,7 +182,9 @@ def _n_others(inputs: Inputs, pairs: Pairs) -> int:
 
 
 def _read(inputs: Inputs, state: State) -> Tensor:
-    return state["samples"].read(inputs.sample_id).double()
+    table = state["samples"]
+    assert isinstance(table, Table)  # a `Write` is what a term returns
+    return table.read(inputs.sample_id).double()
 
 
 def _write(inputs: Inputs, pairs: Pairs, state: State, values: Tensor, loss: Tensor) -> State:
@@ -194,4 +196,6 @@ def _write(inputs: Inputs, pairs: Pairs, state: State, values: Tensor, loss: Ten
     broken = ~loss.detach().isfinite()
     n_broken = pairs.sum_over_ranks(broken.to(values.dtype))
     kept = torch.where(n_broken > 0, torch.nan, values)
-    return {"samples": Write(state["samples"], inputs.sample_id, kept)}
+    table = state["samples"]
+    assert isinstance(table, Table)
+    return {"samples": Write(table, inputs.sample_id, kept)}

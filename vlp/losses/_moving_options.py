@@ -57,10 +57,10 @@ class Individual(Moving):
     temperature: float = 0.03  # τ of every sample at first
     # ρ: the larger, the lower the temperatures (6.5 for CC3M, 8.5 for CC12M in FastCLIP)
     rho: float = 6.5
-    temperature_lr: float = 0.01
+    temperature_lr: float = 0.01  # learning rate of the temperatures
     temperature_decay: float = 0.9  # of v
-    min_temperature: float = 0.005
-    max_temperature: float = 1.0
+    min_temperature: float = 0.005  # lower bound of every τ_i
+    max_temperature: float = 1.0  # upper bound of every τ_i
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -245,7 +245,7 @@ class Objective:
             problems = inputs.unit_problems(self.normalize)
 
         shapes = inputs.shapes() if not problems else {}
-        if first:
+        if self._shapes is None:
             problems = self._agreed(problems, shapes)
         elif not alone and not problems and shapes != self._shapes:
             problems = [self._changed(shapes)]
@@ -257,10 +257,11 @@ class Objective:
 
     def _changed(self, shapes: dict[str, tuple[int, ...]]) -> str:
         """What is wrong with shapes that are not the first step's, on several ranks."""
+        first = self._shapes or {}
         changed = {
-            name: (self._shapes.get(name), shape)
+            name: (first.get(name), shape)
             for name, shape in shapes.items()
-            if shape != self._shapes.get(name)
+            if shape != first.get(name)
         }
         return (
             f"shapes changed since the first step, {changed}: ranks would no longer match; "
@@ -271,7 +272,7 @@ class Objective:
         """The problems of all ranks, or those between them: every rank raises what one found."""
         ranks = self.backend.ranks
         by_rank = dist.gather_objects((problems, shapes), ranks)
-        all_problems = {}  # a dict keeps their order, and each of them once
+        all_problems: dict[str, None] = {}  # a dict keeps their order, and each of them once
         for rank_problems, _ in by_rank:
             all_problems |= dict.fromkeys(rank_problems)
         if all_problems:
@@ -304,7 +305,7 @@ class Objective:
 
 def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
     """The keywords that some of the terms read, needed or not."""
-    keywords = frozenset()
+    keywords: frozenset[str] = frozenset()
     for plugin in plugins:
         keywords |= _needs(plugin).union(getattr(plugin.module, "OPTIONAL", ()))
     return keywords

@@ -37,8 +37,8 @@ NEEDS = frozenset({"image", "text", "scale", "counterfactual", "counterfactual_v
 
 @dataclass(frozen=True)
 class Options:
-    logits: Literal["raw", "scaled"] = "raw"
-    counterfactuals: Literal["one", "all"] = "one"
+    logits: Literal["raw", "scaled"] = "raw"  # g: the cosine itself, or times the learned scale
+    counterfactuals: Literal["one", "all"] = "one"  # one, drawn anew at each visit, or all C
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:

@@ -40,7 +40,7 @@ NEEDS = frozenset({"image", "text", "scale"})
 class Options:
     # the frozen tower, whose similarities are the weights
     frozen: Literal["image", "text"] = "image"
-    sharpening: float = 1.0
+    sharpening: float = 1.0  # exponent of the weights; above 1 lowers those of unrelated pairs
 
     def __post_init__(self) -> None:
         if self.sharpening <= 0:

@@ -32,8 +32,8 @@ NEEDS = frozenset({"image", "text"})
 
 @dataclass(frozen=True)
 class Options:
-    in_modal: float = 0.25
-    cross_modal: float = 0.25
+    in_modal: float = 0.25  # weight of the part within images and texts
+    cross_modal: float = 0.25  # weight of the part between images and texts
 
     def __post_init__(self) -> None:
         if min(self.in_modal, self.cross_modal) < 0 or not self.in_modal + self.cross_modal:

@@ -58,6 +58,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Options:
+    # what is taught: similarities of a row, the order of hard captions, concepts
     form: Literal["similarity", "ranking", "concepts"] = "similarity"
 
 

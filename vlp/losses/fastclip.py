@@ -46,6 +46,7 @@ class Options(_moving_options.Individual):
 
     gamma: float = 1.0
     gamma_end: float | None = 0.2
+    # v1: one constant τ; v2: one of each sample; v3: the model's own
     version: Literal["v1", "v2", "v3"] = "v3"
 
 

@@ -63,6 +63,7 @@ LARGEST_MARGIN = 10.0
 
 @dataclass(frozen=True)
 class Options:
+    # negclip, triplet, intra: softmax over the batch; own, text, rank: over a sample's own captions
     form: Literal["negclip", "triplet", "own", "text", "rank", "intra"] = "negclip"
     focal: float = 0.0  # γ of `own` (FSC-CLIP: 2)
     smoothing: float = 0.0  # ε of `own` (FSC-CLIP: .02)

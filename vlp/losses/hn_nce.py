@@ -60,4 +60,5 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     if options.alpha:
         log_alpha = math.log(options.alpha)
         margins = [softplus(q - log_alpha) + log_alpha for q in margins]
-    return pairs.mean(sum(margins) / 2)
+    by_row, by_column = margins
+    return pairs.mean((by_row + by_column) / 2)

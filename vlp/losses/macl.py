@@ -64,5 +64,5 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     # With the margins q: 1 − P = σ(q), −log P = softplus(q).
     margins = pairs.margin_logsumexp(inputs.image, inputs.text, 1 / temperature)
     factors = [(1 / torch.sigmoid(q.detach())).clamp(max=options.max_factor) for q in margins]
-    weighted = [factor * softplus(q) for factor, q in zip(factors, margins)]
-    return pairs.mean(sum(weighted) / 2)
+    by_row, by_column = (factor * softplus(q) for factor, q in zip(factors, margins))
+    return pairs.mean((by_row + by_column) / 2)

@@ -66,9 +66,11 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     def losses(tile: Tile) -> tuple[Tensor, ...]:
         scores = tile.scores[0]
         if exact:
-            values, _ = Compare.apply(scores, *tile.shared, τ)
+            (at,) = tile.shared
+            values, _ = Compare.apply(scores, at, τ)
         else:
-            values = interpolate(scores, *tile.shared, τ / NODES_A_TAU)
+            nodes, slopes = tile.shared
+            values = interpolate(scores, nodes, slopes, τ / NODES_A_TAU)
         return (values.masked_fill(tile.positive, 0),)
 
     reduction = Reduction(losses, rows=(SUM,))

@@ -50,7 +50,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     smoothed = infonce.Options(label_smoothing=options.label_smoothing)
 
     # Every image view meets every text view.
-    view_losses = 0
+    view_losses: Tensor | int = 0
     for image in inputs.image_views:
         for text in inputs.text_views:
             views = replace(inputs, image=image, text=text, scale=scale)

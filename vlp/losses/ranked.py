@@ -32,7 +32,7 @@ NEEDS = frozenset({"image", "text", "scale", "score"})
 
 @dataclass(frozen=True)
 class Options:
-    power: float = 1.0
+    power: float = 1.0  # exponent of the score; 0: every pair weighs the same
     normalize: bool = False  # weighted mean instead of mean of weighted losses
 
     def __post_init__(self) -> None:

@@ -107,6 +107,7 @@ class _Local(torch.autograd.Function):
 
         # Tiles are kept for a backward only: evaluation pays no memory.
         ctx.kept = Kept(execution.memory_budget if any(ctx.needs_input_grad) else 0)
+        assert execution.implementation is not None  # the dense reference has no need of this
         with full_precision(block):
             statistics = execution.implementation.reduce(
                 reduction, block, ctx.kept, execution.tile_size

@@ -105,6 +105,7 @@ class Margin:
     ) -> Tensor:
         """dz = E·(g^r_i e^{shift − r_i} + g^c_j e^{shift − c_j}), in memory used for every tile."""
         e, shift = memo
+        assert shift is not None  # E, and not scores
         # E may be kept for another backward, so dz has memory of its own, reused by every tile.
         if self.scratch is None or self.scratch.numel() < e.numel():
             self.scratch = e.new_empty(e.numel())
@@ -126,6 +127,7 @@ class Margin:
     def _exponentials(self, z: Tensor, pairs: _Diagonal) -> Memo:
         """(E, shift) with the positives at 0; or (z, None) with the positives at −∞."""
         # Small scores need no look at the tile's range.
+        shift: Tensor | float
         if self.unshifted:
             e, shift = z.exp_(), 0.0
         else:
@@ -188,7 +190,7 @@ class _Diagonal:
     """The entries of a tile [m, n] that are a row's own pair: a piece of one diagonal, or none."""
 
     def __init__(self, tile: Tile, m: int, n: int) -> None:
-        self.m, self.offset = m, tile.offset
+        self.m, self.offset = m, tile.offset or 0
         self.present = tile.offset is not None and -m < tile.offset < n
 
     def read(self, matrix: Tensor) -> Tensor:
@@ -215,4 +217,4 @@ class _Diagonal:
         return slice(start, start + matrix.diagonal(self.offset).shape[0])
 
 
-PROGRAMS = {"margin": Margin, "softplus": Softplus}
+PROGRAMS: dict[str, type[Margin] | type[Softplus]] = {"margin": Margin, "softplus": Softplus}

@@ -88,7 +88,7 @@ class Pairs:
         self,
         image: Tensor,  # [b, D]
         text: Tensor,  # [b, D]
-        scale: Tensor,  # []
+        scale: Tensor | float,  # []
     ) -> tuple[Tensor, Tensor, Tensor]:
         """LSE_{j≠i} z_ij [b], LSE_{j≠i} z_ji [b] and the positive z_ii [b].
 
@@ -104,7 +104,7 @@ class Pairs:
         self,
         image: Tensor,  # [b, D]
         text: Tensor,  # [b, D]
-        scale: Tensor,  # []
+        scale: Tensor | float,  # []
     ) -> tuple[Tensor, Tensor]:
         """The margins q_i = LSE_{j≠i} z_ij − z_ii of the rows, and of the columns, [b] each.
 
@@ -118,7 +118,7 @@ class Pairs:
         self,
         left: Tensor,  # [b, D]
         right: Tensor,  # [c, D], this rank's columns
-        scale: Tensor,  # []
+        scale: Tensor | float,  # []
         *,
         valid: Tensor | None = None,  # [c] bool: columns that take part
         paired: bool = False,  # leave out j = i
@@ -143,15 +143,16 @@ class Pairs:
         self,
         image: Tensor,  # [b, D]
         text: Tensor,  # [b, D]
-        scale: Tensor,  # []
-        bias: Tensor,  # []
+        scale: Tensor | float,  # []
+        bias: Tensor | float,  # []
     ) -> tuple[Tensor, Tensor]:
         """Σ_{j≠i} log(1 + e^{z_ij + bias}) [b] and the positive z_ii + bias [b]."""
         shared = [_number(scale, image), _number(bias, image)]
-        return self.reduce(SOFTPLUS, [image], [text], shared=shared)
+        sums, positive = self.reduce(SOFTPLUS, [image], [text], shared=shared)
+        return sums, positive
 
     def multiples_logsumexp(
-        self, image: Tensor, text: Tensor, scale: Tensor, multiples: Sequence[float]
+        self, image: Tensor, text: Tensor, scale: Tensor | float, multiples: Sequence[float]
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """(LSE_{j≠i} m·z_ij, LSE_{j≠i} m·z_ji) [b] for each multiple m; and the positive z_ii.
 
@@ -165,7 +166,9 @@ class Pairs:
         rows, positive, columns = statistics[:k], statistics[k], statistics[k + 1 :]
         return list(zip(rows, columns)), positive
 
-    def linear_sums(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def linear_sums(
+        self, image: Tensor, text: Tensor, scale: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
         """Σ_j z_ij [b] and Σ_j z_ji [b], the positive included.
 
         x_i·Σ_j t_j needs no tile at all.

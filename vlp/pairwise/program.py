@@ -64,9 +64,11 @@ class Recompute:
         # The tile again, as leaves of a graph of its own.
         scores = tile.scores if memo is None else memo
         groups = (scores, tile.row_values, tile.column_values, tile.shared)
-        leaves = [[_leaf(tensor) for tensor in group] for group in groups]
+        leaves = [tuple(_leaf(tensor) for tensor in group) for group in groups]
         with torch.enable_grad():
-            matrices = self.reduction.function(Tile(*map(tuple, leaves), tile.offset))
+            scores, row_values, column_values, shared = leaves
+            again = Tile(scores, row_values, column_values, shared, tile.offset)
+            matrices = self.reduction.function(again)
 
         # Autograd starts at the matrices: their reduction is differentiated by its statistic.
         outputs, weights = [], []

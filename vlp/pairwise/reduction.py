@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,12 @@ class Block:
         """All of them in one order: what autograd sees, and the order of gradients."""
         return (*self.left, *self.right, *self.row_values, *self.column_values, *self.shared)
 
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Block:
-        """The same block over other tensors, in the order of `tensors`."""
-        parts, start = {}, 0
+    def with_tensors(self, tensors: Sequence[Any]) -> Block:
+        """The same block over other tensors, or over what stands for them (gradients, flags), in
+        the order of `tensors`.
+        """
+        parts: dict[str, Any] = {}
+        start = 0
         for name in ("left", "right", "row_values", "column_values", "shared"):
             end = start + len(getattr(self, name))
             parts[name] = tuple(tensors[start:end])

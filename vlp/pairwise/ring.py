@@ -37,6 +37,8 @@ class Ring(torch.autograd.Function):
         reduction, execution = _for_ring(reduction, execution)
         ctx.reduction, ctx.execution, ctx.restore = reduction, execution, restorer(block)
         group, n_row_kinds = execution.group, len(reduction.rows)
+        implementation = execution.implementation
+        assert implementation is not None  # `_for_ring` has chosen one
         n_rows, device = block.shape[0], block.left[0].device
 
         # No tile is kept for backward: memory must not grow with the group.
@@ -44,9 +46,7 @@ class Ring(torch.autograd.Function):
         columns: list[list[Any]] = [[None] * group.size for _ in reduction.columns]
         for owner, visitor in _visitors(block, group):
             with full_precision(block):
-                statistics = execution.implementation.reduce(
-                    reduction, visitor, Kept(0), execution.tile_size
-                )
+                statistics = implementation.reduce(reduction, visitor, Kept(0), execution.tile_size)
 
             # Rows meet every block, so their statistics merge; a block's columns come once.
             rows = [
@@ -77,7 +77,8 @@ class Ring(torch.autograd.Function):
             column_values=(True,) * len(computed.column_values),
         )
 
-        staying, travelling = None, None
+        staying: list[Any] | None = None
+        travelling: dist.Shift | None = None
         for owner, visitor in _visitors(block, execution.group):
             visited = slice(owner * n_columns, (owner + 1) * n_columns)
             with full_precision(block):
@@ -98,6 +99,7 @@ class Ring(torch.autograd.Function):
             arrived = None if travelling is None else travelling.wait()
             travelling = dist.Shift(_add(arrived, _travellers(part)), execution.group)
 
+        assert travelling is not None and staying is not None  # a group has at least one rank
         home = travelling.wait()  # one hop more, and each block's gradient is back at its owner
         total = _assemble(block, staying, home)
         return None, None, None, *_narrowed(total, block, needed)
@@ -125,17 +127,18 @@ def _travellers(block: Block) -> tuple[Tensor, ...]:
     return (*block.right, *block.column_values)
 
 
-def _add(
-    total: Sequence[Tensor | None] | None, part: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Sums in the accumulation dtype, so that a bfloat16 gradient is rounded once a hop at most."""
+def _add(total: Sequence[Any] | None, part: Sequence[Any]) -> list[Any]:
+    """Sums in the accumulation dtype, so that a bfloat16 gradient is rounded once a hop at most.
+
+    None among the tensors stands for a gradient that is not needed.
+    """
     part = [None if tensor is None else widened(tensor) for tensor in part]
     if total is None:
         return part
     return [new if old is None else old + new for old, new in zip(total, part)]
 
 
-def _assemble(block: Block, staying: list[Tensor | None], home: list[Tensor]) -> Block:
+def _assemble(block: Block, staying: list[Any], home: list[Tensor]) -> Block:
     """The gradients of a block from those that stayed (rows, shared) and those that came home."""
     n_left, n_values, n_right = len(block.left), len(block.row_values), len(block.right)
     return replace(

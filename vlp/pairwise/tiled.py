@@ -136,8 +136,9 @@ class _Sink:
 
     def __init__(self, block: Block, needed: Sequence[bool], prescaled: bool) -> None:
         self.block, self.needed, self.prescaled = block, needed, prescaled
-        wanted = block.with_tensors(tuple(needed))
-        self.scale_needed = prescaled and wanted.shared[0]
+        flags = block.with_tensors(needed)
+        wanted: Any = flags  # a flag in the place of each tensor
+        self.scale_needed = bool(prescaled and wanted.shared[0])
 
         # The scale's gradient is ⟨X, dZ·T⟩, so it needs dX even where nobody else does.
         wanted_left = [flag or self.scale_needed for flag in wanted.left]
@@ -157,10 +158,11 @@ class _Sink:
                 continue
 
             # s = x·t: dx takes the tile's columns, dt its rows.
-            if self.current[k] is not None:
-                self.current[k].addmm_(d_scores, widened(self.block.right[k][columns]))
-            if self.right[k] is not None:
-                self.right[k][columns].addmm_(d_scores.T, left[k])
+            d_left, d_right = self.current[k], self.right[k]
+            if d_left is not None:
+                d_left.addmm_(d_scores, widened(self.block.right[k][columns]))
+            if d_right is not None:
+                d_right[columns].addmm_(d_scores.T, left[k])
 
         _add_at(self.row_values, tile.row_values, rows)
         _add_at(self.column_values, tile.column_values, columns)
@@ -171,20 +173,24 @@ class _Sink:
 
         dscale = Σ dz·s = ⟨X, dZ·T⟩, and dX = scale·dZ·T.
         """
-        if not self.prescaled or self.current[0] is None:
+        if not self.prescaled:
+            return
+        d_left, d_scale = self.current[0], self.shared[0]
+        if d_left is None:
             return
 
-        if self.scale_needed:
+        if d_scale is not None:
             x = widened(self.block.left[0][rows])
-            self.shared[0] += torch.linalg.vecdot(self.current[0], x).sum()
-        self.current[0].mul_(self.block.shared[0])
+            d_scale += torch.linalg.vecdot(d_left, x).sum()
+        d_left.mul_(self.block.shared[0])
 
     def result(self) -> list[Tensor | None]:
         """The sums that are needed, in the dtypes of the block's tensors."""
         sums = (*self.left, *self.right, *self.row_values, *self.column_values, *self.shared)
-        results = []
+        results: list[Tensor | None] = []
         for total, tensor, wanted in zip(sums, self.block.tensors, self.needed):
-            results.append(total.to(tensor.dtype) if wanted else None)
+            needed = total if wanted else None
+            results.append(None if needed is None else needed.to(tensor.dtype))
         return results
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlp.config import Config
-    from vlp.engines.parallel import Engine
+    from vlp.engines import Engine
     from vlp.models.dual_encoder import DualEncoder
     from vlp.step import Training
     from vlp.types import Batch

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from vlp import dist, teacher
 from vlp.config import Config
-from vlp.engines.parallel import Engine
+from vlp.engines import Engine
 from vlp.models.dual_encoder import DualEncoder
 from vlp.seeds import derive
 from vlp.selection import Selection
@@ -220,6 +220,8 @@ class Chooser:
 
         image, text = (torch.cat(rows) for rows in zip(*learner_rows))
         reference_image, reference_text = (torch.cat(rows) for rows in zip(*reference_rows))
+        # Stored embeddings bring no numbers of their own: the options were refused without.
+        assert self.scale is not None and self.bias is not None
         return (
             Embedded(image, text, learner.scale, learner.bias),
             Embedded(reference_image, reference_text, self.scale, self.bias),
@@ -227,6 +229,7 @@ class Chooser:
 
     def _reference_rows(self, part: Batch) -> tuple[Tensor, Tensor]:
         if self.reference is None:
+            assert part.teacher_image is not None and part.teacher_text is not None
             return part.teacher_image, part.teacher_text
         features = self.reference(part.image, part.text)
         return features.image.float(), features.text.float()

@@ -78,10 +78,13 @@ class Source(Protocol):
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
     # any time
     reserve: int = 0
-    # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to
-    # fetch their shards.
+    runs: Any = None  # with a window: the samples of each shard, int64
 
     def __len__(self) -> int: ...
+
+    def prepare(self, ids: np.ndarray) -> None:
+        """Begin to fetch the shards of these samples, without waiting."""
+        assert not self.window, "a source with a window fetches its shards"
 
     def __getitem__(self, i: int) -> Sample:
         """Sample i with sample_id = i; raises OSError or ValueError where it cannot be read."""

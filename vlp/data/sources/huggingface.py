@@ -220,8 +220,10 @@ def _readable(table: datasets.Dataset, name: str) -> list[str]:
     cells = table.select_columns([name])[name]
     readable = []
     for cell in cells:
-        is_class = classes and cell is not None
-        readable.append(classes[cell] if is_class else shown(cell))
+        if classes and cell is not None:
+            readable.append(classes[cell])
+        else:
+            readable.append(shown(cell))
     return readable
 
 

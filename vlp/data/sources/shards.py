@@ -91,7 +91,9 @@ class Shards(Source):
         self.choice = Choice.of(texts, captions)
 
         # Of samples, texts and members, by what they are.
-        self.left_out = sum((Counter(shard.left_out) for shard in shards), Counter())
+        self.left_out: Counter[str] = Counter()
+        for shard in shards:
+            self.left_out.update(shard.left_out)
         self._problems: list[str] = []
         if self.left_out:
             self._problems.append(f"{self._name()}: odd or passed over: {said(self.left_out)}")
@@ -249,6 +251,7 @@ class Shards(Source):
         offset, length, _, digest, *_, flags = row
         places = [(offset, length)]
         if flags & SCATTERED:
+            assert self._extents is not None  # some sample of these shards is scattered
             places = extents(self._extents.numpy(), offset, length)
         # The digest tells a shard that changed since, and a damaged one.
         content = open_sample(b"".join(_read(path, *place) for place in places), digest)

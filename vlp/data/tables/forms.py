@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from vlp.data.tables.columns import CAPTION_COLUMNS, IMAGE_COLUMNS
 from vlp.data.tables.values import jsonable
@@ -162,7 +162,7 @@ def _numbered(rows: list[dict[str, Any]], problems: Sequence[str] = ()) -> Parse
     return Parsed(numbered, by_line=False, problems=list(problems))
 
 
-def _are_rows(value: Any) -> bool:
+def _are_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
@@ -215,7 +215,7 @@ def _coco(
     """COCO's form: images by id, captions in annotations that name one; a line for each annotation
     that names none.
     """
-    annotations = content.get("annotations")
+    annotations: Any = content.get("annotations")
     _refuse_without_captions(images, annotations, path)
 
     # By text: some writers give numbers here and texts there.
