@@ -143,8 +143,8 @@ def _one(job: tuple[int, Path], *, folder: Path, change: Change) -> Result:
     """Write the output shard of one input shard."""
     number, path = job
     counts: Counter[str] = Counter()
-    options = {"first_shard": number, "overwrite": True, "indexed": False}
-    with ShardWriter(folder, sys.maxsize, **options) as writer:
+    writer = ShardWriter(folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False)
+    with writer:
         for changed in change(samples(path, counts), number, counts):
             put(writer, changed, changed.sample.key)
             counts["samples written"] += 1

@@ -27,14 +27,15 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from vlp.data import picture_limits as limits
 from vlp.data.members import IMAGE_FORMATS
-from vlp.data.picture_limits import BadImage, CountedBytes
+from vlp.data.picture_limits import BadImage as BadImage  # for those who open pictures
+from vlp.data.picture_limits import CountedBytes
 from vlp.types import ON_WHITE, Decoding
 
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for negatives
@@ -222,10 +223,11 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _refuse_costly(image: Image.Image, data: bytes) -> None:
+def _refuse_costly(image: ImageFile.ImageFile, data: bytes) -> None:
     """Raise BadImage for a picture, opened by Pillow, that needs too much time or memory."""
     height, width, n_bytes = image.height, image.width, len(data)
     if not data.startswith(_JPEG):
+        assert image.format is not None  # every reader of Pillow's has a name
         limits.refuse_giant(height, width, image.format)
         codec = image.tile[0].codec_name if image.tile else ""
         compression = image.info.get("compression", "")

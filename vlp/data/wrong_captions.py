@@ -89,8 +89,7 @@ def problems(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
 def _numbered(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
     """The captions as the JSON numbers them: there may be blank ones, and more than are used."""
     written = meta.get("captions")
-    all_texts = isinstance(written, list) and all(isinstance(caption, str) for caption in written)
-    if not all_texts:
+    if not isinstance(written, list) or not all(isinstance(caption, str) for caption in written):
         written = Choice().captions(meta, "") or captions
     return [caption.strip() for caption in written]
 

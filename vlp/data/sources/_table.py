@@ -12,20 +12,19 @@ import numpy as np
 from vlp.data.captions import TEXT_FILE, Choice
 from vlp.data.rows import CONTINUES, ROW, Shard
 
-ROW_COLUMNS = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("length", "<u4"),
-        ("form", "<u4"),
-        ("digest", "<u4"),
-        ("negatives", "u1"),
-        ("counterfactuals", "u1"),
-        ("flags", "<u2"),
-    ]
-)
+_FIELDS = [
+    ("offset", "<u8"),
+    ("length", "<u4"),
+    ("form", "<u4"),
+    ("digest", "<u4"),
+    ("negatives", "u1"),
+    ("counterfactuals", "u1"),
+    ("flags", "<u2"),
+]
+ROW_COLUMNS = np.dtype(_FIELDS)
 assert ROW_COLUMNS.itemsize == ROW.size
 # A row without its digest: what runs compare since before there were digests (`fingerprint`).
-_COMPARED = np.dtype([(name, ROW_COLUMNS[name]) for name in ROW_COLUMNS.names if name != "digest"])
+_COMPARED = [field for field in _FIELDS if field[0] != "digest"]
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ def fingerprint(table: Table, shards: Sequence[Shard], choice: Choice) -> str:
 
     The content of the shards is compared beside it, with their names (`Source.contents`).
     """
-    compared = np.zeros(len(table.rows), _COMPARED)
-    for name in _COMPARED.names:
+    compared = np.zeros(len(table.rows), np.dtype(_COMPARED))
+    for name, _ in _COMPARED:
         if name != "form":  # its number depends on what else the shard holds
             compared[name] = table.rows[name]
 

@@ -252,7 +252,7 @@ class Shards(Source):
         places = [(offset, length)]
         if flags & SCATTERED:
             assert self._extents is not None  # some sample of these shards is scattered
-            places = extents(self._extents.numpy(), offset, length)
+            places = extents(self._extents.numpy().data, offset, length)
         # The digest tells a shard that changed since, and a damaged one.
         content = open_sample(b"".join(_read(path, *place) for place in places), digest)
 
