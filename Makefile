@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export VLP_DATA
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all docs lint clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ test: setup
 
 test-all: setup
 	python -m pytest
+
+# Strict: a broken link or an unreadable block fails. The pages: build/docs/index.html.
+docs: setup
+	python -m sphinx -W --keep-going -q -b html docs build/docs
 
 lint: setup
 	ruff check .

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from vlp import log
 from vlp.data.text import same_tokens
 from vlp.files import save_tensors, sync
-from vlp.models.dual_encoder import DualEncoder, from_description
-from vlp.models.dual_encoder import load as load_export
+from vlp.models.build import from_description
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.load import load as load_export
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.pretrained.runs import (

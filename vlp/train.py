@@ -31,8 +31,8 @@ from vlp.data import server
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.lifetime import Interrupted, Stopped, StopRequest
+from vlp.models.build import build as build_model
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.dual_encoder import build as build_model
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.reporter import Reporter

@@ -122,7 +122,7 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
     import torch
 
     from vlp import config, engines, losses, plugin, schema
-    from vlp.models.dual_encoder import build
+    from vlp.models.build import build
     from vlp.step import Training, train_step
     from vlp.types import Batch
 

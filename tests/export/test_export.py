@@ -25,7 +25,7 @@ from vlp.export import clip_form, forms
 from vlp.export.folder import export, export_run, export_stages
 from vlp.export.pixels import sample_picture
 from vlp.export.place import ExportError
-from vlp.models.dual_encoder import load
+from vlp.models.load import load
 
 TOLERANCE = 1e-5  # of the issue: largest difference of a coordinate on the same pixels
 RESNET = {"name": "timm", "model": "test_resnet", "image_size": 64}

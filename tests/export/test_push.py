@@ -170,7 +170,8 @@ import torch
 kept, form = sys.argv[1:]
 data = torch.load(kept)
 from vlp import config, schema
-from vlp.models.dual_encoder import build, load
+from vlp.models.build import build
+from vlp.models.load import load
 from vlp.eval import models
 import huggingface_hub, open_clip
 from transformers import AutoModel, AutoProcessor

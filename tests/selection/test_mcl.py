@@ -25,7 +25,7 @@ from vlp.eval.models import load as load_encoder
 from vlp.export.folder import export, export_run, export_stages
 from vlp.export.push import push
 from vlp.models import stages
-from vlp.models.dual_encoder import load as load_model
+from vlp.models.load import load as load_model
 from vlp.train import train
 
 B = 16
@@ -359,7 +359,7 @@ def test_more_clusters_than_samples(source, scenes, tmp_path, capsys):
 
 LOADED = """
 import json, torch
-from vlp.models.dual_encoder import load
+from vlp.models.load import load
 model = load("hf-hub:someone/joined").eval()
 pixels, ids = model.members[0].example(2)
 with torch.no_grad():

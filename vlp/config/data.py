@@ -120,8 +120,13 @@ class Captions:
     missing: Literal["error", "drop"] = "error"
     # a text file of several lines is one caption, or each of its lines is one
     lines: Literal["one", "each"] = "one"
+    # K': captions of a sample that a batch carries besides its text, where a term reads `captions`
+    carried: int = 8
 
     def __post_init__(self) -> None:
+        if self.carried < 2:
+            raise ValueError(f"carried is {self.carried}; expected at least 2 captions of a sample")
+
         bad = [t for t in self.class_templates if t.count("{}") != 1]
         if bad:
             raise ValueError(f"templates need exactly one {{}} for the class name: {bad}")

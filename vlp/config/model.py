@@ -48,7 +48,7 @@ class Heads:
     # projection of further views (data.views): image_views, text_views
     views: ViewHead | None = None
     concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
-    captions: Captioner | None = None  # a text decoder: caption_logits
+    captions: Captioner | None = None  # a text decoder: caption_nll
 
     def __post_init__(self) -> None:
         if self.concepts < 0:

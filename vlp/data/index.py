@@ -24,13 +24,14 @@ from typing import Any
 from vlp import log
 from vlp.data.digests import UNKNOWN
 from vlp.data.paths import unreadable
-from vlp.data.rows import EXTENT, ROW, Shard
+from vlp.data.rows import EXTENT, FURTHER_LABELS, ROW, Shard
 from vlp.data.scan import scan
 from vlp.files import write_atomically
 
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
-_MAGIC = _FAMILY + b"5\n"
+# An index that does not know a label would say that no sample has it.
+_MAGIC = _FAMILY + " ".join(["5", *FURTHER_LABELS]).encode() + b"\n"
 _BEFORE = (_FAMILY + b"3\n", _FAMILY + b"4\n")  # without digests
 _ROW_BEFORE = struct.Struct("<QIIBBH")  # as ROW, without the digest
 _SUM_BYTES = 32
@@ -110,16 +111,18 @@ def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
 
     `undigested`: also of the versions before, whose samples have no digests and are not checked.
     """
-    without = undigested and data.startswith(_BEFORE)
-    if not data.startswith(_MAGIC) and not without:
+    magics = (_MAGIC, *_BEFORE) if undigested else (_MAGIC,)
+    magic = next((magic for magic in magics if data.startswith(magic)), None)
+    if magic is None:
         if data.startswith(_FAMILY):
             raise OldIndex("another version")
         raise ValueError("it starts with other bytes")
 
+    without = magic in _BEFORE
     row_bytes = _ROW_BEFORE.size if without else ROW.size
     # A damaged row would lead to the bytes of other samples.
-    start = len(_MAGIC) + _SUM_BYTES
-    if hashlib.sha256(data[start:]).digest() != data[len(_MAGIC) : start]:
+    start = len(magic) + _SUM_BYTES
+    if hashlib.sha256(data[start:]).digest() != data[len(magic) : start]:
         raise ValueError("its check sum is that of other bytes")
 
     position = start + 8

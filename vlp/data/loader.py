@@ -18,9 +18,10 @@ from typing import Any
 from vlp import dist, log
 from vlp.config import Data
 from vlp.data.mix import Mixture
+from vlp.data.offered import optional_fields, read_fields
 from vlp.data.processes import Feed, check_shared_memory
 from vlp.data.sources import Source
-from vlp.data.steps import DataError, Report, Steps, optional_fields, read_fields
+from vlp.data.steps import DataError, Report, Steps
 from vlp.schema import plain
 from vlp.types import Batch, ImageSpec, TextSpec
 
@@ -84,7 +85,7 @@ class Loader:
             raise ValueError(_too_few(self._mixture, batch, data.together))
 
         # What a batch carries.
-        self.widths = optional_fields(self.sources, data)
+        self.widths = optional_fields(self.sources, data, reads)
         self.carries = frozenset(self.widths)
         # Of teacher_image and teacher_text; None where they are not carried.
         self.teacher_scale = _teacher_scale(self.sources)

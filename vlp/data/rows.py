@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from vlp.data.captions import Form
 from vlp.data.members import Content, open_sample
+from vlp.fields import JSON_LABELS
 
 # Offset and bytes of the sample's members, number of its form, digest of its members, the most
 # negatives and the most counterfactuals that belong to one of its captions, flags.
@@ -17,10 +18,14 @@ ROW = struct.Struct("<QIIIBBH")
 EXTENT = struct.Struct("<QI")
 
 CLASS = 1  # flag: the sample's JSON names its class
-LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}  # flags: numbers that terms read
 PICTURED = 4  # flag: it has an image of its first negative
 CONTINUES = 8  # flag: its origin is that of the sample before it
 SCATTERED = 64  # flag: offset is the number of its first extent, of as many as have its bytes
+# Flags: numbers of the sample's JSON that terms read (vlp.fields). The first three have the bits
+# that they always had; further ones follow in the table's order.
+_FIRST_LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}
+FURTHER_LABELS = [name for name in JSON_LABELS if name not in _FIRST_LABELS]
+LABELS = _FIRST_LABELS | {name: 128 << i for i, name in enumerate(FURTHER_LABELS)}
 
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
 _KINDS = 40  # different kinds of what was left out; further ones are counted together
@@ -105,13 +110,14 @@ def said(left_out: Mapping[str, int]) -> str:
 
 
 def labels_of(meta: dict[str, Any]) -> Set[str]:
-    """Which of LABELS a sample's JSON holds: "score" is a number, the others are lists of numbers.
+    """Which of LABELS a sample's JSON holds: numbers [b] of a batch as a number, others as lists.
 
     A list may be empty only as the scores of no negatives.
     """
     labels = set()
     for name in LABELS.keys() & meta.keys():
-        values = [meta[name]] if name == "score" else meta[name]
+        is_number = JSON_LABELS[name].batch_shape == "b"
+        values = [meta[name]] if is_number else meta[name]
         if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
             continue
 

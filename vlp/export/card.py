@@ -220,7 +220,7 @@ print(model.similarity(image, text))
 
 def _vlp_block(name: str) -> str:
     return f"""```python
-from vlp.models.dual_encoder import load
+from vlp.models.load import load
 
 model = load("local-dir:{name}").eval()
 ```"""

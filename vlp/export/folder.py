@@ -27,8 +27,9 @@ from vlp.export.card import render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import appearing, write_json
 from vlp.locks import held
-from vlp.models import stages
-from vlp.models.dual_encoder import DualEncoder, from_description
+from vlp.models.build import from_description
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.load import load_stages
 from vlp.pretrained import references, weight_files
 
 _BUSY = "Wait until it is done, or name another folder"
@@ -154,7 +155,7 @@ def export_stages(
         for run, name in zip(runs, names):
             export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
         write_json(folder / references.STAGES, {"members": names})
-        card = render_stages(stages.load(folder), to.name, names, license)
+        card = render_stages(load_stages(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return [

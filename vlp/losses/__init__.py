@@ -15,9 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
+from vlp.fields import supplier
 from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
-from vlp.losses._objective import Objective, reads, supplier
+from vlp.losses._objective import Objective, reads
 from vlp.pairwise import Backend, Topology
 
 __all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "supplier"]

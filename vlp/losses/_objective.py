@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from vlp import dist
+from vlp.fields import supplier
 from vlp.losses._boundary import evaluated
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
@@ -35,40 +36,7 @@ from vlp.schema import did_you_mean
 ALWAYS = frozenset({"image", "text", "scale"})
 Moves = dict[str, dict[str, "Tensor | Write"]]  # label of a term: its new state
 
-INSTEAD = {"caption_logits": "caption_nll"}  # keywords that another one can stand for
-
-_EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
-_QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
-_TEACHER = (
-    "a teacher model (teacher.model) or its stored embeddings (vlp data embed, and the source's "
-    "`embeddings`)"
-)
-# Keywords that not every model and data set has, and what supplies them: in `vlp train`, what is in
-# parentheses.
-SUPPLIERS = {
-    "bias": "a model with a logit bias (model.bias; SigLIP -10)",
-    "negatives": "shards with hard captions (vlp data negatives)",
-    "negative_image": "shards with an image of a hard caption "
-    "(vlp data negatives --from FILE.jsonl)",
-    "counterfactual": "shards with counterfactual captions (vlp data counting)",
-    "score": "shards with a relevance of each pair (the JSON's `score`)",
-    "sample_id": "the loader: a stable number of each sample",
-    "ema_image": _EMA,
-    "ema_text": _EMA,
-    "ema_negatives": _EMA,
-    "queue_image": _QUEUE,
-    "queue_text": _QUEUE,
-    "teacher_image": _TEACHER,
-    "teacher_text": _TEACHER,
-    "teacher_scale": _TEACHER,
-    "teacher_scores": "a teacher's scores of the hard captions (the JSON's `negative_scores`)",
-    "image_views": "further augmentations of each image (data.views and model.heads.views)",
-    "text_views": "further augmentations of each caption (data.views and model.heads.views)",
-    "caption_logits": "a text decoder (model.heads.captions)",
-    "caption_ids": "a text decoder (model.heads.captions)",
-    "concept_logits": "an auxiliary head on the image tower (model.heads.concepts)",
-    "concept_targets": "a teacher's concepts of each image (the JSON's `concepts`)",
-}
+INSTEAD = {"caption_nll": "caption_logits"}  # keywords that another one can stand for
 
 
 class Objective:
@@ -314,11 +282,6 @@ def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
 def _needs(plugin: Plugin) -> frozenset[str]:
     module = plugin.module
     return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
-
-
-def supplier(name: str) -> str:
-    """What a keyword comes from, in words; empty for those that every call has."""
-    return SUPPLIERS.get(name.removesuffix("_valid"), "")
 
 
 def _from(name: str) -> str:

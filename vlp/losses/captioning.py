@@ -2,9 +2,9 @@
 
     L = −mean over tokens (i, l) that are no padding of log softmax(logits[i, l])[ids[i, l]]
 
-logits: [b, L, Z] `caption_logits` of the decoder, already shifted, so that position l predicts the
-token `caption_ids`[:, l]; `caption_nll` [b, L], −log p of each token, stands for logits that are Z
-times larger. The mean runs over the tokens of all ranks, so a long caption weighs more.
+`caption_nll`: [b, L], −log p of each token `caption_ids`[:, l]; or, Z times larger, the logits
+themselves: [b, L, Z] `caption_logits` of the decoder, already shifted, so that position l predicts
+the token `caption_ids`[:, l]. The mean runs over the tokens of all ranks, so a long caption weighs more.
 
 Relations:
 - a sample term: rows of a batch do not meet
@@ -12,7 +12,7 @@ Relations:
 Papers:
 - CoCa (arXiv 2205.01917): `objective: {infonce: {}, captioning: {weight: 2}}`
 
-Needs: caption_logits, caption_ids
+Needs: caption_nll, caption_ids
 
 Cost: the decoder's own, O(b·L·Z) memory for its logits
 
@@ -31,8 +31,8 @@ from vlp.losses._inputs import HALF, Inputs
 from vlp.losses._softmax import negative_log_probability
 from vlp.pairwise import Pairs
 
-NEEDS = frozenset({"caption_logits", "caption_ids"})
-OPTIONAL = frozenset({"caption_nll"})
+NEEDS = frozenset({"caption_nll", "caption_ids"})
+OPTIONAL = frozenset({"caption_logits"})  # instead of caption_nll
 
 
 @dataclass(frozen=True)
