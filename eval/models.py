@@ -133,7 +133,7 @@ def from_model(
     back.
     """
     from vlp.data import text as tokenizers
-    from vlp.data.decode import evaluate
+    from vlp.data.decode import eval_transform
 
     device = torch.device(device) if device is not None else next(model.parameters()).device
     if keep:
@@ -148,7 +148,7 @@ def from_model(
     return Encoder(
         name=name,
         pretrained="",
-        prepare=lambda picture: evaluate(picture, model.image_spec),
+        prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
         text=lambda texts: model(text=tokenizer(texts).to(device)).text,
         scale=scale,

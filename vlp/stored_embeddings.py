@@ -103,7 +103,7 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
     for number in numbers[::4] + stand_ins:
         try:
             sample = source[number]
-            picture = decode.evaluate(sample.image, spec)
+            picture = decode.eval_transform(sample.image, spec)
         except (OSError, ValueError):
             continue  # the loader counts and names it
 

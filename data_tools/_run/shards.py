@@ -50,9 +50,11 @@ class Change(Protocol):
 
 def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
     """All usable samples of a shard, in order; the others are counted."""
+    # Scanned anew: an index may be out of date, and what a tool writes is there to stay.
     shard = scan(path)
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
+
     with open(path, "rb") as file:
         for i in range(shard.count):
             counts["samples read"] += 1
@@ -69,9 +71,9 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     cls = meta.get("cls")
     if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
-    negative = (
-        (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
-    )
+    negative = None
+    if sample.negative_image:
+        negative = (sample.negative_image, sample.negative_image_type)
     writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)
 
 
@@ -84,30 +86,34 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     # Sources are compared by name and size, so that a data set may move between two calls.
     sizes = [[path.name, path.stat().st_size] for path in sources]
     claimed = {"settings": without_secrets(settings), "sources": sizes}
-    claimed = json.loads(json.dumps(claimed))
+    claimed = json.loads(json.dumps(claimed))  # as it will be read back
+
     note = folder / f"_{tool}.json"
-    held = any(
-        folder.glob("*.tar")
-    )  # looked up before the note: another machine writes the note first
+    # Looked up before the note: another machine writes the note first.
+    holds_shards = any(folder.glob("*.tar"))
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
         if before != claimed:
-            old, new = ({**c["settings"], "sources": c["sources"]} for c in (before, claimed))
-            changed = [
-                f"{k}: {old.get(k)!r} then, {new.get(k)!r} now"
-                for k in {**old, **new}
-                if old.get(k) != new.get(k)
-            ]
             raise ValueError(
-                f"{folder} was made from other input or settings ({'; '.join(changed)[:600]}); name another folder"
+                f"{folder} was made from other input or settings "
+                f"({_differences(before, claimed)[:600]}); name another folder"
             )
         return
-    if held:
+
+    if holds_shards:
         raise FileExistsError(
-            f"{folder} already holds shards that `vlp data {tool}` did not make; name another folder"
+            f"{folder} already holds shards that `vlp data {tool}` did not make; "
+            "name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps(claimed, indent=1).encode())
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How two claims differ, in words."""
+    old, new = ({**claim["settings"], "sources": claim["sources"]} for claim in (before, now))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names)
 
 
 def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
@@ -124,20 +130,21 @@ def transform(
     """Write this crew's source shards, changed, into the claimed `folder`; returns what `carry_out`
     returns.
     """
-    results = carry_out(
-        tool, jobs(sources, folder, tool), partial(_one, folder=folder, change=change), crew
-    )
+    write = partial(_one, folder=folder, change=change)
+    results = carry_out(tool, jobs(sources, folder, tool), write, crew)
+
+    # Whoever finishes last indexes the folder; None is a shard of another machine.
     if None not in results:
         index(sorted(folder.glob("*.tar")))
     return results
 
 
 def _one(job: tuple[int, Path], *, folder: Path, change: Change) -> Result:
+    """Write the output shard of one input shard."""
     number, path = job
     counts: Counter[str] = Counter()
-    with ShardWriter(
-        folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False
-    ) as writer:
+    writer = ShardWriter(folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False)
+    with writer:
         for changed in change(samples(path, counts), number, counts):
             put(writer, changed, changed.sample.key)
             counts["samples written"] += 1

@@ -146,11 +146,12 @@ class Place(NamedTuple):
 
     path: str
     extents: list[tuple[int, int]]  # offset and bytes of its members
+    digest: int  # of them
 
 
 def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
     with open(place.path, "rb") as file:
-        other = open_sample(read_extents(file, place.extents))
+        other = open_sample(read_extents(file, place.extents), place.digest)
     settle(other, counts)
     fits = merge(sample, other, counts)
     counts[
@@ -165,5 +166,7 @@ def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dic
     result: dict[int, list[Place]] = {}
     for path, shard, others in zip(sources, index(sources), copy_of):
         for i in np.flatnonzero(others >= n_fixed).tolist():
-            result.setdefault(int(others[i]), []).append(Place(str(path), shard.places(i)))
+            result.setdefault(int(others[i]), []).append(
+                Place(str(path), shard.places(i), shard.digest(i))
+            )
     return result

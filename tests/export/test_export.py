@@ -337,7 +337,7 @@ def test_the_cards_code_shows_every_library_what_training_saw(
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code_of(card), names)
-    seen = decode.evaluate((tmp_path / "photo.jpg").read_bytes(), model.image_spec)
+    seen = decode.eval_transform((tmp_path / "photo.jpg").read_bytes(), model.image_spec)
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")
     assert torch.equal(shown(preprocess(names["image"])).round().to(torch.uint8), seen)
     theirs = AutoProcessor.from_pretrained(tmp_path / "out")(
@@ -358,7 +358,7 @@ def test_other_libraries_do_with_pictures_what_the_card_says(exported, tmp_path)
     assert stored.size == upright.size[::-1] and stored.mode == "RGBA"
 
     def pixels(image):
-        return decode.evaluate(image, spec)
+        return decode.eval_transform(image, spec)
 
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{exported}")
     hidden = shown(preprocess(stored))  # resized with alpha, which is dropped then
@@ -371,7 +371,7 @@ def test_other_libraries_do_with_pictures_what_the_card_says(exported, tmp_path)
     theirs = shown(processor(images=stored, return_tensors="pt").pixel_values[0])
     assert (theirs - pixels(stored)).abs().max() <= forms.LEVELS
     assert torch.equal(pixels(load_image(str(path))), pixels(upright.convert("RGB")))
-    seen = decode.evaluate(path.read_bytes(), spec)
+    seen = decode.eval_transform(path.read_bytes(), spec)
     assert torch.equal(seen, pixels(upright))
     for wrong in (stored, stored.convert("RGB"), upright.convert("RGB")):
         assert (pixels(wrong).int() - seen.int()).abs().max() > 60

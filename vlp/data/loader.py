@@ -97,6 +97,7 @@ class Loader:
         self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields, pixels)
         self._workers = data.workers
         self._identity = _identity(self._mixture, data, batch, seed)
+        self._content = [source.contents() for source in self._mixture.sources]
 
         # Where the run stands, and what was lost on the way.
         self._position = self._start = 0
@@ -180,25 +181,30 @@ class Loader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step and what the sequence depends on; JSON-able, a few hundred bytes, the same
-        on all ranks.
+        """The next step and what the sequence depends on; JSON-able, the same on all ranks.
+
+        A few hundred bytes, and eight letters a shard.
         """
-        return {"step": self._position, **self._identity}
+        content = ["".join(contents.digests) for contents in self._content]
+        return {"step": self._position, **self._identity, "content": content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the state's step, on any number of ranks and workers; DataError where the
         sequence would differ.
         """
-        saved = {name: value for name, value in state.items() if name != "step"}
+        saved = {name: value for name, value in state.items() if name not in ("step", "content")}
         differences = [
             f"{name} was {saved.get(name)!r}, is {self._identity.get(name)!r}"
             for name in self._identity | saved
             if saved.get(name) != self._identity.get(name)
         ]
+        # A checkpoint from before there were digests says nothing of the content.
+        for contents, digests in zip(self._content, state.get("content", [])):
+            differences += contents.differing(digests)
         if differences:
             raise DataError(
                 f"the run cannot continue on this data: {'; '.join(differences)}; "
-                "restore it or start a new run"
+                "restore it, or start a new run with init_from=CHECKPOINT"
             )
 
         # Batches made ahead are those of the old position.

@@ -178,7 +178,7 @@ class Steps(Dataset):
         augment, views = self.data.augment, self.data.views
 
         if views is None:
-            out["image"].copy_(decode.train(stored, spec, augment, row.chance("pixels")))
+            out["image"].copy_(decode.train_transform(stored, spec, augment, row.chance("pixels")))
         else:
             # Decoded once for all views, so at full size.
             picture = decode.decode(stored, spec.decoding)
@@ -192,7 +192,7 @@ class Steps(Dataset):
         if "negative_image" in out:
             out["negative_image"].zero_()
             if negative := row.negative_image():
-                picture = decode.train(negative, spec, augment, row.chance("negative"))
+                picture = decode.train_transform(negative, spec, augment, row.chance("negative"))
                 out["negative_image"].copy_(picture)
 
     def _numbers(self, rows: list[Row]) -> dict[str, Tensor]:

@@ -53,4 +53,4 @@ def levels_apart(spec: ImageSpec, prepare: Callable[[Image.Image], Tensor]) -> f
 
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     levels = (normalised.cpu() * std + mean) * 255
-    return (levels - decode.evaluate(picture, spec)).abs().max().item()
+    return (levels - decode.eval_transform(picture, spec)).abs().max().item()
