@@ -292,3 +292,24 @@ def test_every_kind_of_tar_header_is_understood(tmp_path, layout):
 def test_real_tars_are_understood(tmp_path):
     shard = index_module.scan(REAL / "coco_open.tar")
     assert (shard.count, shard.n_problems) == (111, 0)
+
+
+def test_a_copy_with_its_times_is_compared_and_not_read_again(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", 120, 60)
+    paths = sorted(shards.glob("*.tar"))
+    known = index(paths)
+    for path in paths:
+        path.chmod(0o600)  # the inode's time of change is another, as after `cp -a`
+    scanned = []
+    scan = index_module.scan
+    monkeypatch.setattr(index_module, "scan", lambda path: scanned.append(path.name) or scan(path))
+
+    assert [shard.rows for shard in index(paths)] == [shard.rows for shard in known]
+    assert scanned == []
+
+    # Every caption of the second is another one, at equal size and time of modification.
+    status = paths[1].stat()
+    paths[1].write_bytes(paths[1].read_bytes().replace(b"caption", b"sentenc"))
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    index(paths)
+    assert scanned == [paths[1].name]

@@ -5,11 +5,13 @@ One file, `_index.bin`, lies beside the shards (or in the cache where the folder
 a check sum, a JSON header naming each shard with its size, times of change, number of samples and
 what was left out, then 24 bytes a sample (`vlp.data.rows`).
 
-A shard whose size or times differ from the header's, or that is not named there, is scanned again:
-it is read once, whole, because every sample gets a digest. So foreign shards need no preparation,
-and an index can be deleted at any time; one of an older version is made anew. Of the two times the
-inode's (ctime) is the one that cannot be set back: content that was replaced in place, with equal
-size and time of modification, is noticed. The price is one reading after a copy or a `chmod`.
+A shard whose size or time of modification differs from the header's, or that is not named there,
+is scanned again: it is read once, whole, because every sample gets a digest. So foreign shards need
+no preparation, and an index can be deleted at any time; one of an older version is made anew.
+
+Where only the inode's time (ctime) differs, which no tool can set back, the tar was copied with its
+times, or replaced in place: some of its samples are compared with their digests, and where one
+differs the whole is scanned again. A change that this misses is met when the sample is read.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ _MAGIC = _FAMILY + " ".join(["5", *FURTHER_LABELS]).encode() + b"\n"
 _BEFORE = (_FAMILY + b"3\n", _FAMILY + b"4\n")  # without digests
 _ROW_BEFORE = struct.Struct("<QIIBBH")  # as ROW, without the digest
 _SUM_BYTES = 32
+_N_COMPARED = 16  # samples of a tar whose inode changed
 
 
 def index(paths: list[Path]) -> list[Shard]:
@@ -57,8 +60,11 @@ def index(paths: list[Path]) -> list[Shard]:
 
             # Of a thousand shards one may be new: only that one is read.
             shard = known[folder].get(path.name)
-            if shard is None or not _is_current(shard, status):
+            if shard is None or not _is_current(shard, path, status):
                 shard = known[folder][path.name] = scan(path)
+                changed.add(folder)
+            elif shard.ctime_ns != status.st_ctime_ns:
+                shard.ctime_ns = status.st_ctime_ns
                 changed.add(folder)
             shards.append(shard)
     finally:  # where one cannot be read, the others are known the next time
@@ -67,10 +73,21 @@ def index(paths: list[Path]) -> list[Shard]:
     return shards
 
 
-def _is_current(shard: Shard, status: os.stat_result) -> bool:
-    """Whether a tar is as it was when it was indexed, as far as its inode tells."""
-    indexed = (shard.size, shard.mtime_ns, shard.ctime_ns)
-    return indexed == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+def _is_current(shard: Shard, path: Path, status: os.stat_result) -> bool:
+    """Whether a tar is as it was when it was indexed, as far as can be told without reading it."""
+    if (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
+        return False
+    if shard.ctime_ns == status.st_ctime_ns:
+        return True
+
+    step = max(1, shard.count // _N_COMPARED)
+    try:
+        with path.open("rb") as file:
+            for i in range(0, shard.count, step):
+                shard.sample(file, i)
+    except (OSError, ValueError):
+        return False
+    return shard.count > 0
 
 
 def cache_folder() -> Path:
