@@ -31,6 +31,7 @@ from vlp.types import ON_WHITE, Decoding
 
 if TYPE_CHECKING:
     from vlp.models.dual_encoder import DualEncoder
+    from vlp.models.stages import Stages
 
 
 class ModelError(ValueError):
@@ -120,7 +121,7 @@ def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encod
 
 
 def from_model(
-    model: DualEncoder,
+    model: DualEncoder | Stages,
     name: str = "vlp",
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,

@@ -38,6 +38,7 @@ from vlp.files import save_tensors, sync
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
+from vlp.models.stages import Stages
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.pretrained.runs import (
@@ -226,7 +227,7 @@ def load_model(ref: str | Path) -> DualEncoder:
     return model.eval()
 
 
-def load_any(ref: str | Path | Reference, like: DualEncoder | None = None) -> DualEncoder:
+def load_any(ref: str | Path | Reference, like: DualEncoder | None = None) -> DualEncoder | Stages:
     """The model behind any reference (vlp.pretrained.references), on the CPU; ValueError or
     CheckpointError says what is there.
 

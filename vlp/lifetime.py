@@ -120,8 +120,9 @@ def give_way() -> None:
 
 @contextmanager
 def cut_short() -> Iterator[None]:
-    """Around work that may wait for ever, such as a read from a dead mount, and can be made again: a
-    signal that asks to stop ends it at once, and the block is left without an error.
+    """Around work that may wait for ever, such as a read from a dead mount, and can be made again.
+
+    A signal that asks to stop ends it at once, and the block is left without an error.
 
     Python goes on with an interrupted system call unless the signal's handler raises.
     """

@@ -17,8 +17,10 @@ from torch.nn.functional import cosine_similarity
 from vlp import checkpoint, dist, log
 from vlp.data import decode
 from vlp.data import text as tokenizers
+from vlp.data.embedded import Embeddings
 from vlp.data.sources import Source
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.stages import Stages
 from vlp.types import ImageSpec, Sample
 
 N_SAMPLES = 8  # of each source
@@ -39,7 +41,7 @@ def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> No
         try:
             for source in sources:
                 if source.embeddings is not None:
-                    _check(source, model, precomputed)
+                    _check(source, source.embeddings, model, precomputed)
         except ValueError as error:
             problem = str(error)
 
@@ -49,8 +51,8 @@ def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> No
         raise ValueError(problem)
 
 
-def _check(source: Source, model: DualEncoder, precomputed: bool) -> None:
-    folder, name = source.embeddings.folder, source.embeddings.teacher.model
+def _check(source: Source, embeddings: Embeddings, model: DualEncoder, precomputed: bool) -> None:
+    folder, name = embeddings.folder, embeddings.teacher.model
     judge = model if precomputed else _teacher(name, folder)
     if judge is None:  # said already
         return
@@ -62,17 +64,18 @@ def _check(source: Source, model: DualEncoder, precomputed: bool) -> None:
 
     whose = "this run's image tower" if precomputed else name
     _compare("image", _embedded(judge, image=pixels), _stored(samples, 0), folder, whose)
-    if not precomputed and source.embeddings.with_text:
+    if not precomputed and embeddings.with_text:
         tokens = tokenizers.build(judge.text_spec)([sample.captions[0] for sample in samples])
         _compare("text", _embedded(judge, text=tokens), _stored(samples, 1), folder, whose)
 
 
 def _stored(samples: list[Sample], side: int) -> Tensor:
     """The stored embeddings of images (side 0) or first captions (1), [n, D]."""
-    return torch.from_numpy(np.stack([sample.embeddings[side] for sample in samples])).float()
+    rows = [sample.embeddings[side] for sample in samples if sample.embeddings is not None]
+    return torch.from_numpy(np.stack(rows)).float()
 
 
-def _teacher(name: str, folder: str) -> nn.Module | None:
+def _teacher(name: str, folder: str) -> DualEncoder | Stages | None:
     """The model that made the embeddings, where it lies on this machine."""
     if not Path(name.removeprefix("local-dir:")).expanduser().exists():
         log.say(f"{folder}: not compared with {name}, which is not on this machine")

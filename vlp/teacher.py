@@ -24,6 +24,7 @@ from vlp.engines import Engine
 from vlp.fields import FIELDS
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.embedding import embed
+from vlp.models.stages import Stages
 from vlp.types import Batch
 
 EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"  # prefixes of what each gives
@@ -114,7 +115,7 @@ class Teacher:
             finite = keys.isfinite().all(1, keepdim=True)
             queue[places] = torch.where(finite, keys, queue[places])
 
-        if self.average is not None:
+        if self.average is not None and self.decay is not None:
             self.engine.follow(self.average, self.decay)
 
     def state(self) -> dict[str, Tensor]:
@@ -125,7 +126,9 @@ class Teacher:
         return {EMA + name: value for name, value in average.items()} | queue
 
 
-def frozen(reference: str, student: DualEncoder, key: str = "teacher.model") -> DualEncoder:
+def frozen(
+    reference: str, student: DualEncoder, key: str = "teacher.model"
+) -> DualEncoder | Stages:
     """The model behind `reference`, set at `key`; ValueError if it cannot read the student's pixels
     and tokens.
     """

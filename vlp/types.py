@@ -51,7 +51,8 @@ class Batch(Carried):
     """
 
     sample_id: Tensor = label("b", "int64", required=True)  # noqa: RUF009
-    key: list[str]  # [b], the webdataset keys
+    # [b], the webdataset keys; the optional fields before it are keyword-only
+    key: list[str]  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self.key)
@@ -88,8 +89,9 @@ class Batch(Carried):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same names with every tensor changed."""
-        tensors = {name: getattr(self, name) for name in self.carries() - {"key"}}
-        return replace(self, **{name: change(value) for name, value in tensors.items()})
+        names = self.carries() - {"key"}
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,11 @@ def optional_fields(
     widths |= row_numbers.offered(sources, widths)
 
     # A teacher's embeddings, where every source has them.
-    if all(source.embeddings for source in sources):
-        width = sources[0].embeddings.teacher.width
+    stored = [source.embeddings for source in sources if source.embeddings is not None]
+    if len(stored) == len(sources):
+        width = stored[0].teacher.width
         widths["teacher_image"] = width
-        if all(source.embeddings.with_text for source in sources):
+        if all(embeddings.with_text for embeddings in stored):
             widths["teacher_text"] = width
     return widths
 

@@ -100,6 +100,7 @@ def n_views(sources: list[Source], data: Data) -> int:
 
 def text_views(row: Row, data: Data, width: int) -> Texts:
     """The row's caption in other words."""
+    assert data.views is not None, "`n_views` is 0 without"
     changes = data.views.text
     texts = [vary(row.caption, changes, row.chance("wording", v)) for v in range(width)]
     return Texts(texts, [True] * width)

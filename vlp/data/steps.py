@@ -204,7 +204,8 @@ class Steps(Dataset):
                 result[name] = torch.tensor(values, dtype=torch.float32)
             elif name in _STORED:
                 side = _STORED.index(name)
-                stored = np.stack([row.sample.embeddings[side] for row in rows])
+                beside = [row.sample.embeddings for row in rows]
+                stored = np.stack([pair[side] for pair in beside if pair is not None])
                 result[name] = torch.from_numpy(stored.astype(np.float32))
         return result
 
@@ -250,4 +251,5 @@ def _new_pixels(shape: tuple[int, ...]) -> Tensor:
 
     # As torch's own collate function does.
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return flat.view(shape)

@@ -25,7 +25,7 @@ import yaml
 from vlp import checkpoint
 from vlp.export.card import render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
-from vlp.export.place import appearing, write_json
+from vlp.export.place import ExportError, appearing, write_json
 from vlp.files import naming
 from vlp.locks import held
 from vlp.models.build import from_description
@@ -110,7 +110,10 @@ def export_run(
     """
     reference = references.resolve(run)
     if reference.kind != "run":
-        model, about = checkpoint.load_any(reference), {}
+        loaded, about = checkpoint.load_any(reference), {}
+        if not isinstance(loaded, DualEncoder):
+            raise ExportError(f"{run} holds several models as one already; copy the folder")
+        model = loaded
     else:
         path = checkpoint.resolve(reference.path)
         model, about = checkpoint.load_model(path), _record(path)

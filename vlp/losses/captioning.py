@@ -4,7 +4,8 @@
 
 `caption_nll`: [b, L], −log p of each token `caption_ids`[:, l]; or, Z times larger, the logits
 themselves: [b, L, Z] `caption_logits` of the decoder, already shifted, so that position l predicts
-the token `caption_ids`[:, l]. The mean runs over the tokens of all ranks, so a long caption weighs more.
+the token `caption_ids`[:, l]. The mean runs over the tokens of all ranks, so a long caption weighs
+more.
 
 Relations:
 - a sample term: rows of a batch do not meet

@@ -75,8 +75,8 @@ def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> I
         stated[name] = tuple(stated[name])
     if "decoding" in stated:
         stated["decoding"] = parse(Decoding, stated["decoding"], ("preprocess_cfg", "decoding"))
-    height_width = (size, size) if isinstance(size, int) else tuple(size)
-    return ImageSpec(size=height_width, **stated)
+    height, width = (size, size) if isinstance(size, int) else size
+    return ImageSpec(size=(height, width), **stated)
 
 
 # Fields of ImageSpec by open_clip's names; it passes over `decoding`, which is ours.

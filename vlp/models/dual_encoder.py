@@ -105,6 +105,7 @@ class DualEncoder(nn.Module):
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
         if pairs and self.heads.captions is not None:
+            assert image_tokens is not None and text_tokens is not None and text is not None
             outputs["caption_nll"] = self.heads.captions(
                 image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )

@@ -17,6 +17,9 @@ from vlp.types import ImageSpec
 class Pixels(nn.Module):
     """uint8 RGB → float32 (x/255 − mean) / std, as open_clip's transform computes it."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, spec: ImageSpec) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)

@@ -13,6 +13,7 @@ leave with export.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
@@ -44,7 +45,7 @@ class Views(nn.Module):
 class Captioner(nn.Module):
     """−log p of every next token, from a causal text tower's tokens with the image tower's."""
 
-    def __init__(self, visual: nn.Module, text: nn.Module, options: config.Captioner) -> None:
+    def __init__(self, visual: Any, text: Any, options: config.Captioner) -> None:
         super().__init__()
         causal = isinstance(text, TextTransformer) and text.attn_mask is not None
         if not isinstance(visual, VisionTransformer) or not causal:
@@ -103,6 +104,6 @@ class Heads(nn.Module):
         }
 
         # The head for views is there, but projects images alone.
-        if self.views is not None and not self.options.views.text:
+        if self.options.views is not None and not self.options.views.text:
             names.discard("text_views")
         return frozenset(names)

@@ -46,4 +46,5 @@ def load(
 def load_stages(folder: Path) -> Stages:
     """The model that `export` wrote to a folder, on the CPU."""
     described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
-    return Stages([load(folder / name) for name in described["members"]])
+    members = [load(folder / name) for name in described["members"]]
+    return Stages([member for member in members if isinstance(member, DualEncoder)])

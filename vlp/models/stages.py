@@ -36,7 +36,7 @@ class Stages(nn.Module):
                     f"{other.image_spec}, {other.text_spec}; train them alike"
                 )
 
-        self.members = nn.ModuleList(members)
+        self.members: Sequence[DualEncoder] = nn.ModuleList(members)  # type: ignore[assignment]
         self.image_spec, self.text_spec = first.image_spec, first.text_spec
         self.embed_dim = sum(member.embed_dim for member in members)
 
