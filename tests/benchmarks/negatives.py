@@ -81,9 +81,12 @@ def main() -> None:
         "Human captions that get hard negatives by rule",
         rows,
         args,
-        f"Share of {sizes} (distinct sentences) with at least one valid negative: not equal to a caption of its picture nor "
-        "likely true of it. Rules and word lists as shipped, no model. The command prints fifty for a person to judge: one "
-        "reader found one of them, the exchange of nouns in a compound (a computer laptop), to be no English, and none that was "
+        f"Share of {sizes} (distinct sentences) with at least one valid negative: not equal to a "
+        f"caption of its picture nor "
+        "likely true of it. Rules and word lists as shipped, no model. The command prints fifty "
+        "for a person to judge: one "
+        "reader found one of them, the exchange of nouns in a compound (a computer laptop), to be "
+        "no English, and none that was "
         "still true.",
     )
 
