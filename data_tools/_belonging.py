@@ -77,7 +77,8 @@ def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
     if other.negative_image and not sample.negative_image:
         parts.reverse()  # an image belongs to the first negative
 
-    meta, told = dict(sample.meta), Counter()
+    meta = dict(sample.meta)
+    told: Counter[str] = Counter()
     for name in LISTS:
         _write(meta, _joined(name, parts, captions, told))
     _write(meta, _joined_scores(parts, captions, told))

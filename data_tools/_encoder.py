@@ -6,17 +6,26 @@ import argparse
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlp.data.members import Content
     from vlp.eval.models import Encoder
+
+
+class HasImage(Protocol):
+    """What is needed of a sample: `Content` of a shard and `Sample` of a source have it."""
+
+    @property
+    def image(self) -> bytes: ...
+
+
+Pictured = TypeVar("Pictured", bound=HasImage)
 
 
 def arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -77,14 +86,15 @@ class Model:
         return _load(self.ref, self.device, self.bf16)
 
     def batches(
-        self, samples: Iterable[Content], counts: Counter[str]
-    ) -> Iterator[tuple[list[Content], Tensor]]:
+        self, samples: Iterable[Pictured], counts: Counter[str]
+    ) -> Iterator[tuple[list[Pictured], Tensor]]:
         """Batches of samples with their pictures' unit rows [n, D] float32; a picture that does not
         open is counted: zeros.
 
         Threads decode the next batch while the model computes; no more than two batches are held.
         """
-        samples, waiting = iter(samples), deque()
+        samples = iter(samples)
+        waiting: deque[tuple[list[Pictured], list[Future[Tensor | None]]]] = deque()
         # before the threads ask for it: functools.cache does not lock, so that each would load its
         # own
         self.encoder()
@@ -92,15 +102,17 @@ class Model:
             while batch := list(islice(samples, self.batch)):
                 waiting.append((batch, [pool.submit(self._pixels, sample) for sample in batch]))
                 if len(waiting) == 2:
-                    yield self._rows(*waiting.popleft(), counts)
+                    decoded, pixels = waiting.popleft()
+                    yield self._rows(decoded, pixels, counts)
             while waiting:
-                yield self._rows(*waiting.popleft(), counts)
+                decoded, pixels = waiting.popleft()
+                yield self._rows(decoded, pixels, counts)
 
     def width(self) -> int:
         """D, the length of an embedding."""
         return _width(self)
 
-    def _pixels(self, sample: Content) -> Tensor | None:
+    def _pixels(self, sample: HasImage) -> Tensor | None:
         from vlp.data.picture import rgb
 
         encoder = self.encoder()
@@ -110,17 +122,18 @@ class Model:
             return None
 
     def _rows(
-        self, batch: list[Content], pixels: list, counts: Counter[str]
-    ) -> tuple[list[Content], Tensor]:
+        self, batch: list[Pictured], pixels: list[Future[Tensor | None]], counts: Counter[str]
+    ) -> tuple[list[Pictured], Tensor]:
         import torch
 
-        found = [future.result() for future in pixels]
-        good = [i for i, image in enumerate(found) if image is not None]
+        opened = {i: future.result() for i, future in enumerate(pixels)}
+        images = {i: image for i, image in opened.items() if image is not None}
         rows = torch.zeros(len(batch), self.width())
-        if good:
-            rows[good] = self.encoder().encode_images(torch.stack([found[i] for i in good])).cpu()
-        if len(good) < len(batch):
-            counts["unreadable: pictures"] += len(batch) - len(good)
+        if images:
+            embedded = self.encoder().encode_images(torch.stack(list(images.values())))
+            rows[list(images)] = embedded.cpu()
+        if len(images) < len(batch):
+            counts["unreadable: pictures"] += len(batch) - len(images)
         return batch, rows
 
 

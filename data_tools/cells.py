@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,13 +74,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--clusters {k} must lie between 2 and the {min(n, args.fit)} samples that are fitted; set it lower"
         )
-    model, counts = _encoder.Model.of(args), Counter()
+    model, counts = _encoder.Model.of(args), Counter[str]()
+    assert model is not None  # --model is required
     fitted = np.sort(permute(n, derive(args.seed, "fit"), np.arange(min(n, args.fit))))
     rows = torch.cat(list(_features(model, mixture, fitted, counts)))
     centres = kmeans(
         rows[rows.any(1)], k, derive(args.seed, "kmeans")
     )  # rows of zeros: pictures that do not open
-    every = [rows] if len(fitted) == n else _features(model, mixture, np.arange(n), Counter())
+    every: Iterable[Tensor] = (
+        [rows] if len(fitted) == n else _features(model, mixture, np.arange(n), Counter())
+    )
     labels = torch.cat([nearest(part, centres) for part in every]).numpy()
     write_labels(
         Path(args.to),

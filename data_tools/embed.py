@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
             f"several shards are called {twice[0]}; embed each folder of shards into a folder of its own"
         )
     model, folder = _encoder.Model.of(args), Path(args.to)
+    assert model is not None  # --model is required
     claim(folder, "embed", sources, model.settings())
     results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), crew)
     print(work.report(work.total(results), f"{folder}:"))
@@ -82,7 +83,8 @@ class Embed:
         from vlp.data_tools._run.shards import samples
         from vlp.files import write_atomically
 
-        keys, counts = [], Counter()
+        keys: list[str] = []
+        counts: Counter[str] = Counter()
         rows = {
             "image": [torch.zeros(0, self.model.width())],
             "text": [torch.zeros(0, self.model.width())],

@@ -181,7 +181,9 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
     listing = _table(args) if args.captions else None
     tree = None if listing else read_tree(archive, args.lines)
-    items, classes = (listing or tree).items, (listing or tree).classes
+    contents = listing or tree
+    assert contents is not None  # a tree where there is no table
+    items, classes = contents.items, contents.classes
     if args.part:
         items = [
             item for item in items if _in_part(str(item.meta.get("origin", item.image)), args.part)

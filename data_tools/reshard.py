@@ -125,7 +125,7 @@ def _spans(rows: list[bytes]) -> np.ndarray:
 
     kind = np.dtype([("shard", "<u4"), ("number", "<u4"), ("length", "<u4"), ("family", "<u4")])
     fields = {"names": ["length", "flags"], "formats": ["<u4", "<u2"], "offsets": [8, ROW.size - 2]}
-    row = np.dtype({**fields, "itemsize": ROW.size})
+    row: np.dtype[np.void] = np.dtype({**fields, "itemsize": ROW.size})  # type: ignore[call-overload]  # numpy's stubs want a TypedDict
     spans, start = np.zeros(sum(map(len, rows)) // ROW.size, kind), 0
     for shard, data in enumerate(rows):
         found = np.frombuffer(data, row)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
     claim(folder, "stats", sources, {})
     results = work.carry_out("stats", jobs(sources, folder, "counted"), count, crew)
-    if None in results:
+    if not work.all_done(results):
         return 0
     counts, values = (
         work.total(results),

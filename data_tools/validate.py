@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     n_samples, n_problems = (
         sum(report[name] for report in reports) for name in ("samples", "n_problems")
     )
-    left_out = sum((Counter(report["left_out"]) for report in reports), Counter())
+    left_out: Counter[str] = Counter()
+    for report in reports:
+        left_out.update(report["left_out"])
     if left_out:
         print(f"odd or passed over: {said(left_out)}")
     bad = sum(report["n_problems"] > 0 for report in reports)

@@ -15,13 +15,13 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlp.files import remove_leftovers, write_atomically
 from vlp.lifetime import end_with_parent
@@ -157,7 +157,12 @@ def carry_out(title: str, jobs: list[Job], work: Work, crew: Crew) -> list[Resul
     return results
 
 
-def total(results: list[Result | None]) -> Counter[str]:
+def all_done(results: list[Result | None]) -> TypeGuard[list[Result]]:
+    """Whether every job has its result, and none waits for another machine."""
+    return None not in results
+
+
+def total(results: Iterable[Result | None]) -> Counter[str]:
     """The counts of all finished jobs together."""
     return sum((Counter(result["counts"]) for result in results if result is not None), Counter())
 
@@ -213,6 +218,7 @@ def _begin(work: Work, n_processes: int) -> None:
 
 
 def _do_mine(job: Job) -> Result:
+    assert _work is not None  # the pool's initializer has set it
     return _do(_work, job)
 
 

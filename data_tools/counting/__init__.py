@@ -103,13 +103,14 @@ def run(args: argparse.Namespace) -> int:
     surveyed = work.carry_out(
         "survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands
     )
-    if None in surveyed:
+    if not work.all_done(surveyed):
         return 0
     counts = work.total(surveyed)
     chosen = balance(
         [[tuple(item) for item in result["kept"]] for result in surveyed], args.balance, args.seed
     )
-    n_kept, n_chosen = sum(len(result["kept"]) for result in surveyed), sum(map(len, chosen))
+    n_kept = sum(len(result["kept"]) for result in surveyed)
+    n_chosen = sum(len(keys) for keys in chosen)
     if not n_chosen:
         print(work.report(counts, f"{folder}:"), file=sys.stderr)
         raise ValueError(
@@ -218,11 +219,10 @@ def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[i
         raise ValueError(
             f"--balance equal, but no caption counts {', '.join(missing)}; give the most of each number instead"
         )
-    most = (
-        {"none": len(everything), "equal": min(numbers.values(), default=0)}.get(how)
-        if not how.isdigit()
-        else int(how)
-    )
+    if how.isdigit():
+        most = int(how)
+    else:
+        most = {"none": len(everything), "equal": min(numbers.values(), default=0)}[how]
     result: list[dict[str, tuple[int, int]]] = [{} for _ in surveyed]
     taken: Counter[int] = Counter()
     for shard, key, caption, number in sorted(

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         partial(survey, folder=folder),
         crew,
     )
-    if None in surveyed:
+    if not work.all_done(surveyed):
         return 0
     limits = Limits(args.distance, args.cosine, args.keep_copies)
     copy_of = decided(

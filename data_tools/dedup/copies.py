@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 def survey(job: tuple[int, Path], *, folder: Path) -> Result:
     """The fingerprints of a shard's pictures, in a file beside the mark."""
     number, path = job
-    counts, prints = Counter(), []
+    counts: Counter[str] = Counter()
+    prints = []
     for sample in samples(path, counts):
         try:
             prints.append((*fingerprint(rgb(sample.image, side=64)), True))
@@ -80,7 +81,8 @@ def _told(
         by = "hash" if np.isnan(cosines[sample]) else f"cosine {cosines[sample]:.3f}"
         yield (
             json.dumps(
-                {**place(sample), "copy_of": place(copy_of[sample]), "by": by}, ensure_ascii=False
+                {**place(int(sample)), "copy_of": place(int(copy_of[sample])), "by": by},
+                ensure_ascii=False,
             )
             + "\n"
         )

@@ -381,7 +381,8 @@ def _repeated(sources: list[Path], folder: Path, most: int, crew: work.Crew) -> 
     from vlp.data_tools._run.shards import jobs
 
     survey = jobs(sources, folder, "captions")
-    if None in work.carry_out("captions", survey, partial(_survey, folder=folder), crew):
+    surveyed = work.carry_out("captions", survey, partial(_survey, folder=folder), crew)
+    if not work.all_done(surveyed):
         return None
     found = [np.load(_hashes(folder, number)) for number in range(len(sources))]
     values, n = np.unique(np.concatenate(found), return_counts=True)

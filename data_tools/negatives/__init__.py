@@ -359,10 +359,8 @@ class AddNegatives:
         from vlp.data_tools._english.words import bare
 
         kept: list[tuple[Negative, int]] = []
-        true, seen = (
-            {bare(caption) for caption in captions},
-            set(),
-        )  # seen: (text, number of its caption)
+        true = {bare(caption) for caption in captions}
+        seen: set[tuple[str, int]] = set()  # text, number of its caption
         for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
             others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
             for negative, _ in group:
@@ -411,7 +409,8 @@ def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
     """`n` random negatives below their captions."""
     from vlp.data_tools._run.shards import samples
 
-    rng, found, counts = random.Random(change.seed), [], Counter()
+    rng, counts = random.Random(change.seed), Counter[str]()
+    found = []
     for path in sources:
         for sample in samples(path, counts):
             captions = list(sample.captions)

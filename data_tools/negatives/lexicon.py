@@ -72,7 +72,10 @@ class Lexicon:
         import yaml
 
         shipped = {None: "words.yaml", "scenes": "words_scenes.yaml"}
-        path = Path(__file__).with_name(shipped[name]) if name in shipped else Path(name)
+        if name is None or name == "scenes":
+            path = Path(__file__).with_name(shipped[name])
+        else:
+            path = Path(name)
         try:
             return cls(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
         except yaml.YAMLError as error:

@@ -59,8 +59,8 @@ class Masked:
 
     def _word(self, token: int, caption: str) -> str:
         """A token as a whole word that the caption does not hold yet, else ""."""
-        text = self.tokenizer.decode([token]).strip().lower()
-        piece = self.tokenizer.convert_ids_to_tokens(token)
+        text = str(self.tokenizer.decode([token])).strip().lower()
+        piece = str(self.tokenizer.convert_ids_to_tokens(token))
         whole = text.isalpha() and piece.startswith(self.marks) and not piece.startswith("##")
         known = (
             text in FUNCTION_WORDS
@@ -101,9 +101,8 @@ class Causal:
                 do_sample=False,
                 pad_token_id=pad,
             )
-        lines = (
-            self.tokenizer.decode(output[0, length:], skip_special_tokens=True).strip().splitlines()
-        )
+        answer = str(self.tokenizer.decode(output[0, length:], skip_special_tokens=True))
+        lines = answer.strip().splitlines()
         return (
             [Negative("rewritten", lines[0].strip().strip('"'))]
             if lines and lines[0].strip()

@@ -293,7 +293,8 @@ def _head(caption: str, attribute: Found, lexicon: Lexicon) -> str | None:
     """The noun that an attribute is said of ("" after "is"); None where the word is no attribute
     here.
     """
-    phrase, place = [], attribute.end
+    phrase: list[str] = []
+    place = attribute.end
     for word in words(caption[attribute.end :]):
         gap = caption[place : attribute.end + word.start].strip()
         joined = word.text in ("and", "or") or word.text in lexicon.entries["attributes"]

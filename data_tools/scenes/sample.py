@@ -38,7 +38,10 @@ def sample(index: int, seed: int, split: str) -> dict[str, Any]:
     rng = random.Random(f"{seed}/{split}/{index}")
     while True:  # a draw that belongs to another split is drawn anew
         groups, relation = SPLITS[split](rng, index)
-        background = {"color": rng.choice(list(BACKGROUNDS)), "texture": rng.choice(TEXTURES)}
+        background: dict[str, Any] = {
+            "color": rng.choice(list(BACKGROUNDS)),
+            "texture": rng.choice(TEXTURES),
+        }
         if _belongs(split, index, background, groups, relation):
             break
     background["offset"] = [round(rng.random(), 3), round(rng.random(), 3)]
