@@ -5,7 +5,7 @@ DIR/SHARD.safetensors holds
                    open or a sample has no caption (both are counted)
     metadata       model (its reference), scale (its learned inverse temperature), keys (SHA-256 in hex of the samples'
                    keys, one a line), so that a reader can tell whether the shard is still the same
-The source option `embeddings: DIR` hands them to training as a teacher's; `vlp data dedup
+The source option `embeddings: DIR` pool them to training as a teacher's; `vlp data dedup
 --embeddings DIR` reads them.
 """
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, jobs
 
-    sources, crew = expand(args.source), work.crew(args)
+    sources, pool = expand(args.source), work.pool(args)
     names = Counter(path.stem for path in sources)
     if twice := [name for name, n in names.items() if n > 1]:
         raise ValueError(
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     model, folder = _encoder.Model.of(args), Path(args.to)
     assert model is not None  # --model is required
     claim(folder, "embed", sources, model.settings())
-    results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), crew)
+    results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), pool)
     print(work.report(work.total(results), f"{folder}:"))
     return 0
 

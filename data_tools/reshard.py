@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
         raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
-    sources, crew, folder = expand(args.source, packed=True), work.crew(args), Path(args.to)
+    sources, pool, folder = expand(args.source, packed=True), work.pool(args), Path(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
     claim(
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits))
     ]
     results = work.carry_out(
-        "reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew
+        "reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), pool
     )
     if None not in results:
         index(sorted(folder.glob("*.tar")))

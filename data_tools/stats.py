@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, jobs
     from vlp.files import write_atomically
 
-    sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
     claim(folder, "stats", sources, {})
-    results = work.carry_out("stats", jobs(sources, folder, "counted"), count, crew)
+    results = work.carry_out("stats", jobs(sources, folder, "counted"), count, pool)
     if not work.all_done(results):
         return 0
     counts, values = (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vlp.data.format import ShardWriter, index, is_class_number
 from vlp.data.scan import scan
 from vlp.data_tools._belonging import settle
-from vlp.data_tools._run.work import Crew, Job, Result, carry_out
+from vlp.data_tools._run.work import Pool, Job, Result, carry_out
 from vlp.files import write_atomically
 from vlp.privacy import without_secrets
 
@@ -119,13 +119,13 @@ def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
 
 
 def transform(
-    sources: list[Path], folder: Path, tool: str, change: Change, crew: Crew
+    sources: list[Path], folder: Path, tool: str, change: Change, pool: Pool
 ) -> list[Result | None]:
-    """Write this crew's source shards, changed, into the claimed `folder`; returns what `carry_out`
+    """Write this pool's source shards, changed, into the claimed `folder`; returns what `carry_out`
     returns.
     """
     results = carry_out(
-        tool, jobs(sources, folder, tool), partial(_one, folder=folder, change=change), crew
+        tool, jobs(sources, folder, tool), partial(_one, folder=folder, change=change), pool
     )
     if None not in results:
         index(sorted(folder.glob("*.tar")))

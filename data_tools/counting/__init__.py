@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, jobs, transform
 
     _check(args)
-    sources, hands = expand(args.source), work.crew(args)
+    sources, pool = expand(args.source), work.pool(args)
     if args.n_print:
         print(work.printable(_examples(sources, args)))
     if not args.to:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)
     surveyed = work.carry_out(
-        "survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands
+        "survey", jobs(sources, folder, "survey"), partial(_survey, args=args), pool
     )
     if not work.all_done(surveyed):
         return 0
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         )
     written = work.total(
         transform(
-            sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), hands
+            sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), pool
         )
     )
     counts.update(

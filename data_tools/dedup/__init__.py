@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools.dedup.near import Limits
 
     _check(args)
-    sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
     against = [expand(place) for place in args.against]
     fixed = [path for group in against for path in group]
     settings = {
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         "fingerprints",
         jobs(fixed + sources, folder, "fingerprints"),
         partial(survey, folder=folder),
-        crew,
+        pool,
     )
     if not work.all_done(surveyed):
         return 0
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
     copy_of = copy_of[len(fixed) :]
     taken = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
-    results = transform(sources, folder, "dedup", DropCopies(copy_of, n_fixed, taken), crew)
+    results = transform(sources, folder, "dedup", DropCopies(copy_of, n_fixed, taken), pool)
     counts = work.total(results)
     counts["unreadable: pictures"] = work.total(surveyed[len(fixed) :])["unreadable: pictures"]
     print(work.report(counts, f"{folder}:"))

@@ -133,17 +133,17 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, transform
 
-    rules, sources, crew = _rules(args), expand(args.source), work.crew(args)
+    rules, sources, pool = _rules(args), expand(args.source), work.pool(args)
     model, folder = _encoder.Model.of(args), Path(args.to)
     refuse_unknown(rules.keep + rules.drop, _metas(sources))
     settings = asdict(rules) | (model.settings() if model else {})
     claim(folder, "filter", sources, settings | {"uids": _digest(args.uids) if args.uids else ""})
     repeated = None
     if rules.max_repeats:
-        repeated = _repeated(sources, folder, rules.max_repeats, crew)
+        repeated = _repeated(sources, folder, rules.max_repeats, pool)
         if repeated is None:
             return 0
-    results = transform(sources, folder, "filter", Filter(rules, model, repeated), crew)
+    results = transform(sources, folder, "filter", Filter(rules, model, repeated), pool)
     counts = work.total(results)
     print(work.report(counts, f"{folder}:"))
     if None not in results and not counts["samples written"]:
@@ -372,7 +372,7 @@ def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
     return bool(sample.captions)
 
 
-def _repeated(sources: list[Path], folder: Path, most: int, crew: work.Crew) -> np.ndarray | None:
+def _repeated(sources: list[Path], folder: Path, most: int, pool: work.Pool) -> np.ndarray | None:
     """Sorted hashes of the captions that more than `most` samples have; None while other machines
     still read theirs.
     """
@@ -381,7 +381,7 @@ def _repeated(sources: list[Path], folder: Path, most: int, crew: work.Crew) -> 
     from vlp.data_tools._run.shards import jobs
 
     survey = jobs(sources, folder, "captions")
-    surveyed = work.carry_out("captions", survey, partial(_survey, folder=folder), crew)
+    surveyed = work.carry_out("captions", survey, partial(_survey, folder=folder), pool)
     if not work.all_done(surveyed):
         return None
     found = [np.load(_hashes(folder, number)) for number in range(len(sources))]

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "nothing to do: name --to DIR to write shards, or --print N to look at negatives"
         )
-    sources, hands = expand(args.source), work.crew(args)
+    sources, pool = expand(args.source), work.pool(args)
     change = _change(args)
     if args.n_print:
         print(work.printable(_examples(sources, change, args.n_print)))
@@ -130,8 +130,8 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(args.to)
         claim(folder, "negatives", sources, change.settings())
         if args.rewriter:
-            hands = replace(hands, processes=1)  # the model takes all cores
-        results = transform(sources, folder, "negatives", change, hands)
+            pool = replace(pool, processes=1)  # the model takes all cores
+        results = transform(sources, folder, "negatives", change, pool)
         counts = work.total(results)
         if change.given and None not in results:
             counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
