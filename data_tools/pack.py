@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlp.data.archives import Archive
     from vlp.data.listing import Named
-    from vlp.data.tables import Listing
+    from vlp.data.tables import Item, Listing
     from vlp.data.trees import Tree
 
 _CHUNK = 256  # images that are handed to the checking threads at once
 HELP = "pack images with captions or classes into shards"
 EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/train
-  vlp data pack laion/ --to data/train                     (laion/00000/000000001.jpg with .txt or .json beside it)
+  vlp data pack laion/ --to data/train      (laion/00000/000000001.jpg with .txt or .json beside it)
   vlp data pack imagenet/train --to data/imagenet
   vlp data pack imagenet.tar --split-folder val --to data/imagenet_val
-  vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train      (and --part 3/3 for the test set)
-  vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test --to data/caltech101 \\
-      --layout clip_benchmark --template "a photo of a {}."
+  vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train  (and --part 3/3 for the test set)
+  vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test \\
+      --to data/caltech101 --layout clip_benchmark --template "a photo of a {}."
 """
 
 
@@ -45,13 +45,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "source",
-        help="folder or tar of images: with texts beside them, one sub-folder a class, or named by --captions",
+        help="folder or tar of images: with texts beside them, one sub-folder a class, "
+        "or named by --captions",
     )
     add("--to", required=True, metavar="DIR", help="the new folder")
     add(
         "--captions",
         metavar="TABLE",
-        help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; COCO's, Karpathy's, LLaVA's JSON",
+        help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; "
+        "COCO's, Karpathy's, LLaVA's JSON",
     )
     add(
         "--image-column",
@@ -130,7 +132,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--part",
         metavar="K/N",
-        help="only these of N parts, chosen by a hash of the image's name or origin: 1,2/3 to train, 3/3 to test",
+        help="only these of N parts, chosen by a hash of the image's name or origin: "
+        "1,2/3 to train, 3/3 to test",
     )
     add("--samples-per-shard", type=int, default=10_000, metavar="N")
     add("--layout", choices=("train", "clip_benchmark"), default="train")
@@ -150,7 +153,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--on-missing",
         choices=("fail", "skip"),
         default="fail",
-        help="rows without a usable image, images without a text, class folders without an image: refuse, or leave out",
+        help="rows without a usable image, images without a text, class folders without an image: "
+        "refuse, or leave out",
     )
     add(
         "--overwrite",
@@ -178,21 +182,16 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
 
     _check_target(target, args.overwrite)
     _check_options(args)
+
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
     listing = _table(args) if args.captions else None
     tree = None if listing else read_tree(archive, args.lines)
     contents = listing or tree
     assert contents is not None  # a tree where there is no table
-    items, classes = contents.items, contents.classes
-    if args.part:
-        items = [
-            item for item in items if _in_part(str(item.meta.get("origin", item.image)), args.part)
-        ]
-    if not items:
-        raise ValueError(
-            f"no row of {args.captions or args.source} is left to pack; check --where and --part"
-        )
+    classes = contents.classes
+    items = _items_in_part(contents.items, args)
 
+    # Every picture is decoded before anything is written: a pack is whole, or it is not there.
     named, left_out = _sort_out(items, archive, listing)
     named, left_out["whose names contradict each other"] = settle(named, archive)
     named, left_out["whose image cannot be used"] = _without_unreadable(named, archive)
@@ -201,27 +200,50 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems and args.on_missing == "fail":
-        kind = "images or folders" if tree else "rows"
-        advice = "nothing was written. --on-missing skip leaves them out"
-        print(f"{len(problems)} {kind} cannot be packed; {advice}", file=sys.stderr)
-        if not named and not tree:
-            question = f"is {archive.path} the right folder? It holds {_some(archive.names)}"
-            print(f"none of them has its image; {question}", file=sys.stderr)
+        _say_refused(len(problems), archive, bool(tree), bool(named))
         return 1
     if not named:
         raise ValueError(
-            f"no usable image is left to pack; is {archive.path} the right folder? It holds {_some(archive.names)}"
+            f"no usable image is left to pack; is {archive.path} the right folder? "
+            f"It holds {_some(archive.names)}"
         )
 
     with _replaced(target, args.overwrite) as partial:
         n_shards = _write(named, archive, classes, args, partial)
+
     n_captions = sum(len(item.captions) for item, _ in named)
     print(
-        f"{target}: {len(named)} images with {n_captions} captions and {len(classes)} classes in {n_shards} shards"
+        f"{target}: {len(named)} images with {n_captions} captions "
+        f"and {len(classes)} classes in {n_shards} shards"
     )
     reasons = [f"{len(lines)} {reason}" for reason, lines in left_out.items() if lines]
     _say_rest(args, archive, tree, named, reasons, classes)
     return 0
+
+
+def _items_in_part(items: list[Item], args: argparse.Namespace) -> list[Item]:
+    """The items of the parts that --part names; raises ValueError where none is left."""
+    if args.part:
+        # By origin where there is one: a family split between parts would leak into the test set.
+        origins = [str(item.meta.get("origin", item.image)) for item in items]
+        items = [item for item, origin in zip(items, origins) if _in_part(origin, args.part)]
+    if not items:
+        raise ValueError(
+            f"no row of {args.captions or args.source} is left to pack; check --where and --part"
+        )
+    return items
+
+
+def _say_refused(n_problems: int, archive: Archive, is_tree: bool, any_named: bool) -> None:
+    """Say on stderr why nothing is written."""
+    kind = "images or folders" if is_tree else "rows"
+    advice = "nothing was written. --on-missing skip leaves them out"
+    print(f"{n_problems} {kind} cannot be packed; {advice}", file=sys.stderr)
+
+    # A table beside the wrong folder fails in every row; one line says so.
+    if not any_named and not is_tree:
+        question = f"is {archive.path} the right folder? It holds {_some(archive.names)}"
+        print(f"none of them has its image; {question}", file=sys.stderr)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -252,29 +274,32 @@ def _say_rest(
     """Print what was decided about the folder, and what of it is not in the shards."""
     for note in tree.notes if tree else []:
         print(f"note: {note}")
+
     emptied = sorted(set(classes) - {item.class_name for item, _ in named})
     if emptied:
         print(f"note: no image of {len(emptied)} classes is in this output, such as {emptied[0]!r}")
+
     if archive.outside:
-        links = ", ".join(
-            f"{name} -> {target}" for name, target in list(archive.outside.items())[:3]
-        )
-        more = ", …" if len(archive.outside) > 3 else ""
+        links = [f"{name} -> {target}" for name, target in archive.outside.items()]
+        examples = ", ".join([*links[:3], "…"] if len(links) > 3 else links)
         print(
-            f"note: {len(archive.outside)} links lead out of {args.source} and were followed ({links}{more}); "
+            f"note: {len(links)} links lead out of {args.source} and were followed ({examples}); "
             "--links inside leaves them out"
         )
-    left_out = reasons + ([str(archive.left_out)] if archive.left_out.counts else [])
+
+    left_out = list(reasons)
+    if archive.left_out.counts:
+        left_out.append(str(archive.left_out))
     if left_out:
         print(f"left out: {', '.join(left_out)}")
-    unused = len(archive.names) - len({name for _, name in named})
-    if unused:
-        reason = (
-            "--part or --on-missing left them out"
-            if tree
-            else "no row names them, or an option left them out"
-        )
-        print(f"{unused} images in {args.source} were not packed ({reason})")
+
+    n_unused = len(archive.names) - len({name for _, name in named})
+    if n_unused:
+        if tree:
+            reason = "--part or --on-missing left them out"
+        else:
+            reason = "no row names them, or an option left them out"
+        print(f"{n_unused} images in {args.source} were not packed ({reason})")
 
 
 def _some(names: list[str]) -> str:
@@ -287,13 +312,17 @@ def _in_part(name: str, part: str) -> bool:
     """
     chosen, _, total = part.partition("/")
     numbers = chosen.split(",")
-    if not (
-        total.isdecimal() and all(k.isdecimal() and 1 <= int(k) <= int(total) for k in numbers)
-    ):
+    is_valid = total.isdecimal() and all(
+        number.isdecimal() and 1 <= int(number) <= int(total) for number in numbers
+    )
+    if not is_valid:
         raise ValueError(
             f"--part {part!r} is not of the form K/N with 1 <= K <= N, such as 3/3 or 1,2/3"
         )
-    return str(zlib.crc32(name.encode("utf-8", "surrogateescape")) % int(total) + 1) in numbers
+
+    # A checksum, because Python's hash of a text differs from process to process.
+    checksum = zlib.crc32(name.encode("utf-8", "surrogateescape"))
+    return str(checksum % int(total) + 1) in numbers
 
 
 def _without_unreadable(named: list[Named], archive: Archive) -> tuple[list[Named], list[str]]:
@@ -302,24 +331,26 @@ def _without_unreadable(named: list[Named], archive: Archive) -> tuple[list[Name
 
     from vlp.data.picture import array
 
-    def complaint(one: Named) -> str:
+    def problem_of(pair: Named) -> str:
+        _, name = pair
         try:
             # Of a JPEG every byte is read all the same, in a third of the time.
-            array(archive.read(one[1]), shrink=8)
+            array(archive.read(name), shrink=8)
         except (ValueError, OSError) as error:
-            return f"image {one[1]!r} cannot be used: {error}"
+            return f"image {name!r} cannot be used: {error}"
         return ""
 
-    usable, problems = [], []
+    # In chunks, so that the line of progress moves and threads do not run far ahead of it.
+    chunks = [named[i : i + _CHUNK] for i in range(0, len(named), _CHUNK)]
+    usable: list[Named] = []
+    problems: list[str] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for chunk in _progress(
-            [named[i : i + _CHUNK] for i in range(0, len(named), _CHUNK)], "checked", _CHUNK
-        ):
-            for one, problem in zip(chunk, threads.map(complaint, chunk)):
+        for chunk in _progress(chunks, "checked", _CHUNK):
+            for pair, problem in zip(chunk, threads.map(problem_of, chunk)):
                 if problem:
                     problems.append(problem)
                 else:
-                    usable.append(one)
+                    usable.append(pair)
     return usable, problems
 
 
@@ -336,6 +367,7 @@ def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
     for leftover in target.parent.glob(f"{prefix}*.partial"):
         if not _is_alive(leftover.name.removeprefix(prefix).removesuffix(".partial")):
             shutil.rmtree(leftover, ignore_errors=True)
+
     partial = target.with_name(f"{prefix}{os.getpid()}.partial")
     previous = target.with_name(f".{target.name}.previous")
     if previous.exists() and not target.exists():
@@ -344,6 +376,8 @@ def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         sync(partial)
         _check_target(target, overwrite)  # again: another call may have finished meanwhile
+
+        # The earlier pack moves aside first, so that a kill between the renames loses neither.
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)
@@ -370,18 +404,21 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file; --to names a new folder")
-    held = [path for path in target.rglob("*") if not path.is_dir()]
-    if held and not overwrite:
+
+    files = [path for path in target.rglob("*") if not path.is_dir()]
+    if files and not overwrite:
         raise FileExistsError(
             f"{target} is not empty; choose another folder, or --overwrite to replace it"
         )
-    ours = {".tar", ".txt", ".json", ".bin"}
-    foreign = [
-        path for path in held if path.suffix not in ours or not any(target.rglob("*_stats.json"))
-    ]
+
+    # --overwrite deletes the folder, so it must look like one that a pack wrote.
+    suffixes = {".tar", ".txt", ".json", ".bin"}
+    is_pack = any(target.rglob("*_stats.json"))
+    foreign = [path for path in files if not is_pack or path.suffix not in suffixes]
     if foreign:
         raise FileExistsError(
-            f"{target} holds files that no pack wrote, such as {foreign[0].name}; choose another folder"
+            f"{target} holds files that no pack wrote, such as {foreign[0].name}; "
+            "choose another folder"
         )
 
 
@@ -395,6 +432,7 @@ def _table(args: argparse.Namespace) -> Listing:
         if not equals:
             raise ValueError(f"--where {condition!r} is not of the form COLUMN=VALUE")
         where.setdefault(column, []).append(value)
+
     options = TableOptions(
         image_column=args.image_column,
         caption_columns=args.caption_column,
@@ -406,6 +444,7 @@ def _table(args: argparse.Namespace) -> Listing:
         quoting=args.quoting,
         header={"yes": True, "no": False}.get(args.header),
     )
+
     listing = items(args.captions, options)
     print(f"{args.captions}: {listing}")
     for note in listing.notes:
@@ -414,12 +453,15 @@ def _table(args: argparse.Namespace) -> Listing:
 
 
 def _sort_out(
-    items: list, archive: Archive, listing: Listing | None
+    items: list[Item], archive: Archive, listing: Listing | None
 ) -> tuple[list[Named], dict[str, list[str]]]:
     """The items with the names of their images, and by reason a line for each row that cannot be
     packed.
     """
-    named, unreadable, missing, silent = [], list(listing.problems if listing else []), [], []
+    named: list[Named] = []
+    unreadable = list(listing.problems) if listing else []
+    missing: list[str] = []
+    silent: list[str] = []
     for item in items:
         place = f"{listing.place(item)}: " if listing else ""
         name = archive.find(item.image)
@@ -429,6 +471,7 @@ def _sort_out(
             silent.append(f"{place}image {item.image!r} has neither caption nor class")
         else:
             named.append((item, name))
+
     reasons = {
         "rows that cannot be read": unreadable,
         "without their image": missing,
@@ -444,62 +487,62 @@ def _write(
     from vlp.data.format import ShardWriter
     from vlp.data.listing import families
 
-    benchmark = args.layout == "clip_benchmark"
-    retrieval = benchmark and not classes
-    inner = folder / args.split if benchmark else folder
-    number = {name: i for i, name in enumerate(classes)}
-    with ShardWriter(
-        inner, args.samples_per_shard, shard_name="{}" if benchmark else "{:05d}"
-    ) as writer:
+    is_benchmark = args.layout == "clip_benchmark"
+    is_retrieval = is_benchmark and not classes
+    inner = folder / args.split if is_benchmark else folder
+    shard_name = "{}" if is_benchmark else "{:05d}"
+    class_number = {name: i for i, name in enumerate(classes)}
+
+    with ShardWriter(inner, args.samples_per_shard, shard_name=shard_name) as writer:
         for family in _progress(families(named), "packed"):
             writer.make_room(len(family))
             for item, name in family:
-                # clip_benchmark reads a retrieval caption a line; a training .txt holds one
-                # caption.
-                txt = (
-                    "\n".join(" ".join(text.split()) for text in item.captions)
-                    if retrieval
-                    else None
-                )
-                cls = number.get(item.class_name, item.meta.get("cls"))
-                cls = cls if type(cls) is int and cls >= 0 else None
+                txt = _caption_lines(item.captions) if is_retrieval else None
+                cls = class_number.get(item.class_name, item.meta.get("cls"))
+                if type(cls) is not int or cls < 0:
+                    cls = None  # it stays in the JSON
                 try:
+                    image = archive.read(name)
                     writer.add(
-                        None,
-                        archive.read(name),
-                        image_type(name),
-                        item.captions,
-                        item.meta,
-                        cls,
-                        txt=txt,
+                        None, image, image_type(name), item.captions, item.meta, cls, txt=txt
                     )
                 except ValueError as error:
                     raise ValueError(f"{item.image}: {error}") from None
-    extra = {"classnames.txt": classes}
-    if benchmark:
+
+    texts = {"classnames.txt": classes}
+    if is_benchmark:
         (inner / "nshards.txt").write_text(f"{len(writer.paths)}\n")
-        extra["zeroshot_classification_templates.txt"] = [
+        # clip_benchmark formats its templates with c=…, everybody else's have empty braces.
+        texts["zeroshot_classification_templates.txt"] = [
             template.replace("{}", "{c}") for template in args.template
         ]
-        extra["dataset_type.txt"] = ["retrieval"] if retrieval else []
-    for name, lines in extra.items():
+        texts["dataset_type.txt"] = ["retrieval"] if is_retrieval else []
+    for name, lines in texts.items():
         if lines:
             (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(writer.paths)
 
 
-def _progress(things: list, done: str, size: int = 1) -> Iterator:
+def _caption_lines(captions: tuple[str, ...]) -> str:
+    """A caption a line, as clip_benchmark reads them; a training .txt holds one caption."""
+    return "\n".join(" ".join(caption.split()) for caption in captions)
+
+
+def _progress(things: list, verb: str, n_images: int = 1) -> Iterator:
     """The things, with a line on a terminal that says how far, how fast and how long still. Each is
-    `size` images.
+    `n_images` images.
     """
     started = shown = time.monotonic()
     for i, thing in enumerate(things, 1):
         yield thing
+
         now = time.monotonic()
-        if sys.stderr.isatty() and (now - shown > 0.2 or i == len(things)):
-            shown = now
-            rate = i / (now - started)
-            end = "\n" if i == len(things) else ""
-            position = f"{i * size} of {len(things) * size} images {done}"
-            line = f"\r{position}, {rate * size:.0f}/s, {(len(things) - i) / rate:.0f} s left "
-            print(line, end=end, file=sys.stderr, flush=True)
+        is_last = i == len(things)
+        if not sys.stderr.isatty() or not (is_last or now - shown > 0.2):
+            continue
+        shown = now
+        rate = i / (now - started)
+        left_s = (len(things) - i) / rate
+        position = f"{i * n_images} of {len(things) * n_images} images {verb}"
+        line = f"\r{position}, {rate * n_images:.0f}/s, {left_s:.0f} s left "
+        print(line, end="\n" if is_last else "", file=sys.stderr, flush=True)
