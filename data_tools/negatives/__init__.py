@@ -1,14 +1,17 @@
 """`vlp data negatives`: shards → the same shards with hard-negative captions in every sample's
 JSON.
 
-Written fields, all of one length: at most K for each caption, in the order of the captions, after those that were given.
+Written fields, all of one length: at most K for each caption, in the order of the captions, after
+those that were given.
     negatives        captions that are false of the picture
-    negatives_valid  true for each of them: what is not valid is not written, and the loader pads to K and masks
-    negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun, replace_number,
-                     replace_relation, order_*, masked, rewritten, or what --from says ("given" where it says nothing)
-    negatives_of     the number of the caption that each was made from, beside which alone it is used; −1 where it was given
-                     for the picture: such a one is used beside every caption, and counts for each of them
-A line of --from may name an image (a path from the file's folder) that its first negative is true
+    negatives_valid  true for each of them: what is not valid is not written, and the loader pads to
+                     K and masks
+    negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun,
+                     replace_number, replace_relation, order_*, masked, rewritten, or what --from
+                     says ("given" where it says nothing)
+    negatives_of     the number of the caption that each was made from, beside which alone it is
+                     used; −1 where it was given for the picture: such a one is used beside every
+                     caption, and counts for each of them
 of: it becomes the sample's KEY.negative.jpg, which the form `triplet` of the term hard_negatives
 needs.
 
@@ -82,13 +85,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--words",
         metavar="FILE",
-        help="other word lists (see data_tools/negatives/words.yaml); scenes: the words of `vlp data scenes`",
+        help="other word lists (see data_tools/negatives/words.yaml); "
+        "scenes: the words of `vlp data scenes`",
     )
     add(
         "--from",
         dest="given",
         metavar="FILE.jsonl",
-        help='given negatives: {"key": …, "negatives": […], "kinds": […], "image": PATH of the first\'s} a line',
+        help='given negatives: {"key": …, "negatives": […], "kinds": […], '
+        '"image": PATH of the first\'s} a line',
     )
     add(
         "--rewriter",
@@ -97,7 +102,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prompt",
-        default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",
+        default="Rewrite the caption so that it is wrong in one detail.\n"
+        "Caption: {}\nWrong caption:",
         help="what a causal rewriter continues; {} is the caption",
     )
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -126,16 +132,21 @@ def run(args: argparse.Namespace) -> int:
     change = _change(args)
     if args.n_print:
         print(work.printable(_examples(sources, change, args.n_print)))
-    if args.to:
-        folder = Path(args.to)
-        claim(folder, "negatives", sources, change.settings())
-        if args.rewriter:
-            pool = replace(pool, processes=1)  # the model takes all cores
-        results = transform(sources, folder, "negatives", change, pool)
-        counts = work.total(results)
-        if change.given and None not in results:
-            counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
-        print(work.report(counts, f"{folder}:"))
+    if not args.to:
+        return 0
+
+    folder = Path(args.to)
+    claim(folder, "negatives", sources, change.settings())
+    if args.rewriter:
+        pool = replace(pool, processes=1)  # the model takes all cores
+    results = transform(sources, folder, "negatives", change, pool)
+    counts = work.total(results)
+
+    # A mistyped key would go unnoticed; how many are left over is known once all shards are done.
+    if change.given and work.all_done(results):
+        counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
+    print(work.report(counts, f"{folder}:"))
+    return 0
     return 0
 
 
@@ -151,20 +162,21 @@ def _change(args: argparse.Namespace) -> AddNegatives:
         raise ValueError(f"--k {args.k} must be at least 1")
     if "{}" not in args.prompt:
         raise ValueError(f"--prompt {args.prompt!r} lacks the {{}} that stands for the caption")
+
     given, images = read_given(Path(args.given)) if args.given else ({}, {})
     if not (kinds or given or args.rewriter):
         raise ValueError(
             "no source of negatives: leave --kinds at its default, or give --from or --rewriter"
         )
     return AddNegatives(
-        args.k,
-        kinds,
-        args.seed,
-        Lexicon.load(args.words),
-        given,
-        images,
-        args.rewriter,
-        args.prompt,
+        k=args.k,
+        kinds=kinds,
+        seed=args.seed,
+        lexicon=Lexicon.load(args.words),
+        given=given,
+        images=images,
+        rewriter=args.rewriter,
+        prompt=args.prompt,
     )
 
 
@@ -175,50 +187,64 @@ def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, 
     Raises ValueError with the line of the first mistake.
     """
     from vlp.data import tables
-    from vlp.data.members import IMAGE_TYPES
 
     result: dict[str, list[tuple[str, str]]] = {}
     images: dict[str, Path] = {}
     table = tables.read(path)
     if table.problems:
         raise ValueError(table.problems[0])
+
     for (number, _), row in zip(table.rows, table.records(texts=("key", "image"))):
         place = table.place(number)
-        try:
-            texts = row["negatives"]
-            kinds = row.get("kinds", ["given"] * len(texts))
-            right = (
-                isinstance(row["key"], str) and isinstance(texts, list) and isinstance(kinds, list)
+        if not _is_given(row):
+            expected = (
+                '{"key": "000000012", "negatives": ["…"], "kinds": ["…"], "image": "…"} '
+                "(kinds and image may be left out)"
             )
-            right = (
-                right
-                and len(kinds) == len(texts)
-                and all(isinstance(text, str) for text in texts + kinds)
-            )
-            image = path.parent / row["image"] if "image" in row else None
-        except (KeyError, TypeError):
-            right = False
-        if not right:
-            expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"], "image": "…"} (kinds and image may be left out)'
             raise ValueError(f"{place}: found {json.dumps(row)[:100]}, expected {expected}")
-        if image is not None:
-            if not image.resolve().is_relative_to(path.parent.resolve()):
-                raise ValueError(
-                    f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; copy it there"
-                )
-            if (
-                not image.is_file()
-                or image.suffix.lower()[1:] not in IMAGE_TYPES
-                or not texts
-                or row["key"] in result
-            ):
-                expected = f"a {', '.join(sorted(IMAGE_TYPES))} file beside the first negatives of {row['key']!r}"
-                raise ValueError(f"{place}: found the image {str(image)!r}, expected {expected}")
-            images[row["key"]] = image
-        result.setdefault(row["key"], []).extend(zip(texts, kinds))
+
+        key, texts = row["key"], row["negatives"]
+        kinds = row.get("kinds", ["given"] * len(texts))
+        if "image" in row:
+            is_first = bool(texts) and key not in result
+            images[key] = _image_of(row, path, number, place, is_first)
+        result.setdefault(key, []).extend(zip(texts, kinds))
     if not result:
         raise ValueError(f"{path} holds no negatives")
     return result, images
+
+
+def _is_given(row: dict[str, Any]) -> bool:
+    """Whether a row has a key, as many negatives as kinds, and no image but a name."""
+    texts = row.get("negatives")
+    if not isinstance(row.get("key"), str) or not isinstance(texts, list):
+        return False
+    kinds = row.get("kinds", ["given"] * len(texts))
+    if not isinstance(kinds, list) or len(kinds) != len(texts):
+        return False
+    if not all(isinstance(text, str) for text in texts + kinds):
+        return False
+    return isinstance(row.get("image", ""), str)
+
+
+def _image_of(row: dict[str, Any], path: Path, number: int, place: str, is_first: bool) -> Path:
+    """The image of a row's first negative; raises ValueError where it cannot be used as that."""
+    from vlp.data.members import IMAGE_TYPES
+
+    # A table from elsewhere must not pull any file of this machine into shards.
+    image = path.parent / row["image"]
+    if not image.resolve().is_relative_to(path.parent.resolve()):
+        raise ValueError(
+            f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; "
+            "copy it there"
+        )
+
+    is_image = image.is_file() and image.suffix.lower()[1:] in IMAGE_TYPES
+    if not is_image or not is_first:
+        types = ", ".join(sorted(IMAGE_TYPES))
+        expected = f"a {types} file beside the first negatives of {row['key']!r}"
+        raise ValueError(f"{place}: found the image {str(image)!r}, expected {expected}")
+    return image
 
 
 @dataclass
@@ -236,24 +262,19 @@ class AddNegatives:
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on, besides the input."""
-        told = [
-            self.given,
-            {key: [image.name, image.stat().st_size] for key, image in self.images.items()},
-        ]
-        given = (
-            hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-            if self.given
-            else None
-        )
-        words = hashlib.sha256(repr(self.lexicon.entries).encode()).hexdigest()[:16]
-        model = {"rewriter": self.rewriter, "prompt": self.prompt if self.rewriter else None}
+        given = None
+        if self.given:
+            # Images by name and size, so that they may move, with their file, between two calls.
+            images = {key: [path.name, path.stat().st_size] for key, path in self.images.items()}
+            given = _digest(json.dumps([self.given, images], sort_keys=True))
         return {
             "k_a_caption": self.k,
             "kinds": self.kinds,
             "seed": self.seed,
-            "words": words,
+            "words": _digest(repr(self.lexicon.entries)),
             "given": given,
-            **model,
+            "rewriter": self.rewriter,
+            "prompt": self.prompt if self.rewriter else None,
         }
 
     def __call__(
@@ -271,17 +292,18 @@ class AddNegatives:
         if sample.meta.get("negatives"):
             counts["samples whose earlier negatives were replaced"] += 1
         self._picture(sample, chosen, counts)
-        meta = {
-            **{
-                name: value for name, value in sample.meta.items() if name != "negative_scores"
-            },  # of the earlier negatives
-            "negatives": [n.text for n, _ in chosen],
+
+        # The scores are of the earlier negatives, and go with them.
+        meta = {name: value for name, value in sample.meta.items() if name != "negative_scores"}
+        meta |= {
+            "negatives": [negative.text for negative, _ in chosen],
             "negatives_valid": [True] * len(chosen),
-            "negative_kinds": [n.kind for n, _ in chosen],
-            "negatives_of": [i for _, i in chosen],
+            "negative_kinds": [negative.kind for negative, _ in chosen],
+            "negatives_of": [number for _, number in chosen],
         }
-        counts["samples without negatives" if not chosen else "samples with negatives"] += 1
-        counts.update(f"negatives written: {n.kind}" for n, _ in chosen)
+
+        counts["samples with negatives" if chosen else "samples without negatives"] += 1
+        counts.update(f"negatives written: {negative.kind}" for negative, _ in chosen)
         return meta
 
     def _picture(
@@ -294,15 +316,13 @@ class AddNegatives:
         image = self.images.get(sample.key)
         if image is None:
             return
-        if (
-            chosen
-            and chosen[0][1] == GIVEN
-            and chosen[0][0].text == self.given[sample.key][0][0].strip()
-        ):
-            sample.negative_image, sample.negative_image_type = (
-                image.read_bytes(),
-                image.suffix.lower()[1:],
-            )
+
+        # The image shows the first given negative and no other.
+        first = self.given[sample.key][0][0].strip()
+        stays = bool(chosen) and chosen[0][1] == GIVEN and chosen[0][0].text == first
+        if stays:
+            sample.negative_image = image.read_bytes()
+            sample.negative_image_type = image.suffix.lower()[1:]
             counts["negative images written"] += 1
         else:
             counts["dropped: negative images whose caption was dropped"] += 1
@@ -317,17 +337,19 @@ class AddNegatives:
         """
         from vlp.data_tools.negatives.rules import head
 
-        rng, heads = random.Random(f"{self.seed}/{key}"), [head(caption) for caption in captions]
-        pool = self._valid(self._candidates(key, heads, rng, counts), heads, counts)
-        chosen = [item for item in pool if item[1] == GIVEN][: self.k]
-        n_own = self.k - len(chosen)
-        for number, caption in enumerate(captions):
-            rest = caption[len(heads[number]) :]
-            own = [negative for negative, i in pool if i == number]
-            chosen += [
-                (replace(negative, text=negative.text + rest), number)
-                for negative in _in_turn(own, rng)[:n_own]
-            ]
+        # By the sample's key, so that neither processes nor the order of shards change a choice.
+        rng = random.Random(f"{self.seed}/{key}")
+        heads = [head(caption) for caption in captions]
+        candidates = self._candidates(key, heads, rng, counts)
+        pool = self._valid(candidates, heads, counts)
+
+        chosen = [(negative, number) for negative, number in pool if number == GIVEN][: self.k]
+        n_left = self.k - len(chosen)
+        for i, caption in enumerate(captions):
+            tail = caption[len(heads[i]) :]
+            of_caption = [negative for negative, number in pool if number == i]
+            for negative in _in_turn(of_caption, rng)[:n_left]:
+                chosen.append((replace(negative, text=negative.text + tail), i))
         return chosen
 
     def _candidates(
@@ -336,8 +358,10 @@ class AddNegatives:
         from vlp.data_tools.negatives.rules import Negative, propose
 
         given = self.given.get(key, [])
-        counts["given: keys used"] += bool(given)
-        found = [(Negative(kind, text.strip()), GIVEN) for text, kind in given]
+        if given:
+            counts["given: keys used"] += 1
+        candidates = [(Negative(kind, text.strip()), GIVEN) for text, kind in given]
+
         for i, caption in enumerate(captions):
             if caption in captions[:i]:
                 continue  # said twice: what is made from it belongs to both
@@ -345,13 +369,15 @@ class AddNegatives:
             negatives = propose(caption, self.lexicon, rng, self.kinds, passed)
             if self.rewriter:
                 negatives += _rewriter(self.rewriter, self.prompt)(caption, rng)
-            found += [(negative, i) for negative in negatives]
+            candidates += [(negative, i) for negative in negatives]
+
             counts["captions read"] += 1
-            counts.update({f"captions with {kind}": 1 for kind in {n.kind for n in negatives}})
+            kinds = {negative.kind for negative in negatives}
+            counts.update(f"captions with {kind}" for kind in kinds)
             counts.update({f"passed over: {reason}": n for reason, n in passed.items()})
             if not negatives:
                 counts["captions without negatives"] += 1
-        return found
+        return candidates
 
     def _valid(
         self, candidates: list[tuple[Negative, int]], captions: list[str], counts: Counter[str]
@@ -362,6 +388,7 @@ class AddNegatives:
         true = {bare(caption) for caption in captions}
         seen: set[tuple[str, int]] = set()  # text, number of its caption
         for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
+            # One text of all other captions: they are searched for every new word.
             others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
             for negative, _ in group:
                 text = bare(negative.text)
@@ -369,10 +396,7 @@ class AddNegatives:
                     reason = "empty"
                 elif text in true:
                     reason = "equal to a caption"
-                elif any(
-                    word in others and re.search(rf"\b{re.escape(word)}\b", others)
-                    for word in negative.new_words
-                ):
+                elif any(_says(others, word) for word in negative.new_words):
                     reason = "says what another caption of the picture says"
                 elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
                     reason = "repeated"
@@ -382,6 +406,15 @@ class AddNegatives:
                     continue
                 counts[f"dropped: {reason}"] += 1
         return kept
+
+
+def _says(captions: str, word: str) -> bool:
+    """Whether a word stands in captions; the plain search first, because it is much the faster."""
+    return word in captions and re.search(rf"\b{re.escape(word)}\b", captions) is not None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _in_turn(negatives: list[Negative], rng: random.Random) -> list[Negative]:
@@ -409,16 +442,21 @@ def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
     """`n` random negatives below their captions."""
     from vlp.data_tools._run.shards import samples
 
-    rng, counts = random.Random(change.seed), Counter[str]()
-    found = []
+    rng = random.Random(change.seed)
+    counts: Counter[str] = Counter()
+    examples: list[tuple[str, Negative]] = []
     for path in sources:
         for sample in samples(path, counts):
             captions = list(sample.captions)
-            for negative, i in change.choose(sample.key, captions, counts):
-                found.append((captions[i] if i >= 0 else captions[0] if captions else "", negative))
-    chosen = rng.sample(found, min(n, len(found)))
+            for negative, number in change.choose(sample.key, captions, counts):
+                # What was given for the picture stands below its first caption.
+                caption = captions[max(number, 0)] if captions else ""
+                examples.append((caption, negative))
+
+    chosen = rng.sample(examples, min(n, len(examples)))
     width = max((len(negative.kind) for _, negative in chosen), default=0)
-    return "\n".join(
+    lines = [
         f"{'':{width}}  {caption}\n{negative.kind:{width}}  {negative.text}\n"
         for caption, negative in chosen
-    )
+    ]
+    return "\n".join(lines)
