@@ -2,7 +2,7 @@
 happened and why.
 
 A folder made by `transform` holds `_TOOL.json` (settings and sources; another call must bring the
-same) and beside every finished shard its mark `00000_TOOL.json` with its counts (see `_work`).
+same) and beside every finished shard its mark `00000_TOOL.json` with its counts (see `work`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vlp.data.format import ShardWriter, index, is_class_number
 from vlp.data.scan import scan
 from vlp.data_tools._belonging import settle
-from vlp.data_tools._run.work import Pool, Job, Result, carry_out
+from vlp.data_tools._run.work import Job, Pool, Result, carry_out
 from vlp.files import write_atomically
 from vlp.privacy import without_secrets
 
@@ -81,33 +81,42 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     """
     if folder.resolve() in {path.parent.resolve() for path in sources}:
         raise ValueError(f"{folder} holds the input; name another folder, the input stays as it is")
+
     # Sources are compared by name and size, so that a data set may move between two calls.
     sizes = [[path.name, path.stat().st_size] for path in sources]
     claimed = {"settings": without_secrets(settings), "sources": sizes}
     claimed = json.loads(json.dumps(claimed))
     note = folder / f"_{tool}.json"
-    held = any(
-        folder.glob("*.tar")
-    )  # looked up before the note: another machine writes the note first
+
+    # Looked up before the note: another machine writes the note first.
+    holds_shards = any(folder.glob("*.tar"))
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
         if before != claimed:
-            old, new = ({**c["settings"], "sources": c["sources"]} for c in (before, claimed))
-            changed = [
-                f"{k}: {old.get(k)!r} then, {new.get(k)!r} now"
-                for k in {**old, **new}
-                if old.get(k) != new.get(k)
-            ]
+            differences = "; ".join(_differences(before, claimed))[:600]
             raise ValueError(
-                f"{folder} was made from other input or settings ({'; '.join(changed)[:600]}); name another folder"
+                f"{folder} was made from other input or settings ({differences}); "
+                "name another folder"
             )
         return
-    if held:
+
+    if holds_shards:
         raise FileExistsError(
-            f"{folder} already holds shards that `vlp data {tool}` did not make; name another folder"
+            f"{folder} already holds shards that `vlp data {tool}` did not make; "
+            "name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps(claimed, indent=1).encode())
+
+
+def _differences(before: dict[str, Any], claimed: dict[str, Any]) -> list[str]:
+    old = {**before["settings"], "sources": before["sources"]}
+    new = {**claimed["settings"], "sources": claimed["sources"]}
+    return [
+        f"{name}: {old.get(name)!r} then, {new.get(name)!r} now"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
 
 
 def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
@@ -121,12 +130,13 @@ def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
 def transform(
     sources: list[Path], folder: Path, tool: str, change: Change, pool: Pool
 ) -> list[Result | None]:
-    """Write this pool's source shards, changed, into the claimed `folder`; returns what `carry_out`
-    returns.
+    """Write this machine's source shards, changed, into the claimed `folder`; returns what
+    `carry_out` returns.
     """
-    results = carry_out(
-        tool, jobs(sources, folder, tool), partial(_one, folder=folder, change=change), pool
-    )
+    write = partial(_one, folder=folder, change=change)
+    results = carry_out(tool, jobs(sources, folder, tool), write, pool)
+
+    # One index for all shards, by whoever is the last.
     if None not in results:
         index(sorted(folder.glob("*.tar")))
     return results
