@@ -5,9 +5,9 @@
                       {"counts", "distributions": {name: {"quantiles", "values"}}}
 
 Sizes come from the pictures' headers, none is decoded. A language is guessed from a caption's
-script and stop words (see _english/traits.py), wrong for short captions and for languages that are not in
-the list. Numbers are those from two to ten that count something exactly, as `vlp data counting`
-reads them.
+script and stop words (see _english/traits.py), wrong for short captions and for languages that
+are not in the list. Numbers are those from two to ten that count something exactly, as `vlp data
+counting` reads them.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ sample with its last one. A score keeps the cosine of every caption that stays, 
 `clip_scores`.
 
 Of DiHT's rules (complexity, action, text; arXiv 2301.02280) --min-relations and --action are rough
-stand-ins for English captions, without a parser (see _english/traits.py); text in the picture is not
-looked for, because that takes a text detector.
+stand-ins for English captions, without a parser (see _english/traits.py); text in the picture is
+not looked for, because that takes a text detector.
 """
 
 from __future__ import annotations
