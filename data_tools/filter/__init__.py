@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
-from vlp.data_tools.filter.conditions import parse, refuse, refuse_unknown
+from vlp.data_tools.filter.conditions import refuse, refuse_unknown
+from vlp.data_tools.filter.repeats import hash_of, too_common
+from vlp.data_tools.filter.rules import Rules, rules_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, transform
 
-    rules = _rules(args)
+    rules = rules_of(args)
     sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
     model = _encoder.Model.of(args)
 
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     # How often a caption occurs is known only once all shards are read.
     repeated = None
     if rules.max_repeats:
-        repeated = _repeated(sources, folder, rules.max_repeats, pool)
+        repeated = too_common(sources, folder, rules.max_repeats, pool)
         if repeated is None:
             return 0
 
@@ -166,142 +166,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What may stay; 0 and "" rule nothing out."""
-
-    min_side: int = 0
-    max_aspect: float = 0.0
-    keep: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    uids: str = ""
-    min_words: int = 0
-    max_words: int = 0
-    match: str = ""
-    reject: str = ""
-    max_repeats: int = 0
-    languages: tuple[str, ...] = ()
-    unclear: str = "keep"
-    min_relations: int = 0
-    action: bool = False
-    min_score: float | None = None
-
-    def refuse_sample(self, sample: Content) -> str:
-        """Why a sample is dropped whatever its captions, or ""."""
-        from vlp.data.picture import BadImage, header
-
-        if self.uids and not _listed(self.uids, sample):
-            return "not in the list"
-
-        if self.min_side or self.max_aspect:
-            try:
-                short, long = sorted(header(sample.image)[:2])
-            except BadImage:
-                return "no readable picture"
-            if short < self.min_side:
-                return f"shorter side below {self.min_side} px"
-            if self.max_aspect and long > self.max_aspect * short:
-                return f"longer than {self.max_aspect:g} times its shorter side"
-
-        return ""
-
-    def refuse_caption(self, caption: str) -> str:
-        """Why a caption is dropped by itself, or ""."""
-        from vlp.data_tools._english import traits
-
-        n_words = len(caption.split())
-        is_wanted = traits.is_in(caption, self.languages) if self.languages else True
-        too_long = 0 < self.max_words < n_words
-        too_simple = self.min_relations and traits.complexity(caption) < self.min_relations
-
-        checks = {
-            f"fewer than {self.min_words} words": n_words < self.min_words,
-            f"more than {self.max_words} words": too_long,
-            "does not hold what it must": self.match and not re.search(self.match, caption),
-            "holds what it must not": self.reject and re.search(self.reject, caption),
-            "another language": is_wanted is False,
-            "language unclear": is_wanted is None and self.unclear == "drop",
-            f"fewer than {self.min_relations} relations": too_simple,
-            "no action": self.action and not traits.has_action(caption),
-        }
-        return next((reason for reason, refused in checks.items() if refused), "")
-
-    def about_captions(self) -> bool:
-        """Whether a sample needs a caption to stay."""
-        without_pictures = replace(self, min_side=0, max_aspect=0.0, keep=(), drop=(), uids="")
-        return without_pictures != Rules()
-
-
 def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
     """The JSON of all samples, one by one."""
     from vlp.data_tools._run.shards import samples
 
     for path in sources:
         yield from (sample.meta for sample in samples(path, Counter()))
-
-
-def _rules(args: argparse.Namespace) -> Rules:
-    """The rules that the options name; raises ValueError."""
-    languages = _languages(args)
-    for text in (*args.keep, *args.drop):
-        parse(text)
-    options = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
-    options |= {"languages": languages, "uids": args.uids or ""}
-    options |= {"keep": tuple(args.keep), "drop": tuple(args.drop)}
-    rules = Rules(**options)
-
-    if (args.min_score is None) != (not args.model):
-        raise ValueError(
-            "--min-score X and --model REF go together: "
-            "one is the least cosine, the other says whose"
-        )
-    if rules == Rules():
-        raise ValueError(
-            "no rule is given, such as --min-side 200 or --min-words 3; "
-            "`vlp data filter --help` lists them"
-        )
-    _check_values(rules)
-    return rules
-
-
-def _languages(args: argparse.Namespace) -> tuple[str, ...]:
-    from vlp.data_tools._english.traits import LANGUAGES, UNCLEAR
-
-    codes = [code.strip() for code in args.languages.split(",")]
-    languages = tuple(code for code in codes if code)
-    unknown = set(languages) - set(LANGUAGES)
-    if unknown:
-        raise ValueError(
-            f"--languages does not know {', '.join(sorted(unknown))}; "
-            f"it tells apart {', '.join(LANGUAGES)}"
-        )
-    if UNCLEAR in languages and args.unclear == "drop":
-        raise ValueError(
-            f"--languages names {UNCLEAR}, --unclear drop refuses it; leave one of them out"
-        )
-    if args.unclear == "drop" and not languages:
-        raise ValueError("--unclear drop belongs to --languages CODES, which is not given")
-    return languages
-
-
-def _check_values(rules: Rules) -> None:
-    """Raise ValueError for a value that no sample could meet, or that cannot be read."""
-    numbers = [rules.min_side, rules.min_words, rules.max_words]
-    numbers += [rules.max_repeats, rules.min_relations]
-    too_narrow = 0 < rules.max_aspect < 1 or 0 < rules.max_words < rules.min_words
-    if min(numbers) < 0 or too_narrow:
-        raise ValueError(
-            "no number may be negative, --max-aspect not below 1, --max-words not below --min-words"
-        )
-
-    # Now, because the first caption would show a broken pattern only after the survey.
-    for pattern in (rules.match, rules.reject):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    if rules.uids and Path(rules.uids).suffix not in (".npy", ".txt"):
-        raise ValueError(f"--uids {rules.uids!r} is neither .npy nor .txt")
 
 
 @dataclass(frozen=True)
@@ -362,7 +232,7 @@ class Filter:
 
         if self.repeated is None or not len(self.repeated):
             return ""
-        hashed = _hash(caption)
+        hashed = hash_of(caption)
         place = np.searchsorted(self.repeated, hashed)
         is_repeated = place < len(self.repeated) and self.repeated[place] == hashed
         return f"in more than {self.rules.max_repeats} samples" if is_repeated else ""
@@ -407,104 +277,6 @@ def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
     if not sample.captions:
         counts["dropped: no caption left" if reasons else "dropped: no caption"] += 1
     return bool(sample.captions)
-
-
-def _repeated(sources: list[Path], folder: Path, most: int, pool: work.Pool) -> np.ndarray | None:
-    """Sorted hashes of the captions that more than `most` samples have; None while other machines
-    still read theirs.
-    """
-    import numpy as np
-
-    from vlp.data_tools._run.shards import jobs
-
-    survey = jobs(sources, folder, "captions")
-    surveyed = work.carry_out("captions", survey, partial(_survey, folder=folder), pool)
-    if not work.all_done(surveyed):
-        return None
-
-    hashes = [np.load(_hashes(folder, number)) for number in range(len(sources))]
-    values, n_samples = np.unique(np.concatenate(hashes), return_counts=True)
-    return values[n_samples > most]
-
-
-def _survey(job: tuple[int, Path], *, folder: Path) -> work.Result:
-    import io
-
-    import numpy as np
-
-    from vlp.data_tools._run.shards import samples
-    from vlp.files import write_atomically
-
-    number, path = job
-    counts: Counter[str] = Counter()
-    hashes: list[np.uint64] = []
-    for sample in samples(path, counts):
-        # A set: a caption that a sample has twice is still one sample's.
-        hashes.extend({_hash(caption) for caption in sample.captions})
-
-    file = io.BytesIO()
-    np.save(file, np.array(hashes, np.uint64))
-    write_atomically(_hashes(folder, number), file.getvalue())
-    return {"counts": counts}
-
-
-def _hashes(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}_captions.npy"
-
-
-def _hash(caption: str) -> np.uint64:
-    """64 bits of a caption's words, whatever its capitals and punctuation."""
-    import numpy as np
-
-    from vlp.data_tools._english.words import bare
-
-    # Eight bytes a caption: of a billion captions, a few hundred pairs meet by chance.
-    digest = hashlib.blake2b(bare(caption).encode(), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
-
-
-def _listed(path: str, sample: Content) -> bool:
-    """Whether a list holds the sample: by `uid` in its JSON (32 hexadecimal digits, as DataComp has
-    it), in a .txt also by key.
-    """
-    import numpy as np
-
-    uid = sample.meta.get("uid")
-    if path.endswith(".txt"):
-        return not _lines(path).isdisjoint((uid, sample.key))
-    if not (isinstance(uid, str) and re.fullmatch("[0-9a-fA-F]{32}", uid)):
-        return False
-
-    # The list is sorted by its upper halves only, so the lower ones are looked for among equals.
-    pairs = _pairs(path)
-    high, low = np.uint64(int(uid[:16], 16)), np.uint64(int(uid[16:], 16))
-    first = pairs["f0"].searchsorted(high, "left")
-    last = pairs["f0"].searchsorted(high, "right")
-    return low in pairs["f1"][first:last]
-
-
-@cache
-def _lines(path: str) -> frozenset[str]:
-    return frozenset(Path(path).read_text(encoding="utf-8").split())
-
-
-@cache
-def _pairs(path: str) -> np.ndarray:
-    """The halves of the uids, sorted; a sorted file, such as DataComp's, is mapped into memory
-    rather than read.
-    """
-    import numpy as np
-
-    pairs = np.load(path, mmap_mode="r")
-    if pairs.dtype != np.dtype("u8,u8") or pairs.ndim != 1:
-        raise ValueError(
-            f"{path} holds {pairs.dtype} {pairs.shape}; "
-            "expected DataComp's pairs of 64-bit halves, dtype u8,u8"
-        )
-
-    high = pairs["f0"]
-    is_sorted = (high[1:] >= high[:-1]).all()
-    return pairs if is_sorted else np.sort(pairs)
 
 
 def _digest(path: str) -> str:
