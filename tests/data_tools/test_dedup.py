@@ -97,8 +97,10 @@ def test_planted_copies_go_and_nothing_else(
     }
 
 
-LISTS = ("negatives", "negatives_of", "negatives_valid", "negative_kinds", "negative_scores", "counterfactuals",
-         "counterfactuals_of", "clip_scores")  # fmt: skip
+LISTS = (
+    "negatives", "negatives_of", "negatives_valid", "negative_kinds", "negative_scores",
+    "counterfactuals", "counterfactuals_of", "clip_scores",
+)  # fmt: skip
 
 
 def alike(

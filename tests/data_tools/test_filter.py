@@ -235,7 +235,8 @@ def test_rules_about_fields(
     [
         (
             ["--keep", "similarty > 0.28"],
-            r"no sample has that field, did you mean 'similarity'.*; the fields are a b, captions, exif",
+            r"no sample has that field, did you mean 'similarity'.*; "
+            r"the fields are a b, captions, exif",
         ),
         (
             ["--drop", "license > 3.5", "--drop", "tags > 1"],

@@ -41,7 +41,7 @@ def described(scene: dict) -> tuple:
     )
 
 
-# --- the JSON against the pixels -------------------------------------------------------------------------------------
+# --- the JSON against the pixels ---
 
 
 def blobs(image: Image.Image) -> Counter[str]:
@@ -146,7 +146,7 @@ def _jpeg(image: Image.Image) -> bytes:
     return encode(image)
 
 
-# --- captions --------------------------------------------------------------------------------------------------------
+# --- captions ---
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -204,7 +204,7 @@ def test_training_sees_two_to_ten_about_equally_often() -> None:
     assert min(shown) > 0.7 * max(shown), counts
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+# --- splits ---
 
 
 def test_heldout_combinations_are_absent_from_training_and_present_in_heldout() -> None:
@@ -250,7 +250,7 @@ def test_generate_is_pure_and_seeds_matter() -> None:
         scenes.generate(0, 0, "trian")
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- what is written ---
 
 SMALL = {
     "n_train": 2100,
