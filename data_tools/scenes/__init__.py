@@ -48,6 +48,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data scenes`."""
     add = parser.add_argument
     add("--to", required=True, metavar="DIR", help="folder to fill")
+
+    # How many, of each set.
     add(
         "--train",
         type=int,
@@ -90,6 +92,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="items of each proof set (default: %(default)s)",
     )
+
+    # How they are drawn.
     add(
         "--size",
         type=int,

@@ -21,6 +21,7 @@ RIM = 0.06
 def draw(scene: dict[str, Any], size: int) -> Image.Image:
     """The scene as an RGB picture of `size` × `size` pixels."""
     ground = scene["background"]
+    # The canvas is twice as large; where it is cut belongs to the scene.
     x, y = (round(offset * size) for offset in ground["offset"])
     image = _background(ground["color"], ground["texture"], size).crop((x, y, x + size, y + size))
 
@@ -43,6 +44,7 @@ def encode(image: Image.Image) -> bytes:
     """JPEG bytes: what most web data is, and the fastest of the formats to write. Chroma keeps its
     full resolution.
     """
+
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()

@@ -44,6 +44,7 @@ def write(
     are started afresh (a fork may hang once torch ran).
     """
     folder = Path(folder)
+    # Whole rounds: each class, each number and each form of a wrong caption as often as the others.
     n_zeroshot, n_proofs = _whole(n_zeroshot, 56), _whole(n_proofs, 27)
     n_scenes = {
         "train": n_train,
@@ -60,6 +61,7 @@ def write(
         raise ValueError(
             f"size {size} must be at least 16 pixels, and no number of scenes negative: {n_scenes}"
         )
+
     taken = [str(folder / split) for split in n_scenes if any((folder / split).rglob("*.tar"))]
     if taken:
         raise FileExistsError(
@@ -75,6 +77,7 @@ def write(
     processes = processes or os.cpu_count() or 1
     for _ in _map(jobs, min(processes, len(jobs))):
         pass
+
     _describe_sets(folder, n_scenes)
     return n_scenes
 
@@ -90,6 +93,8 @@ def _map(jobs: list[Job], processes: int) -> Iterator[None]:
     if processes <= 1:
         yield from map(_write, jobs)
         return
+
+    # Afresh: a fork may hang once torch ran.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_write, jobs)
 
@@ -110,6 +115,8 @@ def _write(job: Job) -> None:
         scenes = _unlike(seed, size, n)
     else:
         scenes = (generate(first + i, seed, split, size) for i in range(n))
+
+    # Texts of several captions belong to retrieval; a training .txt holds one.
     with writer:
         for scene in scenes:
             cls = _class(scene, split) if split in CLASSIFIED else None
@@ -131,6 +138,7 @@ def _unlike(seed: int, size: int, n: int) -> Iterator[Scene]:
             (ground["color"], ground["texture"], *group.values())
             for group in scene.meta["scene"]["groups"]
         }
+
         if seen.isdisjoint(marks):
             seen |= marks
             n -= 1
@@ -168,5 +176,8 @@ def _describe_sets(folder: Path, n_scenes: dict[str, int]) -> None:
 
         kind = "retrieval" if split == "retrieval" else "classification"
         texts = {"test/nshards.txt": "1", "dataset_type.txt": kind}
+        if split in CLASSIFIED:
+            texts["classnames.txt"] = "\n".join(_class_names(split))
+            texts["zeroshot_classification_templates.txt"] = "\n".join(TEMPLATES)
         for name, text in texts.items():
             write_atomically(folder / split / name, f"{text}\n".encode())
