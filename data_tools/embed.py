@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
     model = _encoder.Model.of(args)
     assert model is not None  # --model is required
+
+    # Each file by itself: a reader asks for the shard that it reads.
     claim(folder, "embed", sources, model.settings())
     results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), pool)
     print(work.report(work.total(results), f"{folder}:"))
@@ -94,6 +96,7 @@ class Embed:
         counts: Counter[str] = Counter()
         nothing = torch.zeros(0, self.model.width())  # a shard may hold no sample
         image_rows, text_rows = [nothing], [nothing]
+        # In batches, in the order of the shard, so that a row's number is its sample's.
         for batch, images in self.model.batches(samples(path, counts), counts):
             keys += [sample.key for sample in batch]
             image_rows.append(images)

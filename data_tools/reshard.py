@@ -42,6 +42,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; the same call goes on where one stopped",
     )
+
+    # Where a shard ends.
     add(
         "--samples-per-shard",
         type=int,
@@ -54,6 +56,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="a shard ends before the sample that would exceed this",
     )
+
+    # Order and keys.
     add(
         "--shuffle",
         type=int,
@@ -78,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
         raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
+
+    # Ten thousand samples, unless a size in bytes says where a shard ends.
     sources, pool, folder = expand(args.source, packed=True), work.pool(args), Path(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
@@ -102,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
 
+    # A job carries its own places, so that whoever takes it needs nothing else.
     jobs = []
     for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits)):
         part = spans[start:stop]

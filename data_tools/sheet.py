@@ -52,6 +52,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".html (all captions with their negatives, any script) or .png",
     )
+
+    # What is on it.
     add("--samples", type=int, default=48, metavar="N", help="default: %(default)s")
     add(
         "--columns",
@@ -65,6 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=192,
         metavar="PX",
+        # Which samples.
         help="longest side of a picture (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")

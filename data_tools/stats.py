@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         for name, times_of in values.items()
     }
     summary = json.dumps({"counts": counts, "distributions": distributions}, indent=1)
+
     write_atomically(folder / "stats.json", summary.encode())
     html = page(args.source, len(sources), counts, values)
     write_atomically(folder / "stats.html", html.encode())
@@ -100,6 +101,8 @@ def count(job: tuple[int, Path]) -> work.Result:
         values["type"][sample.image_type] += 1
         values["kilobytes"][round(len(sample.image) / 1000)] += 1
         values["captions"][len(sample.captions)] += 1
+
+        # Only the header is read: decoding would take most of the time.
         try:
             width, height, *_ = header(sample.image)
         except BadImage:

@@ -73,6 +73,8 @@ def _why_not(caption: str, match: re.Match[str], head: str) -> str:
     """Why a number counts nothing exactly, or ""."""
     before = caption[max(0, match.start() - _NEAR) : match.start()]
     after = caption[match.end() : match.end() + _NEAR]
+
+    # In this order: a number may have several of these reasons, and the first is counted.
     if _BOUND.search(before) or _BOUND_AFTER.match(after):
         return "a bound or part, no exact number"
     if _RANGE_AFTER.match(after) or _RANGE_BEFORE.search(before):
@@ -92,8 +94,10 @@ def exchange(caption: str, counted: list[Count], value: int) -> str:
     """
     changes = []
     for count in counted:
+        # Digits stay digits: "2 dogs" becomes "5 dogs".
         written = caption[count.start : count.end]
         new = str(value) if written.isdigit() else _NAMES[value]
+
         changes.append((count.start, count.end, new))
     return edit(caption, changes)
 

@@ -53,6 +53,7 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
     shard = scan(path)
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
+
     with open(path, "rb") as file:
         for i in range(shard.count):
             counts["samples read"] += 1
@@ -69,6 +70,7 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     cls = meta.get("cls")
     if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
+    # A negative image is written only beside a sample that has one.
     negative = (
         (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
     )
@@ -145,6 +147,7 @@ def transform(
 def _one(job: tuple[int, Path], *, folder: Path, change: Change) -> Result:
     number, path = job
     counts: Counter[str] = Counter()
+    # A whole shard at a time, under its number: done twice, it is the same file.
     with ShardWriter(
         folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False
     ) as writer:

@@ -49,6 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; a call with the same options goes on where one stopped",
     )
+
+    # What is written, and how much of it.
     add(
         "--counterfactuals",
         type=int,
@@ -62,6 +64,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="none, equal (as many of each number as of the rarest), or the most",
     )
+
+    # A model that must agree.
     add(
         "--detector",
         metavar="MODEL",
@@ -73,6 +77,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="score from which a detected object counts (default: %(default)s)",
     )
+
+    # How they are drawn and looked at.
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
         "--print",

@@ -52,6 +52,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; the same call goes on where one stopped",
     )
+
+    # What is compared, and what becomes of a copy.
     add(
         "--against",
         action="append",
@@ -67,6 +69,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add("--keep-copies", action="store_true", help="drop only what --against holds")
+
+    # What makes a copy.
     add(
         "--distance",
         type=int,

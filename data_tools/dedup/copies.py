@@ -36,6 +36,7 @@ def survey(job: tuple[int, Path], *, folder: Path) -> Result:
     counts: Counter[str] = Counter()
     prints = []
     for sample in samples(path, counts):
+        # Small: the hash looks at 32 × 32 pixels, and a JPEG is then decoded in less time.
         try:
             prints.append((*fingerprint(rgb(sample.image, side=64)), True))
         except BadImage:
@@ -135,6 +136,7 @@ class DropCopies:
     def __call__(
         self, samples: Iterable[Content], shard: int, counts: Counter[str]
     ) -> Iterator[Changed]:
+        # Samples are numbered through all shards, those of --against first.
         first = self.n_fixed + sum(map(len, self.copy_of[:shard]))
         decided_samples = zip(samples, self.copy_of[shard], strict=True)
         for number, (sample, other) in enumerate(decided_samples, first):
@@ -158,6 +160,8 @@ class Place(NamedTuple):
 def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
     with open(place.path, "rb") as file:
         other = open_sample(read_extents(file, place.extents))
+
+    # Its lists must count its own captions before they are joined.
     settle(other, counts)
     if merge(sample, other, counts):
         counts["merged: copies into an earlier sample"] += 1
@@ -169,6 +173,7 @@ def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dic
     """Number of each sample that has copies -> where these lie, in their order."""
     result: dict[int, list[Place]] = {}
     for path, shard, others in zip(sources, index(sources), copy_of):
+        # Copies of --against are dropped, and their captions with them.
         for i in np.flatnonzero(others >= n_fixed).tolist():
             result.setdefault(int(others[i]), []).append(Place(str(path), shard.places(i)))
     return result

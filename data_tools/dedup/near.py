@@ -121,6 +121,7 @@ def decide(
     cosines = np.full(len(prints), np.nan, np.float32)
     groups = _Groups(prints, limits.distance)
     earlier: list[tuple[int, np.ndarray]] = []
+
     for start, stop, rows in _blocks(embeddings, len(prints)):
         may_stay = start < n_fixed or not limits.keep_copies
         similar: dict[int, list[tuple[int, float]]] = {}
@@ -147,6 +148,8 @@ def _earlier_copy(
     copy_of: np.ndarray,
 ) -> tuple[int, float]:
     """(the sample that stays and that this one is a copy of, else −1; their cosine or nan)."""
+
+    # The hash goes first: it needs no model, and copies.jsonl says which of the two told.
     by_hash = groups.first_near(sample)
     if by_hash >= 0:
         return by_hash, np.nan

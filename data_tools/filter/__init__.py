@@ -56,6 +56,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; the same call goes on where one stopped",
     )
+
+    # Rules about the picture.
     add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")
     add(
         "--max-aspect",
@@ -64,6 +66,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="most length of the longer side, in shorter ones",
     )
+
+    # Rules about the sample's JSON.
     add(
         "--keep",
         action="append",
@@ -86,6 +90,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="keep only these: .npy of DataComp (pairs of 64-bit halves), "
         ".txt with a uid or key a line",
     )
+
+    # Rules about captions.
     add("--min-words", type=int, default=0, metavar="N", help="fewest words of a caption")
     add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
     add(
@@ -102,6 +108,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most samples with one caption; takes 32 bytes a caption of memory",
     )
+
+    # What a caption is like, by rough guesses.
     add(
         "--languages",
         default="",
@@ -123,6 +131,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="fewest relations of things in a caption (DiHT's complexity)",
     )
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
+
+    # A model's score.
     add(
         "--min-score",
         type=float,
@@ -157,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
         repeated = too_common(sources, folder, rules.max_repeats, pool)
         if repeated is None:
             return 0
+
+    # Every shard by itself, now that all that is shared is known.
 
     results = transform(sources, folder, "filter", Filter(rules, model, repeated), pool)
     counts = work.total(results)
@@ -206,6 +218,7 @@ class Filter:
         if not self.rules.about_captions():
             return True
 
+        # A caption's own reason before the one that needs the other samples.
         reasons = [
             self.rules.refuse_caption(caption) or self._too_common(caption)
             for caption in sample.captions
@@ -230,6 +243,7 @@ class Filter:
     def _too_common(self, caption: str) -> str:
         import numpy as np
 
+        # Most often there is nothing to look up.
         if self.repeated is None or not len(self.repeated):
             return ""
         hashed = hash_of(caption)
@@ -243,6 +257,7 @@ class Filter:
         from vlp.data_tools._run.shards import Changed
 
         for batch, images in model.batches(samples, counts):
+            # All captions of a batch in one pass, whoever has them.
             captions = [caption for sample in batch for caption in sample.captions]
             texts = model.encoder().encode_texts(captions).cpu()
             rows_of_samples = texts.split([len(sample.captions) for sample in batch])
@@ -252,10 +267,12 @@ class Filter:
                     counts["dropped: no readable picture"] += 1
                     continue
                 scores = [round(score, 4) for score in (rows @ image).tolist()]
+
                 # In steps of .05, so that the report shows where a threshold would cut.
                 counts.update(
                     f"captions with a score from {score // 0.05 * 0.05:+.2f}" for score in scores
                 )
+
                 reasons = [self._too_unlike(score) for score in scores]
                 if _keep(sample, reasons, counts):
                     kept = [score for score, reason in zip(scores, reasons) if not reason]

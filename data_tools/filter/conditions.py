@@ -50,6 +50,7 @@ class Condition:
             return value is not _NOWHERE
         if self.sign == "absent":
             return value is _NOWHERE
+        # A null can be equal to null, and to nothing else.
         if value is _NOWHERE or (value is None and None not in self.values):
             return None
 
@@ -80,6 +81,7 @@ def parse(text: str) -> Condition:
         "FIELD present or FIELD absent"
     )
     if not match:
+        # A typing error must not become a rule that drops everything.
         raise ValueError(f"{text!r} is no condition; expected {forms}, such as 'similarity > 0.28'")
 
     sign = match["sign"] or match["word"]
@@ -98,6 +100,7 @@ def parse(text: str) -> Condition:
             )
         return Condition(text, match["field"], sign, (number,))
 
+    # Quotes keep a text; anything else is read as JSON would read it.
     if sign == "in":
         parts = value.split(",")
     else:

@@ -39,6 +39,7 @@ class Rules:
         """Why a sample is dropped whatever its captions, or ""."""
         from vlp.data.picture import BadImage, header
 
+        # The cheapest first: a list needs no picture, a size no decoding.
         if self.uids and not is_listed(self.uids, sample):
             return "not in the list"
 
@@ -58,6 +59,7 @@ class Rules:
         """Why a caption is dropped by itself, or ""."""
         from vlp.data_tools._english import traits
 
+        # All reasons are asked in this order, and the first is the one that is counted.
         n_words = len(caption.split())
         is_wanted = traits.is_in(caption, self.languages) if self.languages else True
         too_long = 0 < self.max_words < n_words
@@ -77,6 +79,7 @@ class Rules:
 
     def about_captions(self) -> bool:
         """Whether a sample needs a caption to stay."""
+        # Rules about the sample alone leave one without a caption as it is.
         without_pictures = replace(self, min_side=0, max_aspect=0.0, keep=(), drop=(), uids="")
         return without_pictures != Rules()
 

@@ -66,6 +66,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; a call with the same options goes on where one stopped",
     )
+
+    # Negatives by rule.
     add(
         "--k",
         type=int,
@@ -85,6 +87,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="other word lists (see data_tools/negatives/words.yaml); "
         "scenes: the words of `vlp data scenes`",
     )
+
+    # Negatives from elsewhere.
     add(
         "--from",
         dest="given",
@@ -103,6 +107,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "Caption: {}\nWrong caption:",
         help="what a causal rewriter continues; {} is the caption",
     )
+
+    # How they are drawn and looked at.
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
         "--print",

@@ -118,6 +118,7 @@ class AddNegatives:
         candidates = self._candidates(key, heads, rng, counts)
         pool = self._valid(candidates, heads, counts)
 
+        # Given ones belong to every caption, so each caption has so many fewer of its own.
         chosen = [(negative, number) for negative, number in pool if number == GIVEN][: self.k]
         n_left = self.k - len(chosen)
         for i, caption in enumerate(captions):
@@ -135,15 +136,18 @@ class AddNegatives:
         given = self.given.get(key, [])
         if given:
             counts["given: keys used"] += 1
+
         candidates = [(Negative(kind, text.strip()), GIVEN) for text, kind in given]
 
         for i, caption in enumerate(captions):
             if caption in captions[:i]:
                 continue  # said twice: what is made from it belongs to both
+
             passed: Counter[str] = Counter()
             negatives = propose(caption, self.lexicon, rng, self.kinds, passed)
             if self.rewriter:
                 negatives += _rewriter(self.rewriter, self.prompt)(caption, rng)
+
             candidates += [(negative, i) for negative in negatives]
 
             counts["captions read"] += 1
@@ -160,6 +164,7 @@ class AddNegatives:
         from vlp.data_tools._english.words import bare
 
         kept: list[tuple[Negative, int]] = []
+        # Compared as bare words: a capital or a full stop makes no other caption.
         true = {bare(caption) for caption in captions}
         seen: set[tuple[str, int]] = set()  # text, number of its caption
         for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
@@ -196,9 +201,11 @@ def _in_turn(negatives: list[Negative], rng: random.Random) -> list[Negative]:
     """All of them in random order, the kinds in turn."""
     kinds: dict[str, list[Negative]] = {}
     for negative in negatives:
+        # The four shuffles are one kind here, or they would take four turns of a round.
         kind = "order" if negative.kind.startswith("order") else negative.kind
         kinds.setdefault(kind, []).append(negative)
     queues = [rng.sample(queue, len(queue)) for queue in kinds.values()]
+
     rng.shuffle(queues)
 
     result: list[Negative] = []

@@ -46,6 +46,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "or named by --captions",
     )
     add("--to", required=True, metavar="DIR", help="the new folder")
+
+    # The table, where captions do not lie beside their images.
     add(
         "--captions",
         metavar="TABLE",
@@ -70,6 +72,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="NAME",
         help="column with class names (default: class)",
+        # Which of its rows and images.
     )
     add(
         "--where",
@@ -83,6 +86,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="LIST",
         help="only images that this file names, one a line (Flickr_8k.trainImages.txt)",
+        # How a text table is written, where that cannot be told from its first lines.
     )
     add(
         "--separator",
@@ -107,6 +111,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "csv", "none"),
         default="auto",
         help="csv: as RFC 4180 says; none: a quote is a character",
+        # A folder or tar without a table.
     )
     add(
         "--lines",
@@ -125,6 +130,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("follow", "inside"),
         default="follow",
         help="links that lead out of SOURCE: follow them and say so (default), or leave them out",
+        # What is written.
     )
     add(
         "--part",
@@ -145,6 +151,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TEXT",
         help="prompt with {} for the class (clip_benchmark)",
+        # What is unusable, or in the way.
     )
     add(
         "--on-missing",
