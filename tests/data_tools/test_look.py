@@ -96,6 +96,15 @@ def test_a_sheet_shows_negatives_under_their_caption(tmp_path: Path) -> None:
     ]
 
 
+def test_a_sheet_without_a_readable_picture_says_so_in_each_place(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    call(sheet, shards, "--to", tmp_path / "a.png", "--columns", 3)
+    assert "6 samples, 6 without a readable picture" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width == 3 * (96 + 8) + 8  # the least width of a place
+
+
 def test_a_sheet_s_samples_are_its_seed_s(source: Path, tmp_path: Path) -> None:
     drawn = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
