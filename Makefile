@@ -1,4 +1,5 @@
-# `make setup` once; `make demo` and `make test` call it. uv is used where it is installed, plain venv + pip otherwise.
+# `make demo` installs what running needs, `make setup` all that tests, checks and documentation need;
+# the other targets call it. uv is used where it is installed, plain venv + pip otherwise.
 PYTHON ?= python3
 VLP_DATA ?= $(abspath ../shared/data)
 VENV := .venv
@@ -6,21 +7,29 @@ BIN := $(VENV)/bin
 export VLP_DATA
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all docs lint clean
+
+define install
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '$(1)'; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'; \
+	fi
+	@touch $@
+endef
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@if command -v uv >/dev/null 2>&1; then \
-	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
-	else \
-	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
-	fi
-	@touch $@
+	$(call install,.[dev])
+	@touch $(VENV)/.runs
 
-demo: setup
+$(VENV)/.runs: pyproject.toml constraints.txt
+	$(call install,.)
+
+demo: $(VENV)/.runs
 	vlp demo
 
 test: setup
@@ -29,8 +38,15 @@ test: setup
 test-all: setup
 	python -m pytest
 
+# Strict: a broken link or an unreadable block fails. The pages: build/docs/index.html.
+docs: setup
+	python -m sphinx -W --keep-going -q -b html docs build/docs
+
 lint: setup
 	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

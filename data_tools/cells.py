@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
     from vlp import config
     from vlp.data.cells import write_labels
-    from vlp.data.mix import Mixture, permute
+    from vlp.data.mix import Mixture
+    from vlp.data.permutation import permute
     from vlp.seeds import derive
 
     data = config.load(config.find(args.config)).data

@@ -225,6 +225,7 @@ class Write:
     renumber: bool
 
     def __call__(self, job: tuple[int, np.ndarray]) -> work.Result:
+        from vlp import log
         from vlp.data.format import ShardWriter
         from vlp.data_tools._belonging import settle
         from vlp.data_tools._run.shards import Changed, put
@@ -236,10 +237,16 @@ class Write:
         ) as writer:
             for source, i, *_ in spans.tolist():
                 path, shard = self.sources[source]
-                with open(path, "rb") as file:
-                    sample = shard.sample(file, i)
-                settle(sample, counts)
                 counts["samples read"] += 1
+                try:
+                    with open(path, "rb") as file:
+                        sample = shard.sample(file, i)
+                except ValueError as error:
+                    log.warn(f"{path}: {error}")
+                    counts["unreadable: samples that changed after they were indexed"] += 1
+                    continue
+
+                settle(sample, counts)
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
                 changed = Changed(sample, list(sample.captions), meta)
                 try:

@@ -115,8 +115,11 @@ def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Con
     places = [(path, shard, i) for path, shard in zip(paths, shards) for i in range(shard.count)]
     result = []
     for path, shard, i in rng.sample(places, min(n, len(places))):
-        with open(path, "rb") as file:
-            result.append(shard.sample(file, i))
+        try:
+            with open(path, "rb") as file:
+                result.append(shard.sample(file, i))
+        except ValueError:
+            counts["problems"] += 1  # it changed after it was indexed
     return result
 
 

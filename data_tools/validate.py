@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools._run import work
+from vlp.files import write_atomically
 
 if TYPE_CHECKING:
     from vlp.data.rows import Shard
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 HELP = "check every member of shards; exit status 1 where something is wrong, or no sample is good"
 EXAMPLE = """vlp data validate data/train
   vlp data validate "data/{00000..00041}.tar" --processes 8 --json report.json
-  srun --ntasks=16 vlp data validate data/train --notes checked      (a killed call goes on; report by calling once more)
+  srun --ntasks=16 vlp data validate data/train --notes checked
+                                       (a killed call goes on; report by calling once more)
 """
 
 
@@ -42,69 +44,94 @@ def run(args: argparse.Namespace) -> int:
     ValueError, OSError.
     """
     from vlp.data.paths import expand
-    from vlp.data.rows import said
     from vlp.data_tools._run.shards import claim, jobs
-    from vlp.files import write_atomically
 
     paths, pool = expand(args.path), work.pool(args)
     with tempfile.TemporaryDirectory() as forgotten:
         notes = Path(args.notes or forgotten)
         claim(notes, "validate", paths, {})
         results = work.carry_out("validate", jobs(paths, notes, "checked"), check_shard, pool)
+
+    # None is a shard of another machine that shares the notes.
     reports = [result for result in results if result is not None]
-    for report in reports:
-        for problem in report["problems"]:
-            print(f"{report['shard']}: {problem}")
-        if report["n_problems"] > len(report["problems"]):
-            print(f"{report['shard']}: and {report['n_problems'] - len(report['problems'])} more")
-    n_samples, n_problems = (
-        sum(report[name] for report in reports) for name in ("samples", "n_problems")
-    )
+    summary = summarize(reports)
+    print_reports(reports, summary)
+    if args.json:
+        encoded = json.dumps({**summary, "reports": reports}, indent=1, ensure_ascii=False)
+        write_atomically(args.json, (encoded + "\n").encode())
+    return 1 if summary["problems"] or not summary["samples"] else 0
+
+
+def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts over all shards."""
     left_out: Counter[str] = Counter()
     for report in reports:
         left_out.update(report["left_out"])
-    if left_out:
-        print(f"odd or passed over: {said(left_out)}")
-    bad = sum(report["n_problems"] > 0 for report in reports)
-    print(f"{len(reports)} shards, {n_samples} good samples, {n_problems} problems in {bad} shards")
-    if args.json:
-        summary = {
-            "shards": len(reports),
-            "samples": n_samples,
-            "problems": n_problems,
-            "left_out": left_out,
-            "reports": reports,
-        }
-        write_atomically(
-            args.json, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode()
-        )
-    if not n_samples:
+    return {
+        "shards": len(reports),
+        "samples": sum(report["samples"] for report in reports),
+        "problems": sum(report["n_problems"] for report in reports),
+        "left_out": left_out,
+    }
+
+
+def print_reports(reports: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """What is wrong with each shard, and the counts."""
+    from vlp.data.rows import said
+
+    for report in reports:
+        for problem in report["problems"]:
+            print(f"{report['shard']}: {problem}")
+
+        # An index keeps the first problems of a shard only.
+        n_more = report["n_problems"] - len(report["problems"])
+        if n_more > 0:
+            print(f"{report['shard']}: and {n_more} more")
+
+    if summary["left_out"]:
+        print(f"odd or passed over: {said(summary['left_out'])}")
+    n_bad = sum(report["n_problems"] > 0 for report in reports)
+    print(
+        f"{summary['shards']} shards, {summary['samples']} good samples, "
+        f"{summary['problems']} problems in {n_bad} shards"
+    )
+    if not summary["samples"]:
         print("there is no good sample to train on")
-    return 1 if n_problems or not n_samples else 0
 
 
 def check_shard(job: tuple[int, Path]) -> work.Result:
     """{"shard", "samples" (good ones), "n_problems", "problems" (the first in words), "left_out",
     "counts"} of one tar.
     """
+    from vlp.data.digests import stats_of
     from vlp.data.rows import Shard
     from vlp.data.scan import scan
 
     _, path = job
+
+    # What cannot be read at all counts as one problem; the other shards are checked all the same.
     try:
         shard = scan(path)
         n_good = _check_samples(path, shard)
-    except ValueError as error:  # no tar to read from: the others are checked all the same
+    except ValueError as error:
         shard, n_good = Shard(path.name, 0, 0), 0
         shard.report("", f"not readable: {error}")
-    stats = path.with_name(f"{path.stem}_stats.json")
+
+    stats = stats_of(path)
     if stats.exists() and (promised := _promised(stats)) != shard.count:
         shard.report(
             "",
-            f"another number of samples than promised: {stats.name} says {promised}, the tar has {shard.count}",
+            f"another number of samples than promised: {stats.name} says {promised}, "
+            f"the tar has {shard.count}",
         )
-    found = {name: getattr(shard, name) for name in ("n_problems", "problems", "left_out")}
-    return {"shard": str(path), "samples": n_good, **found, "counts": {"samples read": shard.count}}
+    return {
+        "shard": str(path),
+        "samples": n_good,
+        "n_problems": shard.n_problems,
+        "problems": shard.problems,
+        "left_out": shard.left_out,
+        "counts": {"samples read": shard.count},
+    }
 
 
 def _check_samples(path: Path, shard: Shard) -> int:
@@ -118,9 +145,12 @@ def _check_samples(path: Path, shard: Shard) -> int:
             try:
                 content = shard.sample(file, i)
                 key = content.key
+
+                # Decoded as training does, at full size.
                 array(content.image)
                 if content.negative_image:
                     array(content.negative_image)
+
                 if not content.captions and not isinstance(content.meta.get("class"), str):
                     raise ValueError("neither caption nor class")
             except ValueError as error:
@@ -131,6 +161,7 @@ def _check_samples(path: Path, shard: Shard) -> int:
 
 
 def _promised(stats: Path) -> Any:
+    """How many samples the statistics of a shard count."""
     try:
         return json.loads(stats.read_text())["successes"]
     except (ValueError, KeyError, TypeError) as error:

@@ -23,7 +23,7 @@ from vlp.data import tables
 from vlp.eval import embed, metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
-from vlp.eval.tasks import TaskResult
+from vlp.eval.result import TaskResult
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,13 @@ def with_pictures(
     # Annotations name images with and without folders and extensions: the collection knows which
     # file is meant.
     collection = Collection(images)
-    kept, absent = [], []
+    kept: list[tuple[dict[str, Any], list[Picture]]] = []
+    absent: list[str] = []
     for row in rows:
-        pictures = [collection.find(row[key]) for key in image_keys]
-        if None in pictures:
-            absent += [row[key] for key, picture in zip(image_keys, pictures) if picture is None]
+        found = {key: collection.find(row[key]) for key in image_keys}
+        pictures = [picture for picture in found.values() if picture is not None]
+        if len(pictures) < len(image_keys):
+            absent += [row[key] for key, picture in found.items() if picture is None]
         else:
             kept.append((row, pictures))
 

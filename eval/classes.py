@@ -218,8 +218,8 @@ def _synset_numbers(ordered: list[str], class_list: ClassList) -> dict[str, int]
 def _from_lines(text: str, path: Path) -> tuple[list[str], list[str]]:
     """(names, keys) of a text with a name a line, or a key and a name."""
     lines = [line.strip() for line in text.rstrip().split("\n")]
-    matches = [_KEYED_LINE.fullmatch(line) for line in lines]
-    if not all(matches):
+    matches = [match for line in lines if (match := _KEYED_LINE.fullmatch(line))]
+    if len(matches) < len(lines):
         return lines, []
 
     # Every line begins with a number or synset: keys, unless the numbers do not count the lines.

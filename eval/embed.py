@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,8 @@ def _prepared(prepare: Callable | None, batches: list[list], workers: int) -> It
         yield from ([prepare(item) for item in batch] for batch in batches)
         return
 
-    pool, waiting = ThreadPoolExecutor(workers), deque()
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[list[Future[Any]]] = deque()
     try:
         for batch in batches:
             # Futures in the order of the batch: threads may finish in any.

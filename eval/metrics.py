@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlp import geometry as embedding_geometry
+
 TIE = 1e-6
 TILE_ROWS, TILE_COLUMNS = 1024, 4096  # a tile of scores is 16 MiB in float32
 
@@ -184,37 +186,16 @@ def strictly_above(right: Tensor, wrong: Tensor) -> Tensor:
 
 
 def modality_gap(image: Tensor, text: Tensor) -> float:
-    """‖mean x − mean t‖₂, the distance of the two centroids (Liang et al. 2022; Fahim, Murphy and
-    Fyshe 2024).
-    """
-    return float((image.double().mean(0) - text.double().mean(0)).norm())
+    """`vlp.geometry.modality_gap` in float64, as the two below."""
+    return float(embedding_geometry.modality_gap(image.double(), text.double()))
 
 
 def alignment(image: Tensor, text: Tensor) -> float:
-    """mean_i ‖x_i − t_i‖² over pairs (Wang and Isola 2020, α = 2); lower is better."""
-    return float((image.double() - text.double()).square().sum(1).mean())
+    return float(embedding_geometry.alignment(image.double(), text.double()))
 
 
 def uniformity(rows: Tensor, t: float = 2.0) -> float:
-    """log mean_{i<j} e^{−t‖x_i − x_j‖²} over all pairs of rows (Wang and Isola 2020); lower is
-    better, 0 when collapsed.
-    """
-    n = len(rows)
-    if n < 2:
-        raise ValueError(f"uniformity needs at least two rows, found {n}")
-
-    # All ordered pairs are summed: each unordered pair is met twice, and each row meets itself
-    # once, to be taken out.
-    rows = rows.double()
-    total = 0.0
-    for i in range(0, n, TILE_ROWS):
-        for j in range(0, n, TILE_ROWS):
-            cosines = rows[i : i + TILE_ROWS] @ rows[j : j + TILE_ROWS].T
-            total += float((t * 2 * (cosines - 1)).exp().sum())
-
-    itself = float((t * 2 * (rows.square().sum(1) - 1)).exp().sum())
-    mean = (total - itself) / (n * (n - 1))
-    return float(torch.tensor(mean, dtype=torch.float64).log())
+    return float(embedding_geometry.uniformity(rows.double(), t))
 
 
 def effective_rank(rows: Tensor) -> float:

@@ -31,6 +31,7 @@ from vlp.types import ON_WHITE, Decoding
 
 if TYPE_CHECKING:
     from vlp.models.dual_encoder import DualEncoder
+    from vlp.models.stages import Stages
 
 
 class ModelError(ValueError):
@@ -120,7 +121,7 @@ def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encod
 
 
 def from_model(
-    model: DualEncoder,
+    model: DualEncoder | Stages,
     name: str = "vlp",
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
@@ -133,7 +134,7 @@ def from_model(
     back.
     """
     from vlp.data import text as tokenizers
-    from vlp.data.decode import evaluate
+    from vlp.data.decode import eval_transform
 
     device = torch.device(device) if device is not None else next(model.parameters()).device
     if keep:
@@ -148,7 +149,7 @@ def from_model(
     return Encoder(
         name=name,
         pretrained="",
-        prepare=lambda picture: evaluate(picture, model.image_spec),
+        prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
         text=lambda texts: model(text=tokenizer(texts).to(device)).text,
         scale=scale,
@@ -357,5 +358,5 @@ def fingerprint(weights: Mapping[str, Tensor], preprocessing: str) -> str:
 
         # Name, type and shape too: equal bytes may be other weights.
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -241,7 +241,8 @@ def evaluate(
     if data is None:
         data = [task.module.read(task.options) for task in tasks]
 
-    results, items = [], {}
+    results: list[dict[str, Any]] = []
+    items: dict[str, Tensor] = {}
     for task, opened in zip(tasks, data):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
@@ -299,7 +300,8 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
     from vlp.lifetime import Interrupted
 
     context = Context(unreadable={})
-    opened, failure, record = None, "", {}
+    opened, failure = None, ""
+    record: dict[str, Any] = {}
     try:
         opened = task.module.read(task.options)
     except Exception as error:

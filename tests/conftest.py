@@ -36,7 +36,9 @@ data:
   sources: [{{name: shards, path: {data}}}]
   workers: 1
 model:
-  image_tower: {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16, patch_dropout: 0.25}}
+  image_tower:
+    {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16,
+      patch_dropout: 0.25}}
   text_tower: {{name: transformer, context_length: 24, width: 32, layers: 1, heads: 2}}
   embed_dim: 16
 train: {{duration: 9, batch: 48, micro_batches: 2, precision: float32, optimizer: {{lr: 1e-3}}}}
@@ -58,3 +60,31 @@ def settings(scenes, tmp_path):
         return config.load(path, list(overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """Shards, their pictures as files, a configuration and a run of it."""
+    import tarfile
+
+    from tests.data.material import write_shards
+    from tests.test_messages import CONFIG
+    from vlp.cli import main
+
+    folder = tmp_path_factory.mktemp("world")
+    shards = write_shards(folder / "shards", 24, 12)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for shard in shards.glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            tar.extractall(pictures, filter="data")
+    config = folder / "good.yaml"
+    config.write_text(CONFIG.format(out=folder / "run", shards=shards))
+    assert main(["train", str(config)]) == 0
+    return {
+        "folder": folder,
+        "shards": shards,
+        "config": config,
+        "run": folder / "run",
+        "pictures": pictures,
+    }

@@ -59,9 +59,8 @@ def _collect(pipes: list[Any], timeout_s: float) -> list[Any]:
     while len(results) < len(pipes):
         ready = wait([p for i, p in enumerate(pipes) if i not in results], timeout_s)
         if not ready:
-            raise TimeoutError(
-                f"ranks {sorted(set(range(len(pipes))) - set(results))} gave no answer in {timeout_s} s"
-            )
+            silent = sorted(set(range(len(pipes))) - set(results))
+            raise TimeoutError(f"ranks {silent} gave no answer in {timeout_s} s")
         for pipe in ready:
             rank = pipes.index(pipe)
             try:

@@ -155,10 +155,8 @@ def test_weights_for_other_pixels_are_refused_by_what_differs():
     with pytest.raises(ValueError) as caught:
         checkpoint.check_alike(other, model, "the other")
     text = str(caught.value)
-    assert (
-        "mean (0.5, 0.5, 0.5), not (0.48145466, 0.4578275, 0.40821073); resize squash, not shortest."
-        in text
-    )
+    assert "mean (0.5, 0.5, 0.5), not (0.48145466, 0.4578275, 0.40821073); " in text
+    assert "0.40821073); resize squash, not shortest." in text
     assert (
         "std" not in text
         and "size" not in text.replace("resize", "")

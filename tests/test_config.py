@@ -74,7 +74,8 @@ def test_all_problems_at_once_with_line_and_suggestion(tmp_path):
         ("model.scale.init=1000", "must lie in"),
         ("data.captions.class_templates=[no place]", "exactly one {}"),
         (
-            "data={sources: [{name: shards, path: x}], views: {n: 1}, augment: {scaled_decoding: true}}",
+            "data={sources: [{name: shards, path: x}], views: {n: 1}, "
+            "augment: {scaled_decoding: true}}",
             "does not go with views",
         ),
         (

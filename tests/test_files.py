@@ -5,15 +5,11 @@ import json
 import os
 import resource
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.data.material import write_shards
-from tests.test_messages import CONFIG
 from vlp import files, log
 from vlp.cli import main
 from vlp.data.format import ShardWriter
@@ -21,63 +17,9 @@ from vlp.data.format import ShardWriter
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Shards, their pictures as files, a configuration and a run of it."""
-    folder = tmp_path_factory.mktemp("world")
-    shards = write_shards(folder / "shards", 24, 12)
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    import tarfile
-
-    for shard in shards.glob("*.tar"):
-        with tarfile.open(shard) as tar:
-            tar.extractall(pictures, filter="data")
-    config = folder / "good.yaml"
-    config.write_text(CONFIG.format(out=folder / "run", shards=shards))
-    assert main(["train", str(config)]) == 0
-    return {
-        "folder": folder,
-        "shards": shards,
-        "config": config,
-        "run": folder / "run",
-        "pictures": pictures,
-    }
-
-
-def test_a_full_disk_leaves_no_parts_and_what_was_there_before(world, tmp_path):
-    """A real small file system, in a mount namespace of its own."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = f"mount -t tmpfs -o size=150m none {place}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this user may not mount a file system of its own")
-    command = [
-        sys.executable,
-        "-m",
-        "tests.full_disk",
-        place,
-        world["shards"],
-        world["config"],
-        world["run"],
-    ]
-    inside = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *map(str, command)]
-    done = subprocess.run(inside, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    trials = json.loads(done.stdout.splitlines()[-1])
-    assert len(trials) == 6
-    for trial in trials:
-        assert trial["status"] == 1 and not (
-            trial["partial"] or trial["changed"] or trial["torn"]
-        ), trial
-        for part in ("no space left for", str(place), "MB are free", "make room"):
-            assert part in trial["said"], trial
-        assert "Traceback" not in trial["said"] and trial["again"] == 0, trial
-
-
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 20,000 bytes: what a full disk is, for users who may mount nothing."""
+    """No file may grow beyond 20,000 bytes: a full disk, for users who may mount nothing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield
@@ -119,17 +61,17 @@ def test_every_writer_names_its_file_and_takes_back_what_it_began(tmp_path, smal
 
 
 @pytest.mark.parametrize("umask", [0o027, 0o002, 0o077])
-def test_all_that_is_written_has_the_users_rights(world, tmp_path, umask, monkeypatch):
+def test_all_that_is_written_has_the_users_rights(small_world, tmp_path, umask, monkeypatch):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     before = os.umask(umask)
     try:
         commands = [
-            ["train", str(world["config"]), f"out={tmp_path / 'run'}"],
+            ["train", str(small_world["config"]), f"out={tmp_path / 'run'}"],
             ["export", str(tmp_path / "run"), "--to", str(tmp_path / "export")],
             [
                 "data",
                 "embed",
-                str(world["shards"]),
+                str(small_world["shards"]),
                 "--model",
                 str(tmp_path / "run"),
                 "--to",
@@ -138,14 +80,14 @@ def test_all_that_is_written_has_the_users_rights(world, tmp_path, umask, monkey
             [
                 "data",
                 "filter",
-                str(world["shards"]),
+                str(small_world["shards"]),
                 "--min-words",
                 "1",
                 "--to",
                 str(tmp_path / "filter"),
             ],
-            ["data", "pack", str(world["pictures"]), "--to", str(tmp_path / "pack")],
-            ["data", "stats", str(world["shards"]), "--to", str(tmp_path / "stats")],
+            ["data", "pack", str(small_world["pictures"]), "--to", str(tmp_path / "pack")],
+            ["data", "stats", str(small_world["shards"]), "--to", str(tmp_path / "stats")],
             ["report", str(tmp_path / "run"), "--no-model"],
         ]
         assert [main(command) for command in commands] == [0] * 7

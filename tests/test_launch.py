@@ -1,4 +1,4 @@
-"""What a launcher started is what was asked for, or the run is refused with the command that works."""
+"""What a launcher started is what was asked for, or it is refused with the command that works."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_train import ROOT
 from vlp.config import Duration, Train
-from vlp.engines.parallel import LaunchError, launched_processes, start
+from vlp.engines import LaunchError, launched_processes, start
 
 VARIABLES = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION",

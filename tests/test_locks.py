@@ -26,7 +26,8 @@ import sys
 from pathlib import Path
 from vlp.locks import InUse, held
 try:
-    with held(Path(sys.argv[1]), advice="Go away", part=(int(sys.argv[2]), int(sys.argv[3])), beside=len(sys.argv) > 4):
+    part = int(sys.argv[2]), int(sys.argv[3])
+    with held(Path(sys.argv[1]), advice="Go away", part=part, beside=len(sys.argv) > 4):
         print("held", flush=True)
         sys.stdin.read()
 except InUse as error:

@@ -211,7 +211,8 @@ def bring(folder):
         "quote.csv": b'image,caption\na.png,one\nb.png,"two\nc.png,three\n',
         "odd.csv": b"where,what\nhere,this\n",
         "latin.csv": "image,caption\na.png,caf\xe9\n".encode("cp1252"),
-        "instances.json": b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "bbox": [1]}]}',
+        "instances.json": b'{"images": [{"id": 1, "file_name": "a.png"}], '
+        b'"annotations": [{"image_id": 1, "bbox": [1]}]}',
         "lost.csv": b"image,caption\nbb.png,one\na.png,two\n",
         "names.txt": b"cat\ncows\n",
         "splits/train/cat/1.png": encoded(picture(1)),

@@ -2,15 +2,18 @@
 wherever they come.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
-from vlp import config, dist, losses
-from vlp.engines import parallel
-from vlp.models.dual_encoder import DualEncoder, build
-from vlp.step import NonFiniteError, Training, train_step
+from vlp import config, dist, engines, losses, plugin
+from vlp.models.build import build
+from vlp.models.dual_encoder import DualEncoder
+from vlp.non_finite import NonFiniteError
+from vlp.step import Training, train_step
 from vlp.teacher import Teacher
 
 OBJECTIVE = {"infonce": {}, "sogclr": {"samples": 12}}
@@ -24,7 +27,7 @@ def poison_embedding(model: DualEncoder, value: float) -> None:
 
 
 def poison_gradient(model: DualEncoder, value: float) -> None:
-    """One entry of a gradient inside the image tower, after embeddings and loss were found finite."""
+    """One entry of a gradient in the image tower, after embeddings and loss were found finite."""
     convolution = next(m for name, m in model.named_modules() if name.endswith("conv1"))
 
     def in_backward(gradient):
@@ -93,7 +96,7 @@ def test_nothing_moves_on_two_ranks(engine, place):
 
 
 def test_the_good_step_moved_everything():
-    """Negative control: with a finite value in the same place weights, moments and state do move."""
+    """Negative control: with a finite value in the same place weights, moments and state move."""
     training = make_training(double=False, objective=OBJECTIVE)
     train_step(training, make_batch())
     before = everything(training)
@@ -115,10 +118,10 @@ def trained_resnet(value):
     moves them.
     """
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse(
+        image_tower=plugin.Named("vlp.towers").parse(
             {"name": "timm", "model": "resnet10t", "image_size": 32}, (), []
         ),
-        text_tower=config.Named("vlp.towers").parse(
+        text_tower=plugin.Named("vlp.towers").parse(
             {"name": "transformer", "width": 32, "layers": 1, "heads": 2, "context_length": 77},
             (),
             [],
@@ -127,11 +130,11 @@ def trained_resnet(value):
     )
     options = config.Train(config.Duration(4, "steps"), batch=12, device="cpu", precision="float32")
     torch.manual_seed(0)
-    engine = parallel.start(options)
+    engine = engines.start(options)
     engine.prepare(build(model), options)
     training = Training(engine, losses.build({"infonce": {}}), lambda step: 1e-3, may_skip=1)
     batch = make_batch()
-    batch.image = batch.image.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    batch = replace(batch, image=batch.image.repeat_interleave(2, 2).repeat_interleave(2, 3))
     if value is not None:
         poison_embedding(engine.module, value)
     before = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}

@@ -40,7 +40,8 @@ def world(tmp_path_factory):
     with store(folder / "root") as server:
         tree = yaml.safe_load(CONFIG.format(out=folder / "work" / "run", shards="unused"))
         host = server.url.replace("http://", f"http://{SECRETS['user']}:{SECRETS['password']}@")
-        query = f"?X-Amz-Credential=A/20260101/us-east-1/s3/aws4_request&X-Amz-Signature={SECRETS['signature']}"
+        credential = "A/20260101/us-east-1/s3/aws4_request"
+        query = f"?X-Amz-Credential={credential}&X-Amz-Signature={SECRETS['signature']}"
         tree["data"]["sources"] = [
             {
                 "name": "remote",
@@ -165,7 +166,7 @@ def test_no_secret_is_written_or_said(world):
 
 
 def test_the_search_finds_what_is_there(world):
-    """Negative control: the configuration itself holds the secrets that a configuration can hold."""
+    """Negative control: the configuration itself holds all secrets that one can hold."""
     folder, _ = world
     assert len(told((folder / "mine.yaml").read_text())) == 5
 

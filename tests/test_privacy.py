@@ -6,15 +6,17 @@ import pytest
 import yaml
 
 from vlp import config, privacy, schema
-from vlp.train import changes
+from vlp.resume import changes
 
 HIDDEN = [
-    "cannot fetch https://anna:PLANTED@host/x/a.tar?X-Amz-Credential=AKIA/2026&X-Amz-Signature=PLANTED (4 tries): no",
+    "cannot fetch https://anna:PLANTED@host/x/a.tar"
+    "?X-Amz-Credential=AKIA/2026&X-Amz-Signature=PLANTED (4 tries): no",
     "https://anna:a@PLANTED@host/a.tar",
     "https://host/a.tar?PLANTED::https://host/b.tar?sig=PLANTED&download=true",
     "az://container/a.tar?sv=2026&sig=PLANTED",
     "pipe:curl -u anna:PLANTED -H 'Authorization: Bearer PLANTED' https://host/a.tar#PLANTED",
-    "override 'data.sources.0.storage.secret=PLANTED' leads through something that is not a mapping",
+    "override 'data.sources.0.storage.secret=PLANTED' "
+    "leads through something that is not a mapping",
     "found {'X-Api-Key': 'PLANTED-0123456', 'token': 'PLANTED-0123456'}, expected text",
     "Authorization: Basic PLANTED0123=",
     "the variable holds value-of-PLANTED-variable",
@@ -24,16 +26,18 @@ HIDDEN = [
 LEFT_ALONE = [
     "https://host/a.tar?download=true and s3://bucket/000??.tar::file:///data/{0..9}.tar",
     "log in with `hf auth login` or set HF_TOKEN to a token that may write there",
-    "TextSpec(tokenizer='clip', strip_sep_token=True, max_tokens=77), a basic transform, key=value, token: hf auth login",
-    "user/name, hf-hub:user/name, ViT-B-32:laion2b_s34b_b79k, /home/anna/data, a key: the first column",
+    "TextSpec(tokenizer='clip', strip_sep_token=True, max_tokens=77), "
+    "a basic transform, key=value, token: hf auth login",
+    "user/name, hf-hub:user/name, ViT-B-32:laion2b_s34b_b79k, "
+    "/home/anna/data, a key: the first column",
 ]
 
 
 @pytest.fixture(autouse=True)
 def learned(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "value-of-PLANTED-variable")
-    monkeypatch.setattr(privacy, "_learned", set())
-    privacy.learn({"storage": {"profile": "default", "secret": "learned-PLANTED"}})
+    monkeypatch.setattr(privacy, "_remembered", set())
+    privacy.remember({"storage": {"profile": "default", "secret": "learned-PLANTED"}})
 
 
 def test_messages_hide_secrets_and_nothing_else():

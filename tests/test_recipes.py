@@ -17,12 +17,8 @@ from vlp.data.format import ShardWriter
 from vlp.train import train
 
 TEXT = "{name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}"
-ELSEWHERE = {
-    "demo",
-    "caltech101",
-    "jest",
-    "mcl",
-}  # run by make demo, by the benchmark, and in tests/selection
+# Run by make demo, by the benchmark, and in tests/selection.
+ELSEWHERE = {"demo", "caltech101", "jest", "mcl"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,10 @@ def shards(tmp_path_factory):
 def tiny(recipe: Path, shards: Path, out: Path, *more: str) -> config.Config:
     plain = config.load(recipe)
     locked = plain.model.image_tower.common is not None and plain.model.image_tower.common.locked
-    tower = f"{{name: vit, image_size: 16, patch_size: 8, width: 16, layers: 1, head_width: 16, locked: {str(locked).lower()}}}"
+    tower = (
+        "{name: vit, image_size: 16, patch_size: 8, width: 16, layers: 1, head_width: 16, "
+        f"locked: {str(locked).lower()}}}"
+    )
     paths = [f"data.sources.{i}.path={shards}" for i in range(len(plain.data.sources))]
     queue, micro_batches = min(plain.teacher.queue, 16), min(plain.train.micro_batches, 2)
     return config.load(
@@ -82,7 +81,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 19
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 20
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -90,7 +89,7 @@ def test_every_recipe_has_a_header():
         )
         assert name == "demo" or re.search(r"^# data  ", header, re.M), name
         assert f"vlp train {name}" in header or f"train.py {name}" in header or name == "demo"
-        ours = name in ("demo", "caltech101")  # no paper's
+        ours = name in ("demo", "caltech101", "photos")  # no paper's
         assert ours or re.search(r"^# difference  ", header, re.M), (
             f"{name} says nothing of what differs from its paper"
         )
@@ -146,8 +145,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 9, "demo": 1, "eval": 1, "export": 1, "train": 24}
-    assert n_tools == 17
+    assert counts == {"data": 11, "demo": 1, "eval": 1, "export": 1, "train": 25}
+    assert n_tools == 19
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):

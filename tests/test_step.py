@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from vlp import config, dist, losses, schema
-from vlp.engines import parallel
+from vlp import config, dist, engines, losses, plugin, schema
 from vlp.eval import metrics
-from vlp.models.dual_encoder import build
-from vlp.step import MEASURED, NonFiniteError, Training, embed, geometry, train_step
+from vlp.models.build import build
+from vlp.step import MEASURED, NonFiniteError, Training, embed, space, train_step
 from vlp.types import Batch
 
 ROWS, LENGTH = 12, 77
@@ -54,10 +53,10 @@ def make_training(
     }
     text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
     model = config.Model(
-        image_tower=config.Named("vlp.towers").parse(
+        image_tower=plugin.Named("vlp.towers").parse(
             vit | {"patch_dropout": patch_dropout}, (), []
         ),
-        text_tower=config.Named("vlp.towers").parse(text, (), []),
+        text_tower=plugin.Named("vlp.towers").parse(text, (), []),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),
@@ -76,7 +75,7 @@ def make_training(
     encoder = build(model)
     if weights:
         encoder.load_state_dict(load_file(weights))
-    made = parallel.start(options)
+    made = engines.start(options)
     made.prepare(encoder.double() if double else encoder, options)
     return Training(
         made,
@@ -270,10 +269,13 @@ def test_recomputed_activations_change_nothing(parts):
 
 
 def test_carried_fields_reach_the_objective():
-    """Hard captions go through the text tower with the captions and come back in their own shape."""
+    """Hard captions go through the text tower with the texts and come back in their own shape."""
     batch = make_batch()
-    batch.negatives = batch.text[:, None].repeat(1, 2, 1)
-    batch.negatives_valid = torch.ones(ROWS, 2, dtype=torch.bool)
+    batch = dataclasses.replace(
+        batch,
+        negatives=batch.text[:, None].repeat(1, 2, 1),
+        negatives_valid=torch.ones(ROWS, 2, dtype=torch.bool),
+    )
     training = make_training()
     training.objective.needs |= {"negatives", "negatives_valid"}
     output = embed(training, batch, 0)
@@ -353,10 +355,10 @@ def test_geometry_is_that_of_the_evaluation():
         )
         for _ in range(2)
     )
-    found = geometry(image, text)
+    found = space(image, text)
     x, t = image[:MEASURED].double(), text[:MEASURED].double()
     expected = {
-        "space.gap": metrics.modality_gap(x, t),
+        "space.modality_gap": metrics.modality_gap(x, t),
         "space.alignment": metrics.alignment(x, t),
         "space.uniformity_image": metrics.uniformity(x),
         "space.uniformity_text": metrics.uniformity(t),
@@ -365,15 +367,15 @@ def test_geometry_is_that_of_the_evaluation():
         expected, rel=1e-5
     )
     assert metrics.modality_gap(image.double(), text.double()) != pytest.approx(
-        expected["space.gap"], rel=1e-4
+        expected["space.modality_gap"], rel=1e-4
     )
-    assert geometry(image[:1], text[:1]).keys() == {
-        "space.gap",
+    assert space(image[:1], text[:1]).keys() == {
+        "space.modality_gap",
         "space.alignment",
     }  # a uniformity needs two rows
 
 
 def test_geometry_is_shown_when_asked_for():
     training = make_training()
-    assert "space.gap" not in train_step(training, make_batch())
-    assert train_step(training, make_batch(), measure=True)["space.gap"] > 0
+    assert "space.modality_gap" not in train_step(training, make_batch())
+    assert train_step(training, make_batch(), measure=True)["space.modality_gap"] > 0

@@ -59,7 +59,7 @@ def test_a_resume_that_forgets_something_is_noticed(settings, monkeypatch, forgo
     shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000006")
     name = {
         "the loader's position": "vlp.data.loader.Loader.load_state_dict",
-        "the moments": "vlp.engines.parallel.Replicated.load_moments",
+        "the moments": "vlp.engines.replicated.Replicated.load_moments",
         "the numbers of each sample": "vlp.losses._table.Table.load",
     }[forgotten]
     monkeypatch.setattr(name, lambda self, state: None)
@@ -123,7 +123,8 @@ def test_a_start_from_weights_that_compute_or_see_something_else_is_refused(
     quick = ("model.image_tower.quick_gelu=true", "model.text_tower.quick_gelu=true")
     with pytest.raises(
         ValueError,
-        match=r"init_from .* trained with GELU, and this model has quick GELU; set quick_gelu: false",
+        match=r"init_from .* trained with GELU, and this model has quick GELU; "
+        r"set quick_gelu: false",
     ):
         train(settings(f"init_from={first}", *quick, out="quick"))
     with pytest.raises(
@@ -286,7 +287,8 @@ def test_a_second_signal_ends_the_process_at_once_and_nohup_is_respected():
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "with StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGHUP); assert not stop.received\n"
-        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)  # one act, sent twice\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)  # one act, sent twice\n"
         "    assert stop.received == signal.SIGINT; print('asked', flush=True)\n"
         "    time.sleep(.6); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
@@ -394,7 +396,8 @@ def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(
     [
         (
             (),
-            "Start anew in another folder (out=…) with a lower train.optimizer.lr or train.non_finite=skip.",
+            "Start anew in another folder (out=…) "
+            "with a lower train.optimizer.lr or train.non_finite=skip.",
         ),
         (
             (
@@ -403,7 +406,8 @@ def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(
                 "train.precision=bf16",
                 "checkpoint.every=1",
             ),
-            "Go on with resume=auto and a lower train.optimizer.lr or train.max_skipped above 1 or train.precision=float32, or from ",
+            "Go on with resume=auto and a lower train.optimizer.lr "
+            "or train.max_skipped above 1 or train.precision=float32, or from ",
         ),
     ],
 )

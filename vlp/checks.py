@@ -9,16 +9,29 @@ from pathlib import Path
 from vlp import dist, losses, teacher
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
+from vlp.fields import CARRIED, FIELDS, supplier
 from vlp.models.dual_encoder import DualEncoder
+
+# What every run has, whatever its data, heads and teachers.
+_EVERY_RUN = {"image", "text", "sample_id", "scale", "caption_ids"}
+# What the image tower makes of pixels, besides the embedding that may be stored in its place.
+_FROM_PIXELS = {
+    name
+    for name, row in FIELDS.items()
+    if row.tower == "image" and (row.batch_shape or row.head) and name != "image"
+}
 
 
 def check_batch(config: Config) -> None:
     """Refuse a batch that ranks and micro-batches do not divide."""
     rows, world, parts = config.train.batch, dist.world_size(), config.train.micro_batches
-    if rows % (world * parts):
-        near = max(world * parts, rows // (world * parts) * world * parts)
+    n_parts = world * parts
+
+    if rows % n_parts:
+        near = max(n_parts, rows // n_parts * n_parts)
         raise ValueError(
-            f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; use train.batch={near}"
+            f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; "
+            f"use train.batch={near}"
         )
 
 
@@ -28,25 +41,30 @@ def check_extent(step: int, plan: Plan, source: Path) -> None:
     """
     if step > plan.total:
         raise ValueError(
-            f"{source} is of step {step:,}, and this run ends after {plan.total:,}; raise train.duration to {step} or more, "
-            "or name an older checkpoint with resume="
+            f"{source} is of step {step:,}, and this run ends after {plan.total:,}; raise "
+            f"train.duration to {step} or more, or name an older checkpoint with resume="
         )
 
 
 def check_objective(
     config: Config, objective: losses.Objective, loader: Loader, model: DualEncoder
 ) -> None:
-    """Refuse what the objective lacks, what is given and not read, and what cannot stand for the
+    """Refuse what the objective lacks, what is supplied and not read, and what cannot stand for the
     image tower.
     """
     taught = teacher.supplies(config.teacher)
     stored = set() if loader.teacher_scale is None else {"teacher_scale"}
+
     check_needs(objective, loader.carries | stored | taught, model)
     check_use(objective, config, loader)
+
+    # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.model is not None and "teacher_image" in loader.carries:
         raise ValueError(
-            "both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave out one of them"
+            "both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave "
+            "out one of them"
         )
+
     if config.model.precomputed:
         check_precomputed(objective.needs, taught, loader, model)
 
@@ -55,75 +73,92 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     """Refuse an objective whose terms need what neither the data nor the model supplies, and heads
     that no term reads.
     """
-    supplied = (
-        carried | model.heads.supplies() | {"image", "text", "sample_id", "scale", "caption_ids"}
-    )
-    supplied |= {"bias"} if model.logit_bias is not None else set()
-    missing = [
-        f"the term {label!r} needs {name!r}, which this run does not have; it comes from {losses.supplier(name)}"
-        for label, needs in objective.required.items()
-        for name in sorted(needs - supplied)
-    ]
+    by_heads = model.heads.supplies()
+    supplied = carried | by_heads | _EVERY_RUN
+    if model.logit_bias is not None:
+        supplied |= {"bias"}
+
+    # All at once: the user mends the configuration in one go.
+    missing = []
+    for label, needs in objective.required.items():
+        for name in sorted(needs - supplied):
+            missing.append(
+                f"the term {label!r} needs {name!r}, which this run does not have; it comes from "
+                f"{supplier(name)}"
+            )
     if missing:
         raise ValueError("\n".join(missing))
-    if idle := sorted(model.heads.supplies() - objective.needs):
+
+    if idle := sorted(by_heads - objective.needs):
         raise ValueError(
-            f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), or add a term"
+            f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), "
+            "or add a term"
         )
 
 
 def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
-    """Refuse what costs time or memory and is read by no term, and fewer views than a term needs."""
-    for name, given in (
-        (
-            "teacher.ema",
-            {"ema_image", "ema_text", "ema_negatives"} if config.teacher.ema is not None else set(),
-        ),
-        ("teacher.queue", {"queue_image", "queue_text"} if config.teacher.queue else set()),
-        (
-            "teacher.model",
-            {"teacher_image", "teacher_text"} if config.teacher.model is not None else set(),
-        ),
-        ("data.views", {"image_views", "text_views"} if config.data.views is not None else set()),
-    ):
-        if given and not given & (
-            objective.needs | ({"ema_image"} if config.teacher.queue else set())
-        ):
-            raise ValueError(
-                f"{name} is set, but no term reads {' or '.join(sorted(given))}; drop it, or add a term"
-            )
+    """Refuse what costs time or memory and no term reads, and fewer views than a term needs."""
+    # The queue is filled by the moving average.
+    through_queue = {"ema_image"} if config.teacher.queue else set()
+    read = objective.needs | through_queue
+    for key, supplied in _costly(config).items():
+        if not supplied & read:
+            names = " or ".join(sorted(supplied))
+            raise ValueError(f"{key} is set, but no term reads {names}; drop it, or add a term")
+
+    # Terms that compare views with one another need several.
+    n_views = loader.widths.get("image_views", 0)
     for term in objective.plugins:
-        least, found = getattr(term.module, "MIN_VIEWS", 0), loader.widths.get("image_views", 0)
-        if found < least:
+        least = getattr(term.module, "MIN_VIEWS", 0)
+        if n_views < least:
             raise ValueError(
-                f"the term {term.label!r} needs {least} image views, found {found}; set data.views.n to {least}"
+                f"the term {term.label!r} needs {least} image views, found {n_views}; "
+                f"set data.views.n to {least}"
             )
+
+
+def _costly(config: Config) -> dict[str, set[str]]:
+    """The configured keys that cost something, and the fields that each supplies."""
+    keys = {}
+    if config.teacher.ema is not None:
+        keys["teacher.ema"] = teacher.embeds(teacher.EMA)
+    if config.teacher.queue:
+        keys["teacher.queue"] = teacher.embeds(teacher.QUEUE)
+    if config.teacher.model is not None:
+        keys["teacher.model"] = teacher.embeds(teacher.FROZEN)
+    if config.data.views is not None:
+        keys["data.views"] = {name for name, row in CARRIED.items() if row.head == "views"}
+    return keys
 
 
 def check_precomputed(
     needs: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder
 ) -> None:
     """Refuse stored embeddings of the image tower that cannot stand for it."""
-    pictures = sorted(
-        needs & {"negative_image", "image_views", "concept_logits", "caption_logits"}
-        | taught & {"ema_image", "teacher_image"}
-    )
+    # The image tower does not run, so nothing can be made of other pixels.
+    pictures = sorted(needs & _FROM_PIXELS | taught & {"ema_image", "teacher_image"})
     if pictures:
         raise ValueError(
-            f"the objective needs {pictures}, which come from pixels; set image_tower.precomputed: false"
+            f"the objective needs {pictures}, which come from pixels; set "
+            "image_tower.precomputed: false"
         )
-    if any(p.requires_grad for p in model.visual.parameters()):
+
+    # What still learns would have to run.
+    if any(parameter.requires_grad for parameter in model.visual.parameters()):
         raise ValueError(
-            "part of the image tower still learns (the projection of a timm trunk); precomputed needs it whole"
+            "part of the image tower still learns (the projection of a timm trunk); precomputed "
+            "needs it whole"
         )
+
     width = loader.widths.get("teacher_image")
     if width is None:
         raise ValueError(
-            "image_tower.precomputed reads stored embeddings, and no source names any: set data.sources.0.embeddings to what "
-            "`vlp data embed` made with this image tower"
+            "image_tower.precomputed reads stored embeddings, and no source names any: set "
+            "data.sources.0.embeddings to what `vlp data embed` made with this image tower"
         )
+
     if width != model.embed_dim:
         raise ValueError(
-            f"image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` with this image tower): "
-            f"found width {width}, expected {model.embed_dim}"
+            "image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` "
+            f"with this image tower): found width {width}, expected {model.embed_dim}"
         )

@@ -28,16 +28,27 @@ TRAIN_EXAMPLE = """examples:
   vlp train caltech101 train.batch=512 out=runs/large
   vlp train configs/demo.yaml resume=auto
   accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py configs/demo.yaml
+
+`vlp config` prints every key with type, default and meaning; `vlp config --search WORD` finds one.
+"""
+CONFIG_EXAMPLE = """examples:
+  vlp config                              every key
+  vlp config train.optimizer              a section, with all inside it
+  vlp config objective.hard_negatives     a term's options; likewise image_tower.vit, eval.zeroshot
+  vlp config --search flip                keys that speak of it
 """
 EXPORT_EXAMPLE = """examples:
   vlp export runs/demo --to exported/demo
   vlp export runs/demo/checkpoints/step_00000156 --to exported/half --license cc-by-4.0
-  vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl       (stages: their embeddings one after another)
+  vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl
+
+Several runs are stages of one model: their embeddings stand one after another.
 """
 PUSH_EXAMPLE = """example:
   vlp push exported/demo you/demo-clip --private
 
-The token is huggingface_hub's: `hf auth login`, or the environment variable HF_TOKEN. It is never written anywhere.
+The token is huggingface_hub's: `hf auth login`, or the environment variable HF_TOKEN. It is never
+written anywhere.
 """
 DEMO_EXAMPLE = """example:
   vlp demo --out runs/demo
@@ -50,26 +61,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(arguments)
+
+    # Known ones first, so that an unknown one can be answered by what the command has.
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         options.parser.error(_about_unknown(unknown, arguments, options))
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
+
     try:
-        for name in ("out", "to"):  # what cannot be written is said before anything long starts
-            if isinstance(getattr(options, name, None), str):
-                check_writable(Path(getattr(options, name)))
+        # What cannot be written is said before anything long starts.
+        for name in ("out", "to"):
+            place = getattr(options, name, None)
+            if isinstance(place, str):
+                check_writable(Path(place))
+
         status = options.run(options)
         sys.stdout.flush()
         return status
     except Stopped as stopped:
+        # As shells and schedulers read a status.
         log.say(f"vlp: {stopped}")
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print("\nvlp: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
+        # Other pipes break, too: that of a command which a source reads from.
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             silence_console()
             return 128 + signal.SIGPIPE
@@ -79,9 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads our output any more, as after `| head`."""
+    # Asked without writing, for nothing is left to be written.
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    events = poll.poll(0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in events)
 
 
 def _about_unknown(
@@ -90,12 +111,18 @@ def _about_unknown(
     """What to say of arguments that a command does not know."""
     text = f"unrecognized arguments: {' '.join(unknown)}"
     first = unknown[0].partition("=")[0]
+
+    # Other trainers take settings as flags; the usual first mistake.
     if options.command == "train" and first.startswith("--"):
         _, equals, value = unknown[0].partition("=")
+
+        # `--batch 512` in two arguments, as well as `--batch=512`.
         after = arguments[arguments.index(unknown[0]) + 1 :]
         if not equals:
             value = after[0] if after and not after[0].startswith("--") else "…"
-        return f"{text}; a setting of the configuration is written without dashes: {first[2:].replace('-', '_')}={value}"
+        setting = f"{first[2:].replace('-', '_')}={value}"
+        return f"{text}; a setting of the configuration is written without dashes: {setting}"
+
     known = [name for name in options.parser._option_string_actions if name.startswith("--")]
     return text + (did_you_mean(first, known) if first.startswith("--") else "")
 
@@ -104,13 +131,12 @@ class _Parser(argparse.ArgumentParser):
     """A parser that suggests the choice that was meant."""
 
     def error(self, message: str) -> NoReturn:
+        # argparse lists all choices; the near one tells more.
         wrong = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
         if wrong:
             choices = re.findall(r"[\w.-]+", wrong[2])
-            message = (
-                message[: wrong.start()]
-                + f"there is no {wrong[1]!r}{did_you_mean(wrong[1], choices)}"
-            )
+            suggestion = did_you_mean(wrong[1], choices)
+            message = f"{message[: wrong.start()]}there is no {wrong[1]!r}{suggestion}"
         super().error(scrubbed(message))
 
 
@@ -123,10 +149,13 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.set_defaults(parser=parser, command=None)
     parser.add_argument("--version", action="version", version=f"vlp {__version__}")
+
+    # Filling in a command imports its room; help and the others' answers need not wait for it.
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary, fill in (
         ("train", "train a configuration", _train),
+        ("config", "print the keys of a configuration, with type, default and meaning", _config),
         ("eval", "evaluate a model zero-shot, or compare results", _eval),
         ("export", "write a run as a folder that transformers and open_clip load", _export),
         ("push", "upload an export to the Hugging Face Hub", _push),
@@ -164,16 +193,47 @@ def _train(parser: argparse.ArgumentParser) -> None:
         from vlp.data import server
 
         loaded = config.load(config.find(options.config), options.overrides)
+
         check_writable(Path(loaded.out) / "config.yaml")
+
         # The other ranks would meet the lock of their own run.
         if os.environ.get("RANK", "0") == "0":
             locks.refuse_if_held(Path(loaded.out), advice=locks.OF_RUNS)
+
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.eval.run import in_training, read_all
         from vlp.train import train
 
         read_all(loaded.eval)  # wrong evaluation data show now, not hours later
         train(loaded, in_training)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = CONFIG_EXAMPLE
+    parser.add_argument(
+        "section",
+        nargs="?",
+        metavar="SECTION",
+        help="such as train, train.optimizer, objective.siglip, image_tower.vit; a key's own name",
+    )
+    parser.add_argument("--search", metavar="WORD", help="only keys that speak of this")
+
+    def run(options: argparse.Namespace) -> int:
+        from vlp.config import reference
+
+        # A section would hide that a word has hits elsewhere.
+        if options.section and options.search:
+            raise ValueError("found SECTION and --search, expected one of the two; leave one out")
+        if options.search:
+            chosen = reference.search(options.search)
+        elif options.section:
+            chosen = reference.find(options.section)
+        else:
+            chosen = list(reference.sections())
+        print("\n".join(reference.lines(chosen)))
         return 0
 
     parser.set_defaults(run=run)
@@ -216,12 +276,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
             "onnx": options.onnx,
             "overwrite": options.overwrite,
         }
-        first, *others = options.runs
-        written = (
-            export_stages(options.runs, options.to, **settings)
-            if others
-            else export_run(first, options.to, **settings)
-        )
+        if len(options.runs) > 1:
+            written = export_stages(options.runs, options.to, **settings)
+        else:
+            written = export_run(options.runs[0], options.to, **settings)
         print("\n".join(written))
         return 0
 
@@ -264,9 +322,10 @@ def _data(parser: argparse.ArgumentParser) -> None:
     """One subcommand for every public module of vlp.data_tools."""
     package = importlib.import_module("vlp.data_tools")
     tools = parser.add_subparsers(title="tools", metavar="TOOL", required=True)
-    for name in sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
-    ):
+
+    # The folder is the list: a new tool is one file.
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    for name in sorted(name for name in modules if not name.startswith("_")):
         tool = importlib.import_module(f"vlp.data_tools.{name}")
         command = tools.add_parser(
             name,

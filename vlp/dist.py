@@ -4,9 +4,9 @@ Every collective takes a `Group` and does nothing at size 1. Nothing here trusts
 `torch.distributed` is asked (under DeepSpeed on CPU, Accelerate reports one process and every rank
 as main).
 
-Averaging convention of this project: the average over ranks of what ranks return has exactly the value and the
-gradient of the single-process term. The engines (DDP, FSDP, ZeRO) average gradients over ranks, so a collective's
-backward must be the SUM of what the ranks ask for:
+Averaging convention of this project: the average over ranks of what ranks return has exactly the
+value and the gradient of the single-process term. The engines (DDP, FSDP, ZeRO) average gradients
+over ranks, so a collective's backward must be the SUM of what the ranks ask for:
 
     all_gather  <->  reduce_scatter (SUM)        all_reduce (SUM)  <->  all_reduce (SUM)
     all_to_all  <->  all_to_all
@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+# This process and the others
 
 
 def initialised() -> bool:
@@ -55,14 +57,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+# Groups of ranks
+
+
 @dataclass(frozen=True)
 class Group:
-    """Some ranks, in order, one of which is this process. `handle` is None where there is nobody to
-    talk to.
-    """
+    """Some ranks, in order, one of which is this process."""
 
     ranks: tuple[int, ...] = (0,)
-    handle: Any = None  # torch.distributed.ProcessGroup
+    # torch.distributed.ProcessGroup; None where there is nobody to talk to
+    handle: Any = None
 
     @property
     def size(self) -> int:
@@ -86,18 +90,22 @@ def group_of(handle: Any | None) -> Group:
     if handle is None:
         return world()
     ranks = tuple(torch_dist.get_process_group_ranks(handle))
+    # Collectives need this rank's place in the group.
     if rank() not in ranks:
         raise ValueError(
-            f"rank {rank()} is not in the process group of ranks {ranks}; pass a group that contains it"
+            f"rank {rank()} is not in the process group of ranks {ranks}; pass a group that "
+            "contains it"
         )
     return Group(ranks, handle if len(ranks) > 1 else None)
 
 
 def subgroup(ranks: Sequence[int]) -> Group:
-    """A new group of these global ranks, of which this process is one. Collective among the members
-    only.
+    """A new group of these global ranks, of which this process is one.
+
+    Collective among the members only.
     """
     ranks = tuple(ranks)
+    # What needs no new process group gets none.
     if len(ranks) == 1:
         return Group(ranks)
     if ranks == tuple(range(world_size())):
@@ -105,20 +113,24 @@ def subgroup(ranks: Sequence[int]) -> Group:
     return Group(ranks, torch_dist.new_group(list(ranks), use_local_synchronization=True))
 
 
+# Objects: slow, for start-up and messages
+
+
 def barrier(group: Group | None = None) -> None:
+    """Wait until every rank of the group is here."""
     group = group or world()
     if group.size > 1:
         torch_dist.barrier(group=group.handle)
 
 
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
-    """Every rank's `value` (any picklable object), in group order. Slow: for start-up and messages."""
+    """Every rank's `value` (any picklable object), in group order."""
     group = group or world()
     if group.size == 1:
         return [value]
-    result: list[Any] = [None] * group.size
-    torch_dist.all_gather_object(result, value, group=group.handle)
-    return result
+    values: list[Any] = [None] * group.size
+    torch_dist.all_gather_object(values, value, group=group.handle)
+    return values
 
 
 def broadcast_object(value: Any, group: Group | None = None) -> Any:
@@ -129,6 +141,9 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
     box = [value]
     torch_dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
     return box[0]
+
+
+# Tensors, with gradients
 
 
 def all_gather(value: Tensor, group: Group) -> Tensor:
@@ -147,46 +162,62 @@ def all_reduce(value: Tensor, group: Group) -> Tensor:
 
 
 def all_to_all(value: Tensor, group: Group) -> Tensor:
-    """[g·b, ...], block k meant for rank k -> [g·b, ...], block k come from rank k. Gradient: the
-    way back.
+    """[g·b, ...], block k meant for rank k -> [g·b, ...], block k come from rank k.
+
+    Gradient: the way back.
     """
     return value if group.size == 1 else _AllToAll.apply(value, group)
 
 
+# Tensors, without gradients
+
+
 def exchange_rows(value: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """The first send[0] rows go to the group's first rank, the next send[1] to its second, …;
-    returns what came, rank by rank: receive[k] rows of rank k. Not differentiable.
+    """Rows that change ranks: receive[k] rows of rank k, rank by rank. Not differentiable.
+
+    The first send[0] rows of `value` go to the group's first rank, the next send[1] to its
+    second, …
     """
     if group.size == 1:
         return value
+
     bits = value.view(torch.uint8) if value.dtype == torch.bool else value  # gloo exchanges no bool
-    result = bits.new_empty(sum(receive), *bits.shape[1:])
-    torch_dist.all_to_all_single(result, bits.contiguous(), receive, send, group=group.handle)
-    return result.view(value.dtype)
+    arrived = bits.new_empty(sum(receive), *bits.shape[1:])
+    torch_dist.all_to_all_single(arrived, bits.contiguous(), receive, send, group=group.handle)
+    return arrived.view(value.dtype)
 
 
 class Shift:
-    """Tensors on their way to the next rank of a ring, while this rank computes: `Shift(tensors,
-    group).wait()`.
+    """Tensors on their way to the next rank of a ring, while this rank computes.
 
-    Sends to position index + 1 and receives from index − 1. Not differentiable: the ring reductions
-    of `vlp.pairwise` circulate values and gradients themselves.
+    `Shift(tensors, group).wait()` sends to position index + 1 and receives from index − 1. Not
+    differentiable: the ring reductions of `vlp.pairwise` circulate values and gradients themselves.
     """
 
     def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
-        to, source = group.ranks[(group.index + 1) % group.size], group.ranks[group.index - 1]
-        self.sent = [t.contiguous() for t in tensors]  # held until the transfer is over
-        self.received = [torch.empty_like(t) for t in self.sent]
-        operations = [torch_dist.P2POp(torch_dist.isend, t, to, group.handle) for t in self.sent]
+        target = group.ranks[(group.index + 1) % group.size]
+        source = group.ranks[group.index - 1]
+
+        # Both directions in one batch, so that no rank waits for another's turn.
+        self.sent = [tensor.contiguous() for tensor in tensors]  # held until the transfer is over
+        self.received = [torch.empty_like(tensor) for tensor in self.sent]
+        operations = [
+            torch_dist.P2POp(torch_dist.isend, tensor, target, group.handle) for tensor in self.sent
+        ]
         operations += [
-            torch_dist.P2POp(torch_dist.irecv, t, source, group.handle) for t in self.received
+            torch_dist.P2POp(torch_dist.irecv, tensor, source, group.handle)
+            for tensor in self.received
         ]
         self.work = torch_dist.batch_isend_irecv(operations)
 
     def wait(self) -> list[Tensor]:
+        """The tensors of the rank before."""
         for work in self.work:
             work.wait()
         return self.received
+
+
+# What the differentiable collectives are made of: each is the backward of another
 
 
 def _gather(value: Tensor, group: Group) -> Tensor:
@@ -202,6 +233,7 @@ def _scatter_sum(value: Tensor, group: Group) -> Tensor:
 
 
 def _sum(value: Tensor, group: Group) -> Tensor:
+    # torch reduces in place, and the value belongs to the caller's graph.
     result = value.contiguous().clone()
     torch_dist.all_reduce(result, group=group.handle)
     return result
@@ -214,19 +246,21 @@ def _exchange(value: Tensor, group: Group) -> Tensor:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the backward of an autograd Function whose gradient has no graph: with
-    create_graph=True it raises.
+    """Decorate the backward of an autograd Function whose gradient has no graph.
 
-    (torch's once_differentiable returns gradients without a graph where the upstream gradient has
-    none: a penalty on the gradient would then be silently constant.)
+    With create_graph=True it raises. (torch's once_differentiable returns gradients without a graph
+    where the upstream gradient has none: a penalty on the gradient would then be silently
+    constant.)
     """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
+        # Autograd enables gradients inside a backward only where a graph of it is wanted.
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "create_graph=True: gradients of objectives and of exchanges between ranks cannot be differentiated again. "
-                "Call backward or torch.autograd.grad without it, or write the term in plain torch"
+                "create_graph=True: gradients of objectives and of exchanges between ranks cannot "
+                "be differentiated again. Call backward or torch.autograd.grad without it, or "
+                "write the term in plain torch"
             )
         return backward(ctx, *gradients)
 

@@ -32,6 +32,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+        # Only now: a name that pointed to content not yet on the disk could survive a crash.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,6 +50,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left unfinished in `folder`. For whoever knows that nobody writes
     there now.
     """
+    # The names under which this module writes.
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -60,16 +63,12 @@ def save_tensors(
     safetensors writes files that only their owner may read, and tells a full disk as an error of
     its own.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with naming(path):
         save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:
-        told = _SYSTEM.search(str(error))
-        if told is None:
-            raise
-        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from None
+
+    # Python can tell the umask only by changing it; a new file shows what it allows.
     probe = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         probe.touch()
@@ -80,8 +79,10 @@ def save_tensors(
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system that come out of the block name `path`, where they name no file: a
-    full disk's do not.
+    """Let errors of the system that come out of the block be OSErrors that name `path`.
+
+    A full disk's name no file; and libraries in Rust (safetensors, tokenizers) tell them as errors
+    of their own.
     """
     try:
         yield
@@ -89,10 +90,16 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        number = _SYSTEM.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, have reached the disk."""
+    # Without it a rename can reach the disk before the content.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -115,6 +122,8 @@ def check_writable(path: Path) -> None:
         if path.absolute() != folder:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         folder = folder.parent
+
+    # os.access knows neither full quotas nor file systems mounted for reading.
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

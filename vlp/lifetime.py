@@ -17,9 +17,8 @@ from typing import Any
 
 # Ctrl-C, a scheduler's notice, a closed terminal, and what SLURM's --signal=USR1@… sends.
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_ONE_ACT_S = (
-    0.5  # `timeout` and some launchers send one signal twice, to the process and to its group
-)
+# `timeout` and some launchers send one signal twice, to the process and to its group.
+_ONE_ACT_S = 0.5
 
 _pending: StopRequest | None = None  # of this process, while it can save
 
@@ -38,6 +37,10 @@ class Interrupted(Exception):
     """
 
 
+class _CutShort(BaseException):
+    """Raised by a signal inside `cut_short`. No Exception, which a bad sample is taken for."""
+
+
 class StopRequest:
     """Remembers the first signal that asks this process to stop; a second one ends it at once, as
     if nothing was caught.
@@ -48,15 +51,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = 0
+        self.may_interrupt = False  # whether a signal ends what the main thread is doing now
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         global _pending
         _pending = self
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python sets no handlers elsewhere
+
+        # Python sets no handlers in other threads.
+        if threading.current_thread() is threading.main_thread():
             for signum in ASKING:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._before[signum] = signal.signal(signum, self._receive)
@@ -82,19 +86,28 @@ class StopRequest:
             self.received = self.received or signal.SIGPIPE
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        """The handler of every signal of ASKING."""
         now = time.monotonic()
         if not self.received:
             self.received, self._since = signum, now
-            if os.environ.get("RANK", "0") == "0":
-                name = signal.Signals(signum).name
-                # os.write, because a handler may come in the middle of a print.
-                os.write(
-                    2,
-                    f"\n{name}: saving after this step; the same again ends the run at once\n".encode(),
-                )
+            _announce(signum)
+            if self.may_interrupt:
+                raise _CutShort
         elif now - self._since > _ONE_ACT_S:
+            # Asked twice: whoever waits no longer is served by the system's own handler.
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+
+
+def _announce(signum: int) -> None:
+    """Say, on the first rank, what comes of the first signal."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    name = signal.Signals(signum).name
+    line = f"\n{name}: saving after this step; the same again ends the run at once\n"
+
+    # os.write, because a handler may come in the middle of a print.
+    os.write(2, line.encode())
 
 
 def give_way() -> None:
@@ -105,10 +118,31 @@ def give_way() -> None:
         raise Interrupted
 
 
+@contextmanager
+def cut_short() -> Iterator[None]:
+    """Around work that may wait for ever, such as a read from a dead mount, and can be made again.
+
+    A signal that asks to stop ends it at once, and the block is left without an error.
+
+    Python goes on with an interrupted system call unless the signal's handler raises.
+    """
+    if _pending is None:
+        yield
+        return
+    _pending.may_interrupt = not _pending.received
+    try:
+        yield
+    except _CutShort:
+        pass
+    finally:
+        _pending.may_interrupt = False
+
+
 def silence_console() -> None:
     """Send whatever is still printed to nowhere, so that a reader who went away raises no further
     error.
     """
+    # The descriptor itself, because Python flushes what is buffered once more at the end.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -124,6 +158,7 @@ def end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None, "only a process that multiprocessing started has such a parent"
 
+    # The sentinel becomes ready when the parent ends, whatever ends it.
     def follow() -> None:
         connection.wait([parent.sentinel])
         os._exit(1)

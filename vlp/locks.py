@@ -27,7 +27,10 @@ from vlp import log
 from vlp.privacy import scrubbed
 
 NAME = ".lock"
-OF_RUNS = "Wait until it is done, or stop it and go on with resume=auto; or choose another folder with out=…"
+OF_RUNS = (
+    "Wait until it is done, or stop it and go on with resume=auto; "
+    "or choose another folder with out=…"
+)
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _TRIES = 40  # looks, 50 ms apart, for the owner to have written its name
 
@@ -49,13 +52,16 @@ def held(
     that are missing are made, and go again if they are empty in the end. part: (K, N), a share of
     the work in this folder.
     """
+    # The owner's message has to make sense from any folder.
     target = target.absolute()
     path = target.with_name(f".{target.name}{NAME}") if beside else target / NAME
     k, n = part
+
     with ExitStack() as stack:
         stack.enter_context(_folders(path.parent))
         stack.enter_context(_locked(path, target, advice, shared=n > 1))
         if n > 1:
+            # Shares of another number would write the same files.
             share = path.with_name(f"{path.name}-{k}-of-{n}")
             others = [other for other in _shares(path) if not other.name.endswith(f"-of-{n}")]
             _refuse(target, [other for other in others if _is_held(other)], advice)
@@ -65,6 +71,7 @@ def held(
 
 def refuse_if_held(target: Path, *, advice: str) -> None:
     """Raise InUse where another process holds the whole of `target`, without taking it."""
+    # Only a look: the call that takes the lock comes later, after long checks.
     path = target.absolute() / NAME
     if path.exists() and not _held[path.resolve()] and _is_held(path):
         _refuse(target, [path], advice)
@@ -73,19 +80,23 @@ def refuse_if_held(target: Path, *, advice: str) -> None:
 @contextmanager
 def _locked(path: Path, target: Path, advice: str, shared: bool = False) -> Iterator[None]:
     """Hold the lock of one file, alone or with others that share it."""
+    # A tool that calls another one enters its own folder again.
     key = path.resolve()
     if _held[key]:
         yield
         return
 
+    # Another process may hold it for a moment only, to look whether it is held.
     descriptor = None
-    for pause_s in (0, 0.05, 0.05):  # another one may only have looked whether it is held
+    for pause_s in (0, 0.05, 0.05):
         time.sleep(pause_s)
         descriptor = _take(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         if descriptor is not None:
             break
     if descriptor is None:
         _refuse(target, [path, *filter(_is_held, _shares(path))], advice)
+
+    assert descriptor is not None  # `_refuse` has raised
     _held[key] += 1
     try:
         if not shared:
@@ -114,6 +125,7 @@ def _take(path: Path, kind: int) -> int | None:
                 "see to it that only one call works there"
             )
             return descriptor
+
         # Whoever held it before may have removed the file meanwhile, and a third made a new one.
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
@@ -163,11 +175,13 @@ def _is_held(path: Path) -> bool:
 
 
 def _shares(path: Path) -> list[Path]:
+    """The files of the shares that hold, or held, a folder together."""
     return sorted(path.parent.glob(f"{path.name}-*-of-*"))
 
 
 def _sign(descriptor: int) -> None:
     """Write into the lock's file who holds it."""
+    # Without secrets, which a command line may hold; others read this file.
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     owner = {
         "pid": os.getpid(),
@@ -175,6 +189,7 @@ def _sign(descriptor: int) -> None:
         "command": scrubbed(command)[:200],
         "since": round(time.time(), 1),
     }
+
     # A file of another user, or a full disk: the lock holds all the same.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
@@ -185,9 +200,10 @@ def _refuse(target: Path, paths: list[Path], advice: str) -> None:
     """Raise InUse with what the locks' files say of their owners, if there are any."""
     if not paths:
         return
+
     owners = [owner for owner in map(_owner, paths) if owner]
-    told = "; ".join(owners) or "another process, which did not write down its name"
-    raise InUse(f"{target} is in use by {told}. {advice}")
+    names = "; ".join(owners) or "another process, which did not write down its name"
+    raise InUse(f"{target} is in use by {names}. {advice}")
 
 
 def _owner(path: Path) -> str:
@@ -202,26 +218,30 @@ def _owner(path: Path) -> str:
                 return ""
             time.sleep(0.05)
             continue
+
         # The one before, which was killed: the new one is about to sign.
         if host == socket.gethostname() and not _is_alive(pid):
             time.sleep(0.05)
             continue
+
         age = _age(time.time() - owner["since"])
         return f"{owner['command']!r} (process {pid} on {host}, for {age})"
     return ""
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; signal 0 only asks."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # another user's
         pass
     return True
 
 
 def _age(seconds: float) -> str:
+    """A span of time in its largest fitting unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -231,15 +251,18 @@ def _age(seconds: float) -> str:
 @contextmanager
 def _folders(folder: Path) -> Iterator[None]:
     """Make a folder and those above it; those that are empty in the end go again."""
-    made = []
+    created = []
     missing = folder
     while not missing.exists():
-        made.append(missing)
+        created.append(missing)
         missing = missing.parent
+
     folder.mkdir(parents=True, exist_ok=True)
+
     try:
         yield
     finally:
-        for path in made:
+        # From the innermost; rmdir refuses a folder that holds something.
+        for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()

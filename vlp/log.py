@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def warn(message: str) -> None:
     """A line that must not be missed; on the error stream of every process that has something to
     warn of.
     """
+    # The launcher's variable, because warnings also come before processes join.
     rank = os.environ.get("RANK")
     with contextlib.suppress(BrokenPipeError):
         place = f" (rank {rank})" if rank else ""
@@ -43,12 +44,11 @@ class Metrics:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         kept = []
         if path.exists():
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if _step(line) <= resumed_step
-            ]
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [f"{line}\n" for line in lines if _step(line) <= resumed_step]
+        write_atomically(path, "".join(kept).encode())
+
+        # Unbuffered, so that a kill loses no line that was written.
         self._path = path
         self._file = path.open("ab", buffering=0)
 
@@ -63,6 +63,8 @@ class Metrics:
             for name, v in values.items()
         }
         line = json.dumps({"step": step, "kind": kind, **values}) + "\n"
+
+        # Half a line, as a full disk leaves it, would spoil the file for every reader.
         size = os.fstat(self._file.fileno()).st_size
         try:
             with naming(self._path):
@@ -76,6 +78,7 @@ class Metrics:
 
 
 def _step(line: str) -> float:
+    """The step that a line of metrics.jsonl is about."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
@@ -87,7 +90,7 @@ class Trackers:
     an error.
     """
 
-    def __init__(self, names: list[str], run: Path, config: dict[str, Any]) -> None:
+    def __init__(self, names: Sequence[str], run: Path, config: dict[str, Any]) -> None:
         self._trackers = [_tracker(name, run) for name in names]
         for tracker in self._trackers:
             tracker.store_init_configuration({"config": json.dumps(config)})
@@ -101,41 +104,49 @@ class Trackers:
             tracker.finish()
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """ValueError for a tracker whose package is not installed."""
     if not names:  # the import takes a second
         return
     from accelerate.tracking import get_available_trackers
 
-    available = [str(getattr(found, "value", found)) for found in get_available_trackers()]
+    # Members of an enumeration, or plain text, as Accelerate's version has it.
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     for name in names:
         if name not in available:
             raise ValueError(
-                f"log.trackers names {name!r}, whose package is not installed: pip install {name}, or leave it out"
+                f"log.trackers names {name!r}, whose package is not installed: "
+                f"pip install {name}, or leave it out"
             )
 
 
 def _tracker(name: str, run: Path) -> Any:
+    """Accelerate's tracker of this name, started."""
     import torch
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState(
-        cpu=not torch.cuda.is_available()
-    )  # Accelerate's trackers ask it which process they are in
+    # Accelerate's trackers ask it which process they are in.
+    PartialState(cpu=not torch.cuda.is_available())
+
     kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":  # Accelerate appends the name to the folder: RUN/tensorboard
         tracker = kind(name, logging_dir=run)
     else:
         place = {"dir": run} if name == "wandb" else {}
         tracker = kind(run.absolute().name, **place)
+
     if hasattr(tracker, "start"):
         tracker.start()
     return tracker
 
 
 def progress(step: int, total: int, values: Mapping[str, float], eta_s: float) -> str:
-    """One console line: step, every value with four significant digits, and the time that remains."""
-    hours, rest = divmod(int(eta_s), 3600)
+    """One console line: step, every value with four significant digits, and the time left."""
+    minutes, seconds = divmod(int(eta_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    eta = f"eta {hours}:{minutes:02d}:{seconds:02d}"
+
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-    return f"step {step:>{len(str(total))}}/{total}  {shown}  eta {hours}:{rest // 60:02d}:{rest % 60:02d}"
+    width = len(str(total))
+    return f"step {step:>{width}}/{total}  {shown}  {eta}"

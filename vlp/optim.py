@@ -13,32 +13,38 @@ from vlp.config import Optimizer, Plan
 # Tables of vectors that are looked up or added, not multiplied: pulling them towards zero has no
 # reason.
 EMBEDDING = re.compile(
-    r"(^|\.)(token_embedding|positional_embedding|class_embedding|cls_token|pos_embed|reg_token|\w*embeddings)(\.|$)"
+    r"(^|\.)(token_embedding|positional_embedding|class_embedding|cls_token|pos_embed|reg_token"
+    r"|\w*embeddings)(\.|$)"
 )
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and kernels, never to gains, biases, embeddings,
-    scale and bias.
+    """Whether weight decay applies to a parameter.
+
+    To matrices and kernels, never to gains, biases, embeddings, scale and bias.
     """
     return parameter.ndim >= 2 and not EMBEDDING.search(name)
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups that cover every trainable parameter of `model` exactly once, with and
-    without decay.
+    """Two parameter groups, with and without decay, of every trainable parameter exactly once.
+
+    ValueError if there is none.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
+    # By name and shape, so that a new parameter always falls into one of the two.
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if decays(name, parameter) else plain).append(parameter)
+    if not (decayed or plain):
         raise ValueError("the model has no trainable parameter; unlock a tower or learn the scale")
-    split = {True: [], False: []}
-    for name, parameter in named:
-        split[decays(name, parameter)].append(parameter)
-    return [
-        {"params": split[on], "weight_decay": weight_decay if on else 0.0}
-        for on in (True, False)
-        if split[on]
+
+    both = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
     ]
+    return [group for group in both if group["params"]]
 
 
 def build(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
@@ -53,26 +59,29 @@ def build(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
 
 
 def warmup_steps(options: Optimizer, plan: Plan) -> int:
-    """Updates of the warm-up. ValueError if the run ends before it: the rate would never reach lr."""
+    """Updates of the warm-up. ValueError if the run ends before it: the rate never reached lr."""
     steps = plan.steps(options.warmup)
     if steps > plan.total:
         raise ValueError(
-            f"train.optimizer.warmup is {steps:,} steps, but the run has {plan.total:,}: its rate would end at "
-            f"{plan.total / steps:.2g} of lr; give train.optimizer.warmup=5%, or a longer train.duration"
+            f"train.optimizer.warmup is {steps:,} steps, but the run has {plan.total:,}: its rate "
+            f"would end at {plan.total / steps:.2g} of lr; give train.optimizer.warmup=5%, or a "
+            "longer train.duration"
         )
     return steps
 
 
 def learning_rate(options: Optimizer, step: int, warmup: int, total: int) -> float:
-    """Learning rate of update number `step` (from 0) out of `total`: linear warm-up, then a cosine
-    to final_lr·lr.
+    """Learning rate of update number `step` (from 0) out of `total`.
 
-    lr·(step + 1)/warmup for step < warmup; else lr·(f + (1 − f)·(1 + cos π·p)/2), p = (step −
-    warmup)/(total − warmup).
+    Linear warm-up, then a cosine to f·lr with f = final_lr:
+
+        lr·(step + 1)/warmup                      for step < warmup,
+        lr·(f + (1 − f)·(1 + cos π·p)/2)          after it, p = (step − warmup)/(total − warmup).
     """
+    # The first update learns already: 1/warmup, not 0.
     if step < warmup:
         return options.lr * (step + 1) / warmup
+
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return options.lr * (
-        options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)

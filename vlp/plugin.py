@@ -1,11 +1,11 @@
 """The folder is the registry: `name: siglip` means the file `vlp/losses/siglip.py`.
 
-A plug-in file holds a frozen dataclass `Options` (its configuration keys, one comment a field) and the functions its
-folder's contract asks for. Two ways to name plug-ins in a configuration, both validated here so that `vlp.config`
-needs no import of the rooms above it:
+A plug-in file holds a frozen dataclass `Options` (its configuration keys, one comment a field) and
+the functions its folder's contract asks for. Two ways to name plug-ins in a configuration, both
+validated here so that `vlp.config` needs no import of the rooms above it:
 
-    image_tower: {name: timm, model: resnet50}          ->  Annotated[Plugin, Named("vlp.towers")]
-    objective: {infonce: {}, uniformity: {weight: .5}}  ->  Annotated[KeyedPlugins, Keyed("vlp.losses")]
+    image_tower: {name: timm, model: resnet50}          Annotated[Plugin, Named("vlp.towers")]
+    objective: {infonce: {}, uniformity: {weight: .5}}  Annotated[KeyedPlugins, Keyed("vlp.losses")]
 
 In the keyed form a value may be a list of mappings (the same plug-in several times). A folder whose
 `__init__` holds a dataclass `Common` takes those keys for every plug-in (a term's weight, a
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -44,15 +45,16 @@ class Plugin:
 def names(package: str) -> list[str]:
     """All plug-ins of a folder: its public modules (no leading underscore)."""
     folder = importlib.import_module(package)
-    return sorted(
-        m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")
-    )
+    modules = [module.name for module in pkgutil.iter_modules(folder.__path__)]
+    return sorted(name for name in modules if not name.startswith("_"))
 
 
 def load(package: str, name: str) -> ModuleType:
     """Import a plug-in by name; a ValueError names what exists."""
-    if name not in names(package):
-        raise ValueError(f"no {name!r} in {package}{did_you_mean(str(name), names(package))}")
+    # Listed before it is imported: no name from a file reaches the import otherwise.
+    known = names(package)
+    if name not in known:
+        raise ValueError(f"no {name!r} in {package}{did_you_mean(str(name), known)}")
     return importlib.import_module(f"{package}.{name}")
 
 
@@ -66,13 +68,13 @@ class Named:
         if isinstance(value, Plugin):
             return value
         if not isinstance(value, dict) or "name" not in value:
-            problems.append(
-                Problem(
-                    path,
-                    f"found {value!r}, expected a mapping with the key 'name': one of {names(self.package)}",
-                )
+            message = (
+                f"found {value!r}, expected a mapping with the key 'name': "
+                f"one of {names(self.package)}"
             )
+            problems.append(Problem(path, message))
             return None
+
         rest = {key: item for key, item in value.items() if key != "name"}
         return _plugin(self.package, value["name"], rest, path, problems)
 
@@ -89,25 +91,26 @@ class Keyed:
         if isinstance(value, KeyedPlugins):
             return value
         if not isinstance(value, dict):
-            problems.append(
-                Problem(
-                    path,
-                    f"found {value!r}, expected a mapping from {names(self.package)} to their options",
-                )
+            message = (
+                f"found {value!r}, expected a mapping from {names(self.package)} to their options"
             )
+            problems.append(Problem(path, message))
             return KeyedPlugins()
-        found = []
+
+        plugins = []
         for name, options in value.items():
-            several = isinstance(options, list)
-            for i, item in enumerate(options if several else [options]):
-                where = (*path, name, i) if several else (*path, name)
-                found.append(
-                    _plugin(self.package, name, {} if item is None else item, where, problems)
-                )
-        return KeyedPlugins(_unique_labels([p for p in found if p is not None]))
+            # One term several times, with other options: hard_negatives: [{…}, {…}].
+            is_list = isinstance(options, list)
+            for i, item in enumerate(options if is_list else [options]):
+                item_path = (*path, name, i) if is_list else (*path, name)
+                mapping = {} if item is None else item  # `infonce:` with nothing behind it
+                plugin = _plugin(self.package, name, mapping, item_path, problems)
+                if plugin is not None:
+                    plugins.append(plugin)
+        return KeyedPlugins(_unique_labels(plugins))
 
 
-class KeyedPlugins(list):
+class KeyedPlugins(list[Plugin]):
     """A list of plug-ins that writes itself back as the mapping it was read from."""
 
     def to_config(self) -> dict[str, Any]:
@@ -115,7 +118,12 @@ class KeyedPlugins(list):
         for plugin in self:
             options = {**plain(plugin.common or {}), **plain(plugin.options)}
             result.setdefault(plugin.name, []).append(options)
-        return {name: items[0] if len(items) == 1 else items for name, items in result.items()}
+
+        # As it was written: a list only where there are several.
+        for name, items in result.items():
+            if len(items) == 1:
+                result[name] = items[0]
+        return result
 
 
 def keyed(package: str, mapping: Any) -> KeyedPlugins:
@@ -130,44 +138,51 @@ def keyed(package: str, mapping: Any) -> KeyedPlugins:
 def _plugin(
     package: str, name: Any, mapping: Any, path: Path, problems: list[Problem]
 ) -> Plugin | None:
+    """The plug-in of this name with its options read from `mapping`, or None after a problem."""
     try:
         module = load(package, name)
     except ValueError as error:
         problems.append(Problem(path, str(error)))
         return None
     if not isinstance(mapping, dict):
-        problems.append(
-            Problem(path, f"found {mapping!r}, expected a mapping of options for {name!r}")
-        )
+        message = f"found {mapping!r}, expected a mapping of options for {name!r}"
+        problems.append(Problem(path, message))
         return None
-    common = getattr(importlib.import_module(package), "Common", None)
-    shared = {f.name for f in fields(common)} if common else set()
-    known = shared | {f.name for f in fields(module.Options)}
-    before = len(problems)
-    problems += [
-        Problem((*path, k), f"unknown key {k!r}{did_you_mean(str(k), known)}")
-        for k in mapping
-        if k not in known
-    ]
-    mapping = {k: v for k, v in mapping.items() if k in known}
-    base = (
-        parse_into(common, {k: v for k, v in mapping.items() if k in shared}, path, problems)
-        if common
-        else None
-    )
-    options = parse_into(
-        module.Options, {k: v for k, v in mapping.items() if k not in shared}, path, problems
-    )
-    label = module.label(options) if hasattr(module, "label") and len(problems) == before else name
-    return Plugin(package, name, options, base, label) if len(problems) == before else None
+
+    common_class = getattr(importlib.import_module(package), "Common", None)
+    common_keys = {field.name for field in fields(common_class)} if common_class else set()
+    known = common_keys | {field.name for field in fields(module.Options)}
+
+    # Both classes read a part of the mapping, so what neither knows has to be told here.
+    n_before = len(problems)
+    for key in mapping:
+        if key not in known:
+            suggestion = did_you_mean(str(key), known)
+            problems.append(Problem((*path, key), f"unknown key {key!r}{suggestion}"))
+
+    common = None
+    if common_class:
+        shared = {key: value for key, value in mapping.items() if key in common_keys}
+        common = parse_into(common_class, shared, path, problems)
+    own_keys = known - common_keys
+    rest = {key: value for key, value in mapping.items() if key in own_keys}
+    options = parse_into(module.Options, rest, path, problems)
+    if len(problems) > n_before:
+        return None
+
+    # Forms of one family are told apart in the log by the label.
+    label = module.label(options) if hasattr(module, "label") else name
+    return Plugin(package, name, options, common, label)
 
 
 def _unique_labels(plugins: list[Plugin]) -> list[Plugin]:
     """Number the second and later plug-ins of one label: own, own_2, own_3."""
-    seen: dict[str, int] = {}
+    # Labels are keys of the metrics; two equal ones would overwrite each other.
+    counts: Counter[str] = Counter()
     result = []
-    for p in plugins:
-        seen[p.label] = seen.get(p.label, 0) + 1
-        label = p.label if seen[p.label] == 1 else f"{p.label}_{seen[p.label]}"
-        result.append(Plugin(p.package, p.name, p.options, p.common, label))
+    for plugin in plugins:
+        counts[plugin.label] += 1
+        number = counts[plugin.label]
+        label = plugin.label if number == 1 else f"{plugin.label}_{number}"
+        result.append(replace(plugin, label=label))
     return result

@@ -12,7 +12,7 @@ here.
 
 Secrets are: of an address the credentials before @ and its query, unless all of it is harmless;
 every text under `storage`; values of keys such as token or api_key; tokens that can be told by
-their form; the values of environment variables such as HF_TOKEN, and what `learn` has seen.
+their form; the values of environment variables such as HF_TOKEN, and what `remember` has seen.
 """
 
 from __future__ import annotations
@@ -60,13 +60,16 @@ _FOLDERS = (
 )  # fmt: skip
 _REFERENCES = ("init_from", "pretrained", "model", "tokenizer", "architecture", "reference")
 
-_learned: set[str] = set()  # secrets of the configurations that this process has read
+_remembered: set[str] = set()  # secrets of the configurations that this process has read
 
 
 def scrubbed(text: str) -> str:
     """The text with every secret hidden."""
-    for value in sorted({*_learned, *_of_environment()}, key=len, reverse=True):
+    # The longest first: one secret may be the beginning of another.
+    for value in sorted({*_remembered, *_of_environment()}, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
+
+    # Addresses before words, whose patterns would cut an address in two.
     text = _ADDRESS.sub(lambda match: _bare(match, HIDDEN), text)
     text = _TOKEN.sub(HIDDEN, text)
     for pattern in (_BEARER, _ASSIGNED, _HEADER, _LOGIN):
@@ -89,13 +92,11 @@ def without_secrets(value: Any, key: str = "") -> Any:
 
 def is_secret(key: str, value: Any) -> bool:
     """Whether what stands under this key of a configuration is nobody else's business."""
+    # All of these, whatever their names: each file system has keys of its own.
     if _STORAGE.match(key) or _HEADERS.match(key):
         return True
-    return (
-        bool(_SECRET.search(key))
-        and isinstance(value, (str, bytes, Mapping, list, tuple))
-        and bool(value)
-    )
+    can_hold_text = isinstance(value, (str, bytes, Mapping, list, tuple))
+    return can_hold_text and bool(value) and bool(_SECRET.search(key))
 
 
 def _hide(value: Any, numbers: bool) -> Any:
@@ -103,19 +104,23 @@ def _hide(value: Any, numbers: bool) -> Any:
     secret, too.
     """
     if isinstance(value, Mapping):
-        return {
-            name: _hide(item, numbers or bool(_SECRET.search(str(name))))
-            for name, item in value.items()
-        }
+        hidden = {}
+        for name, item in value.items():
+            named_secret = bool(_SECRET.search(str(name)))
+            hidden[name] = _hide(item, numbers or named_secret)
+        return hidden
     if isinstance(value, (list, tuple)):
         return [_hide(item, numbers) for item in value]
+
     if value is None or isinstance(value, bool) or value == "":
         return value
-    return value if isinstance(value, (int, float)) and not numbers else HIDDEN
+    is_harmless = isinstance(value, (int, float)) and not numbers
+    return value if is_harmless else HIDDEN
 
 
 def hidden_keys(value: Any, path: str = "") -> Iterator[str]:
     """Dotted keys of a configuration whose values hold what `without_secrets` hid."""
+    # Sequences by number, as overrides name their items.
     if isinstance(value, Mapping):
         items = [(str(name), item) for name, item in value.items()]
     elif isinstance(value, (list, tuple)):
@@ -123,30 +128,37 @@ def hidden_keys(value: Any, path: str = "") -> Iterator[str]:
     else:
         items = []
         text = value if isinstance(value, str) else ""
+
+        # A caption's template may hold asterisks of its own.
         of_secrets = text == HIDDEN or "://" in text or text.startswith("pipe:")
-        if HIDDEN in text and of_secrets:  # a caption's template may hold asterisks of its own
+        if HIDDEN in text and of_secrets:
             yield path
+
     for name, item in items:
         yield from hidden_keys(item, f"{path}.{name}" if path else name)
 
 
-def learn(value: Any, key: str = "") -> None:
+def remember(value: Any, key: str = "") -> None:
     """Remember the secrets of a configuration, so that `scrubbed` knows them everywhere."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            named = bool(_SECRET.search(str(name)) or _HEADERS.match(str(name)))
-            learn(item, str(name) if named or not is_secret(key, item) else key)
+            named_secret = bool(_SECRET.search(str(name)) or _HEADERS.match(str(name)))
+            inherits = is_secret(key, item) and not named_secret
+            remember(item, key if inherits else str(name))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            learn(item, key)
+            remember(item, key)
     elif isinstance(value, str) and is_secret(key, value) and HIDDEN not in value:
-        _learned.update(part for part in (value, *value.split()) if _is_telling(part, key))
+        # A header such as "Bearer abc" is shown by others without its first word.
+        parts = (value, *value.split())
+        _remembered.update(part for part in parts if _is_telling(part, key))
 
 
 def _is_telling(part: str, key: str) -> bool:
     """Whether a text is worth looking for elsewhere: what only stands in `storage` may be a common
     word or an address.
     """
+    # Hiding a region's or a host's name everywhere would spoil other messages.
     if _STORAGE.match(key):
         return len(part) >= 16 and "/" not in part
     return len(part) >= _SHORTEST and part.lower() not in ("bearer", "basic", "digest")
@@ -159,6 +171,7 @@ def address(url: str) -> str:
 
 def _bare(match: re.Match[str], instead: str) -> str:
     """An address without credentials, and with `instead` of a query that may be a signature."""
+    # A signature stands in the query, whatever the service calls it.
     query = match["query"] or ""
     if query and not _is_harmless(match["scheme"], query):
         query = query[0] + instead if instead else ""
@@ -166,6 +179,7 @@ def _bare(match: re.Match[str], instead: str) -> str:
 
 
 def _is_harmless(scheme: str, query: str) -> bool:
+    """Whether a query asks for a file in a form or version, and signs nothing."""
     names = {part.partition("=")[0].lower() for part in re.split("[?#&]", query) if part}
     if scheme not in ("http://", "https://") and "=" not in query:
         return True  # a pattern of files: s3://bucket/000??.tar
@@ -174,9 +188,8 @@ def _is_harmless(scheme: str, query: str) -> bool:
 
 def _of_environment() -> set[str]:
     """Values of the variables whose names say that they are secret."""
-    return {
-        value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= 8
-    }
+    named_secrets = (value for name, value in os.environ.items() if _VARIABLE.search(name))
+    return {value for value in named_secrets if len(value) >= 8}
 
 
 def shareable(value: Any, key: str = "") -> Any:
@@ -195,6 +208,8 @@ def shareable(value: Any, key: str = "") -> Any:
 
 
 def _shared_text(text: str, key: str) -> str:
+    """A text under `key`, for everybody; `::` joins several addresses or paths."""
+    # Addresses are shared whole, without what only their owner may know.
     if "://" in text:
         return scrubbed(address(text)).replace(f"?{HIDDEN}", "")
     return scrubbed("::".join(_last(part, key) for part in text.split("::")))
@@ -202,16 +217,22 @@ def _shared_text(text: str, key: str) -> str:
 
 def _last(text: str, key: str) -> str:
     """A path by its last part; a name of open_clip or the Hub before a colon stays."""
+    # `local-dir:/home/…` and `hf-hub:user/name` keep what stands before the colon.
     head, colon, place = text.rpartition(":")
     if head.startswith("hf") or "\n" in text:
         return text
-    absolute = place.startswith(("/", "~", "./", "../", "\\")) or bool(
-        re.match(r"[A-Za-z]:\\", text)
-    )
+
+    of_windows = bool(re.match(r"[A-Za-z]:\\", text))
+    is_absolute = of_windows or place.startswith(("/", "~", "./", "../", "\\"))
+
     # A name user/name of the Hub stays.
-    relative = "/" in place and (key in _FOLDERS or (key in _REFERENCES and place.count("/") > 1))
-    local = absolute or relative
-    return f"{head}{colon}{PurePath(place.replace(chr(92), '/')).name}" if local else text
+    is_reference_path = key in _REFERENCES and place.count("/") > 1
+    is_relative = "/" in place and (key in _FOLDERS or is_reference_path)
+    if not is_absolute and not is_relative:
+        return text
+
+    last_part = PurePath(place.replace("\\", "/")).name
+    return f"{head}{colon}{last_part}"
 
 
 def private(text: str) -> str:
@@ -219,10 +240,13 @@ def private(text: str) -> str:
     passed on.
     """
 
-    def last(place: str) -> str:
-        return re.split(r"[/\\]", re.split(r"[?#]", place)[0].rstrip("/\\"))[-1]
+    def last_part(place: str) -> str:
+        without_query = re.split(r"[?#]", place)[0].rstrip("/\\")
+        return re.split(r"[/\\]", without_query)[-1]
 
-    text = _ADDRESS.sub(
-        lambda match: f"{match['scheme'][:-3]}: …/{last(match['place'])}", scrubbed(text)
-    )
-    return _PATH.sub(lambda match: f"…/{last(match[0])}", text)
+    def shortened_address(match: re.Match[str]) -> str:
+        scheme = match["scheme"].removesuffix("://")
+        return f"{scheme}: …/{last_part(match['place'])}"
+
+    text = _ADDRESS.sub(shortened_address, scrubbed(text))
+    return _PATH.sub(lambda match: f"…/{last_part(match[0])}", text)

@@ -1,4 +1,4 @@
-"""What the training loop measured becomes console lines, metrics.jsonl, trackers and results.json."""
+"""From what the training loop measured to console, metrics.jsonl, trackers and results.json."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ class Reporter:
 
     def __init__(self, config: Config, plan: Plan, step: int) -> None:
         self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
+
         if self.main:
             self.run.mkdir(parents=True, exist_ok=True)
             self.trackers = log.Trackers(config.log.trackers, self.run, configuration.shown(config))
+
             # Not before everything was checked: config.yaml makes it a run.
             write_atomically(self.run / "config.yaml", configuration.dump(config).encode())
             self.metrics = log.Metrics(self.run / "metrics.jsonl", resumed_step=step)
+
+        # Speeds count from here: what the start took is no training time.
         self.first = self.last = step
         self.waited_s = 0.0
         self.started = self.since = time.perf_counter()
@@ -43,6 +47,8 @@ class Reporter:
         """Report the scalars of `step` with the speed since the last report."""
         now = time.perf_counter()
         passed = now - self.since
+
+        # On every rank: the clocks below have to run alike.
         speed = {
             "samples_s": (step - self.last) * self.plan.batch / passed,
             "data_wait": self.waited_s / passed,
@@ -51,6 +57,8 @@ class Reporter:
         if self.main:
             self.metrics.write(step, "train", {**scalars, **speed, **counters})
             self.trackers.write(step, {**scalars, **speed})
+
+            # A line of the console has no room for what changes slowly.
             shown = {
                 name: value
                 for name, value in scalars.items()
@@ -63,23 +71,23 @@ class Reporter:
         """Report the records of an evaluation; those of the last step become the run's
         results.json.
         """
-        values = {
-            f"{record['label']}.{name}": value
-            for record in records
-            for name, value in record["metrics"].items()
-        }
-        if self.main:
-            self.metrics.write(step, "eval", values)
-            self.trackers.write(step, values)
-            if step == self.plan.total:
-                done = [record for record in records if "error" not in record]
-                write_atomically(
-                    self.run / "results.json", (json.dumps(done, indent=1) + "\n").encode()
-                )
-            log.say(
-                f"step {step}  "
-                + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            )
+        if not self.main:
+            return
+        values = {}
+        for record in records:
+            for name, value in record["metrics"].items():
+                values[f"{record['label']}.{name}"] = value
+        self.metrics.write(step, "eval", values)
+        self.trackers.write(step, values)
+
+        # Only of the end: the page and other readers take results.json for the run's own.
+        if step == self.plan.total:
+            done = [record for record in records if "error" not in record]
+            text = json.dumps(done, indent=1) + "\n"
+            write_atomically(self.run / "results.json", text.encode())
+
+        scores = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.say(f"step {step}  {scores}")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -87,7 +95,8 @@ class Reporter:
         start = time.perf_counter()
         yield
         passed = time.perf_counter() - start
-        self.started, self.since = self.started + passed, self.since + passed
+        self.started += passed
+        self.since += passed
 
     def close(self) -> None:
         if self.main:

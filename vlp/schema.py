@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Path = tuple[str | int, ...]
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class ConfigError(ValueError):
 
     @staticmethod
     def _describe(problem: Problem, lines: dict[Path, str]) -> str:
-        place = next(
-            (
-                lines[problem.path[:i]]
-                for i in range(len(problem.path), -1, -1)
-                if problem.path[:i] in lines
-            ),
-            "",
-        )
+        # A key that is missing has no line; the section that should hold it has.
+        place = ""
+        for length in range(len(problem.path), -1, -1):
+            ancestor = problem.path[:length]
+            if ancestor in lines:
+                place = lines[ancestor]
+                break
+
         name = ".".join(map(str, problem.path))
         return ": ".join(part for part in (place, name, problem.message) if part)
 
@@ -59,7 +60,9 @@ def did_you_mean(name: str, choices: typing.Iterable[str]) -> str:
     """A suggestion to append to an error: ", did you mean 'x'?" or the list of what exists."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices) or 'none'}"
+    if close:
+        return f", did you mean {close[0]!r}?"
+    return f"; known: {', '.join(choices) or 'none'}"
 
 
 def parse(cls: type, value: Any, path: Path = ()) -> Any:
@@ -78,21 +81,14 @@ def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem])
     meaningless.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+
+    # In the order from outer to inner forms: a union may hold all that follow.
     if origin is typing.Annotated:
         return arguments[1].parse(value, path, problems)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments, value, path, problems)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool) != any(
-            a is value for a in arguments if isinstance(a, bool)
-        ):
-            hint = (
-                did_you_mean(value, map(str, arguments))
-                if isinstance(value, str)
-                else f"; known: {arguments}"
-            )
-            problems.append(Problem(path, f"{value!r} is not a choice{hint}"))
-        return value
+        return _choice(arguments, value, path, problems)
     if origin in (list, tuple):
         return _sequence(origin, arguments, value, path, problems)
     if origin is dict or annotation is dict:
@@ -100,6 +96,8 @@ def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem])
             return _wrong(value, "a mapping", path, problems)
         inner = arguments[1] if arguments else Any
         return {key: parse_into(inner, item, (*path, key), problems) for key, item in value.items()}
+
+    # Read by whoever uses it.
     if annotation is Any:
         return value
     if hasattr(annotation, "from_config"):
@@ -113,7 +111,22 @@ def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem])
     return _scalar(annotation, value, path, problems)
 
 
-def _wrong(value: Any, expected: str, path: Path, problems: list[Problem]) -> None:
+def _choice(choices: tuple, value: Any, path: Path, problems: list[Problem]) -> Any:
+    """One of a Literal's values. 1 == True in Python, and does not mean it here."""
+    is_flag = isinstance(value, bool)
+    same_flags = [choice for choice in choices if isinstance(choice, bool) and choice is value]
+    if value in choices and is_flag == bool(same_flags):
+        return value
+
+    hint = f"; known: {choices}"
+    if isinstance(value, str):
+        hint = did_you_mean(value, map(str, choices))
+    problems.append(Problem(path, f"{value!r} is not a choice{hint}"))
+    return value
+
+
+def _wrong(value: Any, expected: str, path: Path, problems: list[Problem]) -> Any:
+    """None, which stands for the value; the problem is noted."""
     problems.append(Problem(path, f"found {value!r} ({type(value).__name__}), expected {expected}"))
 
 
@@ -121,43 +134,52 @@ def _scalar(annotation: Any, value: Any, path: Path, problems: list[Problem]) ->
     if annotation in (None, type(None)):
         return None if value is None else _wrong(value, "nothing (null)", path, problems)
     if annotation is float:
-        if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
-            value = float(value)  # YAML 1.1 reads 1e-3, without a dot, as text
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                return _wrong(value, "a finite number", path, problems)
-            return float(value)
-        return _wrong(value, "a number", path, problems)
+        return _number(value, path, problems)
     if annotation is int:
-        ok = isinstance(value, int) and not isinstance(value, bool)
-        return value if ok else _wrong(value, "a whole number", path, problems)
+        # True and False are numbers to Python; nobody means them so.
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return value if is_whole else _wrong(value, "a whole number", path, problems)
+
     name = {str: "text", bool: "true or false"}.get(annotation)
     if name is None:
-        raise TypeError(
-            f"{'.'.join(map(str, path))}: annotation {annotation!r} is not supported by vlp.schema"
-        )
+        key = ".".join(map(str, path))
+        raise TypeError(f"{key}: annotation {annotation!r} is not supported by vlp.schema")
     return value if isinstance(value, annotation) else _wrong(value, name, path, problems)
 
 
+def _number(value: Any, path: Path, problems: list[Problem]) -> float | None:
+    # YAML 1.1 reads 1e-3, without a dot, as text.
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return _wrong(value, "a number", path, problems)
+    if not math.isfinite(value):
+        return _wrong(value, "a finite number", path, problems)
+    return float(value)
+
+
 def _union(arguments: tuple, value: Any, path: Path, problems: list[Problem]) -> Any:
+    """The first alternative that takes the value; where none does, the problems of one of them."""
     attempts = []
     for argument in arguments:
-        found: list[Problem] = []
-        result = parse_into(argument, value, path, found)
-        if not found:
+        problems_here: list[Problem] = []
+        result = parse_into(argument, value, path, problems_here)
+        if not problems_here:
             return result
-        attempts.append((argument, found))
+        attempts.append((argument, problems_here))
+
     # The alternative whose outer form fits tells most: a mapping is meant for the dataclass, a list
     # for the list.
-    shaped = [
-        found
-        for argument, found in attempts
-        if any(p.path != path for p in found)
-        or (dataclasses.is_dataclass(argument) and isinstance(value, dict))
-    ]
-    problems.extend(
-        shaped[0] if shaped else [min((f for a, f in attempts if a is not type(None)), key=len)[0]]
-    )
+    for argument, problems_here in attempts:
+        is_inside = any(problem.path != path for problem in problems_here)
+        is_section = dataclasses.is_dataclass(argument) and isinstance(value, dict)
+        if is_inside or is_section:
+            problems.extend(problems_here)
+            return None
+
+    of_values = [found for argument, found in attempts if argument is not type(None)]
+    fewest = min(of_values, key=len)
+    problems.append(fewest[0])
     return None
 
 
@@ -166,36 +188,46 @@ def _sequence(
 ) -> Any:
     if not isinstance(value, (list, tuple)):
         return _wrong(value, "a list", path, problems)
+
+    # A tuple of fixed length has a kind for each place; a list has one for all.
     fixed = origin is tuple and arguments and Ellipsis not in arguments
     if fixed and len(value) != len(arguments):
         return _wrong(value, f"a list of {len(arguments)} items", path, problems)
-    kinds = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
-    return origin(
+    kinds = arguments
+    if not fixed:
+        kinds = (arguments[0] if arguments else Any,) * len(value)
+    items = [
         parse_into(kind, item, (*path, i), problems)
         for i, (kind, item) in enumerate(zip(kinds, value))
-    )
+    ]
+    return origin(items)
 
 
-def _dataclass(cls: type, value: Any, path: Path, problems: list[Problem]) -> Any:
+def _dataclass(cls: Any, value: Any, path: Path, problems: list[Problem]) -> Any:
     if not isinstance(value, dict):
         return _wrong(value, "a mapping", path, problems)
+
+    # Annotations are text (from __future__ import annotations) and have to be resolved.
     hints = typing.get_type_hints(cls, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in value:
         if key not in known:
-            problems.append(
-                Problem((*path, key), f"unknown key {key!r}{did_you_mean(str(key), known)}")
-            )
-    before, given = len(problems), {}
+            suggestion = did_you_mean(str(key), known)
+            problems.append(Problem((*path, key), f"unknown key {key!r}{suggestion}"))
+
+    n_before, values = len(problems), {}
     for name, spec in known.items():
+        no_default = spec.default is spec.default_factory is dataclasses.MISSING
         if name in value:
-            given[name] = parse_into(hints[name], value[name], (*path, name), problems)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            values[name] = parse_into(hints[name], value[name], (*path, name), problems)
+        elif no_default:
             problems.append(Problem(path, f"missing key {name!r}"))
-    if len(problems) > before:
+    if len(problems) > n_before:
         return None
+
+    # What makes no sense together, the class itself says.
     try:
-        return cls(**given)
+        return cls(**values)
     except ValueError as error:
         problems.append(Problem(path, str(error)))
         return None

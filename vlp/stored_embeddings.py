@@ -17,8 +17,10 @@ from torch.nn.functional import cosine_similarity
 from vlp import checkpoint, dist, log
 from vlp.data import decode
 from vlp.data import text as tokenizers
+from vlp.data.embedded import Embeddings
 from vlp.data.sources import Source
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.stages import Stages
 from vlp.types import ImageSpec, Sample
 
 N_SAMPLES = 8  # of each source
@@ -39,38 +41,46 @@ def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> No
         try:
             for source in sources:
                 if source.embeddings is not None:
-                    _check(source, model, precomputed)
+                    _check(source, source.embeddings, model, precomputed)
         except ValueError as error:
             problem = str(error)
+
+    # Every rank raises what the first one found.
     problem = dist.broadcast_object(problem)
     if problem:
         raise ValueError(problem)
 
 
-def _check(source: Source, model: DualEncoder, precomputed: bool) -> None:
-    folder, name = source.embeddings.folder, source.embeddings.teacher.model
+def _check(source: Source, embeddings: Embeddings, model: DualEncoder, precomputed: bool) -> None:
+    folder, name = embeddings.folder, embeddings.teacher.model
     judge = model if precomputed else _teacher(name, folder)
-    if judge is None:
+    if judge is None:  # said already
         return
+
     samples, pixels = _opened(source, judge.image_spec)
     if not samples:
         log.say(f"{folder}: not compared with {name}, because no picture could be opened")
         return
 
     whose = "this run's image tower" if precomputed else name
-    stored = torch.from_numpy(np.stack([sample.embeddings[0] for sample in samples])).float()
-    _compare("image", _embedded(judge, image=pixels), stored, folder, whose)
-    if not precomputed and source.embeddings.with_text:
+    _compare("image", _embedded(judge, image=pixels), _stored(samples, 0), folder, whose)
+    if not precomputed and embeddings.with_text:
         tokens = tokenizers.build(judge.text_spec)([sample.captions[0] for sample in samples])
-        stored = torch.from_numpy(np.stack([sample.embeddings[1] for sample in samples])).float()
-        _compare("text", _embedded(judge, text=tokens), stored, folder, whose)
+        _compare("text", _embedded(judge, text=tokens), _stored(samples, 1), folder, whose)
 
 
-def _teacher(name: str, folder: str) -> nn.Module | None:
+def _stored(samples: list[Sample], side: int) -> Tensor:
+    """The stored embeddings of images (side 0) or first captions (1), [n, D]."""
+    rows = [sample.embeddings[side] for sample in samples if sample.embeddings is not None]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def _teacher(name: str, folder: str) -> DualEncoder | Stages | None:
     """The model that made the embeddings, where it lies on this machine."""
     if not Path(name.removeprefix("local-dir:")).expanduser().exists():
         log.say(f"{folder}: not compared with {name}, which is not on this machine")
         return None
+
     try:
         return checkpoint.load_any(name).eval()
     except (ValueError, checkpoint.CheckpointError) as error:
@@ -83,22 +93,23 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
     fetched whole).
     """
     n_tried = 4 * N_SAMPLES
-    places = (
-        range(n_tried)
-        if source.window or source.reserve
-        else np.linspace(0, len(source) - 1, n_tried).astype(int)
-    )
-    numbers = dict.fromkeys(int(i) for i in places if i < len(source))
-    wide = list(numbers)[::4] + [
-        i for k, i in enumerate(numbers) if k % 4
-    ]  # the others stand in for pictures that do not open
+    places = np.linspace(0, len(source) - 1, n_tried).astype(int)
+
+    # Spread over all shards, they would have to be fetched whole.
+    if source.window or source.reserve:
+        places = np.arange(n_tried)
+    numbers = list(dict.fromkeys(int(i) for i in places if i < len(source)))
+
+    # Every fourth first; the others stand in for pictures that do not open.
+    stand_ins = [number for place, number in enumerate(numbers) if place % 4]
     samples, pixels = [], []
-    for number in wide:
+    for number in numbers[::4] + stand_ins:
         try:
             sample = source[number]
-            picture = decode.evaluate(sample.image, spec)
+            picture = decode.eval_transform(sample.image, spec)
         except (OSError, ValueError):
             continue  # the loader counts and names it
+
         samples.append(sample)
         pixels.append(picture)
         if len(samples) == N_SAMPLES:
@@ -109,9 +120,11 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
 @torch.no_grad()
 def _embedded(model: nn.Module, **rows: Tensor) -> Tensor:
     """[n, D] by `model` in evaluation mode, whose mode is put back."""
+    [side] = rows
+
+    # Locked towers alone are in evaluation mode already; a whole model is not.
     was_training = model.training
     model.eval()
-    [side] = rows
     embedded = getattr(model(**rows), side).float()
     model.train(was_training)
     return embedded
@@ -123,16 +136,23 @@ def _compare(side: str, again: Tensor, stored: Tensor, folder: str, whose: str) 
     if again.shape != stored.shape:
         width = stored.shape[1]
         raise ValueError(
-            f"{folder}: {side} embeddings of width {width} are not {made_by}, whose width is {again.shape[1]}"
+            f"{folder}: {side} embeddings of width {width} are not {made_by}, whose width is "
+            f"{again.shape[1]}"
         )
+
+    # A row of another sample that lies clearly nearer: the order of samples differs.
     cosines = cosine_similarity(again, stored)
     others = cosine_similarity(again[:, None], stored[None], dim=-1).fill_diagonal_(-1)
     swapped = (others.max(dim=1).values > cosines + MARGIN) & stored.any(dim=1)
     if cosines.min() >= LEAST_COSINE and not swapped.any():
         return
-    shown = ", ".join(f"{c:.3f}" for c in cosines.tolist())
+
+    # What differs is not known; the cosines let the user tell.
+    shown = ", ".join(f"{cosine:.3f}" for cosine in cosines.tolist())
+    nearer = "; some lie nearer to the row of another sample" if swapped.any() else ""
     raise ValueError(
-        f"{folder}: the {side} embeddings are not {made_by}: {len(cosines)} samples embedded again have cosines {shown} with "
-        f"them, expected at least {LEAST_COSINE}{'; some lie nearer to the row of another sample' if swapped.any() else ''}. "
-        "Weights, picture size, or the order of samples differ; make them anew with `vlp data embed` and this model"
+        f"{folder}: the {side} embeddings are not {made_by}: {len(cosines)} samples embedded again "
+        f"have cosines {shown} with them, expected at least {LEAST_COSINE}{nearer}. Weights, "
+        "picture size, or the order of samples differ; make them anew with `vlp data embed` and "
+        "this model"
     )

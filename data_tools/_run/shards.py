@@ -50,6 +50,7 @@ class Change(Protocol):
 
 def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
     """All usable samples of a shard, in order; the others are counted."""
+    # Scanned anew: an index may be out of date, and what a tool writes is there to stay.
     shard = scan(path)
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
@@ -70,10 +71,9 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     cls = meta.get("cls")
     if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
-    # A negative image is written only beside a sample that has one.
-    negative = (
-        (sample.negative_image, sample.negative_image_type) if sample.negative_image else None
-    )
+    negative = None
+    if sample.negative_image:
+        negative = (sample.negative_image, sample.negative_image_type)
     writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)
 
 
@@ -83,22 +83,20 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     """
     if folder.resolve() in {path.parent.resolve() for path in sources}:
         raise ValueError(f"{folder} holds the input; name another folder, the input stays as it is")
-
     # Sources are compared by name and size, so that a data set may move between two calls.
     sizes = [[path.name, path.stat().st_size] for path in sources]
     claimed = {"settings": without_secrets(settings), "sources": sizes}
-    claimed = json.loads(json.dumps(claimed))
-    note = folder / f"_{tool}.json"
+    claimed = json.loads(json.dumps(claimed))  # as it will be read back
 
+    note = folder / f"_{tool}.json"
     # Looked up before the note: another machine writes the note first.
     holds_shards = any(folder.glob("*.tar"))
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
         if before != claimed:
-            differences = "; ".join(_differences(before, claimed))[:600]
             raise ValueError(
-                f"{folder} was made from other input or settings ({differences}); "
-                "name another folder"
+                f"{folder} was made from other input or settings "
+                f"({_differences(before, claimed)[:600]}); name another folder"
             )
         return
 
@@ -111,14 +109,11 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     write_atomically(note, json.dumps(claimed, indent=1).encode())
 
 
-def _differences(before: dict[str, Any], claimed: dict[str, Any]) -> list[str]:
-    old = {**before["settings"], "sources": before["sources"]}
-    new = {**claimed["settings"], "sources": claimed["sources"]}
-    return [
-        f"{name}: {old.get(name)!r} then, {new.get(name)!r} now"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How two claims differ, in words."""
+    old, new = ({**claim["settings"], "sources": claim["sources"]} for claim in (before, now))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names)
 
 
 def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
@@ -138,19 +133,18 @@ def transform(
     write = partial(_one, folder=folder, change=change)
     results = carry_out(tool, jobs(sources, folder, tool), write, pool)
 
-    # One index for all shards, by whoever is the last.
+    # Whoever finishes last indexes the folder; None is a shard of another machine.
     if None not in results:
         index(sorted(folder.glob("*.tar")))
     return results
 
 
 def _one(job: tuple[int, Path], *, folder: Path, change: Change) -> Result:
+    """Write the output shard of one input shard."""
     number, path = job
     counts: Counter[str] = Counter()
-    # A whole shard at a time, under its number: done twice, it is the same file.
-    with ShardWriter(
-        folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False
-    ) as writer:
+    writer = ShardWriter(folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False)
+    with writer:
         for changed in change(samples(path, counts), number, counts):
             put(writer, changed, changed.sample.key)
             counts["samples written"] += 1

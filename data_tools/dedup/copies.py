@@ -155,11 +155,12 @@ class Place(NamedTuple):
 
     path: str
     extents: list[tuple[int, int]]  # offset and bytes of its members
+    digest: int  # of them
 
 
 def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
     with open(place.path, "rb") as file:
-        other = open_sample(read_extents(file, place.extents))
+        other = open_sample(read_extents(file, place.extents), place.digest)
 
     # Its lists must count its own captions before they are joined.
     settle(other, counts)
@@ -175,5 +176,6 @@ def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dic
     for path, shard, others in zip(sources, index(sources), copy_of):
         # Copies of --against are dropped, and their captions with them.
         for i in np.flatnonzero(others >= n_fixed).tolist():
-            result.setdefault(int(others[i]), []).append(Place(str(path), shard.places(i)))
+            place = Place(str(path), shard.places(i), shard.digest(i))
+            result.setdefault(int(others[i]), []).append(place)
     return result

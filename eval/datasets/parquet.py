@@ -56,7 +56,8 @@ def from_parquet(root: Path, files: list[Path], split: str, options: TableOption
         columns = _columns(content.column_names, file, split, options)
 
         # The files of a set share their features; the first that notes names decides.
-        class_names = class_names or features.get(columns.label, {}).get("names")
+        if columns.label is not None:
+            class_names = class_names or features.get(columns.label, {}).get("names")
         records += _records(file, content, columns)
 
     multilabel = any(isinstance(record.label, tuple) for record in records)

@@ -23,7 +23,7 @@ def sets() -> list[str]:
 
 def _files() -> dict[str, Path]:
     """The sets that are files, by name."""
-    files = {}
+    files: dict[str, Path] = {}
 
     # Beside this file, and where a plug-in has put a folder of its own.
     for folder in __path__:

@@ -23,6 +23,7 @@ SPEED = {
     "space.uniformity_text": "uniformity of texts, in training",
     "valid.negatives": "share of hard captions that are valid",
     "valid.counterfactual": "share of rows that count",
+    "valid.captions": "share of further captions that are valid",
     "log_n": "loss of uninformative scores, log n",
 }
 COUNTERS = {

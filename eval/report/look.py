@@ -95,7 +95,8 @@ class _Parts:
         with self.evidence.attempt("pairs", source.name):
             records = _sample(source.records, self.samples)
             pictures = [record.picture for record in records]
-            captions, first, owner = [], [], []
+            captions: list[str] = []
+            first, owner = [], []
             for i, record in enumerate(records):
                 first.append(len(captions))
                 captions += record.captions

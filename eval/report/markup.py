@@ -38,7 +38,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
 
 def join(children: Iterable[Any]) -> Html:
     """Children one after another."""
-    parts = []
+    parts: list[str] = []
     for child in children:
         if isinstance(child, (list, tuple)):
             parts.append(join(child))

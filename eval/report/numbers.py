@@ -208,11 +208,12 @@ def _row(records: Records, metric: str, chance: float | None) -> list[Any]:
         row.append([_value(value, chance), interval])
 
     if len(values) > 1:
-        if None in values:
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
             row.append("–")
         else:
             unit = 100 if chance is not None else 1  # shares are shown in percent
-            row.append(f"{(values[0] - values[1]) * unit:+.4g}")
+            row.append(f"{(known[0] - known[1]) * unit:+.4g}")
     return row
 
 

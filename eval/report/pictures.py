@@ -102,7 +102,7 @@ def _confusion_row(answers: ClassAnswers, confusion: Confusion) -> list[Html | s
         picture = _image(confusion.thumbnails[answers.wrong], name)
 
     # The class itself is among its four most frequent answers, or the fourth is not shown.
-    chips = []
+    chips: list[Html] = []
     for number_of_class, n in answers.answers.most_common(4):
         if number_of_class != answers.number and len(chips) < 3:
             chips.append(tag("span", confusion.names[number_of_class], tag("b", n), class_="chip"))

@@ -121,7 +121,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """The results for the eye: score, 95 % interval, chance; below, what was counted and what was
     left out.
     """
-    rows = [("task", "data", "score", "value", "95 %", "chance")]
+    rows: list[tuple[str, ...]] = [("task", "data", "score", "value", "95 %", "chance")]
     for of_task in records:
         rows += _rows(of_task)
 
@@ -144,7 +144,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row a score: value, interval, chance."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, value in of_task["metrics"].items():
         bounds = of_task["intervals_95"].get(name)
         interval = f"{bounds[0]:.4f} … {bounds[1]:.4f}" if bounds else ""
@@ -174,13 +174,13 @@ def compare(first: str, second: str) -> str:
     nothing is left.
     """
     (records_a, items_a), (records_b, items_b) = open_results(first), open_results(second)
-    rows = [("task", "data", "score", "A", "B", "A − B", "verdict")]
+    rows: list[tuple[str, ...]] = [("task", "data", "score", "A", "B", "A − B", "verdict")]
     refused = []
     for a in records_a:
         # Data, protocol and labels must agree: a difference of scores is then one of the models.
         b = next((record for record in records_b if _same_task(a, record)), None)
         reason = "only in A" if b is None else _why_not(a, b)
-        if reason:
+        if b is None or reason:
             refused.append(f"{a['label']} on {a['dataset']}: {reason}")
             continue
 

@@ -16,13 +16,13 @@ choose among vlp.eval.choices. docs/extend-task.md is a complete example.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 from vlp.config import Duration
+from vlp.eval.result import TaskResult
 
-if TYPE_CHECKING:  # a configuration is validated without waiting for torch
-    from torch import Tensor
+__all__ = ["Common", "TaskResult", "shared"]
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,3 @@ def shared(kind: type, options: Any, **more: Any) -> Any:
         key.name: getattr(options, key.name) for key in fields(kind) if hasattr(options, key.name)
     }
     return kind(**(same | more))
-
-
-@dataclass
-class TaskResult:
-    """What a task measured.
-
-    A score with `items` is Σ numerator / Σ denominator over them, and gets its interval there.
-    """
-
-    dataset: str  # the set's name
-    # score -> [U, 2] numerator and denominator of each unit
-    items: dict[str, Tensor] = field(default_factory=dict)
-    # scores that are no such ratio: a median, a distance
-    values: dict[str, float] = field(default_factory=dict)
-    # score -> its expectation under random guessing
-    chance: dict[str, float] = field(default_factory=dict)
-    # how many images, texts, classes, skipped annotations
-    counts: dict[str, int] = field(default_factory=dict)
-    digest: str = ""  # content hash of pictures and annotations (Context.digest)

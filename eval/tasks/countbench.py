@@ -51,7 +51,7 @@ def read(options: Options) -> Data:
     """Pictures with their captions in all nine numbers."""
     path = Path(options.data)
     if path.is_dir():
-        rows, absent = _parquet(path), []
+        rows, absent = _parquet(path), list[str]()
     else:
         rows, absent = _table(path, options)
 

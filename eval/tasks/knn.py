@@ -23,8 +23,8 @@ class Options(TableOptions):
 
     data: str  # as for zeroshot, with both splits
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"
-    train_split: str = "train"
+    split: str = "test"  # whose images are classified
+    train_split: str = "train"  # whose images vote
     k: int = 20  # neighbours that vote
     temperature: float = 0.07  # T of the votes' weights
     missing: Literal["error", "skip"] = "error"  # annotations without their image

@@ -18,7 +18,7 @@ from vlp.data.tables import TableOptions
 from vlp.eval import metrics
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
-from vlp.eval.tasks import TaskResult, _labelled
+from vlp.eval.tasks import TaskResult, _labelled, zeroshot
 
 VERSION = 1
 KNOWN_AS = "linear_probe"
@@ -30,8 +30,8 @@ class Options(TableOptions):
 
     data: str  # as for zeroshot, with both splits
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"
-    train_split: str = "train"
+    split: str = "test"  # whose images are classified
+    train_split: str = "train"  # on which the classifier is fitted
     # λ of λ/2‖W‖²
     decays: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
     max_iterations: int = 300  # of L-BFGS, a fit
@@ -69,7 +69,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
     return result
 
 
-def _features(encoder: Encoder, data: _labelled.zeroshot.Data, context: Context) -> Tensor:
+def _features(encoder: Encoder, data: zeroshot.Data, context: Context) -> Tensor:
     """[n, D] rows of length √D."""
     rows = _labelled.embedded(encoder, data, context)
     return rows * rows.shape[1] ** 0.5

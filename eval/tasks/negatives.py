@@ -38,7 +38,7 @@ class Options(TableOptions):
     """Which shards."""
 
     data: str  # see vlp.eval.datasets
-    split: str = "test"
+    split: str = "test"  # which split of the data is scored
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
 

@@ -56,7 +56,7 @@ class Options(TableOptions):
 
     data: str  # as for retrieval
     images: str | None = None  # as for retrieval
-    split: str = "test"
+    split: str = "test"  # which split of the data is scored
     tagger: Literal["spacy", "words"] = "spacy"  # who tells nouns and adjectives
     max_words: int = 30  # longer captions are cut
     seed: int = 0  # of the shufflings

@@ -38,7 +38,7 @@ class Options(TableOptions):
 
     data: str  # as for retrieval
     images: str | None = None  # as for retrieval
-    split: str = "test"
+    split: str = "test"  # which split of the data is scored
     seed: int = 0  # of the 80/20 division
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 

@@ -38,11 +38,11 @@ class Options(Texts, TableOptions):
     # (vlp.eval.datasets)
     data: str
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"
+    split: str = "test"  # which split of the data is scored
     captions_per_image: int | None = None  # the first so many; None: all
     # annotations without their image, images without a caption
     missing: Literal["error", "skip"] = "error"
-    language: str = "en"
+    language: str = "en"  # recorded in the result
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -62,7 +62,7 @@ def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -
     text_only = _hits_without_pictures(encoder, data.captions, context)
 
     # The names of the paper: ITT with pictures, TOT without.
-    items = {}
+    items: dict[str, Tensor] = {}
     for name, hits in (("itt", with_picture), ("tot", text_only)):
         of_groups = choices.by_group(hits, data.groups)
         items |= {f"{name}_{group}": value for group, value in of_groups.items()}

@@ -37,14 +37,14 @@ class Options(TableOptions):
 
     data: str  # see vlp.eval.datasets
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"
+    split: str = "test"  # which split of the data is scored
     # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
     classes: str | list[str] | None = None
     # a set, a file or sentences; None: the data's own, imagenet80 or photo
     templates: str | list[str] | None = None
     partial: bool = False  # score among some of ImageNet's classes only
     missing: Literal["error", "skip"] = "error"  # annotations without their image
-    language: str = "en"
+    language: str = "en"  # recorded in the result
 
 
 @dataclass
@@ -157,23 +157,21 @@ def _named(source: Source, options: Options) -> tuple[list[str], Tensor]:
 
 def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     """Classes that the data give by number (.cls, .npy, a label column)."""
+    listed: ClassList | None
     if options.classes == "imagenet":
         listed = ClassList(imagenet.names())
     else:
         listed = _listed_classes(options)
     names_of_set = source.classes
-    if listed is None and names_of_set is None:
+    names = listed.names if listed is not None else names_of_set
+    if names is None:
         raise DataError(
             f"{options.data} numbers its classes but has no classnames.txt; "
             "add it (a line a name) or classes=FILE"
         )
 
-    numbers = [
-        record.label if isinstance(record.label, tuple) else (record.label,)
-        for record in source.records
-    ]
+    numbers = [_class_numbers(record.label) for record in source.records]
     highest = max((max(several) for several in numbers if several), default=0)
-    names = listed.names if listed is not None else names_of_set
 
     # Numbers count in the set's own list where it has one.
     n_names = len(names_of_set or names)
@@ -192,6 +190,14 @@ def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     if source.multilabel:
         return names, _multi_hot(numbers, place)
     return names, torch.tensor([place[number] for (number,) in numbers])
+
+
+def _class_numbers(label: int | str | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The classes of one image, of which a multilabel set gives several."""
+    if isinstance(label, tuple):
+        return label
+    assert isinstance(label, int)  # `read` has seen that the labels are numbers
+    return (label,)
 
 
 def _multi_hot(numbers: list[tuple[int, ...]], place: list[int]) -> Tensor:

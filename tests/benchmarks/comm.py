@@ -39,31 +39,38 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     report.add_arguments(parser)
     args = parser.parse_args()
-    rows = []
-    for n_ranks in args.ranks:
-        names = [
-            name
-            for name, t in TOPOLOGIES.items()
-            if not (isinstance(t, dict) and n_ranks % t["group"])
-        ]
-        every = ranks.run(
-            n_ranks, count, [*names, "open_clip"], args.rows, args.dim, args.dtype, timeout_s=300
-        )
-        assert all(counts == every[0] for counts in every), "ranks send alike"
-        for name, counts in zip([*names, "open_clip"], every[0]):
-            kib = {kind: n / 1024 for kind, n in counts.items()}
-            total = sum(kib.values())
-            rows.append(
-                {"topology": name, "W": n_ranks, "KiB a rank": total}
-                | {k: kib.get(k, 0.0) for k in KINDS}
-            )
+
+    rows = [row for n_ranks in args.ranks for row in measure(args, n_ranks)]
     for row in rows:
         peer = next(r for r in rows if (r["topology"], r["W"]) == ("open_clip", row["W"]))
         row["of open_clip"] = row["KiB a rank"] / peer["KiB a rank"]
-    notes = f"InfoNCE, b = {args.rows}, D = {args.dim}, {args.dtype}; the first call's check of shapes is not counted."
+
+    notes = (
+        f"InfoNCE, b = {args.rows}, D = {args.dim}, {args.dtype}; the first call's check of shapes "
+        "is not counted."
+    )
     report.publish(
         "comm", "Bytes a rank sends for one loss, forward and backward", rows, args, notes
     )
+
+
+def measure(args: argparse.Namespace, n_ranks: int) -> list[dict[str, Any]]:
+    """A row for every topology that fits the number of ranks, and one for open_clip."""
+    names = [*(name for name in TOPOLOGIES if fits(TOPOLOGIES[name], n_ranks)), "open_clip"]
+    by_rank = ranks.run(n_ranks, count, names, args.rows, args.dim, args.dtype, timeout_s=300)
+
+    assert all(counts == by_rank[0] for counts in by_rank), "ranks send alike"
+
+    rows = []
+    for name, counts in zip(names, by_rank[0]):
+        kib = {kind: n_bytes / 1024 for kind, n_bytes in counts.items()}
+        row = {"topology": name, "W": n_ranks, "KiB a rank": sum(kib.values())}
+        rows.append(row | {kind: kib.get(kind, 0.0) for kind in KINDS})
+    return rows
+
+
+def fits(topology: Any, n_ranks: int) -> bool:
+    return not isinstance(topology, dict) or n_ranks % topology["group"] == 0
 
 
 KINDS = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce", "message")
@@ -91,16 +98,23 @@ def count_one(name: str, n_rows: int, dim: int, dtype: str) -> Counter:
         module = ClipLoss(
             local_loss=True, gather_with_grad=True, rank=dist.rank(), world_size=dist.world_size()
         )
-        call = lambda: module(x, t, scale)  # noqa: E731
+
+        def loss() -> torch.Tensor:
+            return module(x, t, scale)
+
     else:
         from vlp.losses import build
 
         objective = build({"infonce": {}}, topology=TOPOLOGIES[name])
-        call = lambda: objective(image=x, text=t, scale=scale)[0]  # noqa: E731
-    call().backward()  # groups are made and shapes are checked once
+
+        def loss() -> torch.Tensor:
+            return objective(image=x, text=t, scale=scale)[0]
+
+    loss().backward()  # groups are made and shapes are checked once
+
     counts: Counter = Counter()
     restore = listen(counts)
-    call().backward()
+    loss().backward()
     restore()
     return counts
 

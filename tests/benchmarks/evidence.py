@@ -2,8 +2,9 @@
 scenes, over several seeds.
 
     python tests/benchmarks/evidence.py --seeds 0 1 2 --jobs 2 --publish
-    python tests/benchmarks/evidence.py --tables evidence_negatives --publish   # the arms of one table alone
-    python tests/benchmarks/evidence.py --table                             # the tables of what has finished
+    # the arms of one table alone; the tables of what has finished
+    python tests/benchmarks/evidence.py --tables evidence_negatives --publish
+    python tests/benchmarks/evidence.py --table
 
 Every arm is evidence.yaml (model, optimiser, duration, data: chosen with plain `infonce` on a
 validation split, then frozen) with another objective or topology, on one thread a process, so that
@@ -51,7 +52,8 @@ class Arm:
 # many runs
 SMALL = (
     "data.sources=[{name: shards, path: 'data/scenes/train/{00000..00003}.tar'}]",
-    "model.image_tower={name: vit, image_size: 32, patch_size: 8, width: 128, layers: 3, head_width: 32}",
+    "model.image_tower={name: vit, image_size: 32, patch_size: 8, width: 128, layers: 3, "
+    "head_width: 32}",
     "train.duration=24ksamples",
     "eval={retrieval: {data: data/scenes/retrieval}, zeroshot: {data: data/scenes/zeroshot}}",
 )
@@ -134,11 +136,16 @@ TABLES = {
             "against each number, %": ("negatives", "acc_replace_number"),
             **GUARDS,
         },
-        "Accuracy of a caption against itself with the eight other numbers from two to ten, on pictures of descriptions that "
-        "training does not show, a third of them with a pair of number and shape that it never shows. Training shows 1,872 "
-        "counting pairs; on a batch after InfoNCE alone, counting's gradient is .4 times InfoNCE's with raw logits, 4 times it "
-        "with scaled ones. Either way its loss stays near ln 2 (.68 over the second half): eight pairs a step do not teach numbers "
-        "in 234 steps, and with scaled logits they slow InfoNCE, whose loss is 2.2 there and 1.5 alone.",
+        "Accuracy of a caption against itself with the eight other numbers from two to ten, on "
+        "pictures of descriptions that "
+        "training does not show, a third of them with a pair of number and shape that it never "
+        "shows. Training shows 1,872 "
+        "counting pairs; on a batch after InfoNCE alone, counting's gradient is .4 times InfoNCE's "
+        "with raw logits, 4 times it "
+        "with scaled ones. Either way its loss stays near ln 2 (.68 over the second half): eight "
+        "pairs a step do not teach numbers "
+        "in 234 steps, and with scaled logits they slow InfoNCE, whose loss is 2.2 there and 1.5 "
+        "alone.",
     ),
     "evidence_negatives": Table(
         "Hard negatives: attributes, relations and word order",
@@ -149,16 +156,20 @@ TABLES = {
             "text": "InfoNCE + text-grounded",
         },
         {name: PROOFS[name] for name in ("binding, %", "relations, %", "order, %")} | GUARDS,
-        "Accuracy of a caption against those with exchanged color, number or size (binding), with the relation or the groups "
-        "exchanged, and against four shufflings of its words. Two negatives a caption in training, by rule, of the same kinds, "
+        "Accuracy of a caption against those with exchanged color, number or size (binding), with "
+        "the relation or the groups "
+        "exchanged, and against four shufflings of its words. Two negatives a caption in training, "
+        "by rule, of the same kinds, "
         "each beside its own caption alone. "
-        "Weights 1 (published for fine-tuning: .1 to .5); the moving average decays by .99 a step (.9996 outlasts the run).",
+        "Weights 1 (published for fine-tuning: .1 to .5); the moving average decays by .99 a step "
+        "(.9996 outlasts the run).",
     ),
     "evidence_gap": Table(
         "Modality gap",
         {"infonce": "InfoNCE", "cua": "CUA", "cuaxu": "CUAXU"},
         {**GEOMETRY, **GUARDS},
-        "All weights 1 as in the paper; the temperature is learned, where the paper fixes it at .01.",
+        "All weights 1 as in the paper; the temperature is learned, where the paper fixes it at "
+        ".01.",
     ),
     "evidence_groups": Table(
         "Grouped aggregation: candidates n at equal batch B = 256",
@@ -172,9 +183,12 @@ TABLES |= {
         f"Small batches: B = {batch}",
         {f"{name}_{batch}": title for name, (title, *_) in SMALL_OBJECTIVES.items()},
         GUARDS,
-        f"Six epochs of 4,000 scenes at a rate of {rate}, chosen with InfoNCE. Every objective with its defaults: FastCLIP with "
-        "rho 6.5, MACL with alpha .5 and temperature .1, HN-NCE with alpha 1 and beta .25, SigLIP from scale 10 and bias -10, "
-        "the others from scale 14.3. FastCLIP pays for estimates that lag behind a model which learns fast: without memory "
+        f"Six epochs of 4,000 scenes at a rate of {rate}, chosen with InfoNCE. Every objective "
+        f"with its defaults: FastCLIP with "
+        "rho 6.5, MACL with alpha .5 and temperature .1, HN-NCE with alpha 1 and beta .25, SigLIP "
+        "from scale 10 and bias -10, "
+        "the others from scale 14.3. FastCLIP pays for estimates that lag behind a model which "
+        "learns fast: without memory "
         "(gamma 1) its R@1 is 40.0 and 37.7 % at B = 256, with it 30.3 and 27.6 % (seed 0).",
     )
     for batch, rate in RATES.items()
@@ -300,7 +314,8 @@ def finished(out: Path, arm: str, seed: int) -> dict[str, Any] | None:
     cost = json.loads((run / "cost.json").read_text())
     if cost["recipe"] != recipe(arm, seed):
         raise ValueError(
-            f"{run} was trained with another recipe ({cost['recipe']}); remove it or choose another --out"
+            f"{run} was trained with another recipe ({cost['recipe']}); remove it or choose "
+            f"another --out"
         )
     return {
         "cost": cost,
@@ -397,8 +412,10 @@ def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
     rows += [row(table.arms[arm], found, table.columns) for arm, found in runs.items()]
     commits = ", ".join(sorted({run["cost"]["commit"] for found in runs.values() for run in found}))
     notes = (
-        f"{table.notes} Mean ± standard deviation over seeds, {first['cost']['samples']:,} samples seen by every arm; rows "
-        f"embedded for one sample seen; seconds of a whole run with evaluation, on a shared machine. Trained at {commits}."
+        f"{table.notes} Mean ± standard deviation over seeds, {first['cost']['samples']:,} samples "
+        f"seen by every arm; rows "
+        f"embedded for one sample seen; seconds of a whole run with evaluation, on a shared "
+        f"machine. Trained at {commits}."
     )
     report.publish(name, table.title, rows, args, notes)
 

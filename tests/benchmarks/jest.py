@@ -62,18 +62,20 @@ def main() -> None:
         "seed=100",
     )
     jobs = [(arm, seed) for seed in args.seeds for arm in ARMS]
+
+    def run(job: tuple[str, int]) -> None:
+        arm, seed = job
+        train(out, name(arm, seed), f"selection={ARMS[arm]}", f"seed={seed}")
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(
-            pool.map(
-                lambda job: train(out, name(*job), f"selection={ARMS[job[0]]}", f"seed={job[1]}"),
-                jobs,
-            )
-        )
+        list(pool.map(run, jobs))
+
     rows = [row for title, key in SCORES.items() for row in compare(out, title, key, args.seeds)]
     notes = (
-        f"{len(args.seeds)} seed(s), mean ± standard deviation. The level to reach is the best score of uniform sampling with the "
-        "same seed; every arm trains on 24,000 samples. Work in forward passes: 3 for a trained sample, 1 for a scored one, 1 "
-        "for one new to the reference. Training the reference on 80,000 clean samples is not counted."
+        f"{len(args.seeds)} seed(s), mean ± standard deviation. The level to reach is the best "
+        "score of uniform sampling with the same seed; every arm trains on 24,000 samples. Work in "
+        "forward passes: 3 for a trained sample, 1 for a scored one, 1 for one new to the "
+        "reference. Training the reference on 80,000 clean samples is not counted."
     )
     report.publish("jest", "Joint example selection on half-noisy scenes", rows, args, notes)
 
@@ -135,6 +137,7 @@ def compare(out: Path, title: str, key: str, seeds: list[int]) -> list[dict[str,
     """A row an arm: final score, and what it took to reach the best score of uniform sampling."""
     curves = {(arm, seed): curve(out / name(arm, seed), key) for arm in ARMS for seed in seeds}
     levels = {seed: max(score for _, score in curves["uniform", seed]) for seed in seeds}
+
     rows = []
     for arm in ARMS:
         reached = [
@@ -159,6 +162,7 @@ def compare(out: Path, title: str, key: str, seeds: list[int]) -> list[dict[str,
                 "work to it": passes,
             }
         )
+
     return rows
 
 

@@ -33,6 +33,7 @@ REPOSITORY = Path(__file__).parents[2]
 BATCH, CONTEXT = 64, 77
 PHOTOS, SMALL, TINY = "photos", "photos at quality 85", "64-px shards"
 SIZES = {PHOTOS: 224, SMALL: 224, TINY: 64}
+DIGESTS = "digests / reading and decoding"
 
 
 def main() -> None:
@@ -91,15 +92,18 @@ def main() -> None:
         results[name] = {
             c: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for c, rs in runs.items()
         }
-    publish(
-        results, {scaled: pixel_error(Path(args.data), scaled) for scaled in (False, True)}, args
-    )
+    error = {scaled: pixel_error(Path(args.data), scaled) for scaled in (False, True)}
+    shares = {name: digest_share(prepare(args.cache, Path(args.data), name)) for name in SIZES}
+    publish(results, error, shares, args)
 
 
 def publish(
-    results: dict[str, Any], error: dict[bool, dict[str, float]], args: argparse.Namespace
+    results: dict[str, Any],
+    error: dict[bool, dict[str, float]],
+    shares: dict[str, float],
+    args: argparse.Namespace,
 ) -> None:
-    """The table, a row a set and measure."""
+    """The table, a row a set and measure. `shares`: see `digest_share`."""
     sys.path.insert(
         0, str(REPOSITORY)
     )  # here and not above: open_clip's environment runs this file too
@@ -120,10 +124,13 @@ def publish(
                     "scaled / open_clip": scaled and scaled / theirs,
                 }
             )
+        checking = {"measure": DIGESTS, "vlp": shares[name]}
+        rows.append({**dict.fromkeys(rows[-1]), "set": rows[-1]["set"], **checking})
     notes = (
-        f"{args.workers} workers, batches of {BATCH}, median of {args.repeats} runs. CPU seconds are of all processes and threads. "
-        f"Pixels against Pillow's: mean error {error[False]['mean']:.3f} levels, largest of a photo {error[False]['worst']:.3f}; "
-        f"with scaled decoding {error[True]['mean']:.2f} and {error[True]['worst']:.1f}."
+        f"{args.workers} workers, batches of {BATCH}, median of {args.repeats} runs. CPU seconds "
+        "are of all processes and threads. Pixels against Pillow's: mean error "
+        f"{error[False]['mean']:.3f} levels, largest of a photo {error[False]['worst']:.3f}; with "
+        f"scaled decoding {error[True]['mean']:.2f} and {error[True]['worst']:.1f}."
     )
     report.publish("loader", "Loader beside open_clip's webdataset pipeline", rows, args, notes)
 
@@ -295,7 +302,7 @@ def pixel_error(data: Path, scaled: bool) -> dict[str, float]:
     from PIL import Image
 
     from vlp.config import Augment
-    from vlp.data.decode import crop_box, train
+    from vlp.data.decode import crop_box, train_transform
     from vlp.types import ImageSpec
 
     augment, errors = Augment(scaled_decoding=scaled), []
@@ -310,12 +317,42 @@ def pixel_error(data: Path, scaled: bool) -> dict[str, float]:
                 )
             )
             found = (
-                train(encoded, ImageSpec((224, 224)), augment, random.Random(i))
+                train_transform(encoded, ImageSpec((224, 224)), augment, random.Random(i))
                 .permute(1, 2, 0)
                 .numpy()
             )
             errors.append(float(np.abs(found.astype(int) - expected).mean()))
     return {"mean": statistics.mean(errors), "worst": max(errors)}
+
+
+def digest_share(shards: Path, n: int = 300, rounds: int = 5) -> float:
+    """CPU time of comparing samples' digests, as a share of that of reading and decoding them."""
+    sys.path.insert(0, str(REPOSITORY))
+    from vlp.config import Augment, Captions
+    from vlp.data.decode import train_transform
+    from vlp.data.digests import digest_of
+    from vlp.data.sources.shards import Options
+    from vlp.data.sources.shards import open as open_shards
+    from vlp.types import ImageSpec
+
+    source = open_shards(Options(str(shards)), Captions())
+    samples = [source[i] for i in range(n)]
+    records = [json.dumps(sample.meta).encode() for sample in samples]
+    members = [
+        {"0.jpg": sample.image, "0.txt": record, "0.json": record}
+        for sample, record in zip(samples, records)
+    ]
+
+    shares = []
+    for _ in range(rounds):
+        started = time.process_time()
+        for i in range(n):
+            train_transform(source[i].image, ImageSpec((224, 224)), Augment(), random.Random(i))
+        decoded = time.process_time()
+        for named in members:
+            digest_of(named)
+        shares.append((time.process_time() - decoded) / (decoded - started))
+    return statistics.median(shares)
 
 
 def peer_python(cache: Path) -> str:

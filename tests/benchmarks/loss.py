@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,19 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(**json.loads(args.worker))))
         return
-    rows = [
-        row
-        for dim in args.dim
-        for batch in args.batch
-        for method in args.methods
-        if (row := in_own_process(args, method, batch, dim)) is not None
-    ]
+
+    rows = []
+    for dim, batch, method in product(args.dim, args.batch, args.methods):
+        row = in_own_process(args, method, batch, dim)
+        if row is not None:
+            rows.append(row)
+
     compare(rows)
+
     notes = (
-        "Median of the repeats. floor: 8B²D FLOPs at the matmul rate measured in the same process; extra memory: peak "
-        "above the embeddings; against open_clip: the ratio of times and of extra memory at the same B and D."
+        "Median of the repeats. floor: 8B²D FLOPs at the matmul rate measured in the same process; "
+        "extra memory: peak above the embeddings; against open_clip: the ratio of times and of "
+        "extra memory at the same B and D."
     )
     report.publish(args.section, "Contrastive loss, forward and backward", rows, args, notes)
 
@@ -82,10 +85,12 @@ def in_own_process(
     command = [sys.executable, __file__, "--worker", json.dumps(work)]
     row: dict[str, Any] = {"method": method, "B": batch, "D": dim}
     empty = dict.fromkeys(("ms", "floor ms", "share", "TFLOP/s", "extra MiB"))
+
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s)
     except subprocess.TimeoutExpired:
         return row | empty | {"note": f"over {args.timeout_s:.0f} s"}
+
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         if "unavailable" in last:
@@ -97,6 +102,7 @@ def in_own_process(
             or "allocate" in done.stderr
         )
         return row | empty | {"note": "out of memory" if killed else last[:80]}
+
     row |= json.loads(done.stdout.strip().splitlines()[-1]) | {"note": None}
     print(report.table([row]).splitlines()[-1], file=sys.stderr)
     return row
@@ -151,7 +157,10 @@ def measure(
 
 
 def loss_of(method: str, device: Any) -> Callable[..., Any]:
-    """(image, text, scale) -> loss; exits with 'unavailable' where a package or device is missing."""
+    """(image, text, scale) -> loss.
+
+    Exits with 'unavailable' where a package or device is missing.
+    """
     import torch
 
     name = method.split()[0]
@@ -162,6 +171,7 @@ def loss_of(method: str, device: Any) -> Callable[..., Any]:
             module, bias = SigLipLoss(), torch.tensor(-10.0, device=device, requires_grad=True)
             return lambda x, t, scale: module(x, t, scale, bias)
         return ClipLoss()
+
     if name == "infcl":
         try:
             from inf_cl import cal_inf_loss
@@ -170,13 +180,16 @@ def loss_of(method: str, device: Any) -> Callable[..., Any]:
         return lambda x, t, scale: (
             (cal_inf_loss(x, t, scale=scale) + cal_inf_loss(t, x, scale=scale)) / 2
         )
+
     from vlp.losses import build
 
     term = "siglip" if method.endswith("siglip") else "infonce"
+
     try:
         objective = build({term: {}}, impl=name)
     except ValueError as error:
         sys.exit(f"unavailable: {error}")
+
     bias = torch.tensor(-10.0, device=device, requires_grad=True)
     return lambda x, t, scale: objective(image=x, text=t, scale=scale, bias=bias)[0]
 
@@ -224,6 +237,7 @@ def peak_memory(function: Callable[[], None], device: Any) -> float:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
     # A thread that samples resident memory: the kernel's own high-water mark (VmHWM) cannot be
     # reset here.
     gc.collect()

@@ -33,6 +33,7 @@ def publish(name: str, title: str, rows: list[dict[str, Any]], args: Any, notes:
         "notes": notes,
     }
     text = table(rows)
+
     print(f"\n{title}\n\n{text}\n\n{notes}")
     record = json.dumps({**about, "rows": rows}, indent=1)
     if args.json:
@@ -41,10 +42,11 @@ def publish(name: str, title: str, rows: list[dict[str, Any]], args: Any, notes:
         path = RESULTS.parent / "results" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(record + "\n")
-        body = f"### {title}\n\n`{about['command']}` on {about['hardware']}, commit {about['commit']}.\n\n{text}\n\n{notes}"
-        RESULTS.write_text(
-            replace_section(RESULTS.read_text() if RESULTS.exists() else "# Results\n", name, body)
-        )
+
+        origin = f"`{about['command']}` on {about['hardware']}, commit {about['commit']}."
+        body = f"### {title}\n\n{origin}\n\n{text}\n\n{notes}"
+        document = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
+        RESULTS.write_text(replace_section(document, name, body))
 
 
 def add_arguments(parser: Any) -> None:
@@ -78,7 +80,9 @@ def cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
 
 
 def command() -> str:
@@ -107,7 +111,7 @@ def commit() -> str:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

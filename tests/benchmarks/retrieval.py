@@ -1,8 +1,9 @@
 """Exact retrieval of 25,000 captions among 5,000 images once embedded, ours beside
 clip_benchmark's, in one run.
 
-    python tests/benchmarks/retrieval.py                       ours, and clip_benchmark's formula as 1.6.2 computes it
-    python tests/benchmarks/retrieval.py --peer .../bin/python an environment with clip-benchmark: its own functions
+    python tests/benchmarks/retrieval.py                         ours alone
+    python tests/benchmarks/retrieval.py --peer .../bin/python   and clip_benchmark's own functions,
+                                                                 from an environment that has them
 
 Each side runs in a process of its own, so that its peak memory is its own; the table gives the time
 of all recalls (1, 5, 10, both ways; ours with all ranks) and the resident memory gained over the
@@ -34,31 +35,49 @@ from clip_benchmark.metrics import zeroshot_retrieval as peer
 """
 RUN = """
 def resident():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
+    lines = open("/proc/self/status").read().splitlines()
+    (kib,) = [int(line.split()[1]) for line in lines if line.startswith("VmRSS")]
+    return kib / 1024
+
 class Peak(threading.Thread):
     def __init__(self):
-        super().__init__(daemon=True); self.start_at = self.most = resident(); self.on = True
+        super().__init__(daemon=True)
+        self.start_at = self.most = resident()
+        self.on = True
+
     def run(self):
         while self.on:
-            self.most = max(self.most, resident()); time.sleep(0.002)
-rows = {name: value.clone() for name, value in load_file(sys.argv[1]).items()}  # out of the mapped file
+            self.most = max(self.most, resident())
+            time.sleep(0.002)
+
+# Clones, because the file is mapped: its pages would count as they are first read.
+rows = {name: value.clone() for name, value in load_file(sys.argv[1]).items()}
 image, text, owner = rows["image"], rows["text"], rows["owner"]
 best, result, gained = float("inf"), None, 0.0
 for _ in range(int(sys.argv[2])):
-    peak = Peak(); peak.start()
-    start = time.perf_counter(); result = measure(image, text, owner); best = min(best, time.perf_counter() - start)
-    peak.on = False; peak.join(); gained = max(gained, peak.most - peak.start_at)
+    peak = Peak()
+    peak.start()
+    start = time.perf_counter()
+    result = measure(image, text, owner)
+    best = min(best, time.perf_counter() - start)
+    peak.on = False
+    peak.join()
+    gained = max(gained, peak.most - peak.start_at)
 print(json.dumps({"seconds": best, "memory_mib": gained, "metrics": result}))
 """
 MEASURE_OURS = """
 def measure(image, text, owner):
     image_rank, text_rank = metrics.retrieval_ranks(image, text, owner)
-    recall = lambda ranks, k: float((ranks <= k).double().mean())
-    return {f"{n}_retrieval_recall@{k}": recall(r, k) for n, r in (("image", text_rank), ("text", image_rank)) for k in (1, 5, 10)}
+    result = {}
+    for k in (1, 5, 10):
+        for name, ranks in (("image", text_rank), ("text", image_rank)):
+            result[f"{name}_retrieval_recall@{k}"] = float((ranks <= k).double().mean())
+    return result
 """
 MEASURE_PEER = """
 def measure(image, text, owner):
-    # the body of zeroshot_retrieval.evaluate after embedding, with its own functions and its default batch of 64
+    # The body of zeroshot_retrieval.evaluate after embedding, with its own functions and its
+    # default batch of 64.
     scores = text @ image.t()
     positive = torch.zeros_like(scores, dtype=bool)
     positive[torch.arange(len(scores)), owner] = True
@@ -84,30 +103,36 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="the best time counts")
     report.add_arguments(parser)
     options = parser.parse_args()
+
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.safetensors"
         embed(rows, options.images, options.captions, options.dim)
         results = {"vlp": measure(sys.executable, OURS + MEASURE_OURS + RUN, rows, options.repeats)}
         if options.peer:
             results["clip_benchmark"] = measure(options.peer, PEER + MEASURE_PEER + RUN, rows, 1)
+
+    peer_seconds = results["clip_benchmark"]["seconds"] if options.peer else None
     table = [
         {
             "method": name,
-            "s": r["seconds"],
-            "extra MiB": r["memory_mib"],
-            "image R@1": r["metrics"]["image_retrieval_recall@1"],
-            "text R@1": r["metrics"]["text_retrieval_recall@1"],
-            "time / clip_benchmark": r["seconds"] / results["clip_benchmark"]["seconds"]
-            if options.peer
-            else None,
+            "s": result["seconds"],
+            "extra MiB": result["memory_mib"],
+            "image R@1": result["metrics"]["image_retrieval_recall@1"],
+            "text R@1": result["metrics"]["text_retrieval_recall@1"],
+            "time / clip_benchmark": result["seconds"] / peer_seconds if peer_seconds else None,
         }
-        for name, r in results.items()
+        for name, result in results.items()
     ]
+
     n_captions = options.images * options.captions
-    notes = f"{n_captions:,} captions, {options.images:,} images, D = {options.dim}; all recalls at 1, 5 and 10."
+    notes = (
+        f"{n_captions:,} captions, {options.images:,} images, D = {options.dim}; all recalls at 1, "
+        "5 and 10."
+    )
     if options.peer:
-        ours, peers = (r["metrics"] for r in results.values())
-        notes += f" Largest difference of a recall: {max(abs(ours[name] - peers[name]) for name in ours):.1g}."
+        ours, peers = (result["metrics"] for result in results.values())
+        difference = max(abs(ours[name] - peers[name]) for name in ours)
+        notes += f" Largest difference of a recall: {difference:.1g}."
     else:
         notes += " clip_benchmark was not run: name an interpreter that has it with --peer."
     report.publish("retrieval", "Exact retrieval, once embedded", table, options, notes)

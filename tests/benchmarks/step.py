@@ -48,22 +48,22 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(SimpleNamespace(**json.loads(args.worker)))))
         return
-    rows = [in_own_process(args, method, micro) for micro in args.micro for method in args.methods]
+
+    rows = []
+    for micro in args.micro:
+        rows += [in_own_process(args, method, micro) for method in args.methods]
+
+    # Beside open_clip with as many micro-batches, where both ran.
+    peers = {row["micro-batches"]: row for row in rows if row["method"] == "open_clip"}
     for row in rows:
-        peer = next(
-            (
-                r
-                for r in rows
-                if (r["method"], r["micro-batches"]) == ("open_clip", row["micro-batches"])
-            ),
-            None,
-        )
-        both = peer and row["samples/s"] and peer["samples/s"]
+        peer = peers.get(row["micro-batches"])
+        both = peer is not None and row["samples/s"] and peer["samples/s"]
         row["speed / open_clip"] = row["samples/s"] / peer["samples/s"] if both else None
         row["memory / open_clip"] = row["peak MiB"] / peer["peak MiB"] if both else None
+
     notes = (
-        f"{args.architecture}, batch {args.batch}, {args.precision}, mean of {args.steps} steps after a warm-up. Peak memory: "
-        "allocated on CUDA, resident on a CPU, of the whole process."
+        f"{args.architecture}, batch {args.batch}, {args.precision}, mean of {args.steps} steps "
+        "after a warm-up. Peak memory: allocated on CUDA, resident on a CPU, of the whole process."
     )
     report.publish("step", "Training step", rows, args, notes)
 
@@ -121,9 +121,8 @@ def samples(rows: int, model: Any) -> tuple[Any, Any]:
 def our_step(work: SimpleNamespace, device: Any) -> Any:
     import torch
 
-    from vlp import config, losses, plugin, schema
-    from vlp.engines import parallel
-    from vlp.models.dual_encoder import build
+    from vlp import config, engines, losses, plugin, schema
+    from vlp.models.build import build
     from vlp.step import Training, train_step
     from vlp.types import Batch
 
@@ -139,7 +138,7 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
         "activation_checkpointing": "checkpointing" in work.method,
     }
     options = schema.parse(config.Train, train)
-    engine = parallel.start(options)
+    engine = engines.start(options)
     model = build(schema.parse(config.Model, {"image_tower": tower}))
     image, text = samples(work.batch, model)
     engine.prepare(model, options)
@@ -148,7 +147,7 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
         losses.build(plugin.keyed("vlp.losses", {"infonce": {}})),
         lambda step: 1e-4,
         micro_batches=work.micro,
-        dtype=parallel.precision(options, device),
+        dtype=engines.compute_dtype(options, device),
     )
     batch = Batch(image, text, torch.arange(work.batch), [str(i) for i in range(work.batch)])
     return lambda: train_step(training, batch)

@@ -65,6 +65,7 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(**json.loads(args.worker))))
         return
+
     rows: list[dict[str, Any]] = []
     for term in args.terms:
         smaller = None
@@ -73,10 +74,12 @@ def main() -> None:
             row["growth"] = row["extra MiB"] / smaller if smaller and row["extra MiB"] else None
             smaller = row["extra MiB"]
             rows.append(row)
+
     notes = (
-        "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. growth: extra memory "
-        "against the batch above. Queues hold B keys, views are 2, hard captions 2 a sample; mixing mixes 80 a row; "
-        "mann_whitney makes all n³ comparisons up to 1,024 candidates and interpolates above."
+        "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
+        "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
+        "captions 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ comparisons up to "
+        "1,024 candidates and interpolates above."
     )
     report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
 
@@ -86,16 +89,18 @@ def in_own_process(args: argparse.Namespace, term: str, batch: int) -> dict[str,
     command = [sys.executable, __file__, "--worker", json.dumps(work)]
     row: dict[str, Any] = {"term": term, "B": batch, "D": args.dim}
     empty = dict.fromkeys(("ms", "extra MiB"))
+
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s)
-        row |= json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else empty
-        note = (
-            None
-            if done.returncode == 0
-            else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:80]
-        )
     except subprocess.TimeoutExpired:
         row, note = row | empty, f"over {args.timeout_s:.0f} s"
+    else:
+        if done.returncode == 0:
+            row, note = row | json.loads(done.stdout.strip().splitlines()[-1]), None
+        else:
+            errors = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+            row, note = row | empty, errors[-1][:80]
+
     row |= {
         "embeddings MiB": 2 * batch * args.dim * 4 / 2**20,
         "one matrix MiB": batch**2 * 4 / 2**20,
@@ -106,7 +111,7 @@ def in_own_process(args: argparse.Namespace, term: str, batch: int) -> dict[str,
 
 
 def measure(term: str, B: int, D: int, device: str | None, repeats: int) -> dict[str, Any]:
-    """In the worker: build the inputs, warm up on a part of them, measure the peak and the times."""
+    """In the worker: build the inputs, warm up on a part of them, measure peak and times."""
     import torch
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -93,14 +93,21 @@ class Handler(BaseHTTPRequestHandler):
             for path in self.server.root.rglob("*")
             if path.is_file()
         )
-        entries = "".join(
-            f"<Contents><Key>{escape(name)}</Key><Size>{(self.server.root / name).stat().st_size}</Size>"
-            f"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>{_etag((self.server.root / name).read_bytes())}</ETag>"
-            "</Contents>"
-            for name in files
-            if name.startswith(prefix)
+        entries = []
+        for name in files:
+            if name.startswith(prefix):
+                data = (self.server.root / name).read_bytes()
+                entries.append(
+                    f"<Contents><Key>{escape(name)}</Key><Size>{len(data)}</Size>"
+                    "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+                    f"<ETag>{_etag(data)}</ETag></Contents>"
+                )
+
+        listing = (
+            "<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>"
+            f"{''.join(entries)}</ListBucketResult>"
         )
-        return f"<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
+        return listing.encode()
 
     def _send(
         self, status: int, data: bytes, body: bool, name: str = "", content_range: str = ""

@@ -65,21 +65,23 @@ def test_variations_of_one_origin_stand_together_on_one_rank(variations):
     loader = loader_of(data_of(variations, together=3), 12)
     samples = [loader._mixture.read(i) for i in range(loader.n_samples)]
     runs = Counter((sample.key.split("-")[0], sample.sample_id // 20) for sample in samples)
-    assert (
-        len(runs) == len(SIZES) + 2
-    )  # two origins are cut by the end of a shard: what the test is about
+    # Two origins are cut by the end of a shard: what the test is about.
+    assert len(runs) == len(SIZES) + 2
+
     whole = {run: n for run, n in runs.items() if n >= 3}
-    assert loader.steps_per_epoch == len(whole) // 4 and loader.n_samples == sum(SIZES)
+    whole_of_origin = Counter(origin for origin, _ in whole)
+    assert loader.steps_per_epoch == len(whole) // 4
+    assert loader.n_samples == sum(SIZES)
     assert loader.n_left_out == sum(n for n in runs.values() if n < 3) > 0
-    assert (
-        f"{loader.n_left_out} samples of origins with fewer than data.together = 3"
-        in loader.problems()[-1]
-    )
+
+    problem = f"{loader.n_left_out} samples of origins with fewer than data.together = 3"
+    assert problem in loader.problems()[-1]
+
     members = []
     for _ in range(3):
         ranks = [loader_of(data_of(variations, together=3), 12, rank=r, world=2) for r in range(2)]
-        ranks[0].load_state_dict(state := loader.state_dict())
-        ranks[1].load_state_dict(state)
+        for rank in ranks:
+            rank.load_state_dict(loader.state_dict())
         seen, chosen = Counter(), set()
         for _ in range(loader.steps_per_epoch):
             parts = [next(rank) for rank in ranks]
@@ -87,12 +89,13 @@ def test_variations_of_one_origin_stand_together_on_one_rank(variations):
                 seen.update(origins_of(part.key, 3))
                 chosen.update(key for key in part.key if key.startswith("15-"))
             assert same(joined(parts), next(loader))
-        assert all(
-            n <= Counter(origin for origin, _ in whole)[o] for o, n in seen.items()
-        )  # once an epoch
+        # Each group stands in an epoch at most once.
+        assert all(n <= whole_of_origin[origin] for origin, n in seen.items())
         assert seen.total() == 4 * loader.steps_per_epoch >= len(whole) - 3
+
         members.append(frozenset(chosen))
-    assert len(set(members)) > 1  # an origin of eight gives other three in another epoch
+    # An origin of eight gives other three in another epoch.
+    assert len(set(members)) > 1
 
 
 @pytest.mark.parametrize(
@@ -137,9 +140,11 @@ def test_origins_keep_together_in_windows_of_remote_shards(variations, tmp_path,
     loader = loader_of(data_of(remote, together=3), 6)
     local = loader_of(data_of(variations, together=3), 6)
     assert loader.steps_per_epoch == local.steps_per_epoch == 6
+
     batches = take(loader, 6)
     keys = [key for batch in batches for key in batch.key]
     assert len(origins_of(keys, 3)) == 12 and len(set(keys)) == 36
+
     shards = [set((batch.sample_id // 20).tolist()) for batch in batches]
     assert len(shards[0] | shards[1]) <= 2  # the first window, of at least four groups
     assert len(set().union(*shards)) == 3  # the fourth has no group
@@ -191,6 +196,7 @@ def test_composition_that_cannot_be_is_refused(variations, tmp_path, monkeypatch
         loader_of(data_of(variations, together=3), 42)
     with pytest.raises(ValueError, match="fetches whole shards in turn"):
         loader_of(data_of({"name": "remote", "path": f"file://{variations}/"}, replacement=True), 4)
+
     for wrong in (
         {"together": 2, "captions": {"choose": "all"}},
         {"replacement": True, "shuffle": False},
@@ -226,6 +232,7 @@ def test_every_caption_stands_in_the_epoch_once(variations):
     loader = loader_of(data_of(variations, captions={"choose": "all"}), 4)
     n_captions = [1 + origin % 3 for origin, size in enumerate(SIZES) for _ in range(size)]
     assert loader.steps_per_epoch == sum(n_captions) // 4 and loader.n_samples == sum(SIZES)
+
     pairs = Counter()
     tokens = text.build(TEXT)
     expected = set()
@@ -253,6 +260,7 @@ def test_every_template_of_a_class_name_is_a_caption(tmp_path):
     loader = loader_of(data_of(write_tar(tmp_path / "0.tar", members), captions=captions), 9)
     batch = next(loader)
     assert Counter(batch.key) == {**{str(i): 2 for i in range(4)}, "5": 1}
+
     expected = text.build(TEXT)(["a fox."] * 4 + ["the fox."] * 4 + ["its own"])
     assert sorted(batch.text.tolist()) == sorted(expected.tolist())
 
@@ -268,10 +276,11 @@ def test_a_folder_knows_captions_and_origins_too(tmp_path):
     table.write_text("\n".join(map(json.dumps, rows)))
     source = {"name": "folder", "path": str(tmp_path), "captions": str(table)}
     assert loader_of(data_of(source, captions={"choose": "all"}), 7).steps_per_epoch == 3
+
     batch = next(loader_of(data_of(source, together=2), 6))
-    assert [int(a) // 2 == int(b) // 2 for a, b in zip(batch.key[::2], batch.key[1::2])] == [
-        True
-    ] * 3
+    origins = [int(key) // 2 for key in batch.key]
+    assert origins[::2] == origins[1::2]
+    assert len(origins) == 6
 
 
 def test_captions_are_drawn_by_weight(tmp_path):
@@ -286,24 +295,29 @@ def test_captions_are_drawn_by_weight(tmp_path):
     assert abs(counts[0] - 750) < 4.5 * np.sqrt(1000 * 0.75 * 0.25)
 
 
+def chi_squared(counts: np.ndarray, expected: float) -> float:
+    return ((counts - expected) ** 2 / expected).sum()
+
+
 def test_draws_with_replacement_are_uniform_and_independent():
     n, size, steps = 40, 20, 2000
     mix = mixture(25, 15, replacement=True)
     ids = np.stack([mix.batch(step, size) for step in range(steps)])
     assert np.array_equal(ids[7], mixture(25, 15, replacement=True).batch(7, size))
     assert not np.array_equal(ids[7], mixture(25, 15, replacement=True, seed=6).batch(7, size))
-    expected = ids.size / n
-    chi = lambda counts, expected: ((counts - expected) ** 2 / expected).sum()  # noqa: E731
-    assert (
-        15 < chi(np.bincount(ids.ravel(), minlength=n), expected) < 75
-    )  # 39 degrees of freedom, deviation 8.8
-    pairs = np.bincount(
-        ids[:, :-1].ravel() * n + ids[:, 1:].ravel(), minlength=n * n
-    )  # a draw tells nothing of the next
-    assert abs(chi(pairs, pairs.sum() / n**2) - 1599) < 5 * np.sqrt(2 * 1599)
-    assert (
-        chi(np.bincount(mixture(25, 15).batch(0, n), minlength=n), 1) == 0
-    )  # the negative control: an epoch repeats nothing
+
+    # 39 degrees of freedom, deviation 8.8.
+    counts = np.bincount(ids.ravel(), minlength=n)
+    assert 15 < chi_squared(counts, ids.size / n) < 75
+
+    # A draw tells nothing of the next.
+    pairs = np.bincount(ids[:, :-1].ravel() * n + ids[:, 1:].ravel(), minlength=n * n)
+    assert abs(chi_squared(pairs, pairs.sum() / n**2) - 1599) < 5 * np.sqrt(2 * 1599)
+
+    # The negative control: an epoch repeats nothing.
+    of_an_epoch = np.bincount(mixture(25, 15).batch(0, n), minlength=n)
+    assert chi_squared(of_an_epoch, 1) == 0
+
     distinct = np.array([len(set(row.tolist())) for row in ids])
     assert abs(distinct.mean() - n * (1 - (1 - 1 / n) ** size)) < 0.2
 
@@ -312,3 +326,9 @@ def test_replacement_keeps_the_shares():
     mix = mixture(10, 1000, weights=[1, 3], replacement=True)
     for step in range(50):
         assert (mix.batch(step, 16) < 10).sum() == 4
+
+
+def test_the_old_word_for_a_random_caption_is_refused_with_the_new_one(variations):
+    with pytest.raises(ConfigError, match=r"captions\.choose: 'seed' is called 'random' now"):
+        data_of(variations, captions={"choose": "seed"})
+    assert data_of(variations).captions.choose == "random"

@@ -59,7 +59,7 @@ def test_training_crops_are_within_a_level_of_pillows(photos, size):
                 (size, size), Image.Resampling.BICUBIC
             )
         )
-        ours = decode.train(data, ImageSpec((size, size)), augment, random.Random(i))
+        ours = decode.train_transform(data, ImageSpec((size, size)), augment, random.Random(i))
         assert ours.dtype == torch.uint8 and ours.shape == (3, size, size)
         errors.append((ours.int() - expected.int()).abs().float().mean().item())
         moved = pixels(
@@ -115,7 +115,7 @@ def test_scaled_decoding_shows_the_same_crop_of_fewer_pixels(photos, size, shrin
     spec, errors = ImageSpec((size, size)), []
     for i, data in enumerate(photos):
         full, scaled = (
-            decode.train(data, spec, Augment(scaled_decoding=on), random.Random(i)).int()
+            decode.train_transform(data, spec, Augment(scaled_decoding=on), random.Random(i)).int()
             for on in (False, True)
         )
         errors.append((full - scaled).abs().float().mean().item())
@@ -132,7 +132,9 @@ def test_pictures_that_cannot_be_scaled_while_decoding_are_what_they_were():
         encoded(picture(1, (200, 160)).convert("CMYK"), "JPEG"),
     ):
         crops = [
-            decode.train(data, ImageSpec((32, 32)), Augment(scaled_decoding=on), random.Random(0))
+            decode.train_transform(
+                data, ImageSpec((32, 32)), Augment(scaled_decoding=on), random.Random(0)
+            )
             for on in (False, True)
         ]
         assert torch.equal(*crops)
@@ -154,8 +156,10 @@ def test_evaluation_pixels_equal_open_clips(photos, size, resize, interpolation)
     ]
     for image in images:
         expected = (theirs(image) * 255).round().to(torch.uint8)
-        assert torch.equal(decode.evaluate(image, spec), expected)
-    assert torch.equal(decode.evaluate(photos[0], spec), decode.evaluate(pillow(photos[0]), spec))
+        assert torch.equal(decode.eval_transform(image, spec), expected)
+    assert torch.equal(
+        decode.eval_transform(photos[0], spec), decode.eval_transform(pillow(photos[0]), spec)
+    )
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -193,7 +197,7 @@ def test_thin_pictures_are_cut_before_they_are_enlarged_and_look_the_same(size, 
             interpolation=interpolation,
         )
         expected = (theirs(noise(*size)) * 255).round().to(torch.uint8)
-        found = decode.evaluate(noise(*size), ImageSpec(target, interpolation=interpolation))
+        found = decode.eval_transform(noise(*size), ImageSpec(target, interpolation=interpolation))
         assert found.shape == expected.shape
         assert (found.int() - expected.int()).abs().max() <= 1
         assert (found != expected).float().mean() < 0.02
@@ -203,7 +207,10 @@ def test_thin_pictures_are_cut_before_they_are_enlarged_and_look_the_same(size, 
 def test_extreme_shapes_cost_no_gigabytes(size):
     data, spec = encoded(Image.new("RGB", size, (9, 8, 7))), ImageSpec((224, 224))
     memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    seen = [decode.evaluate(data, spec), decode.train(data, spec, Augment(), random.Random(0))]
+    seen = [
+        decode.eval_transform(data, spec),
+        decode.train_transform(data, spec, Augment(), random.Random(0)),
+    ]
     seen.append(pixels(decode.middle(pillow(data)).resize((224, 224))))
     assert time.process_time() - started < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400_000  # kB
@@ -236,17 +243,20 @@ def test_a_crop_is_a_function_of_its_seed():
         Augment(scale=(0.2, 1), flip=0.5, color=0.4),
     )
     one, same, other = (
-        decode.train(data, ImageSpec((32, 32)), augment, random.Random(s)) for s in (1, 1, 2)
+        decode.train_transform(data, ImageSpec((32, 32)), augment, random.Random(s))
+        for s in (1, 1, 2)
     )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_flips_and_colors_follow_their_settings():
     data, whole = encoded(picture(2, (32, 32))), {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-    plain = decode.train(data, ImageSpec((32, 32)), Augment(**whole), random.Random(0))
+    plain = decode.train_transform(data, ImageSpec((32, 32)), Augment(**whole), random.Random(0))
     assert torch.equal(plain, pixels(picture(2, (32, 32))))
     flipped = [
-        decode.train(data, ImageSpec((32, 32)), Augment(**whole, flip=0.25), random.Random(s))
+        decode.train_transform(
+            data, ImageSpec((32, 32)), Augment(**whole, flip=0.25), random.Random(s)
+        )
         for s in range(400)
     ]
     n_flipped = sum(torch.equal(image, plain.flip(-1)) for image in flipped)
@@ -254,5 +264,7 @@ def test_flips_and_colors_follow_their_settings():
         70 < n_flipped < 130
         and n_flipped + sum(torch.equal(image, plain) for image in flipped) == 400
     )
-    colored = decode.train(data, ImageSpec((32, 32)), Augment(**whole, color=0.5), random.Random(0))
+    colored = decode.train_transform(
+        data, ImageSpec((32, 32)), Augment(**whole, color=0.5), random.Random(0)
+    )
     assert not torch.equal(colored, plain)

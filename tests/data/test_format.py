@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import tarfile
 from pathlib import Path
 
@@ -12,16 +13,20 @@ import pytest
 
 from tests.data.material import REAL, encoded, needs_data, picture, write_shards, write_tar
 from vlp.config import Captions
+from vlp.data import digests
 from vlp.data import index as index_module
 from vlp.data.format import ShardWriter, index
 from vlp.data.members import parse_name
+from vlp.data.rows import ROW
+from vlp.data.sources.remote import Options as RemoteOptions
+from vlp.data.sources.remote import open as open_remote
 from vlp.data.sources.shards import Options, expand
 from vlp.data.sources.shards import open as open_shards
 
 IMAGE = encoded(picture(1))
 
 
-def digests(folder: Path) -> dict[str, str]:
+def file_digests(folder: Path) -> dict[str, str]:
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.glob("*"))
@@ -30,8 +35,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_same_input_gives_identical_bytes_and_other_input_does_not(tmp_path):
-    one, two = (digests(write_shards(tmp_path / name, 25, 10)) for name in "ab")
-    other = digests(write_shards(tmp_path / "c", 25, 10, start=1))
+    one, two = (file_digests(write_shards(tmp_path / name, 25, 10)) for name in "ab")
+    other = file_digests(write_shards(tmp_path / "c", 25, 10, start=1))
     assert one == two and len(one) == 6
     assert all(one[name] != other[name] for name in one if name.endswith(".tar"))
 
@@ -48,6 +53,54 @@ def test_layout_is_that_of_img2dataset(tmp_path):
     assert record == {"captions": ["a\ncaption 2", "another"], "class": "cube", "key": "000010000"}
     stats = json.loads((tmp_path / "00001_stats.json").read_text())
     assert stats["count"] == stats["successes"] == 1 and stats["status_dict"] == {"success": 1}
+
+
+def test_statistics_hold_a_digest_of_every_sample_which_reading_confirms(tmp_path):
+    long = "k" * 120  # a name that needs a header of its own
+    with ShardWriter(tmp_path, 9) as writer:
+        writer.add("a/größe", IMAGE, "png", ["x"], cls=3)
+        writer.add(long, IMAGE, "png", ["y"], negative_image=(IMAGE, "png"))
+        writer.add(os.fsdecode(b"l\xe4nge"), IMAGE, "png", ["z"])  # a file's name from another time
+    path = tmp_path / "00000.tar"
+    written = digests.beside(path)
+    assert list(written) == ["a/größe", long, "l\ufffdnge"]
+    record = json.dumps({"captions": ["x"], "key": "a/größe"}, ensure_ascii=False).encode()
+    members = {"a/größe.png": IMAGE, "a/größe.txt": b"x", "a/größe.json": record}
+    assert written["a/größe"] == digests.digest_of({**members, "a/größe.cls": b"3"})
+    assert written["a/größe"] != digests.digest_of({**members, "a/größe.cls": b"4"})
+
+    [shard] = index([path])
+    assert shard.n_left_out == 0 and [shard.digest(i) for i in range(3)] == list(written.values())
+    source = open_shards(Options(str(path)), Captions())
+    assert [source[i].key for i in range(3)] == list(written)
+
+    (tmp_path / "00000_stats.json").write_text('{"digests": {"crc32": {"a": 1}}}')
+    assert index_module.scan(path).problems[0] == (
+        "samples are not compared with what was written: "
+        "00000_stats.json holds no digests (TypeError)"
+    )
+
+
+def test_an_index_of_the_version_before_is_read_unchecked_where_it_is_remote(tmp_path, capsys):
+    folder = write_shards(tmp_path / "shards", 20, 10)
+    place = folder / "_index.bin"
+    shards = index_module.parse_index(place.read_bytes()).values()
+    header, body = [], b""
+    for shard in shards:
+        kept = ("name", "size", "mtime_ns", "count", "keys", "texts", "forms")
+        header.append({**{name: getattr(shard, name) for name in kept}, "n_extents": 0})
+        for offset, length, form, _, *rest in ROW.iter_unpack(shard.rows):
+            body += struct.pack("<QIIBBH", offset, length, form, *rest)
+    encoded_header = json.dumps(header).encode()
+    content = len(encoded_header).to_bytes(8, "little") + encoded_header + body
+    place.write_bytes(b"vlp shard index 3\n" + hashlib.sha256(content).digest() + content)
+
+    with pytest.raises(index_module.OldIndex):
+        index_module.parse_index(place.read_bytes())
+    source = open_remote(RemoteOptions(f"file://{folder}/"), Captions())
+    assert [source[i].key for i in range(20)] == [f"0000{i // 10}000{i % 10}" for i in range(20)]
+    assert sum("the index of 2 shards is of an older version" in p for p in source.problems()) == 1
+    assert set(source.contents().digests) == {"--------"}
 
 
 def test_a_writer_that_fails_leaves_whole_shards_only(tmp_path):
@@ -104,6 +157,9 @@ def test_the_index_knows_counts_without_reading_tars_and_follows_changes(tmp_pat
     (tmp_path / "_index.bin").unlink()
     assert [shard.count for shard in index(paths)] == [10, 10, 5]
     write_tar(paths[1], [("a.png", IMAGE), ("a.txt", b"one"), ("b.png", IMAGE), ("b.txt", b"two")])
+    assert [shard.count for shard in index(paths)] == [10, 0, 5]  # the statistics say otherwise
+    (tmp_path / "00001_stats.json").unlink()
+    (tmp_path / "_index.bin").unlink()
     assert [shard.count for shard in index(paths)] == [10, 2, 5]
     (tmp_path / "_index.bin").write_bytes(b"vlp shard index 1\n" + b"\xff" * 40)
     assert [shard.count for shard in index(paths)] == [10, 2, 5]
@@ -236,3 +292,24 @@ def test_every_kind_of_tar_header_is_understood(tmp_path, layout):
 def test_real_tars_are_understood(tmp_path):
     shard = index_module.scan(REAL / "coco_open.tar")
     assert (shard.count, shard.n_problems) == (111, 0)
+
+
+def test_a_copy_with_its_times_is_compared_and_not_read_again(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", 120, 60)
+    paths = sorted(shards.glob("*.tar"))
+    known = index(paths)
+    for path in paths:
+        path.chmod(0o600)  # the inode's time of change is another, as after `cp -a`
+    scanned = []
+    scan = index_module.scan
+    monkeypatch.setattr(index_module, "scan", lambda path: scanned.append(path.name) or scan(path))
+
+    assert [shard.rows for shard in index(paths)] == [shard.rows for shard in known]
+    assert scanned == []
+
+    # Every caption of the second is another one, at equal size and time of modification.
+    status = paths[1].stat()
+    paths[1].write_bytes(paths[1].read_bytes().replace(b"caption", b"sentenc"))
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    index(paths)
+    assert scanned == [paths[1].name]

@@ -15,6 +15,7 @@ import torch
 
 from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
 from vlp.config import Captions
+from vlp.data.digests import stats_of
 from vlp.data.loader import DataError
 from vlp.data.members import open_sample
 from vlp.data.scan import scan
@@ -106,9 +107,15 @@ def test_the_first_of_a_repeated_key_is_kept_and_the_others_named(tmp_path):
     assert shard.count == 1 and shard.n_problems == 1
     source = open_shards(Options(str(tmp_path / "1.tar")), Captions())
     assert source[0].image == IMAGE
-    shard = scan(write_tar(tmp_path / "2.tar", [*sample(1), ("0001.txt", b"another text")]))
+    shard = scan(write_tar(tmp_path / "2.tar", [*sample(1), ("0001.txt", b"text 1")]))
     assert (shard.count, shard.n_left_out) == (1, 0)
     assert shard.problems == ["0001: a second text of this key: .txt; the first is kept"]
+    shard = scan(write_tar(tmp_path / "3.tar", [*sample(1), ("0001.txt", b"another text")]))
+    assert (shard.count, shard.n_left_out) == (
+        0,
+        1,
+    )  # whose is it? a damaged name may have led here
+    assert shard.problems[1] == "0001: left out: its texts are there twice, with other words"
 
 
 @pytest.mark.parametrize(
@@ -245,9 +252,15 @@ def test_mutated_shards_never_hang_crash_or_show_half_a_sample(tmp_path, cases):
 
 
 def corrupt(folder, every: int) -> set[int]:
-    """The same shards with the pixels of some samples destroyed; returns their numbers."""
+    """Shards as of an older version, with the pixels of some samples destroyed; returns their
+    numbers.
+
+    Where their statistics hold digests, these samples are left out from the beginning.
+    """
     bad = set()
     for path in sorted(folder.glob("*.tar")):
+        stats = stats_of(path)
+        stats.write_text(json.dumps({**json.loads(stats.read_text()), "digests": None}))
         data = bytearray(path.read_bytes())
         with tarfile.open(path) as tar:
             for member in tar.getmembers():
@@ -298,12 +311,30 @@ def test_bad_samples_are_replaced_in_place_and_nothing_else_moves(tmp_path, work
         ).key  # also with other ranks
 
 
+def test_samples_changed_after_they_were_indexed_are_never_shown(tmp_path):
+    write_shards(tmp_path, 100, 10)
+    loader = loader_of(data_of(tmp_path), 20)
+    path = tmp_path / "00003.tar"
+    original = path.read_bytes()
+    path.write_bytes(original.replace(b"caption 34 one", b"caption 35 one"))  # JSON and text
+    keys = [key for _ in range(10) for key in next(loader).key]
+    assert "000030004" not in keys and "000030005" in keys
+    assert {(i, key) for i, key, _ in loader.bad} == {(34, "")}
+    assert all("'000030004' are not those that were indexed" in why for *_, why in loader.bad)
+
+    path.write_bytes(original.replace(b"caption 34 one", b"caption 35 one"))
+    again = loader_of(data_of(tmp_path), 20)
+    assert again.n_samples == 99 and again.counters()["left_out_samples"] == 1
+    assert any("000030004: altered since it was written" in line for line in again.problems())
+
+
 def test_too_many_bad_samples_end_the_run_with_a_report(tmp_path):
     corrupt(write_shards(tmp_path, 100, 10), every=5)
     loader = loader_of(data_of(tmp_path), 20)
     with pytest.raises(
         DataError,
-        match=r"1[789] samples could not be used by step \d(.|\n)*sample \d+ '0000\d+': BadImage: .*",
+        match=r"1[789] samples could not be used by step \d(.|\n)*"
+        r"sample \d+ '0000\d+': BadImage: .*",
     ):
         for _ in range(100):
             next(loader)

@@ -86,6 +86,7 @@ def test_pictures_that_are_stored_as_plain_bytes_are_read(tmp_path, kind):
     assert [(source[i].image, source[i].captions) for i in range(4)] == [
         (encoded(picture(i)), (f"caption {i}",)) for i in range(4)
     ]
+
     parquet.write_table(
         pyarrow.table({"n": [1], "caption": ["x"]}), tmp_path / "train-00000-of-00001.parquet"
     )
@@ -98,8 +99,10 @@ def test_batches_are_the_same_over_ranks_and_workers_and_after_resuming(tmp_path
     source = {"name": "huggingface", "path": str(tmp_path)}
     reference = take(loader_of(data_of(source), 8), 12)
     assert len({i for batch in reference[:5] for i in batch.sample_id.tolist()}) == N
+
     running = loader_of(data_of(source, workers=1), 8)
     assert all(same(next(running), batch) for batch in reference[:3])
+
     state = json.loads(json.dumps(running.state_dict()))
     ranks = [loader_of(data_of(source), 8, rank=r, world=2) for r in range(2)]
     for rank in ranks:
@@ -113,6 +116,7 @@ def test_rows_without_text_are_refused_or_left_out_and_change_the_fingerprint(tm
         ValueError, match=r"10 of the 40 rows .* no caption in \['title'\]; set caption_columns"
     ):
         opened(tmp_path, caption_columns=["title"])
+
     source = opened(tmp_path, Captions(missing="drop"), caption_columns=["title"])
     assert (
         len(source) == 30
@@ -120,6 +124,7 @@ def test_rows_without_text_are_refused_or_left_out_and_change_the_fingerprint(tm
         and source.problems()
         and source[0].captions == ("title 1",)
     )
+
     both = opened(tmp_path, caption_columns=["title", "captions"])
     assert both[1].captions == ("title 1", "caption 1 one", "caption 1 two")
     assert len({source.fingerprint(), both.fingerprint(), opened(tmp_path).fingerprint()}) == 3
@@ -139,6 +144,7 @@ def test_class_labels_fill_the_templates_and_fields_are_carried(tmp_path):
         and source.n_negatives == 2
         and source.labels == {"score"}
     )
+
     data = data_of(
         {"name": "huggingface", "path": str(tmp_path)}, captions={"class_templates": ["a {}"]}
     )
@@ -186,6 +192,7 @@ def test_conditions_choose_rows_and_a_column_of_splits_is_noted(tmp_path):
         "rows of all splits are taken together (train (14), val (13), test (13))"
         in whole.problems()[0]
     )
+
     train = opened(tmp_path, where={"split": "train"})
     assert len(train) == 14 and train[1].image == encoded(picture(3)) and train.problems() == []
     assert len(opened(tmp_path, where={"split": "train", "kind": "dog"})) == 7

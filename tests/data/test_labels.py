@@ -36,6 +36,7 @@ def test_labels_reach_their_rows(tmp_path, kind):
     source = write(tmp_path / "s") if kind == "shards" else folder(tmp_path / "f")
     loader = loader_of(data_of(source), 4)
     assert loader.carries >= {"score", "teacher_scores", "concept_targets"}
+
     seen = 0
     for _ in range(2):
         batch = next(loader)
@@ -45,6 +46,7 @@ def test_labels_reach_their_rows(tmp_path, kind):
             assert batch.teacher_scores[row].tolist() == [i, -i if i % 2 else 0]
             assert batch.negatives_valid[row].tolist() == [True, bool(i % 2)]
             assert torch.equal(batch.concept_targets[row], torch.tensor([0, i, 0.5]))
+
             seen += 1
     assert seen == 8
 
@@ -99,6 +101,7 @@ def test_a_number_that_cannot_be_used_costs_its_sample_where_it_is_read(
     batch = next(loader)
     assert "k5" not in batch.key and loader.counters()["bad_samples"] >= 1
     assert {(key, expected in reason) for _, key, reason in loader.bad} == {("k5", True)}
+
     other = "concepts" if "score" in changed else "score"
     unread = loader_of(
         data, 8, reads=frozenset({{"concepts": "concept_targets"}.get(other, other)})

@@ -5,9 +5,11 @@ nothing.
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,13 +105,13 @@ def test_crops_and_captions_change_between_epochs_and_ids_mean_what_they_say(sha
         captions={"choose": "first"},
     )
     batch = next(loader_of(plain, 50))
-    from vlp.data.decode import evaluate
+    from vlp.data.decode import eval_transform
     from vlp.data.text import build
     from vlp.types import ImageSpec
 
     for i, key in zip(batch.sample_id.tolist()[:10], batch.key):
         row = batch.sample_id.tolist().index(i)
-        expected = evaluate(encoded(picture(200 + i)), ImageSpec(IMAGE.size, resize="squash"))
+        expected = eval_transform(encoded(picture(200 + i)), ImageSpec(IMAGE.size, resize="squash"))
         assert key == f"00000{i:04d}" and (batch.image[row].int() - expected.int()).abs().max() <= 2
         assert torch.equal(batch.text[row], build(TEXT)([f"caption {200 + i} one"])[0])
 
@@ -167,6 +169,60 @@ def test_a_resumed_run_on_other_data_is_refused_by_name(shards, tmp_path):
             loader_of(data_of(other), **{"batch": 10, **options}).load_state_dict(state)
     write_shards(tmp_path / "moved", 50, 100, start=200)  # the same data elsewhere is the same data
     loader_of(data_of(tmp_path / "moved"), 10).load_state_dict(state)
+
+
+def foreign_shards(folder: Path) -> Path:
+    """Three shards of four samples; all pictures and all texts have one size."""
+    for shard in range(3):
+        members = []
+        for i in range(4 * shard, 4 * shard + 4):
+            members += [
+                (f"{i:02d}.bmp", encoded(picture(i), "BMP")),
+                (f"{i:02d}.txt", f"text {i:02d}".encode()),
+            ]
+        write_tar(folder / f"{shard}.tar", members)
+    return folder
+
+
+def replace_unseen(path: Path, data: bytes) -> None:
+    """Other content with the size and the time of modification of what was there."""
+    status = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+@pytest.mark.parametrize("change", ["text", "picture", "exchanged"])
+def test_a_resumed_run_on_shards_of_other_content_is_refused_with_the_shard(tmp_path, change):
+    folder = foreign_shards(tmp_path)
+    data = data_of(folder)
+    state = json.loads(json.dumps(loader_of(data, 4).state_dict()))
+    loader_of(data, 4).load_state_dict(state)
+
+    one, two = folder / "1.tar", folder / "2.tar"
+    tar, other = one.read_bytes(), two.read_bytes()
+    if change == "exchanged":
+        replace_unseen(one, other)
+        replace_unseen(two, tar)
+    elif change == "text":
+        replace_unseen(one, tar.replace(b"text 05", b"text 06"))
+    else:
+        before, after = (encoded(picture(i), "BMP") for i in (5, 6))
+        assert before in tar
+        replace_unseen(one, tar.replace(before, after))
+    names = "2 of 3 shards .*: 1.tar, 2.tar" if change == "exchanged" else "1 of 3 shards .*: 1.tar"
+    with pytest.raises(
+        DataError, match=rf"{names}; restore it, or start a new run with init_from="
+    ):
+        loader_of(data, 4).load_state_dict(state)
+
+    replace_unseen(one, tar)
+    replace_unseen(two, other)
+    os.utime(one)  # another time, the same content
+    loader_of(data, 4).load_state_dict(state)
+    del state["content"]  # as checkpoints were before there were digests
+    loader_of(data, 4).load_state_dict(state)
 
 
 def test_what_cannot_work_is_an_error_that_says_what_to_change(shards, tmp_path):

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlp.data.mix import Mixture, Windows, permute
+from vlp.data.mix import Mixture
+from vlp.data.permutation import Windows, permute
 from vlp.types import Sample
 
 
@@ -62,6 +63,7 @@ def test_permutations_look_random():
     ]  # neighbours stay neighbours no more than others
     expected = trials / (n - 1)
     assert 20 < ((steps - expected) ** 2 / expected).sum() < 95
+
     order = permute(100_000, 3, np.arange(100_000))
     assert abs(np.corrcoef(order, np.arange(100_000))[0, 1]) < 0.015
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.015
@@ -110,6 +112,7 @@ def test_weights_are_kept_to_one_draw_and_each_source_runs_in_whole_epochs(weigh
         share = weight / sum(weights)
         seen = np.cumsum(source == s)
         assert np.abs(seen - share * np.arange(1, len(ids) + 1)).max() <= len(sizes)
+
         own = ids[source == s]
         for start in range(0, len(own) - sizes[s] + 1, sizes[s]):
             assert len(set(own[start : start + sizes[s]].tolist())) == sizes[s]
@@ -152,6 +155,7 @@ def test_windows_permute_all_samples_and_keep_to_a_few_shards_at_a_time(runs, wi
     order = Windows(runs, width, 1)(np.arange(n))
     assert sorted(order.tolist()) == list(range(n))
     assert Windows(runs, width, 1)(np.array([n - 1, 0])).tolist() == [order[-1], order[0]]
+
     shard = np.searchsorted(bounds, order, side="right")
     last_use = {s: np.flatnonzero(shard == s).max() for s in set(shard.tolist())}
     first_use = {s: np.flatnonzero(shard == s).min() for s in set(shard.tolist())}

@@ -75,6 +75,7 @@ def test_photos_with_a_table_become_shards_and_the_folder_source_agrees(
         == 0
     )
     assert "3 images with 4 captions and 0 classes in 2 shards" in capsys.readouterr().out
+
     packed = open_shards(Options(str(tmp_path / "out")), Captions())
     assert [packed[i].captions for i in range(3)] == [
         ('zero, "quoted"', "zero again"),
@@ -87,6 +88,7 @@ def test_photos_with_a_table_become_shards_and_the_folder_source_agrees(
         and packed[0].meta["split"] == "train"
         and packed[0].meta["n"] == 1
     )
+
     direct = loader_of(
         data_of({"name": "folder", "path": str(source), "captions": str(captions)}), 3
     )
@@ -112,6 +114,7 @@ def test_rows_that_name_missing_images_are_each_reported_and_nothing_is_written(
     (tmp_path / "outside.png").write_bytes(encoded(picture(1)))
     captions = table(tmp_path / "t.csv", rows)
     assert pack(photos, "--captions", captions, "--to", tmp_path / "out") == 1
+
     said = capsys.readouterr().err
     for line, name in ((6, "gone.png"), (7, "../outside.png"), (8, "x.tif")):
         assert f"t.csv:{line}: image '{name}' is" in said
@@ -123,8 +126,12 @@ def test_rows_that_name_missing_images_are_each_reported_and_nothing_is_written(
     )
     assert "gone.png" in capsys.readouterr().err
     assert len(open_shards(Options(str(tmp_path / "out")), Captions())) == 3
+
     folder = {"name": "folder", "path": str(photos), "captions": str(captions)}
-    refused = r"3 rows cannot be used, 3 of them name images that are not there; on_missing: skip(.|\n)*t.csv:6: no image 'gone"
+    refused = (
+        r"3 rows cannot be used, 3 of them name images that are not there; "
+        r"on_missing: skip(.|\n)*t.csv:6: no image 'gone"
+    )
     with pytest.raises(ValueError, match=refused):
         loader_of(data_of(folder), 3)
     assert (
@@ -139,17 +146,20 @@ def test_class_folders_become_classes(tmp_path, capsys):
             (tmp_path / "tree" / name / "deep" / f"{i}.png").write_bytes(encoded(picture(i)))
     assert pack(tmp_path / "tree", "--to", tmp_path / "out") == 0
     assert (tmp_path / "out" / "classnames.txt").read_text() == "axolotl\nred fox\n"
+
     captions = Captions(class_templates=["a {}."])
     packed = open_shards(Options(str(tmp_path / "out")), captions)
     assert [(packed[i].captions, packed[i].meta["cls"]) for i in (0, 3)] == [
         (("a axolotl.",), 0),
         (("a red fox.",), 1),
     ]
+
     classes = data_of(
         {"name": "classes", "path": str(tmp_path / "tree")}, captions={"class_templates": ["a {}."]}
     )
     shards = data_of(tmp_path / "out", captions={"class_templates": ["a {}."]})
     assert torch.equal(next(loader_of(classes, 4)).text, next(loader_of(shards, 4)).text)
+
     (tmp_path / "tree" / "loose.png").write_bytes(encoded(picture(1)))
     assert pack(tmp_path / "tree", "--to", tmp_path / "other") == 1
     assert "'loose.png' lies outside of any class folder" in capsys.readouterr().err
@@ -160,14 +170,17 @@ def test_an_output_that_holds_something_is_kept_unless_overwriting_is_asked_for(
 ):
     captions, out = table(tmp_path / "t.csv", ROWS), tmp_path / "out"
     assert pack(photos, "--captions", captions, "--to", out, "--samples-per-shard", 1) == 0
+
     before = sorted(out.iterdir())
     assert pack(photos, "--captions", captions, "--to", out) == 1
     assert "is not empty" in capsys.readouterr().err and sorted(out.iterdir()) == before
+
     table(captions, [{**ROWS[0], "image": "gone.png"}])
     assert (
         pack(photos, "--captions", captions, "--to", out, "--overwrite") == 1
         and sorted(out.iterdir()) == before
     )
+
     table(captions, ROWS[:1])
     assert pack(photos, "--captions", captions, "--to", out, "--overwrite") == 0
     assert sorted(p.name for p in out.iterdir()) == ["00000.tar", "00000_stats.json", "_index.bin"]
@@ -265,11 +278,13 @@ def test_real_photos_in_clip_benchmarks_layout(tmp_path):
         )
         == 0
     )
+
     n_shards = int((tmp_path / "c/test/nshards.txt").read_text())
     classes = (tmp_path / "c/classnames.txt").read_text().splitlines()
     assert (
         tmp_path / "c/zeroshot_classification_templates.txt"
     ).read_text() == "a photo of a {c}.\n"
+
     urls = [str(tmp_path / f"c/test/{i}.tar") for i in range(n_shards)]
     rows = list(
         webdataset.WebDataset(urls, shardshuffle=False).to_tuple("webp;png;jpg;jpeg", "cls")
@@ -293,17 +308,22 @@ def test_real_photos_in_clip_benchmarks_layout(tmp_path):
     assert (tmp_path / "r/dataset_type.txt").read_text() == "retrieval\n" and not (
         tmp_path / "r/classnames.txt"
     ).exists()
+
     rows = list(
         webdataset.WebDataset([str(tmp_path / "r/test/0.tar")], shardshuffle=False).to_tuple(
             "webp;png;jpg;jpeg", "txt"
         )
     )
     assert len(rows) == 111 and all(len(text.decode().split("\n")) >= 5 for _, text in rows)
+
     with tarfile.open(REAL / "coco_open.tar") as tar:
         assert rows[0][0] == tar.extractfile(tar.getmembers()[0]).read()
     assert Image.open(io.BytesIO(rows[0][0])).format == "JPEG"
 
 
 def test_help_needs_no_torch():
-    code = "import sys, vlp.data_tools.pack; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys, vlp.data_tools.pack; "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

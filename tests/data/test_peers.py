@@ -23,14 +23,19 @@ READ = """
 import argparse, json, sys
 from open_clip import SimpleTokenizer, image_transform
 from open_clip_train.data import get_wds_dataset
-options = argparse.Namespace(train_data=sys.argv[1], val_data=sys.argv[1], train_num_samples=int(sys.argv[2]),
-    val_num_samples=int(sys.argv[2]), train_data_upsampling_factors=None, dataset_resampled=False, seed=0, batch_size=8,
-    workers=1, world_size=1)
+options = argparse.Namespace(
+    train_data=sys.argv[1], val_data=sys.argv[1],
+    train_num_samples=int(sys.argv[2]), val_num_samples=int(sys.argv[2]),
+    train_data_upsampling_factors=None, dataset_resampled=False,
+    seed=0, batch_size=8, workers=1, world_size=1,
+)
 tokenizer = SimpleTokenizer()
-info = get_wds_dataset(options, image_transform((36, 40), is_train=False, mean=(0,) * 3, std=(1,) * 3), False, tokenizer=tokenizer)
+evaluated = image_transform((36, 40), is_train=False, mean=(0,) * 3, std=(1,) * 3)
+info = get_wds_dataset(options, evaluated, False, tokenizer=tokenizer)
 pairs = [pair for images, texts in info.dataloader for pair in zip(images, texts)]
 found = [(tokenizer.decode(text.tolist()), float(image.mean())) for image, text in pairs]
-train = get_wds_dataset(options, image_transform((32, 32), is_train=True), True, tokenizer=tokenizer)
+trained = image_transform((32, 32), is_train=True)
+train = get_wds_dataset(options, trained, True, tokenizer=tokenizer)
 shapes = [list(images.shape) for images, _ in train.dataloader]
 print(json.dumps([found, shapes]))
 """

@@ -37,8 +37,8 @@ def every_reader(data: bytes, decoding: Decoding = ON_WHITE) -> list[np.ndarray]
     height, width = array(data, decoding).shape[:2]
     spec = ImageSpec((height, width), resize="squash", decoding=decoding)
     whole = Augment(scale=(1.0, 1.0), ratio=(width / height,) * 2)
-    trained = decode.train(data, spec, whole, random.Random(0))
-    shown = [trained, decode.decode(data, decoding), decode.evaluate(data, spec)]
+    trained = decode.train_transform(data, spec, whole, random.Random(0))
+    shown = [trained, decode.decode(data, decoding), decode.eval_transform(data, spec)]
     return [
         *(tensor.permute(1, 2, 0).numpy() for tensor in shown),
         np.asarray(rgb(data, decoding)),
@@ -349,7 +349,7 @@ def test_floats_are_read_between_0_and_1():
 )
 def test_values_without_an_agreed_white_are_refused(values, said):
     data = encoded(Image.fromarray(values), "TIFF")
-    for read in (array, rgb, lambda data: decode.evaluate(data, ImageSpec((32, 32)))):
+    for read in (array, rgb, lambda data: decode.eval_transform(data, ImageSpec((32, 32)))):
         with pytest.raises(BadImage, match=said):
             read(data)
 

@@ -4,6 +4,7 @@ only.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import struct
@@ -18,7 +19,8 @@ from tests.data.material import encoded, picture
 from tests.data.test_picture import PHOTO, PNG, assert_all_see, chunk, pixels, turned
 from vlp.data import decode
 from vlp.data.members import IMAGE_FORMATS
-from vlp.data.picture import MAX_SCANS, BadImage, array, header, jpeg_size, rgb
+from vlp.data.picture import BadImage, array, header, jpeg_size, rgb
+from vlp.data.picture_limits import MAX_SCANS
 from vlp.types import ImageSpec
 
 
@@ -49,6 +51,19 @@ def avif_of(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def tiff_of_tiles(side: int) -> bytes:
+    """A gray TIFF in tiles of one pixel."""
+    n_tiles, start = side * side, 8 + 2 + 10 * 12 + 4
+    tags = [(256, 1, side), (257, 1, side), (258, 1, 8), (259, 1, 1), (262, 1, 1), (277, 1, 1)]
+    tags += [(322, 1, 1), (323, 1, 1), (324, n_tiles, start), (325, n_tiles, start + 4 * n_tiles)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, n, value) for tag, n, value in tags)
+    places = struct.pack("<I", start) * n_tiles + struct.pack("<I", 1) * n_tiles
+    return b"II*\0\x08\0\0\0\x0a\0" + entries + bytes(4) + places
+
+
+JPEG = encoded(PHOTO, "JPEG")
+PROGRESSIVE = encoded(PHOTO, "JPEG", progressive=True)
+PNG_8 = encoded(Image.new("RGB", (8, 8)), "PNG")
 BOMBS = {
     "99,000,000 × 1": chunked_png(99_000_000, 1),
     "1 × 80,000,000": chunked_png(1, 80_000_000),
@@ -124,12 +139,92 @@ def test_jpegs_of_absurdly_many_scans_are_refused_at_once():
     assert_all_see(ordinary, pixels(Image.open(io.BytesIO(ordinary))))
 
 
-def test_rare_forms_that_are_slow_to_read_are_refused_when_large(monkeypatch):
-    monkeypatch.setattr("vlp.data.picture.MAX_SLOW_BYTES", 1000)
+IN_STEPS = {
+    "PNG, empty parts": PNG_8[:-12] + chunk(b"IDAT", b"") * 200_000 + PNG_8[-12:],
+    "PNG, notes": PNG_8[:33] + chunk(b"tEXt", b"a\0b") * 200_000 + PNG_8[33:],
+    "JPEG, comments": JPEG[:2] + b"\xff\xfe\0\2" * 500_000 + JPEG[2:],
+    "JPEG, Exif": JPEG[:2] + b"\xff\xe1\0\2" * 500_000 + JPEG[2:],
+    "JPEG, fill bytes": JPEG[:2] + b"\xff" * 4_000_000 + JPEG[2:],
+    "JPEG, markers": PROGRESSIVE[:-2] + b"\xff\xfe\0\2" * 500_000 + PROGRESSIVE[-2:],
+    "GIF": b"GIF89a\x08\0\x08\0\0\0\0" + b"!\1\1a\0" * 400_000 + b",",
+    "PPM, comment": b"P6\n#" + b"a" * 8_000_000 + b"\n4 4\n255\n" + bytes(48),
+    "PGM, read in Python": b"P5\n2800 2800\n200\n" + bytes(2800 * 2800),
+    "TIFF, tiles": tiff_of_tiles(700),
+}
+
+
+@pytest.mark.parametrize("name", IN_STEPS)
+def test_pictures_that_readers_walk_through_in_small_steps_are_refused_in_time(name):
+    started = time.process_time()
+    with pytest.raises(BadImage, match=r"slow to read|takes about 4.3 s to decode"):
+        array(IN_STEPS[name])
+    assert time.process_time() - started < 1
+    with contextlib.suppress(BadImage):  # of a PNG the header comes before its parts
+        header(IN_STEPS[name])
+    assert time.process_time() - started < 2
+
+
+def test_the_limit_is_that_of_the_environment(monkeypatch):
     numbers = " ".join(["7"] * 3 * 600)
-    with pytest.raises(BadImage, match="a rare form of PPM, which is slow to read; save it as PNG"):
-        array(f"P3\n30 20\n255\n{numbers}\n".encode())
+    plain = f"P3\n30 20\n255\n{numbers}\n".encode()
+    assert array(plain).shape == (20, 30, 3)
+    monkeypatch.setenv("VLP_DECODE_LIMIT", "0.001")
+    with pytest.raises(BadImage, match=r"a PPM of 30×20 pixels .* set VLP_DECODE_LIMIT=2 or more"):
+        array(plain)
     assert array(encoded(PHOTO, "PPM")).shape == (40, 50, 3)
+    monkeypatch.setenv("VLP_DECODE_LIMIT", "much")
+    with pytest.raises(RuntimeError, match="VLP_DECODE_LIMIT is 'much'; expected a number"):
+        array(plain)
+
+    large = chunked_png(7_100, 7_100)
+    monkeypatch.setenv("VLP_DECODE_LIMIT", "1")
+    with pytest.raises(BadImage, match="an image of 7100×7100 pixels, more than 50000000"):
+        header(large)
+    monkeypatch.setenv("VLP_DECODE_LIMIT", "1.1")
+    assert header(large).width == 7_100
+
+
+NOISE = {
+    "JPEG": ("JPEG", {"quality": 95}),
+    "JPEG, every coefficient": ("JPEG", {"quality": 100, "subsampling": 0}),
+    "JPEG, progressive": ("JPEG", {"quality": 95, "progressive": True}),
+    "PNG": ("PNG", {"compress_level": 1}),
+    "WebP": ("WEBP", {"quality": 95, "method": 0}),
+    "WebP, lossless": ("WEBP", {"lossless": True, "method": 0}),
+    "GIF": ("GIF", {}),
+    "BMP": ("BMP", {}),
+    "TIFF, LZW": ("TIFF", {"compression": "tiff_lzw"}),
+    "AVIF": ("AVIF", {"quality": 90, "speed": 10}),
+    "JPEG 2000": ("JPEG2000", {}),
+}
+LIMITS = [0.02, pytest.param(0.2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("name", NOISE)
+def test_no_accepted_picture_takes_longer_than_the_limit(name, limit, monkeypatch):
+    """Noise is the slowest to decode; of each format the largest that the limit lets in."""
+    monkeypatch.setenv("VLP_DECODE_LIMIT", str(limit))
+    kind, options = NOISE[name]
+    side, data = 32, b""
+    while True:
+        side = int(side * 1.25)
+        shape = (side, side) if kind == "GIF" else (side, side, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        larger = encoded(Image.fromarray(noise), kind, **options)
+        try:
+            header(larger)
+        except BadImage:
+            break
+        data = larger
+    assert side > 100
+
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        array(data)
+        times.append(time.process_time() - started)
+    assert min(times) < limit
 
 
 def half(name: str) -> bytes:
@@ -154,7 +249,7 @@ def test_broken_pictures_are_refused_never_half_shown(name):
         array,
         rgb,
         decode.decode,
-        lambda data: decode.evaluate(data, ImageSpec((224, 224))),
+        lambda data: decode.eval_transform(data, ImageSpec((224, 224))),
     ):
         with pytest.raises(BadImage, match=r"\w+"):
             read(BROKEN[name])

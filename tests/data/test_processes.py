@@ -46,28 +46,32 @@ class Items(Dataset):
 
 
 def drain(feed, n=10**9, seconds=20.0):
-    """Poll until n items came; TimeoutError after `seconds`."""
-    end, items = time.monotonic() + seconds, []
+    """Poll until n items came; fails after `seconds`."""
+    end = time.monotonic() + seconds
+    items = []
     while len(items) < n:
         assert time.monotonic() < end, "nothing was noticed"
         item = feed.poll()
-        items += [] if item is None else [item]
+        if item is not None:
+            items.append(item)
     return items
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
-@pytest.mark.parametrize("n_before", [0, 3])
+@pytest.mark.parametrize(("n_before", "n_workers"), [(0, 1), (3, 2)])
 def test_a_killed_loader_process_is_told_of_with_its_end_and_a_way_out(n_workers, n_before):
     feed = Feed(Items(seconds=0.0 if n_before else 60.0), 0, n_workers)
     assert [item[0].number.item() for item in drain(feed, n_before)] == list(range(n_before))
+
     for process in feed._iterator._workers:
         os.kill(process.pid, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(DataError) as caught:
         drain(feed)  # what was already made may still come
     assert time.monotonic() - start < 10
+
     text = str(caught.value)
     assert ("before its first batch" in text) == (n_before == 0)
+
     for part in ("killed by SIGKILL", "memory", "data.workers"):
         assert part in text, text
 
@@ -87,26 +91,27 @@ def test_a_fault_in_a_loader_process_is_told_in_plain_words(fault, parts):
     assert "Traceback" not in str(caught.value)
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
-def test_a_killed_trainer_leaves_no_process_behind(tmp_path, n_workers):
+def test_a_killed_trainer_leaves_no_process_behind(tmp_path):
     """Started in a folder whose files have the names of modules that the fork server imports."""
     for name in ("socket", "random", "json", "torch"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    n_workers = 2
     command = [sys.executable, str(TRAINER), str(n_workers)]
     trainer = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     server, *workers = map(int, trainer.stdout.readline().split())
     assert len(workers) == n_workers
-    sessions = [os.getsid(pid) for pid in (server, *workers)]
-    assert (
-        set(sessions) == {server} != {os.getsid(trainer.pid)}
-    )  # a signal to the trainer's group passes them by
+
+    # A signal to the trainer's group passes them by.
+    sessions = {os.getsid(pid) for pid in (server, *workers)}
+    assert sessions == {server}
+    assert os.getsid(trainer.pid) != server
+
     trainer.kill()
     trainer.wait()
-    _, alive = psutil.wait_procs(
-        [psutil.Process(pid) for pid in (server, *workers) if psutil.pid_exists(pid)], timeout=15
-    )
+    left = [psutil.Process(pid) for pid in (server, *workers) if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(left, timeout=15)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -136,15 +141,8 @@ def test_shared_memory_that_runs_full_is_told_with_a_way_out(tmp_path):
     mount = "mount -t tmpfs -o size=1m none /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system of its own")
-    command = [
-        "unshare",
-        "-rm",
-        "sh",
-        "-c",
-        f'{mount} && exec "$0" -c "$1"',
-        sys.executable,
-        script,
-    ]
+    inner = f'{mount} && exec "$0" -c "$1"'
+    command = ["unshare", "-rm", "sh", "-c", inner, sys.executable, script]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
     )

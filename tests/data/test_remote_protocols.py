@@ -50,6 +50,7 @@ def test_batches_equal_those_of_the_same_files_here(server, kind):
     loader = loader_of(data_of(kind(server)), 10)
     assert loader.n_samples == 200
     assert all(same(next(loader), batch) for batch in reference)
+
     tars = {name: times for name, times in server.served.items() if name.endswith(".tar")}
     assert len(tars) == 20 and set(tars.values()) == {1}  # the second epoch reads the cache
 
@@ -78,6 +79,7 @@ def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
         OSError, match=r"cannot fetch http://127.0.0.1:1/0.tar \(4 tries\): ClientConnector"
     ):
         cache.get("http://127.0.0.1:1/0.tar")  # refused
+
     before = server.suffered.total()
     with pytest.raises(FileNotFoundError):
         cache.get(f"{server.url}/train/99999.tar")
@@ -113,9 +115,11 @@ def test_a_new_signature_fetches_nothing_again_and_is_written_nowhere(server):
     first = take(loader_of(data_of(signed(server, "PLANTED1")), 10), 20)
     tars = {name: times for name, times in server.served.items() if name.endswith(".tar")}
     assert len(tars) == 20 and set(tars.values()) == {1}
+
     again = take(loader_of(data_of(signed(server, "PLANTED2")), 10), 20)
     assert all(same(a, b) for a, b in zip(first, again))
     assert {name: times for name, times in server.served.items() if name.endswith(".tar")} == tars
+
     held = [path for path in fetch.cache_folder().rglob("*") if path.is_file()]
     assert len(held) > 40
     assert not [path for path in held if "PLANTED" in str(path) or b"PLANTED" in path.read_bytes()]
@@ -150,6 +154,7 @@ def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):
     reference = take(loader_of(data_of(http(server)), 10), 20)
     copies = sorted((fetch.cache_folder() / "shards").glob("*/*.tar"))
     assert len(copies) == 20
+
     for copy in copies[::4]:
         data, before = bytearray(copy.read_bytes()), copy.stat().st_mtime_ns
         if damage == "flip":
@@ -162,8 +167,10 @@ def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):
     shard_files._Handle.cache_clear()  # as in the process of another run, which has no file open
     loader = loader_of(data_of(http(server)), 10)
     assert all(same(next(loader), batch) for batch in reference)
+
     tars = {name: times for name, times in server.served.items() if name.endswith(".tar")}
     assert sorted(tars.values()) == [1] * 15 + [2] * 5
+
     if damage != "cut":  # another size is noticed at the start
         assert capsys.readouterr().err.count("is not as it was fetched") == 5
 
@@ -176,6 +183,7 @@ def test_a_shard_that_changed_in_the_store_is_noticed_at_equal_size(server, kind
     before = take(loader_of(data_of(kind(server)), 10), 20)
     data = (shards / "00007.tar").read_bytes()
     assert data.count(b"caption 70") > 0
+
     (shards / "00007.tar").write_bytes(data.replace(b"caption 70", b"numeral 70"))
     # as in another process, which has no file open and has listed nothing
     shard_files._Handle.cache_clear()

@@ -78,12 +78,14 @@ def varied(n: int) -> list[str]:
 def test_ids_equal_open_clips(n, clean):
     texts = varied(n)
     assert len(set(texts)) > 0.9 * n
+
     theirs = SimpleTokenizer(context_length=32, clean=clean)
     ours = build(TextSpec("clip", 32, clean=clean))
     expected = theirs(texts)
     assert torch.equal(ours(texts), expected)
     assert torch.equal(ours(texts), expected)  # now from its cache
     assert ours.vocab_size == theirs.vocab_size == 49408
+
     n_long = sum(len(theirs.encode(text)) > 30 for text in texts)
     assert ours.tokenize(texts)[1] == n_long > 0
 

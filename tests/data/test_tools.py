@@ -16,6 +16,7 @@ def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys
     write_shards(tmp_path / "s", 60, 10)
     assert main(["data", "validate", str(tmp_path / "s"), "--processes", processes]) == 0
     assert "6 shards, 60 good samples, 0 problems in 0 shards" in capsys.readouterr().out
+
     bad = corrupt(tmp_path / "s", every=15)
     path = tmp_path / "s" / "00001.tar"
     path.write_bytes(path.read_bytes()[:9000])
@@ -40,6 +41,7 @@ def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys
         )
         == 1
     )
+
     said, found = capsys.readouterr().out, json.loads(report.read_text())
     for number in bad - set(range(10, 20)):
         assert f"{number // 10:05d}{number % 10:04d}: no readable image" in said
@@ -64,6 +66,7 @@ def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys
 def test_inspect_tells_counts_and_distributions(tmp_path, capsys):
     write_shards(tmp_path / "s", 25, 10)
     assert main(["data", "inspect", str(tmp_path / "s"), "--json", str(tmp_path / "i.json")]) == 0
+
     found = json.loads((tmp_path / "i.json").read_text())
     assert (found["shards"], found["samples"], found["samples_read"], found["left_out"]) == (
         3,

@@ -110,8 +110,10 @@ def test_own_pipelines_buffers_and_weights(shards, tmp_path):
     found = numbers(take(loader_of(data_of(pipeline), 16), 3))
     expected = [i for i in range(N) if (i // PER_SHARD * 10_000 + i % PER_SHARD) % 3]
     assert found == expected[:48]
+
     mixed = numbers(take(loader_of(data_of({**pipeline, "buffer": 20}), 16), 3))
     assert mixed != found and len(set(mixed)) == 48 and set(mixed) <= set(expected)
+
     local = write_shards(tmp_path, 20, 10, start=500)
     both = data_of({**pipeline, "weight": 3}, {"name": "shards", "path": str(local), "weight": 1})
     batch = next(loader_of(both, 16))
@@ -138,6 +140,7 @@ def test_bad_samples_are_replaced_by_the_first_of_the_pass(tmp_path):
     batches = take(loader, 4)
     assert {key for _, key, _ in loader.bad} == {"0002", "0030", ""} and len(loader.bad) == 3
     assert "no caption" in loader.bad[-1][2]
+
     replaced = [
         key for batch in batches[3:] for row, key in enumerate(batch.key) if int(key) != 30 + row
     ]
@@ -203,6 +206,7 @@ def test_streams_refuse_what_needs_random_access(shards, tmp_path):
     local = {"name": "shards", "path": str(shards)}
     with pytest.raises(ValueError, match="source 0 is a stream"):
         loader_of(data_of(stream(shards), local), 8)
+
     for options in ({"replacement": True}, {"together": 2}, {"captions": {"choose": "all"}}):
         with pytest.raises(ValueError, match=r"stream|pack it into shards"):
             loader_of(data_of(stream(shards), **options), 8)

@@ -21,7 +21,7 @@ from vlp.data.text import build
 from vlp.data.wrong_captions import LISTS, problems, read
 
 CHOICES = [
-    {"choose": "seed"},
+    {"choose": "random"},
     {"choose": "first"},
     {"choose": "all"},
     {"choose": "weights", "weights": [1, 2, 4]},
@@ -206,7 +206,7 @@ def _folder(folder: Path, rows: list[dict]) -> dict:
 
 
 def test_numbers_count_the_captions_of_the_json(tmp_path: Path) -> None:
-    """Blank captions are left out of a sample, but they had a number when the negatives were made."""
+    """Blank captions are left out of a sample, but had a number when the negatives were made."""
     row = {
         "captions": ["", "one", " two "],
         "negatives": ["not one", "not two", "not blank"],

@@ -65,7 +65,7 @@ def test_a_page_of_samples_holds_pictures_and_captions_as_text(
     assert HOSTILE in got.text and "ein Hund auf dem Sofa" in got.text and "собака" in got.text
     assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in got.resources)
     assert (
-        f"{n} samples, 1 without a readable picture; 2 problems in the shards read"
+        f"{n} samples, 1 without a readable picture; 3 problems in the shards read"
         in capsys.readouterr().out
     )
 
@@ -143,7 +143,7 @@ def test_stats_count_what_a_loop_counts(source: Path, tmp_path: Path, capsys) ->
     assert (
         told["counts"]["samples read"] == len(kept) and told["counts"]["unreadable: pictures"] == 1
     )
-    assert told["counts"]["unreadable: problems of the input shards"] == 2
+    assert told["counts"]["unreadable: problems of the input shards"] == 3
     assert found["words"] == {
         str(k): n for k, n in Counter(len(c.split()) for c in captions).items()
     }

@@ -1,4 +1,4 @@
-"""Whole runs under every engine, as a person starts them: train, checkpoint, kill, resume, export."""
+"""Whole runs under every engine, as a person starts them: train, checkpoint, kill, resume."""
 
 import os
 import signal

@@ -209,7 +209,7 @@ OUR_CONFIG = {
 def our_model(seed: int = 0):
     """A small DualEncoder of ours, randomly initialised."""
     from vlp import config
-    from vlp.models.dual_encoder import build
+    from vlp.models.build import build
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

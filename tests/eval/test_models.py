@@ -203,7 +203,7 @@ def test_our_own_model_embeds_as_its_towers_do(photos):
 
     model = material.our_model().eval()
     encoder = models.from_model(model, keep=True)
-    pixels = torch.stack([decode.evaluate(p, model.image_spec) for p in photos])
+    pixels = torch.stack([decode.eval_transform(p, model.image_spec) for p in photos])
     assert pixels.dtype == torch.uint8
     assert torch.allclose(
         encoder.encode_images(photos), unit(model.encode_image(pixels)), atol=1e-6

@@ -54,7 +54,7 @@ def test_training_and_evaluation_see_the_same_pixels(tmp_path):
     trained = dict(zip(batch.key, batch.image))
     assert len(trained) == 5
     for file, image in peculiar().items():
-        seen = decode.evaluate(Picture(file, data=image).open(), spec)
+        seen = decode.eval_transform(Picture(file, data=image).open(), spec)
         assert torch.equal(trained[file.split(".")[0]], seen), file
     assert torch.equal(trained["sixteen"], torch.from_numpy(GRAY.copy()).expand(3, 32, 32))
 
@@ -82,14 +82,14 @@ def test_an_export_is_evaluated_on_pictures_decoded_as_in_training(said, tmp_pat
     assert models.load(f"local-dir:{tmp_path / 'out'}").decoding == encoder.decoding
     pictures = [Picture(name, data=data) for name, data in peculiar().items()]
     rows = embed.images(encoder, pictures, Context(workers=0))
-    pixels = torch.stack([decode.evaluate(p.data, model.image_spec) for p in pictures])
+    pixels = torch.stack([decode.eval_transform(p.data, model.image_spec) for p in pictures])
     with torch.no_grad():
         assert torch.allclose(rows, model.encode_image(pixels), atol=1e-5)
         other = ImageSpec(
             model.image_spec.size,
             decoding=Decoding((0, 0, 0), exif=not model.image_spec.decoding.exif),
         )
-        wrong = torch.stack([decode.evaluate(p.data, other) for p in pictures])
+        wrong = torch.stack([decode.eval_transform(p.data, other) for p in pictures])
         differing = (rows - model.encode_image(wrong)).abs().amax(1) > 1e-3
     assert differing.tolist() == [False, True, True, False, False]
 

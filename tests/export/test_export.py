@@ -21,9 +21,11 @@ from tests.models.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
 from vlp import checkpoint
 from vlp.data import decode
 from vlp.eval import models
-from vlp.export import folder as export
-from vlp.export import pixels as _pixels
-from vlp.models.dual_encoder import load
+from vlp.export import clip_form, forms
+from vlp.export.folder import export, export_run, export_stages
+from vlp.export.pixels import sample_picture
+from vlp.export.place import ExportError
+from vlp.models.load import load
 
 TOLERANCE = 1e-5  # of the issue: largest difference of a coordinate on the same pixels
 RESNET = {"name": "timm", "model": "test_resnet", "image_size": 64}
@@ -105,7 +107,7 @@ def test_every_library_gives_the_models_embeddings(case, tmp_path):
     model, expected = make(case, tmp_path), CASES[case][1]
     with torch.no_grad():
         model.logit_scale.fill_(2.0)
-    notes = export.export(model, tmp_path / "out")
+    notes = export(model, tmp_path / "out")
     pixels, ids = inputs(model, rows=5)
     normalised = model.pixels(pixels)
     with torch.no_grad():
@@ -152,8 +154,8 @@ def test_a_language_model_tower_loads_again_without_its_source(tmp_path, monkeyp
         model.state_dict(), {}, config="out: run", description=model.description()
     )
     checkpoint.save(tmp_path / "run", 1, contents, keep=1)
-    export.export_stages([tmp_path / "run"] * 2, tmp_path / "stages")
-    notes = export.export_run(tmp_path / "run", tmp_path / "out")
+    export_stages([tmp_path / "run"] * 2, tmp_path / "stages")
+    notes = export_run(tmp_path / "run", tmp_path / "out")
     os.rename(tmp_path / "bert", tmp_path / "gone")
     _, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(text=ids).text, model(text=ids).text)
@@ -186,7 +188,7 @@ def test_a_scale_above_its_maximum_is_exported_as_the_model_uses_it(tmp_path):
     model = tiny(scale={"init": 20.0, "max": 25.0})
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
-    export.export(model, tmp_path / "out")
+    export(model, tmp_path / "out")
     exported = load(tmp_path / "out")
     assert load_file(tmp_path / "out/model.safetensors")[
         "logit_scale"
@@ -235,9 +237,7 @@ def exported(tmp_path_factory):
         "hf_token": "SIGNED",
     }
     training["data"] = {"sources": sources}
-    export.export(
-        tiny(), folder, results=records, training=training, step=1200, license="apache-2.0"
-    )
+    export(tiny(), folder, results=records, training=training, step=1200, license="apache-2.0")
     return folder
 
 
@@ -288,7 +288,7 @@ def test_pixels_of_the_processor_are_within_one_level(exported, size, aside):
 def test_squashed_pixels_agree_too(tmp_path):
     from transformers import AutoProcessor
 
-    export.export(make("siglip", tmp_path), tmp_path / "out")
+    export(make("siglip", tmp_path), tmp_path / "out")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8))
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
@@ -321,7 +321,7 @@ def test_the_cards_code_shows_every_library_what_training_saw(
     from transformers import AutoProcessor
 
     model = tiny(decoding={"background": list(background), "exif": exif})
-    notes = export.export(model, tmp_path / "out")
+    notes = export(model, tmp_path / "out")
     off = [note for note in notes if "levels off" in note]
     assert len(off) == (
         background != (255, 255, 255)
@@ -333,17 +333,17 @@ def test_the_cards_code_shows_every_library_what_training_saw(
     )
     assert ("turned as its Exif" in card) == exif
 
-    (tmp_path / "photo.jpg").write_bytes(_pixels.sample(model.image_spec))
+    (tmp_path / "photo.jpg").write_bytes(sample_picture(model.image_spec))
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code_of(card), names)
-    seen = decode.evaluate((tmp_path / "photo.jpg").read_bytes(), model.image_spec)
+    seen = decode.eval_transform((tmp_path / "photo.jpg").read_bytes(), model.image_spec)
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")
     assert torch.equal(shown(preprocess(names["image"])).round().to(torch.uint8), seen)
     theirs = AutoProcessor.from_pretrained(tmp_path / "out")(
         images=names["image"], return_tensors="pt"
     ).pixel_values[0]
-    assert (shown(theirs) - seen).abs().max() <= export.LEVELS
+    assert (shown(theirs) - seen).abs().max() <= forms.LEVELS
 
 
 def test_other_libraries_do_with_pictures_what_the_card_says(exported, tmp_path):
@@ -352,13 +352,13 @@ def test_other_libraries_do_with_pictures_what_the_card_says(exported, tmp_path)
     from transformers.image_utils import load_image
 
     path, spec = tmp_path / "picture.png", load(exported).image_spec
-    path.write_bytes(_pixels.sample(spec))
+    path.write_bytes(sample_picture(spec))
     stored = Image.open(path)
     upright = ImageOps.exif_transpose(stored)
     assert stored.size == upright.size[::-1] and stored.mode == "RGBA"
 
     def pixels(image):
-        return decode.evaluate(image, spec)
+        return decode.eval_transform(image, spec)
 
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{exported}")
     hidden = shown(preprocess(stored))  # resized with alpha, which is dropped then
@@ -369,9 +369,9 @@ def test_other_libraries_do_with_pictures_what_the_card_says(exported, tmp_path)
     )
     processor = AutoProcessor.from_pretrained(exported)
     theirs = shown(processor(images=stored, return_tensors="pt").pixel_values[0])
-    assert (theirs - pixels(stored)).abs().max() <= export.LEVELS
+    assert (theirs - pixels(stored)).abs().max() <= forms.LEVELS
     assert torch.equal(pixels(load_image(str(path))), pixels(upright.convert("RGB")))
-    seen = decode.evaluate(path.read_bytes(), spec)
+    seen = decode.eval_transform(path.read_bytes(), spec)
     assert torch.equal(seen, pixels(upright))
     for wrong in (stored, stored.convert("RGB"), upright.convert("RGB")):
         assert (pixels(wrong).int() - seen.int()).abs().max() > 60
@@ -391,14 +391,10 @@ def test_the_card_holds_metadata_results_and_no_private_paths(exported):
     assert first["dataset"]["name"] == "caltech101" and [m["type"] for m in second["metrics"]] == [
         "text_retrieval_recall@1"
     ]
-    assert (
-        "| zeroshot_classification | caltech101 | zeroshot v1 | acc1 | 0.2749 | 0.2586 to 0.2911 | 0.01 |"
-        in body
-    )
-    assert (
-        "| zeroshot_classification | caltech101 | zeroshot v1 | acc5 | 0.5 |  |  |" in body
-        and "1200 steps" in body
-    )
+    row = "| zeroshot_classification | caltech101 | zeroshot v1"
+    assert f"{row} | acc1 | 0.2749 | 0.2586 to 0.2911 | 0.01 |" in body
+    assert f"{row} | acc5 | 0.5 |  |  |" in body
+    assert "1200 steps" in body
     assert "private" not in card and "name: shards" in body and "host/a/{0..3}.tar" in body
     assert not any(secret in card for secret in ("SIGNED", "pass@", "storage", "None"))
 
@@ -412,9 +408,10 @@ def test_the_hub_accepts_the_card(exported):
 
 def test_the_folder_holds_safetensors_only_and_is_readable(exported):
     names = {path.name for path in exported.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors", "README.md",
-                     "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
-                     "modules.json"}  # fmt: skip
+    assert names >= {"open_clip_config.json", "open_clip_model.safetensors"}
+    assert names >= {"config.json", "model.safetensors", "modules.json", "README.md"}
+    assert names >= {"tokenizer.json", "tokenizer_config.json"}
+    assert names >= {"processor_config.json", "preprocessor_config.json"}
     assert not any(path.suffix in (".bin", ".pt", ".pth", ".pkl") for path in exported.rglob("*"))
     assert len({stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()}) == 1
     assert (
@@ -426,21 +423,21 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(export.ExportError, match="not empty"):
-        export.export(tiny(), out)
+    with pytest.raises(ExportError, match="not empty"):
+        export(tiny(), out)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
         out / "mine.txt"
     ).read_text() == "precious"
     (out / ".git").mkdir()
     (out / ".git/config").write_text("theirs")
     (out / "link").symlink_to("/nowhere")
-    export.export(tiny(), out, overwrite=True)
+    export(tiny(), out, overwrite=True)
     assert (out / "mine.txt").read_text() == "precious" and (
         out / ".git/config"
     ).read_text() == "theirs"
     assert (out / "link").is_symlink() and (out / "config.json").exists()
     mean = {"image_tower": VIT | {"pool": "avg"}}
-    export.export(
+    export(
         tiny(**mean), out, overwrite=True
     )  # its forms are fewer: what the first export wrote goes
     assert (out / "mine.txt").exists() and not (out / "config.json").exists()
@@ -449,36 +446,36 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     project.mkdir()
     (project / "README.md").write_text("of a thesis")
     with pytest.raises(
-        export.ExportError, match=r"README.md, which no export wrote and this one would replace"
+        ExportError, match=r"README.md, which no export wrote and this one would replace"
     ):
-        export.export(tiny(), project, overwrite=True)
+        export(tiny(), project, overwrite=True)
     assert [p.name for p in project.iterdir()] == ["README.md"] and sorted(
         p.name for p in tmp_path.iterdir()
     ) == ["out", "project"]
-    with pytest.raises(export.ExportError, match="is a file"):
-        export.export(tiny(), out / "README.md")
+    with pytest.raises(ExportError, match="is a file"):
+        export(tiny(), out / "README.md")
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_tensors", full)
+    monkeypatch.setattr(forms, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
-        export.export(tiny(), tmp_path / "out")
+        export(tiny(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_form_whose_embeddings_differ_is_not_written(tmp_path, monkeypatch):
-    real = export._clip_form.network
+    real = clip_form.network
 
     def wrong(model, weights):
         return real(
             model, weights | {"visual.proj": weights["visual.proj"] * torch.linspace(0.9, 1.1, 48)}
         )
 
-    monkeypatch.setattr(export._clip_form, "network", wrong)
-    notes = export.export(tiny(), tmp_path / "out")
+    monkeypatch.setattr(clip_form, "network", wrong)
+    notes = export(tiny(), tmp_path / "out")
     assert (
         any("its embeddings differ by" in note for note in notes)
         and not (tmp_path / "out/config.json").exists()
@@ -509,12 +506,12 @@ def test_a_run_is_exported_with_its_results(tmp_path):
     (run / "results.json").write_text(
         json.dumps([{"task": "zero_shot", "dataset": "scenes", "metrics": {"top1": 0.75}}])
     )
-    export.export_run(run, tmp_path / "out")
+    export_run(run, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert "| zero_shot | scenes |  | top1 | 0.75 |  |  |" in card and "20 steps" in card
     pixels, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(pixels, ids).image, model(pixels, ids).image)
-    export.export_run(
+    export_run(
         run / "checkpoints/step_00000010", tmp_path / "earlier"
     )  # its results are not those of the end
     assert "Not evaluated." in (tmp_path / "earlier/README.md").read_text()
@@ -529,18 +526,27 @@ from transformers import AutoModel, AutoProcessor, pipeline
 folder, kept = sys.argv[1:]
 assert "vlp" not in sys.modules
 data = torch.load(kept)
-image = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=numpy.uint8))
+noise = numpy.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=numpy.uint8)
+image = Image.fromarray(noise)
+normalize = torch.nn.functional.normalize
 with torch.no_grad():
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     network = AutoModel.from_pretrained(folder).eval()
-    inputs = AutoProcessor.from_pretrained(folder)(text=["a cat", "a dog"], images=image, padding=True, return_tensors="pt")
+    processor = AutoProcessor.from_pretrained(folder)
+    texts = dict(text=["a cat", "a dog"], padding=True)
+    inputs = processor(images=image, return_tensors="pt", **texts)
     probabilities = network(**inputs).logits_per_image.softmax(dim=-1)[0]
-    found = [theirs.encode_image(data["pixels"], normalize=True), theirs.encode_text(data["ids"], normalize=True),
-             torch.nn.functional.normalize(network.get_image_features(data["pixels"]).pooler_output, dim=-1),
-             torch.nn.functional.normalize(network.get_text_features(data["ids"]).pooler_output, dim=-1)]
+    found = [
+        theirs.encode_image(data["pixels"], normalize=True),
+        theirs.encode_text(data["ids"], normalize=True),
+        normalize(network.get_image_features(data["pixels"]).pooler_output, dim=-1),
+        normalize(network.get_text_features(data["ids"]).pooler_output, dim=-1),
+    ]
 classify = pipeline("zero-shot-image-classification", model=folder)
-scores = {s["label"]: s["score"] for s in classify(image, candidate_labels=["cat", "dog"], hypothesis_template="a {}")}
-pairs = [*zip(found, [data["image"], data["text"]] * 2), (torch.tensor([scores["cat"], scores["dog"]]), probabilities)]
+answers = classify(image, candidate_labels=["cat", "dog"], hypothesis_template="a {}")
+scores = {answer["label"]: answer["score"] for answer in answers}
+scored = torch.tensor([scores["cat"], scores["dog"]])
+pairs = [*zip(found, [data["image"], data["text"]] * 2), (scored, probabilities)]
 print(json.dumps([(a - b).abs().max().item() for a, b in pairs]))
 """
 

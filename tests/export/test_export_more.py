@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.models.tiny import VIT, inputs, language_model, siglip, tiny
-from vlp.export import folder as export
+from vlp.export.folder import export
 
 TOLERANCE = 1e-5
 
@@ -37,7 +37,7 @@ def test_sentence_transformers(kind, tmp_path):
     from transformers import AutoProcessor
 
     model = tiny(**described(kind, tmp_path))
-    notes = export.export(model, tmp_path / "out")
+    notes = export(model, tmp_path / "out")
     assert any(note.startswith("sentence-transformers: ") for note in notes)
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     texts = (
@@ -67,7 +67,7 @@ SLOW = [
 def test_onnx(kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = tiny(**described(kind, tmp_path))
-    notes = export.export(model, tmp_path / "out", onnx=True)
+    notes = export(model, tmp_path / "out", onnx=True)
     assert sum(note.startswith("ONNX: ") for note in notes) == 2
     for rows in (1, 2, 5):
         pixels, ids = inputs(model, rows=rows)
@@ -92,7 +92,7 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx_form, "_NEEDED", ("onnx_that_is_not_there",))
     with pytest.raises(onnx_form.OnnxError, match="pip install onnx_that_is_not_there"):
-        export.export(tiny(), tmp_path / "out", onnx=True)
+        export(tiny(), tmp_path / "out", onnx=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,5 +109,5 @@ def test_what_the_exporter_raises_is_explained(tmp_path, monkeypatch):
         onnx_form.OnnxError,
         match=r"^the image tower cannot be written .*does not know\); leave out --onnx",
     ):
-        export.export(tiny(), tmp_path / "out", onnx=True)
+        export(tiny(), tmp_path / "out", onnx=True)
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.loopback_hub import TOKEN, loopback_hub
 from tests.models.tiny import inputs, language_model, siglip, tiny
-from vlp.export import folder as export
+from vlp.export.folder import export, export_stages
 from vlp.export.push import PushError, push
 
 REPO = "someone/tiny"
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("push") / "tiny"
-    export.export(tiny(), folder)
+    export(tiny(), folder)
     return folder
 
 
@@ -122,7 +122,7 @@ def test_only_what_the_export_wrote_is_published(exported, hub, tmp_path):
 def test_stages_load_from_the_hub_as_their_card_says(exported, hub, tmp_path, monkeypatch):
     from tests.models.test_references import use_hub
 
-    export.export_stages([exported, exported], tmp_path / "mcl")
+    export_stages([exported, exported], tmp_path / "mcl")
     quickly(tmp_path / "mcl", hub)
     use_hub(monkeypatch, hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -170,30 +170,42 @@ import torch
 kept, form = sys.argv[1:]
 data = torch.load(kept)
 from vlp import config, schema
-from vlp.models.dual_encoder import build, load
+from vlp.models.build import build
+from vlp.models.load import load
 from vlp.eval import models
 import huggingface_hub, open_clip
 from transformers import AutoModel, AutoProcessor
 with torch.no_grad():
-    found = [load("hf-hub:someone/tiny").eval()(data["pixels"], data["ids"])[:2]]
+    pixels, given_ids = data["pixels"], data["ids"]
+    found = [load("hf-hub:someone/tiny").eval()(pixels, given_ids)[:2]]
     tower = {"name": "open_clip", "architecture": "hf-hub:someone/tiny"}
-    built = build(schema.parse(config.Model, {"image_tower": tower, "pretrained": "hf-hub:someone/tiny"}))
-    found.append(built.eval()(data["pixels"], data["ids"])[:2])
+    section = {"image_tower": tower, "pretrained": "hf-hub:someone/tiny"}
+    built = build(schema.parse(config.Model, section))
+    found.append(built.eval()(pixels, given_ids)[:2])
+
     theirs = open_clip.create_model("hf-hub:someone/tiny").eval()
-    found.append((theirs.encode_image(data["pixels"], normalize=True), theirs.encode_text(data["ids"], normalize=True)))
+    image = theirs.encode_image(pixels, normalize=True)
+    found.append((image, theirs.encode_text(given_ids, normalize=True)))
     if form == "transformers":
-        network = AutoModel.from_pretrained("someone/tiny").eval()(input_ids=data["ids"], pixel_values=data["pixels"])
-        found.append((network.image_embeds, network.text_embeds))
+        network = AutoModel.from_pretrained("someone/tiny").eval()
+        features = network(input_ids=given_ids, pixel_values=pixels)
+        found.append((features.image_embeds, features.text_embeds))
+
     texts = ["two red circles"]
-    own, ids = models.load("hf-hub:someone/tiny"), open_clip.get_tokenizer("hf-hub:someone/tiny")(texts)
-    found.append((data["image"], data["text"] + own.encode_texts(texts) - theirs.encode_text(ids, normalize=True)))
+    own = models.load("hf-hub:someone/tiny")
+    ids = open_clip.get_tokenizer("hf-hub:someone/tiny")(texts)
+    apart = own.encode_texts(texts) - theirs.encode_text(ids, normalize=True)
+    found.append((data["image"], data["text"] + apart))
 
 card = open(huggingface_hub.hf_hub_download("someone/tiny", "README.md")).read()
 blocks = re.findall("```python\\n(.*?)```", card, re.DOTALL)
 installed = bool(importlib.util.find_spec("sentence_transformers"))
 ran = [exec(block, {}) for block in blocks if installed or "sentence_transformers" not in block]
-print(json.dumps([max((i - data["image"]).abs().max().item(), (t - data["text"]).abs().max().item()) for i, t in found]
-                 + [ids.tolist(), len(blocks), len(ran)]))
+apart = [
+    max((i - data["image"]).abs().max().item(), (t - data["text"]).abs().max().item())
+    for i, t in found
+]
+print(json.dumps([*apart, ids.tolist(), len(blocks), len(ran)]))
 """
 
 
@@ -218,7 +230,7 @@ def test_every_library_loads_it_from_the_hub_and_the_card_runs(kind, exported, h
         model = tiny(text_tower=text)
     if kind != "clip":
         folder = tmp_path / "out"
-        export.export(model, folder)
+        export(model, folder)
     quickly(folder, hub)
     if kind == "huggingface":
         shutil.rmtree(tmp_path / "bert")

@@ -13,7 +13,7 @@ from tests.losses.test_family import LEAVES, data
 from tests.losses.test_inputs import TERMS
 from vlp import dist
 from vlp.losses import build
-from vlp.pairwise import Engine
+from vlp.pairwise import Backend, Pairs
 
 
 def narrow() -> dict[str, Tensor]:
@@ -69,9 +69,8 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("impl", ["tiled"])
 def test_second_derivatives_of_reductions_are_refused(impl):
     given = narrow()
-    rows, _ = (
-        Engine(impl=impl).at(0).margin_logsumexp(given["image"], given["text"], given["scale"])
-    )
+    pairs = Pairs.at(Backend(impl=impl))
+    rows, _ = pairs.margin_logsumexp(given["image"], given["text"], given["scale"])
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         torch.autograd.grad(rows.sum(), [given["image"]], create_graph=True)
 
@@ -82,11 +81,8 @@ def exchanges() -> list[str]:
     value = torch.ones(4, 3, requires_grad=True)
 
     def ring(value: Tensor) -> Tensor:
-        return (
-            build({"infonce": {}}, topology="ring")
-            .engine.at(0)
-            .margin_logsumexp(value, value, 1.0)[0]
-        )
+        pairs = Pairs.at(build({"infonce": {}}, topology="ring").backend)
+        return pairs.margin_logsumexp(value, value, 1.0)[0]
 
     for exchange in (
         dist.all_gather,

@@ -71,10 +71,15 @@ def data() -> dict[str, Tensor]:
     }
 
 
-LEAVES = ("image", "text", "scale", "bias", "negatives", "negative_image", "counterfactual", "image_views", "text_views",
-          "view_scale", "caption_logits", "concept_logits")  # fmt: skip
-NEVER = ("ema_image", "ema_text", "ema_negatives", "teacher_image", "teacher_text", "teacher_scores", "queue_image",
-         "queue_text")  # teachers get no gradient  # fmt: skip
+LEAVES = (
+    "image", "text", "scale", "bias", "negatives", "negative_image", "counterfactual",
+    "image_views", "text_views", "view_scale", "caption_logits", "concept_logits",
+)  # fmt: skip
+# Teachers get no gradient.
+NEVER = (
+    "ema_image", "ema_text", "ema_negatives", "teacher_image", "teacher_text", "teacher_scores",
+    "queue_image", "queue_text",
+)  # fmt: skip
 
 
 # Loops, straight from the equations
@@ -182,6 +187,7 @@ def macl(d):
     mean = sum((d["image"][i] @ d["text"][i]).detach() for i in CANDIDATES) / B
     temperature = 0.1 * (1 + 0.5 * mean)
     cosine = d["image"] @ d["text"].T / temperature
+
     total = 0
     for score in (cosine, cosine.T):
         for i in CANDIDATES:
@@ -203,6 +209,7 @@ def cwcl(frozen, sharpening):
     def loop(d):
         total, u = 0, d[frozen].detach()
         score = (lambda i, j: z(d, i, j)) if frozen == "image" else (lambda i, j: z(d, j, i))
+
         for i in CANDIDATES:
             w = [(0.5 + 0.5 * u[i] @ u[j]) ** sharpening for j in CANDIDATES]
             norm = log_sum(score(i, j) for j in CANDIDATES)
@@ -216,6 +223,7 @@ def cwcl(frozen, sharpening):
 def distill(d):
     teacher = d["teacher_scale"] * d["teacher_image"].detach() @ d["teacher_text"].detach().T
     student = d["scale"] * d["image"] @ d["text"].T
+
     total = 0
     for t, s in ((teacher, student), (teacher.T, student.T)):
         for i in CANDIDATES:
@@ -235,6 +243,7 @@ def self_distillation(negatives):
                     total = total + distance(
                         d["negatives"][i, k], d["ema_negatives"][i, k].detach()
                     )
+
         return total / B
 
     return loop
@@ -256,6 +265,7 @@ def negclip(d, columns=range(K)):
 def triplet(d):
     second, n, scale = 0, 0, d["scale"]
     live = [j for j in CANDIDATES if d["negatives_valid"][j, 0]]
+
     for i in live:
         x, caption = d["negative_image"], d["negatives"][:, 0]
         own = scale * (x[i] @ caption[i])
@@ -265,6 +275,7 @@ def triplet(d):
             + (log_sum(rows) + log_sum(scale * (x[j] @ caption[i]) for j in live) - 2 * own) / 2
         )
         n += 1
+
     return negclip(d, columns=[0]) + second / n
 
 
@@ -281,6 +292,7 @@ def own(gamma, smoothing):
                 y = (1 - smoothing) * (k == 0) + smoothing / (1 + len(hard))
                 total = total - y * (1 - torch.exp(log_p)) ** gamma * log_p
             n += 1
+
         return total / n
 
     return loop
@@ -328,6 +340,7 @@ def ranking(d):
             total + sum(log_sum(left[r:]) - left[r] for r in range(len(left))),
             n + bool(left),
         )
+
     return total / n
 
 
@@ -340,6 +353,7 @@ def concepts(d):
                 total - sum(q[c] / q.sum() * (z[c] - log_sum(z)) for c in range(CONCEPTS)),
                 n + 1,
             )
+
     return total / n
 
 
@@ -386,6 +400,7 @@ def momentum_queue(d):
                 + log_sum([positive, *(d[own][i] @ k / 0.07 for k in keys(d[f"queue_{other}"]))])
                 - positive
             )
+
     return total / (2 * B)
 
 
@@ -397,6 +412,7 @@ def mixtures(query, queue, i, name, options):
     which, other, weight = (
         u[0].tolist() for u in draws(torch.tensor([i]), seed, n_pairs + options["mixed_queries"])
     )
+
     for m in range(len(which)):
         first = int(which[m] * n)
         second = (first + 1 + int(other[m] * (n - 1))) % n
@@ -425,6 +441,7 @@ def mixing(options):
                     + log_sum([d["scale"] * (x @ v) for v in found])
                     - d["scale"] * (x @ d[other][i])
                 )
+
         return total / (2 * B)
 
     return loop
@@ -440,11 +457,13 @@ def multi_view(d):
                     norm = log_sum(score[i])
                     y = [0.9 * (i == j) + 0.1 / B for j in CANDIDATES]
                     local = local - sum(y[j] * (score[i, j] - norm) for j in CANDIDATES) / (2 * B)
+
     return both(infonce)(d) / (1 + V) + V / (1 + V) * local / V**2
 
 
 def slip(d):
     v = [*d["image_views"][0], *d["image_views"][1]]
+
     total = 0
     for i in range(2 * B):
         total = (
@@ -452,6 +471,7 @@ def slip(d):
             + log_sum(v[i] @ v[k] / 0.1 for k in range(2 * B) if k != i)
             - v[i] @ v[(i + B) % (2 * B)] / 0.1
         )
+
     return total / (2 * B)
 
 
@@ -545,8 +565,9 @@ def on_rank() -> list[list]:
         for name, options, _ in FAMILY:
             d = data()
             objective = build({name: options}, impl=impl, topology=topology)
-            objective.engine = replace(objective.engine, tile_size=3)
+            objective.backend = replace(objective.backend, tile_size=3)
             results[-1].append(gradients_of(objective(**own_rows(d))[0], d))
+
     return results
 
 
@@ -554,6 +575,7 @@ def on_rank() -> list[list]:
 def test_objectives_equal_loops(n_ranks):
     expected = [gradients_of(loop(d), d) for _, _, loop in FAMILY for d in [data()]]
     found = ranks.run(n_ranks, on_rank)
+
     n_cases = n_live = 0
     for p, plan in enumerate(PLANS):
         for f, (name, options, _) in enumerate(FAMILY):
@@ -571,6 +593,7 @@ def test_objectives_equal_loops(n_ranks):
                 )
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
+
     assert n_cases == 4 * len(FAMILY) == 4 * 43 and n_live == 4 * N_LIVE, (
         "the comparison must not be empty"
     )
@@ -584,6 +607,7 @@ def test_half_precision_embeddings():
             if value.is_floating_point() and value.dim():
                 value.copy_(value.bfloat16())
         exact["scale"].fill_(20)
+
     n = 0
     for name, options, loop in FAMILY:
         given = {
@@ -609,6 +633,7 @@ def test_half_precision_embeddings():
             )
             assert (a - b).norm() <= 1e-2 * b.norm() + 1e-5, f"{name} {options}, {leaf}"
             n += bool(b.norm() > 1e-6)
+
     assert n == N_LIVE
 
 
@@ -644,6 +669,7 @@ def margins_on_rank() -> list:
 def test_the_margin_of_rank_is_the_previous_step_s(n_ranks):
     d = aligned()
     mean = sum(z(d, i, i) for i in CANDIDATES) / B
+
     margin = []
     for k in range(K):
         live = [i for i in CANDIDATES if d["negatives_valid"][i, k]]
@@ -651,9 +677,11 @@ def test_the_margin_of_rank_is_the_previous_step_s(n_ranks):
             live
         )
         margin.append(min(max(gap.item(), 0.0), 10.0))
+
     assert max(margin) > 0
     results = ranks.run(n_ranks, margins_on_rank)
     first, second, loaded = (sum(r[i] for r in results) / n_ranks for i in (0, 3, 4))
+
     assert first == pytest.approx(rank([0, 0, 0])(d).item(), rel=1e-10)
     assert second == loaded == pytest.approx(rank(margin)(d).item(), rel=1e-10)
     for result in results:
@@ -681,7 +709,9 @@ def test_uniformity_on_the_sphere_is_the_written_one():
         unit["image"], unit["text"], [(i, j) for i in CANDIDATES for j in others(i)]
     )
     total, _ = build({"uniformity": {}, "cross_uniformity": {}})(**unit, scale=1.0)
+
     torch.testing.assert_close(total, written, rtol=1e-12, atol=0)
+
     for a, b in zip(
         *(torch.autograd.grad(v, list(raw.values()), retain_graph=True) for v in (total, written))
     ):
@@ -752,6 +782,7 @@ def test_one_candidate_without_a_valid_caption_gives_zero_and_no_gradient(form):
     total, _ = build({"hard_negatives": {"form": form}})(
         **d, negatives_valid=torch.zeros(1, 2, dtype=torch.bool), scale=10.0
     )
+
     assert total == 0
     assert all(
         not g.any() for g in torch.autograd.grad(total, list(d.values()), materialize_grads=True)

@@ -29,6 +29,7 @@ def infonce_loop(image, text, scale, smoothing, image_weight):
             for j in range(B):
                 target = (1 - smoothing) * (i == j) + smoothing / B
                 total = total + weight * target * (log_norm - row[j]) / B
+
     return total
 
 
@@ -41,11 +42,13 @@ def siglip_loop(image, text, scale, bias):
                 total
                 - torch.log(1 / (1 + torch.exp(-y * (scale * (image[i] @ text[j]) + bias)))) / B
             )
+
     return total
 
 
 def assert_same(found, expected, given):
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
     live = 0
     for a, b in zip(
         *(
@@ -56,6 +59,7 @@ def assert_same(found, expected, given):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
             live += bool(b.norm() > 1e-6)
+
     assert live >= 3
 
 
@@ -67,6 +71,7 @@ def test_infonce(impl, smoothing, image_weight):
         {"infonce": {"label_smoothing": smoothing, "image_weight": image_weight}}, impl=impl
     )(**given)
     expected = infonce_loop(given["image"], given["text"], given["scale"], smoothing, image_weight)
+
     assert_same(total, expected, given)
 
 
@@ -74,6 +79,7 @@ def test_infonce(impl, smoothing, image_weight):
 def test_siglip(impl):
     given = leaves()
     total, _ = build({"siglip": {}}, impl=impl)(**given)
+
     assert_same(total, siglip_loop(**given), given)
 
 

@@ -4,8 +4,6 @@ at every later one.
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -17,9 +15,10 @@ from tests import ranks
 from tests.losses.test_family import FAMILY, data, own_rows
 from tests.losses.test_moving import CASES
 from vlp import dist
+from vlp.data.wrong_captions import LISTS
+from vlp.fields import CARRIED, FIELDS
 from vlp.losses import build
-from vlp.losses._inputs import FORMS
-from vlp.types import Batch
+from vlp.losses._inputs import dtype_kind
 
 TERMS = [(name, options) for name, options, *_ in (*FAMILY, *CASES)]
 # Changes that leave another call that is right: a letter that only this keyword has.
@@ -90,12 +89,12 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
     for name, options in TERMS:
         objective = build({name: options})
         for keyword in read_by(objective):
-            form = FORMS[keyword]
-            for dtype in others[form.dtype]:
+            kind = dtype_kind(FIELDS[keyword])
+            for dtype in others[kind]:
                 given_type = str(dtype).removeprefix("torch.")
                 with pytest.raises(
                     ValueError,
-                    match=f"{keyword}: found {given_type}, expected {form.dtype}; convert with",
+                    match=f"{keyword}: found {given_type}, expected {kind}; convert with",
                 ):
                     objective(**given() | {keyword: given()[keyword].to(dtype)})
                 n += 1
@@ -142,23 +141,37 @@ def test_a_number_may_be_a_tensor_of_one_element():
     )
 
 
-def test_the_loader_s_batch_is_described_in_the_same_letters():
-    source = inspect.getsource(Batch)
-    described = dict(
-        re.findall(r"^    (\w+): Tensor(?: \| None = None)?  # \[([^\]]+)\]", source, re.M)
-    )
-    letters = {name: text.split(", ") for name, text in described.items()}
+def test_a_batch_and_what_terms_read_are_described_in_the_same_letters():
+    """A tower turns the last letters into D and changes no other; a label passes as it is."""
+    pixels_or_tokens = {"3", "H", "W", "L"}
     n = 0
-    for name in set(FORMS) & set(letters):
-        form = FORMS[name].shapes[-1].split()
-        rows = [letter for letter in form if letter not in ("D", "D'")]
-        assert set(rows) <= set(letters[name]), f"{name}: [{described[name]}] is not of {form}"
+    for name, row in CARRIED.items():
+        shape = row.shapes[-1].split()
+        if not row.embedded:
+            assert row.shapes == (row.batch_shape,), name
+        else:
+            kept = set(row.batch_shape.split()) - pixels_or_tokens
+            assert shape[-1] == "D" and set(shape[:-1]) == kept, name
         n += 1
-    assert n == 15
+    assert n == 17
+
+
+def test_masks_and_neighbours_are_fields_of_the_table():
+    n = 0
+    for name, row in FIELDS.items():
+        for other in filter(None, (row.valid, row.beside)):
+            assert other in CARRIED, f"{name} names {other}"
+            n += 1
+        if row.valid:
+            assert CARRIED[row.valid].dtype == "bool"
+        if row.json and row.beside:
+            assert row.beside in LISTS, "numbers lie beside the lists of wrong captions alone"
+    assert n == 10
 
 
 # Rows that are not unit
 
+UNREAD = {"captions"}  # by the terms of this house
 UNIT = [
     ("infonce", {}, ("image", "text")),
     ("hard_negatives", {"form": "triplet"}, ("negatives", "negative_image")),
@@ -188,7 +201,7 @@ def test_rows_that_are_not_unit_are_refused_with_their_norm_or_normalised():
                 lenient(**given() | raw)[0], objective(**given())[0], rtol=1e-12, atol=0
             )
             n += 1
-    assert n == sum(form.unit for form in FORMS.values()) == 14
+    assert n == sum(row.unit for row in FIELDS.values()) - len(UNREAD) == 14
 
 
 def test_normalised_rows_have_the_gradient_of_a_normalisation():

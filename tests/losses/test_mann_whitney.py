@@ -32,6 +32,7 @@ def value_and_gradients(tau, exact, d):
 def test_the_error_is_within_its_bound(tau):
     d = rows()
     (exact, *wanted), (found, *gradients) = (value_and_gradients(tau, n, d) for n in (B, 0))
+
     assert 0 < abs(found - exact) < 1e-7, "another computation, and close"
     for a, b in zip(map(torch.tensor, gradients), map(torch.tensor, wanted)):
         assert (a - b).norm() < 1e-5 * b.norm() and b.norm() > 1e-2
@@ -41,6 +42,7 @@ def test_fewer_nodes_miss_the_bound(monkeypatch):
     """Negative control: the comparison above can fail."""
     exact = value_and_gradients(0.05, B, rows())[0]
     monkeypatch.setattr(mann_whitney, "NODES_A_TAU", 1)
+
     assert abs(value_and_gradients(0.05, 0, rows())[0] - exact) > 1e-7
 
 

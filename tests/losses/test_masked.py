@@ -105,6 +105,7 @@ def inputs(keyword: str) -> dict[str, Tensor]:
             "caption_nll": torch.rand(B, L, dtype=torch.float64).requires_grad_(),
             "caption_logits": None,
         }
+
     if keyword == "image_views":
         d["image_views"] = torch.cat(
             [d["image_views"].detach(), d["image_views"].detach()[:1].flip(1)]
@@ -146,6 +147,7 @@ def test_nothing_in_a_masked_slot_has_any_influence():
             if keyword in found:
                 assert not found[keyword][where].any()
             n += 1
+
     assert n == 4 * len(CASES) - 4 == 92
 
 
@@ -172,6 +174,7 @@ def test_the_same_holds_where_nothing_is_valid():
         found = value_and_gradients(name, options, d)
         assert all(value.isfinite().all() for value in found.values()), f"{name} {options}"
         n += 1
+
     assert n == 9
 
 
@@ -202,6 +205,7 @@ def test_numbers_of_samples_are_not_written_by_what_is_not_finite():
             assert objective(**moving_rows(1), sample_id=torch.tensor(IDS[1]), step=1)[0].isfinite()
             assert not torch.equal(before, objective.state_dict()[name]["samples"])
             n += 1
+
     assert n == 2 * len(MOVING)
 
 
@@ -211,6 +215,7 @@ def test_of_a_table_only_the_rows_that_are_not_finite_stay():
     table = Table((0.0, 0.0), 4)
     table.place(dist.world())
     table.write(torch.tensor([1, 2]), torch.tensor([[1.0, torch.nan], [3.0, 4.0]]))
+
     assert table.whole().tolist() == [[0, 0], [0, 0], [3, 4], [0, 0]]
     table.write(torch.tensor([0]), torch.tensor([[torch.inf, 1.0]]))
     assert table.whole().tolist() == [[0, 0], [0, 0], [3, 4], [0, 0]]

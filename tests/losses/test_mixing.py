@@ -18,6 +18,7 @@ def test_draws_are_uniform_and_independent():
             )
             < 0.05
         )
+
     assert (
         abs(
             torch.corrcoef(torch.stack([which.flatten(), other.flatten(), weight.flatten()])).tril(
@@ -33,5 +34,6 @@ def test_a_row_draws_the_same_in_any_block_and_another_step_draws_anew():
     parts = torch.cat(
         [torch.stack(list(draws(torch.arange(a, a + 4), 7, 5))) for a in (0, 4, 8)], 1
     )
+
     assert torch.equal(whole, parts)
     assert not (whole == torch.stack(list(draws(torch.arange(12), 8, 5)))).any()

@@ -59,6 +59,7 @@ def loop(name, options, step, kept):
     d = rows(step)
     individual = name == "isogclr" or options.get("version") == "v2"
     gamma = gamma_at(options, step)
+
     s, total = d["image"] @ d["text"].T, 0
     for modality, score in enumerate((s, s.T)):
         for i in range(B):
@@ -81,12 +82,14 @@ def loop(name, options, step, kept):
                     options.get("max_temperature", 1.0),
                 )
             kept[key] = [u, own, v]
+
     return total / (2 * B), d
 
 
 def as_rows(kept, individual):
-    """What a checkpoint should hold: log u of image and text, then τ and v where they are learned."""
+    """What a checkpoint should hold: log u of image and text, then τ and v where learned."""
     unseen = [0.0, 0.1, 0.0]
+
     found = []
     for sample in range(N):
         pairs = list(zip(*(kept.get((modality, sample), unseen) for modality in (0, 1))))
@@ -104,7 +107,7 @@ def gradients(value, d):
 
 def made(name, options, impl="tiled", topology="global", samples=N):
     objective = build({name: options}, impl=impl, topology=topology, samples=samples)
-    objective.engine = replace(objective.engine, tile_size=3)
+    objective.backend = replace(objective.backend, tile_size=3)
     return objective
 
 
@@ -156,6 +159,7 @@ def test_two_steps_equal_the_loop(n_ranks):
                 "a table is whole on the first rank only"
             )
             case += 1
+
     assert case == 4 * len(CASES) == 28
 
 
@@ -163,6 +167,7 @@ def test_learned_temperatures_reach_their_limits():
     """The case with narrow limits would prove nothing if no sample met them."""
     kept: dict = {}
     loop(*CASES[3], 0, kept)
+
     assert {0.095, 0.101} & {tau for _, tau, _ in kept.values()}
 
 
@@ -187,6 +192,7 @@ def test_resumed_on_other_ranks_equals_uninterrupted(before, after):
     expected = [take(objective, 1), objective.state_dict()["fastclip"]["samples"].tolist()]
     saved = ranks.run(before, first_half)[0]
     results = ranks.run(after, second_half, saved)
+
     for found, same in ((results, True), ([second_half(None)], False)):
         mean = sum(torch.tensor(r[0][1], dtype=torch.float64) for r in found) / len(found)
         assert (
@@ -195,6 +201,7 @@ def test_resumed_on_other_ranks_equals_uninterrupted(before, after):
             )
             == same
         )
+
     torch.testing.assert_close(
         torch.tensor(results[0][1]), torch.tensor(expected[1]), rtol=1e-6, atol=1e-6
     )
@@ -224,6 +231,7 @@ def test_of_a_sample_that_comes_twice_the_last_row_counts():
     other = made("sogclr", {})
     other(**d, sample_id=torch.tensor([4, 5, 6, 0, 1, 2, 3, 7]), step=0)
     found, single = (o.state_dict()["sogclr"]["samples"] for o in (objective, other))
+
     assert torch.equal(found[[0, 1, 2, 3, 7]], single[[0, 1, 2, 3, 7]])
     assert (found[[4, 5, 6]] == -torch.inf).all() and single.isfinite()[:8].all()
 
@@ -237,6 +245,7 @@ def test_sogclr_without_memory_is_decoupled_times_tau():
         **d | {"scale": torch.tensor(1 / tau, dtype=torch.float64)}
     )
     towers = [d["image"], d["text"]]
+
     for a, b in zip(
         *(torch.autograd.grad(v, towers, retain_graph=True) for v in (total, decoupled))
     ):
@@ -328,4 +337,5 @@ def test_aligned_pairs_at_a_low_temperature_stay_finite(name):
         image=x, text=torch.eye(B), scale=scale, sample_id=torch.arange(B), step=0
     )
     total.backward()
+
     assert total.isfinite() and x.grad.isfinite().all() and x.grad.norm() > 1e-3

@@ -21,6 +21,7 @@ def test_total_is_the_weighted_sum_of_unweighted_terms():
     image = rows()["image"].requires_grad_()
     total, terms = objective(**rows() | {"image": image}, bias=-10.0)
     alone = {name: build({name: {}})(**rows(), bias=-10.0)[0] for name in ("infonce", "siglip")}
+
     assert list(terms) == ["infonce", "siglip"] and not any(t.requires_grad for t in terms.values())
     for name, value in terms.items():
         torch.testing.assert_close(value, alone[name])
@@ -32,6 +33,7 @@ def test_total_is_the_weighted_sum_of_unweighted_terms():
 def test_one_term_several_times():
     objective = build({"infonce": [{"weight": 1}, {"weight": 1, "label_smoothing": 0.1}]})
     _, terms = objective(**rows())
+
     assert list(terms) == ["infonce", "infonce_2"] and terms["infonce"] != terms["infonce_2"]
 
 
@@ -97,6 +99,7 @@ def uneven():
             objective(**rows(4 + dist.rank() + change))
         except ValueError as error:
             messages.append(str(error))
+
     return messages
 
 

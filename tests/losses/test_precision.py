@@ -45,8 +45,10 @@ CASES = [
     ("distill", {"form": "concepts"}),
     ("captioning", {}),
 ]
-DIFFERENTIATED = ("image", "text", "scale", "negatives", "negative_image", "counterfactual", "image_views", "text_views",
-                  "concept_logits", "caption_logits")  # fmt: skip
+DIFFERENTIATED = (
+    "image", "text", "scale", "negatives", "negative_image", "counterfactual", "image_views",
+    "text_views", "concept_logits", "caption_logits",
+)  # fmt: skip
 
 
 def aligned(gap: float) -> dict[str, Tensor]:
@@ -132,6 +134,7 @@ def value_and_gradients(objective, d: dict[str, Tensor]) -> tuple[Tensor, dict[s
 @pytest.mark.parametrize("name, options", CASES)
 def test_a_small_loss_has_its_gradient(name, options):
     torch.manual_seed(0)
+
     n, losses = 0, []
     for gap in GAPS:
         d = aligned(gap)
@@ -153,6 +156,7 @@ def test_a_small_loss_has_its_gradient(name, options):
                 f"gap {gap}, loss {expected_loss:.1e}: the gradient of {leaf} is {error:.1e} off"
             )
             n += 1
+
     assert n >= len(GAPS)
     if name not in ("decoupled", "macl", "siglip") and not options.get("smoothing"):
         assert losses[0] > 1e-3 and losses[-1] < 3e-7
@@ -164,4 +168,5 @@ def test_the_plain_form_has_no_such_gradient():
     plain = -torch.log_softmax(torch.stack([-q, torch.zeros(2)]), 0)[0].sum()
     exact = softplus(q).sum()
     (a,), (b,) = torch.autograd.grad(plain, q), torch.autograd.grad(exact, q)
+
     assert abs(a[1] / b[1] - 1) > 0.5 and abs(a[0] / b[0] - 1) < 1e-5

@@ -26,7 +26,7 @@ class EvilModel(BertModel): pass
 
 
 def plant(folder, sprung):
-    """Everything in a folder that makes transformers import evil.py from it, if it is allowed to."""
+    """All in a folder that makes transformers import evil.py from it, if it is allowed to."""
     (folder / "evil.py").write_text(EVIL.format(sprung=str(sprung)))
     entries = {
         "tokenizer_config.json": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},

@@ -12,7 +12,9 @@ from tests.models.tiny import inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder
-from vlp.models.dual_encoder import embed, from_description, load
+from vlp.models.build import from_description
+from vlp.models.embedding import embed
+from vlp.models.load import load
 from vlp.types import Batch
 
 LENGTH = 10
@@ -94,7 +96,7 @@ def test_what_heads_give():
     found = embed(
         model,
         batch,
-        {"image", "text", "image_views", "text_views", "concept_logits", "caption_logits"},
+        {"image", "text", "image_views", "text_views", "concept_logits", "caption_nll"},
     )
     assert found["image_views"].shape == found["text_views"].shape == (3, 2, 48)
     assert torch.allclose(found["image_views"].norm(dim=-1), torch.ones(3, 2))

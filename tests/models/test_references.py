@@ -16,13 +16,24 @@ from vlp import checkpoint, schema
 from vlp.config import Model
 from vlp.eval import models
 from vlp.export import folder as export
-from vlp.models.dual_encoder import build, from_description
+from vlp.models.build import build, from_description
 from vlp.pretrained import references as _references
 
-KINDS = ["a run", "a checkpoint", "its model.safetensors", "an export", "an export with local-dir:", "an export's description",
-         "a transformers description", "an open_clip folder",
-         "a pickled open_clip folder", "a transformers folder", "a sharded transformers folder", "own architecture and epoch_K.pt",
-         "own architecture and safetensors"]  # fmt: skip
+KINDS = [
+    "a run",
+    "a checkpoint",
+    "its model.safetensors",
+    "an export",
+    "an export with local-dir:",
+    "an export's description",
+    "a transformers description",
+    "an open_clip folder",
+    "a pickled open_clip folder",
+    "a transformers folder",
+    "a sharded transformers folder",
+    "own architecture and epoch_K.pt",
+    "own architecture and safetensors",
+]
 BARE = [
     "epoch_2.pt",
     "compiled.pt",
@@ -359,8 +370,10 @@ def test_messages_say_what_is_there_and_what_would_work(room, tmp_path, monkeypa
         "ViT-B32:openai": "knows no architecture 'ViT-B32', did you mean 'ViT-B-32'",
         "ViT-B-32:openay": "no tag, did you mean 'openai'",
         "local-dir:exportd": "no folder exportd .near it: exported",
-        "ViT-B-32:exported": "exported is a folder, which says its architecture itself; write exported alone",
-        "https://huggingface.co/someone/model/tree/main": "is an address; write hf-hub:someone/model$",
+        "ViT-B-32:exported": "exported is a folder, which says its architecture itself; "
+        "write exported alone",
+        "https://huggingface.co/someone/model/tree/main": "is an address; "
+        "write hf-hub:someone/model$",
     }
     started = time.monotonic()
     for reference, message in cases.items():
@@ -390,7 +403,8 @@ def test_a_name_that_may_be_of_the_hub_is_asked_for_three_seconds(monkeypatch, t
             checkpoint.load_any("a/b")  # not timed: the first call imports
 
         messages = {
-            "openai/clipp": r"no such file or folder.*no Hub answered within 0.3 s.*write hf-hub:openai/clipp",
+            "openai/clipp": r"no such file or folder.*no Hub answered within 0.3 s.*"
+            "write hf-hub:openai/clipp",
             "hf-hub:openai/clipp": "could not get openai/clipp from the Hub: no Hub answered",
         }
         for reference, message in messages.items():

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vlp import config, schema
-from vlp.models.dual_encoder import DualEncoder, build
+from vlp.models.build import build
+from vlp.models.dual_encoder import DualEncoder
 
 VIT = {"name": "vit", "width": 64, "layers": 2, "head_width": 32, "patch_size": 8, "image_size": 32}
 TEXT = {"name": "transformer", "width": 64, "layers": 2, "heads": 2, "context_length": 16}

@@ -44,7 +44,7 @@ class Case:
 
 
 def pairs_of(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Unit rows [B, D] of both towers: random, or aligned with cosines about .2, .45, .9 in turn."""
+    """Unit rows [B, D] of both towers: random, or aligned with cosines .2, .45, .9 in turn."""
     generator = torch.Generator().manual_seed(seed + case.B)
     x, noise = (
         F.normalize(torch.randn(case.B, D, generator=generator, dtype=torch.float64), dim=1)
@@ -96,7 +96,7 @@ def truth(case: Case, groups: list[list[int]] | None = None) -> list[Tensor]:
 def objective_of(case: Case):
     topology = dict(case.topology) if isinstance(case.topology, tuple) else case.topology
     objective = build({case.loss: {}}, topology=topology, impl=case.impl)
-    objective.engine = replace(objective.engine, tile_size=case.tile_size)
+    objective.backend = replace(objective.backend, tile_size=case.tile_size)
     return objective
 
 
@@ -245,11 +245,13 @@ def mixed_truth(case: Case) -> list[Tensor]:
     out = model(x, t)
     loss = loss_of("infonce", out.image, out.text, out.scale, out.bias)
     captions, wrong = (F.normalize(e @ model.text, dim=-1) for e in (captions, wrong))
+
     own, n = torch.zeros(()), 0
     for i in range(case.B):
         if valid[i].any():
             z = [out.scale * (out.image[i] @ c) for c in (out.text[i], *captions[i][valid[i]])]
             own, n = own + torch.logsumexp(torch.stack(z), 0) - z[0], n + 1
+
     loss = loss + 0.7 * own / n
     gaps = [
         (out.image[i] @ wrong[i]) - (out.image[i] @ out.text[i])

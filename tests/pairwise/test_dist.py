@@ -33,6 +33,7 @@ def _reference(name, n):
     }[name]
     outputs = [[sum(inputs[k][i] for k, i in cell) for cell in rank] for rank in where]
     gradients = [[0.0] * (2 * n) for _ in everyone]
+
     for r, rank in enumerate(where):
         for position, cell in enumerate(rank):
             for k, i in cell:

@@ -124,7 +124,7 @@ def test_kept_tiles_change_nothing():
         x, t = exact.pairs_of(case)
         for budget in (0, 8 * 5 * 5 * 3, 10**6):
             objective = exact.objective_of(case)
-            object.__setattr__(objective.engine, "memory_budget", budget)
+            object.__setattr__(objective.backend, "memory_budget", budget)
             leaves = [x.clone().requires_grad_(), t.clone().requires_grad_()]
             leaves += [
                 torch.tensor(v, dtype=torch.float64, requires_grad=True)
@@ -140,6 +140,7 @@ def test_kept_tiles_change_nothing():
             assert_equal(case, [total.detach(), *gradients], truth(case))
             assert all(torch.equal(a, b) for a, b in zip(gradients, again))
             n += 1
+
     assert n == 18
 
 
@@ -153,6 +154,7 @@ def detached_gather(case: Case) -> list:
     dist._AllGather.backward = staticmethod(
         lambda ctx, g: (g.chunk(ctx.group.size)[ctx.group.index], None)
     )
+
     try:
         return exact.embeddings_of_rank(case)
     finally:
@@ -164,6 +166,7 @@ def averaging_scatter(case: Case) -> list:
 
     scatter = dist._scatter_sum
     dist._scatter_sum = lambda value, group: scatter(value, group) / group.size
+
     try:
         return exact.embeddings_of_rank(case)
     finally:
@@ -177,6 +180,7 @@ def test_wrong_gathers_are_noticed(mistake, impl, loss):
     case = Case(loss, impl, 2, aligned=True)
     found = combine(ranks.run(2, mistake, case))
     expected = truth(case)
+
     assert_equal(case, found[:1], expected[:1])  # the loss is right, which is why nobody notices
     with pytest.raises(AssertionError, match="text: error"):
         assert_equal(case, found, expected)
@@ -185,6 +189,7 @@ def test_wrong_gathers_are_noticed(mistake, impl, loss):
 def test_a_factor_of_the_rank_count_is_noticed():
     case = Case("infonce", "tiled", 2)
     found = combine(ranks.run(2, exact.embeddings_of_rank, case))
+
     assert_equal(case, found, truth(case))
     for i in range(1, 4):
         with pytest.raises(AssertionError):
@@ -199,6 +204,7 @@ def test_dropout_is_replayed(micro_batches):
     case = Case("infonce", "tiled", 1, micro_batches=micro_batches, aligned=True)
     expected = one_graph(case, 0.3)
     (found,) = ranks.run(1, exact.step_of_rank, case, 0.3)
+
     assert_equal(case, mean_over_ranks([found]), expected)
     (forgetful,) = ranks.run(1, exact.step_of_rank, case, 0.3, False)
     with pytest.raises(AssertionError):
@@ -231,6 +237,7 @@ def test_one_row_has_no_contrast(impl):
     scale = torch.tensor(100.0, requires_grad=True)
     total, _ = build({"infonce": {}}, impl=impl)(image=x, text=t, scale=scale)
     gradients = torch.autograd.grad(total, [x, t, scale])
+
     assert total == 0 and all((g == 0).all() for g in gradients)
 
 
@@ -241,6 +248,7 @@ def test_identical_embeddings_give_log_n(impl, dtype):
     x[:, 0] = 1
     leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     total, _ = build({"infonce": {}}, impl=impl)(image=leaves[0], text=leaves[1], scale=100.0)
+
     assert total.item() == pytest.approx(torch.log(torch.tensor(40.0)).item(), rel=1e-6)
     assert all(g.norm() < 1e-2 for g in torch.autograd.grad(total, leaves))
 
@@ -250,6 +258,7 @@ def test_bfloat16_at_scale_100():
         "infonce", "tiled", 1, scale=100.0, aligned=True, rows=200, dtype="bfloat16", tile_size=64
     )
     found = combine([exact.embeddings_of_rank(case)])
+
     assert all(torch.isfinite(f).all() for f in found)
     assert_equal(case, found, truth(case))
 

@@ -17,8 +17,11 @@ from tests.benchmarks.loss import loss_of, peak_memory
 torch.manual_seed(0)
 device = torch.device("cpu")
 loss = loss_of("{method}", device)
+def rows(n):
+    return torch.nn.functional.normalize(torch.randn(n, {D}), dim=1).requires_grad_()
+
 def run(n):
-    x, t = (torch.nn.functional.normalize(torch.randn(n, {D}), dim=1).requires_grad_() for _ in range(2))
+    x, t = rows(n), rows(n)
     scale = torch.tensor(14.0, requires_grad=True)
     return lambda: loss(x, t, scale).backward()
 run(256)()
@@ -35,6 +38,7 @@ def extra_memory(method: str, B: int, D: int) -> float:
         timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
+
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import ranks
 from vlp import dist
-from vlp.pairwise import LOGSUMEXP, SUM, Engine, Reduction, Tile, Topology, softplus
+from vlp.pairwise import LOGSUMEXP, SUM, Backend, Pairs, Reduction, Tile, Topology, softplus
 
 B, D, K = 8, 5, 3
 
@@ -144,6 +144,7 @@ def extra_columns(pairs, d):
     rows, _, positive = pairs.logsumexp(d.image, d.text, d.scale)
     hard = pairs.row_logsumexp(d.image, d.extra.flatten(0, 1), d.scale, valid=d.valid.flatten())
     nothing = pairs.row_logsumexp(d.image, d.text, d.scale, valid=d.none)
+
     assert (nothing == -torch.inf).all()
     total = torch.logaddexp(torch.logaddexp(rows, hard), nothing)
     return pairs.mean(d.weight * softplus(total - positive))
@@ -297,6 +298,7 @@ def masked_mean(pairs, d):
     values = (d.text.unsqueeze(1) * d.extra).sum(2) * d.scale
     poisoned = torch.where(d.valid, values, torch.nan)
     nothing = pairs.mean(torch.where(d.none, values[:, 0], torch.inf), d.none)
+
     assert nothing == 0
     return (
         pairs.mean(poisoned, d.valid)
@@ -348,14 +350,16 @@ def gradients_of(value: Tensor, d: Data) -> list:
 
 
 def on_rank(plans: list[tuple[str, str]]) -> list[list]:
-    """[plan][reduction] -> value share and this rank's gradients of the leaves of the whole batch."""
+    """[plan][reduction] -> value share and this rank's gradients of the whole batch's leaves."""
     results = []
     for impl, topology in plans:
-        engine = Engine(topology=Topology.read(topology), impl=impl, tile_size=3)
+        backend = Backend(topology=Topology.read(topology), impl=impl, tile_size=3)
+        pairs = Pairs.at(backend)
         results.append([])
         for share, _ in REDUCTIONS.values():
             d = data()
-            results[-1].append(gradients_of(share(engine.at(0), d.own()), d))
+            results[-1].append(gradients_of(share(pairs, d.own()), d))
+
     return results
 
 
@@ -366,6 +370,7 @@ PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("globa
 def test_reductions_equal_loops(n_ranks):
     expected = [gradients_of(loop(d), d) for _, loop in REDUCTIONS.values() for d in [data()]]
     found = ranks.run(n_ranks, on_rank, PLANS)
+
     n_cases = n_live = 0
     for p, plan in enumerate(PLANS):
         for r, name in enumerate(REDUCTIONS):
@@ -385,10 +390,11 @@ def test_reductions_equal_loops(n_ranks):
                 )
                 n_live += bool(wanted.norm() > 1e-6)
             n_cases += 1
+
     assert n_cases == 4 * 13 and n_live == 4 * 48, "the comparison must not be empty"
 
 
 def test_top_k_of_too_few():
     d = data()
     with pytest.raises(ValueError, match="top 8 of 7 candidates; use at most 7"):
-        Engine().at().top_k(d.image, d.text, 8)
+        Pairs.at(Backend()).top_k(d.image, d.text, 8)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from vlp.pairwise import Engine, Topology
+from vlp.pairwise import Backend, Topology
 from vlp.pairwise.topology import contiguous, rotation, strided
 
 
@@ -40,12 +40,14 @@ def test_alternating_groups_let_every_pair_meet():
         fewest = -(-(n_ranks - 1) // (size - 1)) if size > 1 else 1
         assert len(cycle) <= 2.5 * fewest + 1
         n += 1
+
     assert n == 8
 
 
 def test_the_partition_is_a_function_of_seed_and_step():
     topology = Topology(2, "alternating")
     steps = [topology.partition(8, step, seed=5) for step in range(40)]
+
     assert steps == [topology.partition(8, step, seed=5) for step in range(40)]
     assert steps != [topology.partition(8, step, seed=6) for step in range(40)]
     assert len(set(steps)) == len(rotation(8, 2, 5))
@@ -74,11 +76,11 @@ def test_a_group_that_does_not_divide_names_the_divisors():
     with pytest.raises(
         ValueError, match=r"groups of 2 do not divide 1 ranks; choose group from \[1\]"
     ):
-        Engine(topology=Topology(2))
+        Backend(topology=Topology(2))
 
 
 def test_unknown_implementation():
     with pytest.raises(
         ValueError, match="impl: found 'fast'; choose from auto, dense, tiled, triton"
     ):
-        Engine(impl="fast")
+        Backend(impl="fast")

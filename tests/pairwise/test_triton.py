@@ -44,6 +44,7 @@ def test_kernels_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.pairwise.test_triton"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     for case, found in zip(CASES, results):
@@ -57,7 +58,9 @@ warnings.simplefilter("ignore")
 from vlp.pairwise import triton
 print(json.dumps([
     [mode, dtype, name, kernel.metadata.shared, "wgmma" in kernel.asm["ptx"]]
-    for mode, dtype, D in (("margin", "bf16", 512), ("margin", "fp32", 24), ("softplus", "bf16", 512))
+    for mode, dtype, D in (
+        ("margin", "bf16", 512), ("margin", "fp32", 24), ("softplus", "bf16", 512)
+    )
     for name, kernel in triton.compile_ahead(D, dtype, mode).items()
 ]))
 """
@@ -73,12 +76,13 @@ def test_kernels_compile_for_hopper():
         text=True,
         timeout=200,
     )
+
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
     for _, dtype, _, shared, tensor_cores in kernels:
         assert shared <= 227 * 1024  # a Hopper block's shared memory
         assert tensor_cores == (dtype == "bf16")
-    assert [name for *_, name, _, _ in kernels] == ["_statistics", "_weights"] * 3
+    assert [name for *_, name, _, _ in kernels] == ["statistics_kernel", "weights_kernel"] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

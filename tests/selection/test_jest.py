@@ -42,6 +42,7 @@ def naive(learner, reference, n_chosen, chunks, seed, step, couplings=True):
         ]
 
     s = np.array(losses(learner)) - np.array(losses(reference))
+
     chosen = []
     for chunk in range(chunks):
         generator = torch.Generator().manual_seed(derive(seed, "jest", step, chunk))
@@ -51,6 +52,7 @@ def naive(learner, reference, n_chosen, chunks, seed, step, couplings=True):
             logit = s[i, i] + couplings * sum(s[i, k] + s[k, i] for k in chosen)
             keys[i] = logit - np.log(-np.log(uniform[i]))
         chosen += sorted(keys, key=keys.get)[-n_chosen // chunks :]
+
     return sorted(chosen)
 
 
@@ -73,6 +75,7 @@ def test_the_draw_equals_the_naive_loop():
             -reference.scale * (reference.image * reference.text).sum(1) - reference.bias
         )
         torch.testing.assert_close(own, expected.double())
+
     assert n_cases == 48
     assert (
         n_other >= 12
@@ -118,6 +121,7 @@ def selected(seed, n_chosen=12, chunks=4):
         score=number / 10,
     )
     moved = exchange(batch, chosen, torch.device("cpu"))
+
     assert moved.image.dtype == torch.uint8 and moved.negatives_valid.dtype == torch.bool
     values = (moved.image[:, 0, 0, 0], moved.text[:, 0], moved.negatives[:, 0, 0])
     assert all(v.tolist() == (moved.sample_id - 1000).tolist() for v in values)
@@ -134,6 +138,7 @@ def all_selected():
 def test_ranks_choose_one_set_and_share_its_rows(n_ranks):
     alone = all_selected()
     together = ranks.run(n_ranks, all_selected)
+
     n_compared = 0
     for case, (chosen, ids, keys) in enumerate(alone):
         parts = [together[rank][case] for rank in range(n_ranks)]
@@ -142,6 +147,7 @@ def test_ranks_choose_one_set_and_share_its_rows(n_ranks):
         assert [i for part in parts for i in part[1]] == ids == [1000 + i for i in chosen]
         assert [k for part in parts for k in part[2]] == keys
         n_compared += 1
+
     assert n_compared == 4
 
 
@@ -151,12 +157,16 @@ data:
   sources: [{{name: shards, path: {data}}}]
   workers: 0
 model:
-  image_tower: {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16, patch_dropout: 0.25}}
+  image_tower:
+    {{name: vit, image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16,
+      patch_dropout: 0.25}}
   text_tower: {{name: transformer, context_length: 24, width: 32, layers: 1, heads: 2}}
   embed_dim: 16
   scale: {{init: 10}}
   bias: -10
-train: {{duration: 6, batch: 16, micro_batches: 2, precision: float32, device: cpu, optimizer: {{lr: 1e-2}}}}
+train:
+  {{duration: 6, batch: 16, micro_batches: 2, precision: float32, device: cpu,
+    optimizer: {{lr: 1e-2}}}}
 objective: {{siglip: {{}}}}
 log: {{every: 1}}
 checkpoint: {{every: 3, keep: 2}}
@@ -196,6 +206,7 @@ def test_a_run_that_stops_goes_on_exactly_and_counts_its_cost(home, scenes):
     shutil.copytree(whole, home / "cut")
     shutil.rmtree(home / "cut" / "checkpoints" / "step_00000006")
     again = train(settings(home, scenes, "cut", chosen_by(home), "resume=auto"))
+
     assert logged(again) == logged(whole)
     one, other = (checkpoint.load(checkpoint.newest(run)) for run in (whole, again))
     assert all(one.model[k].equal(other.model[k]) for k in one.model)
@@ -221,6 +232,7 @@ def test_stored_embeddings_choose_as_the_reference_does(home, scenes):
     by_rows = chosen_by(home, reference="precomputed", scale=scale, bias=bias)
     source = f"data.sources=[{{name: shards, path: {shards}, embeddings: {stored}}}]"
     by_file = logged(train(settings(home, scenes, "by_file", by_rows, source, *plain)))
+
     assert [r["jest.reference_rows"] for r in by_file] == [0, 0]
     assert by_file[0]["jest.learnability"] == pytest.approx(
         by_model[0]["jest.learnability"], rel=1e-3
@@ -255,6 +267,7 @@ def test_two_ranks_train_on_what_one_chooses(home, scenes, engine):
     together = ranks.run(
         2, losses_of, home / "one.yaml", *options, f"out={home / engine}", f"train.engine={engine}"
     )[0]
+
     assert len(alone) == 3
     np.testing.assert_allclose(together, alone, rtol=1e-4)
 

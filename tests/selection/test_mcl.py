@@ -25,7 +25,7 @@ from vlp.eval.models import load as load_encoder
 from vlp.export.folder import export, export_run, export_stages
 from vlp.export.push import push
 from vlp.models import stages
-from vlp.models.dual_encoder import load as load_model
+from vlp.models.load import load as load_model
 from vlp.train import train
 
 B = 16
@@ -64,11 +64,13 @@ def test_an_epoch_holds_every_batch_of_every_cell_once(source, labelled):
     labels = np.random.default_rng(0).choice(3, 200, p=[0.5, 0.3, 0.2])
     order = cells(source, [labelled(labels, 3)])
     n_batches = sum(int(size) // B for size in np.bincount(labels))
+
     assert order.steps_per_epoch(B) == n_batches
     epochs = [
         np.concatenate([order.batch(e * n_batches + s, B) for s in range(n_batches)])
         for e in range(3)
     ]
+
     for ids in epochs:
         assert len(set(ids.tolist())) == len(ids) == n_batches * B
         assert Counter(labels[ids].tolist()) == {
@@ -91,6 +93,7 @@ def test_labels_of_stages_combine(source, labelled):
     files = [labelled(one, 2, "one"), labelled(two, 2, "two")]
     both = np.stack([one, two], 1)
     order = cells(source, files)
+
     assert order.sizes.tolist() == [50] * 4 and order.steps_per_epoch(B) == 12
     assert not mixed_batches(order, both, range(12))
     assert mixed_batches(
@@ -102,11 +105,13 @@ def test_labels_of_stages_combine(source, labelled):
 def test_small_cells_are_refused_or_pooled(source, labelled):
     labels = np.repeat([0, 1, 2, 3, 4, 5], [150, 10, 5, 9, 20, 6])
     path = labelled(labels, 6)
+
     with pytest.raises(
         ValueError,
         match=r"4 of 6 cells are smaller than the batch of 16 \(the smallest has 5.*small: merge",
     ):
         cells(source, [path])
+
     order = cells(source, [path], small="merge")
     # 10 + 5 + 9 fill a batch; the last 6 join them.
     assert sorted(order.sizes.tolist()) == [20, 30, 150]
@@ -121,6 +126,7 @@ def test_small_cells_are_refused_or_pooled(source, labelled):
 def test_stand_ins_come_from_the_cell(source, labelled):
     labels = np.repeat([0, 1], [180, 20])
     order = cells(source, [labelled(labels, 2)])
+
     n_checked = 0
     for step in range(order.steps_per_epoch(B)):
         batch = order.batch(step, B)
@@ -130,10 +136,12 @@ def test_stand_ins_come_from_the_cell(source, labelled):
             found[0] != found[1] or labels[found[0]] == 1
         )  # the small cell has four left: rows may share them
         n_checked += 1
+
     assert n_checked == 12
     tight = cells(source, [labelled(np.repeat([0, 1], [184, 16]), 2)])
     step = next(s for s in range(12) if tight.batch(s, B).min() >= 184)
     batch = tight.batch(step, B)
+
     assert next(tight.replacements(int(batch[0]), step, 0, batch)) in set(
         batch[1:].tolist()
     )  # nothing else is left
@@ -142,11 +150,13 @@ def test_stand_ins_come_from_the_cell(source, labelled):
 def test_labels_of_other_samples_are_refused(source, labelled, scenes, tmp_path):
     path = labelled(np.zeros(200), 1)
     labels, n_clusters = read_labels(path, mixture(source))
+
     assert labels.tolist() == [0] * 200 and n_clusters == 1
     with pytest.raises(
         ValueError, match=r"labels 200 samples, but the data has 400; make labels .* vlp data cells"
     ):
         read_labels(path, Mixture([source, source], [None, None], seed=0, shuffle=True))
+
     shutil.copytree(scenes / "train", tmp_path / "changed")
     (tar,) = (tmp_path / "changed").glob("*.tar")
     content = bytearray(tar.read_bytes())
@@ -154,6 +164,7 @@ def test_labels_of_other_samples_are_refused(source, labelled, scenes, tmp_path)
     content[start + 20] ^= 1  # a bit of the first picture: layout, keys and captions are the same
     tar.write_bytes(content)
     changed = shards.open(shards.Options(path=str(tmp_path / "changed")), Captions())
+
     assert changed.fingerprint() == source.fingerprint()
     with pytest.raises(ValueError, match="other samples than those of the data"):
         read_labels(path, mixture(changed))
@@ -174,9 +185,11 @@ def test_kmeans_finds_separate_groups_and_rests_at_a_fixed_point():
     middles = torch.eye(5, 8) * 4
     rows = middles[truth] + 0.3 * torch.randn(300, 8, generator=generator)
     found = nearest(rows, kmeans(rows, 5, seed=1))
+
     assert (
         len({(a, b) for a, b in zip(truth.tolist(), found.tolist())}) == 5
     )  # the same groups under other numbers
+
     n_checked = 0
     for seed in range(5):
         overlapping = torch.randn(200, 4, generator=generator)
@@ -191,6 +204,7 @@ def test_kmeans_finds_separate_groups_and_rests_at_a_fixed_point():
             )
             n_checked += 1
         assert centres.equal(kmeans(overlapping, 6, seed))
+
     assert n_checked == 30
     with pytest.raises(ValueError, match="only 2 different features; --clusters 3"):
         kmeans(torch.eye(2, 4)[torch.arange(10) % 2], 3, seed=0)
@@ -227,14 +241,17 @@ def test_three_stages_become_one_model(scenes, tmp_path, capsys):
             )
             == 0
         )
+
     capsys.readouterr()
     third = (tmp_path / "stage3" / "config.yaml").read_text()
+
     assert "cells2.safetensors" in third
     state = checkpoint.load(checkpoint.newest(tmp_path / "stage3")).state
     assert "cells" in state["loader"]  # a resumed run compares the cells
 
     to = tmp_path / "joined"
     export_run(runs[0], tmp_path / "first")  # a stage may also be an export
+
     assert (
         main(
             ["export", str(tmp_path / "first"), *runs[1:], "--to", str(to), "--license", "cc0-1.0"]
@@ -270,6 +287,7 @@ def test_three_stages_become_one_model(scenes, tmp_path, capsys):
         "--out",
         str(out),
     ]
+
     assert main(["eval", str(to), *task]) == 0
     assert 0 <= json.loads(out.read_text())[0]["metrics"]["acc1"] <= 1
     assert load_encoder(str(to)).fingerprint != load_encoder(runs[0]).fingerprint
@@ -278,6 +296,7 @@ def test_three_stages_become_one_model(scenes, tmp_path, capsys):
     theirs = open_clip.create_model(
         f"local-dir:{to / 'stage_2'}"
     ).eval()  # a stage alone is an export like any other
+
     torch.testing.assert_close(
         theirs.encode_image(pixels, normalize=True), parts[1].image, atol=1e-5, rtol=0
     )
@@ -288,6 +307,7 @@ def test_stages_must_read_the_same_batch(scenes, tmp_path):
     other = train(
         settings(tmp_path, scenes, "other", "train.duration=1", "model.image_tower.image_size=24")
     )
+
     assert main(["export", str(one), str(other), "--to", str(tmp_path / "joined")]) == 1
     assert not (tmp_path / "joined").exists()
     with pytest.raises(
@@ -308,6 +328,7 @@ def test_stages_bring_their_own_copies_of_a_tokenizer(tmp_path):
         export(member, tmp_path / f"stage{i}")
     export_stages([tmp_path / "stage0", tmp_path / "stage1"], tmp_path / "joined")
     loaded = load_model(tmp_path / "joined").eval()
+
     assert loaded.members[0].text_spec != loaded.members[1].text_spec  # in folders of their own
     pixels, ids = inputs(members[0])
     with torch.no_grad():
@@ -328,6 +349,7 @@ def test_more_clusters_than_samples(source, scenes, tmp_path, capsys):
         "--to",
         str(tmp_path / "cells.safetensors"),
     ]
+
     assert main([*command, "--clusters", "201"]) == 1
     assert "--clusters 201 must lie between 2 and the 200 samples" in capsys.readouterr().err
     assert main([*command, "--fit", "50"]) == 0  # centres of some, labels for all
@@ -337,11 +359,12 @@ def test_more_clusters_than_samples(source, scenes, tmp_path, capsys):
 
 LOADED = """
 import json, torch
-from vlp.models.dual_encoder import load
+from vlp.models.load import load
 model = load("hf-hub:someone/joined").eval()
 pixels, ids = model.members[0].example(2)
 with torch.no_grad():
-    print(json.dumps([model.embed_dim, (model(pixels, ids).image @ model(pixels, ids).text.T).tolist()]))
+    scores = model(pixels, ids).image @ model(pixels, ids).text.T
+    print(json.dumps([model.embed_dim, scores.tolist()]))
 """
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -19,8 +19,10 @@ from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden
 from vlp.data.names import Names, cleaned
 from vlp.data.tar import DamagedTar, Member, foreign, packed_with, walk
 
-CAPTION_TYPES = TEXT_TYPES | {"caption"}  # of texts that may lie beside a picture under its name
+# Of texts that may lie beside a picture under its name.
+CAPTION_TYPES = TEXT_TYPES | {"caption"}
 _SHOWN = 3  # names that are given for a reason
+_LONGEST_EXTENSION = 10  # what is longer is the end of a sentence
 
 
 class Place(NamedTuple):
@@ -34,7 +36,8 @@ class Place(NamedTuple):
         """The bytes of an image; raises OSError, or ValueError where they are no longer there or
         too many."""
         data = self._bytes(MAX_IMAGE_BYTES)
-        if not 0 < len(data) <= MAX_IMAGE_BYTES or self.size not in (-1, len(data)):
+        is_whole = self.size in (-1, len(data))
+        if not is_whole or not 0 < len(data) <= MAX_IMAGE_BYTES:
             raise ValueError(f"{self.path}: found {len(data)} bytes of an image")
         return data
 
@@ -43,9 +46,11 @@ class Place(NamedTuple):
         return self._bytes(MAX_TEXT_BYTES)
 
     def _bytes(self, most: int) -> bytes:
+        # One byte too many tells the caller that there are more.
+        size = most + 1 if self.size < 0 else self.size
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return file.read(most + 1 if self.size < 0 else self.size)
+            return file.read(size)
 
 
 def image_type(name: str) -> str:
@@ -82,14 +87,15 @@ class LeftOut:
     def __str__(self) -> str:
         """Such as "12 .webm (a.webm, b.webm, c.webm, …), 1 hidden (.ipynb_checkpoints/)"; empty for
         nothing."""
-        return ", ".join(
-            f"{count:,} {reason} ({self._some(reason)})"
-            for reason, count in self.counts.most_common()
-        )
+        parts = []
+        for reason, count in self.counts.most_common():
+            parts.append(f"{count:,} {reason} ({self._some(reason)})")
+        return ", ".join(parts)
 
     def _some(self, reason: str) -> str:
-        more = ["…"] if self.counts[reason] > len(self.names[reason]) else []
-        return ", ".join(self.names[reason] + more)
+        names = ", ".join(self.names[reason])
+        has_more = self.counts[reason] > len(self.names[reason])
+        return f"{names}, …" if has_more else names
 
 
 class Archive:
@@ -101,14 +107,16 @@ class Archive:
     """
 
     def __init__(self, path: str | Path, below: str = "", leave: bool = True) -> None:
-        self.path, self.below = Path(path).expanduser(), below
+        self.path = Path(path).expanduser()
+        self.below = below
         self.left_out = LeftOut()
-        self.outside: dict[str, str] = {}  # links that lead out of the folder: name -> target
+        # Links that lead out of the folder: name -> target.
+        self.outside: dict[str, str] = {}
         self.texts: dict[str, Place] = {}  # those that may belong to a picture
-        self.folders: defaultdict[str, Counter[str]] = defaultdict(
-            Counter
-        )  # the first level: files by extension
+        # Of the first level, files by extension.
+        self.folders: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._places: dict[str, Place] = {}
+
         if self.path.is_dir():
             self._check_below(below, self.path / below)
             self.path = self.path / below
@@ -117,6 +125,8 @@ class Archive:
             self._take_tar("/".join(cleaned(below)))
         else:
             raise ValueError(f"{self.path} is neither a folder nor a tar file")
+
+        # Sorted, because neither a file system nor a tar has an order that means anything.
         self.names = sorted(self._places)
         self.index = Names(self.names)
 
@@ -147,53 +157,59 @@ class Archive:
         return self._places[name].read()
 
     def _check_below(self, below: str, folder: Path) -> None:
-        if not folder.is_dir():
-            there = sorted(
-                entry.name
-                for entry in os.scandir(self.path)
-                if entry.is_dir() and not is_hidden(entry.name)
-            )
-            raise ValueError(
-                f"{self.path} holds no folder {below!r}; there are: {', '.join(there) or 'none'}"
-            )
+        """Raise ValueError where there is no such sub-folder, with those that there are."""
+        if folder.is_dir():
+            return
+        folders = [
+            entry.name
+            for entry in os.scandir(self.path)
+            if entry.is_dir() and not is_hidden(entry.name)
+        ]
+
+        raise ValueError(_no_folder(self.path, below, folders))
 
     def _take(self, name: str, place: Place) -> None:
+        """Keep a file by its kind, or count it as left out."""
         extension = extension_of(name)
         if "/" in name:
-            self.folders[name.split("/")[0]][extension] += 1
+            top_folder = name.split("/")[0]
+            self.folders[top_folder][extension] += 1
+
         if extension in IMAGE_TYPES:
             self._places[name] = place
         elif extension in CAPTION_TYPES:
             self.texts[name] = place
+        elif 0 < len(extension) <= _LONGEST_EXTENSION:
+            self.left_out.add(f".{extension}", name)
         else:
-            self.left_out.add(
-                f".{extension}" if 0 < len(extension) <= 10 else "of no known kind", name
-            )
+            self.left_out.add("of no known kind", name)
 
     def _take_tar(self, below: str) -> None:
+        """Take the members of the tar that lie in the folder `below`."""
         prefix = f"{below}/" if below else ""
-        seen = set()
+        top_folders = set()
         with open(self.path, "rb", buffering=1 << 18) as file:
             self._refuse_packed(file.read(8))
             for member in self._members(file):
+                # Without parts that would lead out of the tar where a tool unpacks by these names.
                 parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
                 name = "/".join(parts)
-                seen.add(parts[0] if len(parts) > 1 else "")
+                if len(parts) > 1:
+                    top_folders.add(parts[0])
+
                 if not name.startswith(prefix):
                     continue
                 if any(is_hidden(part) for part in parts):
                     self.left_out.add("hidden", name)
-                else:
-                    self._take(
-                        name.removeprefix(prefix), Place(str(self.path), member.offset, member.size)
-                    )
+                    continue
+                place = Place(str(self.path), member.offset, member.size)
+                self._take(name.removeprefix(prefix), place)
+
         if below and not (self._places or self.texts):
-            raise ValueError(
-                f"{self.path} holds no folder {below!r}; there are: "
-                f"{', '.join(sorted(seen - {''})) or 'none'}"
-            )
+            raise ValueError(_no_folder(self.path, below, top_folders))
 
     def _members(self, file: BinaryIO) -> Iterator[Member]:
+        """The members of the tar; raises ValueError for damage, since a part would be lost."""
         try:
             yield from walk(file, 0, self.path.stat().st_size)
         except DamagedTar as error:
@@ -202,11 +218,13 @@ class Archive:
             ) from None
 
     def _refuse_packed(self, start: bytes) -> None:
+        # Samples are read from any place, and a compressed tar has none to go to.
         if kind := packed_with(start):
             raise ValueError(
-                f"{self.path} is compressed with {kind}; unpack it first, or, if it holds shards, write plain ones: "
-                f"vlp data reshard {self.path} --to DIR"
+                f"{self.path} is compressed with {kind}; unpack it first, or, if it holds shards, "
+                f"write plain ones: vlp data reshard {self.path} --to DIR"
             )
+
         if kind := foreign(start):
             raise ValueError(f"{self.path} is no tar: it is {kind}")
 
@@ -218,65 +236,88 @@ class Archive:
         """(name, path) of every regular file below the folder that is not hidden."""
         home = os.path.realpath(self.path)
         visited = {_identity(home)}
-        folders, linked = [("", str(self.path))], deque()
-        while folders or linked:
+        folders = [("", str(self.path))]  # prefix of the names in it, path
+        linked_folders: deque[tuple[str, str]] = deque()
+        while folders or linked_folders:
             # Links wait until all real folders are read, so that a folder keeps its own name.
             if folders:
                 prefix, path = folders.pop()
             else:
-                prefix, path = linked.popleft()
+                prefix, path = linked_folders.popleft()
                 if _identity(path) in visited:
                     self.left_out.add("links to folders that are read already", prefix)
                     continue
                 visited.add(_identity(path))
+
             for entry in self._entries(path, prefix):
                 name = prefix + entry.name
                 if entry.is_symlink() and not self._may_follow(name, entry.path, home, leave):
                     continue
-                if entry.is_dir():
-                    if not prefix:
-                        self.folders[entry.name]  # also one that turns out to hold nothing
-                    if entry.is_symlink():
-                        linked.append((f"{name}/", entry.path))
-                    else:
-                        visited.add(_identity(entry.path))
-                        folders.append((f"{name}/", entry.path))
-                elif entry.is_file():
+
+                if entry.is_file():
                     yield name, entry.path
-                else:
+                    continue
+                if not entry.is_dir():  # opening a pipe would wait for ever
                     self.left_out.add("no regular file", name)
+                    continue
+
+                if not prefix:
+                    # Also one that holds nothing.
+                    self.folders.setdefault(entry.name, Counter())
+                if entry.is_symlink():
+                    linked_folders.append((f"{name}/", entry.path))
+                else:
+                    visited.add(_identity(entry.path))
+                    folders.append((f"{name}/", entry.path))
 
     def _entries(self, path: str, prefix: str) -> list[os.DirEntry]:
         """The entries of a folder that are not hidden, by name."""
         try:
+            # Sorted: of two links to one folder the first by name is read, on every machine.
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError:
             self.left_out.add("folders that cannot be read", prefix or str(self.path))
             return []
+
+        visible = []
         for entry in entries:
-            if is_hidden(entry.name):
-                self.left_out.add(
-                    "hidden", prefix + entry.name + "/" * entry.is_dir(follow_symlinks=False)
-                )
-        return [entry for entry in entries if not is_hidden(entry.name)]
+            if not is_hidden(entry.name):
+                visible.append(entry)
+                continue
+            mark = "/" if entry.is_dir(follow_symlinks=False) else ""
+            self.left_out.add("hidden", prefix + entry.name + mark)
+        return visible
 
     def _may_follow(self, name: str, path: str, home: str, leave: bool) -> bool:
+        """Whether a link is read like what it leads to; else it is counted."""
         if not os.path.exists(path):
             self.left_out.add("broken links", name)
             return False
+
         target = os.path.realpath(path)
         shared = os.path.commonpath([target, home])
-        if shared == target != home:
+        leads_above = shared == target and target != home
+        if leads_above:
+            # Followed, it would bring in the folder's neighbours, and this folder once more.
             self.left_out.add("links to a folder that holds this one", name)
             return False
-        if shared != home:
-            if not leave:
-                self.left_out.add("links that lead out of the folder", name)
-                return False
+
+        leads_out = shared != home
+        if leads_out and not leave:
+            self.left_out.add("links that lead out of the folder", name)
+            return False
+        if leads_out:
             self.outside[name] = target
         return True
 
 
+def _no_folder(path: Path, below: str, folders: Iterable[str]) -> str:
+    """What to say of a sub-folder that is not there."""
+    there = ", ".join(sorted(folders)) or "none"
+    return f"{path} holds no folder {below!r}; there are: {there}"
+
+
 def _identity(path: str) -> tuple[int, int]:
+    """What tells a folder under all its names."""
     status = os.stat(path)
     return status.st_dev, status.st_ino

@@ -8,9 +8,10 @@ used is noted and costs only itself.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -24,11 +25,13 @@ MAX_CLASS = 10**9  # class numbers are below this
 TEXT_FILE = ".txt"
 _IN_ENTRIES = ("caption", "raw", "text", "sentence")  # COCO's and Karpathy's fields of one caption
 _MAX_NAMES = 64  # text fields of one sample that can be chosen, and the length of their names
+_MAX_PYTHON_LIST = 1 << 16  # characters
+# Cheap, and true of few captions: parsing each that begins with a bracket would take long.
+_LIST_OF_TEXTS = re.compile(r"\[\s*(['\"].*)?\]", re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-Form = dict[
-    str, int
-]  # how many texts a sample has under each name, the lines of its text file included; at most 255
+# How many texts a sample has under each name, the lines of its text file included; at most 255.
+Form = dict[str, int]
 
 
 class TextMembers(NamedTuple):
@@ -50,15 +53,16 @@ class Texts:
     # them, in this order; {re_caption: 0.75, txt: 0.25} draws a field by its share. Empty: the
     # JSON's captions or caption, else the text file.
     captions: list[str] | dict[str, float] = field(default_factory=list)
-    lines: Literal["one", "each"] | None = (
-        None  # a text file of several lines: as data.captions.lines, unless said here
-    )
+    # A text file of several lines: as data.captions.lines, unless said here.
+    lines: Literal["one", "each"] | None = None
 
     def __post_init__(self) -> None:
         shares = self.captions.values() if isinstance(self.captions, dict) else []
-        if len(set(self.captions)) < len(self.captions) or min(shares, default=1) <= 0:
+        repeated = len(set(self.captions)) < len(self.captions)
+        if repeated or min(shares, default=1) <= 0:
             raise ValueError(
-                f"captions is {self.captions}; expected different names, with shares above 0 where it has shares"
+                f"captions is {self.captions}; expected different names, with shares above 0 where "
+                "it has shares"
             )
 
 
@@ -68,27 +72,31 @@ class Choice:
 
     names: tuple[str, ...] = ()  # empty: the first of `USUAL` that the sample has
     shares: tuple[float, ...] = ()  # of the names; empty: all captions alike
-    lines: Literal["one", "each"] = (
-        "one"  # whether a text file is one caption, or each of its lines is
-    )
+    lines: Literal["one", "each"] = "one"  # whether a text file is one caption, or each line is
 
     @classmethod
     def of(cls, texts: Texts, captions: Captions) -> Choice:
         """What a source's options and `data.captions` choose together; raises ValueError where they
         do not agree.
         """
-        shares = tuple(texts.captions.values()) if isinstance(texts.captions, dict) else ()
-        if shares and captions.choose != "seed":
+        # Shares draw one caption at each visit; the other choices leave nothing to draw.
+        shares: tuple[float, ...] = ()
+        if isinstance(texts.captions, dict):
+            shares = tuple(texts.captions.values())
+        if shares and captions.choose != "random":
             raise ValueError(
-                f"the source's captions {texts.captions} are drawn by their shares, which data.captions.choose: "
-                f"{captions.choose} leaves no room for; give a list of names, or leave choose out"
+                f"the source's captions {texts.captions} are drawn by their shares, which "
+                f"data.captions.choose: {captions.choose} leaves no room for; give a list of "
+                "names, or leave choose out"
             )
         return cls(tuple(texts.captions), shares, texts.lines or captions.lines)
 
     def count(self, form: Form) -> int:
         """How many captions a sample of this form has."""
         counts = [self._under(name, form) for name in self.names or USUAL]
-        return sum(counts) if self.names else next(filter(None, counts), 0)
+        if self.names:
+            return sum(counts)
+        return next(filter(None, counts), 0)
 
     def captions(self, meta: dict[str, Any], text: str) -> tuple[str, ...]:
         """The captions of a sample with this JSON and this text file."""
@@ -97,8 +105,12 @@ class Choice:
 
     def weights(self, meta: dict[str, Any], text: str) -> tuple[float, ...]:
         """By which the captions are drawn; empty: all alike."""
-        groups = self._groups(meta, text) if self.shares else []
-        return tuple(share / len(group) for share, group in zip(self.shares, groups) for _ in group)
+        if not self.shares:
+            return ()
+        weights: list[float] = []
+        for share, group in zip(self.shares, self._groups(meta, text)):
+            weights += [share / len(group)] * len(group) if group else []
+        return tuple(weights)
 
     def check(self, there: Mapping[str, int], n_samples: int, where: str) -> list[str]:
         """What to tell about names that samples lack; ValueError for one that none has. `there`:
@@ -107,16 +119,21 @@ class Choice:
         for name in self.names:
             if name not in there:
                 raise ValueError(
-                    f"no sample of {where} has a text under {name!r}, which the source's captions name; there are "
-                    f"{listed(there)}: choose among these"
+                    f"no sample of {where} has a text under {name!r}, which the source's captions "
+                    f"name; there are {listed(there)}: choose among these"
                 )
+
+        # A few samples without a field are usual; none with it is a misspelt name.
+        lacking = {name: n_samples - there[name] for name in self.names}
         return [
-            f"{where}: {n_samples - there[name]:,} of {n_samples:,} samples have no text under {name!r}"
-            for name in self.names
-            if there[name] < n_samples
+            f"{where}: {n:,} of {n_samples:,} samples have no text under {name!r}"
+            for name, n in lacking.items()
+            if n > 0
         ]
 
     def _under(self, name: str, form: Form) -> int:
+        """How many captions a form has under a name."""
+        # The text file goes before a field of the JSON that has its name.
         if name == "txt" and TEXT_FILE in form:
             return 1 if self.lines == "one" else form[TEXT_FILE]
         return form.get(name, 0)
@@ -125,12 +142,14 @@ class Choice:
         """The texts under each of the names; of the usual ones only the first that has any."""
         if self.names:
             return [self._texts(name, meta, text) for name in self.names]
+
         for name in USUAL:
             if texts := self._texts(name, meta, text):
                 return [texts]
         return []
 
     def _texts(self, name: str, meta: dict[str, Any], text: str) -> Sequence[str]:
+        """The captions under a name; as many as `_under` counts."""
         if name == "txt" and text:
             return [text] if self.lines == "one" else lines_of(text)
         return texts_of(meta[name])[:255] if name in meta else ()
@@ -142,11 +161,13 @@ _USUAL_CHOICE = Choice()
 def listed(names: Mapping[str, int]) -> str:
     """Names with their numbers of samples, the commonest first: "txt (40), re_caption (30)"."""
     common = sorted(names, key=lambda name: (-names[name], name))
-    return (
-        ", ".join(f"{name} ({names[name]:,})" for name in common[:20])
-        + (", …" if len(common) > 20 else "")
-        or "none"
-    )
+    if not common:
+        return "none"
+
+    shown = [f"{name} ({names[name]:,})" for name in common[:20]]
+    if len(common) > 20:
+        shown.append("…")
+    return ", ".join(shown)
 
 
 def read_texts(members: dict[str, bytes]) -> TextMembers:
@@ -159,14 +180,17 @@ def read_texts(members: dict[str, bytes]) -> TextMembers:
         else:
             decoded[kind] = _decode(data, kind, notes)
 
+    # The class number of a .cls counts where the JSON has none.
     meta = _json(decoded["json"], notes) if "json" in decoded else {}
     if label := decoded.get("cls", "").strip():
         if re.fullmatch(r"\d{1,9}", label):
             meta.setdefault("cls", int(label))
         else:
             notes.append(
-                f"a .cls that is no class number is not read: {label[:40]!r}, expected a whole number below {MAX_CLASS}"
+                f"a .cls that is no class number is not read: {label[:40]!r}, "
+                f"expected a whole number below {MAX_CLASS}"
             )
+
     text = decoded.get("txt", "")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -178,11 +202,9 @@ def form_of(meta: dict[str, Any], text: str) -> Form:
     """How many texts a sample has under each name."""
     form = {}
     for name, value in meta.items():
-        if isinstance(value, str):
-            if value and not value.isspace():
-                form[name] = 1
-        elif isinstance(value, (list, dict)) and (texts := texts_of(value)):
-            form[name] = min(len(texts), 255)
+        if isinstance(value, (str, list, dict)) and (texts := texts_of(value)):
+            form[name] = min(len(texts), 255)  # a byte of the index
+
     if text:
         form[TEXT_FILE] = len(lines_of(text)) if "\n" in text else 1
     return form
@@ -190,10 +212,13 @@ def form_of(meta: dict[str, Any], text: str) -> Form:
 
 def cut(form: Form) -> Form:
     """A form without what nobody would name: fields beyond the first 64, and endless names."""
-    if len(form) <= _MAX_NAMES and len(max(form, key=len, default="")) <= _MAX_NAMES:
+    longest = max(map(len, form), default=0)
+    if max(len(form), longest) <= _MAX_NAMES:
         return form
+
     names = [name for name in form if len(name) <= _MAX_NAMES][:_MAX_NAMES]
-    return {name: n for name, n in form.items() if name in {*names, *USUAL, TEXT_FILE}}
+    kept = {*names, *USUAL, TEXT_FILE}
+    return {name: n for name, n in form.items() if name in kept}
 
 
 def lines_of(text: str) -> list[str]:
@@ -204,14 +229,35 @@ def lines_of(text: str) -> list[str]:
 
 def texts_of(value: Any) -> list[str]:
     """The captions that a value of a JSON holds: a text, an entry such as {"raw": text}, or a list
-    of these.
+    of these, also one that is written into a text (`written_list`).
     """
     if isinstance(value, str):
-        text = value.strip()
-        return [text] if text else []
+        value = written_list(value.strip())
+
     items = value if isinstance(value, list) else [value]
-    texts = (text_in(item) for item in items)
+    texts = map(text_in, items)
     return [text for text in texts if text]
+
+
+def written_list(text: str) -> str | list[str]:
+    """The list of texts that JSON or Python wrote into a text, `["a dog", "a cat"]`; any other text
+    as it is.
+    """
+    if not _LIST_OF_TEXTS.fullmatch(text):
+        return text
+
+    # Python's reader takes five seconds for a text of 1 MB.
+    parsers: list[Callable[[str], Any]] = [json.loads]
+    if len(text) <= _MAX_PYTHON_LIST:
+        parsers.append(ast.literal_eval)
+    for parse in parsers:
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return value
+    return text
 
 
 def text_in(entry: Any) -> str | None:
@@ -230,48 +276,72 @@ def _decode(data: bytes, kind: str, notes: list[str]) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         notes.append(f".{kind} is not UTF-8: read as UTF-16")
         return data.decode("utf-16", "replace").replace("\0", "")
+
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         text = data.decode("utf-8", "replace")
+        # Not one whole character beyond ASCII tells another encoding rather than damage.
         if any("\x7f" < character != "\ufffd" for character in text):
             notes.append(f".{kind} is not UTF-8: the wrong bytes became U+FFFD")
-        else:  # not one whole character of UTF-8 beyond ASCII: another encoding rather than damage
+        else:
             notes.append(f".{kind} is not UTF-8: read as Windows-1252")
             text = data.decode("cp1252", "replace")
+
     if "\0" in text:
-        halves = {"utf-16-le": data[1::2], "utf-16-be": data[0::2]}
-        encoding = next(
-            (name for name, half in halves.items() if half.count(0) * 2 > len(half)), ""
-        )
-        notes.append(
-            f".{kind} holds NUL bytes: "
-            + (f"read as {encoding.upper()}" if encoding else "they are left out")
-        )
-        text = (data.decode(encoding, "replace") if encoding else text).replace("\0", "")
+        encoding = _wide_encoding(data)
+        if encoding:
+            notes.append(f".{kind} holds NUL bytes: read as {encoding.upper()}")
+            text = data.decode(encoding, "replace")
+        else:
+            notes.append(f".{kind} holds NUL bytes: they are left out")
+        text = text.replace("\0", "")
     return text.removeprefix("\ufeff")
+
+
+def _wide_encoding(data: bytes) -> str:
+    """Which UTF-16 without a mark of its order bytes are; "" for none."""
+    # Of Latin letters in UTF-16 every second byte is NUL.
+    halves = {"utf-16-le": data[1::2], "utf-16-be": data[0::2]}
+    for encoding, half in halves.items():
+        if half.count(0) * 2 > len(half):
+            return encoding
+    return ""
 
 
 def _json(text: str, notes: list[str]) -> dict[str, Any]:
     """The JSON as a mapping; a text or a list is its captions. One that cannot be used is empty,
     and noted.
     """
+    # Depth and digits without end raise RecursionError and ValueError.
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
             value = _without_surrogates(value, notes)
     except (ValueError, RecursionError) as error:
-        notes.append(f"not valid JSON: {str(error)[:80] if text.strip() else 'it is empty'}")
+        reason = str(error)[:80] if text.strip() else "it is empty"
+        notes.append(f"not valid JSON: {reason}")
         return {}
-    if isinstance(value, (str, list)):
-        value = {"caption" if isinstance(value, str) else "captions": value}
+
+    if isinstance(value, str):
+        value = {"caption": value}
+    elif isinstance(value, list):
+        value = {"captions": value}
+
     if not isinstance(value, dict):
         notes.append(f"a JSON that holds no mapping is not read: it is {json.dumps(value)[:40]}")
         return {}
+    _note_odd_captions(value, notes)
+    return value
+
+
+def _note_odd_captions(value: dict[str, Any], notes: list[str]) -> None:
+    """Note what stands among the captions of a JSON and holds no text."""
     for name in ("captions", "caption"):
         entries = value.get(name)
         if entries is None or isinstance(entries, str):
             continue
+
         entries = entries if isinstance(entries, list) else [entries]
         odd = [
             entry
@@ -279,8 +349,8 @@ def _json(text: str, notes: list[str]) -> dict[str, Any]:
             if entry is not None and not isinstance(entry, str) and not text_in(entry)
         ]
         if odd:
-            notes.append(f"no text in the JSON's {name}: {json.dumps(odd[0])[:40]} is left out")
-    return value
+            example = json.dumps(odd[0])[:40]
+            notes.append(f"no text in the JSON's {name}: {example} is left out")
 
 
 def _without_surrogates(value: Any, notes: list[str]) -> Any:

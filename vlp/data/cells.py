@@ -24,26 +24,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vlp import log
-from vlp.data.mix import Mixture, permute
+from vlp.data.mix import Mixture
+from vlp.data.permutation import permute
 from vlp.data.sources import Source
 from vlp.files import write_atomically
 from vlp.seeds import derive
 
-# samples whose content is compared when labels are read: tars of equal layout may hold other
-# pictures
+# Samples whose content is compared when labels are read: tars of equal layout may hold other
+# pictures.
 _PROBES = 64
+_TRIED_AT_ONCE = 64  # stand-ins that are computed together, for each row of a batch
 
 
 def collection(mixture: Mixture) -> str:
     """A hash that changes whenever samples are added, moved or (as far as 64 of them tell)
     exchanged.
     """
-    total = hashlib.sha256("".join(source.fingerprint() for source in mixture.sources).encode())
-    for i in np.unique(np.linspace(0, mixture.n_samples - 1, _PROBES).astype(int)):
+    fingerprints = "".join(source.fingerprint() for source in mixture.sources)
+    total = hashlib.sha256(fingerprints.encode())
+
+    probes = np.unique(np.linspace(0, mixture.n_samples - 1, _PROBES).astype(int))
+    for sample_id in probes:
         try:
-            sample = mixture.read(int(i))
+            sample = mixture.read(int(sample_id))
             total.update(sample.key.encode() + b"\0" + sample.image)
         except (OSError, ValueError):
+            # Damage is the loader's to tell; the labels fit as before.
             total.update(b"unreadable")
     return total.hexdigest()
 
@@ -55,10 +61,9 @@ def write_labels(
     made for.
     """
     about = {"n_clusters": n_clusters, "collection": collection(mixture), **made_by}
+    metadata = {"vlp cells": json.dumps(about)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        path, save({"labels": labels.astype(np.int32)}, metadata={"vlp cells": json.dumps(about)})
-    )
+    write_atomically(path, save({"labels": labels.astype(np.int32)}, metadata=metadata))
 
 
 def read_labels(path: str | Path, mixture: Mixture) -> tuple[np.ndarray, int]:
@@ -68,11 +73,14 @@ def read_labels(path: str | Path, mixture: Mixture) -> tuple[np.ndarray, int]:
     remedy = "make labels for these sources with vlp data cells"
     try:
         with safe_open(path, "numpy") as file:
-            about, labels = json.loads(file.metadata()["vlp cells"]), file.get_tensor("labels")
+            about = json.loads(file.metadata()["vlp cells"])
+            labels = file.get_tensor("labels")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no labels of cells ({error or type(error).__name__}); {remedy}"
         ) from None
+
+    # Labels are by position: of other samples they would be noise that nothing else notices.
     if len(labels) != mixture.n_samples:
         raise ValueError(
             f"{path} labels {len(labels)} samples, but the data has {mixture.n_samples}; {remedy}"
@@ -104,44 +112,61 @@ class Cells(Mixture):
         small: str = "error",
     ) -> None:
         super().__init__(sources, weights, seed=seed, shuffle=shuffle)
+
         if self.shares is not None:
             raise ValueError(
-                "batches from cells and weights of sources exclude each other; leave the weights out"
+                "batches from cells and weights of sources exclude each other; "
+                "leave the weights out"
             )
         if any(source.window for source in sources):
             raise ValueError(
-                "a batch from one cell would fetch many remote shards; copy them here and use `name: shards`"
+                "a batch from one cell would fetch many remote shards; "
+                "copy them here and use `name: shards`"
             )
         if any(source.reserve for source in sources):
             raise ValueError(
-                "a batch from one cell needs samples from anywhere, a stream gives them in turn; pack it into shards"
+                "a batch from one cell needs samples from anywhere, a stream gives them in turn; "
+                "pack it into shards"
             )
+
+        cell = self._cells(labels, batch, small)
+        self.sizes = np.bincount(cell)
+        # Slots are the batches of an epoch, cell by cell.
+        self._cell_of_slot = np.repeat(np.arange(len(self.sizes)), self.sizes // batch)
+        self._starts = np.cumsum(self.sizes) - self.sizes
+        self._digest = hashlib.sha256(cell.astype(np.int32).tobytes()).hexdigest()[:16]
+
+        # In shared memory, as loader processes receive it; half the bytes where 32 bits are enough.
+        width = np.int32 if self.n_samples < 2**31 else np.int64
+        members = np.argsort(cell, kind="stable").astype(width)
+        self._members = torch.from_numpy(members).share_memory_()
+
+    def _cells(self, labels: Sequence[str], batch: int, small: str) -> np.ndarray:
+        """The cell of each sample, int64 [n samples], small ones pooled or refused."""
+        # Samples are of one cell where all labels agree: one number for each combination.
         combined = np.zeros(self.n_samples, np.int64)
         for path in labels:
-            own, n_clusters = read_labels(path, self)
-            combined = combined * n_clusters + own
+            stage_labels, n_clusters = read_labels(path, self)
+            combined = combined * n_clusters + stage_labels
+
         _, cell, sizes = np.unique(combined, return_inverse=True, return_counts=True)
-        if n_small := int((sizes < batch).sum()):
-            if small == "error":
-                raise ValueError(
-                    f"{n_small} of {len(sizes)} cells are smaller than the batch of {batch} (the smallest has {sizes.min()} "
-                    "samples); set train.batch lower, cluster into fewer, or set small: merge"
-                )
+
+        n_small = int((sizes < batch).sum())
+        if n_small and small == "error":
+            raise ValueError(
+                f"{n_small} of {len(sizes)} cells are smaller than the batch of {batch} "
+                f"(the smallest has {sizes.min()} samples); set train.batch lower, "
+                "cluster into fewer, or set small: merge"
+            )
+        if n_small:
             cell = _pooled(sizes, batch)[cell]
-        self.sizes = np.bincount(cell)
+
+        kept_sizes = np.bincount(cell)
         log.say(
-            f"cells: {len(self.sizes)} of {self.sizes.min():,} to {self.sizes.max():,} samples; {n_small} small ones pooled"
+            f"cells: {len(kept_sizes)} of {kept_sizes.min():,} to {kept_sizes.max():,} samples; "
+            f"{n_small} small ones pooled"
         )
-        self._starts = np.cumsum(self.sizes) - self.sizes
-        self._cell_of_slot = np.repeat(
-            np.arange(len(self.sizes)), self.sizes // batch
-        )  # slots: the batches of an epoch
-        # In shared memory, as loader processes receive it; half the bytes where 32 bits are enough.
-        members = np.argsort(cell, kind="stable").astype(
-            np.int32 if self.n_samples < 2**31 else np.int64
-        )
-        self._members = torch.from_numpy(members).share_memory_()
-        self._digest = hashlib.sha256(cell.astype(np.int32).tobytes()).hexdigest()[:16]
+        return cell
 
     def steps_per_epoch(self, size: int) -> int:
         return len(self._cell_of_slot)
@@ -151,56 +176,64 @@ class Cells(Mixture):
 
     def batch(self, step: int, size: int) -> np.ndarray:
         epoch, cell, turn = self._place(step)
-        return self._samples(
-            cell,
-            self._shuffled(
-                int(self.sizes[cell]), turn * size + np.arange(size), "cell", epoch, cell
-            ),
-        )
+        positions = turn * size + np.arange(size)
+        members = self._shuffled(int(self.sizes[cell]), positions, "cell", epoch, cell)
+        return self._samples(cell, members)
 
     def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
         """Stand-ins of the same cell, chosen as `Mixture` chooses among a source."""
         _, cell, _ = self._place(step)
-        n, present, key = (
-            int(self.sizes[cell]),
-            set(batch.tolist()),
-            derive(self.seed, "replace", step),
-        )
-        own = permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
-        yield from (i for i in self._samples(cell, own).tolist() if i not in present)
-        for wanted in (
-            True,
-            False,
-        ):  # a cell hardly larger than the batch: share, and at last repeat
+        n = int(self.sizes[cell])
+        key = derive(self.seed, "replace", step)
+        present = set(batch.tolist())
+
+        positions = np.arange(row, min(n, row + _TRIED_AT_ONCE * len(batch)), len(batch))
+        for candidate in self._samples(cell, permute(n, key, positions)).tolist():
+            if candidate not in present:
+                yield candidate
+
+        # A cell hardly larger than the batch: share stand-ins with other rows, at last repeat.
+        for may_be_present in (False, True):
             for i in range(n):
                 (candidate,) = self._samples(cell, permute(n, key, np.array([i]))).tolist()
-                if (candidate not in present) == wanted and candidate != sample_id:
+                if (candidate in present) == may_be_present and candidate != sample_id:
                     yield candidate
 
     def _place(self, step: int) -> tuple[int, int, int]:
         """(epoch, cell, which of the cell's batches in this epoch) of a step."""
-        epoch, position = divmod(step, len(self._cell_of_slot))
-        slot = int(self._shuffled(len(self._cell_of_slot), np.array([position]), "cells", epoch)[0])
+        n_slots = len(self._cell_of_slot)
+        epoch, position = divmod(step, n_slots)
+        (slot,) = self._shuffled(n_slots, np.array([position]), "cells", epoch).tolist()
+
         cell = int(self._cell_of_slot[slot])
-        return epoch, cell, slot - int(np.searchsorted(self._cell_of_slot, cell))
+        # A cell's slots stand side by side: the distance from its first one is its turn.
+        first_slot = int(np.searchsorted(self._cell_of_slot, cell))
+        return epoch, cell, slot - first_slot
 
     def _samples(self, cell: int, i: np.ndarray) -> np.ndarray:
+        """The samples at the positions `i` of a cell."""
         return self._members.numpy()[self._starts[cell] + i].astype(np.int64)
 
     def _shuffled(self, n: int, i: np.ndarray, purpose: str, *position: int) -> np.ndarray:
-        return permute(n, derive(self.seed, purpose, *position), i) if self.shuffle else i
+        if not self.shuffle:
+            return i
+        return permute(n, derive(self.seed, purpose, *position), i)
 
 
 def _pooled(sizes: np.ndarray, batch: int) -> np.ndarray:
     """The new number of every cell, small ones pooled as `Cells` says."""
     pool_of = np.arange(len(sizes))
     open_pool: list[int] = []
-    last = None
-    for c in np.flatnonzero(sizes < batch):
-        open_pool.append(c)
+    last_pool = None
+    for cell in np.flatnonzero(sizes < batch).tolist():
+        open_pool.append(cell)
         if sizes[open_pool].sum() >= batch:
-            last = pool_of[open_pool] = open_pool[0]
+            last_pool = open_pool[0]
+            pool_of[open_pool] = last_pool
             open_pool = []
+
+    # What remains is less than a batch by itself.
     if open_pool:
-        pool_of[open_pool] = np.argmax(sizes) if last is None else last
-    return np.unique(pool_of, return_inverse=True)[1]
+        pool_of[open_pool] = np.argmax(sizes) if last_pool is None else last_pool
+    _, numbered = np.unique(pool_of, return_inverse=True)
+    return numbered

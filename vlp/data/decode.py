@@ -19,11 +19,8 @@ from vlp.config import Augment
 from vlp.data import picture
 from vlp.types import ON_WHITE, Decoding, ImageSpec
 
-_SHRINKS = (
-    8,
-    4,
-    2,
-)  # what libjpeg-turbo scales by in vector code; other eighths are slower than no scaling
+# What libjpeg-turbo scales by in vector code; other eighths are slower than no scaling.
+_SHRINKS = (8, 4, 2)
 _REACH = 3  # pixels around a part that count when it is enlarged: 2 for bicubic, 1 for rounding
 _THIN = 16  # what is enlarged to this many times its part that counts is cut before
 
@@ -33,56 +30,66 @@ def decode(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> Tenso
     return _to_tensor(picture.array(data, decoding, shrink))
 
 
-def train(data: bytes, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
-    """`random_crop` of an encoded image; with `augment.scaled_decoding` its crop is of reduced
-    pixels. Raises BadImage.
+def train_transform(data: bytes, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
+    """The training transform: `random_crop` of an encoded image; raises BadImage.
+
+    With `augment.scaled_decoding` the crop is of reduced pixels.
     """
     size = picture.jpeg_size(data, spec.decoding) if augment.scaled_decoding else None
     if size is None:
         return random_crop(decode(data, spec.decoding), spec, augment, rng)
+
+    # The crop is drawn in whole pixels, so that it shows the same part at any scale.
     box = crop_box(*size, augment, rng)
-    shrink = next(
-        (s for s in _SHRINKS if box[2] >= s * spec.size[0] and box[3] >= s * spec.size[1]), 1
-    )
-    top, left, height, width = (side / shrink for side in box)
-    top, left = round(top), round(left)
-    image = decode(data, spec.decoding, shrink)[
-        :, top : top + round(height), left : left + round(width)
-    ]
-    return _augmented(image, spec, augment, rng)
+    shrink = _shrink_for(box[2:], spec.size)
+    top, left, height, width = (round(side / shrink) for side in box)
+    image = decode(data, spec.decoding, shrink)
+    crop = image[:, top : top + height, left : left + width]
+    return _augmented(crop, spec, augment, rng)
+
+
+def _shrink_for(crop: tuple[int, int], size: tuple[int, int]) -> int:
+    """The most by which a crop (height, width) can shrink and still be as large as `size`."""
+    for shrink in _SHRINKS:
+        if crop[0] >= shrink * size[0] and crop[1] >= shrink * size[1]:
+            return shrink
+    return 1
 
 
 def random_crop(image: Tensor, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
-    """A crop of pixels uint8 [3, h, w] at the tower's size, flipped, recoloured and blurred by
-    `augment`: uint8 [3, H, W].
+    """A crop at the tower's size, flipped, recoloured and blurred: uint8 [3, h, w] → [3, H, W].
 
     A pure function of its arguments and the state of `rng`.
     """
-    top, left, height, width = crop_box(image.shape[1], image.shape[2], augment, rng)
-    return _augmented(image[:, top : top + height, left : left + width], spec, augment, rng)
+    _, full_height, full_width = image.shape
+    top, left, height, width = crop_box(full_height, full_width, augment, rng)
+    crop = image[:, top : top + height, left : left + width]
+    return _augmented(crop, spec, augment, rng)
 
 
 def _augmented(image: Tensor, spec: ImageSpec, augment: Augment, rng: random.Random) -> Tensor:
+    """Pixels at the tower's size, changed by `augment`; each change draws from `rng` only if it is
+    on.
+    """
     if image.shape[1:] != spec.size:
-        packed = image[None].contiguous(
-            memory_format=torch.channels_last
-        )  # what the vectorised kernel wants
+        # What the vectorised kernel wants.
+        packed = image[None].contiguous(memory_format=torch.channels_last)
         image = F.interpolate(packed, spec.size, mode=spec.interpolation, antialias=True)[0]
     if augment.flip and rng.random() < augment.flip:
         image = image.flip(-1)
+
     if augment.color or augment.grayscale:
-        from torchvision.transforms.v2 import (
-            functional as color,
-        )  # here: it costs each server of loaders 90 MB
+        # Here, because it costs each server of loaders 90 MB.
+        from torchvision.transforms.v2 import functional as color
     if augment.color:
         for adjust in (color.adjust_brightness, color.adjust_contrast, color.adjust_saturation):
             image = adjust(image, rng.uniform(1 - augment.color, 1 + augment.color))
     if augment.grayscale and rng.random() < augment.grayscale:
         image = color.rgb_to_grayscale(image, num_output_channels=3)
+
     if augment.blur and rng.random() < augment.blur:
-        image = blurred(
-            image, rng.uniform(0.1, 2.0) * image.shape[1] / 224
-        )  # SimCLR's range, which is meant for 224 px
+        sigma = rng.uniform(0.1, 2.0)  # SimCLR's range, which is meant for 224 px
+        image = blurred(image, sigma * image.shape[1] / 224)
     return image
 
 
@@ -90,31 +97,41 @@ def blurred(image: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of standard deviation `sigma` pixels, mirrored at the borders: uint8 [3, H, W]
     like `image`.
     """
+    # Mirroring needs more pixels than it adds.
     radius = min(math.ceil(3 * sigma), min(image.shape[1:]) - 1)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+
+    # A Gaussian is separable: rows first, then columns.
     wide = F.pad(image[:, None].float(), (radius,) * 4, mode="reflect")
-    return F.conv2d(F.conv2d(wide, kernel), kernel.mT)[:, 0].round().to(torch.uint8)
+    blurred_rows = F.conv2d(wide, kernel)
+    return F.conv2d(blurred_rows, kernel.mT)[:, 0].round().to(torch.uint8)
 
 
 def crop_box(
     height: int, width: int, augment: Augment, rng: random.Random
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) with the distribution of torchvision's RandomResizedCrop."""
-    low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
+    low, high = map(math.log, augment.ratio)
     for _ in range(10):
         area = height * width * rng.uniform(*augment.scale)
         ratio = math.exp(rng.uniform(low, high))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+            top = rng.randint(0, height - h)
+            left = rng.randint(0, width - w)
+            return top, left, h, w
+
     # No crop of these shapes fits: the whole image, cut centrally to the nearest allowed ratio.
     ratio = min(max(width / height, augment.ratio[0]), augment.ratio[1])
-    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    w = min(width, max(1, round(height * ratio)))
+    h = min(height, max(1, round(width / ratio)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def evaluate(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
+def eval_transform(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
     """The evaluation pixels of open_clip's PIL transform for `spec`, before normalisation: uint8
     [3, H, W].
 
@@ -124,24 +141,28 @@ def evaluate(image: Image.Image | bytes, spec: ImageSpec) -> Tensor:
     if isinstance(image, bytes):
         image = picture.rgb(image, spec.decoding)
     image = picture.to_rgb(image, spec.decoding)
+
     height, width = spec.size
-    method = (
-        Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
-    )
+    is_bicubic = spec.interpolation == "bicubic"
+    method = Image.Resampling.BICUBIC if is_bicubic else Image.Resampling.BILINEAR
     if spec.resize == "squash":
         return _to_tensor(np.array(image.resize((width, height), method)))
 
-    if height == width:  # torchvision's Resize rounds the long side down
+    if height == width:
+        # torchvision's Resize rounds the long side down.
         short, long = min(image.size), max(image.size)
         other = int(height * long / short)
         size = (height, other) if image.width <= image.height else (other, height)
-    else:  # open_clip's ResizeKeepRatio, which is bicubic whatever the configuration says
+    else:
+        # open_clip's ResizeKeepRatio, which is bicubic whatever the configuration says.
         method = Image.Resampling.BICUBIC
         ratio = min(image.height / height, image.width / width)
         size = (round(image.width / ratio), round(image.height / ratio))
 
-    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    left = round((size[0] - width) / 2.0)
+    top = round((size[1] - height) / 2.0)
     box = (left, top, left + width, top + height)
+    # A strip of a pixel would become gigabytes before it is cut.
     if size[0] > image.width and max(size) > _THIN * max(spec.size):
         return _to_tensor(np.array(_resized_part(image, size, box, method)))
     if size != image.size:
@@ -161,12 +182,15 @@ def _resized_part(
     does when it enlarges.
     """
     across, down = image.width / size[0], image.height / size[1]
-    left, top, right, bottom = box[0] * across, box[1] * down, box[2] * across, box[3] * down
-    width, height = box[2] - box[0], box[3] - box[1]
+    left, right = box[0] * across, box[2] * across
+    top, bottom = box[1] * down, box[3] * down
+    width = box[2] - box[0]
+    height = box[3] - box[1]
 
     # Cut to what the filter can reach: Pillow's 32-bit coordinates within so small a part are
     # exact.
-    x, y = max(0, math.floor(left) - _REACH), max(0, math.floor(top) - _REACH)
+    x = max(0, math.floor(left) - _REACH)
+    y = max(0, math.floor(top) - _REACH)
     end_x = min(image.width, math.ceil(right) + _REACH)
     end_y = min(image.height, math.ceil(bottom) + _REACH)
     part = image.crop((x, y, end_x, end_y))
@@ -194,4 +218,5 @@ def middle(image: Image.Image) -> Image.Image:
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:
+    """Pixels [H, W, 3] as [3, H, W]."""
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -33,21 +33,27 @@ class Embeddings:
     """
 
     def __init__(self, folder: str, paths: list[str], shards: list[Shard], with_text: bool) -> None:
-        self.folder, self.with_text = folder, with_text
-        self._files = [
-            Path(folder).expanduser() / f"{Path(path).stem}.safetensors" for path in paths
-        ]
+        self.folder = folder
+        self.with_text = with_text
+
+        # Found by the shards' names alone, because data sets are moved.
+        where = Path(folder).expanduser()
+        self._files = [where / f"{Path(path).stem}.safetensors" for path in paths]
         if len(set(self._files)) < len(self._files):
             raise ValueError(
-                f"embeddings {folder!r}: several shards have one name; make each folder of shards a source of its own"
+                f"embeddings {folder!r}: several shards have one name; "
+                "make each folder of shards a source of its own"
             )
-        kinds = {_check(path, shard): path for path, shard in zip(self._files, shards)}
-        if len(kinds) > 1:
-            found = "; ".join(f"{path}: {teacher}" for teacher, path in kinds.items())
+
+        # Rows of two models cannot be compared.
+        teachers = {_check(path, shard): path for path, shard in zip(self._files, shards)}
+        if len(teachers) > 1:
+            listed = "; ".join(f"{path}: {teacher}" for teacher, path in teachers.items())
             raise ValueError(
-                f"embeddings {folder!r} are of several models ({found}); make them anew with `vlp data embed`"
+                f"embeddings {folder!r} are of several models ({listed}); "
+                "make them anew with `vlp data embed`"
             )
-        [self.teacher] = kinds
+        [self.teacher] = teachers
         self._times = [path.stat().st_mtime_ns for path in self._files]
 
     def row(self, shard: int, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,26 +71,25 @@ def _check(path: Path, shard: Shard) -> Teacher:
     remedy = f"make it with `vlp data embed` from the shard {shard.name}"
     try:
         with safe_open(path, "numpy") as file:
-            about, shapes = (
-                file.metadata(),
-                [tuple(file.get_slice(name).get_shape()) for name in ("image", "text")],
-            )
+            about = file.metadata()
+            shapes = [tuple(file.get_slice(name).get_shape()) for name in ("image", "text")]
         model, scale, keys = about["model"], float(about["scale"]), about["keys"]
         (n, width), _ = shapes
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no embeddings ({type(error).__name__}: {error}); {remedy}"
         ) from None
+
+    # Rows are found by their number alone: embeddings of other samples would be paired in silence.
     if shapes[0] != shapes[1] or n != shard.count or keys != shard.keys:
         raise ValueError(
-            f"{path} holds {shapes[0]} images and {shapes[1]} texts for other samples than the {shard.count} of "
-            f"{shard.name}; {remedy}"
+            f"{path} holds {shapes[0]} images and {shapes[1]} texts for other samples than the "
+            f"{shard.count} of {shard.name}; {remedy}"
         )
     return Teacher(model, scale, width)
 
 
-@lru_cache(
-    maxsize=128
-)  # a process keeps this many files mapped; only the rows that are read take memory
+# A process keeps this many files mapped; only the rows that are read take memory.
+@lru_cache(maxsize=128)
 def _opened(path: Path, mtime_ns: int) -> Any:
     return safe_open(path, "numpy")

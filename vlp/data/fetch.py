@@ -26,6 +26,7 @@ from vlp.privacy import address
 _CHUNK = 8 << 20
 _TRIES = 4
 _PAUSE_S = 1.0  # before the second try; doubled before each further one
+_FULL = "; the disk of {} is full, set cache_gb lower or VLP_CACHE elsewhere"
 
 
 # What a store says of a file's content, the surest first; names differ between stores.
@@ -49,9 +50,8 @@ class Cache:
     """
 
     limit_bytes: int
-    storage: dict[str, Any] = field(
-        default_factory=dict
-    )  # options of the fsspec file system: endpoints, anon, …
+    # Options of the fsspec file system: endpoints, anon, …
+    storage: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)  # of the files, by `privacy.address`
     since: float = field(default_factory=time.time)  # when the run began
     folder: Path = field(default_factory=lambda: cache_folder() / "shards")
@@ -62,13 +62,17 @@ class Cache:
         for _ in range(_TRIES):
             if self._take(path):
                 return str(path)
+
             path.parent.mkdir(parents=True, exist_ok=True)
             # Others wait here for the one that checks or fetches.
             with _locked(path.with_suffix(".lock")):
                 if not self._check(path):
                     self._fetch(url, path)
+
+        # Each time another process made room between the fetch and the use.
         raise OSError(
-            f"the cache {path.parent} is too small: copies vanish before they are read; set cache_gb higher"
+            f"the cache {path.parent} is too small: copies vanish before they are read; "
+            "set cache_gb higher"
         )
 
     def drop_if_changed(self, url: str, size: int, version: str) -> bool:
@@ -79,11 +83,14 @@ class Cache:
         """
         path = self.place(url)
         note = _read_note(path)
+
+        # A copy without a note is one that was not finished, or of an older version.
         if note is None:
             changed = path.exists() and path.stat().st_size != size
         else:
             other_version = bool(version and note["version"]) and version != note["version"]
             changed = note["bytes"] != size or other_version
+
         if changed:
             path.unlink(missing_ok=True)
             _note(path).unlink(missing_ok=True)
@@ -116,63 +123,69 @@ class Cache:
             status = path.stat()
             size_and_time = _identity(status)[1:]
             unchanged = note is not None and size_and_time == (note["bytes"], note["mtime_ns"])
+            # The note's time tells whether a process of this run has read the copy already.
             checked = unchanged and _note(path).stat().st_mtime >= self.since
-            if not checked and not (unchanged and _digest(path) == note["sha256"]):
+            same = unchanged and note is not None and (checked or _digest(path) == note["sha256"])
+            if not same:
                 log.warn(f"{path} is not as it was fetched; it is fetched again")
                 path.unlink(missing_ok=True)
                 return False
+
             if not checked:
                 os.utime(_note(path))
         except FileNotFoundError:
             return False
+
         _sound[path, self.since] = _identity(status)
         return True
 
     def _fetch(self, url: str, path: Path) -> None:
+        """Fetch a file, in several tries; raises OSError. The lock of its copy is held."""
         # Whoever holds the lock overwrites what a killed process left.
         temporary = path.with_name(f".{path.name}.tmp")
+
         for attempt in range(_TRIES):
             try:
-                with (
-                    fsspec.open(url, "rb", **self.storage) as source,
-                    open(temporary, "wb") as target,
-                ):
-                    expected = getattr(source, "size", None)
-                    self._make_room(expected or 0, keep=path)
-                    digest = _copy(source, target)
-                    if expected is not None and target.tell() != expected:
-                        raise OSError(f"{url} gave {target.tell()} of {expected} bytes")
-                status = temporary.stat()
-                os.replace(temporary, path)
-                note = {
-                    "bytes": status.st_size,
-                    "mtime_ns": status.st_mtime_ns,
-                    "sha256": digest,
-                    "version": self.versions.get(address(url), ""),
-                }
-                write_atomically(_note(path), json.dumps(note).encode())
-                _sound[path, self.since] = _identity(status)
+                self._fetch_once(url, path, temporary)
                 return
-            # each file system has errors of its own; all are tried again and then OSErrors
+            # Each file system has errors of its own; all are tried again and then OSErrors.
             except Exception as error:
                 if _absent(error, url):
                     raise
-                full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-                if attempt == _TRIES - 1 or full:
-                    hint = (
-                        f"; the disk of {path.parent} is full, set cache_gb lower or VLP_CACHE elsewhere"
-                        if full
-                        else ""
-                    )
-                    told = (
-                        error.__cause__ if isinstance(error, FileNotFoundError) else error
-                    )  # what http met in truth
+
+                # Waiting frees no disk.
+                is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+                if is_full or attempt == _TRIES - 1:
+                    hint = _FULL.format(path.parent) if is_full else ""
                     raise OSError(
-                        f"cannot fetch {url} ({attempt + 1} tries): {type(told).__name__}: {told}{hint}"
+                        f"cannot fetch {url} ({attempt + 1} tries): {_told(error)}{hint}"
                     ) from error
                 time.sleep(_PAUSE_S * 2**attempt)
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def _fetch_once(self, url: str, path: Path, temporary: Path) -> None:
+        """Fetch a file and its note in one try."""
+        with fsspec.open(url, "rb", **self.storage) as source, open(temporary, "wb") as target:
+            expected = getattr(source, "size", None)
+            self._make_room(expected or 0, keep=path)
+            digest = _copy(source, target)
+
+            # A connection that breaks off may end like a file.
+            if expected is not None and target.tell() != expected:
+                raise OSError(f"{url} gave {target.tell()} of {expected} bytes")
+
+        # The note comes last: a copy without one is fetched again.
+        status = temporary.stat()
+        os.replace(temporary, path)
+        note = {
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "sha256": digest,
+            "version": self.versions.get(address(url), ""),
+        }
+        write_atomically(_note(path), json.dumps(note).encode())
+        _sound[path, self.since] = _identity(status)
 
     def _make_room(self, n_bytes: int, keep: Path) -> None:
         """Remove the copies unused for longest until `n_bytes` more fit. Processes that have one
@@ -185,6 +198,8 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
                 status = copy.stat()
                 copies.append((status.st_atime, status.st_size, copy))
+
+        # Files that are being written, notes and locks are not counted.
         excess = sum(size for _, size, _ in copies) + n_bytes - self.limit_bytes
         for _, size, copy in sorted(copies):
             if excess <= 0:
@@ -200,7 +215,9 @@ def folder_and_name(url: str) -> tuple[str, str]:
     """
     place, question, query = address(url).partition("?")
     folder, _, name = place.rpartition("/")
-    return f"{folder}{question}{query}", name if name.endswith(".tar") else f"{name}.tar"
+    if not name.endswith(".tar"):
+        name += ".tar"
+    return f"{folder}{question}{query}", name
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -225,6 +242,7 @@ def _read_note(path: Path) -> dict[str, Any] | None:
         note = json.loads(_note(path).read_bytes())
     except (OSError, ValueError):
         return None
+
     whole = isinstance(note, dict) and {"bytes", "mtime_ns", "sha256", "version"} <= note.keys()
     return note if whole else None
 
@@ -243,17 +261,22 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _told(error: Exception) -> str:
+    """An error in words. fsspec hides what http met behind a FileNotFoundError."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    return f"{type(cause).__name__}: {cause}"
+
+
 def _absent(error: Exception, url: str) -> bool:
     """Whether there is no such file. fsspec's http says so of every failure to open: 503, refused
     connections, timeouts.
     """
+    if not isinstance(error, FileNotFoundError):
+        return False
     cause = error.__cause__
-    told = (
-        cause is None
-        or not url.startswith(("http://", "https://"))
-        or getattr(cause, "status", None) == 404
-    )
-    return isinstance(error, FileNotFoundError) and told
+    if cause is None or not url.startswith(("http://", "https://")):
+        return True
+    return getattr(cause, "status", None) == 404
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
     folder/00000.tar          members of one sample follow one another, in this order:
         000000000.jpg         the image, bytes as they came: .jpg .png .webp .gif .bmp
-        000000000.negative.jpg  an image that the first of the JSON's "negatives" is true of, where there is one
+        000000000.negative.jpg  an image that the first of the JSON's "negatives" is true of,
+                              where there is one
         000000000.txt         the first caption, on one line
-        000000000.json        {"captions": […], "class": name where known, "origin": the same for the variations of one
-                              picture, which follow one another, …}: everything else that is known
+        000000000.json        {"captions": […], "class": name where known, "origin": the same for
+                              the variations of one picture, which follow one another, …}:
+                              everything else that is known
         000000000.cls         the class number, where known
-    folder/00000_stats.json   counts; written after its tar, so a tar without it may be unfinished
+    folder/00000_stats.json   counts, and a digest of every sample (vlp.data.digests); written after
+                              its tar, so a tar without it may be unfinished
     folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
 
 A key is five digits of the shard and four (or more) of the sample. Foreign shards are read with any
@@ -29,6 +32,7 @@ from types import TracebackType
 from typing import Any
 
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
+from vlp.data.digests import as_json, digest_of, stats_of
 from vlp.data.index import index
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, NEGATIVE, parse_name
 from vlp.files import naming, sync, write_atomically
@@ -69,11 +73,14 @@ class ShardWriter:
         self.indexed = indexed
         self.paths: list[Path] = []  # finished shards
         self.n_samples = 0
+
         self._number = first_shard
         self._digits = max(4, len(str(samples_per_shard - 1)))
         self._tar: tarfile.TarFile | None = None
-        self._keys: set[str] = set()
+        self._digests: dict[str, int] = {}  # of the samples of the shard that is being written
         self._origin: Any = None  # of the last sample; a shard ends only where it changes
+
+        # Of several processes only the first one can tell a folder that was full before.
         self.folder.mkdir(parents=True, exist_ok=True)
         if not overwrite and first_shard == 0 and any(self.folder.glob("*.tar")):
             raise FileExistsError(
@@ -90,63 +97,81 @@ class ShardWriter:
         cls: int | None = None,
         *,
         txt: str | None = None,  # other text for the .txt; default: the first caption
-        negative_image: tuple[bytes, str]
-        | None = None,  # bytes and type of an image that the first negative is true of
+        # Bytes and type of an image that the first negative is true of.
+        negative_image: tuple[bytes, str] | None = None,
     ) -> str:
-        """Append one sample and return its key; raises ValueError for what could not be read back."""
-        origin = (meta or {}).get("origin")
-        if len(self._keys) >= self.samples_per_shard and origin != self._origin:
+        """Append one sample and return its key; raises ValueError for what cannot be read back."""
+        meta = meta or {}
+        origin = meta.get("origin")
+        if len(self._digests) >= self.samples_per_shard and origin != self._origin:
             self._finish()
+
         ext = ext.lower().lstrip(".")
         if key is None:
-            key = f"{self._number:05d}{len(self._keys):0{self._digits}d}"
+            key = f"{self._number:05d}{len(self._digests):0{self._digits}d}"
         self._check(key, image, ext, captions)
         if negative_image is not None:
             self._check(key, *negative_image, captions)
         if cls is not None and not is_class_number(cls):
             raise ValueError(
-                f"the class number of {key!r} is {cls!r}; expected a whole number from 0 to {MAX_CLASS - 1}"
+                f"the class number of {key!r} is {cls!r}; "
+                f"expected a whole number from 0 to {MAX_CLASS - 1}"
             )
-        record = {**(meta or {}), "key": key, "captions": list(captions)}
-        text = " ".join(captions[0].split()) if captions and txt is None else txt
-        members = [(ext, image)] + (
-            [(NEGATIVE + negative_image[1], negative_image[0])] if negative_image else []
-        )
-        if text is not None:
-            members.append(("txt", _encode(text, f"the .txt of {key!r}")))
-        encoded = _encode(_json(record), f"the JSON of {key!r}")
-        members.append(("json", encoded))
+
+        # In the order of the layout above.
+        members = [(ext, image)]
+        if negative_image is not None:
+            members.append((NEGATIVE + negative_image[1], negative_image[0]))
+        if captions and txt is None:
+            txt = " ".join(captions[0].split())
+        if txt is not None:
+            members.append(("txt", _encode(txt, f"the .txt of {key!r}")))
+        record = {**meta, "key": key, "captions": list(captions)}
+        members.append(("json", _encode(_json(record), f"the JSON of {key!r}")))
         if cls is not None:
             members.append(("cls", str(cls).encode()))
-        with naming(self._path()):
-            tar = self._tar or self._start()
-            for extension, data in members:
-                info = tarfile.TarInfo(
-                    f"{key}.{extension}"
-                )  # mtime, uid and gid are 0, mode is 0644
-                info.size = len(data)
-                tar.addfile(info, BytesIO(data))
-        self._keys.add(key)
+
+        named = {f"{key}.{extension}": data for extension, data in members}
+        self._append(named)
+
+        read_back = {_as_read(name): data for name, data in named.items()}
+        self._digests[_as_read(key)] = digest_of(read_back)
         self._origin = origin
         self.n_samples += 1
-        if len(self._keys) >= self.samples_per_shard and origin is None:
+
+        # A family of one origin may go on beyond the limit.
+        if len(self._digests) >= self.samples_per_shard and origin is None:
             self._finish()
         return key
 
+    def _append(self, members: dict[str, bytes]) -> None:
+        """Write members to the tar; an OSError names the shard."""
+        with naming(self._path()):
+            tar = self._tar or self._start()
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, mode is 0644
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+
     def make_room(self, n: int) -> None:
-        """Begin a new shard unless the next `n` samples, which belong together, fit into this one."""
-        if self._keys and len(self._keys) + n > self.samples_per_shard:
+        """Begin a new shard unless the next `n` samples, which belong together, fit into this."""
+        if self._digests and len(self._digests) + n > self.samples_per_shard:
             self._finish()
 
     def _check(self, key: str, image: bytes, ext: str, captions: list[str]) -> None:
+        """Raise ValueError for a sample that readers would refuse."""
         if ext not in IMAGE_TYPES:
             raise ValueError(
-                f"image type {ext!r} of {key!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; convert it"
+                f"image type {ext!r} of {key!r} is not one of {', '.join(sorted(IMAGE_TYPES))}; "
+                "convert it"
             )
+
+        # A key that reading takes apart otherwise would come back as another sample's.
         if parse_name(f"{key}.{ext}") != (key, "image", ext) or "." in key.rpartition("/")[2]:
             raise ValueError(f"key {key!r} is not usable; it must be a relative path without dots")
-        if key in self._keys:
+        if _as_read(key) in self._digests:
             raise ValueError(f"key {key!r} appears twice in shard {self._number}")
+
         if not 0 < len(image) <= MAX_IMAGE_BYTES:
             raise ValueError(
                 f"the image of {key!r} has {len(image)} bytes; expected 1 to {MAX_IMAGE_BYTES}"
@@ -168,26 +193,32 @@ class ShardWriter:
         return self.folder / f".{self._name()}.tar.tmp"
 
     def _finish(self) -> None:
+        """Put the shard in its place, and its statistics beside it."""
         path = self._path()
+        assert self._tar is not None
         with naming(path):
             self._tar.close()
             sync(self._temporary())
-        stats_path = self.folder / f"{self._name()}_stats.json"
-        stats_path.unlink(
-            missing_ok=True
-        )  # an overwritten shard must not be vouched for by the old statistics
+
+        # An overwritten shard must not be vouched for by the old statistics.
+        stats_path = stats_of(path)
+        stats_path.unlink(missing_ok=True)
         os.replace(self._temporary(), path)
-        n = len(self._keys)
+
+        # img2dataset's names of what it counts, so that its tools read ours.
+        n = len(self._digests)
         stats = {
             "count": n,
             "successes": n,
             "failed_to_download": 0,
             "failed_to_resize": 0,
             "status_dict": {"success": n},
+            "digests": as_json(self._digests),
         }
         write_atomically(stats_path, (json.dumps(stats, indent=1) + "\n").encode())
+
         self.paths.append(path)
-        self._tar, self._keys = None, set()
+        self._tar, self._digests = None, {}
         self._number += 1
 
     def __enter__(self) -> ShardWriter:
@@ -204,6 +235,8 @@ class ShardWriter:
                 self._finish()
         finally:
             self._give_up()
+
+        # Reading all shards once more also finds what the disk did not keep.
         if self.paths and self.indexed:
             index(self.paths)
 
@@ -213,10 +246,16 @@ class ShardWriter:
         """
         if self._tar is None:
             return
+
         with suppress(OSError):
             self._tar.fileobj.close()
         self._tar = None
         self._temporary().unlink(missing_ok=True)
+
+
+def _as_read(name: str) -> str:
+    """A name as it will come back: bytes of a file system that are no UTF-8 cannot."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def is_class_number(value: Any) -> bool:

@@ -23,20 +23,29 @@ def settle(named: Sequence[Named], archive: Archive) -> tuple[list[Named], list[
     by_picture: dict[str, list[Item]] = defaultdict(list)
     for item, name in named:
         by_picture[name].append(item)
-    settled, problems = [], []
+
+    settled: list[Named] = []
+    problems: list[str] = []
     for name, items in by_picture.items():
-        kept = [item for item in items if len(items) == 1 or archive.agrees(item.image, name)]
+        # A lone name may differ in its folders: tables are written on other machines.
+        agreeing = [item for item in items if len(items) == 1 or archive.agrees(item.image, name)]
         for item in items:
-            if item not in kept:
-                other = repr(kept[0].image) if kept else "another name"
+            if item not in agreeing:
+                owner = repr(agreeing[0].image) if agreeing else "another name"
                 problems.append(
                     f"image {item.image!r} is missing in {archive.path}; {name!r} is that of "
-                    f"{other}"
+                    f"{owner}"
                 )
-        if kept:
-            first, *others = kept
-            problems += filter(None, (join(first, other) for other in others))
-            settled.append((first, name))
+        if not agreeing:
+            continue
+
+        # The first one's row gives the JSON; the others add their captions.
+        first, *others = agreeing
+        for other in others:
+            contradiction = join(first, other)
+            if contradiction:
+                problems.append(contradiction)
+        settled.append((first, name))
     return settled, problems
 
 
@@ -46,6 +55,8 @@ def families(named: Sequence[Named]) -> list[list[Named]]:
     result: dict[str, list[Named]] = {}
     for number, (item, name) in enumerate(named):
         origin = item.meta.get("origin")
+        # A number keeps those without an origin apart from each other.
         family = f"alone {number}" if origin is None else f"origin {origin!r}"
         result.setdefault(family, []).append((item, name))
+
     return list(result.values())

@@ -13,20 +13,31 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from vlp import dist, log
 from vlp.config import Data
 from vlp.data.mix import Mixture
+from vlp.data.offered import optional_fields, read_fields
 from vlp.data.processes import Feed, check_shared_memory
 from vlp.data.sources import Source
-from vlp.data.steps import DataError, Report, Steps, optional_fields, read_fields
+from vlp.data.steps import DataError, Report, Steps
+from vlp.lifetime import cut_short
 from vlp.schema import plain
 from vlp.types import Batch, ImageSpec, TextSpec
 
 __all__ = ["DataError", "Loader"]
 
-_STALL_S = 900  # a batch that takes longer than this is a hang: a dead mount, a killed process
+# A batch that takes longer than this is a hang: a dead mount, a killed process.
+_STALL_S = 900
+_FREE_BAD_ROWS = 16  # unusable rows of a rank that end no run, however short it is
+_MAX_NAMED = 100  # bad samples that are kept by name, and logged
+_NAMED_IN_ERROR = 20
+
+
+def _never() -> bool:
+    return False
 
 
 class Loader:
@@ -54,102 +65,108 @@ class Loader:
         mixture: Callable[..., Mixture] = Mixture,
         # False: images are neither decoded nor carried (Batch.image has no pixels)
         pixels: bool = True,
-        reads: frozenset[str]
         # by terms and selection: labels and texts that none of them reads are not made
-        | None = None,
+        reads: frozenset[str] | None = None,
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(
-                f"a batch of {batch} cannot be cut for rank {rank} of {world}; choose a multiple of {world}"
+                f"a batch of {batch} cannot be cut for rank {rank} of {world}; "
+                f"choose a multiple of {world}"
             )
-        sources = [plugin.module.open(plugin.options, data.captions) for plugin in data.sources]
+
+        # Which sample stands in which row of which step.
+        self.sources = [
+            plugin.module.open(plugin.options, data.captions) for plugin in data.sources
+        ]
         weights = [plugin.common.weight for plugin in data.sources]
-        self.sources = sources
-        self._mixture = mixture(
-            sources,
-            weights,
-            seed=seed,
-            shuffle=data.shuffle,
-            **_drawing(data, batch // world, mixture),
-        )
+        drawing = _drawing(data, batch // world, mixture)
+        self._mixture = mixture(self.sources, weights, seed=seed, shuffle=data.shuffle, **drawing)
         self.n_samples = self._mixture.n_samples
         self.steps_per_epoch = self._mixture.steps_per_epoch(batch)
         if not self.steps_per_epoch:
-            held = (
-                f"{self.n_samples} samples"
-                if data.together == 1
-                else f"{self._mixture.n_units} groups of {data.together}"
-            )
-            raise ValueError(
-                f"a batch of {batch} is larger than the data ({held}); set train.batch lower"
-            )
-        fields = optional_fields(sources, data)
-        self.widths = fields  # of the optional fields that the data offer
-        self.carries = frozenset(fields)
-        self.teacher_scale = _teacher_scale(
-            sources
-        )  # of teacher_image and teacher_text; None: they are not carried
-        made = fields if reads is None else read_fields(fields, reads)
-        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, made, pixels)
+            raise ValueError(_too_few(self._mixture, batch, data.together))
+
+        # What a batch carries.
+        self.widths = optional_fields(self.sources, data, reads)
+        self.carries = frozenset(self.widths)
+        # Of teacher_image and teacher_text; None where they are not carried.
+        self.teacher_scale = _teacher_scale(self.sources)
+
+        # Made is only what is read: a bad score costs its sample only where a term reads scores.
+        fields = self.widths if reads is None else read_fields(self.widths, reads)
+        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields, pixels)
+        self._workers = data.workers
         self._identity = _identity(self._mixture, data, batch, seed)
-        self._workers, self._bad_share, self._rows = data.workers, data.bad_share, batch // world
-        self.bad: list[tuple[int, str, str]] = []  # the first hundred bad samples: id, key, reason
-        self.n_left_out = sum(source.n_left_out for source in sources) + sum(
-            units.n_left_out for units in self._mixture.units
-        )
+        self._content = [source.contents() for source in self._mixture.sources]
+
+        # Where the run stands, and what was lost on the way.
         self._position = self._start = 0
-        self._n_bad = self._n_truncated = 0
-        self._waited_s = 0.0
         self._feed: Feed | None = None
         self._next: tuple[Batch, Report] | None = None  # made, not yet taken
+        self._bad_share = data.bad_share
+        self._rows = batch // world
+        # The first hundred bad samples: id, key, reason.
+        self.bad: list[tuple[int, str, str]] = []
+        self.n_left_out = _n_left_out(self._mixture)
+        self._reset_counters()
+
+        # Said before the first batch: a full /dev/shm kills loader processes without a word.
         check_shared_memory(self._steps.nbytes, self._workers, min(world, dist.local_world_size()))
-        if rank == 0 and (found := self.problems()):
-            lines = "".join(f"\n  {line}" for line in found[:5])
-            more = "\n  …" if len(found) > 5 else ""
-            lost = self.n_left_out or "no"
-            log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
+        # All ranks read the same sources.
+        if rank == 0:
+            self._warn_of_problems()
 
     def problems(self) -> list[str]:
         """What the sources left out or found odd, in words."""
-        found = [text for source in self._mixture.sources for text in source.problems()]
-        return found + [
-            f"source {s}: {units.n_left_out} samples of origins with fewer than data.together = {self._mixture.together}"
-            for s, units in enumerate(self._mixture.units)
-            if units.n_left_out
-        ]
+        problems: list[str] = []
+        for source in self._mixture.sources:
+            problems += source.problems()
+
+        for s, units in enumerate(self._mixture.units):
+            if units.n_left_out:
+                problems.append(
+                    f"source {s}: {units.n_left_out} samples of origins with fewer than "
+                    f"data.together = {self._mixture.together}"
+                )
+        return problems
 
     def __iter__(self) -> Loader:
         return self
 
-    def wait(self, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
+    def wait(self, asked_to_stop: Callable[[], bool] = _never) -> None:
         """Return once the next batch is here, or earlier where `asked_to_stop()`; raises DataError
         where none will come.
         """
         started = time.perf_counter()
         if self._feed is None:
             self._feed = Feed(self._steps, self._position, self._workers)
+
+        # Half a second at a time: a signal is answered also while a mount stalls.
         while self._next is None and not asked_to_stop():
-            self._next = self._feed.poll()
-            if self._next is None and time.perf_counter() - started > _STALL_S:
-                late = f"step {self._position} took more than {_STALL_S} s to load"
-                raise DataError(f"{late}: a stalled disk, mount or server?")
+            # Loader processes give control back twice a second; a batch that is made here does not.
+            with nullcontext() if self._workers else cut_short():
+                self._next = self._feed.poll()
+            if self._next is None and not self._workers:
+                # Cut short in the middle of a batch, which a new feed makes from its beginning.
+                self._feed = Feed(self._steps, self._position, 0)
+
+            waited_s = time.perf_counter() - started
+            if self._next is None and waited_s > _STALL_S:
+                raise DataError(
+                    f"step {self._position} took more than {_STALL_S} s to load: "
+                    "a stalled disk, mount or server?"
+                )
         self._waited_s += time.perf_counter() - started
 
     def __next__(self) -> Batch:
         self.wait()
+        assert self._next is not None  # `wait` returns with a step, or not at all
         batch, report = self._next
         self._next = None
+
         self._position += 1
         self._n_truncated += report.n_truncated
-        self._n_bad += len(report.bad)
-        for sample_id, key, reason in report.bad[: 100 - len(self.bad)]:
-            self.bad.append((sample_id, key, reason))
-            log.warn(f"sample {sample_id} {key!r} was replaced by another: {reason}")
-        if self._n_bad > 16 + self._bad_share * self._rows * (self._position - self._start):
-            names = "\n".join(f"  sample {i} {key!r}: {reason}" for i, key, reason in self.bad[:20])
-            raise DataError(
-                f"{self._n_bad} samples could not be used by step {self._position}:\n{names}\nrepair or remove them"
-            )
+        self._count_bad(report)
         return batch
 
     def counters(self) -> dict[str, float]:
@@ -164,79 +181,152 @@ class Loader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step and what the sequence depends on; JSON-able, a few hundred bytes, the same
-        on all ranks.
+        """The next step and what the sequence depends on; JSON-able, the same on all ranks.
+
+        A few hundred bytes, and eight letters a shard.
         """
-        return {"step": self._position, **self._identity}
+        content = ["".join(contents.digests) for contents in self._content]
+        return {"step": self._position, **self._identity, "content": content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the state's step, on any number of ranks and workers; DataError where the
         sequence would differ.
         """
-        before, now = {k: v for k, v in state.items() if k != "step"}, self._identity
-        names = [*now, *(before.keys() - now.keys())]
-        different = [
-            f"{k} was {before.get(k)!r}, is {now.get(k)!r}"
-            for k in names
-            if before.get(k) != now.get(k)
+        saved = {name: value for name, value in state.items() if name not in ("step", "content")}
+        differences = [
+            f"{name} was {saved.get(name)!r}, is {self._identity.get(name)!r}"
+            for name in self._identity | saved
+            if saved.get(name) != self._identity.get(name)
         ]
-        if different:
+        # A checkpoint from before there were digests says nothing of the content.
+        for contents, digests in zip(self._content, state.get("content", [])):
+            differences += contents.differing(digests)
+        if differences:
             raise DataError(
-                f"the run cannot continue on this data: {'; '.join(different)}; restore it or start a new run"
+                f"the run cannot continue on this data: {'; '.join(differences)}; "
+                "restore it, or start a new run with init_from=CHECKPOINT"
             )
+
+        # Batches made ahead are those of the old position.
         self.close()
         self._position = self._start = int(state["step"])
-        self._n_bad = self._n_truncated = 0
-        self._waited_s = 0.0
+        self._reset_counters()
 
     def close(self) -> None:
         """Stop the loader processes; the next batch starts them again."""
+        # torch ends its processes when their iterator is let go.
         self._feed = self._next = None
+
+    def _reset_counters(self) -> None:
+        self._n_bad = self._n_truncated = 0
+        self._waited_s = 0.0
+
+    def _count_bad(self, report: Report) -> None:
+        """Keep and log the bad samples of a batch; raises DataError where they became too many."""
+        self._n_bad += len(report.bad)
+        for sample_id, key, reason in report.bad[: _MAX_NAMED - len(self.bad)]:
+            self.bad.append((sample_id, key, reason))
+            log.warn(f"sample {sample_id} {key!r} was replaced by another: {reason}")
+
+        # A share alone would end a run at its first bad sample.
+        n_rows = self._rows * (self._position - self._start)
+        if self._n_bad <= _FREE_BAD_ROWS + self._bad_share * n_rows:
+            return
+
+        names = "\n".join(
+            f"  sample {i} {key!r}: {reason}" for i, key, reason in self.bad[:_NAMED_IN_ERROR]
+        )
+        raise DataError(
+            f"{self._n_bad} samples could not be used by step {self._position}:\n{names}\n"
+            "repair or remove them"
+        )
+
+    def _warn_of_problems(self) -> None:
+        problems = self.problems()
+        if not problems:
+            return
+
+        lines = "".join(f"\n  {problem}" for problem in problems[:5])
+        more = "\n  …" if len(problems) > 5 else ""
+        lost = self.n_left_out or "no"
+        log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
 
 
 def _drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str, Any]:
     """How `mixture` is to draw, as far as it differs from whole epochs of single samples."""
     if rows % data.together:
+        # The nearest size below, for a larger one may not fit into memory.
         near = max(data.together, rows // data.together * data.together)
         raise ValueError(
-            f"data.together is {data.together}, which does not divide a rank's {rows} rows: a group would cross to another "
-            f"rank; use a train.batch of {near} a rank"
+            f"data.together is {data.together}, which does not divide a rank's {rows} rows: "
+            f"a group would cross to another rank; use a train.batch of {near} a rank"
         )
-    options = {
-        "together": data.together,
-        "every_caption": data.captions.choose == "all",
-        "replacement": data.replacement,
-    }
-    options = {name: value for name, value in options.items() if value > (name == "together")}
+
+    options: dict[str, Any] = {}
+    if data.together > 1:
+        options["together"] = data.together
+    if data.captions.choose == "all":
+        options["every_caption"] = True
+    if data.replacement:
+        options["replacement"] = True
+
+    # A selection is a mixture of its own, which knows none of these.
     if options and mixture is not Mixture:
         raise ValueError(
-            "a selection decides which samples a step holds; leave out data.together, data.replacement and captions.choose: all"
+            "a selection decides which samples a step holds; leave out data.together, "
+            "data.replacement and captions.choose: all"
         )
     return options
 
 
+def _too_few(mixture: Mixture, batch: int, together: int) -> str:
+    """What to say of data that do not fill one batch."""
+    held = f"{mixture.n_samples} samples"
+    if together > 1:
+        held = f"{mixture.n_units} groups of {together}"
+    return f"a batch of {batch} is larger than the data ({held}); set train.batch lower"
+
+
 def _teacher_scale(sources: list[Source]) -> float | None:
-    teachers = {source.embeddings and source.embeddings.teacher for source in sources}
+    """The logit scale of the one teacher whose embeddings all sources have, else None."""
+    teachers = {
+        None if source.embeddings is None else source.embeddings.teacher for source in sources
+    }
     if len(teachers) > 1:
-        found = "; ".join(sorted(map(str, teachers)))
+        names = "; ".join(sorted(map(str, teachers)))
         raise ValueError(
-            f"the sources' embeddings are of different models ({found}); give all the same teacher's, or none"
+            f"the sources' embeddings are of different models ({names}); "
+            "give all the same teacher's, or none"
         )
+
     [teacher] = teachers
-    return teacher and teacher.scale
+    return None if teacher is None else teacher.scale
+
+
+def _n_left_out(mixture: Mixture) -> int:
+    """Samples that no batch will hold: unusable ones, and those of origins that are too small."""
+    unusable = sum(source.n_left_out for source in mixture.sources)
+    return unusable + sum(units.n_left_out for units in mixture.units)
 
 
 def _identity(mixture: Mixture, data: Data, batch: int, seed: int) -> dict[str, Any]:
     """What the sequence of samples depends on, besides the step."""
-    prints = [source.fingerprint() for source in mixture.sources]
-    weights = [None if mixture.shares is None else str(share) for share in mixture.shares or prints]
+    fingerprints = [source.fingerprint() for source in mixture.sources]
+    weights: list[str | None] = [None] * len(fingerprints)
+    if mixture.shares is not None:
+        weights = [str(share) for share in mixture.shares]
+
     return {
         "samples": mixture.n_samples,
         "batch": batch,
         "seed": seed,
         "shuffle": data.shuffle,
         "weights": weights,
-        "sources": hashlib.sha256("".join(prints).encode()).hexdigest()[:16],
-        "captions": hashlib.sha256(json.dumps(plain(data.captions)).encode()).hexdigest()[:16],
+        "sources": _short_digest("".join(fingerprints)),
+        "captions": _short_digest(json.dumps(plain(data.captions))),
         **mixture.identity(),
     }
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,12 +8,13 @@ like any other member.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, NamedTuple, TypeVar
 
 from vlp.data.captions import read_texts
+from vlp.data.digests import UNKNOWN, digest_of
 from vlp.data.tar import Member, walk
 
 # Pillow's names of the formats that are read, with the extensions that say so. Content decides what
@@ -39,8 +40,8 @@ MAX_IMAGE_BYTES = 1 << 28
 # What operating systems, file servers and editors leave in folders, in lower case; none of it was
 # meant as data.
 SYSTEM_NAMES = frozenset({
-    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+    "@recently-snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 })  # fmt: skip
 
 _BOOKKEEPING = re.compile(r"\d{5,}_stats\.json")  # what img2dataset counts about a shard
@@ -75,11 +76,13 @@ def parse_name(name: str) -> Name | None:
     """A member's key and kind by its name; None for what is hidden, a folder, or left behind by a
     system.
 
-    The extension is what follows the last dot, together with `negative.` before an image's; the key is all before it:
-    IMG_3.v2.jpg and IMG_3.v2.txt are the sample IMG_3.v2. Whether x.seg.png is a sample, or belongs to the sample x as
-    webdataset's split at the first dot says, depends on the others: see `separate`. Backslashes are slashes; parts
-    such as `..` and a leading slash are taken out of the key, so that no tool can be led outside its folder.
+    The extension is what follows the last dot, together with `negative.` before an image's; the key
+    is all before it: IMG_3.v2.jpg and IMG_3.v2.txt are the sample IMG_3.v2. Whether x.seg.png is a
+    sample, or belongs to the sample x as webdataset's split at the first dot says, depends on the
+    others: see `separate`. Backslashes are slashes; parts such as `..` and a leading slash are
+    taken out of the key, so that no tool can be led outside its folder.
     """
+    # Most names have no folder, and this is called for every member of every tar.
     folder, last = "", name
     if "/" in name or "\\" in name or "\0" in name:
         *parts, last = name.replace("\\", "/").replace("\0", "").split("/")
@@ -87,16 +90,19 @@ def parse_name(name: str) -> Name | None:
         if any(map(is_hidden, parts)):
             return None
         folder = "".join(f"{part}/" for part in parts)
+
     if not last or is_hidden(last):
         return None
 
     stem, dot, extension = last.rpartition(".")
     if not dot:
         return Name(folder + last, "", "")
+
     extension = extension.lower()
     kind = extension if extension in TEXT_TYPES else ""
     if _BOOKKEEPING.fullmatch(last):
         kind = ""
+
     if extension in IMAGE_TYPES:
         kind = "image"
         if stem[-len(NEGATIVE) :].lower() == _BEFORE_NEGATIVE:
@@ -118,6 +124,30 @@ def is_guest(key: str, host: str) -> bool:
     return key.startswith(host + ".") and "/" not in key[len(host) :]
 
 
+def join_texts(
+    parts: dict[str, dict[str, Payload]], extension_of: Callable[[Payload], str]
+) -> dict[str, dict[str, Payload]]:
+    """The members by kind, by key, with each text that is called by its image's whole name given to
+    that image's sample: 1.jpg.txt beside 1.jpg is the text of 1.
+
+    A text by the sample's own name, 1.txt, goes before. `extension_of` gives an image's extension
+    in lower case.
+    """
+    joined = {key: dict(members) for key, members in parts.items()}
+    for key, members in parts.items():
+        host, _, extension = key.rpartition(".")
+        image = parts.get(host, {}).get("image")
+        if image is None or "image" in members or extension_of(image) != extension.lower():
+            continue
+
+        # In one order everywhere: the index keeps a digest of a sample's texts.
+        for kind in sorted(TEXT_TYPES & members.keys() - joined[host].keys()):
+            joined[host][kind] = joined[key].pop(kind)
+        if not joined[key]:
+            del joined[key]
+    return joined
+
+
 def separate(
     parts: dict[str, dict[str, Payload]],
 ) -> tuple[dict[str, dict[str, Payload]], dict[str, str]]:
@@ -131,10 +161,13 @@ def separate(
     for key, members in parts.items():
         if "image" in members and members.keys() & TEXT_TYPES:
             continue
+
         host = next((host for host in _hosts(key) if "image" in parts.get(host, ())), None)
         if host is not None:
             guests[key] = host
-    return {key: members for key, members in parts.items() if key not in guests}, guests
+
+    samples = {key: members for key, members in parts.items() if key not in guests}
+    return samples, guests
 
 
 def _hosts(key: str) -> Iterable[str]:
@@ -145,34 +178,60 @@ def _hosts(key: str) -> Iterable[str]:
         yield folder + slash + last
 
 
-def open_sample(span: bytes) -> Content:
+def open_sample(span: bytes, digest: int = UNKNOWN) -> Content:
     """Take apart the bytes of one sample's members; raises ValueError saying why the sample cannot
     be used.
 
-    All members that count must be of one key.
+    All members that count must be of one key, and have this digest where it is known.
     """
-    found: dict[str, Member] = {}
-    content = Content(key="")
-    for member in walk(BytesIO(span), 0, len(span)):
-        name = parse_name(member.name)
-        if name is None or not name.kind:
-            continue
-        content.key = content.key or name.key
-        if name.key != content.key:
+    named = [(member, parse_name(member.name)) for member in walk(BytesIO(span), 0, len(span))]
+    counting = [(member, name) for member, name in named if name is not None and name.kind]
+
+    members: dict[str, Member] = {}  # by kind
+    content = Content(key=_key_of([name for _, name in counting]))
+    for member, name in counting:
+        # A sample of parts of two would be worse than none.
+        if not _is_part(name, content.key):
             raise ValueError(
                 f"members of {content.key!r} and {name.key!r} are mixed; the index is out of date"
             )
-        if name.kind not in found:
-            found[name.kind] = member
-            if name.kind == "image":
-                content.image_type = name.extension
-            elif name.kind == "negative":
-                content.negative_image_type = name.extension
-    check_images(found)
-    data = {kind: span[m.offset : m.offset + m.size] for kind, m in found.items()}
-    content.image, content.negative_image = data.pop("image"), data.pop("negative", b"")
+        if name.kind in members:
+            continue  # the first of a kind counts
+        members[name.kind] = member
+        if name.kind == "image":
+            content.image_type = name.extension
+        elif name.kind == "negative":
+            content.negative_image_type = name.extension
+
+    check_images(members)
+    data = {kind: span[m.offset : m.offset + m.size] for kind, m in members.items()}
+    if digest != UNKNOWN:
+        by_name = {member.name: data[kind] for kind, member in members.items()}
+        if digest_of(by_name) != digest:
+            raise ValueError(
+                f"the members of {content.key!r} are not those that were indexed (their digest "
+                "differs): the shard is damaged, or changed after that; restore it"
+            )
+
+    content.image = data.pop("image")
+    content.negative_image = data.pop("negative", b"")
     fill(content, data)
     return content
+
+
+def _key_of(names: list[Name]) -> str:
+    """The key of the sample that these members make: its image's, for texts may lengthen it."""
+    images = [name.key for name in names if name.kind == "image"]
+    keys = images or [name.key for name in names]
+    return keys[0] if keys else ""
+
+
+def _is_part(name: Name, key: str) -> bool:
+    """Whether a member belongs to a sample: by its key, or as a text by its image's name."""
+    if name.key == key:
+        return True
+    stem, _, extension = name.key.rpartition(".")
+    return name.kind in TEXT_TYPES and stem == key and extension.lower() in IMAGE_TYPES
 
 
 def check_images(members: dict[str, Member]) -> None:

@@ -13,10 +13,6 @@ independent of all others.
 
 Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time
 (`Windows`).
-
-Permutations are Feistel networks (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"):
-the i-th element is computed, not looked up, so a billion samples cost no memory, no start-up time
-and no state to save.
 """
 
 from __future__ import annotations
@@ -24,91 +20,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlp.data.permutation import Windows, permute, uniform
 from vlp.data.sources import Source
 from vlp.data.units import CaptionsOfSamples, Origins, Samples, Units
 from vlp.seeds import derive
 from vlp.types import Sample
 
-_ROUNDS = 6
+_TRIED_AT_ONCE = 64  # stand-ins that are computed together, for each row of a batch
+# Units that a source without shards lets stand together, beside one with windows.
+_RUN = 10_000
 
 
-def permute(n: int, key: int, i: np.ndarray) -> np.ndarray:
-    """Elements `i` of the permutation of range(n) that `key` names; int64 like `i`."""
-    if n <= 1:
-        return np.zeros_like(i)
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    keys = [np.uint64(derive(key, "round", r)) for r in range(_ROUNDS)]
-    result = np.array(i, np.uint64)
-    outside = np.ones(len(result), bool)
-    # the network permutes a power of four ≥ n; walk on until back within n (< 4 walks on average)
-    while outside.any():
-        result[outside] = _feistel(result[outside], half, keys)
-        outside = result >= n
-    return result.astype(np.int64)
+class _Draws(NamedTuple):
+    """The draws of a step that fall to one source."""
 
-
-def _feistel(x: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    left, right = x >> shift, x & mask
-    for key in keys:
-        left, right = right, left ^ (_scramble(right + key) & mask)
-    return left << shift | right
-
-
-def _scramble(x: np.ndarray) -> np.ndarray:
-    """A hash of uint64 numbers: the finaliser of splitmix64."""
-    for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
-        x = (x ^ (x >> np.uint64(29))) * np.uint64(multiplier)
-    return x ^ (x >> np.uint64(32))
-
-
-def uniform(n: int, key: int, i: np.ndarray) -> np.ndarray:
-    """Draws `i` of the sequence of independent uniform numbers in range(n) that `key` names; int64
-    like `i`.
-    """
-    steps = i.astype(np.uint64) * np.uint64(
-        0x9E3779B97F4A7C15
-    )  # splitmix64's, so that neighbouring draws differ in all bits
-    return (_scramble(_scramble(steps + np.uint64(key))) % np.uint64(n)).astype(np.int64)
-
-
-class Windows:
-    """A permutation that keeps to a few shards at a time, for data whose shards are fetched whole.
-
-    Shards are permuted; each `width` of them in that order are a window; samples are permuted
-    within their window.
-    """
-
-    def __init__(
-        self, runs: np.ndarray, width: int, key: int
-    ) -> None:  # runs: samples of each shard
-        order = permute(len(runs), derive(key, "shards"), np.arange(len(runs)))
-        self.firsts = (np.cumsum(runs) - runs)[
-            order
-        ]  # number of each shard's first sample, in the order of reading
-        self.ends = np.cumsum(runs[order])
-        self.window_ends = self.ends[[*range(width - 1, len(runs) - 1, width), len(runs) - 1]]
-        self.sizes, self.key = runs[order], key
-
-    def __call__(self, i: np.ndarray) -> np.ndarray:
-        """Elements `i` of the permutation."""
-        window = np.searchsorted(self.window_ends, i, side="right")
-        result = np.empty_like(i)
-        for w in np.unique(window):
-            start = self.window_ends[w - 1] if w else 0
-            here = window == w
-            place = start + permute(
-                int(self.window_ends[w] - start),
-                derive(self.key, "window", int(w)),
-                i[here] - start,
-            )
-            shard = np.searchsorted(self.ends, place, side="right")
-            result[here] = self.firsts[shard] + place - (self.ends[shard] - self.sizes[shard])
-        return result
+    places: np.ndarray  # of the step's n draws: a mask [n] bool
+    units: np.ndarray  # [of the source] int64
+    # [of the source] int64; which pass over the source each draw belongs to.
+    rounds: np.ndarray
 
 
 class Mixture:
@@ -129,38 +62,42 @@ class Mixture:
         every_caption: bool = False,
         replacement: bool = False,
     ) -> None:
-        if any(w is None for w in weights) and any(w is not None for w in weights):
+        weighted = [weight is not None for weight in weights]
+        if any(weighted) and not all(weighted):
             raise ValueError(
-                f"weights are {weights}: give every source a weight, or none (every sample once an epoch)"
+                f"weights are {weights}: give every source a weight, or none "
+                "(every sample once an epoch)"
             )
-        self.sources, self.seed, self.shuffle = sources, seed, shuffle
-        self.together, self.every_caption, self.replacement = together, every_caption, replacement
+
+        self.sources = sources
+        self.seed = seed
+        self.shuffle = shuffle
+        self.together = together
+        self.every_caption = every_caption
+        self.replacement = replacement
+        # Fractions deal exactly: with floats a source's share of a batch would drift by a draw.
+        self.shares: list[Fraction] | None = None
+        if all(weighted):
+            stated = [weight for weight in weights if weight is not None]
+            self.shares = [Fraction(weight).limit_denominator(10**6) for weight in stated]
+
+        # Sample ids: where each source begins.
         self.firsts = np.cumsum([0, *map(len, sources)])
         self.n_samples = int(self.firsts[-1])
-        self.shares = (
-            None if weights[0] is None else [Fraction(w).limit_denominator(10**6) for w in weights]
-        )
         self.units = [_units(source, together, every_caption, shuffle) for source in sources]
+        # Here, where the source is known by its number: at the first step it would be too late.
         self._check()
         self.n_units = sum(map(len, self.units))
-        width = max(source.window for source in sources)
-        runs = (
-            [_runs(source, units) for source, units in zip(sources, self.units)]
-            if width
-            else [None] * len(sources)
-        )
-        whole = np.concatenate(runs) if width and self.shares is None else None
-        # Stream 0 is all sources together, stream s + 1 is source s: (units of each shard, shards
-        # in a window).
-        self._shards = [(whole, width)] + [
-            (own if s.window else None, s.window) for s, own in zip(sources, runs)
-        ]
+
+        self._shards = self._shards_of_streams()
         self._windows: dict[int, Windows] = {}
 
     def read(self, sample_id: int) -> Sample:
         """The sample with this number; raises OSError or ValueError where it cannot be read."""
         s = self.source_of(sample_id)
-        return replace(self.sources[s][sample_id - int(self.firsts[s])], sample_id=sample_id)
+        # A source numbers its own samples only.
+        sample = self.sources[s][sample_id - int(self.firsts[s])]
+        return replace(sample, sample_id=sample_id)
 
     def source_of(self, sample_id: int) -> int:
         """The position of the source that a sample belongs to."""
@@ -194,86 +131,124 @@ class Mixture:
         permutation), so that ranks need not know of each other's losses to avoid using one twice.
         """
         s = self.source_of(sample_id)
-        n, first = self.sources[s].reserve or len(self.sources[s]), int(self.firsts[s])
-        key, present = derive(self.seed, "replace", step, s), set(batch.tolist())
-        others = [
-            int(first + i)
-            for i in self.units[s].others(sample_id - first)
-            if first + i not in present
-        ]
-        own = first + permute(n, key, np.arange(row, min(n, row + 64 * len(batch)), len(batch)))
-        yield from others[row % self.together :: self.together]
-        yield from (int(i) for i in own if int(i) not in present)
-        for wanted in (
-            True,
-            False,
-        ):  # a source hardly larger than the batch: share, and at last repeat
+        first = int(self.firsts[s])
+        n = self.sources[s].reserve or len(self.sources[s])
+        key = derive(self.seed, "replace", step, s)
+        present = set(batch.tolist())
+
+        of_origin = [first + int(i) for i in self.units[s].others(sample_id - first)]
+        absent = [candidate for candidate in of_origin if candidate not in present]
+        # Rows of one unit try different ones, as those of the batch do below.
+        yield from absent[row % self.together :: self.together]
+
+        positions = np.arange(row, min(n, row + _TRIED_AT_ONCE * len(batch)), len(batch))
+        for candidate in (first + permute(n, key, positions)).tolist():
+            if candidate not in present:
+                yield candidate
+
+        # A source hardly larger than the batch: share stand-ins with other rows, at last repeat.
+        for may_be_present in (False, True):
             for i in range(n):
                 candidate = first + int(permute(n, key, np.array([i]))[0])
-                if (candidate not in present) == wanted and candidate != sample_id:
+                if (candidate in present) == may_be_present and candidate != sample_id:
                     yield candidate
 
     def prepare(self, ids: np.ndarray) -> None:
         """Let the sources fetch what these samples need, without waiting."""
         for s, source in enumerate(self.sources):
             if source.window:
-                source.prepare(
-                    ids[(ids >= self.firsts[s]) & (ids < self.firsts[s + 1])] - self.firsts[s]
-                )
+                in_source = (ids >= self.firsts[s]) & (ids < self.firsts[s + 1])
+                source.prepare(ids[in_source] - self.firsts[s])
 
     def ahead(self, size: int) -> int:
         """How many steps of `size` rows lie between a sample and the one a window later; 0 where
         nothing is fetched.
         """
-        pairs = zip(self.sources, self.units)
-        spans = [
-            s.window * len(units) * self.together / len(s.runs) for s, units in pairs if s.window
+        # A window's units follow one another, so that many rows pass until the next window.
+        rows_of_windows = [
+            source.window * len(units) * self.together / len(source.runs)
+            for source, units in zip(self.sources, self.units)
+            if source.window
         ]
-        return max(1, int(max(spans) / size)) if spans else 0
+        if not rows_of_windows:
+            return 0
+
+        return max(1, int(max(rows_of_windows) / size))
 
     def _check(self) -> None:
+        """Raise ValueError for sources that cannot give what is drawn from them."""
         for s, (source, units) in enumerate(zip(self.sources, self.units)):
             if not len(units):
                 raise ValueError(
-                    f"data.together is {self.together}, but no origin in source {s} has as many samples; variations of one "
-                    'origin follow one another and share the "origin" of their JSON. Set together lower, or leave it out'
+                    f"data.together is {self.together}, but no origin in source {s} has as many "
+                    "samples; variations of one origin follow one another and share the "
+                    '"origin" of their JSON. Set together lower, or leave it out'
                 )
-            if source.reserve and (
-                self.replacement or (self.shares is None and len(self.sources) > 1)
-            ):
+
+            # A stream cannot jump, and whole shards cannot be fetched for one sample each.
+            mixed_freely = self.shares is None and len(self.sources) > 1
+            if source.reserve and (self.replacement or mixed_freely):
                 raise ValueError(
-                    f"source {s} is a stream, read in its own order: give every source a weight, and leave data.replacement out"
+                    f"source {s} is a stream, read in its own order: give every source a weight, "
+                    "and leave data.replacement out"
                 )
-            if self.replacement and source.window:
+            if source.window and self.replacement:
                 raise ValueError(
-                    f"data.replacement draws from all of a source at any time, but source {s} fetches whole shards in turn; "
-                    "copy it to a local disk (source shards), or leave replacement out"
+                    "data.replacement draws from all of a source at any time, but source "
+                    f"{s} fetches whole shards in turn; copy it to a local disk (source shards), "
+                    "or leave replacement out"
                 )
+
+    def _shards_of_streams(self) -> list[tuple[np.ndarray | None, int]]:
+        """(units of each shard, shards in a window) of each stream that `_order` permutes; None
+        where any order costs the same. Stream 0 is all sources together, stream s + 1 is source s.
+        """
+        width = max(source.window for source in self.sources)
+        if not width:
+            return [(None, 0)] * (1 + len(self.sources))
+
+        # One source with windows makes all of them stand in runs, so that it is not read apart.
+        runs = [_runs(source, units) for source, units in zip(self.sources, self.units)]
+        together = np.concatenate(runs) if self.shares is None else None
+        streams = [(together, width)]
+
+        for source, own_runs in zip(self.sources, runs):
+            streams.append((own_runs if source.window else None, source.window))
+        return streams
 
     def _rows(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample ids and captions [size] of a step's rows."""
+        # A draw fills `together` rows.
         n = size // self.together
-        sample, caption = np.empty((2, n, self.together), np.int64)
-        for s, (mine, number, rounds) in enumerate(self._drawn(step, n)):
-            own, caption[mine] = self.units[s].rows(number, derive(self.seed, "unit", s), rounds)
-            sample[mine] = self.firsts[s] + own
+        sample = np.empty((n, self.together), np.int64)
+        caption = np.empty((n, self.together), np.int64)
+
+        for s, draws in enumerate(self._draws(step, n)):
+            key = derive(self.seed, "unit", s)
+            in_source, caption_numbers = self.units[s].rows(draws.units, key, draws.rounds)
+            sample[draws.places] = self.firsts[s] + in_source
+            caption[draws.places] = caption_numbers
+
         return sample.ravel(), caption.ravel()
 
-    def _drawn(self, step: int, n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each source: which of the step's n draws are its own, the units drawn, and the round
-        of each.
-        """
-        position = np.arange(n)
+    def _draws(self, step: int, n: int) -> Iterator[_Draws]:
+        """The n draws of a step, source by source."""
         if self.shares is not None:
-            for s, (mine, count) in enumerate(self._deal(step, n)):
-                yield mine, *self._order(s + 1, len(self.units[s]), count[mine])
+            for s, (places, count) in enumerate(self._deal(step, n)):
+                units, rounds = self._order(s + 1, len(self.units[s]), count[places])
+                yield _Draws(places, units, rounds)
             return
-        epoch, step = divmod(step, self.n_units // n)
-        number, rounds = self._order(0, self.n_units, epoch * self.n_units + step * n + position)
+
+        # An epoch is cut into whole batches: what remains at its end is left out.
+        epoch, step_of_epoch = divmod(step, self.n_units // n)
+        count = epoch * self.n_units + step_of_epoch * n + np.arange(n)
+        numbers, rounds = self._order(0, self.n_units, count)
+
         first = 0
-        for units in self.units:
-            mine = (first <= number) & (number < first + len(units))
-            yield mine, number[mine] - first, rounds[mine]
-            first += len(units)
+        for of_source in self.units:
+            places = (first <= numbers) & (numbers < first + len(of_source))
+            yield _Draws(places, numbers[places] - first, rounds[places])
+            first += len(of_source)
 
     def _order(self, stream: int, n: int, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Elements `count` of a stream's endless sequence of n units, and the round of each: its
@@ -281,19 +256,25 @@ class Mixture:
         """
         if self.replacement:
             return uniform(n, derive(self.seed, "draw", stream), count), count
-        number, epoch = np.empty_like(count), count // n
+
+        epoch = count // n
+        number = np.empty_like(count)
         for e in np.unique(epoch):
             now = epoch == e
             number[now] = self._permuted(n, int(e), stream, count[now] % n)
         return number, epoch
 
     def _permuted(self, n: int, epoch: int, stream: int, i: np.ndarray) -> np.ndarray:
-        if not self.shuffle or self.sources[max(0, stream - 1)].reserve:  # one that cannot jump
+        """Elements `i` of a stream's order of n units in an epoch."""
+        cannot_jump = self.sources[max(0, stream - 1)].reserve
+        if not self.shuffle or cannot_jump:
             return i
+
         key = derive(self.seed, "order", stream, epoch)
         runs, width = self._shards[stream]
         if runs is None:
             return permute(n, key, i)
+
         if key not in self._windows:
             if len(self._windows) > 2 * len(self._shards):  # epochs that are over
                 self._windows.clear()
@@ -301,26 +282,37 @@ class Mixture:
         return self._windows[key](i)
 
     def _deal(self, step: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each source: which of the step's n draws are its own, and how many it had before each
-        draw.
+        """For each source: which of the step's n draws are its own [n], and how many it had before
+        each draw [n].
         """
-        before = (step * n + np.arange(n)).astype(
-            object
-        )  # Python integers: products exceed 64 bits
-        after, left = before + 1, sum(self.shares)
-        result: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+        shares = self.shares
+        assert shares is not None  # without weights nothing is dealt
+        total = sum(shares, Fraction())
+
+        def fills_no_whole_draws(s: int) -> bool:
+            return (shares[s] / total * n).denominator > 1
+
+        # Python integers, for products exceed 64 bits: how many draws were left to the sources that
+        # are still to be dealt to, before and after each of the step's.
+        before = (step * n + np.arange(n)).astype(object)
+        after = before + 1
+        left = total
+
         # Each takes its part of what those before it left, so only where these took whole numbers
         # is its own exact.
-        for s in sorted(
-            range(len(self.shares)),
-            key=lambda s: (self.shares[s] / sum(self.shares) * n).denominator > 1,
-        ):
-            part = self.shares[s] / left
-            mine_before = before * part.numerator // part.denominator
-            mine_after = after * part.numerator // part.denominator
-            result[s] = (mine_after > mine_before).astype(bool), mine_before.astype(np.int64)
-            before, after, left = before - mine_before, after - mine_after, left - self.shares[s]
-        return [result[s] for s in range(len(self.shares))]
+        result: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for s in sorted(range(len(shares)), key=fills_no_whole_draws):
+            part = shares[s] / left
+            taken_before = before * part.numerator // part.denominator
+            taken_after = after * part.numerator // part.denominator
+            places = (taken_after > taken_before).astype(bool)
+            result[s] = places, taken_before.astype(np.int64)
+
+            before = before - taken_before
+            after = after - taken_after
+            left -= shares[s]
+        return [result[s] for s in range(len(shares))]
 
 
 def _units(source: Source, together: int, every_caption: bool, shuffle: bool) -> Units:
@@ -332,6 +324,9 @@ def _units(source: Source, together: int, every_caption: bool, shuffle: bool) ->
 def _runs(source: Source, units: Units) -> np.ndarray:
     """Units of each shard; a source without shards counts as runs of ten thousand."""
     if source.window:
-        return np.diff(units.before(np.cumsum([0, *source.runs])))
-    n = len(units)
-    return np.array([10_000] * (n // 10_000) + ([n % 10_000] if n % 10_000 else []), np.int64)
+        # A shard's units are those that begin between its first sample and the next one's.
+        shard_starts = np.cumsum([0, *source.runs])
+        return np.diff(units.before(shard_starts))
+
+    n_whole, rest = divmod(len(units), _RUN)
+    return np.array([_RUN] * n_whole + ([rest] if rest else []), np.int64)

@@ -33,15 +33,18 @@ Parts = tuple[str, ...]
 _OTHER_ENDINGS = ("jpe", "jfif", "tif", "tiff", "avif", "heic", "ppm", "pgm", "pbm", "pnm", "jp2")
 _PICTURE_ENDINGS = IMAGE_TYPES.union(_OTHER_ENDINGS)
 _LEVELS = range(3)  # as spelled, in any case, without extension
-_NEIGHBOURS = 40  # names on either side, in alphabetical order, that may be suggested
+# Names on either side, in alphabetical order, that may be suggested.
+_NEIGHBOURS = 40
 
 
 def cleaned(name: str) -> Parts:
     """The parts of a path: composed Unicode, forward slashes, no blanks at their ends, no empty,
     `.` or `..` parts."""
     text = unicodedata.normalize("NFC", name).removeprefix("file://").replace("\\", "/")
+
     parts: list[str] = []
-    for part in (part.strip() for part in text.split("/")):
+    for written in text.split("/"):
+        part = written.strip()
         if part == ".." and parts:
             parts.pop()
         elif part not in ("", ".", ".."):
@@ -84,8 +87,9 @@ class Names:
         ambiguous{place} …"."""
         matches = self._matches(name)
         if matches:
-            some = ", ".join(repr(match) for match in matches[:3])
-            return f"is ambiguous{place}: {some}{', …' if len(matches) > 3 else ''}; name it with its folder"
+            some = ", ".join([*map(repr, matches[:3]), *(["…"] if len(matches) > 3 else [])])
+            return f"is ambiguous{place}: {some}; name it with its folder"
+
         nearest = self._nearest(name)
         hint = f"; nearest names: {', '.join(map(repr, nearest))}" if nearest else ""
         return f"is missing{place}{hint}"
@@ -94,82 +98,115 @@ class Names:
         """Whether one of the two is the end of the other, as far as `find` tells spellings
         apart."""
         loosest = _LEVELS[-1]
-        there = _folded(cleaned(stored), loosest)
-        readings = [_folded(parts, loosest) for parts in _readings(name)]
-        return any(_n_common(wanted, there) == min(len(wanted), len(there)) for wanted in readings)
+        stored_parts = _folded(cleaned(stored), loosest)
+        for parts in _readings(name):
+            wanted = _folded(parts, loosest)
+            if _n_common(wanted, stored_parts) == min(len(wanted), len(stored_parts)):
+                return True
+        return False
 
     def _matches(self, name: str) -> list[str]:
         """The equally good readings of the strictest kind that has any."""
         for parts in _readings(name):
-            if found := self._search(parts):
-                return found
+            matches = self._search(parts)
+            if matches:
+                return matches
         return []
 
     def _search(self, parts: Parts) -> list[str]:
+        """The equally good stored names of the strictest kind, for one reading of a name."""
         if not parts or not self.names:
             return []
         # Ends of the wanted name, the longest first, that keep the folders which are there.
         starts = range(1, len(parts) - self._n_known_folders(parts[:-1]))
+
+        # One name is the end of the other.
         for level in _LEVELS:
             wanted, index = _folded(parts, level), self._index(level)
-            found = index.whole.get(wanted) or index.ends.get(wanted)
-            shorter = (index.whole.get(wanted[i:]) for i in starts)
-            if found := found or next(filter(None, shorter), None):
-                return found
+            matches = index.whole.get(wanted) or index.ends.get(wanted)
+            matches = matches or _first(index.whole, wanted, starts)
+            if matches:
+                return matches
+
+        # The ends of both are the same.
         for level in _LEVELS:
             wanted, index = _folded(parts, level), self._index(level)
-            if found := next(filter(None, (index.ends.get(wanted[i:]) for i in starts)), None):
-                return found
+            matches = _first(index.ends, wanted, starts)
+            if matches:
+                return matches
         return []
 
     def _n_known_folders(self, folders: Parts) -> int:
         """How many of the last `folders` of a wanted name are a folder here: so many must agree."""
         wanted = _folded_case(folders)
+
         if wanted in self._folder_ends:
             return len(wanted)
-        return next((len(wanted) - i for i in range(len(wanted)) if wanted[i:] in self._folders), 0)
+
+        for i in range(len(wanted)):
+            if wanted[i:] in self._folders:
+                return len(wanted) - i
+        return 0
 
     def _index(self, level: int) -> _Index:
-        if level not in self._indices:
-            index = _Index(defaultdict(list), defaultdict(list))
-            for stored in self.names:
-                parts = _folded(cleaned(stored) or ("",), level)
-                index.whole[parts].append(stored)
-                for i in range(1, len(parts)):
-                    index.ends[parts[i:]].append(stored)
-            self._indices[level] = index
-        return self._indices[level]
+        """The stored names at one level of folding, built when it is first asked for."""
+        if level in self._indices:
+            return self._indices[level]
+
+        # Every end is a key: a look-up must not visit all names that share a file's name.
+        index = _Index(defaultdict(list), defaultdict(list))
+        for stored in self.names:
+            parts = _folded(cleaned(stored) or ("",), level)
+            index.whole[parts].append(stored)
+            for i in range(1, len(parts)):
+                index.ends[parts[i:]].append(stored)
+        self._indices[level] = index
+        return index
 
     @cached_property
     def _folders(self) -> set[Parts]:
-        return {
-            _folded_case(cleaned(folder))
-            for folder in {name.rpartition("/")[0] for name in self.names}
-        } - {()}
+        """The folders of the stored names, in lower case; the archive itself is none."""
+        written = {name.rpartition("/")[0] for name in self.names}
+        return {_folded_case(cleaned(folder)) for folder in written} - {()}
 
     @cached_property
     def _folder_ends(self) -> set[Parts]:
-        return {folder[i:] for folder in self._folders for i in range(len(folder))}
+        ends: set[Parts] = set()
+        for folder in self._folders:
+            ends.update(folder[i:] for i in range(len(folder)))
+        return ends
 
     @cached_property
-    def _lasts(self) -> list[tuple[str, str]]:
+    def _last_parts(self) -> list[tuple[str, str]]:
+        """(file name in lower case, stored name), in alphabetical order."""
         return sorted((name.rpartition("/")[2].casefold(), name) for name in self.names)
 
     def _nearest(self, name: str) -> list[str]:
         """Up to two stored names that look like `name`, among its neighbours in the alphabet."""
         last = (cleaned(name) or ("",))[-1].casefold()
-        at = bisect.bisect_left(self._lasts, (last, ""))
-        neighbours = dict(self._lasts[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS])
-        return [
-            neighbours[near]
-            for near in difflib.get_close_matches(last, neighbours, n=2, cutoff=0.7)
-        ]
+        # Comparing with a million names would take minutes.
+        at = bisect.bisect_left(self._last_parts, (last, ""))
+        neighbours = dict(self._last_parts[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS])
+        similar = difflib.get_close_matches(last, neighbours, n=2, cutoff=0.7)
+        return [neighbours[name] for name in similar]
+
+
+def _first(index: dict[Parts, list[str]], wanted: Parts, starts: range) -> list[str]:
+    """The stored names under the longest end of a wanted name that has any."""
+    for i in starts:
+        stored = index.get(wanted[i:])
+        if stored:
+            return stored
+    return []
 
 
 def _folded(parts: Parts, level: int) -> Parts:
+    """The parts of a name at a level: as spelled, in lower case, then also without extension."""
     if level == 0:
         return parts
+
     *folders, last = _folded_case(parts)
+    # Only endings of pictures are left out: `3.5_a` has none.
     stem, dot, ending = last.rpartition(".")
     if level == 2 and dot and ending in _PICTURE_ENDINGS:
         last = stem
@@ -183,6 +220,7 @@ def _folded_case(parts: Parts) -> Parts:
 def _n_common(one: Parts, other: Parts) -> int:
     """How many parts at the end are the same."""
     n = 0
+
     for a, b in zip(reversed(one), reversed(other)):
         if a != b:
             break

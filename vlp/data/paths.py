@@ -9,8 +9,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-PACKED = tuple(
-    f".{name}" for name in ("tar.gz", "tgz", "tar.zst", "tzst", "tar.zstd", "tar.bz2", "tbz2", "tbz", "tar.xz", "txz")
+# Endings of compressed tars.
+PACKED = (
+    ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.zstd", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz",
+    ".txz",
 )  # fmt: skip
 
 
@@ -19,15 +21,19 @@ def expand(path: str, packed: bool = False) -> list[Path]:
 
     `packed`: compressed tars count, too; else they are refused.
     """
-    result: list[Path] = []
+    names: list[str] = []
     for part in path.split("::"):
-        for name in braceexpand(part):
-            try:
-                for place in _places(name):
-                    result += _in_folder(place) if place.is_dir() else [place]
-            except OSError as error:
-                raise ValueError(unreadable(name, error)) from None
-    return result if packed else plain_only(result, path)
+        names += braceexpand(part)
+
+    shards: list[Path] = []
+    for name in names:
+        try:
+            for place in _places(name):
+                shards += _in_folder(place) if place.is_dir() else [place]
+        except OSError as error:
+            raise ValueError(unreadable(name, error)) from None
+
+    return shards if packed else plain_only(shards, path)
 
 
 def unreadable(name: Path | str, error: OSError) -> str:
@@ -42,8 +48,9 @@ def plain_only(shards: list[Path], path: str) -> list[Path]:
     compressed = [shard for shard in shards if is_packed(shard.name)]
     if compressed:
         raise ValueError(
-            f"{compressed[0]} is compressed ({len(compressed)} of {len(shards)} shards are), but samples are read from any place "
-            f"of a plain tar; unpack it, or write plain shards: vlp data reshard {path!r} --to DIR"
+            f"{compressed[0]} is compressed ({len(compressed)} of {len(shards)} shards are), but "
+            "samples are read from any place of a plain tar; unpack it, or write plain shards: "
+            f"vlp data reshard {path!r} --to DIR"
         )
     return shards
 
@@ -55,15 +62,17 @@ def is_packed(name: str) -> bool:
 
 def _places(name: str) -> list[Path]:
     """The file or folder of this name, or those that a pattern with * or ? finds."""
+    # First by its name: a folder may be called `a[1]`.
     place = Path(name).expanduser()
     if place.exists():
         return [place]
-    found = sorted(map(Path, glob.glob(str(place)))) if glob.has_magic(name) else []
-    if not found:
+
+    places = sorted(map(Path, glob.glob(str(place)))) if glob.has_magic(name) else []
+    if not places:
         raise ValueError(
             f"shards path {name!r} is neither a folder nor a tar file; {_nearest(place)}"
         )
-    return found
+    return places
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -72,17 +81,20 @@ def shards_in(folder: Path) -> list[Path]:
     """
     entries = _entries(folder) if folder.is_dir() else []
     plain = [name for name in entries if name.lower().endswith(".tar")]
-    stems = {name.lower() for name in plain}
-    compressed = [name for name in entries if is_packed(name) and f"{_stem(name)}.tar" not in stems]
+
+    # Read with its plain tar beside it, each of its samples would count twice.
+    plain_names = {name.lower() for name in plain}
+    compressed = [
+        name for name in entries if is_packed(name) and f"{_stem(name)}.tar" not in plain_names
+    ]
     return [folder / name for name in sorted(plain + compressed)]
 
 
 def _in_folder(folder: Path) -> list[Path]:
     shards = shards_in(folder)
     if not shards:
-        raise ValueError(
-            f"shards path '{folder}' is a folder without .tar files; {_contents(folder, _entries(folder))}"
-        )
+        contents = _contents(folder, _entries(folder))
+        raise ValueError(f"shards path '{folder}' is a folder without .tar files; {contents}")
     return shards
 
 
@@ -97,17 +109,22 @@ def _stem(name: str) -> str:
 
 def _contents(folder: Path, names: list[str]) -> str:
     """What a folder holds instead of shards, and what can be done with it."""
+    # The commonest slip: the folder above the shards.
     below = [name for name in names if any((folder / name).glob("*.tar"))]
     if below:
         folders = ", ".join(below[:5])
-        return f"there are some in its folders {folders}; name them, joined by :: or as {folder}/*/*.tar"
-    kinds = Counter(
-        "folders" if (folder / name).is_dir() else Path(name).suffix.lower() or "no extension"
-        for name in names
-    )
-    held = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "nothing"
+        return (
+            f"there are some in its folders {folders}; "
+            f"name them, joined by :: or as {folder}/*/*.tar"
+        )
+
+    kinds: Counter[str] = Counter()
+    for name in names:
+        is_folder = (folder / name).is_dir()
+        kinds["folders" if is_folder else Path(name).suffix.lower() or "no extension"] += 1
+    common = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "nothing"
     return (
-        f"it holds {held}; expected shards as `vlp data pack {folder} --to DIR` writes them of "
+        f"it holds {common}; expected shards as `vlp data pack {folder} --to DIR` writes them of "
         "images (training reads those with {name: folder} or {name: classes}, too)"
     )
 
@@ -115,8 +132,6 @@ def _contents(folder: Path, names: list[str]) -> str:
 def _nearest(place: Path) -> str:
     """The part of a path that is there."""
     there = next((str(parent) for parent in place.parents if parent.exists()), "")
-    return (
-        f"there is {there}, but no {place.name} in it"
-        if there == str(place.parent)
-        else f"of the path only {there} is there"
-    )
+    if there == str(place.parent):
+        return f"there is {there}, but no {place.name} in it"
+    return f"of the path only {there} is there"

@@ -2,8 +2,8 @@
 
 The format is told by content, never by name, and only formats of IMAGE_FORMATS are opened: none of
 their readers runs other programs. Of animations and stacks of pages the first picture counts. The
-header is checked against the limits below before anything is decoded, and whatever goes wrong with
-one picture is a BadImage.
+header is checked against `vlp.data.picture_limits` before anything is decoded, and whatever goes
+wrong with one picture is a BadImage.
 
 - gray of 16 bits: the upper eight, v >> 8; 32-bit integers where they are 16-bit values; floats
   where they lie in [0, 1]
@@ -20,7 +20,6 @@ size; all else is Pillow's.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,24 +27,19 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
+from vlp.data import picture_limits as limits
 from vlp.data.members import IMAGE_FORMATS
+from vlp.data.picture_limits import BadImage as BadImage  # for those who open pictures
+from vlp.data.picture_limits import CountedBytes
 from vlp.types import ON_WHITE, Decoding
 
-MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 268 MB of RGB
-MAX_SIDE = 65_535  # the longest that JPEG knows
-MAX_SCANS = 100  # of one JPEG; encoders write about ten, and each costs a pass over the picture
-MAX_SLOW_BYTES = 1 << 24  # for readers written in Python: about half a microsecond a byte
-
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for negatives
-_SLOW_READERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's names
 _JPEG = b"\xff\xd8\xff"
-_APP1, _START_OF_SCAN, _END_OF_IMAGE = 0xE1, 0xDA, 0xD9  # Exif and XMP lie in APP1
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a scan, 0 or a restart follows 0xFF
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frames, of every process
-_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 
 # By Exif orientation. Pillow counts its rotations counterclockwise.
 _TURNS = {
@@ -72,10 +66,6 @@ _FOREIGN = {
     b"PK\3\4": "a zip archive",
     b"\x1f\x8b\x08": "gzip",
 }
-
-
-class BadImage(ValueError):
-    """The bytes are no picture that can be used; the message says why."""
 
 
 class Header(NamedTuple):
@@ -110,6 +100,8 @@ def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Imag
             if side:
                 image.draft("RGB", (side, side))
             image.load()
+
+            # Turned last: transparency and colours are of the stored pixels.
             turn = _TURNS.get(_orientation(image)) if decoding.exif else None
             picture = to_rgb(image, decoding)
             return picture if turn is None else picture.transpose(turn)
@@ -129,9 +121,11 @@ def to_rgb(image: Image.Image, decoding: Decoding = ON_WHITE) -> Image.Image:
         return _from_wide_gray(image, decoding)
     if not _has_transparency(image):
         return image if image.mode == "RGB" else image.convert("RGB")
+
     if image.mode == "La":  # premultiplied gray, from which Pillow knows one way
         image = image.convert("LA")
-    layer = image.convert("RGBA")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
+    # A picture without the alpha channel would show what lies hidden behind it.
     whole = Image.new("RGB", image.size, decoding.background)
     whole.paste(layer, mask=layer)
     return whole
@@ -147,13 +141,15 @@ def array(data: bytes, decoding: Decoding = ON_WHITE, shrink: int = 1) -> np.nda
     if jpeg is None:
         picture = rgb(data, decoding)
         try:
-            return np.array(picture)
+            return np.array(picture)  # a copy: tensors of it must be writable
         except MemoryError as error:
             raise _undecodable(None, error) from None
 
     height, width = (-(-side // shrink) for side in (jpeg.height, jpeg.width))
     try:
         pixels = decode_jpeg(data, min_height=height, min_width=width, min_factor=shrink)
+    # simplejpeg raises ValueError for what it does not decode and MemoryError; which else, it does
+    # not say, and one picture must not end a run.
     except Exception as error:
         raise _undecodable("JPEG", error) from None
     return _turned(pixels, jpeg.orientation()) if decoding.exif else pixels
@@ -186,79 +182,62 @@ class _Jpeg(NamedTuple):
         try:
             with _quietly():
                 return _orientation(Image.open(BytesIO(self.data), formats=("JPEG",)))
-        except Exception:  # damaged metadata never cost the picture
+        # Whatever damaged metadata make Pillow raise: they never cost the picture.
+        except Exception:
             return 1
 
 
 def _fast_jpeg(data: bytes) -> _Jpeg | None:
+    """A JPEG that simplejpeg decodes; None for all else. Raises BadImage for a costly one."""
     if not data.startswith(_JPEG):
         return None
     try:
         height, width, space, _ = decode_jpeg_header(data)
+    # Pillow reads what simplejpeg refuses, or says what is wrong with it.
     except Exception:
-        return None  # Pillow reads it, or says what is wrong
+        return None
     if space in ("CMYK", "YCCK"):
         return None
-    _refuse_giant(height, width)
-    return _Jpeg(data, height, width, _read_markers(data))
 
-
-def _read_markers(data: bytes) -> bool:
-    """Whether a JPEG may carry an orientation (Exif, XMP). Raises BadImage for too many scans."""
-    at, n_components = 2, 0
-    has_metadata = progressive = False
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker == _START_OF_SCAN:
-            if progressive or data[at + 4] < n_components:
-                _refuse_scans(data, at)
-            return has_metadata
-        if marker == _APP1:
-            has_metadata = True
-        elif marker in _FRAMES:
-            progressive, n_components = marker in _PROGRESSIVE, data[at + 9]
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-
-    # Something lies between the segments. Decoders skip it, so nothing is known about the rest.
-    _refuse_scans(data, 2)
-    return True
-
-
-def _refuse_scans(data: bytes, start: int) -> None:
-    """Raise BadImage for more than MAX_SCANS scans between a marker and the end of the picture.
-
-    Phones append films behind that end, in which any marker may occur.
-    """
-    n_scans = 0
-    found = _MARKER.search(data, start)
-    while found and data[found.start() + 1] != _END_OF_IMAGE:
-        if data[found.start() + 1] == _START_OF_SCAN:
-            n_scans += 1
-        if n_scans > MAX_SCANS:
-            raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, slow to decode; save it again")
-        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
-        found = _MARKER.search(data, found.end() + length)
+    limits.refuse_giant(height, width, "JPEG")
+    markers = limits.read_markers(data)
+    limits.refuse_slow_jpeg(height, width, len(data), markers)
+    return _Jpeg(data, height, width, markers.has_metadata)
 
 
 def _open(data: bytes) -> Image.Image:
-    if data.startswith(_JPEG):
-        _read_markers(data)
+    limits.refuse_tiles(data)
+
     try:
         with _quietly():
-            image = Image.open(BytesIO(data), formats=tuple(IMAGE_FORMATS))
+            image = Image.open(CountedBytes(data), formats=tuple(IMAGE_FORMATS))
+    except BadImage:
+        raise
+    # Pillow's readers raise SyntaxError, struct.error, ValueError, OverflowError and others for
+    # bytes that they did not expect.
     except Exception as error:
         raise BadImage(f"no readable image: {_why_unreadable(data, error)}") from None
-    _refuse_giant(image.height, image.width)
-    if image.tile and image.tile[0].codec_name in _SLOW_READERS and len(data) > MAX_SLOW_BYTES:
-        raise BadImage(
-            f"{len(data)} bytes of a rare form of {image.format}, which is slow to read; "
-            "save it as PNG"
-        )
+
+    _refuse_costly(image, data)
     _scale_transparent_colour(image)
     return image
+
+
+def _refuse_costly(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Raise BadImage for a picture, opened by Pillow, that needs too much time or memory."""
+    height, width, n_bytes = image.height, image.width, len(data)
+    if not data.startswith(_JPEG):
+        assert image.format is not None  # every reader of Pillow's has a name
+        limits.refuse_giant(height, width, image.format)
+        codec = image.tile[0].codec_name if image.tile else ""
+        compression = image.info.get("compression", "")
+        limits.refuse_slow(height, width, n_bytes, image.format, codec, compression)
+        return
+
+    limits.refuse_giant(height, width, "JPEG")  # MPO, too, is one
+    limits.refuse_slow_jpeg(height, width, n_bytes, limits.read_markers(data))
+    if image.mode == "CMYK":
+        limits.refuse_slow(height, width, n_bytes, "CMYK")
 
 
 @contextmanager
@@ -271,22 +250,18 @@ def _quietly() -> Iterator[None]:
 
 
 def _why_unreadable(data: bytes, error: Exception) -> str:
+    """Why bytes are no picture, in words: what they are, where that is known."""
     if not data:
         return "the file is empty"
+
     beginning = data[:64].lstrip()
     kind = next((name for start, name in _FOREIGN.items() if beginning.startswith(start)), "")
     if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
         kind = f"the container {data[8:12].decode('latin-1').strip()!r} (HEIC, or a film)"
+
     if kind:
         return f"found {kind}, expected {', '.join(IMAGE_FORMATS)}; convert it or leave it out"
     return str(error).split("<")[0].strip()[:100]
-
-
-def _refuse_giant(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"an image of {width}×{height} pixels, more than {MAX_PIXELS}")
-    if max(height, width) > MAX_SIDE:
-        raise BadImage(f"an image of {width}×{height} pixels, with a side of more than {MAX_SIDE}")
 
 
 def _undecodable(kind: str | None, error: Exception) -> BadImage:
@@ -298,10 +273,11 @@ def _orientation(image: Image.Image) -> int:
     """The Exif orientation, 1 to 8; 1 where there is none or it is damaged."""
     try:
         # Not the PNG class's own: it would decode the whole picture to look for Exif behind it.
-        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    # Exif is read by Pillow's TIFF reader, which raises anything for damaged bytes.
     except Exception:
         return 1
-    return found if found in _TURNS else 1
+    return orientation if orientation in _TURNS else 1
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -322,17 +298,21 @@ def _has_transparency(image: Image.Image) -> bool:
 
 def _scale_transparent_colour(image: Image.Image) -> None:
     """Bring a PNG's transparent colour, which Pillow gives as stored, to the pixels' eight bits."""
-    found = image.info.get("transparency")
-    if image.format != "PNG" or not image.tile or isinstance(found, bytes) or found is None:
+    if not isinstance(image, PngImageFile) or not image.tile:
         return
+    stored = image.info.get("transparency")
+    if stored is None or isinstance(stored, bytes):  # none, or one value a palette's colour
+        return
+
     raw_mode = image.tile[0].args
     if raw_mode == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in found)
+        image.info["transparency"] = tuple(value >> 8 for value in stored)
     elif raw_mode in ("L;2", "L;4"):
-        image.info["transparency"] = found * {"L;2": 85, "L;4": 17}[raw_mode]
+        image.info["transparency"] = stored * {"L;2": 85, "L;4": 17}[raw_mode]
 
 
 def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
+    """RGB of gray in floats or in more than eight bits."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F":
@@ -348,13 +328,14 @@ def _from_wide_gray(image: Image.Image, decoding: Decoding) -> Image.Image:
         dark = image.mode == "I" and image.format != "PPM" and high < 256
         if not 0 <= low <= high < 1 << 16 or dark:
             raise BadImage(
-                f"integers from {low} to {high} in {values.itemsize * 8} bits; expected 16-bit values, "
-                "of which the upper eight bits count: save the picture with 8 or 16 bits"
+                f"integers from {low} to {high} in {values.itemsize * 8} bits; expected 16-bit "
+                "values, of which the upper eight bits count: save the picture with 8 or 16 bits"
             )
         gray = values >> 8
         # Pillow inverts a TIFF's white-is-zero gray at 8 bits only; radiographs come so at 16.
-        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             gray = 255 - gray
+
     picture = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
 
     transparent = image.info.get("transparency")

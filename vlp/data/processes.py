@@ -10,6 +10,7 @@ second while it waits, and each watches the trainer.
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from vlp.lifetime import end_with_parent
 
 PREFETCH = 2  # batches that each process makes ahead
 SHARED_MEMORY = Path("/dev/shm")
-_POLL_S = 0.5  # between two looks at the processes, and at whether the run was asked to stop
+# Between two looks at the processes, and at whether the run was asked to stop.
+_POLL_S = 0.5
 _FAREWELL_S = 3.0  # from a failed exchange with a process until its death is known
 _OPTIONS = "lower data.workers or train.batch, or decode in the training process: data.workers=0"
 
@@ -43,17 +45,27 @@ class Feed:
         if n_workers:
             # With a time-out torch looks at its processes each time it runs out, and gives control
             # back.
-            options |= {"timeout": _POLL_S, "prefetch_factor": PREFETCH, "worker_init_fn": _begin}
+            options["timeout"] = _POLL_S
+            options["prefetch_factor"] = PREFETCH
+            options["worker_init_fn"] = _begin
             options["multiprocessing_context"] = torch.multiprocessing.get_context("forkserver")
             server.start()
+
+        # torch neither draws nor batches: an item is a whole step.
         loader = DataLoader(
-            _Told(dataset), batch_size=None, sampler=_From(start), num_workers=n_workers, **options
+            _ErrorsAsItems(dataset),
+            batch_size=None,
+            sampler=_From(start),
+            num_workers=n_workers,
+            **options,
         )
+
         try:
             self._iterator = iter(loader)
         except (OSError, EOFError) as error:
             raise DataError(
-                f"the loader processes cannot be started ({error}): is there memory left? {_OPTIONS}"
+                f"the loader processes cannot be started ({error}): is there memory left? "
+                f"{_OPTIONS}"
             ) from error
 
     def poll(self) -> Any | None:
@@ -63,22 +75,24 @@ class Feed:
         try:
             item = next(self._iterator)
         except RuntimeError as error:
-            if str(error).startswith("DataLoader timed out"):
+            # torch has no classes for these; their texts are all that tells them apart.
+            message = str(error)
+            if message.startswith("DataLoader timed out"):
                 return None
-            if str(error).startswith("DataLoader worker (pid"):
+            if message.startswith("DataLoader worker (pid"):
                 raise DataError(self._death()) from error
-            if str(error).startswith("Too many open files"):
+            if message.startswith("Too many open files"):
                 raise DataError(
-                    "too many open files between the loader processes; raise the limit: ulimit -n 65536"
+                    "too many open files between the loader processes; "
+                    "raise the limit: ulimit -n 65536"
                 ) from error
             raise
-        except (
-            OSError,
-            EOFError,
-        ) as error:  # the process died while its batch was being handed over
+        except (OSError, EOFError) as error:
+            # A process that dies while its batch is being handed over shows as a broken connection.
             if not self._dead(_FAREWELL_S):
                 raise
             raise DataError(self._death()) from error
+
         if isinstance(item, DataError):
             raise item
         self._n_taken += 1
@@ -86,26 +100,31 @@ class Feed:
 
     def _dead(self, timeout_s: float = 0) -> list[Any]:
         """Loader processes that have ended; waits for a first one."""
-        processes = self._iterator._workers
+        # torch offers no way to ask for them.
+        processes = self._iterator._workers  # type: ignore[attr-defined]  # torch's own name for them
+
+        # A sentinel is ready once its process has ended: no look needs to be repeated.
         wait([process.sentinel for process in processes], timeout_s)
         return [process for process in processes if process.exitcode is not None]
 
     def _death(self) -> str:
         """What happened to the processes, and what to do."""
         codes = sorted({process.exitcode for process in self._dead(_FAREWELL_S)})
-        when = (
-            "a loader process died"
-            if self._n_taken
-            else "a loader process died before its first batch"
-        )
+        death = "a loader process died"
+        if not self._n_taken:
+            death += " before its first batch"
+
+        # A page of shared memory that cannot be had is a bus error where it is written.
         if -signal.SIGBUS in codes:
-            return f"{when} of a bus error. {no_shared_memory()}"
-        ends = " and ".join(_ending(code) for code in codes) or "it gave no exit code"
+            return f"{death} of a bus error. {no_shared_memory()}"
+
+        endings = " and ".join(_ending(code) for code in codes) or "it gave no exit code"
         if -signal.SIGKILL in codes:
+            # What the kernel's out-of-memory killer sends.
             advice = f"most often for want of memory: give the job more, or {_OPTIONS}"
         else:
             advice = "what it printed stands above; data.workers=0 shows an error where it happens"
-        return f"{when} ({ends}), {advice}"
+        return f"{death} ({endings}), {advice}"
 
 
 def check_shared_memory(
@@ -116,7 +135,10 @@ def check_shared_memory(
     """
     if not n_workers or not folder.is_dir():
         return
-    n_batches = n_ranks * (n_workers * PREFETCH + 1)  # and the one that is being trained on
+
+    # torch would notice only when the first batch is written, and then by a bus error. With those
+    # made ahead counts the one that is being trained on.
+    n_batches = n_ranks * (n_workers * PREFETCH + 1)
     free = shutil.disk_usage(folder).free
     if n_batches * batch_bytes > free:
         raise DataError(no_shared_memory(n_batches, batch_bytes, folder))
@@ -126,14 +148,20 @@ def no_shared_memory(
     n_batches: int | None = None, batch_bytes: int = 0, folder: Path = SHARED_MEMORY
 ) -> str:
     """What to say of shared memory that is, or will be, full."""
-    need, size = "", "8g"
+    need = ""
+    size = "8g"
     if n_batches is not None:
         need = f": {n_batches} batches of {megabytes(batch_bytes)} are made ahead"
-        size = f"{-(-2 * n_batches * batch_bytes // 2**30)}g"
-    usage = shutil.disk_usage(folder) if folder.is_dir() else None
-    left = "" if usage is None else f" ({megabytes(usage.free)} free of {megabytes(usage.total)})"
+        # Twice what is needed, for other processes of the machine use it too.
+        size = f"{math.ceil(2 * n_batches * batch_bytes / 2**30)}g"
+
+    left = ""
+    if folder.is_dir():
+        usage = shutil.disk_usage(folder)
+        left = f" ({megabytes(usage.free)} free of {megabytes(usage.total)})"
     return (
-        f"the shared memory {folder}{left} is too small for the loader processes{need}. Docker gives 64 MB unless told: "
+        f"the shared memory {folder}{left} is too small for the loader processes{need}. "
+        "Docker gives 64 MB unless told: "
         f"docker run --shm-size={size} (or --ipc=host); otherwise {_OPTIONS}"
     )
 
@@ -143,7 +171,7 @@ def megabytes(n: int) -> str:
     return f"{n / 1e6:,.0f} MB" if n >= 1e6 else f"{n / 1e3:,.0f} kB"
 
 
-class _Told(Dataset):
+class _ErrorsAsItems(Dataset):
     """A data set whose DataErrors come as items: as exceptions they would arrive with a traceback
     for a message.
     """
@@ -154,7 +182,8 @@ class _Told(Dataset):
     def __getitem__(self, index: int) -> Any:
         try:
             item = self.inner[index]
-            if torch.utils.data.get_worker_info() is not None:
+            in_loader_process = torch.utils.data.get_worker_info() is not None
+            if in_loader_process:
                 _share(item)
             return item
         except DataError as error:
@@ -174,7 +203,8 @@ def _share(item: Any) -> None:
     """Move an item's tensors to shared memory here, where a failure can be told; its queue would
     lose it without a word.
     """
-    for value in vars(item[0]).values():
+    batch = item[0]
+    for value in vars(batch).values():
         if isinstance(value, Tensor):
             value.share_memory_()
 
@@ -195,4 +225,6 @@ def _begin(_: int) -> None:
 
 
 def _ending(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"

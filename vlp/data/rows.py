@@ -9,25 +9,23 @@ from typing import Any, BinaryIO
 
 from vlp.data.captions import Form
 from vlp.data.members import Content, open_sample
+from vlp.fields import JSON_LABELS
 
-# Offset and bytes of the sample's members, number of its form, the most negatives and the most
-# counterfactuals that belong to one of its captions, flags.
-ROW = struct.Struct("<QIIBBH")
-EXTENT = struct.Struct(
-    "<QI"
-)  # offset and bytes of some members of a sample whose members do not follow one another
+# Offset and bytes of the sample's members, number of its form, digest of its members, the most
+# negatives and the most counterfactuals that belong to one of its captions, flags.
+ROW = struct.Struct("<QIIIBBH")
+# Offset and bytes of some members of a sample whose members do not follow one another.
+EXTENT = struct.Struct("<QI")
 
 CLASS = 1  # flag: the sample's JSON names its class
-LABELS = {
-    "score": 2,
-    "negative_scores": 16,
-    "concepts": 32,
-}  # flags: numbers of the sample's JSON that terms read
 PICTURED = 4  # flag: it has an image of its first negative
 CONTINUES = 8  # flag: its origin is that of the sample before it
-SCATTERED = (
-    64  # flag: offset is the number of its first extent, of as many as have its bytes together
-)
+SCATTERED = 64  # flag: offset is the number of its first extent, of as many as have its bytes
+# Flags: numbers of the sample's JSON that terms read (vlp.fields). The first three have the bits
+# that they always had; further ones follow in the table's order.
+_FIRST_LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}
+FURTHER_LABELS = [name for name in JSON_LABELS if name not in _FIRST_LABELS]
+LABELS = _FIRST_LABELS | {name: 128 << i for i, name in enumerate(FURTHER_LABELS)}
 
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
 _KINDS = 40  # different kinds of what was left out; further ones are counted together
@@ -40,21 +38,20 @@ class Shard:
     name: str
     size: int
     mtime_ns: int
+    ctime_ns: int = 0  # of the inode's last change, which no tool sets back
     count: int = 0
-    n_left_out: int = 0  # samples that are in the tar but not in `rows`
+    n_left_out: int = 0  # samples that are in the tar, or were written to it, but not in `rows`
     n_problems: int = 0  # those, and what is odd or damaged besides
     n_damaged: int = 0  # places where the tar is damaged, or no tar
     problems: list[str] = field(default_factory=list)
-    left_out: dict[str, int] = field(
-        default_factory=dict
-    )  # how many samples, texts and members, by what they are
-    # SHA-256, in hex, of the keys of `rows`, one a line: what lies beside a shard can name it by
-    # them
+    # How many samples, texts and members, by what they are.
+    left_out: dict[str, int] = field(default_factory=dict)
+    # SHA-256, in hex, of the keys of `rows`, one a line: what lies beside a shard names it so.
     keys: str = ""
     texts: str = ""  # SHA-256, in hex, of the bytes of their text members
-    forms: list[Form] = field(
-        default_factory=list
-    )  # which texts samples have; a row names one of them by its number
+    content: str = ""  # SHA-256, in hex, of the digests of `rows`; empty: not known
+    # Which texts samples have; a row names one of them by its number.
+    forms: list[Form] = field(default_factory=list)
     rows: bytes = b""
     extents: bytes = b""
 
@@ -65,58 +62,70 @@ class Shard:
         self.n_problems += 1
         if len(self.problems) < _KEPT:
             self.problems.append(f"{key}: {reason}" if key else reason)
+
+        # Details differ from sample to sample; kinds can be counted.
         self.pass_over(reason.partition(": ")[0])
 
     def pass_over(self, kind: str, n: int = 1) -> None:
         """Count what no reader looks at."""
+        # A hostile tar may hold a million extensions.
         if kind not in self.left_out and len(self.left_out) >= _KINDS:
             kind = "of further kinds"
         self.left_out[kind] = self.left_out.get(kind, 0) + n
 
     def sample(self, file: BinaryIO, i: int) -> Content:
         """Sample i, read from the opened shard; raises ValueError where it cannot be used."""
-        return open_sample(read_extents(file, self.places(i)))
+        return open_sample(read_extents(file, self.places(i)), self.digest(i))
+
+    def digest(self, i: int) -> int:
+        """Of the members of sample i, see `vlp.data.digests`."""
+        return ROW.unpack_from(self.rows, i * ROW.size)[3]
 
     def places(self, i: int) -> list[tuple[int, int]]:
         """(offset, bytes) of the members of sample i."""
         offset, length, *_, flags = ROW.unpack_from(self.rows, i * ROW.size)
-        return extents(self.extents, offset, length) if flags & SCATTERED else [(offset, length)]
+        if flags & SCATTERED:
+            return extents(self.extents, offset, length)
+        return [(offset, length)]
 
 
 def extents(table: bytes | memoryview, first: int, length: int) -> list[tuple[int, int]]:
     """(offset, bytes) of the extents from number `first` on that are `length` bytes together."""
     places = []
     while length > 0:
-        place = EXTENT.unpack_from(table, first * EXTENT.size)
-        places.append(place)
-        first, length = first + 1, length - place[1]
+        offset, n_bytes = EXTENT.unpack_from(table, first * EXTENT.size)
+        places.append((offset, n_bytes))
+        first += 1
+        length -= n_bytes
     return places
 
 
 def said(left_out: Mapping[str, int]) -> str:
     """What was left out, in one line, the commonest first."""
     common = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
-    return ", ".join(f"{left_out[kind]:,} × {kind}" for kind in common[:10]) + (
-        ", …" if len(common) > 10 else ""
-    )
+    shown = [f"{left_out[kind]:,} × {kind}" for kind in common[:10]]
+    if len(common) > 10:
+        shown.append("…")
+    return ", ".join(shown)
 
 
 def labels_of(meta: dict[str, Any]) -> Set[str]:
-    """Which of LABELS a sample's JSON holds: "score" is a number, the others are lists of numbers.
+    """Which of LABELS a sample's JSON holds: numbers [b] of a batch as a number, others as lists.
 
     A list may be empty only as the scores of no negatives.
     """
-    found = LABELS.keys() & meta.keys()
-    if not found:
-        return found
-    lists = {name: [meta[name]] if name == "score" else meta[name] for name in found}
-    return frozenset(
-        name
-        for name, values in lists.items()
-        if isinstance(values, list)
-        and all(isinstance(v, (int, float)) for v in values)
-        and (values or (name == "negative_scores" and not meta.get("negatives")))
-    )
+    labels = set()
+    for name in LABELS.keys() & meta.keys():
+        is_number = JSON_LABELS[name].batch_shape == "b"
+        values = [meta[name]] if is_number else meta[name]
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
+            continue
+
+        # Where a sample has no negatives, no scores are right.
+        may_be_empty = name == "negative_scores" and not meta.get("negatives")
+        if values or may_be_empty:
+            labels.add(name)
+    return labels
 
 
 def read_extents(file: BinaryIO, places: Sequence[tuple[int, int]]) -> bytes:

@@ -15,7 +15,8 @@ from multiprocessing import forkserver
 
 from vlp.config import Config
 
-_MARK = "VLP_LOADER_SERVER"  # in the server's environment; this module is imported elsewhere, too
+# In the server's environment; this module is imported elsewhere, too.
+_MARK = "VLP_LOADER_SERVER"
 
 
 def start_for(config: Config) -> None:
@@ -24,7 +25,10 @@ def start_for(config: Config) -> None:
     """
     if not config.data.workers:
         return
+
     modules = [plugin.module.__name__ for plugin in config.data.sources]
+
+    # What only some configurations need, and is slow to import.
     augment = config.data.augment
     if config.data.views or augment.color or augment.grayscale:
         modules.append("torchvision.transforms.v2")
@@ -37,9 +41,10 @@ def start(*modules: str) -> None:
     """Start the server, unless it runs, and return: it imports `modules` while this process goes
     on.
     """
-    forkserver.set_forkserver_preload(
-        [__name__, "vlp.data.loader", "vlp.data._clip_text", *modules]
-    )
+    # Imported by the server once, and shared by all processes that are forked from it.
+    preloaded = [__name__, "vlp.data.loader", "vlp.data._clip_text", *modules]
+    forkserver.set_forkserver_preload(preloaded)
+
     # The server is started by `python -c`, which would look for modules in the current folder
     # first.
     with _environment(PYTHONSAFEPATH="1", **{_MARK: "1"}):
@@ -51,6 +56,7 @@ def _environment(**variables: str) -> Iterator[None]:
     """Environment variables for a process that is started inside."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+
     try:
         yield
     finally:
@@ -61,6 +67,7 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+# Only in the server itself: its own session keeps a launcher's signals from it.
 if os.environ.pop(_MARK, None):
     os.environ.pop("PYTHONSAFEPATH", None)
     os.setsid()

@@ -30,6 +30,8 @@ def among_folders(names: Iterable[str]) -> list[str]:
         match = _FOLDER.fullmatch(folder.casefold())
         if match:
             by_prefix[match["before"] or ""].append(folder)
+
+    # Two names that are splits in one way are no accident; a lone one counts only by itself.
     several = [splits for splits in by_prefix.values() if len(splits) > 1]
     if several:
         return max(several, key=len)

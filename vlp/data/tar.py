@@ -19,9 +19,8 @@ BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # an extended header beyond this is an attack or an accident
 
 _REGULAR = b"0\x007"
-_WITHOUT_DATA = (
-    b"123456"  # links, devices, folders and pipes: their size, if any, counts no bytes of the file
-)
+# Links, devices, folders and pipes: their size, if any, counts no bytes of the file.
+_WITHOUT_DATA = b"123456"
 _NAMES = {
     b"1": "links",
     b"2": "links",
@@ -73,8 +72,10 @@ def walk(
     Tars that were joined by `cat` are read to the end of the last. `passed` counts what is no
     regular member, by kind, and the joints.
     """
-    position, chain, override = start, start, {}
+    position = chain = start  # of the next header, and of the first that belongs to its member
+    override: dict[str, Any] = {}  # what extended headers say of that member
     passed = Counter() if passed is None else passed
+
     while position + BLOCK <= end:
         file.seek(position)
         header = file.read(BLOCK)
@@ -84,11 +85,11 @@ def walk(
                 passed["joints"] += 1
             override = {}
             continue
+
         kind, name, size = _header(header, position)
         data = position + BLOCK
-        if (
-            kind in b"Lx"
-        ):  # a long name (GNU) or extended header (POSIX) for the member that comes next
+        # A long name (GNU) or extended header (POSIX) for the member that comes next.
+        if kind in b"Lx":
             if data + size > end or size > MAX_HEADER_BYTES:
                 raise DamagedTar(position, "an extended header that is cut off or too large")
             override |= _extended(kind, file.read(size), position)
@@ -102,6 +103,7 @@ def walk(
             elif kind not in b"gK":  # a header of no member, and a long link's name
                 passed[_NAMES.get(kind, "members of unknown kind")] += 1
             override = {}
+
         position = data + -(-size // BLOCK) * BLOCK
         chain = position if not override else chain
     if position < end:
@@ -116,8 +118,11 @@ def find_header(file: BinaryIO, position: int, end: int) -> int:
         file.seek(position)
         chunk = file.read(min(1 << 20, end - position))
         for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if chunk[i + 257 : i + 262] == b"ustar" and _is_header(chunk[i : i + BLOCK]):
-                return position + i  # else the word occurs in an image; keep looking
+            # The word may occur in an image, too; then the check sum is wrong.
+            if chunk[i + 257 : i + 262] != b"ustar":
+                continue
+            if _is_header(chunk[i : i + BLOCK]):
+                return position + i
         position += len(chunk) // BLOCK * BLOCK
     return end
 
@@ -137,6 +142,8 @@ def _after_end(file: BinaryIO, position: int, end: int) -> int:
         if chunk.count(0) == len(chunk):
             position += len(chunk)
             continue
+
+        # `cat` leaves the two empty blocks of a tar's end before the next tar's header.
         position += (len(chunk) - len(chunk.lstrip(b"\0"))) // BLOCK * BLOCK
         file.seek(position)
         if position - first >= 2 * BLOCK and _is_header(file.read(BLOCK)):
@@ -168,9 +175,11 @@ def _header(header: bytes, position: int) -> tuple[bytes, str, int]:
     summed = zlib.adler32(header[:148] + b"        " + header[156:]) & 0xFFFF
     if len(header) < BLOCK or expected < 0 or (expected + 1) % 65521 != summed or size < 0:
         raise DamagedTar(position, "a damaged header")
+
     name = header[:100].split(b"\0", 1)[0]
     if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+        folder = header[345:500].split(b"\0", 1)[0]
+        name = folder + b"/" + name
     return header[156:157], name.decode("utf-8", "replace"), size
 
 
@@ -178,6 +187,7 @@ def _extended(kind: bytes, data: bytes, position: int) -> dict[str, Any]:
     """What an extended header says of the next member: its `path` and `size`, where it does."""
     if kind == b"L":
         return {"path": data.split(b"\0", 1)[0].decode("utf-8", "replace")}
+
     result: dict[str, Any] = {}
     start, end = 0, len(data.rstrip(b"\0"))
     try:
@@ -194,24 +204,25 @@ def _extended(kind: bytes, data: bytes, position: int) -> dict[str, Any]:
             start += length
     except ValueError:
         raise DamagedTar(position, "a damaged extended header") from None
+
+    # A negative size would lead the walk back to this header, for ever.
     if result.get("size", 0) < 0:
         raise DamagedTar(position, f"a member of {result['size']} bytes")
     return result
 
 
-# --- what is no plain tar ------------------------------------------------------------------------------------------------
+# --- what is no plain tar ------------------------------------------------------------------------
 
 
 def packed_with(head: bytes) -> str:
-    """The name of the compression that a file with this beginning has; "" for none that is known."""
+    """The name of the compression that a file begins with; "" for none that is known."""
     return next((name for magic, name in _PACKED.items() if head.startswith(magic)), "")
 
 
 def foreign(head: bytes) -> str:
-    """What a file with this beginning is and what to do with it, where it is known and no tar; else
-    "".
-    """
-    return next((name for magic, name in _FOREIGN.items() if head.lstrip().startswith(magic)), "")
+    """What a file with this beginning is and what to do with it; "" for a tar or unknown bytes."""
+    head = head.lstrip()
+    return next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), "")
 
 
 def open_packed(path: Path) -> BinaryIO:
@@ -221,12 +232,13 @@ def open_packed(path: Path) -> BinaryIO:
     with open(path, "rb") as file:
         name = packed_with(file.read(8))
     if name == "zstd":
-        import pyarrow
+        import pyarrow  # here, because it is slow to import and few tars are packed with zstd
 
         return pyarrow.input_stream(str(path), compression="zstd")
-    openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     if name not in openers:
         raise ValueError(
-            f"{path} is compressed in no way that is known here (gzip, zstd, bzip2, xz); unpack it first"
+            f"{path} is compressed in no way that is known here (gzip, zstd, bzip2, xz); "
+            "unpack it first"
         )
     return openers[name](path)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from vlp.types import TextSpec
 
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # threads of the tokenizers library do not survive a fork
+# Threads of the tokenizers library do not survive a fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _PROBES = ["A photo of 2 red Circles, naïve & café!", "two dogs"]
-_LIMIT = 1 << 17  # words kept; without a bound the cache of a multilingual run grows for ever
+# Words kept; without a bound the cache of a multilingual run grows for ever.
+_LIMIT = 1 << 17
 # SimpleTokenizer's pattern, special tokens left out
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -46,29 +46,34 @@ def same_tokens(one: TextSpec, other: TextSpec) -> bool:
     """
     if replace(one, tokenizer=other.tokenizer) != other:
         return False
-    return one == other or build(one)(_PROBES).equal(build(other)(_PROBES))
+
+    if one == other:
+        return True
+    return build(one)(_PROBES).equal(build(other)(_PROBES))
 
 
 class ClipTokenizer:
     """open_clip's SimpleTokenizer with a fast path. `vocab_size` counts the special tokens too."""
 
     def __init__(self, spec: TextSpec) -> None:
-        from vlp.data._clip_text import (
-            tokenizers as theirs,
-        )  # here, because it imports ftfy and more
+        # Here, because it imports ftfy and more.
+        from vlp.data._clip_text import tokenizers as theirs
 
         self.context_length = spec.context_length
         self._slow = theirs.SimpleTokenizer(
             context_length=spec.context_length, clean=spec.clean, **spec.options
         )
         self.vocab_size = self._slow.vocab_size
+
         # What cleaning comes to where the text has no mojibake, entities or control characters to
         # repair.
-        self._clean = {
-            "lower": lambda text: " ".join(text.split()).lower(),
-            "whitespace": lambda text: " ".join(text.split()),
+        cleaners = {
+            "lower": _lower,
+            "whitespace": _single_spaced,
             "canonicalize": theirs.canonicalize_text,
-        }[spec.clean]
+        }
+        self._clean = cleaners[spec.clean]
+
         self._pattern = regex.compile(_WORD, regex.IGNORECASE)
         self._words: dict[str, list[int]] = {}
 
@@ -78,37 +83,56 @@ class ClipTokenizer:
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
         """Token ids, int64 [n, L], and how many texts were truncated."""
-        length, n_truncated = self.context_length, 0
+        length = self.context_length
         first, last = self._slow.sot_token_id, self._slow.eot_token_id
+
         result = np.zeros((len(texts), length), np.int64)
+        n_truncated = 0
         for row, text in zip(result, texts):
             ids = [first, *self.encode(text)]
-            n_truncated += len(ids) >= length
+            if len(ids) >= length:  # no room for the end token
+                n_truncated += 1
+            # Appends the end token to a short text, and cuts a long one to make room for it.
             ids[length - 1 :] = [last]
             row[: len(ids)] = ids
+
         return torch.from_numpy(result), n_truncated
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without start, end or truncation."""
-        plain = text.isascii() and text.isprintable() and "&" not in text
-        cleaned = self._clean(text) if plain else self._slow.clean_fn(text)
+        needs_no_repair = text.isascii() and text.isprintable() and "&" not in text
+        cleaned = self._clean(text) if needs_no_repair else self._slow.clean_fn(text)
+
+        # No token spans white space, so a text is the sum of its words.
         ids: list[int] = []
-        for word in cleaned.split():  # no token spans white space
-            found = self._words.get(word)
-            ids += self._spell(word) if found is None else found
+        for word in cleaned.split():
+            known_ids = self._words.get(word)
+            ids += self._spell(word) if known_ids is None else known_ids
         return ids
 
     def _spell(self, word: str) -> list[int]:
+        """Token ids of one word, kept for the next time it is met."""
         slow = self._slow
         ids: list[int] = []
         for token in self._pattern.findall(word):
+            # BPE knows bytes as printable characters.
             token = "".join(slow.byte_encoder[b] for b in token.encode("utf-8"))
             ids.extend(slow.encoder[piece] for piece in slow.bpe(token).split(" "))
+
+        # Started anew: which words are rare is not worth knowing.
         if len(self._words) >= _LIMIT:
             self._words.clear()
             slow.cache.clear()
         self._words[word] = ids
         return ids
+
+
+def _single_spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _lower(text: str) -> str:
+    return _single_spaced(text).lower()
 
 
 class HubTokenizer:
@@ -117,9 +141,8 @@ class HubTokenizer:
     def __init__(self, spec: TextSpec) -> None:
         from vlp.data._clip_text import tokenizers
 
-        options: dict[str, Any] = dict(spec.options) | {
-            "trust_remote_code": False
-        }  # its folder may bring code along
+        # Its folder may bring code along, and options that ask for it.
+        options: dict[str, Any] = {**spec.options, "trust_remote_code": False}
         self.context_length = spec.context_length
         self._inner = tokenizers.HFTokenizer(
             spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options
@@ -134,11 +157,15 @@ class HubTokenizer:
         """Token ids, int64 [n, L], and how many texts were truncated."""
         ids = self._inner(texts)
         pad = self._inner.tokenizer.pad_token_id
-        full = [
-            i for i, row in enumerate(ids) if pad is None or row[-1] != pad
-        ]  # only these can have been cut
-        whole = [
-            self._inner.tokenizer(self._inner.clean_fn(texts[i]), verbose=False).input_ids
-            for i in full
-        ]
-        return ids, sum(len(w) > self.context_length for w in whole)
+
+        # Only rows without padding can have been cut; whether they were, their whole length tells.
+        n_truncated = 0
+        for text, row in zip(texts, ids):
+            if pad is not None and row[-1] == pad:
+                continue
+            cleaned = self._inner.clean_fn(text)
+            whole = self._inner.tokenizer(cleaned, verbose=False).input_ids
+            if len(whole) > self.context_length:
+                n_truncated += 1
+
+        return ids, n_truncated

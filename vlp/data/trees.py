@@ -25,7 +25,8 @@ from vlp.data.tables import Item
 _TABLES = (".csv", ".tsv", ".token", ".jsonl", ".ndjson", ".parquet")
 # What a .txt or .json is called that is a table rather than a note.
 _TABLE_NAME = re.compile(r"caption|annotation|metadata|token|dataset|result|label|train|test|val")
-_LABELS = ("class", "cls")  # what a sample's JSON calls its class, by name and by number
+# What a sample's JSON calls its class, by name and by number.
+_LABELS = ("class", "cls")
 
 
 @dataclass
@@ -35,8 +36,10 @@ class Tree:
     items: list[Item]
     classes: list[str]  # sorted; empty unless all of them come by name
     paired: bool  # whether texts lie beside the pictures
-    problems: list[str] = field(default_factory=list)  # what cannot be used, a line each
-    notes: list[str] = field(default_factory=list)  # what was decided and may surprise
+    # What cannot be used, a line each.
+    problems: list[str] = field(default_factory=list)
+    # What was decided and may surprise.
+    notes: list[str] = field(default_factory=list)
 
 
 def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
@@ -46,14 +49,17 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
     `lines`: a text file of several lines is one caption, or each of its lines is one.
     """
     if not archive.names:
-        found = f"; found {archive.left_out}" if archive.left_out.counts else ""
-        raise ValueError(f"{archive.path} holds no images{found}{_other_hint(archive)}")
+        others = f"; found {archive.left_out}" if archive.left_out.counts else ""
+        raise ValueError(f"{archive.path} holds no images{others}{_other_hint(archive)}")
+
     texts = _texts_beside(archive)
-    parts = splits_in(archive)
-    if len(parts) > 1 or (parts and not texts):
+
+    # One folder "train" of pairs is a name like another; of classes it would be the only class.
+    split_folders = splits_in(archive)
+    if len(split_folders) > 1 or (split_folders and not texts):
         raise ValueError(
-            f"{archive.path} holds splits, not classes: {', '.join(parts)}; give one of them, "
-            f"such as {_said(archive, parts[0])}"
+            f"{archive.path} holds splits, not classes: {', '.join(split_folders)}; "
+            f"give one of them, such as {_how_to_name(archive, split_folders[0])}"
         )
     return _pairs(archive, texts, lines) if texts else _classes(archive)
 
@@ -69,18 +75,24 @@ def class_name(folder: str) -> str:
     return " ".join(printable(folder).replace("_", " ").split())
 
 
-def _said(archive: Archive, folder: str) -> str:
+def _how_to_name(archive: Archive, folder: str) -> str:
     """How a person names a folder of an archive: by its path, or by the option of each command."""
-    below = "/".join(filter(None, [archive.below, folder])) if archive.path.is_file() else folder
+    is_tar = archive.path.is_file()
+    # A folder's path holds `below` already; a tar's does not.
+    below = f"{archive.below}/{folder}" if is_tar and archive.below else folder
     options = f"--split-folder {below} (configuration: split: {below}; vlp eval: split={below})"
-    return options if archive.path.is_file() else f"{archive.path}/{folder}, or {options}"
+    return options if is_tar else f"{archive.path}/{folder}, or {options}"
 
 
 def _other_hint(archive: Archive) -> str:
     """What to do with files that are no pictures and may hold some."""
     counts = archive.left_out.counts
     if counts[".tar"]:
-        return ". Its .tar files may be shards already: train on them with {name: shards}, or name one of them"
+        return (
+            ". Its .tar files may be shards already: train on them with {name: shards}, "
+            "or name one of them"
+        )
+
     if counts[".parquet"]:
         return (
             ". Parquet files that hold pictures are read by the source {name: huggingface} and by "
@@ -91,7 +103,11 @@ def _other_hint(archive: Archive) -> str:
 
 def _tables_in(archive: Archive) -> list[str]:
     """The files of a tree that may be tables of its pictures, some of each kind."""
-    tables = [name for kind in _TABLES for name in archive.left_out.names.get(kind, ())]
+    # Tables of other kinds are no texts, so they are among what is left out.
+    tables: list[str] = []
+    for kind in _TABLES:
+        tables += archive.left_out.names.get(kind, [])
+
     texts = sorted(name for name in archive.texts if _TABLE_NAME.search(_last(name).casefold()))
     return tables + texts
 
@@ -99,7 +115,10 @@ def _tables_in(archive: Archive) -> list[str]:
 def _naming(archive: Archive) -> str:
     """How a table of captions is named, those that may be meant first."""
     tables = _tables_in(archive)
-    table = f"{archive.path}/{tables[0]}" if tables and archive.path.is_dir() else "TABLE"
+    table = "TABLE"
+    if tables and archive.path.is_dir():
+        table = f"{archive.path}/{tables[0]}"
+
     there = f"found {', '.join(tables[:3])}; " if tables else ""
     return (
         f"{there}name a table of captions: --captions {table} (configuration: captions: {table}; "
@@ -117,19 +136,31 @@ def _last(name: str) -> str:
 def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
     """{picture: {kind: text}} of the pictures that have any: `a.txt` or `a.jpg.txt` beside
     `a.jpg`."""
+    # Composed Unicode throughout: a tar made on a Mac spells its names decomposed.
     by_stem: dict[str, dict[str, str]] = defaultdict(dict)
+    by_image_name: dict[str, dict[str, str]] = defaultdict(dict)
     for name in archive.texts:
         extension = extension_of(name)
         kind = "txt" if extension == "caption" else extension
         by_stem[_stem(name)].setdefault(kind, name)
-    result = {}
+        by_image_name[_plain_extension(_stem(name))].setdefault(kind, name)
+
+    stems = {_plain_extension(_stem(name)) for name in archive.names}
+    beside: dict[str, dict[str, str]] = {}
     for name in archive.names:
-        if beside := {
-            **by_stem.get(unicodedata.normalize("NFC", name), {}),
-            **by_stem.get(_stem(name), {}),
-        }:
-            result[name] = beside
-    return result
+        image_name = _plain_extension(unicodedata.normalize("NFC", name))
+        # Of `a.jpg` and `a.jpg.png`, the second one has the text `a.jpg.txt`.
+        by_name = {} if image_name in stems else by_image_name.get(image_name, {})
+        texts = by_name | by_stem.get(_stem(name), {})
+        if texts:
+            beside[name] = texts
+    return beside
+
+
+def _plain_extension(name: str) -> str:
+    """The name with its last extension in lower case."""
+    stem, extension = os.path.splitext(name)
+    return stem + extension.lower()
 
 
 def _stem(name: str) -> str:
@@ -139,46 +170,68 @@ def _stem(name: str) -> str:
 def _pairs(
     archive: Archive, texts: dict[str, dict[str, str]], lines: Literal["one", "each"]
 ) -> Tree:
+    """The pictures with what their texts say."""
     choice = Choice(lines=lines)
-    items, problems, keys, n_several = [], [], set(), 0
+    items: list[Item] = []
+    problems: list[str] = []
+    json_keys: set[str] = set()
+    n_of_several_lines = 0
     for name in archive.names:
         if name not in texts:
             problems.append(f"{name!r} has no text beside it ({_expected(name)})")
             continue
         try:
-            found = read_texts(
-                {kind: archive.texts[text].read_text() for kind, text in texts[name].items()}
-            )
+            members = {kind: archive.texts[text].read_text() for kind, text in texts[name].items()}
         except OSError as error:
             problems.append(f"the text beside {name!r} cannot be used: {error}")
             continue
-        keys |= found.meta.keys()
-        captions = choice.captions(found.meta, found.text)
-        n_several += captions == (found.text,) and len(lines_of(found.text)) > 1
-        if captions or any(label in found.meta for label in _LABELS):
-            items.append(Item(name, 0, list(captions), {"image": printable(name), **found.meta}))
-        else:
-            why = f"cannot be used: {'; '.join(found.notes)}" if found.notes else "holds no caption"
-            problems.append(f"the text beside {name!r} {why}")
+
+        content = read_texts(members)
+        json_keys |= content.meta.keys()
+        captions = choice.captions(content.meta, content.text)
+        if captions == (content.text,) and len(lines_of(content.text)) > 1:
+            n_of_several_lines += 1
+
+        # A class may stand for a caption: templates make one of it.
+        if captions or any(label in content.meta for label in _LABELS):
+            meta = {"image": printable(name), **content.meta}
+            items.append(Item(name, 0, list(captions), meta))
+            continue
+        fault = "holds no caption"
+        if content.notes:
+            fault = f"cannot be used: {'; '.join(content.notes)}"
+        problems.append(f"the text beside {name!r} {fault}")
+
     if not items:
-        there = f"; the JSON files have the keys {', '.join(sorted(keys)[:12])}" if keys else ""
+        keys = ", ".join(sorted(json_keys)[:12])
+        there = f"; the JSON files have the keys {keys}" if keys else ""
         raise ValueError(
             f"{archive.path}: {len(texts)} of {len(archive.names)} images have a text beside them, "
-            "none a caption "
-            f"({problems[0]}){there}. Where folders are the classes, move those texts away"
+            f"none a caption ({problems[0]}){there}. "
+            "Where folders are the classes, move those texts away"
         )
-    named: set[Any] = {item.meta.get("class") for item in items}
-    numbered = any("cls" in item.meta for item in items)
-    classes = sorted(named) if not numbered and all(isinstance(name, str) for name in named) else []
-    used = {text for beside in texts.values() for text in beside.values()}
-    _leave_out_texts(archive, sorted(archive.texts.keys() - used))
+
+    # What no picture takes is told: its name may be mistyped.
+    used_texts: set[str] = set()
+    for beside in texts.values():
+        used_texts.update(beside.values())
+    _leave_out_texts(archive, sorted(archive.texts.keys() - used_texts))
     notes = []
-    if n_several:
+    if n_of_several_lines:
         notes.append(
-            f"text files of several lines are one caption each beside {n_several:,} images; "
-            "lines: each (--lines each) makes each line a caption"
+            f"text files of several lines are one caption each beside {n_of_several_lines:,} "
+            "images; lines: each (--lines each) makes each line a caption"
         )
-    return Tree(items, classes, True, problems, notes)
+    return Tree(items, _class_names(items), True, problems, notes)
+
+
+def _class_names(items: list[Item]) -> list[str]:
+    """The classes of pictures with texts, sorted; empty unless each names its class."""
+    names: set[Any] = {item.meta.get("class") for item in items}
+    has_numbers = any("cls" in item.meta for item in items)
+    if has_numbers or not all(isinstance(name, str) for name in names):
+        return []
+    return sorted(names)
 
 
 def _leave_out_texts(archive: Archive, names: list[str]) -> None:
@@ -195,8 +248,10 @@ def _expected(name: str) -> str:
 
 
 def _classes(archive: Archive) -> Tree:
+    """The pictures with the folders at the top as their classes."""
     _refuse_texts_elsewhere(archive)
     _leave_out_texts(archive, sorted(archive.texts))
+
     loose = [name for name in archive.names if "/" not in name]
     if len(loose) == len(archive.names):
         raise ValueError(
@@ -204,6 +259,7 @@ def _classes(archive: Archive) -> Tree:
             f"outside of any folder, and none has a text beside it ({_expected(loose[0])}); "
             f"{_naming(archive)}"
         )
+
     tops = {name.split("/")[0] for name in archive.names if "/" in name}
     if not loose:
         _refuse_wrapper(archive)
@@ -213,33 +269,34 @@ def _classes(archive: Archive) -> Tree:
             f"be one class without captions; {_naming(archive)}. If it is a class, move the tables "
             "away"
         )
+
+    # What lies at the root is of no class.
     problems = [f"{name!r} lies outside of any class folder" for name in loose]
     for folder, extensions in sorted(archive.folders.items()):
-        if (
-            folder not in tops and "tar" not in extensions
-        ):  # shards lie there, perhaps an earlier output
-            found = (
-                ", ".join(f"{n:,} .{extension}" for extension, n in extensions.most_common())
-                or "nothing"
-            )
-            problems.append(
-                f"the class folder {printable(folder)!r} holds no image (found {found}); convert "
-                "or remove it"
-            )
-    items = [
-        Item(name, 0, [], {"image": printable(name), "class": class_name(name.split("/")[0])})
-        for name in archive.names
-        if "/" in name
-    ]
-    return Tree(
-        items, sorted({item.meta["class"] for item in items}), False, problems, _notes(tops)
-    )
+        holds_shards = "tar" in extensions  # perhaps an earlier output
+        if folder in tops or holds_shards:
+            continue
+        counts = [f"{n:,} .{extension}" for extension, n in extensions.most_common()]
+        problems.append(
+            f"the class folder {printable(folder)!r} holds no image "
+            f"(found {', '.join(counts) or 'nothing'}); convert or remove it"
+        )
+
+    items = []
+    for name in archive.names:
+        folder, slash, _ = name.partition("/")
+        if slash:
+            meta = {"image": printable(name), "class": class_name(folder)}
+            items.append(Item(name, 0, [], meta))
+    classes = sorted({item.meta["class"] for item in items})
+    return Tree(items, classes, False, problems, _notes(tops))
 
 
 def _refuse_texts_elsewhere(archive: Archive) -> None:
     """Raise where texts lie in folders of their own, with the names of the images: they would be
     lost."""
     images = {_last(_stem(name)): name for name in archive.names}
+    # A few notes may be called as an image is by chance; most of the texts are not.
     paired = [text for text in sorted(archive.texts) if _last(_stem(text)) in images]
     if 2 * len(paired) > len(archive.texts):
         image = images[_last(_stem(paired[0]))]
@@ -254,33 +311,36 @@ def _refuse_wrapper(archive: Archive) -> None:
     """Raise where all classes are sub-folders of one folder, as an unpacked zip leaves them."""
     folders = {name.rpartition("/")[0] for name in archive.names}
     shared = os.path.commonpath(folders)
+
+    # The folders next below the shared one: those may be the classes.
     depth = shared.count("/") + 2
     below = sorted({"/".join(folder.split("/")[:depth]) for folder in folders})
     if shared and len(below) > 1 and shared not in folders:
-        some = ", ".join(below[:3]) + (", …" if len(below) > 3 else "")
+        some = ", ".join([*below[:3], *(["…"] if len(below) > 3 else [])])
         raise ValueError(
             f"{archive.path} holds one folder, {shared!r}, and below it {len(below)} with images "
-            f"({some}); if those are the classes, give {_said(archive, shared)}"
+            f"({some}); if those are the classes, give {_how_to_name(archive, shared)}"
         )
 
 
 def _notes(folders: set[str]) -> list[str]:
+    """What was decided about the class folders and may surprise."""
     notes = []
     if all(folder.isdecimal() for folder in folders):
         first, last = min(folders, key=int), max(folders, key=int)
         notes.append(
             f"the folders' names are numbers ({first} to {last}) and no image has a .txt or .json "
-            "beside it: "
-            "the numbers are taken as class names"
+            "beside it: the numbers are taken as class names"
         )
+
     if len(folders) == 1:
         notes.append(f"there is one class folder only, {printable(next(iter(folders)))!r}")
+
+    # Folders whose names differ in blanks, underscores or composition only.
     spellings = defaultdict(list)
     for folder in sorted(folders):
         spellings[class_name(folder)].append(printable(folder))
-    notes += [
-        f"the folders {', '.join(map(repr, same))} are one class"
-        for same in spellings.values()
-        if len(same) > 1
-    ]
+    for same_class in spellings.values():
+        if len(same_class) > 1:
+            notes.append(f"the folders {', '.join(map(repr, same_class))} are one class")
     return notes

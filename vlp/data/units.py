@@ -57,7 +57,8 @@ class Samples:
     def rows(
         self, units: np.ndarray, key: int, rounds: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        return units[:, None], np.full((len(units), 1), -1)
+        undecided = np.full((len(units), 1), -1)
+        return units[:, None], undecided
 
     def before(self, samples: np.ndarray) -> np.ndarray:
         return samples
@@ -70,7 +71,8 @@ class CaptionsOfSamples(Samples):
     """Every caption of a sample is a unit."""
 
     def __init__(self, source: Source) -> None:
-        self._ends = _shared(np.cumsum(source.n_captions()))  # units up to and with a sample
+        # Units up to and with a sample.
+        self._ends = _shared(np.cumsum(source.n_captions()))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -78,22 +80,32 @@ class CaptionsOfSamples(Samples):
     def rows(
         self, units: np.ndarray, key: int, rounds: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        sample = np.searchsorted(self._ends.numpy(), units, side="right")
-        return sample[:, None], (units - self.before(sample))[:, None]
+        # A caption's number is its place behind the captions of all samples before its own.
+        ends = self._ends.numpy()
+        sample = np.searchsorted(ends, units, side="right")
+        caption = units - self.before(sample)
+        return sample[:, None], caption[:, None]
 
     def before(self, samples: np.ndarray) -> np.ndarray:
-        return np.where(samples > 0, self._ends.numpy()[samples - 1], 0)
+        # samples - 1 is the last sample where there is none before: any number does for it.
+        ends_before = self._ends.numpy()[samples - 1]
+        return np.where(samples > 0, ends_before, 0)
 
 
 class Origins(Samples):
     """`size` samples of one origin are a unit; origins with fewer are left out."""
 
     def __init__(self, source: Source, size: int, shuffle: bool) -> None:
+        # Samples of one origin follow one another: an origin is a start and a count.
         starts = np.flatnonzero(np.diff(source.origins(), prepend=-1))
         counts = np.diff(starts, append=len(source))
-        whole = counts >= size
-        self.size, self.shuffle, self.n_left_out = size, shuffle, int(counts[~whole].sum())
-        self._starts, self._counts = _shared(starts[whole]), _shared(counts[whole])
+        large_enough = counts >= size
+
+        self.size = size
+        self.shuffle = shuffle
+        self.n_left_out = int(counts[~large_enough].sum())
+        self._starts = _shared(starts[large_enough])
+        self._counts = _shared(counts[large_enough])
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -101,20 +113,30 @@ class Origins(Samples):
     def rows(
         self, units: np.ndarray, key: int, rounds: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        result = self._starts.numpy()[units][:, None] + np.arange(self.size)
+        # Without shuffling the first members of each origin are taken.
+        starts = self._starts.numpy()[units]
         counts = self._counts.numpy()[units]
-        for i in np.flatnonzero(counts > self.size) if self.shuffle else ():
-            chance = random.Random(derive(key, "members", int(units[i]), int(rounds[i])))
-            result[i] += np.array(chance.sample(range(counts[i]), self.size)) - np.arange(self.size)
-        return result, np.full(result.shape, -1)
+        samples = starts[:, None] + np.arange(self.size)
+
+        # Of an origin with more members than rows, others stand together in each round.
+        has_more = counts > self.size if self.shuffle else np.zeros(len(units), bool)
+        for i in np.flatnonzero(has_more):
+            seed = derive(key, "members", int(units[i]), int(rounds[i]))
+            chance = random.Random(seed)
+            members = chance.sample(range(counts[i]), self.size)
+            samples[i] = starts[i] + np.array(members)
+
+        return samples, np.full(samples.shape, -1)
 
     def before(self, samples: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts.numpy(), samples)
 
     def others(self, sample: int) -> np.ndarray:
-        unit = int(np.searchsorted(self._starts.numpy(), sample, side="right")) - 1
-        start = int(self._starts[unit])
-        return np.arange(start, start + int(self._counts[unit]))
+        starts = self._starts.numpy()
+        unit = int(np.searchsorted(starts, sample, side="right")) - 1
+        start = int(starts[unit])
+        count = int(self._counts[unit])
+        return np.arange(start, start + count)
 
 
 def _shared(values: np.ndarray) -> torch.Tensor:

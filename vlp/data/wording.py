@@ -71,11 +71,11 @@ _GROUPS = """
     center middle
     seaside coast
 """
-SYNONYMS = {
-    word: tuple(other for other in line.split() if other != word)
-    for line in _GROUPS.splitlines()
-    for word in line.split()
-}
+SYNONYMS: dict[str, tuple[str, ...]] = {}
+for _line in _GROUPS.splitlines():
+    _group = _line.split()
+    for _word in _group:
+        SYNONYMS[_word] = tuple(other for other in _group if other != _word)
 
 
 def vary(caption: str, augment: TextAugment, chance: random.Random) -> str:
@@ -84,19 +84,24 @@ def vary(caption: str, augment: TextAugment, chance: random.Random) -> str:
 
     A pure function of its arguments and the state of `chance`.
     """
-    words = [
-        word
-        for word in caption.split()
-        if not (word.lower() in STOP_WORDS and chance.random() < augment.stop_words)
-    ]
-    words = [
-        _synonym(word, chance) if chance.random() < augment.synonyms else word for word in words
-    ]
+    # The order of the draws is part of what a seed means: each step draws for all its words.
+    words = []
+    for word in caption.split():
+        left_out = word.lower() in STOP_WORDS and chance.random() < augment.stop_words
+        if not left_out:
+            words.append(word)
+
+    for i, word in enumerate(words):
+        if chance.random() < augment.synonyms:
+            words[i] = _synonym(word, chance)
+
     for i in range(len(words) - 1):
         if chance.random() < augment.swaps:
             words[i], words[i + 1] = words[i + 1], words[i]
-    kept = [word for word in words if chance.random() >= augment.deletions]
-    return " ".join(kept or words) or caption
+
+    # A view without words would be a caption of every picture.
+    kept_words = [word for word in words if chance.random() >= augment.deletions]
+    return " ".join(kept_words or words) or caption
 
 
 def _synonym(word: str, chance: random.Random) -> str:
@@ -107,5 +112,8 @@ def _synonym(word: str, chance: random.Random) -> str:
     others = SYNONYMS.get(core.lower())
     if others is None:
         return word
+
     other = chance.choice(others)
-    return word.replace(core, other.capitalize() if core[0].isupper() else other)
+    if core[0].isupper():
+        other = other.capitalize()
+    return word.replace(core, other)

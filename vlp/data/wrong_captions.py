@@ -34,11 +34,8 @@ class WrongCaptions:
 
     def of(self, caption: str) -> list[int]:
         """The places of the texts that belong to a caption, in their order."""
-        return [
-            place
-            for place, source in enumerate(self.made_from)
-            if source in (None, caption.strip())
-        ]
+        belonging = (None, caption.strip())
+        return [place for place, source in enumerate(self.made_from) if source in belonging]
 
     def most(self, captions: Sequence[str]) -> int:
         """How many texts belong to the caption that has most of them; without captions, the given
@@ -50,6 +47,7 @@ class WrongCaptions:
         """For each text the number of its caption among `captions`; GIVEN, or None where it is not
         there.
         """
+        # Of equal captions the first counts, so it is entered last.
         number = {caption.strip(): i for i, caption in reversed(list(enumerate(captions)))}
         return [GIVEN if source is None else number.get(source) for source in self.made_from]
 
@@ -58,31 +56,38 @@ def read(meta: dict[str, Any], field: str, captions: Sequence[str]) -> WrongCapt
     """The texts of one of LISTS in the JSON of a sample with these captions; empty where it has
     none.
     """
-    entries, numbers = meta.get(field), meta.get(f"{field}_of")
+    entries = meta.get(field)
+    numbers = meta.get(f"{field}_of")
     if not isinstance(entries, list):
         return WrongCaptions([], [], [])
+
+    # Entries that are no text keep their place: numbers and masks count them.
     texts = [entry if isinstance(entry, str) else "" for entry in entries]
     mask = meta.get(f"{field}_valid")
     if not isinstance(mask, list) or len(mask) != len(texts):
         mask = [True] * len(texts)  # none, or that of other texts
-    valid = [bool(text.strip()) and bool(counts) for text, counts in zip(texts, mask)]
+    has_words = [bool(text.strip()) for text in texts]
+    valid = [words and bool(counts) for words, counts in zip(has_words, mask)]
     if numbers is None:
         return WrongCaptions(texts, valid, [None] * len(texts))
 
+    # A wrong number would make a wrong pair, so one of them costs all texts.
     numbered = _numbered(meta, captions)
-    if problem := _problem(field, numbers, len(texts), len(numbered)):
+    problem = _problem(field, numbers, len(texts), len(numbered))
+    if problem:
         return WrongCaptions([], [], [], problem)
-    return WrongCaptions(texts, valid, [None if n == GIVEN else numbered[n] for n in numbers])
+    made_from = [None if n == GIVEN else numbered[n] for n in numbers]
+    return WrongCaptions(texts, valid, made_from)
 
 
 def problems(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
     """What is wrong with the numbers of a sample's wrong captions, in words."""
-    found = [read(meta, field, captions).problem for field in LISTS]
-    return [problem for problem in found if problem]
+    of_each = [read(meta, field, captions).problem for field in LISTS]
+    return [problem for problem in of_each if problem]
 
 
 def _numbered(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
-    """The captions as the JSON numbers them: it may hold blank ones, and others than those in use."""
+    """The captions as the JSON numbers them: there may be blank ones, and more than are used."""
     written = meta.get("captions")
     if not isinstance(written, list) or not all(isinstance(caption, str) for caption in written):
         written = Choice().captions(meta, "") or captions
@@ -90,12 +95,19 @@ def _numbered(meta: dict[str, Any], captions: Sequence[str]) -> list[str]:
 
 
 def _problem(field: str, numbers: Any, n_texts: int, n_captions: int) -> str:
+    """What is wrong with the numbers of n texts, in words; "" for nothing."""
+    # bool is an int, and true would be caption 1.
     if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
         fault = f"holds {str(numbers)[:40]}"
     elif len(numbers) != n_texts:
         fault = f"has {len(numbers)} numbers for {n_texts} texts"
-    elif outside := [n for n in numbers if not GIVEN <= n < n_captions]:
-        fault = f"names caption {outside[0]} of {n_captions}"
     else:
-        return ""
-    return f"its {field} are not used: {field}_of {fault}; expected the number of a caption, or −1, for each"
+        outside = [n for n in numbers if not GIVEN <= n < n_captions]
+        if not outside:
+            return ""
+        fault = f"names caption {outside[0]} of {n_captions}"
+
+    return (
+        f"its {field} are not used: {field}_of {fault}; "
+        "expected the number of a caption, or −1, for each"
+    )

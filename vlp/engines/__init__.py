@@ -1,1 +1,68 @@
-"""What keeps ranks in step: one process, DDP, FSDP2, DeepSpeed's ZeRO."""
+"""What keeps ranks in step: one process, DDP, FSDP2, DeepSpeed's ZeRO. Start reading at `base`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from vlp import config, dist
+from vlp.engines.base import Engine, LaunchError, State
+from vlp.engines.precision import compute_dtype
+from vlp.engines.processes import launched_engine, launched_processes, training_device
+from vlp.engines.replicated import Replicated
+from vlp.engines.sharded import Sharded
+from vlp.engines.zero import ZeRO
+
+__all__ = ["Engine", "LaunchError", "State", "compute_dtype", "launched_processes", "start"]
+
+
+def start(options: config.Train) -> Engine:
+    """Join the process group, choose the device and return the engine asked for.
+
+    LaunchError where what was obtained is not what was asked for: launchers fall back to one
+    process, and libraries to plain DDP, without a word.
+    """
+    n_launched = launched_processes()
+    device = training_device(options.device)
+
+    # The launcher may have decided already; a different wish cannot be met.
+    launcher = launched_engine()
+    name = launcher if options.engine == "auto" else options.engine
+    if launcher not in ("ddp", name):  # its libraries would wrap the model in their own way
+        raise LaunchError(
+            f"train.engine is {name}, but accelerate launch was configured for {launcher}; "
+            "leave train.engine out, or launch "
+            f"with launch/accelerate/{name}.yaml (on a CPU cpu2.yaml, which takes any engine)"
+        )
+
+    if name.startswith("zero") and device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+
+    if n_launched > 1 and not dist.initialised():
+        _join(device)
+
+    # Some launchers fall back to one process without a word.
+    if dist.world_size() != n_launched:
+        raise LaunchError(
+            f"the launcher announced {n_launched} processes, but {dist.world_size()} joined"
+        )
+
+    if name == "ddp":
+        return Replicated(device)
+    if n_launched == 1:
+        raise LaunchError(
+            f"train.engine is {name}, but there is one process; "
+            "start with accelerate launch, or set engine: ddp"
+        )
+    if name == "fsdp2":
+        return Sharded(device)
+    return ZeRO(device, stage=int(name[-1]))
+
+
+def _join(device: torch.device) -> None:
+    """Join the process group, by the transport of the device."""
+    if device.type == "cuda":
+        torch.distributed.init_process_group("nccl", device_id=device)
+    else:
+        torch.distributed.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""Which arithmetic of the towers is faster on this machine, found by timing a small layer in both."""
+"""Which arithmetic of the towers is faster here, found by timing a small layer in both."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-ROWS, WIDTH = (
-    128,
-    256,
-)  # .4 GFLOP forward and backward: milliseconds, yet more than the calls themselves cost
+from vlp import config
+
+# .4 GFLOP forward and backward: milliseconds, yet more than the calls themselves cost.
+ROWS, WIDTH = 128, 256
 TRIALS = 4
 GAIN = 0.9  # bf16 rounds, so it has to take at most this share of float32's time
 
 Precision = Literal["float32", "bf16"]
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 @functools.cache
@@ -29,10 +30,10 @@ def faster(device_type: str) -> Precision:
     """
     if device_type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+    # On one thread its own clock sees all the work, however busy the machine is.
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # so that the thread's own clock sees all the work, however busy the machine is
+    torch.set_num_threads(1)
     try:
         seconds = _measured()
     finally:
@@ -43,6 +44,8 @@ def faster(device_type: str) -> Precision:
 def _measured() -> dict[Precision, float]:
     """Seconds of the processor for a forward and backward pass on one core."""
     layer, rows = _layer(), torch.ones(ROWS, WIDTH)
+
+    # In turn, so that a slower moment of the machine meets both.
     seconds: dict[Precision, list[float]] = {"float32": [], "bf16": []}
     for _ in range(TRIALS + 1):
         for name, taken in seconds.items():
@@ -51,9 +54,9 @@ def _measured() -> dict[Precision, float]:
                 out = layer(rows)
             out.float().sum().backward()
             taken.append(time.thread_time() - start)
-    return {
-        name: min(taken[1:]) for name, taken in seconds.items()
-    }  # the first one compiles kernels
+
+    # The first trial compiles kernels.
+    return {name: min(taken[1:]) for name, taken in seconds.items()}
 
 
 def _layer() -> nn.Module:
@@ -67,3 +70,10 @@ def _layer() -> nn.Module:
     for parameter in layer.parameters():
         nn.init.constant_(parameter, 0.01)
     return layer
+
+
+def compute_dtype(options: config.Train, device: torch.device) -> torch.dtype:
+    """The dtype of the towers' arithmetic; parameters, scale, bias and the loss stay float32."""
+    if options.precision == "auto":
+        return DTYPES[faster(device.type)]
+    return DTYPES[options.precision]

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as an engine of `vlp.engines.parallel`: stage 1 shards moments, 2 also
+"""DeepSpeed's ZeRO as an engine (vlp.engines.base): stage 1 shards moments, 2 also
 gradients, 3 also parameters.
 
 DeepSpeed is prepared by Accelerate and then driven directly: Accelerate's `backward` would update
@@ -14,13 +14,16 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vlp import config, dist, optim
-from vlp.engines.parallel import MOMENTS, LaunchError, State, accelerator, precision
+from vlp.engines.base import MOMENTS, LaunchError, State
+from vlp.engines.precision import compute_dtype
+from vlp.engines.processes import accelerator
 from vlp.models.dual_encoder import DualEncoder
 
 
@@ -35,38 +38,44 @@ class ZeRO:
 
         if options.compile:
             raise ValueError(
-                "train.compile does not work with DeepSpeed; set compile: false, or engine: ddp or fsdp2"
+                "train.compile does not work with DeepSpeed; "
+                "set compile: false, or engine: ddp or fsdp2"
             )
+
+        # DeepSpeed changes the model in place; evaluation and averages need an untouched one.
         self.plain, self.description = copy.deepcopy(model), model.description()
         if options.activation_checkpointing:
             model.set_activation_checkpointing(True)
         self.names = {id(p): name for name, p in model.named_parameters()}
+
         # Accelerate refuses settings given in code beside the launcher's; `settings` has already
         # joined the two.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         plugin = DeepSpeedPlugin(hf_ds_config=settings(self.stage, options, self.device))
-        self.model, _ = accelerator(self.device, plugin).prepare(
-            model, optim.build(model, options.optimizer)
-        )
+        optimizer = optim.build(model, options.optimizer)
+        self.model, _ = accelerator(self.device, plugin).prepare(model, optimizer)
         self.module = self.model.module
         self.zero = self.model.optimizer  # DeepSpeed's optimiser over flat float32 shards
-        if self.model.zero_optimization_stage() != self.stage:
-            raise LaunchError(
-                f"asked for ZeRO stage {self.stage}, obtained {self.model.zero_optimization_stage()}"
-            )
-        # DeepSpeed links parameters to AdamW's state in the middle of the first step, when only the
-        # first group's exists.
-        shards = (
-            self.zero.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else self.zero.single_partition_of_fp32_groups
-        )
+
+        obtained = self.model.zero_optimization_stage()
+        if obtained != self.stage:
+            raise LaunchError(f"asked for ZeRO stage {self.stage}, obtained {obtained}")
+        self._create_moments()
+
+    def _create_moments(self) -> None:
+        """Give every shard its AdamW state before the first step.
+
+        DeepSpeed links parameters to that state in the middle of the first step, when only the
+        first group's exists.
+        """
+        if self.stage == 3:
+            shards = self.zero.fp32_partitioned_groups_flat
+        else:
+            shards = self.zero.single_partition_of_fp32_groups
         for shard in shards:
             zeros = {key: torch.zeros_like(shard) for key in MOMENTS}
-            self.zero.optimizer.state[shard] = {
-                "step": torch.zeros((), device=shard.device),
-                **zeros,
-            }
+            step = torch.zeros((), device=shard.device)
+            self.zero.optimizer.state[shard] = {"step": step, **zeros}
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -89,7 +98,10 @@ class ZeRO:
         """
         for group in self.zero.param_groups:
             group["lr"] = lr
+
         self.model.step()
+
+        # A step that was left out has no norm.
         if self.zero.overflow:
             return torch.tensor(torch.inf)
         return torch.as_tensor(self.model.get_global_grad_norm())
@@ -100,31 +112,34 @@ class ZeRO:
 
         keep = everywhere or dist.is_main()
         step = next(iter(self.zero.optimizer.state.values()))["step"]
+        saved = self.plain.state_dict().keys()
         model = {
             name: value.detach().cpu().clone()
             for name, value in self.module.named_buffers()
-            if self._is_saved(name)
+            if name in saved
         }
+
         moments: dict[str, Tensor] = {}
         for parameter in self.module.parameters():
             name = self.names[id(parameter)]
             if not parameter.requires_grad:
                 model[name] = self._frozen(parameter)
                 continue
-            whole = {"": safe_get_full_fp32_param(parameter)}
-            whole |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            if keep:
-                model[name] = whole.pop("").detach().cpu().clone()
-                moments |= {
-                    f"{key}.{name}": value.detach().cpu().clone() for key, value in whole.items()
-                }
-                moments[f"step.{name}"] = step.detach().cpu().clone()
+
+            # Collective, so ranks that keep nothing take part all the same.
+            weight = safe_get_full_fp32_param(parameter)
+            whole = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if not keep:
+                continue
+            model[name] = weight.detach().cpu().clone()
+            for key, value in whole.items():
+                moments[f"{key}.{name}"] = value.detach().cpu().clone()
+            moments[f"step.{name}"] = step.detach().cpu().clone()
+
         return (model, moments) if keep else ({}, {})
 
-    def _is_saved(self, buffer: str) -> bool:
-        return buffer in self.plain.state_dict()
-
     def _frozen(self, parameter: nn.Parameter) -> Tensor:
+        """A whole copy of a parameter that is not trained. Collective at stage 3."""
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], enabled=self.stage == 3):
@@ -134,35 +149,42 @@ class ZeRO:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
         if not moments:
             return
+
         step = next(value for name, value in moments.items() if name.startswith("step."))
         for state in self.zero.optimizer.state.values():
             state["step"].copy_(step)
+
         for parameter in self.module.parameters():
-            for key in MOMENTS if parameter.requires_grad else ():
-                self._scatter(
-                    parameter, moments[f"{key}.{self.names[id(parameter)]}"].to(self.device), key
-                )
+            if not parameter.requires_grad:
+                continue
+            name = self.names[id(parameter)]
+            for key in MOMENTS:
+                self._scatter(parameter, moments[f"{key}.{name}"].to(self.device), key)
 
     def _scatter(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
+        """Put this rank's part of a whole moment where DeepSpeed keeps it."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         if self.stage < 3:
             safe_set_full_optimizer_state(parameter, value, key)
             return
+
         # Stage 3 pads parameters that the ranks do not divide, and DeepSpeed's setter does not know
         # its own padding.
         shard, _ = self.zero._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=False, optim_state_key=key
         )
-        padded = torch.cat(
-            [value.flatten(), value.new_zeros(shard.numel() * dist.world_size() - value.numel())]
-        )
-        shard.data.copy_(padded[dist.rank() * shard.numel() :][: shard.numel()])
+        n_local = shard.numel()
+        n_padding = n_local * dist.world_size() - value.numel()
+        padded = torch.cat([value.flatten(), value.new_zeros(n_padding)])
+        start = dist.rank() * n_local
+        shard.data.copy_(padded[start : start + n_local])
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A frozen copy of the model as `prepare` got it, or with `weights`, whole on every rank at
         every stage.
         """
+        # Whole at every stage: an average is read by the step, and never trained.
         copied = copy.deepcopy(self.plain).requires_grad_(False)
         if weights is not None:
             copied.load_state_dict(dict(weights))
@@ -174,19 +196,18 @@ class ZeRO:
         """
         from deepspeed.runtime.zero import GatheredParameters
 
-        for own, new in zip(average.parameters(), self.module.parameters()):
-            with GatheredParameters([new], enabled=self.stage == 3):
-                own.lerp_(new.detach().to(own.dtype), 1 - decay)
-        for mine, its in zip(average.buffers(), self.module.buffers()):
-            mine.copy_(its)
+        for averaged, current in zip(average.parameters(), self.module.parameters()):
+            with GatheredParameters([current], enabled=self.stage == 3):
+                averaged.lerp_(current.detach().to(averaged.dtype), 1 - decay)
+
+        for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
+            averaged_buffer.copy_(buffer)
 
     def whole(self, average: nn.Module) -> dict[str, Tensor]:
         """State of what `average` returned, on the CPU of the first rank."""
-        return (
-            {name: value.cpu().clone() for name, value in average.state_dict().items()}
-            if dist.is_main()
-            else {}
-        )
+        if not dist.is_main():
+            return {}
+        return {name: value.cpu().clone() for name, value in average.state_dict().items()}
 
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""
@@ -198,18 +219,20 @@ def settings(stage: int, options: config.Train, device: torch.device) -> dict:
     """DeepSpeed's configuration: the launcher's deepspeed_config_file, else
     launch/deepspeed/zero<stage>.json, with what this run's configuration decides.
     """
-    given = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    file = Path(given) if given else files("vlp.launch") / "deepspeed" / f"zero{stage}.json"
+    launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    file: Path | Traversable
+    if launcher_file:
+        file = Path(launcher_file)
+    else:
+        file = files("vlp.launch") / "deepspeed" / f"zero{stage}.json"
     base = json.loads(file.read_text(encoding="utf-8"))
+
+    rows = options.batch // dist.world_size() // options.micro_batches
+    clip_norm = options.optimizer.clip_norm or 0.0  # DeepSpeed's own default would clip at 1
+    in_bf16 = compute_dtype(options, device) == torch.bfloat16
     return base | {
-        "train_micro_batch_size_per_gpu": options.batch
-        // dist.world_size()
-        // options.micro_batches,
+        "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": options.optimizer.clip_norm
-        or 0.0,  # DeepSpeed's own default would clip at 1
-        "torch_autocast": {
-            "enabled": precision(options, device) == torch.bfloat16,
-            "dtype": "bfloat16",
-        },
+        "gradient_clipping": clip_norm,
+        "torch_autocast": {"enabled": in_bf16, "dtype": "bfloat16"},
     }

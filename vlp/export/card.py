@@ -16,7 +16,12 @@ from vlp.models.stages import Stages
 from vlp.privacy import shareable
 from vlp.types import ON_WHITE
 
-_TAGS = {None: [], "CLIPModel": ["transformers", "clip"], "SiglipModel": ["transformers", "siglip"]}
+# of the Hub, by the transformers class that the folder loads as
+_TAGS: dict[str | None, list[str]] = {
+    None: [],
+    "CLIPModel": ["transformers", "clip"],
+    "SiglipModel": ["transformers", "siglip"],
+}
 
 
 def render(
@@ -34,58 +39,64 @@ def render(
     as, or None.
     """
     onnx = any(note.startswith("ONNX") for note in notes)
-    parts = [
-        _front_matter(name, form, results, license),
-        f"# {name}",
-        _summary(model, step),
-        "## Use",
-        _usage(name, form, onnx),
-    ]
+    parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step)]
+    parts += ["## Use", _usage(name, form, onnx)]
     parts += ["## Pictures", _pictures(model, form)]
-    parts += ["## Forms", "\n".join(f"- {note}" for note in notes), "## Results", _results(results)]
+    parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
+    parts += ["## Results", _results(results)]
+
+    # The configuration is published without its paths and secrets, in both places.
     if training is not None:
         shown = yaml.safe_dump(shareable(training), sort_keys=False, allow_unicode=True)
-        parts += ["## Data", _data(training), "## Training configuration", f"```yaml\n{shown}```"]
+        parts += ["## Data", _data(training)]
+        parts += ["## Training configuration", f"```yaml\n{shown}```"]
+
     parts += ["## Limits", _LIMITS]
     return "\n\n".join(parts) + "\n"
 
 
 def render_stages(model: Stages, name: str, members: Sequence[str], license: str | None) -> str:
     """The README.md of a folder of several stages."""
-    metadata = {
+    metadata: dict[str, Any] = {
         "library_name": "vlp",
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["contrastive"],
     }
-    metadata |= {} if license is None else {"license": license}
+    if license is not None:
+        metadata["license"] = license
+
     dims = " + ".join(str(member.embed_dim) for member in model.members)
+    links = ", ".join(f"[{member}]({member}/README.md)" for member in members)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
 # {name}
 
-{len(members)} image-text dual encoders, trained in stages with vlp. An embedding is theirs, one after another, divided by
-√{len(members)}: {dims} = {model.embed_dim} dimensions, unit length. Its cosine is the mean of theirs, and so is its
-scale, {model().scale.item():.4g}.
+{len(members)} image-text dual encoders, trained in stages with vlp. An embedding is theirs, one
+after another, divided by √{len(members)}: {dims} = {model.embed_dim} dimensions, unit length. Its
+cosine is the mean of theirs, and so is its scale, {model().scale.item():.4g}.
 
 {_vlp_block(name)}
 
-Other libraries load each stage by itself: {", ".join(f"[{member}]({member}/README.md)" for member in members)}.
+Other libraries load each stage by itself: {links}.
 """
 
 
 _LIMITS = """\
-The model knows what its training pairs showed, and repeats their gaps and biases. Similarities rank candidates; they are
-not calibrated probabilities. Scores above hold for the data sets and protocols named there and say little about others.
-Libraries prepare inputs differently, so embeddings of the same file or sentence differ slightly between them, and not at
-all on the same pixels and ids: of an opaque, upright picture transformers' image processor stays within one grey level (of
-255) of open_clip's, but where the margin to crop is odd it crops one pixel aside; and only open_clip repairs text (HTML
-entities, curly quotes, full-width letters, wrongly decoded characters) before it tokenizes."""
+The model knows what its training pairs showed, and repeats their gaps and biases. Similarities rank
+candidates; they are not calibrated probabilities. Scores above hold for the data sets and protocols
+named there and say little about others. Libraries prepare inputs differently, so embeddings of the
+same file or sentence differ slightly between them, and not at all on the same pixels and ids: of an
+opaque, upright picture transformers' image processor stays within one grey level (of 255) of
+open_clip's, but where the margin to crop is odd it crops one pixel aside; and only open_clip
+repairs text (HTML entities, curly quotes, full-width letters, wrongly decoded characters) before it
+tokenizes."""
 
 
 def _front_matter(
     name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None
 ) -> str:
+    # Keys and values are the Hub's: it sorts and filters models by them.
     metadata: dict[str, Any] = {
         "library_name": "transformers" if form else "open_clip",
         "pipeline_tag": "zero-shot-image-classification",
@@ -102,9 +113,10 @@ def _front_matter(
 
 def _indexed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record in the Hub's model-index form."""
-    kind = {"zeroshot_retrieval": "image-text-retrieval"}.get(
-        record["task"], "zero-shot-image-classification"
-    )
+    # The Hub has no task for the others; this one is nearest.
+    retrieval = record["task"] == "zeroshot_retrieval"
+    kind = "image-text-retrieval" if retrieval else "zero-shot-image-classification"
+
     data = _plain(record, "dataset") or record["task"]
     metrics = [{"type": key, "name": key, "value": value} for key, value in _numbers(record)]
     return {
@@ -120,22 +132,25 @@ def _plain(record: Mapping[str, Any], key: str) -> str:
 
 
 def _numbers(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The metrics that are finite numbers, by name: the Hub takes no others."""
     finite = {
-        k: v
-        for k, v in record["metrics"].items()
-        if isinstance(v, (int, float)) and math.isfinite(v)
+        metric: value
+        for metric, value in record["metrics"].items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
     }
     return sorted(finite.items())
 
 
 def _summary(model: DualEncoder, step: int | None) -> str:
-    count = sum(p.numel() for p in model.parameters()) / 1e6
+    n_parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     height, width = model.image_spec.size
     scale, bias = model.scaling()
+    steps = "" if step is None else f", {step} steps"
+    biased = "" if bias is None else f", bias {bias.item():.4g}"
     return (
-        f"An image-text dual encoder trained with vlp{'' if step is None else f', {step} steps'}: {count:.1f} million parameters, "
-        f"{height}×{width} pixels, {model.text_spec.context_length} tokens, {model.embed_dim}-dimensional embeddings, "
-        f"scale {scale.item():.4g}{'' if bias is None else f', bias {bias.item():.4g}'}."
+        f"An image-text dual encoder trained with vlp{steps}: {n_parameters:.1f} million "
+        f"parameters, {height}×{width} pixels, {model.text_spec.context_length} tokens, "
+        f"{model.embed_dim}-dimensional embeddings, scale {scale.item():.4g}{biased}."
     )
 
 
@@ -143,8 +158,21 @@ def _usage(name: str, form: str | None, onnx: bool) -> str:
     """How each library loads the model, as code that runs where the folder lies; `published` makes
     it the repository's.
     """
-    blocks = [
-        f"""```python
+    # Every block is run by the tests, against a Hub of their own.
+    blocks = [_open_clip_block(name)]
+    if form is not None:
+        blocks += [_transformers_block(name, form), _sentence_transformers_block(name)]
+    blocks.append(_vlp_block(name))
+    if onnx:
+        blocks.append(
+            "`onnx/image.onnx` and `onnx/text.onnx` take what open_clip's `preprocess` and "
+            "`tokenizer` give."
+        )
+    return "\n\n".join(blocks)
+
+
+def _open_clip_block(name: str) -> str:
+    return f"""```python
 import open_clip
 import torch
 from PIL import Image
@@ -158,40 +186,41 @@ with torch.no_grad():
     text = model.encode_text(tokenizer(["a cat", "a dog"]), normalize=True)
 print(image @ text.T)
 ```"""
-    ]
-    if form is not None:
-        padding = '"max_length"' if form == "SiglipModel" else "True"
-        to_probabilities = "sigmoid()" if form == "SiglipModel" else "softmax(dim=-1)"
-        blocks.append(f"""```python
+
+
+def _transformers_block(name: str, form: str) -> str:
+    siglip = form == "SiglipModel"
+    padding = '"max_length"' if siglip else "True"
+    to_probabilities = "sigmoid()" if siglip else "softmax(dim=-1)"
+    return f"""```python
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model, processor = AutoModel.from_pretrained("{name}"), AutoProcessor.from_pretrained("{name}")
 image = Image.open("photo.jpg").convert("RGB")
-inputs = processor(text=["a cat", "a dog"], images=image, padding={padding}, truncation=True, return_tensors="pt")
+texts = dict(text=["a cat", "a dog"], padding={padding}, truncation=True)
+inputs = processor(images=image, return_tensors="pt", **texts)
 with torch.no_grad():
     print(model(**inputs).logits_per_image.{to_probabilities})
-```""")
-        blocks.append(f"""```python
+```"""
+
+
+def _sentence_transformers_block(name: str) -> str:
+    return f"""```python
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{name}")
-image, text = model.encode([Image.open("photo.jpg").convert("RGB")]), model.encode(["a cat", "a dog"])
+image = model.encode([Image.open("photo.jpg").convert("RGB")])
+text = model.encode(["a cat", "a dog"])
 print(model.similarity(image, text))
-```""")
-    blocks.append(_vlp_block(name))
-    if onnx:
-        blocks.append(
-            "`onnx/image.onnx` and `onnx/text.onnx` take what open_clip's `preprocess` and `tokenizer` give."
-        )
-    return "\n\n".join(blocks)
+```"""
 
 
 def _vlp_block(name: str) -> str:
     return f"""```python
-from vlp.models.dual_encoder import load
+from vlp.models.load import load
 
 model = load("local-dir:{name}").eval()
 ```"""
@@ -199,23 +228,24 @@ model = load("local-dir:{name}").eval()
 
 def published(card: str, name: str, repository: str) -> str:
     """The card of the folder `name` as it stands in a repository: its code loads from there."""
-    return card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"').replace(
-        f'("{name}")', f'("{repository}")'
-    )
+    # By its quotes: the name alone may stand in a sentence.
+    card = card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"')
+    return card.replace(f'("{name}")', f'("{repository}")')
 
 
 def _pictures(model: DualEncoder, form: str | None) -> str:
     """What the model saw of stored pictures, what other libraries show it, and how to show it the
     same.
     """
+    # Other libraries open a picture in their own way, which the weights did not see.
     decoding = model.image_spec.decoding
-    turned = "turned as its Exif orientation says"
-    if not decoding.exif:
-        turned = "left as stored, whatever its Exif orientation says"
+    turned = "left as stored, whatever its Exif orientation says"
     opened = 'Image.open("photo.jpg")'
     if decoding.exif:
+        turned = "turned as its Exif orientation says"
         opened = f"ImageOps.exif_transpose({opened})"
     white = "white " if decoding.background == ON_WHITE.background else ""
+
     lines = [
         f"In training and evaluation transparent pixels lay on {white}{decoding.background},",
         f"and every picture was {turned}.",
@@ -226,9 +256,8 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
             "transformers' processors put transparent pixels on white and turn nothing;",
             "its pipelines turn a picture and drop its transparency.",
         ]
-    return (
-        " ".join(lines)
-        + f""" For the same pixels everywhere:
+
+    return f"""{" ".join(lines)} For the same pixels everywhere:
 
 ```python
 from PIL import Image, ImageOps
@@ -236,7 +265,6 @@ image = {opened}.convert("RGBA")
 background = Image.new("RGBA", image.size, {(*decoding.background, 255)})
 image = Image.alpha_composite(background, image).convert("RGB")
 ```"""
-    )
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
@@ -252,27 +280,22 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     for record in results:
         protocol = "{name} v{version}".format(**record["protocol"]) if "protocol" in record else ""
         intervals, chance = record.get("intervals_95") or {}, record.get("chance") or {}
+        first_cells = [record["task"], _plain(record, "dataset"), protocol]
+
         for key, value in _numbers(record):
             interval = " to ".join(f"{bound:.4g}" for bound in intervals.get(key) or ())
             guessed = f"{chance[key]:.4g}" if chance.get(key) is not None else ""
-            cells = [
-                record["task"],
-                _plain(record, "dataset"),
-                protocol,
-                key,
-                f"{value:.4g}",
-                interval,
-                guessed,
-            ]
+            cells = [*first_cells, key, f"{value:.4g}", interval, guessed]
             rows.append(f"| {' | '.join(cells)} |")
+
     return "\n".join(rows)
 
 
 def _data(training: Mapping[str, Any]) -> str:
+    """Every source of the training data in a line, without its paths and secrets."""
     sources = training["data"]["sources"] if "data" in training else []
-    stated = [
-        {key: value for key, value in shareable(source).items() if value is not None}
-        for source in sources
-    ]
-    lines = [", ".join(f"{key}: {value}" for key, value in source.items()) for source in stated]
-    return "\n".join(f"- {line}" for line in lines) or "Not recorded."
+    lines = []
+    for source in sources:
+        stated = {key: value for key, value in shareable(source).items() if value is not None}
+        lines.append("- " + ", ".join(f"{key}: {value}" for key, value in stated.items()))
+    return "\n".join(lines) or "Not recorded."

@@ -1,4 +1,4 @@
-"""A DualEncoder as transformers' CLIPModel and CLIPProcessor: whether it can be said so, and how."""
+"""A DualEncoder as transformers' CLIPModel and CLIPProcessor: whether it is one, and how."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from vlp.pretrained.clip_layout import CLIP_VISION, LAYER, TEXT
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
-BEGIN, END = (
-    49406,
-    49407,
-)  # ids of CLIP's special tokens; transformers pools at END, the largest id, as open_clip does
+# Ids of CLIP's special tokens; transformers pools at END, the largest id, as open_clip does.
+BEGIN, END = 49406, 49407
 
 # What CLIPModel cannot vary, per section of open_clip's configuration. Everything else maps onto a
 # field of CLIPConfig.
@@ -31,6 +29,7 @@ _BLOCKS = {
     "scale_attn": False,
     "scale_fc": False,
 }
+# A value that differs means a computation that CLIPModel does not have.
 _VISION = _BLOCKS | {
     "timm_model_name": None,
     "attentional_pool": False,
@@ -53,45 +52,43 @@ _TEXT = _BLOCKS | {
 def obstacles(model: DualEncoder) -> list[str]:
     """Why `model` is no CLIPModel, one reason a line; empty where it is one."""
     vision, text = sections(model)
-    found = [*_unlike("vision_cfg", vision, _VISION), *_unlike("text_cfg", text, _TEXT)]
+    reasons = [*_unlike("vision_cfg", vision, _VISION), *_unlike("text_cfg", text, _TEXT)]
     if isinstance(vision.layers, (list, tuple)):
-        found.append("the image tower is a ResNet")
+        reasons.append("the image tower is a ResNet")
     if model.image_spec.size[0] != model.image_spec.size[1]:
-        found.append(f"the image size {model.image_spec.size} is not square")
-    if not text.hf_tokenizer_name and (
-        model.text_spec.clean != "lower" or set(model.text_spec.options) - {"reduction_mask"}
-    ):
-        found.append(
-            f"captions are cleaned by {model.text_spec.clean!r} {model.text_spec.options}, CLIPTokenizer only lower-cases"
+        reasons.append(f"the image size {model.image_spec.size} is not square")
+
+    # open_clip's tokenizer can clean in other ways than CLIP's own.
+    clean, options = model.text_spec.clean, model.text_spec.options
+    other_cleaning = clean != "lower" or set(options) - {"reduction_mask"}
+    if not text.hf_tokenizer_name and other_cleaning:
+        reasons.append(
+            f"captions are cleaned by {clean!r} {options}, CLIPTokenizer only lower-cases"
         )
-    return found
+    return reasons
 
 
 def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> CLIPModel:
     """The CLIPModel with `weights`, which bear open_clip's names."""
     from transformers import CLIPConfig, CLIPModel
 
+    # Sizes come from open_clip's sections, so that its defaults are filled in.
     vision, text = sections(model)
     activation = "quick_gelu" if model.open_clip_config.get("quick_gelu", False) else "gelu"
     both = {"projection_dim": model.embed_dim, "hidden_act": activation}
+    vision_config = both | tower_config(vision, vision.width // vision.head_width)
+    vision_config |= {"image_size": model.image_spec.size[0], "patch_size": vision.patch_size}
+    text_config = both | tower_config(text, text.heads)
+    text_config |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
+    text_config |= {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
+
     settings = CLIPConfig(
-        projection_dim=model.embed_dim,
-        vision_config=both
-        | tower_config(vision, vision.width // vision.head_width)
-        | {"image_size": model.image_spec.size[0], "patch_size": vision.patch_size},
-        text_config=both
-        | tower_config(text, text.heads)
-        | {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
-        | {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END},
+        projection_dim=model.embed_dim, vision_config=vision_config, text_config=text_config
     )
-    result = CLIPModel(settings).eval()
-    renamed = {
-        **dict(_vision(weights)),
-        **dict(_text(weights)),
-        "logit_scale": weights["logit_scale"],
-    }
-    result.load_state_dict(renamed)
-    return result
+    clip = CLIPModel(settings).eval()
+    renamed = {**dict(_vision(weights)), **dict(_text(weights))}
+    clip.load_state_dict(renamed | {"logit_scale": weights["logit_scale"]})
+    return clip
 
 
 def processor(model: DualEncoder) -> CLIPProcessor:
@@ -100,12 +97,10 @@ def processor(model: DualEncoder) -> CLIPProcessor:
     """
     from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
+    # The two special tokens have other spellings there.
     ours = open_clip.SimpleTokenizer()
-    words = ours.decoder
-    vocabulary = {words[i]: i for i in range(BEGIN)} | {
-        "<|startoftext|>": BEGIN,
-        "<|endoftext|>": END,
-    }
+    vocabulary = {ours.decoder[i]: i for i in range(BEGIN)}
+    vocabulary |= {"<|startoftext|>": BEGIN, "<|endoftext|>": END}
     tokenizer = CLIPTokenizer(
         vocab=vocabulary,
         merges=list(ours.bpe_ranks),
@@ -132,37 +127,37 @@ def image_settings(model: DualEncoder) -> dict[str, Any]:
 def sections(model: DualEncoder) -> tuple[open_clip.CLIPVisionCfg, open_clip.CLIPTextCfg]:
     """Both tower sections with open_clip's defaults filled in."""
     config = model.open_clip_config
-    return open_clip.CLIPVisionCfg(**config["vision_cfg"]), open_clip.CLIPTextCfg(
-        **config["text_cfg"]
-    )
+    vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
+    return vision, open_clip.CLIPTextCfg(**config["text_cfg"])
 
 
 def tower_config(
     section: open_clip.CLIPVisionCfg | open_clip.CLIPTextCfg, heads: int
 ) -> dict[str, Any]:
     """The fields that transformers' towers share."""
+    norm = section.norm_kwargs or {}
     return {
         "hidden_size": section.width,
         "intermediate_size": int(section.width * section.mlp_ratio),
         "num_hidden_layers": section.layers,
         "num_attention_heads": heads,
-        "layer_norm_eps": (section.norm_kwargs or {}).get(
-            "eps", 1e-5
-        ),  # torch's own where open_clip says nothing
+        "layer_norm_eps": norm.get("eps", 1e-5),  # torch's own where open_clip says nothing
     }
 
 
 def _unlike(name: str, section: Any, required: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in required.items():
-        found = getattr(section, key)
-        if found != value:
-            # what is None by rights is a name or a folder when it is not: naming it would put paths
-            # into public notes
-            yield (
-                f"{name}.{key} is set"
-                if value is None
-                else f"{name}.{key} is {found!r}, and CLIPModel knows only {value!r}"
-            )
+    for key, required_value in required.items():
+        value = getattr(section, key)
+        if value == required_value:
+            continue
+
+        # What is None by rights is a name or a folder when it is not: naming it would put paths
+        # into public notes.
+        if required_value is None:
+            yield f"{name}.{key} is set"
+        else:
+            yield f"{name}.{key} is {value!r}, and CLIPModel knows only {required_value!r}"
+
     if section.block_type not in (None, "default"):
         yield f"{name}.block_type is {section.block_type!r}"
     if set(section.norm_kwargs or {}) - {"eps"}:
@@ -194,14 +189,15 @@ def layers(weights: Mapping[str, Tensor], source: str, target: str) -> Iterator[
     """Residual attention blocks under transformers' names; the joint q, k, v projection becomes
     three.
     """
-    for key in (key for key in weights if key.startswith(source)):
+    for key, tensor in weights.items():
+        if not key.startswith(source):
+            continue
+
         number, part = key.removeprefix(source).split(".", 1)
         if part.startswith("attn.in_proj_"):
-            for name, piece in zip("qkv", weights[key].chunk(3)):
-                yield (
-                    f"{target}{number}.self_attn.{name}_proj.{part.removeprefix('attn.in_proj_')}",
-                    piece,
-                )
+            kind = part.removeprefix("attn.in_proj_")
+            for letter, projection in zip("qkv", tensor.chunk(3)):
+                yield f"{target}{number}.self_attn.{letter}_proj.{kind}", projection
         else:
             module, _, kind = part.rpartition(".")
-            yield f"{target}{number}.{LAYER[module]}.{kind}", weights[key]
+            yield f"{target}{number}.{LAYER[module]}.{kind}", tensor

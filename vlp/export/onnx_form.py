@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from vlp.models.dual_encoder import DualEncoder
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_GIVEN = {
-    "image": "pixel_values",
-    "text": "input_ids",
-}  # the inputs' names, which are transformers'
+_INPUTS = {"image": "pixel_values", "text": "input_ids"}  # as transformers calls them
 
 
 class OnnxError(ValueError):
@@ -37,11 +34,11 @@ def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
             f"ONNX needs packages that are not installed; run: pip install {' '.join(missing)}"
         )
     folder.mkdir(parents=True)
-    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _GIVEN]
+    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _INPUTS]
 
 
 class _Tower(nn.Module):
-    """One side of a model as a module of one input and one output, which is what torch.onnx takes."""
+    """One side of a model as a module of one input and one output, as torch.onnx takes it."""
 
     def __init__(self, model: DualEncoder, side: str) -> None:
         super().__init__()
@@ -51,17 +48,17 @@ class _Tower(nn.Module):
         return getattr(self.model(**{self.side: x}), self.side)
 
     def example(self, rows: int) -> Tensor:
-        return self.model.example(rows, seed=rows)[list(_GIVEN).index(self.side)]
+        pixels, ids = self.model.example(rows, seed=rows)
+        return pixels if self.side == "image" else ids
 
 
 @torch.no_grad()
 def _write(tower: _Tower, path: Path, tolerance: float) -> str:
     import onnxruntime
 
-    given, made = _GIVEN[tower.side], f"{tower.side}_embeds"
-    large = (
-        sum(p.numel() * p.element_size() for p in tower.parameters()) > 2**30
-    )  # one ONNX file ends at 2 GiB
+    input_name, output_name = _INPUTS[tower.side], f"{tower.side}_embeds"
+    # One ONNX file ends at 2 GiB; larger towers keep their weights beside it.
+    n_bytes = sum(weight.numel() * weight.element_size() for weight in tower.parameters())
     difference = 0.0
     try:
         with _quiet():
@@ -71,23 +68,27 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
                 str(path),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("rows")},),
-                input_names=[given],
-                output_names=[made],
-                external_data=large,
+                input_names=[input_name],
+                output_names=[output_name],
+                external_data=n_bytes > 2**30,
                 verbose=False,
             )
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-        for rows in (1, 3):  # other numbers of rows than the traced one: a frozen axis shows here
+        # Other numbers of rows than the traced one: a frozen axis shows here.
+        for rows in (1, 3):
             x = tower.example(rows)
-            embedded = torch.from_numpy(session.run([made], {given: x.numpy()})[0])
-            difference = max(difference, (embedded - tower(x)).abs().max().item())
-    except Exception as error:  # the exporter and onnxruntime raise kinds of their own
+            (embedded,) = session.run([output_name], {input_name: x.numpy()})
+            apart = (torch.from_numpy(embedded) - tower(x)).abs().max().item()
+            difference = max(difference, apart)
+    # The exporter and onnxruntime raise kinds of their own.
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise OnnxError(
             f"the {tower.side} tower cannot be written as ONNX ({type(error).__name__}: {reason}); "
             "leave out --onnx, or report it with the model's configuration"
         ) from error
+
     if difference > tolerance:
         raise OnnxError(
             f"{path.name} differs from PyTorch by {difference:.1e}, more than {tolerance:g}"
@@ -100,6 +101,7 @@ def _quiet() -> Iterator[None]:
     """Without the exporter's notices about itself; its errors are exceptions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:

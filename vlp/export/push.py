@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -24,19 +23,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from vlp.export import card
+from vlp.pretrained.folders import MANIFEST, exported_files, files_of, read_json
 from vlp.pretrained.hub import http_error
-from vlp.pretrained.references import (
-    CONFIG,
-    MANIFEST,
-    TEXT_TOWER,
-    exported_files,
-    files_of,
-    read_json,
-)
+from vlp.pretrained.references import CONFIG, TEXT_TOWER
 from vlp.privacy import scrubbed
 
 _HTTPError = http_error()
+_REFUSALS = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, _HTTPError, OSError)
 _GENERATED = {".gitattributes"}  # what a Hub itself puts into a new repository
+
+Change = CommitOperationAdd | CommitOperationDelete
 
 
 class PushError(RuntimeError):
@@ -62,59 +58,65 @@ def push(
     repository that holds other files is left alone (PushError) unless `overwrite`, which replaces
     all of them; one that holds just these is left as it is.
     """
-    folder, hub = Path(folder), HfApi(endpoint=endpoint)
-    contents = _contents(folder, repository, say)
-    try:
-        hub.create_repo(repository, private=private, exist_ok=True)
-        present = {
-            e.path: e
-            for e in hub.list_repo_tree(repository, recursive=True)
-            if isinstance(e, RepoFile)
-        }
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalTokenNotFoundError,
-        _HTTPError,
-        OSError,
-    ) as error:
-        raise _explained(error, repository, hub.endpoint) from None
-    foreign = [path for path in present if path not in _GENERATED]
-    if set(foreign) == set(contents) and all(
-        _same(data, present[path]) for path, data in contents.items()
-    ):
+    hub = HfApi(endpoint=endpoint)
+    contents = _contents(Path(folder), repository, say)
+    present = _present(hub, repository, private)
+
+    # The same command twice is no error and no commit.
+    same_paths = set(present) == set(contents)
+    if same_paths and all(_same(data, present[path]) for path, data in contents.items()):
         say(f"{repository} holds this model already")
         return f"{hub.endpoint}/{repository}"
-    if foreign and not overwrite:
+    if present and not overwrite:
+        some = ", ".join(sorted(present)[:4])
         raise PushError(
-            f"{repository} at {hub.endpoint} exists with other content ({', '.join(sorted(foreign)[:4])}, …); "
-            "choose another name, or add --overwrite"
+            f"{repository} at {hub.endpoint} exists with other content ({some}, …); choose another "
+            "name, or add --overwrite"
         )
-    changes = [
-        CommitOperationAdd(path, data if isinstance(data, bytes) else str(data))
-        for path, data in contents.items()
-    ]
-    changes += [CommitOperationDelete(path) for path in foreign if path not in contents]
+
+    changes: list[Change] = []
+    for path, data in contents.items():
+        uploaded = data if isinstance(data, bytes) else str(data)
+        changes.append(CommitOperationAdd(path, uploaded))
+    for path in present:
+        if path not in contents:
+            changes.append(CommitOperationDelete(path))
     return _commit(hub, repository, changes, attempts, wait_s, say)
+
+
+def _present(hub: HfApi, repository: str, private: bool) -> dict[str, RepoFile]:
+    """The files of the repository, which is created if need be, without what the Hub put there."""
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        entries = list(hub.list_repo_tree(repository, recursive=True))
+    except _REFUSALS as error:
+        raise _explained(error, repository, hub.endpoint) from None
+
+    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    return {file.path: file for file in files if file.path not in _GENERATED}
 
 
 def _commit(
     hub: HfApi,
     repository: str,
-    changes: list[Any],
+    changes: list[Change],
     attempts: int,
     wait_s: float,
     say: Callable[[str], None],
 ) -> str:
     for attempt in range(1, attempts + 1):
+        # One commit: readers see the old model or the new one, never both.
         try:
             return hub.create_commit(repository, changes, commit_message="Upload model").commit_url
         except (HfHubHTTPError, _HTTPError, OSError, RuntimeError) as error:
+            # A refusal stays one, however often it is asked for.
             status = _status(error)
-            if (status is not None and 400 <= status < 500) or attempt == attempts:
+            refused = status is not None and 400 <= status < 500
+            if refused or attempt == attempts:
                 raise _explained(error, repository, hub.endpoint) from None
             say(f"upload interrupted ({_scrubbed(error)}); attempt {attempt + 1} of {attempts}")
             time.sleep(wait_s * 2 ** (attempt - 1))
+
     raise AssertionError("attempts must be at least 1")
 
 
@@ -127,24 +129,28 @@ def _contents(
     The card, a tokenizer and a text tower that lie beside the model are named by the repository
     there.
     """
+    # By the export's own list: what else lies there may be private.
     names = exported_files(folder)
     if not names:
         raise PushError(
-            f"{folder} is no export: it holds no {MANIFEST}, which lists what is published; run vlp export first"
+            f"{folder} is no export: it holds no {MANIFEST}, which lists what is published; run "
+            "vlp export first"
         )
+
     contents: dict[str, Path | bytes] = {name: _inside(folder, name) for name in names}
     others = sorted(set(files_of(folder)) - set(names))
     if others:
         say(f"left out, because no export wrote them: {', '.join(others)}")
 
+    # What loads by this folder's name loads by the repository's there.
     title = read_json(folder / MANIFEST)["name"]
-    contents["README.md"] = card.published(
-        (folder / "README.md").read_text(encoding="utf-8"), title, repository
-    ).encode()
+    local_card = (folder / "README.md").read_text(encoding="utf-8")
+    contents["README.md"] = card.published(local_card, title, repository).encode()
     for name in names:
         if name.rpartition("/")[2] == CONFIG:
             at_root = name == CONFIG
             contents[name] = _named(folder / name, repository if at_root else "", contents)
+
     return contents
 
 
@@ -157,9 +163,8 @@ def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> by
     if repository and text.get("hf_tokenizer_name") == ".":
         text["hf_tokenizer_name"] = repository
     if Path(text.get("hf_model_name") or "").is_absolute():
-        text["hf_model_name"] = (
-            repository or f"./{TEXT_TOWER}"
-        )  # a stage in a subfolder is vlp's to load
+        # A stage in a subfolder is vlp's to load.
+        text["hf_model_name"] = repository or f"./{TEXT_TOWER}"
         if repository:
             contents["config.json"] = path.parent / TEXT_TOWER / "config.json"
     return (json.dumps(described, indent=2) + "\n").encode()
@@ -177,16 +182,19 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _same(ours: Path | bytes, theirs: RepoFile) -> bool:
+    """Whether a file is the repository's, by its hash: nothing is downloaded."""
     data = ours if isinstance(ours, bytes) else ours.read_bytes()
     if theirs.lfs is not None:
         return hashlib.sha256(data).hexdigest() == theirs.lfs.sha256
-    return (
-        hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == theirs.blob_id
-    )  # git's name for the content
+
+    # git's name for the content
+    blob = b"blob %d\0" % len(data) + data
+    return hashlib.sha1(blob).hexdigest() == theirs.blob_id
 
 
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, if a server answered at all."""
+    # huggingface_hub wraps the answer in errors of its own.
     while error is not None:
         response = getattr(error, "response", None)
         if response is not None:
@@ -196,31 +204,29 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _explained(error: BaseException, repository: str, endpoint: str) -> PushError:
-    status = _status(error)
+    """The error in words that say what to do, without a token that it may have repeated."""
     if isinstance(error, HFValidationError):
         return PushError(
             f"{repository!r} is no name of a repository; expected user/name: {_scrubbed(error)}"
         )
-    if status in (401, 403) or isinstance(
-        error, (RepositoryNotFoundError, LocalTokenNotFoundError)
-    ):
+
+    status = _status(error)
+    no_right = isinstance(error, (RepositoryNotFoundError, LocalTokenNotFoundError))
+    if no_right or status in (401, 403):
+        stated = f" (status {status})" if status else ""
         return PushError(
-            f"no right to write {repository} at {endpoint}"
-            + (f" (status {status})" if status else "")
-            + "; log in with `hf auth login` or set HF_TOKEN to a token that may write there. Nothing was published"
+            f"no right to write {repository} at {endpoint}{stated}; log in with `hf auth login` or "
+            "set HF_TOKEN to a token that may write there. Nothing was published"
         )
     return PushError(
-        f"the upload of {repository} to {endpoint} failed: {_scrubbed(error)}. Nothing was published; "
-        "run the same command again: large files that arrived are not sent twice"
+        f"the upload of {repository} to {endpoint} failed: {_scrubbed(error)}. Nothing was "
+        "published; run the same command again: large files that arrived are not sent twice"
     )
 
 
 def _scrubbed(error: BaseException) -> str:
     """The first line of an error, and of its cause, without anything that looks like a token."""
-    lines = [
-        str(e).strip().partition("\n")[0] or type(e).__name__
-        for e in (error, error.__cause__)
-        if e is not None
-    ]
-    parts = dict.fromkeys(lines)  # without repetition
-    return scrubbed("; ".join(parts))
+    chain = [each for each in (error, error.__cause__) if each is not None]
+    lines = [str(each).strip().partition("\n")[0] or type(each).__name__ for each in chain]
+    without_repetition = dict.fromkeys(lines)
+    return scrubbed("; ".join(without_repetition))

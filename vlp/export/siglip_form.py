@@ -20,6 +20,7 @@ from vlp.pretrained.clip_layout import TIMM
 if TYPE_CHECKING:
     from transformers import SiglipModel, SiglipProcessor
 
+# What SiglipModel cannot vary in its text tower.
 _TEXT = {
     "hf_model_name": None,
     "embed_cls": False,
@@ -42,26 +43,30 @@ def obstacles(model: DualEncoder) -> list[str]:
 
     _, text = sections(model)
     unlike = {key: value for key, value in _TEXT.items() if getattr(text, key) != value}
-    found = [
-        f"text_cfg.{k} is set" if v is None else f"text_cfg.{k} is not {v!r}"
-        for k, v in unlike.items()
+    reasons = [
+        f"text_cfg.{key} is set" if value is None else f"text_cfg.{key} is not {value!r}"
+        for key, value in unlike.items()
     ]
     if not text.hf_tokenizer_name:
-        found.append(
-            "it reads CLIP's tokens, which have no padding id of their own for SiglipModel to pool at"
+        reasons.append(
+            "it reads CLIP's tokens, which have no padding id of their own for SiglipModel to pool "
+            "at"
         )
+
+    # Of another image tower nothing more can be said.
     trunk = getattr(model.visual, "trunk", None)
     if not isinstance(trunk, VisionTransformer) or trunk.attn_pool is None or model.visual.head:
-        return [
-            *found,
-            "its image tower is no timm vision transformer pooled by attention, without projection",
-        ]
-    own = {key.partition(".")[0] for key in trunk.state_dict()}
-    if own != {"pos_embed", "patch_embed", "blocks", "norm", "attn_pool"}:
-        found.append(f"its vision transformer is made of {sorted(own)}")
+        reasons.append(
+            "its image tower is no timm vision transformer pooled by attention, without projection"
+        )
+        return reasons
+
+    parts = {key.partition(".")[0] for key in trunk.state_dict()}
+    if parts != {"pos_embed", "patch_embed", "blocks", "norm", "attn_pool"}:
+        reasons.append(f"its vision transformer is made of {sorted(parts)}")
     if model.image_spec.size[0] != model.image_spec.size[1]:
-        found.append(f"the image size {model.image_spec.size} is not square")
-    return found
+        reasons.append(f"the image size {model.image_spec.size} is not square")
+    return reasons
 
 
 def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> SiglipModel:
@@ -69,42 +74,41 @@ def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> SiglipModel:
     from transformers import SiglipConfig, SiglipModel
 
     _, text = sections(model)
+    # Sizes come from the built tower: timm's name alone does not say them.
     trunk = model.visual.trunk
     block = trunk.blocks[0]
-    quick = model.open_clip_config.get("quick_gelu", False)
-    settings = SiglipConfig(
-        vision_config={
-            "hidden_size": trunk.embed_dim,
-            "intermediate_size": block.mlp.fc1.out_features,
-            "num_hidden_layers": len(trunk.blocks),
-            "num_attention_heads": block.attn.num_heads,
-            "layer_norm_eps": trunk.norm.eps,
-            "image_size": model.image_spec.size[0],
-            "patch_size": trunk.patch_embed.patch_size[0],
-            "hidden_act": "gelu_pytorch_tanh"
-            if getattr(block.mlp.act, "approximate", "none") == "tanh"
-            else "gelu",
-        },
-        text_config=tower_config(text, text.heads)
-        | {
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "projection_size": model.embed_dim,
-            "hidden_act": "quick_gelu"
-            if quick
-            else "gelu_pytorch_tanh"
-            if text.act_kwargs
-            else "gelu",
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        },
-    )
-    result = SiglipModel(settings).eval()
-    result.load_state_dict(
-        {**dict(_vision(weights)), **dict(_text(weights)), **dict(_logits(weights))}
-    )
-    return result
+
+    # The towers may differ in their GELU: timm has no quick one.
+    image_tanh = getattr(block.mlp.act, "approximate", "none") == "tanh"
+    text_activation = "gelu_pytorch_tanh" if text.act_kwargs else "gelu"
+    if model.open_clip_config.get("quick_gelu", False):
+        text_activation = "quick_gelu"
+
+    vision_config = {
+        "hidden_size": trunk.embed_dim,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "num_hidden_layers": len(trunk.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "layer_norm_eps": trunk.norm.eps,
+        "image_size": model.image_spec.size[0],
+        "patch_size": trunk.patch_embed.patch_size[0],
+        "hidden_act": "gelu_pytorch_tanh" if image_tanh else "gelu",
+    }
+    text_config = tower_config(text, text.heads) | {
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.context_length,
+        "projection_size": model.embed_dim,
+        "hidden_act": text_activation,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+    settings = SiglipConfig(vision_config=vision_config, text_config=text_config)
+    siglip = SiglipModel(settings).eval()
+    renamed = {**dict(_vision(weights)), **dict(_text(weights)), **dict(_logits(weights))}
+    siglip.load_state_dict(renamed)
+    return siglip
 
 
 def processor(model: DualEncoder) -> SiglipProcessor:
@@ -116,33 +120,32 @@ def processor(model: DualEncoder) -> SiglipProcessor:
         SiglipProcessor,
     )
 
+    # Padding was attended to in training, so the tokenizer gives no attention mask.
     tokenizer = AutoTokenizer.from_pretrained(
         model.text_spec.tokenizer,
         trust_remote_code=False,
         model_max_length=model.text_spec.context_length,
-        model_input_names=[
-            "input_ids"
-        ],  # padding was attended to in training, so no attention mask
+        model_input_names=["input_ids"],
     )
+
+    # SigLIP's own image processor cannot crop.
     settings = image_settings(model)
-    cropped = settings["do_center_crop"]
-    if not cropped:
-        del settings["do_center_crop"], settings["crop_size"]
-    return SiglipProcessor(
-        (CLIPImageProcessor if cropped else SiglipImageProcessor)(**settings), tokenizer
-    )
+    if settings["do_center_crop"]:
+        return SiglipProcessor(CLIPImageProcessor(**settings), tokenizer)
+    del settings["do_center_crop"], settings["crop_size"]
+    return SiglipProcessor(SiglipImageProcessor(**settings), tokenizer)
 
 
 def _logits(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Scale and bias in SiglipModel's shape [1]; it always has a bias, which may be zero."""
     yield "logit_scale", weights["logit_scale"].reshape(1)
-    yield (
-        "logit_bias",
-        weights["logit_bias"].reshape(1) if "logit_bias" in weights else torch.zeros(1),
-    )
+    bias = weights["logit_bias"] if "logit_bias" in weights else torch.zeros(1)
+    yield "logit_bias", bias.reshape(1)
 
 
 def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    if "text.text_projection" in weights:  # a bare matrix where the projection has no bias
+    # open_clip keeps a bare matrix, transposed, where the projection has no bias.
+    if "text.text_projection" in weights:
         projection = weights["text.text_projection"].T
         yield "text_model.head.weight", projection
         yield "text_model.head.bias", torch.zeros(len(projection))
@@ -153,24 +156,31 @@ def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    prefix = "visual.trunk."
     trunk = {
-        k.removeprefix("visual.trunk."): v
-        for k, v in weights.items()
-        if k.startswith("visual.trunk.")
+        key.removeprefix(prefix): tensor
+        for key, tensor in weights.items()
+        if key.startswith(prefix)
     }
-    for kind in ("weight", "bias"):  # one joint projection in transformers, two in timm
+
+    # The pooling's projection comes in two parts in timm and is joint in transformers.
+    for kind in ("weight", "bias"):
         joint = torch.cat([trunk.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")])
         yield f"vision_model.head.attention.in_proj_{kind}", joint
+
     for key, tensor in trunk.items():
         layer, part = "", key
         if key.startswith("blocks."):
             _, number, part = key.split(".", 2)
             layer = f"encoder.layers.{number}."
         module, _, kind = part.rpartition(".")
+
         if module == "attn.qkv":
-            for name, piece in zip("qkv", tensor.chunk(3)):
-                yield f"vision_model.{layer}self_attn.{name}_proj.{kind}", piece
-        elif part in ("pos_embed", "attn_pool.latent"):
-            yield f"vision_model.{TIMM[part]}", tensor.squeeze(0) if part == "pos_embed" else tensor
+            for letter, projection in zip("qkv", tensor.chunk(3)):
+                yield f"vision_model.{layer}self_attn.{letter}_proj.{kind}", projection
+        elif part == "pos_embed":
+            yield f"vision_model.{TIMM[part]}", tensor.squeeze(0)
+        elif part == "attn_pool.latent":
+            yield f"vision_model.{TIMM[part]}", tensor
         else:
             yield f"vision_model.{layer}{TIMM[module]}.{kind}", tensor

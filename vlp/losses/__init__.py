@@ -15,15 +15,17 @@ from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
+from vlp.fields import supplier
+from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
-from vlp.losses._objective import Common, Objective, Schedule, reads, supplier
-from vlp.pairwise import Engine, Topology
+from vlp.losses._objective import Objective, reads
+from vlp.pairwise import Backend, Topology
 
 __all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "supplier"]
 
 
 def build(
-    objective: Mapping[str, Any],
+    objective: Mapping[str, Any] | plugin.KeyedPlugins,
     *,
     group: Any = None,
     topology: Any = "auto",
@@ -43,35 +45,42 @@ def build(
     embeddings). seed: of alternating groups and of what terms draw. samples, steps: of the run, for
     terms that keep numbers of each sample, or follow a schedule, and whose options leave them open.
     normalize: divide the rows of all embeddings by their norm; without it, rows that are not unit
-    are refused. Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError
-    for a topology that does not fit the ranks or an impl that this machine cannot run.
+    are refused.
+
+    Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError for a topology
+    that does not fit the ranks or an impl that this machine cannot run.
     """
-    terms = plugin.keyed(__name__, objective)
-    if not terms:
+    chosen = plugin.keyed(__name__, objective)
+    if not chosen:
         raise ValueError(
             f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}"
         )
-    terms = [_for_run(term, samples, steps) for term in terms]
-    engine = Engine(
+    terms = [_for_run(term, samples, steps) for term in chosen]
+
+    # A topology that does not fit the ranks raises here, not at the first step.
+    backend = Backend(
         ranks=dist.group_of(group),
         topology=Topology.read(topology),
         impl=impl,
         memory_budget=memory_budget,
         seed=seed,
     )
-    return Objective(terms, engine, normalize)
+    return Objective(terms, backend, normalize)
 
 
 def _for_run(term: plugin.Plugin, samples: int | None, steps: int | None) -> plugin.Plugin:
-    """The term with what only the run knows; ValueError for a schedule that the run is too short
-    for.
+    """The term with what only the run knows.
+
+    ValueError for a schedule that the run is too short for.
     """
     weight = term.common.weight
     if isinstance(weight, Schedule) and steps is not None and weight.steps > steps:
         raise ValueError(
-            f"objective.{term.name}.weight moves over {weight.steps:,} steps, but the run has {steps:,}: it would never reach "
-            f"{weight.end:g}; lower its steps, or name the value at the run's end"
+            f"objective.{term.name}.weight moves over {weight.steps:,} steps, but the run has "
+            f"{steps:,}: it would never reach {weight.end:g}; lower its steps, or name the value "
+            "at the run's end"
         )
+
     if not hasattr(term.module, "for_run"):
         return term
     return replace(term, options=term.module.for_run(term.options, samples, steps))

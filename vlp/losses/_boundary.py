@@ -24,18 +24,24 @@ def evaluated(evaluate: Callable[[Inputs], tuple[Any, ...]], inputs: Inputs) -> 
     are.
     """
     outer = {name: value for name, value in inputs.tensors().items() if value.requires_grad}
+
+    # Leaves of a graph of its own: the caller's autograd sees one node, the total.
     with _no_autocast(inputs.image):
         if not outer or not torch.is_grad_enabled():
             return evaluate(inputs)
-        inner = {name: value.detach().requires_grad_() for name, value in outer.items()}
+        inner: dict[str, Any] = {
+            name: value.detach().requires_grad_() for name, value in outer.items()
+        }
+
         total, *others = evaluate(replace(inputs, **inner))
+
     if not total.requires_grad:
         return total, *others
     return _Total.apply((total, *inner.values()), *outer.values()), *others
 
 
 class _Total(torch.autograd.Function):
-    """(the inner total, its leaves), the caller's tensors in the order of the leaves -> the total."""
+    """(the inner total, its leaves), the caller's tensors in the leaves' order -> the total."""
 
     @staticmethod
     def forward(ctx: Any, inner: tuple[Tensor, ...], *outer: Tensor) -> Tensor:
@@ -48,10 +54,13 @@ class _Total(torch.autograd.Function):
     @dist.first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         total, *leaves = ctx.saved_tensors
+
+        # Retained: the caller may call backward again on a graph that it retains.
         with _no_autocast(total):
-            return None, *torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 total, leaves, gradient, retain_graph=True, allow_unused=True
             )
+        return None, *gradients
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -1,6 +1,7 @@
-"""What an objective may read, in one table: shape, dtype and kind of rows of every keyword.
+"""What an objective may read: every field of the table, checked and prepared for the terms.
 
-The letters of the shapes are those of `vlp.types`; in one call each of them stands for one number.
+Shape, dtype and mask of every keyword stand in `vlp.fields`. In one call each letter of the shapes
+stands for one number.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Annotated, Literal, get_type_hints
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vlp.fields import FIELDS, Field, Readable
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = {
@@ -21,93 +24,26 @@ DTYPES = {
     "int64": (torch.int64,),
 }
 CONVERSION = {"floats": ".float()", "bool": ".bool()", "int64": ".long()"}
-TOLERANCE = (
-    0.01  # of a unit row's norm: rows that were normalised in bfloat16 are off by up to .004
-)
+# Of a unit row's norm: rows that were normalised in bfloat16 are off by up to .004.
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a keyword looks like. `shapes` are alternatives of different length; "" is a number."""
+class _Binding:
+    """The number that a letter stands for in this call, and the keyword that said so first."""
 
-    shapes: tuple[str, ...]
-    dtype: Literal["floats", "bool", "int64"] = "floats"
-    unit: bool = False  # the last dimension holds unit rows
-    valid: str = (
-        ""  # the mask that says which rows take part; the others have no influence, be they NaN
-    )
-    zeros: bool = False  # rows of zeros are allowed among unit rows
-
-
-def unit(*shapes: str, valid: str = "", zeros: bool = False) -> Form:
-    return Form(shapes, unit=True, valid=valid, zeros=zeros)
-
-
-def floats(shape: str) -> Form:
-    return Form((shape,))
-
-
-def mask(shape: str) -> Form:
-    return Form((shape,), "bool")
-
-
-def ids(shape: str) -> Form:
-    return Form((shape,), "int64")
-
-
-NUMBER = floats("")
+    size: int
+    keyword: str
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(Readable):
     """What terms may read: this rank's rows of one step.
 
     Terms find embeddings as unit rows, and rows that take no part as zeros.
     """
 
-    image: Annotated[Tensor, unit("b D")]
-    text: Annotated[Tensor, unit("b D")]
-    scale: Annotated[Tensor | float, NUMBER]  # 1/temperature, already exponentiated
-    bias: Annotated[Tensor | float | None, NUMBER] = None  # added to every score (sigmoid loss)
     step: int | None = None  # optimiser step: groups that alternate, schedules, states
-    # hard captions, and an image that belongs to negatives[:, 0]
-    negatives: Annotated[Tensor | None, unit("b K D", valid="negatives_valid")] = None
-    negatives_valid: Annotated[Tensor | None, mask("b K")] = None
-    negative_image: Annotated[Tensor | None, unit("b D", valid="negatives_valid")] = None
-    # the caption with another number, of the samples that count
-    counterfactual: Annotated[Tensor | None, unit("b D", "b C D", valid="counterfactual_valid")] = (
-        None
-    )
-    counterfactual_valid: Annotated[Tensor | None, mask("b")] = None
-    # this model's moving average
-    ema_image: Annotated[Tensor | None, unit("b D")] = None
-    ema_text: Annotated[Tensor | None, unit("b D")] = None
-    ema_negatives: Annotated[Tensor | None, unit("b K D", valid="negatives_valid")] = None
-    # another model
-    teacher_image: Annotated[Tensor | None, unit("b D'")] = None
-    teacher_text: Annotated[Tensor | None, unit("b D'")] = None
-    teacher_scale: Annotated[Tensor | float | None, NUMBER] = None
-    sample_id: Annotated[Tensor | None, ids("b")] = None
-    score: Annotated[Tensor | None, floats("b")] = None  # relevance of a pair, >= 0
-    # further augmentations, from a projection of their own; view_scale: 1/temperature between
-    # them, None: scale
-    image_views: Annotated[Tensor | None, unit("V b D")] = None
-    text_views: Annotated[Tensor | None, unit("V b D")] = None
-    view_scale: Annotated[Tensor | float | None, NUMBER] = None
-    # keys of earlier steps, equal on all ranks; rows of zeros, or with NaN or infinity, hold no key
-    queue_image: Annotated[Tensor | None, unit("Q D", zeros=True)] = None
-    queue_text: Annotated[Tensor | None, unit("Q D", zeros=True)] = None
-    # a teacher's score of each hard caption: higher fits the image better
-    teacher_scores: Annotated[Tensor | None, floats("b K")] = None
-    # logits at position l are for the token caption_ids[:, l]; caption_nll is −log p of each
-    # token, instead of caption_logits, which are Z times larger
-    caption_logits: Annotated[Tensor | None, floats("b L Z")] = None
-    caption_ids: Annotated[Tensor | None, ids("b L")] = None
-    caption_nll: Annotated[Tensor | None, floats("b L")] = None
-    # an auxiliary head on the image tower; a teacher's weights of the concepts, >= 0, a row of
-    # zeros having none
-    concept_logits: Annotated[Tensor | None, floats("b M")] = None
-    concept_targets: Annotated[Tensor | None, floats("b M")] = None
 
     def wide(self) -> Inputs:
         """The same with half-precision tensors as float32: for scores that a term computes itself.
@@ -116,57 +52,61 @@ class Inputs:
         `vlp.pairwise` accumulate in float32.) Not caption_logits, by far the largest: their term
         widens them itself.
         """
-        half = {name for name, value in self.tensors().items() if value.dtype in HALF} - {
-            "caption_logits"
-        }
-        return self._changed(lambda name, value: value.float() if name in half else value)
+
+        def widen(name: str, value: Tensor) -> Tensor:
+            narrow = value.dtype in HALF and name != "caption_logits"
+            return value.float() if narrow else value
+
+        return self._changed(widen)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor that is no number."""
         return {name: tuple(value.shape) for name, value in self.tensors().items() if value.dim()}
 
     def tensors(self) -> dict[str, Tensor]:
-        values = {name: getattr(self, name) for name in FORMS}
+        """The keywords that hold tensors."""
+        values = {name: getattr(self, name) for name in FIELDS}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def prepared(self, normalize: bool) -> Inputs:
-        """As terms read them: numbers 0-d, rows that take no part zeros, rows unit if `normalize`."""
+        """As terms read them: numbers 0-d, rows that take no part zeros, unit if `normalize`."""
 
         def prepare(name: str, value: Tensor) -> Tensor:
-            form = FORMS[name]
-            if form == NUMBER:
+            if FIELDS[name].is_number:
                 return value.reshape(())
+
+            # Selected, not multiplied: an infinite value times a weight of 0 would be NaN.
             taking_part = self._taking_part(name, value)
-            if taking_part is not None:  # an infinite value times a weight of 0 would be NaN
+            if taking_part is not None:
                 value = torch.where(taking_part.unsqueeze(-1), value, 0)
-            if normalize and form.unit:
-                value = F.normalize(value.float() if value.dtype in HALF else value, dim=-1).to(
-                    value.dtype
-                )
+
+            if normalize and FIELDS[name].unit:
+                wide = value.float() if value.dtype in HALF else value
+                value = F.normalize(wide, dim=-1).to(value.dtype)
             return value
 
         return self._changed(prepare)
 
     def problems(self) -> list[str]:
-        """A line for every keyword whose shape, dtype or device is not the table's. No host sync."""
-        bound: dict[
-            str, tuple[int, str]
-        ] = {}  # letter -> its number, and the keyword that it comes from
-        device = getattr(self.image, "device", None)
-        found = []
+        """A line for every keyword whose shape, dtype or device is wrong. No host sync."""
+        bound: dict[str, _Binding] = {}  # by letter
+        lines = []
+
         if not isinstance(self.step, Integral | None):
-            found.append(f"step: found {type(self.step).__name__}, expected a whole number")
-        for name, form in FORMS.items():
+            lines.append(f"step: found {type(self.step).__name__}, expected a whole number")
+
+        for name, field in FIELDS.items():
             value = getattr(self, name)
-            if value is None or (form == NUMBER and isinstance(value, Real)):
+            if value is None or (field.is_number and isinstance(value, Real)):
                 continue
+
             if not isinstance(value, Tensor):
-                found.append(f"{name}: found {type(value).__name__}, expected {_written(form)}")
+                lines.append(f"{name}: found {type(value).__name__}, expected {_written(field)}")
                 continue
-            found += _shape_problem(name, form, value, bound) or _dtype_problem(name, form, value)
-            if value.dim() and device not in (value.device, None):
-                found.append(f"{name}: found on {value.device}, expected {device}, where image is")
-        return found
+
+            lines += _shape_problem(name, value, bound) or _dtype_problem(name, value)
+            lines += self._device_problem(name, value)
+        return lines
 
     def unit_problems(self, normalize: bool) -> list[str]:
         """A line for every keyword with finite rows that are not unit (`normalize`: that are
@@ -174,98 +114,122 @@ class Inputs:
 
         Reads the norms: a host sync on a GPU.
         """
-        found = []
+        lines = []
         for name, value in self.tensors().items():
-            form = FORMS[name]
-            if not form.unit:
+            if not FIELDS[name].unit:
                 continue
+
             norms = _norms(value.detach())
-            wrong = (norms == 0) if normalize else (norms - 1).abs() > TOLERANCE
-            wrong &= norms.isfinite()  # NaN and infinity show in the value
-            if form.zeros:
-                wrong &= norms != 0
-            taking_part = self._taking_part(name, value)
-            if taking_part is not None:
-                wrong &= taking_part
+            wrong = self._not_unit(name, value, norms, normalize)
             if wrong.any():
-                row = wrong.nonzero()[0].tolist()
-                found.append(
-                    f"{name}: row {', '.join(map(str, row))} has norm "
-                    f"{norms[tuple(row)].item():.4g}, expected unit rows; divide rows by their norm "
+                first = tuple(wrong.nonzero()[0].tolist())
+                lines.append(
+                    f"{name}: row {', '.join(map(str, first))} has norm {norms[first].item():.4g}, "
+                    "expected unit rows; divide rows by their norm "
                     "(torch.nn.functional.normalize), or build(…, normalize=True)"
                 )
-        return found
+        return lines
+
+    def _not_unit(self, name: str, value: Tensor, norms: Tensor, normalize: bool) -> Tensor:
+        """Which rows are wrong, bool, of the shape of their norms."""
+        wrong = norms == 0 if normalize else (norms - 1).abs() > TOLERANCE
+        wrong &= norms.isfinite()  # NaN and infinity show in the value
+        if FIELDS[name].zeros:
+            wrong &= norms != 0
+
+        taking_part = self._taking_part(name, value)
+        if taking_part is not None:
+            wrong &= taking_part
+        return wrong
 
     def _taking_part(self, name: str, value: Tensor) -> Tensor | None:
-        """Which rows of a keyword take part, bool, of its shape but the last dimension; None: all.
+        """Which rows take part, bool, of the keyword's shape but the last dimension; None: all.
 
         A mask [b, K] serves one row a sample by its first column, a mask [b] all rows of a sample.
         """
-        valid = getattr(self, FORMS[name].valid) if FORMS[name].valid else None
+        mask_name = FIELDS[name].valid
+        valid = getattr(self, mask_name) if mask_name else None
         if valid is None:
             return None
+
         if valid.dim() == value.dim():
             valid = valid[:, 0]
-        return (
-            valid if valid.dim() == value.dim() - 1 else valid.unsqueeze(1).expand(value.shape[:-1])
-        )
+        if valid.dim() == value.dim() - 1:
+            return valid
+        return valid.unsqueeze(1).expand(value.shape[:-1])
+
+    def _device_problem(self, name: str, value: Tensor) -> list[str]:
+        device = getattr(self.image, "device", None)
+        if not value.dim() or device in (value.device, None):
+            return []
+        return [f"{name}: found on {value.device}, expected {device}, where image is"]
 
     def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-        return replace(
-            self, **{name: change(name, value) for name, value in self.tensors().items()}
-        )
+        # Absent keywords and plain numbers stay as they are.
+        changed: dict[str, Any] = {
+            name: change(name, value) for name, value in self.tensors().items()
+        }
+        return replace(self, **changed)
 
 
-_HINTS = get_type_hints(Inputs, include_extras=True)
-FORMS: dict[str, Form] = {
-    name: hint.__metadata__[0] for name, hint in _HINTS.items() if hasattr(hint, "__metadata__")
-}
-KEYWORDS = tuple(f.name for f in fields(Inputs))
+KEYWORDS = tuple(field.name for field in fields(Inputs))
 
 
-def _shape_problem(
-    name: str, form: Form, value: Tensor, bound: dict[str, tuple[int, str]]
-) -> list[str]:
+def _shape_problem(name: str, value: Tensor, bound: dict[str, _Binding]) -> list[str]:
     """A line, or nothing; then the letters of `name` are bound."""
-    found = f"{name}: found {list(value.shape)}, expected {_written(form)}"
-    if form == NUMBER:
-        return [] if value.shape in ((), (1,)) else [found]
+    field = FIELDS[name]
+    line = f"{name}: found {list(value.shape)}, expected {_written(field)}"
+    if field.is_number:
+        # [1]: models keep scale and bias as parameters of one element.
+        return [] if value.shape in ((), (1,)) else [line]
 
-    shape = next((shape for shape in form.shapes if len(shape.split()) == value.dim()), None)
+    # Alternatives differ in their number of dimensions.
+    shape = next((shape for shape in field.shapes if len(shape.split()) == value.dim()), None)
     if shape is None:
-        return [found]
+        return [line]
     if 0 in value.shape:
-        return [f"{found}, each at least 1: pad with a row that its mask leaves out"]
+        return [f"{line}, each at least 1: pad with a row that its mask leaves out"]
+
+    # A letter that another keyword gave another size.
     sizes = dict(zip(shape.split(), value.shape))
-    others = {
+    clashes = {
         letter: bound[letter]
-        for letter in sizes
-        if letter in bound and bound[letter][0] != sizes[letter]
+        for letter, size in sizes.items()
+        if letter in bound and bound[letter].size != size
     }
-    if others:
+    if clashes:
         reasons = ", ".join(
-            f"{letter} is {size} in {source}" for letter, (size, source) in others.items()
+            f"{letter} is {binding.size} in {binding.keyword}"
+            for letter, binding in clashes.items()
         )
         return [f"{name}: found {list(value.shape)}, expected {_bracketed(shape)}, and {reasons}"]
 
     for letter, size in sizes.items():
-        bound.setdefault(letter, (size, name))
+        bound.setdefault(letter, _Binding(size, name))
     return []
 
 
-def _dtype_problem(name: str, form: Form, value: Tensor) -> list[str]:
-    if value.dtype in DTYPES[form.dtype]:
+def dtype_kind(field: Field) -> str:
+    """The key of DTYPES of what terms read: all that is neither a mask nor numbers of tokens or
+    samples is floats, and so is what a tower made of pixels and tokens.
+    """
+    passes_as_it_is = not field.embedded and field.dtype in DTYPES
+    return field.dtype if passes_as_it_is else "floats"
+
+
+def _dtype_problem(name: str, value: Tensor) -> list[str]:
+    kind = dtype_kind(FIELDS[name])
+    if value.dtype in DTYPES[kind]:
         return []
-    given = str(value.dtype).removeprefix("torch.")
-    return [
-        f"{name}: found {given}, expected {form.dtype}; convert with {name}{CONVERSION[form.dtype]}"
-    ]
+
+    dtype = str(value.dtype).removeprefix("torch.")
+    return [f"{name}: found {dtype}, expected {kind}; convert with {name}{CONVERSION[kind]}"]
 
 
-def _written(form: Form) -> str:
-    if form == NUMBER:
+def _written(field: Field) -> str:
+    if field.is_number:
         return "a number, or a tensor of one"
-    return f"a tensor {' or '.join(_bracketed(shape) for shape in form.shapes)}"
+    return f"a tensor {' or '.join(_bracketed(shape) for shape in field.shapes)}"
 
 
 def _bracketed(shape: str) -> str:
@@ -273,6 +237,6 @@ def _bracketed(shape: str) -> str:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(
-        rows, dim=-1, dtype=torch.float32 if rows.dtype in HALF else rows.dtype
-    )
+    # Half precision would overflow in the squares, or lose them.
+    dtype = torch.float32 if rows.dtype in HALF else rows.dtype
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)

@@ -3,19 +3,21 @@
 A loss file holds
     Options                          frozen dataclass of its configuration keys
     NEEDS, or needs(options)         frozenset of the keywords it reads (fields of `Inputs`)
-    term(inputs, pairs, options)     this rank's share of the term: the mean over ranks is the term's value
-    OPTIONAL                         optional: further keywords that it reads where the call carries them
-    MIN_CANDIDATES = 2               optional: it compares a row with others
-    MIN_VIEWS = 2                    optional: further views of an image that it needs
-    initial_state(options)           optional: dict of tensors and `Table`s; `term` then takes `state` and returns
-                                     (value, new state), a `Write` standing for a table
-    for_run(options, samples, steps) optional: the options with what only the run knows
+    term(inputs, pairs, options)     this rank's share of the term: the mean over ranks is its value
+
+and may hold
+    OPTIONAL                         further keywords that it reads where the call carries them
+    MIN_CANDIDATES = 2               it compares a row with others
+    MIN_VIEWS = 2                    further views of an image that it needs
+    initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
+                                     returns (value, new state), a `Write` standing for a table
+    for_run(options, samples, steps) the options with what only the run knows
+    label(options)                   its name in logs, where that is not the file's
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,79 +25,18 @@ import torch
 from torch import Tensor
 
 from vlp import dist
+from vlp.fields import supplier
 from vlp.losses._boundary import evaluated
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
-from vlp.pairwise import Engine, Pairs
+from vlp.pairwise import Backend, Pairs
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
 ALWAYS = frozenset({"image", "text", "scale"})
 Moves = dict[str, dict[str, "Tensor | Write"]]  # label of a term: its new state
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """A weight that moves linearly from `start` to `end` over the first `steps` steps, and stays
-    there.
-    """
-
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        if min(self.start, self.end) < 0 or self.steps < 1:
-            raise ValueError(f"a schedule needs start, end >= 0 and steps >= 1, found {self}")
-
-    def at(self, step: int) -> float:
-        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
-
-
-@dataclass(frozen=True)
-class Common:
-    """Keys of every term."""
-
-    weight: float | Schedule = 1.0  # factor of the term in the total, or {start, end, steps}
-
-    def __post_init__(self) -> None:
-        if isinstance(self.weight, float) and self.weight < 0:
-            raise ValueError(f"weight: found {self.weight}, expected a number >= 0")
-
-    def weight_at(self, step: int | None) -> float:
-        return self.weight.at(step or 0) if isinstance(self.weight, Schedule) else self.weight
-
-
-INSTEAD = {"caption_logits": "caption_nll"}  # keywords that another one can stand for
-
-_EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
-_QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
-_TEACHER = "a teacher model (teacher.model) or its stored embeddings (vlp data embed, and the source's `embeddings`)"
-# Keywords that not every model and data set has, and what supplies them: in `vlp train`, what is in
-# parentheses.
-SUPPLIERS = {
-    "bias": "a model with a logit bias (model.bias; SigLIP -10)",
-    "negatives": "shards with hard captions (vlp data negatives)",
-    "negative_image": "shards with an image of a hard caption (vlp data negatives --from FILE.jsonl)",
-    "counterfactual": "shards with counterfactual captions (vlp data counting)",
-    "score": "shards with a relevance of each pair (the JSON's `score`)",
-    "sample_id": "the loader: a stable number of each sample",
-    "ema_image": _EMA,
-    "ema_text": _EMA,
-    "ema_negatives": _EMA,
-    "queue_image": _QUEUE,
-    "queue_text": _QUEUE,
-    "teacher_image": _TEACHER,
-    "teacher_text": _TEACHER,
-    "teacher_scale": _TEACHER,
-    "teacher_scores": "a teacher's scores of the hard captions (the JSON's `negative_scores`)",
-    "image_views": "further augmentations of each image (data.views and model.heads.views)",
-    "text_views": "further augmentations of each caption (data.views and model.heads.views)",
-    "caption_logits": "a text decoder (model.heads.captions)",
-    "caption_ids": "a text decoder (model.heads.captions)",
-    "concept_logits": "an auxiliary head on the image tower (model.heads.concepts)",
-    "concept_targets": "a teacher's concepts of each image (the JSON's `concepts`)",
-}
+INSTEAD = {"caption_nll": "caption_logits"}  # keywords that another one can stand for
 
 
 class Objective:
@@ -115,26 +56,36 @@ class Objective:
     when `step` is given and gradients are enabled, and never by what is not finite.
     """
 
-    def __init__(self, plugins: list[Plugin], engine: Engine, normalize: bool = False) -> None:
-        self.plugins, self.engine, self.normalize = plugins, engine, normalize
-        self.required = {p.label: _needs(p) for p in plugins}
+    def __init__(self, plugins: list[Plugin], backend: Backend, normalize: bool = False) -> None:
+        self.plugins, self.backend, self.normalize = plugins, backend, normalize
+
+        # What each term needs is known before the first call, and refused by name in it.
+        self.required = {plugin.label: _needs(plugin) for plugin in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
         self.reads = reads(plugins).union(ALWAYS, {"step"})
-        stateful = {p.label: p for p in plugins if hasattr(p.module, "initial_state")}
-        self.state = {label: p.module.initial_state(p.options) for label, p in stateful.items()}
-        for table in (
-            s for state in self.state.values() for s in state.values() if isinstance(s, Table)
-        ):
-            table.place(
-                engine.ranks
-            )  # now, not at the first step: memory that is not there should be missed at once
+
+        self.state = {
+            plugin.label: plugin.module.initial_state(plugin.options)
+            for plugin in plugins
+            if hasattr(plugin.module, "initial_state")
+        }
+        # Tables take their memory now: what is not there should be missed at once, not at the first
+        # step.
+        for state in self.state.values():
+            for value in state.values():
+                if isinstance(value, Table):
+                    value.place(backend.ranks)
+
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the first call
 
     def candidates(self, n_rows: int) -> int:
-        """n = g·b: how many columns a row of this rank is compared with. Uninformative scores give
-        log n.
+        """n = g·b: how many columns a row of this rank is compared with.
+
+        Uninformative scores give log n.
         """
-        return self.engine.group_size * n_rows
+        return self.backend.group_size * n_rows
+
+    # A call
 
     def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms, moves = self.evaluate(**keywords)
@@ -142,155 +93,195 @@ class Objective:
         return total, terms
 
     def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], Moves]:
-        """As a call, but the state stays; `commit` makes the moves returned, once the step is known
-        to count.
+        """(total, terms, moves): as a call, but the state stays.
+
+        `commit` makes the moves, once the step is known to count.
         """
         inputs = self._inputs(keywords)
         self._check(inputs)
-        return evaluated(partial(self._evaluate, self.engine.at(inputs.step)), inputs)
+        pairs = Pairs.at(self.backend, inputs.step)
+        return evaluated(partial(self._evaluate, pairs), inputs)
 
     def _evaluate(self, pairs: Pairs, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor], Moves]:
         inputs = inputs.prepared(self.normalize)
+        counts = inputs.step is not None and torch.is_grad_enabled()
+
+        # float32 at least: a total of half precision would lose its small terms.
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
         total, terms, moves = inputs.image.new_zeros((), dtype=dtype), {}, {}
         for plugin in self.plugins:
             value, move = self._term(plugin, inputs, pairs)
-            if move and inputs.step is not None and torch.is_grad_enabled():
+            if move and counts:
                 moves[plugin.label] = move
             value = value.to(dtype)
             terms[plugin.label] = value.detach()
             total = total + plugin.common.weight_at(inputs.step) * value
         return total, terms, moves
 
+    def _term(
+        self, plugin: Plugin, inputs: Inputs, pairs: Pairs
+    ) -> tuple[Tensor, dict[str, Tensor | Write]]:
+        """(value, new state) of one term; the new state of a term without one is empty."""
+        # A term does not know its label: errors get it here.
+        stateful = plugin.label in self.state
+        arguments = [self.state[plugin.label]] if stateful else []
+        try:
+            result = plugin.module.term(inputs, pairs, plugin.options, *arguments)
+        except ValueError as error:
+            raise ValueError(f"the term {plugin.label!r}: {error}") from error
+        return result if stateful else (result, {})
+
+    # State
+
     def commit(self, moves: Moves) -> None:
-        """Move the state as an evaluation found. Collective where it holds numbers of each sample."""
+        """Move the state as an evaluation found. Collective if it holds numbers of each sample."""
+        # A table stores its rows; other state is replaced.
         for label, move in moves.items():
             self.state[label] = {
-                n: s.apply() if isinstance(s, Write) else s.detach() for n, s in move.items()
+                name: value.apply() if isinstance(value, Write) else value.detach()
+                for name, value in move.items()
             }
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{label: {name: tensor}}. Numbers of each sample are whole, [samples, c], on the first
-        rank and empty on the others. Collective.
+        """{label: {name: tensor}}. Collective.
+
+        Numbers of each sample are whole, [samples, c], on the first rank and empty on the others.
         """
-        return {
-            label: {
-                name: s.whole() if isinstance(s, Table) else s.clone() for name, s in state.items()
+        result = {}
+        for label, state in self.state.items():
+            result[label] = {
+                name: value.whole() if isinstance(value, Table) else value.clone()
+                for name, value in state.items()
             }
-            for label, state in self.state.items()
-        }
+        return result
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take what the first rank of any number of ranks saved; every rank brings the whole.
-        Collective.
+
+        Collective. ValueError for the state of another objective.
         """
         if state.keys() != self.state.keys():
             raise ValueError(
-                f"found objective state of {sorted(state)}, but this objective keeps {sorted(self.state)}; resume with the "
-                "objective of the checkpoint, or start anew from its weights with init_from"
+                f"found objective state of {sorted(state)}, but this objective keeps "
+                f"{sorted(self.state)}; resume with the objective of the checkpoint, or start anew "
+                "from its weights with init_from"
             )
+
         for label, tensors in state.items():
-            own = self.state[label]
-            if tensors.keys() != own.keys():
+            current = self.state[label]
+            if tensors.keys() != current.keys():
                 raise ValueError(
-                    f"state of {label!r} holds {sorted(tensors)}, expected {sorted(own)}"
+                    f"state of {label!r} holds {sorted(tensors)}, expected {sorted(current)}"
                 )
             for name, tensor in tensors.items():
-                if isinstance(own[name], Table):
-                    own[name].load(tensor)
+                if isinstance(current[name], Table):
+                    current[name].load(tensor)
                 else:
-                    own[name] = tensor.clone()
+                    current[name] = tensor.clone()
 
-    def _term(
-        self, plugin: Plugin, inputs: Inputs, pairs: Any
-    ) -> tuple[Tensor, dict[str, Tensor | Write]]:
-        own = [self.state[plugin.label]] if plugin.label in self.state else []
-        try:
-            found = plugin.module.term(inputs, pairs, plugin.options, *own)
-        except ValueError as error:
-            raise ValueError(f"the term {plugin.label!r}: {error}") from error
-        return found if own else (found, {})
+    # Checks: everything that can be refused before a term runs
 
     def _inputs(self, keywords: dict[str, Any]) -> Inputs:
+        # All that is wrong at once, unknown and missing.
         unknown = [
-            f"unknown keyword {k!r}{did_you_mean(k, KEYWORDS)}"
-            for k in keywords
-            if k not in KEYWORDS
+            f"unknown keyword {name!r}{did_you_mean(name, KEYWORDS)}"
+            for name in keywords
+            if name not in KEYWORDS
         ]
-        missing = [
-            f"the term {label!r} needs {name!r}, which the call does not carry{_from(name)}: give {name}=… or drop the term"
-            for label, needs in self.required.items()
-            for name in sorted(needs | ALWAYS)
-            if keywords.get(name) is None and keywords.get(INSTEAD.get(name, name)) is None
-        ]
+        missing = []
+        for label, needs in self.required.items():
+            for name in sorted(needs | ALWAYS):
+                instead = INSTEAD.get(name, name)
+                if keywords.get(name) is None and keywords.get(instead) is None:
+                    missing.append(
+                        f"the term {label!r} needs {name!r}, which the call does not carry"
+                        f"{_from(name)}: give {name}=… or drop the term"
+                    )
         if unknown or missing:
             raise ValueError("; ".join(unknown + missing))
-        return Inputs(**{k: v for k, v in keywords.items() if k in self.reads})
+
+        return Inputs(**{name: value for name, value in keywords.items() if name in self.reads})
 
     def _check(self, inputs: Inputs) -> None:
-        """Everything that can be refused before a term runs. The first call exchanges it between
-        ranks, later ones do not.
-        """
-        first, alone = self._shapes is None, self.engine.ranks.size == 1
+        """Refuse inputs that do not fit. The first call exchanges this between ranks, later not."""
+        first, alone = self._shapes is None, self.backend.ranks.size == 1
         problems = inputs.problems()
+
+        # Norms are measured again where that is free: on a GPU they are a host sync, and between
+        # ranks one rank's error would leave the others waiting.
         if not problems and (first or (alone and inputs.image.device.type == "cpu")):
             problems = inputs.unit_problems(self.normalize)
+
         shapes = inputs.shapes() if not problems else {}
-        if first:
+        if self._shapes is None:
             problems = self._agreed(problems, shapes)
         elif not alone and not problems and shapes != self._shapes:
-            changed = {
-                name: (self._shapes.get(name), s)
-                for name, s in shapes.items()
-                if s != self._shapes.get(name)
-            }
-            problems = [
-                f"shapes changed since the first step, {changed}: ranks would no longer match; "
-                "give every step the same rows on every rank, or build another objective"
-            ]
+            problems = [self._changed(shapes)]
         if problems:
             raise ValueError("\n".join(problems))
+
         self._check_candidates(len(inputs.image))
         self._shapes = self._shapes or shapes
 
+    def _changed(self, shapes: dict[str, tuple[int, ...]]) -> str:
+        """What is wrong with shapes that are not the first step's, on several ranks."""
+        first = self._shapes or {}
+        changed = {
+            name: (first.get(name), shape)
+            for name, shape in shapes.items()
+            if shape != first.get(name)
+        }
+        return (
+            f"shapes changed since the first step, {changed}: ranks would no longer match; "
+            "give every step the same rows on every rank, or build another objective"
+        )
+
     def _agreed(self, problems: list[str], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-        """The problems of all ranks, or those between them: every rank raises what one rank found."""
-        every = dist.gather_objects((problems, shapes), self.engine.ranks)
-        if found := [problem for problems, _ in every for problem in problems]:
-            return list(dict.fromkeys(found))
+        """The problems of all ranks, or those between them: every rank raises what one found."""
+        ranks = self.backend.ranks
+        by_rank = dist.gather_objects((problems, shapes), ranks)
+        all_problems: dict[str, None] = {}  # a dict keeps their order, and each of them once
+        for rank_problems, _ in by_rank:
+            all_problems |= dict.fromkeys(rank_problems)
+        if all_problems:
+            return list(all_problems)
+
+        # Each rank is right by itself: compare them.
         different = []
-        for name in sorted(set().union(*(shapes for _, shapes in every))):
-            sizes = {f"rank {r}": s.get(name) for r, (_, s) in zip(self.engine.ranks.ranks, every)}
+        for name in sorted(set().union(*(shapes for _, shapes in by_rank))):
+            sizes = {
+                f"rank {rank}": shapes.get(name) for rank, (_, shapes) in zip(ranks.ranks, by_rank)
+            }
             if len(set(sizes.values())) > 1:
                 different.append(
-                    f"{name} differs between ranks, {sizes}: every rank must bring the same number of rows"
+                    f"{name} differs between ranks, {sizes}: every rank must bring the same number "
+                    "of rows"
                 )
         return different
 
     def _check_candidates(self, n_rows: int) -> None:
+        # After the shapes, on which ranks have agreed: all of them raise alike.
         n = self.candidates(n_rows)
         for plugin in self.plugins:
             least = getattr(plugin.module, "MIN_CANDIDATES", 1)
             if n < least:
                 raise ValueError(
-                    f"the term {plugin.label!r} needs at least {least} candidates a row, found {n}: raise "
-                    "the batch size or the group size"
+                    f"the term {plugin.label!r} needs at least {least} candidates a row, found "
+                    f"{n}: raise the batch size or the group size"
                 )
 
 
 def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
     """The keywords that some of the terms read, needed or not."""
-    return frozenset().union(*(_needs(p).union(getattr(p.module, "OPTIONAL", ())) for p in plugins))
+    keywords: frozenset[str] = frozenset()
+    for plugin in plugins:
+        keywords |= _needs(plugin).union(getattr(plugin.module, "OPTIONAL", ()))
+    return keywords
 
 
 def _needs(plugin: Plugin) -> frozenset[str]:
     module = plugin.module
     return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
-
-
-def supplier(name: str) -> str:
-    """What a keyword comes from, in words; empty for those that every call has."""
-    return SUPPLIERS.get(name.removesuffix("_valid"), "")
 
 
 def _from(name: str) -> str:

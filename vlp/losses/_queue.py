@@ -8,15 +8,19 @@ from vlp.pairwise import Pairs
 
 
 def filled(queue: Tensor, n_rows: int, pairs: Pairs) -> Tensor:
-    """The rows of a queue [Q, D] that hold a key, without gradient: those that are finite and not
-    zeros.
+    """The rows of a queue [Q, D] that hold a key, without gradient.
 
-    Raises ValueError for a queue that the rows of one step would overrun.
+    Those that are finite and not zeros. Raises ValueError for a queue that the rows of one step
+    would overrun.
     """
-    step = n_rows * pairs.engine.ranks.size
+    step = n_rows * pairs.backend.ranks.size
     if len(queue) < step:
         raise ValueError(
-            f"a queue of {len(queue)} is smaller than the batch of {step}: raise its size to at least {step}"
+            f"a queue of {len(queue)} is smaller than the batch of {step}: raise its size to at "
+            f"least {step}"
         )
+
+    # Rows that are still empty, or came from a step that was not finite, hold no key.
     queue = queue.detach()
-    return queue[queue.any(1) & queue.isfinite().all(1)]
+    holds_key = queue.any(1) & queue.isfinite().all(1)
+    return queue[holds_key]

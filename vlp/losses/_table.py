@@ -31,88 +31,103 @@ class Table:
     """
 
     def __init__(self, fill: Sequence[float], samples: int | None) -> None:
-        self.fill, self.samples, self.grows = (
-            torch.tensor(fill, dtype=torch.float32),
-            samples or 0,
-            samples is None,
-        )
+        self.fill = torch.tensor(fill, dtype=torch.float32)
+        self.samples = samples or 0
+        self.grows = samples is None
 
     def place(self, ranks: dist.Group) -> None:
         """Make room for this rank's share, all of it new. Before anything else."""
         self.ranks = ranks
-        self.own = self.fill.repeat(-(-self.samples // ranks.size), 1)
+        self.own = self.fill.repeat(self._n_rows(), 1)
 
     def read(self, ids: Tensor) -> Tensor:
         """ids: [b] int64 -> [b, c], the numbers of this rank's rows, from their owners."""
         self.own = self.own.to(ids.device)
-        every = dist.all_gather(ids, self.ranks)
-        self._make_room(every)
-        mine = every % self.ranks.size == self.ranks.index
-        found = self.own[torch.where(mine, every // self.ranks.size, 0)]
-        return dist.reduce_scatter(torch.where(mine.unsqueeze(1), found, 0), self.ranks)
+        all_ids = dist.all_gather(ids, self.ranks)
+        self._make_room(all_ids)
+
+        # Each rank fills in the samples it owns; the others' rows are zeros, so that the sum of all
+        # ranks is the owner's.
+        owned = all_ids % self.ranks.size == self.ranks.index
+        rows = torch.where(owned, all_ids // self.ranks.size, 0)
+        values = torch.where(owned.unsqueeze(1), self.own[rows], 0)
+        return dist.reduce_scatter(values, self.ranks)
 
     def write(self, ids: Tensor, values: Tensor) -> None:
-        """Store [b, c] values of this rank's rows at their owners. Of a sample that comes twice the
-        last row counts, and rows that are not finite are left out: a bad step would spoil their
-        samples for the whole run.
+        """Store [b, c] values of this rank's rows at their owners.
+
+        Of a sample that comes twice the last row counts, and rows that are not finite are left out:
+        a bad step would spoil their samples for the whole run.
         """
-        every, values = (
-            dist.all_gather(ids, self.ranks),
-            dist.all_gather(values.detach().float(), self.ranks),
-        )
+        all_ids = dist.all_gather(ids, self.ranks)
+        values = dist.all_gather(values.detach().float(), self.ranks)
         finite = values.isfinite().all(1)
-        every, values = every[finite], values[finite]
-        samples, where = every.unique(return_inverse=True)
-        order = torch.arange(len(every), device=every.device)
-        last = torch.zeros_like(samples).scatter_reduce_(0, where, order, "amax")
-        mine = samples % self.ranks.size == self.ranks.index
-        self.own.index_copy_(0, samples[mine] // self.ranks.size, values[last[mine]])
+        all_ids, values = all_ids[finite], values[finite]
+
+        # The last row of each sample: index_copy_ with an id twice would be a race.
+        samples, which = all_ids.unique(return_inverse=True)
+        row_numbers = torch.arange(len(all_ids), device=all_ids.device)
+        last = torch.zeros_like(samples).scatter_reduce_(0, which, row_numbers, "amax")
+
+        owned = samples % self.ranks.size == self.ranks.index
+        self.own.index_copy_(0, samples[owned] // self.ranks.size, values[last[owned]])
 
     def whole(self) -> Tensor:
         """[samples, c] on the CPU of the first rank, in the order of ids; [0, c] on the others.
+
         Collective.
         """
         first = self.ranks.index == 0
         result = self.fill.new_empty(self.samples if first else 0, len(self.fill))
-        rows = -(-self.samples // self.ranks.size)
-        for start in range(0, rows, CHUNK):
-            part = self.own[start : min(start + CHUNK, rows)]
-            every = dist.all_gather(part, self.ranks)
-            if first:  # sample id = row·W + rank
-                in_order = every.view(self.ranks.size, len(part), -1).transpose(0, 1).flatten(0, 1)
-                at = start * self.ranks.size
-                result[at : at + len(in_order)] = in_order[: self.samples - at]
+
+        # In parts: the first rank's device need not hold the table of all.
+        n_rows = self._n_rows()
+        for start in range(0, n_rows, CHUNK):
+            part = self.own[start : min(start + CHUNK, n_rows)]
+            parts = dist.all_gather(part, self.ranks).view(self.ranks.size, len(part), -1)
+            if first:
+                in_order = parts.transpose(0, 1).flatten(0, 1)  # sample id = row·W + rank
+                place = start * self.ranks.size
+                # The last ranks may hold a row more than there are samples.
+                result[place : place + len(in_order)] = in_order[: self.samples - place]
         return result
 
     def load(self, whole: Tensor) -> None:
         """Take this rank's share of a whole table, which every rank must bring. Collective."""
-        rows = dist.gather_objects(len(whole), self.ranks)
-        if len(set(rows)) > 1:
+        lengths = dist.gather_objects(len(whole), self.ranks)
+        if len(set(lengths)) > 1:
             raise ValueError(
-                f"state of {rows} samples on the ranks: give every rank the whole, as the first one saved it"
+                f"state of {lengths} samples on the ranks: give every rank the whole, as the first "
+                "one saved it"
             )
         if not self.grows and len(whole) != self.samples:
             raise ValueError(
-                f"state of {len(whole)} samples, but this run has {self.samples}: the ids mean other samples; go on with "
-                "the same data, or start anew with init_from"
+                f"state of {len(whole)} samples, but this run has {self.samples}: the ids mean "
+                "other samples; go on with the same data, or start anew with init_from"
             )
+
         self.samples = len(whole)
         self.place(self.ranks)
         share = whole[self.ranks.index :: self.ranks.size]
         self.own[: len(share)] = share
 
+    def _n_rows(self) -> int:
+        """Rows of a rank: samples / W, rounded up."""
+        return -(-self.samples // self.ranks.size)
+
     def _make_room(self, ids: Tensor) -> None:
+        # An id beyond a known number of samples is an error of the data, no reason to grow.
         lowest, highest = ids.aminmax()
         if lowest < 0 or (not self.grows and highest >= self.samples):
             raise ValueError(
                 f"sample_id: found {lowest} to {highest}, but samples is {self.samples}; raise it"
             )
+
         self.samples = max(self.samples, int(highest) + 1)
-        missing = -(-self.samples // self.ranks.size) - len(self.own)
-        if missing > 0:
-            self.own = torch.cat(
-                [self.own, self.fill.to(self.own).repeat(max(missing, len(self.own)), 1)]
-            )
+        n_missing = self._n_rows() - len(self.own)
+        if n_missing > 0:
+            n_new = max(n_missing, len(self.own))  # doubling: ids may come one by one
+            self.own = torch.cat([self.own, self.fill.to(self.own).repeat(n_new, 1)])
 
 
 @dataclass(frozen=True)

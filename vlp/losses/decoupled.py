@@ -1,10 +1,23 @@
-"""Decoupled contrastive learning, DCL and DCLW (arXiv 2110.06848).
+"""Decoupled contrastive learning: InfoNCE without the positive in its denominator.
 
     L = ½ Σ_directions mean_i [ −w_i z_ii + log Σ_{j≠i} e^{z_ij} ],      z_ij = scale·x_i·t_j
 
-the softmax without the positive in its denominator. w_i = 1 (DCL), or weighted w_i = 2 −
-n·softmax_i(s_ii/σ), detached, over the group (DCLW): pairs that already agree weigh less. x, t: [b,
-D].
+x, t: [b, D] images and texts. w_i = 1 (DCL), or with `weighted` (DCLW) w_i = 2 −
+n·softmax_i(s_ii/σ), detached, over the group: pairs that already agree weigh less.
+
+Relations:
+- equivalent to `infonce`, but the gradient of a pair does not vanish as its probability nears 1
+- `hn_nce` with alpha 0 and beta 0 equals this one
+
+Papers:
+- DCL (arXiv 2110.06848): `objective: {decoupled: {}}`
+- DCLW (arXiv 2110.06848): `objective: {decoupled: {weighted: true, sigma: 0.5}}`
+
+Needs: image, text, scale
+
+Cost: one pass over the pairs, 8·b·n·D FLOPs forward and backward; O(b·D) memory
+
+Use: at small batches, where the coupling of positive and negatives slows `infonce` down
 """
 
 from __future__ import annotations
@@ -31,9 +44,15 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """This rank's share of L."""
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
+
+    # The mean of the margins, without InfoNCE's softplus around them.
     if not options.weighted:
         return pairs.mean((rows + columns) / 2 - positive)
+
+    # The softmax over positives needs only those of the group: n numbers.
     cosine = (positive / inputs.scale).detach() / options.sigma
-    weight = 2 - pairs.candidates(len(rows)) * (cosine - pairs.log_sum(cosine)).exp()
+    share = (cosine - pairs.log_sum(cosine)).exp()
+    weight = 2 - pairs.candidates(len(rows)) * share
     return pairs.mean((rows + columns) / 2 - weight * positive)

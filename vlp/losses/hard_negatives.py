@@ -1,21 +1,48 @@
-"""Hard captions as negatives: one family, whose `form` gives the published terms.
+"""Hard captions as negatives: six published terms over wrong captions that are nearly right.
 
-x, t: [b, D] images and texts; n: [b, K, D], n_ik being caption k of sample i.
+x, t: [b, D] images and texts; n: [b, K, D], n_ik being caption k of sample i, z(a, c) =
+scale·a·c. `form` gives the term L:
 
-negclip   (NegCLIP, arXiv 2210.01936) softmax of each image over all texts and all hard captions of the candidates;
-          of each text over images, unchanged; ½ each. Hard captions are never anchors.
-triplet   (TripletCLIP, arXiv 2411.02545) negclip(x, t, n) + negclip(x⁻, n, t) with n = n_i1 and its own image x⁻;
-          the second half is over the samples whose n_i1 is valid.
-own       (TSVLC; DeGLA IGC; FSC-CLIP) softmax of x_i over {t_i, n_i1 … n_iK}. With the target
-          y = (1−ε)δ + ε/(1 + #valid) on t_i and every valid caption: Σ_k y_k (1−p_k)^γ (−log p_k).
-text      (DeGLA TGC, arXiv 2504.16801) softmax of t_i over {t̄_i, n_i1 … n_iK}, t̄ of the moving average, scale 10.
-rank      (CE-CLIP CMR, arXiv 2306.08832) mean over valid of relu(m_k + z(x_i, n_ik) − z(x_i, t_i)) with an adaptive
-          margin m_k = mean_i z(x_i, t_i) − mean_i z(x_i, n_ik) of the PREVIOUS step, in [0, 10], 0 at first; state.
-intra     (CE-CLIP IMC) cross-entropy of [z(x_i, t_i); scale·t_i·every caption of the candidates] to the first.
+negclip   softmax of each image over all texts and all hard captions of the candidates; of each text
+          over images, unchanged; ½ each. Hard captions are never anchors.
+triplet   negclip(x, t, n) + negclip(x⁻, n, t) with n = n_i1 and its own image x⁻: [b, D]; the
+          second half is over the samples whose n_i1 is valid.
+own       softmax of x_i over {t_i, n_i1 … n_iK}. With the target y = (1−ε)δ + ε/(1 + #valid) on
+          t_i and every valid caption: Σ_k y_k (1−p_k)^γ (−log p_k).
+text      softmax of t_i over {t̄_i, n_i1 … n_iK}, t̄ of the moving average, scale 10.
+rank      mean over valid of relu(m_k + z(x_i, n_ik) − z(x_i, t_i)) with an adaptive margin
+          m_k = mean_i z(x_i, t_i) − mean_i z(x_i, n_ik) of the PREVIOUS step, in [0, 10], 0 at
+          first; state.
+intra     cross-entropy of [z(x_i, t_i); scale·t_i·every caption of the candidates] to the first.
 
 `own`, `text` and `rank` are sample terms: means over samples (or pairs i, k) with a valid caption,
-of all ranks. Invalid captions have no influence at all. Published weights: own .1 (IGC) or .5
-(FSC), text .1, rank .2, intra .3.
+of all ranks. Invalid captions have no influence at all.
+
+Relations:
+- negclip, where no caption is valid, equals `infonce`
+- `self_distillation` beside them keeps what the model could do before
+- `vlp data negatives` writes the captions; negatives that are pairs themselves need no term:
+  `data.together` puts variations of one origin into one batch
+
+Papers:
+- NegCLIP (arXiv 2210.01936): `objective: {hard_negatives: {form: negclip}}`
+- TripletCLIP (arXiv 2411.02545): `objective: {hard_negatives: {form: triplet}}`
+- TSVLC: `objective: {infonce: {}, hard_negatives: {form: own}}`
+- FSC-CLIP (arXiv 2410.05210), its global part:
+  `objective: {infonce: {}, hard_negatives: {form: own, focal: 2, smoothing: 0.02, weight: 0.5}}`
+- DeGLA (arXiv 2504.16801), IGC and TGC: `objective: {infonce: {}, hard_negatives: [{form: own,
+  weight: 0.1}, {form: text, weight: 0.1}]}`
+- CE-CLIP (arXiv 2306.08832), CMR and IMC: `objective: {hard_negatives: [{form: negclip}, {form:
+  rank, weight: 0.2}, {form: intra, weight: 0.3}]}`
+
+Needs: image, text, scale, negatives, negatives_valid; triplet also negative_image; text also
+ema_text
+
+Cost: negclip, triplet and intra a pass over b × n·K captions beside the pairs, O(b·K·D) memory; the
+others O(b·K·D) memory and FLOPs. The text tower runs on b·K captions more
+
+Use: to fine-tune for composition (word order, attributes, relations). Report a compositional score
+together with retrieval and zero-shot accuracy: the gain is easily paid for there
 """
 
 from __future__ import annotations
@@ -27,7 +54,7 @@ import torch
 from torch import Tensor
 
 from vlp.losses._inputs import Inputs
-from vlp.losses._softmax import margin
+from vlp.losses._softmax import margin, negative_log_probability
 from vlp.pairwise import Pairs, logaddexp, softplus
 
 CAPTIONS = {"negatives", "negatives_valid"}
@@ -36,6 +63,7 @@ LARGEST_MARGIN = 10.0
 
 @dataclass(frozen=True)
 class Options:
+    # negclip, triplet, intra: softmax over the batch; own, text, rank: over a sample's own captions
     form: Literal["negclip", "triplet", "own", "text", "rank", "intra"] = "negclip"
     focal: float = 0.0  # γ of `own` (FSC-CLIP: 2)
     smoothing: float = 0.0  # ε of `own` (FSC-CLIP: .02)
@@ -64,8 +92,9 @@ def needs(options: Options) -> frozenset[str]:
 
 
 def initial_state(options: Options) -> dict[str, Tensor]:
-    """The margins of `rank`, one a caption position; empty until the first step says how many there
-    are.
+    """The margins of `rank`, one a caption position.
+
+    Empty until the first step says how many there are.
     """
     return {"margin": torch.zeros(0)} if options.form == "rank" else {}
 
@@ -73,28 +102,38 @@ def initial_state(options: Options) -> dict[str, Tensor]:
 def term(
     inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's share of L, and the margins of the next step."""
     if options.form == "rank":
         return rank(inputs, pairs, state["margin"])
-    function = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}[
-        options.form
-    ]
-    return function(inputs, pairs, options), state
+
+    functions = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}
+    return functions[options.form](inputs, pairs, options), state
+
+
+# Batch terms
 
 
 def negclip(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """InfoNCE whose rows have every valid hard caption of the group as candidates too."""
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, inputs.scale)
-    hard = _all_captions(inputs, pairs, inputs.image)
-    return pairs.mean(softplus(logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
+
+    # Hard captions join the images' candidates, and are no anchors themselves.
+    rows = logaddexp(rows, _all_captions(inputs, pairs, inputs.image))
+    return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2
 
 
 def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """negclip of the pairs, and of the first hard captions with their own images."""
     caption, valid = inputs.negatives[:, 0], inputs.negatives_valid[:, 0]
+
+    # Roles exchanged: (x⁻, n) are the pairs, and the true texts are what is nearly right.
     x, scale, wide = inputs.negative_image, inputs.scale, inputs.wide()
     positive = torch.as_tensor(scale) * (wide.negative_image * wide.negatives[:, 0]).sum(1)
     rows = pairs.row_logsumexp(x, caption, scale, valid=valid, paired=True)
     columns = pairs.row_logsumexp(caption, x, scale, valid=valid, paired=True)
-    hard = pairs.row_logsumexp(x, inputs.text, scale)
-    second = (softplus(logaddexp(rows, hard) - positive) + softplus(columns - positive)) / 2
+    rows = logaddexp(rows, pairs.row_logsumexp(x, inputs.text, scale))
+    second = (softplus(rows - positive) + softplus(columns - positive)) / 2
+
     first = Inputs(
         inputs.image,
         inputs.text,
@@ -105,60 +144,80 @@ def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     return negclip(first, pairs, options) + pairs.mean(second, valid)
 
 
-def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    inputs = inputs.wide()
-    z, ε, valid = (
-        _own_scores(inputs.image, inputs.text, inputs, inputs.scale),
-        options.smoothing,
-        inputs.negatives_valid,
-    )
-    loss = _focal(margin(z, 0), options.focal)
-
-    if ε:
-        share = ε / (1 + valid.sum(1)).to(z.dtype)
-        loss = (1 - ε + share) * loss
-        for k in range(valid.shape[1]):
-            takes_part = valid[:, k]
-            finite = z.masked_fill(
-                ~takes_part.unsqueeze(1), 0
-            )  # the margin of what takes no part would be infinite
-            caption = _focal(margin(finite, k + 1), options.focal)
-            loss = loss + share * torch.where(takes_part, caption, 0)
-    return pairs.mean(loss, valid.any(1))
-
-
-def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    inputs = inputs.wide()
-    z = _own_scores(inputs.text, inputs.ema_text.detach(), inputs, options.text_scale)
-    return pairs.mean(softplus(margin(z, 0)), inputs.negatives_valid.any(1))
-
-
 def intra(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """A text must score higher with its image than with any hard caption of the group."""
+    # The text is the anchor: what competes with its image is text, too.
     wide = inputs.wide()
     positive = torch.as_tensor(inputs.scale) * (wide.image * wide.text).sum(1)
     return pairs.mean(softplus(_all_captions(inputs, pairs, inputs.text) - positive))
 
 
-def rank(inputs: Inputs, pairs: Pairs, adaptive: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """adaptive: [K] the margins m_k of the previous step, or [0] before the first."""
+# Sample terms
+
+
+def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """An image must prefer its text to its own hard captions."""
+    inputs = inputs.wide()
+    ε, valid = options.smoothing, inputs.negatives_valid
+    z = _own_scores(inputs.image, inputs.text, inputs, inputs.scale)
+    losses = _focal(margin(z, 0), options.focal)
+
+    # The smoothed target gives a share to the text and to every valid caption.
+    if ε:
+        share = ε / (1 + valid.sum(1)).to(z.dtype)
+        losses = (1 - ε + share) * losses
+        for k in range(valid.shape[1]):
+            takes_part = valid[:, k]
+            # The margin of what takes no part would be infinite, and its gradient NaN.
+            finite = z.masked_fill(~takes_part.unsqueeze(1), 0)
+            caption_losses = _focal(margin(finite, k + 1), options.focal)
+            losses = losses + share * torch.where(takes_part, caption_losses, 0)
+    return pairs.mean(losses, valid.any(1))
+
+
+def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """A text must prefer its embedding by the moving average to its own hard captions."""
+    inputs = inputs.wide()
+    z = _own_scores(inputs.text, inputs.ema_text.detach(), inputs, options.text_scale)
+    return pairs.mean(negative_log_probability(z, 0), inputs.negatives_valid.any(1))
+
+
+def rank(
+    inputs: Inputs,
+    pairs: Pairs,
+    adaptive: Tensor,  # [K] the margins m_k of the previous step, or [0] before the first
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """An image must score its text higher than each hard caption by a margin."""
     inputs = inputs.wide()
     scale, valid = torch.as_tensor(inputs.scale), inputs.negatives_valid
-    positive = scale * (inputs.image * inputs.text).sum(1)
-    hard = scale * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
+    positive = scale * (inputs.image * inputs.text).sum(1)  # [b]
+    hard = scale * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)  # [b, K]
+
+    # The number of caption positions is not known before the first batch.
     if adaptive.numel() == 0:
         adaptive = torch.zeros(hard.shape[1])
     adaptive = adaptive.to(hard)
     loss = pairs.mean(torch.relu(adaptive + hard - positive.unsqueeze(1)), valid)
-    with torch.no_grad():
-        count = pairs.sum_over_ranks(valid.to(hard).sum(0))
-        total = pairs.sum_over_ranks(torch.where(valid, hard, 0).sum(0))
-        mean = pairs.sum_over_ranks(positive.sum()) / pairs.sum_over_ranks(
-            torch.ones_like(positive).sum()
-        )
-        gap = mean - total / count.clamp(min=1)
-        moves = (count > 0) & gap.isfinite()
-        adaptive = torch.where(moves, gap.clamp(0, LARGEST_MARGIN), adaptive)
-    return loss, {"margin": adaptive}
+    return loss, {"margin": _next_margins(adaptive, positive, hard, valid, pairs)}
+
+
+@torch.no_grad()
+def _next_margins(
+    adaptive: Tensor, positive: Tensor, hard: Tensor, valid: Tensor, pairs: Pairs
+) -> Tensor:
+    """[K] mean positive − mean hard score over all ranks; as before where nothing was valid."""
+    n_valid = pairs.sum_over_ranks(valid.to(hard).sum(0))
+    total_hard = pairs.sum_over_ranks(torch.where(valid, hard, 0).sum(0))
+    total_positive = pairs.sum_over_ranks(positive.sum())
+    n_rows = pairs.sum_over_ranks(torch.ones_like(positive).sum())
+
+    # A position without a valid caption keeps its margin, and so does a step that is not finite.
+    gap = total_positive / n_rows - total_hard / n_valid.clamp(min=1)
+    moves = (n_valid > 0) & gap.isfinite()
+    return torch.where(moves, gap.clamp(0, LARGEST_MARGIN), adaptive)
+
+
+# Scores with hard captions
 
 
 def _all_captions(inputs: Inputs, pairs: Pairs, anchors: Tensor) -> Tensor:
@@ -171,10 +230,14 @@ def _all_captions(inputs: Inputs, pairs: Pairs, anchors: Tensor) -> Tensor:
     )
 
 
-def _own_scores(anchor: Tensor, positive: Tensor, inputs: Inputs, scale: Tensor | float) -> Tensor:
-    """Scores of each anchor with its positive and its own captions, [b, 1 + K]; −∞ for those that
-    are not valid.
-    """
+def _own_scores(
+    anchor: Tensor,  # [b, D]
+    positive: Tensor,  # [b, D]
+    inputs: Inputs,
+    scale: Tensor | float,
+) -> Tensor:
+    """Scores of each anchor with its positive, then its captions, [b, 1 + K]; −∞ if not valid."""
+    # −∞ leaves a caption out of every sum.
     candidates = torch.cat([positive.unsqueeze(1), inputs.negatives], 1)
     z = torch.as_tensor(scale) * torch.einsum("bd,bkd->bk", anchor, candidates)
     return torch.cat([z[:, :1], z[:, 1:].masked_fill(~inputs.negatives_valid, -torch.inf)], 1)
@@ -182,5 +245,6 @@ def _own_scores(anchor: Tensor, positive: Tensor, inputs: Inputs, scale: Tensor 
 
 def _focal(q: Tensor, γ: float) -> Tensor:
     """(1 − p)^γ (−log p) of a probability p = σ(−q), by the logarithm of 1 − p = σ(q)."""
+    # 1 − p itself would round to 0 where p is near 1.
     loss = softplus(q)
     return loss * (-γ * softplus(-q)).exp() if γ else loss

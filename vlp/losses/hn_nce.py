@@ -1,11 +1,23 @@
-"""Hard-negative noise contrastive estimation, the loss of DiHT (arXiv 2301.02280).
+"""Hard-negative noise contrastive estimation: InfoNCE whose negatives weigh by their hardness.
 
-    L = ½ Σ_directions mean_i −log [ e^{z_ii} / (α e^{z_ii} + Σ_{j≠i} w_ij e^{z_ij}) ],
-    w_ij = (n−1) e^{β z_ij} / Σ_{k≠i} e^{β z_ik},
+    L = ½ Σ_directions mean_i −log [ e^{z_ii} / (α e^{z_ii} + Σ_{j≠i} w_ij e^{z_ij}) ]
+    w_ij = (n−1) e^{β z_ij} / Σ_{k≠i} e^{β z_ik},      z_ij = scale·x_i·t_j
 
-x, t: [b, D]; each direction with its own normaliser; gradients flow through w. α = 1, β = 0 is
-`infonce`; α = β = 0 is `decoupled`. With Λ(m) = log Σ_{j≠i} e^{m z_ij} the sum is log(n−1) + Λ(1+β)
-− Λ(β): two multiples of the scale in one pass.
+x, t: [b, D] images and texts; each direction with its own normaliser; gradients flow through w.
+
+Relations:
+- equivalent to `infonce` with alpha 1 and beta 0
+- equivalent to `decoupled` with alpha 0 and beta 0
+
+Papers:
+- DiHT (arXiv 2301.02280): `objective: {hn_nce: {alpha: 1, beta: 0.25}}`; its beta could not be
+  confirmed
+
+Needs: image, text, scale
+
+Cost: one pass over the pairs by the general path; O(b·D) memory
+
+Use: in place of `infonce` where random negatives have become easy; data gains no field
 """
 
 from __future__ import annotations
@@ -35,12 +47,18 @@ class Options:
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """This rank's share of L."""
+    # With Λ(m) = log Σ_{j≠i} e^{m z_ij} the weighted sum is log(n−1) + Λ(1+β) − Λ(β): two multiples
+    # of the scale in one pass.
     (sharp, flat), positive = pairs.multiples_logsumexp(
         inputs.image, inputs.text, inputs.scale, (1 + options.beta, options.beta)
     )
     log_others = math.log(pairs.candidates(len(positive)) - 1)
     margins = [log_others + a - b - positive for a, b in zip(sharp, flat)]
+
+    # log(α + e^q) = softplus(q − log α) + log α, which has no α = 0.
     if options.alpha:
         log_alpha = math.log(options.alpha)
-        margins = [softplus(m - log_alpha) + log_alpha for m in margins]
-    return pairs.mean(sum(margins) / 2)
+        margins = [softplus(q - log_alpha) + log_alpha for q in margins]
+    by_row, by_column = margins
+    return pairs.mean((by_row + by_column) / 2)

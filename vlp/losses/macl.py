@@ -1,11 +1,25 @@
-"""Model-aware contrastive learning (MACL, arXiv 2207.07874): a temperature that follows the
-alignment of the pairs.
+"""Model-aware contrastive learning: a temperature that follows the alignment of the pairs.
 
-    A = mean sg(s_ii) over the group,   τ = τ₀ (1 + α (A − A₀)),   P_i = softmax of the pair at temperature τ,
+    A = mean sg(s_ii) over the group,   τ = τ₀ (1 + α (A − A₀))
     L = ½ Σ_directions mean_i sg(1 / (1 − P_i)) · (−log P_i)
 
-x, t: [b, D]. The factor restores the gradient that vanishes for easy pairs; 1 − P_i = σ(q_i) with
-the margin q, and the factor is clamped at `max_factor`. The model's learned scale takes no part.
+x, t: [b, D] images and texts, s_ii = x_i·t_i, sg the stop-gradient, and P_i the softmax probability
+of the pair at temperature τ. The factor restores the gradient that vanishes for easy pairs; it is
+clamped at `max_factor`.
+
+Relations:
+- equivalent to `infonce` at temperature τ but for the factor; the model's learned scale takes no
+  part
+
+Papers:
+- MACL (arXiv 2207.07874):
+  `objective: {macl: {temperature: 0.1, alpha: 0.5, alignment: 0}}`
+
+Needs: image, text
+
+Cost: one pass over the pairs, 8·b·n·D FLOPs forward and backward; O(b·D) memory
+
+Use: with few candidates a row, and where a learned temperature is not wanted
 """
 
 from __future__ import annotations
@@ -34,15 +48,21 @@ class Options:
             raise ValueError(f"expected temperature > 0 and max_factor >= 1, found {self}")
         if not 0 <= self.alpha * (1 + abs(self.alignment)) < 1:
             raise ValueError(
-                f"alpha: found {self.alpha}, with which the temperature could become negative; lower it"
+                f"alpha: found {self.alpha}, with which the temperature could become negative; "
+                "lower it"
             )
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """This rank's share of L."""
+    # The temperature follows the group's alignment, without gradient.
     wide = inputs.wide()
-    own = (wide.image * wide.text).detach().sum(1)
-    mean = pairs.sum(own) / pairs.candidates(len(own))
+    cosine = (wide.image * wide.text).detach().sum(1)
+    mean = pairs.sum(cosine) / pairs.candidates(len(cosine))
     temperature = options.temperature * (1 + options.alpha * (mean - options.alignment))
+
+    # With the margins q: 1 − P = σ(q), −log P = softplus(q).
     margins = pairs.margin_logsumexp(inputs.image, inputs.text, 1 / temperature)
     factors = [(1 / torch.sigmoid(q.detach())).clamp(max=options.max_factor) for q in margins]
-    return pairs.mean(sum(f * softplus(q) for f, q in zip(factors, margins)) / 2)
+    by_row, by_column = (factor * softplus(q) for factor, q in zip(factors, margins))
+    return pairs.mean((by_row + by_column) / 2)

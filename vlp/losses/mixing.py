@@ -1,15 +1,29 @@
-"""Hard negatives mixed from a queue (MoCHi, arXiv 2010.01028), for both modalities.
+"""Hard negatives mixed from a queue: InfoNCE with a queue and synthetic keys between its hardest.
 
-    L = ½ Σ_directions mean_i −log [ e^{z_ii} / (Σ_j e^{z_ij} + Σ_{n ∈ Q} e^{scale·x_i·n} + Σ_{h ∈ H_i} e^{scale·x_i·h}) ]
+    L = ½ Σ_directions mean_i −log [ e^{z_ii} / (Σ_j e^{z_ij} + Σ_{q ∈ Q} e^{scale·x_i·q}
+                                                             + Σ_{h ∈ H_i} e^{scale·x_i·h}) ]
 
-x, t: [b, D]; Q: [Q, D] the queue of the other modality, rows of zeros being empty. H_i: [mixed, D]
-mixtures of pairs of the N members of Q that score highest with x_i, norm(α n + (1−α) n'), α ~ U(0,
-1), and of the query with one of them, norm(β x_i + (1−β) n), β ~ U(0, ½). Neither Q nor H has a
-gradient. With nothing mixed this is InfoNCE with a queue; in the paper, which has one modality, the
-pair itself is the only candidate of the batch (`in_batch: false`).
+x, t: [b, D] images and texts; Q: [Q, D] the queue of the other modality, rows of zeros being empty.
+H_i: [mixed, D] are mixtures of pairs of the N members of Q that score highest with x_i,
+norm(α q + (1−α) q'), α ~ U(0, 1), and of the query with one of them, norm(β x_i + (1−β) q), β ~
+U(0, ½). Neither Q nor H has a gradient. Draws are a function of (seed, step, row of the step),
+whatever the ranks.
 
-Draws are a function of (seed, step, row of the step), whatever the ranks. Rows are mixed in blocks
-of the queue's size and again in backward: O((b + Q)·D + b·(N + mixed)) memory.
+Relations:
+- with nothing mixed this is `infonce` with a queue
+- in the paper, which has one modality, the pair itself is the only candidate of the batch
+  (`in_batch: false`)
+
+Papers:
+- MoCHi (arXiv 2010.01028):
+  `objective: {mixing: {hardest: 1024, mixed_pairs: 1024, mixed_queries: 128, in_batch: false}}`
+
+Needs: image, text, scale, queue_image, queue_text
+
+Cost: the pairs and b·(Q + mixed) scores a direction; rows are mixed in blocks of the queue's size
+and again in backward, so that memory is O((b + Q)·D + b·(N + mixed))
+
+Use: where the queue's own keys have become easy
 """
 
 from __future__ import annotations
@@ -43,62 +57,71 @@ class Options:
                 f"expected hardest >= 1, mixed_pairs and mixed_queries >= 0, found {self}"
             )
 
+    @property
+    def n_mixed(self) -> int:
+        return self.mixed_pairs + self.mixed_queries
+
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """This rank's share of L."""
     inputs = inputs.wide()
     scale = torch.as_tensor(inputs.scale, device=inputs.image.device)
     if options.in_batch:
         rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
     else:
+        # No candidate of the batch: empty sums.
         positive = scale * (inputs.image * inputs.text).sum(1)
         rows = columns = torch.full_like(positive, -torch.inf)
-    rows = logaddexp(
-        rows,
-        _from_queue(inputs.image, inputs.queue_text, scale, inputs.step, "text", pairs, options),
-    )
-    columns = logaddexp(
-        columns,
-        _from_queue(inputs.text, inputs.queue_image, scale, inputs.step, "image", pairs, options),
-    )
+
+    # The queues join the denominators.
+    step = inputs.step or 0
+    texts = _from_queue(inputs.image, inputs.queue_text, scale, step, "text", pairs, options)
+    images = _from_queue(inputs.text, inputs.queue_image, scale, step, "image", pairs, options)
+    rows, columns = logaddexp(rows, texts), logaddexp(columns, images)
     return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2
 
 
 def _from_queue(
-    query: Tensor,
-    queue: Tensor,
+    query: Tensor,  # [b, D]
+    queue: Tensor,  # [Q, D]
     scale: Tensor,
-    step: int | None,
+    step: int,
     name: str,
     pairs: Pairs,
     options: Options,
 ) -> Tensor:
     """log Σ over the queue and the mixtures, [b]."""
     queue = filled(queue, len(query), pairs)
-    found = pairs.alone.row_logsumexp(query, queue, scale)
-    n_mixed = options.mixed_pairs + options.mixed_queries
-    if not n_mixed or not len(queue):
-        return found
-    hardest = pairs.alone.hardest(query, queue, min(options.hardest, len(queue)), paired=False)
-    first_row = pairs.engine.ranks.index * len(query)
-    seed = derive(pairs.engine.seed, "mixing", name, step or 0)
+
+    # The queue itself; while it is empty there is nothing to mix.
+    log_sums = pairs.alone.row_logsumexp(query, queue, scale)
+    if not options.n_mixed or not len(queue):
+        return log_sums
+
+    n_hardest = min(options.hardest, len(queue))
+    hardest = pairs.alone.hardest(query, queue, n_hardest, paired=False)
+    first_row = pairs.backend.ranks.index * len(query)
+    seed = derive(pairs.backend.seed, "mixing", name, step)
+
+    # A block of rows mixes at most as many keys as the queue holds.
+    size = max(len(queue) // options.n_mixed, 1)
     parts = []
-    for start in range(0, len(query), size := max(len(queue) // n_mixed, 1)):
+    for start in range(0, len(query), size):
         rows = slice(start, start + size)
-        parts.append(
-            checkpoint(
-                _mixed_logsumexp,
-                query[rows],
-                queue,
-                scale,
-                hardest[rows],
-                first_row + start,
-                seed,
-                options,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+        part = checkpoint(
+            _mixed_logsumexp,
+            query[rows],
+            queue,
+            scale,
+            hardest[rows],
+            first_row + start,
+            seed,
+            options,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
-    return logaddexp(found, torch.cat(parts))
+        parts.append(part)
+    return logaddexp(log_sums, torch.cat(parts))
 
 
 def _mixed_logsumexp(
@@ -106,43 +129,46 @@ def _mixed_logsumexp(
     queue: Tensor,
     scale: Tensor,
     hardest: Tensor,
-    first_row: int,
+    first_row: int,  # the number of the first query among the rows of the step
     seed: int,
     options: Options,
 ) -> Tensor:
+    """log Σ over the mixtures of each query, [b]."""
+    # Mixtures are constants: only the query that they are compared with learns.
     with torch.no_grad():
         rows = first_row + torch.arange(len(query), device=query.device)
-        mixed = mix(
-            query,
-            queue,
-            hardest,
-            draws(rows, seed, options.mixed_pairs + options.mixed_queries),
-            options,
-        )
+        mixed = mix(query, queue, hardest, draws(rows, seed, options.n_mixed), options)
     return torch.logsumexp(scale * torch.einsum("bd,bmd->bm", query, mixed), 1)
 
 
 def mix(
-    query: Tensor, queue: Tensor, hardest: Tensor, drawn: Iterator[Tensor], options: Options
+    query: Tensor,  # [b, D]
+    queue: Tensor,  # [Q, D]
+    hardest: Tensor,  # [b, N] places in the queue
+    drawn: Iterator[Tensor],  # uniform numbers [b, mixed], three times
+    options: Options,
 ) -> Tensor:
-    """H: [b, mixed_pairs + mixed_queries, D] unit rows. `drawn` gives uniform numbers [b, mixed],
-    three times.
-    """
-    n, which, other, weight = hardest.shape[1], *drawn
-    first = (which * n).long().clamp(max=n - 1)
-    second = (first + 1 + (other * (n - 1)).long()) % n  # another one, where there is another
+    """H: [b, mixed_pairs + mixed_queries, D] unit rows."""
+    # Two different places among the hardest, where there are two.
+    n_hardest = hardest.shape[1]
+    which, other, weight = drawn
+    first = (which * n_hardest).long().clamp(max=n_hardest - 1)
+    second = (first + 1 + (other * (n_hardest - 1)).long()) % n_hardest
     first, second = (queue[hardest.gather(1, place)] for place in (first, second))
-    second[:, options.mixed_pairs :] = query.unsqueeze(1)
-    weight[:, options.mixed_pairs :] = (
-        1 - weight[:, options.mixed_pairs :] / 2
-    )  # of the negative: the query has less
+
+    # The last mixtures are with the query, which has less than half of the weight.
+    with_query = slice(options.mixed_pairs, None)
+    second[:, with_query] = query.unsqueeze(1)
+    weight[:, with_query] = 1 - weight[:, with_query] / 2
     return F.normalize(torch.lerp(second, first, weight.unsqueeze(2).to(first)), dim=2)
 
 
 def draws(rows: Tensor, seed: int, n: int) -> Iterator[Tensor]:
-    """Three times uniform numbers in [0, 1), [b, n] float64, from a hash of (seed, row, column):
-    the same for a row on any rank, in any block and on any device.
+    """Three times uniform numbers in [0, 1), [b, n] float64, from a hash of (seed, row, column).
+
+    The same for a row on any rank, in any block and on any device.
     """
+    # A hash and not a generator: the same on any device, and a row's numbers need no other row's.
     column = torch.arange(n, device=rows.device)
     for turn in range(3):
         state = _hash(rows.unsqueeze(1) ^ (seed & 0xFFFFFFFF))

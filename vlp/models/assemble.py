@@ -21,19 +21,24 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises ValueError for a tower on the wrong side, towers that contradict each other, and a
     missing embed_dim.
     """
-    image, text = model.image_tower, model.text_tower or model.image_tower
+    image = model.image_tower
+    text = model.text_tower or image
     _require(image, "vision_cfg", "image tower")
     if model.text_tower is None and not hasattr(image.module, "text_cfg"):
         raise ValueError(
-            f"image_tower {image.name!r} brings no text tower; add text_tower: one of {_able('text_cfg')}"
+            f"image_tower {image.name!r} brings no text tower; add text_tower: one of "
+            f"{_able('text_cfg')}"
         )
     _require(text, "text_cfg", "text tower")
+
     shared = _agree(image, text)
     embed_dim = model.embed_dim or shared.pop("embed_dim", None)
     if embed_dim is None:
         raise ValueError(
-            f"towers {image.name!r} and {text.name!r} leave the embedding size open; set model.embed_dim"
+            f"towers {image.name!r} and {text.name!r} leave the embedding size open; "
+            "set model.embed_dim"
         )
+
     model_cfg = shared | {
         "embed_dim": embed_dim,
         "vision_cfg": image.module.vision_cfg(image.options),
@@ -44,6 +49,7 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     if model.bias is not None:
         model_cfg["init_logit_bias"] = model.bias
+
     preprocess_cfg = _section(image, "preprocess_cfg")
     if model.decoding is not None:
         preprocess_cfg["decoding"] = plain(model.decoding)
@@ -54,20 +60,23 @@ def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> I
     """What pixels the image tower expects. `size` is the built tower's: one number or (height,
     width).
     """
-    given = {
+    stated = {
         ours: preprocess_cfg[theirs]
         for ours, theirs in _PIXELS.items()
         if preprocess_cfg.get(theirs) is not None
     }
-    if given.get("resize", "shortest") not in ("shortest", "squash"):
+    if stated.get("resize", "shortest") not in ("shortest", "squash"):
         raise ValueError(
-            f"resize_mode {given['resize']!r} is not supported; expected shortest or squash"
+            f"resize_mode {stated['resize']!r} is not supported; expected shortest or squash"
         )
-    for name in {"mean", "std"} & set(given):
-        given[name] = tuple(given[name])
-    if "decoding" in given:
-        given["decoding"] = parse(Decoding, given["decoding"], ("preprocess_cfg", "decoding"))
-    return ImageSpec(size=(size, size) if isinstance(size, int) else tuple(size), **given)
+
+    # From JSON, lists become the tuples that a frozen spec compares by.
+    for name in {"mean", "std"} & stated.keys():
+        stated[name] = tuple(stated[name])
+    if "decoding" in stated:
+        stated["decoding"] = parse(Decoding, stated["decoding"], ("preprocess_cfg", "decoding"))
+    height, width = (size, size) if isinstance(size, int) else size
+    return ImageSpec(size=(height, width), **stated)
 
 
 # Fields of ImageSpec by open_clip's names; it passes over `decoding`, which is ours.
@@ -94,22 +103,21 @@ def trained_on(
     differing = {
         key: value
         for key, value in stated.items()
-        if key in configured and configured[key] != value
-    }
-    differing = {
-        key: value
-        for key, value in differing.items()
-        if key in ("mean", "std", "interpolation", "resize_mode")
+        if key in _OF_THE_WEIGHTS and key in configured and configured[key] != value
     }
     if differing:
+        alone = {key: configured[key] for key in differing}
         log.warn(
-            f"pretrained {reference} was trained on pixels with {differing}, which is taken; the image tower alone would have "
-            f"{ {key: configured[key] for key in differing} }"
+            f"pretrained {reference} was trained on pixels with {differing}, which is taken; the "
+            f"image tower alone would have {alone}"
         )
-    said = {
-        key: value for key, value in configured.items() if key == "decoding"
-    }  # a choice, not a fact of the weights
-    return configured | stated | said
+
+    # How pictures are decoded is a choice, no fact of the weights.
+    chosen = {key: value for key, value in configured.items() if key == "decoding"}
+    return configured | stated | chosen
+
+
+_OF_THE_WEIGHTS = ("mean", "std", "interpolation", "resize_mode")
 
 
 def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
@@ -117,17 +125,20 @@ def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
     once.
     """
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    # Anything else would reach transformers, where trust_remote_code runs what a folder brings.
     foreign = sorted(options.keys() - _TOKENIZER_OPTIONS)
-    if (
-        foreign
-    ):  # the rest would reach transformers, where trust_remote_code runs what a folder brings along
+    if foreign:
         raise ValueError(
-            f"tokenizer_kwargs holds {', '.join(foreign)}; expected only {', '.join(sorted(_TOKENIZER_OPTIONS))}"
+            f"tokenizer_kwargs holds {', '.join(foreign)}; expected only "
+            f"{', '.join(sorted(_TOKENIZER_OPTIONS))}"
         )
+
     name = text_cfg.get("hf_tokenizer_name")
+    # open_clip cleans texts for its own tokenizer otherwise than for others.
     clean = options.pop("clean", "whitespace" if name else "lower")
     if text_cfg.get("tokenizer_mode"):
         options["tokenizer_mode"] = text_cfg["tokenizer_mode"]
+
     return TextSpec(
         tokenizer=name or "clip", context_length=context_length, clean=clean, options=options
     )
@@ -141,17 +152,20 @@ def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:
     not count.
     """
     ours, theirs = _section(image, "shared_cfg"), _section(text, "shared_cfg")
-    for key in set(ours) & set(theirs):
+
+    for key in ours.keys() & theirs.keys():
+        # Of an embedding size, the image tower's counts, unless the model sets its own.
         if ours[key] != theirs[key] and key != "embed_dim":
             raise ValueError(
-                f"{key} is {ours[key]!r} for image_tower {image.name!r} and {theirs[key]!r} for text_tower {text.name!r}; "
-                f"one model has one {key}: make them equal"
+                f"{key} is {ours[key]!r} for image_tower {image.name!r} and {theirs[key]!r} for "
+                f"text_tower {text.name!r}; one model has one {key}: make them equal"
             )
+
     return theirs | ours
 
 
 def _section(tower: Plugin, name: str) -> dict[str, Any]:
-    function = getattr(tower.module, name, None)
+    function = getattr(tower.module, name, None)  # a tower may leave it out
     return dict(function(tower.options)) if function else {}
 
 

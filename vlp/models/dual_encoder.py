@@ -7,8 +7,6 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -23,28 +21,8 @@ from vlp import config
 from vlp.models import assemble
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
-from vlp.pretrained import references, weight_files
-from vlp.schema import parse, plain
-from vlp.towers.huggingface import language_config
-from vlp.types import Batch, Features
-
-IMAGES = (
-    "image",
-    "negative_image",
-)  # Batch fields that the image tower embeds: [b, 3, H, W] -> [b, D]
-TEXTS = (
-    "text",
-    "negatives",
-    "counterfactual",
-)  # Batch fields that the text tower embeds: [b, …, L] -> [b, …, D]
-VALID = {
-    "negatives": "negatives_valid",
-    "counterfactual": "counterfactual_valid",
-}  # masks [b, K] and [b] of texts
-VIEWS = (
-    "image_views",
-    "text_views",
-)  # Batch fields of further views: [b, V, …] -> [b, V, D] by the head for views
+from vlp.schema import plain
+from vlp.types import Features
 
 
 class DualEncoder(nn.Module):
@@ -69,15 +47,18 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.visual, self.text = clip.visual, clip.text
         self.open_clip_config = model_cfg
-        self.scale_config = scale
         self.embed_dim: int = model_cfg["embed_dim"]
+
+        # What the data must deliver.
         context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
         self.image_spec = assemble.image_spec(preprocess_cfg, self.visual.image_size)
         self.text_spec = assemble.text_spec(model_cfg["text_cfg"], context_length)
         self.pixels = Pixels(self.image_spec)
+
+        # What only training reads.
         bias = None if clip.logit_bias is None else clip.logit_bias.item()
         self.scaling = Scaling(clip.logit_scale.item(), bias, scale)
-        self.heads_config = heads
+        self.scale_config, self.heads_config = scale, heads
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
 
@@ -106,29 +87,41 @@ class DualEncoder(nn.Module):
         `pairs` rows.
         """
         scale, bias = self.scaling()
-        found: dict[str, Tensor] = {}
-        tokens: dict[str, Tensor | None] = {}
-        for name, own, views, tower in (
-            ("image", image, image_views, self._image),
-            ("text", text, text_views, self._text),
-        ):
-            if own is None:
-                continue
-            features, tokens[name] = tower(own if views is None else torch.cat([own, views]))
-            found[name] = _unit(features[: own.shape[0]])
-            if views is not None:
-                found[f"{name}_views"] = _unit(
-                    getattr(self.heads.views, name)(_unit(features[own.shape[0] :]))
-                )
-            if name == "image" and pairs and self.heads.concepts is not None:
-                found["concept_logits"] = self.heads.concepts(features[:pairs])
-        if self.heads.views is not None and (image_views is not None or text_views is not None):
-            found["view_scale"] = self.heads.views.scaling()[0]
+        outputs: dict[str, Tensor | None] = {"image": None, "text": None}
+        image_tokens = text_tokens = None
+
+        # The towers, each once: views follow the other rows.
+        if image is not None:
+            features, image_tokens = self._image(_joined(image, image_views))
+            outputs |= self._embeddings("image", features, len(image))
+            if pairs and self.heads.concepts is not None:
+                outputs["concept_logits"] = self.heads.concepts(features[:pairs])
+        if text is not None:
+            features, text_tokens = self._text(_joined(text, text_views))
+            outputs |= self._embeddings("text", features, len(text))
+
+        # What heads compute of both towers.
+        has_views = image_views is not None or text_views is not None
+        if self.heads.views is not None and has_views:
+            outputs["view_scale"] = self.heads.views.scaling()[0]
         if pairs and self.heads.captions is not None:
-            found["caption_nll"] = self.heads.captions(
-                tokens["image"][:pairs], tokens["text"][:pairs], text[:pairs]
+            assert image_tokens is not None and text_tokens is not None and text is not None
+            outputs["caption_nll"] = self.heads.captions(
+                image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )
-        return Features(**({"image": None, "text": None} | found), scale=scale, bias=bias)
+        return Features(**outputs, scale=scale, bias=bias)
+
+    def _embeddings(self, name: str, features: Tensor, n_rows: int) -> dict[str, Tensor]:
+        """Unit rows of the first rows of a tower's features; what follows are views, which pass the
+        head of this modality.
+        """
+        embeddings = {name: _unit(features[:n_rows])}
+        if len(features) == n_rows:
+            return embeddings
+
+        project = getattr(self.heads.views, name)
+        embeddings[f"{name}_views"] = _unit(project(_unit(features[n_rows:])))
+        return embeddings
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is
@@ -140,9 +133,12 @@ class DualEncoder(nn.Module):
     def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
+            height, width = self.image_spec.size
             raise ValueError(
-                f"image has shape {tuple(image.shape)}; expected [b, 3, {', '.join(map(str, self.image_spec.size))}]"
+                f"image has shape {tuple(image.shape)}; expected [b, 3, {height}, {width}]"
             )
+
+        # Normalised in float32, then cast to what the tower computes in.
         pixels = image if image.is_floating_point() else self.pixels(image)
         return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
 
@@ -153,9 +149,12 @@ class DualEncoder(nn.Module):
         return _unit(self._text(text)[0])
 
     def _text(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tower's features [rows, D], and its tokens where a head reads them."""
         length = self.text_spec.context_length
-        if text.ndim != 2 or (text.shape[1] != length and not isinstance(self.text, HFTextEncoder)):
+        any_length = isinstance(self.text, HFTextEncoder)
+        if text.ndim != 2 or not (any_length or text.shape[1] == length):
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
+
         return _with_tokens(self.text(text))
 
     def blocks(self) -> list[nn.Module]:
@@ -168,23 +167,20 @@ class DualEncoder(nn.Module):
         """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
         if enable and isinstance(self.visual, ModifiedResNet):
             raise ValueError(
-                "open_clip's ResNets cannot recompute activations; set train.activation_checkpointing: false"
+                "open_clip's ResNets cannot recompute activations; set "
+                "train.activation_checkpointing: false"
             )
-        image = (
-            self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
-        )  # the adapter would swallow a refusal
+
+        # timm's trunk itself: open_clip's adapter would swallow a refusal.
+        image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
         image.set_grad_checkpointing(enable)
+
+        if isinstance(self.text, HFTextEncoder):
+            _checkpoint_transformers(self.text.transformer, enable)
+        else:
+            self.text.set_grad_checkpointing(enable)
         if self.heads.captions is not None:
             self.heads.captions.decoder.set_grad_checkpointing(enable)
-        if not isinstance(self.text, HFTextEncoder):
-            self.text.set_grad_checkpointing(enable)
-        else:  # transformers renamed the methods on its way from 5.17 to 5.23
-            trunk = self.text.transformer
-            word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
-            if enable:
-                getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
-            else:
-                getattr(trunk, f"{word}_checkpointing_disable")()
 
     def lock(self, *, image: bool = False, text: bool = False) -> None:
         """Freeze towers (LiT, Zhai et al. 2022): no gradients, and evaluation mode even while
@@ -193,14 +189,20 @@ class DualEncoder(nn.Module):
         Of a timm or Hugging Face tower the trunk is locked and the projection learns; any other
         tower is locked whole.
         """
-        chosen = [t for t, wanted in ((self.visual, image), (self.text, text)) if wanted]
-        self._locked = [_trunk(tower) for tower in chosen]
+        self._locked = []
+        if image:
+            self._locked.append(_trunk(self.visual))
+        if text:
+            self._locked.append(_trunk(self.text))
+
         for module in self._locked:
             module.requires_grad_(False)
-        self.train(self.training)
+        self.train(self.training)  # what is locked goes into evaluation mode
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
+
+        # A locked trunk's batch norms and dropouts stay as they are.
         for module in self._locked:
             module.eval()
         return self
@@ -213,10 +215,10 @@ class DualEncoder(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(rows, 3, *self.image_spec.size, generator=generator)
-        ids = torch.randint(
-            self.text.vocab_size - 1, (rows, self.text_spec.context_length), generator=generator
-        )
-        ids[:, ids.shape[1] // 2] = self.text.vocab_size - 1
+
+        length, largest_id = self.text_spec.context_length, self.text.vocab_size - 1
+        ids = torch.randint(largest_id, (rows, length), generator=generator)
+        ids[:, length // 2] = largest_id
         return pixels, ids
 
     def description(self) -> dict[str, Any]:
@@ -235,201 +237,36 @@ class DualEncoder(nn.Module):
         """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the
         forward pass bounds it.
         """
+        ours_alone = ("scaling.", "heads.")
         named = {
-            key: value
-            for key, value in self.state_dict().items()
-            if not key.startswith(("scaling.", "heads."))
+            key: value for key, value in self.state_dict().items() if not key.startswith(ours_alone)
         }
-        named["logit_scale"] = self.logit_scale.detach().clamp(max=self.scaling.log_max).reshape(())
+
+        # open_clip's are scalars, and it knows no ceiling.
+        bounded = self.logit_scale.detach().clamp(max=self.scaling.log_max)
+        named["logit_scale"] = bounded.reshape(())
         if self.logit_bias is not None:
             named["logit_bias"] = self.logit_bias.detach().reshape(())
         return named
 
 
-def build(model: config.Model) -> DualEncoder:
-    """The model that a configuration describes, on the CPU in float32.
-
-    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and
-    their preprocessing, as far as it is stated beside them. Raises ValueError for unknown names and
-    for weights that do not fit.
-    """
-    model_cfg, preprocess_cfg = assemble.assemble(model)
-    weights = None
-    if model.pretrained is not None:
-        architecture = getattr(model.image_tower.options, "architecture", None)
-        weights = weight_files.find(
-            model.pretrained, architecture, bool(model_cfg.get("quick_gelu", False))
-        )
-        preprocess_cfg = assemble.trained_on(
-            weights.described.get("preprocess_cfg", {}), preprocess_cfg, model.pretrained
-        )
-        model_cfg = without_downloads(model_cfg)
-    clip = _instantiate(model_cfg)
-    if weights is not None:
-        weight_files.load_into(clip, weights.path)
-    encoder = DualEncoder(
-        clip, without_downloads(model_cfg), preprocess_cfg, model.scale, model.heads
-    )
-    text = model.text_tower
-    encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
-    return encoder
-
-
-def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
-    """What is wanted of a batch, by one call of `model`: a DualEncoder or what an engine wrapped
-    around one.
-
-    Returns the wanted fields of IMAGES, TEXTS and views by name, [b, …, D], the wanted outputs of
-    heads, [b, …], and "scale", "bias" and "view_scale" as far as the model has them, []. Texts that
-    VALID masks do not pass the tower; their embeddings are zeros.
-    """
-    pixels = {name: getattr(batch, name) for name in IMAGES if name in wanted}
-    ids = {name: getattr(batch, name) for name in TEXTS if name in wanted}
-    masks = {name: getattr(batch, mask) for name, mask in VALID.items() if name in ids}
-    texts = {
-        name: (value[masks[name]] if name in masks else value).flatten(0, -2)
-        for name, value in ids.items()
-    }
-    views = {name: getattr(batch, name) for name in VIEWS if name in wanted}
-    pairs = {"pairs": len(batch)} if {"concept_logits", "caption_logits"} & set(wanted) else {}
-    features = model(
-        torch.cat(list(pixels.values())) if pixels else None,
-        torch.cat(list(texts.values())) if texts else None,
-        **{name: value.flatten(0, 1) for name, value in views.items()},
-        **pairs,
-    )
-    result = {
-        name: getattr(features, name).unflatten(0, value.shape[:2]) for name, value in views.items()
-    }
-    for fields, found in ((pixels, features.image), (texts, features.text)):
-        if fields:
-            result |= zip(fields, found.split([len(value) for value in fields.values()]))
-    for name, mask in masks.items():
-        whole = result[name].new_zeros(*ids[name].shape[:-1], result[name].shape[-1])
-        whole[mask] = result[name].view_as(whole[mask])
-        result[name] = whole
-    others = {"concept_logits": features.concept_logits, "caption_nll": features.caption_nll}
-    scalars = {name: getattr(features, name) for name in ("scale", "bias", "view_scale")}
-    return result | {name: value for name, value in (others | scalars).items() if value is not None}
-
-
-def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
-    """The model that `DualEncoder.description` or an open_clip_config.json describes.
-
-    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is
-    downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
-    gets the usual bound on the scale, 100.
-    """
-    model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
-    if "multimodal_cfg" in model_cfg:
-        raise ValueError(
-            "this model has a captioning decoder beside its two towers; expected a dual encoder"
-        )
-    clip = _instantiate(model_cfg)
-    if weights is not None:
-        weight_files.load_into(clip, weights)
-    ours = described.get("vlp", {})
-    scale, heads = (
-        parse(config.Scale, ours.get("scale", {})),
-        parse(config.Heads, ours.get("heads", {})),
-    )
-    return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
-
-
-def load(
-    reference: str | Path | references.Reference, like: DualEncoder | None = None
-) -> DualEncoder:
-    """The model behind a reference (vlp.pretrained.references), a run's excepted:
-    `vlp.checkpoint.load_any` takes those too.
-
-    `like`: the model whose architecture a file of weights alone has. Stages give a
-    `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
-    """
-    found = references.resolve(reference)
-    if found.kind == "stages":
-        from vlp.models import stages
-
-        return stages.load(found.path)
-    if found.kind == "run":
-        raise ValueError(
-            f"{found.text} is a run; load it with vlp.checkpoint.load_any, or export it"
-        )
-    weights = weight_files.behind(found)
-    if weights.described:
-        return from_description(weights.described, weights.path)
-    if like is None:
-        raise ValueError(
-            f"{found.text} holds weights, which do not say their architecture; write {references.architecture_hint(found.path)}"
-        )
-    described = like.description()
-    return from_description(described | {"vlp": {"scale": described["vlp"]["scale"]}}, weights.path)
-
-
-def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with towers that do not fetch weights of their own: all weights are in the
-    model's file.
-    """
-    flags = {
-        "vision_cfg": ("timm_model_name", "timm_model_pretrained"),
-        "text_cfg": ("hf_model_name", "hf_model_pretrained"),
-    }
-    changed = {
-        name: model_cfg[name] | {flag: False}
-        for name, (tower, flag) in flags.items()
-        if tower in model_cfg[name]
-    }
-    return model_cfg | changed
-
-
-def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
-    text = model_cfg["text_cfg"]
-    if text.get("hf_model_name"):
-        language_config(
-            text["hf_model_name"]
-        )  # refuses code of its own, which open_clip would ask the terminal about
-    try:
-        clip = open_clip.CustomTextCLIP(
-            **{k: v for k, v in model_cfg.items() if k != "custom_text"}
-        )
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"open_clip cannot build these towers: {error or type(error).__name__}; found {model_cfg}"
-        ) from error
-    if (
-        isinstance(clip.visual, TimmModel)
-        and open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj == "none"
-    ):
-        found, wanted = clip.visual.trunk.num_features, model_cfg["embed_dim"]
-        if found != wanted:
-            raise ValueError(
-                f"the image tower gives {found} features, unprojected, and embed_dim is {wanted}; make them equal"
-            )
-    if isinstance(clip.visual, TimmModel):
-        _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
-    return clip
-
-
-def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
-    """Give a timm tower the GELU of its weights (SigLIP's is the tanh form); open_clip cannot tell
-    timm which.
-    """
-    for module in tower.trunk.modules():
-        if act_kwargs and isinstance(module, nn.GELU):
-            module.approximate = act_kwargs["approximate"]
-
-
-def _locked(tower: Any) -> bool:
-    return tower.common is not None and tower.common.locked
-
-
 def _trunk(tower: nn.Module) -> nn.Module:
-    return (
-        tower.trunk
-        if isinstance(tower, TimmModel)
-        else tower.transformer
-        if isinstance(tower, HFTextEncoder)
-        else tower
-    )
+    """What a lock freezes of a tower."""
+    if isinstance(tower, TimmModel):
+        return tower.trunk
+    if isinstance(tower, HFTextEncoder):
+        return tower.transformer
+    return tower
+
+
+def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
+    # transformers renamed the methods on its way from 5.17 to 5.23.
+    word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
+
+    if enable:
+        getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(trunk, f"{word}_checkpointing_disable")()
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
@@ -437,10 +274,11 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
     single layers.
     """
     children = list(module.children())
-    alike = len({type(child) for child in children}) == 1 and all(
-        any(child.children()) for child in children
-    )
-    if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
+    one_class = len({type(child) for child in children}) == 1
+    all_composed = all(any(child.children()) for child in children)
+
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+    if is_list and one_class and all_composed:
         return children
     return [block for child in children for block in _repeated(child)]
 
@@ -450,11 +288,15 @@ def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 
 
 def _unit(features: Tensor) -> Tensor:
+    # In half precision a norm would be off by up to .4 %.
     wide = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
     return F.normalize(wide, dim=-1)
 
 
+def _joined(rows: Tensor, views: Tensor | None) -> Tensor:
+    return rows if views is None else torch.cat([rows, views])
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next(
-        module.parameters()
-    ).dtype  # asked at every call: engines swap parameters for cast ones
+    # Asked at every call: engines swap parameters for cast ones.
+    return next(module.parameters()).dtype

@@ -17,12 +17,16 @@ from vlp.types import ImageSpec
 class Pixels(nn.Module):
     """uint8 RGB → float32 (x/255 − mean) / std, as open_clip's transform computes it."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, spec: ImageSpec) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
+        # In place: one float32 copy of the pixels instead of three.
         return image.float().div_(255).sub_(self.mean).div_(self.std)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pixels:
@@ -40,17 +44,20 @@ class Scaling(nn.Module):
     def __init__(self, log_scale: float, bias: float | None, settings: config.Scale) -> None:
         super().__init__()
         self.log_max = math.log(settings.max)
-        self.logit_scale = nn.Parameter(
-            torch.tensor([log_scale], dtype=torch.float32), requires_grad=settings.learned
-        )
-        self.logit_bias = (
-            None if bias is None else nn.Parameter(torch.tensor([bias], dtype=torch.float32))
-        )
+
+        # A parameter even where it is not learned: it is saved and exported alike.
+        start = torch.tensor([log_scale], dtype=torch.float32)
+        self.logit_scale = nn.Parameter(start, requires_grad=settings.learned)
+
+        self.logit_bias: nn.Parameter | None = None
+        if bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """(scale [], bias [] or None)."""
         scale = _Ceiling.apply(self.logit_scale, self.log_max).exp().squeeze(0)
-        return scale, None if self.logit_bias is None else self.logit_bias.squeeze(0)
+        bias = None if self.logit_bias is None else self.logit_bias.squeeze(0)
+        return scale, bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> Scaling:
         return super()._apply(_never_rounding(fn), recurse)
@@ -82,8 +89,8 @@ def _never_rounding(fn: Any) -> Any:
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
-        return (
-            result if result.dtype in (torch.float32, torch.float64) else tensor.to(result.device)
-        )
+        if result.dtype in (torch.float32, torch.float64):
+            return result
+        return tensor.to(result.device)
 
     return moved

@@ -1,22 +1,26 @@
 """Trained parts beside the two towers that only an objective reads: they take part in training and
 leave with export.
 
-views     a two-layer projection of the embeddings of further views for each modality, with a scale of its own
-          (multi_view, after CLIP-rocket, arXiv 2305.08675; slip): image_views, text_views, view_scale
-concepts  a linear layer from the image tower's output, before it is normalised: concept_logits (distill)
-captions  a multimodal decoder over the towers' tokens (captioning, after CoCa, arXiv 2205.01917): caption_nll,
-          which stands for caption_logits
+    views     a two-layer projection of the embeddings of further views for each modality, with a
+              scale of its own (multi_view, after CLIP-rocket, arXiv 2305.08675; slip):
+              image_views, text_views, view_scale
+    concepts  a linear layer from the image tower's output, before it is normalised:
+              concept_logits (distill)
+    captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
+              arXiv 2205.01917): caption_nll
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from vlp import config
+from vlp.fields import FIELDS
 from vlp.models.exact import Scaling
 
 
@@ -25,32 +29,35 @@ class Views(nn.Module):
 
     def __init__(self, embed_dim: int, options: config.ViewHead) -> None:
         super().__init__()
-        for modality in ("image", "text") if options.text else ("image",):
+        modalities = ("image", "text") if options.text else ("image",)
+        for modality in modalities:
             layers = (
                 nn.Linear(embed_dim, options.width),
                 nn.GELU(),
                 nn.Linear(options.width, embed_dim),
             )
             setattr(self, modality, nn.Sequential(*layers))
+
+        # Views may want another temperature than pairs.
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
 
 
 class Captioner(nn.Module):
-    """Logits of every next token, from a causal text tower's tokens that look at the image tower's."""
+    """−log p of every next token, from a causal text tower's tokens with the image tower's."""
 
-    def __init__(self, visual: nn.Module, text: nn.Module, options: config.Captioner) -> None:
+    def __init__(self, visual: Any, text: Any, options: config.Captioner) -> None:
         super().__init__()
-        if (
-            not isinstance(visual, VisionTransformer)
-            or not isinstance(text, TextTransformer)
-            or text.attn_mask is None
-        ):
+        causal = isinstance(text, TextTransformer) and text.attn_mask is not None
+        if not isinstance(visual, VisionTransformer) or not causal:
             raise ValueError(
-                "model.heads.captions reads the towers' tokens: it needs open_clip's vision transformer (vit, open_clip) and "
-                f"its causal text transformer, found {type(visual).__name__} and {type(text).__name__}; take those, or drop it"
+                "model.heads.captions reads the towers' tokens: it needs open_clip's vision "
+                "transformer (vit, open_clip) and its causal text transformer, found "
+                f"{type(visual).__name__} and {type(text).__name__}; take those, or drop it"
             )
+
+        # From now on both towers return (features, tokens).
         visual.output_tokens = text.output_tokens = True
-        width = text.width
+        width: int = text.width
         self.bridge = nn.Linear(visual.conv1.out_channels, width)
         self.decoder = MultimodalTransformer(
             width,
@@ -59,9 +66,8 @@ class Captioner(nn.Module):
             text.context_length,
             output_dim=text.vocab_size,
         )
-        nn.init.normal_(
-            self.decoder.text_projection, std=width**-0.5
-        )  # open_clip leaves it as the memory was
+        # open_clip leaves it as the memory was.
+        nn.init.normal_(self.decoder.text_projection, std=width**-0.5)
 
     def forward(self, image_tokens: Tensor, text_tokens: Tensor, ids: Tensor) -> Tensor:
         """−log p of the tokens ids[:, 1:], [b, L − 1], from [b, patches, width of the image tower]
@@ -69,9 +75,11 @@ class Captioner(nn.Module):
         logits, [b, L − 1, vocabulary], do not leave.
         """
         logits = self.decoder(self.bridge(image_tokens), text_tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
-            ids.shape[0], -1
-        )
+
+        # Reduced here: the logits of a batch are Z times larger than what leaves.
+        targets = ids[:, 1:].flatten()
+        nll = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        return nll.view(ids.shape[0], -1)
 
 
 class Heads(nn.Module):
@@ -82,19 +90,20 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         self.options = options
+
         self.views = Views(embed_dim, options.views) if options.views else None
         self.concepts = nn.Linear(embed_dim, options.concepts) if options.concepts else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
 
     def supplies(self) -> frozenset[str]:
-        """The keywords of `vlp.losses` that these heads give."""
-        views = (
-            ()
-            if self.views is None
-            else ("image_views", "text_views")
-            if self.options.views.text
-            else ("image_views",)
-        )
-        concepts = () if self.concepts is None else ("concept_logits",)
-        captions = () if self.captions is None else ("caption_logits",)
-        return frozenset((*views, *concepts, *captions))
+        """The fields of `vlp.fields` that these heads give."""
+        names = {
+            name
+            for name, row in FIELDS.items()
+            if row.head and row.tower and getattr(self, row.head) is not None
+        }
+
+        # The head for views is there, but projects images alone.
+        if self.options.views is not None and not self.options.views.text:
+            names.discard("text_views")
+        return frozenset(names)

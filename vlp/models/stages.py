@@ -5,41 +5,38 @@
     scale and bias are the means of the members' (the bias only where all have one).
 
 A folder of such a model holds vlp_stages.json, {"members": ["stage_1", …]}, and each member as `vlp
-export` writes it, which other libraries load by itself. `vlp.models.dual_encoder.load` and all that
-takes a model by name read the folder as one.
+export` writes it, which other libraries load by itself. `vlp.models.load` and all that takes a
+model by name read the folder as one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vlp.data.text import same_tokens
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.dual_encoder import load as load_member
-from vlp.pretrained.references import STAGES
 from vlp.types import Features
 
 
 class Stages(nn.Module):
-    """Dual encoders that read the same pixels and tokens, concatenated; called as a DualEncoder is."""
+    """Dual encoders of the same pixels and tokens, concatenated; called as a DualEncoder is."""
 
     def __init__(self, members: Sequence[DualEncoder]) -> None:
         super().__init__()
         first, *others = members
         for other in others:
-            if other.image_spec != first.image_spec or not same_tokens(
-                other.text_spec, first.text_spec
-            ):
+            same_pixels = other.image_spec == first.image_spec
+            if not same_pixels or not same_tokens(other.text_spec, first.text_spec):
                 raise ValueError(
-                    f"stages must read the same pixels and tokens, but these read {first.image_spec}, {first.text_spec} and "
+                    "stages must read the same pixels and tokens, but these read "
+                    f"{first.image_spec}, {first.text_spec} and "
                     f"{other.image_spec}, {other.text_spec}; train them alike"
                 )
-        self.members = nn.ModuleList(members)
+
+        self.members: Sequence[DualEncoder] = nn.ModuleList(members)  # type: ignore[assignment]
         self.image_spec, self.text_spec = first.image_spec, first.text_spec
         self.embed_dim = sum(member.embed_dim for member in members)
 
@@ -49,16 +46,18 @@ class Stages(nn.Module):
         """Embed what is given, as `DualEncoder.forward` does. `pairs` is for heads, which exports
         do not have.
         """
-        found = [member(image, text) for member in self.members]
-        bias = (
-            None
-            if any(f.bias is None for f in found)
-            else torch.stack([f.bias for f in found]).mean()
-        )
+        outputs = [member(image, text) for member in self.members]
+
+        # A mean over some of the members would belong to none of the models.
+        biases = [output.bias for output in outputs]
+        bias = None
+        if all(value is not None for value in biases):
+            bias = torch.stack(biases).mean()
+
         return Features(
-            image=None if image is None else _joined([f.image for f in found]),
-            text=None if text is None else _joined([f.text for f in found]),
-            scale=torch.stack([f.scale for f in found]).mean(),
+            image=None if image is None else _joined([output.image for output in outputs]),
+            text=None if text is None else _joined([output.text for output in outputs]),
+            scale=torch.stack([output.scale for output in outputs]).mean(),
             bias=bias,
         )
 
@@ -71,11 +70,6 @@ class Stages(nn.Module):
         return _joined([member.encode_text(text) for member in self.members])
 
 
-def load(folder: Path) -> Stages:
-    """The model that `export` wrote to a folder, on the CPU."""
-    described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
-    return Stages([load_member(folder / name) for name in described["members"]])
-
-
 def _joined(parts: list[Tensor]) -> Tensor:
+    # Unit rows again: each part has norm 1.
     return torch.cat(parts, dim=-1) / len(parts) ** 0.5

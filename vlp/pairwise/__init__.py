@@ -1,18 +1,23 @@
 """Exact reductions over image-text pairs in O(b·D) memory, on any number of ranks.
 
-    pairs = Engine(topology=Topology.read("global"), impl="auto").at(step)
+    pairs = Pairs.at(Backend(topology=Topology.read("global"), impl="auto"), step)
     rows, columns = pairs.margin_logsumexp(image, text, scale)
     loss = pairs.mean(softplus(rows) + softplus(columns)) / 2
 
-Read `dense.py` for what is computed, `tiled.py` for how memory stays small, `exchange.py` for how
-ranks take part.
+`pairs` is what objectives call. Under it, from top to bottom:
+
+    backend    which implementation computes, and which ranks share candidates
+    exchange   how ranks take part, gathered; `ring` for columns that travel
+    reduction  what is computed: matrices from scores, each summed or log-sum-exp'ed
+    dense      the readable reference; `tiled` and `triton` compute the same in less memory
 """
 
-from vlp.pairwise.pairs import IMPLEMENTATIONS, Engine, Pairs
+from vlp.pairwise.backend import IMPLEMENTATIONS, Backend
+from vlp.pairwise.pairs import Pairs
 from vlp.pairwise.reduction import LOGSUMEXP, SUM, Reduction, Tile, logaddexp, logsumexp, softplus
 from vlp.pairwise.topology import Topology
 
 __all__ = [
-    "IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Engine", "Pairs", "Reduction", "Tile", "Topology", "logaddexp", "logsumexp",
-    "softplus",
+    "IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Backend", "Pairs", "Reduction", "Tile", "Topology",
+    "logaddexp", "logsumexp", "softplus",
 ]  # fmt: skip

@@ -12,14 +12,18 @@ from vlp.pairwise.reduction import Block, Reduction, Tile, accumulation_dtype, r
 
 
 def reduce(reduction: Reduction, block: Block) -> tuple[Tensor, ...]:
-    """Row statistics [b], then column statistics [n], of the block's score matrices."""
+    """Row statistics [b], then column statistics [n], of the block's score matrices [b, n]."""
     dtype = accumulation_dtype(block.left[0])
+
+    # The whole block is one tile.
     scores = tuple(x.to(dtype) @ t.to(dtype).T for x, t in zip(block.left, block.right))
     tile = Tile(scores, block.row_values, block.column_values, block.shared, block.offset)
     matrices = reduction.function(tile)
-    n_rows = len(reduction.rows)
-    rows = [reduce_matrix(m, kind, dim=1) for m, kind in zip(matrices[:n_rows], reduction.rows)]
-    columns = [
-        reduce_matrix(m, kind, dim=0) for m, kind in zip(matrices[n_rows:], reduction.columns)
-    ]
+
+    # The first matrices give a number a row, the others a number a column.
+    n_row_kinds = len(reduction.rows)
+    by_row = zip(matrices[:n_row_kinds], reduction.rows)
+    by_column = zip(matrices[n_row_kinds:], reduction.columns)
+    rows = [reduce_matrix(matrix, kind, dim=1) for matrix, kind in by_row]
+    columns = [reduce_matrix(matrix, kind, dim=0) for matrix, kind in by_column]
     return (*rows, *columns)

@@ -6,12 +6,21 @@ in cache.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vlp.pairwise.reduction import Block, Gradients, Reduction, Tile, accumulation_dtype, softplus
+from vlp.pairwise.reduction import (
+    Block,
+    Gradients,
+    Reduction,
+    Tile,
+    accumulation_dtype,
+    softplus,
+    without_empty,
+)
+
+# (E, shift), or (z, None) where one exponential cannot serve rows and columns
+Memo = tuple[Tensor, Tensor | float | None]
 
 
 class Margin:
@@ -26,7 +35,7 @@ class Margin:
     """
 
     prescaled = True
-    SPAN = 80.0  # widest tile, hi − lo, for one exponential
+    SPAN = 80.0  # widest tile, highest − lowest z, for one exponential
     BOUND = 60.0  # |z| up to here needs no shift at all
 
     def __init__(self, reduction: Reduction, block: Block) -> None:
@@ -37,60 +46,76 @@ class Margin:
     @staticmethod
     def _bound(block: Block) -> float:
         """max |z| ≤ scale · max‖x‖ · max‖t‖ (NaN compares false and takes the careful path)."""
-        if not (len(block.left[0]) and len(block.right[0])):
+        # Torch has no maximum of nothing.
+        x, t = block.left[0], block.right[0]
+        if not (len(x) and len(t)):
             return 0.0
-        dtype = accumulation_dtype(block.left[0])
-        longest = [
-            torch.linalg.vector_norm(m, dim=1, dtype=dtype).max()
-            for m in (block.left[0], block.right[0])
-        ]
-        return float(block.shared[0].detach().abs() * longest[0] * longest[1])
 
-    def forward(self, tile: Tile) -> tuple[list[Tensor], Any]:
+        dtype = accumulation_dtype(x)
+        longest_x, longest_t = (
+            torch.linalg.vector_norm(rows, dim=1, dtype=dtype).max() for rows in (x, t)
+        )
+        return float(block.shared[0].detach().abs() * longest_x * longest_t)
+
+    def forward(self, tile: Tile) -> tuple[list[Tensor], Memo]:
         z = self._scores(tile)
-        pairs = _Pairs(tile, *z.shape)
+
+        # The positive is read first, then leaves the sums: it would cancel in the margin.
+        pairs = _Diagonal(tile, *z.shape)
         positive = pairs.read(z)
         memo = self._exponentials(z, pairs)
-        e, shift = memo
-        if shift is None:  # e is still z, without positives
-            rows, columns = torch.logsumexp(e, 1), torch.logsumexp(e, 0) if self.both_ways else None
-        else:
-            rows = e.sum(1).double().log_().add_(shift)
-            columns = e.sum(0).double().log_().add_(shift) if self.both_ways else None
-        return [rows, positive, columns][: 2 + self.both_ways], memo
+
+        statistics = [_log_sums(memo, dim=1), positive]
+        if self.both_ways:
+            statistics.append(_log_sums(memo, dim=0))
+        return statistics, memo
 
     def backward(
-        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
+        self, tile: Tile, memo: Memo | None, statistics: list[Tensor], upstream: list[Tensor]
     ) -> Gradients:
         if memo is None:
             z = self._scores(tile)
-            memo = self._exponentials(z, _Pairs(tile, *z.shape))
-        e, shift = memo
-        # An empty log-sum-exp (−∞) has no entries that could carry a gradient.
-        rows, columns = (
-            s.masked_fill(s == -torch.inf, torch.inf) for s in (statistics[0], statistics[-1])
-        )
-        by_row, by_column = upstream[0], upstream[-1]
-        if shift is None:
-            d = (e - rows.to(e.dtype).unsqueeze(1)).exp_().mul_(by_row.to(e.dtype).unsqueeze(1))
-            if self.both_ways:
-                d += (
-                    (e - columns.to(e.dtype).unsqueeze(0))
-                    .exp_()
-                    .mul_(by_column.to(e.dtype).unsqueeze(0))
-                )
+            memo = self._exponentials(z, _Diagonal(tile, *z.shape))
+
+        # In one direction the last statistic is the positive, which both functions leave alone.
+        rows, columns = without_empty(statistics[0]), without_empty(statistics[-1])
+        weights = upstream[0], upstream[-1]
+        if memo[1] is None:
+            d = self._from_scores(memo[0], rows, columns, *weights)
         else:
-            by_row = (by_row * (shift - rows).exp_()).to(e.dtype).unsqueeze(1)
-            by_column = (by_column * (shift - columns).exp_()).to(e.dtype).unsqueeze(0)
-            if self.scratch is None or self.scratch.numel() < e.numel():
-                self.scratch = e.new_empty(e.numel())
-            d = self.scratch[: e.numel()].view_as(e)
-            if self.both_ways:
-                torch.add(by_row, by_column, out=d).mul_(e)
-            else:
-                torch.mul(by_row, e, out=d)
-        _Pairs(tile, *d.shape).write(d, upstream[1])
+            d = self._from_exponentials(memo, rows, columns, *weights)
+
+        _Diagonal(tile, *d.shape).write(d, upstream[1])
         return Gradients([d])
+
+    def _from_scores(
+        self, z: Tensor, rows: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor
+    ) -> Tensor:
+        """dz with an exponential each way, for tiles too wide for one."""
+        # Statistics are float64, the tile is not.
+        rows, by_row = (v.to(z.dtype).unsqueeze(1) for v in (rows, by_row))
+        d = (z - rows).exp_().mul_(by_row)
+        if self.both_ways:
+            columns, by_column = (v.to(z.dtype).unsqueeze(0) for v in (columns, by_column))
+            d += (z - columns).exp_().mul_(by_column)
+        return d
+
+    def _from_exponentials(
+        self, memo: Memo, rows: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor
+    ) -> Tensor:
+        """dz = E·(g^r_i e^{shift − r_i} + g^c_j e^{shift − c_j}), in memory used for every tile."""
+        e, shift = memo
+        assert shift is not None  # E, and not scores
+        # E may be kept for another backward, so dz has memory of its own, reused by every tile.
+        if self.scratch is None or self.scratch.numel() < e.numel():
+            self.scratch = e.new_empty(e.numel())
+        d = self.scratch[: e.numel()].view_as(e)
+
+        row_factor = (by_row * (shift - rows).exp_()).to(e.dtype).unsqueeze(1)
+        if not self.both_ways:
+            return torch.mul(row_factor, e, out=d)
+        column_factor = (by_column * (shift - columns).exp_()).to(e.dtype).unsqueeze(0)
+        return torch.add(row_factor, column_factor, out=d).mul_(e)
 
     @staticmethod
     def _scores(tile: Tile) -> Tensor:
@@ -99,25 +124,36 @@ class Margin:
             z.add_(offset)
         return z
 
-    def _exponentials(self, z: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor | float | None]:
-        """(E, shift) with the positives at 0; or (z, None) with the positives at −∞ where one
-        exponential cannot do.
-        """
+    def _exponentials(self, z: Tensor, pairs: _Diagonal) -> Memo:
+        """(E, shift) with the positives at 0; or (z, None) with the positives at −∞."""
+        # Small scores need no look at the tile's range.
+        shift: Tensor | float
         if self.unshifted:
             e, shift = z.exp_(), 0.0
         else:
-            low, high = z.aminmax()
-            if not high - low < self.SPAN:
+            lowest, highest = z.aminmax()
+            # Written so that NaN takes the careful path too.
+            if not highest - lowest < self.SPAN:
                 pairs.fill(z, -torch.inf)
                 return z, None
-            e, shift = z.sub_(high).exp_(), high
+            e, shift = z.sub_(highest).exp_(), highest
+
         pairs.fill(e, 0.0)
         return e, shift
 
 
+def _log_sums(memo: Memo, dim: int) -> Tensor:
+    """LSE of z along `dim`, without the positives."""
+    e, shift = memo
+    if shift is None:  # e is still z
+        return torch.logsumexp(e, dim)
+    return e.sum(dim).double().log_().add_(shift)
+
+
 class Softplus:
-    """Statistics Σ_{j≠i} log(1 + e^{z_ij}) and z_ii, with dz_ij = g_i σ(z_ij) for j ≠ i and dz_ii =
-    g^d_i.
+    """Statistics Σ_{j≠i} log(1 + e^{z_ij}) and z_ii, and their gradient
+
+    dz_ij = g_i σ(z_ij)   (j ≠ i),      dz_ii = g^d_i.
     """
 
     prescaled = True
@@ -125,28 +161,36 @@ class Softplus:
     def __init__(self, reduction: Reduction, block: Block) -> None:
         pass
 
-    def forward(self, tile: Tile) -> tuple[list[Tensor], Any]:
-        z = tile.scores[0].add_(tile.shared[1])
-        pairs = _Pairs(tile, *z.shape)
+    def forward(self, tile: Tile) -> tuple[list[Tensor], Tensor]:
+        z = self._scores(tile)
+        pairs = _Diagonal(tile, *z.shape)
         positive = pairs.read(z)
+
+        # z itself stays as it is: backward needs it, not its softplus.
         values = softplus(z)
         pairs.fill(values, 0.0)
         return [values.sum(1), positive], z
 
     def backward(
-        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
+        self, tile: Tile, memo: Tensor | None, statistics: list[Tensor], upstream: list[Tensor]
     ) -> Gradients:
-        z = tile.scores[0].add_(tile.shared[1]) if memo is None else memo
+        z = self._scores(tile) if memo is None else memo
         d = torch.sigmoid(z).mul_(upstream[0].to(z.dtype).unsqueeze(1))
-        _Pairs(tile, *d.shape).write(d, upstream[1])
+        _Diagonal(tile, *d.shape).write(d, upstream[1])
+
+        # The bias is added to every score; the scale's gradient is the loop's.
         return Gradients([d], shared=(None, d.sum()))
 
+    @staticmethod
+    def _scores(tile: Tile) -> Tensor:
+        return tile.scores[0].add_(tile.shared[1])
 
-class _Pairs:
-    """The entries of a tile that are a row's own pair: a piece of one diagonal, perhaps empty."""
+
+class _Diagonal:
+    """The entries of a tile [m, n] that are a row's own pair: a piece of one diagonal, or none."""
 
     def __init__(self, tile: Tile, m: int, n: int) -> None:
-        self.m, self.offset = m, tile.offset
+        self.m, self.offset = m, tile.offset or 0
         self.present = tile.offset is not None and -m < tile.offset < n
 
     def read(self, matrix: Tensor) -> Tensor:
@@ -157,16 +201,20 @@ class _Pairs:
         return result
 
     def fill(self, matrix: Tensor, value: float) -> None:
+        """Set every own entry to `value`."""
         if self.present:
             matrix.diagonal(self.offset).fill_(value)
 
     def write(self, matrix: Tensor, values: Tensor) -> None:
+        """Set each row's own entry to its value of `values` [m]."""
         if self.present:
             matrix.diagonal(self.offset).copy_(values[self._rows(matrix)])
 
     def _rows(self, matrix: Tensor) -> slice:
+        """The rows whose own entry lies in this tile."""
+        # A diagonal that enters the tile from the left begins in a later row.
         start = max(0, -self.offset)
         return slice(start, start + matrix.diagonal(self.offset).shape[0])
 
 
-PROGRAMS = {"margin": Margin, "softplus": Softplus}
+PROGRAMS: dict[str, type[Margin] | type[Softplus]] = {"margin": Margin, "softplus": Softplus}

@@ -1,5 +1,4 @@
-"""The face of the engine: `Engine` says how and over which ranks; `Pairs` is the engine at one
-step, used by losses.
+"""What objectives call: reductions over pairs, and sums and means over the rows of all ranks.
 
 Everything a loss takes from here obeys one convention (see `vlp.dist`): the average over ranks of
 the values that ranks return has exactly the value and the gradient of the single-process term.
@@ -8,7 +7,7 @@ the values that ranks return has exactly the value and the gradient of the singl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from vlp import dist
 from vlp.pairwise import exchange, tiled
+from vlp.pairwise.backend import Backend
 from vlp.pairwise.reduction import (
     MARGIN,
     ROW_MARGIN,
@@ -24,74 +24,10 @@ from vlp.pairwise.reduction import (
     Block,
     Reduction,
     Tile,
+    accumulation_dtype,
     logsumexp,
+    widened,
 )
-from vlp.pairwise.topology import Topology
-
-IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How pairwise reductions are computed.
-
-    topology: which ranks share candidates; impl: `dense` (reference), `tiled` (any device),
-    `triton` (CUDA), `auto`. memory_budget: bytes for score tiles kept from forward, which then need
-    no recomputation; None: twice the candidates' embeddings, so that memory stays O(n·D). Raises
-    ValueError, naming what is valid, for a group size that does not divide the ranks, an unknown
-    impl, or one that this machine cannot run.
-    """
-
-    ranks: dist.Group = field(default_factory=dist.world)
-    topology: Topology = field(default_factory=Topology)
-    impl: str = "auto"
-    memory_budget: int | None = None
-    tile_size: int = 0  # 0: the device's default
-    seed: int = 0  # of alternating groups
-    _groups: dict[tuple[int, ...], dist.Group] = field(
-        default_factory=dict, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        if self.impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl: found {self.impl!r}; choose from {', '.join(IMPLEMENTATIONS)}")
-        if self.impl == "triton":
-            _triton_or_explain()
-        self.topology.group_size(self.ranks.size)
-
-    @property
-    def group_size(self) -> int:
-        return self.topology.group_size(self.ranks.size)
-
-    def group(self, step: int = 0) -> dist.Group:
-        """The ranks that share candidates with this one at this step (collective when first met)."""
-        partition = self.topology.partition(self.ranks.size, step, self.seed)
-        positions = next(members for members in partition if self.ranks.index in members)
-        if positions not in self._groups:
-            whole = len(positions) == self.ranks.size
-            self._groups[positions] = (
-                self.ranks if whole else dist.subgroup([self.ranks.ranks[p] for p in positions])
-            )
-        return self._groups[positions]
-
-    def at(self, step: int | None = None) -> Pairs:
-        return Pairs(self, self.group(step or 0))
-
-    def plan(self, group: dist.Group, block: Block) -> exchange.Plan:
-        candidates = group.size * sum({id(t): t.nbytes for t in block.right}.values())
-        budget = 2 * candidates if self.memory_budget is None else self.memory_budget
-        ring = self.topology.exchange == "ring"
-        return exchange.Plan(group, ring, self._implementation(block), budget, self.tile_size)
-
-    def _implementation(self, block: Block) -> Any:
-        """None is the dense reference."""
-        device, dtype = block.left[0].device.type, block.left[0].dtype
-        if self.impl == "dense":
-            return None
-        half_on_cuda = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
-        if self.impl == "triton" or (self.impl == "auto" and half_on_cuda and _has_triton()):
-            return _triton_or_explain()
-        return tiled
 
 
 @dataclass(frozen=True)
@@ -99,11 +35,17 @@ class Pairs:
     """Reductions over all (row, candidate) pairs of a group of ranks, at one step.
 
     Embeddings are this rank's [b, D] unit rows; results are for this rank's own rows and own
-    columns, against the candidates of the whole group.
+    columns, against the n = g·b candidates of the whole group. Scores are s_ij = x_i·t_j, and
+    z_ij = scale·s_ij.
     """
 
-    engine: Engine
+    backend: Backend
     group: dist.Group
+
+    @classmethod
+    def at(cls, backend: Backend, step: int | None = None) -> Pairs:
+        """The pairs of the group that shares candidates at this step."""
+        return cls(backend, backend.group(step or 0))
 
     def candidates(self, n_rows: int) -> int:
         """n: the candidates of a row."""
@@ -111,8 +53,9 @@ class Pairs:
 
     @property
     def alone(self) -> Pairs:
-        """The same for columns that every rank holds whole, like a queue: they are gathered from
-        nobody, and must not need a gradient.
+        """The same for columns that every rank holds whole, like a queue.
+
+        They are gathered from nobody, and must not need a gradient.
         """
         return replace(self, group=dist.Group((self.group.ranks[self.group.index],)))
 
@@ -129,89 +72,118 @@ class Pairs:
         shared: Sequence[Tensor] = (),
         paired: bool = True,  # column i is row i's own pair
     ) -> tuple[Tensor, ...]:
-        """The general form: any tile function over any score matrices. Row statistics [b], column
-        statistics [c].
+        """Row statistics [b] and column statistics [c] of any tile function over any scores.
 
         `shared` tensors are seen by every tile; differentiable ones must be equal on all ranks (the
         scale, gathered diagonals), and their gradients are sums over this rank's own rows.
         """
+        # A product of two dtypes would raise.
         left, right = _same_dtype(left, right)
+
         offset = 0 if paired else None
         block = Block(left, right, tuple(row_values), tuple(column_values), tuple(shared), offset)
-        return exchange.reduce(reduction, block, self.engine.plan(self.group, block))
+        return exchange.reduce(reduction, block, self.backend.execution(self.group, block))
 
     def logsumexp(
-        self, image: Tensor, text: Tensor, scale: Tensor
+        self,
+        image: Tensor,  # [b, D]
+        text: Tensor,  # [b, D]
+        scale: Tensor | float,  # []
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """z = scale·x_i·t_j: LSE_{j≠i} z_ij [b], LSE_{j≠i} z_ji [b] and the positive z_ii [b].
+        """LSE_{j≠i} z_ij [b], LSE_{j≠i} z_ji [b] and the positive z_ii [b].
 
-        The positive is excluded: with it, r_i − z_ii cancels for well-aligned pairs. −∞ where there
-        is no other.
+        The positive is excluded: with it, the difference to z_ii cancels for well-aligned pairs.
+        −∞ where there is no other.
         """
-        rows, positive, columns = self.reduce(MARGIN, [image], [text], shared=[_wide(scale, image)])
+        rows, positive, columns = self.reduce(
+            MARGIN, [image], [text], shared=[_number(scale, image)]
+        )
         return rows, columns, positive
 
-    def margin_logsumexp(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """q_i = LSE_{j≠i} z_ij − z_ii of the rows and likewise of the columns, [b] each.
+    def margin_logsumexp(
+        self,
+        image: Tensor,  # [b, D]
+        text: Tensor,  # [b, D]
+        scale: Tensor | float,  # []
+    ) -> tuple[Tensor, Tensor]:
+        """The margins q_i = LSE_{j≠i} z_ij − z_ii of the rows, and of the columns, [b] each.
 
-        InfoNCE is the mean of softplus(q), decoupled contrastive learning the mean of q, and 1 −
-        P_i = σ(q_i).
+        InfoNCE is the mean of softplus(q), decoupled contrastive learning the mean of q, and
+        1 − P_i = σ(q_i) with P_i the softmax probability of the pair.
         """
         rows, columns, positive = self.logsumexp(image, text, scale)
         return rows - positive, columns - positive
 
     def row_logsumexp(
         self,
-        left: Tensor,
-        right: Tensor,
-        scale: Tensor,
+        left: Tensor,  # [b, D]
+        right: Tensor,  # [c, D], this rank's columns
+        scale: Tensor | float,  # []
         *,
-        valid: Tensor | None = None,
-        paired: bool = False,
+        valid: Tensor | None = None,  # [c] bool: columns that take part
+        paired: bool = False,  # leave out j = i
     ) -> Tensor:
         """LSE_j scale·l_i·r_j [b] over all columns of the group, in one direction.
 
-        right: [c, D], this rank's columns (hard captions [b·K, D], or the rows themselves for a
-        modality with itself); valid: [c] bool, columns that take part; paired: leave out j = i. −∞
+        right: hard captions [b·K, D], say, or the rows themselves for a modality with itself. −∞
         where no column remains.
         """
         masks = [] if valid is None else [_mask(valid, left)]
-        shared = [_wide(scale, left)]
-        return self.reduce(
-            ROW_MARGIN, [left], [right], column_values=masks, shared=shared, paired=paired
-        )[0]
+        row_statistic, _ = self.reduce(
+            ROW_MARGIN,
+            [left],
+            [right],
+            column_values=masks,
+            shared=[_number(scale, left)],
+            paired=paired,
+        )
+        return row_statistic
 
     def softplus_sum(
-        self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
+        self,
+        image: Tensor,  # [b, D]
+        text: Tensor,  # [b, D]
+        scale: Tensor | float,  # []
+        bias: Tensor | float,  # []
     ) -> tuple[Tensor, Tensor]:
-        """z = scale·x_i·t_j + bias: Σ_{j≠i} log(1 + e^{z_ij}) [b] and the positive z_ii [b]."""
-        shared = [_wide(scale, image), _wide(bias, image)]
-        return self.reduce(SOFTPLUS, [image], [text], shared=shared)
+        """Σ_{j≠i} log(1 + e^{z_ij + bias}) [b] and the positive z_ii + bias [b]."""
+        shared = [_number(scale, image), _number(bias, image)]
+        sums, positive = self.reduce(SOFTPLUS, [image], [text], shared=shared)
+        return sums, positive
 
     def multiples_logsumexp(
-        self, image: Tensor, text: Tensor, scale: Tensor, multiples: Sequence[float]
+        self, image: Tensor, text: Tensor, scale: Tensor | float, multiples: Sequence[float]
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """For each multiple m: (LSE_{j≠i} m·z_ij, LSE_{j≠i} m·z_ji), [b] each; and the positive
-        z_ii. One pass.
+        """(LSE_{j≠i} m·z_ij, LSE_{j≠i} m·z_ji) [b] for each multiple m; and the positive z_ii.
+
+        One pass over the scores, whatever the number of multiples.
         """
         reduction = _multiples(tuple(multiples))
-        found = self.reduce(reduction, [image], [text], shared=[_wide(scale, image)])
-        k = len(multiples)
-        return list(zip(found[:k], found[k + 1 :])), found[k]
+        statistics = self.reduce(reduction, [image], [text], shared=[_number(scale, image)])
 
-    def linear_sums(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ_j z_ij [b] and Σ_j z_ji [b], the positive included: x_i·Σ_j t_j needs no tile at all."""
-        sums = [
-            dist.all_reduce(_wide_rows(e).sum(0, keepdim=True), self.group)[0]
-            for e in (text, image)
-        ]
-        return scale * (_wide_rows(image) @ sums[0]), scale * (_wide_rows(text) @ sums[1])
+        # The positive stands between the statistics of rows and those of columns.
+        k = len(multiples)
+        rows, positive, columns = statistics[:k], statistics[k], statistics[k + 1 :]
+        return list(zip(rows, columns)), positive
+
+    def linear_sums(
+        self, image: Tensor, text: Tensor, scale: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Σ_j z_ij [b] and Σ_j z_ji [b], the positive included.
+
+        x_i·Σ_j t_j needs no tile at all.
+        """
+        # One row for each modality is all that ranks exchange.
+        text_sum, image_sum = (
+            dist.all_reduce(widened(rows).sum(0, keepdim=True), self.group)[0]
+            for rows in (text, image)
+        )
+        return scale * (widened(image) @ text_sum), scale * (widened(text) @ image_sum)
 
     def top_k(
         self, left: Tensor, right: Tensor, k: int, *, paired: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The k columns of the group with the highest l_i·r_j, best first, without the own pair if
-        `paired`.
+        """The k columns of the group with the highest l_i·r_j, best first; `paired`: not the pair.
 
         Returns scores [b, k] and columns [b, k, D], differentiable in both towers, and positions
         [b, k] of the columns in group order. The choice itself has no gradient. ValueError where
@@ -219,65 +191,76 @@ class Pairs:
         """
         gathered, positions = self._hardest(left, right, k, paired)
         columns = gathered[positions]
-        return torch.einsum("bd,bkd->bk", _wide_rows(left), _wide_rows(columns)), columns, positions
+        scores = torch.einsum("bd,bkd->bk", widened(left), widened(columns))
+        return scores, columns, positions
 
     def hardest(self, left: Tensor, right: Tensor, k: int, *, paired: bool = True) -> Tensor:
         """Only the positions [b, k] of `top_k`, in O(b·k) memory."""
         return self._hardest(left, right, k, paired)[1]
 
     def _hardest(self, left: Tensor, right: Tensor, k: int, paired: bool) -> tuple[Tensor, Tensor]:
+        # The columns are needed whole: their positions are over the group.
         gathered = dist.all_gather(right, self.group)
         remaining = len(gathered) - int(paired)
         if k > remaining:
             raise ValueError(
                 f"top {k} of {remaining} candidates; use at most {remaining}, or a larger batch"
             )
+
         offset = self.group.index * len(right) if paired else None
         return gathered, tiled.top_columns(left.detach(), gathered.detach(), k, offset)
 
     # Means and sums over rows
 
     def mean(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
-        """This rank's share of the mean of `values` over the rows of ALL ranks: the average of the
-        shares is the mean.
+        """This rank's share of the mean of `values` over the rows of ALL ranks.
 
-        valid: mask or weights w ≥ 0 of the shape of `values`; then the share is (W/N)·Σ w·value
-        with N = Σ w over all ranks, and exactly 0, with zero gradient, where N = 0. Values at w = 0
-        have no influence, be they NaN.
+        The average of the shares is the mean. valid: mask or weights w ≥ 0 of the shape of
+        `values`; then the share is (W/N)·Σ w·value with N = Σ w over all ranks, and exactly 0, with
+        zero gradient, where N = 0. Values at w = 0 have no influence, be they NaN.
         """
+        # Every rank has the same number of rows, so that its own mean is its share.
         if valid is None:
             return values.mean()
+
         weights = valid.to(values.dtype)
-        total = dist.all_reduce(weights.detach().sum(), self.engine.ranks)
-        kept = torch.where(valid != 0, values, 0) * weights
-        return kept.sum() * (self.engine.ranks.size / torch.where(total > 0, total, 1))
+        total_weight = dist.all_reduce(weights.detach().sum(), self.backend.ranks)
+        # Not just a product: 0·NaN would be NaN.
+        weighted = torch.where(valid != 0, values, 0) * weights
+        divisor = torch.where(total_weight > 0, total_weight, 1)
+        return weighted.sum() * (self.backend.ranks.size / divisor)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Σ values over the rows of the group, whole on each of its ranks: for terms that are no
-        mean over rows.
+        """Σ values over the rows of the group, whole on each of its ranks.
+
+        For terms that are no mean over rows.
         """
         return dist.all_reduce(values.sum(), self.group)
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Elementwise sum of `values` over ALL ranks, whole on each of them."""
-        return dist.all_reduce(values, self.engine.ranks)
 
     def log_sum(self, values: Tensor) -> Tensor:
         """log Σ e^values over the rows of the group, whole on each of its ranks. values: [b]."""
         return logsumexp(dist.all_gather(values, self.group), dim=0)
 
-    def gather_over_ranks(self, values: Tensor) -> Tensor:
-        """[b, ...] of each rank -> [W·b, ...] of ALL ranks."""
-        return dist.all_gather(values, self.engine.ranks)
-
     def gather(self, values: Tensor) -> Tensor:
-        """[b, ...] of each rank -> [n, ...] in group order; what ranks ask of it is summed. O(n)
-        memory.
+        """[b, ...] of each rank -> [n, ...] in group order, in O(n) memory.
+
+        What ranks ask of a row in their backward is summed.
         """
         return dist.all_gather(values, self.group)
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Elementwise sum of `values` over ALL ranks, whole on each of them."""
+        return dist.all_reduce(values, self.backend.ranks)
+
+    def gather_over_ranks(self, values: Tensor) -> Tensor:
+        """[b, ...] of each rank -> [W·b, ...] of ALL ranks."""
+        return dist.all_gather(values, self.backend.ranks)
+
 
 def _multiples(multiples: tuple[float, ...]) -> Reduction:
+    """Log-sum-exps of m·z, row and column, for each m, and the positive z_ii."""
+
+    # The same matrices serve rows and columns.
     def function(tile: Tile) -> tuple[Tensor, ...]:
         z, positive = tile.shared[0] * tile.scores[0], tile.positive
         others = tuple((m * z).masked_fill(positive, -torch.inf) for m in multiples)
@@ -290,43 +273,19 @@ def _multiples(multiples: tuple[float, ...]) -> Reduction:
 def _same_dtype(
     left: Sequence[Tensor], right: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Both sides of each product in the wider dtype of the two."""
     dtypes = [torch.promote_types(x.dtype, t.dtype) for x, t in zip(left, right)]
-    return (
-        tuple(x.to(d) for x, d in zip(left, dtypes)),
-        tuple(t.to(d) for t, d in zip(right, dtypes)),
-    )
+    wide_left = tuple(x.to(dtype) for x, dtype in zip(left, dtypes))
+    wide_right = tuple(t.to(dtype) for t, dtype in zip(right, dtypes))
+    return wide_left, wide_right
 
 
-def _wide(value: Any, like: Tensor) -> Tensor:
+def _number(value: Any, like: Tensor) -> Tensor:
     """A number or 0-d tensor in the accumulation dtype of `like`."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.as_tensor(value, device=like.device, dtype=dtype)
-
-
-def _wide_rows(rows: Tensor) -> Tensor:
-    return rows if rows.dtype == torch.float64 else rows.float()
+    return torch.as_tensor(value, device=like.device, dtype=accumulation_dtype(like))
 
 
 def _mask(valid: Tensor, like: Tensor) -> Tensor:
-    """0 for columns that take part, −∞ for the others."""
-    zeros = torch.zeros(valid.shape, dtype=_wide_rows(like[:0]).dtype, device=like.device)
+    """[c]: 0 for columns that take part, −∞ for the others."""
+    zeros = torch.zeros(valid.shape, dtype=accumulation_dtype(like), device=like.device)
     return zeros.masked_fill(~valid.bool(), -torch.inf)
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _triton_or_explain() -> Any:
-    if not _has_triton():
-        raise ValueError(
-            "impl: 'triton' needs the package triton, which is not installed; choose auto, tiled or dense"
-        )
-    from vlp.pairwise import triton
-
-    triton.check_device()
-    return triton

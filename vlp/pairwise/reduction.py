@@ -1,18 +1,23 @@
-"""What a pairwise reduction is: matrices computed from scores, each summed or log-sum-exp'ed along
-one axis.
+"""A pairwise reduction: matrices computed from scores, each summed or log-sum-exp'ed on one axis.
 
-A `Block` holds the tensors of b rows and n columns; its score matrices s_k = left_k · right_kᵀ are
-[b, n] and are never meant to exist whole. A `Reduction` says what to do with them: `function(tile)`
-returns matrices of the tile's shape; the first ones are reduced along columns, giving one number a
-row, the others along rows, giving one a column. This description is all that an implementation
-needs: `dense` applies it to the whole block, `tiled` to one tile at a time and again in backward,
-and the reductions that carry a `fused` name have hand-derived gradients as well.
+A `Block` holds the tensors of b rows and n columns. Its score matrices
+
+    s_k = left_k · right_kᵀ,   [b, n]
+
+are never meant to exist whole. A `Reduction` says what to do with them: `function(tile)` returns
+matrices of the tile's shape; the first ones are reduced along columns, giving one number a row (a
+row statistic), the others along rows, giving one number a column (a column statistic).
+
+This description is all that an implementation needs: `dense` applies it to the whole block, `tiled`
+to one tile at a time and again in backward, and the reductions that carry a `fused` name have
+hand-derived gradients as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,27 +34,30 @@ class Block:
     row_values: tuple[Tensor, ...] = ()  # [b]
     column_values: tuple[Tensor, ...] = ()  # [n]
     shared: tuple[Tensor, ...] = ()  # scale, bias, …: seen by every tile
-    offset: int | None = (
-        None  # the pair of row i is column i + offset; None: no column is a row's own pair
-    )
+    # the pair of row i is column i + offset; None: no column is a row's own pair
+    offset: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(b, n)."""
         return self.left[0].shape[0], self.right[0].shape[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """All of them in one order: what autograd sees, and the order of gradients."""
         return (*self.left, *self.right, *self.row_values, *self.column_values, *self.shared)
 
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Block:
-        """The same block over other tensors, in the order of `tensors`."""
-        parts, start = [], 0
-        for old in (self.left, self.right, self.row_values, self.column_values, self.shared):
-            parts.append(tuple(tensors[start : start + len(old)]))
-            start += len(old)
-        return replace(
-            self, **dict(zip(("left", "right", "row_values", "column_values", "shared"), parts))
-        )
+    def with_tensors(self, tensors: Sequence[Any]) -> Block:
+        """The same block over other tensors, or over what stands for them (gradients, flags), in
+        the order of `tensors`.
+        """
+        parts: dict[str, Any] = {}
+        start = 0
+        for name in ("left", "right", "row_values", "column_values", "shared"):
+            end = start + len(getattr(self, name))
+            parts[name] = tuple(tensors[start:end])
+            start = end
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Tile:
         """[m, n] bool: True where the column is the row's own pair."""
         m, n = self.scores[0].shape
         mask = torch.zeros(m, n, dtype=torch.bool, device=self.scores[0].device)
+
+        # Most tiles lie off the diagonal, where `diagonal` would raise.
         if self.offset is not None and -m < self.offset < n:
             mask.diagonal(self.offset).fill_(True)
         return mask
@@ -74,9 +84,7 @@ class Tile:
 
 @dataclass
 class Gradients:
-    """Of one tile: with respect to each score matrix, row value, column value and shared tensor
-    (None: zero).
-    """
+    """Gradients of one tile with respect to its score matrices and values; None stands for zero."""
 
     scores: Sequence[Tensor | None]
     row_values: Sequence[Tensor | None] = ()
@@ -86,8 +94,9 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Reduction:
-    """`function(tile)` returns len(rows) + len(columns) matrices; the names say how each is
-    reduced.
+    """`function(tile)` returns len(rows) + len(columns) matrices; the kinds say how to reduce each.
+
+    rows, columns: `SUM` or `LOGSUMEXP` for each matrix, those of the rows first.
     """
 
     function: Callable[[Tile], tuple[Tensor, ...]]
@@ -95,9 +104,15 @@ class Reduction:
     columns: tuple[str, ...] = ()
     fused: str = ""  # the hand-derived implementation that equals `function`, where there is one
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every matrix, in the order in which `function` returns them."""
+        return (*self.rows, *self.columns)
+
 
 def negatives(tile: Tile) -> tuple[Tensor, ...]:
     """z = scale·s (+ column offsets): LSE_{j≠i} z_ij, the positive z_ii, LSE_{i≠j} z_ij."""
+    # −∞ leaves a log-sum-exp as it is, 0 a sum.
     z, positive = _scaled(tile), tile.positive
     others = z.masked_fill(positive, -torch.inf)
     return others, z.masked_fill(~positive, 0), others
@@ -115,6 +130,13 @@ def softplus_sums(tile: Tile) -> tuple[Tensor, ...]:
     return softplus(z).masked_fill(positive, 0), z.masked_fill(~positive, 0)
 
 
+def _scaled(tile: Tile) -> Tensor:
+    z = tile.shared[0] * tile.scores[0]
+    for offset in tile.column_values:
+        z = z + offset
+    return z
+
+
 # The three reductions worth a hand-derived gradient. InfoNCE's margin is row statistic − positive:
 # with the positive left out of the sum nothing cancels, however well the pairs are aligned.
 MARGIN = Reduction(negatives, rows=(LOGSUMEXP, SUM), columns=(LOGSUMEXP,), fused="margin")
@@ -122,45 +144,62 @@ ROW_MARGIN = Reduction(row_negatives, rows=(LOGSUMEXP, SUM), fused="margin")
 SOFTPLUS = Reduction(softplus_sums, rows=(SUM, SUM), fused="softplus")
 
 
+# Arithmetic that stays exact where torch's own does not
+
+
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z) = −log σ(−z). Torch's default turns linear above 20, wrong by 2e-9; above 60 by
-    1e-26.
+    """log(1 + e^z) = −log σ(−z), exact to 1e-26.
+
+    Torch's default turns linear above 20, where it is wrong by 2e-9; here that begins at 60.
     """
     return torch.nn.functional.softplus(z, threshold=60)
 
 
 def logsumexp(values: Tensor, dim: int) -> Tensor:
     """log Σ e^v; −∞ with zero gradient where all values are −∞ (torch's gradient is NaN there)."""
+    # Rows that are all −∞ are computed from zeros, which keeps their gradient finite.
     empty = (values == -torch.inf).all(dim, keepdim=True)
     result = torch.logsumexp(values.masked_fill(empty, 0), dim)
     return result.masked_fill(empty.squeeze(dim), -torch.inf)
 
 
 def logaddexp(first: Tensor, second: Tensor) -> Tensor:
-    """log(e^first + e^second); −∞ with zero gradient where both are −∞ (torch's gradient is NaN
-    there).
-    """
+    """log(e^first + e^second); −∞ with zero gradient where both are −∞ (torch: NaN gradient)."""
     empty = (first == -torch.inf) & (second == -torch.inf)
     result = torch.logaddexp(first.masked_fill(empty, 0), second.masked_fill(empty, 0))
     return result.masked_fill(empty, -torch.inf)
 
 
-def reduce_matrix(values: Tensor, kind: str, dim: int) -> Tensor:
-    return values.sum(dim) if kind == SUM else logsumexp(values, dim)
+# Statistics: how they start, and how parts of them join
+
+
+def empty_statistic(kind: str, size: int, device: torch.device) -> Tensor:
+    """[size] float64: the statistic of no entries at all.
+
+    float64, because [b] numbers cost nothing, and at a scale of 100 float32 would round each merge
+    by 4e-6, which the gradients then carry.
+    """
+    neutral = 0.0 if kind == SUM else -torch.inf
+    return torch.full((size,), neutral, dtype=torch.float64, device=device)
 
 
 def merge(kind: str, first: Tensor, second: Tensor) -> Tensor:
     """The statistic of two parts together, from the statistics of each."""
+    # No gradient passes here, so that torch's own will do.
     return first + second if kind == SUM else torch.logaddexp(first, second)
 
 
-def empty_statistic(kind: str, size: int, device: torch.device) -> Tensor:
-    """The statistic of no entries at all. Statistics are float64: [b] numbers cost nothing, and at
-    a scale of 100 float32 would round each merge by 4e-6, which the gradients then carry.
+def reduce_matrix(values: Tensor, kind: str, dim: int) -> Tensor:
+    """The statistic of one matrix along `dim`."""
+    return values.sum(dim) if kind == SUM else logsumexp(values, dim)
+
+
+def without_empty(statistic: Tensor) -> Tensor:
+    """A log-sum-exp with +∞ for −∞, so that e^{z − statistic} is 0 there and not NaN.
+
+    An empty log-sum-exp has no entries that could carry a gradient.
     """
-    return torch.full(
-        (size,), 0.0 if kind == SUM else -torch.inf, dtype=torch.float64, device=device
-    )
+    return statistic.masked_fill(statistic == -torch.inf, torch.inf)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -168,8 +207,6 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _scaled(tile: Tile) -> Tensor:
-    z = tile.shared[0] * tile.scores[0]
-    for offset in tile.column_values:
-        z = z + offset
-    return z
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in its accumulation dtype."""
+    return tensor.to(accumulation_dtype(tensor))

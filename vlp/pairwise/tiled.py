@@ -3,22 +3,24 @@
 Forward streams the row and column statistics of every tile; backward recomputes each tile once and
 takes all its gradients from it. With hand-derived programs (`fused.py`) symmetric InfoNCE costs
 2B²D + 6B²D FLOPs; tiles that fit `budget` bytes are kept from forward and need no recomputation
-(2B²D less where all fit). Deterministic for a given tile size; another tile size changes the order
-of float additions, nothing else.
+(2B²D less where all fit).
+
+Deterministic for a given tile size; another tile size changes the order of float additions, nothing
+else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlp.pairwise import fused
+from vlp.pairwise.program import Program, Recompute
 from vlp.pairwise.reduction import (
-    LOGSUMEXP,
     Block,
     Gradients,
     Reduction,
@@ -26,41 +28,24 @@ from vlp.pairwise.reduction import (
     accumulation_dtype,
     empty_statistic,
     merge,
-    reduce_matrix,
+    widened,
 )
 
-TILE = {
-    "cpu": 1024,
-    "cuda": 4096,
-}  # 512 to 2,048 measured alike on a CPU; fewer tiles mean fewer thread barriers
-
-
-class Program(Protocol):
-    """How one tile is reduced and differentiated."""
-
-    # the scores arrive multiplied by shared[0], whose gradient the loop then takes from ⟨X, dX⟩
-    prescaled: bool
-
-    def forward(self, tile: Tile) -> tuple[Sequence[Tensor], Any]:
-        """Partial statistics, and what backward can use instead of the scores (may overwrite them)."""
-
-    def backward(
-        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
-    ) -> Gradients:
-        """`memo` is None where the tile was recomputed; statistics and upstream gradients are the
-        tile's slices.
-        """
+# Rows and columns of a tile. On a CPU 512 to 2,048 measured alike; fewer tiles mean fewer thread
+# barriers.
+TILE = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass
 class Kept:
     """Memos of tiles from forward, as many as fit."""
 
-    budget: int
+    budget: int  # bytes
     memos: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def offer(self, key: tuple[int, int], memo: Any, n_bytes: int) -> bool:
         """Whether the memo was kept."""
+        # First come, first kept: which tiles are kept changes no number.
         if n_bytes > self.budget:
             return False
         self.budget -= n_bytes
@@ -69,44 +54,49 @@ class Kept:
 
 
 class Scratch:
-    """Memory for the scores of one tile after another: fresh pages for each would cost a sixth of
-    its GEMM.
+    """Memory for the scores of one tile after another.
+
+    Fresh pages for each tile would cost a sixth of its GEMM.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[int, Tensor] = {}
 
     def take(self, k: int, m: int, n: int, like: Tensor) -> Tensor:
+        """[m, n] for score matrix k, with the dtype and device of `like`."""
+        # Tiles at the edges are smaller: a view of the same memory.
         if k not in self.buffers or self.buffers[k].numel() < m * n:
             self.buffers[k] = like.new_empty(m * n)
         return self.buffers[k][: m * n].view(m, n)
 
     def forget(self) -> None:
-        """Somebody keeps the last tile."""
+        """Hand over the last tile, which somebody keeps."""
         self.buffers.clear()
 
 
 def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -> list[Tensor]:
     """Row statistics [b], then column statistics [n], in float64."""
     n_rows, n_columns = block.shape
-    kinds = (*reduction.rows, *reduction.columns)
-    program = program_for(reduction, block)
+    size, device = _tile_size(block, tile_size), block.left[0].device
     sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
-    results = [
-        empty_statistic(kind, size, block.left[0].device) for kind, size in zip(kinds, sizes)
-    ]
-    scratch = Scratch()
-    for rows, left in _row_tiles(program, block, tile_size):
-        for columns in _slices(n_columns, _tile_size(block, tile_size)):
+    totals = [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
+
+    # One sweep serves both: a tile gives its part of row and of column statistics.
+    program, scratch = program_for(reduction, block), Scratch()
+    for rows, left in _row_tiles(program, block, size):
+        for columns in slices(n_columns, size):
             tile = _tile(block, left, rows, columns, scratch)
             partials, memo = program.forward(tile)
-            for result, kind, where, partial in zip(
-                results, kinds, _where(reduction, rows, columns), partials
-            ):
-                result[where] = merge(kind, result[where], partial)
-            if kept.offer((rows.start, columns.start), memo, sum(s.nbytes for s in tile.scores)):
+
+            places = _places(reduction, rows, columns)
+            for total, kind, place, partial in zip(totals, reduction.kinds, places, partials):
+                total[place] = merge(kind, total[place], partial)
+
+            # A memo that is kept may be the scratch itself.
+            n_bytes = sum(scores.nbytes for scores in tile.scores)
+            if kept.offer((rows.start, columns.start), memo, n_bytes):
                 scratch.forget()
-    return results
+    return totals
 
 
 def gradients(
@@ -119,21 +109,24 @@ def gradients(
     tile_size: int = 0,
 ) -> list[Tensor | None]:
     """Gradients of Σ upstream·statistics with respect to `block.tensors`, in that order."""
-    program = program_for(reduction, block)
+    program, size = program_for(reduction, block), _tile_size(block, tile_size)
     sink, scratch = _Sink(block, needed, program.prescaled), Scratch()
-    for rows, left in _row_tiles(program, block, tile_size):
+
+    for rows, left in _row_tiles(program, block, size):
         sink.start_rows(rows)
-        for columns in _slices(block.shape[1], _tile_size(block, tile_size)):
+        for columns in slices(block.shape[1], size):
+            # A tile that forward kept comes without scores: its memo stands for them.
             memo = kept.memos.get((rows.start, columns.start))
             tile = _tile(block, left, rows, columns, scratch if memo is None else None)
-            where = _where(reduction, rows, columns)
-            found = program.backward(
+
+            places = _places(reduction, rows, columns)
+            tile_gradients = program.backward(
                 tile,
                 memo,
-                [s[w] for s, w in zip(statistics, where)],
-                [u[w] for u, w in zip(upstream, where)],
+                [statistic[place] for statistic, place in zip(statistics, places)],
+                [weight[place] for weight, place in zip(upstream, places)],
             )
-            sink.add(found, left, rows, columns)
+            sink.add(tile_gradients, left, rows, columns)
         sink.finish_rows(rows)
     return sink.result()
 
@@ -143,127 +136,122 @@ class _Sink:
 
     def __init__(self, block: Block, needed: Sequence[bool], prescaled: bool) -> None:
         self.block, self.needed, self.prescaled = block, needed, prescaled
-        flags = block.with_tensors(tuple(needed))
-        self.flags = flags
-        self.scale_needed = prescaled and flags.shared[0]
+        flags = block.with_tensors(needed)
+        wanted: Any = flags  # a flag in the place of each tensor
+        self.scale_needed = bool(prescaled and wanted.shared[0])
 
-        def zeros(tensor: Tensor, wanted: bool) -> Tensor | None:
-            return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor)) if wanted else None
-
-        self.left = [zeros(t, w or self.scale_needed) for t, w in zip(block.left, flags.left)]
-        self.right = [zeros(t, w) for t, w in zip(block.right, flags.right)]
-        self.row_values = [zeros(t, w) for t, w in zip(block.row_values, flags.row_values)]
-        self.column_values = [zeros(t, w) for t, w in zip(block.column_values, flags.column_values)]
-        self.shared = [zeros(t, w) for t, w in zip(block.shared, flags.shared)]
+        # The scale's gradient is ⟨X, dZ·T⟩, so it needs dX even where nobody else does.
+        wanted_left = [flag or self.scale_needed for flag in wanted.left]
+        self.left = _zeros(block.left, wanted_left)
+        self.right = _zeros(block.right, wanted.right)
+        self.row_values = _zeros(block.row_values, wanted.row_values)
+        self.column_values = _zeros(block.column_values, wanted.column_values)
+        self.shared = _zeros(block.shared, wanted.shared)
 
     def start_rows(self, rows: slice) -> None:
-        self.current = [None if g is None else g[rows] for g in self.left]
+        self.current = [None if total is None else total[rows] for total in self.left]
 
-    def add(self, found: Gradients, left: Sequence[Tensor], rows: slice, columns: slice) -> None:
-        for k, d_scores in enumerate(found.scores):
+    def add(self, tile: Gradients, left: Sequence[Tensor], rows: slice, columns: slice) -> None:
+        """Add the gradients of one tile, whose left matrices are `left`."""
+        for k, d_scores in enumerate(tile.scores):
             if d_scores is None:
                 continue
-            if self.current[k] is not None:
-                self.current[k].addmm_(d_scores, _wide(self.block.right[k][columns]))
-            if self.right[k] is not None:
-                self.right[k][columns].addmm_(d_scores.T, left[k])
-        for sums, parts, where in (
-            (self.row_values, found.row_values, rows),
-            (self.column_values, found.column_values, columns),
-            (self.shared, found.shared, ...),
-        ):
-            for total, part in zip(sums, parts):
-                if total is not None and part is not None:
-                    total[where] += part
+
+            # s = x·t: dx takes the tile's columns, dt its rows.
+            d_left, d_right = self.current[k], self.right[k]
+            if d_left is not None:
+                d_left.addmm_(d_scores, widened(self.block.right[k][columns]))
+            if d_right is not None:
+                d_right[columns].addmm_(d_scores.T, left[k])
+
+        _add_at(self.row_values, tile.row_values, rows)
+        _add_at(self.column_values, tile.column_values, columns)
+        _add_at(self.shared, tile.shared, ...)
 
     def finish_rows(self, rows: slice) -> None:
-        """With z = (scale·x)·t the sums hold dZ·T: dscale = Σ dz·s = ⟨X, dZ·T⟩, and dX =
-        scale·dZ·T.
+        """From dZ to dS, where z = (scale·x)·t: the sums of these rows hold dZ·T.
+
+        dscale = Σ dz·s = ⟨X, dZ·T⟩, and dX = scale·dZ·T.
         """
-        if not self.prescaled or self.current[0] is None:
+        if not self.prescaled:
             return
-        if self.scale_needed:
-            self.shared[0] += torch.linalg.vecdot(
-                self.current[0], _wide(self.block.left[0][rows])
-            ).sum()
-        self.current[0].mul_(self.block.shared[0])
+        d_left, d_scale = self.current[0], self.shared[0]
+        if d_left is None:
+            return
+
+        if d_scale is not None:
+            x = widened(self.block.left[0][rows])
+            d_scale += torch.linalg.vecdot(d_left, x).sum()
+        d_left.mul_(self.block.shared[0])
 
     def result(self) -> list[Tensor | None]:
+        """The sums that are needed, in the dtypes of the block's tensors."""
         sums = (*self.left, *self.right, *self.row_values, *self.column_values, *self.shared)
-        return [
-            s.to(t.dtype) if w else None for s, t, w in zip(sums, self.block.tensors, self.needed)
-        ]
+        results: list[Tensor | None] = []
+        for total, tensor, wanted in zip(sums, self.block.tensors, self.needed):
+            needed = total if wanted else None
+            results.append(None if needed is None else needed.to(tensor.dtype))
+        return results
 
 
-class Recompute:
-    """The general path: any tile function, differentiated by autograd on the recomputed tile."""
-
-    prescaled = False
-
-    def __init__(self, reduction: Reduction) -> None:
-        self.reduction = reduction
-
-    def forward(self, tile: Tile) -> tuple[Sequence[Tensor], Any]:
-        matrices, n_rows = self.reduction.function(tile), len(self.reduction.rows)
-        kinds = (*self.reduction.rows, *self.reduction.columns)
-        partials = [
-            reduce_matrix(m, k, dim=int(i < n_rows))
-            for i, (m, k) in enumerate(zip(matrices, kinds))
-        ]
-        return partials, tile.scores
-
-    def backward(
-        self, tile: Tile, memo: Any, statistics: list[Tensor], upstream: list[Tensor]
-    ) -> Gradients:
-        groups = (memo or tile.scores, tile.row_values, tile.column_values, tile.shared)
-        leaves = [
-            [t.detach().requires_grad_(t.is_floating_point()) for t in group] for group in groups
-        ]
-        flat = [t for group in leaves for t in group if t.requires_grad]
-        with torch.enable_grad():
-            matrices = self.reduction.function(Tile(*map(tuple, leaves), tile.offset))
-        n_rows, kinds = len(self.reduction.rows), (*self.reduction.rows, *self.reduction.columns)
-        weights = [
-            _weight(m.detach(), kind, s, u, by_row=i < n_rows)
-            for i, (m, kind, s, u) in enumerate(zip(matrices, kinds, statistics, upstream))
-        ]
-        live = [(m, w) for m, w in zip(matrices, weights) if m.requires_grad]
-        found = iter(
-            torch.autograd.grad([m for m, _ in live], flat, [w for _, w in live], allow_unused=True)
-        )
-        return Gradients(
-            *([next(found) if t.requires_grad else None for t in group] for group in leaves)
-        )
+def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        torch.zeros_like(tensor, dtype=accumulation_dtype(tensor)) if flag else None
+        for tensor, flag in zip(tensors, wanted)
+    ]
 
 
-def _weight(matrix: Tensor, kind: str, statistic: Tensor, upstream: Tensor, by_row: bool) -> Tensor:
-    """∂(Σ upstream·statistic)/∂matrix: the upstream itself for a sum, times e^{m − lse} for a
-    log-sum-exp.
-    """
-    axis = 1 if by_row else 0
-    weight = upstream.to(matrix.dtype).unsqueeze(axis).expand_as(matrix)
-    if kind != LOGSUMEXP:
-        return weight
-    # An empty log-sum-exp (−∞) has no entries that could carry a gradient.
-    statistic = (
-        statistic.masked_fill(statistic == -torch.inf, torch.inf).to(matrix.dtype).unsqueeze(axis)
-    )
-    return weight * (matrix - statistic).exp()
+def _add_at(totals: list[Tensor | None], parts: Sequence[Tensor | None], place: Any) -> None:
+    for total, part in zip(totals, parts):
+        if total is not None and part is not None:
+            total[place] += part
 
 
 def program_for(reduction: Reduction, block: Block) -> Program:
-    return (
-        fused.PROGRAMS[reduction.fused](reduction, block)
-        if reduction.fused
-        else Recompute(reduction)
-    )
+    """The hand-derived program of a reduction, or the general path."""
+    if reduction.fused:
+        return fused.PROGRAMS[reduction.fused](reduction, block)
+    return Recompute(reduction)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulation_dtype(tensor))
+@torch.no_grad()
+def top_columns(
+    left: Tensor,  # [b, D]
+    right: Tensor,  # [n, D]
+    k: int,
+    offset: int | None,  # column i + offset is left out of row i
+    tile_size: int = 0,
+) -> Tensor:
+    """[b, k] positions of the columns with the highest left·rightᵀ, best first."""
+    block = Block((left,), (right,), offset=offset)
+    size = _tile_size(block, tile_size)
+
+    # The k best of each row so far are all that is kept of a tile: O(b·k) memory.
+    chosen_rows = []
+    for rows in slices(len(left), size):
+        left_tile, n_rows = [widened(left[rows])], rows.stop - rows.start
+        best = left.new_empty(n_rows, 0, dtype=accumulation_dtype(left))
+        positions = torch.empty(n_rows, 0, dtype=torch.int64, device=left.device)
+
+        for columns in slices(len(right), size):
+            tile = _tile(block, left_tile, rows, columns, Scratch())
+            scores = tile.scores[0].masked_fill_(tile.positive, -torch.inf)
+            numbers = torch.arange(columns.start, columns.stop, device=left.device)
+
+            # The best so far compete with this tile's.
+            best = torch.cat([best, scores], dim=1)
+            positions = torch.cat([positions, numbers.expand(n_rows, -1)], dim=1)
+            best, chosen = best.topk(min(k, best.shape[1]), dim=1)
+            positions = positions.gather(1, chosen)
+        chosen_rows.append(positions)
+    return torch.cat(chosen_rows)
 
 
-def _slices(size: int, step: int) -> Iterator[slice]:
+# Tiles of a block
+
+
+def slices(size: int, step: int) -> Iterator[slice]:
+    """0..size in steps, the last one perhaps shorter."""
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
@@ -271,11 +259,11 @@ def _tile_size(block: Block, tile_size: int) -> int:
     return tile_size or TILE.get(block.left[0].device.type, TILE["cpu"])
 
 
-def _row_tiles(
-    program: Program, block: Block, tile_size: int
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    for rows in _slices(block.shape[0], _tile_size(block, tile_size)):
-        left = [_wide(x[rows]) for x in block.left]
+def _row_tiles(program: Program, block: Block, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """(rows, their left matrices in the accumulation dtype, times the scale if `prescaled`)."""
+    # The scale goes into the rows: b·D products instead of b·n.
+    for rows in slices(block.shape[0], size):
+        left = [widened(x[rows]) for x in block.left]
         yield rows, [left[0] * block.shared[0]] if program.prescaled else left
 
 
@@ -283,46 +271,23 @@ def _tile(
     block: Block, left: Sequence[Tensor], rows: slice, columns: slice, scratch: Scratch | None
 ) -> Tile:
     """The tile with its scores in `scratch`, or without scores where there is none."""
-    m, n = rows.stop - rows.start, columns.stop - columns.start
-    pairs = () if scratch is None else enumerate(zip(left, block.right))
+    scores = []
+    if scratch is not None:
+        m, n = rows.stop - rows.start, columns.stop - columns.start
+        for k, (x, t) in enumerate(zip(left, block.right)):
+            out = scratch.take(k, m, n, x)
+            scores.append(torch.mm(x, widened(t[columns]).T, out=out))
+
+    offset = block.offset
     return Tile(
-        tuple(
-            torch.mm(x, _wide(t[columns]).T, out=scratch.take(k, m, n, x)) for k, (x, t) in pairs
-        ),
-        tuple(v[rows] for v in block.row_values),
-        tuple(v[columns] for v in block.column_values),
+        tuple(scores),
+        tuple(values[rows] for values in block.row_values),
+        tuple(values[columns] for values in block.column_values),
         block.shared,
-        None if block.offset is None else block.offset + rows.start - columns.start,
+        None if offset is None else offset + rows.start - columns.start,
     )
 
 
-def _where(reduction: Reduction, rows: slice, columns: slice) -> list[slice]:
+def _places(reduction: Reduction, rows: slice, columns: slice) -> list[slice]:
+    """Where the tile lies in each statistic."""
     return [rows] * len(reduction.rows) + [columns] * len(reduction.columns)
-
-
-@torch.no_grad()
-def top_columns(
-    left: Tensor, right: Tensor, k: int, offset: int | None, tile_size: int = 0
-) -> Tensor:
-    """[b, k] positions of the columns with the highest left·rightᵀ, best first; column i + offset
-    is left out.
-    """
-    block = Block((left,), (right,), offset=offset)
-    found = []
-    for rows in _slices(len(left), _tile_size(block, tile_size)):
-        best, where = (
-            left.new_empty(rows.stop - rows.start, 0, dtype=accumulation_dtype(left)),
-            None,
-        )
-        for columns in _slices(len(right), _tile_size(block, tile_size)):
-            tile = _tile(block, [_wide(left[rows])], rows, columns, Scratch())
-            scores = tile.scores[0].masked_fill_(tile.positive, -torch.inf)
-            positions = torch.arange(columns.start, columns.stop, device=left.device).expand(
-                len(scores), -1
-            )
-            best = torch.cat([best, scores], dim=1)
-            where = positions if where is None else torch.cat([where, positions], dim=1)
-            best, chosen = best.topk(min(k, best.shape[1]), dim=1)
-            where = where.gather(1, chosen)
-        found.append(where)
-    return torch.cat(found)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# Never *.py: a repository's code is not downloaded, so it cannot be run.
 _DESCRIPTIONS = [
     "*.json",
     "*.txt",
@@ -14,15 +15,14 @@ _DESCRIPTIONS = [
     "open_clip_model.safetensors",
     "*/open_clip_model.safetensors",
 ]
+# Weights of transformers' form, and pickled ones by the file that describes them.
 _TRANSFORMERS = ["model.safetensors", "model-*.safetensors"]
 _PICKLED = {
     "open_clip_config.json": "open_clip_pytorch_model.bin",
     "config.json": "pytorch_model.bin",
 }
-_PATIENCE_S = {
-    True: 10.0,
-    False: 3.0,
-}  # that the Hub has for its first answer; the lower for a name that may be a path
+# How long the Hub has for its first answer, by `patient`: a mistyped path should fail soon.
+_PATIENCE_S = {True: 10.0, False: 3.0}
 
 
 def snapshot(repository: str, patient: bool = True) -> Path:
@@ -35,9 +35,13 @@ def snapshot(repository: str, patient: bool = True) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
+    timeout_s = _PATIENCE_S[patient]
     try:
-        if not _answers(repository, _PATIENCE_S[patient]):
-            return _cached(repository, _PATIENCE_S[patient])
+        # One short question first: where no Hub answers it, the cache serves at once.
+        if not _answers(repository, timeout_s):
+            return _cached(repository, timeout_s)
+
+        # Descriptions first: they tell which of the weights are needed.
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=_DESCRIPTIONS))
         _fetch_weights(repository, folder)
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -45,9 +49,10 @@ def snapshot(repository: str, patient: bool = True) -> Path:
         if patient:
             raise ValueError(f"could not get {repository} from the Hub: {reason}") from None
         raise ValueError(
-            f"no model {repository!r}: no such file or folder, and not from a Hub either ({reason}); write "
-            f"hf-hub:{repository} where the Hub is meant"
+            f"no model {repository!r}: no such file or folder, and not from a Hub either "
+            f"({reason}); write hf-hub:{repository} where the Hub is meant"
         ) from None
+
     return folder
 
 
@@ -56,15 +61,15 @@ def _cached(repository: str, waited_s: float) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, allow_patterns=_DESCRIPTIONS, local_files_only=True
-            )
+        folder = huggingface_hub.snapshot_download(
+            repository, allow_patterns=_DESCRIPTIONS, local_files_only=True
         )
     except LocalEntryNotFoundError:
         raise ValueError(
             f"no Hub answered within {waited_s:g} s, and its cache on this machine does not hold it"
         ) from None
+
+    return Path(folder)
 
 
 def _answers(repository: str, timeout_s: float) -> bool:
@@ -102,6 +107,8 @@ def _fetch_weights(repository: str, folder: Path) -> None:
     stages = (folder / "vlp_stages.json").is_file()
     if described is None or stages or (folder / "open_clip_model.safetensors").is_file():
         return
+
+    # Pickled weights last: many repositories hold both, and one download is enough.
     huggingface_hub.snapshot_download(repository, allow_patterns=_TRANSFORMERS)
     if not any(folder.glob("model*.safetensors")):
         huggingface_hub.hf_hub_download(repository, _PICKLED[described])

@@ -1,30 +1,35 @@
 """What a model reference means, decided once for all that take one: `init_from`,
 `model.pretrained`, `teacher.model`, `vlp eval`, `vlp export`, and `--model` of the data tools.
 
-    runs/demo, runs/demo/checkpoints/step_00000100     a run (its newest checkpoint), or one checkpoint
-    exported/demo, local-dir:exported/demo             a folder of vlp export, open_clip or transformers (CLIP, SigLIP)
-    hf-hub:USER/NAME, hf:USER/NAME                     such a folder on the Hub; USER/NAME alone asks it for 3 seconds
-    ViT-B-32:laion2b_s34b_b79k                         an open_clip architecture with one of its tags
-    ViT-B-32:epoch_32.pt, MY.json:epoch_32.pt          an architecture, or one of your own, with a file of weights
-    epoch_32.pt                                        a file of weights, where the architecture is known already
+    runs/demo                                a run: its newest checkpoint
+    runs/demo/checkpoints/step_00000100      one checkpoint
+    exported/demo, local-dir:exported/demo   a folder of vlp export, open_clip or transformers
+                                             (CLIP, SigLIP)
+    hf-hub:USER/NAME, hf:USER/NAME           such a folder on the Hub; USER/NAME alone asks it for
+                                             3 seconds
+    ViT-B-32:laion2b_s34b_b79k               an open_clip architecture with one of its tags
+    ViT-B-32:epoch_32.pt                     an architecture with a file of weights
+    MY.json:epoch_32.pt                      the same for an architecture of your own
+    epoch_32.pt                              a file of weights, where the architecture is known
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.pretrained import hub
+from vlp.pretrained import clip_description, hub
+from vlp.pretrained.folders import listing, read_json
 from vlp.schema import did_you_mean
 
 CONFIG = "open_clip_config.json"
-STAGES = "vlp_stages.json"  # of a folder whose members are exports (vlp.models.stages)
-MANIFEST = "vlp_export.json"  # of an export: its name and the files that it wrote
-TEXT_TOWER = "text_tower"  # a folder of our exports: the configuration of a Hugging Face text tower
+# of a folder whose members are exports (vlp.models.stages)
+STAGES = "vlp_stages.json"
+# a folder of our exports: the configuration of a Hugging Face text tower
+TEXT_TOWER = "text_tower"
 # The names that open_clip gives the weights of a folder, in its order of preference.
 OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
@@ -32,21 +37,26 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
 )
-FILES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".npz",
-)  # endings of weights; npz is big_vision's
+# Endings of weights; npz is big_vision's.
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
+Kind = Literal["run", "stages", "open_clip", "transformers", "file", "tag"]
+
+# prefixes that say where to look
 _HUB = ("hf-hub:", "hf:")
 _LOCAL = "local-dir:"
 _WORKING = (
-    "a run or checkpoint of vlp, a folder with open_clip_config.json or with config.json of a CLIPModel or SiglipModel, "
-    "ARCHITECTURE:TAG or ARCHITECTURE:FILE of open_clip, FILE.json:FILE, hf-hub:USER/NAME"
+    "a run or checkpoint of vlp, a folder with open_clip_config.json or with config.json of a "
+    "CLIPModel or SiglipModel, ARCHITECTURE:TAG or ARCHITECTURE:FILE of open_clip, FILE.json:FILE, "
+    "hf-hub:USER/NAME"
 )
+# A folder with one of these says its own architecture; the first that it holds tells its kind.
+_MARKS: dict[str, Kind] = {
+    "manifest.json": "run",
+    STAGES: "stages",
+    CONFIG: "open_clip",
+    "config.json": "transformers",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Reference:
     """A reference that was found to mean something. `text` is what was written."""
 
     text: str
-    kind: Literal["run", "stages", "open_clip", "transformers", "file", "tag"]
+    kind: Kind
     path: Path = Path()  # the folder, or the file of weights
     architecture: str = ""  # of a tag, and of a file where it was named: see `describe`
     tag: str = ""
@@ -71,6 +81,7 @@ def resolve(reference: str | Path | Reference) -> Reference:
     if text.startswith(_HUB):
         return in_folder(text, hub.snapshot(text.partition(":")[2]))
 
+    # What exists here comes first: a name may look like a repository's and be a folder.
     place = Path(text.removeprefix(_LOCAL)).expanduser()
     if place.is_dir():
         return in_folder(text, place)
@@ -82,18 +93,19 @@ def resolve(reference: str | Path | Reference) -> Reference:
     architecture, colon, weights = text.partition(":")
     if colon:
         return _with_weights(text, architecture, weights)
+
     import open_clip
 
     if text in open_clip.list_models():
         known = ", ".join(open_clip.list_pretrained_tags_by_model(text)) or "none"
         raise ValueError(
-            f"{text} is an architecture without weights; write {text}:TAG (known: {known}) or {text}:FILE"
+            f"{text} is an architecture without weights; write {text}:TAG (known: {known}) or "
+            f"{text}:FILE"
         )
-    if (
-        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)
-        and place.suffix not in FILES
-        and not place.parent.exists()
-    ):
+
+    # A mistyped path is no business of a Hub: its folder exists, or it ends like a file of weights.
+    like_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)
+    if like_repository and place.suffix not in FILES and not place.parent.exists():
         return in_folder(text, hub.snapshot(text, patient=False))
     raise ValueError(
         f"no model {text!r}: no such file or folder{_near(place)}. What works: {_WORKING}"
@@ -105,12 +117,13 @@ def in_folder(text: str, folder: Path) -> Reference:
     none.
     """
     checkpoints = folder / "checkpoints"
-    if (folder / "manifest.json").is_file() or any(checkpoints.glob("step_*")):
+    if any(checkpoints.glob("step_*")):
         return Reference(text, "run", folder)
-    for name, kind in ((STAGES, "stages"), (CONFIG, "open_clip"), ("config.json", "transformers")):
+    for name, kind in _MARKS.items():
         if (folder / name).is_file():
             return Reference(text, kind, folder)
 
+    # It is none. What it holds instead decides what the user should write.
     trained = sorted(checkpoints.glob("*.pt")) + sorted(folder.glob("epoch_*.pt"))
     if trained:
         raise ValueError(
@@ -120,8 +133,8 @@ def in_folder(text: str, folder: Path) -> Reference:
     weights = sorted(path for path in folder.iterdir() if path.suffix in FILES)
     if weights:
         raise ValueError(
-            f"{folder} holds weights ({weights[0].name}) but neither {CONFIG} nor config.json, which would describe them; "
-            f"name the architecture: ARCHITECTURE:{weights[0]}"
+            f"{folder} holds weights ({weights[0].name}) but neither {CONFIG} nor config.json, "
+            f"which would describe them; name the architecture: ARCHITECTURE:{weights[0]}"
         )
     if checkpoints.is_dir():
         raise ValueError(
@@ -138,9 +151,11 @@ def describe(architecture: str) -> dict[str, Any]:
     """
     import open_clip
 
+    # open_clip's own names come first; a colon would make it ask a Hub.
     named = open_clip.get_model_config(architecture) if ":" not in architecture else None
     if named is not None:
         return {"model_cfg": named, "preprocess_cfg": {}}
+
     place = Path(architecture)
     if place.suffix == ".json" and place.is_file():
         return _own_architecture(place)
@@ -149,15 +164,15 @@ def describe(architecture: str) -> dict[str, Any]:
         raise ValueError(
             f"open_clip knows no architecture {architecture!r}{did_you_mean(architecture, known)}"
         )
-    found = resolve(architecture)
-    if found.kind == "open_clip":
-        return read_config(found.path)
-    if found.kind == "transformers":
-        from vlp.pretrained import clip_layout
 
-        return clip_layout.describe(found.path)
+    reference = resolve(architecture)
+    if reference.kind == "open_clip":
+        return read_config(reference.path)
+    if reference.kind == "transformers":
+        return clip_description.describe(reference.path)
     raise ValueError(
-        f"{architecture} is a {found.kind}, whose towers vlp builds from its own `model` section; copy that"
+        f"{architecture} is a {reference.kind}, whose towers vlp builds from its own `model` "
+        "section; copy that"
     )
 
 
@@ -168,6 +183,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if "model_cfg" not in config:
         raise ValueError(f"{folder / CONFIG} has no section 'model_cfg'; found {sorted(config)}")
+
+    # An export moves: its files say ".", or the place they were first written to.
     text = config["model_cfg"]["text_cfg"]
     if text.get("hf_tokenizer_name") and (folder / "tokenizer_config.json").exists():
         text["hf_tokenizer_name"] = str(folder)
@@ -176,62 +193,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {"preprocess_cfg": {}} | config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a ValueError says what is wrong with it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path.parent} holds no {path.name}; it holds {listing(path.parent)}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); export or download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
-def files_of(folder: Path) -> list[str]:
-    """The files below a folder, links among them, by their path in it."""
-    return [
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_symlink() or path.is_file()
-    ]
-
-
-def exported_files(folder: Path) -> list[str]:
-    """The files that an export wrote there, by its own list; none where it is no export."""
-    return read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else []
-
-
-def listing(folder: Path, most: int = 8) -> str:
-    """The names in a folder for a message, folders with a slash."""
-    if not folder.is_dir():
-        return "nothing: there is no such folder"
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "nothing"
-
-
 def _of_file(text: str, path: Path) -> Reference:
     """A file of weights; the folder around it where that describes them, or where the file is its
     description.
     """
-    if path.name in (CONFIG, "config.json", "manifest.json", STAGES):
+    if path.name in _MARKS:
         return in_folder(text, path.parent)
     if path.suffix == ".json":
         _own_architecture(path)
         raise ValueError(
             f"{text} is an architecture without weights; write {text}:FILE with a file of weights"
         )
+    # Better refused here than by an unpickler that finds something else.
     if path.suffix not in FILES:
+        endings = ", ".join(FILES)
         raise ValueError(
-            f"{text} is no file of weights; expected one ending in {', '.join(FILES)}, or {_WORKING}"
+            f"{text} is no file of weights; expected one ending in {endings}, or {_WORKING}"
         )
-    described = any(
-        (path.parent / name).is_file() for name in (CONFIG, "config.json", "manifest.json")
-    )
+
+    # A file of the usual name is the folder's model, which the folder describes.
+    describing = (CONFIG, "config.json", "manifest.json")
+    described = any((path.parent / name).is_file() for name in describing)
     if described and path.name in ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS):
         return in_folder(text, path.parent)
     return Reference(text, "file", path)
@@ -241,25 +223,30 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     """ARCHITECTURE:TAG or ARCHITECTURE:FILE."""
     import open_clip
 
-    address = re.fullmatch(
-        r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*", text
-    )
+    # "https://…" has a colon as well.
+    hub_page = r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*"
+    address = re.fullmatch(hub_page, text)
     if address:
         raise ValueError(f"{text} is an address; write hf-hub:{address[2]}")
+
     own = Path(architecture).suffix == ".json"
     if own and not Path(architecture).is_file():
         raise ValueError(f"no file {architecture}{_near(Path(architecture))}")
     if not own and architecture not in open_clip.list_models():
         hint = did_you_mean(architecture, open_clip.list_models()).partition(";")[0]
         raise ValueError(
-            f"no model {text!r}: open_clip knows no architecture {architecture!r}{hint}. What works: {_WORKING}"
+            f"no model {text!r}: open_clip knows no architecture {architecture!r}{hint}. "
+            f"What works: {_WORKING}"
         )
+
+    # A file comes before a tag of the same name: it is what the user has.
     place = Path(weights).expanduser()
     if place.is_file():
         return Reference(text, "file", place, architecture)
     tags = [] if own else open_clip.list_pretrained_tags_by_model(architecture)
     if weights in tags:
         return Reference(text, "tag", architecture=architecture, tag=weights)
+
     if place.is_dir():
         raise ValueError(
             f"{weights} is a folder, which says its architecture itself; write {weights} alone"
@@ -282,12 +269,12 @@ def _own_architecture(path: Path) -> dict[str, Any]:
 
 def _trained_as(weights: Path) -> str:
     """The architecture that open_clip's trainer noted beside its checkpoints, or nothing."""
+    # Its trainer writes RUN/params.txt and RUN/checkpoints/epoch_N.pt.
     for folder in (weights.parent, weights.parent.parent):
         notes = folder / "params.txt"
         if notes.is_file():
-            line = re.search(
-                r"^model: (\S+)$", notes.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-            )
+            parameters = notes.read_text(encoding="utf-8", errors="replace")
+            line = re.search(r"^model: (\S+)$", parameters, re.MULTILINE)
             return line[1] if line else ""
     return ""
 
@@ -299,18 +286,23 @@ def architecture_hint(weights: Path) -> str:
 
 def _near(place: Path) -> str:
     """The closest existing names, for a path that leads nowhere."""
+    # Up to the first folder that exists: the mistake may lie higher in the path.
     folder = place.parent
     while not folder.is_dir() and folder != folder.parent:
         place, folder = folder, folder.parent
+
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(place.name, names, n=3, cutoff=0.6)
-    return f" (near it: {', '.join(str(folder / name) for name in close)})" if close else ""
+    if not close:
+        return ""
+    return f" (near it: {', '.join(str(folder / name) for name in close)})"
 
 
 def _inside(folder: Path) -> str:
     """Subfolders that are models, for a folder that is none."""
-    names = ("manifest.json", STAGES, CONFIG, "config.json")
     models = [
-        path for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in names)
+        path for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in _MARKS)
     ]
-    return f"; models inside it: {', '.join(map(str, models[:3]))}" if models else ""
+    if not models:
+        return ""
+    return f"; models inside it: {', '.join(map(str, models[:3]))}"

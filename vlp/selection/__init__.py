@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlp.config import Config
-    from vlp.engines.parallel import Engine
+    from vlp.engines import Engine
     from vlp.models.dual_encoder import DualEncoder
     from vlp.step import Training
     from vlp.types import Batch
@@ -45,18 +45,22 @@ class Selection:
 
     def check(self, carried: frozenset[str]) -> None:
         """Refuse data whose batches do not carry what choosing reads."""
-        if missing := sorted(self.needs - carried):
+        missing_fields = sorted(self.needs - carried)
+        if missing_fields:
             raise ValueError(
-                f"the selection needs {missing}, but the data carries {sorted(carried)}; store them with `vlp data embed` and "
-                "name them in the source's `embeddings`"
+                f"the selection needs {missing_fields}, but the data carries {sorted(carried)}; "
+                "store them with `vlp data embed` and name them in the source's `embeddings`"
             )
 
 
 def build(config: Config, model: DualEncoder, engine: Engine) -> Selection:
-    """The selection that `config.selection` names; without one every row that is loaded is trained
-    on.
+    """The selection that `config.selection` names.
+
+    Without one every row that is loaded is trained on.
     """
     if not config.selection:
         return Selection(config.train.batch)
+
+    # The configuration holds one at most.
     (plugin,) = config.selection
     return plugin.module.open(plugin.options, config, model, engine)

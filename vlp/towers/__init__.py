@@ -1,13 +1,16 @@
 """Image and text towers. open_clip builds them; a file here turns a few options into sections of
 its configuration.
 
-A tower file holds a frozen dataclass `Options` and functions of an instance of it, each returning the section of
-open_clip_config.json whose name it bears, so that whatever is trained here can be exported there:
+A tower file holds a frozen dataclass `Options` and functions of an instance of it, each returning
+the section of open_clip_config.json whose name it bears, so that whatever is trained here can be
+exported there:
 
     vision_cfg(options)      the file can be an image tower
     text_cfg(options)        the file can be a text tower
-    shared_cfg(options)      optional: top-level keys (embed_dim, quick_gelu, …); two towers must not contradict
-    preprocess_cfg(options)  optional: mean, std, interpolation, resize_mode of the pixels an image tower expects
+    shared_cfg(options)      optional: top-level keys (embed_dim, quick_gelu, …) that two towers
+                             must not contradict
+    preprocess_cfg(options)  optional: mean, std, interpolation, resize_mode of the pixels that an
+                             image tower expects
 
 A file with both `vision_cfg` and `text_cfg` can stand alone as the image tower.
 `vlp.models.assemble` joins the sections; nothing else knows which towers exist.
@@ -30,5 +33,6 @@ class Common:
     def __post_init__(self) -> None:
         if self.precomputed and not self.locked:
             raise ValueError(
-                "precomputed embeddings stay as they are, so the tower must be locked: set locked: true"
+                "precomputed embeddings stay as they are, so the tower must be locked: "
+                "set locked: true"
             )

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # Hub name or local folder of a roberta, xlm-roberta, bert, mt5 or m2m_100 model
+    # Hub name or local folder of a roberta, xlm-roberta, bert, mt5 or m2m_100 model
+    model: str
     context_length: int = 77  # L
     pretrained: bool = True  # the language model's weights; false: random
     tokenizer: str | None = None  # Hub name or local folder; None: the model's
-    pooler: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = (
-        None  # None: usual for it
-    )
+    # where the text's features are read; None: as is usual for the model
+    pooler: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = None
+    # projection into the shared space: one layer, or two with GELU between
     proj: Literal["linear", "mlp"] = "linear"
-    clean: Literal["lower", "whitespace", "canonicalize"] = (
-        "whitespace"  # how captions are cleaned before tokens
-    )
+    # how captions are cleaned before they become tokens
+    clean: Literal["lower", "whitespace", "canonicalize"] = "whitespace"
 
     def __post_init__(self) -> None:
         if self.context_length < 3:
@@ -66,10 +66,13 @@ def reason(error: Exception) -> str:
     """What transformers says in a line; where it would have code of the folder run, that vlp does
     not.
     """
-    said = " ".join(str(error).split())
-    if "trust_remote_code" in said:
-        return "it needs code that it brings along, which vlp never runs; convert it to a class of transformers"
-    return said[:300]
+    message = " ".join(str(error).split())
+    if "trust_remote_code" in message:
+        return (
+            "it needs code that it brings along, which vlp never runs; convert it to a class of "
+            "transformers"
+        )
+    return message[:300]
 
 
 def _usual_pooler(model: str) -> str:
@@ -77,7 +80,8 @@ def _usual_pooler(model: str) -> str:
 
     kind = language_config(model).model_type
     if kind not in arch_dict:
+        close = did_you_mean(kind, arch_dict)
         raise ValueError(
-            f"{model!r} is a {kind!r} model, which open_clip cannot make a text tower{did_you_mean(kind, arch_dict)}"
+            f"{model!r} is a {kind!r} model, which open_clip cannot make a text tower{close}"
         )
     return arch_dict[kind]["pooler"]

@@ -9,6 +9,15 @@ from typing import Any
 
 from vlp.pretrained.references import describe
 
+_DECIDED_ELSEWHERE = {
+    "vision_cfg",
+    "text_cfg",
+    "custom_text",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -16,7 +25,8 @@ class Options:
     architecture: str
     image_size: int | None = None  # pixels, square; None: the architecture's
     context_length: int | None = None  # L; None: the architecture's
-    patch_dropout: float = 0.0  # share of patches left out in training (FLIP); none in evaluation
+    # share of patches left out in training (FLIP); none in evaluation
+    patch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.patch_dropout < 1:
@@ -26,37 +36,34 @@ class Options:
 def vision_cfg(options: Options) -> dict[str, Any]:
     section = _config(options.architecture)["vision_cfg"]
     if options.image_size is not None:
+        # It would train; the export would then fail in every other library.
         if "timm_model_name" in section and options.image_size != section["image_size"]:
             raise ValueError(
-                f"{options.architecture} has a timm image tower made for {section['image_size']} pixels; open_clip cannot "
-                f"reload it at {options.image_size}. Leave image_size out or choose another architecture"
+                f"{options.architecture} has a timm image tower made for {section['image_size']} "
+                f"pixels; open_clip cannot reload it at {options.image_size}. Leave image_size out "
+                "or choose another architecture"
             )
         section["image_size"] = options.image_size
-    return section | ({"patch_dropout": options.patch_dropout} if options.patch_dropout else {})
+
+    if options.patch_dropout:
+        section["patch_dropout"] = options.patch_dropout
+    return section
 
 
 def text_cfg(options: Options) -> dict[str, Any]:
     section = _config(options.architecture)["text_cfg"]
-    return section | (
-        {"context_length": options.context_length} if options.context_length is not None else {}
-    )
+    if options.context_length is not None:
+        section["context_length"] = options.context_length
+    return section
 
 
 def shared_cfg(options: Options) -> dict[str, Any]:
     """The architecture's other keys. Scale and bias are `vlp.config.Model`'s to say, and so is the
     class of the model.
     """
-    ours = {
-        "vision_cfg",
-        "text_cfg",
-        "custom_text",
-        "init_logit_scale",
-        "init_logit_bias",
-        "nonscalar_logit_scale",
-    }
-    return {"quick_gelu": False} | {
-        k: v for k, v in _config(options.architecture).items() if k not in ours
-    }
+    config = _config(options.architecture)
+    others = {key: value for key, value in config.items() if key not in _DECIDED_ELSEWHERE}
+    return {"quick_gelu": False} | others
 
 
 def preprocess_cfg(options: Options) -> dict[str, Any]:
@@ -70,6 +77,7 @@ def _config(architecture: str) -> dict[str, Any]:
     config = describe(architecture)["model_cfg"]
     if "multimodal_cfg" in config:
         raise ValueError(
-            f"{architecture} has a captioning decoder beside its two towers; choose a dual encoder, such as ViT-B-32"
+            f"{architecture} has a captioning decoder beside its two towers; choose a dual "
+            "encoder, such as ViT-B-32"
         )
     return config

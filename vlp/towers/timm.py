@@ -9,21 +9,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # timm's name, optionally with a tag of weights: resnet50, convnext_tiny.fb_in22k
+    # timm's name, optionally with a tag of weights: resnet50, convnext_tiny.fb_in22k
+    model: str
     image_size: int | None = None  # pixels, square; None: what timm states for the model
-    pretrained: bool = (
-        False  # timm's own weights (downloaded); without them the trunk starts at random
-    )
-    pool: Literal["", "avg", "token", "map", "abs_attn", "rot_attn"] = ""  # "": the model's own
-    proj: Literal["linear", "mlp", "none"] = (
-        "linear"  # none: the trunk's features are the embedding
-    )
-    proj_bias: bool = False
+    # timm's own weights (downloaded); without them the trunk starts at random
+    pretrained: bool = False
+    # how the trunk's features become one vector; "": the model's own way
+    pool: Literal["", "avg", "token", "map", "abs_attn", "rot_attn"] = ""
+    # into the shared space; none: the trunk's features are the embedding
+    proj: Literal["linear", "mlp", "none"] = "linear"
+    proj_bias: bool = False  # the linear projection has a bias
     drop: float = 0.0  # dropout before the projection
     drop_path: float | None = None  # stochastic depth of the trunk
-    patch_dropout: float = (
-        0.0  # share of patches left out in training (FLIP), where the model has patches
-    )
+    # share of patches left out in training (FLIP), where the model has patches
+    patch_dropout: float = 0.0
 
 
 def vision_cfg(options: Options) -> dict[str, Any]:
@@ -31,22 +30,27 @@ def vision_cfg(options: Options) -> dict[str, Any]:
     own_size = stated.input_size[-1]
     if stated.fixed_input_size and options.image_size not in (None, own_size):
         raise ValueError(
-            f"timm's {options.model} is made for {own_size} pixels and open_clip cannot reload it at {options.image_size}; "
-            f"leave image_size out, choose a model of that size, or use the tower 'vit'"
+            f"timm's {options.model} is made for {own_size} pixels and open_clip cannot reload it "
+            f"at {options.image_size}; leave image_size out, choose a model of that size, or use "
+            "the tower 'vit'"
         )
+
+    # open_clip's empty projection makes timm's own head the projection: attention pools end with
+    # theirs.
+    attention_pool = options.pool in ("abs_attn", "rot_attn")
     section = {
         "timm_model_name": options.model,
         "timm_model_pretrained": options.pretrained,
         "timm_pool": options.pool,
-        # open_clip's empty projection makes timm's own head the projection: attention pools end
-        # with theirs
-        "timm_proj": "" if options.pool in ("abs_attn", "rot_attn") else options.proj,
+        "timm_proj": "" if attention_pool else options.proj,
         "timm_proj_bias": options.proj_bias,
         "timm_drop": options.drop,
         "timm_drop_path": options.drop_path,
         "image_size": options.image_size or own_size,
     }
-    return section | ({"patch_dropout": options.patch_dropout} if options.patch_dropout else {})
+    if options.patch_dropout:
+        section["patch_dropout"] = options.patch_dropout
+    return section
 
 
 def preprocess_cfg(options: Options) -> dict[str, Any]:
@@ -54,9 +58,10 @@ def preprocess_cfg(options: Options) -> dict[str, Any]:
     if not options.pretrained:
         return {}
     stated = _stated(options.model)
-    interpolation = (
-        stated.interpolation if stated.interpolation in ("bicubic", "bilinear") else "bicubic"
-    )
+
+    # timm may name another one, which vlp's transforms do not have.
+    known = stated.interpolation in ("bicubic", "bilinear")
+    interpolation = stated.interpolation if known else "bicubic"
     return {"mean": list(stated.mean), "std": list(stated.std), "interpolation": interpolation}
 
 
@@ -68,6 +73,7 @@ def _stated(model: str) -> Any:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"close to it: {', '.join(close)}" if close else "timm.list_models() has them"
         raise ValueError(f"timm knows no model {model!r}; {hint}")
+
     try:
         return timm.get_pretrained_cfg(model)
     except RuntimeError:

@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Options:
-    width: int
-    layers: int
-    heads: int
+    width: int  # of a token
+    layers: int  # transformer blocks
+    heads: int  # attention heads; must divide width
     context_length: int = 77  # L, begin and end tokens included
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
     quick_gelu: bool = False  # OpenAI's x·σ(1.702x) instead of GELU
 
     def __post_init__(self) -> None:

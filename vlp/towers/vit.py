@@ -10,23 +10,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Options:
-    width: int
-    layers: int
-    patch_size: int
+    width: int  # of a token
+    layers: int  # transformer blocks
+    patch_size: int  # pixels, square; must divide image_size
     image_size: int  # pixels, square
     head_width: int = 64  # width of one attention head
-    mlp_ratio: float = 4.0
-    pool: Literal["tok", "avg"] = (
-        "tok"  # class token, or mean over patches (exported to open_clip only)
-    )
-    patch_dropout: float = 0.0  # share of patches left out in training (FLIP); none in evaluation
+    mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
+    # class token, or mean over patches (exported to open_clip only)
+    pool: Literal["tok", "avg"] = "tok"
+    # share of patches left out in training (FLIP); none in evaluation
+    patch_dropout: float = 0.0
     quick_gelu: bool = False  # OpenAI's x·σ(1.702x) instead of GELU
 
     def __post_init__(self) -> None:
-        if (
-            min(self.width, self.layers, self.patch_size, self.image_size, self.head_width) < 1
-            or self.mlp_ratio <= 0
-        ):
+        sizes = (self.width, self.layers, self.patch_size, self.image_size, self.head_width)
+        if min(sizes) < 1 or self.mlp_ratio <= 0:
             raise ValueError(
                 "width, layers, patch_size, image_size, head_width and mlp_ratio must be positive"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vlp.data.wrong_captions import LISTS, read
 
@@ -22,12 +22,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a source's shards hold, as a checkpoint keeps it to notice shards that changed."""
+
+    names: Sequence[str] = ()  # of the shards
+    digests: Sequence[str] = ()  # DIGITS letters each, or "-" that often where it is not known
+
+    DIGITS: ClassVar[int] = 8
+
+    def differing(self, joined: str) -> list[str]:
+        """In words, which shards have other digests than those of a checkpoint, joined there."""
+        # An index of the version before knows no digests, so nothing is said of its shards.
+        before = [joined[i : i + self.DIGITS] for i in range(0, len(joined), self.DIGITS)]
+        unknown = "-" * self.DIGITS
+
+        changed = [
+            name
+            for name, old, new in zip(self.names, before, self.digests)
+            if old != new and unknown not in (old, new)
+        ]
+        if not changed:
+            return []
+
+        listed = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
+        return [f"{len(changed)} of {len(self.names)} shards hold other content now: {listed}"]
+
+
+@dataclass(frozen=True)
 class Common:
     """Keys of every source."""
 
-    weight: float | None = (
-        None  # share of the samples drawn; None for all sources: every sample once an epoch
-    )
+    # Share of the samples drawn; None for all sources: every sample once an epoch.
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.weight <= 0:
@@ -41,9 +67,8 @@ class Source(Protocol):
     A source inherits this protocol and overrides what it offers.
     """
 
-    n_left_out: int = (
-        0  # samples that exist but cannot be used (damaged, without text where those are dropped)
-    )
+    # Samples that exist but cannot be used (damaged, without text where those are dropped).
+    n_left_out: int = 0
     n_negatives: int = 0  # most hard-negative captions of any caption
     n_counterfactuals: int = 0  # most counterfactual captions of any caption
     pictured: bool = False  # some sample has an image of its first negative
@@ -53,10 +78,13 @@ class Source(Protocol):
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
     # any time
     reserve: int = 0
-    # With a window also: runs, the samples of each shard, int64; prepare(ids), which begins to
-    # fetch their shards.
+    runs: Any = None  # with a window: the samples of each shard, int64
 
     def __len__(self) -> int: ...
+
+    def prepare(self, ids: np.ndarray) -> None:
+        """Begin to fetch the shards of these samples, without waiting."""
+        assert not self.window, "a source with a window fetches its shards"
 
     def __getitem__(self, i: int) -> Sample:
         """Sample i with sample_id = i; raises OSError or ValueError where it cannot be read."""
@@ -65,6 +93,12 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever number, order or place of the samples do; a resumed run compares it."""
         ...
+
+    def contents(self) -> Contents:
+        """What its shards hold; a source without shards, or of which nothing is known, says
+        nothing.
+        """
+        return Contents()
 
     def problems(self) -> list[str]:
         """What was left out or odd, in words, as far as it was kept."""
@@ -81,7 +115,8 @@ class Source(Protocol):
     def n_captions(self) -> np.ndarray:
         """How many captions each sample has, int64 [n]."""
         raise ValueError(
-            f"{type(self).__name__} does not know how many captions its samples have; pack it into shards"
+            f"{type(self).__name__} does not know how many captions its samples have; "
+            "pack it into shards"
         )
 
     def origins(self) -> np.ndarray:
@@ -101,9 +136,8 @@ def captions_of(
     """
     if captions or not config.class_templates:
         return captions
+
     name = meta.get("class")
-    return (
-        tuple(template.replace("{}", name) for template in config.class_templates)
-        if isinstance(name, str)
-        else ()
-    )
+    if not isinstance(name, str):
+        return ()
+    return tuple(template.replace("{}", name) for template in config.class_templates)

@@ -31,25 +31,30 @@ def open_tree(
     """
     archive = Archive(path, split)
     tree = read_tree(archive, captions.lines)
-    if tree.paired != paired:
-        there = (
-            "images with texts beside them; use {name: folder}"
-            if tree.paired
-            else (
-                "one folder a class and no text beside an image; use {name: classes}, or name a table with captions: TABLE"
-            )
+
+    # The other kind would train, on the wrong captions.
+    if tree.paired and not paired:
+        raise ValueError(
+            f"{archive.path} holds images with texts beside them; use {{name: folder}}"
         )
-        raise ValueError(f"{archive.path} holds {there}")
+    if paired and not tree.paired:
+        raise ValueError(
+            f"{archive.path} holds one folder a class and no text beside an image; "
+            "use {name: classes}, or name a table with captions: TABLE"
+        )
+
     if tree.problems and on_missing == "fail":
         lines = "\n".join(tree.problems[:10])
         raise ValueError(
-            f"{len(tree.problems)} images or folders cannot be used; on_missing: skip leaves them out\n{lines}"
+            f"{len(tree.problems)} images or folders cannot be used; "
+            f"on_missing: skip leaves them out\n{lines}"
         )
-    passed_over = [f"left out {archive.left_out}"] if archive.left_out.counts else []
-    notes = [f"{archive.path}: {note}" for note in tree.notes + passed_over]
-    return Listed(
-        archive, [(item, item.image) for item in tree.items], captions, tree.problems, notes
-    )
+
+    notes = [f"{archive.path}: {note}" for note in tree.notes]
+    if archive.left_out.counts:
+        notes.append(f"{archive.path}: left out {archive.left_out}")
+    named = [(item, item.image) for item in tree.items]
+    return Listed(archive, named, captions, tree.problems, notes)
 
 
 class Listed(Source):
@@ -68,40 +73,44 @@ class Listed(Source):
         notes: Sequence[str] = (),
     ) -> None:
         named, clashes = settle(named, archive)
-        records, odd, self._problems, digest = [], [], [*problems, *clashes], hashlib.sha256()
+        records: list[bytes] = []
+        silent: list[str] = []  # samples without a caption
+        odd: list[str] = []  # what costs no sample
+        digest = hashlib.sha256()
         self.labels = frozenset(LABELS)
         for item, name in named:
             texts = captions_of(tuple(item.captions), item.meta, captions)
             if not texts:
-                self._problems.append(f"{archive.path}: {name!r} has no caption")
+                silent.append(f"{archive.path}: {name!r} has no caption")
                 continue
+
             records.append(json.dumps([name, archive.place(name), texts, item.meta]).encode())
-            digest.update(
-                json.dumps([name, texts, item.meta]).encode()
-            )  # not the place: a data set may be moved
-            self.note_wrong_captions(item.meta, texts)
-            odd += [
-                f"{archive.path}: {name!r}: {problem}"
-                for problem in wrong_captions.problems(item.meta, texts)
-            ]
+            # Without the place: a data set may be moved.
+            digest.update(json.dumps([name, texts, item.meta]).encode())
             self.labels &= labels_of(item.meta)
-        self.n_left_out = len(self._problems)
-        n_silent = len(named) - len(records)
-        if n_silent and captions.missing == "error":
+            self.note_wrong_captions(item.meta, texts)
+            for problem in wrong_captions.problems(item.meta, texts):
+                odd.append(f"{archive.path}: {name!r}: {problem}")
+        self._digest = digest.hexdigest()
+
+        # Refused only after all have been looked at, so that the error counts them.
+        left_out = [*problems, *clashes, *silent]
+        if silent and captions.missing == "error":
             raise ValueError(
-                f"{n_silent} of {len(named)} images in {archive.path} have no caption (the first: {self._problems[-n_silent]}); "
-                "set captions.class_templates to make captions of class names, or captions.missing=drop to leave them out"
+                f"{len(silent)} of {len(named)} images in {archive.path} have no caption "
+                f"(the first: {silent[0]}); set captions.class_templates to make captions of class "
+                "names, or captions.missing=drop to leave them out"
             )
         if not records:
-            raise ValueError(
-                f"{archive.path} holds no usable sample: {'; '.join(self._problems[:3]) or 'no rows'}"
-            )
-        self._problems += [*odd, *notes]
-        self._digest = digest.hexdigest()
+            reasons = "; ".join(left_out[:3]) or "no rows"
+            raise ValueError(f"{archive.path} holds no usable sample: {reasons}")
+
+        self.n_left_out = len(left_out)
+        self._problems = [*left_out, *odd, *notes]
+
         # One block in shared memory instead of a million Python objects in every loader process.
-        self._text = torch.frombuffer(
-            bytearray(b"".join(records)), dtype=torch.uint8
-        ).share_memory_()
+        block = bytearray(b"".join(records))
+        self._text = torch.frombuffer(block, dtype=torch.uint8).share_memory_()
         self._ends = torch.tensor([0, *map(len, records)]).cumsum(0).share_memory_()
 
     def __len__(self) -> int:
@@ -109,26 +118,33 @@ class Listed(Source):
 
     def __getitem__(self, i: int) -> Sample:
         name, place, captions, meta = self._record(i)
-        return Sample(
-            i,
-            os.path.splitext(name)[0],
-            Place(*place).read(),
-            image_type(name),
-            tuple(captions),
-            meta,
-        )
+        key, _ = os.path.splitext(name)
+        image = Place(*place).read()
+        return Sample(i, key, image, image_type(name), tuple(captions), meta)
 
     def _record(self, i: int) -> tuple[str, list, list[str], dict[str, Any]]:
-        return tuple(json.loads(self._text[self._ends[i] : self._ends[i + 1]].numpy().tobytes()))
+        """Name, place, captions and JSON of sample i."""
+        start, end = self._ends[i : i + 2].tolist()
+        record = self._text[start:end].numpy()
+        return tuple(json.loads(record.tobytes()))
 
     def n_captions(self) -> np.ndarray:
-        return np.array([len(self._record(i)[2]) for i in range(len(self))], np.int64)
+        counts = []
+        for i in range(len(self)):
+            _, _, captions, _ = self._record(i)
+            counts.append(len(captions))
+        return np.array(counts, np.int64)
 
     def origins(self) -> np.ndarray:
-        names = [self._record(i)[3].get("origin") for i in range(len(self))]
-        return np.cumsum(
-            [name is None or name != before for name, before in zip(names, [None, *names])]
-        )
+        begins = []
+        origin_before = None
+        for i in range(len(self)):
+            _, _, _, meta = self._record(i)
+            origin = meta.get("origin")
+            begins.append(origin is None or origin != origin_before)
+            origin_before = origin
+
+        return np.cumsum(begins)
 
     def fingerprint(self) -> str:
         return self._digest

@@ -16,10 +16,10 @@ class Options:
     """Where the tree is."""
 
     path: str  # a folder (or a tar) with one sub-folder a class
-    split: str = ""  # the sub-folder to take where the path holds splits (train, val, …)
-    on_missing: Literal["fail", "skip"] = (
-        "fail"  # class folders without images, images outside: refuse, or leave out
-    )
+    # The sub-folder to take where the path holds splits (train, val, …).
+    split: str = ""
+    # Class folders without images, images outside of one: refuse, or leave out.
+    on_missing: Literal["fail", "skip"] = "fail"
 
 
 def open(options: Options, captions: Captions) -> Listed:

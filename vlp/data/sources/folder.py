@@ -1,7 +1,9 @@
 """A folder (or a tar) of images with their captions: in a table, or in texts beside the images.
 
 {name: folder, path: photos, captions: photos/captions.csv}
-{name: folder, path: photos}      # 00000/000000001.jpg with 000000001.txt or .json beside it, at any depth
+{name: folder, path: photos}
+
+The second finds 00000/000000001.jpg with 000000001.txt or .json beside it, at any depth.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Literal
 
 from vlp.config import Captions
 from vlp.data.archives import Archive
+from vlp.data.listing import Named
 from vlp.data.sources._listed import Listed, open_tree
 from vlp.data.tables import TableOptions, items
 
@@ -22,17 +25,23 @@ class Options(TableOptions):
     path: str  # folder or tar
     # .csv, .tsv, .txt, .token, .jsonl, .json or .parquet; rows of one image are taken together.
     captions: str = ""  # empty: texts beside the images
-    split: str = ""  # the sub-folder to take where the path holds splits (train, val, …)
-    on_missing: Literal["fail", "skip"] = "fail"  # rows that cannot be used: refuse, or leave out
+    # The sub-folder to take where the path holds splits (train, val, …).
+    split: str = ""
+    # Rows that cannot be used: refuse, or leave out.
+    on_missing: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
-        unsaid = TableOptions()
-        useless = [
-            f.name for f in fields(TableOptions) if getattr(self, f.name) != getattr(unsaid, f.name)
+        default = TableOptions()
+        # Without a table they would be read by nobody.
+        table_options = [
+            option.name
+            for option in fields(TableOptions)
+            if getattr(self, option.name) != getattr(default, option.name)
         ]
-        if useless and not self.captions:
+
+        if table_options and not self.captions:
             raise ValueError(
-                f"{', '.join(useless)} choose from a table; name it with captions: TABLE"
+                f"{', '.join(table_options)} choose from a table; name it with captions: TABLE"
             )
 
 
@@ -42,20 +51,24 @@ def open(options: Options, captions: Captions) -> Listed:
     """
     if not options.captions:
         return open_tree(options.path, options.split, options.on_missing, captions, paired=True)
+
     archive = Archive(options.path, options.split)
     listing = items(options.captions, options)
-    named = [(item, archive.find(item.image)) for item in listing.items]
-    missing = [
-        f"{listing.place(item)}: no image {item.image!r}: it {archive.why_not(item.image)}"
-        for item, name in named
-        if not name
-    ]
+    named: list[Named] = []
+    missing: list[str] = []
+    for item in listing.items:
+        name = archive.find(item.image)
+        if name:
+            named.append((item, name))
+        else:
+            reason = archive.why_not(item.image)
+            missing.append(f"{listing.place(item)}: no image {item.image!r}: it {reason}")
+
     problems = listing.problems + missing
     if problems and options.on_missing == "fail":
         lines = "\n".join(problems[:10])
         raise ValueError(
-            f"{len(problems)} rows cannot be used, {len(missing)} of them name images that are not there; "
-            f"on_missing: skip leaves them out\n{lines}"
+            f"{len(problems)} rows cannot be used, {len(missing)} of them name images that are not "
+            f"there; on_missing: skip leaves them out\n{lines}"
         )
-    placed = [(item, name) for item, name in named if name]
-    return Listed(archive, placed, captions, problems, listing.notes)
+    return Listed(archive, named, captions, problems, listing.notes)

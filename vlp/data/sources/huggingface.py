@@ -13,7 +13,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,13 +60,12 @@ class Options:
     config: str = ""  # the data set's configuration (subset), where it has several
     revision: str = ""  # branch, tag or commit on the Hub
     image_column: str = ""  # empty: the only column of images
-    caption_columns: list[str] = field(
-        default_factory=list
-    )  # empty: captions, caption, text, title, …, caption1, …
-    class_column: str = ""  # empty: class or class_name, or the only column of class labels
-    where: dict[str, Any] = field(
-        default_factory=dict
-    )  # only rows whose column has this value, or one of these
+    # Empty: captions, caption, text, title, …, caption1, …
+    caption_columns: list[str] = field(default_factory=list)
+    # Empty: class or class_name, or the only column of class labels.
+    class_column: str = ""
+    # Only rows whose column has this value, or one of these.
+    where: dict[str, Any] = field(default_factory=dict)
 
 
 def open(options: Options, captions: Captions) -> HubSet:
@@ -77,72 +76,82 @@ def open(options: Options, captions: Captions) -> HubSet:
         raise ValueError(
             "the source huggingface needs the package datasets: pip install 'vlp[datasets]'"
         ) from None
+
     table = _load(datasets, options)
     image = _image_column(datasets, table, options)
+    # Undecoded: `datasets` would decode each picture of a row that is only looked at.
     table = table.cast_column(image, datasets.Image(decode=False))
     table, notes = _chosen_rows(table, options)
-    texts_in, label = _caption_columns(table, options), _class_column(datasets, table, options)
-    if not texts_in and not label:
+
+    caption_columns = _caption_columns(table, options)
+    label = _class_column(datasets, table, options)
+    if not caption_columns and not label:
         raise ValueError(
-            f"{options.path}: no column is known to hold captions or classes; it has {listed(table.column_names)}. "
-            "Name it with caption_columns or class_column"
+            f"{options.path}: no column is known to hold captions or classes; "
+            f"it has {listed(table.column_names)}. Name it with caption_columns or class_column"
         )
-    return HubSet(table, image, texts_in, label, captions, options.path, notes)
+    columns = _Columns(image, caption_columns, label)
+    return HubSet(table, columns, captions, options.path, notes)
 
 
 def _load(datasets: Any, options: Options) -> datasets.Dataset:
-    saved = Path(options.path).expanduser()
-    single, several = ((saved / name).exists() for name in ("state.json", "dataset_dict.json"))
-    if single or several:
-        _refuse_choices(
-            options, ("split", "config", "revision") if single else ("config", "revision")
-        )
-    if single:
-        return datasets.load_from_disk(saved)
-    if several:
-        splits = datasets.load_from_disk(saved)
+    folder = Path(options.path).expanduser()
+
+    # What `save_to_disk` wrote: one data set, or one a split.
+    if (folder / "state.json").exists():
+        _refuse_choices(options, ("split", "config", "revision"))
+        return datasets.load_from_disk(folder)
+    if (folder / "dataset_dict.json").exists():
+        _refuse_choices(options, ("config", "revision"))
+        splits = datasets.load_from_disk(folder)
         if options.split not in splits:
             raise ValueError(
-                f"{saved} has no split {options.split!r}{did_you_mean(options.split, splits)}"
+                f"{folder} has no split {options.split!r}{did_you_mean(options.split, splits)}"
             )
         return splits[options.split]
-    where = str(saved) if saved.is_dir() else options.path
+
+    # A folder that load_dataset understands, or a name on the Hub.
+    path = str(folder) if folder.is_dir() else options.path
     return datasets.load_dataset(
-        where, options.config or None, split=options.split, revision=options.revision or None
+        path, options.config or None, split=options.split, revision=options.revision or None
     )
 
 
 def _refuse_choices(options: Options, names: tuple[str, ...]) -> None:
     """A folder of `save_to_disk` holds what was chosen when it was written."""
     default = Options(options.path)
-    asked = [
+    choices = [
         f"{name}: {getattr(options, name)}"
         for name in names
         if getattr(options, name) != getattr(default, name)
     ]
-    if asked:
+
+    if choices:
         raise ValueError(
-            f"{options.path} was written by save_to_disk, so there is nothing to choose with {', '.join(asked)}; "
-            "leave it out, or name the data set that the folder was made from"
+            f"{options.path} was written by save_to_disk, so there is nothing to choose with "
+            f"{', '.join(choices)}; leave it out, or name the data set that the folder was made "
+            "from"
         )
 
 
 def _image_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
-    kinds = {
-        name: kind for name, kind in table.features.items() if isinstance(kind, datasets.Image)
-    }
     if options.image_column:
         return _known(options.image_column, table, options)
-    if not kinds:  # pictures as plain bytes, as pandas and pyarrow write them
-        raw = [name for name, kind in table.features.items() if _holds_bytes(datasets, kind)]
-        by_name = usual(raw, IMAGE_COLUMNS)
-        kinds = dict.fromkeys([by_name] if by_name else raw)
-    if len(kinds) != 1:
+
+    features = table.features.items()
+    columns = [name for name, kind in features if isinstance(kind, datasets.Image)]
+    if not columns:  # pictures as plain bytes, as pandas and pyarrow write them
+        columns = [name for name, kind in features if _holds_bytes(datasets, kind)]
+        by_name = usual(columns, IMAGE_COLUMNS)
+        if by_name:
+            columns = [by_name]
+
+    if len(columns) != 1:
         there = f"no image column, only {listed(table.column_names)}"
-        if kinds:
-            there = f"image columns {listed(sorted(kinds))}"
+        if columns:
+            there = f"image columns {listed(sorted(columns))}"
         raise ValueError(f"{options.path} has {there}; name the one to use with image_column")
-    return next(iter(kinds))
+    return columns[0]
 
 
 def _holds_bytes(datasets: Any, kind: Any) -> bool:
@@ -153,11 +162,11 @@ def _holds_bytes(datasets: Any, kind: Any) -> bool:
 
 
 def _caption_columns(table: datasets.Dataset, options: Options) -> list[str]:
-    named = [_known(name, table, options) for name in options.caption_columns]
-    texts = [
-        name for name in table.column_names if name.lower() not in DIALOGUE_COLUMNS
-    ]  # only where they are named
-    return named or usual_captions(texts)
+    if options.caption_columns:
+        return [_known(name, table, options) for name in options.caption_columns]
+    # Dialogues only where they are named: an answer need not describe the picture.
+    columns = [name for name in table.column_names if name.lower() not in DIALOGUE_COLUMNS]
+    return usual_captions(columns)
 
 
 def _class_column(datasets: Any, table: datasets.Dataset, options: Options) -> str:
@@ -166,7 +175,10 @@ def _class_column(datasets: Any, table: datasets.Dataset, options: Options) -> s
     labels = [
         name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)
     ]
-    return usual(table.column_names, CLASS_COLUMNS) or (labels[0] if len(labels) == 1 else "")
+
+    # Of several columns of class labels none is the better guess.
+    only_label = labels[0] if len(labels) == 1 else ""
+    return usual(table.column_names, CLASS_COLUMNS) or only_label
 
 
 def _known(name: str, table: datasets.Dataset, options: Options) -> str:
@@ -178,34 +190,49 @@ def _chosen_rows(table: datasets.Dataset, options: Options) -> tuple[datasets.Da
     are there.
     """
     wanted = {_known(name, table, options): value for name, value in options.where.items()}
-    split = split_column(table.column_names)
-    names = [*wanted, *([split] if split and split not in wanted else [])]
-    cells = {name: _readable(table, name) for name in names}
+    cells = {name: _readable(table, name) for name in wanted}
     notes = []
-    if split and split not in wanted and len(set(cells[split])) > 1:
-        notes.append(
-            f"{options.path}: rows of all splits are taken together ({counted(cells[split])}); where chooses some"
-        )
+    split = split_column(table.column_names)
+    if split and split not in wanted:
+        splits = _readable(table, split)
+        if len(set(splits)) > 1:
+            notes.append(
+                f"{options.path}: rows of all splits are taken together ({counted(splits)}); "
+                "where chooses some"
+            )
     if not wanted:
         return table, notes
 
-    rows = [
-        i
-        for i in range(len(table))
-        if all(equals(cells[name][i], value) for name, value in wanted.items())
-    ]
+    rows = list(range(len(table)))
+    for name, value in wanted.items():
+        rows = [i for i in rows if equals(cells[name][i], value)]
     if not rows:
-        said = " and ".join(f"{name} = {asked(value)}" for name, value in wanted.items())
+        conditions = " and ".join(f"{name} = {asked(value)}" for name, value in wanted.items())
         there = "; ".join(f"{name} holds {counted(cells[name])}" for name in wanted)
-        raise ValueError(f"{options.path} has no row with {said}; {there}")
+        raise ValueError(f"{options.path} has no row with {conditions}; {there}")
     return table.select(rows), notes
 
 
 def _readable(table: datasets.Dataset, name: str) -> list[str]:
     """A column as a person writes its values: class labels by their names."""
     classes = getattr(table.features[name], "names", None)
+    # Selected first: a row of the whole table would be read with its picture.
     cells = table.select_columns([name])[name]
-    return [classes[cell] if classes and cell is not None else shown(cell) for cell in cells]
+    readable = []
+    for cell in cells:
+        if classes and cell is not None:
+            readable.append(classes[cell])
+        else:
+            readable.append(shown(cell))
+    return readable
+
+
+class _Columns(NamedTuple):
+    """The columns that count; `captions` and `label` may be empty, not both."""
+
+    image: str
+    captions: list[str]
+    label: str
 
 
 class HubSet(Source):
@@ -216,53 +243,58 @@ class HubSet(Source):
     def __init__(
         self,
         table: datasets.Dataset,
-        image: str,
-        texts: list[str],
-        label: str,
+        columns: _Columns,
         captions: Captions,
         name: str,
         notes: list[str],
     ) -> None:
-        self.image, self.texts, self.label, self.captions, self.name = (
-            image,
-            texts,
-            label,
-            captions,
-            name,
-        )
+        self.columns = columns
+        self.captions = captions
+        self.name = name
         self._notes = notes
         self._fields = [field for field in _FIELDS if field in table.column_names]
-        self._odd: list[str] = []  # problems that cost no row
-        self._table = table.select_columns(
-            list(dict.fromkeys([image, *texts, *filter(None, [label]), *self._fields]))
-        )
-        self._classes = getattr(
-            table.features.get(label), "names", None
-        )  # of a column of class labels: numbers
-        counts, digest = [], hashlib.sha256()
-        self.labels = frozenset(LABELS)
-        for row in self._table.remove_columns(image):
-            found, meta = self._text(row)
-            counts.append(len(found))
-            digest.update(json.dumps([found, meta]).encode())
-            self.note_wrong_captions(meta, found)
-            self._odd += [
-                f"{name}: row {len(counts) - 1}: {problem}"
-                for problem in wrong_captions.problems(meta, found)
-            ]
-            self.labels &= labels_of(meta)
-        self._digest = digest.hexdigest()
+
+        # Only these: reading a row must not read the rest of the table.
+        named = [columns.image, *columns.captions, columns.label, *self._fields]
+        self._table = table.select_columns(list(dict.fromkeys(filter(None, named))))
+        # Of a column of class labels, which holds their numbers.
+        self._classes = getattr(table.features.get(columns.label), "names", None)
+
+        counts = self._look_at_texts()
         rows = np.flatnonzero(counts)
         self.n_left_out = len(counts) - len(rows)
         if self.n_left_out and (captions.missing == "error" or not len(rows)):
             raise ValueError(
-                f"{self.n_left_out} of the {len(counts)} rows of {name} have no caption in {texts or 'any usual column'}; "
-                "set caption_columns, captions.class_templates, or captions.missing=drop to leave them out"
+                f"{self.n_left_out} of the {len(counts)} rows of {name} have no caption in "
+                f"{columns.captions or 'any usual column'}; set caption_columns, "
+                "captions.class_templates, or captions.missing=drop to leave them out"
             )
         if not len(rows):
             raise ValueError(f"{name} holds no rows")
+
+        # In shared memory: loader processes receive a handle instead of a copy.
         self._rows = torch.from_numpy(rows).share_memory_()
         self._counts = torch.tensor(counts)[self._rows].share_memory_()
+
+    def _look_at_texts(self) -> list[int]:
+        """How many captions each row of the table has; notes labels, wrong captions and digest."""
+        counts: list[int] = []
+        digest = hashlib.sha256()
+        self._odd: list[str] = []  # problems that cost no row
+        self.labels = frozenset(LABELS)
+
+        # Without the pictures, which would be read from disk one by one.
+        for number, row in enumerate(self._table.remove_columns(self.columns.image)):
+            captions, meta = self._text(row)
+            counts.append(len(captions))
+            digest.update(json.dumps([captions, meta]).encode())
+            self.labels &= labels_of(meta)
+            self.note_wrong_captions(meta, captions)
+            for problem in wrong_captions.problems(meta, captions):
+                self._odd.append(f"{self.name}: row {number}: {problem}")
+
+        self._digest = digest.hexdigest()
+        return counts
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -270,37 +302,45 @@ class HubSet(Source):
     def __getitem__(self, i: int) -> Sample:
         number = int(self._rows[i])
         row = self._table[number]
-        image = row.pop(self.image) or {"bytes": None, "path": None}
-        data = image["bytes"]
-        if data is None and image["path"]:
-            data = Place(image["path"]).read()
-        if not data:
+
+        # A picture is bytes, or only the path of a file that was never read in.
+        stored = row.pop(self.columns.image) or {"bytes": None, "path": None}
+        image = stored["bytes"]
+        if image is None and stored["path"]:
+            image = Place(stored["path"]).read()
+        if not image:
             raise ValueError(f"row {number} of {self.name} has no image")
+
+        kind = image_type(stored["path"] or "") or _type(image)
         captions, meta = self._text(row)
-        return Sample(
-            i, f"{number:09d}", data, image_type(image["path"] or "") or _type(data), captions, meta
-        )
+        return Sample(i, f"{number:09d}", image, kind, captions, meta)
 
     def _text(self, row: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
         """A row's captions, and what a shard's JSON would hold besides."""
         meta = {name: jsonable(row[name]) for name in self._fields if row[name] is not None}
-        if self.label and row[self.label] is not None:
-            value = row[self.label]
-            meta["class"] = self._classes[value].replace("_", " ") if self._classes else str(value)
-        found = []
-        for name in self.texts:
+        label = row[self.columns.label] if self.columns.label else None
+
+        if label is not None:
+            meta["class"] = str(label)
+            if self._classes:
+                meta["class"] = self._classes[label].replace("_", " ")
+
+        captions: list[str] = []
+        for name in self.columns.captions:
             try:
-                found += texts(row[name])
+                captions += texts(row[name])
             except NoText as error:
                 raise ValueError(f"{self.name}: {name}: {error}") from None
-        return captions_of(tuple(found), meta, self.captions), meta
+        return captions_of(tuple(captions), meta, self.captions), meta
 
     def fingerprint(self) -> str:
         return self._digest
 
     def problems(self) -> list[str]:
-        silent = [f"{self.name}: {self.n_left_out} rows without text"] if self.n_left_out else []
-        return silent + self._odd + self._notes
+        problems = [*self._odd, *self._notes]
+        if self.n_left_out:
+            problems.insert(0, f"{self.name}: {self.n_left_out} rows without text")
+        return problems
 
     def n_captions(self) -> np.ndarray:
         return self._counts.numpy()

@@ -26,11 +26,11 @@ from vlp import log
 from vlp.config import Captions
 from vlp.data.captions import Texts
 from vlp.data.fetch import Cache, folder_and_name, version_of
-from vlp.data.index import NAME, OldIndex, cache_folder, parse_index, save_index
+from vlp.data.index import NAME, cache_folder, parse_index, save_index
 from vlp.data.paths import is_packed
 from vlp.data.rows import Shard
 from vlp.data.scan import scan
-from vlp.data.sources import Source
+from vlp.data.sources import Contents, Source
 from vlp.data.sources.shards import Shards
 from vlp.privacy import address
 from vlp.types import Sample
@@ -40,23 +40,22 @@ _REST_S = 300.0  # before a shard that failed all tries is asked for again
 
 @dataclass(frozen=True)
 class Options(Texts):
-    """Where the shards are, how much of them is held here, and which of their texts are captions."""
+    """Where the shards are, how much of them is held here, and which texts are captions."""
 
     path: str  # addresses with braces, several joined by ::, or a folder's address ending in /
     window: int = 8  # shards whose samples are shuffled together
     cache_gb: float = 50.0  # of local disk; must hold three windows
-    stall_s: float = (
-        60.0  # http and s3: a connection silent for so long is given up, and the shard tried again
-    )
-    storage: dict[str, Any] = field(
-        default_factory=dict
-    )  # fsspec's options for this kind of address
+    # http and s3: a connection silent for so long is given up, and the shard tried again.
+    stall_s: float = 60.0
+    # fsspec's options for this kind of address.
+    storage: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window < 1 or min(self.cache_gb, self.stall_s) <= 0:
             raise ValueError(
-                f"window is {self.window}, cache_gb {self.cache_gb}, stall_s {self.stall_s}; expected at least 1, and more than 0"
+                f"window is {self.window}, cache_gb {self.cache_gb}, stall_s {self.stall_s}; "
+                "expected at least 1, and more than 0"
             )
 
 
@@ -67,15 +66,20 @@ def open(options: Options, captions: Captions) -> Remote:
     sizes = [int(info["size"]) for info in infos]
     versions = [version_of(info) for info in infos]
     cache = replace(cache, versions=dict(zip(map(address, urls), versions)))
-    told = zip(urls, sizes, versions)
-    changed = {url for url, size, version in told if cache.drop_if_changed(url, size, version)}
+
+    # Copies of what has changed go first: an index made here is of the old content.
+    changed = set()
+    for url, size, version in zip(urls, sizes, versions):
+        if cache.drop_if_changed(url, size, version):
+            changed.add(url)
     shards = _index(urls, sizes, changed, cache)
-    needed = (
-        3 * options.window * max(sizes)
-    )  # this window, the next, and the one that slower processes still read
+
+    # This window, the next, and the one that slower processes still read.
+    needed = 3 * options.window * max(sizes)
     if needed > cache.limit_bytes:
         raise ValueError(
-            f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need {needed / 1e9:.2g}"
+            f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need "
+            f"{needed / 1e9:.2g}"
         )
     return Remote(Shards(urls, shards, captions, options), cache, options.window)
 
@@ -85,12 +89,14 @@ def _storage(options: Options) -> dict[str, Any]:
     none.
     """
     storage, patience = options.storage, options.stall_s
+
+    # Options of the user go before these.
     if options.path.startswith("s3://"):
         limits = {"connect_timeout": patience, "read_timeout": patience}
         return {**storage, "config_kwargs": {**limits, **storage.get("config_kwargs", {})}}
-    if options.path.startswith(("http://", "https://")) and importlib.util.find_spec(
-        "aiohttp"
-    ):  # else fsspec asks for it
+
+    is_http = options.path.startswith(("http://", "https://"))
+    if is_http and importlib.util.find_spec("aiohttp"):  # else fsspec asks for it
         from aiohttp import ClientTimeout
 
         limit = ClientTimeout(total=None, sock_connect=patience, sock_read=patience)
@@ -104,21 +110,24 @@ def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dict[str,
     for part in path.split("::"):
         if part.endswith("/"):
             file_system, root = fsspec.url_to_fs(part, **storage)
-            urls += sorted(
-                file_system.unstrip_protocol(name)
-                for name in file_system.glob(root.rstrip("/") + "/*.tar")
-            )
+            names = file_system.glob(root.rstrip("/") + "/*.tar")
+            urls += sorted(map(file_system.unstrip_protocol, names))
         else:
             urls += braceexpand(part)
+
     if not urls:
         raise ValueError(
             f"{path!r} names no shards; expected .tar addresses or a folder's address ending in /"
         )
-    if packed := [url for url in map(address, urls) if is_packed(url)]:
+    packed = [url for url in map(address, urls) if is_packed(url)]
+    if packed:
         raise ValueError(
-            f"{packed[0]} is compressed, but samples are read from any place of a plain tar; fetch the shards and write plain "
-            "ones: vlp data reshard FOLDER --to DIR (the source webdataset reads them as they are, in their order)"
+            f"{packed[0]} is compressed, but samples are read from any place of a plain tar; fetch "
+            "the shards and write plain ones: vlp data reshard FOLDER --to DIR (the source "
+            "webdataset reads them as they are, in their order)"
         )
+
+    # One look at each shard now: a missing one would be met hours later.
     try:
         file_system, _ = fsspec.url_to_fs(urls[0], **storage)
         return urls, [file_system.info(url) for url in urls]
@@ -133,9 +142,11 @@ def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dict[str,
 
 
 def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -> list[Shard]:
-    """The shards at the addresses; those that no index knows are fetched once. `changed`: since
-    they were fetched here.
+    """The shards at the addresses; those that no index knows are fetched once.
+
+    changed: the addresses of those that changed since they were fetched here.
     """
+    # A folder's index is read once for all of its shards.
     folders: dict[str, dict[str, str]] = {}  # the addresses of each folder, by name
     for url in urls:
         folder, name = folder_and_name(url)
@@ -149,25 +160,32 @@ def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -
         for name, url in named.items():
             if name in shards and not (is_ours and url in changed):
                 known[url] = shards[name]
-    stale = {url for url, size in zip(urls, sizes) if url not in known or known[url].size != size}
+
+    # An index may be older than its shards: sizes tell most of that, digests the rest.
+    sized = dict(zip(urls, sizes))
+    stale = [url for url in sized if url not in known or known[url].size != sized[url]]
     if stale:
         log.warn(
-            f"{len(stale)} of {len(urls)} shards have no index beside them; each is fetched once to make it"
+            f"{len(stale)} of {len(urls)} shards have no index beside them; "
+            "each is fetched once to make it"
         )
-    for url in filter(stale.__contains__, urls):
+    for url in stale:
         try:
             known[url] = scan(Path(cache.get(url)))
         except ValueError as error:
             raise ValueError(f"{url}: {error}") from None
+
     for folder, named in folders.items():
-        if stale & set(named.values()):
+        if set(stale) & set(named.values()):
             used = {name: known[url] for name, url in named.items()}
             save_index(_place(folder), ours[folder] | used)
     return [known[url] for url in urls]
 
 
 def _place(folder: str) -> Path:
-    return cache_folder() / "index" / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.bin"
+    """Where an index that is made here of a folder's shards lies."""
+    digest = hashlib.sha256(folder.encode()).hexdigest()
+    return cache_folder() / "index" / f"{digest[:16]}.bin"
 
 
 def _known(folder: str, url: str, cache: Cache) -> tuple[dict[str, Shard], bool]:
@@ -181,8 +199,9 @@ def _known(folder: str, url: str, cache: Cache) -> tuple[dict[str, Shard], bool]
     for file_url, storage in ((beside, cache.storage), (f"file://{_place(folder)}", {})):
         try:
             with fsspec.open(file_url, "rb", **storage) as file:
-                return parse_index(file.read()), file_url != beside
-        except (FileNotFoundError, PermissionError, OldIndex):
+                # An index without digests spares fetching all shards; their samples go unchecked.
+                return parse_index(file.read(), undigested=True), file_url != beside
+        except (FileNotFoundError, PermissionError):
             continue
         except ValueError as error:
             log.warn(f"{file_url} is not a usable index ({error}); its shards are scanned again")
@@ -193,14 +212,18 @@ class Remote(Source):
     """Samples of remote shards through the cache."""
 
     def __init__(self, shards: Shards, cache: Cache, window: int) -> None:
-        self.shards, self.cache, self.window = shards, cache, window
-        self.n_left_out, self.labels, self.pictured = (
-            shards.n_left_out,
-            shards.labels,
-            shards.pictured,
-        )
-        self.n_negatives, self.n_counterfactuals = shards.n_negatives, shards.n_counterfactuals
+        self.shards = shards
+        self.cache = cache
+        self.window = window
         self.runs = shards.counts()
+
+        # What the samples offer.
+        self.n_left_out = shards.n_left_out
+        self.labels = shards.labels
+        self.pictured = shards.pictured
+        self.n_negatives = shards.n_negatives
+        self.n_counterfactuals = shards.n_counterfactuals
+
         self._fetcher: ThreadPoolExecutor | None = None
         self._asked: dict[str, None] = {}  # lately asked for, in order
         self._failed: dict[str, tuple[float, str]] = {}  # when and why a shard could not be had
@@ -212,7 +235,8 @@ class Remote(Source):
         return len(self.shards)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.shards.sample(i, self._copy(self.shards.paths[self.shards.shard_of(i)]))
+        url = self.shards.paths[self.shards.shard_of(i)]
+        return self.shards.sample(i, self._copy(url))
 
     def _copy(self, url: str) -> str:
         """The local copy of a shard. One that failed rests, or each of its samples would wait for
@@ -221,6 +245,7 @@ class Remote(Source):
         since, reason = self._failed.get(url, (-math.inf, ""))
         if time.monotonic() < since + _REST_S:
             raise OSError(reason)
+
         try:
             return self.cache.get(url)
         except OSError as error:
@@ -237,6 +262,8 @@ class Remote(Source):
             if url not in self._asked:
                 self._asked[url] = None
                 self._fetcher.submit(self.cache.get, url)
+
+        # Old addresses are forgotten, so that a shard is fetched again in a later epoch.
         while len(self._asked) > 4 * self.window:
             self._asked.pop(next(iter(self._asked)))
 
@@ -248,6 +275,9 @@ class Remote(Source):
 
     def fingerprint(self) -> str:
         return self.shards.fingerprint()
+
+    def contents(self) -> Contents:
+        return self.shards.contents()
 
     def problems(self) -> list[str]:
         return self.shards.problems()

@@ -1,25 +1,30 @@
 """A webdataset stream: `{name: webdataset, urls: "pipe:aws s3 cp s3://b/{000..199}.tar -", samples:
 1000000}`.
 
-Either `urls`, read as webdataset reads them, or `pipeline: package.module:function`, your own pipeline:
+Either `urls`, read as webdataset reads them, or `pipeline: package.module:function`, your own:
 
-    def function(part: int, parts: int) -> Iterable[dict]:  # samples as webdataset gives them before any decoding
-        return wds.DataPipeline(wds.SimpleShardList(URLS[part::parts]), wds.tarfile_to_samples(), wds.select(good))
+    def function(part: int, parts: int) -> Iterable[dict]:  # samples before any decoding
+        shards = wds.SimpleShardList(URLS[part::parts])
+        return wds.DataPipeline(shards, wds.tarfile_to_samples(), wds.select(good))
 
 Members stay bytes: webdataset's own decoder, which runs pickles, is never used. Prefer the sources
 `shards` and `remote` wherever the data are plain shards. A stream has no random access, so here
 
-- a pass is `samples` long and in the stream's own order, the same in every pass; a part that ends sooner starts again;
-- resuming is exact if the stream gives the same samples in the same order again, and takes the time to read up to there;
-- `parts` streams give `run` samples each in turn. Every loader process reads the parts that its rows come from: with
-  parts = ranks × workers and run = train.batch / ranks exactly one each. Other ranks and workers change no batch, but
-  read parts more than once;
-- a sample is known by its number in the pass; its key is webdataset's `__key__`, where there is one;
-- a damaged tar (cut short, or with a member twice) ends the run after some tries: it looks like a connection that broke,
-  and to skip what a broken connection held would change the order. Leave the tar out of `urls`, or skip the damage in a
-  pipeline of your own with `wds.tarfile_to_samples(handler=wds.warn_and_continue)`;
-- bad samples, here also those without a text, are replaced by some of the first `RESERVE` of the pass, which every
-  process keeps.
+- a pass is `samples` long and in the stream's own order, the same in every pass; a part that ends
+  sooner starts again;
+- resuming is exact if the stream gives the same samples in the same order again, and takes the time
+  to read up to there;
+- `parts` streams give `run` samples each in turn. Every loader process reads the parts that its
+  rows come from: with parts = ranks × workers and run = train.batch / ranks exactly one each. Other
+  ranks and workers change no batch, but read parts more than once;
+- a sample is known by its number in the pass; its key is webdataset's `__key__`, where there is
+  one;
+- a damaged tar (cut short, or with a member twice) ends the run after some tries: it looks like a
+  connection that broke, and to skip what a broken connection held would change the order. Leave the
+  tar out of `urls`, or skip the damage in a pipeline of your own with
+  `wds.tarfile_to_samples(handler=wds.warn_and_continue)`;
+- bad samples, here also those without a text, are replaced by some of the first `RESERVE` of the
+  pass, which every process keeps.
 """
 
 from __future__ import annotations
@@ -31,19 +36,21 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
 from vlp.config import Captions
 from vlp.data.captions import Choice, Texts
-from vlp.data.members import TEXT_TYPES, Content, fill, parse_name, separate
+from vlp.data.members import TEXT_TYPES, Content, fill, join_texts, parse_name, separate
 from vlp.data.sources import Source, captions_of
 from vlp.types import Sample
 
 RESERVE = 64
 _TRIES = 4
-_PAUSE_S = 1.0  # before a stream that failed is opened again; doubled before each further try
+# Before a stream that failed is opened again; doubled before each further try.
+_PAUSE_S = 1.0
 
 
 class StreamError(RuntimeError):
@@ -55,7 +62,8 @@ class Options(Texts):
     """Which stream, how long a pass over it is, and in how many parts it is read."""
 
     samples: int  # of a pass: an epoch
-    urls: str = ""  # with braces, several joined by ::, `pipe:` as webdataset knows it
+    # With braces, several joined by ::, `pipe:` as webdataset knows it.
+    urls: str = ""
     pipeline: str = ""  # package.module:function
     parts: int = 1  # streams that are read beside one another
     run: int = 64  # samples taken from a part before the next one's turn
@@ -75,74 +83,86 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Stream:
     """Check that the stream can be opened; nothing is read yet. Raises ValueError."""
     stream = Stream(options, captions)
+    # A part without shards is an empty stream, which ends the run at its first turn.
     if options.urls and len(stream.urls) < options.parts:
         raise ValueError(
             f"parts is {options.parts}, but urls names {len(stream.urls)} shards; set parts lower"
         )
+
     if options.pipeline:
         _function(options.pipeline)
     return stream
 
 
 class Stream(Source):
-    """Samples of a stream by their number in a pass, cheap where the numbers rise (see the module)."""
+    """Samples of a stream by their number in a pass, cheap where the numbers rise."""
 
     def __init__(self, options: Options, captions: Captions) -> None:
-        self.options, self.captions, self.choice = options, captions, Choice.of(options, captions)
-        self.urls = (
-            [url for part in options.urls.split("::") for url in braceexpand(part)]
-            if options.urls
-            else []
-        )
+        self.options = options
+        self.captions = captions
+        self.choice = Choice.of(options, captions)
+        self.urls: list[str] = []
+        if options.urls:
+            for pattern in options.urls.split("::"):
+                self.urls += braceexpand(pattern)
         self.reserve = min(RESERVE, options.samples)
-        self._first: list[Sample] = []
+
+        self._first: list[Sample | ValueError] = []
         self._parts: dict[int, _Part] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_first": [], "_parts": {}}  # open streams stay in their process
+        # Open streams stay in their process.
+        return {**self.__dict__, "_first": [], "_parts": {}}
 
     def __len__(self) -> int:
         return self.options.samples
 
     def __getitem__(self, i: int) -> Sample:
+        # Kept, because they are asked for at any time, and the stream cannot go back.
         if not self._first:
             self._first = [self._take(k) for k in range(self.reserve)]
+
         sample = self._first[i] if i < self.reserve else self._take(i)
+
         if isinstance(sample, ValueError):
             raise sample
         return sample
 
     def _take(self, i: int) -> Sample | ValueError:
         """Sample i, or what is wrong with it."""
+        # Parts take turns of `run` samples each.
         turn, place = divmod(i, self.options.run)
-        position, part = divmod(turn, self.options.parts)
+        turn_of_part, part = divmod(turn, self.options.parts)
         if part not in self._parts:
-            self._parts[part] = _Part(
-                lambda: self._open(part), f"part {part} of the webdataset stream"
-            )
-        found = self._parts[part].take(position * self.options.run + place)
+            name = f"part {part} of the webdataset stream"
+            self._parts[part] = _Part(partial(self._open, part), name)
+
+        members = self._parts[part].take(turn_of_part * self.options.run + place)
         try:
-            return _sample(i, found, self.choice, self.captions)
+            return _sample(i, members, self.choice, self.captions)
         except ValueError as error:
             return error
 
     def _open(self, part: int) -> Iterable[dict[str, Any]]:
+        """The samples of a part from its beginning, as webdataset gives them."""
         import webdataset as wds
 
         if self.options.pipeline:
             stream = _function(self.options.pipeline)(part, self.options.parts)
         else:
-            stream = wds.DataPipeline(
-                wds.SimpleShardList(self.urls[part :: self.options.parts]), wds.tarfile_to_samples()
-            )
-        if not self.options.buffer:
+            shards = wds.SimpleShardList(self.urls[part :: self.options.parts])
+            stream = wds.DataPipeline(shards, wds.tarfile_to_samples())
+
+        size = self.options.buffer
+        if not size:
             return stream
-        return wds.filters.shuffle(
-            self.options.buffer, initial=self.options.buffer, rng=random.Random(part)
-        )(iter(stream))
+        # A seed of its own for each part, the same in every pass: resuming needs one order.
+        shuffled = wds.filters.shuffle(size, initial=size, rng=random.Random(part))
+        return shuffled(iter(stream))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps([asdict(self.options), self.urls]).encode()).hexdigest()
+        content = json.dumps([asdict(self.options), self.urls])
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class _Part:
@@ -151,7 +171,9 @@ class _Part:
     """
 
     def __init__(self, start: Callable[[], Iterable[dict[str, Any]]], name: str) -> None:
-        self.start, self.name, self.position = start, name, 0
+        self.start = start
+        self.name = name
+        self.position = 0
         self._samples: Iterator[dict[str, Any]] | None = None
 
     def take(self, position: int) -> dict[str, Any]:
@@ -161,20 +183,24 @@ class _Part:
                 return self._advance(position)
             except StreamError:
                 raise
-            except (
-                Exception
-            ) as error:  # the pipeline is somebody else's: a network, a decoder, anything
+            except Exception as error:
+                # The pipeline is somebody else's: a network, a decoder, anything.
                 self._samples = None
                 if attempt == _TRIES - 1:
                     raise StreamError(
-                        f"{self.name} fails at sample {self.position} ({_TRIES} tries): {type(error).__name__}: {error}"
+                        f"{self.name} fails at sample {self.position} ({_TRIES} tries): "
+                        f"{type(error).__name__}: {error}"
                     ) from error
+                # Longer each time: an overloaded server needs rest.
                 time.sleep(_PAUSE_S * 2**attempt)
         raise AssertionError
 
     def _advance(self, position: int) -> dict[str, Any]:
+        """Read up to the sample at `position`, from the beginning where that lies behind."""
         if self._samples is None or position < self.position:
-            self._samples, self.position = self._endless(), 0
+            self._samples = self._endless()
+            self.position = 0
+
         while True:
             sample = next(self._samples)
             self.position += 1
@@ -182,6 +208,7 @@ class _Part:
                 return sample
 
     def _endless(self) -> Iterator[dict[str, Any]]:
+        """The stream, again and again; raises StreamError for an empty one."""
         while True:
             empty = True
             for sample in self.start():
@@ -191,56 +218,80 @@ class _Part:
                 raise StreamError(f"{self.name} is empty")
 
 
-def _sample(i: int, found: dict[str, Any], choice: Choice, captions: Captions) -> Sample:
+def _sample(i: int, members: dict[str, Any], choice: Choice, captions: Captions) -> Sample:
     """webdataset's mapping of extensions to bytes as a sample; raises ValueError for one that
     cannot be used.
     """
-    if not isinstance(found, dict):
-        raise StreamError(
-            f"the webdataset pipeline gives {type(found).__name__}; expected mappings: take out to_tuple and batched"
-        )
-    prefix = str(found.get("__key__", i))
-    parts: dict[str, dict[str, tuple[str, bytes]]] = {}
-    for ending, value in found.items():
-        name = parse_name(f"{prefix}.{ending}") if not ending.startswith("__") else None
-        if name is not None and name.kind:
-            parts.setdefault(name.key, {}).setdefault(
-                name.kind, (name.extension, _bytes(ending, value, name.kind))
-            )
-
-    samples = {
-        key: members
-        for key, members in separate(parts)[0].items()
-        if members.get("image", ("", b""))[1]
-    }
-    if len(samples) != 1:
-        there = sorted(ending for ending in found if not ending.startswith("__"))
-        if not samples:
-            raise ValueError(f"no image among the members {there}")
-        raise ValueError(
-            f"webdataset joins the samples {sorted(samples)} at their first dot; read the tars by the source shards"
-        )
-    [(key, members)] = samples.items()
-    extension, image = members["image"]
-    content = Content(key, image, extension)
-    fill(content, {kind: value for kind, (_, value) in members.items() if kind in TEXT_TYPES})
+    content = _content(i, members)
     texts = captions_of(choice.captions(content.meta, content.text), content.meta, captions)
     if not texts:
-        raise ValueError(
-            f"no caption{f' under {choice.names}' if choice.names else ''}; {'; '.join(content.notes)}".rstrip(
-                "; "
-            )
-        )
+        under = f" under {choice.names}" if choice.names else ""
+        notes = f"; {'; '.join(content.notes)}" if content.notes else ""
+        raise ValueError(f"no caption{under}{notes}")
+
     weights = choice.weights(content.meta, content.text)
-    return Sample(i, content.key, content.image, extension, texts, content.meta, weights=weights)
+    return Sample(
+        i, content.key, content.image, content.image_type, texts, content.meta, weights=weights
+    )
+
+
+def _content(i: int, members: dict[str, Any]) -> Content:
+    """The one sample among the members, taken apart as the members of a shard are."""
+    if not isinstance(members, dict):
+        raise StreamError(
+            f"the webdataset pipeline gives {type(members).__name__}; expected mappings: "
+            "take out to_tuple and batched"
+        )
+
+    # webdataset cuts names at the first dot, so one of its samples may be several of ours.
+    parts: dict[str, dict[str, _Member]] = {}
+    prefix = str(members.get("__key__", i))
+    endings = [ending for ending in members if not ending.startswith("__")]
+    for ending in endings:
+        name = parse_name(f"{prefix}.{ending}")
+        if name is not None and name.kind:
+            data = _bytes(ending, members[ending], name.kind)
+            parts.setdefault(name.key, {}).setdefault(name.kind, _Member(name.extension, data))
+
+    samples, _ = separate(join_texts(parts, _extension))
+    pictured = {
+        key: sample for key, sample in samples.items() if "image" in sample and sample["image"].data
+    }
+    if not pictured:
+        raise ValueError(f"no image among the members {sorted(endings)}")
+    if len(pictured) > 1:
+        raise ValueError(
+            f"webdataset joins the samples {sorted(pictured)} at their first dot; "
+            "read the tars by the source shards"
+        )
+
+    [(key, sample)] = pictured.items()
+    content = Content(key, sample["image"].data, sample["image"].extension)
+    texts = {kind: member.data for kind, member in sample.items() if kind in TEXT_TYPES}
+    fill(content, texts)
+    return content
+
+
+class _Member(NamedTuple):
+    """A member that counts."""
+
+    extension: str
+    data: bytes
+
+
+def _extension(member: _Member) -> str:
+    return member.extension
 
 
 def _bytes(ending: str, value: Any, kind: str) -> bytes:
+    """A member's bytes; raises StreamError for what a decoder made of them."""
     if isinstance(value, str) and kind in TEXT_TYPES:
         return value.encode()
+
     if not isinstance(value, bytes):
         raise StreamError(
-            f"the webdataset pipeline gives {ending!r} as {type(value).__name__}; expected bytes: take out decode"
+            f"the webdataset pipeline gives {ending!r} as {type(value).__name__}; "
+            "expected bytes: take out decode"
         )
     return value
 

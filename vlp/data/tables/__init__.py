@@ -1,10 +1,14 @@
 """Tables of captions and classes: one reader for `vlp data pack`, the sources, evaluation and the
 tools.
 
-files      a file's bytes as text: gzip, encodings          forms     JSON: rows, COCO's, Karpathy's, LLaVA's, mappings
-delimited  CSV, TSV and their relatives; sniff, quotes      parquet   pyarrow's columns
-read       any of them -> Table                             columns   which columns hold image, captions, class
-values     cells -> captions, numbers, lists                items     Table -> one item an image
+read       any of the files below -> Table
+files      a file's bytes as text: gzip, encodings
+delimited  CSV, TSV and their relatives; sniff, quotes
+forms      JSON: rows, COCO's, Karpathy's, LLaVA's, mappings
+parquet    pyarrow's columns
+columns    which columns hold image, captions, class
+values     cells -> captions, numbers, lists
+items      Table -> one item an image
 names      lists of images that choose among them
 """
 

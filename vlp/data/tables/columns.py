@@ -25,7 +25,8 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 DIALOGUE_COLUMNS = ("conversations", "messages")
 CLASS_COLUMNS = ("class", "class_name")
-LABEL_COLUMNS = ("category", "label")  # only without captions: beside them they may mean anything
+# Only without captions: beside them they may mean anything.
+LABEL_COLUMNS = ("category", "label")
 SPLIT_COLUMN = "split"
 
 _IMAGE_NAME = re.compile(rf"\S.*\.(?:{'|'.join(sorted(IMAGE_TYPES))})(?:#\d+)?", re.IGNORECASE)
@@ -40,28 +41,26 @@ class TableOptions:
     image_column: str = ""
     # Empty: captions, caption, text, title, …, caption1, caption2, … (CAPTION_COLUMNS).
     caption_columns: str | list[str] = field(default_factory=list)
-    class_column: str = ""  # empty: class or class_name; category or label if there are no captions
+    # Empty: class or class_name; category or label if there are no captions.
+    class_column: str = ""
     # Only rows whose column has this value, or one of these.
     where: dict[str, Any] = field(default_factory=dict)
-    only: str = ""  # only images that this list names, one a line (Flickr_8k.trainImages.txt)
-    separator: str = (
-        ""  # of a text table: a character, tab or space; empty: found in the first line
-    )
+    # Only images that this list names, one a line (Flickr_8k.trainImages.txt).
+    only: str = ""
+    # Of a text table: a character, tab or space; empty: found in the first line.
+    separator: str = ""
     encoding: str = ""  # such as cp1252; empty: UTF-8 or UTF-16
-    header: bool | None = (
-        None  # the first line names the columns; None: if it holds no image's name
-    )
+    # The first line names the columns; None: if it holds no image's name.
+    header: bool | None = None
     # csv: quotes as RFC 4180 says; none: a quote is a character like others; auto: what fits.
     quoting: Literal["auto", "csv", "none"] = "auto"
 
     @property
     def named_captions(self) -> list[str]:
         """The caption columns that are named, as a list."""
-        return (
-            [self.caption_columns]
-            if isinstance(self.caption_columns, str)
-            else list(self.caption_columns)
-        )
+        if isinstance(self.caption_columns, str):
+            return [self.caption_columns]
+        return list(self.caption_columns)
 
 
 @dataclass(frozen=True)
@@ -99,32 +98,25 @@ def choose(
     """Which of a table's columns hold what; `sample` are some of its rows. Raises ValueError that
     lists the columns.
     """
-    image = (
-        column(columns, options.image_column, table)
-        if options.image_column
-        else usual(columns, IMAGE_COLUMNS)
-    )
-    image = image or _image_by_content(columns, sample)
-    if not image:
-        raise ValueError(
-            f"{table}: no column is known to hold image names; it has {listed(columns)}. "
-            f"Name it: {option('image_column', 'NAME')}{_no_header_hint(columns)}"
-        )
+    image = _image_column(columns, sample, options, table)
 
-    named = [column(columns, name, table) for name in options.named_captions]
-    captions = named or usual_captions([name for name in columns if name != image])
-    labels = CLASS_COLUMNS if captions else (*CLASS_COLUMNS, *LABEL_COLUMNS)
-    rest = [name for name in columns if name != image and name not in captions]
-    label = (
-        column(columns, options.class_column, table)
-        if options.class_column
-        else usual(rest, labels)
-    )
+    captions = [column(columns, name, table) for name in options.named_captions]
+    if not captions:
+        captions = usual_captions([name for name in columns if name != image])
+
+    if options.class_column:
+        label = column(columns, options.class_column, table)
+    else:
+        # A category beside captions may be anything.
+        usual_labels = CLASS_COLUMNS if captions else (*CLASS_COLUMNS, *LABEL_COLUMNS)
+        rest = [name for name in columns if name != image and name not in captions]
+        label = usual(rest, usual_labels)
+
     if not captions and not label:
         if list(columns) == [image]:
             raise ValueError(
-                f"{table} holds image names only; the captions are in another file, which is the table. A list of names "
-                f"chooses among its rows: {option('only', str(table))}"
+                f"{table} holds image names only; the captions are in another file, which is the "
+                f"table. A list of names chooses among its rows: {option('only', str(table))}"
             )
         raise ValueError(
             f"{table}: no column is known to hold captions or classes; it has {listed(columns)}. "
@@ -134,12 +126,30 @@ def choose(
     return Chosen(image, tuple(captions), label)
 
 
+def _image_column(
+    columns: Sequence[str], sample: Sequence[dict[str, Any]], options: TableOptions, table: object
+) -> str:
+    """The column of image names: as named, by a usual name, else by what it holds."""
+    if options.image_column:
+        return column(columns, options.image_column, table)
+    image = usual(columns, IMAGE_COLUMNS) or _image_by_content(columns, sample)
+
+    if not image:
+        raise ValueError(
+            f"{table}: no column is known to hold image names; it has {listed(columns)}. "
+            f"Name it: {option('image_column', 'NAME')}{_no_header_hint(columns)}"
+        )
+    return image
+
+
 def column(columns: Sequence[str], name: str, table: object) -> str:
     """The column that a person means, whatever its case; raises ValueError with those that are
     there.
     """
     if name in columns:
         return name
+
+    # Case and marks do not count, unless two columns differ in them only.
     same = [other for other in columns if _plain(other) == _plain(name)]
     if len(same) == 1:
         return same[0]
@@ -155,18 +165,19 @@ def split_column(columns: Sequence[str]) -> str:
 
 def usual(columns: Sequence[str], names: Sequence[str]) -> str:
     """The column with the first of these usual names that there is, or ""."""
+    # Reversed, so that the first of two columns of one plain name counts.
     by_plain_name = {_plain(name): name for name in reversed(columns)}
-    return next(
-        (by_plain_name[_plain(name)] for name in names if _plain(name) in by_plain_name), ""
-    )
+    for name in names:
+        if _plain(name) in by_plain_name:
+            return by_plain_name[_plain(name)]
+    return ""
 
 
 def usual_captions(columns: Sequence[str]) -> list[str]:
     """The first usual caption column, or all of a numbered family: caption1, caption2, …"""
-    for name_of_family in CAPTION_COLUMNS:
-        family = [
-            name for name in columns if _plain(_without_number(name)) == _plain(name_of_family)
-        ]
+    for usual_name in CAPTION_COLUMNS:
+        # caption, caption1, caption_2 and `Caption 3` are one family.
+        family = [name for name in columns if _plain(_without_number(name)) == _plain(usual_name)]
         if family:
             return sorted(family, key=_number)
     return []
@@ -174,15 +185,18 @@ def usual_captions(columns: Sequence[str]) -> list[str]:
 
 def _image_by_content(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> str:
     """The only column that holds nothing but image names, or ""."""
-    full = [
-        name for name in columns if sample and all(names_image(row.get(name)) for row in sample)
-    ]
-    return full[0] if len(full) == 1 else ""
+    if not sample:
+        return ""
+
+    candidates = [name for name in columns if all(names_image(row.get(name)) for row in sample)]
+    return candidates[0] if len(candidates) == 1 else ""
 
 
 def _no_header_hint(columns: Sequence[str]) -> str:
-    invented = all(re.fullmatch(r"column \d+", name) for name in columns)
-    if not invented and any(re.search(r"\d|https?:| .* ", name) for name in columns):
+    """What to add where the names of the columns look like a row: numbers, addresses, sentences."""
+    are_invented = all(re.fullmatch(r"column \d+", name) for name in columns)
+    look_like_a_row = any(re.search(r"\d|https?:| .* ", name) for name in columns)
+    if look_like_a_row and not are_invented:
         return f". If the first line is a row and names no columns: {option('header', 'no')}"
     return ""
 
@@ -194,6 +208,7 @@ def listed(columns: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
+    """A column's name without case, blanks and marks."""
     return re.sub(r"[\W_]+", "", name.casefold())
 
 

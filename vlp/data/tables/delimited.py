@@ -41,6 +41,7 @@ def parse(text: str, path: Path, options: TableOptions) -> Delimited:
     lines = sample(text, first)
     separator = separator or sniff(lines, path, options)
 
+    # A first line without an image's name names the columns, unless a person says otherwise.
     head = single(lines[0], separator).cells
     has_header = not is_row(head) if options.header is None else options.header
     if has_header:
@@ -63,8 +64,15 @@ class _Reader:
         path: Path,
         options: TableOptions,
     ) -> None:
-        self.text, self.first, self.separator = text, first, separator
-        self.columns, self.path, self.options = columns, path, options
+        self.text = text
+        self.first = first
+        self.separator = separator
+        self.columns = columns
+        self.path = path
+        self.options = options
+
+        # What tells a row where one is met inside a field: the place of its image's name, and an
+        # example of such a name.
         self.image = self._image_column()
         cells = self._first_cells()
         self.name = cells[self.image] if len(cells) > self.image else ""
@@ -74,51 +82,63 @@ class _Reader:
         quoting = self.options.quoting
         if quoting == "none" or '"' not in self.text:
             return self._collect(self._plain_rows())
+
         try:
             return self._collect(self._quoted_rows())
         except Unfitting as problem:
+            # With tabs and bars no quoting is usual: the quotes are text.
             if quoting == "auto" and self.separator in LITERAL:
                 return self._collect(self._plain_rows())
             raise ValueError(
-                f"{self.path}:{problem.line}: {problem.reason}; close the quote, double one that belongs to the text, or "
-                f"read quotes as text: {option('quoting', 'none')}"
+                f"{self.path}:{problem.line}: {problem.reason}; close the quote, double one that "
+                f"belongs to the text, or read quotes as text: {option('quoting', 'none')}"
             ) from None
 
     def _collect(self, rows: Iterator[tuple[int, Row]]) -> Delimited:
+        """The rows by column, and a line for each that has another number of fields."""
         result = Delimited(self.columns, [], [])
         for line, row in rows:
             cells = self._fitted(row)
             if cells is None:
                 result.problems.append(self._misfit(line, row))
                 continue
+
             if "#" in cells[self.image]:
                 cells[self.image] = _without_number(cells[self.image])
-            filled = {
-                name: cell for name, cell in zip(self.columns, cells) if cell and not cell.isspace()
-            }
-            result.rows.append((line, filled))
+
+            filled_cells = {}
+            for name, cell in zip(self.columns, cells):
+                if cell and not cell.isspace():
+                    filled_cells[name] = cell
+            result.rows.append((line, filled_cells))
         return result
 
     def _plain_rows(self) -> Iterator[tuple[int, Row]]:
-        first_line = 1 + self.text.count("\n", 0, self.first)
-        for number, line in enumerate(self.text[self.first :].split("\n"), first_line):
+        """(line, row) of each row, with quotes that mean nothing."""
+        n_lines_before = self.text.count("\n", 0, self.first)
+        lines = self.text[self.first :].split("\n")
+        for number, line in enumerate(lines, n_lines_before + 1):
             if line and not line.isspace():
                 yield number, plain_row(line, self.separator)
 
     def _quoted_rows(self) -> Iterator[tuple[int, Row]]:
-        position, number = self.first, 1 + self.text.count("\n", 0, self.first)
+        """(line, row) of each row; one in quotes may run over several lines. Raises Unfitting."""
+        quoting = self.options.quoting
+        position = self.first
+        number = 1 + self.text.count("\n", 0, self.first)
         while position < len(self.text):
             end = line_end(self.text, position)
             line = self.text[position:end]
             if '"' in line:
-                row, end = quoted_row(
-                    self.text, position, number, self.separator, self.options.quoting
-                )
-                if end > position + len(line) and self.options.quoting == "auto":
+                row, end = quoted_row(self.text, position, number, self.separator, quoting)
+                has_several_lines = end > position + len(line)
+                if has_several_lines and quoting == "auto":
                     self._refuse_swallowed(row, number)
                 yield number, row
             elif line and not line.isspace():
+                # Most lines, by the shorter way.
                 yield number, plain_row(line, self.separator)
+
             number += 1 + self.text.count("\n", position, end)
             position = end + 1
 
@@ -128,18 +148,24 @@ class _Reader:
             _, *following = written.split("\n")
             n_rows = sum(1 for line in following if self._looks_like_a_row(line))
             if n_rows:
-                reason = f"a quoted field begins here and takes {n_rows} lines with it that look like rows"
-                raise Unfitting(number, reason)
+                raise Unfitting(
+                    number,
+                    f"a quoted field begins here and takes {n_rows} lines with it that look like "
+                    "rows",
+                )
             number += len(following)
 
     def _looks_like_a_row(self, line: str) -> bool:
         cells = plain_row(line, self.separator).cells
         if len(cells) < len(self.columns):
             return False
+
         cell = cells[self.image].strip('"')
-        return names_image(cell) or (
-            not names_image(self.name) and _shape(cell) == _shape(self.name)
-        )
+        if names_image(cell):
+            return True
+        # Ids are told by their form only.
+        are_ids = not names_image(self.name)
+        return are_ids and _shape(cell) == _shape(self.name)
 
     def _first_cells(self) -> list[str]:
         for line in sample(self.text, self.first):
@@ -153,7 +179,11 @@ class _Reader:
         wanted = self.options.image_column or usual(self.columns, IMAGE_COLUMNS)
         if wanted in self.columns:
             return self.columns.index(wanted)
-        return next((i for i, cell in enumerate(self._first_cells()) if names_image(cell)), 0)
+
+        for i, cell in enumerate(self._first_cells()):
+            if names_image(cell):
+                return i
+        return 0
 
     def _fitted(self, row: Row) -> list[str] | None:
         """A value for each column, or None. Of two columns, the caption's takes the separators that
@@ -163,6 +193,8 @@ class _Reader:
             return row.cells
         if len(row.cells) < 3 or len(self.columns) != 2:
             return None
+
+        # Kaggle's captions.txt has commas in captions, and no quotes.
         if self.image == 0:
             return [row.cells[0], self.separator.join(row.written[1:]).strip()]
         return [self.separator.join(row.written[:-1]).strip(), row.cells[-1]]
@@ -170,9 +202,10 @@ class _Reader:
     def _misfit(self, line: int, row: Row) -> str:
         mark = SEPARATORS.get(self.separator, repr(self.separator))
         fields = f"{len(row.cells)} field{'s' if len(row.cells) > 1 else ''}"
+        written = self.separator.join(row.written)
         return (
             f"{self.path}:{line}: found {fields}, expected {len(self.columns)} separated by {mark} "
-            f"({', '.join(self.columns)}): {self.separator.join(row.written)[:80]!r}; put quotes around a field that holds "
+            f"({', '.join(self.columns)}): {written[:80]!r}; put quotes around a field that holds "
             f"the separator, or name another one: {option('separator', 'CHARACTER')}"
         )
 

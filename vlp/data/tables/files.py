@@ -1,4 +1,7 @@
-"""A table's file as text: found by name, unpacked from gzip, decoded, or refused with what to do."""
+"""A table's file as text: found by name, unpacked from gzip, decoded, or refused.
+
+Errors say what to do.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,20 @@ _BOMS = (
 
 def option(name: str, value: str) -> str:
     """How a person says an option of the reader: to a tool, in a configuration, to `vlp eval`."""
-    flag = name.replace("_", "-").removesuffix("s")  # a tool takes --caption-column several times
+    # A tool takes --caption-column several times.
+    flag = name.replace("_", "-").removesuffix("s")
     return f"--{flag} {value} (configuration: {name}: {value}; vlp eval: {name}={value})"
 
 
 def kind_of(path: Path) -> str:
-    """The extension that tells how a table is read, without .gz; raises ValueError for another one."""
+    """The extension that tells how a table is read, without .gz; raises ValueError for others."""
     name = path.name.lower().removesuffix(".gz")
     suffix = Path(name).suffix
+
+    # Told apart from other endings, because the remedy is known.
     if suffix in (".xlsx", ".xls", ".ods"):
         raise ValueError(f"{path} is a spreadsheet; save it as CSV in UTF-8")
+
     if suffix not in KINDS:
         raise ValueError(f"{path}: {EXPECTED}, not {suffix or 'nothing'!r}")
     return suffix
@@ -50,12 +57,14 @@ def load(path: Path) -> bytes:
     if not path.exists():
         raise FileNotFoundError(f"no table at {path}{_nearest(path)}")
 
+    # By content, not by name: browsers unpack .gz, and some servers pack what is called .csv.
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} is damaged gzip ({error}); fetch it again") from None
+
     if data[:4] == b"PK\x03\x04":
         raise ValueError(
             f"{path} is a zip archive or a spreadsheet; unpack it, or save it as CSV in UTF-8"
@@ -68,6 +77,7 @@ def load(path: Path) -> bytes:
 def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent}"
+
     names = [entry.name for entry in path.parent.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
@@ -81,7 +91,8 @@ def decode(data: bytes, path: Path, encoding: str = "") -> str:
     """
     chosen = encoding or _encoding_of(data)
     if chosen.lower().replace("_", "-") in ("utf-8", "utf8"):
-        chosen = "utf-8-sig"
+        chosen = "utf-8-sig"  # also without the mark
+
     try:
         text = data.decode(chosen)
     except LookupError:
@@ -95,7 +106,8 @@ def decode(data: bytes, path: Path, encoding: str = "") -> str:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(
-            f"{path}:{line}: found a zero byte; the file is damaged, or no text. Write it again as UTF-8"
+            f"{path}:{line}: found a zero byte; the file is damaged, or no text. "
+            "Write it again as UTF-8"
         )
     return text
 
@@ -119,8 +131,10 @@ def _wrong_bytes(data: bytes, start: int, path: Path, encoding: str) -> str:
     line = data.count(b"\n", 0, start) + 1
     begin = data.rfind(b"\n", 0, start) + 1
     column = start - begin + 1
+    # As Windows would show it, which is most often what wrote it.
     around = data[begin : start + 20].decode("cp1252", "replace")[-40:]
     return (
-        f"{path}:{line}: byte {data[start]:#x} in column {column} is no {encoding} (near {around!r}); save the table as "
-        f"UTF-8, or name its encoding: {option('encoding', 'cp1252')}"
+        f"{path}:{line}: byte {data[start]:#x} in column {column} is no {encoding} "
+        f"(near {around!r}); save the table as UTF-8, or name its encoding: "
+        f"{option('encoding', 'cp1252')}"
     )

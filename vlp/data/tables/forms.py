@@ -1,7 +1,7 @@
 """JSON files of captions, whatever their form, as rows: what is published for COCO, Flickr, LLaVA
 and BLIP is read as it is.
 
-[{"image": …, "caption": …}, …], or a line each        rows, as BLIP's, ALBEF's and LLaVA's files have them
+[{"image": …, "caption": …}, …], or a line each        rows, as BLIP, ALBEF and LLaVA have them
 {"images": [{"id", "file_name"}], "annotations": […]}  COCO's captions_*.json
 {"images": [{"filename", "sentences": […]}]}           Karpathy's dataset_*.json, with its splits
 {"a.jpg": "…"}, {"a.jpg": ["…", "…"]}, {"a.jpg": {…}}  a mapping of images
@@ -12,8 +12,9 @@ and BLIP is read as it is.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from vlp.data.tables.columns import CAPTION_COLUMNS, IMAGE_COLUMNS
 from vlp.data.tables.values import jsonable
@@ -24,27 +25,36 @@ Rows = list[tuple[int, dict[str, Any]]]
 _OTHER_FORMS = {"keypoints": "keypoints", "segments_info": "panoptic", "bbox": "instances"}
 
 
-def parse_json(text: str, path: Path, by_line: bool) -> tuple[Rows, bool]:
-    """The rows of a JSON file, and whether their numbers are lines; raises ValueError.
+class Parsed(NamedTuple):
+    """The rows of a JSON file."""
+
+    rows: Rows
+    by_line: bool  # whether their numbers are lines
+    problems: list[str]  # a line for each entry that belongs to no row
+
+
+def parse_json(text: str, path: Path, by_line: bool) -> Parsed:
+    """The rows of a JSON file; raises ValueError.
 
     `by_line` is what the file's name promises. Either form is read under either name: some tools
     write JSON lines into .json, and some one list into .jsonl.
     """
     if by_line:
         try:
-            return _lines(text, path), True
+            return Parsed(_lines(text, path), True, [])
         except ValueError:
             if not text.lstrip().startswith("["):
                 raise
-            return rows_of(whole(text, path), path), False
+            return rows_of(whole(text, path), path)
+
     try:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         first_line = text.strip().partition("\n")[0]
         if _is_mapping(first_line):
-            return _lines(text, path), True
-        value = whole(text, path)
-    return rows_of(value, path), False
+            return Parsed(_lines(text, path), True, [])
+        value = whole(text, path)  # raises with line and column
+    return rows_of(value, path)
 
 
 def whole(text: str, path: Path) -> Any:
@@ -72,29 +82,33 @@ def _lines(text: str, path: Path) -> Rows:
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if not line.strip():
             continue
+        shown = repr(line.strip()[:60])
         try:
             value = json.loads(line, strict=False)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise ValueError(
-                f"{path}:{number}: found {line.strip()[:60]!r}, which is not valid JSON ({reason}), expected a mapping of "
-                "columns to values"
+                f"{path}:{number}: found {shown}, which is not valid JSON ({reason}), "
+                "expected a mapping of columns to values"
             ) from None
-        if (
-            isinstance(value, list)
-            and len(value) == 2
-            and all(isinstance(part, str) for part in value)
-        ):
+
+        # [image, caption], as some write their lines.
+        if _is_pair_of_texts(value):
             value = {"image": value[0], "caption": value[1]}
         if not isinstance(value, dict):
             raise ValueError(
-                f"{path}:{number}: found {line.strip()[:60]!r}, expected a mapping of columns to values"
+                f"{path}:{number}: found {shown}, expected a mapping of columns to values"
             )
         rows.append((number, jsonable(value)))
     return rows
 
 
-def rows_of(value: Any, path: Path) -> Rows:
+def _is_pair_of_texts(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(isinstance(part, str) for part in value)
+
+
+def rows_of(value: Any, path: Path) -> Parsed:
     """The rows that a JSON value of any known form holds; raises ValueError that names the form it
     found.
     """
@@ -102,47 +116,53 @@ def rows_of(value: Any, path: Path) -> Rows:
         return _numbered(_listed(value, path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found {type(value).__name__}, expected rows of captions")
-    images = value.get("images")
-    if _are_rows(images) and any("sentences" in row for row in images):
-        return _numbered(_karpathy(images))
-    if (
-        _are_rows(images)
-        and "annotations" not in value
-        and any(_names(row, CAPTION_COLUMNS) for row in images)
-    ):
-        return _numbered(images)
-    if _are_rows(images):
-        return _numbered(_coco(images, value, path))
 
+    # The published forms, told by their list of images.
+    images = value.get("images")
+    if _are_rows(images):
+        if any("sentences" in row for row in images):
+            return _numbered(_karpathy(images))
+        have_captions = any(_names(row, CAPTION_COLUMNS) for row in images)
+        if have_captions and "annotations" not in value:
+            return _numbered(images)
+        return _numbered(*_coco(images, value, path))
+
+    # A table by its columns, or one row of it.
+    entries = list(value.values())
     if _names(value, IMAGE_COLUMNS):
-        if all(isinstance(column, list) for column in value.values()):
+        if all(isinstance(column, list) for column in entries):
             return _numbered(_columns(value, path))
-        if all(
-            isinstance(column, dict) for column in value.values()
-        ):  # as pandas writes them, by row number
-            return _numbered(
-                _columns({name: list(column.values()) for name, column in value.items()}, path)
-            )
+        # Pandas' form, by row number.
+        if all(isinstance(column, dict) for column in entries):
+            columns = {name: list(column.values()) for name, column in value.items()}
+            return _numbered(_columns(columns, path))
         return _numbered([value])
-    tables = [rows for rows in value.values() if _are_rows(rows)]
+
+    # Rows under a name; a mapping of images to their captions, or to their other columns.
+    tables = [rows for rows in entries if _are_rows(rows)]
     if len(tables) == 1:
         return _numbered(tables[0])
-    if value and all(isinstance(entry, (str, list)) for entry in value.values()):
+    if entries and all(isinstance(entry, (str, list)) for entry in entries):
         return _numbered([{"image": name, "captions": entry} for name, entry in value.items()])
-    if value and all(isinstance(entry, dict) for entry in value.values()):
+    if entries and all(isinstance(entry, dict) for entry in entries):
         return _numbered([{"image": name, **entry} for name, entry in value.items()])
+
     held = ", ".join(list(map(str, value))[:8]) or "nothing"
     raise ValueError(
-        f"{path} is no known caption file: it holds {held}; expected rows of {{image, caption}}, COCO's (images, annotations), "
-        "Karpathy's (images[].sentences) or a mapping {image: captions}"
+        f"{path} is no known caption file: it holds {held}; expected rows of {{image, caption}}, "
+        "COCO's (images, annotations), Karpathy's (images[].sentences) or a mapping "
+        "{image: captions}"
     )
 
 
-def _numbered(rows: list[dict[str, Any]]) -> Rows:
-    return [(number, jsonable(row)) for number, row in enumerate(rows, 1)]
+def _numbered(rows: list[dict[str, Any]], problems: Sequence[str] = ()) -> Parsed:
+    numbered: Rows = []
+    for number, row in enumerate(rows, 1):
+        numbered.append((number, jsonable(row)))
+    return Parsed(numbered, by_line=False, problems=list(problems))
 
 
-def _are_rows(value: Any) -> bool:
+def _are_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
@@ -152,10 +172,12 @@ def _names(value: dict[str, Any], usual: tuple[str, ...]) -> bool:
 
 
 def _listed(value: list[Any], path: Path) -> list[dict[str, Any]]:
+    """The rows of a list: mappings, or pairs of an image and its caption."""
     if all(isinstance(row, dict) for row in value):
         return value
     if all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in value):
         return [{"image": image, "caption": caption} for image, caption in value]
+
     odd = next(row for row in value if not isinstance(row, dict))
     raise ValueError(
         f"{path}: found {str(odd)[:60]!r} among the rows, expected mappings of columns to values"
@@ -163,22 +185,24 @@ def _listed(value: list[Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(columns: dict[str, list[Any]], path: Path) -> list[dict[str, Any]]:
+    # Cut to the shortest, they would give a picture another one's caption.
     sizes = {name: len(column) for name, column in columns.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{path}: its columns differ in length: {sizes}")
-    names = list(columns)
-    return [dict(zip(names, values)) for values in zip(*columns.values())]
+
+    rows = []
+    for values in zip(*columns.values()):
+        rows.append(dict(zip(columns, values)))
+    return rows
 
 
 def _karpathy(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Karpathy and Fei-Fei's splits: each image with its sentences, as they were written."""
+    read_here = ("filepath", "filename", "sentences", "sentids")
     rows = []
     for image in images:
-        rest = {
-            name: value
-            for name, value in image.items()
-            if name not in ("filepath", "filename", "sentences", "sentids")
-        }
+        rest = {name: value for name, value in image.items() if name not in read_here}
+        # COCO's pictures lie in folders, which only this file names.
         folder, name = image.get("filepath"), image.get("filename")
         place = f"{folder}/{name}" if folder and name else name
         rows.append({"image": place, "captions": image.get("sentences"), **rest})
@@ -187,42 +211,55 @@ def _karpathy(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _coco(
     images: list[dict[str, Any]], content: dict[str, Any], path: Path
-) -> list[dict[str, Any]]:
-    """COCO's form: images by id, captions in annotations that name one."""
-    annotations = content.get("annotations")
-    if not _are_rows(annotations):
-        raise ValueError(
-            f"{path} is COCO's form without annotations (image_info_*.json?): it lists {len(images)} images and no "
-            "captions; give captions_*.json"
-        )
-    if not any("caption" in row for row in annotations):
-        form = next(
-            (form for key, form in _OTHER_FORMS.items() if key in annotations[0]), "annotations"
-        )
-        raise ValueError(
-            f"{path} is COCO's {form} form ({', '.join(list(annotations[0])[:6])}) and holds no captions; give "
-            "captions_*.json of the same images"
-        )
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """COCO's form: images by id, captions in annotations that name one; a line for each annotation
+    that names none.
+    """
+    annotations: Any = content.get("annotations")
+    _refuse_without_captions(images, annotations, path)
 
+    # By text: some writers give numbers here and texts there.
     captions: dict[str, list[Any]] = {}
     for i, image in enumerate(images):
         if "id" not in image or "file_name" not in image:
             raise ValueError(
                 f"{path}: images[{i}] lacks id or file_name (it has {', '.join(image)})"
             )
-        captions[str(image["id"])] = []  # some writers give numbers here and texts there
-    for i, row in enumerate(annotations):
-        image_id = str(row.get("image_id"))
+        captions[str(image["id"])] = []
+
+    # Counted, not refused: a list cut down to some images keeps all annotations.
+    problems = []
+
+    for i, annotation in enumerate(annotations):
+        image_id = str(annotation.get("image_id"))
         if image_id not in captions:
-            raise ValueError(
+            problems.append(
                 f"{path}: annotations[{i}] names image {image_id}, which the file's images do not "
                 "list; add it to them, or remove the annotation"
             )
-        if row.get("caption") is not None:
-            captions[image_id].append(row["caption"])
+        elif annotation.get("caption") is not None:
+            captions[image_id].append(annotation["caption"])
 
     rows = []
     for image in images:
         rest = {name: value for name, value in image.items() if name != "file_name"}
         rows.append({"image": image["file_name"], "captions": captions[str(image["id"])], **rest})
-    return rows
+    return rows, problems
+
+
+def _refuse_without_captions(images: list[dict[str, Any]], annotations: Any, path: Path) -> None:
+    """Raise ValueError for COCO's files of other annotations, with the name of the right one."""
+    if not _are_rows(annotations):
+        raise ValueError(
+            f"{path} is COCO's form without annotations (image_info_*.json?): it lists "
+            f"{len(images)} images and no captions; give captions_*.json"
+        )
+    if any("caption" in annotation for annotation in annotations):
+        return
+
+    forms = [form for key, form in _OTHER_FORMS.items() if key in annotations[0]]
+    form = forms[0] if forms else "annotations"
+    raise ValueError(
+        f"{path} is COCO's {form} form ({', '.join(list(annotations[0])[:6])}) and holds no "
+        "captions; give captions_*.json of the same images"
+    )

@@ -55,9 +55,11 @@ class Listing:
 
     def __str__(self) -> str:
         """Which columns were taken and which are carried along, as tools tell it."""
-        counted = (self.chosen.image, *self.chosen.captions, self.chosen.label)
-        rest = [name for name in self.table.columns if name not in counted]
-        return f"{self.chosen}; left in the JSON: {', '.join(rest)}" if rest else str(self.chosen)
+        taken = (self.chosen.image, *self.chosen.captions, self.chosen.label)
+        rest = [name for name in self.table.columns if name not in taken]
+        if not rest:
+            return str(self.chosen)
+        return f"{self.chosen}; left in the JSON: {', '.join(rest)}"
 
 
 def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
@@ -73,56 +75,64 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
     if not options.named_captions:
         _refuse_dialogues(table, chosen)
 
-    conditions = {
-        columns.column(table.columns, name, table.path): value
-        for name, value in options.where.items()
-    }
+    conditions = {}
+    for name, value in options.where.items():
+        conditions[columns.column(table.columns, name, table.path)] = value
     split_column = columns.split_column(table.columns)
     if split and split_column:
         conditions.setdefault(split_column, split)
+
     listing = _gather(table, chosen, conditions)
     if options.only:
         _keep_listed(listing, options.only)
+
     if not listing.items and listing.problems:
         raise ValueError("no row can be used:\n" + "\n".join(listing.problems[:10]))
     if not listing.items:
         _refuse_nothing(table, conditions)
-    if listing.items and listing.items[0].image.startswith(("http://", "https://")):
+
+    # What is read may be other than what was meant: the user is told, once.
+    if listing.items[0].image.startswith(("http://", "https://")):
         listing.notes.append(
-            f"{table.path}: {chosen.image} holds addresses; images are looked for under the names at their ends "
-            "(img2dataset fetches what is not there yet)"
+            f"{table.path}: {chosen.image} holds addresses; images are looked for under the names "
+            "at their ends (img2dataset fetches what is not there yet)"
         )
     if split_column and split_column not in conditions:
         splits = [row.get(split_column) for _, row in table.rows]
         if len(set(map(values.shown, splits))) > 1:
-            told = values.counted(splits)
             listing.notes.append(
-                f"{table.path}: rows of all splits are taken together ({told}); where chooses some"
+                f"{table.path}: rows of all splits are taken together ({values.counted(splits)}); "
+                "where chooses some"
             )
     return listing
 
 
 def _keep_listed(listing: Listing, path: str) -> None:
     """Only the items that a list names; names that mean none are noted."""
+    # A list that names none of the images is of another data set.
     n_before = len(listing.items)
     listing.items, lost = only(listing.items, path)
     if n_before and not listing.items:
         raise ValueError(
-            f"no name in {path} is that of an image in {listing.table.path}; the first is {lost[0]!r}"
+            f"no name in {path} is that of an image in {listing.table.path}; "
+            f"the first is {lost[0]!r}"
         )
+
     if lost:
         listing.notes.append(
-            f"{len(lost)} names in {path} are of no image in {listing.table.path} (the first: {lost[0]!r})"
+            f"{len(lost)} names in {path} are of no image in {listing.table.path} "
+            f"(the first: {lost[0]!r})"
         )
 
 
 def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing:
+    """One item for each image of the rows that fulfil the conditions."""
     result = Listing(table, chosen, [], [], list(table.problems), list(table.notes))
-    kept = [
-        name for name in table.columns if name not in (chosen.image, *chosen.captions, chosen.label)
-    ]
-    typed = table.converters([chosen.label, *kept] if chosen.label else kept)
-    by_name: dict[str, Item] = {}
+    taken = (chosen.image, *chosen.captions, chosen.label)
+    kept_columns = [name for name in table.columns if name not in taken]
+    typed = table.converters([chosen.label, *kept_columns] if chosen.label else kept_columns)
+
+    by_image: dict[str, Item] = {}
     classes: set[Any] = set()
     differing: Counter[str] = Counter()
 
@@ -133,41 +143,50 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
                 f"{table.place(number)}: {chosen.label} is {str(label)[:60]}, expected one class"
             )
             continue
+        # Before the conditions: parts of a set must number its classes alike.
         if label is not None:
             classes.add(label)
         if not all(values.equals(row.get(column), wanted) for column, wanted in conditions.items()):
             continue
+
         try:
             item = _item(row, number, chosen, label)
         except values.NoText as problem:
             result.problems.append(f"{table.place(number)}: {problem}")
             continue
-        item.meta = {chosen.image: item.image} | {
-            name: typed[name](row[name]) for name in kept if row.get(name) is not None
-        }
-        item.meta = {name: value for name, value in item.meta.items() if value is not None}
+        for name in kept_columns:
+            value = row.get(name)
+            typed_value = None if value is None else typed[name](value)
+            if typed_value is not None:
+                item.meta[name] = typed_value
         if label is not None:
             item.meta["class"] = values.shown(label)
 
-        earlier = by_name.setdefault(item.image, item)
-        if earlier is not item:
-            problem = join(earlier, item)
-            differing.update(name for name in kept if earlier.meta.get(name) != item.meta.get(name))
-            if problem:
-                result.problems.append(f"{table.place(number)}: {problem}")
+        # The first row of an image is its item.
+        earlier = by_image.setdefault(item.image, item)
+        if earlier is item:
+            continue
+        contradiction = join(earlier, item)
+        if contradiction:
+            result.problems.append(f"{table.place(number)}: {contradiction}")
+        for name in kept_columns:
+            if earlier.meta.get(name) != item.meta.get(name):
+                differing[name] += 1
 
     if differing:
-        named = ", ".join(list(differing)[:5])
+        names = ", ".join(list(differing)[:5])
         result.notes.append(
-            f"{table.path}: rows of one image differ in {named}; the first row's values are kept"
+            f"{table.path}: rows of one image differ in {names}; the first row's values are kept"
         )
-    result.items = list(by_name.values())
+    result.items = list(by_image.values())
     result.classes = [values.shown(label) for label in sorted(classes, key=_class_order)]
     return result
 
 
 def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
-    """One row; raises NoText for one without an image name or with captions that are no texts."""
+    """One row, its JSON with the image's name only; raises NoText for one without an image name or
+    with captions that are no texts.
+    """
     name = row.get(chosen.image)
     if isinstance(name, list) and len(name) == 1:
         name = name[0]  # chats list their images
@@ -177,26 +196,33 @@ def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
         raise values.NoText(f"the column {chosen.image!r} is empty, expected an image's name")
     if not isinstance(name, str) or not name.strip():
         raise values.NoText(f"image is {name!r}, expected a name in the column {chosen.image!r}")
+
     captions: list[str] = []
     for column in chosen.captions:
         try:
             captions += values.texts(row.get(column))
         except values.NoText as error:
             raise values.NoText(f"{column}: {error}") from None
-    return Item(name.strip(), number, captions, {}, label)
+    image = name.strip()
+    return Item(image, number, captions, {chosen.image: image}, label)
 
 
 def join(item: Item, other: Item) -> str:
-    """Give an item the captions of another one of the same image; returns what contradicts, or ""."""
-    item.captions = item.captions + [
-        caption for caption in other.captions if caption not in item.captions
-    ]
+    """Give an item the captions of another one of its image; returns what contradicts, or ""."""
+    # Compared with the captions before: a list keeps its own repetitions, which numbers may count.
+    new_captions = [caption for caption in other.captions if caption not in item.captions]
+    item.captions = item.captions + new_captions
+
     if item.label is None:
         item.label = other.label
-        item.meta |= {"class": other.meta["class"]} if "class" in other.meta else {}
-    if other.label not in (None, item.label):
-        return f"image {item.image!r} is of the class {other.label!r} here and of {item.label!r} in row {item.row}"
-    return ""
+        if "class" in other.meta:
+            item.meta["class"] = other.meta["class"]
+    if other.label in (None, item.label):
+        return ""
+    return (
+        f"image {item.image!r} is of the class {other.label!r} here and of {item.label!r} in row "
+        f"{item.row}"
+    )
 
 
 def _class_order(label: Any) -> tuple[bool, int, str]:
@@ -215,17 +241,22 @@ def _refuse_dialogues(table: Table, chosen: Chosen) -> None:
             n_answers = len(values.answers(row.get(name)))
             if n_answers > 1:
                 raise ValueError(
-                    f"{table.place(number)}: {name} is a dialogue with {n_answers} answers, which are no captions of the whole "
-                    f"image; to take every answer as one: {option('caption_columns', name)}"
+                    f"{table.place(number)}: {name} is a dialogue with {n_answers} answers, which "
+                    "are no captions of the whole image; to take every answer as one: "
+                    f"{option('caption_columns', name)}"
                 )
 
 
 def _refuse_nothing(table: Table, conditions: dict[str, Any]) -> None:
+    """Raise for a table of which no row is left, with the values that there are."""
     if not conditions:
         raise ValueError(f"{table.path} has no rows")
-    said = " and ".join(f"{name} = {values.asked(value)}" for name, value in conditions.items())
-    there = [
-        f"{name} holds {values.counted(row.get(name) for _, row in table.rows)}"
-        for name in conditions
-    ]
-    raise ValueError(f"{table.path} has no row with {said}; {'; '.join(there)}")
+
+    wanted = []
+    there = []
+
+    for name, value in conditions.items():
+        wanted.append(f"{name} = {values.asked(value)}")
+        cells = [row.get(name) for _, row in table.rows]
+        there.append(f"{name} holds {values.counted(cells)}")
+    raise ValueError(f"{table.path} has no row with {' and '.join(wanted)}; {'; '.join(there)}")

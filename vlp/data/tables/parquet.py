@@ -9,7 +9,9 @@ from vlp.data.tables.values import jsonable
 
 
 def parse_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """Numbered rows of a parquet file of names and texts, and what was left out; raises ValueError."""
+    """Numbered rows of a parquet file of names and texts, and what was left out; raises
+    ValueError.
+    """
     from pyarrow import ArrowException, parquet
 
     try:
@@ -19,19 +21,23 @@ def parse_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
             f"{path} is no whole parquet file ({str(error)[:120]}); fetch or write it again"
         ) from None
 
-    columns, notes = {}, []
+    columns: dict[str, list[Any]] = {}
+    notes: list[str] = []
     for name in table.column_names:
         _refuse_pictures(path, name, table.column(name))
+        # pyarrow reads a damaged column without complaint, and fails at its first value.
         try:
             values = _values(table.column(name))
         except (ArrowException, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{path}: the column {name!r} cannot be read ({str(error)[:120]}); write it again"
             ) from None
+        # Noted, not refused: stored features beside captions do no harm.
         if any(isinstance(value, bytes) for value in values):
             notes.append(f"{path}: the column {name!r} holds bytes and was left out")
         else:
             columns[name] = values
+
     rows = []
     for number in range(table.num_rows):
         row = {name: jsonable(values[number]) for name, values in columns.items()}
@@ -43,10 +49,15 @@ def _refuse_pictures(path: Path, name: str, column: Any) -> None:
     """A picture as `datasets` stores it is {bytes, path}; without its bytes it is a name like
     others.
     """
-    if _is_picture(column.type) and column.combine_chunks().field("bytes").null_count < len(column):
+    if not _is_picture(column.type):
+        return
+
+    pictures = column.combine_chunks().field("bytes")
+    if pictures.null_count < len(column):
         raise ValueError(
-            f"{path}: the column {name!r} holds the pictures themselves, expected their names; train on its folder with the "
-            "source {name: huggingface, path: FOLDER}, evaluate with data=FOLDER"
+            f"{path}: the column {name!r} holds the pictures themselves, expected their names; "
+            "train on its folder with the source {name: huggingface, path: FOLDER}, "
+            "evaluate with data=FOLDER"
         )
 
 
@@ -64,11 +75,12 @@ def _values(column: Any) -> list[Any]:
     import pyarrow
 
     kind = column.type
-    narrow = {pyarrow.float32(): np.float32, pyarrow.float16(): np.float16}.get(kind)
-    if narrow is not None:
-        return [
-            None if value is None else float(str(narrow(value))) for value in column.to_pylist()
-        ]
+    narrow_types = {pyarrow.float32(): np.float32, pyarrow.float16(): np.float16}
+    if kind in narrow_types:
+        narrow = narrow_types[kind]
+        values = column.to_pylist()
+        return [None if value is None else float(str(narrow(value))) for value in values]
+
     if _is_picture(kind):
         return column.combine_chunks().field("path").to_pylist()
     if pyarrow.types.is_timestamp(kind):

@@ -6,9 +6,8 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-LITERAL = (
-    "\t|"  # separators with which no quoting is usual: a quote that does not fit is a character
-)
+# Separators with which no quoting is usual: a quote that does not fit is a character.
+LITERAL = "\t|"
 # A name, blanks, and the rest of the line: the separator " ".
 LIST_LINE = re.compile(r"(\S+)[ \t]+(\S.*)")
 
@@ -51,19 +50,23 @@ def quoted_row(text: str, start: int, line: int, separator: str, quoting: str) -
     if separator == " ":
         end = line_end(text, start)
         return plain_row(text[start:end], separator), end
+
+    # A field at a time; only one in quotes may run over the end of a line.
     in_quotes = _in_quotes(separator)
-    row, position = Row([], []), start
+    row = Row([], [])
+    position = start
     while True:
         match = in_quotes.match(text, position)
         if match:
-            cell, end = match[1].replace('""', '"'), match.end()
+            end = match.end()
+            cell = match[1].replace('""', '"')
         else:
             end = _cell_end(text, position, separator)
             cell = text[position:end].strip(" ")
             if cell.startswith('"'):
-                _check_open(
-                    text, position, separator, quoting, line + text.count("\n", start, position)
-                )
+                line_of_field = line + text.count("\n", start, position)
+                _check_open(text, position, separator, quoting, line_of_field)
+
         row.cells.append(cell)
         row.written.append(text[position:end])
         if end >= len(text) or text[end] == "\n":
@@ -81,13 +84,17 @@ def _check_open(text: str, position: int, separator: str, quoting: str, line: in
     """What to think of a field that begins with a quote and does not end with one: raises
     Unfitting, or it is text.
     """
-    if text.count('"', position, line_end(text, position)) % 2:
+    n_quotes = text.count('"', position, line_end(text, position))
+    if n_quotes % 2:
         raise Unfitting(line, "a quote opens a field here and does not close it")
+
+    # A comma's quote may belong to the text: `"Stop", it says`.
     if quoting == "csv" or separator in LITERAL:
         raise Unfitting(line, "text follows a closed quote here")
 
 
 def _cell_end(text: str, position: int, separator: str) -> int:
+    """Where a field without quotes ends: at the next separator, or with its line."""
     last = line_end(text, position)
     end = text.find(separator, position, last)
     return last if end < 0 else end

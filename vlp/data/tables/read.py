@@ -34,49 +34,78 @@ class Table:
         """For each column what makes a JSON value of a cell: by all cells of the column in a text
         table, as it is elsewhere.
         """
+        if not self.textual:
+            return dict.fromkeys(names, _as_it_is)
+
+        # By the whole column: one text among the numbers makes all of them texts.
         result = {}
         for name in names:
-            cells = (row[name] for _, row in self.rows if name in row) if self.textual else ()
-            convert = values.converter(cells) if self.textual else None
-            result[name] = _where_filled(convert)
+            cells = (row[name] for _, row in self.rows if name in row)
+            result[name] = _where_filled(values.converter(cells))
         return result
 
     def records(self, texts: Iterable[str] = ()) -> list[dict[str, Any]]:
         """The rows with typed values; the columns `texts` stay as written."""
         texts = set(texts)
         typed = self.converters(name for name in self.columns if name not in texts)
-        return [
-            {name: value if name in texts else typed[name](value) for name, value in row.items()}
-            for _, row in self.rows
-        ]
+        typed |= dict.fromkeys(texts, _as_it_is)
+
+        records = []
+        for _, row in self.rows:
+            records.append({name: typed[name](value) for name, value in row.items()})
+        return records
 
 
-def _where_filled(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
-    return lambda value: value if value is None or convert is None else convert(value)
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _where_filled(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The converter, for cells of which some are absent."""
+
+    def converted(value: Any) -> Any:
+        return None if value is None else convert(value)
+
+    return converted
 
 
 def read(path: str | Path, options: TableOptions | None = None) -> Table:
     """The rows of a table; raises ValueError for what is none, saying what was found and what to
     do, and OSError.
     """
-    path, options = Path(path).expanduser(), options or TableOptions()
+    path = Path(path).expanduser()
+    options = options or TableOptions()
     kind = files.kind_of(path)
     if kind == ".parquet":
+        # Says what is wrong with a path, which pyarrow would in its own words.
         files.load(path)
         rows, notes = parse_parquet(path)
-        return Table(path, _columns_of(rows), rows, False, False, [], notes)
+        return Table(
+            path, _columns_of(rows), rows, by_line=False, textual=False, problems=[], notes=notes
+        )
 
     text = files.decode(files.load(path), path, options.encoding)
     if kind in files.DELIMITED:
         parsed = delimited.parse(text, path, options)
+        if not parsed.rows and parsed.problems:
+            raise ValueError(parsed.problems[0])
         if not parsed.rows:
-            nothing = f"{path} has no rows below the line that names its columns ({', '.join(parsed.columns)[:120]})"
-            raise ValueError(parsed.problems[0] if parsed.problems else nothing)
-        return Table(path, parsed.columns, parsed.rows, True, True, parsed.problems, [])
-    rows, by_line = forms.parse_json(text, path, by_line=kind in files.JSON_LINES)
+            names = ", ".join(parsed.columns)[:120]
+            raise ValueError(f"{path} has no rows below the line that names its columns ({names})")
+        return Table(
+            path,
+            parsed.columns,
+            parsed.rows,
+            by_line=True,
+            textual=True,
+            problems=parsed.problems,
+            notes=[],
+        )
+
+    rows, by_line, problems = forms.parse_json(text, path, by_line=kind in files.JSON_LINES)
     if not rows:
         raise ValueError(f"{path} has no rows")
-    return Table(path, _columns_of(rows), rows, by_line, False, [], [])
+    return Table(path, _columns_of(rows), rows, by_line, textual=False, problems=problems, notes=[])
 
 
 def read_json(path: str | Path) -> Any:

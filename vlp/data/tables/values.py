@@ -4,7 +4,6 @@ hold them.
 
 from __future__ import annotations
 
-import ast
 import datetime
 import json
 import math
@@ -14,17 +13,23 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
-from vlp.data.captions import text_in
+from vlp.data.captions import text_in, written_list
 
 _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 _DECIMAL = re.compile(
-    r"-?(0|[1-9]\d*)?\.\d+([eE][+-]?\d+)?|-?(0|[1-9]\d*)\.([eE][+-]?\d+)?|-?(0|[1-9]\d*)[eE][+-]\d+"
+    r"""
+    -? (0|[1-9]\d*)? \. \d+ ([eE][+-]?\d+)?  # 0.5, .5, 0.5e3
+    | -? (0|[1-9]\d*) \. ([eE][+-]?\d+)?     # 5., 5.e3
+    | -? (0|[1-9]\d*) [eE] [+-] \d+           # 5e-3, not 1e5: that may be an id
+    """,
+    re.VERBOSE,
 )
 _LARGEST = 1 << 53  # beyond it, readers that keep numbers as doubles change an id
-_TOLD = 20  # values of a column that a message lists
+_LISTED = 20  # values of a column that a message lists
 _NOTHING = frozenset({"nan", "na", "n/a", "null", "none", "<na>"})
 _TRUTH = {"true": True, "false": False}
-_TURN_KEYS = (("from", "value"), ("role", "content"))  # of a dialogue: LLaVA's form, the chat form
+# Of a dialogue: LLaVA's form, the chat form.
+_TURN_KEYS = (("from", "value"), ("role", "content"))
 _ANSWERING = ("gpt", "assistant", "model")
 
 
@@ -40,19 +45,17 @@ def texts(value: Any) -> list[str]:
     NoText for all else.
     """
     if isinstance(value, str):
-        value = value.strip()
-        if not value.startswith("["):
-            return [value] if value else []
-        value = _written_list(value)
+        value = written_list(value.strip())
     if value is None:
         return []
-    if not isinstance(value, list):
-        value = [value]
-    if value and all(isinstance(turn, dict) for turn in value) and _is_dialogue(value):
-        value = answers(value)
+
+    entries = value if isinstance(value, list) else [value]
+    # The questions of a dialogue are no captions.
+    if _is_dialogue(entries):
+        entries = answers(entries)
 
     result = []
-    for entry in value:
+    for entry in entries:
         if entry is None:
             continue
         text = text_in(entry)
@@ -63,47 +66,38 @@ def texts(value: Any) -> list[str]:
     return result
 
 
-def _written_list(text: str) -> Any:
-    """A list that JSON or Python wrote into a text; any other text as it is."""
-    if not text.endswith("]"):
-        return text
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-            return value
-    return text
+def _is_dialogue(entries: list[Any]) -> bool:
+    if not entries or not all(isinstance(turn, dict) for turn in entries):
+        return False
 
-
-def _is_dialogue(turns: list[dict[str, Any]]) -> bool:
-    return any(speaker in turns[0] and content in turns[0] for speaker, content in _TURN_KEYS)
+    first = entries[0]
+    return any(speaker in first and content in first for speaker, content in _TURN_KEYS)
 
 
 def answers(value: Any) -> list[str]:
     """What the model says in a dialogue (LLaVA's `conversations`, `messages` of chats); nothing in
     any other value.
     """
-    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    turns = [turn for turn in value if isinstance(turn, dict)]
+
     result = []
     for turn in turns:
         for speaker, content in _TURN_KEYS:
             if turn.get(speaker) in _ANSWERING and content in turn:
-                result.append(_said(turn[content]))
+                result.append(_text_of_turn(turn[content]))
     return result
 
 
-def _said(content: Any) -> str:
+def _text_of_turn(content: Any) -> str:
     """The text of a turn: as it is, or in parts of which some may be images."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    return " ".join(
-        part["text"]
-        for part in parts
-        if isinstance(part, dict) and isinstance(part.get("text"), str)
-    )
+
+    texts_of_parts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return " ".join(text for text in texts_of_parts if isinstance(text, str))
 
 
 def jsonable(value: Any) -> Any:
@@ -116,12 +110,16 @@ def jsonable(value: Any) -> Any:
         return repaired(value)
     if value is None or isinstance(value, (bool, int)):
         return value
+    # JSON has no NaN: other readers refuse a file that holds one.
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+
     if isinstance(value, dict):
         return {repaired(str(key)): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
+
+    # What parquet holds besides.
     if isinstance(value, Decimal):
         return _from_decimal(value)
     if isinstance(value, (datetime.date, datetime.time)):
@@ -141,12 +139,14 @@ def repaired(text: str) -> str:
 
 
 def _from_decimal(value: Decimal) -> Any:
+    """A decimal as JSON holds it; a whole one that a double would change, as a text."""
     if not value.is_finite():
         return None
-    whole = value == value.to_integral_value()
-    if whole and abs(value) < _LARGEST:
-        return int(value)
-    return str(value) if whole else float(value)
+
+    is_whole = value == value.to_integral_value()
+    if not is_whole:
+        return float(value)
+    return int(value) if abs(value) < _LARGEST else str(value)
 
 
 def converter(cells: Iterable[str]) -> Callable[[str], Any]:
@@ -162,19 +162,27 @@ def converter(cells: Iterable[str]) -> Callable[[str], Any]:
     if not filled:
         return str
     if all(cell.lower() in _TRUTH for cell in values):
-        return lambda cell: _TRUTH[cell.lower()]
+        return _truth_value
+
     whole = {cell for cell in filled if _WHOLE.fullmatch(cell)}
     if all(cell in whole or _DECIMAL.fullmatch(cell) for cell in filled):
-        safe = all(len(cell) < 20 and abs(int(cell)) < _LARGEST for cell in whole)
-        return _number if safe else str
+        # A long id that became a double would be another id.
+        are_exact = all(len(cell) < 20 and abs(int(cell)) < _LARGEST for cell in whole)
+        return _number if are_exact else str
+
     if all(cell[0] in "[{" and _parsed(cell) is not None for cell in values):
         return _parsed
     return str
 
 
+def _truth_value(cell: str) -> bool:
+    return _TRUTH[cell.lower()]
+
+
 def _number(cell: str) -> int | float | None:
     if cell.lower() in _NOTHING:
         return None
+
     number = int(cell) if _WHOLE.fullmatch(cell) else float(cell)
     return number if math.isfinite(number) else None
 
@@ -194,6 +202,8 @@ def equals(value: Any, wanted: Any) -> bool:
         return any(equals(value, one) for one in wanted)
     if value is None:
         return wanted is None or wanted == ""
+
+    # A person writes "1" for 1.0, and "True" for what JSON holds as true.
     one, other = shown(value).strip(), shown(wanted).strip()
     if one == other:
         return True
@@ -218,6 +228,9 @@ def asked(wanted: Any) -> str:
 
 def counted(cells: Iterable[Any]) -> str:
     """The values of a column with their numbers, the commonest first, for messages."""
-    counts = Counter("nothing" if cell is None else shown(cell) for cell in cells)
-    told = ", ".join(f"{value} ({n})" for value, n in counts.most_common(_TOLD))
-    return f"{told}, …" if len(counts) > _TOLD else told
+    counts: Counter[str] = Counter()
+    for cell in cells:
+        counts["nothing" if cell is None else shown(cell)] += 1
+
+    common = ", ".join(f"{value} ({n})" for value, n in counts.most_common(_LISTED))
+    return f"{common}, …" if len(counts) > _LISTED else common

@@ -1,0 +1,183 @@
+"""The section `data`: what is trained on, and how it becomes batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from vlp import schema
+from vlp.plugin import Named, Plugin
+from vlp.schema import Problem
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training augmentation, in the terms of torchvision's RandomResizedCrop."""
+
+    scale: tuple[float, float] = (0.9, 1.0)  # share of the image's area that a crop covers
+    ratio: tuple[float, float] = (0.75, 1.3333333)  # width / height of a crop
+    # probability of a horizontal flip; harmful where captions say left and right
+    flip: float = 0.0
+    # strength of brightness, contrast and saturation jitter: factors in [1 − color, 1 + color]
+    color: float = 0.0
+    grayscale: float = 0.0  # probability of gray
+    # probability of a Gaussian blur, σ of .1 to 2 px at 224 px and in proportion at other sizes
+    blur: float = 0.0
+    # decode a JPEG at 1/2, 1/4 or 1/8 where its crop stays large enough: faster, a few levels off
+    scaled_decoding: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale} must satisfy 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio} must satisfy 0 < low <= high")
+
+        probabilities = (self.flip, self.grayscale, self.blur)
+        are_probabilities = all(0 <= p <= 1 for p in probabilities)
+        if not are_probabilities or not 0 <= self.color < 1:
+            raise ValueError("flip, grayscale and blur must lie in [0, 1] and color in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StrongAugment(Augment):
+    """Augmentation of further views, of SimCLR's kind; it still leaves left and right alone."""
+
+    scale: tuple[float, float] = (0.4, 1.0)
+    color: float = 0.4
+    grayscale: float = 0.2
+    blur: float = 0.5
+
+
+@dataclass(frozen=True)
+class TextAugment:
+    """How a caption becomes a further view: the probability of each change, for each word that it
+    can happen to.
+    """
+
+    stop_words: float = 0.3  # a stop word is left out
+    # a word of the list in vlp.data.wording becomes another of the same meaning
+    synonyms: float = 0.2
+    swaps: float = 0.1  # a word changes places with the next one
+    deletions: float = 0.1  # a word is left out, whatever it is
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in vars(self).values()):
+            raise ValueError(f"probabilities must lie in [0, 1], found {self}")
+
+
+@dataclass(frozen=True)
+class Views:
+    """Further, strongly augmented views of every image and caption: Batch.image_views and
+    Batch.text_views.
+    """
+
+    n: int = 1  # how many of each image and caption
+    augment: StrongAugment = StrongAugment()
+    text: TextAugment = TextAugment()
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; expected at least 1 (leave `views` out for none)")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Schema hook for one of several words of which one was renamed: the old word is refused with
+    the new one.
+    """
+
+    choices: Any  # a Literal
+    old: str
+    new: str
+
+    def parse(self, value: Any, path: schema.Path, problems: list[Problem]) -> Any:
+        if value == self.old:
+            problems.append(Problem(path, f"{self.old!r} is called {self.new!r} now; write that"))
+            return value
+        return schema.parse_into(self.choices, value, path, problems)
+
+
+_CaptionChoice = Literal["random", "first", "all", "weights"]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Where a sample's text comes from.
+
+    random: one of its captions, drawn anew at every visit by (seed, step, row). first: always the
+    first. all: every pair (image, caption) stands in the epoch by itself (the first 255 captions of
+    a sample). weights: as `random`, by the weights of the positions.
+    """
+
+    # random: one of a sample's captions, drawn anew at every visit; first: always the first; all:
+    # every caption is a pair of its own; weights: by the weights of the positions
+    choose: Annotated[_CaptionChoice, Renamed(_CaptionChoice, old="seed", new="random")] = "random"
+    # of the first, second, … caption; further ones are not taken
+    weights: list[float] = field(default_factory=list)
+    # such as "a photo of a {}.": captions made by filling in the JSON's "class"
+    class_templates: list[str] = field(default_factory=list)
+    # a sample without any text: refuse to start, or drop it and count it
+    missing: Literal["error", "drop"] = "error"
+    # a text file of several lines is one caption, or each of its lines is one
+    lines: Literal["one", "each"] = "one"
+    # K': captions of a sample that a batch carries besides its text, where a term reads `captions`
+    carried: int = 8
+
+    def __post_init__(self) -> None:
+        if self.carried < 2:
+            raise ValueError(f"carried is {self.carried}; expected at least 2 captions of a sample")
+
+        bad = [t for t in self.class_templates if t.count("{}") != 1]
+        if bad:
+            raise ValueError(f"templates need exactly one {{}} for the class name: {bad}")
+
+        by_weight = self.choose == "weights"
+        if by_weight != bool(self.weights) or min(self.weights, default=1) <= 0:
+            raise ValueError(
+                f"choose is {self.choose} and weights are {self.weights}; "
+                "positive weights belong to choose: weights"
+            )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and how it becomes batches."""
+
+    # where samples come from: shards, folders, tables, the Hub, several mixed by weight
+    sources: list[Annotated[Plugin, Named("vlp.data.sources")]]
+    augment: Augment = Augment()
+    captions: Captions = field(default_factory=Captions)
+    views: Views | None = None  # further views for terms that compare them; None: none
+    # G: batches are made of whole groups of G samples of one "origin" (a field of their JSON)
+    together: int = 1
+    # independent uniform draws (within a source's share) instead of whole epochs
+    replacement: bool = False
+    shuffle: bool = True  # a new order every epoch; false: the order of the data
+    bad_share: float = 0.01  # more unusable samples than 16 + this share of the rows end the run
+    workers: int = 1  # decoding processes a rank; 0 decodes in the training process
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError(
+                "sources is empty; name at least one, e.g. [{name: shards, path: data/train}]"
+            )
+        if self.workers < 0 or self.together < 1 or not 0 <= self.bad_share <= 1:
+            raise ValueError(
+                f"workers is {self.workers}, together {self.together}, "
+                f"bad_share {self.bad_share}; expected workers >= 0, "
+                "together >= 1 and bad_share in [0, 1]"
+            )
+
+        # Settings that each make sense and do not go with one another.
+        if self.replacement and not self.shuffle:
+            raise ValueError("replacement draws at random; it does not go with shuffle: false")
+        if self.together > 1 and self.captions.choose == "all":
+            raise ValueError(
+                "together makes batches of samples, captions.choose: all of captions; "
+                "take one of the two"
+            )
+        if self.views and (self.augment.scaled_decoding or self.views.augment.scaled_decoding):
+            raise ValueError(
+                "scaled_decoding does not go with views: "
+                "all crops of an image come from one decoding at full size"
+            )

@@ -1,0 +1,83 @@
+"""The section `model`: two towers, the logit scale and the heads that only the objective reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from vlp.plugin import Named, Plugin
+from vlp.types import Decoding
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The logit scale (inverse temperature): learned as its logarithm, clamped in the forward
+    pass.
+    """
+
+    init: float = 14.285714285714286  # at the start of training; 1 / 0.07, as CLIP
+    max: float = 100.0  # upper bound of the scale, in the forward pass
+    learned: bool = True  # false: the scale stays at init
+
+    def __post_init__(self) -> None:
+        if not 0 < self.init <= self.max:
+            raise ValueError(f"scale init {self.init} must lie in (0, max = {self.max}]")
+
+
+@dataclass(frozen=True)
+class ViewHead:
+    """Projection of further views, D → width → D, with a scale of its own."""
+
+    width: int = 2048  # of the hidden layer
+    text: bool = True  # captions have views too; false for slip alone
+    scale: Scale = Scale()
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A multimodal decoder of the text tower's width."""
+
+    layers: int = 3  # transformer layers, each with cross-attention to the image
+    heads: int | None = None  # None: as many as the text tower has
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Trained parts that only the objective reads; exports leave them out (vlp.models.heads)."""
+
+    # projection of further views (data.views): image_views, text_views
+    views: ViewHead | None = None
+    concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
+    captions: Captioner | None = None  # a text decoder: caption_nll
+
+    def __post_init__(self) -> None:
+        if self.concepts < 0:
+            raise ValueError(
+                f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
+            )
+
+
+@dataclass(frozen=True)
+class Model:
+    """Two towers into one space. An open_clip architecture gives both; otherwise name one tower
+    each.
+    """
+
+    image_tower: Annotated[Plugin, Named("vlp.towers")]  # image encoder by name, with its options
+    # text encoder by name, with its options; may be absent where the image tower names both
+    text_tower: Annotated[Plugin, Named("vlp.towers")] | None = None
+    embed_dim: int | None = None  # D, width of the shared space; None: the architecture's
+    scale: Scale = Scale()
+    bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
+    heads: Heads = Heads()
+    # weights to start from: open_clip's tag, or any reference (vlp.pretrained.references);
+    # None: random
+    pretrained: str | None = None
+    # how pictures become RGB; None: as `pretrained` says, or on white and upright
+    decoding: Decoding | None = None
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether the data hold the image tower's embeddings, and training does not run it."""
+        common = self.image_tower.common
+        return common is not None and common.precomputed

@@ -1,0 +1,122 @@
+"""The sections about the run itself: `train`, `teacher`, `pairwise`, `checkpoint` and `log`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vlp.config.durations import Duration
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with warm-up and cosine decay. Decay leaves gains, biases, embeddings, scale and bias
+    alone.
+    """
+
+    lr: float = 5e-4  # peak learning rate, reached after the warm-up
+    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's decay of the two moments
+    eps: float = 1e-6  # AdamW's ε in the denominator
+    weight_decay: float = 0.2  # decoupled, as AdamW's
+    # linear rise of the learning rate from 0 to lr at the start
+    warmup: Duration = Duration(5, "%")
+    final_lr: float = 0.0  # share of lr at the end of the cosine
+    clip_norm: float | None = 1.0  # largest norm of the global gradient; None: no clipping
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
+            raise ValueError("lr and eps must be positive, weight_decay >= 0, final_lr in [0, 1]")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; expected a positive number or null")
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, how large and on what."""
+
+    # how long to train: 1000 (steps), 3ep (epochs), 200ksamples or 2Msamples (samples seen)
+    duration: Duration
+    batch: int  # global: rows of one step over all ranks
+    # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
+    micro_batches: int = 1
+    optimizer: Optimizer = Optimizer()
+    # of the towers' arithmetic; auto: the faster one, as a short measurement finds
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    # what keeps ranks in step; auto: what the launcher set up
+    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    compile: bool = False  # torch.compile of the towers: slower start, faster steps
+    # recompute activations in the backward pass: less memory, more time
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    # a step with NaN or infinity: end the run, or leave the step out
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
+
+    def __post_init__(self) -> None:
+        # A percentage of itself is no length.
+        if self.duration.unit == "%" or not self.duration.value:
+            raise ValueError(
+                f"duration is {self.duration.to_config()}; expected steps (1000), epochs (3ep) "
+                "or samples (2Msamples), more than none"
+            )
+        if self.batch < 1 or self.micro_batches < 1:
+            raise ValueError("batch and micro_batches must be at least 1")
+        if self.max_skipped < 1:
+            raise ValueError(
+                f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop"
+            )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What gives terms embeddings without gradient, beside the trained model (vlp.teacher)."""
+
+    # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
+    ema: float | None = None
+    queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
+    model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
+        if self.queue < 0 or (self.queue and self.ema is None):
+            raise ValueError(
+                f"queue is {self.queue} with ema {self.ema}: "
+                "expected a size >= 0, and ema where it is not 0"
+            )
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """How the pairs of a step are formed and computed (vlp.pairwise)."""
+
+    # which ranks give candidates: auto, local, global, ring, or
+    # {group: 8, layout: contiguous | strided | alternating}
+    topology: Any = "auto"
+    # dense: whole score matrices, the reference; tiled: any device; triton: CUDA kernels; auto:
+    # the fastest that runs here
+    impl: Literal["auto", "dense", "tiled", "triton"] = "auto"
+    # bytes of score tiles to keep for backward; None: twice the candidates' embeddings
+    memory_budget: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When a run is saved and how many saves stay."""
+
+    # how often a checkpoint is written; one is written at the end in any case
+    every: Duration = Duration(25, "%")
+    keep: int = 2  # how many checkpoints stay, the newest ones
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep is {self.keep}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is reported while training; everything also goes to metrics.jsonl of the run."""
+
+    every: Duration = Duration(10, "steps")  # how often the scalars of a step are reported
+    # where metrics go besides metrics.jsonl
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)

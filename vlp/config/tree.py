@@ -1,0 +1,47 @@
+"""The root of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from vlp.config.data import Data
+from vlp.config.model import Model
+from vlp.config.training import Checkpoint, Log, Pairwise, Teacher, Train
+from vlp.plugin import Keyed, KeyedPlugins
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    out: str  # the run's folder
+    data: Data
+    model: Model
+    train: Train
+    # terms of the loss by name; the total is Σ weight · term
+    objective: Annotated[KeyedPlugins, Keyed("vlp.losses")]
+    pairwise: Pairwise = Pairwise()
+    teacher: Teacher = Teacher()
+    # which samples a step trains on; empty: every one that is loaded
+    selection: Annotated[KeyedPlugins, Keyed("vlp.selection")] = field(default_factory=KeyedPlugins)
+    # evaluation tasks by name, run during training and at its end
+    eval: Annotated[KeyedPlugins, Keyed("vlp.eval.tasks")] = field(default_factory=KeyedPlugins)
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = field(default_factory=Log)
+    seed: int = 0  # everything random is derived from it: weights, order, augmentation, captions
+    init_from: str | None = None  # weights to start from: any reference (vlp.pretrained.references)
+    # never; auto: from the newest complete checkpoint of `out`, if any; or a checkpoint's folder
+    resume: str = "never"
+
+    def __post_init__(self) -> None:
+        if not self.objective:
+            raise ValueError("objective is empty; name at least one term, e.g. {infonce: {}}")
+        if len(self.selection) > 1:
+            names = [plugin.name for plugin in self.selection]
+            raise ValueError(f"selection names {names}; one at a time")
+        if 0 < self.teacher.queue < self.train.batch:
+            raise ValueError(
+                f"teacher.queue is {self.teacher.queue}, "
+                f"smaller than train.batch {self.train.batch}; enlarge it"
+            )

@@ -1,0 +1,64 @@
+"""Which optional fields of `vlp.fields` the data offer, and which of them are worth making."""
+
+from __future__ import annotations
+
+from vlp.config import Data
+from vlp.data import row_numbers
+from vlp.data.row_texts import TEXTS
+from vlp.data.sources import Source
+from vlp.fields import CARRIED, EMBEDDED, family
+
+
+def optional_fields(
+    sources: list[Source], data: Data, reads: frozenset[str] | None = None
+) -> dict[str, int]:
+    """The optional fields that the data offer, with their width: texts, views or numbers of a row.
+
+    `reads`: by terms; None: all. A field whose width must be counted is offered only where it is
+    read.
+    """
+    widths: dict[str, int] = {}
+
+    # Texts bring their masks.
+    for name, field in TEXTS.items():
+        unread = reads is not None and not reads & family(name)
+        if field.counted and unread:
+            continue
+        if width := field.width(sources, data):
+            widths[name] = width
+            if mask := EMBEDDED[name].valid:
+                widths[mask] = width
+
+    # Pictures, and the numbers beside a sample's texts.
+    if "negatives" in widths and any(source.pictured for source in sources):
+        widths["negative_image"] = 1
+    if data.views:
+        widths["image_views"] = data.views.n
+    widths |= row_numbers.offered(sources, widths)
+
+    # A teacher's embeddings, where every source has them.
+    stored = [source.embeddings for source in sources if source.embeddings is not None]
+    if len(stored) == len(sources):
+        width = stored[0].teacher.width
+        widths["teacher_image"] = width
+        if all(embeddings.with_text for embeddings in stored):
+            widths["teacher_text"] = width
+    return widths
+
+
+def read_fields(widths: dict[str, int], reads: frozenset[str]) -> dict[str, int]:
+    """Those of `optional_fields` that are worth making where only `reads` are read.
+
+    A bad score costs its sample only where a term reads scores; texts with a mask are tokenized
+    only where they, or what lies beside them, are read.
+    """
+
+    def worth(name: str) -> bool:
+        row = CARRIED[name]
+        if row.json:
+            return name in reads
+        if row.valid or row.beside:
+            return bool(family(name) & reads)
+        return True
+
+    return {name: width for name, width in widths.items() if worth(name)}

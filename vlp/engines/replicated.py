@@ -1,0 +1,180 @@
+"""One process, or DDP through Accelerate: every rank holds the whole model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vlp import config, dist, optim
+from vlp.engines.base import MOMENTS, State
+from vlp.engines.processes import accelerator
+from vlp.models.dual_encoder import DualEncoder
+
+
+class Replicated:
+    """DDP through Accelerate, or one process: every rank holds the whole model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def prepare(self, model: DualEncoder, options: config.Train) -> None:
+        """Take over `model` with its weights; from then on `self.model` embeds for training."""
+        self.module = model.to(self.device)
+        self.description = model.description()
+        self.clip_norm = options.optimizer.clip_norm
+
+        if options.activation_checkpointing:
+            self.module.set_activation_checkpointing(True)
+        self.wrap(options)
+
+        # After the wrapping: FSDP2 puts sharded parameters in the place of the whole ones.
+        self.optimizer = optim.build(self.module, options.optimizer)
+
+    def wrap(self, options: config.Train) -> None:
+        self.model: Any = torch.compile(self.module) if options.compile else self.module
+        if dist.world_size() > 1:
+            self.model = accelerator(self.device).prepare_model(self.model)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around a forward and its backward. DDP decides already in the forward whether this
+        backward will exchange.
+        """
+        if last or dist.world_size() == 1:
+            return nullcontext()
+        return self.model.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients."""
+        loss.backward()
+
+    def update(self, lr: float) -> Tensor:
+        """One AdamW step at rate `lr`; returns the norm of the averaged gradient before clipping.
+
+        Where the norm is not finite, on all ranks alike, neither weights nor moments move: the
+        fused optimiser looks at `found_inf` on the device, so nothing waits for the answer here.
+        """
+        norm = self.gradient_norm()
+
+        # Read by the fused optimiser on the device; asking here would make the host wait.
+        found_inf = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by this name
+
+        if self.clip_norm is not None:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
+            gradients = [local_part(gradient) for gradient in self._gradients()]
+            torch._foreach_mul_(gradients, factor)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the gradient over all parameters, equal on all ranks."""
+        norms = torch._foreach_norm(self._gradients())
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+    def state(self, everywhere: bool = False) -> State:
+        """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
+        keep = everywhere or dist.is_main()
+        model = _whole_state(self.module, keep)
+
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter not in self.optimizer.state:
+                continue
+            for key, value in self.optimizer.state[parameter].items():
+                # Gathering is collective: ranks that keep nothing take part all the same.
+                whole = _whole(value)
+                if keep:
+                    moments[f"{key}.{name}"] = _on_cpu(whole)
+
+        return model, moments
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
+        for name, parameter in self.module.named_parameters():
+            if f"step.{name}" not in moments:
+                continue
+
+            # Copied, because AdamW counts in place.
+            state = {"step": moments[f"step.{name}"].to(self.device, copy=True)}
+            for key in MOMENTS:
+                whole = moments[f"{key}.{name}"].to(self.device)
+                state[key] = _part(whole, parameter)
+            self.optimizer.state[parameter] = state
+
+    def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every
+        rank calls it together.
+        """
+        # A copy, because the weights go on changing under it.
+        copied = copy.deepcopy(self.module).requires_grad_(False)
+        if weights is not None:
+            copied.load_state_dict(dict(weights))
+        return copied.eval()
+
+    def follow(self, average: nn.Module, decay: float) -> None:
+        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken
+        over.
+        """
+        averaged = [local_part(p.detach()) for p in average.parameters()]
+        current = [local_part(p.detach()) for p in self.module.parameters()]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+        for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
+            averaged_buffer.copy_(buffer)
+
+    def whole(self, average: nn.Module) -> dict[str, Tensor]:
+        """State of what `average` returned, as whole tensors on the CPU of the first rank.
+        Collective.
+        """
+        return _whole_state(average, dist.is_main())
+
+    def evaluation_model(self) -> DualEncoder:
+        """A plain model with the current weights that each rank may call by itself. Collective."""
+        return self.module
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All ranks' parts in one tensor; every rank must call it for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A copy that later updates leave alone."""
+    return tensor.detach().cpu().clone()
+
+
+def _whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Whole copies of a module's parameters and buffers, empty on ranks that `keep` nothing.
+    Collective.
+    """
+    state = {}
+    for name, value in module.state_dict().items():
+        whole = _whole(value)
+        if keep:
+            state[name] = _on_cpu(whole)
+    return state
+
+
+def _part(whole: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_whole`: sharded as `like` is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(whole, like.device_mesh, like.placements)
+    return whole.clone()

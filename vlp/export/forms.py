@@ -1,0 +1,173 @@
+"""The forms of an exported folder: open_clip's always, transformers' where its models can say the
+same, checked by running them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from vlp.export import clip_form, siglip_form
+from vlp.export.pixels import levels_apart
+from vlp.export.place import write_json
+from vlp.files import save_tensors
+from vlp.models.dual_encoder import DualEncoder
+from vlp.pretrained import references, weight_files
+from vlp.types import ON_WHITE
+
+TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
+# Of 255: largest difference of a pixel between a processor and training, from rounding.
+LEVELS = 1.01
+
+# How sentence-transformers asks a SiglipModel. The last token is pooled, so there must be as many.
+_SENTENCE_SIGLIP = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {
+        "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+        "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+    },
+    "module_output_name": "sentence_embedding",
+    "processing_kwargs": {"text": {"padding": "max_length"}},
+}
+
+
+def write_open_clip(
+    model: DualEncoder, weights: dict[str, Tensor], folder: Path, home: Path
+) -> list[str]:
+    """Write the form that every model has; returns notes. `home` is where the folder will lie."""
+    notes = [f"open_clip: {references.CONFIG}, {weight_files.WEIGHTS}"]
+
+    # A copy, because what points into this machine is renamed; without the heads, which embed
+    # nothing.
+    described = json.loads(json.dumps(model.description()))
+    del described["vlp"]["heads"]
+    text, vision = described["model_cfg"]["text_cfg"], described["model_cfg"]["vision_cfg"]
+
+    if model.text_spec.tokenizer != "clip":
+        from transformers import AutoTokenizer
+
+        source = model.text_spec.tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
+        if Path(text["hf_tokenizer_name"]).is_dir():
+            text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
+
+    # transformers, which open_clip asks for the text tower, takes a path or a repository. A path
+    # must be whole; `vlp push` writes the repository.
+    if "hf_model_name" in text:
+        model.text.config.save_pretrained(folder / references.TEXT_TOWER)
+        if Path(text["hf_model_name"]).is_dir():
+            text["hf_model_name"] = str(home / references.TEXT_TOWER)
+            notes.append(
+                "open_clip: finds the text tower by this folder's path; vlp reads it wherever the "
+                "folder is moved"
+            )
+    if vision.get("timm_model_name") and vision.get("act_kwargs"):
+        notes.append(
+            "open_clip: has exact GELU in timm's towers, and this one the tanh form: its images "
+            "differ slightly there"
+        )
+
+    write_json(folder / references.CONFIG, described)
+    _save_weights(weights, folder / weight_files.WEIGHTS)
+    return notes
+
+
+def write_transformers(
+    model: DualEncoder, weights: dict[str, Tensor], folder: Path
+) -> tuple[str | None, list[str]]:
+    """Write the form that fits; returns the class's name, or None, and notes."""
+    refusals = []
+    for name, form in (("CLIPModel", clip_form), ("SiglipModel", siglip_form)):
+        reasons = form.obstacles(model)
+        if reasons:
+            refusals.append(f"no {name}, because " + "; ".join(reasons))
+            continue
+
+        # Nothing is written that does not give the model's embeddings when it runs.
+        network = form.network(model, weights)
+        difference = _difference(model, network)
+        if difference > TOLERANCE:
+            refusals.append(
+                f"no {name}, because its embeddings differ by {difference:.1e}, more than "
+                f"{TOLERANCE:g}"
+            )
+            continue
+
+        network.config.architectures = [name]
+        network.config.save_pretrained(folder)
+        _save_weights(network.state_dict(), folder / "model.safetensors")
+
+        # Once more alone, as preprocessor_config.json: transformers 4 and JavaScript look there.
+        processor = form.processor(model)
+        processor.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)
+
+        notes = [f"transformers: {name}, embeddings within {difference:.1e} of the model's"]
+        notes += _unlike_training(model, processor.image_processor)
+        return name, [*notes, *_companions(model, name, folder)]
+    return None, [f"transformers: {refusal}" for refusal in refusals]
+
+
+def _companions(model: DualEncoder, name: str, folder: Path) -> Iterator[str]:
+    """What other libraries need beside transformers' files, and what these cannot say."""
+    kind = {"CLIPModel": "CLIPModel", "SiglipModel": "Transformer"}[name]
+    # An empty path is the folder itself; embeddings are made unit rows.
+    modules = [("", kind), ("1_Normalize", "Normalize")]
+    listing = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    write_json(folder / "modules.json", listing)
+
+    if name == "SiglipModel":
+        write_json(folder / "sentence_bert_config.json", _SENTENCE_SIGLIP)
+        yield "sentence-transformers: modules.json (5.4 or newer)"
+        return
+
+    yield "sentence-transformers: modules.json"
+    if model.logit_bias is not None:
+        yield (
+            "transformers: CLIPModel has no logit bias; cosines, rankings and softmax are the "
+            "model's, but no sigmoid is"
+        )
+
+
+@torch.no_grad()
+def _difference(model: DualEncoder, network: nn.Module) -> float:
+    """The largest difference of a coordinate between a transformers model's embeddings and ours."""
+    pixels, ids = model.example(4)
+    ours, theirs = model(pixels, ids), network(input_ids=ids, pixel_values=pixels)
+    images = (ours.image - theirs.image_embeds).abs().max().item()
+    texts = (ours.text - theirs.text_embeds).abs().max().item()
+    return max(images, texts)
+
+
+def _unlike_training(model: DualEncoder, processor: Any) -> Iterator[str]:
+    """A note where a processor gives other pixels than training, on a picture with transparency."""
+
+    def prepare(image: Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    # Rounding makes one level; more is another way of opening or resizing.
+    levels = levels_apart(model.image_spec, prepare)
+    if levels <= LEVELS:
+        return
+    note = (
+        f"transformers: its processor's pixels of a transparent picture are {levels:.0f} levels off"
+    )
+    background = model.image_spec.decoding.background
+    if background != ON_WHITE.background:
+        note += f"; it puts transparent pixels on white, and training on {background}"
+    yield note
+
+
+def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    contiguous = {key: value.contiguous() for key, value in weights.items()}
+    save_tensors(contiguous, path, {"format": "pt"})

@@ -1,0 +1,250 @@
+"""Everything that a batch can carry and a term can read, in one table: a row a field.
+
+The loader (`vlp.data.steps`), the embedding (`vlp.models.embedding`), the keywords of the terms
+(`vlp.losses.Inputs`), the checks before the first step and their messages derive from the rows:
+
+    sample ──loader──> Batch ──towers──> Inputs ──> terms      pictures and texts become embeddings
+                         └─────────────────┘                   numbers and masks pass as they are
+
+Shapes are written in the letters of `vlp.types`. docs/extend-field.md shows how a row is added.
+"""
+
+# ruff: noqa: RUF009 (a row is made by a call: it returns a new dataclasses.field)
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` must not wait for it
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a row of the table says of its field."""
+
+    tower: Literal["image", "text", ""]  # the tower it comes through; "": a label, it meets none
+    batch_shape: str  # as the loader makes it; "" where the batch does not carry it
+    dtype: Literal["uint8", "int64", "float32", "bool"]  # as the loader makes it
+    # As terms read it, alternatives of different length. ("",) is a number.
+    shapes: tuple[str, ...]
+    unit: bool = False  # terms find unit rows in the last dimension
+    zeros: bool = False  # rows of zeros are allowed among the unit rows
+    # The mask that says which rows take part; the others have no influence, be they NaN.
+    valid: str = ""
+    beside: str = ""  # the field without which this one is not made
+    head: str = ""  # the section of model.heads that computes it, or through which it passes
+    json: str = ""  # the field of a sample's JSON that holds the label
+    at_least: float = -float("inf")  # smallest value of a label
+    supplier: str = ""  # what it comes from, in words; empty: every run has it
+
+    @property
+    def embedded(self) -> bool:
+        """Whether a tower turns what the batch carries into rows of embeddings."""
+        return bool(self.tower and self.batch_shape)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether terms read a single number."""
+        return self.shapes == ("",)
+
+
+def _row(field: Field, required: bool) -> Any:
+    """A dataclass field that carries its row; absent (None) unless `required`.
+
+    The table declares all of them as tensors: a term runs only where all that it needs is there.
+    """
+    if required:
+        return dataclasses.field(metadata={"row": field})
+    return dataclasses.field(default=None, kw_only=True, metadata={"row": field})
+
+
+def pictures(batch_shape: str, shape: str, *, required: bool = False, **columns: Any) -> Any:
+    """RGB in the batch; terms read unit rows by the image tower."""
+    row = Field("image", batch_shape, "uint8", (shape,), unit=True, **columns)
+    return _row(row, required)
+
+
+def texts(batch_shape: str, *shapes: str, required: bool = False, **columns: Any) -> Any:
+    """Token ids in the batch; terms read unit rows by the text tower."""
+    row = Field("text", batch_shape, "int64", shapes, unit=True, **columns)
+    return _row(row, required)
+
+
+def label(shape: str, dtype: Any = "float32", *, required: bool = False, **columns: Any) -> Any:
+    """Numbers that terms read as the batch carries them."""
+    return _row(Field("", shape, dtype, (shape,), **columns), required)
+
+
+def mask(shape: str, *, beside: str) -> Any:
+    """Which rows of `beside` take part."""
+    return label(shape, "bool", beside=beside)
+
+
+def computed(
+    tower: Any, shape: str, dtype: Any = "float32", *, required: bool = False, **columns: Any
+) -> Any:
+    """What no batch carries: it is computed in the step, from what `tower` reads."""
+    return _row(Field(tower, "", dtype, (shape,), **columns), required)
+
+
+_STORED = (
+    "a teacher model (teacher.model) or its stored embeddings "
+    "(vlp data embed, and the source's `embeddings`)"
+)
+_EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
+_QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
+_DECODER = "a text decoder (model.heads.captions)"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a batch can carry. The loader makes what its data offer and a term reads."""
+
+    # The pair.
+    image: Tensor = pictures("b 3 H W", "b D", required=True)
+    text: Tensor = texts("b L", "b D", required=True)
+    sample_id: Tensor = label("b", "int64", supplier="the loader: a stable number of each sample")
+
+    # Several captions of the sample, `text` among them or not; a sample with fewer is padded.
+    captions: Tensor = texts(
+        "b K' L",
+        "b K' D",
+        valid="captions_valid",
+        supplier="samples with several captions (data.captions.carried)",
+    )
+    captions_valid: Tensor = mask("b K'", beside="captions")
+
+    # Hard captions of `text`. The picture belongs to negatives[:, 0], which is valid only beside
+    # one, and is black elsewhere. teacher_scores: higher fits the image better.
+    negatives: Tensor = texts(
+        "b K L",
+        "b K D",
+        valid="negatives_valid",
+        supplier="shards with hard captions (vlp data negatives)",
+    )
+    negatives_valid: Tensor = mask("b K", beside="negatives")
+    negative_image: Tensor = pictures(
+        "b 3 H W",
+        "b D",
+        valid="negatives_valid",
+        beside="negatives",
+        supplier="shards with an image of a hard caption (vlp data negatives --from FILE.jsonl)",
+    )
+    teacher_scores: Tensor = label(
+        "b K",
+        beside="negatives",
+        json="negative_scores",
+        supplier="a teacher's scores of the hard captions (the JSON's `negative_scores`)",
+    )
+
+    # The caption with another number word, of the samples that count.
+    counterfactual: Tensor = texts(
+        "b C L",
+        "b D",
+        "b C D",
+        valid="counterfactual_valid",
+        supplier="shards with counterfactual captions (vlp data counting)",
+    )
+    counterfactual_valid: Tensor = mask("b", beside="counterfactual")
+
+    # Further augmented views of `image` and of the caption, through a projection of their own.
+    image_views: Tensor = pictures(
+        "b V 3 H W",
+        "V b D",
+        head="views",
+        supplier="further augmentations of each image (data.views and model.heads.views)",
+    )
+    text_views: Tensor = texts(
+        "b V L",
+        "V b D",
+        head="views",
+        supplier="further augmentations of each caption (data.views and model.heads.views)",
+    )
+
+    # Labels of a pair: its relevance, and a teacher's weights of the concepts in the image, where
+    # a row of zeros has none.
+    score: Tensor = label(
+        "b",
+        json="score",
+        at_least=0,
+        supplier="shards with a relevance of each pair (the JSON's `score`)",
+    )
+    concept_targets: Tensor = label(
+        "b M",
+        json="concepts",
+        supplier="a teacher's concepts of each image (the JSON's `concepts`)",
+    )
+
+    # Unit rows that another model gave the whole image and the first caption.
+    teacher_image: Tensor = label("b D'", unit=True, supplier=_STORED)
+    teacher_text: Tensor = label("b D'", unit=True, supplier=_STORED)
+
+
+@dataclass(frozen=True)
+class Readable(Carried):
+    """What a term can read: all that a batch carries, and what is computed in the step."""
+
+    # The model's numbers: 1/temperature, already exponentiated; a bias added to every score; and
+    # 1/temperature between views (None: scale).
+    scale: Tensor = computed("", "", required=True)
+    bias: Tensor = computed("", "", supplier="a model with a logit bias (model.bias; SigLIP -10)")
+    view_scale: Tensor = computed("", "", head="views")
+
+    # The heads: an auxiliary one on the image tower, and a decoder that looks at image and text,
+    # whose loss of each token is −log p. A caller with logits of its own may give those instead:
+    # position l of caption_logits is for the token caption_ids[:, l].
+    concept_logits: Tensor = computed(
+        "image",
+        "b M",
+        head="concepts",
+        supplier="an auxiliary head on the image tower (model.heads.concepts)",
+    )
+    caption_nll: Tensor = computed("image", "b L", head="captions", supplier=_DECODER)
+    caption_logits: Tensor = computed("", "b L Z")
+    caption_ids: Tensor = computed("", "b L", "int64", supplier=_DECODER)
+
+    # This model's moving average, and its embeddings of earlier steps, equal on all ranks; rows of
+    # zeros, or with NaN or infinity, hold no key.
+    ema_image: Tensor = computed("image", "b D", unit=True, supplier=_EMA)
+    ema_text: Tensor = computed("text", "b D", unit=True, supplier=_EMA)
+    ema_negatives: Tensor = computed(
+        "text", "b K D", unit=True, valid="negatives_valid", supplier=_EMA
+    )
+    queue_image: Tensor = computed("image", "Q D", unit=True, zeros=True, supplier=_QUEUE)
+    queue_text: Tensor = computed("text", "Q D", unit=True, zeros=True, supplier=_QUEUE)
+
+    teacher_scale: Tensor = computed("", "", supplier=_STORED)
+
+
+def table_of(kind: type) -> dict[str, Field]:
+    """The rows of a dataclass of this table, by name in its order."""
+    rows = {field.name: field.metadata.get("row") for field in dataclasses.fields(kind)}
+    return {name: row for name, row in rows.items() if row is not None}
+
+
+CARRIED = table_of(Carried)
+FIELDS = table_of(Readable)
+EMBEDDED = {name: field for name, field in CARRIED.items() if field.embedded}
+LABELS = {name: field for name, field in CARRIED.items() if not field.embedded}
+JSON_LABELS = {field.json: field for field in LABELS.values() if field.json}
+
+
+def family(name: str) -> set[str]:
+    """The fields that a batch carries only together with `name`, its own among them, and what
+    teachers embed of them.
+    """
+    first = CARRIED[name].beside or name
+    members = {other for other, field in CARRIED.items() if (field.beside or other) == first}
+    return members | {f"ema_{member}" for member in members}
+
+
+def supplier(name: str) -> str:
+    """What a field comes from, in words; empty for those that every run has."""
+    if name not in FIELDS:
+        return ""
+    field = FIELDS[name]
+    # A mask comes with the field that it belongs to.
+    return FIELDS[field.beside].supplier if field.dtype == "bool" else field.supplier

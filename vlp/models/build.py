@@ -1,0 +1,131 @@
+"""A configuration or a description becomes a `DualEncoder`, with random or with given weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.timm_model import TimmModel
+from torch import nn
+
+from vlp import config
+from vlp.models import assemble
+from vlp.models.dual_encoder import DualEncoder
+from vlp.pretrained import weight_files
+from vlp.schema import parse
+from vlp.towers.huggingface import language_config
+
+
+def build(model: config.Model) -> DualEncoder:
+    """The model that a configuration describes, on the CPU in float32.
+
+    Random weights depend only on torch's global seed. `pretrained` weights bring their scale and
+    their preprocessing, as far as it is stated beside them. Raises ValueError for unknown names and
+    for weights that do not fit.
+    """
+    model_cfg, preprocess_cfg = assemble.assemble(model)
+
+    # Weights are found before the towers are built: they may say how pixels were normalised.
+    weights = None
+    if model.pretrained is not None:
+        architecture = getattr(model.image_tower.options, "architecture", None)
+        quick_gelu = bool(model_cfg.get("quick_gelu", False))
+        weights = weight_files.find(model.pretrained, architecture, quick_gelu)
+        stated = weights.described.get("preprocess_cfg", {})
+        preprocess_cfg = assemble.trained_on(stated, preprocess_cfg, model.pretrained)
+        model_cfg = without_downloads(model_cfg)
+
+    clip = _instantiate(model_cfg)
+    if weights is not None:
+        weight_files.load_into(clip, weights.path)
+    model_cfg = without_downloads(model_cfg)
+    encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
+
+    text = model.text_tower
+    encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
+    return encoder
+
+
+def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
+    """The model that `DualEncoder.description` or an open_clip_config.json describes.
+
+    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is
+    downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
+    gets the usual bound on the scale, 100.
+    """
+    model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
+    if "multimodal_cfg" in model_cfg:
+        raise ValueError(
+            "this model has a captioning decoder beside its two towers; expected a dual encoder"
+        )
+    clip = _instantiate(model_cfg)
+    if weights is not None:
+        weight_files.load_into(clip, weights)
+
+    ours = described.get("vlp", {})
+    scale = parse(config.Scale, ours.get("scale", {}))
+    heads = parse(config.Heads, ours.get("heads", {}))
+    return DualEncoder(clip, model_cfg, described["preprocess_cfg"], scale, heads)
+
+
+def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with towers that do not fetch weights of their own: all weights are in the
+    model's file.
+    """
+    flags = {
+        "vision_cfg": ("timm_model_name", "timm_model_pretrained"),
+        "text_cfg": ("hf_model_name", "hf_model_pretrained"),
+    }
+    changed = {
+        name: model_cfg[name] | {flag: False}
+        for name, (tower, flag) in flags.items()
+        if tower in model_cfg[name]
+    }
+    return model_cfg | changed
+
+
+def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
+    """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    # A model with code of its own is refused here: open_clip would ask the terminal about it.
+    if language_model := model_cfg["text_cfg"].get("hf_model_name"):
+        language_config(language_model)
+
+    keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    try:
+        clip = open_clip.CustomTextCLIP(**keywords)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"open_clip cannot build these towers: {error or type(error).__name__}; found "
+            f"{model_cfg}"
+        ) from error
+
+    if isinstance(clip.visual, TimmModel):
+        _check_unprojected(clip.visual, model_cfg)
+        _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
+    return clip
+
+
+def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:
+    """Refuse a trunk whose features are the embeddings and are not as many."""
+    if open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj != "none":
+        return
+    n_features, embed_dim = tower.trunk.num_features, model_cfg["embed_dim"]
+    if n_features != embed_dim:
+        raise ValueError(
+            f"the image tower gives {n_features} features, unprojected, and embed_dim is "
+            f"{embed_dim}; make them equal"
+        )
+
+
+def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
+    """Give a timm tower the GELU of its weights (SigLIP's is the tanh form); open_clip cannot tell
+    timm which.
+    """
+    for module in tower.trunk.modules():
+        if act_kwargs and isinstance(module, nn.GELU):
+            module.approximate = act_kwargs["approximate"]
+
+
+def _locked(tower: Any) -> bool:
+    return tower.common is not None and tower.common.locked

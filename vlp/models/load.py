@@ -1,0 +1,50 @@
+"""A reference becomes a model: a dual encoder, or several of them as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlp.models.build import from_description
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.stages import Stages
+from vlp.pretrained import references, weight_files
+from vlp.pretrained.references import STAGES
+
+
+def load(
+    reference: str | Path | references.Reference, like: DualEncoder | None = None
+) -> DualEncoder | Stages:
+    """The model behind a reference (vlp.pretrained.references), a run's excepted:
+    `vlp.checkpoint.load_any` takes those too.
+
+    `like`: the model whose architecture a file of weights alone has. Stages give a
+    `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
+    """
+    resolved = references.resolve(reference)
+    if resolved.kind == "stages":
+        return load_stages(resolved.path)
+    if resolved.kind == "run":
+        raise ValueError(
+            f"{resolved.text} is a run; load it with vlp.checkpoint.load_any, or export it"
+        )
+
+    weights = weight_files.behind(resolved)
+    if weights.described:
+        return from_description(weights.described, weights.path)
+    if like is None:
+        raise ValueError(
+            f"{resolved.text} holds weights, which do not say their architecture; write "
+            f"{references.architecture_hint(resolved.path)}"
+        )
+    # Weights of towers alone: the heads of `like` are not theirs.
+    described = like.description()
+    scale_alone = {"scale": described["vlp"]["scale"]}
+    return from_description(described | {"vlp": scale_alone}, weights.path)
+
+
+def load_stages(folder: Path) -> Stages:
+    """The model that `export` wrote to a folder, on the CPU."""
+    described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
+    members = [load(folder / name) for name in described["members"]]
+    return Stages([member for member in members if isinstance(member, DualEncoder)])

@@ -1,0 +1,52 @@
+"""What lies in a folder of a model, and which of it an export wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "vlp_export.json"  # of an export: its name and the files that it wrote
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; a ValueError says what is wrong with it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path.parent} holds no {path.name}; it holds {listing(path.parent)}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); export or download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files below a folder, links among them, by their path in it."""
+    return [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    ]
+
+
+def exported_files(folder: Path) -> list[str]:
+    """The files that an export wrote there, by its own list; none where it is no export."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    return read_json(folder / MANIFEST)["files"]
+
+
+def listing(folder: Path, most: int = 8) -> str:
+    """The names in a folder for a message, folders with a slash."""
+    if not folder.is_dir():
+        return "nothing: there is no such folder"
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    if not names:
+        return "nothing"
+
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
