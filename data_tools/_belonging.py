@@ -198,6 +198,7 @@ def _joined_scores(
     if not scores:
         return {}
 
+    # Scores of some captions only would be read as those of the first ones.
     if scores.keys() < set(captions):
         counts["clip_scores dropped: not all copies have them"] += 1
         return {"clip_scores": None}

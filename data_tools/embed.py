@@ -115,6 +115,8 @@ class Embed:
         import torch
 
         rows = torch.zeros(len(batch), self.model.width())
+
+        # Only those that have one: an empty text would get a direction of its own.
         captions = {i: sample.captions[0] for i, sample in enumerate(batch) if sample.captions}
         if captions:
             embedded = self.model.encoder().encode_texts(list(captions.values()))

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     summary = summarise(args.path, args.samples)
     for name, value in summary.items():
         print(f"{name.replace('_', ' '):<22}{_shown(value)}")
+
+    # The same numbers for a program.
     if args.json:
         encoded = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         write_atomically(args.json, encoded.encode())

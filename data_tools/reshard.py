@@ -158,6 +158,7 @@ def _join_families(spans: np.ndarray, sources: list[tuple[Path, Shard]]) -> None
     """
     import numpy as np
 
+    # An index knows families inside its shard only; at the seams the JSON is read.
     firsts = np.flatnonzero(np.diff(spans["shard"]) > 0) + 1
     for first in firsts.tolist():
         origin = _origin(spans[first], sources)
@@ -246,6 +247,7 @@ class Write:
                     counts["unreadable: samples that changed after they were indexed"] += 1
                     continue
 
+                # Its lists must count the captions that are written.
                 settle(sample, counts)
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
                 changed = Changed(sample, list(sample.captions), meta)

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if not drawn:
         raise ValueError(f"{args.source} holds no usable sample")
 
+    # Pictures are made small at once: hundreds of them are held together.
     shown = [show(sample, args.size) for sample in drawn]
     if args.to.suffix == ".html":
         data = page(shown, args.source).encode(errors="replace")

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if not work.all_done(results):
         return 0
 
+    # Once for the whole set: quantiles of shards do not add up.
     counts = work.total(results)
     values = {name: _merged(results, name) for name in (*PICTURES, *CAPTIONS)}
     distributions = {
@@ -169,6 +170,7 @@ def page(source: str, n_shards: int, counts: Counter[str], values: dict[str, Cou
             cards.append(charts.bars(title, binned(values[name]), note))
         return markup.tag("div", cards, class_="cards")
 
+    # The counts first, because plots do not show what is missing.
     rows = [("shards", f"{n_shards:,}")]
     rows += [(name, f"{counts[name]:,}") for name in sorted(counts)]
     lead = "Languages are guessed by script and stop words."

@@ -103,6 +103,7 @@ def language(caption: str) -> str:
     if script != "LATIN":
         return _SCRIPTS.get(script, UNCLEAR)
 
+    # A tie tells nothing: Spanish and Portuguese, say, share many words.
     best = _votes(caption).most_common(2)
     is_tie = len(best) == 2 and best[0][1] == best[1][1]
     return UNCLEAR if not best or is_tie else best[0][0]
@@ -125,6 +126,7 @@ def is_in(caption: str, languages: Collection[str]) -> bool | None:
     if script != "LATIN":
         return False
 
+    # No stop words, no votes: such a language has a script of its own.
     wanted = [name for name in languages if name in _STOP_WORDS]
     if not wanted:
         return False

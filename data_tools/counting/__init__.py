@@ -146,6 +146,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "nothing to do: name --to DIR to write shards, or --print N to look at captions"
         )
+
+    # Checked now, because a survey with a detector may take hours.
     if not 1 <= args.counterfactuals <= 8:
         raise ValueError(
             f"--counterfactuals is {args.counterfactuals}; "
@@ -200,6 +202,7 @@ def _detects(sample: Content, number: int, args: argparse.Namespace, counts: Cou
     """Whether the detector sees as many objects of the most frequent class; else it is counted."""
     from vlp.data_tools.counting.detector import most_frequent
 
+    # The class does not matter: captions name things in other words than detectors.
     detected = most_frequent(sample.image, args.detector, args.threshold)
     if detected is None:
         counts["dropped: no readable picture"] += 1
@@ -224,6 +227,7 @@ def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> work.Result:
 
     _, path = job
     counts: Counter[str] = Counter()
+    # The number as well, because balancing must not read the shards again.
     kept: Kept = []
     for sample in samples(path, counts):
         chosen = select(sample, args, counts)
@@ -290,6 +294,7 @@ class MakePairs:
             texts = wrong_counts(caption, rng)[: self.n_counterfactuals]
             counts[f"number {number:2}"] += 1
 
+            # All captions stay beside it, so that nothing of the input is lost.
             fields = {"counterfactuals": texts, "counterfactuals_of": [0] * len(texts)}
             fields |= {"number": number, "all_captions": list(sample.captions)}
             keep_captions(sample, [i], counts)

@@ -23,6 +23,7 @@ def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int]
     except BadImage:
         return None
 
+    # Most captions count one kind of thing, and the most frequent is it most often.
     boxes = detect(picture, threshold=threshold)
     labels = Counter(box["label"] for box in boxes)
     if not labels:

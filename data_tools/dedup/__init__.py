@@ -156,6 +156,8 @@ def _check(args: argparse.Namespace) -> None:
             "nothing to compare: --distance -1 turns the hashes off, "
             "and no --embeddings DIR is given"
         )
+
+    # Folders belong to --against by their order, so none may be left out.
     if args.embeddings and len(args.embeddings) != 1 + len(args.against):
         raise ValueError(
             f"--embeddings is given {len(args.embeddings)} times; "

@@ -140,6 +140,7 @@ class DropCopies:
         first = self.n_fixed + sum(map(len, self.copy_of[:shard]))
         decided_samples = zip(samples, self.copy_of[shard], strict=True)
         for number, (sample, other) in enumerate(decided_samples, first):
+            # A sample of --against is no sample of the output: nothing is merged into it.
             if 0 <= other < self.n_fixed:
                 counts["dropped: held by --against"] += 1
             elif other >= 0:

@@ -198,6 +198,8 @@ def _blocks(pieces: list[np.ndarray], n: int) -> Iterator[tuple[int, int, np.nda
     """
     if not pieces:
         yield 0, n, None
+
+    # In blocks, because all pairs of a large set fit into no memory.
     start = 0
     for piece in pieces:
         for i in range(0, len(piece), BLOCK):

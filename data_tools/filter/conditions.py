@@ -122,6 +122,8 @@ def refuse(
         if not held:
             reason = "no such value" if held is None else "not so"
             return f"--keep {text}: {reason}"
+
+    # What is missing cannot be bad; how often it is missing is shown.
     for text in drop:
         held = parse(text).holds(meta)
         if held:
@@ -135,6 +137,7 @@ def refuse_unknown(conditions: tuple[str, ...], metas: Iterable[dict[str, Any]])
     """Raise ValueError for a condition that can be asked of no sample; reads only as far as it
     must.
     """
+    # Most often the first sample answers all of them, and one is read.
     waiting = [parse(text) for text in conditions]
     fields: set[str] = set()
     for n, meta in enumerate(metas):
@@ -194,6 +197,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
+        # Tables bring numbers as texts.
         number = float(value)
     except (ValueError, OverflowError):
         return None

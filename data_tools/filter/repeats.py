@@ -28,6 +28,7 @@ def too_common(sources: list[Path], folder: Path, most: int, pool: work.Pool) ->
     if not work.all_done(surveyed):
         return None
 
+    # Of all parts: machines read their own shards, and each decides for all.
     hashes = [np.load(_hashes(folder, number)) for number in range(len(sources))]
     values, n_samples = np.unique(np.concatenate(hashes), return_counts=True)
     return values[n_samples > most]

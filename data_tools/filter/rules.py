@@ -94,6 +94,7 @@ def rules_of(args: argparse.Namespace) -> Rules:
     options |= {"keep": tuple(args.keep), "drop": tuple(args.drop)}
     rules = Rules(**options)
 
+    # A score without a model, or a model without a score, would do nothing.
     if (args.min_score is None) != (not args.model):
         raise ValueError(
             "--min-score X and --model REF go together: "
@@ -111,6 +112,7 @@ def rules_of(args: argparse.Namespace) -> Rules:
 def _languages(args: argparse.Namespace) -> tuple[str, ...]:
     from vlp.data_tools._english.traits import LANGUAGES, UNCLEAR
 
+    # A trailing comma is no language.
     codes = [code.strip() for code in args.languages.split(",")]
     languages = tuple(code for code in codes if code)
     unknown = set(languages) - set(LANGUAGES)

@@ -45,6 +45,7 @@ def _pairs(path: str) -> np.ndarray:
     """
     import numpy as np
 
+    # A list may be larger than memory.
     pairs = np.load(path, mmap_mode="r")
     if pairs.dtype != np.dtype("u8,u8") or pairs.ndim != 1:
         raise ValueError(

@@ -166,6 +166,7 @@ def _change(args: argparse.Namespace) -> AddNegatives:
     if "{}" not in args.prompt:
         raise ValueError(f"--prompt {args.prompt!r} lacks the {{}} that stands for the caption")
 
+    # Read whole: a mistake in the last line must show before the first shard.
     given, images = read_given(Path(args.given)) if args.given else ({}, {})
     if not (kinds or given or args.rewriter):
         raise ValueError(

@@ -133,6 +133,7 @@ class AddNegatives:
     ) -> list[tuple[Negative, int]]:
         from vlp.data_tools.negatives.rules import Negative, propose
 
+        # What a file gives belongs to the picture, and so to every caption of it.
         given = self.given.get(key, [])
         if given:
             counts["given: keys used"] += 1

@@ -30,6 +30,7 @@ def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, 
             )
             raise ValueError(f"{place}: found {json.dumps(row)[:100]}, expected {expected}")
 
+        # Several lines may have one key; only the first may bring an image.
         key, texts = row["key"], row["negatives"]
         kinds = row.get("kinds", ["given"] * len(texts))
         if "image" in row:

@@ -77,6 +77,7 @@ class Lexicon:
         """
         import yaml
 
+        # Other words than those of its captions would give a negative of scenes away.
         shipped = {None: "words.yaml", "scenes": "words_scenes.yaml"}
         if name is None or name == "scenes":
             path = Path(__file__).with_name(shipped[name])

@@ -63,6 +63,7 @@ class Masked:
         piece = str(self.tokenizer.convert_ids_to_tokens(token))
         is_whole = text.isalpha() and piece.startswith(self.mark) and not piece.startswith("##")
 
+        # Not a word that is there already: it would say nothing new, or the same twice.
         in_caption = text in {word.text for word in words(caption)}
         is_special = token in self.tokenizer.all_special_ids
         if not is_whole or in_caption or is_special or text in FUNCTION_WORDS:
@@ -123,6 +124,7 @@ def load(name: str, prompt: str) -> Masked | Causal:
             f"rewriter {name!r} is neither a folder nor a reachable model of the Hub: {error}"
         ) from None
 
+    # By the class that the weights were saved from: names of models tell nothing.
     if any(kind.endswith("ForMaskedLM") for kind in architectures):
         return Masked(name)
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in architectures):

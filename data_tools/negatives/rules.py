@@ -157,6 +157,7 @@ def _swap_noun(
         if noun.entry.section != "place" and _ends_its_phrase(caption, noun)
     ]
     for a, b in pairwise(nouns):
+        # A thing for a person, or one for many, would break the sentence.
         same_form = a.entry.section == b.entry.section and a.entry.number == b.entry.number
         if a.entry.text == b.entry.text or not same_form:
             continue
@@ -208,6 +209,7 @@ def _is_verb(caption: str, noun: Mention) -> bool:
 def _replace_relation(
     caption: str, lexicon: Lexicon, rng: random.Random, passed: Counter[str]
 ) -> Iterator[Negative]:
+    # Relations of animate things, such as "holding", need to know what stands before.
     nouns = lexicon.mentions(caption, "nouns")
     for relation in lexicon.mentions(caption, "relations"):
         text = relation.entry.text

@@ -266,10 +266,12 @@ def _say_rest(
     for note in tree.notes if tree else []:
         print(f"note: {note}")
 
+    # Class numbers count all classes, so that parts of one set agree.
     emptied = sorted(set(classes) - {item.class_name for item, _ in named})
     if emptied:
         print(f"note: no image of {len(emptied)} classes is in this output, such as {emptied[0]!r}")
 
+    # Links may lead to what was not meant to be packed.
     if archive.outside:
         links = [f"{name} -> {target}" for name, target in archive.outside.items()]
         examples = ", ".join([*links[:3], "…"] if len(links) > 3 else links)
@@ -284,6 +286,7 @@ def _say_rest(
     if left_out:
         print(f"left out: {', '.join(left_out)}")
 
+    # Images that no row names: half of a folder, where the table is of another set.
     n_unused = len(archive.names) - len({name for _, name in named})
     if n_unused:
         if tree:

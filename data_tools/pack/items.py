@@ -82,6 +82,7 @@ def read_table(args: argparse.Namespace) -> Listing:
     """The images of the table, after saying which of its columns were taken."""
     from vlp.data.tables import TableOptions, items
 
+    # Conditions on one column are alternatives, those on several all hold.
     where: dict[str, list[str]] = {}
     for condition in args.where:
         column, equals, value = condition.partition("=")
@@ -120,6 +121,7 @@ def sort_out(
     silent: list[str] = []
     for item in items:
         place = f"{listing.place(item)}: " if listing else ""
+        # Tables write names with other folders, endings and capitals than the disk has.
         name = archive.find(item.image)
         if name is None:
             missing.append(f"{place}image {item.image!r} {archive.why_not(item.image)}")

@@ -20,6 +20,8 @@ def progress(things: list, verb: str, n_images: int = 1) -> Iterator:
         if not sys.stderr.isatty() or not (is_last or now - shown > 0.2):
             continue
         shown = now
+
+        # Since the start, not since the last line: the time left then jumps less.
         rate = i / (now - started)
         left_s = (len(things) - i) / rate
         position = f"{i * n_images} of {len(things) * n_images} images {verb}"

@@ -174,6 +174,7 @@ def _describe_sets(folder: Path, n_scenes: dict[str, int]) -> None:
             index(sorted((folder / split).glob("*.tar")))
             continue
 
+        # The files that clip_benchmark looks for beside its tars.
         kind = "retrieval" if split == "retrieval" else "classification"
         texts = {"test/nshards.txt": "1", "dataset_type.txt": kind}
         if split in CLASSIFIED:

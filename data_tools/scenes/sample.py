@@ -169,6 +169,8 @@ def _arrange(rng: random.Random, groups: list[Group], relation: str | None) -> l
     cells of a grid.
     """
     diameters = [round(rng.uniform(*SIZES[group["size"]]), 4) for group in groups]
+
+    # The areas first: everything is drawn from one random state, in this order.
     areas = _areas(rng, groups, diameters, relation)
     placed = []
     for group, diameter, area in zip(groups, diameters, areas):

@@ -59,6 +59,8 @@ def heldout(groups: list[dict[str, Any]]) -> list[str]:
     """The combinations among `groups` that training never shows, in words; empty for a scene that
     training could show.
     """
+
+    # A scene may hold several; all are named, for a report to tell them apart.
     kinds, counts = [], []
     for group in groups:
         count, color, shape = group["count"], group["color"], group["shape"]
