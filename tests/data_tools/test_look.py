@@ -244,11 +244,8 @@ def test_shards_end_before_the_sample_that_exceeds_their_bytes() -> None:
     for _ in range(50):
         lengths = rng.integers(1, 100, rng.integers(1, 40))
         n_samples, n_bytes = int(rng.integers(0, 8)), int(rng.choice([0, 50, 150]))
-        cuts, expected, start = (
-            reshard._cuts(lengths, np.arange(len(lengths)), n_samples, n_bytes),
-            [],
-            0,
-        )
+        cuts = reshard._cuts(lengths, np.arange(len(lengths)), n_samples, n_bytes)
+        expected, start = [], 0
         for i in range(1, len(lengths) + 1):
             if (
                 i == len(lengths)

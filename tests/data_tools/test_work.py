@@ -45,17 +45,8 @@ def times(paths: list[Path]) -> dict[str, int]:
 
 def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", 16, 40), tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "vlp.cli",
-        "data",
-        "negatives",
-        str(source),
-        "--processes",
-        "2",
-        "--to",
-    ]
+    command = [sys.executable, "-m", "vlp.cli", "data", "negatives", str(source)]
+    command += ["--processes", "2", "--to"]
     tool = subprocess.Popen(
         [*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
@@ -69,6 +60,7 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
     workers = psutil.Process(tool.pid).children(recursive=True)
     os.kill(tool.pid, signal.SIGKILL)
     tool.wait()
+
     assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "a process that outlives its parent would write what the next call writes"
@@ -89,12 +81,9 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
-    source, out, rng, n_kills = (
-        write(tmp_path / "in", 12, 200),
-        tmp_path / "out",
-        random.Random(0),
-        0,
-    )
+    source, out = write(tmp_path / "in", 12, 200), tmp_path / "out"
+    rng = random.Random(0)
+    n_kills = 0
     options = [str(source), "--samples-per-shard", "25", "--shuffle", "0", "--processes", "3"]
 
     def finished() -> int:
@@ -112,6 +101,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         tool.kill()
         tool.wait()
         n_kills += 1
+
     assert tool.returncode == 0 and n_kills >= 4
     call(reshard, *options[:-2], "--to", tmp_path / "whole")
     assert digests(out) == digests(tmp_path / "whole") and len(digests(out)) == 96
