@@ -46,12 +46,15 @@ def keep_captions(sample: Content, kept: list[int], counts: Counter[str]) -> Non
     if isinstance(scores, list) and len(scores) == len(sample.captions):
         sample.meta["clip_scores"] = [scores[i] for i in kept]
 
+    # Before `captions` changes: the numbers in the lists count the captions that are there now.
     first = _first_negative(sample)
     for name in LISTS:
-        if sample.meta.get(f"{name}_of") is not None:
-            found = _taken(sample, name, counts)
-            stay = [wrong for wrong in found if wrong.made_from in (None, *captions)]
-            _write(sample.meta, _told(name, stay, captions, counts))
+        if sample.meta.get(f"{name}_of") is None:
+            continue
+        wrong_captions = _wrong_captions(sample, name, counts)
+        stay = [wrong for wrong in wrong_captions if wrong.made_from in (None, *captions)]
+        _write(sample.meta, _lists(name, stay, captions, counts))
+
     sample.captions = tuple(captions)
     if "captions" in sample.meta:
         sample.meta["captions"] = captions
@@ -77,28 +80,28 @@ def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
     if other.negative_image and not sample.negative_image:
         parts.reverse()  # an image belongs to the first negative
 
+    # Into a copy: a sample that would grow too large stays as it is.
     meta = dict(sample.meta)
-    told: Counter[str] = Counter()
+    merged_counts: Counter[str] = Counter()
     for name in LISTS:
-        _write(meta, _joined(name, parts, captions, told))
-    _write(meta, _joined_scores(parts, captions, told))
+        _write(meta, _joined(name, parts, captions, merged_counts))
+    _write(meta, _joined_scores(parts, captions, merged_counts))
     meta["captions"] = captions
     meta["merged_keys"] = [*sample.meta.get("merged_keys", []), other.key]
     if len(captions) > MOST_CAPTIONS or len(json.dumps(meta)) > MOST_BYTES:
         return False
 
-    told["merged: captions that the earlier sample did not have"] = len(captions) - len(
-        sample.captions
-    )
-    counts.update(told)
-    first, image, kind = (
-        _first_negative(parts[0]),
-        parts[0].negative_image,
-        parts[0].negative_image_type,
-    )
+    n_new = len(captions) - len(sample.captions)
+    merged_counts["merged: captions that the earlier sample did not have"] = n_new
+    counts.update(merged_counts)
+
+    # Read before `meta` is exchanged: the first part may be the sample itself.
+    first = _first_negative(parts[0])
+    image, image_type = parts[0].negative_image, parts[0].negative_image_type
     sample.meta, sample.captions = meta, tuple(captions)
-    same = _first_negative(sample) == first
-    sample.negative_image, sample.negative_image_type = (image, kind) if same else (b"", "")
+    if _first_negative(sample) != first:
+        image, image_type = b"", ""
+    sample.negative_image, sample.negative_image_type = image, image_type
     return True
 
 
@@ -118,7 +121,7 @@ def _first_negative(sample: Content) -> str:
     return str(negatives[0]) if isinstance(negatives, list) and negatives else ""
 
 
-def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
+def _wrong_captions(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
     """The wrong captions of a sample; where nothing says whose, they are its only caption's, else
     given.
     """
@@ -126,6 +129,7 @@ def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
     if wrong.problem:
         counts[f"{name} dropped: {name}_of is malformed"] += 1
     made_from = wrong.made_from
+    # Files of others have no `_of`; of a picture with one caption it is plain whose they are.
     if sample.meta.get(f"{name}_of") is None and len(sample.captions) == 1:
         made_from = [sample.captions[0]] * len(made_from)
 
@@ -138,22 +142,27 @@ def _taken(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
     return [Wrong(*row) for row in zip(wrong.texts, made_from, beside)]
 
 
-def _told(
-    name: str, wrong: list[Wrong], captions: list[str], counts: Counter[str]
+def _lists(
+    name: str, wrong_captions: list[Wrong], captions: list[str], counts: Counter[str]
 ) -> dict[str, Any]:
     """The lists that say this of a sample's wrong captions; None for one that it must not have."""
-    number = {None: GIVEN} | {caption: i for i, caption in reversed(list(enumerate(captions)))}
-    lists: dict[str, Any] = {name: [], f"{name}_of": []}
-    for one in wrong:
-        lists[name].append(one.text)
-        lists[f"{name}_of"].append(number[one.made_from])
+    # Backwards, so that a caption that stands twice is known by its first number.
+    number: dict[str | None, int] = {None: GIVEN}
+    for i, caption in reversed(list(enumerate(captions))):
+        number[caption] = i
 
-    for beside, missing in BESIDE[name].items():
-        n_written = sum(beside in one.beside for one in wrong)
-        whole = n_written == len(wrong) or (n_written and missing is not None)
-        lists[beside] = [one.beside.get(beside, missing) for one in wrong] if whole else None
-        if n_written and not whole:
-            counts[f"{beside} dropped: not all copies have them"] += 1
+    lists: dict[str, Any] = {
+        name: [wrong.text for wrong in wrong_captions],
+        f"{name}_of": [number[wrong.made_from] for wrong in wrong_captions],
+    }
+    for list_name, missing in BESIDE[name].items():
+        n_written = sum(list_name in wrong.beside for wrong in wrong_captions)
+        is_whole = n_written == len(wrong_captions) or (n_written and missing is not None)
+        lists[list_name] = None
+        if is_whole:
+            lists[list_name] = [wrong.beside.get(list_name, missing) for wrong in wrong_captions]
+        elif n_written:
+            counts[f"{list_name} dropped: not all copies have them"] += 1
     return lists
 
 
@@ -163,14 +172,17 @@ def _joined(
     """The lists for the wrong captions of all parts; {} where no part has any."""
     if not any(part.meta.get(name) for part in parts):
         return {}
+
+    # The same wrong caption of the same caption is one; one that the copy calls true is none.
     joined: dict[tuple[str, str | None], Wrong] = {}
     true = {bare(caption) for caption in captions}
-    for wrong in itertools.chain.from_iterable(_taken(part, name, counts) for part in parts):
+    wrong_captions = [_wrong_captions(part, name, counts) for part in parts]
+    for wrong in itertools.chain.from_iterable(wrong_captions):
         if bare(wrong.text) in true:
             counts[f"{name} dropped: a copy's caption says them"] += 1
         else:
             joined.setdefault((wrong.text, wrong.made_from), wrong)
-    return _told(name, list(joined.values()), captions, counts)
+    return _lists(name, list(joined.values()), captions, counts)
 
 
 def _joined_scores(
@@ -182,8 +194,11 @@ def _joined_scores(
         values = part.meta.get("clip_scores")
         if isinstance(values, list) and len(values) == len(part.captions):
             scores |= dict(zip(part.captions, values))
+
     if not scores:
         return {}
+
+    # Scores of some captions only would be read as those of the first ones.
     if scores.keys() < set(captions):
         counts["clip_scores dropped: not all copies have them"] += 1
         return {"clip_scores": None}

@@ -1,4 +1,6 @@
-"""Embeddings of samples by any model that `vlp eval` loads, batch by batch while a shard is read."""
+"""Embeddings of samples by any model that `vlp eval` loads, a batch at a time while a shard is
+read.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +70,15 @@ class Model:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Model | None:
-        """The model that the options name, if any; raises ValueError for one that cannot be loaded."""
+        """The model that the options name, if any; raises ValueError where it cannot be loaded."""
         if not args.model:
             return None
         if args.batch < 1:
             raise ValueError(f"--batch {args.batch} must be at least 1")
         model = cls(args.model, args.device, args.batch, args.bf16)
-        model.encoder()  # what is wrong with it shows now, not in the first shard
+
+        # What is wrong with it shows now, not in the first shard.
+        model.encoder()
         return model
 
     def settings(self) -> dict[str, str | bool]:
@@ -95,15 +99,21 @@ class Model:
         """
         samples = iter(samples)
         waiting: deque[tuple[list[Pictured], list[Future[Tensor | None]]]] = deque()
-        # before the threads ask for it: functools.cache does not lock, so that each would load its
-        # own
+
+        # Before the threads ask for it: functools.cache does not lock, so that each would load its
+        # own.
         self.encoder()
+
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            while batch := list(islice(samples, self.batch)):
+            while True:
+                batch = list(islice(samples, self.batch))
+                if not batch:
+                    break
                 waiting.append((batch, [pool.submit(self._pixels, sample) for sample in batch]))
                 if len(waiting) == 2:
                     decoded, pixels = waiting.popleft()
                     yield self._rows(decoded, pixels, counts)
+
             while waiting:
                 decoded, pixels = waiting.popleft()
                 yield self._rows(decoded, pixels, counts)
@@ -126,14 +136,16 @@ class Model:
     ) -> tuple[list[Pictured], Tensor]:
         import torch
 
-        opened = {i: future.result() for i, future in enumerate(pixels)}
-        images = {i: image for i, image in opened.items() if image is not None}
+        decoded = [future.result() for future in pixels]
+        opened = {i: image for i, image in enumerate(decoded) if image is not None}
+
+        # A picture that does not open keeps its row, so that rows stay beside their samples.
         rows = torch.zeros(len(batch), self.width())
-        if images:
-            embedded = self.encoder().encode_images(torch.stack(list(images.values())))
-            rows[list(images)] = embedded.cpu()
-        if len(images) < len(batch):
-            counts["unreadable: pictures"] += len(batch) - len(images)
+        if opened:
+            embedded = self.encoder().encode_images(torch.stack(list(opened.values())))
+            rows[list(opened)] = embedded.cpu()
+        if len(opened) < len(batch):
+            counts["unreadable: pictures"] += len(batch) - len(opened)
         return batch, rows
 
 
@@ -143,9 +155,11 @@ def _load(ref: str, device: str, bf16: bool) -> Encoder:
 
     from vlp.eval.models import load
 
+    # One process a GPU: each takes the one of its rank on this machine.
     if device == "auto":
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
     return load(ref, device, torch.bfloat16 if bf16 else None)
 
 

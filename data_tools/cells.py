@@ -38,7 +38,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "config",
-        help="a YAML file, or the name of an installed configuration, whose `data` section names the samples",
+        help="a YAML file, or the name of an installed configuration, "
+        "whose `data` section names the samples",
     )
     add("--to", required=True, metavar="FILE", help="file to write, .safetensors")
     add("--clusters", type=int, default=10, metavar="K", help="default: %(default)s")
@@ -66,42 +67,38 @@ def run(args: argparse.Namespace) -> int:
 
     data = config.load(config.find(args.config)).data
     sources = [plugin.module.open(plugin.options, data.captions) for plugin in data.sources]
-    mixture, k = (
-        Mixture(sources, [None] * len(sources), seed=args.seed, shuffle=False),
-        args.clusters,
-    )
-    n = mixture.n_samples
-    if not 2 <= k <= min(n, args.fit):
+    mixture = Mixture(sources, [None] * len(sources), seed=args.seed, shuffle=False)
+    n, k = mixture.n_samples, args.clusters
+    n_fitted = min(n, args.fit)
+    if not 2 <= k <= n_fitted:
         raise ValueError(
-            f"--clusters {k} must lie between 2 and the {min(n, args.fit)} samples that are fitted; set it lower"
+            f"--clusters {k} must lie between 2 and the {n_fitted} samples that are fitted; "
+            "set it lower"
         )
-    model, counts = _encoder.Model.of(args), Counter[str]()
+    model = _encoder.Model.of(args)
     assert model is not None  # --model is required
-    fitted = np.sort(permute(n, derive(args.seed, "fit"), np.arange(min(n, args.fit))))
+
+    # In the order of the shards, because samples are read one after the other.
+    counts: Counter[str] = Counter()
+    fitted = np.sort(permute(n, derive(args.seed, "fit"), np.arange(n_fitted)))
     rows = torch.cat(list(_features(model, mixture, fitted, counts)))
-    centres = kmeans(
-        rows[rows.any(1)], k, derive(args.seed, "kmeans")
-    )  # rows of zeros: pictures that do not open
-    every: Iterable[Tensor] = (
-        [rows] if len(fitted) == n else _features(model, mixture, np.arange(n), Counter())
-    )
-    labels = torch.cat([nearest(part, centres) for part in every]).numpy()
-    write_labels(
-        Path(args.to),
-        labels,
-        k,
-        mixture,
-        model.settings() | {"seed": args.seed, "fit": len(fitted)},
-    )
-    counts |= {
-        f"cell {cell:3d}": int(size) for cell, size in enumerate(np.bincount(labels, minlength=k))
-    }
-    print(
-        work.report(
-            counts,
-            f"{args.to}: {n:,} samples in {k} cells; batches must not be larger than a cell, or small: merge",
-        )
-    )
+    opened = rows[rows.any(1)]  # rows of zeros: pictures that do not open
+    centres = kmeans(opened, k, derive(args.seed, "kmeans"))
+
+    # Where all samples were fitted, their features are there already.
+    parts: Iterable[Tensor] = [rows]
+    if n_fitted < n:
+        parts = _features(model, mixture, np.arange(n), Counter())
+    labels = torch.cat([nearest(part, centres) for part in parts]).numpy()
+    settings = model.settings() | {"seed": args.seed, "fit": n_fitted}
+    write_labels(Path(args.to), labels, k, mixture, settings)
+
+    for cell, size in enumerate(np.bincount(labels, minlength=k).tolist()):
+        if size:
+            counts[f"cell {cell:3d}"] = size
+    title = f"{args.to}: {n:,} samples in {k} cells; "
+    title += "batches must not be larger than a cell, or small: merge"
+    print(work.report(counts, title))
     return 0
 
 
@@ -114,24 +111,30 @@ def kmeans(rows: Tensor, k: int, seed: int) -> Tensor:
     """
     import torch
 
+    # k-means++: each further centre is drawn in proportion to its squared distance to the nearest.
     generator = torch.Generator().manual_seed(seed)
     centres = rows[torch.randint(len(rows), (1,), generator=generator)]
-    for found in range(1, k):
-        distance = torch.relu(
-            _distances(rows, centres).amin(1) - 1e-6
-        )  # below: equal rows, but for rounding
+    for n_centres in range(1, k):
+        distance = _distances(rows, centres).amin(1)
+        distance = torch.relu(distance - 1e-6)  # equal rows differ by rounding
         if not distance.any():
             raise ValueError(
-                f"the pictures have only {found} different features; --clusters {k} must not be larger"
+                f"the pictures have only {n_centres} different features; "
+                f"--clusters {k} must not be larger"
             )
-        centres = torch.cat([centres, rows[torch.multinomial(distance, 1, generator=generator)]])
+        drawn = torch.multinomial(distance, 1, generator=generator)
+        centres = torch.cat([centres, rows[drawn]])
+
     before = None
     for _ in range(_ROUNDS):
         distance, cell = _distances(rows, centres).min(1)
         if before is not None and cell.equal(before):
             break
-        before, sizes = cell, cell.bincount(minlength=k)
+        before = cell
+        sizes = cell.bincount(minlength=k)
         centres = torch.zeros_like(centres).index_add_(0, cell, rows) / sizes.clamp(min=1)[:, None]
+
+        # Lloyd's algorithm alone would leave an empty cell at zero for good.
         empty = (sizes == 0).nonzero().flatten()
         centres[empty] = rows[distance.topk(len(empty)).indices]
     return centres
@@ -144,12 +147,14 @@ def nearest(rows: Tensor, centres: Tensor) -> Tensor:
 
 def _distances(rows: Tensor, centres: Tensor) -> Tensor:
     """Squared distances, [n, k]."""
-    return (
-        rows.square().sum(1, keepdim=True) - 2 * rows @ centres.T + centres.square().sum(1)
-    ).clamp(min=0)
+    row_squares = rows.square().sum(1, keepdim=True)
+    centre_squares = centres.square().sum(1)
+    squared = row_squares - 2 * rows @ centres.T + centre_squares
+    return squared.clamp(min=0)  # rounding may bring it below
 
 
 def _features(
     model: _encoder.Model, mixture: Mixture, ids: np.ndarray, counts: Counter[str]
 ) -> Iterator[Tensor]:
-    return (rows for _, rows in model.batches((mixture.read(int(i)) for i in ids), counts))
+    samples = (mixture.read(int(i)) for i in ids)
+    return (rows for _, rows in model.batches(samples, counts))

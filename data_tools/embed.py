@@ -1,11 +1,12 @@
 """`vlp data embed`: shards → the embeddings of their pictures and first captions, one file a shard.
 
 DIR/SHARD.safetensors holds
-    image, text    [n, D] float16 unit rows in the order of the shard's n usable samples; zeros where a picture does not
-                   open or a sample has no caption (both are counted)
-    metadata       model (its reference), scale (its learned inverse temperature), keys (SHA-256 in hex of the samples'
-                   keys, one a line), so that a reader can tell whether the shard is still the same
-The source option `embeddings: DIR` hands them to training as a teacher's; `vlp data dedup
+    image, text    [n, D] float16 unit rows in the order of the shard's n usable samples; zeros
+                   where a picture does not open or a sample has no caption (both are counted)
+    metadata       model (its reference), scale (its learned inverse temperature), keys (SHA-256 in
+                   hex of the samples' keys, one a line), so that a reader can tell whether the
+                   shard is still the same
+The source option `embeddings: DIR` pool them to training as a teacher's; `vlp data dedup
 --embeddings DIR` reads them.
 """
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 HELP = "embed pictures and captions with a model, one file a shard"
 EXAMPLE = """vlp data embed data/train --model runs/teacher --to data/train_embedded
-  vlp data embed "data/{00000..00041}.tar" --model ViT-B-32:laion2b_s34b_b79k --batch 256 --to data/embedded
-  srun --ntasks=16 --gpus-per-task=1 vlp data embed data/train --model hf-hub:you/teacher --to data/embedded
+  vlp data embed "data/{00000..00041}.tar" --model ViT-B-32:laion2b_s34b_b79k --to data/embedded
+  srun --ntasks=16 vlp data embed data/train --model hf-hub:you/teacher --to data/embedded
 """
 
 
@@ -55,16 +56,23 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, jobs
 
-    sources, crew = expand(args.source), work.crew(args)
+    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+
+    # A file is named after its shard, so two shards of one name would overwrite each other's.
     names = Counter(path.stem for path in sources)
-    if twice := [name for name, n in names.items() if n > 1]:
+    repeated = [name for name, n in names.items() if n > 1]
+    if repeated:
         raise ValueError(
-            f"several shards are called {twice[0]}; embed each folder of shards into a folder of its own"
+            f"several shards are called {repeated[0]}; "
+            "embed each folder of shards into a folder of its own"
         )
-    model, folder = _encoder.Model.of(args), Path(args.to)
+
+    model = _encoder.Model.of(args)
     assert model is not None  # --model is required
+
+    # Each file by itself: a reader asks for the shard that it reads.
     claim(folder, "embed", sources, model.settings())
-    results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), crew)
+    results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), pool)
     print(work.report(work.total(results), f"{folder}:"))
     return 0
 
@@ -83,31 +91,38 @@ class Embed:
         from vlp.data_tools._run.shards import samples
         from vlp.files import write_atomically
 
+        _, path = job
         keys: list[str] = []
         counts: Counter[str] = Counter()
-        rows = {
-            "image": [torch.zeros(0, self.model.width())],
-            "text": [torch.zeros(0, self.model.width())],
-        }
-        for batch, images in self.model.batches(samples(job[1], counts), counts):
+        nothing = torch.zeros(0, self.model.width())  # a shard may hold no sample
+        image_rows, text_rows = [nothing], [nothing]
+        # In batches, in the order of the shard, so that a row's number is its sample's.
+        for batch, images in self.model.batches(samples(path, counts), counts):
             keys += [sample.key for sample in batch]
-            rows["image"].append(images)
-            rows["text"].append(self._texts(batch, counts))
-        about = {"model": self.model.ref, "scale": str(self.model.encoder().scale)}
-        about["keys"] = hashlib.sha256("\n".join(keys).encode()).hexdigest()
-        tensors = {name: torch.cat(parts).half() for name, parts in rows.items()}
-        write_atomically(self.folder / f"{job[1].stem}.safetensors", save(tensors, about))
+            image_rows.append(images)
+            text_rows.append(self._texts(batch, counts))
+
+        metadata = {
+            "model": self.model.ref,
+            "scale": str(self.model.encoder().scale),
+            "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+        }
+        tensors = {"image": torch.cat(image_rows).half(), "text": torch.cat(text_rows).half()}
+        write_atomically(self.folder / f"{path.stem}.safetensors", save(tensors, metadata))
         return {"counts": counts}
 
     def _texts(self, batch: list[Content], counts: Counter[str]) -> Tensor:
         import torch
 
         rows = torch.zeros(len(batch), self.model.width())
-        told = [i for i, sample in enumerate(batch) if sample.captions]
-        if told:
-            rows[told] = (
-                self.model.encoder().encode_texts([batch[i].captions[0] for i in told]).cpu()
-            )
-        if len(told) < len(batch):
-            counts["samples without a caption"] += len(batch) - len(told)
+
+        # Only those that have one: an empty text would get a direction of its own.
+        captions = {i: sample.captions[0] for i, sample in enumerate(batch) if sample.captions}
+        if captions:
+            embedded = self.model.encoder().encode_texts(list(captions.values()))
+            rows[list(captions)] = embedded.cpu()
+
+        n_without = len(batch) - len(captions)
+        if n_without:
+            counts["samples without a caption"] += n_without
         return rows

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vlp.data.rows import Shard
 
 HELP = "write shards of another number of samples or bytes, in order or shuffled"
-EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 --shuffle 0 --processes 8
+EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 --shuffle 0
   vlp data reshard "a/{000..099}.tar::b" --to data/train --megabytes-per-shard 500 --renumber
 """
 
@@ -42,6 +42,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; the same call goes on where one stopped",
     )
+
+    # Where a shard ends.
     add(
         "--samples-per-shard",
         type=int,
@@ -54,6 +56,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="a shard ends before the sample that would exceed this",
     )
+
+    # Order and keys.
     add(
         "--shuffle",
         type=int,
@@ -78,37 +82,43 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
         raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
-    sources, crew, folder = expand(args.source, packed=True), work.crew(args), Path(args.to)
+
+    # Ten thousand samples, unless a size in bytes says where a shard ends.
+    sources, pool, folder = expand(args.source, packed=True), work.pool(args), Path(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
-    claim(
-        folder, "reshard", sources, {**limits, "shuffle": args.shuffle, "renumber": args.renumber}
-    )
+    settings = {**limits, "shuffle": args.shuffle, "renumber": args.renumber}
+    claim(folder, "reshard", sources, settings)
+
+    # Samples are read from their places, which a compressed stream does not have.
     unpacked = Unpacked(folder)
     sources = [unpacked.plain(path) for path in sources]
     shards = index(sources)
-    if problems := sum(shard.n_problems for shard in shards):
+    n_problems = sum(shard.n_problems for shard in shards)
+    if n_problems:
         print(
-            f"{problems} problems in the input, which `vlp data validate` names; what they concern is left out"
+            f"{n_problems} problems in the input, which `vlp data validate` names; "
+            "what they concern is left out"
         )
+
     spans = _spans([shard.rows for shard in shards])
     if not len(spans):
         raise ValueError(f"{args.source} holds no usable sample")
     _join_families(spans, list(zip(sources, shards)))
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
-    jobs = [
-        work.Job(
-            folder / f"{number:05d}_reshard.json",
-            (number, spans[start:stop]),
-            int(spans["length"][start:stop].sum()),
-        )
-        for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits))
-    ]
-    results = work.carry_out(
-        "reshard", jobs, Write(list(zip(sources, shards)), folder, args.renumber), crew
-    )
-    if None not in results:
+
+    # A job carries its own places, so that whoever takes it needs nothing else.
+    jobs = []
+    for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits)):
+        part = spans[start:stop]
+        mark = folder / f"{number:05d}_reshard.json"
+        jobs.append(work.Job(mark, (number, part), int(part["length"].sum())))
+    write = Write(list(zip(sources, shards)), folder, args.renumber)
+    results = work.carry_out("reshard", jobs, write, pool)
+
+    # The unpacked copies are needed until the last machine is done.
+    if work.all_done(results):
         index(sorted(folder.glob("*.tar")))
         unpacked.remove()
     print(work.report(work.total(results), f"{folder}: {len(jobs)} shards"))
@@ -123,20 +133,21 @@ def _spans(rows: list[bytes]) -> np.ndarray:
 
     from vlp.data.rows import CONTINUES, ROW
 
-    kind = np.dtype([("shard", "<u4"), ("number", "<u4"), ("length", "<u4"), ("family", "<u4")])
+    # Two columns of the index's rows; the others are passed over.
     fields = {"names": ["length", "flags"], "formats": ["<u4", "<u2"], "offsets": [8, ROW.size - 2]}
-    row: np.dtype[np.void] = np.dtype({**fields, "itemsize": ROW.size})  # type: ignore[call-overload]  # numpy's stubs want a TypedDict
-    spans, start = np.zeros(sum(map(len, rows)) // ROW.size, kind), 0
+    row: np.dtype[np.void] = np.dtype({**fields, "itemsize": ROW.size})  # type: ignore[call-overload]  # a TypedDict for numpy
+
+    kind = np.dtype([("shard", "<u4"), ("number", "<u4"), ("length", "<u4"), ("family", "<u4")])
+    spans = np.zeros(sum(map(len, rows)) // ROW.size, kind)
+    start = 0
     for shard, data in enumerate(rows):
-        found = np.frombuffer(data, row)
-        part = spans[start : start + len(found)]
-        part["shard"], part["number"], part["length"] = (
-            shard,
-            np.arange(len(found)),
-            found["length"],
-        )
-        part["family"] = found["flags"] & CONTINUES == 0
-        start += len(found)
+        columns = np.frombuffer(data, row)
+        part = spans[start : start + len(columns)]
+        part["shard"] = shard
+        part["number"] = np.arange(len(columns))
+        part["length"] = columns["length"]
+        part["family"] = columns["flags"] & CONTINUES == 0  # 1 where a family begins
+        start += len(columns)
     spans["family"] = np.cumsum(spans["family"])
     return spans
 
@@ -147,10 +158,11 @@ def _join_families(spans: np.ndarray, sources: list[tuple[Path, Shard]]) -> None
     """
     import numpy as np
 
+    # An index knows families inside its shard only; at the seams the JSON is read.
     firsts = np.flatnonzero(np.diff(spans["shard"]) > 0) + 1
     for first in firsts.tolist():
-        before, origin = (_origin(spans[place], sources) for place in (first - 1, first))
-        if origin is not None and origin == before:
+        origin = _origin(spans[first], sources)
+        if origin is not None and origin == _origin(spans[first - 1], sources):
             spans["family"][first:] -= 1
 
 
@@ -167,6 +179,8 @@ def _shuffled(families: np.ndarray, seed: int) -> np.ndarray:
     import numpy as np
 
     starts = np.flatnonzero(np.diff(families, prepend=-1))
+
+    # Whole families change places: each is spread over its samples, in their order.
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(starts))
     sizes = np.diff(starts, append=len(families))[order]
     within = np.arange(len(families)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -183,18 +197,23 @@ def _cuts(
 
     starts = np.flatnonzero(np.diff(families.astype(np.int64), prepend=-1))
     bounds = np.append(starts, len(lengths))
-    ends, cuts, start = np.cumsum(lengths, dtype=np.int64), [], 0
+    ends = np.cumsum(lengths, dtype=np.int64)
+    cuts: list[tuple[int, int]] = []
+    start = 0
     while start < len(lengths):
-        before = ends[start - 1] if start else 0
-        stop = int(np.searchsorted(ends, before + n_bytes, "right")) if n_bytes else len(lengths)
-        stop = min(stop, start + n_samples if n_samples else stop, len(lengths))
-        whole = int(
-            bounds[np.searchsorted(bounds, stop, "right") - 1]
-        )  # the last end of a family up to there
-        if whole <= start:
-            whole = int(bounds[np.searchsorted(bounds, start, "right")])
-        cuts.append((start, whole))
-        start = whole
+        stop = len(lengths)
+        if n_bytes:
+            before = ends[start - 1] if start else 0
+            stop = int(np.searchsorted(ends, before + n_bytes, "right"))
+        if n_samples:
+            stop = min(stop, start + n_samples)
+
+        # Back to the last end of a family; where one alone is too large, on to its end.
+        end = int(bounds[np.searchsorted(bounds, stop, "right") - 1])
+        if end <= start:
+            end = int(bounds[np.searchsorted(bounds, start, "right")])
+        cuts.append((start, end))
+        start = end
     return cuts
 
 
@@ -227,14 +246,13 @@ class Write:
                     log.warn(f"{path}: {error}")
                     counts["unreadable: samples that changed after they were indexed"] += 1
                     continue
+
+                # Its lists must count the captions that are written.
                 settle(sample, counts)
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
+                changed = Changed(sample, list(sample.captions), meta)
                 try:
-                    put(
-                        writer,
-                        Changed(sample, list(sample.captions), meta),
-                        None if self.renumber else sample.key,
-                    )
+                    put(writer, changed, None if self.renumber else sample.key)
                 except ValueError as error:
                     advice = "" if self.renumber else "; --renumber gives new keys"
                     raise ValueError(f"{path}: {error}{advice}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import math
 import random
 import textwrap
 from collections import Counter
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlp.data.members import Content
+    from vlp.eval.report.markup import Html
 
 HELP = "a contact sheet of random samples with their captions, as PNG or HTML"
 EXAMPLE = """vlp data sheet data/train --to sheet.html
@@ -50,6 +52,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".html (all captions with their negatives, any script) or .png",
     )
+
+    # What is on it.
     add("--samples", type=int, default=48, metavar="N", help="default: %(default)s")
     add(
         "--columns",
@@ -63,6 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=192,
         metavar="PX",
+        # Which samples.
         help="longest side of a picture (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
@@ -81,17 +86,20 @@ def run(args: argparse.Namespace) -> int:
     drawn = draw(expand(args.source), args.samples, args.seed, counts)
     if not drawn:
         raise ValueError(f"{args.source} holds no usable sample")
+
+    # Pictures are made small at once: hundreds of them are held together.
     shown = [show(sample, args.size) for sample in drawn]
-    data = (
-        page(shown, args.source).encode(errors="replace")
-        if args.to.suffix == ".html"
-        else png(shown, args.columns, args.size)
-    )
+    if args.to.suffix == ".html":
+        data = page(shown, args.source).encode(errors="replace")
+    else:
+        data = png(shown, args.columns, args.size)
     args.to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.to, data)
-    broken = sum(item.picture is None for item in shown)
+
+    n_broken = sum(item.picture is None for item in shown)
     print(
-        f"{args.to}: {len(shown)} samples, {broken} without a readable picture; {counts['problems']} problems in the shards read"
+        f"{args.to}: {len(shown)} samples, {n_broken} without a readable picture; "
+        f"{counts['problems']} problems in the shards read"
     )
     return 0
 
@@ -100,6 +108,7 @@ def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Con
     """At most `n` samples in random order, the same for the same shards and seed."""
     from vlp.data.index import index
 
+    # As many shards at most as samples, so that a look at a large data set reads few.
     rng = random.Random(seed)
     paths = sorted(rng.sample(paths, min(n, len(paths))))
     shards = index(paths)
@@ -126,6 +135,7 @@ def show(sample: Content, size: int) -> Shown:
         for caption in sample.captions
     ]
     try:
+        # Twice the size, so that the thumbnail is still scaled down and stays sharp.
         picture = rgb(sample.image, side=2 * size)
     except BadImage as error:
         return Shown(sample.key, sample.captions, negatives, None, str(error))
@@ -139,23 +149,31 @@ def page(shown: list[Shown], title: str) -> str:
     from vlp.eval.report.markup import tag
     from vlp.privacy import private
 
-    cards = []
-    for item in shown:
-        if item.picture is None:
-            seen = markup.note(item.problem)
-        else:
-            file = io.BytesIO()
-            item.picture.save(file, "JPEG", quality=88)
-            data = base64.b64encode(file.getvalue()).decode()
-            seen = tag("img", src=f"data:image/jpeg;base64,{data}", alt="", style="max-width:100%")
-        lines = []
-        for caption, negatives in zip(item.captions, item.negatives):
-            lines.append(tag("li", tag("span", caption)))
-            lines += [tag("li", tag("small", f"not: {negative}")) for negative in negatives]
-        texts = tag("ol", lines, class_="texts")
-        cards.append(tag("figure", tag("figcaption", item.key), seen, texts, class_="card"))
+    cards = [_card(item) for item in shown]
     section = markup.section("samples", f"{len(shown)} samples", tag("div", cards, class_="cards"))
     return markup.page(private(title), [section], "vlp data sheet")
+
+
+def _card(item: Shown) -> Html:
+    """A sample's key, picture and captions, each caption followed by what is wrong beside it."""
+    from vlp.eval.report import markup
+    from vlp.eval.report.markup import tag
+
+    if item.picture is None:
+        picture = markup.note(item.problem)
+    else:
+        # Inside the page, which then can be sent or moved as one file.
+        file = io.BytesIO()
+        item.picture.save(file, "JPEG", quality=88)
+        data = base64.b64encode(file.getvalue()).decode()
+        picture = tag("img", src=f"data:image/jpeg;base64,{data}", alt="", style="max-width:100%")
+
+    lines = []
+    for caption, negatives in zip(item.captions, item.negatives):
+        lines.append(tag("li", tag("span", caption)))
+        lines += [tag("li", tag("small", f"not: {negative}")) for negative in negatives]
+    texts = tag("ol", lines, class_="texts")
+    return tag("figure", tag("figcaption", item.key), picture, texts, class_="card")
 
 
 def png(shown: list[Shown], columns: int, size: int) -> bytes:
@@ -165,36 +183,30 @@ def png(shown: list[Shown], columns: int, size: int) -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(11)
-    size = (
-        max(96, *(max(item.picture.size) for item in shown if item.picture is not None))
-        if size > 96
-        else size
-    )
-    height = size + _GAP + _LINE * _MAX_LINES
-    rows = -(-len(shown) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (size + _GAP) + _GAP, rows * (height + _GAP) + _GAP), "white"
-    )
+    if size > 96:  # no wider than the widest picture; below, captions need the room
+        sides = [max(item.picture.size) for item in shown if item.picture is not None]
+        size = max([96, *sides])
+    cell_width = size + _GAP
+    cell_height = size + _GAP + _LINE * _MAX_LINES + _GAP
+    n_rows = math.ceil(len(shown) / columns)
+    sheet = Image.new("RGB", (columns * cell_width + _GAP, n_rows * cell_height + _GAP), "white")
+
     pen = ImageDraw.Draw(sheet)
     for place, item in enumerate(shown):
-        left, top = (
-            _GAP + place % columns * (size + _GAP),
-            _GAP + place // columns * (height + _GAP),
-        )
+        row, column = divmod(place, columns)
+        left = _GAP + column * cell_width
+        top = _GAP + row * cell_height
         if item.picture is not None:
-            sheet.paste(
-                item.picture,
-                (left + (size - item.picture.width) // 2, top + size - item.picture.height),
-            )
-        text = item.problem or (item.captions[0] if item.captions else "(no caption)")
-        lines = textwrap.wrap(text, max(8, size // 6))[:_MAX_LINES]
-        pen.text(
-            (left, top + size + _GAP // 2),
-            "\n".join(lines),
-            "firebrick" if item.problem else "black",
-            font,
-            spacing=1,
-        )
+            # Centred, and standing on the caption.
+            width, height = item.picture.size
+            sheet.paste(item.picture, (left + (size - width) // 2, top + size - height))
+
+        caption = item.captions[0] if item.captions else "(no caption)"
+        lines = textwrap.wrap(item.problem or caption, max(8, size // 6))[:_MAX_LINES]
+        color = "firebrick" if item.problem else "black"
+        place_of_text = (left, top + size + _GAP // 2)
+        pen.text(place_of_text, "\n".join(lines), color, font, spacing=1)
+
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()

@@ -1,12 +1,13 @@
 """`vlp data stats`: distributions over a whole data set, as one page to look at and one JSON file.
 
     DIR/stats.html    resolutions, aspect ratios, file sizes, caption lengths, numbers, languages
-    DIR/stats.json    the same with all values: {"counts", "distributions": {name: {"quantiles", "values"}}}
+    DIR/stats.json    the same with all values:
+                      {"counts", "distributions": {name: {"quantiles", "values"}}}
 
 Sizes come from the pictures' headers, none is decoded. A language is guessed from a caption's
-script and stop words (see _captions.py), wrong for short captions and for languages that are not in
-the list. Numbers are those from two to ten that count something exactly, as `vlp data counting`
-reads them.
+script and stop words (see _english/traits.py), wrong for short captions and for languages that
+are not in the list. Numbers are those from two to ten that count something exactly, as `vlp data
+counting` reads them.
 """
 
 from __future__ import annotations
@@ -66,26 +67,24 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, jobs
     from vlp.files import write_atomically
 
-    sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
     claim(folder, "stats", sources, {})
-    results = work.carry_out("stats", jobs(sources, folder, "counted"), count, crew)
+    results = work.carry_out("stats", jobs(sources, folder, "counted"), count, pool)
     if not work.all_done(results):
         return 0
-    counts, values = (
-        work.total(results),
-        {name: _merged(results, name) for name in (*PICTURES, *CAPTIONS)},
-    )
-    told = {
-        name: {"quantiles": quantiles(found), "values": dict(found)}
-        for name, found in values.items()
+
+    # Once for the whole set: quantiles of shards do not add up.
+    counts = work.total(results)
+    values = {name: _merged(results, name) for name in (*PICTURES, *CAPTIONS)}
+    distributions = {
+        name: {"quantiles": quantiles(times_of), "values": dict(times_of)}
+        for name, times_of in values.items()
     }
-    write_atomically(
-        folder / "stats.json",
-        json.dumps({"counts": counts, "distributions": told}, indent=1).encode(),
-    )
-    write_atomically(
-        folder / "stats.html", page(args.source, len(sources), counts, values).encode()
-    )
+    summary = json.dumps({"counts": counts, "distributions": distributions}, indent=1)
+
+    write_atomically(folder / "stats.json", summary.encode())
+    html = page(args.source, len(sources), counts, values)
+    write_atomically(folder / "stats.html", html.encode())
     print(work.report(counts, f"{folder / 'stats.html'}, {folder / 'stats.json'}:"))
     return 0
 
@@ -96,12 +95,15 @@ def count(job: tuple[int, Path]) -> work.Result:
     from vlp.data_tools._english import numbers, traits
     from vlp.data_tools._run.shards import samples
 
+    _, path = job
     counts: Counter[str] = Counter()
     values: dict[str, Counter] = {name: Counter() for name in (*PICTURES, *CAPTIONS)}
-    for sample in samples(job[1], counts):
+    for sample in samples(path, counts):
         values["type"][sample.image_type] += 1
         values["kilobytes"][round(len(sample.image) / 1000)] += 1
         values["captions"][len(sample.captions)] += 1
+
+        # Only the header is read: decoding would take most of the time.
         try:
             width, height, *_ = header(sample.image)
         except BadImage:
@@ -110,14 +112,18 @@ def count(job: tuple[int, Path]) -> work.Result:
             values["width"][width] += 1
             values["height"][height] += 1
             values["aspect"][round(width / height, 2)] += 1
+
         for caption in sample.captions:
-            found, _ = numbers.counts(caption)
             values["words"][len(caption.split())] += 1
             values["characters"][len(caption)] += 1
             values["language"][traits.language(caption)] += 1
-            values["numbers"].update({counted.value for counted in found})
             counts["captions"] += 1
-            counts["captions that count something"] += bool(found)
+
+            # A number that stands twice in a caption is one.
+            exact, _ = numbers.counts(caption)
+            values["numbers"].update({counted.value for counted in exact})
+            if exact:
+                counts["captions that count something"] += 1
     return {"counts": counts, **values}
 
 
@@ -137,12 +143,17 @@ def quantiles(values: Counter) -> dict[str, float]:
     """
     if not values or isinstance(next(iter(values)), str):
         return {}
-    places = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
-    result, seen, waiting, n = {}, 0, list(places.items()), values.total()
+
+    # The smallest value of which so many are not larger, all places in one pass.
+    places = [("min", 0.0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("max", 1.0)]
+    n = values.total()
+    n_seen = 0
+    result: dict[str, float] = {}
     for value, times in sorted(values.items()):
-        seen += times
-        while waiting and seen > waiting[0][1] * (n - 1):
-            result[waiting.pop(0)[0]] = value
+        n_seen += times
+        while places and n_seen > places[0][1] * (n - 1):
+            name, _ = places.pop(0)
+            result[name] = value
     return result
 
 
@@ -151,30 +162,22 @@ def page(source: str, n_shards: int, counts: Counter[str], values: dict[str, Cou
     from vlp.eval.report import charts, markup
     from vlp.privacy import private
 
-    def cards(names: dict[str, str]) -> Html:
-        drawn = []
+    def cards_of(names: dict[str, str]) -> Html:
+        cards = []
         for name, title in names.items():
-            middle = quantiles(values[name]).get("median")
-            drawn.append(
-                charts.bars(
-                    title, binned(values[name]), f"median {middle:g}" if middle is not None else ""
-                )
-            )
-        return markup.tag("div", drawn, class_="cards")
+            median = quantiles(values[name]).get("median")
+            note = "" if median is None else f"median {median:g}"
+            cards.append(charts.bars(title, binned(values[name]), note))
+        return markup.tag("div", cards, class_="cards")
 
-    facts = markup.table(
-        ("", "number"),
-        [("shards", f"{n_shards:,}"), *((name, f"{counts[name]:,}") for name in sorted(counts))],
-    )
+    # The counts first, because plots do not show what is missing.
+    rows = [("shards", f"{n_shards:,}")]
+    rows += [(name, f"{counts[name]:,}") for name in sorted(counts)]
+    lead = "Languages are guessed by script and stop words."
     sections = [
-        markup.section("counts", "Counts", facts),
-        markup.section("pictures", "Pictures", cards(PICTURES)),
-        markup.section(
-            "captions",
-            "Captions",
-            cards(CAPTIONS),
-            lead="Languages are guessed by script and stop words.",
-        ),
+        markup.section("counts", "Counts", markup.table(("", "number"), rows)),
+        markup.section("pictures", "Pictures", cards_of(PICTURES)),
+        markup.section("captions", "Captions", cards_of(CAPTIONS), lead=lead),
     ]
     return markup.page(private(source), sections, "vlp data stats")
 
@@ -189,15 +192,24 @@ def binned(values: Counter) -> list[tuple[str, int]]:
         return values.most_common(_BINS // 2)
     if len(values) <= _BINS:
         return [(f"{value:g}", times) for value, times in sorted(values.items())]
-    ordered, low, seen = sorted(values.items()), min(values), 0
-    high = next(
-        value for value, times in ordered if (seen := seen + times) >= 0.99 * values.total()
-    )
-    width = (high - low) / _BINS or 1
-    width = math.ceil(width) if isinstance(low, int) else width
-    result = [0] * _BINS
+
+    # Up to the value below which 99 % lie: one huge picture would leave one bar. The last bar
+    # holds the rest.
+    ordered = sorted(values.items())
+    low = high = ordered[0][0]
+    n_seen = 0
     for value, times in ordered:
-        result[min(int((value - low) / width), _BINS - 1)] += times
-    return [
-        (f"{low + i * width:.3g}" + "+" * (i == _BINS - 1), times) for i, times in enumerate(result)
-    ]
+        n_seen += times
+        if n_seen >= 0.99 * values.total():
+            high = value
+            break
+    width = (high - low) / _BINS or 1
+    if isinstance(low, int):
+        width = math.ceil(width)
+
+    bars = [0] * _BINS
+    for value, times in ordered:
+        bars[min(int((value - low) / width), _BINS - 1)] += times
+    labels = [f"{low + i * width:.3g}" for i in range(_BINS)]
+    labels[-1] += "+"
+    return list(zip(labels, bars))

@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, jobs
 
-    paths, crew = expand(args.path), work.crew(args)
+    paths, pool = expand(args.path), work.pool(args)
     with tempfile.TemporaryDirectory() as forgotten:
         notes = Path(args.notes or forgotten)
         claim(notes, "validate", paths, {})
-        results = work.carry_out("validate", jobs(paths, notes, "checked"), check_shard, crew)
+        results = work.carry_out("validate", jobs(paths, notes, "checked"), check_shard, pool)
 
     # None is a shard of another machine that shares the notes.
     reports = [result for result in results if result is not None]

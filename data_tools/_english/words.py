@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 IRREGULAR = {
-    "man": "men", "woman": "women", "gentleman": "gentlemen", "child": "children", "person": "people", "foot": "feet",
-    "goose": "geese", "mouse": "mice", "tooth": "teeth", "knife": "knives", "wolf": "wolves", "leaf": "leaves", "loaf": "loaves",
-    "shelf": "shelves", "bookshelf": "bookshelves", "scarf": "scarves", "calf": "calves", "half": "halves",
-    "sheep": "sheep", "deer": "deer", "fish": "fish", "broccoli": "broccoli", "aircraft": "aircraft",
-    "tomato": "tomatoes", "potato": "potatoes", "bus": "buses",
+    "man": "men", "woman": "women", "gentleman": "gentlemen", "child": "children",
+    "person": "people", "foot": "feet", "goose": "geese", "mouse": "mice", "tooth": "teeth",
+    "knife": "knives", "wolf": "wolves", "leaf": "leaves", "loaf": "loaves", "shelf": "shelves",
+    "bookshelf": "bookshelves", "scarf": "scarves", "calf": "calves", "half": "halves",
+    "sheep": "sheep", "deer": "deer", "fish": "fish", "broccoli": "broccoli",
+    "aircraft": "aircraft", "tomato": "tomatoes", "potato": "potatoes", "bus": "buses",
 }  # fmt: skip
 _PLURALS = frozenset(IRREGULAR.values()) - {"broccoli"}
 _SINGULAR_S = frozenset(["gas", "lens", "has", "was", "as", "always", "perhaps", "towards"])
@@ -49,18 +50,18 @@ def plural(noun: str) -> str:
         return IRREGULAR[noun]
     if re.search(r"(s|x|z|ch|sh)$", noun):
         return noun + "es"
-    return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    return noun + "s"
 
 
 def is_plural(word: str) -> bool:
     """Whether a word looks like a noun in the plural."""
     if word in _PLURALS:
         return True
-    return (
-        word.endswith("s")
-        and not word.endswith(("ss", "us", "is", "'s", "’s"))
-        and word not in _SINGULAR_S
-    )
+    if word in _SINGULAR_S or word.endswith(("ss", "us", "is", "'s", "’s")):
+        return False
+    return word.endswith("s")
 
 
 def article(following: str) -> str:
@@ -68,11 +69,13 @@ def article(following: str) -> str:
     word = following.lower()
     if word[:1].isdigit():
         return "an" if word[0] == "8" or word in ("11", "18") else "a"
+
+    # By sound, not by letter: an hour, a unicorn, but an uninvited guest.
     if word.startswith(_SILENT_H):
         return "an"
     if word.startswith(_SOUNDS_LIKE_YOU) and not word.startswith(_SOUNDS_LIKE_UN):
         return "a"
-    return "an" if word[:1] in tuple("aeiou") else "a"
+    return "an" if word.startswith(tuple("aeiou")) else "a"
 
 
 _ARTICLE = re.compile(r"\b(an?)(\s+)$", re.IGNORECASE)
@@ -85,14 +88,14 @@ def edit(caption: str, changes: list[tuple[int, int, str]]) -> str:
 
     Takes time in proportion to the caption's length.
     """
-    pieces, done = [], 0
+    pieces: list[str] = []
+    done = 0
     for start, end, new in sorted(changes):
-        if match := _ARTICLE.search(caption, max(done, start - _BLANKS), start):
-            pieces += [
-                caption[done : match.start()],
-                _capitals_of(match[1], article(new)),
-                match[2],
-            ]
+        # Only the few characters before are searched, else a long caption takes minutes.
+        match = _ARTICLE.search(caption, max(done, start - _BLANKS), start)
+        if match:
+            blanks = match[2]
+            pieces += [caption[done : match.start()], _capitals_of(match[1], article(new)), blanks]
         else:
             pieces.append(caption[done:start])
         pieces.append(_capitals_of(caption[start:end], new))
@@ -101,9 +104,12 @@ def edit(caption: str, changes: list[tuple[int, int, str]]) -> str:
 
 
 def _capitals_of(old: str, new: str) -> str:
+    """The new word in capitals as the old one has them: all, the first, or none."""
     if len(old) > 1 and old.isupper():
         return new.upper()
-    return new[:1].upper() + new[1:] if old[:1].isupper() else new
+    if old[:1].isupper():
+        return new[:1].upper() + new[1:]
+    return new
 
 
 def bare(caption: str) -> str:

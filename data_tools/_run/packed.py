@@ -26,9 +26,13 @@ class Unpacked:
         """The tar to read; raises ValueError for a stream that is damaged. A copy that a killed
         call left is taken up.
         """
+
+        # By content, not by name: a .tar may be compressed as well.
         with open(path, "rb") as file:
             if not packed_with(file.read(8)):
                 return path
+
+        # The size tells a copy of this shard from one that another call left under its number.
         copy = self.folder / f"{self.n:05d}_{path.stat().st_size}.tar"
         self.n += 1
         if not copy.exists():
@@ -50,7 +54,8 @@ def _unpack(path: Path, copy: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, copy)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the disk, not of the stream
+        # An errno is of the disk, not of the stream: the advice would be wrong.
+        if getattr(error, "errno", None) is not None:
             raise
         raise ValueError(
             f"{path} cannot be unpacked to its end ({error}); fetch it again"

@@ -2,7 +2,7 @@
 happened and why.
 
 A folder made by `transform` holds `_TOOL.json` (settings and sources; another call must bring the
-same) and beside every finished shard its mark `00000_TOOL.json` with its counts (see `_work`).
+same) and beside every finished shard its mark `00000_TOOL.json` with its counts (see `work`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vlp.data.format import ShardWriter, index, is_class_number
 from vlp.data.scan import scan
 from vlp.data_tools._belonging import settle
-from vlp.data_tools._run.work import Crew, Job, Result, carry_out
+from vlp.data_tools._run.work import Job, Pool, Result, carry_out
 from vlp.files import write_atomically
 from vlp.privacy import without_secrets
 
@@ -125,13 +125,13 @@ def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
 
 
 def transform(
-    sources: list[Path], folder: Path, tool: str, change: Change, crew: Crew
+    sources: list[Path], folder: Path, tool: str, change: Change, pool: Pool
 ) -> list[Result | None]:
-    """Write this crew's source shards, changed, into the claimed `folder`; returns what `carry_out`
-    returns.
+    """Write this machine's source shards, changed, into the claimed `folder`; returns what
+    `carry_out` returns.
     """
     write = partial(_one, folder=folder, change=change)
-    results = carry_out(tool, jobs(sources, folder, tool), write, crew)
+    results = carry_out(tool, jobs(sources, folder, tool), write, pool)
 
     # Whoever finishes last indexes the folder; None is a shard of another machine.
     if None not in results:

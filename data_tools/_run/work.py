@@ -27,10 +27,8 @@ from vlp.files import remove_leftovers, write_atomically
 from vlp.lifetime import end_with_parent
 from vlp.locks import held
 
-RANKS = (
-    ("RANK", "WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)  # torchrun and accelerate launch; srun
+# Of torchrun and accelerate launch; of srun.
+RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 QUIET_S = 10  # between two lines of progress where they do not overwrite one another
 
 Result = dict[str, Any]  # JSON; "counts" says what happened to how many samples
@@ -49,7 +47,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Crew:
+class Pool:
     """Who does the work: the processes of this machine, and the part of the jobs that this machine
     takes.
     """
@@ -80,33 +78,40 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--part",
         metavar="K/N",
-        help="only every N-th shard from the K-th on, for N machines that share the output's folder "
-        "(default: the rank in RANK and WORLD_SIZE or SLURM_PROCID and SLURM_NTASKS, else 1/1)",
+        help="only every N-th shard from the K-th on, for N machines that share the output's "
+        "folder (default: the rank in RANK and WORLD_SIZE or SLURM_PROCID and SLURM_NTASKS, "
+        "else 1/1)",
     )
 
 
-def crew(args: argparse.Namespace) -> Crew:
-    """The crew that the options and the launcher's environment name; raises ValueError."""
-    if args.processes < 1:
-        raise ValueError(f"--processes {args.processes} must be at least 1")
+def pool(args: argparse.Namespace) -> Pool:
+    """The pool that the options and the launcher's environment name; raises ValueError."""
+    n_processes: int = args.processes
+    if n_processes < 1:
+        raise ValueError(f"--processes {n_processes} must be at least 1")
+
+    # What the user says goes before what the launcher says.
     if args.part:
-        return Crew(args.processes, *_part(args.part, *args.part.partition("/")[::2]))
-    for rank, world in RANKS:
-        if rank in os.environ and world in os.environ:
-            k, n = os.environ[rank], os.environ[world]
-            return Crew(
-                args.processes,
-                *_part(f"{rank}={k} {world}={n}", str(int(k) + 1) if k.isdecimal() else k, n),
-            )
-    return Crew(args.processes)
+        part, _, parts = args.part.partition("/")
+        return Pool(n_processes, *_part(args.part, part, parts))
+
+    for rank_name, world_name in RANKS:
+        if rank_name in os.environ and world_name in os.environ:
+            rank, world = os.environ[rank_name], os.environ[world_name]
+            part = str(int(rank) + 1) if rank.isdecimal() else rank
+            setting = f"{rank_name}={rank} {world_name}={world}"
+            return Pool(n_processes, *_part(setting, part, world))
+    return Pool(n_processes)
 
 
-def _part(said: str, k: str, n: str) -> tuple[int, int]:
-    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+def _part(setting: str, part: str, parts: str) -> tuple[int, int]:
+    are_numbers = part.isdecimal() and parts.isdecimal()
+    if not (are_numbers and 1 <= int(part) <= int(parts)):
         raise ValueError(
-            f"{said!r} names no part of the shards; expected --part K/N with 1 <= K <= N, or a rank of a larger world"
+            f"{setting!r} names no part of the shards; "
+            "expected --part K/N with 1 <= K <= N, or a rank of a larger world"
         )
-    return int(k), int(n)
+    return int(part), int(parts)
 
 
 def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -118,11 +123,16 @@ def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
     def guarded(args: argparse.Namespace) -> int:
         if not args.to:
             return run(args)
-        folder, share = Path(args.to), crew(args) if hasattr(args, "part") else Crew()
+
+        folder = Path(args.to)
         advice = "Wait until it is done, or name another folder with --to"
+        share = Pool()
         if hasattr(args, "part"):
+            share = pool(args)
             advice += "; to share the work, give each call its --part K/N"
+
         with held(folder, advice=advice, part=(share.part, share.parts)):
+            # Files that a killed call left half-written are nobody's, unless another part writes.
             if share.parts == 1:
                 remove_leftovers(folder)
             return run(args)
@@ -130,31 +140,42 @@ def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
     return guarded
 
 
-def carry_out(title: str, jobs: list[Job], work: Work, crew: Crew) -> list[Result | None]:
+def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Result | None]:
     """Do this machine's jobs that have no mark; returns the results of all jobs in order, None
     where other parts lag.
 
-    `work(item)` runs in `crew.processes` new processes, to which it is sent once. Its exception
+    `work(item)` runs in `pool.processes` new processes, to which it is sent once. Its exception
     ends the call and leaves the marks of finished jobs.
     """
-    mine = crew.share(jobs)
-    todo = [job for job in mine if not job.mark.exists()]
-    if crew.parts > 1:
-        _say(f"{title}: part {crew.part} of {crew.parts} is {len(mine)} of {len(jobs)} shards")
-    if len(todo) < len(mine):
-        _say(f"{title}: {len(mine) - len(todo)} of {len(mine)} shards are finished already")
-    progress = _Progress(title, todo)
-    for job, result in _finished(work, todo, crew.processes):
+    share = pool.share(jobs)
+    unfinished = [job for job in share if not job.mark.exists()]
+    if pool.parts > 1:
+        _say(f"{title}: part {pool.part} of {pool.parts} is {len(share)} of {len(jobs)} shards")
+    if len(unfinished) < len(share):
+        n_finished = len(share) - len(unfinished)
+        _say(f"{title}: {n_finished} of {len(share)} shards are finished already")
+
+    progress = _Progress(title, unfinished)
+    for job, result in _finished(work, unfinished, pool.processes):
         progress.add(job, result)
-    results = [
-        json.loads(job.mark.read_text(encoding="utf-8")) if job.mark.exists() else None
-        for job in jobs
-    ]
-    if missing := results.count(None):
+
+    # The marks are read again: other machines may have finished theirs meanwhile.
+    results = [_result(job) for job in jobs]
+    n_missing = results.count(None)
+    if n_missing:
         _say(
-            f"{title}: {missing} of {len(jobs)} shards, all of other parts, are unfinished; once they are done, call again"
+            f"{title}: {n_missing} of {len(jobs)} shards, all of other parts, are unfinished; "
+            "once they are done, call again"
         )
     return results
+
+
+def _result(job: Job) -> Result | None:
+    """What a job's mark says; None where it has none yet."""
+    if not job.mark.exists():
+        return None
+    result: Result = json.loads(job.mark.read_text(encoding="utf-8"))
+    return result
 
 
 def all_done(results: list[Result | None]) -> TypeGuard[list[Result]]:
@@ -170,36 +191,38 @@ def total(results: Iterable[Result | None]) -> Counter[str]:
 def report(counts: Counter[str], title: str) -> str:
     """Counts as aligned lines, in the order of their names."""
     width = max(map(len, counts), default=0)
-    return "\n".join([title, *(f"  {name:{width}}  {counts[name]:>9,}" for name in sorted(counts))])
+    lines = [f"  {name:{width}}  {counts[name]:>9,}" for name in sorted(counts)]
+    return "\n".join([title, *lines])
 
 
 def printable(text: str) -> str:
-    """The text as a terminal or a file in UTF-8 takes it: a lone surrogate becomes a question mark."""
+    """The text as a terminal or a file in UTF-8 takes it: lone surrogates become question marks."""
     return text.encode(errors="replace").decode()
 
 
 def _finished(work: Work, jobs: list[Job], processes: int) -> Iterator[tuple[Job, Result]]:
     """Each job with its result as soon as it is there."""
-    if min(processes, len(jobs)) <= 1:
+    n = min(processes, len(jobs))
+    if n <= 1:
         for job in jobs:
             yield job, _do(work, job)
         return
-    n = min(processes, len(jobs))
+
     # Processes are started afresh: a fork may hang once torch ran.
-    with ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _begin, (work, n)) as pool:
-        doing = {pool.submit(_do_mine, job): job for job in jobs}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n, context, _begin, (work, n)) as executor:
+        waiting = {executor.submit(_do_in_worker, job): job for job in jobs}
         try:
-            for future in as_completed(doing):
-                yield doing.pop(future), future.result()
+            for future in as_completed(waiting):
+                yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
             raise WorkerLost(
-                "a process ended without a word, most often for want of memory; call again, with fewer --processes: "
-                "the shards that are finished stay"
+                "a process ended without a word, most often for want of memory; "
+                "call again, with fewer --processes: the shards that are finished stay"
             ) from error
         finally:
-            pool.shutdown(
-                wait=True, cancel_futures=True
-            )  # after an exception: what was begun ends, nothing else begins
+            # After an exception what was begun ends, and nothing else begins.
+            executor.shutdown(wait=True, cancel_futures=True)
 
 
 _work: Work | None = None  # of a pool's process
@@ -211,20 +234,24 @@ def _begin(work: Work, n_processes: int) -> None:
     """
     global _work
     _work = work
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes))
-    )  # read when torch is imported
+
+    # Read when torch is imported; without it every process would use all cores.
+    n_threads = max(1, (os.cpu_count() or 1) // n_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
     end_with_parent()
 
 
-def _do_mine(job: Job) -> Result:
+def _do_in_worker(job: Job) -> Result:
     assert _work is not None  # the pool's initializer has set it
     return _do(_work, job)
 
 
 def _do(work: Work, job: Job) -> Result:
     result = work(job.item)
-    write_atomically(job.mark, json.dumps(result, indent=1, ensure_ascii=False).encode())
+
+    # Last, and at once: a mark says that all the rest of the job is on disk.
+    content = json.dumps(result, indent=1, ensure_ascii=False)
+    write_atomically(job.mark, content.encode())
     return result
 
 
@@ -234,25 +261,43 @@ class _Progress:
     """
 
     def __init__(self, title: str, jobs: list[Job]) -> None:
-        self.title, self.n_jobs, self.size = title, len(jobs), sum(job.size for job in jobs)
+        self.title = title
+        self.n_jobs = len(jobs)
+        self.size = sum(job.size for job in jobs)
         self.n_done = self.n_samples = self.size_done = 0
         self.start = time.monotonic()
-        self.said = self.start - QUIET_S
+        self.last_shown = self.start - QUIET_S
 
     def add(self, job: Job, result: Result) -> None:
         """One more is done."""
         self.n_done += 1
         self.n_samples += result["counts"].get("samples read", 0)
         self.size_done += job.size
-        now, last = time.monotonic(), self.n_done == self.n_jobs
-        elapsed, terminal = max(now - self.start, 1e-9), sys.stderr.isatty()
-        if not (terminal or last or now - self.said >= QUIET_S):
+
+        now = time.monotonic()
+        is_last = self.n_done == self.n_jobs
+        on_terminal = sys.stderr.isatty()
+        if not (on_terminal or is_last or now - self.last_shown >= QUIET_S):
             return
-        self.said = now
-        left = round(elapsed * (self.size - self.size_done) / max(self.size_done, 1))
-        line = f"{self.title}: {self.n_done}/{self.n_jobs} shards, {self.n_samples:,} samples, {self.n_samples / elapsed:,.0f}/s"
-        line += f", took {_clock(round(elapsed))}" if last else f", {_clock(left)} left"
-        _say(f"\r{line:<100}" if terminal else line, end="\n" if last or not terminal else "")
+        self.last_shown = now
+        line = self._line(max(now - self.start, 1e-9), is_last)
+
+        # A terminal's line is overwritten by the next; a log file gets whole lines.
+        if on_terminal:
+            _say(f"\r{line:<100}", end="\n" if is_last else "")
+        else:
+            _say(line)
+
+    def _line(self, elapsed_s: float, is_last: bool) -> str:
+        rate = self.n_samples / elapsed_s
+        line = f"{self.title}: {self.n_done}/{self.n_jobs} shards"
+        line += f", {self.n_samples:,} samples, {rate:,.0f}/s"
+        if is_last:
+            return f"{line}, took {_clock(round(elapsed_s))}"
+
+        # Shards differ in size, so the time left goes by bytes.
+        left_s = round(elapsed_s * (self.size - self.size_done) / max(self.size_done, 1))
+        return f"{line}, {_clock(left_s)} left"
 
 
 def _clock(seconds: int) -> str:

@@ -1,15 +1,18 @@
 """`vlp data counting`: shards → shards of counting pairs, for the term `counting` (arXiv
 2302.12066).
 
-Kept are samples with a caption that counts something from two to ten, in words or digits; each keeps that one caption,
-so that picture, caption and counterfactuals belong together, and the negatives that are not of other captions. Written fields:
+Kept are samples with a caption that counts something from two to ten, in words or digits; each
+keeps that one caption, so that picture, caption and counterfactuals belong together, and the
+negatives that are not of other captions. Written fields:
     counterfactuals     the caption with other numbers, in random order
-    counterfactuals_of  0 for each of them: the number of the caption that it was made from, beside which alone it is used
+    counterfactuals_of  0 for each of them: the number of the caption that it was made from, beside
+                        which alone it is used
     number              the number in the caption
     all_captions        the captions that the sample came with
 
-A caption's number must count a plural noun exactly: no measure, range, bound, name or part of a compound. With
---detector, the picture must show as many objects of its most frequent class as the caption says.
+A caption's number must count a plural noun exactly: no measure, range, bound, name or part of a
+compound. With --detector, the picture must show as many objects of its most frequent class as the
+caption says.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; a call with the same options goes on where one stopped",
     )
+
+    # What is written, and how much of it.
     add(
         "--counterfactuals",
         type=int,
@@ -59,6 +64,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="none, equal (as many of each number as of the rarest), or the most",
     )
+
+    # A model that must agree.
     add(
         "--detector",
         metavar="MODEL",
@@ -70,6 +77,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="score from which a detected object counts (default: %(default)s)",
     )
+
+    # How they are drawn and looked at.
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
         "--print",
@@ -91,39 +100,42 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, jobs, transform
 
     _check(args)
-    sources, hands = expand(args.source), work.crew(args)
+    sources, pool = expand(args.source), work.pool(args)
     if args.n_print:
         print(work.printable(_examples(sources, args)))
     if not args.to:
         return 0
+
     folder = Path(args.to)
     settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)
-    surveyed = work.carry_out(
-        "survey", jobs(sources, folder, "survey"), partial(_survey, args=args), hands
-    )
+
+    # What is balanced are the numbers of all shards, so all are surveyed before one is written.
+    survey = partial(_survey, args=args)
+    surveyed = work.carry_out("survey", jobs(sources, folder, "survey"), survey, pool)
     if not work.all_done(surveyed):
         return 0
     counts = work.total(surveyed)
-    chosen = balance(
-        [[tuple(item) for item in result["kept"]] for result in surveyed], args.balance, args.seed
-    )
-    n_kept = sum(len(result["kept"]) for result in surveyed)
+    # JSON made lists of the tuples.
+    kept: list[Kept] = [[tuple(entry) for entry in result["kept"]] for result in surveyed]
+    chosen = balance(kept, args.balance, args.seed)
+    n_kept = sum(len(entries) for entries in kept)
     n_chosen = sum(len(keys) for keys in chosen)
     if not n_chosen:
         print(work.report(counts, f"{folder}:"), file=sys.stderr)
         raise ValueError(
-            f"no caption in {args.source} counts anything from two to ten; the reasons are listed above"
+            f"no caption in {args.source} counts anything from two to ten; "
+            "the reasons are listed above"
         )
-    written = work.total(
-        transform(
-            sources, folder, "counting", MakePairs(chosen, args.counterfactuals, args.seed), hands
-        )
-    )
-    counts.update(
-        {name: n for name, n in written.items() if name.startswith(("number", "samples written"))}
-    )
+
+    change = MakePairs(chosen, args.counterfactuals, args.seed)
+    written = work.total(transform(sources, folder, "counting", change, pool))
+
+    # "samples read" and the like are counted by the survey already.
+    for name, n in written.items():
+        if name.startswith(("number", "samples written")):
+            counts[name] += n
     counts["dropped: beyond the balance"] = n_kept - n_chosen
     print(work.report(counts, f"{folder}:"))
     return 0
@@ -134,11 +146,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "nothing to do: name --to DIR to write shards, or --print N to look at captions"
         )
+
+    # Checked now, because a survey with a detector may take hours.
     if not 1 <= args.counterfactuals <= 8:
         raise ValueError(
-            f"--counterfactuals is {args.counterfactuals}; there are 1 to 8 other numbers from two to ten"
+            f"--counterfactuals is {args.counterfactuals}; "
+            "there are 1 to 8 other numbers from two to ten"
         )
-    if args.balance not in ("none", "equal") and not (args.balance.isdigit() and int(args.balance)):
+    is_number = args.balance.isdigit() and int(args.balance) > 0
+    if args.balance not in ("none", "equal") and not is_number:
         raise ValueError(
             f"--balance is {args.balance!r}; expected none, equal, or a number of samples"
         )
@@ -152,44 +168,54 @@ def select(
     """(index of the first usable caption, its number), or None; `counts` learns why captions and
     samples are dropped.
     """
-    from vlp.data_tools._english.numbers import counts as find
+    from vlp.data_tools._english import numbers
 
-    counted: list[tuple[int, int]] = []
+    counting: list[tuple[int, int]] = []
     for i, caption in enumerate(sample.captions):
-        found, refused = find(caption)
+        exact, refused = numbers.counts(caption)
         counts["captions read"] += 1
-        counts.update({f"captions dropped: {reason}": 1 for reason in set(refused) if not found})
-        if len({count.value for count in found}) > 1:
+        if not exact:
+            counts.update(f"captions dropped: {reason}" for reason in set(refused))
+
+        # "two dogs and three cats" would have to say which number is wrong.
+        if len({count.value for count in exact}) > 1:
             counts["captions dropped: several numbers"] += 1
-        elif found:
-            counted.append((i, found[0].value))
+        elif exact:
+            counting.append((i, exact[0].value))
         elif not refused:
             counts["captions dropped: no number from two to ten"] += 1
-    counts["captions that count"] += len(counted)
-    if not counted:
+    counts["captions that count"] += len(counting)
+
+    if not counting:
         counts["dropped: no caption counts"] += 1
-    elif len({number for _, number in counted}) > 1:
+        return None
+    if len({number for _, number in counting}) > 1:
         counts["dropped: the captions' numbers differ"] += 1
-    elif not args.detector or _seen(sample, counted[0][1], args, counts):
-        return counted[0]
-    return None
+        return None
+    first = counting[0]
+    if args.detector and not _detects(sample, first[1], args, counts):
+        return None
+    return first
 
 
-def _seen(sample: Content, number: int, args: argparse.Namespace, counts: Counter[str]) -> bool:
+def _detects(sample: Content, number: int, args: argparse.Namespace, counts: Counter[str]) -> bool:
+    """Whether the detector sees as many objects of the most frequent class; else it is counted."""
     from vlp.data_tools.counting.detector import most_frequent
 
-    found = most_frequent(sample.image, args.detector, args.threshold)
-    if found is None:
+    # The class does not matter: captions name things in other words than detectors.
+    detected = most_frequent(sample.image, args.detector, args.threshold)
+    if detected is None:
         counts["dropped: no readable picture"] += 1
         return False
-    label, n = found
-    if n != number:
-        counts[
-            "dropped: the detector sees nothing"
-            if not label
-            else "dropped: the detector counts another number"
-        ] += 1
-    return n == number
+
+    label, n = detected
+    if n == number:
+        return True
+    if label:
+        counts["dropped: the detector counts another number"] += 1
+    else:
+        counts["dropped: the detector sees nothing"] += 1
+    return False
 
 
 Kept = list[tuple[str, int, int]]  # key, index of the caption, number
@@ -199,12 +225,14 @@ def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> work.Result:
     """What a shard offers; kept on disk, because a detector may take hours for it."""
     from vlp.data_tools._run.shards import samples
 
+    _, path = job
     counts: Counter[str] = Counter()
-    kept = [
-        (sample.key, *chosen)
-        for sample in samples(job[1], counts)
-        if (chosen := select(sample, args, counts))
-    ]
+    # The number as well, because balancing must not read the shards again.
+    kept: Kept = []
+    for sample in samples(path, counts):
+        chosen = select(sample, args, counts)
+        if chosen is not None:
+            kept.append((sample.key, *chosen))
     return {"kept": kept, "counts": counts}
 
 
@@ -212,24 +240,32 @@ def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[i
     """For every shard, key → (caption, number) of the samples that stay; which ones is random but
     fixed by the seed.
     """
-    everything = [(shard, *item) for shard, kept in enumerate(surveyed) for item in kept]
-    numbers = Counter(number for *_, number in everything)
-    if how == "equal" and len(numbers) < 9:
-        missing = [str(n) for n in range(2, 11) if n not in numbers]
+    entries = [(shard, *entry) for shard, kept in enumerate(surveyed) for entry in kept]
+    n_of_number = Counter(number for *_, number in entries)
+    if how == "equal" and len(n_of_number) < 9:
+        missing = [str(n) for n in range(2, 11) if n not in n_of_number]
         raise ValueError(
-            f"--balance equal, but no caption counts {', '.join(missing)}; give the most of each number instead"
+            f"--balance equal, but no caption counts {', '.join(missing)}; "
+            "give the most of each number instead"
         )
+
     if how.isdigit():
         most = int(how)
+    elif how == "equal":
+        most = min(n_of_number.values(), default=0)
     else:
-        most = {"none": len(everything), "equal": min(numbers.values(), default=0)}[how]
+        most = len(entries)
+
+    # By a hash of shard and key, so that the choice does not depend on who surveyed first.
+    def place(entry: tuple[int, str, int, int]) -> float:
+        shard, key, *_ = entry
+        return random.Random(f"{seed}/{(shard, key)}").random()
+
     result: list[dict[str, tuple[int, int]]] = [{} for _ in surveyed]
-    taken: Counter[int] = Counter()
-    for shard, key, caption, number in sorted(
-        everything, key=lambda item: random.Random(f"{seed}/{item[:2]}").random()
-    ):
-        if taken[number] < most:
-            taken[number] += 1
+    n_taken: Counter[int] = Counter()
+    for shard, key, caption, number in sorted(entries, key=place):
+        if n_taken[number] < most:
+            n_taken[number] += 1
             result[shard][key] = (caption, number)
     return result
 
@@ -248,15 +284,17 @@ class MakePairs:
         from vlp.data_tools._belonging import keep_captions
         from vlp.data_tools._run.shards import Changed
 
+        chosen = self.chosen[shard]
         for sample in samples:
-            if sample.key not in self.chosen[shard]:
+            if sample.key not in chosen:
                 continue
-            i, number = self.chosen[shard][sample.key]
+            i, number = chosen[sample.key]
             caption = sample.captions[i]
-            texts = wrong_counts(caption, random.Random(f"{self.seed}/{sample.key}"))[
-                : self.n_counterfactuals
-            ]
+            rng = random.Random(f"{self.seed}/{sample.key}")
+            texts = wrong_counts(caption, rng)[: self.n_counterfactuals]
             counts[f"number {number:2}"] += 1
+
+            # All captions stay beside it, so that nothing of the input is lost.
             fields = {"counterfactuals": texts, "counterfactuals_of": [0] * len(texts)}
             fields |= {"number": number, "all_captions": list(sample.captions)}
             keep_captions(sample, [i], counts)
@@ -269,17 +307,23 @@ def wrong_counts(caption: str, rng: random.Random) -> list[str]:
     """
     from vlp.data_tools._english.numbers import counterfactuals, counts
 
-    found, _ = counts(caption)
-    return rng.sample(texts := counterfactuals(caption, found), len(texts))
+    exact, _ = counts(caption)
+    texts = counterfactuals(caption, exact)
+    return rng.sample(texts, len(texts))
 
 
 def _examples(sources: list[Path], args: argparse.Namespace) -> str:
+    """--print's captions, each with its number and one counterfactual below it."""
     from vlp.data_tools._run.shards import samples
 
-    rng, found = random.Random(args.seed), []
+    rng = random.Random(args.seed)
+    examples = []
     for path in sources:
         for sample in samples(path, Counter()):
-            if chosen := select(sample, args, Counter()):
-                caption = sample.captions[chosen[0]]
-                found.append(f"{chosen[1]:2}  {caption}\n    {wrong_counts(caption, rng)[0]}\n")
-    return "\n".join(rng.sample(found, min(args.n_print, len(found))))
+            chosen = select(sample, args, Counter())
+            if chosen is None:
+                continue
+            i, number = chosen
+            caption = sample.captions[i]
+            examples.append(f"{number:2}  {caption}\n    {wrong_counts(caption, rng)[0]}\n")
+    return "\n".join(rng.sample(examples, min(args.n_print, len(examples))))

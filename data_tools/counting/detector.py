@@ -22,8 +22,14 @@ def most_frequent(image: bytes, model: str, threshold: float) -> tuple[str, int]
         picture = rgb(image)
     except BadImage:
         return None
-    found = detect(picture, threshold=threshold)
-    return next(iter(Counter(box["label"] for box in found).most_common(1)), ("", 0))
+
+    # Most captions count one kind of thing, and the most frequent is it most often.
+    boxes = detect(picture, threshold=threshold)
+    labels = Counter(box["label"] for box in boxes)
+    if not labels:
+        return "", 0
+    label, n = labels.most_common(1)[0]
+    return label, n
 
 
 @cache

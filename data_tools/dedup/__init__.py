@@ -11,7 +11,8 @@ The captions of a copy are not lost: the sample that stays takes them over, with
 counterfactuals and scores (--captions merge); its JSON names the copies in "merged_keys". What
 evaluation sets hold goes altogether.
 
-    DIR/copies.jsonl    every dropped sample beside the one that it is a copy of, for a person to judge
+    DIR/copies.jsonl    every dropped sample beside the one that it is a copy of, for a person to
+                        judge
 
 On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or half the size are
 found, 93 % of those with 2 % cut off the edges, 52 % with 5 %, no mirrored ones; two pairs of
@@ -27,14 +28,17 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from vlp.data_tools._run import work
 
 HELP = "drop copies by perceptual hash and embedding, and what evaluation sets hold"
 EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
-  vlp data dedup data/raw --to data/clean --against data/coco_test --against data/imagenet_val --keep-copies
-  vlp data dedup data/raw --to data/unique --embeddings data/raw_embedded --cosine 0.95      (files of `vlp data embed`)
+  vlp data dedup data/raw --to data/clean --against data/coco_test --against data/imagenet_val
+  vlp data dedup data/raw --to data/clean --against data/coco_test --keep-copies
+  vlp data dedup data/raw --to data/unique --embeddings data/raw_embedded    (of `vlp data embed`)
 """
 
 
@@ -48,6 +52,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; the same call goes on where one stopped",
     )
+
+    # What is compared, and what becomes of a copy.
     add(
         "--against",
         action="append",
@@ -59,9 +65,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--captions",
         choices=("merge", "keep-first"),
         default="merge",
-        help="whether the sample that stays takes over the captions of its copies (default: %(default)s)",
+        help="whether the sample that stays takes over the captions of its copies "
+        "(default: %(default)s)",
     )
     add("--keep-copies", action="store_true", help="drop only what --against holds")
+
+    # What makes a copy.
     add(
         "--distance",
         type=int,
@@ -95,57 +104,64 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools.dedup.near import Limits
 
     _check(args)
-    sources, crew, folder = expand(args.source), work.crew(args), Path(args.to)
-    against = [expand(place) for place in args.against]
-    fixed = [path for group in against for path in group]
-    settings = {
-        "distance": args.distance,
-        "keep_copies": args.keep_copies,
-        "embeddings": args.embeddings,
-    }
-    settings |= {"captions": args.captions}
-    settings |= {"cosine": args.cosine} if args.embeddings else {}
-    claim(
-        folder,
-        "dedup",
-        sources,
-        settings | {"against": [[path.name, path.stat().st_size] for path in fixed]},
-    )
-    surveyed = work.carry_out(
-        "fingerprints",
-        jobs(fixed + sources, folder, "fingerprints"),
-        partial(survey, folder=folder),
-        crew,
-    )
+    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    against = [expand(shards) for shards in args.against]
+    fixed = list(chain.from_iterable(against))
+    claim(folder, "dedup", sources, _settings(args, fixed))
+
+    # Whether a sample stays depends on all before it: all shards are fingerprinted first.
+    prints = jobs(fixed + sources, folder, "fingerprints")
+    surveyed = work.carry_out("fingerprints", prints, partial(survey, folder=folder), pool)
     if not work.all_done(surveyed):
         return 0
+
+    # What --against holds comes first, so that it stays and the source's copies of it go. The
+    # options name the source's embeddings first.
+    embeddings = args.embeddings[1:] + args.embeddings[:1]
     limits = Limits(args.distance, args.cosine, args.keep_copies)
-    copy_of = decided(
-        folder, [*against, sources], surveyed, args.embeddings[1:] + args.embeddings[:1], limits
-    )
-    n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
+    copy_of = decided(folder, [*against, sources], surveyed, embeddings, limits)
     copy_of = copy_of[len(fixed) :]
-    taken = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
-    results = transform(sources, folder, "dedup", DropCopies(copy_of, n_fixed, taken), crew)
+
+    n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
+    places = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
+    results = transform(sources, folder, "dedup", DropCopies(copy_of, n_fixed, places), pool)
     counts = work.total(results)
     counts["unreadable: pictures"] = work.total(surveyed[len(fixed) :])["unreadable: pictures"]
     print(work.report(counts, f"{folder}:"))
     return 0
 
 
+def _settings(args: argparse.Namespace, fixed: list[Path]) -> dict[str, Any]:
+    """What the output depends on, besides the source."""
+    settings: dict[str, Any] = {
+        "distance": args.distance,
+        "keep_copies": args.keep_copies,
+        "embeddings": args.embeddings,
+        "captions": args.captions,
+    }
+    if args.embeddings:
+        settings["cosine"] = args.cosine
+    settings["against"] = [[path.name, path.stat().st_size] for path in fixed]
+    return settings
+
+
 def _check(args: argparse.Namespace) -> None:
     if not -1 <= args.distance <= 8:
         raise ValueError(
-            f"--distance {args.distance} is no number of bits from 0 to 8 (beyond, unlike pictures meet), nor -1"
+            f"--distance {args.distance} is no number of bits from 0 to 8 "
+            "(beyond, unlike pictures meet), nor -1"
         )
     if args.distance < 0 and not args.embeddings:
         raise ValueError(
-            "nothing to compare: --distance -1 turns the hashes off, and no --embeddings DIR is given"
+            "nothing to compare: --distance -1 turns the hashes off, "
+            "and no --embeddings DIR is given"
         )
+
+    # Folders belong to --against by their order, so none may be left out.
     if args.embeddings and len(args.embeddings) != 1 + len(args.against):
-        given = len(args.embeddings)
         raise ValueError(
-            f"--embeddings is given {given} times; expected once for the source and once for each --against"
+            f"--embeddings is given {len(args.embeddings)} times; "
+            "expected once for the source and once for each --against"
         )
     if not 0 < args.cosine <= 1:
         raise ValueError(f"--cosine {args.cosine} must lie in (0, 1]")

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,11 +36,13 @@ def survey(job: tuple[int, Path], *, folder: Path) -> Result:
     counts: Counter[str] = Counter()
     prints = []
     for sample in samples(path, counts):
+        # Small: the hash looks at 32 × 32 pixels, and a JPEG is then decoded in less time.
         try:
             prints.append((*fingerprint(rgb(sample.image, side=64)), True))
         except BadImage:
             counts["unreadable: pictures"] += 1
             prints.append((0, np.zeros(48, np.uint8), False))
+
     _save(_prints(folder, number), np.array(prints, FINGERPRINT))
     return {"counts": counts, "samples": len(prints)}
 
@@ -62,35 +65,36 @@ def decided(
     `folder`, with copies.jsonl for people. Raises ValueError.
     """
     sizes = [result["samples"] for result in surveyed]
-    ends, kept = np.cumsum(sizes), folder / "_copies.npy"
-    if not kept.exists():
-        paths = [path for group in groups for path in group]
+    ends = np.cumsum(sizes)
+    decision = folder / "_copies.npy"
+    if not decision.exists():
+        paths = list(chain.from_iterable(groups))
         prints = np.concatenate([np.load(_prints(folder, number)) for number in range(len(paths))])
         pieces = embedded(groups, embeddings) if embeddings else []
-        copy_of, cosines = decide(prints, pieces, sum(sizes[: -len(groups[-1])]), limits)
-        lines = _told(copy_of, cosines, lambda sample: _place(sample, paths, ends))
+        n_fixed = sum(sizes[: -len(groups[-1])])
+        copy_of, cosines = decide(prints, pieces, n_fixed, limits)
+
+        # The decision itself last: a killed call that left only the page for people decides again.
+        lines = _lines(copy_of, cosines, lambda sample: _place(sample, paths, ends))
         write_atomically(folder / "copies.jsonl", "".join(lines).encode())
-        _save(kept, copy_of)
-    return np.split(np.load(kept), ends[:-1])
+        _save(decision, copy_of)
+    return np.split(np.load(decision), ends[:-1])
 
 
-def _told(
+def _lines(
     copy_of: np.ndarray, cosines: np.ndarray, place: Callable[[int], dict[str, Any]]
 ) -> Iterator[str]:
-    for sample in np.flatnonzero(copy_of >= 0):
+    """A line of JSON for each dropped sample: where it lies, what it is a copy of, what told."""
+    for sample in np.flatnonzero(copy_of >= 0).tolist():
         by = "hash" if np.isnan(cosines[sample]) else f"cosine {cosines[sample]:.3f}"
-        yield (
-            json.dumps(
-                {**place(int(sample)), "copy_of": place(int(copy_of[sample])), "by": by},
-                ensure_ascii=False,
-            )
-            + "\n"
-        )
+        record = {**place(sample), "copy_of": place(int(copy_of[sample])), "by": by}
+        yield json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _place(sample: int, paths: list[Path], ends: np.ndarray) -> dict[str, Any]:
     shard = int(np.searchsorted(ends, sample, "right"))
-    return {"shard": str(paths[shard]), "sample": int(sample - (ends[shard - 1] if shard else 0))}
+    first = ends[shard - 1] if shard else 0
+    return {"shard": str(paths[shard]), "sample": int(sample - first)}
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -103,15 +107,21 @@ def embedded(groups: list[list[Path]], folders: list[str]) -> list[np.ndarray]:
     """The picture embeddings [n, D] of each shard of each group, from the group's folder; raises
     ValueError.
     """
-    found = [
+    opened = [
         Embeddings(folder, [*map(str, paths)], index(paths), with_text=False)
         for folder, paths in zip(folders, groups)
     ]
-    if len(models := {(one.teacher.model, one.teacher.width) for one in found}) > 1:
-        raise ValueError(
-            f"--embeddings are of several models ({', '.join(str(m) for m in sorted(models))}); embed all with one"
-        )
-    return [one.images(shard) for one, paths in zip(found, groups) for shard in range(len(paths))]
+
+    # Cosines between two models mean nothing.
+    models = {(one.teacher.model, one.teacher.width) for one in opened}
+    if len(models) > 1:
+        names = ", ".join(str(model) for model in sorted(models))
+        raise ValueError(f"--embeddings are of several models ({names}); embed all with one")
+
+    rows: list[np.ndarray] = []
+    for one, paths in zip(opened, groups):
+        rows += [one.images(shard) for shard in range(len(paths))]
+    return rows
 
 
 @dataclass(frozen=True)
@@ -120,17 +130,17 @@ class DropCopies:
 
     copy_of: list[np.ndarray]  # a shard: for each sample what it is a copy of, −1 where it stays
     n_fixed: int  # samples of --against
-    merging: (
-        dict[int, list[Place]] | None
-    )  # number of a sample that stays -> its copies; None: their captions go, too
+    # number of a sample that stays -> its copies; None: their captions go, too
+    merging: dict[int, list[Place]] | None
 
     def __call__(
         self, samples: Iterable[Content], shard: int, counts: Counter[str]
     ) -> Iterator[Changed]:
+        # Samples are numbered through all shards, those of --against first.
         first = self.n_fixed + sum(map(len, self.copy_of[:shard]))
-        for number, (sample, other) in enumerate(
-            zip(samples, self.copy_of[shard], strict=True), first
-        ):
+        decided_samples = zip(samples, self.copy_of[shard], strict=True)
+        for number, (sample, other) in enumerate(decided_samples, first):
+            # A sample of --against is no sample of the output: nothing is merged into it.
             if 0 <= other < self.n_fixed:
                 counts["dropped: held by --against"] += 1
             elif other >= 0:
@@ -152,21 +162,21 @@ class Place(NamedTuple):
 def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
     with open(place.path, "rb") as file:
         other = open_sample(read_extents(file, place.extents), place.digest)
+
+    # Its lists must count its own captions before they are joined.
     settle(other, counts)
-    fits = merge(sample, other, counts)
-    counts[
-        "merged: copies into an earlier sample"
-        if fits
-        else "not merged: more captions than a sample may hold"
-    ] += 1
+    if merge(sample, other, counts):
+        counts["merged: copies into an earlier sample"] += 1
+    else:
+        counts["not merged: more captions than a sample may hold"] += 1
 
 
 def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dict[int, list[Place]]:
     """Number of each sample that has copies -> where these lie, in their order."""
     result: dict[int, list[Place]] = {}
     for path, shard, others in zip(sources, index(sources), copy_of):
+        # Copies of --against are dropped, and their captions with them.
         for i in np.flatnonzero(others >= n_fixed).tolist():
-            result.setdefault(int(others[i]), []).append(
-                Place(str(path), shard.places(i), shard.digest(i))
-            )
+            place = Place(str(path), shard.places(i), shard.digest(i))
+            result.setdefault(int(others[i]), []).append(place)
     return result

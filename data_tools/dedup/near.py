@@ -15,9 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FINGERPRINT = np.dtype(
-    [("hash", "<u8"), ("grid", "u1", 48), ("seen", "?")]
-)  # seen: the picture opens
+# seen: the picture opens
+FINGERPRINT = np.dtype([("hash", "<u8"), ("grid", "u1", 48), ("seen", "?")])
 # levels of 255, mean over the grid: recompressing moves it by 1 or 2, another color of a shape by
 # more
 COLORS = 12
@@ -32,13 +31,14 @@ def fingerprint(image: Image) -> tuple[int, np.ndarray]:
     their median.
     """
     gray = np.asarray(image.convert("L").resize((_SIDE, _SIDE)), np.float64)
-    low = np.rint(
-        _cosines() @ gray @ _cosines().T / 8
-    ).ravel()  # rounded: flat pictures have no bits of noise
-    bits = low > np.median(low[1:])
-    return int.from_bytes(np.packbits(bits).tobytes(), "big"), np.asarray(
-        image.resize((4, 4))
-    ).ravel()
+    frequencies = _cosines() @ gray @ _cosines().T
+
+    # Rounded, so that flat pictures have no bits of noise; without the mean, which says nothing of
+    # the shape.
+    low = np.rint(frequencies / 8).ravel()
+    bits = np.packbits(low > np.median(low[1:]))
+    grid = np.asarray(image.resize((4, 4))).ravel()
+    return int.from_bytes(bits.tobytes(), "big"), grid
 
 
 @cache
@@ -55,24 +55,35 @@ def neighbours(prints: np.ndarray, distance: int) -> dict[int, list[int]]:
     Two hashes within d bits agree in one of d + 1 parts, so only pairs that share a part are
     compared.
     """
-    found: dict[int, set[int]] = {}
+    near: dict[int, set[int]] = {}
     for i, j in _sharing_a_part(prints["hash"], distance):
+        # Cheapest first: the bits of all pairs, the colors of the few that are left.
         close = _few_bits(prints["hash"][i] ^ prints["hash"][j], distance)
         i, j = i[close], j[close]
         apart = np.abs(prints["grid"][i].astype(np.int16) - prints["grid"][j]).mean(1)
-        for a, b in zip(i[apart <= COLORS].tolist(), j[apart <= COLORS].tolist()):
-            found.setdefault(a, set()).add(b)
-            found.setdefault(b, set()).add(a)
-    return {a: sorted(others) for a, others in found.items()}
+        alike = apart <= COLORS
+        for a, b in zip(i[alike].tolist(), j[alike].tolist()):
+            near.setdefault(a, set()).add(b)
+            near.setdefault(b, set()).add(a)
+    return {a: sorted(others) for a, others in near.items()}
 
 
 def _sharing_a_part(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (i, j) of places whose hashes agree in a part, as arrays; some come more than once."""
     edges = np.linspace(0, 64, distance + 2).round().astype(int)
     for low, high in pairwise(edges):
         part = (hashes >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
+
+        # Sorted, equal parts lie side by side: neighbours one step apart, then two, until none are.
         order = np.argsort(part, kind="stable")
-        part, at, step = part[order], np.arange(len(part)), 1
-        while len(at := at[at < len(part) - step]) and len(at := at[part[at] == part[at + step]]):
+        part = part[order]
+        at = np.arange(len(part))
+        step = 1
+        while True:
+            at = at[at < len(part) - step]
+            at = at[part[at] == part[at + step]]
+            if not len(at):
+                break
             yield order[at], order[at + step]
             step += 1
 
@@ -106,28 +117,46 @@ def decide(
     each that is a copy of a sample that stays before it is dropped, so every dropped one has a copy
     that stays.
     """
-    copy_of, cosines = np.full(len(prints), -1), np.full(len(prints), np.nan, np.float32)
+    copy_of = np.full(len(prints), -1)
+    cosines = np.full(len(prints), np.nan, np.float32)
     groups = _Groups(prints, limits.distance)
     earlier: list[tuple[int, np.ndarray]] = []
+
     for start, stop, rows in _blocks(embeddings, len(prints)):
         may_stay = start < n_fixed or not limits.keep_copies
-        similar = (
-            {}
-            if rows is None
-            else _similar(rows, earlier, start, copy_of, limits.cosine, inside=may_stay)
-        )
-        for j in range(start, stop):
-            if j >= n_fixed and (i := groups.find(j)) >= 0:
-                copy_of[j] = i
-            elif j >= n_fixed and (
-                match := next(((i, c) for i, c in similar.get(j, ()) if copy_of[i] < 0), None)
-            ):
-                copy_of[j], cosines[j] = match
-            elif j < n_fixed or not limits.keep_copies:
-                groups.stays(j)
+        similar: dict[int, list[tuple[int, float]]] = {}
+        if rows is not None:
+            similar = _similar(rows, earlier, start, copy_of, limits.cosine, inside=may_stay)
+
+        # One by one: what a sample is compared with depends on what was decided before it.
+        for sample in range(start, stop):
+            if sample >= n_fixed:
+                copy_of[sample], cosines[sample] = _earlier_copy(sample, groups, similar, copy_of)
+            is_fixed = sample < n_fixed
+            if is_fixed or (copy_of[sample] < 0 and not limits.keep_copies):
+                groups.stays(sample)
+
         if rows is not None and may_stay:
             earlier.append((start, rows))
     return copy_of, cosines
+
+
+def _earlier_copy(
+    sample: int,
+    groups: _Groups,
+    similar: dict[int, list[tuple[int, float]]],
+    copy_of: np.ndarray,
+) -> tuple[int, float]:
+    """(the sample that stays and that this one is a copy of, else −1; their cosine or nan)."""
+
+    # The hash goes first: it needs no model, and copies.jsonl says which of the two told.
+    by_hash = groups.first_near(sample)
+    if by_hash >= 0:
+        return by_hash, np.nan
+    for other, cosine in similar.get(sample, ()):
+        if copy_of[other] < 0:
+            return other, cosine
+    return -1, np.nan
 
 
 class _Groups:
@@ -138,21 +167,23 @@ class _Groups:
     def __init__(self, prints: np.ndarray, distance: int) -> None:
         self.of = np.full(len(prints), -1)  # the group of each sample
         seen = np.flatnonzero(prints["seen"] & (distance >= 0))
-        whole = np.ascontiguousarray(prints[seen]).view(
-            f"S{FINGERPRINT.itemsize}"
-        )  # ends in `seen`, never in zeros
+
+        # As texts of bytes, which numpy sorts fast. They end in `seen`, never in zeros, which such
+        # a text would lose.
+        whole = np.ascontiguousarray(prints[seen]).view(f"S{FINGERPRINT.itemsize}")
         _, first, self.of[seen] = np.unique(whole, return_index=True, return_inverse=True)
         self.near = neighbours(prints[seen][first], distance) if len(seen) else {}
         self.first = [-1] * len(first)
 
-    def find(self, sample: int) -> int:
+    def first_near(self, sample: int) -> int:
         """The first sample that stays of its own fingerprint, else of one near it, else −1."""
         group = self.of[sample]
         if group < 0:
             return -1
-        return next(
-            (self.first[g] for g in (group, *self.near.get(group, ())) if self.first[g] >= 0), -1
-        )
+        for near in (group, *self.near.get(group, ())):
+            if self.first[near] >= 0:
+                return self.first[near]
+        return -1
 
     def stays(self, sample: int) -> None:
         """Later samples may be copies of this one."""
@@ -167,6 +198,8 @@ def _blocks(pieces: list[np.ndarray], n: int) -> Iterator[tuple[int, int, np.nda
     """
     if not pieces:
         yield 0, n, None
+
+    # In blocks, because all pairs of a large set fit into no memory.
     start = 0
     for piece in pieces:
         for i in range(0, len(piece), BLOCK):
@@ -191,22 +224,28 @@ def _similar(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.from_numpy(np.array(rows)).to(device).float()
-    best, which = (
-        torch.full((len(x),), cosine, device=device),
-        torch.full((len(x),), -1, device=device),
-    )
+    best = torch.full((len(x),), cosine, device=device)
+    which = torch.full((len(x),), -1, device=device)
     for first, others in earlier:
         kept = np.flatnonzero(copy_of[first : first + len(others)] < 0)
-        if len(kept):
-            score, place = (x @ torch.from_numpy(others[kept]).to(device).float().T).max(1)
-            better = (score > best) | ((score == best) & (which < 0))
-            which = torch.where(better, torch.from_numpy(kept + first).to(device)[place], which)
-            best = torch.where(better, score, best)
-    found = {
-        start + j: [(i, c)] for j, (i, c) in enumerate(zip(which.tolist(), best.tolist())) if i >= 0
-    }
+        if not len(kept):
+            continue
+        y = torch.from_numpy(others[kept]).to(device).float()
+        score, place = (x @ y.T).max(1)
+
+        # At the limit itself a first one counts; among equals the earliest stays.
+        better = (score > best) | ((score == best) & (which < 0))
+        which = torch.where(better, torch.from_numpy(kept + first).to(device)[place], which)
+        best = torch.where(better, score, best)
+
+    similar: dict[int, list[tuple[int, float]]] = {}
+    for j, (i, score_of) in enumerate(zip(which.tolist(), best.tolist())):
+        if i >= 0:
+            similar[start + j] = [(i, score_of)]
+
+    # Inside the block nobody knows yet who stays: all similar ones before a sample are kept.
     if inside:
         scores = (x @ x.T).tril(-1)
         for j, i in (scores >= cosine).nonzero().tolist():
-            found.setdefault(start + j, []).append((start + i, float(scores[j, i])))
-    return found
+            similar.setdefault(start + j, []).append((start + i, float(scores[j, i])))
+    return similar

@@ -6,25 +6,25 @@ sample with its last one. A score keeps the cosine of every caption that stays, 
 `clip_scores`.
 
 Of DiHT's rules (complexity, action, text; arXiv 2301.02280) --min-relations and --action are rough
-stand-ins for English captions, without a parser (see _captions.py); text in the picture is not
-looked for, because that takes a text detector.
+stand-ins for English captions, without a parser (see _english/traits.py); text in the picture is
+not looked for, because that takes a text detector.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
-from vlp.data_tools.filter.conditions import parse, refuse, refuse_unknown
+from vlp.data_tools.filter.conditions import refuse, refuse_unknown
+from vlp.data_tools.filter.repeats import hash_of, too_common
+from vlp.data_tools.filter.rules import Rules, rules_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
     from vlp.data_tools._run.shards import Changed
 
 HELP = "keep what rules, a list or a model's score let pass; count the rest by reason"
-EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3 --min-words 3 --max-repeats 10 --languages en
-  vlp data filter data/raw --to data/clean --keep "similarity > 0.28" --drop "punsafe >= 0.5" --drop "license in by-nc,unknown"
+EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3
+  vlp data filter data/raw --to data/clean --min-words 3 --languages en
+  vlp data filter data/raw --to data/clean --max-repeats 10 --processes 8
+  vlp data filter data/raw --to data/clean --keep "similarity > 0.28" --drop "punsafe >= 0.5"
+  vlp data filter data/raw --to data/clean --drop "license in by-nc,unknown"
   vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8
   vlp data filter data/raw --to data/top --model ViT-B-32:laion2b_s34b_b79k --min-score 0.28
   vlp data filter data/pool --to data/subset --uids subset.npy      (DataComp's lists)
@@ -53,6 +56,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; the same call goes on where one stopped",
     )
+
+    # Rules about the picture.
     add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")
     add(
         "--max-aspect",
@@ -61,13 +66,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="most length of the longer side, in shorter ones",
     )
+
+    # Rules about the sample's JSON.
     add(
         "--keep",
         action="append",
         default=[],
         metavar="RULE",
-        help="keep what fulfils it: 'FIELD < NUMBER' (<= > >=), 'FIELD == VALUE' (!=), 'FIELD in A,B', 'FIELD present' (absent), "
-        "FIELD being one of the sample's JSON; a sample without that value is dropped; may be repeated",
+        help="keep what fulfils it: 'FIELD < NUMBER' (<= > >=), 'FIELD == VALUE' (!=), "
+        "'FIELD in A,B', 'FIELD present' (absent), FIELD being one of the sample's JSON; "
+        "a sample without that value is dropped; may be repeated",
     )
     add(
         "--drop",
@@ -79,8 +87,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--uids",
         metavar="FILE",
-        help="keep only these: .npy of DataComp (pairs of 64-bit halves), .txt with a uid or key a line",
+        help="keep only these: .npy of DataComp (pairs of 64-bit halves), "
+        ".txt with a uid or key a line",
     )
+
+    # Rules about captions.
     add("--min-words", type=int, default=0, metavar="N", help="fewest words of a caption")
     add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
     add(
@@ -97,6 +108,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most samples with one caption; takes 32 bytes a caption of memory",
     )
+
+    # What a caption is like, by rough guesses.
     add(
         "--languages",
         default="",
@@ -107,7 +120,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--unclear",
         choices=("keep", "drop"),
         default="keep",
-        help="captions whose language cannot be told, such as names and numbers (default: %(default)s)",
+        help="captions whose language cannot be told, such as names and numbers "
+        "(default: %(default)s)",
     )
     add(
         "--min-relations",
@@ -117,6 +131,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="fewest relations of things in a caption (DiHT's complexity)",
     )
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
+
+    # A model's score.
     add(
         "--min-score",
         type=float,
@@ -133,83 +149,33 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, transform
 
-    rules, sources, crew = _rules(args), expand(args.source), work.crew(args)
-    model, folder = _encoder.Model.of(args), Path(args.to)
+    rules = rules_of(args)
+    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    model = _encoder.Model.of(args)
+
+    # A misspelled field would drop every sample, or none: it is refused before anything is written.
     refuse_unknown(rules.keep + rules.drop, _metas(sources))
-    settings = asdict(rules) | (model.settings() if model else {})
-    claim(folder, "filter", sources, settings | {"uids": _digest(args.uids) if args.uids else ""})
+
+    settings = asdict(rules)
+    settings["uids"] = _digest(args.uids) if args.uids else ""  # its content, not its place
+    settings |= model.settings() if model else {}
+    claim(folder, "filter", sources, settings)
+
+    # How often a caption occurs is known only once all shards are read.
     repeated = None
     if rules.max_repeats:
-        repeated = _repeated(sources, folder, rules.max_repeats, crew)
+        repeated = too_common(sources, folder, rules.max_repeats, pool)
         if repeated is None:
             return 0
-    results = transform(sources, folder, "filter", Filter(rules, model, repeated), crew)
+
+    # Every shard by itself, now that all that is shared is known.
+
+    results = transform(sources, folder, "filter", Filter(rules, model, repeated), pool)
     counts = work.total(results)
     print(work.report(counts, f"{folder}:"))
-    if None not in results and not counts["samples written"]:
+    if work.all_done(results) and not counts["samples written"]:
         raise ValueError(f"no sample of {args.source} is left; the reasons are listed above")
     return 0
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What may stay; 0 and "" rule nothing out."""
-
-    min_side: int = 0
-    max_aspect: float = 0.0
-    keep: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    uids: str = ""
-    min_words: int = 0
-    max_words: int = 0
-    match: str = ""
-    reject: str = ""
-    max_repeats: int = 0
-    languages: tuple[str, ...] = ()
-    unclear: str = "keep"
-    min_relations: int = 0
-    action: bool = False
-    min_score: float | None = None
-
-    def refuse_sample(self, sample: Content) -> str:
-        """Why a sample is dropped whatever its captions, or ""."""
-        from vlp.data.picture import BadImage, header
-
-        if self.uids and not _listed(self.uids, sample):
-            return "not in the list"
-        if self.min_side or self.max_aspect:
-            try:
-                short, long = sorted(header(sample.image)[:2])
-            except BadImage:
-                return "no readable picture"
-            if short < self.min_side:
-                return f"shorter side below {self.min_side} px"
-            if self.max_aspect and long > self.max_aspect * short:
-                return f"longer than {self.max_aspect:g} times its shorter side"
-        return ""
-
-    def refuse_caption(self, caption: str) -> str:
-        """Why a caption is dropped by itself, or ""."""
-        from vlp.data_tools._english import traits
-
-        n_words = len(caption.split())
-        is_in = traits.is_in(caption, self.languages) if self.languages else True
-        checks = {
-            f"fewer than {self.min_words} words": n_words < self.min_words,
-            f"more than {self.max_words} words": 0 < self.max_words < n_words,
-            "does not hold what it must": self.match and not re.search(self.match, caption),
-            "holds what it must not": self.reject and re.search(self.reject, caption),
-            "another language": is_in is False,
-            "language unclear": is_in is None and self.unclear == "drop",
-            f"fewer than {self.min_relations} relations": self.min_relations
-            and traits.complexity(caption) < self.min_relations,
-            "no action": self.action and not traits.has_action(caption),
-        }
-        return next((reason for reason, refused in checks.items() if refused), "")
-
-    def about_captions(self) -> bool:
-        """Whether a sample needs a caption to stay."""
-        return replace(self, min_side=0, max_aspect=0.0, keep=(), drop=(), uids="") != Rules()
 
 
 def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
@@ -220,115 +186,70 @@ def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
         yield from (sample.meta for sample in samples(path, Counter()))
 
 
-def _rules(args: argparse.Namespace) -> Rules:
-    from vlp.data_tools._english.traits import LANGUAGES, UNCLEAR
-
-    languages = tuple(code.strip() for code in args.languages.split(",") if code.strip())
-    if unknown := set(languages) - set(LANGUAGES):
-        raise ValueError(
-            f"--languages does not know {', '.join(sorted(unknown))}; it tells apart {', '.join(LANGUAGES)}"
-        )
-    if UNCLEAR in languages and args.unclear == "drop":
-        raise ValueError(
-            f"--languages names {UNCLEAR}, --unclear drop refuses it; leave one of them out"
-        )
-    if args.unclear == "drop" and not languages:
-        raise ValueError("--unclear drop belongs to --languages CODES, which is not given")
-    given = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
-    for text in (*args.keep, *args.drop):
-        parse(text)
-    lists = {"languages": languages, "keep": tuple(args.keep), "drop": tuple(args.drop)}
-    rules = Rules(**given | lists | {"uids": args.uids or ""})
-    if (args.min_score is None) != (not args.model):
-        raise ValueError(
-            "--min-score X and --model REF go together: one is the least cosine, the other says whose"
-        )
-    if rules == Rules():
-        raise ValueError(
-            "no rule is given, such as --min-side 200 or --min-words 3; `vlp data filter --help` lists them"
-        )
-    numbers = [
-        rules.min_side,
-        rules.min_words,
-        rules.max_words,
-        rules.max_repeats,
-        rules.min_relations,
-    ]
-    if min(numbers) < 0 or 0 < rules.max_aspect < 1 or 0 < rules.max_words < rules.min_words:
-        raise ValueError(
-            "no number may be negative, --max-aspect not below 1, --max-words not below --min-words"
-        )
-    for pattern in (rules.match, rules.reject):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    if args.uids and Path(args.uids).suffix not in (".npy", ".txt"):
-        raise ValueError(f"--uids {args.uids!r} is neither .npy nor .txt")
-    return rules
-
-
 @dataclass(frozen=True)
 class Filter:
     """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
 
     rules: Rules
     model: Model | None = None
-    repeated: np.ndarray | None = field(
-        default=None, repr=False
-    )  # sorted hashes of captions that too many samples have
+    # sorted hashes of captions that too many samples have
+    repeated: np.ndarray | None = field(default=None, repr=False)
 
     def __call__(
         self, samples: Iterable[Content], shard: int, counts: Counter[str]
     ) -> Iterator[Changed]:
         from vlp.data_tools._run.shards import Changed
 
+        # Lazily: a shard's samples are held one at a time, or as many as a batch.
         passed = (sample for sample in samples if self._passes(sample, counts))
         if self.model:
             yield from self._scored(self.model, passed, counts)
-        else:
-            yield from (Changed(sample, list(sample.captions), sample.meta) for sample in passed)
+            return
+        for sample in passed:
+            yield Changed(sample, list(sample.captions), sample.meta)
 
     def _passes(self, sample: Content, counts: Counter[str]) -> bool:
         """Whether a sample stays before its score; its captions become those that do."""
-        reason = self.rules.refuse_sample(sample) or refuse(
-            sample.meta, self.rules.keep, self.rules.drop, counts
-        )
+        reason = self.rules.refuse_sample(sample)
+        reason = reason or refuse(sample.meta, self.rules.keep, self.rules.drop, counts)
         if reason:
             counts[f"dropped: {reason}"] += 1
             return False
-        if self.rules.about_captions():
-            reasons = [
-                self.rules.refuse_caption(caption) or self._too_common(caption)
-                for caption in sample.captions
-            ]
-            self._count_unclear(sample.captions, reasons, counts)
-            return _keep(sample, reasons, counts)
-        return True
+        if not self.rules.about_captions():
+            return True
+
+        # A caption's own reason before the one that needs the other samples.
+        reasons = [
+            self.rules.refuse_caption(caption) or self._too_common(caption)
+            for caption in sample.captions
+        ]
+        self._count_unclear(sample.captions, reasons, counts)
+        return _keep(sample, reasons, counts)
 
     def _count_unclear(
         self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]
     ) -> None:
-        """Say how many captions stay although their language is not known to be one that is wanted."""
+        """Say how many captions stay although their language may be none that is wanted."""
         from vlp.data_tools._english.traits import is_in
 
-        if self.rules.languages:
-            kept = [caption for caption, reason in zip(captions, reasons) if not reason]
-            unclear = sum(is_in(caption, self.rules.languages) is None for caption in kept)
-            counts.update(
-                {"captions kept: language unclear (--unclear drop refuses them)": unclear}
-                if unclear
-                else {}
-            )
+        if not self.rules.languages:
+            return
+        kept = [caption for caption, reason in zip(captions, reasons) if not reason]
+        unclear = [caption for caption in kept if is_in(caption, self.rules.languages) is None]
+        if unclear:  # else the report would show a line of 0
+            name = "captions kept: language unclear (--unclear drop refuses them)"
+            counts[name] += len(unclear)
 
     def _too_common(self, caption: str) -> str:
         import numpy as np
 
+        # Most often there is nothing to look up.
         if self.repeated is None or not len(self.repeated):
             return ""
-        place = np.searchsorted(self.repeated, hashed := _hash(caption))
-        found = place < len(self.repeated) and self.repeated[place] == hashed
-        return f"in more than {self.rules.max_repeats} samples" if found else ""
+        hashed = hash_of(caption)
+        place = np.searchsorted(self.repeated, hashed)
+        is_repeated = place < len(self.repeated) and self.repeated[place] == hashed
+        return f"in more than {self.rules.max_repeats} samples" if is_repeated else ""
 
     def _scored(
         self, model: Model, samples: Iterable[Content], counts: Counter[str]
@@ -336,130 +257,43 @@ class Filter:
         from vlp.data_tools._run.shards import Changed
 
         for batch, images in model.batches(samples, counts):
-            texts = (
-                model.encoder()
-                .encode_texts([caption for sample in batch for caption in sample.captions])
-                .cpu()
-            )
-            parts = texts.split([len(sample.captions) for sample in batch])
-            for sample, image, rows in zip(batch, images, parts):
+            # All captions of a batch in one pass, whoever has them.
+            captions = [caption for sample in batch for caption in sample.captions]
+            texts = model.encoder().encode_texts(captions).cpu()
+            rows_of_samples = texts.split([len(sample.captions) for sample in batch])
+
+            for sample, image, rows in zip(batch, images, rows_of_samples):
                 if not image.any():
                     counts["dropped: no readable picture"] += 1
                     continue
                 scores = [round(score, 4) for score in (rows @ image).tolist()]
+
+                # In steps of .05, so that the report shows where a threshold would cut.
                 counts.update(
                     f"captions with a score from {score // 0.05 * 0.05:+.2f}" for score in scores
                 )
-                low = [
-                    f"score below {self.rules.min_score:g}" if score < self.rules.min_score else ""
-                    for score in scores
-                ]
-                if _keep(sample, low, counts):
-                    kept = [score for score, reason in zip(scores, low) if not reason]
-                    yield Changed(
-                        sample, list(sample.captions), {**sample.meta, "clip_scores": kept}
-                    )
+
+                reasons = [self._too_unlike(score) for score in scores]
+                if _keep(sample, reasons, counts):
+                    kept = [score for score, reason in zip(scores, reasons) if not reason]
+                    meta = {**sample.meta, "clip_scores": kept}
+                    yield Changed(sample, list(sample.captions), meta)
+
+    def _too_unlike(self, score: float) -> str:
+        assert self.rules.min_score is not None  # it goes together with the model
+        return f"score below {self.rules.min_score:g}" if score < self.rules.min_score else ""
 
 
 def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
     """Leave the captions without a reason to drop them; whether there is one."""
     from vlp.data_tools._belonging import keep_captions
 
+    # What belongs to a caption that goes, such as its negatives, goes with it.
     counts.update(f"captions dropped: {reason}" for reason in reasons if reason)
     keep_captions(sample, [i for i, reason in enumerate(reasons) if not reason], counts)
     if not sample.captions:
         counts["dropped: no caption left" if reasons else "dropped: no caption"] += 1
     return bool(sample.captions)
-
-
-def _repeated(sources: list[Path], folder: Path, most: int, crew: work.Crew) -> np.ndarray | None:
-    """Sorted hashes of the captions that more than `most` samples have; None while other machines
-    still read theirs.
-    """
-    import numpy as np
-
-    from vlp.data_tools._run.shards import jobs
-
-    survey = jobs(sources, folder, "captions")
-    surveyed = work.carry_out("captions", survey, partial(_survey, folder=folder), crew)
-    if not work.all_done(surveyed):
-        return None
-    found = [np.load(_hashes(folder, number)) for number in range(len(sources))]
-    values, n = np.unique(np.concatenate(found), return_counts=True)
-    return values[n > most]
-
-
-def _survey(job: tuple[int, Path], *, folder: Path) -> work.Result:
-    import io
-
-    import numpy as np
-
-    from vlp.data_tools._run.shards import samples
-    from vlp.files import write_atomically
-
-    counts: Counter[str] = Counter()
-    found = [
-        words
-        for sample in samples(job[1], counts)
-        for words in {_hash(caption) for caption in sample.captions}
-    ]
-    file = io.BytesIO()
-    np.save(file, np.array(found, np.uint64))
-    write_atomically(_hashes(folder, job[0]), file.getvalue())
-    return {"counts": counts}
-
-
-def _hashes(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}_captions.npy"
-
-
-def _hash(caption: str) -> np.uint64:
-    """64 bits of a caption's words, whatever its capitals and punctuation."""
-    import numpy as np
-
-    from vlp.data_tools._english.words import bare
-
-    return np.uint64(
-        int.from_bytes(hashlib.blake2b(bare(caption).encode(), digest_size=8).digest(), "little")
-    )
-
-
-def _listed(path: str, sample: Content) -> bool:
-    """Whether a list holds the sample: by `uid` in its JSON (32 hexadecimal digits, as DataComp has
-    it), in a .txt also by key.
-    """
-    import numpy as np
-
-    uid = sample.meta.get("uid")
-    if path.endswith(".txt"):
-        return not _lines(path).isdisjoint((uid, sample.key))
-    if not (isinstance(uid, str) and re.fullmatch("[0-9a-fA-F]{32}", uid)):
-        return False
-    pairs = _pairs(path)
-    high, low = int(uid[:16], 16), int(uid[16:], 16)
-    first, last = (pairs["f0"].searchsorted(np.uint64(high), side) for side in ("left", "right"))
-    return np.uint64(low) in pairs["f1"][first:last]
-
-
-@cache
-def _lines(path: str) -> frozenset[str]:
-    return frozenset(Path(path).read_text(encoding="utf-8").split())
-
-
-@cache
-def _pairs(path: str) -> np.ndarray:
-    """The halves of the uids, sorted; a sorted file, such as DataComp's, is mapped into memory
-    rather than read.
-    """
-    import numpy as np
-
-    pairs = np.load(path, mmap_mode="r")
-    if pairs.dtype != np.dtype("u8,u8") or pairs.ndim != 1:
-        raise ValueError(
-            f"{path} holds {pairs.dtype} {pairs.shape}; expected DataComp's pairs of 64-bit halves, dtype u8,u8"
-        )
-    high = pairs["f0"]
-    return pairs if (high[1:] >= high[:-1]).all() else np.sort(pairs)
 
 
 def _digest(path: str) -> str:

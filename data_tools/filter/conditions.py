@@ -45,39 +45,66 @@ class Condition:
         """Whether a sample fulfils it; None where the field is missing or its value cannot be
         compared so.
         """
-        found = _look_up(meta, self.field)
-        if self.sign in ("present", "absent"):
-            return (found is not _NOWHERE) == (self.sign == "present")
-        if found is _NOWHERE or (found is None and None not in self.values):
+        value = _look_up(meta, self.field)
+        if self.sign == "present":
+            return value is not _NOWHERE
+        if self.sign == "absent":
+            return value is _NOWHERE
+        # A null can be equal to null, and to nothing else.
+        if value is _NOWHERE or (value is None and None not in self.values):
             return None
+
         if self.sign in ORDERED:
-            number = _number(found)
+            number = _number(value)
             return None if number is None else ORDERED[self.sign](number, self.values[0])
-        entries = found if isinstance(found, list) else [found]
-        equal = any(_same(entry, value) for entry in entries for value in self.values)
-        return not equal if self.sign == "!=" else equal
+
+        # Of a list, one entry that is equal is enough.
+        entries = value if isinstance(value, list) else [value]
+        for wanted in self.values:
+            if any(_same(entry, wanted) for entry in entries):
+                return self.sign != "!="
+        return self.sign == "!="
+
+    def can_be_asked(self, meta: dict[str, Any]) -> bool:
+        """Whether a sample has the field, and a value of it that can be compared so."""
+        if self.sign in ("present", "absent"):
+            return _look_up(meta, self.field) is not _NOWHERE
+        return self.holds(meta) is not None
 
 
 @cache
 def parse(text: str) -> Condition:
     """A condition from the command line; raises ValueError."""
     match = _FORM.fullmatch(text)
-    forms = "FIELD < NUMBER (also <=, >, >=), FIELD == VALUE, FIELD != VALUE, FIELD in A,B, FIELD present or FIELD absent"
+    forms = (
+        "FIELD < NUMBER (also <=, >, >=), FIELD == VALUE, FIELD != VALUE, FIELD in A,B, "
+        "FIELD present or FIELD absent"
+    )
     if not match:
+        # A typing error must not become a rule that drops everything.
         raise ValueError(f"{text!r} is no condition; expected {forms}, such as 'similarity > 0.28'")
-    sign, told = match["sign"] or match["word"], match["value"] or match["list"] or ""
-    if (sign in ("present", "absent")) == bool(told):
-        raise ValueError(
-            f"{text!r} {'names a value' if told else 'names no value'}; expected {forms}"
-        )
+
+    sign = match["sign"] or match["word"]
+    value = match["value"] or match["list"] or ""
+    takes_value = sign not in ("present", "absent")
+    if takes_value != bool(value):
+        problem = "names a value" if value else "names no value"
+        raise ValueError(f"{text!r} {problem}; expected {forms}")
+
     if sign in ORDERED:
-        number = _number(told)
-        if number is None or number != number:
+        number = _number(value)
+        if number is None:
             raise ValueError(
-                f"{text!r} compares with {told!r}, which is no number; texts are compared with == or !="
+                f"{text!r} compares with {value!r}, which is no number; "
+                "texts are compared with == or !="
             )
         return Condition(text, match["field"], sign, (number,))
-    parts = told.split(",") if sign == "in" else [told] if told else []
+
+    # Quotes keep a text; anything else is read as JSON would read it.
+    if sign == "in":
+        parts = value.split(",")
+    else:
+        parts = [value] if takes_value else []
     return Condition(text, match["field"], sign, tuple(_value(part) for part in parts))
 
 
@@ -93,7 +120,10 @@ def refuse(
     for text in keep:
         held = parse(text).holds(meta)
         if not held:
-            return f"--keep {text}: {'no such value' if held is None else 'not so'}"
+            reason = "no such value" if held is None else "not so"
+            return f"--keep {text}: {reason}"
+
+    # What is missing cannot be bad; how often it is missing is shown.
     for text in drop:
         held = parse(text).holds(meta)
         if held:
@@ -107,44 +137,42 @@ def refuse_unknown(conditions: tuple[str, ...], metas: Iterable[dict[str, Any]])
     """Raise ValueError for a condition that can be asked of no sample; reads only as far as it
     must.
     """
-    waiting, fields = list(map(parse, conditions)), set()
+    # Most often the first sample answers all of them, and one is read.
+    waiting = [parse(text) for text in conditions]
+    fields: set[str] = set()
     for n, meta in enumerate(metas):
-        if n < 1000:
+        if n < 1000:  # the error names them; samples of one data set mostly have the same
             fields |= fields_of(meta)
-        waiting = [
-            c
-            for c in waiting
-            if c.sign not in ("present", "absent") or _look_up(meta, c.field) is _NOWHERE
-        ]
-        waiting = [c for c in waiting if c.sign in ("present", "absent") or c.holds(meta) is None]
+        waiting = [condition for condition in waiting if not condition.can_be_asked(meta)]
         if not waiting:
             return
-    if waiting:
-        condition = waiting[0]
-        why = (
-            "has a number in it"
-            if condition.field in fields and condition.sign in ORDERED
-            else "has that field"
-        )
-        near = "" if condition.field in fields else did_you_mean(condition.field, fields)
-        if near.startswith("; known"):
-            near = ""  # the list follows
-        raise ValueError(
-            f"{condition.text!r}: no sample {why}{near}; the fields are {', '.join(sorted(fields))}"
-        )
+    if not waiting:
+        return
+
+    condition = waiting[0]
+    is_known = condition.field in fields
+    why = "has a number in it" if is_known and condition.sign in ORDERED else "has that field"
+    near = "" if is_known else did_you_mean(condition.field, fields)
+    if near.startswith("; known"):
+        near = ""  # the list follows
+    raise ValueError(
+        f"{condition.text!r}: no sample {why}{near}; the fields are {', '.join(sorted(fields))}"
+    )
 
 
 def fields_of(meta: dict[str, Any]) -> set[str]:
     """The names that a condition may use for this JSON."""
-    inner = {
-        f"{name}.{key}" for name, value in meta.items() if isinstance(value, dict) for key in value
-    }
-    return set(meta) | inner
+    names = set(meta)
+    for name, value in meta.items():
+        if isinstance(value, dict):
+            names |= {f"{name}.{key}" for key in value}
+    return names
 
 
 def _look_up(meta: dict[str, Any], field: str) -> Any:
     if field in meta:  # a name that holds a dot itself
         return meta[field]
+
     name, dot, rest = field.partition(".")
     inner = meta.get(name)
     return _look_up(inner, rest) if dot and isinstance(inner, dict) else _NOWHERE
@@ -157,6 +185,7 @@ def _value(text: str) -> Any:
         return text[1:-1]
     if text.lower() in _CONSTANTS:
         return _CONSTANTS[text.lower()]
+
     number = _number(text)
     return text if number is None else number
 
@@ -168,15 +197,16 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
+        # Tables bring numbers as texts.
         number = float(value)
     except (ValueError, OverflowError):
         return None
     return None if number != number else number
 
 
-def _same(found: Any, value: Any) -> bool:
+def _same(entry: Any, value: Any) -> bool:
     if isinstance(value, str):
-        return found == value
+        return entry == value
     if isinstance(value, float):
-        return _number(found) == value
-    return found is value
+        return _number(entry) == value
+    return entry is value  # true, false and null

@@ -1,14 +1,17 @@
 """`vlp data negatives`: shards → the same shards with hard-negative captions in every sample's
 JSON.
 
-Written fields, all of one length: at most K for each caption, in the order of the captions, after those that were given.
+Written fields, all of one length: at most K for each caption, in the order of the captions, after
+those that were given.
     negatives        captions that are false of the picture
-    negatives_valid  true for each of them: what is not valid is not written, and the loader pads to K and masks
-    negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun, replace_number,
-                     replace_relation, order_*, masked, rewritten, or what --from says ("given" where it says nothing)
-    negatives_of     the number of the caption that each was made from, beside which alone it is used; −1 where it was given
-                     for the picture: such a one is used beside every caption, and counts for each of them
-A line of --from may name an image (a path from the file's folder) that its first negative is true
+    negatives_valid  true for each of them: what is not valid is not written, and the loader pads to
+                     K and masks
+    negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun,
+                     replace_number, replace_relation, order_*, masked, rewritten, or what --from
+                     says ("given" where it says nothing)
+    negatives_of     the number of the caption that each was made from, beside which alone it is
+                     used; −1 where it was given for the picture: such a one is used beside every
+                     caption, and counts for each of them
 of: it becomes the sample's KEY.negative.jpg, which the form `triplet` of the term hard_negatives
 needs.
 
@@ -20,24 +23,21 @@ first 1,200 characters are changed, which is more than text towers read.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import itertools
-import json
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vlp.data.wrong_captions import GIVEN
+from vlp.data.wrong_captions import GIVEN as GIVEN
 from vlp.data_tools._run import work
+from vlp.data_tools.negatives.change import AddNegatives
+from vlp.data_tools.negatives.given import read_given
 
 if TYPE_CHECKING:
-    from vlp.data.members import Content
-    from vlp.data_tools._run.shards import Changed
-    from vlp.data_tools.negatives.lexicon import Lexicon
+    from vlp.data.members import Content as Content
+    from vlp.data_tools._run.shards import Changed as Changed
+    from vlp.data_tools.negatives.lexicon import Lexicon as Lexicon
     from vlp.data_tools.negatives.rules import Negative
 
 HELP = "add hard-negative captions by rule, from a file, or by a language model"
@@ -66,6 +66,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the new shards; a call with the same options goes on where one stopped",
     )
+
+    # Negatives by rule.
     add(
         "--k",
         type=int,
@@ -82,13 +84,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--words",
         metavar="FILE",
-        help="other word lists (see data_tools/negatives/words.yaml); scenes: the words of `vlp data scenes`",
+        help="other word lists (see data_tools/negatives/words.yaml); "
+        "scenes: the words of `vlp data scenes`",
     )
+
+    # Negatives from elsewhere.
     add(
         "--from",
         dest="given",
         metavar="FILE.jsonl",
-        help='given negatives: {"key": …, "negatives": […], "kinds": […], "image": PATH of the first\'s} a line',
+        help='given negatives: {"key": …, "negatives": […], "kinds": […], '
+        '"image": PATH of the first\'s} a line',
     )
     add(
         "--rewriter",
@@ -97,9 +103,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prompt",
-        default="Rewrite the caption so that it is wrong in one detail.\nCaption: {}\nWrong caption:",
+        default="Rewrite the caption so that it is wrong in one detail.\n"
+        "Caption: {}\nWrong caption:",
         help="what a causal rewriter continues; {} is the caption",
     )
+
+    # How they are drawn and looked at.
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
         "--print",
@@ -122,20 +131,25 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "nothing to do: name --to DIR to write shards, or --print N to look at negatives"
         )
-    sources, hands = expand(args.source), work.crew(args)
+    sources, pool = expand(args.source), work.pool(args)
     change = _change(args)
     if args.n_print:
         print(work.printable(_examples(sources, change, args.n_print)))
-    if args.to:
-        folder = Path(args.to)
-        claim(folder, "negatives", sources, change.settings())
-        if args.rewriter:
-            hands = replace(hands, processes=1)  # the model takes all cores
-        results = transform(sources, folder, "negatives", change, hands)
-        counts = work.total(results)
-        if change.given and None not in results:
-            counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
-        print(work.report(counts, f"{folder}:"))
+    if not args.to:
+        return 0
+
+    folder = Path(args.to)
+    claim(folder, "negatives", sources, change.settings())
+    if args.rewriter:
+        pool = replace(pool, processes=1)  # the model takes all cores
+    results = transform(sources, folder, "negatives", change, pool)
+    counts = work.total(results)
+
+    # A mistyped key would go unnoticed; how many are left over is known once all shards are done.
+    if change.given and work.all_done(results):
+        counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
+    print(work.report(counts, f"{folder}:"))
+    return 0
     return 0
 
 
@@ -151,274 +165,44 @@ def _change(args: argparse.Namespace) -> AddNegatives:
         raise ValueError(f"--k {args.k} must be at least 1")
     if "{}" not in args.prompt:
         raise ValueError(f"--prompt {args.prompt!r} lacks the {{}} that stands for the caption")
+
+    # Read whole: a mistake in the last line must show before the first shard.
     given, images = read_given(Path(args.given)) if args.given else ({}, {})
     if not (kinds or given or args.rewriter):
         raise ValueError(
             "no source of negatives: leave --kinds at its default, or give --from or --rewriter"
         )
     return AddNegatives(
-        args.k,
-        kinds,
-        args.seed,
-        Lexicon.load(args.words),
-        given,
-        images,
-        args.rewriter,
-        args.prompt,
+        k=args.k,
+        kinds=kinds,
+        seed=args.seed,
+        lexicon=Lexicon.load(args.words),
+        given=given,
+        images=images,
+        rewriter=args.rewriter,
+        prompt=args.prompt,
     )
-
-
-def read_given(path: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[str, Path]]:
-    """Key → (negative, kind) pairs, and key → image of the first of them, of a table (JSONL, CSV
-    with lists in JSON, …).
-
-    Raises ValueError with the line of the first mistake.
-    """
-    from vlp.data import tables
-    from vlp.data.members import IMAGE_TYPES
-
-    result: dict[str, list[tuple[str, str]]] = {}
-    images: dict[str, Path] = {}
-    table = tables.read(path)
-    if table.problems:
-        raise ValueError(table.problems[0])
-    for (number, _), row in zip(table.rows, table.records(texts=("key", "image"))):
-        place = table.place(number)
-        try:
-            texts = row["negatives"]
-            kinds = row.get("kinds", ["given"] * len(texts))
-            right = (
-                isinstance(row["key"], str) and isinstance(texts, list) and isinstance(kinds, list)
-            )
-            right = (
-                right
-                and len(kinds) == len(texts)
-                and all(isinstance(text, str) for text in texts + kinds)
-            )
-            image = path.parent / row["image"] if "image" in row else None
-        except (KeyError, TypeError):
-            right = False
-        if not right:
-            expected = '{"key": "000000012", "negatives": ["…"], "kinds": ["…"], "image": "…"} (kinds and image may be left out)'
-            raise ValueError(f"{place}: found {json.dumps(row)[:100]}, expected {expected}")
-        if image is not None:
-            if not image.resolve().is_relative_to(path.parent.resolve()):
-                raise ValueError(
-                    f"{path}:{number}: the image {row['image']!r} leads out of the folder of this file; copy it there"
-                )
-            if (
-                not image.is_file()
-                or image.suffix.lower()[1:] not in IMAGE_TYPES
-                or not texts
-                or row["key"] in result
-            ):
-                expected = f"a {', '.join(sorted(IMAGE_TYPES))} file beside the first negatives of {row['key']!r}"
-                raise ValueError(f"{place}: found the image {str(image)!r}, expected {expected}")
-            images[row["key"]] = image
-        result.setdefault(row["key"], []).extend(zip(texts, kinds))
-    if not result:
-        raise ValueError(f"{path} holds no negatives")
-    return result, images
-
-
-@dataclass
-class AddNegatives:
-    """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
-
-    k: int
-    kinds: tuple[str, ...]
-    seed: int
-    lexicon: Lexicon
-    given: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    images: dict[str, Path] = field(default_factory=dict)  # of the first given negative
-    rewriter: str | None = None
-    prompt: str = "{}"
-
-    def settings(self) -> dict[str, Any]:
-        """What the output depends on, besides the input."""
-        told = [
-            self.given,
-            {key: [image.name, image.stat().st_size] for key, image in self.images.items()},
-        ]
-        given = (
-            hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-            if self.given
-            else None
-        )
-        words = hashlib.sha256(repr(self.lexicon.entries).encode()).hexdigest()[:16]
-        model = {"rewriter": self.rewriter, "prompt": self.prompt if self.rewriter else None}
-        return {
-            "k_a_caption": self.k,
-            "kinds": self.kinds,
-            "seed": self.seed,
-            "words": words,
-            "given": given,
-            **model,
-        }
-
-    def __call__(
-        self, samples: Iterable[Content], shard: int, counts: Counter[str]
-    ) -> Iterator[Changed]:
-        from vlp.data_tools._run.shards import Changed
-
-        for sample in samples:
-            yield Changed(sample, list(sample.captions), self.fields(sample, counts))
-
-    def fields(self, sample: Content, counts: Counter[str]) -> dict[str, Any]:
-        """The sample's JSON with its negatives."""
-        captions = list(sample.captions)
-        chosen = self.choose(sample.key, captions, counts)
-        if sample.meta.get("negatives"):
-            counts["samples whose earlier negatives were replaced"] += 1
-        self._picture(sample, chosen, counts)
-        meta = {
-            **{
-                name: value for name, value in sample.meta.items() if name != "negative_scores"
-            },  # of the earlier negatives
-            "negatives": [n.text for n, _ in chosen],
-            "negatives_valid": [True] * len(chosen),
-            "negative_kinds": [n.kind for n, _ in chosen],
-            "negatives_of": [i for _, i in chosen],
-        }
-        counts["samples without negatives" if not chosen else "samples with negatives"] += 1
-        counts.update(f"negatives written: {n.kind}" for n, _ in chosen)
-        return meta
-
-    def _picture(
-        self, sample: Content, chosen: list[tuple[Negative, int]], counts: Counter[str]
-    ) -> None:
-        """Give the sample the image of its first negative; one of an earlier first negative goes
-        with that.
-        """
-        sample.negative_image, sample.negative_image_type = b"", ""
-        image = self.images.get(sample.key)
-        if image is None:
-            return
-        if (
-            chosen
-            and chosen[0][1] == GIVEN
-            and chosen[0][0].text == self.given[sample.key][0][0].strip()
-        ):
-            sample.negative_image, sample.negative_image_type = (
-                image.read_bytes(),
-                image.suffix.lower()[1:],
-            )
-            counts["negative images written"] += 1
-        else:
-            counts["dropped: negative images whose caption was dropped"] += 1
-
-    def choose(
-        self, key: str, captions: list[str], counts: Counter[str]
-    ) -> list[tuple[Negative, int]]:
-        """(negative, number of its caption) pairs, at most K that belong to a caption.
-
-        The given ones come first and belong to every caption; then come each caption's own, its
-        kinds in turn.
-        """
-        from vlp.data_tools.negatives.rules import head
-
-        rng, heads = random.Random(f"{self.seed}/{key}"), [head(caption) for caption in captions]
-        pool = self._valid(self._candidates(key, heads, rng, counts), heads, counts)
-        chosen = [item for item in pool if item[1] == GIVEN][: self.k]
-        n_own = self.k - len(chosen)
-        for number, caption in enumerate(captions):
-            rest = caption[len(heads[number]) :]
-            own = [negative for negative, i in pool if i == number]
-            chosen += [
-                (replace(negative, text=negative.text + rest), number)
-                for negative in _in_turn(own, rng)[:n_own]
-            ]
-        return chosen
-
-    def _candidates(
-        self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]
-    ) -> list[tuple[Negative, int]]:
-        from vlp.data_tools.negatives.rules import Negative, propose
-
-        given = self.given.get(key, [])
-        counts["given: keys used"] += bool(given)
-        found = [(Negative(kind, text.strip()), GIVEN) for text, kind in given]
-        for i, caption in enumerate(captions):
-            if caption in captions[:i]:
-                continue  # said twice: what is made from it belongs to both
-            passed: Counter[str] = Counter()
-            negatives = propose(caption, self.lexicon, rng, self.kinds, passed)
-            if self.rewriter:
-                negatives += _rewriter(self.rewriter, self.prompt)(caption, rng)
-            found += [(negative, i) for negative in negatives]
-            counts["captions read"] += 1
-            counts.update({f"captions with {kind}": 1 for kind in {n.kind for n in negatives}})
-            counts.update({f"passed over: {reason}": n for reason, n in passed.items()})
-            if not negatives:
-                counts["captions without negatives"] += 1
-        return found
-
-    def _valid(
-        self, candidates: list[tuple[Negative, int]], captions: list[str], counts: Counter[str]
-    ) -> list[tuple[Negative, int]]:
-        from vlp.data_tools._english.words import bare
-
-        kept: list[tuple[Negative, int]] = []
-        true = {bare(caption) for caption in captions}
-        seen: set[tuple[str, int]] = set()  # text, number of its caption
-        for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
-            others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
-            for negative, _ in group:
-                text = bare(negative.text)
-                if not text:
-                    reason = "empty"
-                elif text in true:
-                    reason = "equal to a caption"
-                elif any(
-                    word in others and re.search(rf"\b{re.escape(word)}\b", others)
-                    for word in negative.new_words
-                ):
-                    reason = "says what another caption of the picture says"
-                elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
-                    reason = "repeated"
-                else:
-                    seen.add((text, i))
-                    kept.append((negative, i))
-                    continue
-                counts[f"dropped: {reason}"] += 1
-        return kept
-
-
-def _in_turn(negatives: list[Negative], rng: random.Random) -> list[Negative]:
-    """All of them in random order, the kinds in turn."""
-    kinds: dict[str, list[Negative]] = {}
-    for negative in negatives:
-        kind = "order" if negative.kind.startswith("order") else negative.kind
-        kinds.setdefault(kind, []).append(negative)
-    queues = [rng.sample(queue, len(queue)) for queue in kinds.values()]
-    rng.shuffle(queues)
-
-    result: list[Negative] = []
-    while any(queues):
-        result += [queue.pop() for queue in queues if queue]
-    return result
-
-
-def _rewriter(name: str, prompt: str) -> Any:
-    from vlp.data_tools.negatives.rewriter import load
-
-    return load(name, prompt)
 
 
 def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
     """`n` random negatives below their captions."""
     from vlp.data_tools._run.shards import samples
 
-    rng, counts = random.Random(change.seed), Counter[str]()
-    found = []
+    rng = random.Random(change.seed)
+    counts: Counter[str] = Counter()
+    examples: list[tuple[str, Negative]] = []
     for path in sources:
         for sample in samples(path, counts):
             captions = list(sample.captions)
-            for negative, i in change.choose(sample.key, captions, counts):
-                found.append((captions[i] if i >= 0 else captions[0] if captions else "", negative))
-    chosen = rng.sample(found, min(n, len(found)))
+            for negative, number in change.choose(sample.key, captions, counts):
+                # What was given for the picture stands below its first caption.
+                caption = captions[max(number, 0)] if captions else ""
+                examples.append((caption, negative))
+
+    chosen = rng.sample(examples, min(n, len(examples)))
     width = max((len(negative.kind) for _, negative in chosen), default=0)
-    return "\n".join(
+    lines = [
         f"{'':{width}}  {caption}\n{negative.kind:{width}}  {negative.text}\n"
         for caption, negative in chosen
-    )
+    ]
+    return "\n".join(lines)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An entry in a caption."""
+class Mention:
+    """An entry in a caption, and where it stands."""
 
     start: int
     end: int
@@ -44,25 +46,29 @@ class Lexicon:
         """Read the mapping of a word file; raises ValueError for unknown sections and empty or too
         short lists.
         """
-        self.entries: dict[str, dict[str, list[Entry]]] = {}
         unknown = set(tree) - {*SECTIONS, "protected"} if isinstance(tree, dict) else {"no mapping"}
         if unknown:
             raise ValueError(
-                f"{name}: found {', '.join(map(str, unknown))}; expected {', '.join(SECTIONS)}, protected"
+                f"{name}: found {', '.join(map(str, unknown))}; "
+                f"expected {', '.join(SECTIONS)}, protected"
             )
+
+        self.entries: dict[str, dict[str, list[Entry]]] = {}
         for kind, sections in SECTIONS.items():
             self.entries[kind] = _read_kind(tree.get(kind), kind, sections, name)
-        self._patterns = {kind: _pattern(found) for kind, found in self.entries.items()}
+        self._patterns = {kind: _pattern(entries) for kind, entries in self.entries.items()}
+
+        # By list as well: rules exchange an entry for another of its list.
         self._lists: dict[tuple[str, str, str], list[Entry]] = {}
-        for kind, found in self.entries.items():
-            for entry in (e for entries in found.values() for e in entries):
+        for kind, entries_of in self.entries.items():
+            for entry in itertools.chain.from_iterable(entries_of.values()):
                 self._lists.setdefault((kind, entry.section, entry.list), []).append(entry)
-        protected = tree.get("protected") or []
-        self._protected = (
-            _pattern(dict.fromkeys(w for p in protected for w in (str(p), plural(str(p)))))
-            if protected
-            else None
-        )
+
+        # Phrases such as "hot dog" are left alone, in the plural too.
+        protected: dict[str, None] = {}
+        for phrase in map(str, tree.get("protected") or []):
+            protected |= {phrase: None, plural(phrase): None}
+        self._protected = _pattern(protected) if protected else None
 
     @classmethod
     def load(cls, name: str | Path | None = None) -> Lexicon:
@@ -71,34 +77,41 @@ class Lexicon:
         """
         import yaml
 
+        # Other words than those of its captions would give a negative of scenes away.
         shipped = {None: "words.yaml", "scenes": "words_scenes.yaml"}
         if name is None or name == "scenes":
             path = Path(__file__).with_name(shipped[name])
         else:
             path = Path(name)
+
         try:
             return cls(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from None
 
-    def find(self, caption: str, kind: str) -> list[Found]:
+    def mentions(self, caption: str, kind: str) -> list[Mention]:
         """The entries of a kind in a caption, in order, outside protected phrases; one word may be
         in several lists.
         """
         closed = [m.span() for m in self._protected.finditer(caption)] if self._protected else []
-        return [
-            Found(m.start(), m.end(), entry)
-            for m in self._patterns[kind].finditer(caption)
-            if not any(a < m.end() and m.start() < b for a, b in closed)
-            for entry in self.entries[kind][m[0].lower()]
-        ]
+
+        mentions = []
+        for match in self._patterns[kind].finditer(caption):
+            start, end = match.span()
+            if any(first < end and start < last for first, last in closed):
+                continue
+            entries = self.entries[kind][match[0].lower()]
+            mentions += [Mention(start, end, entry) for entry in entries]
+        return mentions
 
     def others(self, entry: Entry, kind: str) -> list[Entry]:
         """What may replace `entry`: words of its list that are not alike, in the same number."""
         return [
-            e
-            for e in self._lists[kind, entry.section, entry.list]
-            if e.cluster != entry.cluster and e.first and e.number in (entry.number, "any")
+            other
+            for other in self._lists[kind, entry.section, entry.list]
+            if other.cluster != entry.cluster
+            and other.first
+            and other.number in (entry.number, "any")
         ]
 
     def alike(self, entry: Entry, kind: str) -> frozenset[str]:
@@ -106,55 +119,59 @@ class Lexicon:
         same picture.
         """
         return frozenset(
-            e.text
-            for e in self._lists[kind, entry.section, entry.list]
-            if e.cluster == entry.cluster
+            other.text
+            for other in self._lists[kind, entry.section, entry.list]
+            if other.cluster == entry.cluster
         )
 
 
 def _read_kind(
     tree: Any, kind: str, sections: tuple[str, ...], name: str
 ) -> dict[str, list[Entry]]:
-    result: dict[str, list[Entry]] = {}
+    """The entries of one kind, by word; raises ValueError for a tree of another form."""
     if not isinstance(tree, dict) or not tree:
         raise ValueError(
             f"{name}: {kind} has no lists; expected {', '.join(sections)}, each with lists of words"
         )
+
+    result: dict[str, list[Entry]] = {}
     for section, lists in tree.items():
         if section not in sections or not isinstance(lists, dict):
             raise ValueError(
-                f"{name}: {kind}.{section} is not one of {', '.join(sections)} with named lists below it"
+                f"{name}: {kind}.{section} is not one of {', '.join(sections)} "
+                "with named lists below it"
             )
         for list_name, clusters in lists.items():
+            # One word alone has nothing to be exchanged for.
             if not isinstance(clusters, list) or len(clusters) < 2:
                 raise ValueError(
-                    f"{name}: the word list {kind}.{section}.{list_name} is {clusters!r}; expected at least two words"
+                    f"{name}: the word list {kind}.{section}.{list_name} is {clusters!r}; "
+                    "expected at least two words"
                 )
-            for i, cluster in enumerate(clusters):
-                for rank, word in enumerate(str(cluster).lower().split("|")):
-                    for entry in _entries(
-                        word.strip(),
-                        kind,
-                        list=list_name,
-                        section=section,
-                        cluster=i,
-                        first=not rank,
-                    ):
-                        result.setdefault(entry.text, []).append(entry)
+            for entry in _read_list(clusters, kind, list=list_name, section=section):
+                result.setdefault(entry.text, []).append(entry)
     return result
+
+
+def _read_list(clusters: list[Any], kind: str, **place: Any) -> Iterator[Entry]:
+    for number, cluster in enumerate(clusters):
+        for rank, word in enumerate(str(cluster).lower().split("|")):
+            yield from _entries(word.strip(), kind, cluster=number, first=not rank, **place)
 
 
 def _entries(word: str, kind: str, **place: Any) -> list[Entry]:
     if kind != "nouns":
         return [Entry(word, **place)]
+
     if plural(word) == word:
         return [Entry(word, number="any", **place)]
+
     return [Entry(word, number="one", **place), Entry(plural(word), number="many", **place)]
 
 
 def _pattern(texts: dict[str, Any]) -> re.Pattern[str]:
     """The longest of `texts` at each place, as whole words; a hyphen joins words."""
-    alternatives = "|".join(
-        re.escape(text).replace(r"\\ ", r"\\s+") for text in sorted(texts, key=len, reverse=True)
-    )
+    # The longest first: an alternation takes the first that fits.
+    longest_first = sorted(texts, key=len, reverse=True)
+    alternatives = "|".join(re.escape(text) for text in longest_first)
     return re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])", re.IGNORECASE)

@@ -26,48 +26,49 @@ class Masked:
         self.model = AutoModelForMaskedLM.from_pretrained(name).eval()
         # How the vocabulary tells a word's beginning: a mark of its own, or the lack of a mark on
         # continuations.
-        self.marks = next(
-            (m for m in ("Ġ", "▁") if any(t.startswith(m) for t in self.tokenizer.get_vocab())), ""
-        )
+        vocabulary = self.tokenizer.get_vocab()
+        self.mark = ""
+        for mark in ("Ġ", "▁"):
+            if not self.mark and any(token.startswith(mark) for token in vocabulary):
+                self.mark = mark
 
     def __call__(self, caption: str, rng: random.Random) -> list[Negative]:
         import torch
 
-        places = [w for w in words(caption) if w.text not in FUNCTION_WORDS and w.text.isalpha()]
-        result = []
-        for word in rng.sample(places, min(N_WORDS, len(places))):
+        content = [w for w in words(caption) if w.text not in FUNCTION_WORDS and w.text.isalpha()]
+        negatives = []
+        for word in rng.sample(content, min(N_WORDS, len(content))):
             masked = caption[: word.start] + self.tokenizer.mask_token + caption[word.end :]
             inputs = self.tokenizer(masked, return_tensors="pt", truncation=True)
             place = (inputs.input_ids[0] == self.tokenizer.mask_token_id).nonzero()
             if not len(place):
                 continue  # cut off with the end of a long caption
+
             with torch.inference_mode():
                 logits = self.model(**inputs).logits[0, place[0, 0]]
-            fitting = [
-                new
-                for i in logits.topk(min(N_LIKELY, len(logits))).indices.tolist()
-                if (new := self._word(i, caption))
-            ]
-            if fitting:
-                new = rng.choice(fitting)
-                result.append(
-                    Negative(
-                        "masked", edit(caption, [(word.start, word.end, new)]), frozenset({new})
-                    )
-                )
-        return result
+            likely = logits.topk(min(N_LIKELY, len(logits))).indices.tolist()
+
+            # One at random of the likely words: the likeliest is most often the true one.
+            candidates = [self._word(token, caption) for token in likely]
+            candidates = [text for text in candidates if text]
+            if candidates:
+                new = rng.choice(candidates)
+                text = edit(caption, [(word.start, word.end, new)])
+                negatives.append(Negative("masked", text, frozenset({new})))
+        return negatives
 
     def _word(self, token: int, caption: str) -> str:
         """A token as a whole word that the caption does not hold yet, else ""."""
         text = str(self.tokenizer.decode([token])).strip().lower()
         piece = str(self.tokenizer.convert_ids_to_tokens(token))
-        whole = text.isalpha() and piece.startswith(self.marks) and not piece.startswith("##")
-        known = (
-            text in FUNCTION_WORDS
-            or text in {w.text for w in words(caption)}
-            or token in self.tokenizer.all_special_ids
-        )
-        return text if whole and not known else ""
+        is_whole = text.isalpha() and piece.startswith(self.mark) and not piece.startswith("##")
+
+        # Not a word that is there already: it would say nothing new, or the same twice.
+        in_caption = text in {word.text for word in words(caption)}
+        is_special = token in self.tokenizer.all_special_ids
+        if not is_whole or in_caption or is_special or text in FUNCTION_WORDS:
+            return ""
+        return text
 
 
 class Causal:
@@ -86,28 +87,27 @@ class Causal:
         import torch
 
         inputs = self.tokenizer(self.prompt.replace("{}", caption), return_tensors="pt")
-        length = inputs.input_ids.shape[1]
-        more = 2 * len(self.tokenizer(caption).input_ids) + 4
-        pad = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else self.tokenizer.eos_token_id
-        )
+        n_prompt = inputs.input_ids.shape[1]
+
+        # A rewritten caption is about as long as the caption; twice that leaves room.
+        n_new = 2 * len(self.tokenizer(caption).input_ids) + 4
+        pad = self.tokenizer.pad_token_id
+        if pad is None:  # GPT-2 and its like have none, and generate() would warn every time
+            pad = self.tokenizer.eos_token_id
         with torch.inference_mode():
             output = self.model.generate(
                 inputs.input_ids,
                 attention_mask=inputs.attention_mask,
-                max_new_tokens=more,
+                max_new_tokens=n_new,
                 do_sample=False,
                 pad_token_id=pad,
             )
-        answer = str(self.tokenizer.decode(output[0, length:], skip_special_tokens=True))
+
+        answer = str(self.tokenizer.decode(output[0, n_prompt:], skip_special_tokens=True))
         lines = answer.strip().splitlines()
-        return (
-            [Negative("rewritten", lines[0].strip().strip('"'))]
-            if lines and lines[0].strip()
-            else []
-        )
+        if not lines or not lines[0].strip():
+            return []
+        return [Negative("rewritten", lines[0].strip().strip('"'))]
 
 
 @cache
@@ -123,9 +123,11 @@ def load(name: str, prompt: str) -> Masked | Causal:
         raise ValueError(
             f"rewriter {name!r} is neither a folder nor a reachable model of the Hub: {error}"
         ) from None
-    if any(a.endswith("ForMaskedLM") for a in architectures):
+
+    # By the class that the weights were saved from: names of models tell nothing.
+    if any(kind.endswith("ForMaskedLM") for kind in architectures):
         return Masked(name)
-    if any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+    if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in architectures):
         return Causal(name, prompt)
     kind = ", ".join(architectures) or "model of no named kind"
     raise ValueError(f"rewriter {name!r} is a {kind}; expected a masked or a causal language model")

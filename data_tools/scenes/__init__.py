@@ -1,15 +1,21 @@
 """Rendered scenes: the embedded data set, and the test bed for counting, attribute binding,
 relations and word order.
 
-One to ten objects in one or two groups (8 shapes × 8 colors × 2 sizes) on textured backgrounds, with true captions of
-several lengths. A scene is a pure function of (seed, split, index). `write` fills a folder:
+One to ten objects in one or two groups (8 shapes × 8 colors × 2 sizes) on textured backgrounds,
+with true captions of several lengths. A scene is a pure function of (seed, split, index). `write`
+fills a folder:
 
-    train/ val/ test/      shards (vlp.data.format) that training could show, in disjoint descriptions (see side_of)
+    train/ val/ test/      shards (vlp.data.format) that training could show, in disjoint
+                           descriptions (see side_of)
     heldout/               shards in which every scene has a combination that training never shows
-    zeroshot/              clip_benchmark's layout: 56 classes of color and shape that training shows
-    novel_zeroshot/        the same with all 64 classes, pictures of the 8 color-shape combinations that training lacks
-    retrieval/             clip_benchmark's layout: three captions a picture, each true of this picture alone
-    counting/ binding/ relations/ order/    shards whose JSON has "negatives": captions that are false of the picture
+    zeroshot/              clip_benchmark's layout: 56 classes of color and shape that training
+                           shows
+    novel_zeroshot/        the same with all 64 classes, pictures of the 8 color-shape combinations
+                           that training lacks
+    retrieval/             clip_benchmark's layout: three captions a picture, each true of this
+                           picture alone
+    counting/ binding/ relations/ order/    shards whose JSON has "negatives": captions that are
+                           false of the picture
 
 A sample's JSON: {"scene": {"background", "groups", "relation", "objects"}, "captions", "heldout",
 "seed", "split", "index"}; an object has shape, color, size, x, y (centre), diameter (shares of the
@@ -21,95 +27,82 @@ add "caption", "negatives", "negative_kinds", "negatives_valid" and "kind".
 from __future__ import annotations
 
 import argparse
-import math
-import multiprocessing
-import os
-import random
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from vlp.data_tools._run import work
+from vlp.data_tools.scenes.folder import write
+from vlp.data_tools.scenes.render import PROOFS, Scene, generate
+
+__all__ = ["EXAMPLE", "HELP", "PROOFS", "Scene", "arguments", "generate", "run", "write"]
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 HELP = "render scenes with captions: training shards and evaluation sets"
 EXAMPLE = "vlp data scenes --to data/scenes --train 20000 --val 1000 --test 1000 --size 64 --seed 0"
 
-PROOFS = ("counting", "binding", "relations", "order")
-CLASSIFIED = ("zeroshot", "novel_zeroshot")
-BENCHMARKS = (*CLASSIFIED, "retrieval")  # in clip_benchmark's layout, one tar each
-TEMPLATES = ["{c}", "a picture of {c}", "a drawing of {c}", "there are {c}"]
-SAMPLES_PER_SHARD = 1000
-
-
-class Scene(NamedTuple):
-    """A rendered sample: `meta` is its JSON (with the exact scene under "scene")."""
-
-    image: Image
-    meta: dict[str, Any]
-    captions: list[str]
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data scenes`."""
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to fill")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--to", required=True, metavar="DIR", help="folder to fill")
+
+    # How many, of each set.
+    add(
         "--train",
         type=int,
         default=20_000,
         metavar="N",
         help="training scenes (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--val",
         type=int,
         default=1000,
         metavar="N",
         help="validation scenes (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--test",
         type=int,
         default=1000,
         metavar="N",
         help="scenes of test/ and heldout/ (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--zeroshot",
         type=int,
         default=560,
         metavar="N",
         help="zero-shot pictures (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--retrieval",
         type=int,
         default=300,
         metavar="N",
         help="retrieval pictures (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--proofs",
         type=int,
         default=540,
         metavar="N",
         help="items of each proof set (default: %(default)s)",
     )
-    parser.add_argument(
+
+    # How they are drawn.
+    add(
         "--size",
         type=int,
         default=64,
         metavar="PX",
         help="side of the pictures (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
+    add(
         "--processes",
         type=int,
         metavar="N",
@@ -121,7 +114,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fill the folder and print what it holds and how fast it was made."""
     start = time.perf_counter()
-    made = write(
+    n_scenes = write(
         args.to,
         n_train=args.train,
         n_val=args.val,
@@ -134,191 +127,9 @@ def run(args: argparse.Namespace) -> int:
         processes=args.processes,
     )
     seconds = time.perf_counter() - start
-    for split, n in made.items():
+
+    for split, n in n_scenes.items():
         print(f"{Path(args.to, split)}: {n} scenes")
-    print(
-        f"{sum(made.values())} scenes in {seconds:.1f} s: {sum(made.values()) / seconds:.0f} scenes/s"
-    )
+    total = sum(n_scenes.values())
+    print(f"{total} scenes in {seconds:.1f} s: {total / seconds:.0f} scenes/s")
     return 0
-
-
-def generate(index: int, seed: int = 0, split: str = "train", size: int = 64) -> Scene:
-    """Scene `index` of a split, always the same for the same arguments; raises ValueError for an
-    unknown split.
-    """
-    from vlp.data_tools.scenes.captions import captions, with_negatives
-    from vlp.data_tools.scenes.draw import draw
-    from vlp.data_tools.scenes.sample import SPLITS, sample
-    from vlp.data_tools.scenes.words import heldout
-
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r} of scenes; known: {', '.join(SPLITS)}")
-    scene = sample(index, seed, split)
-    rng = random.Random(f"captions {seed}/{split}/{index}")
-    meta = {
-        "scene": scene,
-        "seed": seed,
-        "split": split,
-        "index": index,
-        "heldout": heldout(scene["groups"]),
-    }
-    if split in PROOFS:
-        caption, negatives = with_negatives(scene, split, rng)
-        texts = [caption]
-        meta |= {"caption": caption, "kind": split, "negatives": [text for text, _ in negatives]}
-        meta |= {
-            "negative_kinds": [kind for _, kind in negatives],
-            "negatives_valid": [True] * len(negatives),
-        }
-    else:
-        texts = captions(scene, rng, full=split == "retrieval")
-    return Scene(draw(scene, size), meta, texts)
-
-
-def write(
-    folder: str | Path,
-    *,
-    n_train: int = 20_000,
-    n_val: int = 1000,
-    n_test: int = 1000,
-    n_zeroshot: int = 560,
-    n_retrieval: int = 300,
-    n_proofs: int = 540,
-    size: int = 64,
-    seed: int = 0,
-    processes: int | None = None,
-) -> dict[str, int]:
-    """Fill `folder` with all sets and return their numbers of scenes; a set of none is left out.
-
-    The bytes do not depend on `processes`. `n_zeroshot` is rounded up to whole rounds through the
-    56 classes and `n_proofs` through the nine numbers, so that both stay balanced. With more than
-    one process the calling script needs the usual `if __name__ == "__main__":`, because processes
-    are started afresh (a fork may hang once torch ran).
-    """
-    folder, processes = Path(folder), processes or os.cpu_count() or 1
-    n_zeroshot, n_proofs = _whole(n_zeroshot, 56), _whole(n_proofs, 27)
-    plan = {
-        "train": n_train,
-        "val": n_val,
-        "test": n_test,
-        "heldout": n_test,
-        "zeroshot": n_zeroshot,
-    }
-    plan |= {
-        "novel_zeroshot": _whole(n_zeroshot // 7, 8),
-        "retrieval": n_retrieval,
-        **dict.fromkeys(PROOFS, n_proofs),
-    }
-    plan = {split: n for split, n in plan.items() if n}
-    if size < 16 or min(plan.values(), default=0) < 0:
-        raise ValueError(
-            f"size {size} must be at least 16 pixels, and no number of scenes negative: {plan}"
-        )
-    taken = [str(folder / split) for split in plan if any((folder / split).rglob("*.tar"))]
-    if taken:
-        raise FileExistsError(
-            f"{', '.join(taken)} already hold shards; choose another folder or remove them"
-        )
-    jobs = [
-        (folder, split, first, min(SAMPLES_PER_SHARD, n - first), seed, size)
-        for split, n in plan.items()
-        if split not in BENCHMARKS
-        for first in range(0, n, SAMPLES_PER_SHARD)
-    ]
-    jobs += [(folder, split, 0, plan[split], seed, size) for split in BENCHMARKS if split in plan]
-    for _ in _map(jobs, min(processes, len(jobs))):
-        pass
-    _describe_sets(folder, plan)
-    return plan
-
-
-def _whole(n: int, unit: int) -> int:
-    return math.ceil(n / unit) * unit
-
-
-def _map(jobs: list[tuple], processes: int) -> Iterator[None]:
-    if processes <= 1:
-        yield from map(_write, jobs)
-        return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write, jobs)
-
-
-def _write(job: tuple[Path, str, int, int, int, int]) -> None:
-    """One shard of a split, or one whole evaluation set."""
-    from vlp.data.format import ShardWriter
-    from vlp.data_tools.scenes.draw import encode
-
-    folder, split, first, n, seed, size = job
-    layout = folder / split / "test" if split in BENCHMARKS else folder / split
-    options = (
-        {"shard_name": "{}"} if split in BENCHMARKS else {"first_shard": first // SAMPLES_PER_SHARD}
-    )
-    with ShardWriter(
-        layout, n if split in BENCHMARKS else SAMPLES_PER_SHARD, overwrite=True, **options
-    ) as writer:
-        scenes = (
-            _unlike(seed, size, n)
-            if split == "retrieval"
-            else (generate(first + i, seed, split, size) for i in range(n))
-        )
-        for scene in scenes:
-            cls = _class(scene, split) if split in CLASSIFIED else None
-            txt = "\n".join(scene.captions) if split == "retrieval" else None
-            writer.add(None, encode(scene.image), "jpg", scene.captions, scene.meta, cls, txt=txt)
-
-
-def _unlike(seed: int, size: int, n: int) -> Iterator[Scene]:
-    """The first `n` retrieval scenes of which no two show the same group on the same background.
-
-    So no caption is true of two pictures, not even as a part of the truth, and every query has one
-    right answer.
-    """
-    seen: set[tuple] = set()
-    for index in range(20 * n + 1000):
-        scene = generate(index, seed, "retrieval", size)
-        ground = scene.meta["scene"]["background"]
-        marks = {
-            (ground["color"], ground["texture"], *group.values())
-            for group in scene.meta["scene"]["groups"]
-        }
-        if seen.isdisjoint(marks):
-            seen |= marks
-            n -= 1
-            yield scene
-        if not n:
-            return
-    raise ValueError(f"there are no {n} more retrieval scenes that all differ; ask for fewer")
-
-
-def _class_names(split: str) -> list[str]:
-    from vlp.data_tools.scenes.words import KINDS, TRAINED_KINDS, class_name
-
-    return [class_name(kind) for kind in (TRAINED_KINDS if split == "zeroshot" else KINDS)]
-
-
-def _class(scene: Scene, split: str) -> int:
-    from vlp.data_tools.scenes.words import class_name
-
-    group = scene.meta["scene"]["groups"][0]
-    return _class_names(split).index(class_name((group["color"], group["shape"])))
-
-
-def _describe_sets(folder: Path, plan: dict[str, int]) -> None:
-    """The small text files of clip_benchmark's layout, and one index a folder of shards."""
-    from vlp.data.format import index
-    from vlp.files import write_atomically
-
-    for split in plan:
-        if split not in BENCHMARKS:
-            index(sorted((folder / split).glob("*.tar")))
-            continue
-        texts = {
-            "test/nshards.txt": "1",
-            "dataset_type.txt": "retrieval" if split == "retrieval" else "classification",
-        }
-        if split in CLASSIFIED:
-            texts["classnames.txt"] = "\n".join(_class_names(split))
-            texts["zeroshot_classification_templates.txt"] = "\n".join(TEMPLATES)
-        for name, text in texts.items():
-            write_atomically(folder / split / name, f"{text}\n".encode())

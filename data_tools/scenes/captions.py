@@ -71,12 +71,14 @@ def phrase(group: dict[str, Any], *, sized: bool = False, digits: bool = False) 
     circles".
     """
     n = group["count"]
-    words = (
-        f"{group['size']} " * sized
-        + f"{group['color']} {group['shape'] if n == 1 else SHAPES[group['shape']]}"
-    )
+    shape = group["shape"] if n == 1 else SHAPES[group["shape"]]
+    words = f"{group['color']} {shape}"
+    if sized:
+        words = f"{group['size']} {words}"
+
     if n == 1:
-        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+        article = "an" if words[0] in "aeiou" else "a"
+        return f"{article} {words}"
     return f"{n if digits else NUMBERS[n]} {words}"
 
 
@@ -87,12 +89,14 @@ def captions(scene: dict[str, Any], rng: random.Random, *, full: bool = False) -
     groups = scene["groups"]
     if full:
         return [_fill(template, scene, rng, sized=True) for template in FULL[len(groups)]]
+
     templates = ONE_GROUP if len(groups) == 1 else TWO_GROUPS
     chosen = [rng.choice(choices) for choices in templates.values()]
-    if (
-        len(groups) == 1
-    ):  # a picture of one group is also described by its kind alone, whatever the number
+
+    # A picture of one group is also described by its kind alone, whatever the number.
+    if len(groups) == 1:
         chosen.append("there {is} {k}" if "a picture of" in chosen[1] else "a picture of {k}")
+
     return [
         _fill(template, scene, rng, sized=rng.random() < 0.5, digits=rng.random() < 0.1)
         for template in chosen
@@ -108,23 +112,29 @@ def _fill(
     digits: bool = False,
 ) -> str:
     groups, relation = scene["groups"], scene["relation"]
-    texts = [phrase(g, sized=sized, digits=digits) for g in groups]
+    texts = [phrase(group, sized=sized, digits=digits) for group in groups]
     first = groups[0]
+    is_one = first["count"] == 1
     values = {
         "b": "{texture} {color}".format(**scene["background"]),
-        "is": "is" if first["count"] == 1 else "are",
+        "is": "is" if is_one else "are",
         "g": texts[0],
-        "k": texts[0] if first["count"] == 1 else f"{first['color']} {SHAPES[first['shape']]}",
+        "k": texts[0] if is_one else f"{first['color']} {SHAPES[first['shape']]}",
     }
-    if relation:
-        opposite = OPPOSITE[relation]
-        values |= {
-            "a": texts[0],
-            "z": texts[1],
-            "rel": rng.choice(BESIDE[relation]),
-            "converse": rng.choice(BESIDE[opposite]),
-        }
-        values |= {"at_a": PLACE[relation], "at_z": PLACE[opposite]}
+    if not relation:
+        return template.format(**values)
+
+    # Both wordings are drawn whether the template has them or not, so that the random state after
+    # a caption does not depend on its template.
+    opposite = OPPOSITE[relation]
+    values |= {
+        "a": texts[0],
+        "z": texts[1],
+        "rel": rng.choice(BESIDE[relation]),
+        "converse": rng.choice(BESIDE[opposite]),
+        "at_a": PLACE[relation],
+        "at_z": PLACE[opposite],
+    }
     return template.format(**values)
 
 
@@ -134,15 +144,20 @@ def with_negatives(
     """A caption for the proof set `kind` and its (wrong caption, how it is wrong) pairs, none of
     them true of the scene.
     """
-    return {"counting": _counting, "binding": _binding, "relations": _relations, "order": _order}[
-        kind
-    ](scene, rng)
+    proofs = {
+        "counting": _counting,
+        "binding": _binding,
+        "relations": _relations,
+        "order": _order,
+    }
+    return proofs[kind](scene, rng)
 
 
 def _counting(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     template = rng.choice(["{g}", "a picture of {g}", "there are {g}", "{g} on a {b} background"])
     group = scene["groups"][0]
     right = _fill(template, scene, rng)
+
     others = [{**scene, "groups": [{**group, "count": n}]} for n in COUNTED if n != group["count"]]
     return right, [(_fill(template, other, rng), "replace_number") for other in others]
 
@@ -155,6 +170,7 @@ def _binding(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple
     a, z = scene["groups"]
     exchanged = [name for name in ("color", "count", "size") if a[name] != z[name]]
 
+    # Each caption draws its own wording, the wrong ones too: no wording gives the right one away.
     def describe(groups: list[dict[str, Any]]) -> str:
         return _fill(template, {**scene, "groups": groups}, rng, sized="size" in exchanged)
 
@@ -162,24 +178,29 @@ def _binding(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple
         (describe([{**a, name: z[name]}, {**z, name: a[name]}]), f"swap_{name}")
         for name in exchanged
     ]
+    # The wrong ones first: the random state is drawn in this order.
     return describe([a, z]), swaps
 
 
 def _relations(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    a, z = (phrase(g) for g in scene["groups"])
-    relation, lead = scene["relation"], rng.choice(["", "a picture of "])
+    a, z = (phrase(group) for group in scene["groups"])
+    relation = scene["relation"]
+    lead = rng.choice(["", "a picture of "])
     if rng.random() < 0.5:  # said from the other side
         a, z, relation = z, a, OPPOSITE[relation]
+
+    # "to the left of" beside "to the right of", "left of" beside "right of".
     which = rng.randrange(len(BESIDE[relation]))
     there, back = BESIDE[relation][which], BESIDE[OPPOSITE[relation]][which]
-    return f"{lead}{a} {there} {z}", [
-        (f"{lead}{a} {back} {z}", "replace_relation"),
-        (f"{lead}{z} {there} {a}", "swap_groups"),
-    ]
+    right = f"{lead}{a} {there} {z}"
+    replaced = f"{lead}{a} {back} {z}"
+    swapped = f"{lead}{z} {there} {a}"
+    return right, [(replaced, "replace_relation"), (swapped, "swap_groups")]
 
 
 def _order(scene: dict[str, Any], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     # Exchanging the groups of "A and B", or the halves of "there are A above B", would give another
     # true caption.
-    right = _fill(rng.choice(["{a} {rel} {z}", "a picture of {a} {rel} {z}"]), scene, rng)
-    return right, [(text, name) for name, text in shuffles(right, rng).items()]
+    template = rng.choice(["{a} {rel} {z}", "a picture of {a} {rel} {z}"])
+    right = _fill(template, scene, rng)
+    return right, [(text, kind) for kind, text in shuffles(right, rng).items()]

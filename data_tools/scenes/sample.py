@@ -4,6 +4,7 @@ Pillow.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -36,39 +37,47 @@ def sample(index: int, seed: int, split: str) -> dict[str, Any]:
     `vlp.data_tools.scenes`.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
-    while True:  # a draw that belongs to another split is drawn anew
+
+    # A draw that belongs to another split is drawn anew.
+    while True:
         groups, relation = SPLITS[split](rng, index)
-        background: dict[str, Any] = {
-            "color": rng.choice(list(BACKGROUNDS)),
-            "texture": rng.choice(TEXTURES),
-        }
+        color, texture = rng.choice(list(BACKGROUNDS)), rng.choice(TEXTURES)
+        background: dict[str, Any] = {"color": color, "texture": texture}
         if _belongs(split, index, background, groups, relation):
             break
+
     background["offset"] = [round(rng.random(), 3), round(rng.random(), 3)]
+    objects = _arrange(rng, groups, relation)
     return {
         "background": background,
         "groups": groups,
         "relation": relation,
-        "objects": _arrange(rng, groups, relation),
+        "objects": objects,
     }
 
 
 def _belongs(
     split: str, index: int, background: dict[str, Any], groups: list[Group], relation: str | None
 ) -> bool:
-    novel = bool(heldout(groups))
-    if novel or wants_novel(split, index):
-        return novel and wants_novel(split, index)
-    return side_of(background, groups, relation) == (split if split in ("train", "val") else "test")
+    """Whether a scene may be shown in a split: novel combinations where they are wanted, and else
+    the description's own side.
+    """
+    is_novel, wants = bool(heldout(groups)), wants_novel(split, index)
+    if is_novel or wants:
+        return is_novel and wants
+
+    # Evaluation sets show what the test split could.
+    side = split if split in ("train", "val") else "test"
+    return side_of(background, groups, relation) == side
 
 
 def wants_novel(split: str, index: int) -> bool:
     """Whether this scene shows a combination that training never does: all of `heldout`, every
     third of `counting`.
     """
-    return split in ("heldout", "novel_zeroshot") or (
-        split == "counting" and index // len(COUNTED) % 3 == 2
-    )
+    if split == "counting":
+        return index // len(COUNTED) % 3 == 2
+    return split in ("heldout", "novel_zeroshot")
 
 
 def _group(rng: random.Random, count: int, kind: tuple[str, str], large_up_to: int) -> Group:
@@ -77,9 +86,8 @@ def _group(rng: random.Random, count: int, kind: tuple[str, str], large_up_to: i
 
 
 def _single(rng: random.Random, index: int) -> tuple[list[Group], None]:
-    return [
-        _group(rng, rng.choices(range(1, 11), SINGLE_COUNTS)[0], rng.choice(KINDS), large_up_to=4)
-    ], None
+    count = rng.choices(range(1, 11), SINGLE_COUNTS)[0]
+    return [_group(rng, count, rng.choice(KINDS), large_up_to=4)], None
 
 
 def _pair(rng: random.Random, index: int) -> tuple[list[Group], str]:
@@ -88,14 +96,16 @@ def _pair(rng: random.Random, index: int) -> tuple[list[Group], str]:
     second = rng.randint(1, 10 - first)
     counts = rng.sample([first, second], 2)
     kinds = rng.sample(KINDS, 2)
-    crowded = max(counts) > 4  # a large group leaves room for one row or column of small objects
-    return [
-        _group(rng, n, kind, 0 if crowded else 2) for n, kind in zip(counts, kinds)
-    ], rng.choice(list(OPPOSITE))
+
+    # A large group leaves room for one row or column of small objects.
+    large_up_to = 0 if max(counts) > 4 else 2
+    groups = [_group(rng, n, kind, large_up_to) for n, kind in zip(counts, kinds)]
+    return groups, rng.choice(list(OPPOSITE))
 
 
 def _mixed(rng: random.Random, index: int) -> tuple[list[Group], str | None]:
-    return (_single if rng.random() < 0.5 else _pair)(rng, index)
+    draw = _single if rng.random() < 0.5 else _pair
+    return draw(rng, index)
 
 
 def _pair_of_two_kinds(rng: random.Random, index: int) -> tuple[list[Group], str]:
@@ -104,13 +114,13 @@ def _pair_of_two_kinds(rng: random.Random, index: int) -> tuple[list[Group], str
     """
     while True:
         (a, b), relation = _pair(rng, index)
-        exchanged = [
-            {**a, "color": b["color"]},
-            {**b, "color": a["color"]},
-            {**a, "count": b["count"]},
-            {**b, "count": a["count"]},
-        ]
-        if a["color"] != b["color"] and a["shape"] != b["shape"] and not heldout(exchanged):
+        if a["color"] == b["color"] or a["shape"] == b["shape"]:
+            continue
+
+        # The wrong captions must be of a kind that training shows, or they were told by that.
+        exchanged = [{**a, "color": b["color"]}, {**b, "color": a["color"]}]
+        exchanged += [{**a, "count": b["count"]}, {**b, "count": a["count"]}]
+        if not heldout(exchanged):
             return [a, b], relation
 
 
@@ -120,7 +130,8 @@ def _classified(kinds: list[tuple[str, str]]) -> Any:
     """
 
     def draw(rng: random.Random, index: int) -> tuple[list[Group], None]:
-        return [_group(rng, rng.randint(2, 6), kinds[index % len(kinds)], large_up_to=4)], None
+        kind = kinds[index % len(kinds)]
+        return [_group(rng, rng.randint(2, 6), kind, large_up_to=4)], None
 
     return draw
 
@@ -129,9 +140,12 @@ def _counting(rng: random.Random, index: int) -> tuple[list[Group], None]:
     """Small objects of one kind, the numbers two to ten in turn; where a novel scene is due, by its
     count alone.
     """
+
     count = COUNTED[index % len(COUNTED)]
     novel = wants_novel("counting", index)
     kinds = [kind for kind in TRAINED_KINDS if ((count, kind[1]) in HELDOUT_COUNTS) == novel]
+
+    # Small, so that the size of an object does not tell how many there are.
     return [_group(rng, count, rng.choice(kinds), large_up_to=0)], None
 
 
@@ -154,9 +168,12 @@ def _arrange(rng: random.Random, groups: list[Group], relation: str | None) -> l
     """Places every object: groups on their sides of a cut through the picture, objects in jittered
     cells of a grid.
     """
-    diameters = [round(rng.uniform(*SIZES[g["size"]]), 4) for g in groups]
+    diameters = [round(rng.uniform(*SIZES[group["size"]]), 4) for group in groups]
+
+    # The areas first: everything is drawn from one random state, in this order.
+    areas = _areas(rng, groups, diameters, relation)
     placed = []
-    for group, diameter, area in zip(groups, diameters, _areas(rng, groups, diameters, relation)):
+    for group, diameter, area in zip(groups, diameters, areas):
         for x, y in _cells(rng, group["count"], diameter + GAP, area):
             placed.append(
                 {
@@ -180,15 +197,20 @@ def _areas(
     """
     if relation is None:
         return [(0.0, 0.0, 1.0, 1.0)]
-    needed = [
-        math.ceil(g["count"] / int(1 / (d + GAP))) * (d + GAP) for g, d in zip(groups, diameters)
-    ]
-    if relation in ("right", "below"):  # the first group lies behind the cut
+
+    # The depth that each group needs: its objects in full rows along the cut.
+    needed = []
+    for group, diameter in zip(groups, diameters):
+        cell = diameter + GAP
+        needed.append(math.ceil(group["count"] / int(1 / cell)) * cell)
+    is_behind = relation in ("right", "below")  # the first group lies behind the cut
+    if is_behind:
         needed.reverse()
+
     slack = 1 - sum(needed)
     cut = needed[0] + rng.uniform(0.2, 0.8) * slack
     spans = [(0.0, cut), (cut, 1 - cut)]
-    if relation in ("right", "below"):
+    if is_behind:
         spans.reverse()
     if relation in ("left", "right"):
         return [(start, 0.0, length, 1.0) for start, length in spans]
@@ -202,19 +224,20 @@ def _cells(
     them.
     """
     x, y, width, height = area
+    most_columns, most_rows = int(width / cell + 1e-6), int(height / cell + 1e-6)
     grids = [
         (columns, rows)
-        for columns in range(1, int(width / cell + 1e-6) + 1)
-        for rows in range(1, int(height / cell + 1e-6) + 1)
+        for columns, rows in itertools.product(range(1, most_columns + 1), range(1, most_rows + 1))
         if columns * rows >= count
     ]
     columns, rows = rng.choice(grids)
-    w, h = width / columns, height / rows
-    chosen = rng.sample(range(columns * rows), count)
-    return [
-        (
-            x + (i % columns) * w + rng.uniform(cell / 2, w - cell / 2),
-            y + i // columns * h + rng.uniform(cell / 2, h - cell / 2),
-        )
-        for i in chosen
-    ]
+    cell_width, cell_height = width / columns, height / rows
+
+    # Anywhere in its cell where it touches no neighbour.
+    centres = []
+    for place in rng.sample(range(columns * rows), count):
+        row, column = divmod(place, columns)
+        across = rng.uniform(cell / 2, cell_width - cell / 2)
+        down = rng.uniform(cell / 2, cell_height - cell / 2)
+        centres.append((x + column * cell_width + across, y + row * cell_height + down))
+    return centres

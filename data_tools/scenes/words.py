@@ -59,14 +59,15 @@ def heldout(groups: list[dict[str, Any]]) -> list[str]:
     """The combinations among `groups` that training never shows, in words; empty for a scene that
     training could show.
     """
-    kinds = [
-        f"{g['color']} {g['shape']}" for g in groups if (g["color"], g["shape"]) in HELDOUT_KINDS
-    ]
-    counts = [
-        f"{g['count']} {SHAPES[g['shape']]}"
-        for g in groups
-        if (g["count"], g["shape"]) in HELDOUT_COUNTS
-    ]
+
+    # A scene may hold several; all are named, for a report to tell them apart.
+    kinds, counts = [], []
+    for group in groups:
+        count, color, shape = group["count"], group["color"], group["shape"]
+        if (color, shape) in HELDOUT_KINDS:
+            kinds.append(f"{color} {shape}")
+        if (count, shape) in HELDOUT_COUNTS:
+            counts.append(f"{count} {SHAPES[shape]}")
     return kinds + counts
 
 

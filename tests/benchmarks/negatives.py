@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -38,43 +39,32 @@ def main() -> None:
     )
     report.add_arguments(parser)
     args = parser.parse_args()
-    read = {
-        name: [json.loads(line) for line in (Path(args.data) / f"{name}.jsonl").open()]
-        for name in ("coco_open", "nlvr")
-    }
-    sentences = sorted({line["sentence"] for line in read["nlvr"]})
-    groups = {
-        "COCO": [line["captions"] for line in read["coco_open"]],
-        "NLVR": [[sentence] for sentence in sentences],
-    }
-    made = {
+    groups = read_captions(Path(args.data))
+    negatives = {
         name: [negatives_of(captions, k) for k, captions in enumerate(lists)]
         for name, lists in groups.items()
     }
-    for name, found in made.items():
-        some = sample_of([item for sample in found for item in sample], args.n_print // len(made))
-        print(f"\n{name}: {len(some)} negatives, of every kind as many")
-        for caption, negative in some:
+    columns = {name: list(chain.from_iterable(pictures)) for name, pictures in negatives.items()}
+
+    # For a person to judge, the kinds in turn, so that none hides behind a frequent one.
+    for name, items in columns.items():
+        examples = sample_of(items, args.n_print // len(columns))
+        print(f"\n{name}: {len(examples)} negatives, of every kind as many")
+        for caption, negative in examples:
             print(f"  {negative.kind:22} {caption}\n  {'':22} {negative.text}")
-    columns = {name: [item for sample in found for item in sample] for name, found in made.items()}
+
+    shares = [(kind, (kind,)) for kind in KINDS]
+    shares += [("any of them", ()), ("any but order", KINDS[:-1])]
     rows = [
-        {"kind": kind, **{f"{name}, %": share(items, kind) for name, items in columns.items()}}
-        for kind in KINDS
+        {"kind": title, **{f"{name}, %": share(items, *kinds) for name, items in columns.items()}}
+        for title, kinds in shares
     ]
-    rows.append(
-        {"kind": "any of them", **{f"{name}, %": share(items) for name, items in columns.items()}}
-    )
-    rows.append(
-        {
-            "kind": "any but order",
-            **{f"{name}, %": share(items, *KINDS[:-1]) for name, items in columns.items()},
-        }
-    )
     counting = {
         f"{name}, %": 100 * sum(counted(caption) for caption, _ in items) / len(items)
         for name, items in columns.items()
     }
     rows.append({"kind": "counterfactual numbers (vlp data counting)", **counting})
+
     sizes = " and ".join(f"{len(items):,} captions of {name}" for name, items in columns.items())
     report.publish(
         "negatives",
@@ -82,13 +72,24 @@ def main() -> None:
         rows,
         args,
         f"Share of {sizes} (distinct sentences) with at least one valid negative: not equal to a "
-        f"caption of its picture nor "
-        "likely true of it. Rules and word lists as shipped, no model. The command prints fifty "
-        "for a person to judge: one "
-        "reader found one of them, the exchange of nouns in a compound (a computer laptop), to be "
-        "no English, and none that was "
+        "caption of its picture nor likely true of it. Rules and word lists as shipped, no model. "
+        "The command prints fifty for a person to judge: one reader found one of them, the "
+        "exchange of nouns in a compound (a computer laptop), to be no English, and none that was "
         "still true.",
     )
+
+
+def read_captions(folder: Path) -> dict[str, list[list[str]]]:
+    """The captions of each picture of COCO, and each distinct sentence of NLVR by itself."""
+    lines = {}
+    for name in ("coco_open", "nlvr"):
+        with (folder / f"{name}.jsonl").open() as file:
+            lines[name] = [json.loads(line) for line in file]
+    sentences = sorted({line["sentence"] for line in lines["nlvr"]})
+    return {
+        "COCO": [line["captions"] for line in lines["coco_open"]],
+        "NLVR": [[sentence] for sentence in sentences],
+    }
 
 
 def negatives_of(captions: list[str], k: int) -> list[tuple[str, list[Negative]]]:
@@ -104,23 +105,25 @@ def negatives_of(captions: list[str], k: int) -> list[tuple[str, list[Negative]]
 
 def sample_of(items: list[tuple[str, list[Negative]]], n: int) -> list[tuple[str, Negative]]:
     """n negatives beside their captions, the kinds in turn."""
-    rng, kinds = random.Random(0), {}
+    rng = random.Random(0)
+    of_kind: dict[str, list[tuple[str, Negative]]] = {}
     for caption, negatives in items:
         for negative in negatives:
             kind = "order" if negative.kind.startswith("order") else negative.kind
-            kinds.setdefault(kind, []).append((caption, negative))
-    queues = [rng.sample(queue, len(queue)) for queue in kinds.values()]
+            of_kind.setdefault(kind, []).append((caption, negative))
+
+    queues = [rng.sample(queue, len(queue)) for queue in of_kind.values()]
     return [queues[i % len(queues)][i // len(queues)] for i in range(n)]
 
 
 def share(items: list[tuple[str, list[Negative]]], *kinds: str) -> float:
     """Percentage of captions with a negative of these kinds, or of any."""
     wanted = tuple(kinds) or KINDS
-    return (
-        100
-        * sum(any(n.kind.startswith(wanted) for n in negatives) for _, negatives in items)
-        / len(items)
-    )
+    n_with = 0
+    for _, negatives in items:
+        if any(negative.kind.startswith(wanted) for negative in negatives):
+            n_with += 1
+    return 100 * n_with / len(items)
 
 
 def counted(caption: str) -> bool:

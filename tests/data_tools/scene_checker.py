@@ -85,7 +85,7 @@ def _ground(found: dict[str, str | None], scene: dict[str, Any]) -> bool:
 
 
 def _members(text: str, scene: dict[str, Any], answers: list[bool | None]) -> list[dict[str, Any]]:
-    """The objects that a group's words fit; appends whether their number and the grammar are right."""
+    """The objects that a group's words fit; appends whether number and grammar are right."""
     words = text.split()
     noun, color = words[-1], words[-2]
     size = next((w for w in words if w in ("small", "large")), None)

@@ -97,8 +97,10 @@ def test_planted_copies_go_and_nothing_else(
     }
 
 
-LISTS = ("negatives", "negatives_of", "negatives_valid", "negative_kinds", "negative_scores", "counterfactuals",
-         "counterfactuals_of", "clip_scores")  # fmt: skip
+LISTS = (
+    "negatives", "negatives_of", "negatives_valid", "negative_kinds", "negative_scores",
+    "counterfactuals", "counterfactuals_of", "clip_scores",
+)  # fmt: skip
 
 
 def alike(
@@ -288,9 +290,8 @@ def test_who_stays_is_decided_as_by_a_loop(
 
 
 def test_color_tells_shapes_apart_that_a_gray_hash_takes_for_one() -> None:
-    red, green, dark = (
-        Image.new("RGB", (64, 64), color) for color in ((180, 60, 60), (60, 112, 60), (60, 60, 60))
-    )
+    colors = ((180, 60, 60), (60, 112, 60), (60, 60, 60))
+    red, green, dark = (Image.new("RGB", (64, 64), color) for color in colors)
     (hash_red, grid_red), (hash_green, grid_green) = fingerprint(red), fingerprint(green)
     assert hash_red == hash_green == fingerprint(dark)[0]
     assert np.abs(grid_red.astype(int) - grid_green).mean() > COLORS

@@ -19,6 +19,7 @@ from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
 from vlp.data_tools._english import traits
+from vlp.data_tools.filter.uids import is_listed
 
 SAMPLES = [  # key, size, captions, uid
     ("wide", (300, 60), ["a red bus on a road"], "0" * 32),
@@ -234,7 +235,8 @@ def test_rules_about_fields(
     [
         (
             ["--keep", "similarty > 0.28"],
-            r"no sample has that field, did you mean 'similarity'.*; the fields are a b, captions, exif",
+            r"no sample has that field, did you mean 'similarity'.*; "
+            r"the fields are a b, captions, exif",
         ),
         (
             ["--drop", "license > 3.5", "--drop", "tags > 1"],
@@ -286,7 +288,7 @@ def test_uids_are_found_as_in_a_set(tmp_path: Path) -> None:
     for high in set(halves):
         for low in set(halves):
             sample = Content("k", meta={"uid": f"{high:016x}{low:016x}"})
-            assert filtering._listed(str(tmp_path / "u.npy"), sample) == ((high, low) in listed)
+            assert is_listed(str(tmp_path / "u.npy"), sample) == ((high, low) in listed)
             n += 1
     assert n == 25 and 0 < len(listed) < 25
 

@@ -96,6 +96,15 @@ def test_a_sheet_shows_negatives_under_their_caption(tmp_path: Path) -> None:
     ]
 
 
+def test_a_sheet_without_a_readable_picture_says_so_in_each_place(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    call(sheet, shards, "--to", tmp_path / "a.png", "--columns", 3)
+    assert "6 samples, 6 without a readable picture" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width == 3 * (96 + 8) + 8  # the least width of a place
+
+
 def test_a_sheet_s_samples_are_its_seed_s(source: Path, tmp_path: Path) -> None:
     drawn = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -235,11 +244,8 @@ def test_shards_end_before_the_sample_that_exceeds_their_bytes() -> None:
     for _ in range(50):
         lengths = rng.integers(1, 100, rng.integers(1, 40))
         n_samples, n_bytes = int(rng.integers(0, 8)), int(rng.choice([0, 50, 150]))
-        cuts, expected, start = (
-            reshard._cuts(lengths, np.arange(len(lengths)), n_samples, n_bytes),
-            [],
-            0,
-        )
+        cuts = reshard._cuts(lengths, np.arange(len(lengths)), n_samples, n_bytes)
+        expected, start = [], 0
         for i in range(1, len(lengths) + 1):
             if (
                 i == len(lengths)

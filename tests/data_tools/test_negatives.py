@@ -97,7 +97,7 @@ def test_the_loader_pads_and_masks_what_the_tools_write(tmp_path: Path) -> None:
 
 
 def test_what_captions_show_to_be_true_is_dropped() -> None:
-    """Equal to a caption, said by another caption, empty, repeated: each is dropped under its name."""
+    """Equal to a caption, said by another, empty, repeated: each is dropped under its name."""
     given = {"k": [("a Cat.", "given"), ("", "given"), ("a cow", "given"), ("A cow!", "given")]}
     words = {
         "attributes": {"things": {"color": ["red", "blue"]}},

@@ -44,7 +44,7 @@ def made(caption: str, kind: str, words: dict | None = None) -> list[str]:
     return [n.text for n in propose(caption, lexicon, random.Random(0), (kind,), Counter())]
 
 
-# --- English ---------------------------------------------------------------------------------------------------------
+# --- English ---
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_edits_keep_capitals_and_correct_articles() -> None:
     assert bare("Two dogs, a cat.") == bare("two dogs a cat") != bare("two dogs a cats")
 
 
-# --- counts ----------------------------------------------------------------------------------------------------------
+# --- counts ---
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_counterfactuals_are_the_eight_other_numbers() -> None:
     assert exchange(both, counts(both)[0], 5) == "Five dogs chase five cats"
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------
+# --- rules ---
 
 TABLE = [
     ("swap_attribute", "a red box under an orange knife", ["an orange box under a red knife"]),
@@ -297,7 +297,7 @@ def test_rules_are_pure() -> None:
     assert first == again and len(first) > 8
 
 
-# --- truth on scenes -------------------------------------------------------------------------------------------------
+# --- truth on scenes ---
 
 
 @pytest.mark.parametrize("words", [None, "scenes"])
@@ -331,7 +331,7 @@ def test_a_bad_rule_would_be_noticed() -> None:
     assert n > 50
 
 
-# --- word lists ------------------------------------------------------------------------------------------------------
+# --- word lists ---
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_broken_word_file_is_named(tmp_path: Path) -> None:
         Lexicon.load(tmp_path / "mine.yaml")
 
 
-# --- long captions ---------------------------------------------------------------------------------------------------
+# --- long captions ---
 
 
 @pytest.mark.parametrize(

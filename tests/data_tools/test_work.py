@@ -22,7 +22,7 @@ from tests.data_tools.tools import CAPTIONS, call
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
-from vlp.data_tools._run import work as _work
+from vlp.data_tools._run import work
 
 
 def write(folder: Path, n_shards: int, per_shard: int) -> Path:
@@ -45,17 +45,8 @@ def times(paths: list[Path]) -> dict[str, int]:
 
 def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", 16, 40), tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "vlp.cli",
-        "data",
-        "negatives",
-        str(source),
-        "--processes",
-        "2",
-        "--to",
-    ]
+    command = [sys.executable, "-m", "vlp.cli", "data", "negatives", str(source)]
+    command += ["--processes", "2", "--to"]
     tool = subprocess.Popen(
         [*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
@@ -69,6 +60,7 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
     workers = psutil.Process(tool.pid).children(recursive=True)
     os.kill(tool.pid, signal.SIGKILL)
     tool.wait()
+
     assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "a process that outlives its parent would write what the next call writes"
@@ -89,12 +81,9 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
-    source, out, rng, n_kills = (
-        write(tmp_path / "in", 12, 200),
-        tmp_path / "out",
-        random.Random(0),
-        0,
-    )
+    source, out = write(tmp_path / "in", 12, 200), tmp_path / "out"
+    rng = random.Random(0)
+    n_kills = 0
     options = [str(source), "--samples-per-shard", "25", "--shuffle", "0", "--processes", "3"]
 
     def finished() -> int:
@@ -112,6 +101,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         tool.kill()
         tool.wait()
         n_kills += 1
+
     assert tool.returncode == 0 and n_kills >= 4
     call(reshard, *options[:-2], "--to", tmp_path / "whole")
     assert digests(out) == digests(tmp_path / "whole") and len(digests(out)) == 96
@@ -165,17 +155,17 @@ def test_the_parts_of_two_machines_are_the_whole(
 def test_who_takes_which_part(
     monkeypatch: pytest.MonkeyPatch, part: str, environment: dict, expected: tuple | None
 ) -> None:
-    for name in (name for names in _work.RANKS for name in names):
+    for name in (name for names in work.RANKS for name in names):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     args = argparse.Namespace(part=part, processes=1)
     if expected is None:
         with pytest.raises(ValueError, match="names no part of the shards; expected --part K/N"):
-            _work.crew(args)
+            work.pool(args)
     else:
-        crew = _work.crew(args)
-        assert (crew.part, crew.parts) == expected
+        pool = work.pool(args)
+        assert (pool.part, pool.parts) == expected
 
 
 def test_every_job_is_one_machine_s() -> None:
@@ -184,39 +174,39 @@ def test_every_job_is_one_machine_s() -> None:
         taken = [
             job
             for part in range(1, parts + 1)
-            for job in _work.Crew(part=part, parts=parts).share(jobs)
+            for job in work.Pool(part=part, parts=parts).share(jobs)
         ]
         assert sorted(taken) == jobs
         n += 1
     assert n == 19
 
 
-def end_at_three(number: int) -> _work.Result:
+def end_at_three(number: int) -> work.Result:
     if number == 3:
         os._exit(9)
     return {"counts": {"samples read": 1}}
 
 
-def fail_at_three(number: int) -> _work.Result:
+def fail_at_three(number: int) -> work.Result:
     if number == 3:
         raise ValueError("three is broken")
     return {"counts": {"samples read": 1}}
 
 
 @pytest.mark.parametrize(
-    "work, processes, error, message",
+    "task, processes, error, message",
     [
-        (end_at_three, 2, _work.WorkerLost, "fewer --processes"),
+        (end_at_three, 2, work.WorkerLost, "fewer --processes"),
         (fail_at_three, 2, ValueError, "three is broken"),
         (fail_at_three, 1, ValueError, "three is broken"),
     ],
 )
 def test_a_failure_ends_the_call_and_keeps_what_is_finished(
-    tmp_path: Path, work, processes, error, message
+    tmp_path: Path, task, processes, error, message
 ) -> None:
-    jobs = [_work.Job(tmp_path / f"{i}.json", i, 1) for i in range(6)]
+    jobs = [work.Job(tmp_path / f"{i}.json", i, 1) for i in range(6)]
     with pytest.raises(error, match=message):
-        _work.carry_out("test", jobs, work, _work.Crew(processes))
+        work.carry_out("test", jobs, task, work.Pool(processes))
     finished = {path.stem for path in tmp_path.glob("*.json")}
     assert "3" not in finished and finished >= ({"0", "1", "2"} if processes == 1 else set())
     assert all(
@@ -229,9 +219,9 @@ def test_progress_tells_shards_throughput_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     clock = iter([0.0, 2.0, 8.0, 20.0])
-    monkeypatch.setattr(_work.time, "monotonic", lambda: next(clock))
-    jobs = [_work.Job(tmp_path / f"{i}.json", i, size) for i, size in enumerate((10, 30, 60))]
-    _work.carry_out("test", jobs, fail_at_three, _work.Crew())
+    monkeypatch.setattr(work.time, "monotonic", lambda: next(clock))
+    jobs = [work.Job(tmp_path / f"{i}.json", i, size) for i, size in enumerate((10, 30, 60))]
+    work.carry_out("test", jobs, fail_at_three, work.Pool())
     assert capsys.readouterr().err.splitlines() == [
         "test: 1/3 shards, 1 samples, 0/s, 0:18 left",  # a tenth of the bytes in two seconds
         # eight seconds after the first line was too soon for another

@@ -1,0 +1,221 @@
+"""What happens to a sample: its negatives are proposed, the valid ones kept, K a caption chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlp.data.wrong_captions import GIVEN
+
+if TYPE_CHECKING:
+    from vlp.data.members import Content
+    from vlp.data_tools._run.shards import Changed
+    from vlp.data_tools.negatives.lexicon import Lexicon
+    from vlp.data_tools.negatives.rules import Negative
+
+
+@dataclass
+class AddNegatives:
+    """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
+
+    k: int
+    kinds: tuple[str, ...]
+    seed: int
+    lexicon: Lexicon
+    given: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)  # of the first given negative
+    rewriter: str | None = None
+    prompt: str = "{}"
+
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on, besides the input."""
+        given = None
+        if self.given:
+            # Images by name and size, so that they may move, with their file, between two calls.
+            images = {key: [path.name, path.stat().st_size] for key, path in self.images.items()}
+            given = _digest(json.dumps([self.given, images], sort_keys=True))
+        return {
+            "k_a_caption": self.k,
+            "kinds": self.kinds,
+            "seed": self.seed,
+            "words": _digest(repr(self.lexicon.entries)),
+            "given": given,
+            "rewriter": self.rewriter,
+            "prompt": self.prompt if self.rewriter else None,
+        }
+
+    def __call__(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Changed]:
+        from vlp.data_tools._run.shards import Changed
+
+        for sample in samples:
+            yield Changed(sample, list(sample.captions), self.fields(sample, counts))
+
+    def fields(self, sample: Content, counts: Counter[str]) -> dict[str, Any]:
+        """The sample's JSON with its negatives."""
+        captions = list(sample.captions)
+        chosen = self.choose(sample.key, captions, counts)
+        if sample.meta.get("negatives"):
+            counts["samples whose earlier negatives were replaced"] += 1
+        self._picture(sample, chosen, counts)
+
+        # The scores are of the earlier negatives, and go with them.
+        meta = {name: value for name, value in sample.meta.items() if name != "negative_scores"}
+        meta |= {
+            "negatives": [negative.text for negative, _ in chosen],
+            "negatives_valid": [True] * len(chosen),
+            "negative_kinds": [negative.kind for negative, _ in chosen],
+            "negatives_of": [number for _, number in chosen],
+        }
+
+        counts["samples with negatives" if chosen else "samples without negatives"] += 1
+        counts.update(f"negatives written: {negative.kind}" for negative, _ in chosen)
+        return meta
+
+    def _picture(
+        self, sample: Content, chosen: list[tuple[Negative, int]], counts: Counter[str]
+    ) -> None:
+        """Give the sample the image of its first negative; one of an earlier first negative goes
+        with that.
+        """
+        sample.negative_image, sample.negative_image_type = b"", ""
+        image = self.images.get(sample.key)
+        if image is None:
+            return
+
+        # The image shows the first given negative and no other.
+        first = self.given[sample.key][0][0].strip()
+        stays = bool(chosen) and chosen[0][1] == GIVEN and chosen[0][0].text == first
+        if stays:
+            sample.negative_image = image.read_bytes()
+            sample.negative_image_type = image.suffix.lower()[1:]
+            counts["negative images written"] += 1
+        else:
+            counts["dropped: negative images whose caption was dropped"] += 1
+
+    def choose(
+        self, key: str, captions: list[str], counts: Counter[str]
+    ) -> list[tuple[Negative, int]]:
+        """(negative, number of its caption) pairs, at most K that belong to a caption.
+
+        The given ones come first and belong to every caption; then come each caption's own, its
+        kinds in turn.
+        """
+        from vlp.data_tools.negatives.rules import head
+
+        # By the sample's key, so that neither processes nor the order of shards change a choice.
+        rng = random.Random(f"{self.seed}/{key}")
+        heads = [head(caption) for caption in captions]
+        candidates = self._candidates(key, heads, rng, counts)
+        pool = self._valid(candidates, heads, counts)
+
+        # Given ones belong to every caption, so each caption has so many fewer of its own.
+        chosen = [(negative, number) for negative, number in pool if number == GIVEN][: self.k]
+        n_left = self.k - len(chosen)
+        for i, caption in enumerate(captions):
+            tail = caption[len(heads[i]) :]
+            of_caption = [negative for negative, number in pool if number == i]
+            for negative in _in_turn(of_caption, rng)[:n_left]:
+                chosen.append((replace(negative, text=negative.text + tail), i))
+        return chosen
+
+    def _candidates(
+        self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]
+    ) -> list[tuple[Negative, int]]:
+        from vlp.data_tools.negatives.rules import Negative, propose
+
+        # What a file gives belongs to the picture, and so to every caption of it.
+        given = self.given.get(key, [])
+        if given:
+            counts["given: keys used"] += 1
+
+        candidates = [(Negative(kind, text.strip()), GIVEN) for text, kind in given]
+
+        for i, caption in enumerate(captions):
+            if caption in captions[:i]:
+                continue  # said twice: what is made from it belongs to both
+
+            passed: Counter[str] = Counter()
+            negatives = propose(caption, self.lexicon, rng, self.kinds, passed)
+            if self.rewriter:
+                negatives += _rewriter(self.rewriter, self.prompt)(caption, rng)
+
+            candidates += [(negative, i) for negative in negatives]
+
+            counts["captions read"] += 1
+            kinds = {negative.kind for negative in negatives}
+            counts.update(f"captions with {kind}" for kind in kinds)
+            counts.update({f"passed over: {reason}": n for reason, n in passed.items()})
+            if not negatives:
+                counts["captions without negatives"] += 1
+        return candidates
+
+    def _valid(
+        self, candidates: list[tuple[Negative, int]], captions: list[str], counts: Counter[str]
+    ) -> list[tuple[Negative, int]]:
+        from vlp.data_tools._english.words import bare
+
+        kept: list[tuple[Negative, int]] = []
+        # Compared as bare words: a capital or a full stop makes no other caption.
+        true = {bare(caption) for caption in captions}
+        seen: set[tuple[str, int]] = set()  # text, number of its caption
+        for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
+            # One text of all other captions: they are searched for every new word.
+            others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
+            for negative, _ in group:
+                text = bare(negative.text)
+                if not text:
+                    reason = "empty"
+                elif text in true:
+                    reason = "equal to a caption"
+                elif any(_says(others, word) for word in negative.new_words):
+                    reason = "says what another caption of the picture says"
+                elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
+                    reason = "repeated"
+                else:
+                    seen.add((text, i))
+                    kept.append((negative, i))
+                    continue
+                counts[f"dropped: {reason}"] += 1
+        return kept
+
+
+def _says(captions: str, word: str) -> bool:
+    """Whether a word stands in captions; the plain search first, because it is much the faster."""
+    return word in captions and re.search(rf"\b{re.escape(word)}\b", captions) is not None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _in_turn(negatives: list[Negative], rng: random.Random) -> list[Negative]:
+    """All of them in random order, the kinds in turn."""
+    kinds: dict[str, list[Negative]] = {}
+    for negative in negatives:
+        # The four shuffles are one kind here, or they would take four turns of a round.
+        kind = "order" if negative.kind.startswith("order") else negative.kind
+        kinds.setdefault(kind, []).append(negative)
+    queues = [rng.sample(queue, len(queue)) for queue in kinds.values()]
+
+    rng.shuffle(queues)
+
+    result: list[Negative] = []
+    while any(queues):
+        result += [queue.pop() for queue in queues if queue]
+    return result
+
+
+def _rewriter(name: str, prompt: str) -> Any:
+    from vlp.data_tools.negatives.rewriter import load
+
+    return load(name, prompt)

@@ -1,0 +1,300 @@
+"""`vlp data pack`: images with captions or classes into shards, for training or in clip_benchmark's
+layout.
+
+SOURCE is a folder or a tar: images with a caption table, images with a .txt, .json or .caption
+beside each (img2dataset's `files`), or one sub-folder a class. Every image is decoded once before
+anything is written; the output appears at its place only when it is whole. The samples of one
+"origin" stay together, in one shard and one part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlp.data_tools.pack.items import items_in_part, read_table, sort_out, without_unreadable
+from vlp.data_tools.pack.target import check_target, replaced
+from vlp.data_tools.pack.write import write_shards
+
+if TYPE_CHECKING:
+    from vlp.data.archives import Archive
+    from vlp.data.listing import Named
+    from vlp.data.tables import Item as Item
+    from vlp.data.tables import Listing as Listing
+    from vlp.data.trees import Tree
+
+HELP = "pack images with captions or classes into shards"
+EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/train
+  vlp data pack laion/ --to data/train      (laion/00000/000000001.jpg with .txt or .json beside it)
+  vlp data pack imagenet/train --to data/imagenet
+  vlp data pack imagenet.tar --split-folder val --to data/imagenet_val
+  vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train  (and --part 3/3 for the test set)
+  vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test \\
+      --to data/caltech101 --layout clip_benchmark --template "a photo of a {}."
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlp data pack`."""
+    add = parser.add_argument
+    add(
+        "source",
+        help="folder or tar of images: with texts beside them, one sub-folder a class, "
+        "or named by --captions",
+    )
+    add("--to", required=True, metavar="DIR", help="the new folder")
+
+    # The table, where captions do not lie beside their images.
+    add(
+        "--captions",
+        metavar="TABLE",
+        help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; "
+        "COCO's, Karpathy's, LLaVA's JSON",
+    )
+    add(
+        "--image-column",
+        default="",
+        metavar="NAME",
+        help="column with image names (default: image, file_name, …)",
+    )
+    add(
+        "--caption-column",
+        default=[],
+        action="append",
+        metavar="NAME",
+        help="column with captions; may be repeated",
+    )
+    add(
+        "--class-column",
+        default="",
+        metavar="NAME",
+        help="column with class names (default: class)",
+        # Which of its rows and images.
+    )
+    add(
+        "--where",
+        default=[],
+        action="append",
+        metavar="COLUMN=VALUE",
+        help="only rows with this value; repeated for one column: with one of these",
+    )
+    add(
+        "--only",
+        default="",
+        metavar="LIST",
+        help="only images that this file names, one a line (Flickr_8k.trainImages.txt)",
+        # How a text table is written, where that cannot be told from its first lines.
+    )
+    add(
+        "--separator",
+        default="",
+        metavar="CHARACTER",
+        help="of a text table: a character, tab or space (default: found)",
+    )
+    add(
+        "--encoding",
+        default="",
+        metavar="NAME",
+        help="of a text table, such as cp1252 (default: UTF-8 or UTF-16)",
+    )
+    add(
+        "--header",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether the first line names the columns",
+    )
+    add(
+        "--quoting",
+        choices=("auto", "csv", "none"),
+        default="auto",
+        help="csv: as RFC 4180 says; none: a quote is a character",
+        # A folder or tar without a table.
+    )
+    add(
+        "--lines",
+        choices=("one", "each"),
+        default="one",
+        help="a text of several lines beside an image is one caption, or each of its lines is one",
+    )
+    add(
+        "--split-folder",
+        default="",
+        metavar="NAME",
+        help="only this sub-folder of SOURCE, where it holds splits",
+    )
+    add(
+        "--links",
+        choices=("follow", "inside"),
+        default="follow",
+        help="links that lead out of SOURCE: follow them and say so (default), or leave them out",
+        # What is written.
+    )
+    add(
+        "--part",
+        metavar="K/N",
+        help="only these of N parts, chosen by a hash of the image's name or origin: "
+        "1,2/3 to train, 3/3 to test",
+    )
+    add("--samples-per-shard", type=int, default=10_000, metavar="N")
+    add("--layout", choices=("train", "clip_benchmark"), default="train")
+    add(
+        "--split",
+        default="test",
+        help="name of the split's folder in clip_benchmark's layout (default: test)",
+    )
+    add(
+        "--template",
+        default=[],
+        action="append",
+        metavar="TEXT",
+        help="prompt with {} for the class (clip_benchmark)",
+        # What is unusable, or in the way.
+    )
+    add(
+        "--on-missing",
+        choices=("fail", "skip"),
+        default="fail",
+        help="rows without a usable image, images without a text, class folders without an image: "
+        "refuse, or leave out",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace a folder that holds earlier output of this tool",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack; returns 1 after naming everything unusable, having written nothing. Raises ValueError,
+    OSError.
+    """
+    from vlp.locks import held
+
+    target = Path(args.to)
+    advice = "Wait until it is done, or name another folder with --to"
+    with held(target, beside=True, advice=advice):
+        return _pack(args, target)
+
+
+def _pack(args: argparse.Namespace, target: Path) -> int:
+    from vlp.data.archives import Archive
+    from vlp.data.listing import settle
+    from vlp.data.trees import read_tree
+
+    check_target(target, args.overwrite)
+    _check_options(args)
+
+    archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
+    listing = read_table(args) if args.captions else None
+    tree = None if listing else read_tree(archive, args.lines)
+    contents = listing or tree
+    assert contents is not None  # a tree where there is no table
+    classes = contents.classes
+    items = items_in_part(contents.items, args)
+
+    # Every picture is decoded before anything is written: a pack is whole, or it is not there.
+    named, left_out = sort_out(items, archive, listing)
+    named, left_out["whose names contradict each other"] = settle(named, archive)
+    named, left_out["whose image cannot be used"] = without_unreadable(named, archive)
+    left_out["images or folders that cannot be used"] = tree.problems if tree else []
+    problems = list(chain.from_iterable(left_out.values()))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems and args.on_missing == "fail":
+        _say_refused(len(problems), archive, bool(tree), bool(named))
+        return 1
+    if not named:
+        raise ValueError(
+            f"no usable image is left to pack; is {archive.path} the right folder? "
+            f"It holds {_some(archive.names)}"
+        )
+
+    with replaced(target, args.overwrite) as partial:
+        n_shards = write_shards(named, archive, classes, args, partial)
+
+    n_captions = sum(len(item.captions) for item, _ in named)
+    print(
+        f"{target}: {len(named)} images with {n_captions} captions "
+        f"and {len(classes)} classes in {n_shards} shards"
+    )
+    reasons = [f"{len(lines)} {reason}" for reason, lines in left_out.items() if lines]
+    _say_rest(args, archive, tree, named, reasons, classes)
+    return 0
+
+
+def _say_refused(n_problems: int, archive: Archive, is_tree: bool, any_named: bool) -> None:
+    """Say on stderr why nothing is written."""
+    kind = "images or folders" if is_tree else "rows"
+    advice = "nothing was written. --on-missing skip leaves them out"
+    print(f"{n_problems} {kind} cannot be packed; {advice}", file=sys.stderr)
+
+    # A table beside the wrong folder fails in every row; one line says so.
+    if not any_named and not is_tree:
+        question = f"is {archive.path} the right folder? It holds {_some(archive.names)}"
+        print(f"none of them has its image; {question}", file=sys.stderr)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that choose from a table where none is named: they would be ignored."""
+    of_tables = (
+        "image_column",
+        "caption_column",
+        "class_column",
+        "where",
+        "only",
+        "separator",
+        "encoding",
+    )
+    useless = [f"--{name.replace('_', '-')}" for name in of_tables if getattr(args, name)]
+    useless += [f"--{name}" for name in ("header", "quoting") if getattr(args, name) != "auto"]
+    if useless and not args.captions:
+        raise ValueError(f"{', '.join(useless)} choose from a table; name it with --captions TABLE")
+
+
+def _say_rest(
+    args: argparse.Namespace,
+    archive: Archive,
+    tree: Tree | None,
+    named: list[Named],
+    reasons: list[str],
+    classes: list[str],
+) -> None:
+    """Print what was decided about the folder, and what of it is not in the shards."""
+    for note in tree.notes if tree else []:
+        print(f"note: {note}")
+
+    # Class numbers count all classes, so that parts of one set agree.
+    emptied = sorted(set(classes) - {item.class_name for item, _ in named})
+    if emptied:
+        print(f"note: no image of {len(emptied)} classes is in this output, such as {emptied[0]!r}")
+
+    # Links may lead to what was not meant to be packed.
+    if archive.outside:
+        links = [f"{name} -> {target}" for name, target in archive.outside.items()]
+        examples = ", ".join([*links[:3], "…"] if len(links) > 3 else links)
+        print(
+            f"note: {len(links)} links lead out of {args.source} and were followed ({examples}); "
+            "--links inside leaves them out"
+        )
+
+    left_out = list(reasons)
+    if archive.left_out.counts:
+        left_out.append(str(archive.left_out))
+    if left_out:
+        print(f"left out: {', '.join(left_out)}")
+
+    # Images that no row names: half of a folder, where the table is of another set.
+    n_unused = len(archive.names) - len({name for _, name in named})
+    if n_unused:
+        if tree:
+            reason = "--part or --on-missing left them out"
+        else:
+            reason = "no row names them, or an option left them out"
+        print(f"{n_unused} images in {args.source} were not packed ({reason})")
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} images, such as {names[0]}" if names else "no image"
