@@ -32,8 +32,9 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 demo: $(VENV)/.runs
 	vlp demo
 
+# A process a core, up to four: many tests start processes of their own.
 test: setup
-	python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n auto --maxprocesses 4
 
 test-all: setup
 	python -m pytest
