@@ -136,7 +136,7 @@ def test_a_resumed_run_goes_on_with_the_same_captions_or_is_refused(tmp_path):
     second = loader(folder)
     second.load_state_dict(state)
     assert torch.equal(next(second).captions, expected.captions)
-    with pytest.raises(DataError, match=r"captions was .*, is .*restore it or start a new run"):
+    with pytest.raises(DataError, match=r"captions was .*, is .*restore it, or start a new run"):
         loader(folder, carried=2).load_state_dict(state)
 
 

@@ -93,12 +93,12 @@ class DualEncoder(nn.Module):
         # The towers, each once: views follow the other rows.
         if image is not None:
             features, image_tokens = self._image(_joined(image, image_views))
-            outputs |= self._embeddings("image", features, len(image))
+            outputs |= self._embeddings("image", features, image.shape[0])
             if pairs and self.heads.concepts is not None:
                 outputs["concept_logits"] = self.heads.concepts(features[:pairs])
         if text is not None:
             features, text_tokens = self._text(_joined(text, text_views))
-            outputs |= self._embeddings("text", features, len(text))
+            outputs |= self._embeddings("text", features, text.shape[0])
 
         # What heads compute of both towers.
         has_views = image_views is not None or text_views is not None
@@ -116,7 +116,7 @@ class DualEncoder(nn.Module):
         head of this modality.
         """
         embeddings = {name: _unit(features[:n_rows])}
-        if len(features) == n_rows:
+        if features.shape[0] == n_rows:
             return embeddings
 
         project = getattr(self.heads.views, name)
