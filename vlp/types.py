@@ -1,4 +1,4 @@
-"""The objects that travel between rooms, and the letters their shapes are written in.
+"""The objects that travel between packages, and the letters their shapes are written in.
 
 Shape legend, used in every docstring of this project:
     b   rows of this rank in one step (m micro-batches split b)
