@@ -1,4 +1,4 @@
-"""What the compositional tasks share: captions that a picture must choose among.
+"""The common part of the compositional tasks: captions that a picture must choose among.
 
 A task reads its published files into `CaptionChoice`s and scores them:
 

@@ -67,7 +67,7 @@ def where_not_finite(values: Mapping[str, Any], batch: Batch) -> list[str]:
 
 
 def message(lines: list[str], step: int) -> str:
-    """What is said of a step in which `where_not_finite` found these places."""
+    """The error text of a step in which `where_not_finite` found these places."""
     shown = "\n  ".join(lines[:_N_SHOWN])
 
     # Embeddings and labels are finite: what broke lies behind them.

@@ -49,8 +49,8 @@ MEASURED = 512  # rows of a rank that `space` measures
 
 @dataclass
 class Training:
-    """What a step changes (the engine's model and optimiser, the objective's state, the step count)
-    and its settings.
+    """The state that a step changes (the engine's model and optimiser, the objective's state, the
+    step count) and its settings.
     """
 
     engine: Engine
@@ -156,7 +156,7 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
 
 
 def labels(training: Training, batch: Batch) -> dict[str, Tensor]:
-    """What the objective reads of the batch itself."""
+    """Labels and masks that the objective reads from the batch itself."""
     values = {name: getattr(batch, name) for name in LABELS}
     if "caption_ids" in training.objective.needs:
         values["caption_ids"] = batch.text[:, 1:]  # what follows the token that begins a text
@@ -251,7 +251,7 @@ def skip_or_stop(training: Training, lines: list[str]) -> None:
 
 
 def measurements(training: Training, batch: Batch, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is worth a look where a step is logged: "log_n", what a row's term is worth when nothing
+    """Further scalars of a step that is logged: "log_n", what a row's term is worth when nothing
     is known; "valid.FIELD", the share of this rank's texts that take part; and `space`.
     """
     shares = {

@@ -241,8 +241,8 @@ def loop(
     evaluate: Evaluate | None,
     report: Reporter,
 ) -> None:
-    """From the training's step to the plan's end, or to a signal that asks to stop: then Stopped,
-    once all is saved.
+    """Train from the current step to the plan's end, or to a signal that asks to stop: then
+    Stopped, once all is saved.
     """
     batches = iter(loader)
     saved_step = training.step
@@ -323,7 +323,7 @@ def evaluate_now(
 
 
 def ways_out(config: Config) -> str:
-    """What a run that met NaN or infinity can go on from, and with which settings, in words."""
+    """Explain from which checkpoint, with which settings, a run goes on after NaN or infinity."""
     settings = ["a lower train.optimizer.lr"]
     if config.train.non_finite == "stop":
         settings.append("train.non_finite=skip")

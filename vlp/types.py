@@ -137,8 +137,8 @@ class TextSpec:
 
 
 class Features(NamedTuple):
-    """What a model returns for a batch. A tuple, because DDP, FSDP2 and DeepSpeed look into tuples
-    for tensors.
+    """The outputs of a model for a batch. A tuple, because DDP, FSDP2 and DeepSpeed look into
+    tuples for tensors.
     """
 
     image: Tensor | None  # [b, D] unit rows

@@ -34,7 +34,7 @@ class DataError(RuntimeError):
 
 @dataclass
 class Report:
-    """What happened while one batch was made."""
+    """Counts and problems of one batch while it was made."""
 
     bad: list[tuple[int, str, str]]  # sample id, key where known, reason
     n_truncated: int
