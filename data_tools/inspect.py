@@ -89,7 +89,7 @@ def summarise(path: str, n: int) -> dict[str, Any]:
     decode_s = time.monotonic() - start
 
     headers = [header(image) for image in readable]
-    fields = Counter(field for sample in samples for field in sample.meta)
+    fields = Counter(chain.from_iterable(sample.meta for sample in samples))
     captions = list(chain.from_iterable(sample.captions for sample in samples))
     return {
         "shards": len(source.paths),

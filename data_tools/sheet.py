@@ -113,7 +113,10 @@ def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Con
     paths = sorted(rng.sample(paths, min(n, len(paths))))
     shards = index(paths)
     counts["problems"] += sum(shard.n_problems for shard in shards)
-    places = [(path, shard, i) for path, shard in zip(paths, shards) for i in range(shard.count)]
+    places = []
+    for path, shard in zip(paths, shards):
+        places += [(path, shard, i) for i in range(shard.count)]
+
     result = []
     for path, shard, i in rng.sample(places, min(n, len(places))):
         try:
@@ -130,10 +133,11 @@ def show(sample: Content, size: int) -> Shown:
     from vlp.data.wrong_captions import read
 
     wrong = read(sample.meta, "negatives", sample.captions)
-    negatives = [
-        [wrong.texts[place] for place in wrong.of(caption) if wrong.valid[place]]
-        for caption in sample.captions
-    ]
+    negatives = []
+    for caption in sample.captions:
+        valid_places = (place for place in wrong.of(caption) if wrong.valid[place])
+        negatives.append([wrong.texts[place] for place in valid_places])
+
     try:
         # Twice the size, so that the thumbnail is still scaled down and stays sharp.
         picture = rgb(sample.image, side=2 * size)

@@ -1,4 +1,4 @@
-"""What the compositional tasks share: captions that a picture must choose among.
+"""The common part of the compositional tasks: captions that a picture must choose among.
 
 A task reads its published files into `CaptionChoice`s and scores them:
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,10 +129,10 @@ def with_pictures(
     kept: list[tuple[dict[str, Any], list[Picture]]] = []
     absent: list[str] = []
     for row in rows:
-        found = {key: collection.find(row[key]) for key in image_keys}
-        pictures = [picture for picture in found.values() if picture is not None]
+        picture_of = {key: collection.find(row[key]) for key in image_keys}
+        pictures = [picture for picture in picture_of.values() if picture is not None]
         if len(pictures) < len(image_keys):
-            absent += [row[key] for key, picture in found.items() if picture is None]
+            absent += [row[key] for key, picture in picture_of.items() if picture is None]
         else:
             kept.append((row, pictures))
 
@@ -152,7 +153,7 @@ def cosines(
     image = embed.images(encoder, pictures, context)
 
     # All captions in one go, so that each different one is embedded once.
-    every_caption = [caption for group in captions for caption in group]
+    every_caption = list(chain.from_iterable(captions))
     text = embed.texts(encoder, every_caption, context)
 
     text_of_picture = text.split([len(group) for group in captions])

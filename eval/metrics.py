@@ -1,4 +1,4 @@
-"""What is measured on embeddings: pure functions of tensors, exact, in memory that does not grow
+"""Metrics of embeddings: pure functions of tensors, exact, in memory that does not grow
 with rows × columns.
 
 Ties. Scores within `TIE` (the rounding of a float32 product of unit rows) are equal, and equal

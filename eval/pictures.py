@@ -1,5 +1,5 @@
-"""Where evaluation images lie: files, members of tars, bytes in tables; opened one at a time, never
-unpacked.
+"""Evaluation images wherever they lie: files, members of tars, bytes in tables; opened one at a
+time, never unpacked.
 
 A `Picture` is small and holds no open file, so that lists of them can be dealt to ranks and
 threads. `Contents` hashes what the pictures hold, which names the embeddings that are kept on disk.

@@ -1,4 +1,4 @@
-"""What an evaluation task measured."""
+"""The result of an evaluation task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # a configuration is validated without waiting for torch
 
 @dataclass
 class TaskResult:
-    """What a task measured.
+    """The scores of one task, with their chance levels, counts and outcomes.
 
     A score with `items` is Σ numerator / Σ denominator over them, and gets its interval there.
     """

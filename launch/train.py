@@ -1,5 +1,6 @@
-"""`vlp train` for launchers: accelerate launch --config_file launch/accelerate/cpu2.yaml
-launch/train.py CONFIG [key=value …]
+"""Run `vlp train` as a script, which is what launchers start.
+
+accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py CONFIG [key=value …]
 """
 
 import sys

@@ -29,9 +29,8 @@ def run(
     rank's traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # read by the forkserver when torch is first imported there
+    # Read by the forkserver when torch is first imported there.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context.set_forkserver_preload(PRELOADED)
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(n_ranks)]

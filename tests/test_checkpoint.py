@@ -72,9 +72,8 @@ def test_every_flipped_bit_of_the_manifest_falls_back(tmp_path, capsys):
             found = checkpoint.newest(tmp_path)
             if found == newest:
                 n_accepted += 1
-                assert json.loads(path.read_bytes()) == json.loads(
-                    good
-                )  # white space, or an equal escape
+                # White space, or an equal escape.
+                assert json.loads(path.read_bytes()) == json.loads(good)
             else:
                 assert found.name == "step_00000001"
             n_cases += 1
@@ -101,9 +100,8 @@ def test_weights_that_are_not_finite_are_neither_written_nor_chosen(tmp_path, va
     ):
         checkpoint.save(tmp_path, 2, contents(value), keep=2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
-    monkeypatch.setattr(
-        checkpoint, "not_finite", lambda tensors: []
-    )  # as an older version would have written it
+    # As an older version would have written it.
+    monkeypatch.setattr(checkpoint, "not_finite", lambda tensors: [])
     checkpoint.save(tmp_path, 2, contents(value), keep=2)
     monkeypatch.undo()
     assert checkpoint.newest(tmp_path) == first
@@ -140,9 +138,8 @@ def test_a_checkpoint_does_not_overwrite_another_run(settings):
     ):
         train(settings(f"resume={one}", "train.duration=6", out="other"))
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
-    train(
-        settings(f"resume={one}", "train.duration=6", out="third")
-    )  # a new folder is a new branch
+    # A new folder is a new branch.
+    train(settings(f"resume={one}", "train.duration=6", out="third"))
     assert steps(one) == [3] and steps(one.parent / "third") == [6]
 
 

@@ -39,13 +39,11 @@ def test_stored_embeddings_train_as_the_locked_tower_does(settings, scenes, tmp_
         f"data.sources.0.embeddings={tmp_path / 'embedded'}",
     )
     from_store = train(settings(*stored, out="stored"))
-    assert curve(from_store) == pytest.approx(
-        curve(on_pixels), rel=2e-3
-    )  # float16, and an evaluation's resizing
+    # float16, and an evaluation's resizing.
+    assert curve(from_store) == pytest.approx(curve(on_pixels), rel=2e-3)
     other = train(settings("data.shuffle=false", *stored, out="other"))
-    assert curve(other)[1:] != pytest.approx(
-        curve(on_pixels)[1:], rel=2e-3
-    )  # other rows would not do
+    # Other rows would not do.
+    assert curve(other)[1:] != pytest.approx(curve(on_pixels)[1:], rel=2e-3)
     trained = checkpoint.load_model(from_store)
     before = checkpoint.load_model(tower)
     assert all(

@@ -185,9 +185,8 @@ def test_random_patch_drop_is_replayed(monkeypatch):
     )
 
     calls = iter(range(10**6))
-    monkeypatch.setattr(
-        "vlp.step.derive", lambda *position: next(calls)
-    )  # the known-wrong way: new randomness each pass
+    # The known-wrong way: new randomness each pass.
+    monkeypatch.setattr("vlp.step.derive", lambda *position: next(calls))
     with pytest.raises(AssertionError):
         assert_close(gradients_and_weights(3, steps=1, patch_dropout=0.5)[0], expected, 1e-3)
 
@@ -335,9 +334,8 @@ def test_only_valid_captions_pass_the_text_tower():
 
 def test_ranks_with_unequal_numbers_of_valid_captions_change_nothing():
     expected = with_negatives()
-    assert_close(
-        with_negatives(4)[0], expected[0], 1e-10
-    )  # the second micro-batch has one valid caption, the third two
+    # The second micro-batch has one valid caption, the third two.
+    assert_close(with_negatives(4)[0], expected[0], 1e-10)
     for engine in ("ddp", "fsdp2"):
         for gradients, weights, _ in ranks.run(2, with_negatives, 3, engine):
             assert_close(gradients, expected[0], 1e-9)
@@ -369,10 +367,11 @@ def test_geometry_is_that_of_the_evaluation():
     assert metrics.modality_gap(image.double(), text.double()) != pytest.approx(
         expected["space.modality_gap"], rel=1e-4
     )
+    # A uniformity needs two rows.
     assert space(image[:1], text[:1]).keys() == {
         "space.modality_gap",
         "space.alignment",
-    }  # a uniformity needs two rows
+    }
 
 
 def test_geometry_is_shown_when_asked_for():

@@ -53,9 +53,8 @@ def check_recursion(terms, weights, state):
     assert average.keys() == expected.keys() and len(average) > 20
     assert distance(average, expected) < 1e-6
     assert distance(average, weights[-1]) > 1e-4  # the weights themselves would not do
-    assert (
-        terms[0] == pytest.approx(0, abs=1e-9) and terms[1] > 1e-6
-    )  # before any update the average is the model
+    # Before any update the average is the model.
+    assert terms[0] == pytest.approx(0, abs=1e-9) and terms[1] > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -96,12 +95,10 @@ def test_the_queue_holds_the_latest_keys_of_all_ranks(world):
     queue, first, seen = (
         torch.tensor(v) for v in (keys() if world == 1 else ranks.run(2, keys)[1])
     )
-    assert (first[:12] - seen[:12]).abs().max() < 1e-5 and not first[
-        12:
-    ].any()  # zeros: still empty
-    assert (
-        len(seen) == 36 and len(queue) == QUEUE
-    )  # the last four of 36 keys stand where the first four stood
+    # Zeros: still empty.
+    assert (first[:12] - seen[:12]).abs().max() < 1e-5 and not first[12:].any()
+    # The last four of 36 keys stand where the first four stood.
+    assert len(seen) == 36 and len(queue) == QUEUE
     expected = torch.cat([seen[QUEUE:], seen[4:QUEUE]])
     assert (queue - expected).abs().max() < 1e-5
     assert (

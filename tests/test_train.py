@@ -38,9 +38,8 @@ def test_resume_in_mid_epoch_is_bit_for_bit(settings, capsys):
     shutil.copytree(whole, whole.parent / "cut")
     shutil.rmtree(whole.parent / "cut" / "checkpoints" / "step_00000009")
     again = train(settings("resume=auto", out="cut"))
-    assert losses(again) == losses(
-        whole
-    )  # steps 7 to 9 were computed anew, 1 to 6 are those of before
+    # Steps 7 to 9 were computed anew, 1 to 6 are those of before.
+    assert losses(again) == losses(whole)
     one, other = (checkpoint.load(checkpoint.newest(run)) for run in (whole, again))
     assert all(one.model[k].equal(other.model[k]) for k in one.model)
     assert all(one.optimizer[k].equal(other.optimizer[k]) for k in one.optimizer)
@@ -74,9 +73,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(settings, capsys
     before = losses(whole)
     weights = whole / "checkpoints" / "step_00000009" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (
-        whole / "checkpoints" / "step_00000012.tmp"
-    ).mkdir()  # what a kill in the middle of a save leaves
+    # What a kill in the middle of a save leaves.
+    (whole / "checkpoints" / "step_00000012.tmp").mkdir()
     train(settings("resume=auto", out="whole"))
     printed = capsys.readouterr()
     assert "step_00000009/model.safetensors is damaged: found 1000 bytes" in printed.err
@@ -87,9 +85,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(settings, capsys
 def test_a_run_killed_before_its_last_evaluation_gets_it_on_resume(settings, scenes):
     tasks = f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}}}}}"
     run = train(settings("train.duration=2", tasks))
-    assert not (
-        run / "results.json"
-    ).exists()  # as if killed: the last checkpoint stands, nothing was evaluated
+    # As if killed: the last checkpoint stands, nothing was evaluated.
+    assert not (run / "results.json").exists()
     train(settings("train.duration=2", tasks, "resume=auto"), in_training)
     (record,) = json.loads((run / "results.json").read_text())
     assert record["label"] == "zeroshot" and 0 <= record["metrics"]["acc1"] <= 1
@@ -137,9 +134,10 @@ def test_a_start_from_weights_that_compute_or_see_something_else_is_refused(
         ValueError, match=r"reads: mean \(0.5, 0.5, 0.5\), not .*Set model.pretrained to it instead"
     ):
         train(settings(f"init_from={tmp_path / 'export'}", out="mean"))
+    # As the message says.
     run = train(
         settings(f"model.pretrained={tmp_path / 'export'}", "train.duration=1", out="taken")
-    )  # as the message says
+    )
     assert checkpoint.load_model(run).image_spec.mean == (0.5, 0.5, 0.5)
 
 
@@ -167,9 +165,8 @@ def test_refusals(settings):
         train(settings("objective={infonce: {}, self_distillation: {}}", out="ema"))
     with pytest.raises(ValueError, match="nowhere"):
         train(settings("data.sources.0.path=/nowhere", out="absent"))
-    assert not (
-        run.parent / "absent"
-    ).exists()  # a refused run leaves nothing that would be in its own way
+    # A refused run leaves nothing that would be in its own way.
+    assert not (run.parent / "absent").exists()
 
 
 def test_fewer_shards_than_workers(settings):
@@ -356,10 +353,11 @@ LAUNCH = [
     "launch/accelerate/cpu2.yaml",
     "launch/train.py",
 ]
+# Dropout masks depend on the ranks' share of a batch.
 SAME = (
     "train.duration=20",
     "model.image_tower.patch_dropout=0",
-)  # dropout masks depend on the ranks' share of a batch
+)
 
 
 def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(
@@ -380,9 +378,8 @@ def test_accelerate_launch_starts_two_processes_and_gives_the_losses_of_one(
         json.loads((run / "results.json").read_text())[0]["metrics"]
         for run in (one, tmp_path / "two")
     ]
-    assert results[0] == pytest.approx(
-        results[1], abs=0.02
-    )  # of 56 pictures, one may lie on an edge
+    # Of 56 pictures, one may lie on an edge.
+    assert results[0] == pytest.approx(results[1], abs=0.02)
     evaluated = [
         json.loads(line)["step"]
         for line in (one / "metrics.jsonl").read_text().splitlines()

@@ -153,7 +153,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     # Filling in a command imports its room; help and the others' answers need not wait for it.
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
-    for name, summary, fill in (
+    of_commands = (
         ("train", "train a configuration", _train),
         ("config", "print the keys of a configuration, with type, default and meaning", _config),
         ("eval", "evaluate a model zero-shot, or compare results", _eval),
@@ -162,7 +162,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         ("report", "write a page about a run, or compare two", _report),
         ("data", "make, look at and enrich data sets", _data),
         ("demo", "generate data, train, evaluate and export in a few minutes", _demo),
-    ):
+    )
+    for name, summary, fill in of_commands:
         command = commands.add_parser(
             name,
             help=summary,

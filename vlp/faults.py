@@ -1,4 +1,4 @@
-"""What a command says when it fails: one message with what was found, what was expected and what to
+"""Error reports of the commands: one message with what was found, what was expected and what to
 do.
 
 Rooms refuse bad input in their own words. Here stands what comes from elsewhere: the operating

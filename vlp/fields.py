@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` m
 
 @dataclass(frozen=True)
 class Field:
-    """What a row of the table says of its field."""
+    """One row of the table: how a field is shaped, masked and supplied."""
 
     tower: Literal["image", "text", ""]  # the tower it comes through; "": a label, it meets none
     batch_shape: str  # as the loader makes it; "" where the batch does not carry it
@@ -79,14 +79,14 @@ def label(shape: str, dtype: Any = "float32", *, required: bool = False, **colum
 
 
 def mask(shape: str, *, beside: str) -> Any:
-    """Which rows of `beside` take part."""
+    """A mask over the rows of `beside` that take part."""
     return label(shape, "bool", beside=beside)
 
 
 def computed(
     tower: Any, shape: str, dtype: Any = "float32", *, required: bool = False, **columns: Any
 ) -> Any:
-    """What no batch carries: it is computed in the step, from what `tower` reads."""
+    """A value that no batch carries: the step computes it, from what `tower` reads."""
     return _row(Field(tower, "", dtype, (shape,), **columns), required)
 
 
@@ -101,7 +101,7 @@ _DECODER = "a text decoder (model.heads.captions)"
 
 @dataclass(frozen=True)
 class Carried:
-    """What a batch can carry. The loader makes what its data offer and a term reads."""
+    """The fields that a batch can carry. The loader makes what its data offer and a term reads."""
 
     # The pair.
     image: Tensor = pictures("b 3 H W", "b D", required=True)
@@ -185,7 +185,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Readable(Carried):
-    """What a term can read: all that a batch carries, and what is computed in the step."""
+    """The fields that a term can read: those of a batch, and those computed in the step."""
 
     # The model's numbers: 1/temperature, already exponentiated; a bias added to every score; and
     # 1/temperature between views (None: scale).

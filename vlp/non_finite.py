@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,11 +63,11 @@ def where_not_finite(values: Mapping[str, Any], batch: Batch) -> list[str]:
         for row in bad_rows.nonzero().flatten().tolist():
             lines.append(f"{_described(name)} {_place(row, value, batch)}")
 
-    return [line for of_rank in dist.gather_objects(lines) for line in of_rank]
+    return list(chain.from_iterable(dist.gather_objects(lines)))
 
 
 def message(lines: list[str], step: int) -> str:
-    """What is said of a step in which `where_not_finite` found these places."""
+    """The error text of a step in which `where_not_finite` found these places."""
     shown = "\n  ".join(lines[:_N_SHOWN])
 
     # Embeddings and labels are finite: what broke lies behind them.

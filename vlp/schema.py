@@ -177,7 +177,7 @@ def _union(arguments: tuple, value: Any, path: Path, problems: list[Problem]) ->
             problems.extend(problems_here)
             return None
 
-    of_values = [found for argument, found in attempts if argument is not type(None)]
+    of_values = [listed for argument, listed in attempts if argument is not type(None)]
     fewest = min(of_values, key=len)
     problems.append(fewest[0])
     return None

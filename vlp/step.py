@@ -44,13 +44,13 @@ from vlp.types import Batch
 
 __all__ = ["NonFiniteError", "Training", "means_over_ranks", "train_step"]
 
-MEASURED = 512  # rows that `space` looks at
+MEASURED = 512  # rows of a rank that `space` measures
 
 
 @dataclass
 class Training:
-    """What a step changes (the engine's model and optimiser, the objective's state, the step count)
-    and its settings.
+    """The state that a step changes (the engine's model and optimiser, the objective's state, the
+    step count) and its settings.
     """
 
     engine: Engine
@@ -94,12 +94,14 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
 
     # 2. One objective over all rows of the step. Its leaves cut the graph: the towers wait.
     leaves = {name: _leaf([output[name] for output in outputs], training) for name in outputs[0]}
-    taught = teacher_forward(training, micro_batches)
-    constant: dict[str, Any] = {**labels(training, batch), **taught, **training.constants}
+    of_teacher = teacher_forward(training, micro_batches)
+    constant: dict[str, Any] = {**labels(training, batch), **of_teacher, **training.constants}
 
     # Seeded anew: how often the towers drew depends on the number of micro-batches.
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
-    total, terms, moves = training.objective.evaluate(**views_first(leaves), **constant, step=step)
+    total, terms, new_states = training.objective.evaluate(
+        **views_first(leaves), **constant, step=step
+    )
     gradients = gradients_of(total, leaves)
 
     # A NaN anywhere makes all gradients NaN, without waiting for the device.
@@ -117,11 +119,11 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     lr = training.learning_rate(step)
     norm = engine.update(lr)
 
-    # State and teacher move only after a step that counts.
+    # The terms' new states, like a queue or a moving average, hold only after a step that counts.
     if torch.isfinite(norm):
-        training.objective.commit(moves)
+        training.objective.commit(new_states)
         if training.teacher is not None:
-            training.teacher.follow(taught, step)
+            training.teacher.follow(of_teacher, step)
     else:
         statistics.put_back()
         skip_or_stop(training, where_not_finite(leaves | constant, batch))
@@ -154,7 +156,7 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
 
 
 def labels(training: Training, batch: Batch) -> dict[str, Tensor]:
-    """What the objective reads of the batch itself."""
+    """Labels and masks that the objective reads from the batch itself."""
     values = {name: getattr(batch, name) for name in LABELS}
     if "caption_ids" in training.objective.needs:
         values["caption_ids"] = batch.text[:, 1:]  # what follows the token that begins a text
@@ -176,14 +178,15 @@ def teacher_forward(training: Training, micro_batches: list[Batch]) -> dict[str,
     with torch.no_grad(), _arithmetic(training), _attention(training):
         parts = [training.teacher.embed(part) for part in micro_batches]
 
-    taught = dict(parts[0])  # its scale is the same for all micro-batches
-    for name, value in taught.items():
+    of_teacher = dict(parts[0])  # its scale is the same for all micro-batches
+    for name, value in of_teacher.items():
         if value.ndim:
-            taught[name] = torch.cat([part[name] for part in parts])
+            of_teacher[name] = torch.cat([part[name] for part in parts])
 
-    taught |= training.teacher.queue
+    of_teacher |= training.teacher.queue
     return {
-        name: _for_pairs(value, training) if value.ndim else value for name, value in taught.items()
+        name: _for_pairs(value, training) if value.ndim else value
+        for name, value in of_teacher.items()
     }
 
 
@@ -197,8 +200,8 @@ def views_first(embedded: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def gradients_of(total: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """∂total/∂leaf by name; of numbers, such as the scale, the mean over ranks. Collective."""
-    found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    gradients = dict(zip(leaves, found))
+    values = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    gradients = dict(zip(leaves, values))
 
     # A scale's ceiling looks at the sign of its gradient, which must be the ranks' common one.
     for name, value in leaves.items():
@@ -221,10 +224,9 @@ def surrogate(
         if value.ndim:
             rows = slice(index * len(value), (index + 1) * len(value))
             total = total + (value * gradients[name][rows]).sum()
-
-        # Times 0 before the last: ZeRO-3 adds a gradient that first comes later to what the last
-        # step left there.
         else:
+            # Times 0 before the last: ZeRO-3 adds a gradient that first comes later to what the
+            # last step left there.
             total = total + value * (gradients[name] if last else 0)
     return total
 
@@ -249,7 +251,7 @@ def skip_or_stop(training: Training, lines: list[str]) -> None:
 
 
 def measurements(training: Training, batch: Batch, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is worth a look where a step is logged: "log_n", what a row's term is worth when nothing
+    """Further scalars of a step that is logged: "log_n", what a row's term is worth when nothing
     is known; "valid.FIELD", the share of this rank's texts that take part; and `space`.
     """
     shares = {

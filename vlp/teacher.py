@@ -1,4 +1,4 @@
-"""What stands beside the trained model and gives the objective embeddings without gradient.
+"""Models beside the trained one that give the objective embeddings without gradient.
 
     ema    the model's moving average, w̄ ← d·w̄ + (1 − d)·w after every update: ema_image,
            ema_text, ema_negatives (decay d: DeGLA .9996, BriVL .99; Tarvainen & Valpola 2017)

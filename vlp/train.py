@@ -80,8 +80,8 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
     model = initial_model(config)
-    chosen = selection.build(config, model, engine)
-    loader = open_data(config, model, chosen)
+    selector = selection.build(config, model, engine)
+    loader = open_data(config, model, selector)
 
     # The data before the objective: how many steps the run has depends on how many samples.
     plan = Plan.of(config.train, loader.steps_per_epoch)
@@ -103,7 +103,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
     report = Reporter(config, plan, training.step)
     try:
-        loop(config, training, loader, chosen, plan, evaluate, report)
+        loop(config, training, loader, selector, plan, evaluate, report)
     finally:
         loader.close()
         report.close()
@@ -127,21 +127,21 @@ def initial_model(config: Config) -> DualEncoder:
     return model
 
 
-def open_data(config: Config, model: DualEncoder, chosen: Selection) -> Loader:
+def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
     loader = Loader(
         config.data,
         model.image_spec,
         model.text_spec,
-        mixture=chosen.mixture,
-        batch=chosen.loaded,
+        mixture=selector.mixture,
+        batch=selector.loaded,
         seed=config.seed,
         rank=dist.rank(),
         world=dist.world_size(),
         pixels=not config.model.precomputed,
-        reads=losses.reads(config.objective) | chosen.needs,
+        reads=losses.reads(config.objective) | selector.needs,
     )
-    chosen.check(loader.carries)
+    selector.check(loader.carries)
     return loader
 
 
@@ -236,13 +236,13 @@ def loop(
     config: Config,
     training: Training,
     loader: Loader,
-    chosen: Selection,
+    selector: Selection,
     plan: Plan,
     evaluate: Evaluate | None,
     report: Reporter,
 ) -> None:
-    """From the training's step to the plan's end, or to a signal that asks to stop: then Stopped,
-    once all is saved.
+    """Train from the current step to the plan's end, or to a signal that asks to stop: then
+    Stopped, once all is saved.
     """
     batches = iter(loader)
     saved_step = training.step
@@ -259,10 +259,11 @@ def loop(
                 loader.wait(lambda: stop.received != 0)
             leave_if_asked(stop, training, save_unless_saved)
 
-            batch, about = chosen.choose(training, next(batches))
+            batch, selection_scalars = selector.choose(training, next(batches))
             logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
             try:
-                scalars = train_step(training, batch, measure=logged) | about
+                scalars = train_step(training, batch, measure=logged)
+                scalars |= selection_scalars
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
             step = training.step
@@ -322,7 +323,7 @@ def evaluate_now(
 
 
 def ways_out(config: Config) -> str:
-    """What a run that met NaN or infinity can go on from, and with which settings, in words."""
+    """Explain from which checkpoint, with which settings, a run goes on after NaN or infinity."""
     settings = ["a lower train.optimizer.lr"]
     if config.train.non_finite == "stop":
         settings.append("train.non_finite=skip")

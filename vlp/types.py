@@ -1,4 +1,4 @@
-"""The objects that travel between rooms, and the letters their shapes are written in.
+"""The objects that travel between packages, and the letters their shapes are written in.
 
 Shape legend, used in every docstring of this project:
     b   rows of this rank in one step (m micro-batches split b)
@@ -137,8 +137,8 @@ class TextSpec:
 
 
 class Features(NamedTuple):
-    """What a model returns for a batch. A tuple, because DDP, FSDP2 and DeepSpeed look into tuples
-    for tensors.
+    """The outputs of a model for a batch. A tuple, because DDP, FSDP2 and DeepSpeed look into
+    tuples for tensors.
     """
 
     image: Tensor | None  # [b, D] unit rows

@@ -240,7 +240,10 @@ def balance(surveyed: list[Kept], how: str, seed: int) -> list[dict[str, tuple[i
     """For every shard, key → (caption, number) of the samples that stay; which ones is random but
     fixed by the seed.
     """
-    entries = [(shard, *entry) for shard, kept in enumerate(surveyed) for entry in kept]
+    entries = []
+    for shard, kept in enumerate(surveyed):
+        entries += [(shard, *entry) for entry in kept]
+
     n_of_number = Counter(number for *_, number in entries)
     if how == "equal" and len(n_of_number) < 9:
         missing = [str(n) for n in range(2, 11) if n not in n_of_number]

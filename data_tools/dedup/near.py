@@ -45,7 +45,9 @@ def fingerprint(image: Image) -> tuple[int, np.ndarray]:
 def _cosines() -> np.ndarray:
     """The first 8 rows of the orthonormal DCT of length 32."""
     k, x = np.arange(8)[:, None], np.arange(_SIDE)[None]
-    return np.cos(np.pi * k * (2 * x + 1) / (2 * _SIDE)) * np.sqrt((1 + (k > 0)) / _SIDE)
+    # Orthonormal: row 0 is constant, which gives it another norm.
+    norms = np.sqrt(np.where(k > 0, 2, 1) / _SIDE)
+    return np.cos(np.pi * k * (2 * x + 1) / (2 * _SIDE)) * norms
 
 
 def neighbours(prints: np.ndarray, distance: int) -> dict[int, list[int]]:

@@ -17,6 +17,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +259,7 @@ class Filter:
 
         for batch, images in model.batches(samples, counts):
             # All captions of a batch in one pass, whoever has them.
-            captions = [caption for sample in batch for caption in sample.captions]
+            captions = list(chain.from_iterable(sample.captions for sample in batch))
             texts = model.encoder().encode_texts(captions).cpu()
             rows_of_samples = texts.split([len(sample.captions) for sample in batch])
 

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 
 from vlp.data_tools._english.numbers import NUMBERS, counts, exchange
 from vlp.data_tools._english.shuffles import FUNCTION_WORDS, shuffles
@@ -312,7 +312,7 @@ def _fits(caption: str, attribute: Mention, phrase: list[str], lexicon: Lexicon)
 
     nouns = lexicon.entries["nouns"]
     known = [word for word in phrase if word in nouns]
-    lists = {entry.list for word in known for entry in nouns[word]}
+    lists = {entry.list for entry in chain.from_iterable(nouns[word] for word in known)}
     is_grown = "person" in lists or not _GROWN.isdisjoint(phrase)
     is_human = is_grown or "child" in lists or not _CHILDREN.isdisjoint(phrase)
 

@@ -1,4 +1,4 @@
-"""What an evaluation set is once it is read: records of images, and what is known about them."""
+"""An evaluation set once it is read: records of images, and what is known about them."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from vlp.eval.report.markup import Html, number, tag
 
@@ -36,8 +37,9 @@ def curve(title: str, series: Sequence[Series], level: float | None = None) -> H
         return _empty_card(title, "no finite value")
 
     # One scale for all runs, with some room above and below; chance is always inside.
-    xs = [x for one in drawn for x, _ in one.points]
-    ys = [y for one in drawn for _, y in one.points]
+    points = list(chain.from_iterable(one.points for one in drawn))
+    xs = [x for x, _ in points]
+    ys = [y for _, y in points]
     if level is not None:
         ys.append(level)
     plot = _Plot(_domain(xs, 0), _domain(ys, 0.06))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from vlp.eval.report.charts import Point, Series, curve
 from vlp.eval.report.markup import Html, more, note, number, section, table, tag
@@ -48,7 +49,7 @@ GEOMETRY = (
 
 def curves(runs: list[Run]) -> Html:
     """Loss and terms, then how training went: scale, learning rate, throughput, waiting."""
-    keys = scalar_keys(record for run in runs for record in run.train)
+    keys = scalar_keys(chain.from_iterable(run.train for run in runs))
     order = [key for key in (*FIRST, *_terms(runs, keys), *SPEED) if key in keys]
     if not order:
         return section("curves", "Training", note("No curves: no training record has been logged."))
@@ -101,7 +102,7 @@ def _counter_table(runs: list[Run]) -> Html | None:
 
 def scores(runs: list[Run]) -> Html:
     """Evaluation scores over steps; the geometry of the embeddings has its own cards."""
-    keys = scalar_keys(record for run in runs for record in run.evals)
+    keys = scalar_keys(chain.from_iterable(run.evals for run in runs))
     keys = [key for key in keys if not is_geometry(key)]
     title = "Scores over steps"
     if not keys:

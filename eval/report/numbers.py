@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from vlp.eval.report.evidence import Evidence
@@ -115,7 +116,7 @@ def _score_tables(runs: list[Run]) -> list[Html | None]:
     """A heading and tables for every task, then what would make the numbers say more."""
     # Tasks of either run, in the order of the first.
     per_run = [_records(run) for run in runs]
-    labels = list(dict.fromkeys(label for records in per_run for label in records))
+    labels = list(dict.fromkeys(chain.from_iterable(per_run)))
     if not labels:
         return [note("No scores: nothing has been evaluated, or the run has no eval section.")]
 
@@ -143,7 +144,7 @@ def _score_tables(runs: list[Run]) -> list[Html | None]:
 def _tables_of_task(runs: list[Run], label: str, records: Records) -> list[Html | None]:
     """The task's heading, its main scores, and the others folded away."""
     known = [record for record in records if record]
-    metrics = list(dict.fromkeys(metric for record in known for metric in record["metrics"]))
+    metrics = list(dict.fromkeys(chain.from_iterable(record["metrics"] for record in known)))
 
     # A task without headlines opens with its first scores.
     main = [metric for metric in metrics if headline(metric)] or metrics[:3]

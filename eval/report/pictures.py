@@ -5,6 +5,7 @@ between captions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 from vlp.eval.report import curves, numbers
 from vlp.eval.report.charts import scatter
@@ -34,7 +35,7 @@ def space(runs: list[Run], evidence: list[Evidence | None], with_model: bool) ->
 
 def _geometry_over_time(runs: list[Run]) -> list[Html | None] | Html:
     """Charts of the geometry scores, or a note on how to log them."""
-    keys = curves.scalar_keys(record for run in runs for record in run.evals)
+    keys = curves.scalar_keys(chain.from_iterable(run.evals for run in runs))
     keys = [key for key in keys if curves.is_geometry(key)]
     if not keys or max(len(run.evals) for run in runs) < 2:
         return note(

@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,14 @@ def environment(runs: list[Run]) -> Html:
         "vlp": metadata.version("vlp"),
         "commit": commit(),
     }
-    made = table(["where this page was made", ""], list(here.items()))
-    return section("environment", "Environment", [_versions(runs), made])
+    this_machine = table(["where this page was made", ""], list(here.items()))
+    return section("environment", "Environment", [_versions(runs), this_machine])
 
 
 def _versions(runs: list[Run]) -> Html:
     """The packages that the runs were trained with, side by side."""
     recorded = [_recorded_versions(run) for run in runs]
-    packages = dict.fromkeys(name for versions in recorded for name in versions)
+    packages = dict.fromkeys(chain.from_iterable(recorded))
     if not packages:
         return note(
             "Versions in training are unknown: no checkpoint and no results.json records them."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def result(ranks: Tensor, data: Splits, context: Context, *settings: Any) -> Tas
         items["acc5"] = choices.accuracy(ranks <= 5)
 
     sources = (data.train.source, data.test.source)
-    pictures = [record.picture for source in sources for record in source.records]
+    records = chain.from_iterable(source.records for source in sources)
+    pictures = [record.picture for record in records]
     labels = (data.train.labels.tolist(), data.test.labels.tolist())
     return TaskResult(
         data.test.source.name,

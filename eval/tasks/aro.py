@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def run(
         result.counts[f"{name}_groups"] = len(set(test.groups))
 
     # One digest over both tests: the record is one.
-    pictures = [picture for test in data.values() for picture in test.pictures]
+    pictures = list(chain.from_iterable(test.pictures for test in data.values()))
     annotations = [(test.captions, test.groups) for test in data.values()]
     result.digest = context.digest(pictures, annotations)
     return result

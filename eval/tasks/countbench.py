@@ -61,11 +61,14 @@ def read(options: Options) -> Data:
             f"{path}: {len(wrong)} captions do not say their number as a word, e.g. {wrong[0]!r}"
         )
 
-    captions = [
-        [say(row["text"], row["number"], other) for other in range(2, 11)] for row, _ in rows
-    ]
+    # Each caption in all nine numbers.
+    captions = []
+    for row, _ in rows:
+        captions.append([say(row["text"], row["number"], other) for other in range(2, 11)])
+
     pictures = [picture for _, picture in rows]
-    return Data(pictures, captions, [row["number"] for row, _ in rows], absent)
+    numbers = [row["number"] for row, _ in rows]
+    return Data(pictures, captions, numbers, absent)
 
 
 def _table(path: Path, options: Options) -> tuple[RowsWithPictures, list[str]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -71,7 +72,7 @@ def read(options: Options) -> Data:
     problems = [problem for problem in problems if problem]
 
     # Negatives that cannot be right are told from samples that have none: both are counted.
-    every_choice = [choice for of_record in offered for choice in of_record]
+    every_choice = list(chain.from_iterable(offered))
     if not every_choice:
         reason = f" ({len(problems)} samples: {problems[0]})" if problems else ""
         raise DataError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -91,7 +92,7 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
     """Recalls and ranks both ways, over all images and captions of the split."""
     pictures = [record.picture for record in data.records]
     captions = [list(record.captions[: options.captions_per_image]) for record in data.records]
-    every_caption = [caption for of_image in captions for caption in of_image]
+    every_caption = list(chain.from_iterable(captions))
     n_captions = torch.tensor([len(of_image) for of_image in captions])
     owner = torch.arange(len(captions)).repeat_interleave(n_captions)
 

@@ -9,6 +9,7 @@ two captions must be closer to each other than either is to the negative.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,13 +45,11 @@ def read(options: Options) -> ChoiceSet:
 
     images = options.images or options.data
     kept_rows, absent = choices.with_pictures(rows, ["filename"], images, options.missing)
-    return ChoiceSet(
-        [
-            CaptionChoice(picture, [row[key] for key in CAPTIONS], row["subset"])
-            for row, (picture,) in kept_rows
-        ],
-        absent,
-    )
+    items = []
+    for row, (picture,) in kept_rows:
+        captions = [row[key] for key in CAPTIONS]
+        items.append(CaptionChoice(picture, captions, row["subset"]))
+    return ChoiceSet(items, absent)
 
 
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
@@ -78,7 +77,7 @@ def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -
 
 def _hits_without_pictures(encoder: Encoder, captions: list[list[str]], context: Context) -> Tensor:
     """[n] bool: where the two captions are closer to each other than either is to the negative."""
-    every_caption = [caption for group in captions for caption in group]
+    every_caption = list(chain.from_iterable(captions))
     text = embed.texts(encoder, every_caption, context)  # [3n, D]
     caption, caption2, negative = text.view(len(captions), 3, -1).unbind(1)
 

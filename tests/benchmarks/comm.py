@@ -142,9 +142,8 @@ def listen(counts: Counter) -> Any:
         return 2 * size(tensor) * ring_share(group)
 
     def spread(output: Any, given: Any = None, *_: Any, group: Any = None, **__: Any) -> float:
-        return (
-            size(given) * ring_share(group) if given else 0.0
-        )  # torch builds a reduce-scatter of these under gloo
+        # Torch builds a reduce-scatter of these under gloo.
+        return size(given) * ring_share(group) if given else 0.0
 
     def sent(operations: list[Any]) -> float:
         return sum(o.tensor.nbytes for o in operations if o.op is torch_dist.isend)

@@ -221,9 +221,8 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="train nothing, print the tables of what has finished"
     )
-    parser.add_argument(
-        "--run", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS
-    )  # this script, in its own process
+    # This script, in its own process.
+    parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument(
         "--publish",
         action="store_true",

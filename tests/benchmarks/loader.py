@@ -82,9 +82,8 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name, size in SIZES.items():
         folder = prepare(args.cache, Path(args.data), name)
-        contenders = [
-            c for c in pythons if c != "scaled" or name != TINY
-        ]  # whose images have no pixels to spare
+        # Whose images have no pixels to spare.
+        contenders = [c for c in pythons if c != "scaled" or name != TINY]
         runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
         for _ in range(args.repeats):
             for contender in contenders:
@@ -104,9 +103,8 @@ def publish(
     args: argparse.Namespace,
 ) -> None:
     """The table, a row a set and measure. `shares`: see `digest_share`."""
-    sys.path.insert(
-        0, str(REPOSITORY)
-    )  # here and not above: open_clip's environment runs this file too
+    # Here and not above: open_clip's environment runs this file too.
+    sys.path.insert(0, str(REPOSITORY))
     from tests.benchmarks import report
 
     rows = []

@@ -214,9 +214,8 @@ def test_choosing_goes_with_every_way_of_drawing(tmp_path, monkeypatch, name):
     assert abs(seeded["better {}"] - 120) < 35 and sum(seeded.values()) == 320
     assert count(20, names, choose="weights", weights=[1.0]) == {"better {}": 120, "file {}": 40}
     shared = count(40, {"re_caption": 0.75, "txt": 0.25})
-    assert (
-        abs(shared["better {}"] - 180) < 35 and abs(shared["file {}"] - 140) < 35
-    )  # all of the two that have no better
+    # All of the two that have no better.
+    assert abs(shared["better {}"] - 180) < 35 and abs(shared["file {}"] - 140) < 35
     if name != "webdataset":
         epoch = loader_of(
             data_of({"name": name, "path": address, "captions": names}, captions={"choose": "all"}),

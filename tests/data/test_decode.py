@@ -90,9 +90,8 @@ def test_crops_have_torchvisions_distribution(size, scale):
             np.searchsorted(np.sort(theirs[:, column]), both, "right")
             - np.searchsorted(np.sort(ours[:, column]), both, "right")
         )
-        assert distance.max() / n < 0.045, (
-            column
-        )  # Kolmogorov–Smirnov: 1.95·√(2/n) = 0.044 at p = 0.001
+        # Kolmogorov–Smirnov: 1.95·√(2/n) = 0.044 at p = 0.001.
+        assert distance.max() / n < 0.045, column
     wrong = np.array(
         [decode.crop_box(*size, Augment(scale=(scale[0] * 0.7, 1.0)), chance) for _ in range(n)]
     )
@@ -119,9 +118,8 @@ def test_scaled_decoding_shows_the_same_crop_of_fewer_pixels(photos, size, shrin
             for on in (False, True)
         )
         errors.append((full - scaled).abs().float().mean().item())
-        assert (
-            errors[-1] < (full - full.roll(2, -1)).abs().float().mean()
-        )  # what a crop two pixels off would come to
+        # What a crop two pixels off would come to.
+        assert errors[-1] < (full - full.roll(2, -1)).abs().float().mean()
     assert max(used) == shrink and used.count(shrink) > len(photos) / 2
     assert np.mean(errors) < (5 if shrink > 1 else 1e-9)
 

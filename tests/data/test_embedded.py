@@ -68,9 +68,8 @@ def test_a_teachers_embeddings_come_with_their_samples(embedded):
         assert n == 32
     assert loader_of(data_of(shards, captions=first), 8).teacher_scale is None
 
-    loader = loader_of(
-        data_of(source, captions={"missing": "drop"}), 8
-    )  # other captions than the embedded ones
+    # Other captions than the embedded ones.
+    loader = loader_of(data_of(source, captions={"missing": "drop"}), 8)
     assert (
         "teacher_image" in loader.carries
         and "teacher_text" not in loader.carries

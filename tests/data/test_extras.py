@@ -159,6 +159,12 @@ def test_an_old_index_is_made_anew(tmp_path, capsys):
     shards = index(sorted(tmp_path.glob("*.tar")))
     assert capsys.readouterr().err.count("is of an older version, without digests") == 1
     assert (tmp_path / "_index.bin").read_bytes() == whole
+
+    # Of this version, but with a label that this one does not know.
+    (tmp_path / "_index.bin").write_bytes(whole.replace(b"\n", b" trust\n", 1))
+    assert len(index(sorted(tmp_path.glob("*.tar")))) == len(shards)
+    assert capsys.readouterr().err.count("is of a version that knows other labels") == 1
+
     assert shards[0].keys == hashlib.sha256(b"k0\nk1\nk2\nk3\nk4").hexdigest() and json.loads(
         json.dumps(shards[1].keys)
     )

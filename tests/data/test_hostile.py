@@ -111,10 +111,11 @@ def test_the_first_of_a_repeated_key_is_kept_and_the_others_named(tmp_path):
     assert (shard.count, shard.n_left_out) == (1, 0)
     assert shard.problems == ["0001: a second text of this key: .txt; the first is kept"]
     shard = scan(write_tar(tmp_path / "3.tar", [*sample(1), ("0001.txt", b"another text")]))
+    # Whose is it? a damaged name may have led here.
     assert (shard.count, shard.n_left_out) == (
         0,
         1,
-    )  # whose is it? a damaged name may have led here
+    )
     assert shard.problems[1] == "0001: left out: its texts are there twice, with other words"
 
 
@@ -171,9 +172,8 @@ def test_a_truncated_tar_gives_its_whole_samples_and_no_half_one(tmp_path):
         path.write_bytes(whole[:cut])
         shard = scan(path)
         n_whole = sum(1 for i in range(20) if end_of(whole, i) <= cut)
-        assert (
-            n_whole - 1 <= shard.count <= n_whole
-        )  # the last whole one counts as half where no end can be seen
+        # The last whole one counts as half where no end can be seen.
+        assert n_whole - 1 <= shard.count <= n_whole
         assert shard.n_problems or cut < 512
         for i in range(shard.count):
             assert read(path, shard, i).captions == (f"text {i}",)

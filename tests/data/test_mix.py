@@ -58,9 +58,8 @@ def test_permutations_look_random():
     ):  # where an element goes: chi-square with 49 degrees of freedom, mean 49, deviation 9.9
         counts = np.bincount(drawn[:, i], minlength=n)
         assert 20 < ((counts - expected) ** 2 / expected).sum() < 95
-    steps = np.bincount((drawn[:, 1] - drawn[:, 0]) % n, minlength=n)[
-        1:
-    ]  # neighbours stay neighbours no more than others
+    # Neighbours stay neighbours no more than others.
+    steps = np.bincount((drawn[:, 1] - drawn[:, 0]) % n, minlength=n)[1:]
     expected = trials / (n - 1)
     assert 20 < ((steps - expected) ** 2 / expected).sum() < 95
 

@@ -186,11 +186,12 @@ def test_an_output_that_holds_something_is_kept_unless_overwriting_is_asked_for(
     assert sorted(p.name for p in out.iterdir()) == ["00000.tar", "00000_stats.json", "_index.bin"]
     assert pack(photos, "--captions", captions, "--to", photos, "--overwrite") == 1
     assert "no pack wrote" in capsys.readouterr().err and (photos / "2.jpg").exists()
+    # No partial output is left.
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "out",
         "photos",
         "t.csv",
-    ]  # no partial output is left
+    ]
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,8 @@ def test_shards_without_an_index_are_fetched_once_to_make_it(bucket, tmp_path, c
     )
     assert loader_of(data_of(remote(bucket)), 8).n_samples == 400
     assert not capsys.readouterr().err and not (bucket / "_index.bin").exists()
-    os.truncate(
-        bucket / "00007.tar", 10_240
-    )  # a shard that changed is noticed by its size, its old copy is dropped
+    # A shard that changed is noticed by its size, its old copy is dropped.
+    os.truncate(bucket / "00007.tar", 10_240)
     assert loader_of(data_of(remote(bucket)), 8).n_samples < 400
     assert "1 of 40 shards" in capsys.readouterr().err
 

@@ -142,6 +142,8 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path):
     ):
         write(tmp_path, "captions.csv", "image,caption\n")
         items(tmp_path / "captoins.csv", TableOptions())
+    with pytest.raises(FileNotFoundError, match=r"no table at .*/countbench"):
+        items(tmp_path / "countbench", TableOptions())
     with pytest.raises(
         ValueError, match=r"is a folder, expected a table; it holds .*captions\.csv"
     ):

@@ -39,9 +39,8 @@ def test_views_are_further_crops_and_wordings_of_the_same_samples(tmp_path):
     whole = next(loader_of(data_of(tmp_path, views=VIEWS), 12))
     for name in ("image", "text", "image_views", "text_views"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    assert torch.equal(whole.image, plain.image) and torch.equal(
-        whole.text, plain.text
-    )  # the first view is the one without
+    # The first view is the one without.
+    assert torch.equal(whole.image, plain.image) and torch.equal(whole.text, plain.text)
     assert (
         whole.image_views.shape == (12, 3, 3, *IMAGE.size)
         and whole.image_views.dtype == torch.uint8

@@ -77,9 +77,8 @@ def test_a_row_carries_the_wrong_captions_of_its_own_caption(
         for place, text in enumerate(negatives(i)[0])
     }
     loader = loader_of(data_of(write(tmp_path, belonging=belonging), captions=choice), 6)
-    assert loader.widths["negatives"] == (
-        3 if belonging else 4
-    )  # of one caption, with the given one
+    # Of one caption, with the given one.
+    assert loader.widths["negatives"] == (3 if belonging else 4)
 
     seen: Counter[int] = Counter()
     for _ in range(12):

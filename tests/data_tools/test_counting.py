@@ -68,10 +68,11 @@ def test_what_belongs_to_other_captions_goes_with_them(tmp_path: Path) -> None:
         "clip_scores": [0.2],
     }
     assert (after["b"].meta["negatives"], after["b"].meta["negatives_of"]) == (["of 1"], [0])
+    # It shows the first negative.
     assert (after["a"].negative_image, after["b"].negative_image) == (
         b"y",
         b"",
-    )  # it shows the first negative
+    )
 
 
 def test_counting_without_any_number_is_an_error(tmp_path: Path) -> None:

@@ -126,9 +126,8 @@ def test_a_sheet_s_samples_are_its_seed_s(source: Path, tmp_path: Path) -> None:
     assert drawn["a"] == drawn["b"] != drawn["c"]
     image = np.asarray(Image.open(io.BytesIO(drawn["a"])))
     assert image.shape[2] == 3 and image.shape[1] == 3 * (64 + 8) + 8 and (image < 128).any()
-    few = sheet.draw(
-        sorted(source.glob("*.tar")), 2, 3, Counter()
-    )  # fewer samples than shards: no more shards are read
+    # Fewer samples than shards: no more shards are read.
+    few = sheet.draw(sorted(source.glob("*.tar")), 2, 3, Counter())
     assert len(few) == 2
     with pytest.raises(ValueError, match=r"neither \.html nor \.png"):
         call(sheet, source, "--to", tmp_path / "a.pdf")

@@ -46,9 +46,8 @@ def test_negatives_are_written_and_nothing_else_changes(
         }
     assert Counter(after["k0"].meta["negatives_of"]) == {0: 8, 1: 5}
     assert {"swap_attribute", "replace_noun"} <= set(after["k0"].meta["negative_kinds"])
-    assert (
-        after["k2"].meta["negatives"] == []
-    )  # "hm": no rule finds anything; the loader pads and masks
+    # "hm": no rule finds anything; the loader pads and masks.
+    assert after["k2"].meta["negatives"] == []
     out = capsys.readouterr().out
     assert re.search(r"samples without negatives +1\b", out) and re.search(
         r"samples written +6\b", out
@@ -139,9 +138,8 @@ def test_k_counts_for_each_caption_and_given_ones_for_all() -> None:
     change = negatives.AddNegatives(3, negatives.KINDS, 0, Lexicon.load(), given)
     counts: Counter[str] = Counter()
     numbers = [i for _, i in change.choose("k", captions, counts)]
-    assert (
-        numbers == [-1, -1, 0, 1] and counts["captions read"] == 3
-    )  # the third says what the second says
+    # The third says what the second says.
+    assert numbers == [-1, -1, 0, 1] and counts["captions read"] == 3
     change = negatives.AddNegatives(1, negatives.KINDS, 0, Lexicon.load(), given)
     assert [i for _, i in change.choose("k", captions, Counter())] == [-1]
 

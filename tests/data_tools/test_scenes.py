@@ -142,9 +142,8 @@ def test_shapes_differ_in_pixels() -> None:
     from vlp.data_tools.scenes.draw import _mask
 
     shapes = sorted({shape for _, shape in KINDS})
-    masks = {
-        s: _mask(s, 7, 0, 0).tobytes() for s in shapes
-    }  # a small object of a 64 px picture, halved
+    # A small object of a 64 px picture, halved.
+    masks = {s: _mask(s, 7, 0, 0).tobytes() for s in shapes}
     gaps = [
         sum(abs(x - y) for x, y in zip(masks[a], masks[b])) / 49 / 255
         for a in shapes

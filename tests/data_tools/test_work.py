@@ -131,9 +131,8 @@ def test_the_parts_of_two_machines_are_the_whole(
         )
     assert told.out.split("\n", 1)[1] == whole
     assert digests(out) == digests(tmp_path / "whole") and len(digests(out)) == 5
-    call(
-        filtering, source, "--to", tmp_path / "half", "--min-words", 3, "--part", "1/2"
-    )  # the option goes before the rank
+    # The option goes before the rank.
+    call(filtering, source, "--to", tmp_path / "half", "--min-words", 3, "--part", "1/2")
     assert sorted(digests(tmp_path / "half")) == ["00000.tar", "00002.tar", "00004.tar"]
 
 

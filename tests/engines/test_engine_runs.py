@@ -45,9 +45,8 @@ def test_two_ranks_that_wait_for_data_save_within_the_launchers_grace(settings, 
     """The launcher signals each rank's process group, loader processes and all."""
     settings(out="run")
     command = [sys.executable, *LAUNCH, str(tmp_path / "run.yaml"), *STUCK, "data.workers=2"]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT)
-    }  # where the pipeline that gets stuck is found
+    # Where the pipeline that gets stuck is found.
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
         cwd=ROOT,

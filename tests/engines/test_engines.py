@@ -25,9 +25,8 @@ def continue_from(engine, micro_batches, steps, read=None, write=None):
     """`steps` float32 updates, starting from the state in folder `read`; the last state goes to
     folder `write`.
     """
-    os.environ["PATH"] = (
-        os.path.dirname(os.sys.executable) + os.pathsep + os.environ["PATH"]
-    )  # DeepSpeed looks for ninja
+    # DeepSpeed looks for ninja.
+    os.environ["PATH"] = os.path.dirname(os.sys.executable) + os.pathsep + os.environ["PATH"]
     training = make_training(
         micro_batches,
         engine=engine,

@@ -207,9 +207,8 @@ def test_sugarcrepe_pp_needs_both_captions_and_has_a_text_only_side(tmp_path):
     options = small("sugarcrepe_pp", tmp_path)
     record, _ = evaluate("sugarcrepe_pp", likes("yes a"), **options)
     assert record["metrics"]["itt_mean"] == 0  # the second caption is no better than the negative
-    assert (
-        record["metrics"]["tot_mean"] == 0
-    )  # caption 2 and the negative are the same to this encoder
+    # Caption 2 and the negative are the same to this encoder.
+    assert record["metrics"]["tot_mean"] == 0
     assert {f"{w}_{s}" for w in ("itt", "tot") for s in (*sugarcrepe_pp.SUBSETS, "mean")} == record[
         "metrics"
     ].keys()
@@ -231,9 +230,8 @@ def test_aro_is_a_mean_over_frequent_groups_on_cut_pictures(tmp_path):
     ]
     path.write_text(json.dumps(rows))
     record, _ = evaluate("aro", likes("yes"), **options)
-    assert record["metrics"]["vg_relation"] == pytest.approx(
-        0.5
-    )  # 25 right in "on", 50 wrong in "by"; "under" is rare
+    # 25 right in "on", 50 wrong in "by"; "under" is rare.
+    assert record["metrics"]["vg_relation"] == pytest.approx(0.5)
     assert record["counts"]["vg_relation_groups"] == 2
     assert (
         evaluate("aro", likes("yes"), **options, exclude=["by"])[0]["metrics"]["vg_relation"] == 1
@@ -432,11 +430,12 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
     members += [("9.png", material.png(material.picture(9))), ("9.txt", b"no negatives here")]
     material.write_tar(tmp_path / "s" / "00000.tar", members)
     record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path / "s"))
+    # "yes not" ties with "yes".
     assert record["metrics"] == {
         "acc": 1 / 4,
         "acc_swap": 1,
         "acc_negation": 0,
-    }  # "yes not" ties with "yes"
+    }
     assert record["chance"]["acc"] == pytest.approx((1 / 2 + 3 / 3) / 4)
     counts = {
         "images": 4,
@@ -485,13 +484,13 @@ def test_every_caption_stands_against_its_own_negatives(tmp_path):
         "skipped": 0,
     }
     assert record["counts"] == counts
+    # A picture with its captions is what intervals draw.
     assert items["negatives/acc"].tolist() == [
         [1, 2],
         [1, 1],
-    ]  # a picture with its captions is what intervals draw
-    del own[
-        "negatives_of"
-    ]  # negative control: nobody says whose they are, the first caption stands against all
+    ]
+    # Negative control: nobody says whose they are, the first caption stands against all.
+    del own["negatives_of"]
     material.write_tar(
         tmp_path / "t" / "00000.tar", [("0.json", json.dumps(own).encode()), members[4]]
     )

@@ -190,9 +190,8 @@ def test_imagenets_synsets_take_names_by_their_number(tmp_path):
     synsets, names = imagenet.synsets(), imagenet.names()
     root = tree(tmp_path / "t", *(synsets[i] for i in (3, 500, 999)))
     expected = {0: names[3], 1: names[500], 2: names[999]}
-    (tmp_path / "names.txt").write_text(
-        "\n".join(names)
-    )  # two of them are twice in it, as published
+    # Two of them are twice in it, as published.
+    (tmp_path / "names.txt").write_text("\n".join(names))
     assert of_pictures(root, classes=str(tmp_path / "names.txt"))[0] == expected
     (tmp_path / "loc.txt").write_text(
         "\n".join(f"{s} {n}, a synonym" for s, n in reversed(list(zip(synsets, names))))

@@ -80,13 +80,11 @@ def test_embeddings_are_computed_once_and_found_by_content(room, tmp_path):
     assert calls
     assert evaluate() == first and not calls
     other = replace(encoder, fingerprint="other weights")
-    assert (
-        evaluate(other)[0]["metrics"] == first[0]["metrics"] and calls
-    )  # nothing of another model is reused
+    # Nothing of another model is reused.
+    assert evaluate(other)[0]["metrics"] == first[0]["metrics"] and calls
     training = replace(encoder, fingerprint="")
-    assert (
-        evaluate(training) and calls and evaluate(training) and calls
-    )  # a model in training is never kept
+    # A model in training is never kept.
+    assert evaluate(training) and calls and evaluate(training) and calls
 
 
 def test_changed_pictures_are_embedded_again(tmp_path):
@@ -110,9 +108,8 @@ def test_changed_pictures_are_embedded_again(tmp_path):
     half = replace(encoder, autocast=torch.bfloat16)
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
     embed.images(half, pictures, context)  # another precision is another embedding
-    embed.images(
-        encoder, [replace(p, box=(0, 0, 4, 4)) for p in pictures], context
-    )  # and so is another part of a picture
+    # And so is another part of a picture.
+    embed.images(encoder, [replace(p, box=(0, 0, 4, 4)) for p in pictures], context)
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 4
 
 
@@ -161,9 +158,8 @@ def evaluate_on_a_rank(room, cache):
     from pathlib import Path
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # as the ranks have it: the number of threads changes the order of sums
+    # As the ranks have it: the number of threads changes the order of sums.
+    torch.set_num_threads(1)
     context = Context(batch=8, workers=1, contents=Contents(), cache=Path(cache) if cache else None)
     results, items = run.evaluate(material.matrix_encoder(), tasks(room), context)
     torch.set_num_threads(threads)

@@ -47,9 +47,8 @@ def test_an_open_clip_folder_embeds_as_open_clip_does(tiny, photos):
         )
         assert torch.equal(text, unit(model.encode_text(tokens)))
     assert encoder.scale == pytest.approx(1 / 0.07, rel=1e-5)
-    assert torch.equal(
-        models.load(str(tiny)).encode_images(photos), image
-    )  # a folder needs no prefix
+    # A folder needs no prefix.
+    assert torch.equal(models.load(str(tiny)).encode_images(photos), image)
     half = models.load(str(tiny), autocast=torch.bfloat16).encode_images(photos)
     assert 1e-7 < (half - image).abs().max() < 0.05
 
@@ -267,9 +266,8 @@ def test_truncated_texts_are_counted_by_every_kind_of_encoder(tiny, tmp_path):
         "transformers": str(tiny_transformers(tmp_path / "clip", "clip")),
     }
     assert models.load(folders["open_clip"]).n_truncated(long) == 2
-    assert (
-        models.load(folders["transformers"]).n_truncated(["abcdefghijk", "abcdefghij", "a"]) == 1
-    )  # 12 with begin and end
+    # 12 with begin and end.
+    assert models.load(folders["transformers"]).n_truncated(["abcdefghijk", "abcdefghij", "a"]) == 1
     assert models.from_model(material.our_model().eval()).n_truncated(long) == 2
     encoder, context = models.load(folders["open_clip"]), embed.Context(cache=tmp_path / "cache")
     for _ in range(2):  # computed, then kept

@@ -52,9 +52,8 @@ def test_whole_run_shows_everything(whole):
         and "2.0%" in got.sections["summary"]
         and "20.0% – 40.0%" in got.sections["summary"]
     )
-    assert (
-        got.count("svg", class_="chart") == 8 + 2 + 1
-    )  # training (with its two terms), scores, the logged gap
+    # Training (with its two terms), scores, the logged gap.
+    assert got.count("svg", class_="chart") == 8 + 2 + 1
     assert got.count("svg", class_="scatter") == 1
     assert got.count("circle", class_="c0") == got.count("circle", class_="c1") == 20
     assert "taken for" in got.sections["confusion"]

@@ -49,9 +49,8 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
     text = torch.nn.functional.normalize(
         image[[0, 1, 0, 2, 3]] + torch.tensor([[0.0], [0], [0], [0], [0]]), dim=1
     )
-    owner = torch.tensor(
-        [0, 1, 2, 2, 3]
-    )  # the third caption belongs to image 2 but looks like image 0
+    # The third caption belongs to image 2 but looks like image 0.
+    owner = torch.tensor([0, 1, 2, 2, 3])
     right = owner[:, None] == torch.arange(4)
     got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
     assert [q.place for q in got] == [2, 0, 1]

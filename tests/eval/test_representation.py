@@ -37,9 +37,8 @@ def test_equal_modalities_have_no_gap(pairs):
     scores = evaluate("representation", same, data=pairs)["metrics"]
     assert scores["modality_gap"] == pytest.approx(0, abs=1e-6)
     assert scores["alignment"] == pytest.approx(0, abs=1e-6)
-    assert (
-        scores["linear_separability"] == 0.5
-    )  # every held-out pair is told the same on both sides
+    # Every held-out pair is told the same on both sides.
+    assert scores["linear_separability"] == 0.5
     assert scores["uniformity_image"] == pytest.approx(scores["uniformity_text"])
     assert 25 < scores["effective_rank_image"] <= 32
     assert scores["temperature"] == 1

@@ -48,9 +48,8 @@ def test_a_constant_encoder_finds_nothing(shards):
     record, _ = evaluate(material.constant(), data=str(shards))
     assert all(value == 0 for name, value in record["metrics"].items() if "recall" in name)
     assert record["metrics"]["image_retrieval_mean_rank"] == 12
-    assert (
-        record["metrics"]["text_retrieval_median_rank"] == 30 - 2.5 + 1
-    )  # between 28 and 29, with 2 or 3 own captions
+    # Between 28 and 29, with 2 or 3 own captions.
+    assert record["metrics"]["text_retrieval_median_rank"] == 30 - 2.5 + 1
 
 
 def test_chance_is_what_random_embeddings_reach(tmp_path):
@@ -93,9 +92,8 @@ def test_a_folder_of_images_with_text_files_is_read(tmp_path):
     record, _ = evaluate(perfect(), data=str(tmp_path), lines="each")
     assert record["counts"]["captions"] == 30
     assert record["metrics"]["text_retrieval_recall@1"] == 1
-    record, _ = evaluate(
-        perfect(), data=str(tmp_path)
-    )  # as training reads it: a file is one caption
+    # As training reads it: a file is one caption.
+    record, _ = evaluate(perfect(), data=str(tmp_path))
     assert record["counts"]["captions"] == 12
 
 

@@ -74,9 +74,8 @@ def test_a_random_encoder_scores_about_chance(tmp_path):
     samples = [(material.png(material.picture(i)), i % 6) for i in range(600)]
     root = material.clip_benchmark_set(tmp_path, samples, classes=CLASSES, templates=["{c}"])
     low, high = evaluate(material.random_encoder(), data=str(root))[0]["intervals_95"]["acc1"]
-    assert (
-        low < 0.26 and high > 0.08
-    )  # six fixed class vectors: their bias is wider than Wilson's interval
+    # Six fixed class vectors: their bias is wider than Wilson's interval.
+    assert low < 0.26 and high > 0.08
 
 
 def test_class_embeddings_are_means_of_unit_rows_made_unit_again(shards):

@@ -82,12 +82,13 @@ SENTENCES = [
     "a" * 40,
     "word " * 40,
 ]
+# As the card says.
 REPAIRED_BY_OPEN_CLIP = [
     "a cat&apos;s caf&eacute;",
     "a dog’s “ball”",
     "ｆｕｌｌ ｗｉｄｔｈ",
     "cafÃ©",
-]  # as the card says
+]
 
 
 def make(case, folder):
@@ -248,9 +249,8 @@ def test_tokens_are_the_same_in_all_libraries(exported):
     ours = open_clip.get_tokenizer(f"local-dir:{exported}")(SENTENCES)
     assert ours.shape == (len(SENTENCES), 16)
     for sentence, row in zip(SENTENCES, ours.tolist()):
-        expected = row[
-            : row.index(49407) + 1
-        ]  # open_clip pads with 0, transformers with the end token: neither is read
+        # open_clip pads with 0, transformers with the end token: neither is read.
+        expected = row[: row.index(49407) + 1]
         assert theirs(sentence, truncation=True).input_ids == expected, sentence
     for sentence in REPAIRED_BY_OPEN_CLIP:  # if transformers learns to, the card must change
         repaired = open_clip.tokenizer.basic_clean(sentence)
@@ -323,9 +323,8 @@ def test_the_cards_code_shows_every_library_what_training_saw(
     model = tiny(decoding={"background": list(background), "exif": exif})
     notes = export(model, tmp_path / "out")
     off = [note for note in notes if "levels off" in note]
-    assert len(off) == (
-        background != (255, 255, 255)
-    )  # transformers knows only white, and the export says so
+    # Transformers knows only white, and the export says so.
+    assert len(off) == (background != (255, 255, 255))
     assert all(str(background) in note for note in off)
     card = (tmp_path / "out/README.md").read_text()
     assert (
@@ -437,9 +436,8 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     ).read_text() == "theirs"
     assert (out / "link").is_symlink() and (out / "config.json").exists()
     mean = {"image_tower": VIT | {"pool": "avg"}}
-    export(
-        tiny(**mean), out, overwrite=True
-    )  # its forms are fewer: what the first export wrote goes
+    # Its forms are fewer: what the first export wrote goes.
+    export(tiny(**mean), out, overwrite=True)
     assert (out / "mine.txt").exists() and not (out / "config.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     project = tmp_path / "project"
@@ -511,9 +509,8 @@ def test_a_run_is_exported_with_its_results(tmp_path):
     assert "| zero_shot | scenes |  | top1 | 0.75 |  |  |" in card and "20 steps" in card
     pixels, ids = inputs(model)
     assert torch.equal(load(tmp_path / "out").eval()(pixels, ids).image, model(pixels, ids).image)
-    export_run(
-        run / "checkpoints/step_00000010", tmp_path / "earlier"
-    )  # its results are not those of the end
+    # Its results are not those of the end.
+    export_run(run / "checkpoints/step_00000010", tmp_path / "earlier")
     assert "Not evaluated." in (tmp_path / "earlier/README.md").read_text()
     assert load(tmp_path / "earlier")(None, None).scale.item() == pytest.approx(np.e)
 

@@ -33,9 +33,8 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv(
-        "HF_HUB_DISABLE_XET", "1"
-    )  # for the processes that load; here it was read at import:
+    # For the processes that load; here it was read at import:
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     with loopback_hub() as running:
         yield running

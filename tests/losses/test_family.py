@@ -784,6 +784,7 @@ def test_one_candidate_without_a_valid_caption_gives_zero_and_no_gradient(form):
     )
 
     assert total == 0
+    # And none is NaN.
     assert all(
         not g.any() for g in torch.autograd.grad(total, list(d.values()), materialize_grads=True)
-    )  # and none is NaN
+    )

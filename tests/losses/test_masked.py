@@ -18,9 +18,8 @@ from tests.losses.test_moving import rows as moving_rows
 from vlp.losses import build
 from vlp.losses._table import Table
 
-Slots = Callable[
-    [dict[str, Tensor]], Tensor
-]  # the entries that take no part, as an index of the keyword
+# The entries that take no part, as an index of the keyword.
+Slots = Callable[[dict[str, Tensor]], Tensor]
 
 
 def invalid(d):

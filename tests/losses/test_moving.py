@@ -14,10 +14,11 @@ from vlp import dist
 from vlp.losses import _table, build
 
 B, D, N = 8, 5, 14
+# Five samples come back, on other ranks.
 IDS = [
     [3, 1, 4, 0, 5, 9, 2, 6],
     [6, 10, 3, 5, 8, 7, 13, 1],
-]  # five samples come back, on other ranks
+]
 FALLING = {"gamma": 1.0, "gamma_end": 0.2, "gamma_steps": 2}
 LEARNED = {"temperature": 0.1, "temperature_lr": 0.02, "temperature_decay": 0.7, "rho": 3.0}
 CASES = [

@@ -48,9 +48,8 @@ def test_needs_and_candidates():
     assert build({"infonce": {}}).needs == frozenset()
     assert build({"infonce": {}, "siglip": {}}).needs == {"bias"}
     assert build({"infonce": {}}).candidates(7) == 7
-    build({"infonce": {}})(
-        **rows(), negatives_valid=torch.ones(6, 2), sample_id=torch.arange(6)
-    )  # known: ignored
+    # Known: ignored.
+    build({"infonce": {}})(**rows(), negatives_valid=torch.ones(6, 2), sample_id=torch.arange(6))
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,8 @@ def test_a_folder_that_only_offers_its_code_is_refused_in_our_words(trapped):
             models.load(str(home / name))
         assert "trust_remote_code" not in str(caught.value)
         n_refused += 1
-    checkpoint.load_any(
-        home / "silent"
-    )  # the towers are transformers' own: their code is not needed
+    # The towers are transformers' own: their code is not needed.
+    checkpoint.load_any(home / "silent")
     assert n_refused == 3 and not sprung.exists()
 
 

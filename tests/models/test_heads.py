@@ -112,9 +112,8 @@ def test_what_heads_give():
     assert found["caption_nll"].shape == (3, ids.shape[1] - 1) and (found["caption_nll"] > 0).all()
     bare = embed(model, batch, {"image", "text"})
     assert bare.keys() == {"image", "text", "scale"}
-    torch.testing.assert_close(
-        bare["image"], found["image"], rtol=0, atol=1e-6
-    )  # without the views' rows beside them
+    # Without the views' rows beside them.
+    torch.testing.assert_close(bare["image"], found["image"], rtol=0, atol=1e-6)
 
 
 def test_a_caption_position_sees_the_image_and_the_words_before_it():
@@ -127,9 +126,8 @@ def test_a_caption_position_sees_the_image_and_the_words_before_it():
     before, changed = nll(pixels, ids), ids.clone()
     changed[:, 4] += 1
     after = nll(pixels, changed)
-    assert torch.equal(
-        before[:, :3], after[:, :3]
-    )  # position 3 is about token 4, and those from 4 on see it
+    # Position 3 is about token 4, and those from 4 on see it.
+    assert torch.equal(before[:, :3], after[:, :3])
     assert ((before[:, 3:6] - after[:, 3:6]).abs() > 1e-5).all()
     assert (before - nll(255 - pixels, ids)).abs().amax(1).min() > 1e-4
 

@@ -91,13 +91,11 @@ def ours(log_scale):
 def test_the_scale_never_passes_its_maximum_and_comes_back():
     above = math.log(100) + 1
     assert ours(torch.tensor([above])).item() == pytest.approx(100, rel=1e-6)
-    assert descend(ours, above, gradient_of_scale=1.0) < math.log(
-        100
-    )  # the loss wants it lower: it moves
+    # The loss wants it lower: it moves.
+    assert descend(ours, above, gradient_of_scale=1.0) < math.log(100)
     assert descend(ours, above, gradient_of_scale=-1.0) == pytest.approx(above)  # higher: it stays
-    assert descend(ours, 0.0, gradient_of_scale=-1.0) == pytest.approx(
-        2.0, abs=1e-5
-    )  # below, both ways are free
+    # Below, both ways are free.
+    assert descend(ours, 0.0, gradient_of_scale=-1.0) == pytest.approx(2.0, abs=1e-5)
     assert descend(ours, 0.0, gradient_of_scale=1.0) == pytest.approx(-2.0, abs=1e-5)
 
 
@@ -178,9 +176,8 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(kind, tmp_path)
     pixels, ids = inputs(model)
     calls = []
     for block in (model.blocks()[0], model.blocks()[-1]):
-        next(block.children()).register_forward_pre_hook(
-            lambda *_: calls.append(1)
-        )  # recomputed, whoever wraps the block
+        # Recomputed, whoever wraps the block.
+        next(block.children()).register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradients():
         calls.clear()
@@ -221,15 +218,13 @@ def test_a_locked_tower_keeps_weights_and_statistics():
         for k, p in model.named_parameters()
         if k in learning and not k.startswith("scaling")
     )
-    assert all(
-        torch.equal(before[k], v) for k, v in model.state_dict().items()
-    )  # running means included
+    # Running means included.
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     unlocked = tiny(image_tower=BLOCKED).train()
     start = unlocked.visual.trunk.bn1.running_mean.clone()
     unlocked(*inputs(unlocked))
-    assert not torch.equal(
-        start, unlocked.visual.trunk.bn1.running_mean
-    )  # without the lock they do move
+    # Without the lock they do move.
+    assert not torch.equal(start, unlocked.visual.trunk.bn1.running_mean)
 
 
 def test_both_towers_can_be_locked():
@@ -290,9 +285,8 @@ def test_the_openai_layout_is_read(tmp_path):
 
 def test_bias_and_weights(tmp_path):
     _, without = weights_file(tmp_path, "pt")
-    assert (
-        tiny(bias=-10.0, pretrained=str(without)).logit_bias.item() == -10
-    )  # the weights have none: ours stays
+    # The weights have none: ours stays.
+    assert tiny(bias=-10.0, pretrained=str(without)).logit_bias.item() == -10
     _, biased = weights_file(tmp_path, "safetensors", bias=-7.0)
     assert tiny(bias=-10.0, pretrained=str(biased)).logit_bias.item() == -7
     with pytest.warns(UserWarning, match="set model.bias to keep it"):

@@ -289,9 +289,8 @@ def test_a_siglip_model_of_transformers(activation, tmp_path):
     network = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=vision)).eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(
-                0.1 * torch.randn_like(parameter)
-            )  # as initialised, both forms of GELU would agree
+            # As initialised, both forms of GELU would agree.
+            parameter.add_(0.1 * torch.randn_like(parameter))
         network.logit_bias.fill_(-3.0)
     network.save_pretrained(tmp_path)
     hf.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
@@ -317,10 +316,11 @@ def test_a_siglip_of_no_size_that_timm_knows_is_refused_with_the_sizes(tmp_path)
         match=r"no SigLIP tower of width.*\(16, 1, 2, 32, 8, 16\); tried none: it has none of 16",
     ):
         checkpoint.load_any(tmp_path)
+    # Evaluation needs no conversion.
     assert hf.__name__ and models.load(str(tmp_path)).encode_texts(["a"]).shape == (
         1,
         16,
-    )  # evaluation needs no conversion
+    )
 
 
 def test_what_does_not_fit_is_counted_and_named(room, tmp_path):

@@ -134,9 +134,8 @@ def test_kept_tiles_change_nothing():
             gradients = torch.autograd.grad(
                 total, leaves, retain_graph=True, materialize_grads=True
             )
-            again = torch.autograd.grad(
-                total, leaves, materialize_grads=True
-            )  # nothing kept was overwritten
+            # Nothing kept was overwritten.
+            again = torch.autograd.grad(total, leaves, materialize_grads=True)
             assert_equal(case, [total.detach(), *gradients], truth(case))
             assert all(torch.equal(a, b) for a, b in zip(gradients, again))
             n += 1

@@ -77,9 +77,8 @@ def test_the_draw_equals_the_naive_loop():
         torch.testing.assert_close(own, expected.double())
 
     assert n_cases == 48
-    assert (
-        n_other >= 12
-    )  # negative control: without the couplings between chosen pairs the sets are others
+    # Negative control: without the couplings between chosen pairs the sets are others.
+    assert n_other >= 12
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -234,9 +233,10 @@ def test_stored_embeddings_choose_as_the_reference_does(home, scenes):
     by_file = logged(train(settings(home, scenes, "by_file", by_rows, source, *plain)))
 
     assert [r["jest.reference_rows"] for r in by_file] == [0, 0]
+    # Stored as float16.
     assert by_file[0]["jest.learnability"] == pytest.approx(
         by_model[0]["jest.learnability"], rel=1e-3
-    )  # stored as float16
+    )
     assert by_file[0]["jest.learnability_chosen"] == pytest.approx(
         by_model[0]["jest.learnability_chosen"], rel=1e-3
     )

@@ -83,9 +83,8 @@ def test_an_epoch_holds_every_batch_of_every_cell_once(source, labelled):
     assert firsts != sorted(firsts)  # cells take turns
     again = cells(source, [labelled(labels, 3)])
     assert all(np.array_equal(again.batch(s, B), order.batch(s, B)) for s in (n_batches, 0, 5))
-    assert (
-        len(mixed_batches(mixture(source), labels[:, None], range(n_batches))) == n_batches
-    )  # negative control
+    # Negative control.
+    assert len(mixed_batches(mixture(source), labels[:, None], range(n_batches))) == n_batches
 
 
 def test_labels_of_stages_combine(source, labelled):
@@ -96,9 +95,8 @@ def test_labels_of_stages_combine(source, labelled):
 
     assert order.sizes.tolist() == [50] * 4 and order.steps_per_epoch(B) == 12
     assert not mixed_batches(order, both, range(12))
-    assert mixed_batches(
-        cells(source, files[:1]), both, range(12)
-    )  # negative control: one stage's labels do not do it
+    # Negative control: one stage's labels do not do it.
+    assert mixed_batches(cells(source, files[:1]), both, range(12))
     assert order.identity() != cells(source, files[:1]).identity()
 
 
@@ -118,9 +116,8 @@ def test_small_cells_are_refused_or_pooled(source, labelled):
     pooled = np.array([0, 1, 1, 1, 2, 1])[labels]
     assert not mixed_batches(order, pooled[:, None], range(30))
     few = cells(source, [labelled(np.repeat([0, 1], [190, 10]), 2)], small="merge")
-    assert few.sizes.tolist() == [
-        200
-    ]  # too few for a batch of their own: they join the largest cell
+    # Too few for a batch of their own: they join the largest cell.
+    assert few.sizes.tolist() == [200]
 
 
 def test_stand_ins_come_from_the_cell(source, labelled):
@@ -132,9 +129,8 @@ def test_stand_ins_come_from_the_cell(source, labelled):
         batch = order.batch(step, B)
         found = [next(order.replacements(int(batch[row]), step, row, batch)) for row in (0, 1)]
         assert set(labels[found]) == set(labels[batch]) and not set(found) & set(batch.tolist())
-        assert (
-            found[0] != found[1] or labels[found[0]] == 1
-        )  # the small cell has four left: rows may share them
+        # The small cell has four left: rows may share them.
+        assert found[0] != found[1] or labels[found[0]] == 1
         n_checked += 1
 
     assert n_checked == 12
@@ -142,9 +138,8 @@ def test_stand_ins_come_from_the_cell(source, labelled):
     step = next(s for s in range(12) if tight.batch(s, B).min() >= 184)
     batch = tight.batch(step, B)
 
-    assert next(tight.replacements(int(batch[0]), step, 0, batch)) in set(
-        batch[1:].tolist()
-    )  # nothing else is left
+    # Nothing else is left.
+    assert next(tight.replacements(int(batch[0]), step, 0, batch)) in set(batch[1:].tolist())
 
 
 def test_labels_of_other_samples_are_refused(source, labelled, scenes, tmp_path):
@@ -188,9 +183,8 @@ def test_kmeans_finds_separate_groups_and_rests_at_a_fixed_point():
     rows = middles[truth] + 0.3 * torch.randn(300, 8, generator=generator)
     found = nearest(rows, kmeans(rows, 5, seed=1))
 
-    assert (
-        len({(a, b) for a, b in zip(truth.tolist(), found.tolist())}) == 5
-    )  # the same groups under other numbers
+    # The same groups under other numbers.
+    assert len({(a, b) for a, b in zip(truth.tolist(), found.tolist())}) == 5
 
     n_checked = 0
     for seed in range(5):
@@ -295,9 +289,8 @@ def test_three_stages_become_one_model(scenes, tmp_path, capsys):
     assert load_encoder(str(to)).fingerprint != load_encoder(runs[0]).fingerprint
     import open_clip
 
-    theirs = open_clip.create_model(
-        f"local-dir:{to / 'stage_2'}"
-    ).eval()  # a stage alone is an export like any other
+    # A stage alone is an export like any other.
+    theirs = open_clip.create_model(f"local-dir:{to / 'stage_2'}").eval()
 
     torch.testing.assert_close(
         theirs.encode_image(pixels, normalize=True), parts[1].image, atol=1e-5, rtol=0

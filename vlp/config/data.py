@@ -102,7 +102,7 @@ _CaptionChoice = Literal["random", "first", "all", "weights"]
 
 @dataclass(frozen=True)
 class Captions:
-    """Where a sample's text comes from.
+    """The texts of a sample, and which of them is trained on.
 
     random: one of its captions, drawn anew at every visit by (seed, step, row). first: always the
     first. all: every pair (image, caption) stands in the epoch by itself (the first 255 captions of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from vlp.config import source
@@ -74,7 +75,7 @@ def section_of(field: Field) -> Class | None:
 
     # A hook in Annotated reads the value; its class is no section.
     calls = [node for node in ast.walk(field.annotation) if isinstance(node, ast.Call)]
-    of_hooks = {node for call in calls for node in ast.walk(call)}
+    of_hooks = set(chain.from_iterable(ast.walk(call) for call in calls))
 
     # In any place, for a section may be optional: Views | None.
     for node in ast.walk(field.annotation):

@@ -16,6 +16,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from vlp.config import source
 from vlp.config.describe import (
@@ -193,7 +194,7 @@ def _folded(text: str) -> str:
 
 def _near(name: str) -> str:
     names = {section.name for section in sections() if section.name}
-    names |= {key.key for section in sections() for key in section.keys}
+    names |= {key.key for key in chain.from_iterable(section.keys for section in sections())}
     names |= {full.rpartition(".")[2] for full in names}
     close = difflib.get_close_matches(name, sorted(names), n=1)
     if close:

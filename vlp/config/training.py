@@ -69,7 +69,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What gives terms embeddings without gradient, beside the trained model (vlp.teacher)."""
+    """Models that give terms embeddings without gradient, beside the trained one (vlp.teacher)."""
 
     # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
     ema: float | None = None
@@ -115,7 +115,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Log:
-    """What is reported while training; everything also goes to metrics.jsonl of the run."""
+    """Reports while training; everything also goes to metrics.jsonl of the run."""
 
     every: Duration = Duration(10, "steps")  # how often the scalars of a step are reported
     # where metrics go besides metrics.jsonl

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from vlp.config import Captions
@@ -100,8 +101,7 @@ class Choice:
 
     def captions(self, meta: dict[str, Any], text: str) -> tuple[str, ...]:
         """The captions of a sample with this JSON and this text file."""
-        groups = self._groups(meta, text)
-        return tuple(caption for group in groups for caption in group)
+        return tuple(chain.from_iterable(self._groups(meta, text)))
 
     def weights(self, meta: dict[str, Any], text: str) -> tuple[float, ...]:
         """By which the captions are drawn; empty: all alike."""

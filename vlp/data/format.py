@@ -1,4 +1,5 @@
-"""What a shard is: a webdataset tar in img2dataset's layout, and the writer that every tool uses.
+"""The format of a shard: a webdataset tar in img2dataset's layout, and the writer that every tool
+uses.
 
     folder/00000.tar          members of one sample follow one another, in this order:
         000000000.jpg         the image, bytes as they came: .jpg .png .webp .gif .bmp

@@ -32,8 +32,9 @@ from vlp.files import write_atomically
 
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
+_VERSION = b"5"
 # An index that does not know a label would say that no sample has it.
-_MAGIC = _FAMILY + " ".join(["5", *FURTHER_LABELS]).encode() + b"\n"
+_MAGIC = _FAMILY + b" ".join([_VERSION, *map(str.encode, FURTHER_LABELS)]) + b"\n"
 _BEFORE = (_FAMILY + b"3\n", _FAMILY + b"4\n")  # without digests
 _ROW_BEFORE = struct.Struct("<QIIBBH")  # as ROW, without the digest
 _SUM_BYTES = 32
@@ -111,8 +112,8 @@ def _load(folder: Path) -> dict[str, Shard]:
 
         try:
             return parse_index(data)
-        except OldIndex:
-            log.warn(f"{place} is of an older version, without digests; its shards are read anew")
+        except OldIndex as error:
+            log.warn(f"{place} is {error}; its shards are read anew")
         except ValueError as error:
             log.warn(f"{place} is not a usable index ({error}); its shards are scanned again")
     return {}
@@ -132,7 +133,13 @@ def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
     magic = next((magic for magic in magics if data.startswith(magic)), None)
     if magic is None:
         if data.startswith(_FAMILY):
-            raise OldIndex("another version")
+            # The labels that are known are part of the magic, after the number.
+            same_version = data.startswith(_FAMILY + _VERSION)
+            raise OldIndex(
+                "of a version that knows other labels"
+                if same_version
+                else "of an older version, without digests"
+            )
         raise ValueError("it starts with other bytes")
 
     without = magic in _BEFORE

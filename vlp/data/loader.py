@@ -117,7 +117,7 @@ class Loader:
             self._warn_of_problems()
 
     def problems(self) -> list[str]:
-        """What the sources left out or found odd, in words."""
+        """Sentences on what the sources left out or found odd."""
         problems: list[str] = []
         for source in self._mixture.sources:
             problems += source.problems()

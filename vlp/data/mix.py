@@ -1,4 +1,4 @@
-"""Which sample stands at which row of which step: a pure function of (seed, step), in constant
+"""The sample at each row of each step: a pure function of (seed, step), in constant
 memory.
 
 What is drawn are units (`vlp.data.units`) of G rows: a sample, one of its captions, or G samples of

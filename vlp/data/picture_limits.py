@@ -23,9 +23,8 @@ MAX_SIDE = 65_535  # the longest that JPEG knows
 MAX_SCANS = 100  # of one JPEG; encoders write about ten, and each costs a pass over the picture
 
 _MAX_STEPS = 50_000  # segments of a JPEG, and markers between its scans; usual are a dozen
-_MAX_READS = (
-    300_000  # by a reader written in Python; a PNG of 268 MB in parts of 8 kB takes 100,000
-)
+# By a reader written in Python; a PNG of 268 MB in parts of 8 kB takes 100,000.
+_MAX_READS = 300_000
 _MAX_TILES = 65_535  # of a TIFF, as many as a picture in strips has rows
 _BYTES_A_PIXEL = 20  # of memory at most, by WebP and by floats; libjpeg-turbo takes half
 

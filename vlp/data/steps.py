@@ -34,7 +34,7 @@ class DataError(RuntimeError):
 
 @dataclass
 class Report:
-    """What happened while one batch was made."""
+    """Counts and problems of one batch while it was made."""
 
     bad: list[tuple[int, str, str]]  # sample id, key where known, reason
     n_truncated: int
@@ -230,7 +230,7 @@ class Steps(Dataset):
 
     def _tokens(self, name: str, of_rows: list[Texts]) -> Tensor:
         """[b, width, L], or [b, L] where the field holds one text a row."""
-        flat = self._tokenizer([text for row in of_rows for text in row.texts])
+        flat = self._tokenizer(list(itertools.chain.from_iterable(row.texts for row in of_rows)))
         one_a_row = EMBEDDED[name].batch_shape == "b L"
         return flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
 

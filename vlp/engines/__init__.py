@@ -1,4 +1,6 @@
-"""What keeps ranks in step: one process, DDP, FSDP2, DeepSpeed's ZeRO. Start reading at `base`."""
+"""The engines that keep ranks in step: one process, DDP, FSDP2, DeepSpeed's ZeRO. Start reading at
+`base`.
+"""
 
 from __future__ import annotations
 

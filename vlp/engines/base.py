@@ -1,4 +1,4 @@
-"""What every engine offers to the step and the loop.
+"""The interface of every engine, as the step and the loop use it.
 
     engine = engines.start(config.train)     joins the launcher's processes, chooses the device
     engine.prepare(model, config.train)      wraps the model (weights already restored) and builds
@@ -36,7 +36,7 @@ class LaunchError(RuntimeError):
 
 
 class Engine(Protocol):
-    """What the step and the loop rely on."""
+    """The interface that the step and the loop rely on."""
 
     device: torch.device
     model: nn.Module  # embeds for training; the plain module underneath must not be called for that

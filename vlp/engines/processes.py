@@ -1,4 +1,4 @@
-"""What the launcher started: processes, their devices, and the engine it was configured for."""
+"""The processes that the launcher started, their devices, and the engine it was configured for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an objective may read: every field of the table, checked and prepared for the terms.
+"""The inputs of an objective: every field of the table, checked and prepared for the terms.
 
 Shape, dtype and mask of every keyword stand in `vlp.fields`. In one call each letter of the shapes
 stands for one number.
@@ -38,7 +38,7 @@ class _Binding:
 
 @dataclass(frozen=True)
 class Inputs(Readable):
-    """What terms may read: this rank's rows of one step.
+    """The inputs of every term: this rank's rows of one step.
 
     Terms find embeddings as unit rows, and rows that take no part as zeros.
     """

@@ -132,7 +132,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Write:
-    """What a term returns for a table: rows that are stored if the step counts."""
+    """A term's update of a table: rows that are stored if the step counts."""
 
     table: Table
     ids: Tensor  # [b]

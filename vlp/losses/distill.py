@@ -21,9 +21,9 @@ Relations:
 - `self_distillation` keeps embeddings near the model's own moving average
 
 Papers:
-- MobileCLIP (arXiv 2311.17049) and TinyCLIP, similarity:
+- MobileCLIP (arXiv 2311.17049) and TinyCLIP (arXiv 2309.12314), similarity:
   `objective: {infonce: {}, distill: {form: similarity}}`
-- CPRD, ranking: `objective: {infonce: {}, distill: {form: ranking}}`
+- CPRD (arXiv 2407.07479), ranking: `objective: {infonce: {}, distill: {form: ranking}}`
 - DiHT (arXiv 2301.02280), concepts: `objective: {hn_nce: {}, distill: {form: concepts}}`
 
 Needs: image, text, scale, teacher_image, teacher_text, teacher_scale; ranking instead image, scale,

@@ -7,6 +7,7 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import open_clip
@@ -237,9 +238,11 @@ class DualEncoder(nn.Module):
         """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the
         forward pass bounds it.
         """
-        ours_alone = ("scaling.", "heads.")
+        not_in_open_clip = ("scaling.", "heads.")
         named = {
-            key: value for key, value in self.state_dict().items() if not key.startswith(ours_alone)
+            key: value
+            for key, value in self.state_dict().items()
+            if not key.startswith(not_in_open_clip)
         }
 
         # open_clip's are scalars, and it knows no ceiling.
@@ -280,7 +283,7 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
     is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
     if is_list and one_class and all_composed:
         return children
-    return [block for child in children for block in _repeated(child)]
+    return list(chain.from_iterable(_repeated(child) for child in children))
 
 
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

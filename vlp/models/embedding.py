@@ -19,8 +19,8 @@ NUMBERS = ("scale", "bias", "view_scale")
 
 
 def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
-    """What is wanted of a batch, by one call of `model`: a DualEncoder or what an engine wrapped
-    around one.
+    """Embed the wanted fields of a batch by one call of `model`: a DualEncoder or what an engine
+    wrapped around one.
 
     Returns the wanted fields with a tower by name, [b, …, D], the outputs of the heads for pairs
     where any is wanted, [b, …], and "scale", "bias" and "view_scale" as far as the model has them,

@@ -1,4 +1,5 @@
-"""What objectives call: reductions over pairs, and sums and means over the rows of all ranks.
+"""The functions that objectives call: reductions over pairs, and sums and means over the rows of
+all ranks.
 
 Everything a loss takes from here obeys one convention (see `vlp.dist`): the average over ranks of
 the values that ranks return has exactly the value and the gradient of the single-process term.

@@ -1,4 +1,4 @@
-"""Which ranks share candidates, and how embeddings travel between them.
+"""Topologies: which ranks share candidates, and how embeddings travel between them.
 
 A topology is one value of a configuration: `auto`, `local`, `global`, `ring`, or a mapping `{group:
 8, layout: contiguous, exchange: gather}`. With groups of g ranks a row's candidates are the n = g·b

@@ -229,10 +229,10 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     if address:
         raise ValueError(f"{text} is an address; write hf-hub:{address[2]}")
 
-    own = Path(architecture).suffix == ".json"
-    if own and not Path(architecture).is_file():
+    is_file = Path(architecture).suffix == ".json"
+    if is_file and not Path(architecture).is_file():
         raise ValueError(f"no file {architecture}{_near(Path(architecture))}")
-    if not own and architecture not in open_clip.list_models():
+    if not is_file and architecture not in open_clip.list_models():
         hint = did_you_mean(architecture, open_clip.list_models()).partition(";")[0]
         raise ValueError(
             f"no model {text!r}: open_clip knows no architecture {architecture!r}{hint}. "
@@ -243,7 +243,7 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     place = Path(weights).expanduser()
     if place.is_file():
         return Reference(text, "file", place, architecture)
-    tags = [] if own else open_clip.list_pretrained_tags_by_model(architecture)
+    tags = [] if is_file else open_clip.list_pretrained_tags_by_model(architecture)
     if weights in tags:
         return Reference(text, "tag", architecture=architecture, tag=weights)
 
@@ -251,7 +251,7 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
         raise ValueError(
             f"{weights} is a folder, which says its architecture itself; write {weights} alone"
         )
-    hint = "" if own else f", and no tag{did_you_mean(weights, tags)}"
+    hint = "" if is_file else f", and no tag{did_you_mean(weights, tags)}"
     raise ValueError(f"{architecture} has no weights {weights!r}: no such file{_near(place)}{hint}")
 
 

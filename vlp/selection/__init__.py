@@ -1,4 +1,5 @@
-"""Which samples a step trains on, where that is not left to chance. The folder is the registry.
+"""Selections: which samples a step trains on, where that is not left to chance. The folder is the
+registry.
 
     jest    the most learnable part of a larger batch, for the model of the moment
     mcl     every global batch from one cell of what earlier models see alike
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def keep_all(training: Training, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
-    """What was loaded is trained on."""
+    """Train on every row that was loaded."""
     return batch, {}
 
 

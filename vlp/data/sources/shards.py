@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,8 @@ class Shards(Source):
 
         table = table_of(shards, self.choice)
         if not len(table.rows):
-            problems = [*self._problems, *(text for shard in shards for text in shard.problems)]
+            of_shards = chain.from_iterable(shard.problems for shard in shards)
+            problems = [*self._problems, *of_shards]
             raise ValueError(self._unusable(problems, "no members that form samples"))
         self.names = count_names(shards, table.rows)  # how many samples have a text under each name
         self._note_texts(table, shards)

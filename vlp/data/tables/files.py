@@ -33,7 +33,9 @@ def option(name: str, value: str) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The extension that tells how a table is read, without .gz; raises ValueError for others."""
+    """The extension that tells how a table is read, without .gz; raises ValueError for others,
+    FileNotFoundError.
+    """
     name = path.name.lower().removesuffix(".gz")
     suffix = Path(name).suffix
 
@@ -42,6 +44,8 @@ def kind_of(path: Path) -> str:
         raise ValueError(f"{path} is a spreadsheet; save it as CSV in UTF-8")
 
     if suffix not in KINDS:
+        # A folder that is not there has no ending either.
+        _need(path)
         raise ValueError(f"{path}: {EXPECTED}, not {suffix or 'nothing'!r}")
     return suffix
 
@@ -54,8 +58,7 @@ def load(path: Path) -> bytes:
         tables = [entry.name for entry in sorted(path.iterdir()) if entry.suffix.lower() in KINDS]
         held = f"it holds {', '.join(tables[:5])}" if tables else "it holds none"
         raise ValueError(f"{path} is a folder, expected a table; {held}")
-    if not path.exists():
-        raise FileNotFoundError(f"no table at {path}{_nearest(path)}")
+    _need(path)
 
     # By content, not by name: browsers unpack .gz, and some servers pack what is called .csv.
     data = path.read_bytes()
@@ -72,6 +75,11 @@ def load(path: Path) -> bytes:
     if not data.strip():
         raise ValueError(f"{path} is empty")
     return data
+
+
+def _need(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"no table at {path}{_nearest(path)}")
 
 
 def _nearest(path: Path) -> str:
