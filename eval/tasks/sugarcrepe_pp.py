@@ -45,11 +45,11 @@ def read(options: Options) -> ChoiceSet:
 
     images = options.images or options.data
     kept_rows, absent = choices.with_pictures(rows, ["filename"], images, options.missing)
-    items = []
+    pairs = []
     for row, (picture,) in kept_rows:
         captions = [row[key] for key in CAPTIONS]
-        items.append(CaptionChoice(picture, captions, row["subset"]))
-    return ChoiceSet(items, absent)
+        pairs.append(CaptionChoice(picture, captions, row["subset"]))
+    return ChoiceSet(pairs, absent)
 
 
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
