@@ -155,7 +155,7 @@ def _record(path: Path) -> dict[str, Any]:
     if latest and scores.exists():
         results = _read_results(scores)
     else:
-        results = ()
+        results = []
 
     return {
         "results": results,
