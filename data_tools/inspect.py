@@ -75,7 +75,13 @@ def summarise(path: str, n: int) -> dict[str, Any]:
 
     # Reading and decoding apart: one waits for the disk, the other for the processor.
     start = time.monotonic()
-    samples = [source[i] for i in drawn]
+    samples, altered = [], []
+    for i in drawn:
+        # Where a shard changed after it was indexed, the sample is one problem among others.
+        try:
+            samples.append(source[i])
+        except ValueError as error:
+            altered.append(f"{source.paths[source.shard_of(i)]}: {error}")
     read_s = time.monotonic() - start
 
     start = time.monotonic()
@@ -99,6 +105,7 @@ def summarise(path: str, n: int) -> dict[str, Any]:
         "odd_or_passed_over": dict(source.left_out.most_common(20)),
         "problems": source.problems()[:10],
         "samples_read": len(samples),
+        "altered_samples": altered[:10],
         "unreadable_images": unreadable[:10],
         "image_types": dict(Counter(sample.image_type for sample in samples).most_common()),
         "turned_by_exif": sum(each.turned for each in headers),

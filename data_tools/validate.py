@@ -164,5 +164,5 @@ def _promised(stats: Path) -> Any:
     """How many samples the statistics of a shard count."""
     try:
         return json.loads(stats.read_text())["successes"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"nothing readable ({type(error).__name__})"

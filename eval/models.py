@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.references import Reference
+from vlp.pretrained.runs import CheckpointError
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config, reason
 from vlp.types import ON_WHITE, Decoding
@@ -85,13 +86,28 @@ def load(
     """The encoder that `ref` names (vlp.pretrained.references); a ModelError says what was found
     and what would work.
     """
-    device = torch.device(device)
+    usable = _usable(device)
     try:
-        return _load(ref, device, autocast)
+        return _load(ref, usable, autocast)
     except ModelError:
         raise
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         raise ModelError(str(error)) from error
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device by name; a ModelError for one that there is not here."""
+    # One number is put there and read back: `meta` takes whatever it is given and has nothing.
+    try:
+        usable = torch.device(device)
+        torch.zeros(1, device=usable).item()
+    except Exception as error:  # each backend's own kinds
+        reason = str(error).partition("\n")[0][:200]
+        raise ModelError(
+            f"device is {str(device)!r}, which cannot be used here ({reason}); "
+            f"expected cpu, or one of the {torch.cuda.device_count()} GPUs: cuda, cuda:1, …"
+        ) from None
+    return usable
 
 
 def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encoder:
@@ -213,7 +229,8 @@ def _open_clip(
         )
     except Exception as error:  # torch's, safetensors', the Hub's and open_clip's own kinds
         raise ModelError(
-            f"open_clip cannot load {shown}{':' + tag if tag else ''}: {str(error)[:600]}"
+            f"open_clip cannot load {shown}{':' + tag if tag else ''}: "
+            f"{str(error)[:600] or type(error).__name__}"
         ) from error
 
     tokenizer = _tokenizer(lambda: tokenizers.build(spec), shown)

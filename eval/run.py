@@ -160,7 +160,7 @@ def _option_value(text: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text  # such as separator=, which YAML cannot read: a text
 
 

@@ -97,6 +97,10 @@ def test_duplicate_key_and_bad_yaml(tmp_path):
         load(tmp_path, GOOD + "out: other\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load(tmp_path, "out: [")
+    with pytest.raises(ConfigError, match="nested too deep"):
+        load(tmp_path, "out: " + "[" * 3000)
+    with pytest.raises(ConfigError, match="is not a YAML value"):
+        load(tmp_path, GOOD, ["out=" + "[" * 3000])
     with pytest.raises(ConfigError, match="no configuration file"):
         config.load(tmp_path / "absent.yaml")
 

@@ -21,6 +21,18 @@ def test_metrics_of_a_resumed_run_read_like_an_uninterrupted_one(tmp_path):
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.5, 1.0, 9.0]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"[1]", b"3", b"null", b'{"step": "1"}', b'{"step": [1]}', b"\xff\xfe", b"[" * 100_000],
+)
+def test_a_damaged_line_of_metrics_does_not_end_a_resumed_run(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 1, "kind": "train", "loss": 2.0}\n'
+    path.write_bytes(whole + line + b"\n" + whole)
+    log.Metrics(path, resumed_step=2).close()
+    assert path.read_bytes() == whole + whole
+
+
 def test_a_tracker_by_name_and_one_that_is_not_installed(tmp_path):
     pytest.importorskip("tensorboard")
     trackers = log.Trackers(["tensorboard"], tmp_path / "run", {"seed": 1})

@@ -44,7 +44,8 @@ class Metrics:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         kept = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # A line with damaged bytes is none, and goes; the run goes on.
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [f"{line}\n" for line in lines if _step(line) <= resumed_step]
         write_atomically(path, "".join(kept).encode())
 
@@ -78,11 +79,13 @@ class Metrics:
 
 
 def _step(line: str) -> float:
-    """The step that a line of metrics.jsonl is about."""
+    """The step that a line of metrics.jsonl is about; infinity for a line that is no record."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut off by a kill
+        step = json.loads(line)["step"]
+    # Cut off by a kill, or damaged: any value of JSON may stand there.
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, (int, float)) else math.inf
 
 
 class Trackers:

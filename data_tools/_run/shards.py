@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from vlp.data.format import ShardWriter, index, is_class_number
 from vlp.data.scan import scan
 from vlp.data_tools._belonging import settle
-from vlp.data_tools._run.work import Job, Pool, Result, carry_out
+from vlp.data_tools._run.work import Job, Pool, Result, carry_out, read_note
 from vlp.files import write_atomically
 from vlp.privacy import without_secrets
 
@@ -92,7 +92,7 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     # Looked up before the note: another machine writes the note first.
     holds_shards = any(folder.glob("*.tar"))
     if note.exists():
-        before = json.loads(note.read_text(encoding="utf-8"))
+        before = read_note(note)
         if before != claimed:
             raise ValueError(
                 f"{folder} was made from other input or settings "
@@ -111,7 +111,11 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """How two claims differ, in words."""
-    old, new = ({**claim["settings"], "sources": claim["sources"]} for claim in (before, now))
+    # The one before may have been edited.
+    old, new = (
+        {**(claim.get("settings") or {}), "sources": claim.get("sources")}
+        for claim in (before, now)
+    )
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names)
 

@@ -29,6 +29,9 @@ from vlp.locks import held
 
 # Of torchrun and accelerate launch; of srun.
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+_MARK_ADVICE = (
+    "delete it, and a call does its shard again; of a file without a number, name another folder"
+)
 QUIET_S = 10  # between two lines of progress where they do not overwrite one another
 
 Result = dict[str, Any]  # JSON; "counts" says what happened to how many samples
@@ -174,8 +177,21 @@ def _result(job: Job) -> Result | None:
     """What a job's mark says; None where it has none yet."""
     if not job.mark.exists():
         return None
-    result: Result = json.loads(job.mark.read_text(encoding="utf-8"))
+    result: Result = read_note(job.mark)
+    if not isinstance(result.get("counts"), dict):
+        raise ValueError(f"{job.mark} holds no counts; {_MARK_ADVICE}")
     return result
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON that a tool wrote into its output; ValueError for damage."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {_MARK_ADVICE}") from None
+    if not isinstance(note, dict):
+        raise ValueError(f"{path} is damaged (it holds no object); {_MARK_ADVICE}")
+    return note
 
 
 def all_done(results: list[Result | None]) -> TypeGuard[list[Result]]:

@@ -124,7 +124,10 @@ def run(args: argparse.Namespace) -> int:
 
     n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
     places = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
-    results = transform(sources, folder, "dedup", DropCopies(copy_of, n_fixed, places), pool)
+    # A folder of before this check sum was kept has none.
+    seen = [result.get("seen") for result in surveyed[len(fixed) :]]
+    change = DropCopies(copy_of, n_fixed, places, seen)
+    results = transform(sources, folder, "dedup", change, pool)
     counts = work.total(results)
     counts["unreadable: pictures"] = work.total(surveyed[len(fixed) :])["unreadable: pictures"]
     print(work.report(counts, f"{folder}:"))

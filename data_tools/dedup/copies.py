@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vlp import log
 from vlp.data.embedded import Embeddings
 from vlp.data.index import index
 from vlp.data.members import open_sample
@@ -35,7 +37,9 @@ def survey(job: tuple[int, Path], *, folder: Path) -> Result:
     number, path = job
     counts: Counter[str] = Counter()
     prints = []
+    seen = 0
     for sample in samples(path, counts):
+        seen = _seen(seen, sample)
         # Small: the hash looks at 32 × 32 pixels, and a JPEG is then decoded in less time.
         try:
             prints.append((*fingerprint(rgb(sample.image, side=64)), True))
@@ -44,7 +48,12 @@ def survey(job: tuple[int, Path], *, folder: Path) -> Result:
             prints.append((0, np.zeros(48, np.uint8), False))
 
     _save(_prints(folder, number), np.array(prints, FINGERPRINT))
-    return {"counts": counts, "samples": len(prints)}
+    return {"counts": counts, "samples": len(prints), "seen": seen}
+
+
+def _seen(seen: int, sample: Content) -> int:
+    """A check sum over the samples of a shard, with one more: their keys and pictures, in order."""
+    return zlib.crc32(sample.image, zlib.crc32(sample.key.encode(), seen))
 
 
 def _prints(folder: Path, number: int) -> Path:
@@ -132,13 +141,15 @@ class DropCopies:
     n_fixed: int  # samples of --against
     # number of a sample that stays -> its copies; None: their captions go, too
     merging: dict[int, list[Place]] | None
+    seen: list[int | None]  # a shard: `_seen` of the samples that were compared; None: not known
 
     def __call__(
         self, samples: Iterable[Content], shard: int, counts: Counter[str]
     ) -> Iterator[Changed]:
         # Samples are numbered through all shards, those of --against first.
         first = self.n_fixed + sum(map(len, self.copy_of[:shard]))
-        decided_samples = zip(samples, self.copy_of[shard], strict=True)
+        # In this order: the end of the samples is then met, and with it their comparison.
+        decided_samples = zip(self._same(samples, shard), self.copy_of[shard])
         for number, (sample, other) in enumerate(decided_samples, first):
             # A sample of --against is no sample of the output: nothing is merged into it.
             if 0 <= other < self.n_fixed:
@@ -150,6 +161,32 @@ class DropCopies:
                     _merge(sample, place, counts)
                 yield Changed(sample, list(sample.captions), sample.meta)
 
+    def _same(self, samples: Iterable[Content], shard: int) -> Iterator[Content]:
+        """The samples of a shard; ValueError at their end unless they are those that were compared.
+
+        The decision names samples by number: of a shard that was replaced meanwhile, others would
+        go. What is raised here leaves no shard behind.
+        """
+        n_samples = 0
+        seen = 0
+        for sample in samples:
+            n_samples += 1
+            seen = _seen(seen, sample)
+            # The others are counted only.
+            if n_samples <= len(self.copy_of[shard]):
+                yield sample
+
+        n_compared = len(self.copy_of[shard])
+        if n_samples != n_compared or self.seen[shard] not in (None, seen):
+            raise _changed(f"shard {shard} of the source", n_samples, n_compared)
+
+
+def _changed(shard: str, n_samples: int, n_compared: int) -> ValueError:
+    return ValueError(
+        f"{shard} holds other samples ({n_samples}) than those ({n_compared}) whose pictures were "
+        "compared: it changed meanwhile; begin anew with another folder --to"
+    )
+
 
 class Place(NamedTuple):
     """Where a sample lies."""
@@ -160,8 +197,15 @@ class Place(NamedTuple):
 
 
 def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
-    with open(place.path, "rb") as file:
-        other = open_sample(read_extents(file, place.extents), place.digest)
+    # The copy may lie in a shard that is damaged since it was indexed: its captions are lost then,
+    # the sample that stays is not.
+    try:
+        with open(place.path, "rb") as file:
+            other = open_sample(read_extents(file, place.extents), place.digest)
+    except ValueError as error:
+        log.warn(f"{place.path}: {error}")
+        counts["not merged: copies that changed after they were indexed"] += 1
+        return
 
     # Its lists must count its own captions before they are joined.
     settle(other, counts)
@@ -172,9 +216,14 @@ def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
 
 
 def merging(copy_of: list[np.ndarray], n_fixed: int, sources: list[Path]) -> dict[int, list[Place]]:
-    """Number of each sample that has copies -> where these lie, in their order."""
+    """Number of each sample that has copies -> where these lie, in their order.
+
+    ValueError where a shard holds another number of samples than were compared.
+    """
     result: dict[int, list[Place]] = {}
     for path, shard, others in zip(sources, index(sources), copy_of):
+        if shard.count != len(others):
+            raise _changed(str(path), shard.count, len(others))
         # Copies of --against are dropped, and their captions with them.
         for i in np.flatnonzero(others >= n_fixed).tolist():
             place = Place(str(path), shard.places(i), shard.digest(i))

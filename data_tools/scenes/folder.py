@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from vlp.data_tools.scenes.render import PROOFS, Scene, generate
+from vlp.lifetime import end_with_parent
 
 CLASSIFIED = ("zeroshot", "novel_zeroshot")
 
@@ -94,9 +95,15 @@ def _map(jobs: list[Job], processes: int) -> Iterator[None]:
         yield from map(_write, jobs)
         return
 
-    # Afresh: a fork may hang once torch ran.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write, jobs)
+    # Afresh: a fork may hang once torch ran. Without the end of their own, processes of a killed
+    # call would wait for ever.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
+        try:
+            yield from pool.map(_write, jobs)
+        finally:
+            # After Ctrl-C what was begun ends, and nothing else begins.
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write(job: Job) -> None:

@@ -94,7 +94,7 @@ def open_results(path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         raise DataError(
             f"no results at {file}; make them with `vlp eval MODEL --task … --out {file}`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not a results file: {error}") from error
     if not isinstance(records, list) or not all(map(_is_record, records)):
         raise DataError(

@@ -129,9 +129,12 @@ def _state(run: Run) -> dict[str, Any]:
     for name in reversed(run.checkpoints):
         path = run.folder / checkpoint.FOLDER / name / "state.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            run.notes.append(f"checkpoint {name} has no readable state.json")
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            state = None
+        if isinstance(state, dict):
+            return state
+        run.notes.append(f"checkpoint {name} has no readable state.json")
     return {}
 
 
@@ -143,7 +146,7 @@ def _config(run: Run) -> dict[str, Any]:
             tree = yaml.safe_load((run.folder / place).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             run.notes.append(
                 f"{place} cannot be read ({type(error).__name__}); "
                 "the configuration may be incomplete"
@@ -181,7 +184,7 @@ def _read_metrics(run: Run) -> None:
             record = json.loads(line)
             records = {"train": run.train, "eval": run.evals}[record["kind"]]
             record["step"] = int(record["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             run.notes.append(_damaged_line(number, len(lines)))
             continue
         records.append(record)
@@ -209,7 +212,7 @@ def _results(run: Run) -> list[dict[str, Any]]:
         ]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         run.notes.append(
             f"results.json cannot be read ({type(error).__name__}); "
             "final scores are those of metrics.jsonl"

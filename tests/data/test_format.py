@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import struct
@@ -79,6 +80,30 @@ def test_statistics_hold_a_digest_of_every_sample_which_reading_confirms(tmp_pat
         "samples are not compared with what was written: "
         "00000_stats.json holds no digests (TypeError)"
     )
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_shard_that_was_unpacked_and_packed_again_is_the_same(tmp_path, form):
+    with ShardWriter(tmp_path, 9) as writer:
+        for i in range(4):
+            writer.add(f"part/{i}", IMAGE, "png", [f"caption {i}"], cls=i)
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path) as tar:
+        members = [(name, tar.extractfile(name).read()) for name in tar.getnames()]
+
+    # As `tar -C DIR -cf FILE .` writes it, in the order of a folder; one sample was changed.
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in sorted(members, key=lambda member: member[0][::-1]):
+            info = tarfile.TarInfo(f"./{name}")
+            data = b"other" if name == "part/2.txt" else data
+            info.size, info.mtime = len(data), 1.5
+            tar.addfile(info, io.BytesIO(data))
+
+    [shard] = index([path])
+    assert shard.count == 3 and shard.n_left_out == 1
+    assert shard.problems[0].startswith("part/2: altered since it was written: its members")
+    source = open_shards(Options(str(path)), Captions())
+    assert {source[i].captions for i in range(3)} == {(f"caption {i}",) for i in (0, 1, 3)}
 
 
 def test_an_index_of_the_version_before_is_read_unchecked_where_it_is_remote(tmp_path, capsys):

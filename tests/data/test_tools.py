@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from tests.data.material import encoded, picture, write_shards, write_tar
 from tests.data.test_hostile import corrupt
 from vlp.cli import main
+from vlp.data.index import index
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -61,6 +63,26 @@ def test_validate_passes_good_shards_and_names_everything_wrong(tmp_path, capsys
         and by_name["00006.tar"]["n_problems"] == 3
     )
     assert found["problems"] == sum(r["n_problems"] for r in found["reports"]) > 8
+
+
+def test_inspect_names_a_sample_that_changed_after_it_was_indexed(tmp_path, capsys):
+    write_shards(tmp_path / "s", 60, 60)
+    path = tmp_path / "s" / "00000.tar"
+    [shard] = index([path])
+    before = path.stat()
+
+    # Sample 1 is none of those that are looked at where the inode changed.
+    data = bytearray(path.read_bytes())
+    [(offset, length)] = shard.places(1)
+    data[offset + length // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert main(["data", "inspect", str(tmp_path / "s"), "--json", str(tmp_path / "i.json")]) == 0
+
+    summary = json.loads((tmp_path / "i.json").read_text())
+    assert summary["samples_read"] == 59
+    [altered] = summary["altered_samples"]
+    assert altered.startswith(f"{path}: the members of ") and altered in capsys.readouterr().out
 
 
 def test_inspect_tells_counts_and_distributions(tmp_path, capsys):

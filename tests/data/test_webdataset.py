@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections import Counter
 from glob import glob
 
@@ -16,6 +17,7 @@ import webdataset as wds
 
 from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
 from tests.data.test_loader import joined, same, take
+from vlp.data.index import index
 from vlp.data.loader import DataError
 from vlp.data.sources import webdataset as source_module
 from vlp.data.sources.webdataset import StreamError
@@ -67,6 +69,29 @@ def test_a_pass_is_in_order_and_the_same_again(shards):
     batches = take(loader, 12)
     assert numbers(batches[:5]) == list(range(N)) == numbers(batches[5:10])
     assert not torch.equal(batches[0].image, batches[5].image)  # crops are drawn anew
+
+
+def test_local_tars_of_ours_give_what_was_written_or_say_what_is_lost(shards, tmp_path, capfd):
+    folder = tmp_path / "s"
+    shutil.copytree(shards, folder)
+    rows = index(sorted(folder.glob("*.tar")))
+    path = folder / "00001.tar"
+    data = bytearray(path.read_bytes())
+
+    # One letter of a text, and a block of zeros, at which webdataset stops.
+    at = data.index(b"caption", rows[1].places(3)[0][0])
+    data[at] ^= 1
+    hole = rows[1].places(7)[0][0]
+    data[hole : hole + 512] = bytes(512)
+    path.write_bytes(data)
+
+    loader = loader_of(data_of(stream(folder, samples=77)), 11)
+    batches = take(loader, 7)
+    [(_, _, reason)] = loader.bad
+    assert f"'000010003' is not what {path} was written with: restore" in reason
+    kept = [number for number in range(N) if number not in (13, 17, 18, 19)]
+    assert set(numbers(batches)) == set(kept)
+    assert "00001.tar: 3 samples that it was written with are lost" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

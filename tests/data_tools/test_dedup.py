@@ -20,7 +20,9 @@ from tests.data.material import REAL, needs_data
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
+from vlp.data.index import index
 from vlp.data_tools import dedup, embed, scenes
+from vlp.data_tools.dedup.copies import DropCopies, Place
 from vlp.data_tools.dedup.near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
 from vlp.data_tools.scenes.draw import encode
 
@@ -215,6 +217,46 @@ def test_a_sample_takes_no_more_captions_than_the_index_counts(tmp_path: Path, c
     assert re.search(
         r"not merged: more captions than a sample may hold +1\b", capsys.readouterr().out
     )
+
+
+def test_a_copy_that_changed_after_indexing_costs_its_captions_only(tmp_path: Path, capsys) -> None:
+    alike(tmp_path, [("a", ["a dog"], {}, False), ("b", ["one dog"], {}, False)])
+    path = tmp_path / "in" / "00001.tar"
+    [shard] = index([path])
+    altered = Place(str(path), shard.places(0), shard.digest(0) ^ 1)
+
+    counts: Counter[str] = Counter()
+    kept = read(tmp_path / "in")
+    change = DropCopies([np.array([-1, -1])], 0, {0: [altered]}, [None])
+    after = list(change([kept["a"], kept["other0"]], 0, counts))
+    assert [changed.captions for changed in after] == [["a dog"], ["another"]]
+    assert counts == {"not merged: copies that changed after they were indexed": 1}
+    assert f"{path}: the members of 'b' are not those" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_now", [3, 4, 5])
+def test_shards_that_change_between_comparing_and_writing_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_now: int
+) -> None:
+    def write(first: int, n: int) -> None:
+        with ShardWriter(tmp_path / "in", 9, overwrite=True) as writer:
+            for i in range(first, first + n):
+                writer.add(f"k{i}", encode(scenes.generate(i).image), "jpg", ["a"])
+
+    write(0, 4)
+    size = (tmp_path / "in" / "00000.tar").stat().st_size
+    call(dedup, tmp_path / "in", "--to", tmp_path / "out")
+    # As a call that was killed after comparing left the folder.
+    for name in ("00000.tar", "00000_stats.json", "00000_dedup.json", "_index.bin"):
+        (tmp_path / "out" / name).unlink()
+    write(10, n_now)
+
+    note = tmp_path / "out" / "_dedup.json"
+    now = (tmp_path / "in" / "00000.tar").stat().st_size
+    note.write_text(note.read_text().replace(str(size), str(now)))
+    with pytest.raises(ValueError, match=rf"other samples \({n_now}\) than those \(4\)"):
+        call(dedup, tmp_path / "in", "--to", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar*"))
 
 
 def read_one(path: Path) -> list[str]:

@@ -8,13 +8,18 @@ import argparse
 import io
 import json
 import math
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter, deque
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageDraw
 
@@ -365,6 +370,22 @@ def test_retrieval_captions_belong_to_one_picture_each(folders: tuple[Path, Path
             assert [other for other, scene in records.items() if truth(line, scene) is True] == [
                 name
             ], line
+
+
+def test_a_killed_call_leaves_no_process_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vlp.cli", "data", "scenes", "--to", str(tmp_path / "out")]
+    tool = subprocess.Popen([*command, "--train", "20000", "--processes", "2"])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/train/*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+    workers = psutil.Process(tool.pid).children(recursive=True)
+    tool.terminate()
+    assert tool.wait() == -signal.SIGTERM and len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_a_folder_with_shards_is_refused(folders: tuple[Path, Path]) -> None:

@@ -214,6 +214,19 @@ def test_a_failure_ends_the_call_and_keeps_what_is_finished(
     )
 
 
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", "{}", '{"counts": 3}'])
+def test_a_damaged_mark_is_named(tmp_path: Path, content: str) -> None:
+    jobs = [work.Job(tmp_path / f"{i}.json", i, 1) for i in range(3)]
+    work.carry_out("test", jobs, fail_at_three, work.Pool())
+    jobs[1].mark.write_text(content)
+    with pytest.raises(ValueError, match=r"1\.json (is damaged|holds no counts).*delete it"):
+        work.carry_out("test", jobs, fail_at_three, work.Pool())
+
+    jobs[1].mark.unlink()
+    results = work.carry_out("test", jobs, fail_at_three, work.Pool())
+    assert work.total(results) == {"samples read": 3}
+
+
 def test_progress_tells_shards_throughput_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -82,6 +82,10 @@ def test_no_picture_is_no_row(model):
         (lambda model: model.images(["no.jpg"]), r"image no.jpg does not open \(.*No such file"),
         (lambda model: vlp.load("x", precision="int8"), "precision is 'int8'; expected float32"),
         (lambda model: vlp.load("runs/nowhere"), "runs/nowhere"),
+        (lambda model: vlp.load(".", device="banana"), "device is 'banana', which cannot be used"),
+        (lambda model: vlp.load(".", device="cuda:99"), "device is 'cuda:99', which cannot be"),
+        (lambda model: vlp.load(".", device="meta"), "device is 'meta', which cannot be used"),
+        (lambda model: vlp.load(".", device=None), "device is 'None', which cannot be used"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(model, call, message):

@@ -249,6 +249,31 @@ def test_partial_run_says_what_is_missing(what, tmp_path, scenes):
     assert str(tmp_path) not in (run / "report.html").read_text()
 
 
+DEEP = "[" * 100_000
+LINES = [DEEP, "[1]", '{"kind": ["train"], "step": 1}', '{"kind": "train", "step": Infinity}']
+
+
+def test_damaged_files_of_a_run_cost_themselves(tmp_path):
+    run = make_run(tmp_path / "run", checkpoints=False)
+    n_before = len(runs.read(run).train)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(f"{line}\n" for line in LINES))
+    state = run / "checkpoints" / "step_00000006" / "state.json"
+    state.parent.mkdir(parents=True)
+
+    n_read = 0
+    for content in (DEEP, "[1]", '"x"', "5"):
+        for path in (state, run / "config.yaml", run / "results.json"):
+            path.write_text(content)
+        damaged = runs.read(run)
+        notes = " ".join(damaged.notes)
+        assert (damaged.state, damaged.config, damaged.results) == ({}, {}, [])
+        assert len(damaged.train) == n_before and "metrics.jsonl was left out" in notes
+        assert "has no readable state.json" in notes and "results.json cannot be read" in notes
+        n_read += 1
+    assert n_read == 4
+
+
 def test_no_run_is_a_message(tmp_path, capsys):
     (tmp_path / "something").write_text("x")
     for folder in (tmp_path, tmp_path / "absent"):

@@ -512,6 +512,15 @@ def test_a_run_is_exported_with_its_results(tmp_path):
     # Its results are not those of the end.
     export_run(run / "checkpoints/step_00000010", tmp_path / "earlier")
     assert "Not evaluated." in (tmp_path / "earlier/README.md").read_text()
+
+    damaged = ["", "[" * 100_000, "[1]", '"x"', '{"a": 1}', '[{"task": "t", "metrics": [1]}]']
+    for content in damaged:
+        (run / "results.json").write_text(content)
+        with pytest.raises(
+            ValueError, match=r"results\.json is damaged.*delete the file to export"
+        ):
+            export_run(run, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
     assert load(tmp_path / "earlier")(None, None).scale.item() == pytest.approx(np.e)
 
 

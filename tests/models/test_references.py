@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import vlp
 from tests.loopback_hub import loopback_hub
 from tests.models.tiny import TEXT, VIT, inputs, settings, tiny
 from vlp import checkpoint, schema
@@ -18,6 +19,8 @@ from vlp.eval import models
 from vlp.export import folder as export
 from vlp.models.build import build, from_description
 from vlp.pretrained import references as _references
+from vlp.pretrained import weight_files
+from vlp.pretrained.runs import CheckpointError
 
 KINDS = [
     "a run",
@@ -380,6 +383,62 @@ def test_messages_say_what_is_there_and_what_would_work(room, tmp_path, monkeypa
         with pytest.raises(ValueError, match=message):
             checkpoint.load_any(reference)
     assert time.monotonic() - started < 5 and len(cases) == 15  # no Hub was asked
+
+
+DEEP = "[" * 100_000
+# Folders that came cut, edited or made to harm: the file, what it holds, what is said of it.
+DAMAGED = [
+    ("open_clip_config.json", DEEP, "open_clip_config.json is not JSON .*recursion"),
+    ("open_clip_config.json", '{"model_cfg": 3}', "its model_cfg is '3', expected an object"),
+    ("open_clip_config.json", '{"model_cfg": {"embed_dim": 4}}', "its vision_cfg is 'None'"),
+    (
+        "open_clip_config.json",
+        '{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": []}',
+        "its preprocess_cfg is",
+    ),
+    ("vlp_stages.json", DEEP, "vlp_stages.json is not JSON"),
+    ("vlp_stages.json", "{}", "vlp_stages.json names no members"),
+    ("vlp_stages.json", "[]", "vlp_stages.json holds a list"),
+    ("vlp_stages.json", '{"members": []}', "vlp_stages.json names no members"),
+    ("vlp_stages.json", '{"members": 5}', "vlp_stages.json names no members"),
+    ("vlp_stages.json", '{"members": ["."]}', "names '.', which is no folder beside it"),
+    ("vlp_stages.json", '{"members": [".."]}', "names '..', which is no folder beside it"),
+    ("vlp_stages.json", '{"members": ["../0"]}', "names '../0', which is no folder beside it"),
+    ("vlp_stages.json", '{"members": [null]}', "names 'None', which is no folder beside it"),
+    ("manifest.json", DEEP, "its manifest.json cannot be read"),
+    ("manifest.json", "{}", "its manifest.json does not name"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGED)))
+def test_a_damaged_description_of_a_model_is_refused_by_name(number, tmp_path):
+    name, content, message = DAMAGED[number]
+    folder = tmp_path / "0"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        vlp.load(str(folder))
+    # In training, where weights are named: the same words.
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        weight_files.find(str(folder), None, False)
+
+
+def test_addresses_and_empty_names_are_refused_without_their_passwords():
+    with pytest.raises(ValueError, match=r"https://host/x\.pt\?\*\*\* is an address") as refused:
+        vlp.load("https://user:planted1@host/x.pt?token=planted2")
+    # A notebook shows the whole chain.
+    assert "planted" not in f"{refused.value}{refused.value.__cause__}"
+    with pytest.raises(ValueError, match="ViT-B-32: names no weights; write ViT-B-32:TAG"):
+        vlp.load("ViT-B-32:")
+
+
+def test_an_index_of_weights_that_names_none_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    for content in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', DEEP):
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json (names no files|is not JSON)"):
+            weight_files.read(index)
 
 
 def use_hub(monkeypatch, url):

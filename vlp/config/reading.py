@@ -115,6 +115,9 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, s
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise _refusal(f"{name}: not valid YAML: {error}") from None
+    # A thousand brackets are YAML, and deeper than its reader goes.
+    except RecursionError:
+        raise _refusal(f"{name}: values are nested too deep; expected a configuration") from None
     if not isinstance(values, dict):
         raise _refusal(
             f"{name}: found {type(values).__name__}, expected a mapping of keys to values"
@@ -179,7 +182,7 @@ def _value(override: str, text: str) -> Any:
     """The YAML value that an override gives."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "problem", None) or str(error)
         advice = "quote text that holds signs of YAML: key='\"[1\"'"
         raise _refusal(

@@ -43,7 +43,10 @@ from vlp.data.tar import BLOCK
 _READ = ("image", "negative", *sorted(TEXT_TYPES))  # the kinds of members that make a sample
 
 # The statistics of a shard name what it was written with; deleting them accepts what it holds now.
-_ALTERED = "altered since it was written: its members or their bytes are others; restore the shard"
+_ALTERED = (
+    "altered since it was written: its members or their bytes are others; restore the shard, or "
+    "delete its _stats.json where the tar was changed on purpose"
+)
 _UNWRITTEN = (
     "not written with this shard: where the tar was changed on purpose, delete its _stats.json"
 )
@@ -57,6 +60,7 @@ class Found:
     members: Members  # the image is among them
     texts: bytes  # of its text members, one after another
     digest: int
+    digest_written: int  # by the names that our writer gives: without the ./ of `tar -C DIR -c .`
     # Its members follow one another, with none of another sample between: one reading gives it.
     whole: bool
 
@@ -139,7 +143,7 @@ def _read(
             continue
 
         # The digest decides, also over what damage and repeated keys made of the members.
-        if written is not None and found.digest != written.get(key):
+        if written is not None and found.digest_written != written.get(key):
             shard.report(key, _ALTERED if key in written else _UNWRITTEN)
             shard.n_left_out += 1
             continue
@@ -176,8 +180,12 @@ def _found(file: BinaryIO, shard: Shard, key: str, members: Members, whole: bool
     # Oddities that cost only themselves.
     for note in content.notes:
         shard.report(key, note)
-    digest = digests.digest_of({members[kind].name: data[kind] for kind in data})
-    return Found(content, members, b"".join(texts.values()), digest, whole)
+    by_name = {members[kind].name: data[kind] for kind in data}
+    digest = digest_written = digests.digest_of(by_name)
+    if any(name.startswith("./") for name in by_name):
+        bare = {name.removeprefix("./"): member for name, member in by_name.items()}
+        digest_written = digests.digest_of(bare)
+    return Found(content, members, b"".join(texts.values()), digest, digest_written, whole)
 
 
 class _Rows:

@@ -121,6 +121,30 @@ def export_run(
     return export(model, to, license=license, onnx=onnx, overwrite=overwrite, home=home, **about)
 
 
+_SCORES_ADVICE = "evaluate the run again, or delete the file to export it without scores"
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's results.json; ValueError where a card cannot be made of them."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {_SCORES_ADVICE}") from None
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise ValueError(
+            f"{path} is damaged: expected a list of records with task and metrics; {_SCORES_ADVICE}"
+        )
+    return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a value has what a model card reads of a record."""
+    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
+        return False
+    sections = [record.get(name, {}) for name in ("protocol", "intervals_95", "chance")]
+    return all(isinstance(section, dict) for section in (record.get("metrics"), *sections))
+
+
 def _record(path: Path) -> dict[str, Any]:
     """What a checkpoint's run says of it: results, configuration, step, as `export` takes them."""
     run = path.parent.parent
@@ -129,9 +153,9 @@ def _record(path: Path) -> dict[str, Any]:
     newest = checkpoint.newest(run)
     latest = newest is not None and newest.resolve() == path.resolve()
     if latest and scores.exists():
-        results = json.loads(scores.read_text(encoding="utf-8"))
+        results = _read_results(scores)
     else:
-        results = ()
+        results = []
 
     return {
         "results": results,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
 from vlp.pretrained import references, weight_files
-from vlp.pretrained.references import STAGES
 
 
 def load(
@@ -45,6 +43,5 @@ def load(
 
 def load_stages(folder: Path) -> Stages:
     """The model that `export` wrote to a folder, on the CPU."""
-    described = json.loads((folder / STAGES).read_text(encoding="utf-8"))
-    members = [load(folder / name) for name in described["members"]]
+    members = [load(folder / name) for name in references.members_of(folder)]
     return Stages([member for member in members if isinstance(member, DualEncoder)])

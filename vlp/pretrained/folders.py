@@ -17,7 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path.parent} holds no {path.name}; it holds {listing(path.parent)}"
         ) from None
-    except ValueError as error:
+    # A million brackets are JSON, too, and deeper than the parser goes.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); export or download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
@@ -37,7 +38,12 @@ def exported_files(folder: Path) -> list[str]:
     """The files that an export wrote there, by its own list; none where it is no export."""
     if not (folder / MANIFEST).is_file():
         return []
-    return read_json(folder / MANIFEST)["files"]
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise ValueError(
+            f"{folder / MANIFEST} does not list the files of an export; export the model again"
+        )
+    return files
 
 
 def listing(folder: Path, most: int = 8) -> str:

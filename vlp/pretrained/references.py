@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from vlp.pretrained import clip_description, hub
 from vlp.pretrained.folders import listing, read_json
+from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
 
 CONFIG = "open_clip_config.json"
@@ -183,6 +184,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if "model_cfg" not in config:
         raise ValueError(f"{folder / CONFIG} has no section 'model_cfg'; found {sorted(config)}")
+    config = {"preprocess_cfg": {}} | config
+    _check_sections(config, folder / CONFIG)
 
     # An export moves: its files say ".", or the place they were first written to.
     text = config["model_cfg"]["text_cfg"]
@@ -190,7 +193,38 @@ def read_config(folder: Path) -> dict[str, Any]:
         text["hf_tokenizer_name"] = str(folder)
     if text.get("hf_model_name") and (folder / TEXT_TOWER).is_dir():
         text["hf_model_name"] = str(folder / TEXT_TOWER)
-    return {"preprocess_cfg": {}} | config
+    return config
+
+
+def _check_sections(config: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the sections of an architecture are mappings."""
+    model_cfg = config["model_cfg"]
+    sections = {"preprocess_cfg": config["preprocess_cfg"], "model_cfg": model_cfg}
+    if isinstance(model_cfg, dict):
+        sections |= {name: model_cfg.get(name) for name in ("vision_cfg", "text_cfg")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ValueError(
+                f"{path} is no architecture: its {name} is {str(section)[:60]!r}, expected an "
+                "object; export or download it again"
+            )
+
+
+def members_of(folder: Path) -> list[str]:
+    """The members of a folder of stages: folders in it, each an export; ValueError for others."""
+    members = read_json(folder / STAGES).get("members")
+    if not isinstance(members, list) or not members:
+        raise ValueError(f"{folder / STAGES} names no members; export the stages again")
+
+    # A list is a stranger's: a path would lead out of the folder, and back into it for ever.
+    for name in members:
+        is_inside = isinstance(name, str) and name != ".." and Path(name).name == name
+        if not is_inside or not (folder / name / CONFIG).is_file():
+            raise ValueError(
+                f"{folder / STAGES} names {str(name)[:60]!r}, which is no folder beside it with "
+                f"{CONFIG}; export the stages again"
+            )
+    return members
 
 
 def _of_file(text: str, path: Path) -> Reference:
@@ -223,11 +257,19 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     """ARCHITECTURE:TAG or ARCHITECTURE:FILE."""
     import open_clip
 
-    # "https://…" has a colon as well.
+    # "https://…" has a colon as well. Whoever sees the message need not see a password in it.
     hub_page = r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*"
     address = re.fullmatch(hub_page, text)
     if address:
-        raise ValueError(f"{text} is an address; write hf-hub:{address[2]}")
+        raise ValueError(f"{scrubbed(text)} is an address; write hf-hub:{address[2]}")
+    if "://" in text:
+        raise ValueError(
+            f"{scrubbed(text)} is an address; download the model, and name its folder or file"
+        )
+    if not weights:
+        raise ValueError(
+            f"{text} names no weights; write {text}TAG, {text}FILE, or the name of a folder alone"
+        )
 
     is_file = Path(architecture).suffix == ".json"
     if is_file and not Path(architecture).is_file():
@@ -259,12 +301,16 @@ def _own_architecture(path: Path) -> dict[str, Any]:
     """A model's JSON as open_clip keeps them, alone or inside an open_clip_config.json."""
     config = read_json(path)
     model_cfg = config.get("model_cfg", config)
+    if not isinstance(model_cfg, dict):
+        model_cfg = {}
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - model_cfg.keys()
     if missing:
         raise ValueError(
             f"{path} is no architecture: it lacks {sorted(missing)}; found {sorted(model_cfg)}"
         )
-    return {"model_cfg": model_cfg, "preprocess_cfg": config.get("preprocess_cfg", {})}
+    described = {"model_cfg": model_cfg, "preprocess_cfg": config.get("preprocess_cfg", {})}
+    _check_sections(described, path)
+    return described
 
 
 def _trained_as(weights: Path) -> str:

@@ -93,7 +93,7 @@ def behind(reference: Reference) -> WeightFile:
         runs.verify(path)
         return WeightFile(path / "model.safetensors", read_json(path / "model.json"))
     if reference.kind == "stages":
-        members = read_json(path / references.STAGES)["members"]
+        members = references.members_of(path)
         raise ValueError(
             f"{reference.text} holds several models; name one of them, such as {path / members[0]}"
         )
@@ -268,7 +268,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _indexed_tensors(index: Path) -> dict[str, Tensor]:
     """The tensors of every file that an index in the same folder names."""
     # An index is a stranger's file: a name with a path in it would read elsewhere.
-    files = sorted(set(read_json(index)["weight_map"].values()))
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{index} names no files of weights; export or download it again")
+
+    files = sorted(set(names))
     outside = [file for file in files if Path(file).name != file]
     if outside:
         raise ValueError(f"{index} names the file {outside[0]!r} outside its folder")

@@ -23,6 +23,8 @@ Members stay bytes: webdataset's own decoder, which runs pickles, is never used.
   connection that broke, and to skip what a broken connection held would change the order. Leave the
   tar out of `urls`, or skip the damage in a pipeline of your own with
   `wds.tarfile_to_samples(handler=wds.warn_and_continue)`;
+- local tars of ours (with `urls`) are compared with the digests that they were written with; what
+  is lost of them is told once a tar;
 - bad samples, here also those without a text, are replaced by some of the first `RESERVE` of the
   pass, which every process keeps.
 """
@@ -44,7 +46,7 @@ from braceexpand import braceexpand
 from vlp.config import Captions
 from vlp.data.captions import Choice, Texts
 from vlp.data.members import TEXT_TYPES, Content, fill, join_texts, parse_name, separate
-from vlp.data.sources import Source, captions_of
+from vlp.data.sources import Source, _written, captions_of
 from vlp.types import Sample
 
 RESERVE = 64
@@ -139,6 +141,9 @@ class Stream(Source):
 
         members = self._parts[part].take(turn_of_part * self.options.run + place)
         try:
+            # A pipeline of somebody's own may well change members.
+            if self.options.urls:
+                _check_written(members)
             return _sample(i, members, self.choice, self.captions)
         except ValueError as error:
             return error
@@ -151,7 +156,7 @@ class Stream(Source):
             stream = _function(self.options.pipeline)(part, self.options.parts)
         else:
             shards = wds.SimpleShardList(self.urls[part :: self.options.parts])
-            stream = wds.DataPipeline(shards, wds.tarfile_to_samples())
+            stream = _written.counted(wds.DataPipeline(shards, wds.tarfile_to_samples()))
 
         size = self.options.buffer
         if not size:
@@ -270,6 +275,21 @@ def _content(i: int, members: dict[str, Any]) -> Content:
     texts = {kind: member.data for kind, member in sample.items() if kind in TEXT_TYPES}
     fill(content, texts)
     return content
+
+
+def _check_written(members: dict[str, Any]) -> None:
+    """Raise ValueError where members of a local tar of ours are not those that were written."""
+    prefix = members["__key__"]
+    by_name: dict[str, bytes] = {}
+    keys: dict[str, None] = {}
+    for ending, data in members.items():
+        name = parse_name(f"{prefix}.{ending}")
+        if not ending.startswith("__") and name is not None and name.kind:
+            by_name[f"{prefix}.{ending}"] = data
+            keys[name.key] = None
+    # Several: webdataset joined them at their first dot, which `_content` tells.
+    if len(keys) == 1:
+        _written.check(members["__url__"], next(iter(keys)), by_name)
 
 
 class _Member(NamedTuple):
