@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export VLP_DATA
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test test-all docs lint clean
+.PHONY: setup demo test test-all docs notebook lint clean
 
 define install
 	@if command -v uv >/dev/null 2>&1; then \
@@ -42,6 +42,10 @@ test-all: setup
 # Strict: a broken link or an unreadable block fails. The pages: build/docs/index.html.
 docs: setup
 	python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# Trains, looks at neighbours and searches, as a reader of it would: about two minutes.
+notebook: setup
+	python -m pytest -m slow tests/docs/test_notebook.py
 
 lint: setup
 	ruff check .
