@@ -13,9 +13,11 @@ import itertools
 import math
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -222,6 +224,16 @@ class _From(Sampler):
 def _begin(_: int) -> None:
     """What a loader process does first."""
     end_with_parent()
+    sys.excepthook = _tell
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error, but not that the trainer was gone when a batch should be handed over.
+
+    It ends, and says itself why.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _ending(code: int) -> str:
