@@ -34,7 +34,7 @@ from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
 ALWAYS = frozenset({"image", "text", "scale"})
-Moves = dict[str, dict[str, "Tensor | Write"]]  # label of a term: its new state
+NewStates = dict[str, dict[str, "Tensor | Write"]]  # label of a term: its new state
 
 INSTEAD = {"caption_nll": "caption_logits"}  # keywords that another one can stand for
 
@@ -88,35 +88,37 @@ class Objective:
     # A call
 
     def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        total, terms, moves = self.evaluate(**keywords)
-        self.commit(moves)
+        total, terms, new_states = self.evaluate(**keywords)
+        self.commit(new_states)
         return total, terms
 
-    def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], Moves]:
-        """(total, terms, moves): as a call, but the state stays.
+    def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], NewStates]:
+        """(total, terms, new_states): as a call, but the state stays.
 
-        `commit` makes the moves, once the step is known to count.
+        `commit` takes the new states, once the step is known to count.
         """
         inputs = self._inputs(keywords)
         self._check(inputs)
         pairs = Pairs.at(self.backend, inputs.step)
         return evaluated(partial(self._evaluate, pairs), inputs)
 
-    def _evaluate(self, pairs: Pairs, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor], Moves]:
+    def _evaluate(
+        self, pairs: Pairs, inputs: Inputs
+    ) -> tuple[Tensor, dict[str, Tensor], NewStates]:
         inputs = inputs.prepared(self.normalize)
         counts = inputs.step is not None and torch.is_grad_enabled()
 
         # float32 at least: a total of half precision would lose its small terms.
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
-        total, terms, moves = inputs.image.new_zeros((), dtype=dtype), {}, {}
+        total, terms, new_states = inputs.image.new_zeros((), dtype=dtype), {}, {}
         for plugin in self.plugins:
-            value, move = self._term(plugin, inputs, pairs)
-            if move and counts:
-                moves[plugin.label] = move
+            value, new_state = self._term(plugin, inputs, pairs)
+            if new_state and counts:
+                new_states[plugin.label] = new_state
             value = value.to(dtype)
             terms[plugin.label] = value.detach()
             total = total + plugin.common.weight_at(inputs.step) * value
-        return total, terms, moves
+        return total, terms, new_states
 
     def _term(
         self, plugin: Plugin, inputs: Inputs, pairs: Pairs
@@ -133,13 +135,13 @@ class Objective:
 
     # State
 
-    def commit(self, moves: Moves) -> None:
-        """Move the state as an evaluation found. Collective if it holds numbers of each sample."""
+    def commit(self, new_states: NewStates) -> None:
+        """Take the states that an evaluation gave. Collective if it holds numbers of samples."""
         # A table stores its rows; other state is replaced.
-        for label, move in moves.items():
+        for label, new_state in new_states.items():
             self.state[label] = {
                 name: value.apply() if isinstance(value, Write) else value.detach()
-                for name, value in move.items()
+                for name, value in new_state.items()
             }
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
