@@ -48,8 +48,8 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Rank inside this node, as the launcher says; 0 without one."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Rank inside this node, as the launcher or SLURM says; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def local_world_size() -> int:

@@ -55,6 +55,8 @@ def open_run(config: Config) -> Path | None:
         except (FileExistsError, checkpoint.CheckpointError) as error:
             outcome = error  # raised on every rank, so that none waits for another
 
+    # Hashing a large checkpoint takes longer than an exchange may.
+    dist.await_all("the first rank, which checks checkpoints")
     outcome = dist.broadcast_object(outcome)
     if isinstance(outcome, Exception):
         raise outcome
@@ -227,6 +229,8 @@ def save(config: Config, training: Training, loader: Loader) -> None:
             checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
         except (OSError, checkpoint.CheckpointError) as failure:
             error = failure
+
+    dist.await_all("the first rank, which saves a checkpoint")
 
     # No rank runs on, and perhaps is killed, before the checkpoint stands; and none waits where it
     # could not be written.

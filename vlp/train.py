@@ -83,6 +83,9 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 
+    # Ranks index at different speeds, and would meet first where a limit of time holds.
+    dist.await_all("the last rank to index the data")
+
     # The data before the objective: how many steps the run has depends on how many samples.
     plan = Plan.of(config.train, loader.steps_per_epoch)
     rate = schedule(config, plan)
