@@ -217,6 +217,28 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
     return box[0]
 
 
+# Tensors for one rank, through the CPU
+
+
+def to_first(value: Tensor, group: Group) -> list[Tensor]:
+    """Every rank's `value`, of one shape, on the CPU of the group's first rank; [] on the others.
+
+    Over gloo wherever there is such a group: no GPU holds what is gathered. Not differentiable.
+    """
+    value = value.detach()
+    if group.size == 1:
+        return [value.cpu()]
+
+    # A caller's own NCCL group knows GPUs only.
+    handle = control_handle(group)
+    on_gpu = torch_dist.get_backend(handle) == "nccl"
+    sent = value.contiguous() if on_gpu else value.contiguous().cpu()
+    first = group.index == 0
+    parts = [torch.empty_like(sent) for _ in group.ranks] if first else None
+    torch_dist.gather(sent, parts, dst=group.ranks[0], group=handle)
+    return [part.cpu() for part in parts or ()]
+
+
 # Tensors, with gradients
 
 

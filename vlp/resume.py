@@ -93,8 +93,11 @@ def _source(config: Config, run: Path) -> Path | None:
             )
         return newest
 
-    # A named checkpoint of another run may only found a new one.
+    # A named checkpoint is verified here, once, and not by each rank that reads it.
     source = checkpoint.resolve(config.resume)
+    checkpoint.verify(source)
+
+    # One of another run may only found a new run.
     if holds_run and source.parent.resolve() != (run / checkpoint.FOLDER).resolve():
         raise FileExistsError(
             f"{run} holds another run than {source}, which would be overwritten; "

@@ -169,7 +169,7 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     """Restore the model from a checkpoint; returns all that it holds, or None for a new run."""
     if source is None:
         return None
-    contents = checkpoint.load(source)
+    contents = checkpoint.load(source, verified=True)  # `open_run` has compared the hashes
     check_extent(contents.state["step"], plan, source)
     checkpoint.restore(model, contents.model, source)
     return contents
