@@ -191,8 +191,9 @@ class Pairs:
         fewer than k columns remain.
         """
         gathered, positions = self._hardest(left, right, k, paired)
-        columns = gathered[positions]
-        scores = torch.einsum("bd,bkd->bk", widened(left), widened(columns))
+        # Widened before rows are picked: a popular row's gradient is a sum of many.
+        columns = widened(gathered)[positions]
+        scores = torch.einsum("bd,bkd->bk", widened(left), columns)
         return scores, columns, positions
 
     def hardest(self, left: Tensor, right: Tensor, k: int, *, paired: bool = True) -> Tensor:
@@ -219,7 +220,12 @@ class Pairs:
         The average of the shares is the mean. valid: mask or weights w ≥ 0 of the shape of
         `values`; then the share is (W/N)·Σ w·value with N = Σ w over all ranks, and exactly 0, with
         zero gradient, where N = 0. Values at w = 0 have no influence, be they NaN.
+
+        This and the sums below are in float32 at least, whatever the dtype of `values`.
         """
+        # In half precision a count ends at 256, and a sum over ranks is rounded at every one.
+        values = widened(values)
+
         # Every rank has the same number of rows, so that its own mean is its share.
         if valid is None:
             return values.mean()
@@ -236,11 +242,11 @@ class Pairs:
 
         For terms that are no mean over rows.
         """
-        return dist.all_reduce(values.sum(), self.group)
+        return dist.all_reduce(widened(values).sum(), self.group)
 
     def log_sum(self, values: Tensor) -> Tensor:
         """log Σ e^values over the rows of the group, whole on each of its ranks. values: [b]."""
-        return logsumexp(dist.all_gather(values, self.group), dim=0)
+        return logsumexp(dist.all_gather(widened(values), self.group), dim=0)
 
     def gather(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [n, ...] in group order, in O(n) memory.
@@ -251,7 +257,7 @@ class Pairs:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum of `values` over ALL ranks, whole on each of them."""
-        return dist.all_reduce(values, self.backend.ranks)
+        return dist.all_reduce(widened(values), self.backend.ranks)
 
     def gather_over_ranks(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [W·b, ...] of ALL ranks."""
