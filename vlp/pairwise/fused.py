@@ -16,6 +16,7 @@ from vlp.pairwise.reduction import (
     Reduction,
     Tile,
     accumulation_dtype,
+    may_ask,
     softplus,
     without_empty,
 )
@@ -32,7 +33,8 @@ class Margin:
     Rows and columns share ONE exponential E = e^{z − shift}: its sums are the statistics, and in
     backward dz = E·(g^r_i e^{shift − r_i} + g^c_j e^{shift − c_j}). That is safe while the values
     of a tile span less than `SPAN` (e^{±SPAN} is a normal float32 and so are sums of 10⁶ of them);
-    wider tiles take one exponential each way.
+    wider tiles take one exponential each way, and so do all tiles on a device, where the host would
+    wait for the answer.
     """
 
     prescaled = True
@@ -41,7 +43,8 @@ class Margin:
 
     def __init__(self, reduction: Reduction, block: Block) -> None:
         self.both_ways = bool(reduction.columns)
-        self.unshifted = self._bound(block) <= self.BOUND
+        self.may_ask = may_ask(block.left[0])
+        self.unshifted = self.may_ask and self._bound(block) <= self.BOUND
         self.scratch: Tensor | None = None  # for dz, of one tile after another
 
     @staticmethod
@@ -127,20 +130,26 @@ class Margin:
 
     def _exponentials(self, z: Tensor, pairs: Diagonal) -> Memo:
         """(E, shift) with the positives at 0; or (z, None) with the positives at −∞."""
-        # Small scores need no look at the tile's range.
-        shift: Tensor | float
-        if self.unshifted:
-            e, shift = z.exp_(), 0.0
-        else:
-            lowest, highest = z.aminmax()
-            # Written so that NaN takes the careful path too.
-            if not highest - lowest < self.SPAN:
-                pairs.fill(z, -torch.inf)
-                return z, None
-            e, shift = z.sub_(highest).exp_(), highest
+        shift = self._shift(z)
+        if shift is None:
+            pairs.fill(z, -torch.inf)
+            return z, None
 
+        # Small scores are spared the subtraction.
+        e = z.exp_() if self.unshifted else z.sub_(shift).exp_()
         pairs.fill(e, 0.0)
         return e, shift
+
+    def _shift(self, z: Tensor) -> Tensor | float | None:
+        """What all entries of a tile may be lowered by; None where one exponential is not safe."""
+        # Small scores need no look at the tile's range.
+        if self.unshifted:
+            return 0.0
+        if not self.may_ask:
+            return None
+        lowest, highest = z.aminmax()
+        # NaN compares false and takes the careful path.
+        return highest if highest - lowest < self.SPAN else None
 
 
 def _log_sums(memo: Memo, dim: int) -> Tensor:
