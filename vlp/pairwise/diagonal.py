@@ -18,7 +18,8 @@ class Diagonal:
         """[m]: each row's own entry, 0 where it lies in another tile."""
         result = matrix.new_zeros(self.m)
         if self.present:
-            result[self._rows(matrix)] = matrix.diagonal(self.offset)
+            rows, _ = self.places(matrix)
+            result[rows] = matrix.diagonal(self.offset)
         return result
 
     def fill(self, matrix: Tensor, value: float) -> None:
@@ -29,10 +30,12 @@ class Diagonal:
     def write(self, matrix: Tensor, values: Tensor) -> None:
         """Set each row's own entry to its value of `values` [m]."""
         if self.present:
-            matrix.diagonal(self.offset).copy_(values[self._rows(matrix)])
+            rows, _ = self.places(matrix)
+            matrix.diagonal(self.offset).copy_(values[rows])
 
-    def _rows(self, matrix: Tensor) -> slice:
-        """The rows whose own entry lies in this tile."""
+    def places(self, matrix: Tensor) -> tuple[slice, slice]:
+        """The rows whose own entry lies in this tile, and the columns of those entries."""
         # A diagonal that enters the tile from the left begins in a later row.
-        start = max(0, -self.offset)
-        return slice(start, start + matrix.diagonal(self.offset).shape[0])
+        start, length = max(0, -self.offset), matrix.diagonal(self.offset).shape[0]
+        first_column = start + self.offset
+        return slice(start, start + length), slice(first_column, first_column + length)
