@@ -17,6 +17,7 @@ from torch import Tensor
 from vlp import dist
 from vlp.pairwise import exchange, tiled
 from vlp.pairwise.backend import Backend
+from vlp.pairwise.products import in_students_dtype
 from vlp.pairwise.reduction import (
     MARGIN,
     ROW_MARGIN,
@@ -210,7 +211,8 @@ class Pairs:
             )
 
         offset = self.group.index * len(right) if paired else None
-        return gathered, tiled.top_columns(left.detach(), gathered.detach(), k, offset)
+        (rows,), (columns,) = _same_dtype([left.detach()], [gathered.detach()])
+        return gathered, tiled.top_columns(rows, columns, k, offset)
 
     # Means and sums over rows
 
@@ -280,16 +282,26 @@ def _multiples(multiples: tuple[float, ...]) -> Reduction:
 def _same_dtype(
     left: Sequence[Tensor], right: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Both sides of each product in the wider dtype of the two."""
-    dtypes = [torch.promote_types(x.dtype, t.dtype) for x, t in zip(left, right)]
-    wide_left = tuple(x.to(dtype) for x, dtype in zip(left, dtypes))
-    wide_right = tuple(t.to(dtype) for t, dtype in zip(right, dtypes))
-    return wide_left, wide_right
+    """Both sides of each product in one dtype, the wider of the two."""
+    same_left, same_right = [], []
+    for x, t in zip(left, right):
+        # What has no gradient is stored: it must not widen what has one.
+        t = in_students_dtype(x, t)
+        x = in_students_dtype(t, x)
+
+        dtype = torch.promote_types(x.dtype, t.dtype)
+        same_left.append(x.to(dtype))
+        same_right.append(t.to(dtype))
+    return tuple(same_left), tuple(same_right)
 
 
 def _number(value: Any, like: Tensor) -> Tensor:
     """A number or 0-d tensor in the accumulation dtype of `like`."""
-    return torch.as_tensor(value, device=like.device, dtype=accumulation_dtype(like))
+    dtype = accumulation_dtype(like)
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.full((), value, device=like.device, dtype=dtype)
 
 
 def _mask(valid: Tensor, like: Tensor) -> Tensor:
