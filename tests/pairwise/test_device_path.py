@@ -75,28 +75,48 @@ def value_and_gradients(
     return {"value": value.detach(), **dict(zip(leaves, gradients))}
 
 
-@pytest.mark.parametrize("name, options", TERMS)
-def test_products_are_of_bfloat16_and_nobody_asks(name, options):
-    """Value and gradients are those of float64 on the same rows, up to the rounding of 8 bits."""
-    values, watch = in_bfloat16(), Watch()
-    with imitated():
-        found = value_and_gradients(name, options, values, "tiled", watch)
-
+def expected_of(name: str, options: dict, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in float64, on the rows as a device has them."""
     wide = {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
-    if name == "distill":  # whose rows are rounded to the student's
+    if name == "distill":  # whose stored rows are rounded to the student's
         for key in ("teacher_image", "teacher_text"):
             wide[key] = values[key].bfloat16().double()
-    expected = value_and_gradients(name, options, wide, "dense")
+    return value_and_gradients(name, options, wide, "dense")
 
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal up to the rounding of 8 bits; and there is something to compare."""
     live = 0
     for key, gradient in expected.items():
-        error = (found[key].double() - gradient).norm()
+        error = (found[key].cpu().double() - gradient).norm()
         assert error <= 1e-2 * gradient.norm() + 1e-6, f"{key}: {error} of {gradient.norm()}"
         live += bool(gradient.norm() > 1e-6)
     assert live >= 2
 
+
+@pytest.mark.parametrize("name, options", TERMS)
+def test_products_are_of_bfloat16_and_nobody_asks(name, options):
+    values, watch = in_bfloat16(), Watch()
+    with imitated():
+        found = value_and_gradients(name, options, values, "tiled", watch)
+
+    assert_near(found, expected_of(name, options, values))
     assert set(watch.products) == {torch.bfloat16}
     assert not watch.questions
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name, options", TERMS)
+def test_the_same_on_a_gpu(name, options):
+    values = in_bfloat16()
+    on_gpu = {key: value.cuda() for key, value in values.items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = value_and_gradients(name, options, on_gpu, "tiled")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_near(found, expected_of(name, options, values))
 
 
 def test_float32_rows_stay_as_exact_as_they_are():
