@@ -92,6 +92,7 @@ class Launches:
         self.descriptors = takes_descriptors(capability)
         both_sided_mask = masked and self.columns
         self.limit = options_of(dtype, capability, len(self.multiples), both_sided_mask)
+        self.sides: dict[tuple[str, int, int], Any] = {}
 
     def pair_scores(self, rows: slice, columns: slice) -> Tensor:
         """[m] float32: x_i·t_j of the i-th of `rows` and the i-th of `columns`."""
@@ -174,7 +175,10 @@ class Launches:
         )
 
     def softplus_weights(self, rows: slice, columns: slice, dz: Tensor, weight: Tensor) -> Tensor:
-        """Write dz of the softplus sums of one chunk, 0 at the rows' own pairs; return its sum."""
+        """Write dz of the softplus sums of one chunk, 0 at the rows' own pairs.
+
+        Returns its sum, taken before it is rounded.
+        """
         grid = self._tiles(dz)
         sums = self.x.new_empty(grid, dtype=torch.float32)
         softplus_weights_kernel[grid](
@@ -190,23 +194,38 @@ class Launches:
 
     def _arguments(self, rows: slice, columns: slice, scalars: Tensor) -> dict[str, Any]:
         """The arguments that say which scores are meant, and how they are computed."""
-        x, t, offset = self.x[rows], self.t[columns], UNPAIRED
+        offset = UNPAIRED
         if self.offset is not None:
             offset = self.offset + rows.start - columns.start
+        return {
+            "x": self._side("x", rows, self.tile["BM"]),
+            "t": self._side("t", columns, self.tile["BN"]),
+            "scalars": scalars,
+            "n_rows": rows.stop - rows.start,
+            "n_columns": columns.stop - columns.start,
+            "offset": offset,
+            "D": self.x.shape[1],
+            "DESCRIPTORS": self.descriptors,
+            **self.tile,
+        }
 
-        tile = self.tile
-        sides: dict[str, Any] = {"x": x, "t": t}
-        if self.descriptors:
-            sides["x"] = _descriptor(x, tile["BM"], tile["BK"])
-            sides["t"] = _descriptor(t, tile["BN"], tile["BK"])
-        shape = {"n_rows": len(x), "n_columns": len(t), "offset": offset, "D": x.shape[1]}
-        return sides | shape | tile | {"scalars": scalars, "DESCRIPTORS": self.descriptors}
+    def _side(self, name: str, lines: slice, n_lines: int) -> Any:
+        """What a kernel takes for these lines of x or t."""
+        # Each is part of many launches, and a launch in backward has only 65 µs to be made in.
+        key = name, lines.start, lines.stop
+        if key not in self.sides:
+            matrix = getattr(self, name)[lines]
+            if self.descriptors:
+                matrix = _descriptor(matrix, n_lines, self.tile["BK"])
+            self.sides[key] = matrix
+        return self.sides[key]
 
     def _masks(self, columns: slice) -> dict[str, Any]:
         """The arguments of the log-sum-exps alone."""
-        masked = self.column_values is not None
         # A kernel without column values reads none; it is given a pointer for want of them.
-        values = self.column_values[columns] if masked else self.scalars
+        values, masked = self.scalars, self.column_values is not None
+        if self.column_values is not None:
+            values = self.column_values[columns]
         return {"column_values": values, "MASKED": masked, "COLUMNS": self.columns}
 
     def _tiles(self, dz: Tensor) -> tuple[int, int]:

@@ -142,20 +142,21 @@ def gradients(
     launches = Launches(reduction, block, tile_size)
     x, t = block.left[0], block.right[0]
     dx, dt = _pair_gradients(block, weights[_positive(reduction)])
-    bias_sum = weights[_positive(reduction)][_pairs(block)[0]].sum()
 
-    weights_of = _Weights(reduction, launches, statistics, weights)
-    for rows in slices(len(dx), CHUNK[0]):
-        for columns in slices(len(dt), CHUNK[1]):
-            dz, dz_sum = weights_of.chunk(rows, columns)
+    dz_of = _Weights(reduction, launches, statistics, weights)
+    for rows in slices(len(x), CHUNK[0]):
+        for columns in slices(len(t), CHUNK[1]):
+            dz = dz_of.chunk(rows, columns)
             _accumulate(dx[rows], dz, t[columns])
             _accumulate(dt[columns], dz.T, x[rows])
-            bias_sum += dz_sum
 
     # z = scale·s: so far dx and dt hold the sums for dz, not for ds.
-    scale_sum = _inner_product(dx, x)
+    shared = [_inner_product(dx, x) * unit]
+    if launches.softplus:
+        pair_sum = weights[_positive(reduction)][_pairs(block)[0]].sum()
+        shared.append((dz_of.sum + pair_sum) * unit)
+
     factor = unit * block.shared[0].float()
-    shared = [scale_sum * unit, bias_sum * unit][: len(block.shared)]
     constants = [None] * len(block.column_values)
     results = [dx.mul_(factor), dt.mul_(factor), *constants, *shared]
     return [
@@ -177,6 +178,7 @@ class _Weights:
         self.launches = launches
         n, first = len(launches.multiples), _first_column(reduction)
         self.row_weight = weights[0]
+        self.sum = weights[0].new_zeros(())  # of all chunks so far, for the sigmoid loss's bias
         self.by_row = _by_multiple(launches, statistics[:n], weights[:n])
         # In one direction the kernel reads no column; it is given the rows' for want of others.
         self.by_column = self.by_row
@@ -188,13 +190,14 @@ class _Weights:
         n_rows, n_columns = min(len(x), CHUNK[0]), min(len(t), CHUNK[1])
         self.memory = x.new_empty(n_rows, -(-n_columns // 8) * 8)
 
-    def chunk(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | float]:
-        """dz [rows, columns] in the inputs' dtype, 0 at own pairs; and its sum for the bias."""
+    def chunk(self, rows: slice, columns: slice) -> Tensor:
+        """dz [rows, columns] in the inputs' dtype, 0 at own pairs."""
         dz = self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
         if self.launches.softplus:
-            return dz, self.launches.softplus_weights(rows, columns, dz, self.row_weight)
-        self.launches.logsumexp_weights(rows, columns, dz, self.by_row, self.by_column)
-        return dz, 0.0
+            self.sum += self.launches.softplus_weights(rows, columns, dz, self.row_weight)
+        else:
+            self.launches.logsumexp_weights(rows, columns, dz, self.by_row, self.by_column)
+        return dz
 
 
 def _by_multiple(
