@@ -50,13 +50,13 @@ def takes_descriptors(capability: int) -> bool:
 def options_of(
     dtype: torch.dtype, capability: int, n_multiples: int, both_sided_mask: bool
 ) -> dict[str, int]:
-    """Further launch options of the kernels that are to share a multiprocessor.
+    """Further launch options of the kernels that are to share a multiprocessor of Hopper's.
 
     Several multiples, or column values with column statistics, would spill within that limit; so
-    would float32 and older cards, which hold the operands of products in registers.
+    would float32, and other cards, which hold more of a product in registers.
     """
     spills = n_multiples > 1 or both_sided_mask or dtype == torch.float32
-    return {} if spills or not takes_descriptors(capability) else TWO_PROGRAMS
+    return TWO_PROGRAMS if capability // 10 == 9 and not spills else {}
 
 
 def _capability(device: torch.device) -> int:
