@@ -113,21 +113,26 @@ def careful_kernel(
         tl.store(row_total + row_place, total, mask=rows < n_rows)
         tl.store(row_shift + row_place, highest, mask=rows < n_rows)
 
+    # All columns are looked at together: one tile's after another's would take most of the time.
     if COLUMNS:
-        for first in range(start, stop, BN):
-            columns = first + tl.arange(0, BN)
-            there = columns < n_columns
-            place = block.to(tl.int64) * n_columns + columns
-            total = tl.load(column_total + place, mask=there, other=float("inf"))
-            if tl.min(total, 0) < FLOOR:
-                z = entries(
-                    x, t, scale, 0.0, column_values, first_row, first, n_rows, n_columns, offset,
-                    D, MASKED, DESCRIPTORS, BM, BN, BK,
-                )  # fmt: skip
-                highest = tl.max(z, 1)
-                total = tl.sum(tl.exp2(z - _or_zero(highest)[:, None]), 1)
-                tl.store(column_total + place, total, mask=there)
-                tl.store(column_shift + place, highest, mask=there)
+        span_columns = start + tl.arange(0, SPAN * BN)
+        span_place = block.to(tl.int64) * n_columns + span_columns
+        span_there = span_columns < n_columns
+        totals = tl.load(column_total + span_place, mask=span_there, other=float("inf"))
+        if tl.min(totals, 0) < FLOOR:
+            for first in range(start, stop, BN):
+                columns = first + tl.arange(0, BN)
+                place, there = block.to(tl.int64) * n_columns + columns, columns < n_columns
+                part = tl.load(column_total + place, mask=there, other=float("inf"))
+                if tl.min(part, 0) < FLOOR:
+                    z = entries(
+                        x, t, scale, 0.0, column_values, first_row, first, n_rows, n_columns,
+                        offset, D, MASKED, DESCRIPTORS, BM, BN, BK,
+                    )  # fmt: skip
+                    top = tl.max(z, 1)
+                    part = tl.sum(tl.exp2(z - _or_zero(top)[:, None]), 1)
+                    tl.store(column_total + place, part, mask=there)
+                    tl.store(column_shift + place, top, mask=there)
 
 
 @triton.jit
