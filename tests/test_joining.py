@@ -98,7 +98,7 @@ def test_one_function_chooses_devices():
             chosen_elsewhere.append(path.relative_to(ROOT).as_posix())
     assert len(files) > 200
     # One reads the variable for `local_device`, the other checks that the launcher has set it.
-    assert set(chosen_elsewhere) == {"vlp/dist.py", "vlp/engines/processes.py"}
+    assert set(chosen_elsewhere) == {"vlp/groups.py", "vlp/engines/processes.py"}
 
 
 def _late(port, by_exchange):
