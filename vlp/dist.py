@@ -16,7 +16,6 @@ whose backward is the identity makes it 1/W.)
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from vlp import log
 from vlp.groups import (
     Group,
     group_of,
@@ -98,8 +98,7 @@ def await_all(doing: str) -> None:
         now = time.monotonic()
         if now - said > _SAY_EVERY_S and rank() < 2:
             said = now
-            minutes = (now - started) / 60
-            print(f"rank {rank()} waits for {doing}: {minutes:.0f} min", file=sys.stderr)
+            log.warn(f"waiting for {doing} since {(now - started) / 60:.0f} min")
     work.wait()  # raises what went wrong
 
 
