@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
+from vlp.engines import compiling
 from vlp.engines.base import MOMENTS, State
+from vlp.engines.copies import sharing
 from vlp.engines.processes import accelerator
 from vlp.models.dual_encoder import DualEncoder
 
@@ -25,19 +27,23 @@ class Replicated:
 
     def prepare(self, model: DualEncoder, options: config.Train) -> None:
         """Take over `model` with its weights; from then on `self.model` embeds for training."""
-        self.module = model.to(self.device)
+        self.module = model
         self.description = model.description()
         self.clip_norm = options.optimizer.clip_norm
 
         if options.activation_checkpointing:
             self.module.set_activation_checkpointing(True)
+
+        # Before the wrapping: hooks for gradients and shards lie around the compiled blocks.
+        if compiling.decide(options.compile, self.device):
+            compiling.compile_blocks(self.module)
         self.wrap(options)
 
         # After the wrapping: FSDP2 puts sharded parameters in the place of the whole ones.
         self.optimizer = optim.build(self.module, options.optimizer)
 
     def wrap(self, options: config.Train) -> None:
-        self.model: Any = torch.compile(self.module) if options.compile else self.module
+        self.model: Any = self.module.to(self.device)
         if dist.world_size() > 1:
             self.model = accelerator(self.device).prepare_model(self.model)
 
@@ -143,7 +149,8 @@ class Replicated:
 
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""
-        return self.module
+        # Compiled blocks would be compiled again for the shapes of every task.
+        return sharing(self.module)
 
 
 def local_part(tensor: Tensor) -> Tensor:

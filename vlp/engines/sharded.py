@@ -24,13 +24,11 @@ class Sharded(Replicated):
 
     def wrap(self, options: config.Train) -> None:
         # Evaluation and averages need the whole model; the one below falls into shards.
-        self.plain = copy.deepcopy(self.module).cpu()
+        self.plain = copy.deepcopy(self.module)
+        self.module.to(self.device)
 
         self.mesh = init_device_mesh(self.device.type, (dist.world_size(),))
         self.model = self.shard(self.module)
-
-        if options.compile:
-            self.model.compile()
 
     def shard(self, module: DualEncoder, **options: Any) -> Any:
         for block in module.blocks():

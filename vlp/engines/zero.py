@@ -36,10 +36,10 @@ class ZeRO:
     def prepare(self, model: DualEncoder, options: config.Train) -> None:
         from accelerate.utils import DeepSpeedPlugin
 
-        if options.compile:
+        if options.compile is True:
             raise ValueError(
                 "train.compile does not work with DeepSpeed; "
-                "set compile: false, or engine: ddp or fsdp2"
+                "leave it out, or set engine: ddp or fsdp2"
             )
 
         # DeepSpeed changes the model in place; evaluation and averages need an untouched one.
