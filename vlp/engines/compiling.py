@@ -62,8 +62,9 @@ def _sample(values: torch.Tensor) -> torch.Tensor:
     return values.sin() + 1
 
 
-def compile_blocks(model: DualEncoder) -> None:
-    """Compile every block of `model` in place, each at its first call.
+def compile_blocks(model: DualEncoder, recomputed: bool = False) -> None:
+    """Compile every block of `model` in place, each at its first call. `recomputed`: whether
+    backward computes blocks again.
 
     Blocks, not the model: gradients of a block are ready, and travel under DDP, while the blocks
     before it are still at work; FSDP2 gathers block by block and recomputation starts block by
@@ -71,5 +72,8 @@ def compile_blocks(model: DualEncoder) -> None:
     graphs, depth adds nothing to the time of compiling. Compiled as a whole, the model broke into
     20 graphs under FSDP2 where these are 4.
     """
+    # A graph for the first number of rows and one for all others is fastest. Recomputing might
+    # meet the other one of the two, whose tensors torch would not know: then one for all.
+    dynamic = True if recomputed else None
     for block in model.blocks():
-        block.compile(options=OPTIONS, recompile_limit=MAX_GRAPHS)
+        block.compile(options=OPTIONS, dynamic=dynamic, recompile_limit=MAX_GRAPHS)

@@ -36,7 +36,7 @@ class Replicated:
 
         # Before the wrapping: hooks for gradients and shards lie around the compiled blocks.
         if compiling.decide(options.compile, self.device):
-            compiling.compile_blocks(self.module)
+            compiling.compile_blocks(self.module, options.activation_checkpointing)
         self.wrap(options)
 
         # After the wrapping: FSDP2 puts sharded parameters in the place of the whole ones.
