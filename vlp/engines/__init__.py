@@ -10,6 +10,7 @@ import torch
 
 from vlp import config, dist
 from vlp.engines.base import Engine, LaunchError, State
+from vlp.engines.precision import check as check_precision
 from vlp.engines.precision import compute_dtype
 from vlp.engines.processes import launched_engine, launched_processes, training_device
 from vlp.engines.replicated import Replicated
@@ -27,6 +28,7 @@ def start(options: config.Train) -> Engine:
     """
     n_launched = launched_processes()
     device = training_device(options.device)
+    check_precision(options, device)
 
     # The launcher may have decided already; a different wish cannot be met.
     launcher = launched_engine()

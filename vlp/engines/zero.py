@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vlp import config, dist, optim
 from vlp.engines.base import MOMENTS, LaunchError, State
-from vlp.engines.precision import compute_dtype
+from vlp.engines.precision import compute_dtype, set_up
 from vlp.engines.processes import accelerator
 from vlp.models.dual_encoder import DualEncoder
 
@@ -41,6 +41,8 @@ class ZeRO:
                 "train.compile does not work with DeepSpeed; "
                 "leave it out, or set engine: ddp or fsdp2"
             )
+
+        set_up(options, self.device)
 
         # DeepSpeed changes the model in place; evaluation and averages need an untouched one.
         self.plain, self.description = copy.deepcopy(model), model.description()
