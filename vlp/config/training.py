@@ -47,6 +47,9 @@ class Train:
     # torch.compile of the towers' blocks: slower start, faster steps; auto: on GPUs where it works,
     # not with ZeRO
     compile: Literal["auto", True, False] = "auto"
+    # fsdp2: gather the weights anew for every forward and backward, instead of once a step; auto:
+    # with one micro-batch, and where the whole weights would take over a quarter of a GPU's memory
+    reshard: Literal["auto", True, False] = "auto"
     # recompute activations in the backward pass: less memory, more time
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one

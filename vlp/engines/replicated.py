@@ -103,7 +103,7 @@ class Replicated:
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
         keep = everywhere or dist.is_main()
-        model = _whole_state(self.module, keep)
+        model = whole_state(self.module, keep=keep)
 
         moments: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
@@ -113,7 +113,7 @@ class Replicated:
                 # Gathering is collective: ranks that keep nothing take part all the same.
                 whole = _whole(value)
                 if keep:
-                    moments[f"{key}.{name}"] = _on_cpu(whole)
+                    moments[f"{key}.{name}"] = _copied(whole)
 
         return model, moments
 
@@ -155,7 +155,7 @@ class Replicated:
         """State of what `average` returned, as whole tensors on the CPU of the first rank.
         Collective.
         """
-        return _whole_state(average, dist.is_main())
+        return whole_state(average, keep=dist.is_main())
 
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""
@@ -195,20 +195,23 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
+def _copied(tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """A copy that later updates leave alone, in the order of a file."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
-def _whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Whole copies of a module's parameters and buffers, empty on ranks that `keep` nothing.
-    Collective.
+def whole_state(
+    module: nn.Module, device: torch.device | str = "cpu", keep: bool = True
+) -> dict[str, Tensor]:
+    """Whole copies on `device` of a module's parameters and buffers, empty on ranks that `keep`
+    nothing. Collective.
     """
     state = {}
     for name, value in module.state_dict().items():
+        # One at a time: the ranks that keep nothing never hold more than one tensor.
         whole = _whole(value)
         if keep:
-            state[name] = _on_cpu(whole)
+            state[name] = _copied(whole, device)
     return state
 
 
