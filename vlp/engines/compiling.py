@@ -27,7 +27,7 @@ def decide(wish: Literal["auto", True, False], device: torch.device) -> bool:
     auto: on a GPU where compiling works, which is tried; on a CPU never, because there it gains a
     few per cent after most of a minute.
     """
-    if wish != "auto":
+    if isinstance(wish, bool):
         return wish
     if device.type == "cpu":
         return False
