@@ -40,6 +40,7 @@ def make_training(
     clip_norm=None,
     weights=None,
     checkpointing=False,
+    train=None,
     heads=None,
     length=LENGTH,
 ):
@@ -67,9 +68,9 @@ def make_training(
         micro_batches=micro_batches,
         engine=engine,
         device="cpu",
-        precision="float32",
         optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
         activation_checkpointing=checkpointing,
+        **{"precision": "float32"} | (train or {}),
     )
     torch.manual_seed(0)
     encoder = build(model)
@@ -82,6 +83,7 @@ def make_training(
         losses.build(objective or {"infonce": {}, "siglip": {"weight": 0.3}}),
         lambda step: 1e-3,
         micro_batches=micro_batches,
+        dtype=engines.compute_dtype(options, made.device),
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from vlp import config
 from vlp.models import assemble
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.patch_dropout import draw_on_device
 from vlp.pretrained import weight_files
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config
@@ -100,6 +101,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"{model_cfg}"
         ) from error
 
+    draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vlp import config
 from vlp.models import assemble
+from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
 from vlp.schema import plain
@@ -62,6 +63,7 @@ class DualEncoder(nn.Module):
         self.scale_config, self.heads_config = scale, heads
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
+        self._batch_norms = batch_norms(self.visual)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -141,7 +143,8 @@ class DualEncoder(nn.Module):
 
         # Normalised in float32, then cast to what the tower computes in.
         pixels = image if image.is_floating_point() else self.pixels(image)
-        return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
+        with moved_once(self._batch_norms):
+            return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
