@@ -147,7 +147,7 @@ def sent(places: np.ndarray, device: torch.device) -> Tensor:
 
 def _sizes(n_rows: int, n_parts: int) -> list[int]:
     """Rows of the parts, from short texts to long ones: half, half of the rest, …"""
-    sizes = []
+    sizes: list[int] = []
     left = n_rows
     while len(sizes) < n_parts - 1 and left >= 2 * LEAST_ROWS:
         sizes.append(left // 2)
