@@ -2,6 +2,12 @@
 precision and AdamW.
 
     python tests/benchmarks/step.py --architecture ViT-B-32 --batch 64 --micro 1 4
+    python tests/benchmarks/step.py --captions ../shared/data/coco_open.jsonl \\
+        --methods "vlp" "vlp padded" open_clip --micro 1
+
+With --captions texts are as long as those of a file, and padded; without, they fill the context.
+"tokens" is the share of b·L that passes the text tower, "text s" a forward and backward of it
+alone.
 
 One process a measurement. MFU is the share of the device's measured matmul rate that the step's
 useful FLOPs make: one forward and backward of both towers and the loss, counted by torch's FLOP
@@ -25,7 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from tests.benchmarks import report
 from tests.benchmarks.loss import matmul_rate
 
-METHODS = ("vlp", "vlp compile", "vlp checkpointing", "open_clip", "open_clip checkpointing")
+METHODS = (
+    "vlp",
+    "vlp padded",
+    "vlp compile",
+    "vlp checkpointing",
+    "open_clip",
+    "open_clip checkpointing",
+)
+MEASURED = ("samples/s", "MFU", "peak MiB", "text s", "tokens")
 
 
 def main() -> None:
@@ -42,6 +56,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="bf16")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--captions", help="JSON lines with `captions`, as long as real texts are")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     report.add_arguments(parser)
     args = parser.parse_args()
@@ -70,7 +85,7 @@ def main() -> None:
 
 def in_own_process(args: argparse.Namespace, method: str, micro: int) -> dict[str, Any]:
     work = {"method": method, "micro": micro} | {
-        k: getattr(args, k) for k in ("architecture", "batch", "precision", "steps")
+        k: getattr(args, k) for k in ("architecture", "batch", "precision", "steps", "captions")
     }
     done = subprocess.run(
         [sys.executable, __file__, "--worker", json.dumps(work)], capture_output=True, text=True
@@ -78,7 +93,7 @@ def in_own_process(args: argparse.Namespace, method: str, micro: int) -> dict[st
     row: dict[str, Any] = {"method": method, "micro-batches": micro}
     if done.returncode:
         note = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:80]
-        return row | dict.fromkeys(("samples/s", "MFU", "peak MiB")) | {"note": note}
+        return row | dict.fromkeys(MEASURED) | {"note": note}
     row |= json.loads(done.stdout.strip().splitlines()[-1]) | {"note": None}
     print(report.table([row]).splitlines()[-1], file=sys.stderr)
     return row
@@ -104,17 +119,64 @@ def measure(work: SimpleNamespace) -> dict[str, Any]:
     )
     rate = matmul_rate(device, torch.bfloat16 if work.precision == "bf16" else torch.float32, 768)
     flops = count_flops(work, device)
-    return {"samples/s": work.batch / took, "MFU": flops / took / rate, "peak MiB": peak / 2**20}
+    row = {"samples/s": work.batch / took, "MFU": flops / took / rate, "peak MiB": peak / 2**20}
+    return row | text_tower(work, device)
 
 
-def samples(rows: int, model: Any) -> tuple[Any, Any]:
-    """Random uint8 pixels of the model's size and token ids with one end-of-text."""
+def text_tower(work: SimpleNamespace, device: Any) -> dict[str, Any]:
+    """Seconds of a float32 forward and backward of our text tower alone, cut or padded, and the
+    share of the tokens that passes it.
+    """
+    import torch
+
+    from vlp.models.build import build
+
+    if not work.method.startswith("vlp") or "compile" in work.method:
+        return {"text s": None, "tokens": None}
+
+    model = build(settings_of(work)).to(device)
+    _, text = samples(work.batch, model, work.captions)
+    took = []
+    for _ in range(work.steps + 1):
+        start = time.perf_counter()
+        cut = model.cut(text.numpy(), device, len(text))
+        model(text=text.to(device), cut=cut).text.sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+
+    n_tokens = text.numel() if cut is None else sum(n * length for n, length in cut.parts)
+    return {"text s": sum(took[1:]) / work.steps, "tokens": n_tokens / text.numel()}
+
+
+def settings_of(work: SimpleNamespace) -> Any:
+    from vlp import config, schema
+
+    tower = {"name": "open_clip", "architecture": work.architecture}
+    section = {"image_tower": tower, "cut_captions": work.method != "vlp padded"}
+    return schema.parse(config.Model, section)
+
+
+def samples(rows: int, model: Any, captions: str | None) -> tuple[Any, Any]:
+    """Random uint8 pixels of the model's size and token ids: random ones with one end-of-text, or
+    of texts drawn from a file.
+    """
+    import random
+
     import torch
 
     size = model.visual.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     text = torch.randint(1, 40000, (rows, 77))
     text[:, 20] = 49407
+    if captions is not None:
+        from vlp.data.text import build
+        from vlp.types import TextSpec
+
+        texts: list[str] = []
+        for line in Path(captions).read_text(encoding="utf-8").splitlines():
+            texts += json.loads(line)["captions"]
+        text = build(TextSpec("clip", 77))(random.Random(0).choices(texts, k=rows))
     return torch.randint(0, 256, (rows, 3, *size), dtype=torch.uint8), text
 
 
@@ -126,7 +188,6 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
     from vlp.step import Training, train_step
     from vlp.types import Batch
 
-    tower = {"name": "open_clip", "architecture": work.architecture}
     train = {
         "duration": 100,
         "batch": work.batch,
@@ -139,8 +200,8 @@ def our_step(work: SimpleNamespace, device: Any) -> Any:
     }
     options = schema.parse(config.Train, train)
     engine = engines.start(options)
-    model = build(schema.parse(config.Model, {"image_tower": tower}))
-    image, text = samples(work.batch, model)
+    model = build(settings_of(work))
+    image, text = samples(work.batch, model, work.captions)
     engine.prepare(model, options)
     training = Training(
         engine,
@@ -166,7 +227,7 @@ def open_clip_step(work: SimpleNamespace, device: Any) -> Any:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
     )
-    image, text = samples(work.batch, model)
+    image, text = samples(work.batch, model, work.captions)
     pixels = image.float() / 255  # its transform normalises in the loader's workers
     size = work.batch // work.micro
 
@@ -203,7 +264,7 @@ def count_flops(work: SimpleNamespace, device: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = open_clip.create_model(work.architecture).to(device)
-    image, text = samples(2, model)
+    image, text = samples(2, model, None)
     with FlopCounterMode(display=False) as counter:
         x, t, _ = model(image.float().to(device), text.to(device))[:3]
         (x.sum() + t.sum()).backward()
