@@ -284,6 +284,26 @@ def test_a_compiled_tower_meets_few_shapes():
     assert 2 <= len(row_counts) <= 5, row_counts
 
 
+@pytest.mark.slow
+def test_a_compiled_model_has_one_graph_and_a_second_for_all_other_lengths():
+    model = tiny(text_tower=CAUSAL)
+    model.static_shapes = True
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for longest in (8, 16, 24, 32, 40):
+        ids = some_ids()
+        ids[:, longest:] = 0
+        fields = embed(compiled, batch_of(ids), {"image", "text"})
+        expected = embed(model, batch_of(ids), {"image", "text"})
+        torch.testing.assert_close(fields["text"], expected["text"], rtol=0, atol=1e-6)
+    assert len(graphs) <= 2
+
+
 def test_stages_cut_alike_or_not_at_all(tmp_path):
     members = [tiny(seed=seed, text_tower=CAUSAL) for seed in (1, 2)]
     batch = batch_of(some_ids())
