@@ -49,8 +49,8 @@ from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
 
-# (plain model, tasks that are due) -> results
-Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]
+# (plain model, tasks that are due, the towers' arithmetic) -> results
+Evaluate = Callable[[DualEncoder, list[Plugin], torch.dtype], list[dict[str, Any]]]
 
 
 def train(config: Config, evaluate: Evaluate | None = None) -> Path:
@@ -320,7 +320,7 @@ def evaluate_now(
     model = training.engine.evaluation_model().eval()
     try:
         with torch.no_grad():
-            return evaluate(model, tasks)
+            return evaluate(model, tasks, training.dtype)
     finally:
         training.engine.model.train()
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlp import config, log
-from vlp.engines.base import LaunchError
+from vlp.joining import LaunchError
 
 # .4 GFLOP forward and backward: milliseconds, yet more than the calls themselves cost.
 ROWS, WIDTH = 128, 256

@@ -42,6 +42,7 @@ def build(model: config.Model) -> DualEncoder:
         weight_files.load_into(clip, weights.path)
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
+    encoder.cut_captions = model.cut_captions
 
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
