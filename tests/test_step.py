@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from tests import ranks
 from vlp import config, dist, engines, losses, plugin, schema
 from vlp.eval import metrics
+from vlp.measurements import MEASURED, space
 from vlp.models.build import build
-from vlp.step import MEASURED, NonFiniteError, Training, embed, space, train_step
+from vlp.step import NonFiniteError, Training, embed, train_step
 from vlp.types import Batch
 
 ROWS, LENGTH = 12, 77

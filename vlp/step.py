@@ -16,7 +16,6 @@ GradCache, Gao et al. 2021):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlp import dist, geometry, log
+from vlp import dist, log
 from vlp.engines import Engine
 from vlp.fields import EMBEDDED, LABELS
 from vlp.losses import Objective
+from vlp.measurements import measurements
 from vlp.models import embedding
 from vlp.non_finite import (
     NonFiniteError,
@@ -42,9 +42,7 @@ from vlp.seeds import derive
 from vlp.teacher import Teacher
 from vlp.types import Batch
 
-__all__ = ["NonFiniteError", "Training", "means_over_ranks", "train_step"]
-
-MEASURED = 512  # rows of a rank that `space` measures
+__all__ = ["NonFiniteError", "Training", "train_step"]
 
 
 @dataclass
@@ -133,7 +131,7 @@ def train_step(training: Training, batch: Batch, measure: bool = False) -> dict[
     scalars = {"loss": total.detach(), **terms}
     scalars |= {name: value.detach() for name, value in leaves.items() if not value.ndim}
     if measure:
-        scalars |= measurements(training, batch, leaves)
+        scalars |= measurements(training.objective, batch, leaves)
     if training.may_skip:
         scalars["skipped"] = torch.tensor(training.skipped)
     return {**scalars, "lr": torch.tensor(lr), "grad_norm": norm}
@@ -248,51 +246,6 @@ def skip_or_stop(training: Training, lines: list[str]) -> None:
             "train.max_skipped allows."
         )
     raise NonFiniteError(text)
-
-
-def measurements(training: Training, batch: Batch, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Further scalars of a step that is logged: "log_n", what a row's term is worth when nothing
-    is known; "valid.FIELD", the share of this rank's texts that take part; and `space`.
-    """
-    shares = {
-        f"valid.{name}": getattr(batch, row.valid).float().mean()
-        for name, row in EMBEDDED.items()
-        if name in leaves and row.tower == "text" and row.valid
-    }
-    log_n = math.log(training.objective.candidates(len(batch)))
-
-    embeddings = space(leaves["image"].detach(), leaves["text"].detach())
-    return {**shares, "log_n": torch.tensor(log_n), **embeddings}
-
-
-def space(image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """How this rank's embeddings [b, D] lie (vlp.geometry), from the first MEASURED rows.
-
-    2·MEASURED²·D multiplications, 0.5 GFLOP at D = 512, and only where a step is logged.
-    """
-    image, text = (rows[:MEASURED].float() for rows in (image, text))
-    values = {
-        "modality_gap": geometry.modality_gap(image, text),
-        "alignment": geometry.alignment(image, text),
-    }
-
-    # A uniformity is of pairs of rows.
-    if len(image) > 1:
-        values["uniformity_image"] = geometry.uniformity(image)
-        values["uniformity_text"] = geometry.uniformity(text)
-    return {f"space.{name}": value for name, value in values.items()}
-
-
-def means_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Plain numbers, averaged over ranks: by the averaging convention, the values of the whole
-    step. Collective.
-    """
-    values = torch.stack([value.detach().float().cpu() for value in scalars.values()]).tolist()
-
-    if dist.world_size() > 1:
-        gathered = dist.gather_objects(values)
-        values = [sum(column) / len(column) for column in zip(*gathered)]
-    return dict(zip(scalars, values))
 
 
 def _leaf(parts: list[Tensor], training: Training) -> Tensor:

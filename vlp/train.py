@@ -31,6 +31,7 @@ from vlp.data import server
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.lifetime import Interrupted, Stopped, StopRequest
+from vlp.measurements import means_over_ranks
 from vlp.models.build import build as build_model
 from vlp.models.dual_encoder import DualEncoder
 from vlp.plugin import Plugin
@@ -47,7 +48,7 @@ from vlp.resume import (
 )
 from vlp.seeds import derive
 from vlp.selection import Selection
-from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
+from vlp.step import NonFiniteError, Training, train_step
 
 # (plain model, tasks that are due) -> results
 Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]
