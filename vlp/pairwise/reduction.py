@@ -202,7 +202,7 @@ def without_empty(statistic: Tensor) -> Tensor:
     return statistic.masked_fill(statistic == -torch.inf, torch.inf)
 
 
-# Devices
+# Devices and dtypes
 
 
 def on_device(tensor: Tensor) -> bool:
@@ -211,6 +211,11 @@ def on_device(tensor: Tensor) -> bool:
     There bfloat16 products are fast, and a number that the host asks for has to be waited for.
     """
     return tensor.is_cuda
+
+
+def may_ask(tensor: Tensor) -> bool:
+    """Whether the host may look at numbers of the tensor to choose how to go on."""
+    return not on_device(tensor)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
