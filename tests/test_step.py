@@ -378,7 +378,7 @@ def test_geometry_is_that_of_the_evaluation():
 
 def test_only_embeddings_are_cast_for_the_pairwise_kernels(monkeypatch):
     """In bf16 a sum of token losses would end at 256; as if these tensors lay on a device."""
-    monkeypatch.setattr("vlp.passes.on_device", lambda tensor: True)
+    monkeypatch.setattr("vlp.pairwise.reduction.on_device", lambda tensor: True)
     training = make_training()
     training.dtype = torch.bfloat16
     output = {

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlp import dist
 from vlp.fields import EMBEDDED, FIELDS, LABELS
 from vlp.models import embedding
-from vlp.pairwise.reduction import on_device
+from vlp.pairwise import reduction
 from vlp.seeds import derive
 from vlp.training import Training
 from vlp.types import Batch
@@ -126,7 +126,7 @@ def _for_pairs(name: str, rows: Tensor, training: Training) -> Tensor:
 
     Nothing else: in bf16 a sum of token losses ends at 256, and a scale of 100 is off by .4.
     """
-    return rows.to(training.dtype) if FIELDS[name].unit and on_device(rows) else rows
+    return rows.to(training.dtype) if FIELDS[name].unit and reduction.on_device(rows) else rows
 
 
 def _arithmetic(training: Training) -> AbstractContextManager:

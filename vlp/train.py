@@ -280,21 +280,21 @@ def loop(
                 )
             scalars |= selection_scalars
 
-            # What is done with a step, beyond the next one, needs to know what it came to.
+            # Whoever reports, saves or evaluates a step needs to know what it came to.
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
             due = [task for task in config.eval if plan.due(task.common.every, step)]
             if logged or saves or due or step == plan.total:
                 settle(training)
-            if training.asked_to_stop:
-                leave(stop, training, save_unless_saved)
 
-            if logged:
+            if logged and training.step == step:
                 values = means_over_ranks(scalars)
                 if training.may_skip:
-                    values["skipped"] = training.skipped
+                    values["skipped"] = float(training.skipped)
                 with stop.console():
                     report.training(step, values, loader.counters())
+            if training.asked_to_stop and training.step < plan.total:
+                leave(stop, training, save_unless_saved)
 
             # Saved before it is evaluated: an evaluation takes long, and may fail.
             if saves:

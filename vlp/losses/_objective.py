@@ -29,8 +29,7 @@ from vlp.fields import supplier
 from vlp.losses._boundary import evaluated
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
-from vlp.pairwise import Backend, Pairs
-from vlp.pairwise.reduction import on_device
+from vlp.pairwise import Backend, Pairs, reduction
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
@@ -218,7 +217,7 @@ class Objective:
 
         # Norms are measured again where that is free: on a GPU they are a host sync, and between
         # ranks one rank's error would leave the others waiting.
-        if not problems and (first or (alone and not on_device(inputs.image))):
+        if not problems and (first or (alone and not reduction.on_device(inputs.image))):
             problems = inputs.unit_problems(self.normalize)
 
         shapes = inputs.shapes() if not problems else {}

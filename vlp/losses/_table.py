@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlp import dist
-from vlp.pairwise.reduction import on_device
+from vlp.pairwise import reduction
 
 CHUNK = 2**20  # rows of all ranks that travel at a time when the table is made whole
 
@@ -132,7 +132,7 @@ class Table:
     def _check(self, ids: Tensor) -> None:
         """Refuse ids outside a known number of samples, make room where it is not known."""
         # The loader's ids are below it, and asking a device for them would make the host wait.
-        if not self.grows and on_device(ids):
+        if not self.grows and reduction.on_device(ids):
             return
 
         # An id beyond a known number of samples is an error of the data, no reason to grow.
