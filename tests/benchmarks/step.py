@@ -91,10 +91,10 @@ def main() -> None:
     ]
     compare(rows)
 
+    captions = args.captions or f"of {args.tokens} tokens in the mean"
     notes = (
-        f"Batch {args.batch}, {args.precision}, pixels {args.pixels}, captions "
-        f"{args.captions or f'of {args.tokens} tokens in the mean'}, {args.steps} steps after {args.warmup}. Peak memory: allocated on "
-        "CUDA, resident on a CPU, of the whole process. The ratios are to open_clip's eager step "
+        f"Batch {args.batch}, {args.precision}, pixels {args.pixels}, captions {captions}, "
+        f"{args.steps} steps after {args.warmup}. Peak memory: allocated on CUDA, resident on a CPU, of the whole process. The ratios are to open_clip's eager step "
         "and to its fastest."
     )
     report.publish(args.section, "Training step", rows, args, notes)

@@ -163,9 +163,9 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def wait(self, asked_to_stop: Callable[[], bool] = _never) -> None:
-        """Return once the next batch is here, or earlier where `asked_to_stop()`; raises DataError
-        where none will come.
+    def wait(self, asked_to_stop: Callable[[], bool] = _never) -> bool:
+        """Return once the next batch is here, or earlier where `asked_to_stop()`; then whether it
+        is. DataError where none will come.
         """
         started = time.perf_counter()
         if self._feed is None:
@@ -191,6 +191,7 @@ class Loader:
                     "a stalled disk, mount or server?"
                 )
         self._waited_s += time.perf_counter() - started
+        return self._next is not None
 
     def _new_feed(self) -> Feed:
         parts = self._steps.parts

@@ -72,6 +72,9 @@ def compile_blocks(model: DualEncoder, recomputed: bool = False) -> None:
     graphs, depth adds nothing to the time of compiling. Compiled as a whole, the model broke into
     20 graphs under FSDP2 where these are 4.
     """
+    # Texts that take part change in number with every batch; the model rounds it to a few.
+    model.static_shapes = True
+
     # A graph for the first number of rows and one for all others is fastest. Recomputing might
     # meet the other one of the two, whose tensors torch would not know: then one for all.
     dynamic = True if recomputed else None

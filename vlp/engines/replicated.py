@@ -140,13 +140,16 @@ class Replicated:
             copied.load_state_dict(dict(weights))
         return copied.eval()
 
-    def follow(self, average: nn.Module, decay: float) -> None:
-        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken
-        over.
+    def follow(self, average: nn.Module, decay: float, counts: Tensor) -> None:
+        """average ← decay · average + (1 − decay) · weights, after an update that counts ([] bool);
+        buffers are taken over.
         """
         averaged = [local_part(p.detach()) for p in average.parameters()]
         current = [local_part(p.detach()) for p in self.module.parameters()]
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+        # A weight of 0 leaves every bit as it is.
+        weights = {p.dtype: counts.to(p.dtype) * (1 - decay) for p in averaged}
+        torch._foreach_lerp_(averaged, current, [weights[p.dtype] for p in averaged])
 
         for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
             averaged_buffer.copy_(buffer)

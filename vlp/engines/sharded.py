@@ -35,6 +35,11 @@ class Sharded(Replicated):
         self.dtype = compute_dtype(options, self.device)
         self.keeps_whole = keeps_whole(self.module, options, self.device, self.dtype)
 
+        # Parts of different lengths pass the tower one after another, each of which would gather
+        # its weights again.
+        if not self.keeps_whole:
+            self.module.text_parts = 1
+
         # Evaluation and averages need a whole model; the one below falls into shards.
         self.skeleton = skeleton(self.module)
 

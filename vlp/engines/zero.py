@@ -53,6 +53,10 @@ class ZeRO:
             model.set_activation_checkpointing(True)
         self.names = {id(p): name for name, p in model.named_parameters()}
 
+        # Each part of other length would gather the tower's weights again.
+        if self.stage == 3:
+            model.text_parts = 1
+
         # Accelerate refuses settings given in code beside the launcher's; `settings` has already
         # joined the two.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
@@ -99,7 +103,8 @@ class ZeRO:
         """Clip (in DeepSpeed, by its settings), step, clear; returns the gradient's norm before
         clipping.
 
-        DeepSpeed leaves a step with non-finite gradients out by itself, on all ranks alike.
+        DeepSpeed leaves a step with non-finite gradients out by itself, on all ranks alike. It asks
+        the device for that in every step: under this engine alone the host waits in mid-step.
         """
         for group in self.zero.param_groups:
             group["lr"] = lr
@@ -205,15 +210,16 @@ class ZeRO:
         whole = self._weights() if weights is None else weights
         return filled(self.skeleton, whole, self.device)
 
-    def follow(self, average: nn.Module, decay: float) -> None:
-        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken
-        over. Collective.
+    def follow(self, average: nn.Module, decay: float, counts: Tensor) -> None:
+        """average ← decay · average + (1 − decay) · weights, after an update that counts ([] bool);
+        buffers are taken over. Collective.
         """
         from deepspeed.runtime.zero import GatheredParameters
 
         for averaged, current in zip(average.parameters(), self.module.parameters()):
             with GatheredParameters([current], enabled=self.stage == 3):
-                averaged.lerp_(current.detach().to(averaged.dtype), 1 - decay)
+                weight = counts.to(averaged.dtype) * (1 - decay)
+                averaged.lerp_(current.detach().to(averaged.dtype), weight)
 
         for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
             averaged_buffer.copy_(buffer)

@@ -29,7 +29,7 @@ from vlp.fields import supplier
 from vlp.losses._boundary import evaluated
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
-from vlp.pairwise import Backend, Pairs
+from vlp.pairwise import Backend, Pairs, reduction
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
@@ -89,7 +89,9 @@ class Objective:
 
     def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms, new_states = self.evaluate(**keywords)
-        self.commit(new_states)
+        if new_states:
+            bad = (~total.detach().isfinite()).float()
+            self.commit(new_states, dist.all_reduce(bad, self.backend.ranks) == 0)
         return total, terms
 
     def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], NewStates]:
@@ -135,14 +137,18 @@ class Objective:
 
     # State
 
-    def commit(self, new_states: NewStates) -> None:
-        """Take the states that an evaluation gave. Collective if it holds numbers of samples."""
-        # A table stores its rows; other state is replaced.
+    def commit(self, new_states: NewStates, counts: Tensor) -> None:
+        """Take the states that an evaluation gave where the step `counts`, [] bool and the same on
+        all ranks, without waiting for it. Collective if it holds numbers of samples.
+        """
         for label, new_state in new_states.items():
-            self.state[label] = {
-                name: value.apply() if isinstance(value, Write) else value.detach()
-                for name, value in new_state.items()
-            }
+            state = self.state[label]
+            for name, value in new_state.items():
+                # A table stores its rows; other state is replaced.
+                if isinstance(value, Write):
+                    value.apply(counts)
+                else:
+                    state[name] = _replaced(state[name], value.detach(), counts)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{label: {name: tensor}}. Collective.
@@ -211,7 +217,7 @@ class Objective:
 
         # Norms are measured again where that is free: on a GPU they are a host sync, and between
         # ranks one rank's error would leave the others waiting.
-        if not problems and (first or (alone and inputs.image.device.type == "cpu")):
+        if not problems and (first or (alone and not reduction.on_device(inputs.image))):
             problems = inputs.unit_problems(self.normalize)
 
         shapes = inputs.shapes() if not problems else {}
@@ -271,6 +277,13 @@ class Objective:
                     f"the term {plugin.label!r} needs at least {least} candidates a row, found "
                     f"{n}: raise the batch size or the group size"
                 )
+
+
+def _replaced(old: Tensor, new: Tensor, counts: Tensor) -> Tensor:
+    """The new state where the step counts, else the old one."""
+    # Before the first step a state may be empty, which stands for zeros.
+    kept = old.to(new) if old.shape == new.shape else torch.zeros_like(new)
+    return torch.where(counts, new, kept)
 
 
 def reads(plugins: Iterable[Plugin]) -> frozenset[str]:

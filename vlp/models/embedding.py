@@ -135,6 +135,8 @@ def _cut(
 
 
 def _joined(parts: dict[str, Tensor]) -> Tensor | None:
+    if len(parts) == 1:
+        return next(iter(parts.values()))  # pixels are large: one part is not copied
     return torch.cat(list(parts.values())) if parts else None
 
 
