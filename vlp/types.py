@@ -81,8 +81,8 @@ class Batch(Carried):
 
     def host(self, name: str) -> Tensor:
         """A field of token ids or a mask on the host: as it was before `to`, else copied there."""
-        value = self._on_host.get(name)
-        return getattr(self, name).cpu() if value is None else value
+        value = self._on_host.get(name, getattr(self, name))
+        return value.cpu() if value.device.type != "cpu" else value
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this), from which a GPU
