@@ -11,7 +11,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,27 +223,24 @@ def program_for(reduction: Reduction, block: Block) -> Program:
 
 
 @torch.no_grad()
-def top_columns(
-    left: Tensor,  # [b, D]
-    right: Tensor,  # [n, D]
+def best_columns(
+    block: Block,
     k: int,
-    offset: int | None,  # column i + offset is left out of row i
+    scores_of: Callable[[Tile], Tensor],  # [m, n] of a tile, −∞ for what is out of the question
     tile_size: int = 0,
-) -> Tensor:
-    """[b, k] positions of the columns with the highest left·rightᵀ, best first."""
-    block = Block((left,), (right,), offset=offset)
-    size = _tile_size(block, tile_size)
+) -> tuple[Tensor, Tensor]:
+    """The k highest scores of each row, [b, k], best first, and the positions of their columns."""
+    size, left, right = _tile_size(block, tile_size), block.left[0], block.right[0]
 
     # The k best of each row so far are all that is kept of a tile: O(b·k) memory.
-    chosen_rows = []
-    for rows in slices(len(left), size):
-        left_tile, n_rows = [operand(left[rows])], rows.stop - rows.start
+    best_of_rows, chosen_rows = [], []
+    for rows, left_tile in _row_tiles(block, size, Scaling()):
+        n_rows = rows.stop - rows.start
         best = left.new_empty(n_rows, 0, dtype=accumulation_dtype(left))
         positions = torch.empty(n_rows, 0, dtype=torch.int64, device=left.device)
 
         for columns in slices(len(right), size):
-            tile = _tile(block, left_tile, rows, columns, Scratch(), Scaling())
-            scores = tile.scores[0].masked_fill_(tile.positive, -torch.inf)
+            scores = scores_of(_tile(block, left_tile, rows, columns, Scratch(), Scaling()))
             numbers = torch.arange(columns.start, columns.stop, device=left.device)
 
             # The best so far compete with this tile's.
@@ -251,8 +248,14 @@ def top_columns(
             positions = torch.cat([positions, numbers.expand(n_rows, -1)], dim=1)
             best, chosen = best.topk(min(k, best.shape[1]), dim=1)
             positions = positions.gather(1, chosen)
+        best_of_rows.append(best)
         chosen_rows.append(positions)
-    return torch.cat(chosen_rows)
+    return torch.cat(best_of_rows), torch.cat(chosen_rows)
+
+
+def scores_of_others(tile: Tile) -> Tensor:
+    """The first scores of a tile, −∞ for the pairs."""
+    return tile.scores[0].masked_fill(tile.positive, -torch.inf)
 
 
 # Tiles of a block
