@@ -30,7 +30,9 @@ class Ignore:
     same_label: bool = False  # label_j = label_i
     margin: float | None = None  # δ: s_ij > s_ii + δ in cosines (UniME: .1)
     teacher: Similar | None = None  # alike to a teacher: {above: .9, of: text}
-    cluster: bool = False  # cluster_j = cluster_i, as of k-means (ClusterNS)
+    # cluster_j = cluster_i, as of k-means (ClusterNS). `vlp train` makes no `cluster`: there, name
+    # the cell as the label and use same_label
+    cluster: bool = False
     # ρ, of a queue: keys whose cosine with the row's own key is ρ or more
     queue: float | None = None
 

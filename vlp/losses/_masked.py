@@ -24,7 +24,7 @@ from vlp.losses import _candidates
 from vlp.losses._candidate_options import Candidates, Formed
 from vlp.losses._candidates import Chosen, Masks
 from vlp.losses._inputs import Inputs
-from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Tile, logaddexp, softplus
+from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Tile, logaddexp, number, softplus
 
 # What a row is worth, by name: H_i and, for weighted negatives, its divisor; how many negatives no
 # rule ignores; and of the positives but the pair log Σ e^z, Σ z and their number.
@@ -48,7 +48,7 @@ def of_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Losses of images against texts [b], and of texts against images [b]."""
     chosen = _candidates.of_batch(inputs, pairs, options)
-    names, scale = _names(options, beta), number(inputs, inputs.scale)
+    names, scale = _names(options, beta), number(inputs.scale, inputs.image)
     kinds = tuple(KINDS[name] for name in names)
 
     def function(tile: Tile, masks: Masks) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ def of_queue(
     options: Formed,
 ) -> tuple[Tensor, Statistics]:
     """Losses [b] of rows whose candidates are their own key and those of a queue; statistics."""
-    names, number = _names(options, None), own.new_tensor(scale)
+    names, factor = _names(options, None), number(scale, query)
 
     def function(tile: Tile, masks: Masks) -> tuple[Tensor, ...]:
         z = tile.shared[0] * tile.scores[0]
@@ -103,13 +103,13 @@ def of_queue(
         query,
         queue,
         rows=tuple(KINDS[name] for name in names),
-        shared=[number],
+        shared=[factor],
         paired=False,
     )
     side = dict(zip(names, sums))
     if options.positives != "none" and options.form == "decoupled":
         (side["further_losses"],) = _further_losses(
-            [side], chosen, pairs.alone, query, queue, number, 1.0, paired=False
+            [side], chosen, pairs.alone, query, queue, factor, 1.0, paired=False
         )
     return losses(side, own, options, 1.0), side
 
@@ -275,9 +275,3 @@ def _log_add(q: Tensor, alpha: float) -> Tensor:
         return q
     log_alpha = math.log(alpha)
     return softplus(q - log_alpha) + log_alpha
-
-
-def number(inputs: Inputs, value: Tensor | float) -> Tensor:
-    """A scale or a bias in the dtype that scores are computed in."""
-    wide = inputs.wide().image
-    return torch.as_tensor(value, device=wide.device, dtype=wide.dtype)

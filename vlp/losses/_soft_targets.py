@@ -32,6 +32,7 @@ from vlp.pairwise import (
     Reduction,
     Tile,
     in_students_dtype,
+    number,
     softplus,
     widened,
 )
@@ -83,8 +84,7 @@ def of_pairs(inputs: Inputs, pairs: Pairs, targets: Targets) -> tuple[Tensor, Te
     if targets.by == "kernel":
         return _weighted_negatives(inputs, pairs, by_row, by_column, targets.ridge)
 
-    wide = inputs.wide()
-    scale = torch.as_tensor(wide.scale, device=wide.image.device)
+    scale = number(inputs.scale, inputs.image)
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
 
     if targets.by == "softmax":
@@ -196,12 +196,11 @@ def _weighted_negatives(
     kernels = [_kernel(pairs, by_row, ridge)]
     if by_column is not by_row:
         kernels.append(_kernel(pairs, by_column, ridge))
-    image = inputs.wide().image
     rows, positive, columns = pairs.reduce(
         Reduction(function, rows=(LOGSUMEXP, SUM), columns=(LOGSUMEXP,)),
         [inputs.image, *(left for left, _ in kernels)],
         [inputs.text, *(right for _, right in kernels)],
-        shared=[torch.as_tensor(inputs.scale, device=image.device, dtype=image.dtype)],
+        shared=[number(inputs.scale, inputs.image)],
     )
     by_image, by_text = (softplus(log_others + side - positive) for side in (rows, columns))
     return by_image, by_text

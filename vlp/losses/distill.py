@@ -55,7 +55,7 @@ from torch import Tensor
 from vlp.losses._inputs import Inputs
 from vlp.losses._soft_targets import expected_gaps, log_normalisers
 from vlp.losses._softmax import cross_entropy
-from vlp.pairwise import Pairs, in_students_dtype, logsumexp, softplus
+from vlp.pairwise import Pairs, in_students_dtype, logsumexp, number, softplus
 
 FORMS = {
     "similarity": {"image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"},
@@ -113,19 +113,16 @@ def similarity(inputs: Inputs, pairs: Pairs) -> Tensor:
     Centred on the pair, −Σ_j p_j log softmax(z)_j = softplus(q_i) − Σ_{j≠i} p_j (z_ij − z_ii):
     nothing cancels where teacher and student are sure of it.
     """
-    wide = inputs.wide()
     u, v = (
         in_students_dtype(inputs.image, rows.detach())
         for rows in (inputs.teacher_image, inputs.teacher_text)
     )
-    scale, teacher_scale = (
-        torch.as_tensor(value, device=u.device) for value in (wide.scale, wide.teacher_scale)
-    )
+    scale = number(inputs.scale, inputs.image)
+    teacher_scale = number(inputs.teacher_scale, inputs.image).detach()
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
 
     # The teacher's normalisers come first. They must fit its scores in the second pass: made of
     # the same rows, and wide.
-    teacher_scale = teacher_scale.detach()
     values = log_normalisers(pairs, u, v, teacher_scale)
 
     # Then teacher and student in one tile: Σ_j p_j (s_ij − s_ii) of rows and columns.

@@ -36,7 +36,7 @@ from vlp.losses import _candidates, _masked
 from vlp.losses._candidate_options import Candidates
 from vlp.losses._candidates import Chosen, Masks
 from vlp.losses._inputs import Inputs
-from vlp.pairwise import SUM, Pairs, Tile, softplus
+from vlp.pairwise import SUM, Pairs, Tile, number, softplus
 
 NEEDS = frozenset({"image", "text", "scale", "bias"})
 
@@ -63,7 +63,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 def _decisions(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """Σ of the decisions of each image, [b]: match for every positive, no match for negatives."""
     chosen = _candidates.of_batch(inputs, pairs, options)
-    scale, bias = (_masked.number(inputs, value) for value in (inputs.scale, inputs.bias))
+    scale, bias = (number(value, inputs.image) for value in (inputs.scale, inputs.bias))
 
     def function(tile: Tile, masks: Masks) -> tuple[Tensor, ...]:
         z = tile.shared[0] * tile.scores[0] + tile.shared[1]

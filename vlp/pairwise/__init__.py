@@ -23,6 +23,7 @@ from vlp.pairwise.reduction import (
     Tile,
     logaddexp,
     logsumexp,
+    number,
     softplus,
     widened,
 )
@@ -30,5 +31,5 @@ from vlp.pairwise.topology import Topology
 
 __all__ = [
     "IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Backend", "Pairs", "Reduction", "Tile", "Topology",
-    "in_students_dtype", "logaddexp", "logsumexp", "softplus", "widened",
+    "in_students_dtype", "logaddexp", "logsumexp", "number", "softplus", "widened",
 ]  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from vlp.pairwise.reduction import (
     Tile,
     accumulation_dtype,
     logsumexp,
+    number,
     widened,
 )
 
@@ -100,7 +100,7 @@ class Pairs:
         −∞ where there is no other.
         """
         rows, positive, columns = self.reduce(
-            MARGIN, [image], [text], shared=[_number(scale, image)]
+            MARGIN, [image], [text], shared=[number(scale, image)]
         )
         return rows, columns, positive
 
@@ -138,7 +138,7 @@ class Pairs:
             [left],
             [right],
             column_values=masks,
-            shared=[_number(scale, left)],
+            shared=[number(scale, left)],
             paired=paired,
         )
         return row_statistic
@@ -151,7 +151,7 @@ class Pairs:
         bias: Tensor | float,  # []
     ) -> tuple[Tensor, Tensor]:
         """Σ_{j≠i} log(1 + e^{z_ij + bias}) [b] and the positive z_ii + bias [b]."""
-        shared = [_number(scale, image), _number(bias, image)]
+        shared = [number(scale, image), number(bias, image)]
         sums, positive = self.reduce(SOFTPLUS, [image], [text], shared=shared)
         return sums, positive
 
@@ -163,7 +163,7 @@ class Pairs:
         One pass over the scores, whatever the number of multiples.
         """
         reduction = _multiples(tuple(multiples))
-        statistics = self.reduce(reduction, [image], [text], shared=[_number(scale, image)])
+        statistics = self.reduce(reduction, [image], [text], shared=[number(scale, image)])
 
         # The positive stands between the statistics of rows and those of columns.
         k = len(multiples)
@@ -332,15 +332,6 @@ def _same_dtype(
         same_left.append(x.to(dtype))
         same_right.append(t.to(dtype))
     return tuple(same_left), tuple(same_right)
-
-
-def _number(value: Any, like: Tensor) -> Tensor:
-    """A number or 0-d tensor in the accumulation dtype of `like`."""
-    dtype = accumulation_dtype(like)
-    if isinstance(value, Tensor):
-        return value.to(like.device, dtype)
-    # Filled on the device: a copy from the host would wait for it.
-    return torch.full((), value, device=like.device, dtype=dtype)
 
 
 def _mask(valid: Tensor, like: Tensor) -> Tensor:

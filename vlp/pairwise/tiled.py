@@ -35,6 +35,8 @@ from vlp.pairwise.reduction import (
 # Rows and columns of a tile. On a CPU 512 to 2,048 measured alike; fewer tiles mean fewer thread
 # barriers.
 TILE = {"cpu": 1024, "cuda": 4096}
+# The general path holds some forty matrices of a tile's size at once, the fused ones two.
+GENERAL_TILE = {"cpu": 1024, "cuda": 2048}
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Scratch:
 def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -> list[Tensor]:
     """Row statistics [b], then column statistics [n], in float64."""
     n_rows, n_columns = block.shape
-    size, device = _tile_size(block, tile_size), block.left[0].device
+    size, device = _tile_size(reduction, block, tile_size), block.left[0].device
     sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
     totals = [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
 
@@ -111,7 +113,7 @@ def gradients(
     tile_size: int = 0,
 ) -> list[Tensor | None]:
     """Gradients of Σ upstream·statistics with respect to `block.tensors`, in that order."""
-    program, size = program_for(reduction, block), _tile_size(block, tile_size)
+    program, size = program_for(reduction, block), _tile_size(reduction, block, tile_size)
     scaling = Scaling.of(program, block)
     sink, scratch = _Sink(block, needed, scaling), Scratch()
 
@@ -230,7 +232,7 @@ def best_columns(
     tile_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The k highest scores of each row, [b, k], best first, and the positions of their columns."""
-    size, left, right = _tile_size(block, tile_size), block.left[0], block.right[0]
+    size, left, right = tile_size or _default(GENERAL_TILE, block), block.left[0], block.right[0]
 
     # The k best of each row so far are all that is kept of a tile: O(b·k) memory.
     best_of_rows, chosen_rows = [], []
@@ -266,8 +268,13 @@ def slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _tile_size(block: Block, tile_size: int) -> int:
-    return tile_size or TILE.get(block.left[0].device.type, TILE["cpu"])
+def _tile_size(reduction: Reduction, block: Block, tile_size: int) -> int:
+    return tile_size or _default(TILE if reduction.fused else GENERAL_TILE, block)
+
+
+def _default(sizes: dict[str, int], block: Block) -> int:
+    """The size of the block's device."""
+    return sizes.get(block.left[0].device.type, sizes["cpu"])
 
 
 @dataclass(frozen=True)
