@@ -5,7 +5,6 @@ equation, in float64 with all gradients, on 1, 2 and 4 ranks, gathered and on a 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,29 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
-from tests.losses import test_family
-from tests.losses.test_family import LEAVES, PLANS, B, gradients_of, own_rows
+from tests.losses import loops
+from tests.losses.loops import CLUSTERS, LABELS, data
+from tests.losses.test_family import B, Q
 from tests.pairwise import exact
 from vlp import dist, plugin
 from vlp.losses import build
 from vlp.step import Training, train_step
 from vlp.types import Batch
 
-Q = test_family.Q
-# Labels beyond what float32 can tell apart; two of three, two of two, and a pair of its own.
-LABELS = 2**40 + torch.tensor([0, 1, 0, 2, 1, 0, 3, 4])
-CLUSTERS = torch.tensor([5, 5, 6, 6, 7, 7, 7, 8])
-QUEUE_LABELS = 2**40 + torch.tensor([0, 0, 1, 9, 2, 0, 4, 1, 1, 3, 3])
 DELTA, PHI, RHO = 0.2, 0.3, 0.1
-
-
-def data() -> dict[str, Tensor]:
-    return test_family.data() | {
-        "label": LABELS,
-        "cluster": CLUSTERS,
-        "queue_label": QUEUE_LABELS,
-        "sample_id": torch.arange(B),
-    }
 
 
 # Loops, straight from the equations
@@ -51,35 +37,34 @@ def is_positive(options, d, i, j):
     return i == j or ("positives" in options and bool(d["label"][i] == d["label"][j]))
 
 
-def is_ignored(options, d, i, j, score):
+def is_ignored(options, d, anchor, i, j, score):
     """Whether the negative j of row i leaves its denominator; score: its cosine."""
     ignore = options.get("ignore", {})
-    teacher = ignore.get("teacher", {"above": math.inf})
-    sides = {"image": ("image", "image"), "text": ("text", "text"), "cross": ("image", "text")}
-    u, v = (d[f"teacher_{side}"].detach() for side in sides[teacher.get("of", "text")])
     return (
         (ignore.get("same_label") and d["label"][i] == d["label"][j])
         or (ignore.get("cluster") and d["cluster"][i] == d["cluster"][j])
         or score > d["image"][i] @ d["text"][i] + ignore.get("margin", math.inf)
-        or max(u[i] @ v[j], u[j] @ v[i] if teacher.get("of") != "cross" else -1) >= teacher["above"]
+        or is_alike(ignore.get("teacher"), d, anchor, i, j)
     )
 
 
+def is_alike(teacher, d, anchor, i, j):
+    """Whether the teacher finds row i and candidate j alike; across, it compares an image first."""
+    if teacher is None:
+        return False
+    sides = {"image": ("image", "image"), "text": ("text", "text"), "cross": ("image", "text")}
+    u, v = (d[f"teacher_{side}"].detach() for side in sides[teacher.get("of", "text")])
+    first, second = (i, j) if anchor == "image" else (j, i)
+    return u[first] @ v[second] >= teacher["above"]
+
+
 def candidates_of(options, d, anchor, i):
-    """(positives, negatives) of a row, as places."""
+    """(positives, negatives) of a row, as places; the hardest negatives first."""
     positives = [j for j in range(B) if is_positive(options, d, i, j)]
     negatives = []
     for j in range(B):
-        # A teacher compares images with texts: rows are images in both directions.
-        first, second = (i, j) if anchor == "image" else (j, i)
-        crossed = options.get("ignore", {}).get("teacher", {}).get("of") == "cross"
         score = cosine(d, anchor, i, j)
-        if crossed:
-            u, v = d["teacher_image"].detach(), d["teacher_text"].detach()
-            out = u[first] @ v[second] >= options["ignore"]["teacher"]["above"]
-        else:
-            out = is_ignored(options, d, i, j, score)
-        if j not in positives and not out:
+        if j not in positives and not is_ignored(options, d, anchor, i, j, score):
             negatives.append(j)
     negatives.sort(key=lambda j: -cosine(d, anchor, i, j).item())
     return positives, negatives[: options.get("hardest", B)]
@@ -92,7 +77,7 @@ def within(options, d, anchor, i):
     scores = []
     for j in range(B):
         score = d[anchor][i] @ d[anchor][j]
-        if not is_positive(options, d, i, j) and not is_ignored(options, d, i, j, score):
+        if not is_positive(options, d, i, j) and not is_ignored(options, d, anchor, i, j, score):
             scores.append(d["scale"] * score)
     return scores
 
@@ -244,49 +229,12 @@ ON_RANKS = [
 ]
 
 
-def on_rank(plans: list[tuple[str, str]], cases: list[tuple[str, dict]]) -> list[list]:
-    """[plan][case]: value share and this rank's gradients."""
-    results = []
-    for impl, topology in plans:
-        results.append([])
-        for name, options in cases:
-            d = data()
-            objective = build({name: options}, impl=impl, topology=topology)
-            objective.backend = replace(objective.backend, tile_size=5)
-            results[-1].append(gradients_of(objective(**own_rows(d))[0], d))
-    return results
-
-
-@pytest.mark.parametrize(
-    "n_ranks, plans, cases",
-    [
-        (1, [("tiled", "global")], CASES),
-        (2, PLANS, ON_RANKS),
-        (4, [("tiled", "ring")], ON_RANKS),
-    ],
-)
-def test_options_equal_loops(n_ranks, plans, cases):
-    expected = [
-        gradients_of(LOOPS[name](options)(d), d) for name, options in cases for d in [data()]
-    ]
-    by_rank = ranks.run(n_ranks, on_rank, plans, cases)
-
-    n_cases = n_live = 0
-    for p, plan in enumerate(plans):
-        for c, (name, options) in enumerate(cases):
-            for i, leaf in enumerate(("value", *LEAVES)):
-                shares = [
-                    torch.tensor(of_rank[p][c][i], dtype=torch.float64) for of_rank in by_rank
-                ]
-                mean = torch.stack(shares).mean(0)
-                wanted = torch.tensor(expected[c][i], dtype=torch.float64)
-                error = (mean - wanted).norm()
-                assert error <= 1e-10 * wanted.norm() + 1e-12, f"{name} {options}, {plan}, {leaf}"
-                n_live += i > 0 and bool(wanted.norm() > 1e-6)
-            n_cases += 1
-
-    assert n_cases == len(plans) * len(cases)
-    assert n_live >= 2 * n_cases, "the comparison must not be empty"
+@pytest.mark.parametrize("n_ranks, cases", [(1, CASES), (2, ON_RANKS), (4, ON_RANKS)])
+def test_options_equal_loops(n_ranks, cases):
+    loops.assert_equal(
+        n_ranks, [((name, options), LOOPS[name](options)) for name, options in cases]
+    )
+    assert len(CASES) == 45
 
 
 # Special cases
@@ -416,18 +364,16 @@ def step_on_rank(micro_batches: int) -> list:
 
 
 def test_micro_batches_and_ranks_change_nothing():
-    (expected,) = ranks.run(1, step_on_rank, 1)
+    expected = step_on_rank(1)
     assert expected[0][1] > 2 and 0 < expected[0][2] < 1
 
-    n = 0
-    for n_ranks, micro_batches in ((1, 3), (2, 1), (2, 3)):
-        by_rank = ranks.run(n_ranks, step_on_rank, micro_batches)
-        for i, wanted in enumerate(expected):
+    for by_rank in ([step_on_rank(3)], ranks.run(2, step_on_rank, 3)):
+        for i, values in enumerate(expected):
             parts = [torch.tensor(result[i], dtype=torch.float64) for result in by_rank]
-            mean, wanted = torch.stack(parts).mean(0), torch.tensor(wanted, dtype=torch.float64)
-            assert (mean - wanted).norm() <= 1e-10 * wanted.norm() + 1e-12
-            n += 1
-    assert n == 15
+            wanted = torch.tensor(values, dtype=torch.float64)
+            error = (torch.stack(parts).mean(0) - wanted).norm()
+            assert error <= 1e-10 * wanted.norm() + 1e-12
+    assert len(expected) == 5
 
 
 # Half precision, and a scale of 100

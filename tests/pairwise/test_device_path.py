@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.losses.test_candidates import data
+from tests.losses.loops import data
 from tests.pairwise.device import Watch, imitated
 from vlp import plugin
 from vlp.losses import Inputs
