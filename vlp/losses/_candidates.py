@@ -154,7 +154,7 @@ class Chosen:
         """`Pairs.reduce` of a tile function that is told what the entries are."""
 
         def masked(tile: Tile) -> tuple[Tensor, ...]:
-            own, masks = self._masks(tile, 1, len(row_values), len(column_values))
+            own, masks = self._masks(tile, len(row_values), len(column_values))
             return function(own, masks)
 
         return pairs.reduce(
@@ -177,7 +177,7 @@ class Chosen:
         """
 
         def scores(tile: Tile) -> Tensor:
-            own, masks = self._masks(tile, 1, 0, 0)
+            own, masks = self._masks(tile, 0, 0)
             return own.scores[0].masked_fill(~masks.kept[0], -torch.inf)
 
         best = pairs.highest(
@@ -194,22 +194,22 @@ class Chosen:
     def _all(self, name: str) -> list[Tensor]:
         return [tensor for rule in self.rules for tensor in getattr(rule, name)]
 
-    def _masks(
-        self, tile: Tile, n_scores: int, n_row_values: int, n_column_values: int
-    ) -> tuple[Tile, Masks]:
+    def _masks(self, tile: Tile, n_row_values: int, n_column_values: int) -> tuple[Tile, Masks]:
         """(the tile of the term's own scores and values, what its entries are)."""
         cosines = tile.scores[0].detach()
-        own, rest = _split(tile, n_scores, n_row_values, n_column_values)
+        own, rest = _split(tile, 1, n_row_values, n_column_values)
 
+        # Each rule takes its tensors off the front, in the order in which they were given.
         named: dict[int, Named] = {}
         for rule in self.rules:
-            of_rule, rest = _split(
-                rest, len(rule.left), len(rule.row_values), len(rule.column_values)
-            )
+            sizes = len(rule.left), len(rule.row_values), len(rule.column_values)
+            of_rule, rest = _split(rest, *sizes)
             named[id(rule)] = rule.names(cosines, of_rule)
 
         pair = tile.positive
         positives = pair if self.positives is None else named[id(self.positives)][0] | pair
+
+        # A positive is set apart first: no rule can take it away.
         kept = []
         for side in (0, 1):
             negatives = ~positives
@@ -225,18 +225,17 @@ class Chosen:
 
 def _split(tile: Tile, n_scores: int, n_rows: int, n_columns: int) -> tuple[Tile, Tile]:
     """(the first scores and values of a tile, the others)."""
-    first, rest = (
-        replace(
+
+    def part(scores: slice, rows: slice, columns: slice) -> Tile:
+        return replace(
             tile,
             scores=tile.scores[scores],
             row_values=tile.row_values[rows],
             column_values=tile.column_values[columns],
         )
-        for scores, rows, columns in (
-            (slice(n_scores), slice(n_rows), slice(n_columns)),
-            (slice(n_scores, None), slice(n_rows, None), slice(n_columns, None)),
-        )
-    )
+
+    first = part(slice(n_scores), slice(n_rows), slice(n_columns))
+    rest = part(slice(n_scores, None), slice(n_rows, None), slice(n_columns, None))
     return first, rest
 
 
