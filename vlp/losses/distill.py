@@ -113,6 +113,7 @@ def similarity(inputs: Inputs, pairs: Pairs) -> Tensor:
     Centred on the pair, −Σ_j p_j log softmax(z)_j = softplus(q_i) − Σ_{j≠i} p_j (z_ij − z_ii):
     nothing cancels where teacher and student are sure of it.
     """
+    inputs = inputs.operands()
     u, v = (
         in_students_dtype(inputs.image, rows.detach())
         for rows in (inputs.teacher_image, inputs.teacher_text)

@@ -79,6 +79,7 @@ class Side:
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     # Images look for texts in the texts' queue, and the other way round.
+    inputs = inputs.operands()
     n_rows = len(inputs.image)
     sides = [
         Side(query, key.detach(), *keys(queue, n_rows, pairs))
