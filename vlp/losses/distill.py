@@ -30,6 +30,8 @@ Papers:
 - CPRD (arXiv 2407.07479), ranking: `objective: {infonce: {}, distill: {form: ranking}}`
 - UniME-V2 (arXiv 2510.13515), scores of a judge:
   `objective: {distill: {form: ranking, divergence: symmetric, temperature: 0.01}}`
+- U-MARVEL (arXiv 2507.14902), scores of a re-ranker, at a learned temperature:
+  `objective: {distill: {form: ranking, divergence: forward}}`
 - DiHT (arXiv 2301.02280), concepts: `objective: {hn_nce: {}, distill: {form: concepts}}`
 
 Needs: image, text, scale, teacher_image, teacher_text, teacher_scale; ranking instead image, scale,

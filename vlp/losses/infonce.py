@@ -46,7 +46,8 @@ Papers:
 - UniME (arXiv 2504.17432): `objective: {infonce: {ignore: {margin: 0.1}, hardest: 8}}`
 - UNPG (arXiv 2203.11593): `objective: {infonce: {within: both}}`
 - SoftCLIP (arXiv 2303.17561), softened targets: `objective: {infonce: {targets: {by: softmax}}}`
-- SoftCLT (arXiv 2312.16424), of whole samples: `objective: {infonce: {targets: {by: distance}}}`
+- SoftCLT (arXiv 2312.16424), of whole samples; the form of its weights could not be confirmed:
+  `objective: {infonce: {targets: {by: distance}}}`
 - CCL-K (arXiv 2202.05458), hard negatives: `objective: {infonce: {targets: {by: kernel}}}`
 
 Needs: image, text, scale; with positives and ignore.same_label label, with ignore.cluster cluster,
