@@ -18,6 +18,7 @@ and may hold
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,11 +43,11 @@ INSTEAD = {"caption_nll": "caption_logits"}  # keywords that another one can sta
 class Objective:
     """Called with keywords (see `Inputs`), returns `(total, terms)`.
 
-    total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}. Both are this
-    rank's share: the MEAN over ranks is the value, and the mean over ranks of gradients is the
-    gradient, of the single-process term. Keywords that no term needs are ignored. Autocast has no
-    influence, on the backward pass neither; gradients cannot be differentiated again
-    (NotImplementedError).
+    total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}, and as
+    `label.name` what a term notes beside its value (infonce.ignored, say). All are this rank's
+    share: the MEAN over ranks is the value, and the mean over ranks of gradients is the gradient,
+    of the single-process term. Keywords that no term needs are ignored. Autocast has no influence,
+    on the backward pass neither; gradients cannot be differentiated again (NotImplementedError).
 
     Raises ValueError for an unknown keyword, for a needed one that is missing, for shapes and
     dtypes that are not those of `Inputs`, for shapes that differ between ranks or change later on
@@ -114,11 +115,14 @@ class Objective:
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
         total, terms, new_states = inputs.image.new_zeros((), dtype=dtype), {}, {}
         for plugin in self.plugins:
-            value, new_state = self._term(plugin, inputs, pairs)
+            pairs_of_term = replace(pairs, noted={})
+            value, new_state = self._term(plugin, inputs, pairs_of_term)
             if new_state and counts:
                 new_states[plugin.label] = new_state
             value = value.to(dtype)
             terms[plugin.label] = value.detach()
+            for name, share in pairs_of_term.noted.items():
+                terms[f"{plugin.label}.{name}"] = share.to(dtype)
             total = total + plugin.common.weight_at(inputs.step) * value
         return total, terms, new_states
 
