@@ -50,8 +50,8 @@ def write(folder, most=4, n=8):
     return folder
 
 
-def loader(folder, carried=CARRIED_CAPTIONS, **options):
-    captions = {"carried": carried, **options.pop("captions", {})}
+def loader(folder, n=CARRIED_CAPTIONS, **options):
+    captions = {"choose": "all", "n": n, **options.pop("captions", {})}
     data = data_of(folder, captions=captions)
     return loader_of(data, 8, **{"reads": READS, **options})
 
@@ -65,7 +65,7 @@ def test_the_table_holds_every_field_of_a_batch_and_of_the_inputs():
     assert of_batch == {*CARRIED, "key"}
     assert of_inputs == {*FIELDS, "step"}
     assert EMBEDDED.keys() | LABELS.keys() == CARRIED.keys() and not EMBEDDED.keys() & LABELS.keys()
-    assert len(EMBEDDED) == 8 and len(LABELS) == 9 and len(FIELDS) == 30
+    assert len(EMBEDDED) == 8 and len(LABELS) == 10 and len(FIELDS) == 31
 
 
 # Data → batch
@@ -110,22 +110,21 @@ def test_ranks_and_a_second_run_have_the_same_captions(tmp_path):
         )
 
 
-def test_the_chosen_text_stays_as_it_was(tmp_path):
+def test_the_text_is_one_of_the_captions_beside_it_whether_they_are_read_or_not(tmp_path):
     folder = write(tmp_path)
     with_captions, without = loader(folder), loader(folder, reads=frozenset({"score"}))
     for _ in range(2):
         batch, plain = next(with_captions), next(without)
         assert torch.equal(batch.text, plain.text) and torch.equal(batch.image, plain.image)
         assert plain.captions is None and plain.captions_valid is None
+        for row in range(8):
+            assert (batch.captions[row] == batch.text[row]).all(1)[batch.captions_valid[row]].any()
 
 
 def test_the_width_is_the_largest_number_in_the_data(tmp_path):
-    assert loader(write(tmp_path / "four"), carried=9).widths["captions"] == 4
-    assert loader(write(tmp_path / "two", most=2), carried=9).widths["captions"] == 2
+    assert loader(write(tmp_path / "four"), n=9).widths["captions"] == 4
+    assert loader(write(tmp_path / "two", most=2), n=9).widths["captions"] == 2
     assert "captions" not in loader(write(tmp_path / "one", most=1)).carries
-    weights = {"choose": "weights", "weights": [2.0, 1.0]}
-    weighted = loader(tmp_path / "four", captions=weights)
-    assert weighted.widths["captions"] == 2, "captions without a weight are not taken"
 
 
 def test_a_resumed_run_goes_on_with_the_same_captions_or_is_refused(tmp_path):
@@ -137,7 +136,7 @@ def test_a_resumed_run_goes_on_with_the_same_captions_or_is_refused(tmp_path):
     second.load_state_dict(state)
     assert torch.equal(next(second).captions, expected.captions)
     with pytest.raises(DataError, match=r"captions was .*, is .*restore it, or start a new run"):
-        loader(folder, carried=2).load_state_dict(state)
+        loader(folder, n=2).load_state_dict(state)
 
 
 # Batch → embeddings → gradients
@@ -234,8 +233,10 @@ def test_captions_that_do_not_count_have_no_influence_and_no_gradient():
 
 
 def test_a_bound_that_carries_no_second_caption_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="carried is 1; expected at least 2 captions of a sample"):
-        loader(tmp_path, carried=1)
+    with pytest.raises(ConfigError, match="n is 1; expected at least 2 captions of a sample"):
+        loader(tmp_path, n=1)
+    with pytest.raises(ConfigError, match=r"captions\.carried: 'carried' is called 'n' now"):
+        loader(tmp_path, captions={"carried": 4})
 
 
 def test_data_with_one_caption_a_sample_are_refused_by_name(tmp_path):
@@ -246,7 +247,7 @@ def test_data_with_one_caption_a_sample_are_refused_by_name(tmp_path):
     for name in ("captions", "captions_valid"):
         assert (
             f"the term 'several_captions' needs {name!r}, which this run does not have; it comes "
-            "from samples with several captions (data.captions.carried)"
+            "from samples with several captions (data.captions: {choose: all, n: K})"
         ) in str(refused.value)
 
 

@@ -97,6 +97,7 @@ _STORED = (
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
 _DECODER = "a text decoder (model.heads.captions)"
+_LABELS = "labels of the samples (data.labels: caption, origin, or a field of their JSON)"
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,13 @@ class Carried:
     text: Tensor = texts("b L", "b D", required=True)
     sample_id: Tensor = numbers("b", "int64", supplier="the loader: a stable number of each sample")
 
-    # Several captions of the sample, `text` among them or not; a sample with fewer is padded.
+    # Several captions of the sample beside one another, `text` among them or not; a sample with
+    # fewer is padded. With data.captions.roles column k holds the caption of role k.
     captions: Tensor = texts(
         "b K' L",
         "b K' D",
         valid="captions_valid",
-        supplier="samples with several captions (data.captions.carried)",
+        supplier="samples with several captions (data.captions: {choose: all, n: K})",
     )
     captions_valid: Tensor = mask("b K'", beside="captions")
 
@@ -181,6 +183,10 @@ class Carried:
     # Unit rows that another model gave the whole image and the first caption.
     teacher_image: Tensor = numbers("b D'", unit=True, supplier=_STORED)
     teacher_text: Tensor = numbers("b D'", unit=True, supplier=_STORED)
+
+    # Pairs with one label are of one kind: the same caption, class or origin. Any whole numbers,
+    # of which only equality counts; the loader's are below 2^48 (vlp.data.labels).
+    label: Tensor = numbers("b", "int64", supplier=_LABELS)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from vlp import (
 )
 from vlp.checks import check_batch, check_extent, check_objective
 from vlp.config import Config, Plan
-from vlp.data import server
+from vlp.data import labels, server
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.lifetime import Interrupted, Stopped, StopRequest
@@ -129,8 +130,12 @@ def initial_model(config: Config) -> DualEncoder:
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
+    # One line of the objective is enough: positives: caption needs no key of the data.
+    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
+    data = replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
+
     loader = Loader(
-        config.data,
+        data,
         model.image_spec,
         model.text_spec,
         mixture=selector.mixture,

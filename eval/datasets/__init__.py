@@ -50,7 +50,7 @@ def open_source(
     if root.is_file() and not _may_be_tar(root):
         source = tables.from_table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
-        choice = Choice(tuple(texts.captions), lines=texts.lines or "each")
+        choice = Choice(texts.names, lines=texts.lines or "each")
         source = shards.clip_benchmark(root, split, choice, missing)
     else:
         source = _by_content(root, split, missing, options, texts)
@@ -133,7 +133,7 @@ def _by_content(
 
 def _shards(root: Path, tars: list[Path], missing: str, texts: Texts) -> Source:
     """The samples of tars, with the names of their classes where those are numbers."""
-    choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
+    choice = Choice(texts.names, lines=texts.lines or "one")
     source = shards.from_tars(root, tars, choice, missing)
 
     # Names by number are of use only where the samples carry numbers.

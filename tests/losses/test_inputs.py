@@ -153,7 +153,7 @@ def test_a_batch_and_what_terms_read_are_described_in_the_same_letters():
             kept = set(row.batch_shape.split()) - pixels_or_tokens
             assert shape[-1] == "D" and set(shape[:-1]) == kept, name
         n += 1
-    assert n == 17
+    assert n == 18
 
 
 def test_masks_and_neighbours_are_fields_of_the_table():

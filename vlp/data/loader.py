@@ -265,7 +265,7 @@ def _drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str
     options: dict[str, Any] = {}
     if data.together > 1:
         options["together"] = data.together
-    if data.captions.choose == "all":
+    if data.captions.choose == "all" and not data.captions.n_beside:
         options["every_caption"] = True
     if data.replacement:
         options["replacement"] = True

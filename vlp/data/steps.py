@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlp.config import Data
-from vlp.data import decode, row_numbers, text
+from vlp.data import decode, labels, row_numbers, text
 from vlp.data.mix import Mixture
 from vlp.data.row import Row, choose_caption
 from vlp.data.row_texts import TEXTS, Texts
@@ -157,6 +157,7 @@ class Steps(Dataset):
                 else:
                     caption = choose_caption(row, self.data.captions)
                 row = replace(row, caption=caption)
+                self._check_label(row)
 
                 # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
@@ -168,6 +169,11 @@ class Steps(Dataset):
             f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: "
             f"{report.bad[-1]}"
         )
+
+    def _check_label(self, row: Row) -> None:
+        """Raise ValueError for a sample without the label that a term reads."""
+        if "label" in self.widths and self.data.labels is not None:
+            labels.of_row(row, self.data.labels)
 
     def _draw(self, row: Row, out: dict[str, Tensor]) -> None:
         """Write the row's pictures; raises ValueError for one that cannot be decoded."""
@@ -207,6 +213,10 @@ class Steps(Dataset):
                 beside = [row.sample.embeddings for row in rows]
                 stored = np.stack([pair[side] for pair in beside if pair is not None])
                 result[name] = torch.from_numpy(stored.astype(np.float32))
+            elif name == "label":
+                assert self.data.labels is not None, "the field is offered only with it"
+                kinds = [labels.of_row(row, self.data.labels) for row in rows]
+                result[name] = torch.tensor(kinds, dtype=torch.int64)
         return result
 
     def _texts(self, rows: list[Row]) -> dict[str, Tensor]:
