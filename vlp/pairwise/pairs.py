@@ -249,6 +249,10 @@ class Pairs:
         """
         return dist.all_gather(values, self.group)
 
+    def sum_over_group(self, values: Tensor) -> Tensor:
+        """Elementwise sum of `values` over the ranks of the group, whole on each of them."""
+        return dist.all_reduce(values, self.group)
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum of `values` over ALL ranks, whole on each of them."""
         return dist.all_reduce(values, self.backend.ranks)
