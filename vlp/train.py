@@ -124,7 +124,8 @@ def initial_model(config: Config) -> DualEncoder:
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
-        start_from(model, config.init_from)
+        context = config.model.context
+        start_from(model, config.init_from, None if context is None else context.keep)
     return model
 
 

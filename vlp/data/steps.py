@@ -37,7 +37,8 @@ class Report:
     """Counts and problems of one batch while it was made."""
 
     bad: list[tuple[int, str, str]]  # sample id, key where known, reason
-    n_truncated: int
+    n_truncated: int  # texts that are cut to the context
+    n_texts: int  # of all that are tokenized and count
 
 
 class Steps(Dataset):
@@ -79,7 +80,7 @@ class Steps(Dataset):
         if self.ahead:
             self.mixture.prepare(self.mixture.batch(step + self.ahead, self.size))
 
-        report = Report([], 0)
+        report = Report([], 0, len(self.rows))
         pictures = self._new_pictures()
         rows = []
         for i, number in enumerate(self.rows):
@@ -94,7 +95,7 @@ class Steps(Dataset):
             key=[row.sample.key for row in rows],
             **pictures,
             **self._numbers(rows),
-            **self._texts(rows),
+            **self._texts(rows, report),
         )
         return batch, report
 
@@ -219,7 +220,7 @@ class Steps(Dataset):
                 result[name] = torch.tensor(kinds, dtype=torch.int64)
         return result
 
-    def _texts(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _texts(self, rows: list[Row], report: Report) -> dict[str, Tensor]:
         """Token ids of the further texts, and the masks of those that count."""
         result = {}
         for name, field in TEXTS.items():
@@ -228,7 +229,9 @@ class Steps(Dataset):
 
             width = self.widths[name]
             of_rows = [field.of_row(row, self.data, width) for row in rows]
-            result[name] = self._tokens(name, of_rows)
+            result[name], n_truncated = self._tokens(name, of_rows)
+            report.n_truncated += n_truncated
+            report.n_texts += sum(sum(row.valid) for row in of_rows)
             if mask := EMBEDDED[name].valid:
                 result[mask] = _mask(mask, of_rows)
 
@@ -238,11 +241,13 @@ class Steps(Dataset):
             result["negatives_valid"][:, 0] &= pictured
         return result
 
-    def _tokens(self, name: str, of_rows: list[Texts]) -> Tensor:
-        """[b, width, L], or [b, L] where the field holds one text a row."""
-        flat = self._tokenizer(list(itertools.chain.from_iterable(row.texts for row in of_rows)))
+    def _tokens(self, name: str, of_rows: list[Texts]) -> tuple[Tensor, int]:
+        """[b, width, L], or [b, L] where the field holds one text a row; and how many were cut."""
+        texts = list(itertools.chain.from_iterable(row.texts for row in of_rows))
+        flat, n_truncated = self._tokenizer.tokenize(texts)
         one_a_row = EMBEDDED[name].batch_shape == "b L"
-        return flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
+        shaped = flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
+        return shaped, n_truncated
 
 
 def _mask(name: str, of_rows: list[Texts]) -> Tensor:
