@@ -3,6 +3,7 @@ is.
 
 folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
                                 zeroshot_classification_templates.txt, dataset_type.txt
+folder of Urban1k, DOCCI or DCI images and long captions (`long_captions`)
 folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class",
                                 or captions)
 folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
@@ -27,7 +28,7 @@ from vlp.data.captions import Choice, Texts
 from vlp.data.members import is_hidden
 from vlp.data.paths import is_packed, plain_only, shards_in
 from vlp.data.tables import TableOptions
-from vlp.eval.datasets import parquet, shards, tables, trees
+from vlp.eval.datasets import long_captions, parquet, shards, tables, trees
 from vlp.eval.datasets.source import Source
 from vlp.eval.pictures import DataError, open_archive
 
@@ -52,6 +53,8 @@ def open_source(
     elif (root / split / "nshards.txt").exists():
         choice = Choice(texts.names, lines=texts.lines or "each")
         source = shards.clip_benchmark(root, split, choice, missing)
+    elif read := long_captions.reader_of(root, options):
+        source = read(split, missing)
     else:
         source = _by_content(root, split, missing, options, texts)
 

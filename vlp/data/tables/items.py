@@ -73,6 +73,14 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
     in `problems`.
     """
     table = read(path, options)
+    if options.rows:
+        n_rows = len(table.rows)
+        table.rows = table.rows[options.row_range]
+        if not table.rows:
+            raise ValueError(
+                f"{table.path} has {n_rows} rows, none of them in rows: {options.rows}"
+            )
+
     sample = [row for _, row in table.rows[:_SHOWN]]
     chosen = columns.choose(table.columns, sample, options, table.path)
     if not options.named_captions:
