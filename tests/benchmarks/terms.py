@@ -80,8 +80,8 @@ def main() -> None:
     notes = (
         "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
         "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
-        "captions and true ones 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ comparisons up to "
-        "1,024 candidates and interpolates above."
+        "captions and true ones 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ "
+        "comparisons up to 1,024 candidates and interpolates above."
     )
     report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
 

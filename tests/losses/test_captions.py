@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests import ranks
 from vlp import dist
+from vlp.checks import check_roles
+from vlp.config.reading import parse
 from vlp.losses import build
 
 B, K, D = 8, 3, 6
@@ -267,3 +269,20 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_options_that_do_not_fit_the_batch_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=f"the term 'captions': {message}"):
         call(options, rows(4, D), rows(4, K, D), everything((4, K)))
+
+
+@pytest.mark.parametrize("roles", [["short", "long"], ["long"], []])
+def test_weights_of_other_roles_than_the_data_s_are_refused_at_the_start(roles):
+    captions = {"choose": "all", "roles": roles} if roles else {}
+    run = {
+        "out": "unused",
+        "data": {"sources": [{"name": "shards", "path": "unused"}], "captions": captions},
+        "model": {"image_tower": {"name": "open_clip", "architecture": "RN50"}},
+        "train": {"duration": 1, "batch": 8},
+        "objective": {"captions": {"weights": {"long": 1, "short": 2}}},
+    }
+    config = parse(run)
+    with pytest.raises(ValueError, match=r"has weights for long, short, and data\.captions\.roles"):
+        check_roles(build(config.objective), config)
+    run["data"]["captions"] = {"choose": "all", "roles": ["long", "short"]}
+    check_roles(build(config.objective), parse(run))
