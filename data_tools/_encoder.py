@@ -154,13 +154,11 @@ def _load(ref: str, device: str, bf16: bool) -> Encoder:
     import torch
 
     from vlp.eval.models import load
+    from vlp.joining import local_device
 
-    # One process a GPU: each takes the one of its rank on this machine.
-    if device == "auto":
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-
-    return load(ref, device, torch.bfloat16 if bf16 else None)
+    # A tool's processes work alone, so that several may share a GPU.
+    autocast = torch.bfloat16 if bf16 else None
+    return load(ref, local_device(device, shared=True), autocast)
 
 
 @cache
