@@ -8,6 +8,7 @@ import json
 from functools import cache
 
 import pytest
+import torch
 
 from tests.data.material import TEXT, data_of, encoded, loader_of, picture
 from tests.data.test_captions import shards
@@ -235,6 +236,24 @@ def test_another_field_of_a_role_is_another_run(tmp_path):
     )
     prints = [open_shards(Options(path, captions=m), config).fingerprint() for m in mappings]
     assert len(set(prints)) == 3
+
+
+def test_hard_negatives_belong_to_the_drawn_text_alone(tmp_path):
+    with ShardWriter(tmp_path, 8) as writer:
+        for i in range(8):
+            meta = {"negatives": [f"not a {i}", f"not b {i}"], "negatives_of": [0, 1]}
+            writer.add(f"k{i}", encoded(picture(i)), "png", [f"a {i}", f"b {i}"], meta)
+    data = data_of(tmp_path, captions={"choose": "all", "n": 2})
+    steps = loader_of(data, 8, reads=frozenset({"captions", "negatives"}))
+    texts = set()
+    for _ in range(3):
+        batch = next(steps)
+        assert batch.captions_valid.all() and batch.negatives_valid[:, 0].all()
+        for row, said in enumerate(words(batch)):
+            expected = tokenizer()([f"not {said['text']}"])[0]
+            assert torch.equal(batch.negatives[row, 0], expected)
+            texts.add(said["text"])
+    assert len(texts) > 8, "another caption at another visit"
 
 
 # Refusals
