@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from vlp.config import Captions
+from vlp.data import encodings
 
 MAX_TEXT_BYTES = 1 << 20  # a caption file or JSON beyond this is an attack or an accident
 USUAL = ("captions", "caption", "txt")  # where captions stand in a shard of which nothing is said
@@ -220,7 +221,7 @@ def read_texts(members: dict[str, bytes]) -> TextMembers:
         if len(data) > MAX_TEXT_BYTES:
             notes.append(f"a .{kind} of more than {MAX_TEXT_BYTES} bytes is not read")
         else:
-            decoded[kind] = _decode(data, kind, notes)
+            decoded[kind] = encodings.decoded(data, kind, notes)
 
     # The class number of a .cls counts where the JSON has none.
     meta = _json(decoded["json"], notes) if "json" in decoded else {}
@@ -311,44 +312,6 @@ def text_in(entry: Any) -> str | None:
         texts = (entry[name] for name in _IN_ENTRIES if isinstance(entry.get(name), str))
         entry = next(texts, None)
     return entry.strip() if isinstance(entry, str) else None
-
-
-def _decode(data: bytes, kind: str, notes: list[str]) -> str:
-    """UTF-8, UTF-16, or what Windows writes; anything but UTF-8 is noted."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        notes.append(f".{kind} is not UTF-8: read as UTF-16")
-        return data.decode("utf-16", "replace").replace("\0", "")
-
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", "replace")
-        # Not one whole character beyond ASCII tells another encoding rather than damage.
-        if any("\x7f" < character != "\ufffd" for character in text):
-            notes.append(f".{kind} is not UTF-8: the wrong bytes became U+FFFD")
-        else:
-            notes.append(f".{kind} is not UTF-8: read as Windows-1252")
-            text = data.decode("cp1252", "replace")
-
-    if "\0" in text:
-        encoding = _wide_encoding(data)
-        if encoding:
-            notes.append(f".{kind} holds NUL bytes: read as {encoding.upper()}")
-            text = data.decode(encoding, "replace")
-        else:
-            notes.append(f".{kind} holds NUL bytes: they are left out")
-        text = text.replace("\0", "")
-    return text.removeprefix("\ufeff")
-
-
-def _wide_encoding(data: bytes) -> str:
-    """Which UTF-16 without a mark of its order bytes are; "" for none."""
-    # Of Latin letters in UTF-16 every second byte is NUL.
-    halves = {"utf-16-le": data[1::2], "utf-16-be": data[0::2]}
-    for encoding, half in halves.items():
-        if half.count(0) * 2 > len(half):
-            return encoding
-    return ""
 
 
 def _json(text: str, notes: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vlp.losses._inputs import Inputs
 from vlp.pairwise import LOGSUMEXP, Pairs, Reduction, Tile, softplus
+from vlp.pairwise.reduction import accumulation_dtype, widened
 
 
 def decoupled(inputs: Inputs, pairs: Pairs, weights: Tensor) -> Tensor:
@@ -15,9 +16,8 @@ def decoupled(inputs: Inputs, pairs: Pairs, weights: Tensor) -> Tensor:
     takes_part = valid.any(1)
     to_text, to_image = _others(inputs, pairs)
 
-    wide = inputs.wide()
-    cosines = torch.einsum("bd,bkd->bk", wide.image, wide.captions)
-    positive = torch.as_tensor(wide.scale) * cosines  # [b, K']
+    cosines = torch.einsum("bd,bkd->bk", widened(inputs.image), widened(inputs.captions))
+    positive = torch.as_tensor(inputs.scale) * cosines  # [b, K']
 
     # Every caption of a sample competes with those of other samples alone.
     losses = softplus(to_text.unsqueeze(1) - positive) + softplus(to_image - positive)
@@ -36,7 +36,7 @@ def _others(inputs: Inputs, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """
     valid = inputs.captions_valid
     n_rows, n_columns = valid.shape
-    dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(inputs.image)
 
     # Samples are numbered over the group: a caption knows its own by that number. float32 is exact
     # to 2^24 samples.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlp.pairwise import Pairs
+from vlp.pairwise.reduction import widened
 
 
 def cut(
@@ -25,7 +26,7 @@ def cut(
     ValueError where a group has no more rows than components, so that some of them would be
     arbitrary.
     """
-    wide = image if image.dtype == torch.float64 else image.float()
+    wide = widened(image)
     if components < image.shape[1]:
         n_candidates = pairs.candidates(len(image))
         if n_candidates <= components:

@@ -51,6 +51,7 @@ from vlp.losses._captions_at_once import decoupled
 from vlp.losses._inputs import Inputs
 from vlp.losses._principal import cut
 from vlp.pairwise import Pairs, softplus
+from vlp.pairwise.reduction import accumulation_dtype, widened
 
 NEEDS = frozenset({"image", "scale", "captions", "captions_valid"})
 MIN_CANDIDATES = 2
@@ -125,7 +126,8 @@ def _weights(inputs: Inputs, options: Options) -> Tensor:
             f"weights are of {', '.join(options.weights)}, and samples have {n_columns} columns of "
             "captions; name a weight for each, in the order of data.captions.roles"
         )
-    return inputs.wide().image.new_tensor(values)
+    dtype = accumulation_dtype(inputs.image)
+    return torch.tensor(values, dtype=dtype, device=inputs.image.device)
 
 
 def _column(short: Short, n_columns: int) -> int:
@@ -152,7 +154,7 @@ def _column_loss(
 ) -> Tensor:
     """This rank's share of L_CLIP of one column, over the samples that are valid in it."""
     caption, scale = inputs.captions[:, k], inputs.scale
-    positive = own_scores(image, caption, scale)
+    positive = _own_scores(image, caption, scale)
 
     # One direction at a time: what is masked are columns, and a sample leaves both sides.
     to_text = pairs.row_logsumexp(image, caption, scale, valid=valid, paired=True)
@@ -186,7 +188,6 @@ def _smoothing(
     return 2 * positive - (row_sums + column_sums) / n_candidates
 
 
-def own_scores(image: Tensor, caption: Tensor, scale: Tensor | float) -> Tensor:
+def _own_scores(image: Tensor, caption: Tensor, scale: Tensor | float) -> Tensor:
     """scale·x_i·t_i of each row, [b], in float32 at least."""
-    wide = [rows.float() if rows.dtype != torch.float64 else rows for rows in (image, caption)]
-    return torch.as_tensor(scale) * (wide[0] * wide[1]).sum(-1)
+    return torch.as_tensor(scale) * (widened(image) * widened(caption)).sum(-1)
