@@ -99,7 +99,7 @@ def test_a_label_that_is_missing_later_costs_its_sample(tmp_path, monkeypatch):
 
 def test_what_terms_say_decides_where_the_data_say_nothing():
     assert labels.kind_of(None, [None, None]) is None
-    assert labels.kind_of(None, [None, "caption"]) == "caption"
+    assert labels.kind_of(None, [None, "none", "caption"]) == "caption"
     assert labels.kind_of(None, ["origin", "origin"]) == "origin"
     assert labels.kind_of("class", ["label"]) == "class"
     assert labels.kind_of("class", [None]) == "class"

@@ -53,11 +53,11 @@ def kind_of(configured: str | None, read: Iterable[str | None]) -> str | None:
     """What labels are made of: as configured, else what the terms that read them say in their
     `positives`. ValueError where they want several kinds at once, or a field that nobody names.
 
-    read: of each term "caption", "origin", "label" for a field, or None.
+    read: of each term "caption", "origin", "label" for a field, or None or "none".
     """
-    kinds = {positives for positives in read if positives}
+    kinds = {CAPTION, ORIGIN, "label"}.intersection(filter(None, read))
     # "label" is whatever data.labels names.
-    named = kinds - {"label"}
+    named: set[str] = kinds - {"label"}
     if configured is not None:
         named.add(configured)
 
