@@ -64,18 +64,19 @@ def _urban1k(root: Path, missing: str) -> Source:
 
 def _dci(root: Path, split: str, missing: str) -> Source:
     splits = _json(root / "splits.json")
-    lists = splits.values() if split == _ALL else [splits.get(split)]
-    if not all(isinstance(names, list) for names in lists):
-        raise DataError(
-            f"{root / 'splits.json'} lists {', '.join(splits)}, no {split!r}; pass split=… of "
-            f"these, or {_ALL}"
-        )
+    lists = list(splits.values()) if split == _ALL else [splits.get(split)]
+    names: list[str] = []
+    for one in lists:
+        if not isinstance(one, list):
+            raise DataError(
+                f"{root / 'splits.json'} lists {', '.join(splits)}, no {split!r}; pass split=… of "
+                f"these, or {_ALL}"
+            )
+        names += map(str, one)
 
     folder = root / "complete"
     folder = folder if folder.is_dir() else root / "annotations"
-    pairs = []
-    for names in lists:
-        pairs += [_described(folder / str(name)) for name in names]
+    pairs = [_described(folder / name) for name in names]
     return _source(root, root / "photos", pairs, missing)
 
 

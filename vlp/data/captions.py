@@ -84,9 +84,10 @@ class Texts:
 
     def _mapping(self, kind: type) -> dict[str, Any]:
         """`captions` where it maps names to values of this kind; else empty."""
-        captions = self.captions
-        is_one = isinstance(captions, dict) and all(isinstance(v, kind) for v in captions.values())
-        return dict(captions) if is_one else {}
+        if not isinstance(self.captions, dict):
+            return {}
+        values: dict[str, Any] = {**self.captions}
+        return values if all(isinstance(value, kind) for value in values.values()) else {}
 
 
 @dataclass(frozen=True)
