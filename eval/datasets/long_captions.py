@@ -76,7 +76,8 @@ def _dci(root: Path, split: str, missing: str) -> Source:
 
     folder = root / "complete"
     folder = folder if folder.is_dir() else root / "annotations"
-    pairs = [_described(folder / name) for name in names]
+    # Only names: what a stranger lists must not lead out of the folder.
+    pairs = [_described(folder / Path(name).name) for name in names]
     return _source(root, root / "photos", pairs, missing)
 
 
