@@ -69,6 +69,7 @@ def words(batch: Batch) -> list[dict]:
         ("one line\n\n- another", ["one line", "- another"]),
         ("一只狗。两只猫！", ["一只狗。", "两只猫！"]),
         (". .", [".", "."]),
+        (" ", [" "]),
     ],
 )
 def test_sentences_end_where_a_reader_ends_them(caption, expected):

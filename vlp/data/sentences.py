@@ -31,7 +31,7 @@ def sentences(caption: str) -> list[str]:
     parts.append(caption[start:])
 
     stripped = (part.strip() for part in parts)
-    return [part for part in stripped if part]
+    return [part for part in stripped if part] or [caption]
 
 
 def first_sentence(caption: str) -> str:
