@@ -57,6 +57,7 @@ class Context:
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
     # of each list of texts, by its hash: how many were cut
     truncated: dict[int, int] = field(default_factory=dict)
+    n_texts: dict[int, int] = field(default_factory=dict)  # and of how many
     # takes name -> reason of pictures, embedded as plain gray; None: an error
     unreadable: dict[str, str] | None = None
 
@@ -105,7 +106,9 @@ def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor
     are embedded once.
     """
     unique = list(dict.fromkeys(captions))
-    context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)  # of kept embeddings too
+    # Counted also where the embeddings are kept.
+    context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)
+    context.n_texts[hash(tuple(unique))] = len(unique)
     key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
     rows = _kept(key, context, "texts", unique, None, encoder.encode_texts)
     return _spread(rows, unique, captions)

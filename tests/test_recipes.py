@@ -30,6 +30,8 @@ def shards(tmp_path_factory):
             meta = {
                 "negatives": [f"not {i}", f"nor {i}"],
                 "counterfactuals": [f"{i} and two", f"{i} and three"],
+                "short_caption": f"picture {i}",
+                "long_caption": f"A picture, whose number is {i}. It is of one colour.",
             }
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
             writer.add(
@@ -81,7 +83,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 20
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 22
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -145,8 +147,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 11, "demo": 1, "eval": 1, "export": 1, "train": 25}
-    assert n_tools == 19
+    assert counts == {"data": 12, "demo": 1, "eval": 2, "export": 1, "train": 29}
+    assert n_tools == 20
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):

@@ -109,12 +109,13 @@ class Carried:
     text: Tensor = texts("b L", "b D", required=True)
     sample_id: Tensor = numbers("b", "int64", supplier="the loader: a stable number of each sample")
 
-    # Several captions of the sample, `text` among them or not; a sample with fewer is padded.
+    # Several captions of the sample beside one another, `text` among them or not; a sample with
+    # fewer is padded. With data.captions.roles column k holds the caption of role k.
     captions: Tensor = texts(
         "b K' L",
         "b K' D",
         valid="captions_valid",
-        supplier="samples with several captions (data.captions.carried)",
+        supplier="samples with several captions (data.captions: {choose: all, n: K})",
     )
     captions_valid: Tensor = mask("b K'", beside="captions")
 

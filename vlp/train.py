@@ -8,6 +8,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from vlp import (
     engines,
     log,
     losses,
+    micro_batches,
     optim,
     selection,
     stored_embeddings,
@@ -27,7 +29,7 @@ from vlp import (
 )
 from vlp.checks import check_batch, check_extent, check_objective
 from vlp.config import Config, Plan
-from vlp.data import server
+from vlp.data import labels, server
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.lifetime import Interrupted, Stopped, StopRequest
@@ -129,14 +131,19 @@ def initial_model(config: Config) -> DualEncoder:
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
-        start_from(model, config.init_from)
+        context = config.model.context
+        start_from(model, config.init_from, None if context is None else context.keep)
     return model
 
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
+    # One line of the objective is enough: positives: caption needs no key of the data.
+    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
+    data = replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
+
     loader = Loader(
-        config.data,
+        data,
         model.image_spec,
         model.text_spec,
         mixture=selector.mixture,
@@ -199,7 +206,7 @@ def prepare(
         objective,
         learning_rate=rate,
         seed=config.seed,
-        micro_batches=config.train.micro_batches,
+        micro_batches=micro_batches.count(config.train, loader.widths, objective.needs),
         dtype=engines.compute_dtype(config.train, engine.device),
         constants=constants,
         precomputed=config.model.precomputed,

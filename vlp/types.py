@@ -43,6 +43,7 @@ class Sample:
     # a teacher's, of image and first caption: arrays [D'] each
     embeddings: tuple[Any, Any] | None = None
     weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike
+    roles: tuple[str, ...] = ()  # of the captions, as the source names them; empty: it does not
 
 
 _READ_ON_HOST = {

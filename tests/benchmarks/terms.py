@@ -53,6 +53,8 @@ TERMS: dict[str, dict[str, Any]] = {
     "hard_negatives.negclip": {"form": "negclip"},
     "hard_negatives.triplet": {"form": "triplet"},
     "hard_negatives.intra": {"form": "intra"},
+    "captions.mean": {"label_smoothing": 0.1, "short": {"components": 32}},
+    "captions.decoupled": {"form": "decoupled"},
 }
 
 
@@ -83,8 +85,8 @@ def main() -> None:
     notes = (
         "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
         "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
-        "captions 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ comparisons up to "
-        "1,024 candidates and interpolates above."
+        "captions and true ones 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ "
+        "comparisons up to 1,024 candidates and interpolates above."
     )
     report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
 
@@ -158,6 +160,8 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "negatives": lambda: rows(B, 2),
         "negative_image": lambda: rows(B),
         "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
+        "captions": lambda: rows(B, 2),
+        "captions_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
         "teacher_scale": lambda: 20.0,
         "score": lambda: torch.rand(B, device=device),
         "sample_id": lambda: torch.arange(B, device=device),
@@ -167,7 +171,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
     leaves |= {
         n: given.pop(n).requires_grad_()
-        for n in ("image_views", "text_views", "negatives", "negative_image")
+        for n in ("image_views", "text_views", "negatives", "negative_image", "captions")
         if n in given
     }
 

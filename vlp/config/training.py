@@ -39,6 +39,9 @@ class Train:
     batch: int  # global: rows of one step over all ranks
     # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
     micro_batches: int = 1
+    # most texts that a micro-batch embeds: rows with several captions, or hard ones, are cut into
+    # more micro-batches than micro_batches says; None: no bound
+    max_texts: int | None = None
     optimizer: Optimizer = Optimizer()
     # of the towers' arithmetic; auto: the faster one, as a short measurement finds
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -69,6 +72,8 @@ class Train:
             )
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
+        if self.max_texts is not None and self.max_texts < 1:
+            raise ValueError(f"max_texts is {self.max_texts}; expected at least 1, or null")
         if not 0 < self.timeout_minutes < float("inf"):
             raise ValueError(
                 f"timeout_minutes is {self.timeout_minutes}; expected a positive number, such as 30"

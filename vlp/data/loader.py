@@ -44,6 +44,7 @@ _STALL_S = 900
 _FREE_BAD_ROWS = 16  # unusable rows of a rank that end no run, however short it is
 _MAX_NAMED = 100  # bad samples that are kept by name, and logged
 _NAMED_IN_ERROR = 20
+_CUT_TOLD_AFTER = 10_000  # texts, or the run's end: earlier a share would say little
 
 
 def _never() -> bool:
@@ -119,6 +120,7 @@ class Loader:
         # The first hundred bad samples: id, key, reason.
         self.bad: list[tuple[int, str, str]] = []
         self.n_left_out = _n_left_out(self._mixture)
+        self._cut_told = False
         self._reset_counters()
 
         # All ranks read the same sources.
@@ -207,7 +209,10 @@ class Loader:
 
         self._position += 1
         self._n_truncated += report.n_truncated
+        self._n_texts += report.n_texts
         self._count_bad(report)
+        if self._n_texts >= _CUT_TOLD_AFTER:
+            self._warn_of_cut()
         return batch
 
     def counters(self) -> dict[str, float]:
@@ -255,12 +260,26 @@ class Loader:
 
     def close(self) -> None:
         """Stop the loader processes; the next batch starts them again."""
+        self._warn_of_cut()
         # torch ends its processes when their iterator is let go.
         self._feed, self._next, self._made = None, None, []
 
     def _reset_counters(self) -> None:
-        self._n_bad = self._n_truncated = 0
+        self._n_bad = self._n_truncated = self._n_texts = 0
         self._waited_s = 0.0
+
+    def _warn_of_cut(self) -> None:
+        """Say once a run which share of the captions does not fit the text tower."""
+        if self._cut_told or not self._n_truncated or not dist.is_main():
+            return
+
+        self._cut_told = True
+        share = self._n_truncated / self._n_texts
+        log.warn(
+            f"{self._n_truncated:,} of {self._n_texts:,} captions ({share:.1%}) were cut to "
+            f"{self._steps.text.context_length} tokens; text_tower.context makes a pretrained "
+            "tower read longer ones, captions.choose=sentences reads them in parts"
+        )
 
     def _count_bad(self, report: Report) -> None:
         """Keep and log the bad samples of a batch; raises DataError where they became too many."""
@@ -306,7 +325,7 @@ def _drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str
     options: dict[str, Any] = {}
     if data.together > 1:
         options["together"] = data.together
-    if data.captions.choose == "all":
+    if data.captions.choose == "all" and not data.captions.n_beside:
         options["every_caption"] = True
     if data.replacement:
         options["replacement"] = True

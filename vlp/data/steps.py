@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlp.config import Data
-from vlp.data import decode, row_numbers, text
+from vlp.data import decode, labels, row_numbers, text
 from vlp.data.mix import Mixture
 from vlp.data.row import Row, choose_caption
 from vlp.data.row_texts import TEXTS, Texts
@@ -37,7 +37,8 @@ class Report:
     """Counts and problems of one batch while it was made."""
 
     bad: list[tuple[int, str, str]]  # sample id, key where known, reason
-    n_truncated: int
+    n_truncated: int  # texts that are cut to the context
+    n_texts: int  # of all that are tokenized and count
 
 
 class Steps(Dataset):
@@ -85,7 +86,7 @@ class Steps(Dataset):
         if self.ahead and part == step % self.parts:
             self.mixture.prepare(self.mixture.batch(step + self.ahead, self.size))
 
-        report = Report([], 0)
+        report = Report([], 0, len(numbers))
         pictures = self._new_pictures(len(numbers))
         rows = []
         for i, number in enumerate(numbers):
@@ -100,7 +101,7 @@ class Steps(Dataset):
             key=[row.sample.key for row in rows],
             **pictures,
             **self._numbers(rows),
-            **self._texts(rows),
+            **self._texts(rows, report),
         )
         return batch, report
 
@@ -167,6 +168,7 @@ class Steps(Dataset):
                 else:
                     caption = choose_caption(row, self.data.captions)
                 row = replace(row, caption=caption)
+                self._check_label(row)
 
                 # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
@@ -178,6 +180,11 @@ class Steps(Dataset):
             f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: "
             f"{report.bad[-1]}"
         )
+
+    def _check_label(self, row: Row) -> None:
+        """Raise ValueError for a sample without the label that a term reads."""
+        if "label" in self.widths and self.data.labels is not None:
+            labels.of_row(row, self.data.labels)
 
     def _draw(self, row: Row, out: dict[str, Tensor]) -> None:
         """Write the row's pictures; raises ValueError for one that cannot be decoded."""
@@ -217,9 +224,13 @@ class Steps(Dataset):
                 beside = [row.sample.embeddings for row in rows]
                 stored = np.stack([pair[side] for pair in beside if pair is not None])
                 result[name] = torch.from_numpy(stored.astype(np.float32))
+            elif name == "label":
+                assert self.data.labels is not None, "the field is offered only with it"
+                kinds = [labels.of_row(row, self.data.labels) for row in rows]
+                result[name] = torch.tensor(kinds, dtype=torch.int64)
         return result
 
-    def _texts(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _texts(self, rows: list[Row], report: Report) -> dict[str, Tensor]:
         """Token ids of the further texts, and the masks of those that count."""
         result = {}
         for name, field in TEXTS.items():
@@ -228,7 +239,9 @@ class Steps(Dataset):
 
             width = self.widths[name]
             of_rows = [field.of_row(row, self.data, width) for row in rows]
-            result[name] = self._tokens(name, of_rows)
+            result[name], n_truncated = self._tokens(name, of_rows)
+            report.n_truncated += n_truncated
+            report.n_texts += sum(sum(row.valid) for row in of_rows)
             if mask := EMBEDDED[name].valid:
                 result[mask] = _mask(mask, of_rows)
 
@@ -238,11 +251,13 @@ class Steps(Dataset):
             result["negatives_valid"][:, 0] &= pictured
         return result
 
-    def _tokens(self, name: str, of_rows: list[Texts]) -> Tensor:
-        """[b, width, L], or [b, L] where the field holds one text a row."""
-        flat = self._tokenizer(list(itertools.chain.from_iterable(row.texts for row in of_rows)))
+    def _tokens(self, name: str, of_rows: list[Texts]) -> tuple[Tensor, int]:
+        """[b, width, L], or [b, L] where the field holds one text a row; and how many were cut."""
+        texts = list(itertools.chain.from_iterable(row.texts for row in of_rows))
+        flat, n_truncated = self._tokenizer.tokenize(texts)
         one_a_row = EMBEDDED[name].batch_shape == "b L"
-        return flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
+        shaped = flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
+        return shaped, n_truncated
 
 
 def joined(parts: list[tuple[Batch, Report]]) -> tuple[Batch, Report]:
@@ -261,7 +276,8 @@ def joined(parts: list[tuple[Batch, Report]]) -> tuple[Batch, Report]:
     keys = itertools.chain.from_iterable(batch.key for batch in batches)
     bad = itertools.chain.from_iterable(report.bad for _, report in parts)
     n_truncated = sum(report.n_truncated for _, report in parts)
-    return Batch(key=list(keys), **whole), Report(list(bad), n_truncated)
+    n_texts = sum(report.n_texts for _, report in parts)
+    return Batch(key=list(keys), **whole), Report(list(bad), n_truncated, n_texts)
 
 
 def _mask(name: str, of_rows: list[Texts]) -> Tensor:

@@ -39,7 +39,7 @@ def build(model: config.Model) -> DualEncoder:
 
     clip = _instantiate(model_cfg)
     if weights is not None:
-        weight_files.load_into(clip, weights.path)
+        weight_files.load_into(clip, weights.path, _kept_positions(model))
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
     encoder.cut_captions = model.cut_captions
@@ -49,10 +49,13 @@ def build(model: config.Model) -> DualEncoder:
     return encoder
 
 
-def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
+def from_description(
+    described: dict[str, Any], weights: Path | None = None, keep: int | None = None
+) -> DualEncoder:
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
-    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is
+    `weights`: a file in any layout open_clip reads; None leaves the weights random. `keep`: as of
+    `weight_files.load_into`. Nothing is
     downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
     gets the usual bound on the scale, 100.
     """
@@ -63,7 +66,7 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
         )
     clip = _instantiate(model_cfg)
     if weights is not None:
-        weight_files.load_into(clip, weights)
+        weight_files.load_into(clip, weights, keep)
 
     ours = described.get("vlp", {})
     scale = parse(config.Scale, ours.get("scale", {}))
@@ -128,6 +131,11 @@ def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
     for module in tower.trunk.modules():
         if act_kwargs and isinstance(module, nn.GELU):
             module.approximate = act_kwargs["approximate"]
+
+
+def _kept_positions(model: config.Model) -> int | None:
+    """How many positions of a stretched context stay; None: it is not stretched."""
+    return None if model.context is None else model.context.keep
 
 
 def _locked(tower: Any) -> bool:
