@@ -153,14 +153,10 @@ class Model:
 def _load(ref: str, device: str, bf16: bool) -> Encoder:
     import torch
 
+    from vlp.data_tools._run.device import resolve
     from vlp.eval.models import load
 
-    # One process a GPU: each takes the one of its rank on this machine.
-    if device == "auto":
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-
-    return load(ref, device, torch.bfloat16 if bf16 else None)
+    return load(ref, resolve(device), torch.bfloat16 if bf16 else None)
 
 
 @cache

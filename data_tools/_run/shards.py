@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -61,6 +62,15 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
             sample = shard.sample(file, i)
             settle(sample, counts)
             yield sample
+
+
+def windows(samples: Iterable[Content], size: int) -> Iterator[list[Content]]:
+    """The samples in runs of `size`, the last one shorter."""
+    samples = iter(samples)
+    window = list(islice(samples, size))
+    while window:
+        yield window
+        window = list(islice(samples, size))
 
 
 def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
