@@ -8,7 +8,7 @@ WORDS = """[UNK] [PAD] [CLS] [SEP] [MASK] a red blue car truck two dogs cats und
 man woman holds small large green old road""".split()
 
 
-def write_models(folder: Path) -> Path:
+def write_models(folder: Path, width: int = 16, layers: int = 1) -> Path:
     """A masked, a causal and an encoder-decoder model, and one that is none of them."""
     import torch
     from transformers import (
@@ -24,19 +24,21 @@ def write_models(folder: Path) -> Path:
     torch.manual_seed(0)
     bert = BertConfig(
         vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
-        intermediate_size=16,
+        intermediate_size=width,
     )
     ends = {"bos_token_id": 3, "eos_token_id": 3}
-    gpt = GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=160, **ends)
+    gpt = GPT2Config(
+        vocab_size=len(WORDS), n_embd=width, n_layer=layers, n_head=2, n_positions=160, **ends
+    )
     t5 = T5Config(
         vocab_size=len(WORDS),
-        d_model=16,
+        d_model=width,
         d_kv=8,
-        d_ff=16,
-        num_layers=1,
+        d_ff=width,
+        num_layers=layers,
         num_heads=2,
         pad_token_id=1,
         eos_token_id=3,
