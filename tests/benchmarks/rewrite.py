@@ -51,7 +51,7 @@ def main() -> None:
         "Captions that a language model rewrites",
         rows,
         args,
-        f"{args.captions} captions of 4 to 12 words, an answer of at most twice the length to each; "
+        f"{args.captions} captions of 4 to 12 words, each answered in at most twice as many; "
         f"{args.model or f'GPT-2 of width {args.width} and {args.layers} layers, random weights'}.",
     )
 
