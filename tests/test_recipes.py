@@ -14,6 +14,7 @@ import pytest
 from tests.data.material import encoded, picture
 from vlp import cli, config, plugin
 from vlp.data.format import ShardWriter
+from vlp.data.members import Picture
 from vlp.train import train
 
 TEXT = "{name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}"
@@ -32,9 +33,9 @@ def shards(tmp_path_factory):
                 "counterfactuals": [f"{i} and two", f"{i} and three"],
             }
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
-            writer.add(
-                f"k{i}", own, "png", [f"this is picture {i}"], meta, negative_image=(other, "png")
-            )
+            images = dict.fromkeys(range(2), Picture(other, "png"))
+            captions = [f"this is picture {i}"]
+            writer.add(f"k{i}", own, "png", captions, meta, negative_images=images)
     return folder
 
 

@@ -81,10 +81,8 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     cls = meta.get("cls")
     if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
-    negative = None
-    if sample.negative_image:
-        negative = (sample.negative_image, sample.negative_image_type)
-    writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)
+    pictures = sample.negative_images
+    writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_images=pictures)
 
 
 def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]) -> None:

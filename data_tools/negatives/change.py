@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from vlp.data.members import Picture
 from vlp.data.wrong_captions import GIVEN
 from vlp.data_tools._run.shards import windows
 from vlp.data_tools.negatives.fields import valid, with_negatives
@@ -83,10 +84,10 @@ class AddNegatives:
     def _picture(
         self, sample: Content, chosen: list[tuple[Negative, int]], counts: Counter[str]
     ) -> None:
-        """Give the sample the image of its first negative; one of an earlier first negative goes
-        with that.
+        """Give the sample the image of its first negative; those of earlier negatives go with
+        them.
         """
-        sample.negative_image, sample.negative_image_type = b"", ""
+        sample.negative_images = {}
         image = self.images.get(sample.key)
         if image is None:
             return
@@ -95,8 +96,8 @@ class AddNegatives:
         first = self.given[sample.key][0][0].strip()
         stays = bool(chosen) and chosen[0][1] == GIVEN and chosen[0][0].text == first
         if stays:
-            sample.negative_image = image.read_bytes()
-            sample.negative_image_type = image.suffix.lower()[1:]
+            picture = Picture(image.read_bytes(), image.suffix.lower()[1:])
+            sample.negative_images = {0: picture}
             counts["negative images written"] += 1
         else:
             counts["dropped: negative images whose caption was dropped"] += 1

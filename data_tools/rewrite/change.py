@@ -109,8 +109,8 @@ class Rewrite:
             candidates.sort(key=lambda candidate: candidate[1])
             meta = with_negatives(meta, valid(candidates, heads, counts), counts)
 
-            # It is the picture of an earlier first negative.
-            sample.negative_image, sample.negative_image_type = b"", ""
+            # They are pictures of earlier negatives.
+            sample.negative_images = {}
         return meta
 
     def _write_true(

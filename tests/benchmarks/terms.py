@@ -151,7 +151,8 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "image_views": lambda: rows(2, B),
         "text_views": lambda: rows(2, B),
         "negatives": lambda: rows(B, 2),
-        "negative_image": lambda: rows(B),
+        "negative_images": lambda: rows(B, 1),
+        "negative_images_valid": lambda: torch.ones(B, 1, dtype=torch.bool, device=device),
         "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
         "teacher_scale": lambda: 20.0,
         "score": lambda: torch.rand(B, device=device),
@@ -161,7 +162,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
     leaves |= {
         n: given.pop(n).requires_grad_()
-        for n in ("image_views", "text_views", "negatives", "negative_image")
+        for n in ("image_views", "text_views", "negatives", "negative_images")
         if n in given
     }
 

@@ -76,7 +76,7 @@ def test_every_wrong_shape_of_every_term_is_refused_by_name():
     assert n == 2 * N_SHAPES
 
 
-N_SHAPES = 2221
+N_SHAPES = 2477
 
 
 def test_every_wrong_dtype_is_refused_with_the_conversion():
@@ -101,7 +101,7 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
     assert n == N_DTYPES
 
 
-N_DTYPES = 445
+N_DTYPES = 496
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_batch_and_what_terms_read_are_described_in_the_same_letters():
             kept = set(row.batch_shape.split()) - pixels_or_tokens
             assert shape[-1] == "D" and set(shape[:-1]) == kept, name
         n += 1
-    assert n == 17
+    assert n == 18
 
 
 def test_masks_and_neighbours_are_fields_of_the_table():
@@ -166,7 +166,7 @@ def test_masks_and_neighbours_are_fields_of_the_table():
             assert CARRIED[row.valid].dtype == "bool"
         if row.json and row.beside:
             assert row.beside in LISTS, "numbers lie beside the lists of wrong captions alone"
-    assert n == 10
+    assert n == 11
 
 
 # Rows that are not unit
@@ -174,7 +174,7 @@ def test_masks_and_neighbours_are_fields_of_the_table():
 UNREAD = {"captions"}  # by the terms of this house
 UNIT = [
     ("infonce", {}, ("image", "text")),
-    ("hard_negatives", {"form": "triplet"}, ("negatives", "negative_image")),
+    ("hard_negatives", {"form": "triplet"}, ("negatives", "negative_images")),
     ("hard_negatives", {"form": "text"}, ("ema_text",)),
     ("self_distillation", {"negatives": True}, ("ema_image", "ema_negatives")),
     ("counting", {}, ("counterfactual",)),
@@ -238,7 +238,7 @@ def test_rows_that_are_unit_as_far_as_it_can_be_told():
 
     unused = given()
     unused["negatives"][~unused["negatives_valid"]] *= 5
-    unused["negative_image"][~unused["negatives_valid"][:, 0]] = 0
+    unused["negative_images"][~unused["negative_images_valid"]] = 0
     build({"hard_negatives": {"form": "triplet"}})(**unused)
     build({"mixing": {}})(**given() | {"queue_text": torch.zeros(11, 5).double()})
 

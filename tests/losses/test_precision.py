@@ -46,7 +46,7 @@ CASES = [
     ("captioning", {}),
 ]
 DIFFERENTIATED = (
-    "image", "text", "scale", "negatives", "negative_image", "counterfactual", "image_views",
+    "image", "text", "scale", "negatives", "negative_images", "counterfactual", "image_views",
     "text_views", "concept_logits", "caption_logits",
 )  # fmt: skip
 
@@ -86,7 +86,7 @@ def aligned(gap: float) -> dict[str, Tensor]:
         "text_views": near[2:],
         "negatives": hard,
         "counterfactual": hard[:, :2],
-        "negative_image": F.normalize(hard[:, 0] + 1e-3 * noise[0], dim=1),
+        "negative_images": F.normalize(hard[:, :1] + 1e-3 * noise[0].unsqueeze(1), dim=-1),
         "queue_image": keys,
         "queue_text": keys.flip(0),
         "teacher_image": near[2],
@@ -105,6 +105,7 @@ def aligned(gap: float) -> dict[str, Tensor]:
     }
     d |= {
         "negatives_valid": torch.ones(B, K, dtype=torch.bool),
+        "negative_images_valid": torch.ones(B, 1, dtype=torch.bool),
         "counterfactual_valid": torch.ones(B, dtype=torch.bool),
     }
     return d | {"caption_ids": ids, "sample_id": torch.arange(B)}

@@ -24,7 +24,7 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
 
     Returns the wanted fields with a tower by name, [b, …, D], the outputs of the heads for pairs
     where any is wanted, [b, …], and "scale", "bias" and "view_scale" as far as the model has them,
-    []. Texts that their mask leaves out do not pass the tower; their embeddings are zeros.
+    []. Rows that their mask leaves out do not pass the tower; their embeddings are zeros.
     """
     rows = {name: row for name, row in EMBEDDED.items() if name in wanted}
     pictures = _pictures(batch, rows)
@@ -46,16 +46,23 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     embedded = {}
     for name, value in views.items():
         embedded[name] = getattr(features, name).unflatten(0, value.shape[:2])
-    embedded |= _apart(features.image, pictures)
-    for name, embeddings in _apart(features.text, texts).items():
+    apart = _apart(features.image, pictures) | _apart(features.text, texts)
+    for name, embeddings in apart.items():
         embedded[name] = _in_place(embeddings, batch, rows[name], name)
     return embedded | _beside(features)
 
 
 def _pictures(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
-    """Pixels [b, 3, H, W] of each wanted field, views aside."""
-    names = [name for name, row in rows.items() if row.tower == "image" and not row.head]
-    return {name: getattr(batch, name) for name in names}
+    """Pixels [n, 3, H, W] of each wanted field, views aside: those that its mask leaves in."""
+    pictures = {}
+    for name, row in rows.items():
+        if row.tower != "image" or row.head:
+            continue
+        pixels = getattr(batch, name)
+        if row.valid:
+            pixels = pixels[getattr(batch, row.valid)]
+        pictures[name] = pixels
+    return pictures
 
 
 def _texts_taking_part(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
@@ -91,8 +98,10 @@ def _apart(joined: Tensor | None, parts: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _in_place(embeddings: Tensor, batch: Batch, row: Field, name: str) -> Tensor:
-    """The embeddings [n, D] of the texts that take part as [b, …, D], zeros for the others."""
-    shape = getattr(batch, name).shape[:-1]
+    """The embeddings [n, D] of the rows that take part as [b, …, D], zeros for the others."""
+    # A picture is three dimensions of the batch's, a text is one.
+    n_inner = 3 if row.tower == "image" else 1
+    shape = getattr(batch, name).shape[:-n_inner]
     if not row.valid:
         return embeddings.view(*shape, -1)
 
