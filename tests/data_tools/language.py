@@ -6,6 +6,7 @@ from pathlib import Path
 
 WORDS = """[UNK] [PAD] [CLS] [SEP] [MASK] a red blue car truck two dogs cats under table the in on
 man woman holds small large green old road""".split()
+ANSWERS = [*WORDS, "yes", "no", "<image>", "caption", "also"]
 
 
 def write_models(folder: Path, width: int = 16, layers: int = 1) -> Path:
@@ -61,12 +62,12 @@ def write_models(folder: Path, width: int = 16, layers: int = 1) -> Path:
     return folder
 
 
-def tokenizer():
+def tokenizer(words: list[str] = WORDS):
     """A word is a token; others are unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = {
         "unk_token": "[UNK]",
@@ -75,3 +76,66 @@ def tokenizer():
         "eos_token": "[SEP]",
     }
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def write_judges(folder: Path) -> Path:
+    """A cross-encoder (BLIP) and a multimodal language model (LLaVA)."""
+    import torch
+    from transformers import (
+        BlipConfig,
+        BlipForImageTextRetrieval,
+        BlipImageProcessor,
+        BlipProcessor,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(0)
+    size = {"height": 16, "width": 16}
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = tower | {"vocab_size": len(ANSWERS), "encoder_hidden_size": 16, "projection_dim": 8}
+    text |= {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 3, "sep_token_id": 3}
+    vision = tower | {"image_size": 16, "patch_size": 8}
+    blip = BlipConfig(
+        text_config=text, vision_config=vision, projection_dim=8, image_text_hidden_size=8
+    )
+    cross_encoder = BlipForImageTextRetrieval(blip)
+    for weight in cross_encoder.parameters():
+        # As they are drawn, they score all pairs alike.
+        weight.data.mul_(10)
+    cross_encoder.save_pretrained(folder / "blip")
+    images = BlipImageProcessor(size=size)
+    BlipProcessor(images, tokenizer(ANSWERS)).save_pretrained(folder / "blip")
+
+    llama = LlamaConfig(
+        **tower, vocab_size=len(ANSWERS), num_key_value_heads=2, bos_token_id=2, eos_token_id=3
+    )
+    llava = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, projection_dim=8),
+        text_config=llama,
+        image_token_index=ANSWERS.index("<image>"),
+        vision_feature_layer=-1,
+    )
+    LlavaForConditionalGeneration(llava).save_pretrained(folder / "llava")
+    words = tokenizer(ANSWERS)
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size),
+        words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for turn in messages %}{% for part in turn.content %}"
+        "{% if part.type == 'image' %}<image> {% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endfor %}",
+    ).save_pretrained(folder / "llava")
+    return folder

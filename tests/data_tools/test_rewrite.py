@@ -12,7 +12,8 @@ import pytest
 from tests.data_tools.tools import CAPTIONS, call, read
 from vlp.data_tools import negatives, rewrite
 from vlp.data_tools._english.words import bare
-from vlp.data_tools._writer.answers import Answers, read_answers
+from vlp.data_tools._run.kept import read_kept
+from vlp.data_tools._writer.answers import Answers
 from vlp.data_tools._writer.generate import Drawing, Generator, Question, first_line
 from vlp.data_tools._writer.model import LanguageModel
 from vlp.data_tools.rewrite.prompts import SHIPPED, read_prompts
@@ -209,7 +210,7 @@ def test_a_prompt_is_asked_once_however_often_its_caption_stands(
     answers = Answers(model, Drawing(), tmp_path / "a.jsonl")
     texts = answers.ask([*QUESTIONS, *QUESTIONS])
     assert asked == [2, 2] and texts[:4] == texts[4:]
-    assert len(read_answers(tmp_path / "a.jsonl")) == 4
+    assert len(read_kept(tmp_path / "a.jsonl")) == 4
     Answers(model, Drawing(), tmp_path / "a.jsonl").ask(QUESTIONS)
     assert asked == [2, 2]
 
