@@ -31,6 +31,8 @@ def shards(tmp_path_factory):
             meta = {
                 "negatives": [f"not {i}", f"nor {i}"],
                 "counterfactuals": [f"{i} and two", f"{i} and three"],
+                "origin": f"pair {i // 2}",
+                "paraphrase": [f"picture {i} is this"],
             }
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
             images = dict.fromkeys(range(2), Picture(other, "png"))
@@ -82,7 +84,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 20
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 23
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -146,8 +148,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 11, "demo": 1, "eval": 1, "export": 1, "train": 25}
-    assert n_tools == 19
+    assert counts == {"data": 17, "demo": 1, "eval": 1, "export": 1, "train": 28}
+    assert n_tools == 25
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):

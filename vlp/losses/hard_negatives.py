@@ -40,7 +40,7 @@ Papers:
   weight: 0.1}, {form: text, weight: 0.1}]}`
 - CE-CLIP (arXiv 2306.08832), CMR and IMC: `objective: {hard_negatives: [{form: negclip}, {form:
   rank, weight: 0.2}, {form: intra, weight: 0.3}]}`
-- MMCLIP (THU-KEG/MMGeoLM), both sides:
+- MMCLIP (arXiv 2505.20152), both sides:
   `objective: {hard_negatives: [{form: own}, {form: sigmoid, negatives: images}]}`
 
 Needs: image, text, scale, negatives, negatives_valid; images instead negative_images and
