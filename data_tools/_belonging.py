@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 # Lists with an entry for each wrong caption, and the entry of one for which nothing was written
 # (None: there is none).
 BESIDE: dict[str, dict[str, Any]] = {
-    "negatives": {"negatives_valid": True, "negative_kinds": "given", "negative_scores": None},
+    "negatives": {
+        "negatives_valid": True,
+        "negative_kinds": "given",
+        "negative_scores": None,
+        "negative_keys": None,
+    },
     "counterfactuals": {},
 }
 MOST_CAPTIONS = 255  # of a sample: the index counts no further

@@ -60,7 +60,7 @@ def _check(source: Source, embeddings: Embeddings, model: DualEncoder, precomput
 
 
 def check_with_teacher(source: Source) -> None:
-    """Raise ValueError where a source's `embeddings` are not those of the teacher that they name."""
+    """Raise ValueError where a source's `embeddings` are not those of the teacher they name."""
     embeddings = source.embeddings
     assert embeddings is not None
     judge = _teacher(embeddings.teacher.model, embeddings.folder)

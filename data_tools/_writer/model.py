@@ -25,7 +25,7 @@ _PROBES = 64  # values of each weight that the fingerprint looks at
 class Loaded(NamedTuple):
     """A model that is ready to compute."""
 
-    model: nn.Module
+    model: Any  # of transformers, which says no types
     tokenizer: Any
     kind: Kind
     device: str

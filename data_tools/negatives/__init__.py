@@ -208,10 +208,10 @@ def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
                 caption = captions[max(number, 0)] if captions else ""
                 examples.append((caption, negative))
 
-    chosen = rng.sample(examples, min(n, len(examples)))
-    width = max((len(negative.kind) for _, negative in chosen), default=0)
+    shown = rng.sample(examples, min(n, len(examples)))
+    width = max((len(negative.kind) for _, negative in shown), default=0)
     lines = [
         f"{'':{width}}  {caption}\n{negative.kind:{width}}  {negative.text}\n"
-        for caption, negative in chosen
+        for caption, negative in shown
     ]
     return "\n".join(lines)

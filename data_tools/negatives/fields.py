@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from vlp.data_tools.negatives.rules import Negative
 
 # What was written for earlier negatives goes with them.
-_OF_EARLIER = (
-    "negative_scores", "positive_score", "negative_keys", "negative_images_of", "negatives_judged",
-)  # fmt: skip
+_OF_EARLIER = ("negative_scores", "positive_score", "negative_keys")
 
 
 def with_negatives(

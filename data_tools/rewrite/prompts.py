@@ -57,10 +57,10 @@ def _prompt(kind: str, row: Any, path: Path) -> Prompt:
     if not isinstance(row, dict) or row.keys() - {"prompt", "wrong", "length"}:
         raise ValueError(f"{path}: the kind {kind!r} is {str(row)[:100]}; {expected}")
 
-    text, wrong, length = row.get("prompt"), row.get("wrong", False), row.get("length", 2.0)
-    has_place = isinstance(text, str) and "{}" in text
+    text, wrong, length = row.get("prompt", ""), row.get("wrong", False), row.get("length", 2.0)
     is_number = isinstance(length, int | float) and not isinstance(length, bool)
-    if not has_place or not isinstance(wrong, bool) or not is_number:
+    is_text = isinstance(text, str) and "{}" in text
+    if not is_text or not isinstance(wrong, bool) or not is_number:
         raise ValueError(f"{path}: the kind {kind!r} is {str(row)[:100]}; {expected}")
 
     if not 0 < length <= _LARGEST_LENGTH:

@@ -382,7 +382,8 @@ def test_a_cross_encoder_scores_and_drops(
     judge = ["--judge", f"cross-encoder:{judges / 'blip'}", "--batch", 5, "--max-ratio", 1]
     given = ["--embeddings", embeddings, "--k", 3, *judge, "--to"]
     call(mine, data, *given, tmp_path / "all", "--delta", -2)
-    n_dropped = 0
+    carried = loader_of(data_of(tmp_path / "all"), 8).carries
+    assert {"negatives", "teacher_scores", "score"} <= carried  # of distill.ranking and ranked
     for sample in read(tmp_path / "all").values():
         assert len(sample.meta["negatives"]) == 3
         assert sample.meta["score"] == sample.meta["positive_score"]
