@@ -1,8 +1,7 @@
-"""What follows for the shards: samples with their negatives, or the samples in a new order."""
+"""What follows for the shards: samples with their neighbours as negatives."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp.data.wrong_captions import GIVEN
-from vlp.data_tools._run.shards import Changed, put
-from vlp.data_tools.mine.store import Identities, Store, digest, identities, load
+from vlp.data_tools._run.shards import Changed
+from vlp.data_tools.mine.store import Store, digest, load
 from vlp.data_tools.negatives.fields import with_negatives
 from vlp.data_tools.negatives.rules import Negative
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
-    from vlp.data_tools._run.work import Result
 
 KIND = "mined"
 _DIGITS = 5  # of a score
@@ -77,69 +75,3 @@ class AddMined:
             sample.negative_images = dict(enumerate(pictures))
             counts["negative images written"] += len(pictures)
         return meta
-
-
-def together(found: list[np.ndarray], size: int) -> tuple[np.ndarray, int]:
-    """A new order of all samples in groups of `size`, of neighbours as far as there are any left;
-    returns (the samples' numbers, how many of them stand beside no neighbour).
-
-    `found`: the neighbours of each sample, by falling score. The samples take their turns in
-    order: each that is in no group opens one with its nearest that are in none, at first those
-    that it is a neighbour of as well. Who finds too few waits, and the last groups are made of
-    those in order.
-    """
-    is_free = np.ones(len(found), bool)
-    neighbours = [set(numbers.tolist()) for numbers in found]
-    order: list[int] = []
-    waiting: list[int] = []
-    for number, nearest in enumerate(found):
-        if not is_free[number]:
-            continue
-        free = [other for other in nearest.tolist() if is_free[other]]
-        # A stable sort: among mutual neighbours, and among the others, the nearest first.
-        free.sort(key=lambda other: number not in neighbours[other])
-        group = [number, *free[: size - 1]]
-        if len(group) < size:
-            waiting.append(number)
-            continue
-        is_free[group] = False
-        order += group
-
-    alone = [number for number in waiting if is_free[number]]
-    return np.array(order + alone, np.int64), len(alone)
-
-
-@dataclass
-class WriteOrder:
-    """The work on one new shard: the samples of some groups, each of an origin of its own."""
-
-    store: Store
-    folder: Path
-    size: int
-
-    def __call__(self, job: tuple[int, int, np.ndarray]) -> Result:
-        from vlp.data.format import ShardWriter
-        from vlp.data_tools._belonging import settle
-
-        shard, first_group, numbers = job
-        counts: Counter[str] = Counter()
-        with ShardWriter(
-            self.folder, sys.maxsize, first_shard=shard, overwrite=True, indexed=False
-        ) as writer:
-            for place, number in enumerate(numbers.tolist()):
-                sample = self.store.sample(number)
-                counts["samples read"] += 1
-                settle(sample, counts)
-
-                meta = sample.meta | {"source_key": sample.key}
-                if "origin" in sample.meta:
-                    meta["source_origin"] = sample.meta["origin"]
-                meta["origin"] = f"{KIND}-{first_group + place // self.size}"
-                put(writer, Changed(sample, list(sample.captions), meta), None)
-                counts["samples written"] += 1
-        return {"counts": counts}
-
-
-def known(folder: Path, store: Store) -> Identities:
-    """What identifies the samples."""
-    return identities(folder, len(store.paths))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data_tools.language import write_models
+from tests.data_tools.mining import store, twins, write
 from tests.data_tools.tools import CAPTIONS
 from vlp.data.format import ShardWriter
 
@@ -26,3 +27,9 @@ def shards(tmp_path: Path) -> Path:
 def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tiny language models, by kind."""
     return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> tuple[Path, Path]:
+    """Shards in which samples 2i and 2i + 1 are twins, and their embeddings."""
+    return write(tmp_path / "in"), store(tmp_path / "e", *twins())

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import save_file
 
 from tests.data.material import data_of, encoded, loader_of, picture
+from tests.data_tools.mining import A_SHARD, D, N, counted, rows, store, write
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
@@ -21,55 +17,10 @@ from vlp.data.members import Picture
 from vlp.data_tools import embed, mine
 from vlp.data_tools.mine import search
 from vlp.data_tools.mine.decide import Decide
+from vlp.data_tools.mine.order import together
 from vlp.data_tools.mine.search import exact
 from vlp.data_tools.mine.store import Store
-from vlp.data_tools.mine.write import AddMined, together
-
-N, D = 24, 16
-A_SHARD = 8
-
-
-def write(folder: Path, captions: dict[int, list[str]] | None = None, **metas: dict) -> Path:
-    """N samples in three shards; the pictures open."""
-    with ShardWriter(folder, A_SHARD) as writer:
-        for i in range(N):
-            texts = (captions or {}).get(i, [f"caption {i}", f"also {i}"])
-            meta = metas.get(f"k{i}", {"extra": i})
-            writer.add(f"k{i}", encoded(picture(i, (12, 12))), "png", texts, meta)
-    return folder
-
-
-def store(folder: Path, image: np.ndarray, text: np.ndarray, **about: str) -> Path:
-    """Embeddings as `vlp data embed` writes them."""
-    folder.mkdir(exist_ok=True)
-    for shard in range(N // A_SHARD):
-        part = slice(shard * A_SHARD, (shard + 1) * A_SHARD)
-        keys = "\n".join(f"k{i}" for i in range(part.start, part.stop))
-        metadata = {"model": "not here", "scale": "10", "weights": "w"} | about
-        metadata["keys"] = hashlib.sha256(keys.encode()).hexdigest()
-        rows = {"image": image[part].astype(np.float16), "text": text[part].astype(np.float16)}
-        save_file(rows, folder / f"{shard:05d}.safetensors", metadata)
-    return folder
-
-
-def rows(seed: int = 0) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(size=(N, D))
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
-def twins(near: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """Samples 2i and 2i + 1 are twins: each one's text lies beside the other's picture."""
-    text = np.eye(N, 2 * N)
-    image = np.eye(N, 2 * N)
-    for i in range(N):
-        image[i, i ^ 1] = near  # beside 1 for its own
-    image /= np.linalg.norm(image, axis=1, keepdims=True)
-    return image, text
-
-
-@pytest.fixture
-def planted(tmp_path: Path) -> tuple[Path, Path]:
-    return write(tmp_path / "in"), store(tmp_path / "e", *twins())
+from vlp.data_tools.mine.write import AddMined
 
 
 @pytest.mark.parametrize(
@@ -184,7 +135,7 @@ def test_each_filter_drops_what_it_is_for_and_counts_it(tmp_path: Path, capsys) 
 
     # The other pictures fit no caption: all their neighbours score as high as their own, zero.
     out = capsys.readouterr().out
-    counts = [_count(out, f"dropped: {reason}") for reason in REASONS]
+    counts = [counted(out, f"dropped: {reason}") for reason in REASONS]
     assert counts == [1, 1, 1 + 8 * (N - 1), 1, 1]
 
 
@@ -362,95 +313,3 @@ def test_any_graph_gives_a_permutation(size: int, seed: int) -> None:
     for start in range(0, 31 - n_alone, size):
         first, *others = order[start : start + size].tolist()
         assert set(others) <= set(found[first].tolist())
-
-
-# Judges
-
-
-@pytest.fixture(scope="module")
-def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cross-encoder and a multimodal language model with random weights."""
-    from tests.data_tools.language import write_judges
-
-    return write_judges(tmp_path_factory.mktemp("judges"))
-
-
-def test_a_cross_encoder_scores_and_drops(
-    planted: tuple[Path, Path], tmp_path: Path, judges: Path, capsys
-) -> None:
-    data, embeddings = planted
-    judge = ["--judge", f"cross-encoder:{judges / 'blip'}", "--batch", 5, "--max-ratio", 1]
-    given = ["--embeddings", embeddings, "--k", 3, *judge, "--to"]
-    call(mine, data, *given, tmp_path / "all", "--delta", -2)
-    carried = loader_of(data_of(tmp_path / "all"), 8).carries
-    assert {"negatives", "teacher_scores", "score"} <= carried  # of distill.ranking and ranked
-    for sample in read(tmp_path / "all").values():
-        assert len(sample.meta["negatives"]) == 3
-        assert sample.meta["score"] == sample.meta["positive_score"]
-        assert all(0 <= score <= 1 for score in sample.meta["negative_scores"])
-
-    # What scores above the sample's own pair is called true.
-    capsys.readouterr()
-    call(mine, data, *given, tmp_path / "some", "--delta", 0)
-    n_dropped = _count(capsys.readouterr().out, "dropped: judge: true of the picture")
-    assert 0 < n_dropped < N * 16
-    for sample in read(tmp_path / "some").values():
-        assert all(s <= sample.meta["positive_score"] for s in sample.meta["negative_scores"])
-
-
-def test_a_judge_that_says_neither_yes_nor_no_is_counted(
-    planted: tuple[Path, Path], tmp_path: Path, judges: Path, capsys
-) -> None:
-    data, embeddings = planted
-    judge = ["--judge", f"mllm:{judges / 'llava'}", "--max-ratio", 1, "--window", 4]
-    call(mine, data, "--embeddings", embeddings, "--to", tmp_path / "out", *judge)
-    out = capsys.readouterr().out
-    n_neither = _count(out, "dropped: judge: neither yes nor no to the sample's own pair")
-    n_neither += _count(out, "dropped: judge: neither yes nor no")
-    assert n_neither > 0
-    n_written = sum(len(s.meta["negatives"]) for s in read(tmp_path / "out").values())
-    assert n_written + n_neither + _count(out, "dropped: judge: true of the picture") == N * 4
-
-
-def test_yes_and_no_are_compared_where_one_is_the_likeliest() -> None:
-    from vlp.data_tools.mine.judge import yes_or_no
-
-    logits = torch.tensor([[0.0, 2.0, 1.0, 0.0], [5.0, 2.0, 1.0, 0.0], [0.0, 1.0, 3.0, 2.0]])
-    yes, neither, no = yes_or_no(logits, [1], [2, 3])
-    assert neither is None
-    assert yes == pytest.approx(np.e**2 / (np.e**2 + np.e + 1), abs=1e-6)
-    assert no == pytest.approx(np.e / (np.e + np.e**3 + np.e**2), abs=1e-6)
-
-
-def test_judged_pairs_are_kept(
-    planted: tuple[Path, Path], tmp_path: Path, judges: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vlp.data_tools.mine.judge import Judge
-
-    data, embeddings = planted
-    judge = ["--judge", f"cross-encoder:{judges / 'blip'}", "--window", 4, "--max-ratio", 1]
-    given = [data, "--embeddings", embeddings, "--to", tmp_path / "out", *judge]
-    call(mine, *given)
-    whole = [p.read_bytes() for p in sorted((tmp_path / "out").glob("*.tar"))]
-    lines = (tmp_path / "out/_judged/00001.jsonl").read_text().splitlines()
-    assert len(lines) == A_SHARD * 5 and json.loads(lines[0])["value"] >= 0
-
-    asked: list[int] = []
-    original = Judge.scores
-
-    def scores(self: Judge, pairs: list) -> list:
-        asked.append(len(pairs))
-        return original(self, pairs)
-
-    monkeypatch.setattr(Judge, "scores", scores)
-    for name in ("chosen", "mine"):
-        (tmp_path / f"out/00001_{name}.json").unlink()
-    (tmp_path / "out/_judged/00001.jsonl").write_text("\n".join(lines[:20]))
-    call(mine, *given)
-    assert sum(asked) == 24  # from the second batch of 16 on
-    assert whole == [p.read_bytes() for p in sorted((tmp_path / "out").glob("*.tar"))]
-
-
-def _count(out: str, name: str) -> int:
-    match = re.search(rf"^  {re.escape(name)} +([\d,]+)$", out, re.M)
-    return int(match[1].replace(",", "")) if match else 0
