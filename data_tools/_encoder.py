@@ -153,10 +153,12 @@ class Model:
 def _load(ref: str, device: str, bf16: bool) -> Encoder:
     import torch
 
-    from vlp.data_tools._run.device import resolve
     from vlp.eval.models import load
+    from vlp.joining import local_device
 
-    return load(ref, resolve(device), torch.bfloat16 if bf16 else None)
+    # A tool's processes work alone, so that several may share a GPU.
+    autocast = torch.bfloat16 if bf16 else None
+    return load(ref, local_device(device, shared=True), autocast)
 
 
 @cache

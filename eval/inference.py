@@ -25,6 +25,7 @@ from torch import Tensor
 from vlp.data import picture
 from vlp.eval import models
 from vlp.eval.models import Encoder
+from vlp.joining import local_device
 
 BATCH = 64  # pictures or texts a forward pass
 THREADS = 8  # that decode; Pillow works outside the interpreter's lock
@@ -110,16 +111,15 @@ def load(
 ) -> Model:
     """The model that `ref` names: a run, an export, a folder, `ARCHITECTURE:TAG`, `hf-hub:…`.
 
-    device: "auto" is the first GPU where there is one. precision: of the forward pass; rows are
-    float32. Raises ValueError, saying what was found and what would work.
+    device: "auto" is the GPU of the launcher's local rank, the first without one, or the CPU.
+    precision: of the forward pass; rows are float32. Raises ValueError, saying what was found and
+    what would work.
     """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision is {precision!r}; expected float32 or bf16")
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if precision == "bf16" else None
-    return Model(models.load(ref, device, autocast))
+    return Model(models.load(ref, local_device(device, shared=True), autocast))
 
 
 def _refuse_single(values: object, name: str) -> None:

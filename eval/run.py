@@ -92,7 +92,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     """Evaluate one model on the tasks named, print the table, write the results."""
     import torch
 
-    from vlp import dist, plugin
+    from vlp import dist, joining, plugin
     from vlp.eval import models
     from vlp.eval.report import records
 
@@ -102,7 +102,9 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     if options.out:
         _check_writable(Path(options.out))
 
-    joined, device = _join_ranks(options.device)
+    # Each rank of a machine its own GPU, chosen before they join.
+    device = joining.local_device(options.device)
+    joining.join(device)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     encoder = models.load(options.model, device, autocast)
     if dist.is_main() and not options.quiet:
@@ -118,8 +120,6 @@ def _evaluate_command(options: argparse.Namespace) -> int:
 
     # No rank leaves while the first still writes.
     dist.barrier()
-    if joined:
-        torch.distributed.destroy_process_group()
     return 0
 
 
@@ -180,24 +180,6 @@ def _context(options: argparse.Namespace) -> Context:
     return Context(
         batch=options.batch, cache=cache, contents=contents, progress=not options.quiet, **more
     )
-
-
-def _join_ranks(device: str) -> tuple[bool, str]:
-    """Join the process group that a launcher announces (whether there was one to join), and choose
-    this rank's device.
-    """
-    import torch
-
-    cuda = torch.cuda.is_available() and device != "cpu"
-    join = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
-    if join:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-
-    # Each rank of a node takes its own card.
-    if device == "auto" and cuda:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    return join, "cpu" if device == "auto" else device
 
 
 # --- the work -------------------------------------------------------------------------------------

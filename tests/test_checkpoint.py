@@ -9,6 +9,7 @@ import torch
 from tests.models.tiny import tiny
 from tests.test_train import losses
 from vlp import checkpoint
+from vlp.pretrained import runs
 from vlp.train import train
 
 
@@ -107,10 +108,14 @@ def test_weights_that_are_not_finite_are_neither_written_nor_chosen(tmp_path, va
     assert checkpoint.newest(tmp_path) == first
 
 
-def test_going_back_leaves_the_other_branch(settings, capsys):
+def test_going_back_leaves_the_other_branch(settings, capsys, monkeypatch):
     """Saves at 3, 6, 9; back to 3 with another rate, stopped at 6: `auto` goes on from there, not
-    from 9.
+    from 9. Files are hashed once, by the first rank: others would read everything once more.
     """
+    hashed = []
+    real = runs.sha256
+    monkeypatch.setattr(runs, "sha256", lambda path: hashed.append(path) or real(path))
+
     run = train(settings("checkpoint.keep=5"))
     one_branch = losses(run)
     (run / "results.json").write_text("[]")  # of step 9
@@ -120,7 +125,11 @@ def test_going_back_leaves_the_other_branch(settings, capsys):
     assert "step_00000009.abandoned is of the branch that is left" in capsys.readouterr().out
     assert (run / "checkpoints/step_00000009.abandoned").exists()
 
+    hashed.clear()
     train(settings("resume=auto", *slower))
+    of_source = [path.name for path in hashed if path.parent.name == "step_00000006"]
+    assert len(of_source) == len(set(of_source)) >= 7
+
     other_branch = losses(run)
     assert steps(run) == [3, 6, 9] and list(other_branch) == list(range(1, 10))
     assert [step for step in other_branch if other_branch[step] == one_branch[step]] == [1, 2, 3, 4]
@@ -159,3 +168,11 @@ def test_weights_for_other_pixels_are_refused_by_what_differs():
         and "size" not in text.replace("resize", "")
         and "model.pretrained" in text
     )
+
+
+def test_a_checkpoint_that_another_rank_verified_must_look_the_same_here(tmp_path):
+    path = checkpoint.save(tmp_path, 1, contents(), keep=1)
+    assert checkpoint.load(path, verified=True).state == {"step": 1}
+    damage(tmp_path, 1)
+    with pytest.raises(checkpoint.CheckpointError, match="not what the first rank saw"):
+        checkpoint.load(path, verified=True)

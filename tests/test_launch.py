@@ -9,6 +9,7 @@ import pytest
 from tests.test_train import ROOT
 from vlp.config import Duration, Train
 from vlp.engines import LaunchError, launched_processes, start
+from vlp.resume import _check_grace
 
 VARIABLES = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION",
@@ -132,18 +133,129 @@ def test_a_job_starts_where_it_is_told_and_goes_on_from_where_it_was(
 ):
     """The script itself, with commands of SLURM that only write down what they are asked."""
     asked = tmp_path / "asked"
-    for name, does in (("scontrol", "echo node1"), ("srun", f'printf "%s\\n" "$@" > {asked}')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node1",
-        "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "1",
-        "SLURM_GPUS_ON_NODE": "1",
-        "SLURM_RESTART_COUNT": str(restarts),
-    }
-    script = ROOT / "launch" / "slurm" / "train.sbatch"
-    subprocess.run(["bash", script, "clip", *typed], env=environment, check=True, timeout=60)
+    commands(tmp_path, scontrol="echo node1", srun=f'printf "%s\\n" "$@" > {asked}')
+    job = run_job(tmp_path, "clip", *typed, SLURM_RESTART_COUNT=str(restarts))
+    assert job.returncode == 0, job.stderr
     arguments = asked.read_text().splitlines()
     assert [argument for argument in arguments if argument.startswith("resume=")] == expected
+
+
+def commands(folder, **scripts):
+    """Commands on the PATH that only do what a test says, and the python of this environment."""
+    for name, does in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{does}\n")
+        (folder / name).chmod(0o755)
+    # No link: the interpreter finds its environment by its own place.
+    (folder / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
+
+
+def run_script(folder, script, *arguments, **variables):
+    """A script of launch/ in another folder than the repository's."""
+    ours = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **variables}
+    return subprocess.run(
+        ["bash", ROOT / "launch" / script, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def run_job(folder, *arguments, **variables):
+    slurm = {
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "32",
+    }
+    return run_script(folder, "slurm/train.sbatch", *arguments, **slurm, **variables)
+
+
+LAUNCHER = """printf "%s\n" "$@" > arguments
+env | grep -E "^(TORCH|NCCL|OMP)" > environment"""
+
+
+def started(folder):
+    """The arguments that the launcher was given, and the environment that was set for it."""
+    arguments = (folder / "arguments").read_text().splitlines()
+    lines = (folder / "environment").read_text().splitlines()
+    return arguments, dict(line.split("=", 1) for line in lines)
+
+
+def test_a_job_starts_any_engine_from_any_folder(tmp_path):
+    node = 'while [[ "$1" == --* ]]; do shift; done; exec "$@"'
+    commands(tmp_path, scontrol="echo node1", srun=node, accelerate=LAUNCHER)
+    file = ROOT / "launch" / "accelerate" / "zero2.yaml"
+    job = run_job(tmp_path, "clip", "train.batch=64", ACCELERATE_FILE=str(file))
+    assert job.returncode == 0, job.stderr
+
+    arguments, environment = started(tmp_path)
+    options = dict(zip(arguments[1::2], arguments[2::2]))
+    assert options["--config_file"] == str(file) and options["--num_processes"] == "8"
+    assert options["--machine_rank"] == "1" and options["--main_process_ip"] == "node1"
+    paths = [options["--deepspeed_config_file"], arguments[-4]]
+    assert [os.path.basename(path) for path in paths] == ["zero2.json", "train.py"]
+    assert all(os.path.isabs(path) and os.path.exists(path) for path in paths)
+    assert arguments[-3:] == ["clip", "train.batch=64", "resume=auto"]
+
+    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "290"
+    assert environment["OMP_NUM_THREADS"] == "8" and environment["NCCL_DEBUG"] == "WARN"
+    assert {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"} < environment.keys()
+
+
+def test_a_job_asked_to_stop_while_it_starts_goes_back_into_the_queue(tmp_path):
+    """The signal comes before there is a launcher to pass it on to."""
+    asks = 'if [ "$1" = show ]; then kill -TERM $PPID; echo node1; else echo "$1" > asked; fi'
+    # The command substitution of the script stands between the two.
+    asks = asks.replace("$PPID", "$(ps -o ppid= -p $PPID)")
+    commands(tmp_path, scontrol=asks, srun='trap "exit 9" TERM; sleep 20 & wait')
+    job = run_job(tmp_path, "clip")
+    assert job.returncode == 143, job.stderr
+    assert (tmp_path / "asked").read_text() == "requeue\n"
+
+
+def test_a_save_that_a_launcher_would_cut_off_is_warned_of(environment, monkeypatch, capsys):
+    environment()
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    _check_grace(600)  # nobody kills
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    _check_grace(14)
+    assert not capsys.readouterr().err
+    _check_grace(40)
+    said = capsys.readouterr().err
+    assert "saving took 40 s" in said and "killed by its launcher after 30 s" in said
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=160" in said
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "160")
+    _check_grace(40)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "file", "n_ranks"),
+    [
+        ("echo a; echo b; echo c; echo d", {}, "ddp.yaml", "4"),
+        ("echo a; echo b", {"CUDA_VISIBLE_DEVICES": "0,3,5"}, "ddp.yaml", "3"),
+        ("exit 9", {}, "cpu2.yaml", "2"),
+        ("exit 9", {"LOCAL_RANKS": "3"}, "cpu2.yaml", "3"),
+    ],
+)
+def test_one_machine_starts_a_rank_for_each_gpu_with_the_grace_set(
+    tmp_path, gpus, variables, file, n_ranks
+):
+    commands(tmp_path, **{"nvidia-smi": gpus}, nproc="echo 12", accelerate=LAUNCHER)
+    done = run_script(tmp_path, "local.sh", "clip", "seed=1", **variables)
+    assert done.returncode == 0, done.stderr
+
+    arguments, environment = started(tmp_path)
+    assert arguments[:2] == ["launch", "--config_file"] and os.path.basename(arguments[2]) == file
+    assert arguments[3:5] == ["--num_processes", n_ranks] and arguments[-2:] == ["clip", "seed=1"]
+    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "110"
+    assert environment["OMP_NUM_THREADS"] == str(12 // int(n_ranks))

@@ -79,13 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         status = options.run(options)
         sys.stdout.flush()
+        _leave_others()
         return status
     except Stopped as stopped:
         # As shells and schedulers read a status.
         log.say(f"vlp: {stopped}")
+        _leave_others()
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print("\nvlp: interrupted", file=sys.stderr)
+        _fail_others(128 + signal.SIGINT)
         return 128 + signal.SIGINT
     except Exception as error:
         # Other pipes break, too: that of a command which a source reads from.
@@ -93,7 +96,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             silence_console()
             return 128 + signal.SIGPIPE
         faults.say(error)
+        _fail_others(1)
         return 1
+
+
+def _leave_others() -> None:
+    """Where ranks were joined: leave them in good order."""
+    # Who has joined none has not imported this either, and should not wait for torch now.
+    if "vlp.joining" in sys.modules:
+        from vlp import joining
+
+        joining.leave()
+
+
+def _fail_others(status: int) -> None:
+    """Where ranks were joined: end at once, so that none waits for this one."""
+    if "vlp.joining" in sys.modules:
+        from vlp import joining
+
+        joining.fail(status)
 
 
 def _reader_is_gone() -> bool:
@@ -203,8 +224,11 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.eval.run import in_training, read_all
+        from vlp.joining import local_device
         from vlp.train import train
 
+        # Too few GPUs, or a machine without them, before anything that takes long.
+        local_device(loaded.train.device)
         read_all(loaded.eval)  # wrong evaluation data show now, not hours later
         train(loaded, in_training)
         return 0

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+_SAY_EVERY_S = 60  # between the lines of a rank that waits
 
 # This process and the others
 
@@ -44,8 +48,8 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Rank inside this node, as the launcher says; 0 without one."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Rank inside this node, as the launcher or SLURM says; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def local_world_size() -> int:
@@ -67,6 +71,8 @@ class Group:
     ranks: tuple[int, ...] = (0,)
     # torch.distributed.ProcessGroup; None where there is nobody to talk to
     handle: Any = None
+    # The handle belongs to more ranks than these: they send to one another (see `within`).
+    point_to_point: bool = False
 
     @property
     def size(self) -> int:
@@ -99,28 +105,96 @@ def group_of(handle: Any | None) -> Group:
     return Group(ranks, handle if len(ranks) > 1 else None)
 
 
-def subgroup(ranks: Sequence[int]) -> Group:
-    """A new group of these global ranks, of which this process is one.
+def split(partition: Sequence[Sequence[int]]) -> Group:
+    """The group of this process among groups of global ranks, each with a communicator of its own.
 
-    Collective among the members only.
+    Collective over ALL ranks, which must bring the same partition: on NCCL a new communicator is
+    cut out of the world's, so that a rank that stayed away would leave the others waiting. Call it
+    at start, never in the middle of a run.
     """
-    ranks = tuple(ranks)
-    # What needs no new process group gets none.
-    if len(ranks) == 1:
-        return Group(ranks)
-    if ranks == tuple(range(world_size())):
-        return world()
-    return Group(ranks, torch_dist.new_group(list(ranks), use_local_synchronization=True))
+    joined: Group | None = None
+    for members in partition:
+        ranks = tuple(members)
+
+        # What needs no new communicator gets none.
+        if len(ranks) == world_size():
+            return world()
+        handle = torch_dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if rank() in ranks:
+            joined = Group(ranks, handle)
+
+    if joined is None:
+        raise ValueError(f"rank {rank()} is in none of the groups {partition}")
+    return joined
+
+
+def within(parent: Group, positions: Sequence[int]) -> Group:
+    """The ranks at these positions of `parent`, which use the parent's communicator.
+
+    Nothing is created, so that groups may change at every step: the members send to one another
+    directly, with the bytes of a gather or a scatter. Only they take part.
+    """
+    members = tuple(parent.ranks[position] for position in positions)
+    if len(members) == 1:
+        return Group(members)
+    if members == parent.ranks:
+        return parent
+    return Group(members, parent.handle, point_to_point=True)
 
 
 # Objects: slow, for start-up and messages
+
+
+_control: Any = None  # process group for objects of the world; None: the world's own
+
+
+def set_control(handle: Any | None) -> None:
+    """Let objects and barriers of the world go over this process group of all ranks (gloo), which
+    needs no GPU and has a limit of time of its own.
+    """
+    global _control
+    _control = handle
+
+
+def control_handle(group: Group) -> Any:
+    """The process group over which objects of `group` travel."""
+    if group.point_to_point:
+        raise ValueError(f"ranks {group.ranks} share a communicator, which carries tensors only")
+    of_world = _control is not None and group.handle is torch_dist.group.WORLD
+    return _control if of_world else group.handle
 
 
 def barrier(group: Group | None = None) -> None:
     """Wait until every rank of the group is here."""
     group = group or world()
     if group.size > 1:
-        torch_dist.barrier(group=group.handle)
+        torch_dist.barrier(group=control_handle(group))
+
+
+def await_all(doing: str) -> None:
+    """Wait until every rank is here, however long the slowest is `doing` something; says every
+    minute what is waited for. Collective over the world.
+
+    A rank that dies ends the wait with an error. Signals are served meanwhile, which a plain
+    barrier would not do.
+    """
+    if world_size() == 1:
+        return
+    work = torch_dist.barrier(group=control_handle(world()), async_op=True)
+
+    started = said = time.monotonic()
+    pause_s = 0.001
+    while not work.is_completed():
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.1)
+
+        # The first two ranks: one of them waits, whichever rank is late.
+        now = time.monotonic()
+        if now - said > _SAY_EVERY_S and rank() < 2:
+            said = now
+            minutes = (now - started) / 60
+            print(f"rank {rank()} waits for {doing}: {minutes:.0f} min", file=sys.stderr)
+    work.wait()  # raises what went wrong
 
 
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
@@ -129,7 +203,7 @@ def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
     if group.size == 1:
         return [value]
     values: list[Any] = [None] * group.size
-    torch_dist.all_gather_object(values, value, group=group.handle)
+    torch_dist.all_gather_object(values, value, group=control_handle(group))
     return values
 
 
@@ -139,8 +213,30 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
     if group.size == 1:
         return value
     box = [value]
-    torch_dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
+    torch_dist.broadcast_object_list(box, src=group.ranks[0], group=control_handle(group))
     return box[0]
+
+
+# Tensors for one rank, through the CPU
+
+
+def to_first(value: Tensor, group: Group) -> list[Tensor]:
+    """Every rank's `value`, of one shape, on the CPU of the group's first rank; [] on the others.
+
+    Over gloo wherever there is such a group: no GPU holds what is gathered. Not differentiable.
+    """
+    value = value.detach()
+    if group.size == 1:
+        return [value.cpu()]
+
+    # A caller's own NCCL group knows GPUs only.
+    handle = control_handle(group)
+    on_gpu = torch_dist.get_backend(handle) == "nccl"
+    sent = value.contiguous() if on_gpu else value.contiguous().cpu()
+    first = group.index == 0
+    parts = [torch.empty_like(sent) for _ in group.ranks] if first else None
+    torch_dist.gather(sent, parts, dst=group.ranks[0], group=handle)
+    return [part.cpu() for part in parts or ()]
 
 
 # Tensors, with gradients
@@ -182,8 +278,12 @@ def exchange_rows(value: Tensor, send: list[int], receive: list[int], group: Gro
         return value
 
     bits = value.view(torch.uint8) if value.dtype == torch.bool else value  # gloo exchanges no bool
+    bits = bits.contiguous()
     arrived = bits.new_empty(sum(receive), *bits.shape[1:])
-    torch_dist.all_to_all_single(arrived, bits.contiguous(), receive, send, group=group.handle)
+    if group.point_to_point:
+        _swap(bits.split(send), arrived.split(receive), group)
+    else:
+        torch_dist.all_to_all_single(arrived, bits, receive, send, group=group.handle)
     return arrived.view(value.dtype)
 
 
@@ -221,18 +321,29 @@ class Shift:
 
 
 def _gather(value: Tensor, group: Group) -> Tensor:
+    value = value.contiguous()
     result = value.new_empty(group.size * value.shape[0], *value.shape[1:])
-    torch_dist.all_gather_into_tensor(result, value.contiguous(), group=group.handle)
+    if group.point_to_point:
+        _swap([value] * group.size, result.chunk(group.size), group)
+    else:
+        torch_dist.all_gather_into_tensor(result, value, group=group.handle)
     return result
 
 
 def _scatter_sum(value: Tensor, group: Group) -> Tensor:
+    if group.point_to_point:
+        # Summed by the receiver, so half precision is rounded once instead of at every hop.
+        return _exchange(value, group).unflatten(0, (group.size, -1)).sum(0, dtype=value.dtype)
+
     result = value.new_empty(value.shape[0] // group.size, *value.shape[1:])
     torch_dist.reduce_scatter_tensor(result, value.contiguous(), group=group.handle)
     return result
 
 
 def _sum(value: Tensor, group: Group) -> Tensor:
+    if group.point_to_point:
+        return _gather(value.unsqueeze(0), group).sum(0, dtype=value.dtype)
+
     # torch reduces in place, and the value belongs to the caller's graph.
     result = value.contiguous().clone()
     torch_dist.all_reduce(result, group=group.handle)
@@ -240,9 +351,32 @@ def _sum(value: Tensor, group: Group) -> Tensor:
 
 
 def _exchange(value: Tensor, group: Group) -> Tensor:
-    result = torch.empty_like(value, memory_format=torch.contiguous_format)
-    torch_dist.all_to_all_single(result, value.contiguous(), group=group.handle)
+    value = value.contiguous()
+    result = torch.empty_like(value)
+    if group.point_to_point:
+        _swap(value.chunk(group.size), result.chunk(group.size), group)
+    else:
+        torch_dist.all_to_all_single(result, value, group=group.handle)
     return result
+
+
+def _swap(outgoing: Sequence[Tensor], arriving: Sequence[Tensor], group: Group) -> None:
+    """Send block k to member k, and let its block for this rank arrive in `arriving[k]`."""
+    operations = []
+    for member, sent, received in zip(group.ranks, outgoing, arriving):
+        if member == rank():
+            received.copy_(sent)
+            continue
+        # Of nothing both sides know that it does not come.
+        if sent.numel():
+            operations.append(torch_dist.P2POp(torch_dist.isend, sent, member, group.handle))
+        if received.numel():
+            operations.append(torch_dist.P2POp(torch_dist.irecv, received, member, group.handle))
+
+    # In one batch, so that no pair of ranks waits for another's turn.
+    works = torch_dist.batch_isend_irecv(operations) if operations else []
+    for work in works:
+        work.wait()
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

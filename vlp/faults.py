@@ -91,6 +91,12 @@ def message(error: Exception) -> str | None:
 
         return no_shared_memory()
 
+    if isinstance(error, RuntimeError) and _says(error, "Timed out waiting", "Timed out after"):
+        return (
+            f"another rank did not come to an exchange in time ({_text(error)[:200]}); "
+            "look at what it does, in its log or with py-spy, or raise train.timeout_minutes"
+        )
+
     # The rank that failed says why; the others only lost it.
     if _is_peer(error):
         return (

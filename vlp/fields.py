@@ -73,14 +73,14 @@ def texts(batch_shape: str, *shapes: str, required: bool = False, **columns: Any
     return _row(row, required)
 
 
-def label(shape: str, dtype: Any = "float32", *, required: bool = False, **columns: Any) -> Any:
+def numbers(shape: str, dtype: Any = "float32", *, required: bool = False, **columns: Any) -> Any:
     """Numbers that terms read as the batch carries them."""
     return _row(Field("", shape, dtype, (shape,), **columns), required)
 
 
 def mask(shape: str, *, beside: str) -> Any:
     """A mask over the rows of `beside` that take part."""
-    return label(shape, "bool", beside=beside)
+    return numbers(shape, "bool", beside=beside)
 
 
 def computed(
@@ -106,7 +106,7 @@ class Carried:
     # The pair.
     image: Tensor = pictures("b 3 H W", "b D", required=True)
     text: Tensor = texts("b L", "b D", required=True)
-    sample_id: Tensor = label("b", "int64", supplier="the loader: a stable number of each sample")
+    sample_id: Tensor = numbers("b", "int64", supplier="the loader: a stable number of each sample")
 
     # Several captions of the sample, `text` among them or not; a sample with fewer is padded.
     captions: Tensor = texts(
@@ -135,7 +135,7 @@ class Carried:
         "negatives --from FILE.jsonl)",
     )
     negative_images_valid: Tensor = mask("b J", beside="negative_images")
-    teacher_scores: Tensor = label(
+    teacher_scores: Tensor = numbers(
         "b K",
         beside="negatives",
         json="negative_scores",
@@ -168,21 +168,21 @@ class Carried:
 
     # Labels of a pair: its relevance, and a teacher's weights of the concepts in the image, where
     # a row of zeros has none.
-    score: Tensor = label(
+    score: Tensor = numbers(
         "b",
         json="score",
         at_least=0,
         supplier="shards with a relevance of each pair (the JSON's `score`)",
     )
-    concept_targets: Tensor = label(
+    concept_targets: Tensor = numbers(
         "b M",
         json="concepts",
         supplier="a teacher's concepts of each image (the JSON's `concepts`)",
     )
 
     # Unit rows that another model gave the whole image and the first caption.
-    teacher_image: Tensor = label("b D'", unit=True, supplier=_STORED)
-    teacher_text: Tensor = label("b D'", unit=True, supplier=_STORED)
+    teacher_image: Tensor = numbers("b D'", unit=True, supplier=_STORED)
+    teacher_text: Tensor = numbers("b D'", unit=True, supplier=_STORED)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,16 @@ def cut_short() -> Iterator[None]:
         _pending.may_interrupt = False
 
 
+def launcher_grace_s() -> float | None:
+    """How long the launcher lets its processes live that were asked to stop; None without one that
+    kills them.
+    """
+    # Set by torch's launcher, which torchrun and accelerate start; it reads the same variable.
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+
 def silence_console() -> None:
     """Send whatever is still printed to nowhere, so that a reader who went away raises no further
     error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from vlp.config import Config
 from vlp.data.loader import Loader
 from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
+from vlp.lifetime import launcher_grace_s
 from vlp.models.dual_encoder import DualEncoder
 from vlp.step import Training
 
@@ -55,6 +57,8 @@ def open_run(config: Config) -> Path | None:
         except (FileExistsError, checkpoint.CheckpointError) as error:
             outcome = error  # raised on every rank, so that none waits for another
 
+    # Hashing a large checkpoint takes longer than an exchange may.
+    dist.await_all("the first rank, which checks checkpoints")
     outcome = dist.broadcast_object(outcome)
     if isinstance(outcome, Exception):
         raise outcome
@@ -91,8 +95,11 @@ def _source(config: Config, run: Path) -> Path | None:
             )
         return newest
 
-    # A named checkpoint of another run may only found a new one.
+    # A named checkpoint is verified here, once, and not by each rank that reads it.
     source = checkpoint.resolve(config.resume)
+    checkpoint.verify(source)
+
+    # One of another run may only found a new run.
     if holds_run and source.parent.resolve() != (run / checkpoint.FOLDER).resolve():
         raise FileExistsError(
             f"{run} holds another run than {source}, which would be overwritten; "
@@ -201,6 +208,8 @@ def set_branch_aside(run: Path, step: int) -> None:
 
 def save(config: Config, training: Training, loader: Loader) -> None:
     """Write a checkpoint of the step just done. Collective."""
+    started = time.monotonic()
+
     # Every rank takes part in gathering; only the first one gets the tensors.
     model, optimizer = training.engine.state()
     teacher = {} if training.teacher is None else training.teacher.state()
@@ -228,8 +237,24 @@ def save(config: Config, training: Training, loader: Loader) -> None:
         except (OSError, checkpoint.CheckpointError) as failure:
             error = failure
 
+    dist.await_all("the first rank, which saves a checkpoint")
+
     # No rank runs on, and perhaps is killed, before the checkpoint stands; and none waits where it
     # could not be written.
     error = dist.broadcast_object(error)
     if error is not None:
         raise error
+    if dist.is_main():
+        _check_grace(time.monotonic() - started)
+
+
+def _check_grace(save_s: float) -> None:
+    """Warn where the launcher would kill a run that was asked to stop before it has saved."""
+    # Half of it, because the step that is under way has to end before.
+    grace_s = launcher_grace_s()
+    if grace_s is not None and save_s > grace_s / 2:
+        log.warn(
+            f"saving took {save_s:.0f} s, but a run that is asked to stop is killed by its "
+            f"launcher after {grace_s:.0f} s, in which a step has to end, too; "
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(110, round(4 * save_s))} before launching"
+        )

@@ -83,6 +83,9 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 
+    # Ranks index at different speeds, and would meet first where a limit of time holds.
+    dist.await_all("the last rank to index the data")
+
     # The data before the objective: how many steps the run has depends on how many samples.
     plan = Plan.of(config.train, loader.steps_per_epoch)
     rate = schedule(config, plan)
@@ -166,7 +169,7 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     """Restore the model from a checkpoint; returns all that it holds, or None for a new run."""
     if source is None:
         return None
-    contents = checkpoint.load(source)
+    contents = checkpoint.load(source, verified=True)  # `open_run` has compared the hashes
     check_extent(contents.state["step"], plan, source)
     checkpoint.restore(model, contents.model, source)
     return contents

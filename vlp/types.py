@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from vlp.fields import Carried, label
+from vlp.fields import Carried, numbers
 
 if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` must not wait for it
     from torch import Tensor
@@ -51,7 +51,7 @@ class Batch(Carried):
     the optional fields of `vlp.fields`, each None where the batch does not carry it.
     """
 
-    sample_id: Tensor = label("b", "int64", required=True)  # noqa: RUF009
+    sample_id: Tensor = numbers("b", "int64", required=True)  # noqa: RUF009
     # [b], the webdataset keys; the optional fields before it are keyword-only
     key: list[str]  # type: ignore[misc]
 

@@ -105,10 +105,10 @@ def _load(ref: str, device: str, bf16: bool) -> Loaded:
     import torch
     import transformers
 
-    from vlp.data_tools._run.device import resolve
+    from vlp.joining import local_device
 
     kind = _kind_of(ref)
-    place = resolve(device)
+    place = local_device(device, shared=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     # A folder may hold a configuration and neither words nor weights.

@@ -224,7 +224,9 @@ def _similar(
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from vlp.joining import local_device
+
+    device = local_device("auto", shared=True)
     x = torch.from_numpy(np.array(rows)).to(device).float()
     best = torch.full((len(x),), cosine, device=device)
     which = torch.full((len(x),), -1, device=device)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlp.data_tools._run.device import resolve
 from vlp.data_tools._writer.model import fingerprint
+from vlp.joining import local_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +81,7 @@ class CrossEncoder:
 
     def __init__(self, judge: Judge, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
-        self.device = resolve(judge.device)
+        self.device = local_device(judge.device, shared=True)
         self.fingerprint = fingerprint(model)
 
     def scores(self, images: list[Image], captions: list[str]) -> list[float | None]:
@@ -109,7 +109,7 @@ class MultimodalModel:
 
     def __init__(self, judge: Judge, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
-        self.device = resolve(judge.device)
+        self.device = local_device(judge.device, shared=True)
         self.fingerprint = fingerprint(model)
         processor.tokenizer.padding_side = "left"  # the answer follows the last token
 
@@ -181,7 +181,7 @@ def _load(judge: Judge) -> CrossEncoder | MultimodalModel:
             f"judge {judge.ref!r} cannot be loaded as a {judge.kind}: {str(error)[:300]}"
         ) from None
 
-    model = model.eval().to(resolve(judge.device))
+    model = model.eval().to(local_device(judge.device, shared=True))
     if judge.kind == "mllm":
         return MultimodalModel(judge, model, processor)
     return CrossEncoder(judge, model, processor)

@@ -172,8 +172,8 @@ def judge(args: argparse.Namespace) -> Judge | None:
 
 def search(args: argparse.Namespace, store: Store, folder: Path) -> Search:
     """The search; raises ValueError where it needs FAISS and that is not installed."""
-    from vlp.data_tools._run.device import resolve
     from vlp.data_tools.mine.search import Search
+    from vlp.joining import local_device
 
     method = _method(args, store.n)
     cells = 0
@@ -187,7 +187,7 @@ def search(args: argparse.Namespace, store: Store, folder: Path) -> Search:
         top=args.top,
         method=method,
         cells=cells,
-        device=resolve(args.device),
+        device=local_device(args.device, shared=True),
     )
 
 

@@ -23,6 +23,7 @@ from vlp.eval.report import findings
 from vlp.eval.report.evidence import Confusion, Evidence, Example, ExampleSet, Sheets, Space
 from vlp.eval.report.runs import Run
 from vlp.eval.tasks import negatives, zeroshot
+from vlp.joining import local_device
 
 # sets that `vlp data scenes` and the demo lay beside the others
 PROOFS = ("counting", "binding", "relations", "order")
@@ -63,7 +64,7 @@ def look(run: Run, data: list[str], samples: int) -> Evidence:
         return evidence
 
     with evidence.attempt("model", f"the model of {path.name} cannot be loaded"):
-        encoder = models.load(str(path), "cuda" if torch.cuda.is_available() else "cpu")
+        encoder = models.load(str(path), local_device("auto", shared=True))
         evidence.model = path.name
     if not evidence.model:
         return evidence

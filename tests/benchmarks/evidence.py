@@ -32,10 +32,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from tests.benchmarks import report
+from tests.benchmarks import evidence_data, report
 
 BASE = Path(__file__).with_suffix(".yaml").resolve()
-DATA = 2  # raised whenever `make_data` makes other samples
 RUN_S = 3600  # a run of several processes that takes longer hangs
 
 
@@ -235,7 +234,7 @@ def main() -> None:
         train(args.run[0], int(args.run[1]))
         return
     if not args.table:
-        make_data(out / "data")
+        evidence_data.make(out / "data")
         arms = args.arms or list(
             dict.fromkeys(arm for name in args.tables for arm in TABLES[name].arms)
         )
@@ -246,46 +245,6 @@ def main() -> None:
             list(pool.map(lambda job: start(out, *job), todo))
     for name in args.tables:
         show(out, name, TABLES[name], args)
-
-
-def make_data(folder: Path) -> None:
-    """Scenes, their negatives and counting pairs, where they are not there yet."""
-    version = folder / "version"
-    if folder.exists():
-        if not version.exists() or version.read_text() != str(DATA):
-            raise ValueError(
-                f"{folder} was made by other tools than these; remove it or choose another --out"
-            )
-        return
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    train = f"{part}/scenes/train"
-    vlp("scenes", "--to", f"{part}/scenes", "--size", "32")
-    kinds = "swap_attribute,swap_noun,replace_relation,order"
-    vlp(
-        "negatives",
-        train,
-        "--to",
-        f"{part}/negatives",
-        "--words",
-        "scenes",
-        "--kinds",
-        kinds,
-        "--k",
-        "2",
-    )
-    vlp(
-        "counting",
-        train,
-        "--to",
-        f"{part}/counting_pairs",
-        "--counterfactuals",
-        "1",
-        "--balance",
-        "equal",
-    )
-    (part / "version").write_text(str(DATA))
-    part.rename(folder)
 
 
 def recipe(arm: str, seed: int) -> dict[str, Any]:
@@ -300,7 +259,12 @@ def recipe(arm: str, seed: int) -> dict[str, Any]:
         f"out={arm}/{seed}",
     ]
     base = hashlib.sha256(BASE.read_bytes()).hexdigest()[:16]
-    return {"base": base, "overrides": overrides, "ranks": chosen.ranks, "data": DATA}
+    return {
+        "base": base,
+        "overrides": overrides,
+        "ranks": chosen.ranks,
+        "data": evidence_data.VERSION,
+    }
 
 
 def finished(out: Path, arm: str, seed: int) -> dict[str, Any] | None:
@@ -451,12 +415,6 @@ def spread(values: list[float]) -> str:
     digits = 1 if max(map(abs, values)) >= 10 else 3
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def vlp(tool: str, *arguments: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "vlp.cli", "data", tool, *arguments], check=True, cwd=report.ROOT
-    )
 
 
 if __name__ == "__main__":

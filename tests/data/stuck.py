@@ -1,5 +1,6 @@
 """A webdataset pipeline whose data stop coming: `pipeline: tests.data.stuck:samples`."""
 
+import os
 import time
 
 from tests.data.material import encoded, picture
@@ -8,6 +9,27 @@ N_GIVEN = 256  # then nothing more comes, as from a dead mount
 
 
 def samples(part, parts):
+    yield from _given()
+    time.sleep(3600)
+
+
+def rank_1_fails_and_rank_0_waits(part, parts):
+    yield from _rank_1_fails(part, parts)
+    time.sleep(3600)
+
+
+def rank_1_fails_and_rank_0_goes_on(part, parts):
+    yield from _rank_1_fails(part, parts)
+    while True:
+        yield from _given()
+
+
+def _rank_1_fails(part, parts):
+    yield from _given()
+    if os.environ["RANK"] == "1":
+        raise ValueError("told to fail on one rank")
+
+
+def _given():
     for i in range(N_GIVEN):
         yield {"__key__": str(i), "png": encoded(picture(i)), "txt": f"caption {i}".encode()}
-    time.sleep(3600)

@@ -171,6 +171,12 @@ def test_an_old_index_is_made_anew(tmp_path, capsys):
     assert capsys.readouterr().err.count("is of an older version, without digests") == 1
     assert (tmp_path / "_index.bin").read_bytes() == whole
 
+    newer = whole.replace(b"index 5", b"index 61", 1)
+    assert newer != whole
+    (tmp_path / "_index.bin").write_bytes(newer)
+    assert len(index(sorted(tmp_path.glob("*.tar")))) == len(shards)
+    assert capsys.readouterr().err.count("is of a newer version") == 1
+
     # Of this version, but with a label that this one does not know.
     (tmp_path / "_index.bin").write_bytes(whole.replace(b"\n", b" trust\n", 1))
     assert len(index(sorted(tmp_path.glob("*.tar")))) == len(shards)

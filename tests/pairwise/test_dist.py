@@ -6,14 +6,16 @@ import torch
 from tests import ranks
 from vlp import dist
 
+NAMES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
-def _values(name):
+
+def _values(name, group=None, dtype=torch.float64):
     """Gradient, through one collective, of the SUM over ranks of each rank's weighted output."""
-    group, r = dist.world(), dist.rank()
+    group, r = group or dist.world(), dist.rank()
     n = group.size
-    x = (torch.arange(2.0 * n, dtype=torch.float64) + 10 * r).requires_grad_()
+    x = (torch.arange(2.0 * n, dtype=dtype) + 10 * r).requires_grad_()
     y = getattr(dist, name)(x, group)
-    weight = torch.arange(1.0, y.numel() + 1, dtype=torch.float64) * (r + 1)
+    weight = torch.arange(1.0, y.numel() + 1, dtype=dtype) * (r + 1)
     (y * weight).sum().backward()
     return y.tolist(), x.grad.tolist()
 
@@ -43,10 +45,9 @@ def _reference(name, n):
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_collectives_and_their_gradients(n_ranks):
-    names = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-    found = ranks.run(n_ranks, _every, names)
+    found = ranks.run(n_ranks, _every, NAMES)
     for rank in range(n_ranks):
-        for i, name in enumerate(names):
+        for i, name in enumerate(NAMES):
             assert found[rank][i] == _reference(name, n_ranks)[rank], f"{name}, rank {rank}"
 
 
@@ -54,8 +55,45 @@ def _every(names):
     return [_values(name) for name in names]
 
 
+def _both_ways():
+    """Every collective within pairs of ranks that alternate: by communicators of their own, and by
+    the world's. One group exchanges once more, which does not concern the other.
+    """
+    results = []
+    for partition in (((0, 2), (1, 3)), ((0, 3), (1, 2))):
+        own = dist.split(partition)
+        shared = dist.within(dist.world(), own.ranks)
+        assert shared.point_to_point and shared.handle is dist.world().handle
+        for name in NAMES:
+            for dtype in (torch.float64, torch.bfloat16):
+                results.append((_values(name, own, dtype), _values(name, shared, dtype)))
+        results.append(tuple(_rows(group) for group in (own, shared)))
+        results.append(tuple(_shifted(group) for group in (own, shared)))
+        if 0 in own.ranks:
+            dist.all_gather(torch.ones(1), shared)
+    return results
+
+
+def _rows(group):
+    """Rows that change ranks: the first member sends 2 and gets none."""
+    first = group.index == 0
+    value = torch.tensor([True, False, True]) if first else torch.zeros(0, dtype=torch.bool)
+    send, receive = ([1, 2], [1, 0]) if first else ([0, 0], [2, 0])
+    return dist.exchange_rows(value, send, receive, group).tolist()
+
+
+def _shifted(group):
+    return dist.Shift([torch.tensor([dist.rank()])], group).wait()[0].tolist()
+
+
+def test_a_shared_communicator_gives_what_an_own_one_gives():
+    for results in ranks.run(4, _both_ways):
+        assert len(results) == 2 * (len(NAMES) * 2 + 2)
+        assert all(own == shared for own, shared in results)
+
+
 def _odd_and_even():
-    group = dist.subgroup([k for k in range(4) if k % 2 == dist.rank() % 2])
+    group = dist.split(((0, 2), (1, 3)))
     x = torch.tensor([float(dist.rank())])
     received = dist.Shift([x], group).wait()[0]
     return (

@@ -398,3 +398,60 @@ def test_top_k_of_too_few():
     d = data()
     with pytest.raises(ValueError, match="top 8 of 7 candidates; use at most 7"):
         Pairs.at(Backend()).top_k(d.image, d.text, 8)
+
+
+def half_precision_on_rank() -> list[list]:
+    """This rank's share of means and sums of bfloat16 numbers, and of their gradients."""
+    pairs = Pairs.at(Backend())
+    n_values = 301 + 2 * dist.rank()
+    values = torch.linspace(0.5, 1.5, n_values).bfloat16()
+    valid = torch.arange(n_values) % 7 > 0
+    weights = torch.linspace(0, 1, n_values).bfloat16()
+
+    results = []
+    for reduce in (
+        lambda rows: pairs.mean(rows, valid),
+        lambda rows: pairs.mean(rows, weights),
+        lambda rows: pairs.sum(rows) / dist.world_size(),
+        lambda rows: pairs.sum_over_ranks(rows[:3]).sum() / dist.world_size(),
+        lambda rows: pairs.log_sum(rows[:5]) / dist.world_size(),
+    ):
+        leaf = values.clone().requires_grad_()
+        total = reduce(leaf)
+        assert total.dtype == torch.float32
+        total.backward()
+        results.append([total.item(), leaf.grad.double().sum().item()])
+    return results
+
+
+def half_precision_loop(n_ranks: int) -> list[float]:
+    """The same numbers in float64 over all ranks."""
+    sizes = [301 + 2 * rank for rank in range(n_ranks)]
+    values = [torch.linspace(0.5, 1.5, n).bfloat16().double() for n in sizes]
+    valid = torch.cat([torch.arange(n) % 7 > 0 for n in sizes])
+    weights = torch.cat([torch.linspace(0, 1, n).bfloat16().double() for n in sizes])
+    rows = torch.cat(values)
+
+    return [
+        rows[valid].mean().item(),
+        ((weights * rows).sum() / weights.sum()).item(),
+        rows.sum().item() / n_ranks,
+        sum(part[:3].sum().item() for part in values) / n_ranks,
+        torch.cat([part[:5] for part in values]).logsumexp(0).item() / n_ranks,
+    ]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 4])
+def test_half_precision_is_summed_in_float32(n_ranks):
+    """More numbers than bfloat16 can count, and counts that its sum over ranks would round."""
+    by_rank = ranks.run(n_ranks, half_precision_on_rank)
+    expected = half_precision_loop(n_ranks)
+
+    for k, value in enumerate(expected):
+        mean = sum(shares[k][0] for shares in by_rank) / n_ranks
+        assert mean == pytest.approx(value, rel=1e-5), f"sum {k}"
+
+    # Gradients of a mean add to 1; each of them is rounded to the values' dtype, their count not.
+    for k in (0, 1):
+        total_gradient = sum(shares[k][1] for shares in by_rank) / n_ranks
+        assert total_gradient == pytest.approx(1, rel=3e-3), f"mean {k}"

@@ -48,6 +48,9 @@ class Train:
     # recompute activations in the backward pass: less memory, more time
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    # longest wait of a rank for another in a step's exchanges, before the run ends with an error;
+    # for a save, a check of checkpoints or an evaluation of the first rank the others wait on
+    timeout_minutes: float = 30.0
     # a step with NaN or infinity: end the run, or leave the step out
     non_finite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10  # steps that `skip` leaves out in the whole run; one more ends it
@@ -61,6 +64,10 @@ class Train:
             )
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
+        if not 0 < self.timeout_minutes < float("inf"):
+            raise ValueError(
+                f"timeout_minutes is {self.timeout_minutes}; expected a positive number, such as 30"
+            )
         if self.max_skipped < 1:
             raise ValueError(
                 f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop"

@@ -133,13 +133,7 @@ def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
     magic = next((magic for magic in magics if data.startswith(magic)), None)
     if magic is None:
         if data.startswith(_FAMILY):
-            # The labels that are known are part of the magic, after the number.
-            same_version = data.startswith(_FAMILY + _VERSION)
-            raise OldIndex(
-                "of a version that knows other labels"
-                if same_version
-                else "of an older version, without digests"
-            )
+            raise OldIndex(_of_which_version(data))
         raise ValueError("it starts with other bytes")
 
     without = magic in _BEFORE
@@ -169,6 +163,17 @@ def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
     if position != len(data):
         raise ValueError(f"it has {len(data)} bytes instead of {position}")
     return {shard.name: shard for shard in shards}
+
+
+def _of_which_version(data: bytes) -> str:
+    """Whose index it is that starts with the family's name, in words."""
+    # The labels that are known are part of the magic, after the number.
+    number = data[len(_FAMILY) :].split(maxsplit=1)[0].rstrip(b"\n")
+    if number == _VERSION:
+        return "of a version that knows other labels"
+    if number.isdigit() and int(number) > int(_VERSION):
+        return "of a newer version"
+    return "of an older version, without digests"
 
 
 def _with_unknown_digests(rows: bytes) -> bytes:

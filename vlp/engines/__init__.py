@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 
 from vlp import config, dist
-from vlp.engines.base import Engine, LaunchError, State
+from vlp.engines.base import Engine, State
 from vlp.engines.precision import compute_dtype
-from vlp.engines.processes import launched_engine, launched_processes, training_device
+from vlp.engines.processes import launched_engine, launched_processes
 from vlp.engines.replicated import Replicated
 from vlp.engines.sharded import Sharded
 from vlp.engines.zero import ZeRO
+from vlp.joining import LaunchError, join, local_device
 
 __all__ = ["Engine", "LaunchError", "State", "compute_dtype", "launched_processes", "start"]
 
@@ -26,7 +28,7 @@ def start(options: config.Train) -> Engine:
     process, and libraries to plain DDP, without a word.
     """
     n_launched = launched_processes()
-    device = training_device(options.device)
+    device = torch.device(local_device(options.device))
 
     # The launcher may have decided already; a different wish cannot be met.
     launcher = launched_engine()
@@ -41,8 +43,7 @@ def start(options: config.Train) -> Engine:
     if name.startswith("zero") and device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
 
-    if n_launched > 1 and not dist.initialised():
-        _join(device)
+    join(device, timedelta(minutes=options.timeout_minutes))
 
     # Some launchers fall back to one process without a word.
     if dist.world_size() != n_launched:
@@ -60,11 +61,3 @@ def start(options: config.Train) -> Engine:
     if name == "fsdp2":
         return Sharded(device)
     return ZeRO(device, stage=int(name[-1]))
-
-
-def _join(device: torch.device) -> None:
-    """Join the process group, by the transport of the device."""
-    if device.type == "cuda":
-        torch.distributed.init_process_group("nccl", device_id=device)
-    else:
-        torch.distributed.init_process_group("gloo")

@@ -31,10 +31,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides "st
 State = tuple[dict[str, Tensor], dict[str, Tensor]]  # (model, optimiser)
 
 
-class LaunchError(RuntimeError):
-    """The processes, device or engine obtained are not the ones asked for."""
-
-
 class Engine(Protocol):
     """The interface that the step and the loop rely on."""
 

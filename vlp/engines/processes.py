@@ -1,4 +1,4 @@
-"""The processes that the launcher started, their devices, and the engine it was configured for."""
+"""The processes that the launcher started, and the engine it was configured for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from vlp import dist
-from vlp.engines.base import LaunchError
+from vlp.joining import LaunchError
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torch joins processes by
 _JOB_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -72,22 +71,6 @@ def launched_engine() -> str:
         return f"zero{settings['zero_optimization']['stage']}"
 
     return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
-
-
-def training_device(name: str) -> torch.device:
-    """The device of this process by train.device; LaunchError where there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-
-    if not torch.cuda.is_available():
-        raise LaunchError(
-            "train.device is cuda, but torch sees no CUDA device; use device: auto or cpu"
-        )
-    device = torch.device("cuda", dist.local_rank())
-    torch.cuda.set_device(device)
-    return device
 
 
 def accelerator(device: torch.device, deepspeed_plugin: Any = None) -> Any:

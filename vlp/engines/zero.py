@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from vlp import config, dist, optim
-from vlp.engines.base import MOMENTS, LaunchError, State
+from vlp.engines.base import MOMENTS, State
 from vlp.engines.precision import compute_dtype
 from vlp.engines.processes import accelerator
+from vlp.joining import LaunchError
 from vlp.models.dual_encoder import DualEncoder
 
 

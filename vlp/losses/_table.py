@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlp import dist
 
-CHUNK = 2**20  # rows a rank sends at a time when the table is made whole
+CHUNK = 2**20  # rows of all ranks that travel at a time when the table is made whole
 
 
 class Table:
@@ -75,25 +75,31 @@ class Table:
     def whole(self) -> Tensor:
         """[samples, c] on the CPU of the first rank, in the order of ids; [0, c] on the others.
 
-        Collective.
+        Collective. In blocks, and to the first rank alone: no GPU holds more than its own rows, and
+        the first rank's host no more than a block beside the table.
         """
+        n_ranks, n_rows = self.ranks.size, self._n_rows()
         first = self.ranks.index == 0
         result = self.fill.new_empty(self.samples if first else 0, len(self.fill))
 
-        # In parts: the first rank's device need not hold the table of all.
-        n_rows = self._n_rows()
-        for start in range(0, n_rows, CHUNK):
-            part = self.own[start : min(start + CHUNK, n_rows)]
-            parts = dist.all_gather(part, self.ranks).view(self.ranks.size, len(part), -1)
-            if first:
-                in_order = parts.transpose(0, 1).flatten(0, 1)  # sample id = row·W + rank
-                place = start * self.ranks.size
-                # The last ranks may hold a row more than there are samples.
-                result[place : place + len(in_order)] = in_order[: self.samples - place]
+        n_block = max(1, CHUNK // n_ranks)
+        for start in range(0, n_rows, n_block):
+            stop = min(start + n_block, n_rows)
+            parts = dist.to_first(self.own[start:stop], self.ranks)
+
+            # Sample id = row·W + rank. The last ranks may hold a row more than there are samples.
+            block = result[start * n_ranks : stop * n_ranks]
+            for owner, part in enumerate(parts):
+                places = block[owner::n_ranks]
+                places.copy_(part[: len(places)])
         return result
 
     def load(self, whole: Tensor) -> None:
-        """Take this rank's share of a whole table, which every rank must bring. Collective."""
+        """Take this rank's share of a whole table, which every rank must bring. Collective.
+
+        Only the share is copied: of a table that `checkpoint.load` maps from its file, a rank
+        holds nothing else.
+        """
         lengths = dist.gather_objects(len(whole), self.ranks)
         if len(set(lengths)) > 1:
             raise ValueError(
@@ -109,7 +115,7 @@ class Table:
         self.samples = len(whole)
         self.place(self.ranks)
         share = whole[self.ranks.index :: self.ranks.size]
-        self.own[: len(share)] = share
+        self.own[: len(share)].copy_(share)
 
     def _n_rows(self) -> int:
         """Rows of a rank: samples / W, rounded up."""

@@ -47,7 +47,16 @@ from torch import Tensor
 
 from vlp.losses._inputs import Inputs
 from vlp.losses._softmax import cross_entropy
-from vlp.pairwise import SUM, Pairs, Reduction, Tile, logsumexp, softplus
+from vlp.pairwise import (
+    SUM,
+    Pairs,
+    Reduction,
+    Tile,
+    in_students_dtype,
+    logsumexp,
+    softplus,
+    widened,
+)
 
 FORMS = {
     "similarity": {"image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"},
@@ -77,7 +86,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         "ranking": ranking,
         "concepts": concepts,
     }
-    return functions[options.form](inputs.wide(), pairs)
+    return functions[options.form](inputs, pairs)
 
 
 def similarity(inputs: Inputs, pairs: Pairs) -> Tensor:
@@ -86,21 +95,27 @@ def similarity(inputs: Inputs, pairs: Pairs) -> Tensor:
     Centred on the pair, −Σ_j p_j log softmax(z)_j = softplus(q_i) − Σ_{j≠i} p_j (z_ij − z_ii):
     nothing cancels where teacher and student are sure of it.
     """
-    u, v = inputs.teacher_image.detach(), inputs.teacher_text.detach()
+    wide = inputs.wide()
+    u, v = (
+        in_students_dtype(inputs.image, rows.detach())
+        for rows in (inputs.teacher_image, inputs.teacher_text)
+    )
     scale, teacher_scale = (
-        torch.as_tensor(value, device=u.device) for value in (inputs.scale, inputs.teacher_scale)
+        torch.as_tensor(value, device=u.device) for value in (wide.scale, wide.teacher_scale)
     )
     rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
 
-    # The teacher's normalisers come first. They must fit its scores in the second pass, which is
-    # why those are wide.
+    # The teacher's normalisers come first. They must fit its scores in the second pass: made of
+    # the same rows, and wide.
     with torch.no_grad():
         margins = pairs.margin_logsumexp(u, v, teacher_scale)
-        teacher_positive = teacher_scale * (u * v).sum(1)
-        by_row, by_column = ((teacher_positive + softplus(q)).to(u.dtype) for q in margins)
+        teacher_positive = teacher_scale * (widened(u) * widened(v)).sum(1)
+        by_row, by_column = (
+            (teacher_positive + softplus(q)).to(teacher_positive.dtype) for q in margins
+        )
 
     # Then teacher and student in one tile: Σ_j p_j (s_ij − s_ii) of rows and columns.
-    cosine = (inputs.image * inputs.text).sum(1)
+    cosine = (wide.image * wide.text).sum(1)
     row_gaps, column_gaps = pairs.reduce(
         Reduction(_expected_gaps, rows=(SUM,), columns=(SUM,)),
         [inputs.image, u],
@@ -129,6 +144,7 @@ def _expected_gaps(tile: Tile) -> tuple[Tensor, ...]:
 
 def ranking(inputs: Inputs, pairs: Pairs) -> Tensor:
     """ListMLE of each sample's valid captions."""
+    inputs = inputs.wide()
     valid = inputs.negatives_valid
     z = torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
 
@@ -147,6 +163,7 @@ def ranking(inputs: Inputs, pairs: Pairs) -> Tensor:
 
 def concepts(inputs: Inputs, pairs: Pairs) -> Tensor:
     """Cross-entropy to the teacher's distribution over concepts."""
+    inputs = inputs.wide()
     target = inputs.concept_targets.detach()
     total = target.sum(1)
     named = total > 0

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlp.losses._inputs import Inputs
 from vlp.losses._queue import filled
-from vlp.pairwise import Pairs, logaddexp, softplus
+from vlp.pairwise import Pairs, logaddexp, softplus, widened
 from vlp.seeds import derive
 
 NEEDS = frozenset({"image", "text", "scale", "queue_image", "queue_text"})
@@ -64,13 +64,13 @@ class Options:
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
-    inputs = inputs.wide()
+    wide = inputs.wide()
     scale = torch.as_tensor(inputs.scale, device=inputs.image.device)
     if options.in_batch:
         rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
     else:
         # No candidate of the batch: empty sums.
-        positive = scale * (inputs.image * inputs.text).sum(1)
+        positive = scale * (wide.image * wide.text).sum(1)
         rows = columns = torch.full_like(positive, -torch.inf)
 
     # The queues join the denominators.
@@ -110,7 +110,7 @@ def _from_queue(
         rows = slice(start, start + size)
         part = checkpoint(
             _mixed_logsumexp,
-            query[rows],
+            widened(query[rows]),
             queue,
             scale,
             hardest[rows],
@@ -154,7 +154,7 @@ def mix(
     which, other, weight = drawn
     first = (which * n_hardest).long().clamp(max=n_hardest - 1)
     second = (first + 1 + (other * (n_hardest - 1)).long()) % n_hardest
-    first, second = (queue[hardest.gather(1, place)] for place in (first, second))
+    first, second = (widened(queue[hardest.gather(1, place)]) for place in (first, second))
 
     # The last mixtures are with the query, which has less than half of the weight.
     with_query = slice(options.mixed_pairs, None)

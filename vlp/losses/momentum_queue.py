@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vlp.losses._inputs import Inputs
 from vlp.losses._queue import filled
-from vlp.pairwise import Pairs, softplus
+from vlp.pairwise import Pairs, softplus, widened
 
 NEEDS = frozenset({"image", "text", "ema_image", "ema_text", "queue_image", "queue_text"})
 
@@ -47,7 +47,6 @@ class Options:
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
-    inputs = inputs.wide()
     # Images look for texts in the texts' queue, and the other way round.
     scale = 1 / options.temperature
     rows = direction(inputs.image, inputs.ema_text, inputs.queue_text, scale, pairs)
@@ -64,6 +63,6 @@ def direction(
 ) -> Tensor:
     """Cross-entropy of each row, [b]."""
     # The row's own key is the positive; only keys of the queue compete with it.
-    positive = scale * (query * key.detach()).sum(1)
+    positive = scale * (widened(query) * widened(key.detach())).sum(1)
     others = pairs.alone.row_logsumexp(query, filled(queue, len(query), pairs), scale)
     return softplus(others - positive)

@@ -10,14 +10,25 @@
     exchange   how ranks take part, gathered; `ring` for columns that travel
     reduction  what is computed: matrices from scores, each summed or log-sum-exp'ed
     dense      the readable reference; `tiled` and `triton` compute the same in less memory
+    products   in which dtype rows are multiplied
 """
 
 from vlp.pairwise.backend import IMPLEMENTATIONS, Backend
 from vlp.pairwise.pairs import Pairs
-from vlp.pairwise.reduction import LOGSUMEXP, SUM, Reduction, Tile, logaddexp, logsumexp, softplus
+from vlp.pairwise.products import in_students_dtype
+from vlp.pairwise.reduction import (
+    LOGSUMEXP,
+    SUM,
+    Reduction,
+    Tile,
+    logaddexp,
+    logsumexp,
+    softplus,
+    widened,
+)
 from vlp.pairwise.topology import Topology
 
 __all__ = [
     "IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Backend", "Pairs", "Reduction", "Tile", "Topology",
-    "logaddexp", "logsumexp", "softplus",
+    "in_students_dtype", "logaddexp", "logsumexp", "softplus", "widened",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from vlp import dist
 from vlp.pairwise import tiled
 from vlp.pairwise.execution import Execution
 from vlp.pairwise.reduction import Block
-from vlp.pairwise.topology import Topology
+from vlp.pairwise.topology import Partition, Topology
 
 IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 
@@ -24,6 +24,7 @@ class Backend:
     `triton` (CUDA), `auto`. memory_budget: bytes for score tiles kept from forward, which then need
     no recomputation; None: twice the candidates' embeddings, so that memory stays O(n·D).
 
+    Collective over all ranks of the run: groups get their communicators here, and none later.
     Raises ValueError, naming what is valid, for a group size that does not divide the ranks, an
     unknown impl, or one that this machine cannot run.
     """
@@ -34,10 +35,8 @@ class Backend:
     memory_budget: int | None = None
     tile_size: int = 0  # 0: the device's default
     seed: int = 0  # of alternating groups
-    # process groups, by the positions of their members
-    _groups: dict[tuple[int, ...], dist.Group] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    # the group of a fixed layout, by its partition: kept, so that a copy makes no new one
+    _fixed: dict[Partition, dist.Group] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
@@ -47,6 +46,7 @@ class Backend:
         if self.impl == "triton":
             _triton_or_explain()
         self.topology.group_size(self.ranks.size)
+        self._make_group()
 
     @property
     def group_size(self) -> int:
@@ -54,17 +54,29 @@ class Backend:
         return self.topology.group_size(self.ranks.size)
 
     def group(self, step: int = 0) -> dist.Group:
-        """The ranks that share candidates with this one now (collective when first met)."""
+        """The ranks that share candidates with this one at this step."""
         # Every rank derives the same partition, so that members meet in the same call.
         partition = self.topology.partition(self.ranks.size, step, self.seed)
+        if partition in self._fixed:
+            return self._fixed[partition]
         positions = next(members for members in partition if self.ranks.index in members)
+        return dist.within(self.ranks, positions)
 
-        # A process group is made once: alternating groups come back every cycle.
-        if positions not in self._groups:
-            whole = len(positions) == self.ranks.size
-            members = [self.ranks.ranks[position] for position in positions]
-            self._groups[positions] = self.ranks if whole else dist.subgroup(members)
-        return self._groups[positions]
+    def _make_group(self) -> None:
+        """Make the communicators of a fixed layout, on all ranks at once.
+
+        Groups that alternate have none: a cycle at W = 2,048, g = 8 would need 511 of them on
+        every rank. Neither have those inside a caller's group, whose other ranks are not here.
+        """
+        fixed = self.topology.layout != "alternating"
+        is_part = 1 < self.group_size < self.ranks.size
+        of_world = self.ranks.ranks == dist.world().ranks
+        if not (fixed and is_part and of_world):
+            return
+
+        partition = self.topology.partition(self.ranks.size)
+        if partition not in self._fixed:
+            self._fixed[partition] = dist.split(partition)
 
     def execution(self, group: dist.Group, block: Block) -> Execution:
         """How this block is reduced over the candidates of `group`."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlp.pairwise.diagonal import Diagonal
 from vlp.pairwise.reduction import (
     Block,
     Gradients,
     Reduction,
     Tile,
     accumulation_dtype,
+    may_ask,
     softplus,
     without_empty,
 )
@@ -31,7 +33,8 @@ class Margin:
     Rows and columns share ONE exponential E = e^{z − shift}: its sums are the statistics, and in
     backward dz = E·(g^r_i e^{shift − r_i} + g^c_j e^{shift − c_j}). That is safe while the values
     of a tile span less than `SPAN` (e^{±SPAN} is a normal float32 and so are sums of 10⁶ of them);
-    wider tiles take one exponential each way.
+    wider tiles take one exponential each way, and so do all tiles on a device, where the host would
+    wait for the answer.
     """
 
     prescaled = True
@@ -40,7 +43,8 @@ class Margin:
 
     def __init__(self, reduction: Reduction, block: Block) -> None:
         self.both_ways = bool(reduction.columns)
-        self.unshifted = self._bound(block) <= self.BOUND
+        self.may_ask = may_ask(block.left[0])
+        self.unshifted = self.may_ask and self._bound(block) <= self.BOUND
         self.scratch: Tensor | None = None  # for dz, of one tile after another
 
     @staticmethod
@@ -61,7 +65,7 @@ class Margin:
         z = self._scores(tile)
 
         # The positive is read first, then leaves the sums: it would cancel in the margin.
-        pairs = _Diagonal(tile, *z.shape)
+        pairs = Diagonal(tile, *z.shape)
         positive = pairs.read(z)
         memo = self._exponentials(z, pairs)
 
@@ -75,7 +79,7 @@ class Margin:
     ) -> Gradients:
         if memo is None:
             z = self._scores(tile)
-            memo = self._exponentials(z, _Diagonal(tile, *z.shape))
+            memo = self._exponentials(z, Diagonal(tile, *z.shape))
 
         # In one direction the last statistic is the positive, which both functions leave alone.
         rows, columns = without_empty(statistics[0]), without_empty(statistics[-1])
@@ -85,7 +89,7 @@ class Margin:
         else:
             d = self._from_exponentials(memo, rows, columns, *weights)
 
-        _Diagonal(tile, *d.shape).write(d, upstream[1])
+        Diagonal(tile, *d.shape).write(d, upstream[1])
         return Gradients([d])
 
     def _from_scores(
@@ -124,22 +128,28 @@ class Margin:
             z.add_(offset)
         return z
 
-    def _exponentials(self, z: Tensor, pairs: _Diagonal) -> Memo:
+    def _exponentials(self, z: Tensor, pairs: Diagonal) -> Memo:
         """(E, shift) with the positives at 0; or (z, None) with the positives at −∞."""
-        # Small scores need no look at the tile's range.
-        shift: Tensor | float
-        if self.unshifted:
-            e, shift = z.exp_(), 0.0
-        else:
-            lowest, highest = z.aminmax()
-            # Written so that NaN takes the careful path too.
-            if not highest - lowest < self.SPAN:
-                pairs.fill(z, -torch.inf)
-                return z, None
-            e, shift = z.sub_(highest).exp_(), highest
+        shift = self._shift(z)
+        if shift is None:
+            pairs.fill(z, -torch.inf)
+            return z, None
 
+        # Small scores are spared the subtraction.
+        e = z.exp_() if self.unshifted else z.sub_(shift).exp_()
         pairs.fill(e, 0.0)
         return e, shift
+
+    def _shift(self, z: Tensor) -> Tensor | float | None:
+        """What all entries of a tile may be lowered by; None where one exponential is not safe."""
+        # Small scores need no look at the tile's range.
+        if self.unshifted:
+            return 0.0
+        if not self.may_ask:
+            return None
+        lowest, highest = z.aminmax()
+        # NaN compares false and takes the careful path.
+        return highest if highest - lowest < self.SPAN else None
 
 
 def _log_sums(memo: Memo, dim: int) -> Tensor:
@@ -163,7 +173,7 @@ class Softplus:
 
     def forward(self, tile: Tile) -> tuple[list[Tensor], Tensor]:
         z = self._scores(tile)
-        pairs = _Diagonal(tile, *z.shape)
+        pairs = Diagonal(tile, *z.shape)
         positive = pairs.read(z)
 
         # z itself stays as it is: backward needs it, not its softplus.
@@ -176,7 +186,7 @@ class Softplus:
     ) -> Gradients:
         z = self._scores(tile) if memo is None else memo
         d = torch.sigmoid(z).mul_(upstream[0].to(z.dtype).unsqueeze(1))
-        _Diagonal(tile, *d.shape).write(d, upstream[1])
+        Diagonal(tile, *d.shape).write(d, upstream[1])
 
         # The bias is added to every score; the scale's gradient is the loop's.
         return Gradients([d], shared=(None, d.sum()))
@@ -184,37 +194,6 @@ class Softplus:
     @staticmethod
     def _scores(tile: Tile) -> Tensor:
         return tile.scores[0].add_(tile.shared[1])
-
-
-class _Diagonal:
-    """The entries of a tile [m, n] that are a row's own pair: a piece of one diagonal, or none."""
-
-    def __init__(self, tile: Tile, m: int, n: int) -> None:
-        self.m, self.offset = m, tile.offset or 0
-        self.present = tile.offset is not None and -m < tile.offset < n
-
-    def read(self, matrix: Tensor) -> Tensor:
-        """[m]: each row's own entry, 0 where it lies in another tile."""
-        result = matrix.new_zeros(self.m)
-        if self.present:
-            result[self._rows(matrix)] = matrix.diagonal(self.offset)
-        return result
-
-    def fill(self, matrix: Tensor, value: float) -> None:
-        """Set every own entry to `value`."""
-        if self.present:
-            matrix.diagonal(self.offset).fill_(value)
-
-    def write(self, matrix: Tensor, values: Tensor) -> None:
-        """Set each row's own entry to its value of `values` [m]."""
-        if self.present:
-            matrix.diagonal(self.offset).copy_(values[self._rows(matrix)])
-
-    def _rows(self, matrix: Tensor) -> slice:
-        """The rows whose own entry lies in this tile."""
-        # A diagonal that enters the tile from the left begins in a later row.
-        start = max(0, -self.offset)
-        return slice(start, start + matrix.diagonal(self.offset).shape[0])
 
 
 PROGRAMS: dict[str, type[Margin] | type[Softplus]] = {"margin": Margin, "softplus": Softplus}

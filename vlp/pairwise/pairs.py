@@ -17,6 +17,7 @@ from torch import Tensor
 from vlp import dist
 from vlp.pairwise import exchange, tiled
 from vlp.pairwise.backend import Backend
+from vlp.pairwise.products import in_students_dtype
 from vlp.pairwise.reduction import (
     MARGIN,
     ROW_MARGIN,
@@ -191,8 +192,9 @@ class Pairs:
         fewer than k columns remain.
         """
         gathered, positions = self._hardest(left, right, k, paired)
-        columns = gathered[positions]
-        scores = torch.einsum("bd,bkd->bk", widened(left), widened(columns))
+        # Widened before rows are picked: a popular row's gradient is a sum of many.
+        columns = widened(gathered)[positions]
+        scores = torch.einsum("bd,bkd->bk", widened(left), columns)
         return scores, columns, positions
 
     def hardest(self, left: Tensor, right: Tensor, k: int, *, paired: bool = True) -> Tensor:
@@ -209,7 +211,8 @@ class Pairs:
             )
 
         offset = self.group.index * len(right) if paired else None
-        return gathered, tiled.top_columns(left.detach(), gathered.detach(), k, offset)
+        (rows,), (columns,) = _same_dtype([left.detach()], [gathered.detach()])
+        return gathered, tiled.top_columns(rows, columns, k, offset)
 
     # Means and sums over rows
 
@@ -219,7 +222,12 @@ class Pairs:
         The average of the shares is the mean. valid: mask or weights w ≥ 0 of the shape of
         `values`; then the share is (W/N)·Σ w·value with N = Σ w over all ranks, and exactly 0, with
         zero gradient, where N = 0. Values at w = 0 have no influence, be they NaN.
+
+        This and the sums below are in float32 at least, whatever the dtype of `values`.
         """
+        # In half precision a count ends at 256, and a sum over ranks is rounded at every one.
+        values = widened(values)
+
         # Every rank has the same number of rows, so that its own mean is its share.
         if valid is None:
             return values.mean()
@@ -236,11 +244,11 @@ class Pairs:
 
         For terms that are no mean over rows.
         """
-        return dist.all_reduce(values.sum(), self.group)
+        return dist.all_reduce(widened(values).sum(), self.group)
 
     def log_sum(self, values: Tensor) -> Tensor:
         """log Σ e^values over the rows of the group, whole on each of its ranks. values: [b]."""
-        return logsumexp(dist.all_gather(values, self.group), dim=0)
+        return logsumexp(dist.all_gather(widened(values), self.group), dim=0)
 
     def gather(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [n, ...] in group order, in O(n) memory.
@@ -251,7 +259,7 @@ class Pairs:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum of `values` over ALL ranks, whole on each of them."""
-        return dist.all_reduce(values, self.backend.ranks)
+        return dist.all_reduce(widened(values), self.backend.ranks)
 
     def gather_over_ranks(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [W·b, ...] of ALL ranks."""
@@ -274,16 +282,26 @@ def _multiples(multiples: tuple[float, ...]) -> Reduction:
 def _same_dtype(
     left: Sequence[Tensor], right: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Both sides of each product in the wider dtype of the two."""
-    dtypes = [torch.promote_types(x.dtype, t.dtype) for x, t in zip(left, right)]
-    wide_left = tuple(x.to(dtype) for x, dtype in zip(left, dtypes))
-    wide_right = tuple(t.to(dtype) for t, dtype in zip(right, dtypes))
-    return wide_left, wide_right
+    """Both sides of each product in one dtype, the wider of the two."""
+    same_left, same_right = [], []
+    for x, t in zip(left, right):
+        # What has no gradient is stored: it must not widen what has one.
+        t = in_students_dtype(x, t)
+        x = in_students_dtype(t, x)
+
+        dtype = torch.promote_types(x.dtype, t.dtype)
+        same_left.append(x.to(dtype))
+        same_right.append(t.to(dtype))
+    return tuple(same_left), tuple(same_right)
 
 
 def _number(value: Any, like: Tensor) -> Tensor:
     """A number or 0-d tensor in the accumulation dtype of `like`."""
-    return torch.as_tensor(value, device=like.device, dtype=accumulation_dtype(like))
+    dtype = accumulation_dtype(like)
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.full((), value, device=like.device, dtype=dtype)
 
 
 def _mask(valid: Tensor, like: Tensor) -> Tensor:

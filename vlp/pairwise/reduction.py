@@ -202,6 +202,22 @@ def without_empty(statistic: Tensor) -> Tensor:
     return statistic.masked_fill(statistic == -torch.inf, torch.inf)
 
 
+# Devices and dtypes
+
+
+def on_device(tensor: Tensor) -> bool:
+    """Whether the tensor lies on an accelerator, which computes while the host goes on.
+
+    There bfloat16 products are fast, and a number that the host asks for has to be waited for.
+    """
+    return tensor.is_cuda
+
+
+def may_ask(tensor: Tensor) -> bool:
+    """Whether the host may look at numbers of the tensor to choose how to go on."""
+    return not on_device(tensor)
+
+
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """float64 stays; everything narrower is multiplied exactly and accumulated in float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vlp.pairwise import fused
+from vlp.pairwise.products import add_gradients, is_narrow, multiply, operand
 from vlp.pairwise.program import Program, Recompute
 from vlp.pairwise.reduction import (
     Block,
@@ -63,10 +64,10 @@ class Scratch:
         self.buffers: dict[int, Tensor] = {}
 
     def take(self, k: int, m: int, n: int, like: Tensor) -> Tensor:
-        """[m, n] for score matrix k, with the dtype and device of `like`."""
+        """[m, n] for score matrix k, in the accumulation dtype and on the device of `like`."""
         # Tiles at the edges are smaller: a view of the same memory.
         if k not in self.buffers or self.buffers[k].numel() < m * n:
-            self.buffers[k] = like.new_empty(m * n)
+            self.buffers[k] = like.new_empty(m * n, dtype=accumulation_dtype(like))
         return self.buffers[k][: m * n].view(m, n)
 
     def forget(self) -> None:
@@ -83,9 +84,10 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
 
     # One sweep serves both: a tile gives its part of row and of column statistics.
     program, scratch = program_for(reduction, block), Scratch()
-    for rows, left in _row_tiles(program, block, size):
+    scaling = Scaling.of(program, block)
+    for rows, left in _row_tiles(block, size, scaling):
         for columns in slices(n_columns, size):
-            tile = _tile(block, left, rows, columns, scratch)
+            tile = _tile(block, left, rows, columns, scratch, scaling)
             partials, memo = program.forward(tile)
 
             places = _places(reduction, rows, columns)
@@ -110,14 +112,15 @@ def gradients(
 ) -> list[Tensor | None]:
     """Gradients of Σ upstream·statistics with respect to `block.tensors`, in that order."""
     program, size = program_for(reduction, block), _tile_size(block, tile_size)
-    sink, scratch = _Sink(block, needed, program.prescaled), Scratch()
+    scaling = Scaling.of(program, block)
+    sink, scratch = _Sink(block, needed, scaling), Scratch()
 
-    for rows, left in _row_tiles(program, block, size):
+    for rows, left in _row_tiles(block, size, scaling):
         sink.start_rows(rows)
         for columns in slices(block.shape[1], size):
             # A tile that forward kept comes without scores: its memo stands for them.
             memo = kept.memos.get((rows.start, columns.start))
-            tile = _tile(block, left, rows, columns, scratch if memo is None else None)
+            tile = _tile(block, left, rows, columns, scratch if memo is None else None, scaling)
 
             places = _places(reduction, rows, columns)
             tile_gradients = program.backward(
@@ -126,7 +129,7 @@ def gradients(
                 [statistic[place] for statistic, place in zip(statistics, places)],
                 [weight[place] for weight, place in zip(upstream, places)],
             )
-            sink.add(tile_gradients, left, rows, columns)
+            sink.add(tile_gradients, tile, left, rows, columns)
         sink.finish_rows(rows)
     return sink.result()
 
@@ -134,11 +137,11 @@ def gradients(
 class _Sink:
     """Where the gradients of tiles add up: dX = dS·T and dT = dSᵀ·X in the accumulation dtype."""
 
-    def __init__(self, block: Block, needed: Sequence[bool], prescaled: bool) -> None:
-        self.block, self.needed, self.prescaled = block, needed, prescaled
+    def __init__(self, block: Block, needed: Sequence[bool], scaling: Scaling) -> None:
+        self.block, self.needed, self.scaling = block, needed, scaling
         flags = block.with_tensors(needed)
         wanted: Any = flags  # a flag in the place of each tensor
-        self.scale_needed = bool(prescaled and wanted.shared[0])
+        self.scale_needed = bool(scaling.prescaled and wanted.shared[0])
 
         # The scale's gradient is ⟨X, dZ·T⟩, so it needs dX even where nobody else does.
         wanted_left = [flag or self.scale_needed for flag in wanted.left]
@@ -151,29 +154,30 @@ class _Sink:
     def start_rows(self, rows: slice) -> None:
         self.current = [None if total is None else total[rows] for total in self.left]
 
-    def add(self, tile: Gradients, left: Sequence[Tensor], rows: slice, columns: slice) -> None:
-        """Add the gradients of one tile, whose left matrices are `left`."""
-        for k, d_scores in enumerate(tile.scores):
+    def add(
+        self, part: Gradients, tile: Tile, left: Sequence[Tensor], rows: slice, columns: slice
+    ) -> None:
+        """Add the gradients of one tile, whose left operands are `left`."""
+        for k, d_scores in enumerate(part.scores):
             if d_scores is None:
                 continue
 
-            # s = x·t: dx takes the tile's columns, dt its rows.
             d_left, d_right = self.current[k], self.right[k]
-            if d_left is not None:
-                d_left.addmm_(d_scores, widened(self.block.right[k][columns]))
             if d_right is not None:
-                d_right[columns].addmm_(d_scores.T, left[k])
+                d_right = d_right[columns]
+            right = operand(self.block.right[k][columns])
+            add_gradients(d_left, d_right, d_scores, left[k], right, tile)
 
-        _add_at(self.row_values, tile.row_values, rows)
-        _add_at(self.column_values, tile.column_values, columns)
-        _add_at(self.shared, tile.shared, ...)
+        _add_at(self.row_values, part.row_values, rows)
+        _add_at(self.column_values, part.column_values, columns)
+        _add_at(self.shared, part.shared, ...)
 
     def finish_rows(self, rows: slice) -> None:
         """From dZ to dS, where z = (scale·x)·t: the sums of these rows hold dZ·T.
 
         dscale = Σ dz·s = ⟨X, dZ·T⟩, and dX = scale·dZ·T.
         """
-        if not self.prescaled:
+        if not self.scaling.prescaled:
             return
         d_left, d_scale = self.current[0], self.shared[0]
         if d_left is None:
@@ -186,6 +190,10 @@ class _Sink:
 
     def result(self) -> list[Tensor | None]:
         """The sums that are needed, in the dtypes of the block's tensors."""
+        # dT = dSᵀ·X took its scale with the rows, or has to take it now.
+        if self.scaling.late and self.right[0] is not None:
+            self.right[0].mul_(self.block.shared[0])
+
         sums = (*self.left, *self.right, *self.row_values, *self.column_values, *self.shared)
         results: list[Tensor | None] = []
         for total, tensor, wanted in zip(sums, self.block.tensors, self.needed):
@@ -229,12 +237,12 @@ def top_columns(
     # The k best of each row so far are all that is kept of a tile: O(b·k) memory.
     chosen_rows = []
     for rows in slices(len(left), size):
-        left_tile, n_rows = [widened(left[rows])], rows.stop - rows.start
+        left_tile, n_rows = [operand(left[rows])], rows.stop - rows.start
         best = left.new_empty(n_rows, 0, dtype=accumulation_dtype(left))
         positions = torch.empty(n_rows, 0, dtype=torch.int64, device=left.device)
 
         for columns in slices(len(right), size):
-            tile = _tile(block, left_tile, rows, columns, Scratch())
+            tile = _tile(block, left_tile, rows, columns, Scratch(), Scaling())
             scores = tile.scores[0].masked_fill_(tile.positive, -torch.inf)
             numbers = torch.arange(columns.start, columns.stop, device=left.device)
 
@@ -259,16 +267,35 @@ def _tile_size(block: Block, tile_size: int) -> int:
     return tile_size or TILE.get(block.left[0].device.type, TILE["cpu"])
 
 
-def _row_tiles(program: Program, block: Block, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """(rows, their left matrices in the accumulation dtype, times the scale if `prescaled`)."""
-    # The scale goes into the rows: b·D products instead of b·n.
+@dataclass(frozen=True)
+class Scaling:
+    """How scores are multiplied by shared[0], for programs that take them so."""
+
+    prescaled: bool = False  # the program takes z = scale·s
+    late: bool = False  # z is the product times the scale; else the rows are
+
+    @classmethod
+    def of(cls, program: Program, block: Block) -> Scaling:
+        """In the rows it costs b·D products instead of b·n, but would round narrow ones."""
+        return cls(program.prescaled, program.prescaled and is_narrow(block.left[0]))
+
+
+def _row_tiles(block: Block, size: int, scaling: Scaling) -> Iterator[tuple[slice, list[Tensor]]]:
+    """(rows, their left operands, times the scale where it goes into the rows)."""
     for rows in slices(block.shape[0], size):
-        left = [widened(x[rows]) for x in block.left]
-        yield rows, [left[0] * block.shared[0]] if program.prescaled else left
+        left = [operand(x[rows]) for x in block.left]
+        if scaling.prescaled and not scaling.late:
+            left = [left[0] * block.shared[0]]
+        yield rows, left
 
 
 def _tile(
-    block: Block, left: Sequence[Tensor], rows: slice, columns: slice, scratch: Scratch | None
+    block: Block,
+    left: Sequence[Tensor],
+    rows: slice,
+    columns: slice,
+    scratch: Scratch | None,
+    scaling: Scaling,
 ) -> Tile:
     """The tile with its scores in `scratch`, or without scores where there is none."""
     scores = []
@@ -276,7 +303,9 @@ def _tile(
         m, n = rows.stop - rows.start, columns.stop - columns.start
         for k, (x, t) in enumerate(zip(left, block.right)):
             out = scratch.take(k, m, n, x)
-            scores.append(torch.mm(x, widened(t[columns]).T, out=out))
+            scores.append(multiply(x, operand(t[columns]).T, out))
+        if scaling.late:
+            scores[0].mul_(block.shared[0])
 
     offset = block.offset
     return Tile(

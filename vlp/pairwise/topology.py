@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 from vlp import schema
@@ -74,8 +74,7 @@ class Topology:
         """
         size = self.group_size(n_ranks)
         if self.layout == "alternating":
-            cycle = rotation(n_ranks, size, seed)
-            return cycle[step % len(cycle)]
+            return Rotation(n_ranks, size, seed).partition(step)
         return contiguous(n_ranks, size) if self.layout == "contiguous" else strided(n_ranks, size)
 
 
@@ -99,52 +98,106 @@ def strided(n_ranks: int, size: int) -> Partition:
     return tuple(tuple(range(first, n_ranks, n_groups)) for first in range(n_groups))
 
 
-@cache
-def rotation(n_ranks: int, size: int, seed: int = 0) -> tuple[Partition, ...]:
+@dataclass(frozen=True)
+class Rotation:
     """Partitions into groups of `size`, in whose course every two ranks share a group.
 
-    Greedy: each partition fills its groups with the ranks that have met each other least; at least
-    (W−1)/(g−1) partitions are needed, and a few more are used. The first is contiguous; the seed
-    orders the others.
+    A group is two half groups, and the half groups meet as teams do in a round-robin tournament:
+    2·W/g − 1 rounds, at most twice the least possible (W−1)/(g−1). Where g is odd, each group also
+    takes one rank that sits out the tournament; those ranks meet one another in a tournament of
+    their own, after it: about 1 + 1/g times as many rounds. The first partition is contiguous; the
+    seed orders the others. Nothing is stored: a partition costs O(W).
     """
-    # One rank a group meets nobody, one group everybody.
-    first = contiguous(n_ranks, size)
-    if size in (1, n_ranks):
-        return (first,)
 
-    order = random.Random(seed).sample(range(n_ranks), n_ranks)
-    cycle = [first]
-    strangers = [set(range(n_ranks)) - set(first[rank // size]) for rank in range(n_ranks)]
+    n_ranks: int
+    size: int
+    seed: int = 0
 
-    while any(strangers):
-        partition = _next_partition(order, size, strangers)
-        cycle.append(partition)
-        for group in partition:
-            for rank in group:
-                strangers[rank] -= set(group)
-    return tuple(cycle)
+    def __len__(self) -> int:
+        return sum(self._n_rounds())
+
+    def partition(self, step: int) -> Partition:
+        """The groups at a step; the cycle starts again after `len` steps."""
+        round_number = _order(len(self), self.seed)[step % len(self)]
+        for n_players, n_rounds in zip(self._tournaments(), self._n_rounds()):
+            if round_number < n_rounds:
+                return self._round(n_players, round_number)
+            round_number -= n_rounds
+        raise AssertionError("a cycle is the sum of its tournaments")
+
+    def _tournaments(self) -> list[int]:
+        """How many ranks take part in each tournament: all, then those that have not met, …
+
+        A tournament of `size` ranks or fewer is a single group; one rank a group meets nobody.
+        """
+        n_players = [self.n_ranks]
+        while self.size > 1 and self.size % 2 and n_players[-1] > self.size:
+            # Rounded up, so that groups are full: whoever is added meets others a second time.
+            n_groups = n_players[-1] // self.size
+            n_strangers = n_groups + self.size // 2
+            n_players.append(-(-n_strangers // self.size) * self.size)
+        return n_players
+
+    def _n_rounds(self) -> list[int]:
+        single = self.size in (1, self.n_ranks)
+        return [1 if single else 2 * (n // self.size) - 1 for n in self._tournaments()]
+
+    def _round(self, n_players: int, number: int) -> Partition:
+        """One round: the tournament's players in groups, the other ranks as neighbours."""
+        players = self._players(n_players)
+        taking_part = set(players)
+        others = [rank for rank in range(self.n_ranks) if rank not in taking_part]
+
+        groups = _round_robin(players, self.size, number)
+        groups += [others[first : first + self.size] for first in range(0, len(others), self.size)]
+        return tuple(sorted(tuple(sorted(group)) for group in groups))
+
+    def _players(self, n_players: int) -> list[int]:
+        """The ranks of a tournament; of a later one first those that have not met one another."""
+        players = list(range(self.n_ranks))
+        for n_next in self._tournaments()[1:]:
+            if len(players) == n_players:
+                break
+            halves, singles = _sides(players, self.size)
+            met = [rank for half in halves[:-1] for rank in half]
+            players = [*singles, *halves[-1], *met][:n_next]
+        return players
 
 
-def _next_partition(order: list[int], size: int, strangers: list[set[int]]) -> Partition:
-    """A partition whose groups hold ranks that have met each other least so far."""
-
-    def n_strangers(rank: int) -> int:
-        return len(strangers[rank])
-
-    # Whoever still has most to meet chooses first: that keeps the cycle short.
-    free = sorted(order, key=n_strangers, reverse=True)
-
-    groups = []
-    while free:
-        group = [free.pop(0)]
-        while len(group) < size:
-            best = max(free, key=partial(_n_new, group, strangers))
-            free.remove(best)
-            group.append(best)
-        groups.append(tuple(sorted(group)))
-    return tuple(sorted(groups))
+@lru_cache(maxsize=8)
+def _order(n_rounds: int, seed: int) -> tuple[int, ...]:
+    """Round numbers of a cycle by place; round 0, the contiguous one, stays first."""
+    later = random.Random(seed).sample(range(1, n_rounds), n_rounds - 1)
+    return (0, *later)
 
 
-def _n_new(group: list[int], strangers: list[set[int]], rank: int) -> int:
-    """How many of the group this rank has not met."""
-    return sum(rank in strangers[mate] for mate in group)
+def _sides(players: list[int], size: int) -> tuple[list[list[int]], list[int]]:
+    """The half groups of a tournament, 2·W/g of them, and the ranks that sit out where g is odd."""
+    half = size // 2
+    halves, singles = [], []
+    for first in range(0, len(players), size):
+        group = players[first : first + size]
+        halves += [group[:half], group[half : 2 * half]]
+        singles += group[2 * half :]
+
+    # So that in round 0 the two halves of a contiguous group meet (see `_round_robin`).
+    outer, inner = halves[0::2], halves[1::2]
+    return [inner[0], *outer[1:], *reversed(inner[1:]), outer[0]], singles
+
+
+def _round_robin(players: list[int], size: int, number: int) -> list[list[int]]:
+    """The groups of one round of the circle method: the last half group stands still, and in round
+    t meets number t; of the others t + j meets t − j.
+
+    A rank that sits out stays at its j, and so meets all halves but the last.
+    """
+    halves, singles = _sides(players, size)
+    n_moving = len(halves) - 1
+    groups = [halves[number] + halves[-1]]
+    for j in range(1, len(halves) // 2):
+        groups.append(halves[(number + j) % n_moving] + halves[(number - j) % n_moving])
+
+    # One for each group; where g is even there is none.
+    for group, single in zip(groups, singles):
+        group.append(single)
+    return groups

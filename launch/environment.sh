@@ -1,0 +1,29 @@
+# What every launch sets, unless it is set already. Sourced by local.sh and slurm/train.sbatch, which
+# say how many ranks a machine starts: vlp_environment LOCAL_RANKS CORES
+
+vlp_environment() {
+  local threads=$(($2 / $1))
+
+  # A launcher that was asked to stop kills its ranks after this many seconds. A step and a save must
+  # fit; torch's default is 30.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
+
+  # Of a rank: hashing, metrics, saving. accelerate's default is 1; loader processes take 1 each.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}"
+
+  # What NCCL says, and what its last exchanges were when one of them had no answer in time.
+  export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+  export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+  export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+}
+
+# The options of `accelerate launch` for a file of launch/accelerate, by its path. DeepSpeed's file is
+# named anew, because the name in it holds only in the repository's own folder.
+vlp_launcher_options() {
+  local name
+  name=$(basename "$1" .yaml)
+  echo --config_file "$1"
+  if [ -f "$(dirname "$1")/../deepspeed/$name.json" ]; then
+    echo --deepspeed_config_file "$(dirname "$1")/../deepspeed/$name.json"
+  fi
+}
