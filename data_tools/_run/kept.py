@@ -33,10 +33,12 @@ class Kept:
             if all(key in self.values for key in of_batch):
                 continue
 
+            # The first value of a hash stays: what was made from it is written already.
             computed = dict(zip(of_batch, compute(of_batch)))
-            self.values |= computed
+            new = {key: computed[key] for key in of_batch if key not in self.values}
+            self.values |= new
             if self.path is not None:
-                lines = [json.dumps({"hash": key, "value": computed[key]}) for key in of_batch]
+                lines = [json.dumps({"hash": key, "value": new[key]}) for key in new]
                 _append(self.path, "".join(line + "\n" for line in lines))
 
 
@@ -50,7 +52,7 @@ def read_kept(path: Path) -> dict[str, Any]:
             except ValueError:
                 continue
             if isinstance(line, dict) and {"hash", "value"} <= line.keys():
-                values[line["hash"]] = line["value"]
+                values.setdefault(line["hash"], line["value"])
     return values
 
 

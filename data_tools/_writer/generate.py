@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TOP_P = 0.95  # of the words' probability is drawn from, as LaCLIP's release draws
 _EXTRA_TOKENS = 4  # beyond an answer's length, for quotes and a full stop
+_NO_END = 1 << 20  # tokens that a model with relative positions is taken to have room for
 _MARKS = re.compile(r"^(?:[-*•]|\d+[.)])\s+")  # of lists, before an answer
 
 
@@ -82,7 +83,7 @@ class Generator:
 
         # One limit for the batch: the longest of what its questions ask for.
         longest = max(math.ceil(q.length * self._n_caption(q)) for q in questions) + _EXTRA_TOKENS
-        settings = self._settings(drawing, min(longest, int(self._most_positions) - n_prompt))
+        settings = self._settings(drawing, min(longest, self._most_positions - n_prompt))
         cuda = [self.loaded.device] if self.loaded.device.startswith("cuda") else []
         with torch.random.fork_rng(cuda), torch.inference_mode():
             torch.manual_seed(seed)
@@ -100,11 +101,10 @@ class Generator:
         return [lines[i : i + drawing.n] for i in range(0, len(lines), drawing.n)]
 
     @cached_property
-    def _most_positions(self) -> float:
-        """Tokens that the model has positions for; without end for relative ones."""
-        config = self.loaded.model.config
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return getattr(text_config, "max_position_embeddings", None) or 1 << 20
+    def _most_positions(self) -> int:
+        """Tokens that the model has positions for; relative ones have no end."""
+        config = self.loaded.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or _NO_END
 
     @cached_property
     def _line_ends(self) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 WORDS = """[UNK] [PAD] [CLS] [SEP] [MASK] a red blue car truck two dogs cats under table the in on
 man woman holds small large green old road""".split()
+WORDS.append("\n")  # as a model may write it
 ANSWERS = [*WORDS, "yes", "no", "<image>", "caption", "also"]
 
 

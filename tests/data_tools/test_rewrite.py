@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.data_tools.language import WORDS
 from tests.data_tools.tools import CAPTIONS, call, read
 from vlp.data_tools import negatives, rewrite
 from vlp.data_tools._english.words import bare
@@ -47,6 +49,14 @@ def test_a_batch_answers_as_each_prompt_alone(language_models: Path, kind: str) 
     for [text], single in zip(together, alone):
         # The batch may write on: its limit is the longest question's.
         assert text.startswith(single)
+
+
+def test_a_row_that_has_begun_to_answer_is_done_at_its_line_s_end(language_models: Path) -> None:
+    generator = Generator(LanguageModel(str(language_models / "causal"), "cpu").load())
+    end, word = WORDS.index("\n"), WORDS.index("red")
+    rows = torch.tensor([[word, end, word, end], [word, end, end, word], [word, end, end, end]])
+    ended = generator._is_at_line_end(n_prompt=2)
+    assert ended(rows, None).tolist() == [True, False, False]
 
 
 def test_drawn_answers_differ_and_repeat_by_seed(language_models: Path) -> None:
