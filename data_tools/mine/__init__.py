@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, jobs, transform
     from vlp.data_tools.mine.decide import Decide
     from vlp.data_tools.mine.order import write_order
+    from vlp.data_tools.mine.search import INDEX_FILE, build_index
     from vlp.data_tools.mine.store import Store, survey
     from vlp.data_tools.mine.write import AddMined
 
@@ -107,9 +108,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if not work.all_done(surveyed):
         return 0
-    found = work.carry_out("search", jobs(sources, folder, "neighbours"), search, pool)
+    searches = jobs(sources, folder, "neighbours")
+    if not all(job.mark.exists() for job in searches):
+        build_index(search)
+    found = work.carry_out("search", searches, search, pool)
     if not work.all_done(found):
         return 0
+    (folder / INDEX_FILE).unlink(missing_ok=True)
     if args.order:
         results, counts = write_order(store, folder, rules, args.order, pool)
         print(work.report(work.total(results) | counts, f"{folder}: groups of {args.order}"))

@@ -4,21 +4,24 @@ index of FAISS.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from vlp.data_tools.mine.store import Store, save
+from vlp.files import sync
 
 if TYPE_CHECKING:
     from vlp.data_tools._run.work import Result
 
 Side = Literal["image", "text"]
 Method = Literal["exact", "ivf", "hnsw"]
+INDEX_FILE = "_index.faiss"  # in the output's folder, as long as it is searched
 N_QUERIES = 1024  # rows whose neighbours are searched at once
 EXACT_UP_TO = 1_000_000  # samples, where the method is left open
 LISTS_SEARCHED = 16  # of an inverted file: cells whose samples are compared with a query
@@ -57,8 +60,9 @@ class Search:
             # What a sample scores with its own entry of the searched side, and texts with texts.
             own[rows] = (query * self.store.gathered(of_rows, self.searched)).sum(1)
             texts = self.store.gathered(of_rows, "text")
-            others = self.store.gathered(np.maximum(numbers[rows], 0), "text")
-            alike[rows] = np.einsum("nd,nkd->nk", texts, others)
+            for k, others in enumerate(np.maximum(numbers[rows], 0).T):
+                # One rank at a time, so that no [b, N, D] is held.
+                alike[rows, k] = (texts * self.store.gathered(others, "text")).sum(1)
 
         has_row = np.asarray(queries).any(1)
         numbers[~has_row] = -1
@@ -73,12 +77,8 @@ class Search:
         """(scores, numbers) of the `top` nearest samples but itself, by falling score; −1: none."""
         if self.method == "exact":
             return exact(query, self.store.blocks(self.searched), of_rows, top, self.device)
-        scores, numbers = _index(self).search(query, top + 1)
+        scores, numbers = _read_index(self.folder / INDEX_FILE).search(query, top + 1)
         return without_itself(scores, numbers, of_rows, top)
-
-    def __hash__(self) -> int:
-        # A process keeps the index of one search.
-        return hash((self.store.embeddings, self.searched, self.method, self.cells))
 
 
 def exact(
@@ -124,51 +124,50 @@ def without_itself(
     return scores[~is_itself].reshape(-1, top), numbers[~is_itself].reshape(-1, top)
 
 
+def build_index(search: Search) -> None:
+    """Write an index of FAISS over all rows of the searched side into the output's folder, unless a
+    call that was stopped has done so: graphs differ from one building to the next. Memory: 4·D
+    bytes a sample, and the links of HNSW.
+    """
+    path = search.folder / INDEX_FILE
+    if search.method == "exact" or path.exists():
+        return
+
+    faiss, store = import_faiss(), search.store
+    width, inner = store.width, faiss.METRIC_INNER_PRODUCT
+    if search.method == "hnsw":
+        index = faiss.IndexHNSWFlat(width, _LINKS, inner)
+        index.hnsw.efConstruction = _EFFORT
+        index.hnsw.efSearch = max(_EFFORT, 2 * search.top)
+    else:
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, search.cells, inner)
+        index.nprobe = min(LISTS_SEARCHED, search.cells)
+        index.train(_spread(store, search.searched, _FITTED * search.cells))
+
+    # Under the samples' own numbers; rows of zeros get no place, or they would be found at score 0.
+    numbered = faiss.IndexIDMap2(index)
+    for first, rows in store.blocks(search.searched):
+        whole = np.asarray(rows, np.float32)
+        has_row = whole.any(1)
+        numbered.add_with_ids(whole[has_row], first + np.flatnonzero(has_row))
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    faiss.write_index(numbered, str(temporary))
+    sync(temporary)
+    os.replace(temporary, path)
+
+
+def _spread(store: Store, side: Side, n: int) -> np.ndarray:
+    """Up to `n` rows, evenly spread over all."""
+    places = np.unique(np.linspace(0, store.n - 1, min(n, store.n)).astype(np.int64))
+    rows = store.gathered(places, side)
+    return rows[rows.any(1)]
+
+
 @lru_cache(maxsize=1)
-def _index(search: Search) -> FaissIndex:
-    return FaissIndex(search)
-
-
-class FaissIndex:
-    """An index of FAISS over all rows of one side: memory 4·D bytes a sample, and links of HNSW."""
-
-    def __init__(self, search: Search) -> None:
-        self.faiss = import_faiss()
-        self.store, self.side = search.store, search.searched
-        width, inner = self.store.width, self.faiss.METRIC_INNER_PRODUCT
-        if search.method == "hnsw":
-            self.index = self.faiss.IndexHNSWFlat(width, _LINKS, inner)
-            self.index.hnsw.efConstruction = _EFFORT
-            self.index.hnsw.efSearch = max(_EFFORT, 2 * search.top)
-        else:
-            centres = self.faiss.IndexFlatIP(width)
-            self.index = self.faiss.IndexIVFFlat(centres, width, search.cells, inner)
-            self.index.nprobe = min(LISTS_SEARCHED, search.cells)
-            self.index.train(self._spread(_FITTED * search.cells))
-
-        # Rows of zeros get no place: FAISS would find them at score 0.
-        self.numbers: list[np.ndarray] = []
-        for first, rows in self.store.blocks(self.side):
-            whole = np.asarray(rows, np.float32)
-            has_row = whole.any(1)
-            self.index.add(whole[has_row])
-            self.numbers.append(first + np.flatnonzero(has_row))
-
-    def search(self, query: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, numbers) [b, n]; −1 where fewer were found."""
-        scores, places = self.index.search(query, n)
-        numbers = self._all_numbers[np.maximum(places, 0)]
-        return scores, np.where(places >= 0, numbers, -1)
-
-    @cached_property
-    def _all_numbers(self) -> np.ndarray:
-        return np.concatenate(self.numbers)
-
-    def _spread(self, n: int) -> np.ndarray:
-        """Up to `n` rows, evenly spread over all."""
-        places = np.unique(np.linspace(0, self.store.n - 1, min(n, self.store.n)).astype(np.int64))
-        rows = self.store.gathered(places, self.side)
-        return rows[rows.any(1)]
+def _read_index(path: Path) -> Any:
+    """The index that `build_index` wrote, read once a process."""
+    return import_faiss().read_index(str(path))
 
 
 def import_faiss() -> Any:

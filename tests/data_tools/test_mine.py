@@ -82,6 +82,7 @@ def test_an_index_of_faiss_finds_what_the_exact_search_finds(
     found = {}
     for method in ("exact", index):
         work = search.Search(opened, tmp_path, "text", "image", 5, method, cells=3)
+        search.build_index(work)
         work((1, opened.paths[1]))
         found[method] = np.load(tmp_path / "00001_neighbours.npz")
         found[method] = {name: found[method][name] for name in ("numbers", "scores", "own")}
