@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if not work.all_done(surveyed):
         return 0
+
+    # An index is built once, before processes share the search.
     searches = jobs(sources, folder, "neighbours")
     if not all(job.mark.exists() for job in searches):
         build_index(search)
@@ -115,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     if not work.all_done(found):
         return 0
     (folder / INDEX_FILE).unlink(missing_ok=True)
+
     if args.order:
         results, counts = write_order(store, folder, rules, args.order, pool)
         print(work.report(work.total(results) | counts, f"{folder}: groups of {args.order}"))
