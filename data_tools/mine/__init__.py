@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
     searches = jobs(sources, folder, "neighbours")
     if not all(job.mark.exists() for job in searches):
         build_index(search)
-    found = work.carry_out("search", searches, search, pool)
-    if not work.all_done(found):
+    searched = work.carry_out("search", searches, search, pool)
+    if not work.all_done(searched):
         return 0
     (folder / INDEX_FILE).unlink(missing_ok=True)
 
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     decided = work.carry_out("choose", jobs(sources, folder, "chosen"), decide, pool)
     change = AddMined(store, folder, args.images, judge is not None)
     results = transform(sources, folder, "mine", change, pool)
-    counts = work.total(decided) | work.total(results) | _without(found)
+    counts = work.total(decided) | work.total(results) | _without(searched)
     print(work.report(counts, f"{folder}:"))
     return 0
 
@@ -153,9 +153,9 @@ def _check(args: argparse.Namespace, store: Store) -> None:
     stored_embeddings.check_with_teacher(open_shards(shards, captions))
 
 
-def _without(found: list[work.Result]) -> Counter[str]:
+def _without(searched: list[work.Result]) -> Counter[str]:
     """The counts of the search that are of samples without neighbours."""
     from collections import Counter
 
-    counts = work.total(found)
+    counts = work.total(searched)
     return Counter({name: n for name, n in counts.items() if name.startswith("samples without")})

@@ -38,30 +38,30 @@ class Decide:
         shard, _ = job
         counts: Counter[str] = Counter()
         first = self.store.first(shard)
-        found = read_neighbours(self.folder, shard)
+        neighbours = read_neighbours(self.folder, shard)
         known = _identities(self.folder, len(self.store.paths))
-        window = in_window(found, first, self.rules, known, counts)
+        window = in_window(neighbours, first, self.rules, known, counts)
 
-        scores, own = found.scores, found.own
+        scores, positive_scores = neighbours.scores, neighbours.positive_scores
         if self.judge is not None:
-            scores, own = self._judged(shard, found, window, counts)
-            window &= self._wrong(scores, own, window, counts)
-        places = choose(found, window, first, self.rules, known)
+            scores, positive_scores = self._judged(shard, neighbours, window, counts)
+            window &= self._wrong(scores, positive_scores, window, counts)
+        places = choose(neighbours, window, first, self.rules, known)
 
         rows = np.arange(len(places))[:, None]
-        numbers = np.where(places >= 0, found.numbers[rows, places], -1)
+        numbers = np.where(places >= 0, neighbours.numbers[rows, places], -1)
         save(
             self.folder / f"{shard:05d}_chosen.npz",
             numbers=numbers,
             scores=np.where(places >= 0, scores[rows, places], np.nan),
-            own=own,
+            positive_scores=positive_scores,
         )
         counts["samples read"] = len(numbers)
         counts["neighbours taken"] = int((numbers >= 0).sum())
         return {"counts": counts}
 
     def _judged(
-        self, shard: int, found: Neighbours, window: np.ndarray, counts: Counter[str]
+        self, shard: int, neighbours: Neighbours, window: np.ndarray, counts: Counter[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The judge's scores [n, N] of the window's neighbours and [n] of the samples' own pairs;
         NaN where there is none.
@@ -71,22 +71,22 @@ class Decide:
         rows = np.flatnonzero(window.any(1)).tolist()
         pairs = [f"{first + row}:{first + row}" for row in rows]
         cells = [(row, place) for row in rows for place in np.flatnonzero(window[row]).tolist()]
-        pairs += [f"{first + row}:{found.numbers[row, place]}" for row, place in cells]
+        pairs += [f"{first + row}:{neighbours.numbers[row, place]}" for row, place in cells]
 
         kept = Kept(self.folder / "_judged" / f"{shard:05d}.jsonl")
         # A sample's own pair beside those of its neighbours: its picture is read once.
         in_order = sorted(set(pairs), key=lambda pair: [int(n) for n in pair.split(":")])
         kept.complete(in_order, judge.batch, lambda batch: judge.scores(self._pairs(batch)))
 
-        own = np.full(len(window), np.nan)
+        positive_scores = np.full(len(window), np.nan)
         scores = np.full(window.shape, np.nan)
         for row in rows:
-            own[row] = _number(kept.values[f"{first + row}:{first + row}"])
+            positive_scores[row] = _number(kept.values[f"{first + row}:{first + row}"])
         for row, place in cells:
-            pair = f"{first + row}:{found.numbers[row, place]}"
+            pair = f"{first + row}:{neighbours.numbers[row, place]}"
             scores[row, place] = _number(kept.values[pair])
         counts["pairs judged"] = len(in_order)
-        return scores, own
+        return scores, positive_scores
 
     def _pairs(self, batch: list[str]) -> list[Pair]:
         """What is judged: the sample's picture with a neighbour's caption, or the other way round
@@ -103,14 +103,18 @@ class Decide:
         return pairs
 
     def _wrong(
-        self, scores: np.ndarray, own: np.ndarray, window: np.ndarray, counts: Counter[str]
+        self,
+        scores: np.ndarray,
+        positive_scores: np.ndarray,
+        window: np.ndarray,
+        counts: Counter[str],
     ) -> np.ndarray:
         """Which of the window's neighbours the judge calls wrong."""
         left = window.copy()
         for reason, is_against in (
-            ("neither yes nor no to the sample's own pair", np.isnan(own)[:, None]),
+            ("neither yes nor no to the sample's own pair", np.isnan(positive_scores)[:, None]),
             ("neither yes nor no", np.isnan(scores)),
-            ("true of the picture", scores > own[:, None] - self.delta),
+            ("true of the picture", scores > positive_scores[:, None] - self.delta),
         ):
             counts[f"dropped: judge: {reason}"] += int((left & is_against).sum())
             left &= ~is_against
@@ -118,7 +122,7 @@ class Decide:
 
 
 def read_neighbours(folder: Path, shard: int) -> Neighbours:
-    """What the search found for a shard."""
+    """What the search neighbours for a shard."""
     return Neighbours(**load(folder / f"{shard:05d}_neighbours.npz"))
 
 

@@ -196,9 +196,9 @@ def _class_of(judge: Judge, config: Any) -> Any:
 
     names = [name for name in config.architectures or [] if name.endswith("TextRetrieval")]
     if not names or not hasattr(transformers, names[0]):
-        found = ", ".join(config.architectures or []) or "a model of no named kind"
+        architecture = ", ".join(config.architectures or []) or "a model of no named kind"
         raise ValueError(
-            f"found {found}, expected a model with a head for matching, such as "
+            f"found {architecture}, expected a model with a head for matching, such as "
             "BlipForImageTextRetrieval"
         )
     return getattr(transformers, names[0])

@@ -31,13 +31,13 @@ def write_order(
     neighbours were left out.
     """
     known, counts = identities(folder, len(store.paths)), Counter[str]()
-    neighbours: list[np.ndarray] = []
+    nearest: list[np.ndarray] = []
     for shard in range(len(store.paths)):
-        found = read_neighbours(folder, shard)
-        window = in_window(found, store.first(shard), rules, known, counts)
-        neighbours += [numbers[row] for numbers, row in zip(found.numbers, window)]
+        neighbours = read_neighbours(folder, shard)
+        window = in_window(neighbours, store.first(shard), rules, known, counts)
+        nearest += [numbers[row] for numbers, row in zip(neighbours.numbers, window)]
 
-    order, n_alone = together(neighbours, size)
+    order, n_alone = together(nearest, size)
     counts["samples that stand beside no neighbour"] = n_alone
 
     # Whole groups a shard, and about as many shards as there were.
@@ -55,23 +55,23 @@ def write_order(
     return results, counts
 
 
-def together(found: list[np.ndarray], size: int) -> tuple[np.ndarray, int]:
+def together(nearest: list[np.ndarray], size: int) -> tuple[np.ndarray, int]:
     """A new order of all samples in groups of `size`, of neighbours as far as there are any left;
     returns (the samples' numbers, how many of them stand beside no neighbour).
 
-    `found`: the neighbours of each sample, by falling score. The samples take their turns in
+    `nearest`: the neighbours of each sample, by falling score. The samples take their turns in
     order: each that is in no group opens one with its nearest that are in none, at first those
     that it is a neighbour of as well. Who finds too few waits, and the last groups are made of
     those in order.
     """
-    is_free = np.ones(len(found), bool)
-    neighbours = [set(numbers.tolist()) for numbers in found]
+    is_free = np.ones(len(nearest), bool)
+    neighbours = [set(numbers.tolist()) for numbers in nearest]
     order: list[int] = []
     waiting: list[int] = []
-    for number, nearest in enumerate(found):
+    for number, candidates in enumerate(nearest):
         if not is_free[number]:
             continue
-        free = [other for other in nearest.tolist() if is_free[other]]
+        free = [other for other in candidates.tolist() if is_free[other]]
         # A stable sort: among mutual neighbours, and among the others, the nearest first.
         free.sort(key=lambda other: number not in neighbours[other])
         group = [number, *free[: size - 1]]

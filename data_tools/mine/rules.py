@@ -42,18 +42,18 @@ class Neighbours:
 
     numbers: np.ndarray  # [n, N] of the neighbours; −1: none
     scores: np.ndarray  # [n, N] their cosines with the query
-    own: np.ndarray  # [n] the sample's own score
-    alike: np.ndarray  # [n, N] cosines of the two captions
+    positive_scores: np.ndarray  # [n] the sample's own
+    caption_cosines: np.ndarray  # [n, N] cosines of the two captions
 
 
 def in_window(
-    found: Neighbours, first: int, rules: Rules, identities: Identities, counts: Counter[str]
+    neighbours: Neighbours, first: int, rules: Rules, identities: Identities, counts: Counter[str]
 ) -> np.ndarray:
     """Which neighbours are left to choose from, bool [n, N]; the others are counted by the first
     reason against each.
     """
-    left = found.numbers >= 0
-    for reason, is_against in _reasons(found, first, rules, identities):
+    left = neighbours.numbers >= 0
+    for reason, is_against in _reasons(neighbours, first, rules, identities):
         counts[f"dropped: {reason}"] += int((left & is_against).sum())
         left &= ~is_against
 
@@ -65,11 +65,11 @@ def in_window(
 
 
 def _reasons(
-    found: Neighbours, first: int, rules: Rules, identities: Identities
+    neighbours: Neighbours, first: int, rules: Rules, identities: Identities
 ) -> list[tuple[str, np.ndarray]]:
     """(reason, where it speaks against a neighbour), in order."""
-    of_rows = first + np.arange(len(found.own))
-    numbers = np.maximum(found.numbers, 0)
+    of_rows = first + np.arange(len(neighbours.positive_scores))
+    numbers = np.maximum(neighbours.numbers, 0)
 
     same_key = identities.keys[numbers] == identities.keys[of_rows, None]
     origins = identities.origins[of_rows, None]
@@ -80,24 +80,27 @@ def _reasons(
     for row, number in enumerate(of_rows.tolist()):
         same_caption[row] = np.isin(captions[row], identities.captions_of(number))
 
-    # Below zero a share of the own score would lie above it.
-    own = found.own[:, None]
-    limit = own - (1 - rules.max_ratio) * np.abs(own)
-    high, by = found.scores >= limit, f"at least {rules.max_ratio:g} of its own score"
+    # Below zero a share of the positive's score would lie above it.
+    positive = neighbours.positive_scores[:, None]
+    limit = positive - (1 - rules.max_ratio) * np.abs(positive)
+    high, by = neighbours.scores >= limit, f"at least {rules.max_ratio:g} of its own score"
     if rules.margin is not None:
-        high, by = found.scores >= own + rules.margin, f"its own score + {rules.margin:g}"
+        high, by = neighbours.scores >= positive + rules.margin, f"its own score + {rules.margin:g}"
 
     return [
         ("the same key or origin", same_key | same_origin),
         ("no caption", captions == NOTHING),
         ("a caption of the sample", same_caption),
         (by, high),
-        (f"another wording (cosine of captions >= {rules.same:g})", found.alike >= rules.same),
+        (
+            f"another wording (cosine of captions >= {rules.same:g})",
+            neighbours.caption_cosines >= rules.same,
+        ),
     ]
 
 
 def choose(
-    found: Neighbours, window: np.ndarray, first: int, rules: Rules, identities: Identities
+    neighbours: Neighbours, window: np.ndarray, first: int, rules: Rules, identities: Identities
 ) -> np.ndarray:
     """The places of the chosen neighbours of each sample, int64 [n, K] by falling score; −1: no
     more. Drawn by the seed and the sample's key.
@@ -108,7 +111,7 @@ def choose(
         if rules.choice != "top" and len(places) > rules.k:
             key = int(identities.keys[first + row])
             rng = np.random.default_rng(derive(rules.seed, "mine", key))
-            places = np.sort(_drawn(places, found.scores[row], rules, rng))
+            places = np.sort(_drawn(places, neighbours.scores[row], rules, rng))
         places = places[: rules.k]
         chosen[row, : len(places)] = places
     return chosen

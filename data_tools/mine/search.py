@@ -48,8 +48,8 @@ class Search:
         n, top = len(queries), min(self.top, self.store.n - 1)
         numbers = np.full((n, top), -1, np.int64)
         scores = np.full((n, top), -np.inf, np.float32)
-        alike = np.zeros((n, top), np.float32)
-        own = np.zeros(n, np.float32)
+        caption_cosines = np.zeros((n, top), np.float32)
+        positive_scores = np.zeros(n, np.float32)
 
         for i in range(0, n, N_QUERIES):
             rows = slice(i, min(i + N_QUERIES, n))
@@ -58,16 +58,22 @@ class Search:
             scores[rows], numbers[rows] = self._nearest(query, of_rows, top)
 
             # What a sample scores with its own entry of the searched side, and texts with texts.
-            own[rows] = (query * self.store.gathered(of_rows, self.searched)).sum(1)
+            positive_scores[rows] = (query * self.store.gathered(of_rows, self.searched)).sum(1)
             texts = self.store.gathered(of_rows, "text")
             for k, others in enumerate(np.maximum(numbers[rows], 0).T):
                 # One rank at a time, so that no [b, N, D] is held.
-                alike[rows, k] = (texts * self.store.gathered(others, "text")).sum(1)
+                caption_cosines[rows, k] = (texts * self.store.gathered(others, "text")).sum(1)
 
         has_row = np.asarray(queries).any(1)
         numbers[~has_row] = -1
         path = self.folder / f"{shard:05d}_neighbours.npz"
-        save(path, numbers=numbers, scores=scores, own=own, alike=alike)
+        save(
+            path,
+            numbers=numbers,
+            scores=scores,
+            positive_scores=positive_scores,
+            caption_cosines=caption_cosines,
+        )
         n_without = int((~has_row).sum())
         return {"counts": {"samples read": n, f"samples without an {self.query}": n_without}}
 
@@ -95,7 +101,7 @@ def exact(
     import torch
 
     x = torch.from_numpy(query).to(device)
-    own = torch.from_numpy(of_rows).to(device)
+    query_numbers = torch.from_numpy(of_rows).to(device)
     best = torch.full((len(x), top), -torch.inf, device=device)
     numbers = torch.full((len(x), top), -1, dtype=torch.int64, device=device)
     for first, rows in blocks:
@@ -103,7 +109,7 @@ def exact(
         places = first + torch.arange(len(y), device=device)
 
         # Neither itself nor rows of zeros: pictures that did not open, samples without a caption.
-        excluded = (own.unsqueeze(1) == places) | ~y.any(1)
+        excluded = (query_numbers.unsqueeze(1) == places) | ~y.any(1)
         scores = (x @ y.T).masked_fill(excluded, -torch.inf)
         joined = torch.cat([best, scores], 1)
         joined_numbers = torch.cat([numbers, places.expand(len(x), -1)], 1)

@@ -46,7 +46,7 @@ class AddMined:
                 )
             neighbours = [self.store.sample(n) for n in chosen["numbers"][row].tolist() if n >= 0]
             scores = chosen["scores"][row][: len(neighbours)]
-            meta = self._fields(sample, neighbours, scores, chosen["own"][row], counts)
+            meta = self._fields(sample, neighbours, scores, chosen["positive_scores"][row], counts)
             yield Changed(sample, list(sample.captions), meta)
 
     def _fields(
@@ -54,7 +54,7 @@ class AddMined:
         sample: Content,
         neighbours: list[Content],
         scores: np.ndarray,
-        own: float,
+        positive_score: float,
         counts: Counter[str],
     ) -> dict[str, Any]:
         """The sample's JSON with its neighbours as negatives; their pictures go to the sample."""
@@ -62,8 +62,8 @@ class AddMined:
         meta = with_negatives(sample.meta, negatives, counts)
         meta["negative_keys"] = [other.key for other in neighbours]
         meta["negative_scores"] = [round(float(score), _DIGITS) for score in scores]
-        if not np.isnan(own):
-            meta["positive_score"] = round(float(own), _DIGITS)
+        if not np.isnan(positive_score):
+            meta["positive_score"] = round(float(positive_score), _DIGITS)
             if self.judged:
                 meta["score"] = meta["positive_score"]
 

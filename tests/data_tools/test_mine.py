@@ -85,7 +85,9 @@ def test_an_index_of_faiss_finds_what_the_exact_search_finds(
         search.build_index(work)
         work((1, opened.paths[1]))
         found[method] = np.load(tmp_path / "00001_neighbours.npz")
-        found[method] = {name: found[method][name] for name in ("numbers", "scores", "own")}
+        found[method] = {
+            name: found[method][name] for name in ("numbers", "scores", "positive_scores")
+        }
     for name, expected in found["exact"].items():
         assert np.allclose(found[index][name], expected, atol=1e-4), name
 

@@ -290,3 +290,16 @@ def test_senseless_options_are_refused(
     usual = ["--model", language_models / model, "--to", tmp_path / "out"]
     with pytest.raises(ValueError, match=message):
         call(rewrite, shards, *usual, *options)
+
+
+def test_answers_are_printed_and_nothing_is_written(
+    language_models: Path, shards: Path, prompts: Path, capsys
+) -> None:
+    before = sorted(path.name for path in shards.parent.rglob("*"))
+    options = ["--model", language_models / "causal", "--prompts", prompts, "--kinds", "other"]
+    assert call(rewrite, shards, *options, "--print", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    captions = [f"k0  {text}" for text in CAPTIONS[0]] + [f"k1  {text}" for text in CAPTIONS[1]]
+    assert [line for line in lines if not line.startswith(" ")] == captions
+    assert len([line for line in lines if line.startswith("    other ")]) == 4
+    assert sorted(path.name for path in shards.parent.rglob("*")) == before
