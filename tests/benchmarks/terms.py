@@ -46,6 +46,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "multi_view": {},
     "slip": {},
     "hard_negatives.negclip": {"form": "negclip"},
+    "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},
     "hard_negatives.intra": {"form": "intra"},
 }
