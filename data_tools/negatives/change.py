@@ -71,13 +71,17 @@ class AddNegatives:
     ) -> Iterator[tuple[Content, list[tuple[Negative, int]]]]:
         """Each sample with its (negative, number of its caption) pairs."""
         # A language model reads the captions of many samples at once.
-        n_window = _WINDOW * self.rewriter.model.batch if self.rewriter else 1
+        n_window, rewrite = 1, None
+        if self.rewriter:
+            n_window = _WINDOW * self.rewriter.model.batch
+            rewrite = self.rewriter.of_shard(shard, self.seed)
+
         for window in windows(samples, n_window):
             rewritten: dict[str, list[Negative]] = {}
-            if self.rewriter:
+            if rewrite:
                 of_samples = [_heads(sample.captions) for sample in window]
                 heads = list(dict.fromkeys(itertools.chain.from_iterable(of_samples)))
-                rewritten = self.rewriter.negatives(heads, shard, self.seed)
+                rewritten = rewrite(heads)
             for sample in window:
                 yield sample, self.choose(sample.key, list(sample.captions), counts, rewritten)
 

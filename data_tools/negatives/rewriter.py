@@ -6,7 +6,9 @@ words, a causal or an encoder-decoder one answers a prompt. Nothing vouches that
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from vlp.data_tools._writer.generate import Drawing, Question
 from vlp.data_tools._writer.model import LanguageModel, Loaded
 from vlp.data_tools.negatives.rules import Negative
 
+Rewrite = Callable[[list[str]], dict[str, list[Negative]]]  # the negatives of each caption
 N_WORDS = 2  # words of a caption that a masked model is asked for
 N_LIKELY = 20  # its most likely words to choose from; beyond them sentences fall apart
 
@@ -33,23 +36,26 @@ class Rewriter:
         """What its negatives depend on."""
         return self.model.settings() | {"prompt": self.prompt}
 
-    def negatives(self, captions: list[str], shard: int, seed: int) -> dict[str, list[Negative]]:
-        """The negatives of each caption."""
+    def of_shard(self, shard: int, seed: int) -> Rewrite:
+        """What gives the negatives of captions of one shard."""
         loaded = self.model.load()
         if loaded.kind == "masked":
-            return fill_in(loaded, captions, seed, self.model.batch)
+            return partial(fill_in, loaded=loaded, seed=seed, batch=self.model.batch)
 
         path = self.folder and self.folder / FOLDER / f"{shard:05d}.jsonl"
+        return partial(self._answered, answers=Answers(self.model, Drawing(), path))
+
+    def _answered(self, captions: list[str], answers: Answers) -> dict[str, list[Negative]]:
+        """The answers to the prompt; an empty one where the model has no positions for it."""
         questions = [Question(self.prompt.replace("{}", text), text) for text in captions]
-        answers = Answers(self.model, Drawing(), path).ask(questions)
         return {
-            caption: [Negative("rewritten", text) for text in texts or []]
-            for caption, texts in zip(captions, answers)
+            caption: [Negative("rewritten", text) for text in texts or [""]]
+            for caption, texts in zip(captions, answers.ask(questions))
         }
 
 
 def fill_in(
-    loaded: Loaded, captions: list[str], seed: int, batch: int
+    captions: list[str], loaded: Loaded, seed: int, batch: int
 ) -> dict[str, list[Negative]]:
     """Captions with content words replaced by others that a masked language model finds likely."""
     places: list[tuple[str, Word]] = []

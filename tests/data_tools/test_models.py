@@ -24,7 +24,7 @@ from vlp.data_tools.negatives.rewriter import Rewriter
 def test_a_masked_model_replaces_words(language_models: Path) -> None:
     rewriter = Rewriter(LanguageModel(str(language_models / "masked"), batch=3), "{}")
     caption = "A red car under two table"
-    made = rewriter.negatives([caption, "two dogs", "the"], 0, seed=0)
+    made = rewriter.of_shard(0, seed=0)([caption, "two dogs", "the"])
     assert [len(negatives) for negatives in made.values()] == [2, 2, 0]
     for negative in made[caption]:
         old, new = caption.split(), negative.text.split()
