@@ -7,9 +7,10 @@ Kinds are rows of a table (data_tools/rewrite/prompts.yaml, or --prompts FILE). 
                                          wrong captions, as `vlp data negatives` writes them, with
                                          the kind of each: the five of DeGLA (arXiv 2504.16801)
 
-An answer that is empty, equal to a caption of the sample, or said before is dropped and counted by
-kind. All answers, with the empty ones, lie in DIR/_answers/*.jsonl: a killed call goes on from
-them, and --reuse takes them over into another call where model, prompt and caption are the same.
+An answer that is empty, equal to a caption of the sample, or said before is dropped and counted, of
+true captions by kind. All answers, with the empty ones, lie in DIR/_answers/*.jsonl: a killed call
+goes on from them, and --reuse takes them over into another call where model, prompt and caption are
+the same.
 
 Nothing vouches for what a model writes. Read some first: --print N.
 """
