@@ -276,7 +276,7 @@ def _multiples(multiples: tuple[float, ...]) -> Reduction:
         return (*others, z.masked_fill(~positive, 0), *others)
 
     kinds = ("logsumexp",) * len(multiples)
-    return Reduction(function, rows=(*kinds, SUM), columns=kinds)
+    return Reduction(function, rows=(*kinds, SUM), columns=kinds, multiples=multiples)
 
 
 def _same_dtype(

@@ -103,6 +103,8 @@ class Reduction:
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     fused: str = ""  # the hand-derived implementation that equals `function`, where there is one
+    # `function` is (m·z without the pairs) of each m, the positive z_ii, and the same by column
+    multiples: tuple[float, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
