@@ -13,6 +13,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlp.data.captions import MAX_TEXT_BYTES
+from vlp.data.members import Picture
 from vlp.data.wrong_captions import GIVEN, LISTS, read
 from vlp.data_tools._english.words import bare
 
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 # Lists with an entry for each wrong caption, and the entry of one for which nothing was written
 # (None: there is none).
 BESIDE: dict[str, dict[str, Any]] = {
-    "negatives": {"negatives_valid": True, "negative_kinds": "given", "negative_scores": None},
+    "negatives": {
+        "negatives_valid": True,
+        "negative_kinds": "given",
+        "negative_scores": None,
+        "negative_keys": None,
+    },
     "counterfactuals": {},
 }
 MOST_CAPTIONS = 255  # of a sample: the index counts no further
@@ -35,6 +41,7 @@ class Wrong(NamedTuple):
     text: str
     made_from: str | None  # a caption; None: given
     beside: dict[str, Any]  # its entries of the lists BESIDE
+    picture: Picture | None = None  # an image that it is true of
 
 
 def keep_captions(sample: Content, kept: list[int], counts: Counter[str]) -> None:
@@ -47,19 +54,18 @@ def keep_captions(sample: Content, kept: list[int], counts: Counter[str]) -> Non
         sample.meta["clip_scores"] = [scores[i] for i in kept]
 
     # Before `captions` changes: the numbers in the lists count the captions that are there now.
-    first = _first_negative(sample)
     for name in LISTS:
         if sample.meta.get(f"{name}_of") is None:
             continue
         wrong_captions = _wrong_captions(sample, name, counts)
         stay = [wrong for wrong in wrong_captions if wrong.made_from in (None, *captions)]
         _write(sample.meta, _lists(name, stay, captions, counts))
+        if name == "negatives":
+            sample.negative_images = _pictures(stay)
 
     sample.captions = tuple(captions)
     if "captions" in sample.meta:
         sample.meta["captions"] = captions
-    if _first_negative(sample) != first:
-        sample.negative_image, sample.negative_image_type = b"", ""
 
 
 def settle(sample: Content, counts: Counter[str]) -> None:
@@ -77,14 +83,17 @@ def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
     """
     captions = list(dict.fromkeys([*sample.captions, *other.captions]))
     parts = [sample, other]
-    if other.negative_image and not sample.negative_image:
-        parts.reverse()  # an image belongs to the first negative
 
     # Into a copy: a sample that would grow too large stays as it is.
     meta = dict(sample.meta)
+    pictures: dict[int, Picture] = {}
     merged_counts: Counter[str] = Counter()
     for name in LISTS:
-        _write(meta, _joined(name, parts, captions, merged_counts))
+        wrong_captions = _joined(name, parts, captions, merged_counts)
+        if wrong_captions is not None:
+            _write(meta, _lists(name, wrong_captions, captions, merged_counts))
+        if wrong_captions is not None and name == "negatives":
+            pictures = _pictures(wrong_captions)
     _write(meta, _joined_scores(parts, captions, merged_counts))
     meta["captions"] = captions
     meta["merged_keys"] = [*sample.meta.get("merged_keys", []), other.key]
@@ -94,14 +103,7 @@ def merge(sample: Content, other: Content, counts: Counter[str]) -> bool:
     n_new = len(captions) - len(sample.captions)
     merged_counts["merged: captions that the earlier sample did not have"] = n_new
     counts.update(merged_counts)
-
-    # Read before `meta` is exchanged: the first part may be the sample itself.
-    first = _first_negative(parts[0])
-    image, image_type = parts[0].negative_image, parts[0].negative_image_type
-    sample.meta, sample.captions = meta, tuple(captions)
-    if _first_negative(sample) != first:
-        image, image_type = b"", ""
-    sample.negative_image, sample.negative_image_type = image, image_type
+    sample.meta, sample.captions, sample.negative_images = meta, tuple(captions), pictures
     return True
 
 
@@ -116,9 +118,10 @@ def _write(meta: dict[str, Any], lists: dict[str, Any]) -> None:
             meta[name] = values
 
 
-def _first_negative(sample: Content) -> str:
-    negatives = sample.meta.get("negatives")
-    return str(negatives[0]) if isinstance(negatives, list) and negatives else ""
+def _pictures(wrong_captions: list[Wrong]) -> dict[int, Picture]:
+    """The images of wrong captions by their places."""
+    places = enumerate(wrong_captions)
+    return {place: wrong.picture for place, wrong in places if wrong.picture is not None}
 
 
 def _wrong_captions(sample: Content, name: str, counts: Counter[str]) -> list[Wrong]:
@@ -139,7 +142,9 @@ def _wrong_captions(sample: Content, name: str, counts: Counter[str]) -> list[Wr
         if isinstance(values, list) and len(values) == len(beside):
             for entries, value in zip(beside, values):
                 entries[list_name] = value
-    return [Wrong(*row) for row in zip(wrong.texts, made_from, beside)]
+    images = sample.negative_images if name == "negatives" else {}
+    pictures = [images.get(place) for place in range(len(beside))]
+    return [Wrong(*row) for row in zip(wrong.texts, made_from, beside, pictures)]
 
 
 def _lists(
@@ -168,10 +173,10 @@ def _lists(
 
 def _joined(
     name: str, parts: list[Content], captions: list[str], counts: Counter[str]
-) -> dict[str, Any]:
-    """The lists for the wrong captions of all parts; {} where no part has any."""
+) -> list[Wrong] | None:
+    """The wrong captions of all parts, each once; None where no part has any."""
     if not any(part.meta.get(name) for part in parts):
-        return {}
+        return None
 
     # The same wrong caption of the same caption is one; one that the copy calls true is none.
     joined: dict[tuple[str, str | None], Wrong] = {}
@@ -181,8 +186,10 @@ def _joined(
         if bare(wrong.text) in true:
             counts[f"{name} dropped: a copy's caption says them"] += 1
         else:
-            joined.setdefault((wrong.text, wrong.made_from), wrong)
-    return _lists(name, list(joined.values()), captions, counts)
+            first = joined.setdefault((wrong.text, wrong.made_from), wrong)
+            if first.picture is None:
+                joined[wrong.text, wrong.made_from] = first._replace(picture=wrong.picture)
+    return list(joined.values())
 
 
 def _joined_scores(

@@ -3,9 +3,9 @@
 DIR/SHARD.safetensors holds
     image, text    [n, D] float16 unit rows in the order of the shard's n usable samples; zeros
                    where a picture does not open or a sample has no caption (both are counted)
-    metadata       model (its reference), scale (its learned inverse temperature), keys (SHA-256 in
-                   hex of the samples' keys, one a line), so that a reader can tell whether the
-                   shard is still the same
+    metadata       model (its reference), weights (a hash of them), scale (its learned inverse
+                   temperature), keys (SHA-256 in hex of the samples' keys, one a line), so that a
+                   reader can tell whether the shard is still the same
 The source option `embeddings: DIR` pool them to training as a teacher's; `vlp data dedup
 --embeddings DIR` reads them.
 """
@@ -104,6 +104,7 @@ class Embed:
 
         metadata = {
             "model": self.model.ref,
+            "weights": self.model.encoder().fingerprint[:16],
             "scale": str(self.model.encoder().scale),
             "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
         }

@@ -148,8 +148,8 @@ def _check_samples(path: Path, shard: Shard) -> int:
 
                 # Decoded as training does, at full size.
                 array(content.image)
-                if content.negative_image:
-                    array(content.negative_image)
+                for picture in content.negative_images.values():
+                    array(picture.data)
 
                 if not content.captions and not isinstance(content.meta.get("class"), str):
                     raise ValueError("neither caption nor class")

@@ -7,7 +7,7 @@ from vlp.config.training import Train
 from vlp.schema import ConfigError, parse
 
 WIDTHS = {"captions": 3, "captions_valid": 3, "negatives": 5, "image_views": 2}
-NEEDS = frozenset({"image", "text", "scale", "captions", "captions_valid", "negative_image"})
+NEEDS = frozenset({"image", "text", "scale", "captions", "captions_valid", "negative_images"})
 
 
 def train(**keys) -> Train:

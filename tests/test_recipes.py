@@ -14,6 +14,7 @@ import pytest
 from tests.data.material import encoded, picture
 from vlp import cli, config, plugin
 from vlp.data.format import ShardWriter
+from vlp.data.members import Picture
 from vlp.train import train
 
 TEXT = "{name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}"
@@ -32,11 +33,13 @@ def shards(tmp_path_factory):
                 "counterfactuals": [f"{i} and two", f"{i} and three"],
                 "short_caption": f"picture {i}",
                 "long_caption": f"A picture, whose number is {i}. It is of one colour.",
+                "origin": f"pair {i // 2}",
+                "paraphrase": [f"picture {i} is this"],
             }
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
-            writer.add(
-                f"k{i}", own, "png", [f"this is picture {i}"], meta, negative_image=(other, "png")
-            )
+            images = dict.fromkeys(range(2), Picture(other, "png"))
+            captions = [f"this is picture {i}"]
+            writer.add(f"k{i}", own, "png", captions, meta, negative_images=images)
     return folder
 
 
@@ -83,7 +86,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 22
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 25
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -147,8 +150,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 12, "demo": 1, "eval": 2, "export": 1, "train": 29}
-    assert n_tools == 20
+    assert counts == {"data": 19, "demo": 1, "eval": 2, "export": 1, "train": 32}
+    assert n_tools == 27
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):

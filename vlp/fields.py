@@ -119,8 +119,8 @@ class Carried:
     )
     captions_valid: Tensor = mask("b K'", beside="captions")
 
-    # Hard captions of `text`. The picture belongs to negatives[:, 0], which is valid only beside
-    # one, and is black elsewhere. teacher_scores: higher fits the image better.
+    # Hard captions of `text`. negative_images[:, j] belongs to negatives[:, j], and is black where
+    # that has none. teacher_scores: higher fits the image better.
     negatives: Tensor = texts(
         "b K L",
         "b K D",
@@ -128,13 +128,15 @@ class Carried:
         supplier="shards with hard captions (vlp data negatives)",
     )
     negatives_valid: Tensor = mask("b K", beside="negatives")
-    negative_image: Tensor = pictures(
-        "b 3 H W",
-        "b D",
-        valid="negatives_valid",
+    negative_images: Tensor = pictures(
+        "b J 3 H W",
+        "b J D",
+        valid="negative_images_valid",
         beside="negatives",
-        supplier="shards with an image of a hard caption (vlp data negatives --from FILE.jsonl)",
+        supplier="shards with images of hard captions (vlp data mine --images, or vlp data "
+        "negatives --from FILE.jsonl)",
     )
+    negative_images_valid: Tensor = mask("b J", beside="negative_images")
     teacher_scores: Tensor = numbers(
         "b K",
         beside="negatives",
@@ -246,9 +248,16 @@ def family(name: str) -> set[str]:
     """The fields that a batch carries only together with `name`, its own among them, and what
     teachers embed of them.
     """
-    first = CARRIED[name].beside or name
-    members = {other for other, field in CARRIED.items() if (field.beside or other) == first}
+    first = _first(name)
+    members = {other for other in CARRIED if _first(other) == first}
     return members | {f"ema_{member}" for member in members}
+
+
+def _first(name: str) -> str:
+    """The field beside which, or beside whose companion, this one is made."""
+    while CARRIED[name].beside:
+        name = CARRIED[name].beside
+    return name
 
 
 def supplier(name: str) -> str:

@@ -56,7 +56,25 @@ def _check(source: Source, embeddings: Embeddings, model: DualEncoder, precomput
     judge = model if precomputed else _teacher(name, folder)
     if judge is None:  # said already
         return
+    compare(source, embeddings, judge, precomputed=precomputed)
 
+
+def check_with_teacher(source: Source) -> None:
+    """Raise ValueError where a source's `embeddings` are not those of the teacher they name."""
+    embeddings = source.embeddings
+    assert embeddings is not None
+    judge = _teacher(embeddings.teacher.model, embeddings.folder)
+    if judge is not None:
+        compare(source, embeddings, judge, precomputed=False)
+
+
+def compare(
+    source: Source, embeddings: Embeddings, judge: DualEncoder | Stages, *, precomputed: bool
+) -> None:
+    """Embed a few samples again with `judge`; ValueError where they are not what is stored.
+    `precomputed`: images stand in for the run's own tower.
+    """
+    folder, name = embeddings.folder, embeddings.teacher.model
     samples, pixels = _opened(source, judge.image_spec)
     if not samples:
         log.say(f"{folder}: not compared with {name}, because no picture could be opened")

@@ -6,7 +6,8 @@ Shape legend, used in every docstring of this project:
     g   ranks in a group                n   candidates of a row, n = g·b
     D   embedding                       D'  embedding of another model
     L   tokens                          H W height and width of a picture in pixels
-    K   hard negatives of a caption     C   counterfactuals of a caption
+    K   hard negatives of a caption     J   images of hard negatives
+    C   counterfactuals of a caption
     K'  captions of a sample            V   further views
     M   concepts of a teacher           Q   keys of a queue
     Z   tokens of the vocabulary
@@ -38,8 +39,8 @@ class Sample:
     image_type: str  # extension without dot, lower case, from the allow-list of vlp.data.format
     captions: tuple[str, ...]  # never empty
     meta: dict[str, Any] = field(default_factory=dict)  # the sample's JSON
-    # the encoded image of the first of the meta's "negatives"; empty: none
-    negative_image: bytes = b""
+    # encoded images of the meta's "negatives", by their places in that list
+    negative_images: dict[int, bytes] = field(default_factory=dict)
     # a teacher's, of image and first caption: arrays [D'] each
     embeddings: tuple[Any, Any] | None = None
     weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -63,6 +64,15 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
             yield sample
 
 
+def windows(samples: Iterable[Content], size: int) -> Iterator[list[Content]]:
+    """The samples in runs of `size`, the last one shorter."""
+    samples = iter(samples)
+    window = list(islice(samples, size))
+    while window:
+        yield window
+        window = list(islice(samples, size))
+
+
 def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     """Write a sample under a key (None: the next number) with everything that our format holds of
     it.
@@ -71,10 +81,8 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     cls = meta.get("cls")
     if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
-    negative = None
-    if sample.negative_image:
-        negative = (sample.negative_image, sample.negative_image_type)
-    writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_image=negative)
+    pictures = sample.negative_images
+    writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_images=pictures)
 
 
 def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]) -> None:

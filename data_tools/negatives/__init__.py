@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from vlp.data.wrong_captions import GIVEN as GIVEN
 from vlp.data_tools._run import work
+from vlp.data_tools._writer import model
 from vlp.data_tools.negatives.change import AddNegatives
 from vlp.data_tools.negatives.given import read_given
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from vlp.data.members import Content as Content
     from vlp.data_tools._run.shards import Changed as Changed
     from vlp.data_tools.negatives.lexicon import Lexicon as Lexicon
+    from vlp.data_tools.negatives.rewriter import Rewriter
     from vlp.data_tools.negatives.rules import Negative
 
 HELP = "add hard-negative captions by rule, from a file, or by a language model"
@@ -99,14 +101,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--rewriter",
         metavar="MODEL",
-        help="masked or causal language model of transformers (name or folder) for more negatives",
+        help="masked, causal or encoder-decoder language model of transformers (name or folder) "
+        "for more negatives; it reads many captions at once",
     )
     add(
         "--prompt",
         default="Rewrite the caption so that it is wrong in one detail.\n"
         "Caption: {}\nWrong caption:",
-        help="what a causal rewriter continues; {} is the caption",
+        help="what a causal or encoder-decoder rewriter answers; {} is the caption",
     )
+    model.arguments(parser)
 
     # How they are drawn and looked at.
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -150,7 +154,6 @@ def run(args: argparse.Namespace) -> int:
         counts["given: keys without a sample"] = len(change.given) - counts["given: keys used"]
     print(work.report(counts, f"{folder}:"))
     return 0
-    return 0
 
 
 def _change(args: argparse.Namespace) -> AddNegatives:
@@ -179,9 +182,15 @@ def _change(args: argparse.Namespace) -> AddNegatives:
         lexicon=Lexicon.load(args.words),
         given=given,
         images=images,
-        rewriter=args.rewriter,
-        prompt=args.prompt,
+        rewriter=_rewriter(args) if args.rewriter else None,
     )
+
+
+def _rewriter(args: argparse.Namespace) -> Rewriter:
+    from vlp.data_tools.negatives.rewriter import Rewriter
+
+    folder = Path(args.to) if args.to else None
+    return Rewriter(model.LanguageModel.of(args, args.rewriter), args.prompt, folder)
 
 
 def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
@@ -191,18 +200,18 @@ def _examples(sources: list[Path], change: AddNegatives, n: int) -> str:
     rng = random.Random(change.seed)
     counts: Counter[str] = Counter()
     examples: list[tuple[str, Negative]] = []
-    for path in sources:
-        for sample in samples(path, counts):
+    for shard, path in enumerate(sources):
+        for sample, chosen in change.chosen(samples(path, counts), shard, counts):
             captions = list(sample.captions)
-            for negative, number in change.choose(sample.key, captions, counts):
+            for negative, number in chosen:
                 # What was given for the picture stands below its first caption.
                 caption = captions[max(number, 0)] if captions else ""
                 examples.append((caption, negative))
 
-    chosen = rng.sample(examples, min(n, len(examples)))
-    width = max((len(negative.kind) for _, negative in chosen), default=0)
+    shown = rng.sample(examples, min(n, len(examples)))
+    width = max((len(negative.kind) for _, negative in shown), default=0)
     lines = [
         f"{'':{width}}  {caption}\n{negative.kind:{width}}  {negative.text}\n"
-        for caption, negative in chosen
+        for caption, negative in shown
     ]
     return "\n".join(lines)

@@ -6,20 +6,26 @@ import hashlib
 import itertools
 import json
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from vlp.data.members import Picture
 from vlp.data.wrong_captions import GIVEN
+from vlp.data_tools._run.shards import windows
+from vlp.data_tools.negatives.fields import valid, with_negatives
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
     from vlp.data_tools._run.shards import Changed
     from vlp.data_tools.negatives.lexicon import Lexicon
+    from vlp.data_tools.negatives.rewriter import Rewriter
     from vlp.data_tools.negatives.rules import Negative
+
+_WINDOW = 4  # batches of a language model's captions, whose samples wait in memory
 
 
 @dataclass
@@ -32,8 +38,7 @@ class AddNegatives:
     lexicon: Lexicon
     given: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     images: dict[str, Path] = field(default_factory=dict)  # of the first given negative
-    rewriter: str | None = None
-    prompt: str = "{}"
+    rewriter: Rewriter | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on, besides the input."""
@@ -48,8 +53,7 @@ class AddNegatives:
             "seed": self.seed,
             "words": _digest(repr(self.lexicon.entries)),
             "given": given,
-            "rewriter": self.rewriter,
-            "prompt": self.prompt if self.rewriter else None,
+            "rewriter": self.rewriter.settings() if self.rewriter else None,
         }
 
     def __call__(
@@ -57,37 +61,37 @@ class AddNegatives:
     ) -> Iterator[Changed]:
         from vlp.data_tools._run.shards import Changed
 
-        for sample in samples:
-            yield Changed(sample, list(sample.captions), self.fields(sample, counts))
+        for sample, chosen in self.chosen(samples, shard, counts):
+            self._picture(sample, chosen, counts)
+            meta = with_negatives(sample.meta, chosen, counts)
+            yield Changed(sample, list(sample.captions), meta)
 
-    def fields(self, sample: Content, counts: Counter[str]) -> dict[str, Any]:
-        """The sample's JSON with its negatives."""
-        captions = list(sample.captions)
-        chosen = self.choose(sample.key, captions, counts)
-        if sample.meta.get("negatives"):
-            counts["samples whose earlier negatives were replaced"] += 1
-        self._picture(sample, chosen, counts)
+    def chosen(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[tuple[Content, list[tuple[Negative, int]]]]:
+        """Each sample with its (negative, number of its caption) pairs."""
+        # A language model reads the captions of many samples at once.
+        n_window, rewrite = 1, None
+        if self.rewriter:
+            n_window = _WINDOW * self.rewriter.model.batch
+            rewrite = self.rewriter.of_shard(shard, self.seed)
 
-        # The scores are of the earlier negatives, and go with them.
-        meta = {name: value for name, value in sample.meta.items() if name != "negative_scores"}
-        meta |= {
-            "negatives": [negative.text for negative, _ in chosen],
-            "negatives_valid": [True] * len(chosen),
-            "negative_kinds": [negative.kind for negative, _ in chosen],
-            "negatives_of": [number for _, number in chosen],
-        }
-
-        counts["samples with negatives" if chosen else "samples without negatives"] += 1
-        counts.update(f"negatives written: {negative.kind}" for negative, _ in chosen)
-        return meta
+        for window in windows(samples, n_window):
+            rewritten: dict[str, list[Negative]] = {}
+            if rewrite:
+                of_samples = [_heads(sample.captions) for sample in window]
+                heads = list(dict.fromkeys(itertools.chain.from_iterable(of_samples)))
+                rewritten = rewrite(heads)
+            for sample in window:
+                yield sample, self.choose(sample.key, list(sample.captions), counts, rewritten)
 
     def _picture(
         self, sample: Content, chosen: list[tuple[Negative, int]], counts: Counter[str]
     ) -> None:
-        """Give the sample the image of its first negative; one of an earlier first negative goes
-        with that.
+        """Give the sample the image of its first negative; those of earlier negatives go with
+        them.
         """
-        sample.negative_image, sample.negative_image_type = b"", ""
+        sample.negative_images = {}
         image = self.images.get(sample.key)
         if image is None:
             return
@@ -96,27 +100,29 @@ class AddNegatives:
         first = self.given[sample.key][0][0].strip()
         stays = bool(chosen) and chosen[0][1] == GIVEN and chosen[0][0].text == first
         if stays:
-            sample.negative_image = image.read_bytes()
-            sample.negative_image_type = image.suffix.lower()[1:]
+            picture = Picture(image.read_bytes(), image.suffix.lower()[1:])
+            sample.negative_images = {0: picture}
             counts["negative images written"] += 1
         else:
             counts["dropped: negative images whose caption was dropped"] += 1
 
     def choose(
-        self, key: str, captions: list[str], counts: Counter[str]
+        self,
+        key: str,
+        captions: list[str],
+        counts: Counter[str],
+        rewritten: Mapping[str, list[Negative]] = MappingProxyType({}),  # by a language model
     ) -> list[tuple[Negative, int]]:
         """(negative, number of its caption) pairs, at most K that belong to a caption.
 
         The given ones come first and belong to every caption; then come each caption's own, its
         kinds in turn.
         """
-        from vlp.data_tools.negatives.rules import head
-
         # By the sample's key, so that neither processes nor the order of shards change a choice.
         rng = random.Random(f"{self.seed}/{key}")
-        heads = [head(caption) for caption in captions]
-        candidates = self._candidates(key, heads, rng, counts)
-        pool = self._valid(candidates, heads, counts)
+        heads = _heads(captions)
+        candidates = self._candidates(key, heads, rng, counts, rewritten)
+        pool = valid(candidates, heads, counts)
 
         # Given ones belong to every caption, so each caption has so many fewer of its own.
         chosen = [(negative, number) for negative, number in pool if number == GIVEN][: self.k]
@@ -129,7 +135,12 @@ class AddNegatives:
         return chosen
 
     def _candidates(
-        self, key: str, captions: list[str], rng: random.Random, counts: Counter[str]
+        self,
+        key: str,
+        captions: list[str],
+        rng: random.Random,
+        counts: Counter[str],
+        rewritten: Mapping[str, list[Negative]],
     ) -> list[tuple[Negative, int]]:
         from vlp.data_tools.negatives.rules import Negative, propose
 
@@ -146,9 +157,7 @@ class AddNegatives:
 
             passed: Counter[str] = Counter()
             negatives = propose(caption, self.lexicon, rng, self.kinds, passed)
-            if self.rewriter:
-                negatives += _rewriter(self.rewriter, self.prompt)(caption, rng)
-
+            negatives += rewritten.get(caption, [])
             candidates += [(negative, i) for negative in negatives]
 
             counts["captions read"] += 1
@@ -159,39 +168,12 @@ class AddNegatives:
                 counts["captions without negatives"] += 1
         return candidates
 
-    def _valid(
-        self, candidates: list[tuple[Negative, int]], captions: list[str], counts: Counter[str]
-    ) -> list[tuple[Negative, int]]:
-        from vlp.data_tools._english.words import bare
 
-        kept: list[tuple[Negative, int]] = []
-        # Compared as bare words: a capital or a full stop makes no other caption.
-        true = {bare(caption) for caption in captions}
-        seen: set[tuple[str, int]] = set()  # text, number of its caption
-        for i, group in itertools.groupby(candidates, key=lambda candidate: candidate[1]):
-            # One text of all other captions: they are searched for every new word.
-            others = " \n ".join(caption for j, caption in enumerate(captions) if j != i).lower()
-            for negative, _ in group:
-                text = bare(negative.text)
-                if not text:
-                    reason = "empty"
-                elif text in true:
-                    reason = "equal to a caption"
-                elif any(_says(others, word) for word in negative.new_words):
-                    reason = "says what another caption of the picture says"
-                elif not seen.isdisjoint({(text, i), (text, GIVEN)}):
-                    reason = "repeated"
-                else:
-                    seen.add((text, i))
-                    kept.append((negative, i))
-                    continue
-                counts[f"dropped: {reason}"] += 1
-        return kept
+def _heads(captions: Iterable[str]) -> list[str]:
+    """The parts of captions that are changed."""
+    from vlp.data_tools.negatives.rules import head
 
-
-def _says(captions: str, word: str) -> bool:
-    """Whether a word stands in captions; the plain search first, because it is much the faster."""
-    return word in captions and re.search(rf"\b{re.escape(word)}\b", captions) is not None
+    return [head(caption) for caption in captions]
 
 
 def _digest(text: str) -> str:
@@ -213,9 +195,3 @@ def _in_turn(negatives: list[Negative], rng: random.Random) -> list[Negative]:
     while any(queues):
         result += [queue.pop() for queue in queues if queue]
     return result
-
-
-def _rewriter(name: str, prompt: str) -> Any:
-    from vlp.data_tools.negatives.rewriter import load
-
-    return load(name, prompt)

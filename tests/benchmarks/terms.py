@@ -51,6 +51,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "multi_view": {},
     "slip": {},
     "hard_negatives.negclip": {"form": "negclip"},
+    "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},
     "hard_negatives.intra": {"form": "intra"},
     "captions.mean": {"label_smoothing": 0.1, "short": {"components": 32}},
@@ -158,7 +159,8 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "image_views": lambda: rows(2, B),
         "text_views": lambda: rows(2, B),
         "negatives": lambda: rows(B, 2),
-        "negative_image": lambda: rows(B),
+        "negative_images": lambda: rows(B, 1),
+        "negative_images_valid": lambda: torch.ones(B, 1, dtype=torch.bool, device=device),
         "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
         "captions": lambda: rows(B, 2),
         "captions_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
@@ -171,7 +173,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
     leaves |= {
         n: given.pop(n).requires_grad_()
-        for n in ("image_views", "text_views", "negatives", "negative_image", "captions")
+        for n in ("image_views", "text_views", "negatives", "negative_images", "captions")
         if n in given
     }
 

@@ -18,6 +18,7 @@ from vlp.config import Captions
 from vlp.data import decode
 from vlp.data.format import ShardWriter, index
 from vlp.data.loader import DataError
+from vlp.data.members import Picture
 from vlp.data.sources.shards import Options
 from vlp.data.sources.shards import open as open_shards
 
@@ -25,91 +26,101 @@ PLAIN = {"scale": [1, 1], "ratio": [40 / 36, 40 / 36]}  # the whole picture
 
 
 def write_pictured(folder: Path, n: int = 8) -> Path:
-    """Sample i has two negatives; the even ones a picture of the first, of another colour."""
+    """Sample i has two negatives; the even ones pictures, of other colours, of the first or, every
+    fourth, of both.
+    """
     with ShardWriter(folder, 5) as writer:
         for i in range(n):
-            extra = {} if i % 2 else {"negative_image": (encoded(picture(100 + i)), "png")}
+            n_pictures = (2, 0, 1, 0)[i % 4]
+            images = {k: Picture(negative(i, k), "png") for k in range(n_pictures)}
             writer.add(
                 f"k{i}",
                 encoded(picture(i)),
                 "png",
                 [f"text {i}"],
                 {"negatives": [f"not {i}", "nor this"]},
-                **extra,
+                negative_images=images,
             )
     return folder
 
 
-def test_images_of_negatives_come_with_them_and_mask_the_first_where_they_lack(tmp_path):
-    data = data_of(write_pictured(tmp_path), augment=PLAIN)
+def negative(i: int, k: int) -> bytes:
+    return encoded(picture(100 + 10 * k + i))
+
+
+@pytest.mark.parametrize("most, width", [(1, 1), (2, 2), (5, 2)])
+def test_images_come_beside_their_negatives_and_are_masked_where_they_lack(tmp_path, most, width):
+    data = data_of(write_pictured(tmp_path), augment=PLAIN, negative_images=most)
     loader = loader_of(data, 8)
-    assert (
-        "negative_image" in loader.carries
-        and "first negative of 4 samples is masked" in loader.problems()[0]
-    )
+    assert {"negative_images", "negative_images_valid"} <= loader.carries
 
     batch = next(loader)
-    assert (
-        batch.negative_image.shape == batch.image.shape
-        and batch.negative_image.dtype == torch.uint8
-    )
+    assert batch.negative_images.shape == (8, width, *batch.image.shape[1:])
+    assert batch.negative_images.dtype == torch.uint8
+    assert batch.negatives_valid.all()
 
+    n_shown = 0
     for row, key in enumerate(batch.key):
         i = int(key[1:])
-        assert batch.negatives_valid[row].tolist() == [i % 2 == 0, True]
-
-        expected = (
-            decode.train_transform(encoded(picture(100 + i)), IMAGE, data.augment, random.Random(0))
-            if i % 2 == 0
-            else 0
-        )
-        assert (batch.negative_image[row].int() - expected).abs().max() == 0
-        assert (batch.image[row] != batch.negative_image[row]).any()
-    without = data_of(write_shards_without_pictures(tmp_path / "without"))
-    assert next(
-        loader_of(without, 8)
-    ).negatives_valid.all()  # no images of negatives at all: nothing to mask
+        for k in range(width):
+            shown = k < (2, 0, 1, 0)[i % 4]
+            assert batch.negative_images_valid[row, k] == shown
+            expected = 0
+            if shown:
+                expected = decode.train_transform(
+                    negative(i, k), IMAGE, data.augment, random.Random(0)
+                )
+                n_shown += 1
+            assert (batch.negative_images[row, k].int() - expected).abs().max() == 0
+    assert n_shown == {1: 4, 2: 6}[width]
 
 
-def write_shards_without_pictures(folder: Path) -> Path:
-    with ShardWriter(folder) as writer:
-        for i in range(8):
-            writer.add(None, encoded(picture(i)), "png", ["x"], {"negatives": ["a", "b"]})
-    return folder
+def test_images_of_negatives_are_decoded_only_where_they_are_read(tmp_path):
+    data = data_of(write_pictured(tmp_path))
+    captions = frozenset({"image", "text", "negatives", "negatives_valid"})
+    batch = next(loader_of(data, 8, reads=captions))
+    assert batch.negative_images is None and batch.negatives is not None
+    assert next(loader_of(data, 8, reads=captions | {"negative_images"})).negative_images.any()
 
 
 def test_images_of_negatives_have_crops_of_their_own(tmp_path):
     with ShardWriter(tmp_path) as writer:
         for i in range(4):
             image = encoded(picture(i))
-            writer.add(
-                None, image, "png", ["x"], {"negatives": ["y"]}, negative_image=(image, "png")
-            )
+            images = {0: Picture(image, "png")}
+            writer.add(None, image, "png", ["x"], {"negatives": ["y"]}, negative_images=images)
     batch = next(loader_of(data_of(tmp_path, augment={"scale": [0.2, 0.5]}), 4))
-    assert all((a != b).any() for a, b in zip(batch.image, batch.negative_image))
+    assert all((a != b).any() for a, b in zip(batch.image, batch.negative_images[:, 0]))
 
 
 def test_members_of_negatives_lie_beside_the_image_and_come_back(tmp_path):
     write_pictured(tmp_path)
     with tarfile.open(tmp_path / "00000.tar") as tar:
-        assert tar.getnames()[:5] == ["k0.png", "k0.negative.png", "k0.txt", "k0.json", "k1.png"]
+        negatives = ["k0.negative.png", "k0.negative.1.png"]
+        assert tar.getnames()[:6] == ["k0.png", *negatives, "k0.txt", "k0.json", "k1.png"]
     source = open_shards(Options(str(tmp_path)), Captions())
-    assert [source[i].negative_image for i in range(8)] == [
-        b"" if i % 2 else encoded(picture(100 + i)) for i in range(8)
+    assert [source[i].negative_images for i in range(4)] == [
+        {0: negative(0, 0), 1: negative(0, 1)},
+        {},
+        {0: negative(2, 0)},
+        {},
     ]
 
     foreign = [
         ("a.txt", b"x"),
         ("a.negative.PNG", encoded(picture(1))),
         ("a.negative.txt", b"no"),
+        ("a.Negative.02.png", encoded(picture(3))),
         ("a.png", encoded(picture(2))),
     ]
     source = open_shards(
         Options(str(write_tar(tmp_path / "foreign" / "0.tar", foreign))), Captions()
     )
-    assert (source[0].negative_image, source[0].captions) == (encoded(picture(1)), ("x",))
+    assert source[0].negative_images == {0: encoded(picture(1)), 2: encoded(picture(3))}
+    assert source[0].captions == ("x",)
     with ShardWriter(tmp_path / "w") as writer, pytest.raises(ValueError, match="image type 'psd'"):
-        writer.add(None, encoded(picture(1)), "png", ["x"], negative_image=(b"x", "psd"))
+        unknown = {0: Picture(b"x", "psd")}
+        writer.add(None, encoded(picture(1)), "png", ["x"], negative_images=unknown)
 
 
 def test_a_negative_image_that_does_not_open_replaces_the_sample(tmp_path):
@@ -122,7 +133,7 @@ def test_a_negative_image_that_does_not_open_replaces_the_sample(tmp_path):
                 "png",
                 ["x"],
                 {"negatives": ["y"]},
-                negative_image=(image, "png"),
+                negative_images={0: Picture(image, "png")},
             )
     image = encoded(picture(1))
     empty = [

@@ -17,7 +17,7 @@ from vlp.config import Captions
 from vlp.data import digests
 from vlp.data import index as index_module
 from vlp.data.format import ShardWriter, index
-from vlp.data.members import parse_name
+from vlp.data.members import Picture, parse_name
 from vlp.data.rows import ROW
 from vlp.data.sources.remote import Options as RemoteOptions
 from vlp.data.sources.remote import open as open_remote
@@ -60,7 +60,7 @@ def test_statistics_hold_a_digest_of_every_sample_which_reading_confirms(tmp_pat
     long = "k" * 120  # a name that needs a header of its own
     with ShardWriter(tmp_path, 9) as writer:
         writer.add("a/größe", IMAGE, "png", ["x"], cls=3)
-        writer.add(long, IMAGE, "png", ["y"], negative_image=(IMAGE, "png"))
+        writer.add(long, IMAGE, "png", ["y"], negative_images={0: Picture(IMAGE, "png")})
         writer.add(os.fsdecode(b"l\xe4nge"), IMAGE, "png", ["z"])  # a file's name from another time
     path = tmp_path / "00000.tar"
     written = digests.beside(path)
@@ -255,7 +255,11 @@ def test_paths_may_be_folders_files_braces_and_lists(tmp_path):
         ("/etc/x.txt", ("etc/x", "txt", "txt")),
         ("./x.json", ("x", "json", "json")),
         ("a.b/c.jpg", ("a.b/c", "image", "jpg")),
-        ("IMG_3.v2.negative.JPG", ("IMG_3.v2", "negative", "jpg")),
+        ("IMG_3.v2.negative.JPG", ("IMG_3.v2", "negative.0", "jpg")),
+        ("x.negative.12.png", ("x", "negative.12", "png")),
+        ("x.negative.1234.png", ("x.negative.1234", "image", "png")),
+        ("x.negative.3.txt", ("x.negative.3", "txt", "txt")),
+        ("negatives.png", ("negatives", "image", "png")),
         ("a\\b.TXT", ("a/b", "txt", "txt")),
         ("x.npy", ("x", "", "npy")),
         ("noext", ("noext", "", "")),

@@ -398,7 +398,7 @@ def test_no_order_of_the_members_changes_what_is_found(tmp_path):
                 samples = [shard.sample(file, i) for i in range(shard.count)]
             found.append(
                 (
-                    {s.key: (s.image, s.captions, s.negative_image) for s in samples},
+                    {s.key: (s.image, s.captions, s.negative_images) for s in samples},
                     shard.left_out,
                     shard.n_left_out,
                 )

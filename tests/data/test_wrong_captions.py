@@ -15,6 +15,7 @@ import torch
 from tests.data.material import TEXT, data_of, encoded, loader_of, picture, write_tar
 from vlp.config import Captions
 from vlp.data.format import ShardWriter
+from vlp.data.members import Picture
 from vlp.data.sources.shards import Options
 from vlp.data.sources.shards import open as open_shards
 from vlp.data.text import build
@@ -53,8 +54,9 @@ def write(folder: Path, *, belonging: bool = True) -> Path:
             meta |= {"counterfactuals": wrong}
             if belonging:
                 meta |= {"negatives_of": numbers, "counterfactuals_of": [0, 2, 2, 2]}
-            image = (encoded(picture(50 + i)), "png")
-            writer.add(f"k{i}", encoded(picture(i)), "png", captions(i), meta, negative_image=image)
+            images = {0: Picture(encoded(picture(50 + i)), "png")}
+            own = encoded(picture(i))
+            writer.add(f"k{i}", own, "png", captions(i), meta, negative_images=images)
     return folder
 
 
@@ -94,7 +96,7 @@ def test_a_row_carries_the_wrong_captions_of_its_own_caption(
             assert batch.teacher_scores[row][valid].tolist() == [
                 10 * i + place for place in expected
             ]
-            assert batch.negative_image[row].any()
+            assert batch.negative_images[row, 0].any()
             assert batch.counterfactual_valid[row] == (c != 1 or not belonging)
             seen[c] += 1
     assert sum(seen.values()) == 72 and set(seen) == (
@@ -106,24 +108,23 @@ def test_the_image_of_a_negative_is_shown_beside_its_caption_alone(tmp_path: Pat
     with ShardWriter(tmp_path) as writer:
         for i in range(4):
             meta = {"negatives": [f"{i} not first", f"{i} not second"], "negatives_of": [0, 1]}
-            image = (encoded(picture(50 + i)), "png")
+            images = {0: Picture(encoded(picture(50 + i)), "png")}
             writer.add(
                 f"k{i}",
                 encoded(picture(i)),
                 "png",
                 [f"{i} first", f"{i} second"],
                 meta,
-                negative_image=image,
+                negative_images=images,
             )
     loader, tokenizer, seen = loader_of(data_of(tmp_path), 4), build(TEXT), Counter()
     for _ in range(8):
         batch = next(loader)
         for row, key in enumerate(batch.key):
             first = torch.equal(batch.text[row], tokenizer([f"{key[1:]} first"])[0])
-            assert (
-                batch.negatives_valid[row].tolist() == [first]
-                and batch.negative_image[row].any() == first
-            )
+            assert batch.negatives_valid[row].tolist() == [True]
+            assert batch.negative_images_valid[row].tolist() == [first]
+            assert batch.negative_images[row].any() == first
             seen[first] += 1
     assert seen[True] > 5 and seen[False] > 5
 

@@ -13,7 +13,10 @@ import pytest
 
 from tests.data_tools.tools import CAPTIONS, call, read
 from vlp.data.format import ShardWriter
+from vlp.data.members import Picture
 from vlp.data_tools import counting, scenes
+
+PICTURE = Picture(b"y", "jpg")  # of a negative
 
 
 def test_counting_pairs(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -56,7 +59,8 @@ def test_what_belongs_to_other_captions_goes_with_them(tmp_path: Path) -> None:
     later = {"negatives": ["of 0", "of 1"], "negatives_of": [0, 1]}
     with ShardWriter(tmp_path / "in") as writer:
         for key, meta in (("a", lists), ("b", later)):
-            writer.add(key, b"x", "jpg", ["a dog", "two dogs"], meta, negative_image=(b"y", "jpg"))
+            captions = ["a dog", "two dogs"]
+            writer.add(key, b"x", "jpg", captions, meta, negative_images={0: PICTURE})
     call(counting, tmp_path / "in", "--to", tmp_path / "out")
     after = read(tmp_path / "out")
     assert {name: after["a"].meta[name] for name in lists} == {
@@ -69,10 +73,7 @@ def test_what_belongs_to_other_captions_goes_with_them(tmp_path: Path) -> None:
     }
     assert (after["b"].meta["negatives"], after["b"].meta["negatives_of"]) == (["of 1"], [0])
     # It shows the first negative.
-    assert (after["a"].negative_image, after["b"].negative_image) == (
-        b"y",
-        b"",
-    )
+    assert (after["a"].negative_images, after["b"].negative_images) == ({0: PICTURE}, {})
 
 
 def test_counting_without_any_number_is_an_error(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
 from vlp.data.index import index
+from vlp.data.members import Picture
 from vlp.data_tools import dedup, embed, scenes
 from vlp.data_tools.dedup.copies import DropCopies, Place
 from vlp.data_tools.dedup.near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
@@ -112,8 +113,8 @@ def alike(
     image = encode(scenes.generate(0).image)
     with ShardWriter(folder / "in", 2) as writer:
         for i, (key, captions, meta, pictured) in enumerate(samples):
-            extra = {"negative_image": (key.encode(), "jpg")} if pictured else {}
-            writer.add(key, image, "jpg", captions, meta, **extra)
+            pictures = {0: Picture(key.encode(), "jpg")} if pictured else {}
+            writer.add(key, image, "jpg", captions, meta, negative_images=pictures)
             writer.add(f"other{i}", encode(scenes.generate(10 + i).image), "jpg", ["another"])
     call(dedup, folder / "in", "--to", folder / "out", *options)
     after = read(folder / "out")
@@ -160,10 +161,10 @@ def test_a_copy_leaves_its_captions_and_what_belongs_to_them(tmp_path: Path, cap
         "negatives_valid": [True] * 4,
         "negative_kinds": ["x", "y", "z", "given"],
         "negative_scores": [1, 2, 3, 6],
-        "counterfactuals": ["three cats", "two birds"],
-        "counterfactuals_of": [3, 0],
+        "counterfactuals": ["two birds", "three cats"],
+        "counterfactuals_of": [0, 3],
     }
-    assert not sample.negative_image
+    assert not sample.negative_images
     said = capsys.readouterr().out
     for line, n in {
         "dropped: copies of an earlier sample": 2,
@@ -191,20 +192,16 @@ def test_copies_may_lose_their_captions_if_told_so(tmp_path: Path) -> None:
 
 
 def test_scores_and_the_image_of_a_negative_follow(tmp_path: Path) -> None:
-    """The image is the first negative's, so its sample's negatives go first."""
+    """An image goes where its negative goes."""
     first = {"negatives": ["a cat"], "clip_scores": [0.1], "license": None}
     second = {"negatives": ["two", "three"], "negatives_of": [0, -1], "clip_scores": [0.3, 0.1]}
     samples = [("a", ["a dog"], first, False), ("b", ["one dog", "a dog"], second, True)]
     sample = alike(tmp_path, samples)["a"]
     assert sample.captions == ("a dog", "one dog") and sample.meta["clip_scores"] == [0.1, 0.3]
-    assert sample.meta["negatives"] == ["two", "three", "a cat"] and sample.meta[
-        "negatives_of"
-    ] == [1, -1, 0]
-    assert (
-        sample.meta["license"] is None
-        and sample.negative_image == b"b"
-        and "negatives_valid" not in sample.meta
-    )
+    assert sample.meta["negatives"] == ["a cat", "two", "three"]
+    assert sample.meta["negatives_of"] == [0, 1, -1]
+    assert sample.negative_images == {1: Picture(b"b", "jpg")}
+    assert sample.meta["license"] is None and "negatives_valid" not in sample.meta
 
 
 def test_a_sample_takes_no_more_captions_than_the_index_counts(tmp_path: Path, capsys) -> None:

@@ -415,10 +415,10 @@ def test_negatives_and_counterfactuals_go_with_their_captions(tmp_path: Path, ca
         "counterfactuals": ["three dogs"],
         "counterfactuals_of": [1],
     }
-    assert not after["a"].negative_image  # it was of a negative of the caption that went
+    assert not after["a"].negative_images  # it was of a negative of the caption that went
     assert (
         after["b"].meta["negatives"] == after["b"].meta["negative_scores"] == []
-        and not after["b"].negative_image
+        and not after["b"].negative_images
     )
     assert re.search(r"negatives dropped: negatives_of is malformed +1\b", capsys.readouterr().out)
 

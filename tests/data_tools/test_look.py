@@ -285,7 +285,8 @@ def test_embeddings_lie_beside_the_samples_they_are_of(
             and len(image) == len(text) == len(kept) == shard.count
         )
         keys = hashlib.sha256("\n".join(s.key for s in kept).encode()).hexdigest()
-        assert about == {"model": ref, "scale": str(encoder.scale), "keys": keys}
+        model = {"model": ref, "weights": encoder.fingerprint[:16], "scale": str(encoder.scale)}
+        assert about == model | {"keys": keys}
         for sample, x, t in zip(kept, image.float(), text.float()):
             number = sample.meta["number"]
             expected = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import threading
 from collections import Counter
@@ -12,84 +11,26 @@ from typing import Any
 import pytest
 
 from tests.data.material import encoded, picture
+from tests.data_tools.language import WORDS
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.members import Content
 from vlp.data_tools import counting, negatives, scenes
 from vlp.data_tools._encoder import Model
-
-WORDS = [
-    "[UNK]",
-    "[PAD]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "a",
-    "red",
-    "blue",
-    "car",
-    "truck",
-    "two",
-    "dogs",
-    "cats",
-    "under",
-    "table",
-]
-
-
-@pytest.fixture(scope="module")
-def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A masked and a causal model with random weights, and a model that is neither."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        BertConfig,
-        BertForMaskedLM,
-        BertModel,
-        GPT2Config,
-        GPT2LMHeadModel,
-        PreTrainedTokenizerFast,
-    )
-
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = {
-        "unk_token": "[UNK]",
-        "pad_token": "[PAD]",
-        "mask_token": "[MASK]",
-        "eos_token": "[SEP]",
-    }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-    torch.manual_seed(0)
-    small = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    made = {"masked": BertForMaskedLM(small), "neither": BertModel(small)}
-    ends = {"bos_token_id": 3, "eos_token_id": 3}
-    made["causal"] = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64, **ends)
-    )
-    folder = tmp_path_factory.mktemp("models")
-    for name, model in made.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+from vlp.data_tools._writer.model import LanguageModel
+from vlp.data_tools.negatives.rewriter import Rewriter
 
 
 def test_a_masked_model_replaces_words(language_models: Path) -> None:
-    from vlp.data_tools.negatives.rewriter import load
-
-    rewrite = load(str(language_models / "masked"), "{}")
+    rewriter = Rewriter(LanguageModel(str(language_models / "masked"), batch=3), "{}")
     caption = "A red car under two table"
-    made = rewrite(caption, random.Random(0))
-    assert len(made) == 2
-    for negative in made:
+    made = rewriter.of_shard(0, seed=0)([caption, "two dogs", "the"])
+    assert [len(negatives) for negatives in made.values()] == [2, 2, 0]
+    for negative in made[caption]:
         old, new = caption.split(), negative.text.split()
-        changed = [(a, b) for a, b in zip(old, new) if a != b]
+        # An article before the word follows its sound.
+        pairs = zip(old[1:], new[1:])
+        changed = [(a, b) for a, b in pairs if a != b]
         assert negative.kind == "masked" and len(old) == len(new) and len(changed) == 1
         assert changed[0][1] in negative.new_words and changed[0][1] in WORDS
 
@@ -117,12 +58,10 @@ def test_a_causal_model_continues_the_prompt(
 
 
 def test_a_model_that_is_neither_is_refused(language_models: Path) -> None:
-    from vlp.data_tools.negatives.rewriter import load
-
-    with pytest.raises(ValueError, match="is a BertModel; expected a masked or a causal"):
-        load(str(language_models / "neither"), "{}")
-    with pytest.raises(ValueError, match=r"rewriter '/no/such/model' is neither a folder"):
-        load("/no/such/model", "{}")
+    with pytest.raises(ValueError, match="is a BertModel; expected a masked, a causal or"):
+        LanguageModel(str(language_models / "neither")).load()
+    with pytest.raises(ValueError, match=r"model '/no/such/model' is neither a folder"):
+        LanguageModel("/no/such/model").load()
 
 
 @pytest.fixture

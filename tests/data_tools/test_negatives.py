@@ -15,6 +15,7 @@ import pytest
 
 from tests.data_tools.tools import CAPTIONS, call, read
 from vlp.data.format import ShardWriter
+from vlp.data.members import Picture
 from vlp.data_tools import counting, negatives, scenes
 from vlp.data_tools._english.words import bare
 from vlp.data_tools.negatives.lexicon import Lexicon
@@ -214,12 +215,8 @@ def test_a_given_negative_may_bring_an_image(
     table.write_text("\n".join(map(json.dumps, rows)))
     call(negatives, shards, "--to", tmp_path / "out", "--kinds", "none", "--from", table)
     after = read(tmp_path / "out")
-    pictured = {
-        key: (s.negative_image, s.negative_image_type)
-        for key, s in after.items()
-        if s.negative_image
-    }
-    assert pictured == {"k2": (b"picture a.PNG", "png")}
+    pictured = {key: s.negative_images for key, s in after.items() if s.negative_images}
+    assert pictured == {"k2": {0: Picture(b"picture a.PNG", "png")}}
     assert after["k2"].meta["negatives"] == ["hum", "ham"] and after["k5"].meta["negatives"] == [
         "a mouse"
     ]
@@ -228,7 +225,7 @@ def test_a_given_negative_may_bring_an_image(
         r"images whose caption was dropped +1\b", out
     )
     call(negatives, tmp_path / "out", "--to", tmp_path / "again")
-    assert not any(sample.negative_image for sample in read(tmp_path / "again").values())
+    assert not any(sample.negative_images for sample in read(tmp_path / "again").values())
     for wrong in (
         {"image": "made/none.png"},
         {"image": "given.jsonl"},

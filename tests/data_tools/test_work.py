@@ -23,6 +23,7 @@ from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
 from vlp.data_tools._run import work
+from vlp.data_tools._run.kept import Kept
 
 
 def write(folder: Path, n_shards: int, per_shard: int) -> Path:
@@ -244,3 +245,29 @@ def test_progress_tells_shards_throughput_and_time_left(
 def test_processes_must_be_at_least_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--processes 0 must be at least 1"):
         call(negatives, write(tmp_path / "in", 1, 2), "--to", tmp_path / "out", "--processes", 0)
+
+
+def test_kept_values_stay_what_they_first_were(tmp_path: Path) -> None:
+    """A hash in a second batch is computed with that batch, and keeps its first value; so it does
+    for a call that reads the file, of which the end was torn off.
+    """
+    n_computed = 0
+
+    def compute(batch: list[str]) -> list[int]:
+        nonlocal n_computed
+        n_computed += 1
+        return [n_computed] * len(batch)
+
+    path = tmp_path / "kept" / "0.jsonl"
+    kept = Kept(path)
+    kept.complete(["a", "b", "c"], 2, compute)
+    kept.complete(["d", "a"], 2, compute)
+    assert kept.values == {"a": 1, "b": 1, "c": 2, "d": 3}
+
+    path.write_text(path.read_text()[:-3])
+    again = Kept(path)
+    assert again.values == {"a": 1, "b": 1, "c": 2}
+    n_computed = 2
+    again.complete(["a", "b", "c"], 2, compute)
+    again.complete(["d", "a"], 2, compute)
+    assert again.values == kept.values == Kept(path).values

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from vlp.losses import build
 from vlp.losses.mixing import draws
 from vlp.seeds import derive
 
-B, D, K, C, TEACHER = 8, 5, 3, 2, 4
+B, D, K, J, C, TEACHER = 8, 5, 3, 2, 2, 4
 V, Q, L, WORDS, CONCEPTS = 2, 11, 4, 6, 3
 CANDIDATES = range(B)
 
@@ -36,11 +37,10 @@ def data() -> dict[str, Tensor]:
             torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1
         ).requires_grad_()
 
-    given = {
-        name: rows(B, D) for name in ("image", "text", "negative_image", "ema_image", "ema_text")
-    }
+    given = {name: rows(B, D) for name in ("image", "text", "ema_image", "ema_text")}
     given |= {
         "negatives": rows(B, K, D),
+        "negative_images": rows(B, J, D),
         "ema_negatives": rows(B, K, D),
         "counterfactual": rows(B, C, D),
     }
@@ -70,6 +70,11 @@ def data() -> dict[str, Tensor]:
         .unsqueeze(1)
         .bitwise_and(torch.tensor([4, 2, 1]))
         .bool(),
+        # of the second rank of four none is valid, of the third all are
+        "negative_images_valid": torch.tensor([1, 3, 0, 0, 3, 3, 2, 1])
+        .unsqueeze(1)
+        .bitwise_and(torch.tensor([1, 2]))
+        .bool(),
         "counterfactual_valid": torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]).bool(),
         "score": torch.tensor([0, 0.5, 2, 1, 0.1, 3, 1, 0.7], dtype=torch.float64),
         "caption_ids": torch.randint(1, WORDS, (B, L), generator=generator)
@@ -80,7 +85,7 @@ def data() -> dict[str, Tensor]:
 
 
 LEAVES = (
-    "image", "text", "scale", "bias", "negatives", "negative_image", "counterfactual",
+    "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
     "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
 )  # fmt: skip
 # Teachers get no gradient.
@@ -272,10 +277,11 @@ def negclip(d, columns=range(K)):
 
 def triplet(d):
     second, n, scale = 0, 0, d["scale"]
-    live = [j for j in CANDIDATES if d["negatives_valid"][j, 0]]
+    both_valid = d["negatives_valid"][:, 0] & d["negative_images_valid"][:, 0]
+    live = [j for j in CANDIDATES if both_valid[j]]
 
     for i in live:
-        x, caption = d["negative_image"], d["negatives"][:, 0]
+        x, caption = d["negative_images"][:, 0], d["negatives"][:, 0]
         own = scale * (x[i] @ caption[i])
         rows = [scale * (x[i] @ c) for c in [*(caption[j] for j in live), *d["text"]]]
         second = (
@@ -334,6 +340,59 @@ def intra(d):
         hard = [d["scale"] * (d["text"][i] @ n) for n in captions(d)]
         total = total + log_sum([z(d, i, i), *hard]) - z(d, i, i)
     return total / B
+
+
+def sigmoid(d):
+    total, n = 0, 0
+    for i in CANDIDATES:
+        hard = [d["negatives"][i, k] for k in range(K) if d["negatives_valid"][i, k]]
+        if hard:
+            scores = [d["scale"] * (d["image"][i] @ t) + d["bias"] for t in hard]
+            positive = z(d, i, i) + d["bias"]
+            total = total - torch.log(torch.sigmoid(positive))
+            total = total - sum(torch.log(torch.sigmoid(-score)) for score in scores)
+            n += 1
+    return total / n
+
+
+def mmclip_images(d):
+    """For caption t_i: −log σ(scale·s_ii + b) − Σ_j log σ(−(scale·t_i·x⁻_ij + b))."""
+    total, n = 0, 0
+    for i in CANDIDATES:
+        live = [j for j in range(J) if d["negative_images_valid"][i, j]]
+        if live:
+            x = d["negative_images"][i]
+            scores = [d["scale"] * (d["text"][i] @ x[j]) + d["bias"] for j in live]
+            total = total - torch.log(torch.sigmoid(z(d, i, i) + d["bias"]))
+            total = total - sum(torch.log(torch.sigmoid(-score)) for score in scores)
+            n += 1
+    return total / n
+
+
+def own_images(d):
+    """The softmax of t_i over its image and its own hard images."""
+    total, n = 0, 0
+    for i in CANDIDATES:
+        live = [j for j in range(J) if d["negative_images_valid"][i, j]]
+        if live:
+            hard = [d["scale"] * (d["text"][i] @ d["negative_images"][i, j]) for j in live]
+            total, n = total + log_sum([z(d, i, i), *hard]) - z(d, i, i), n + 1
+    return total / n
+
+
+def negclip_images(d):
+    """A caption has every hard image of the candidates beside their images."""
+    total = 0
+    hard_images = [
+        d["negative_images"][i, j]
+        for i, j in product(CANDIDATES, range(J))
+        if d["negative_images_valid"][i, j]
+    ]
+    for i in CANDIDATES:
+        hard = [d["scale"] * (d["text"][i] @ x) for x in hard_images]
+        total = total + log_sum([*(z(d, j, i) for j in CANDIDATES), *hard]) - z(d, i, i)
+        total = total + log_sum(z(d, i, j) for j in CANDIDATES) - z(d, i, i)
+    return total / (2 * B)
 
 
 def ranking(d):
@@ -540,6 +599,10 @@ FAMILY = [
     ("hard_negatives", {"form": "rank"}, rank([0, 0, 0])),
     ("hard_negatives", {"form": "intra"}, intra),
     *captions_loops.CASES,
+    ("hard_negatives", {"form": "sigmoid"}, sigmoid),
+    ("hard_negatives", {"form": "sigmoid", "negatives": "images"}, mmclip_images),
+    ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
+    ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
 N_LIVE = 144  # inputs that have a gradient, over all cases
 PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
@@ -603,7 +666,7 @@ def test_objectives_equal_loops(n_ranks):
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
 
-    assert n_cases == 4 * len(FAMILY) == 4 * 49 and n_live == 4 * N_LIVE, (
+    assert n_cases == 4 * len(FAMILY) == 4 * 53 and n_live == 4 * N_LIVE, (
         "the comparison must not be empty"
     )
 
@@ -773,6 +836,7 @@ def test_terms_over_other_rows_need_two(name):
         ("macl", {"alpha": 1}, "temperature could become negative"),
         ("cwcl", {"frozen": "txt"}, "did you mean 'text'"),
         ("hard_negatives", {"form": "negclip", "focal": 2}, "belong to form: own"),
+        ("hard_negatives", {"form": "text", "negatives": "images"}, "no sides to exchange"),
     ],
 )
 def test_bad_options(name, options, message):
@@ -782,14 +846,18 @@ def test_bad_options(name, options, message):
 
 @pytest.mark.parametrize("form", ["negclip", "triplet"])
 def test_one_candidate_without_a_valid_caption_gives_zero_and_no_gradient(form):
-    shapes = {"image": (1, 4), "text": (1, 4), "negatives": (1, 2, 4), "negative_image": (1, 4)}
+    shapes = {"image": (1, 4), "text": (1, 4)}
+    shapes |= {"negatives": (1, 2, 4), "negative_images": (1, 1, 4)}
     unit = torch.nn.functional.normalize
     d = {
         n: unit(torch.randn(shape, dtype=torch.float64), dim=-1).requires_grad_()
         for n, shape in shapes.items()
     }
     total, _ = build({"hard_negatives": {"form": form}})(
-        **d, negatives_valid=torch.zeros(1, 2, dtype=torch.bool), scale=10.0
+        **d,
+        negatives_valid=torch.zeros(1, 2, dtype=torch.bool),
+        negative_images_valid=torch.zeros(1, 1, dtype=torch.bool),
+        scale=10.0,
     )
 
     assert total == 0

@@ -166,14 +166,14 @@ def test_masks_and_neighbours_are_fields_of_the_table():
             assert CARRIED[row.valid].dtype == "bool"
         if row.json and row.beside:
             assert row.beside in LISTS, "numbers lie beside the lists of wrong captions alone"
-    assert n == 10
+    assert n == 11
 
 
 # Rows that are not unit
 
 UNIT = [
     ("infonce", {}, ("image", "text")),
-    ("hard_negatives", {"form": "triplet"}, ("negatives", "negative_image")),
+    ("hard_negatives", {"form": "triplet"}, ("negatives", "negative_images")),
     ("hard_negatives", {"form": "text"}, ("ema_text",)),
     ("self_distillation", {"negatives": True}, ("ema_image", "ema_negatives")),
     ("counting", {}, ("counterfactual",)),
@@ -238,7 +238,7 @@ def test_rows_that_are_unit_as_far_as_it_can_be_told():
 
     unused = given()
     unused["negatives"][~unused["negatives_valid"]] *= 5
-    unused["negative_image"][~unused["negatives_valid"][:, 0]] = 0
+    unused["negative_images"][~unused["negative_images_valid"]] = 0
     build({"hard_negatives": {"form": "triplet"}})(**unused)
     build({"mixing": {}})(**given() | {"queue_text": torch.zeros(11, 5).double()})
 

@@ -31,7 +31,14 @@ def uncounted(d):
 
 
 def without_first(d):
-    return ~d["negatives_valid"][:, 0]
+    slots = ~d["negative_images_valid"]
+    slots[:, 0] |= ~d["negatives_valid"][:, 0]
+    slots[:, 1:] = True
+    return slots
+
+
+def invalid_images(d):
+    return ~d["negative_images_valid"]
 
 
 def behind_first(d):
@@ -75,7 +82,12 @@ CASES: list[tuple[str, dict, str, Slots]] = [
     ("hard_negatives", {"form": "own", "focal": 2, "smoothing": 0.02}, "negatives", invalid),
     ("hard_negatives", {"form": "own", "focal": 0.5, "smoothing": 0.1}, "negatives", invalid),
     ("hard_negatives", {"form": "triplet"}, "negatives", behind_first),
-    ("hard_negatives", {"form": "triplet"}, "negative_image", without_first),
+    ("hard_negatives", {"form": "triplet"}, "negative_images", without_first),
+    ("hard_negatives", {"form": "sigmoid"}, "negatives", invalid),
+    *(
+        ("hard_negatives", o | {"negatives": "images"}, "negative_images", invalid_images)
+        for o in forms("negclip", "own", "rank", "intra", "sigmoid")
+    ),
     ("self_distillation", {"negatives": True}, "negatives", invalid),
     ("self_distillation", {"negatives": True}, "ema_negatives", invalid),
     ("distill", {"form": "ranking"}, "negatives", invalid),
@@ -147,7 +159,7 @@ def test_nothing_in_a_masked_slot_has_any_influence():
                 assert not found[keyword][where].any()
             n += 1
 
-    assert n == 4 * len(CASES) - 4 == 92
+    assert n == 4 * len(CASES) - 4 == 116
 
 
 def test_the_same_holds_where_nothing_is_valid():

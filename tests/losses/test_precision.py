@@ -48,7 +48,7 @@ CASES = [
     ("captions", {"form": "decoupled"}),
 ]
 DIFFERENTIATED = (
-    "image", "text", "scale", "negatives", "negative_image", "counterfactual", "image_views",
+    "image", "text", "scale", "negatives", "negative_images", "counterfactual", "image_views",
     "text_views", "concept_logits", "caption_logits", "captions",
 )  # fmt: skip
 
@@ -90,7 +90,7 @@ def aligned(gap: float) -> dict[str, Tensor]:
         "text_views": near[2:],
         "negatives": hard,
         "counterfactual": hard[:, :2],
-        "negative_image": F.normalize(hard[:, 0] + 1e-3 * noise[0], dim=1),
+        "negative_images": F.normalize(hard[:, :1] + 1e-3 * noise[0].unsqueeze(1), dim=-1),
         "queue_image": keys,
         "queue_text": keys.flip(0),
         "teacher_image": near[2],
@@ -110,6 +110,7 @@ def aligned(gap: float) -> dict[str, Tensor]:
     }
     d |= {
         "negatives_valid": torch.ones(B, K, dtype=torch.bool),
+        "negative_images_valid": torch.ones(B, 1, dtype=torch.bool),
         "counterfactual_valid": torch.ones(B, dtype=torch.bool),
         "captions_valid": torch.ones(B, 2, dtype=torch.bool),
     }

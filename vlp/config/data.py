@@ -180,6 +180,8 @@ class Data:
     sources: list[Annotated[Plugin, Named("vlp.data.sources")]]
     augment: Augment = Augment()
     captions: Captions = field(default_factory=Captions)
+    # J: images of a sample's negatives that a batch carries, where a term reads `negative_images`
+    negative_images: int = 1
     views: Views | None = None  # further views for terms that compare them; None: none
     # G: batches are made of whole groups of G samples of one "origin" (a field of their JSON)
     together: int = 1
@@ -199,6 +201,8 @@ class Data:
             raise ValueError(
                 "sources is empty; name at least one, e.g. [{name: shards, path: data/train}]"
             )
+        if self.negative_images < 1:
+            raise ValueError(f"negative_images is {self.negative_images}; expected at least 1")
         negative = self.workers != "auto" and self.workers < 0
         if negative or self.together < 1 or not 0 <= self.bad_share <= 1:
             raise ValueError(

@@ -2,12 +2,13 @@
 embed`, read row by row.
 
 DIR/STEM.safetensors belongs to the shard STEM.tar: `image` and `text` [n, D] float16 in the order
-of its n usable samples, and metadata "model", "scale" and "keys" (SHA-256 in hex of the samples'
-keys, one a line).
+of its n usable samples, and metadata "model", "weights" (a hash; older files have none), "scale"
+and "keys" (SHA-256 in hex of the samples' keys, one a line).
 """
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ class Teacher(NamedTuple):
     model: str
     scale: float
     width: int
+    weights: str = ""  # a hash of them; "": not known
 
 
 class Embeddings:
@@ -65,6 +67,20 @@ class Embeddings:
         """All image embeddings of a shard, float16 [n, D]."""
         return _opened(self._files[shard], self._times[shard]).get_tensor("image")
 
+    def mapped(self, shard: int, side: str) -> np.ndarray:
+        """All rows of one side, "image" or "text", of a shard, float16 [n, D], mapped from the
+        file: only the parts that are read take memory.
+        """
+        path = self._files[shard]
+        with open(path, "rb") as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            about = json.loads(file.read(n_header))[side]
+        start = 8 + n_header + about["data_offsets"][0]
+        shape = tuple(about["shape"])
+        if not all(shape):  # an empty file cannot be mapped
+            return np.zeros(shape, np.float16)
+        return np.memmap(path, np.float16, "r", start, shape)
+
 
 def _check(path: Path, shard: Shard) -> Teacher:
     """Whose embeddings the file of a shard holds."""
@@ -86,7 +102,7 @@ def _check(path: Path, shard: Shard) -> Teacher:
             f"{path} holds {shapes[0]} images and {shapes[1]} texts for other samples than the "
             f"{shard.count} of {shard.name}; {remedy}"
         )
-    return Teacher(model, scale, width)
+    return Teacher(model, scale, width, about.get("weights", ""))
 
 
 # A process keeps this many files mapped; only the rows that are read take memory.

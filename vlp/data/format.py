@@ -4,7 +4,7 @@ uses.
     folder/00000.tar          members of one sample follow one another, in this order:
         000000000.jpg         the image, bytes as they came: .jpg .png .webp .gif .bmp
         000000000.negative.jpg  an image that the first of the JSON's "negatives" is true of,
-                              where there is one
+                              where there is one; of the second 000000000.negative.1.jpg, …
         000000000.txt         the first caption, on one line
         000000000.json        {"captions": […], "class": name where known, "origin": the same for
                               the variations of one picture, which follow one another, …}:
@@ -26,16 +26,17 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.digests import as_json, digest_of, stats_of
 from vlp.data.index import index
-from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, NEGATIVE, parse_name
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, Picture, negative_member, parse_name
 from vlp.files import naming, sync, write_atomically
 
 __all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
@@ -98,8 +99,8 @@ class ShardWriter:
         cls: int | None = None,
         *,
         txt: str | None = None,  # other text for the .txt; default: the first caption
-        # Bytes and type of an image that the first negative is true of.
-        negative_image: tuple[bytes, str] | None = None,
+        # Images that negatives are true of, by their place in the JSON's list.
+        negative_images: Mapping[int, Picture] = MappingProxyType({}),
     ) -> str:
         """Append one sample and return its key; raises ValueError for what cannot be read back."""
         meta = meta or {}
@@ -111,8 +112,8 @@ class ShardWriter:
         if key is None:
             key = f"{self._number:05d}{len(self._digests):0{self._digits}d}"
         self._check(key, image, ext, captions)
-        if negative_image is not None:
-            self._check(key, *negative_image, captions)
+        for picture in negative_images.values():
+            self._check(key, *picture, captions)
         if cls is not None and not is_class_number(cls):
             raise ValueError(
                 f"the class number of {key!r} is {cls!r}; "
@@ -121,8 +122,8 @@ class ShardWriter:
 
         # In the order of the layout above.
         members = [(ext, image)]
-        if negative_image is not None:
-            members.append((NEGATIVE + negative_image[1], negative_image[0]))
+        for place, picture in sorted(negative_images.items()):
+            members.append((negative_member(place, picture.extension), picture.data))
         if captions and txt is None:
             txt = " ".join(captions[0].split())
         if txt is not None:

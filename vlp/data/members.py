@@ -33,8 +33,10 @@ IMAGE_FORMATS = {
 }
 IMAGE_TYPES = frozenset().union(*IMAGE_FORMATS.values())
 TEXT_TYPES = frozenset({"txt", "json", "cls"})
-NEGATIVE = "negative."  # KEY.negative.jpg: the image of the sample's first negative caption
-_BEFORE_NEGATIVE = "." + NEGATIVE[:-1]  # how the stem of such a name ends
+# KEY.negative.jpg: the image of the sample's first negative caption; KEY.negative.2.jpg: of the
+# third, counted from 0
+_NEGATIVE = re.compile(r"\.negative(?:\.(\d{1,3}))?$", re.IGNORECASE)
+_LONGEST_NEGATIVE = len(".negative.999")
 MAX_IMAGE_BYTES = 1 << 28
 
 # What operating systems, file servers and editors leave in folders, in lower case; none of it was
@@ -53,8 +55,16 @@ class Name(NamedTuple):
     """The name of a member, taken apart."""
 
     key: str
-    kind: str  # "image", "negative" (an image), one of TEXT_TYPES, or "": nothing that counts
-    extension: str  # lower case, of an image without `NEGATIVE`
+    # "image", "negative.K" (the image of negative K), one of TEXT_TYPES, or "": nothing that counts
+    kind: str
+    extension: str  # lower case, of an image without `negative`
+
+
+class Picture(NamedTuple):
+    """An encoded image."""
+
+    data: bytes
+    extension: str  # lower case, without dot
 
 
 @dataclass
@@ -64,8 +74,8 @@ class Content:
     key: str
     image: bytes = b""
     image_type: str = ""
-    negative_image: bytes = b""  # empty: none
-    negative_image_type: str = ""
+    # images of its negative captions, by their place in the JSON's list
+    negative_images: dict[int, Picture] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     text: str = ""  # of the .txt, whole
@@ -105,9 +115,28 @@ def parse_name(name: str) -> Name | None:
 
     if extension in IMAGE_TYPES:
         kind = "image"
-        if stem[-len(NEGATIVE) :].lower() == _BEFORE_NEGATIVE:
-            kind, stem = "negative", stem[: -len(NEGATIVE)]
+        if "negative" in stem[-_LONGEST_NEGATIVE:].lower():
+            kind, stem = _kind_of_image(stem)
     return Name(folder + stem, kind, extension)
+
+
+def _kind_of_image(stem: str) -> tuple[str, str]:
+    """The kind of an image by its name without the extension, and the sample's part of the name."""
+    match = _NEGATIVE.search(stem)
+    if match is None:
+        return "image", stem
+    return f"negative.{int(match[1] or 0)}", stem[: match.start()]
+
+
+def is_picture(kind: str) -> bool:
+    """Whether members of this kind are images: the sample's, or one of its negatives'."""
+    return kind == "image" or kind.startswith("negative.")
+
+
+def negative_member(place: int, extension: str) -> str:
+    """The extension under which the image of the negative at a place of the JSON's list lies."""
+    # The first has no number: shards were once written with one image only.
+    return f"negative.{place}.{extension}" if place else f"negative.{extension}"
 
 
 def is_hidden(part: str) -> bool:
@@ -200,8 +229,6 @@ def open_sample(span: bytes, digest: int = UNKNOWN) -> Content:
         members[name.kind] = member
         if name.kind == "image":
             content.image_type = name.extension
-        elif name.kind == "negative":
-            content.negative_image_type = name.extension
 
     check_images(members)
     data = {kind: span[m.offset : m.offset + m.size] for kind, m in members.items()}
@@ -214,7 +241,12 @@ def open_sample(span: bytes, digest: int = UNKNOWN) -> Content:
             )
 
     content.image = data.pop("image")
-    content.negative_image = data.pop("negative", b"")
+    extensions = {name.kind: name.extension for _, name in reversed(counting)}
+    content.negative_images = {
+        int(kind.removeprefix("negative.")): Picture(data.pop(kind), extensions[kind])
+        for kind in sorted(data)
+        if is_picture(kind)
+    }
     fill(content, data)
     return content
 
@@ -240,11 +272,10 @@ def check_images(members: dict[str, Member]) -> None:
     """
     if "image" not in members:
         raise ValueError(f"no image member: one of {', '.join(sorted(IMAGE_TYPES))}")
-    for kind, name in (("image", "an image"), ("negative", "a negative image")):
-        if kind in members and not 0 < members[kind].size <= MAX_IMAGE_BYTES:
-            raise ValueError(
-                f"{name} of {members[kind].size} bytes: expected 1 to {MAX_IMAGE_BYTES}"
-            )
+    for kind, member in members.items():
+        if is_picture(kind) and not 0 < member.size <= MAX_IMAGE_BYTES:
+            name = "an image" if kind == "image" else "a negative image"
+            raise ValueError(f"{name} of {member.size} bytes: expected 1 to {MAX_IMAGE_BYTES}")
 
 
 def fill(content: Content, texts: dict[str, bytes]) -> None:

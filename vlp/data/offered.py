@@ -31,7 +31,8 @@ def optional_fields(
 
     # Pictures, and the numbers beside a sample's texts.
     if "negatives" in widths and any(source.pictured for source in sources):
-        widths["negative_image"] = 1
+        width = min(data.negative_images, widths["negatives"])
+        widths |= dict.fromkeys(("negative_images", "negative_images_valid"), width)
     if data.views:
         widths["image_views"] = data.views.n
     widths |= row_numbers.offered(sources, widths)
@@ -59,6 +60,9 @@ def read_fields(widths: dict[str, int], reads: frozenset[str]) -> dict[str, int]
 
     def worth(name: str) -> bool:
         row = CARRIED[name]
+        # Decoding costs: images of negatives are none of those who read their captions.
+        if name in ("negative_images", "negative_images_valid"):
+            return not reads.isdisjoint({"negative_images", "negative_images_valid"})
         if row.json:
             return name in reads
         if row.valid or row.beside:

@@ -42,13 +42,13 @@ class Row:
         wrong = wrong_captions.read(sample.meta, name, sample.captions)
         return wrong, wrong.of(self.caption)
 
-    def negative_image(self) -> bytes:
-        """The image of the row's first negative; that of another caption's negative is none of this
-        row's.
+    def negative_images(self, width: int) -> list[bytes]:
+        """The images of the row's first `width` negatives, b"" where one has none; those of another
+        caption's negatives are none of this row's.
         """
-        # The stored picture belongs to the first negative of the sample's list.
         _, places = self.wrong("negatives")
-        return self.sample.negative_image if places[:1] == [0] else b""
+        images = [self.sample.negative_images.get(place, b"") for place in places[:width]]
+        return images + [b""] * (width - len(images))
 
 
 def offered_captions(sample: Sample, config: Captions) -> tuple[str, ...]:

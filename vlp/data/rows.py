@@ -18,7 +18,7 @@ ROW = struct.Struct("<QIIIBBH")
 EXTENT = struct.Struct("<QI")
 
 CLASS = 1  # flag: the sample's JSON names its class
-PICTURED = 4  # flag: it has an image of its first negative
+PICTURED = 4  # flag: it has an image of a negative
 CONTINUES = 8  # flag: its origin is that of the sample before it
 SCATTERED = 64  # flag: offset is the number of its first extent, of as many as have its bytes
 # Flags: numbers of the sample's JSON that terms read (vlp.fields). The first three have the bits

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from vlp.data import digests, tar, wrong_captions
 from vlp.data.arrange import Scattered, gathered, in_order, read_member
 from vlp.data.captions import MAX_TEXT_BYTES, Form, cut, form_of
-from vlp.data.members import MAX_IMAGE_BYTES, TEXT_TYPES, Content, check_images, fill
+from vlp.data.members import MAX_IMAGE_BYTES, TEXT_TYPES, Content, check_images, fill, is_picture
 from vlp.data.paths import unreadable
 from vlp.data.rows import (
     CLASS,
@@ -39,8 +39,6 @@ from vlp.data.rows import (
 )
 from vlp.data.runs import Members, runs_of
 from vlp.data.tar import BLOCK
-
-_READ = ("image", "negative", *sorted(TEXT_TYPES))  # the kinds of members that make a sample
 
 # The statistics of a shard name what it was written with; deleting them accepts what it holds now.
 _ALTERED = (
@@ -168,7 +166,11 @@ def _found(file: BinaryIO, shard: Shard, key: str, members: Members, whole: bool
     content = Content(key)
     try:
         check_images(members)
-        data = {kind: read_member(file, members[kind]) for kind in _READ if kind in members}
+        data = {
+            kind: read_member(file, member)
+            for kind, member in members.items()
+            if is_picture(kind) or kind in TEXT_TYPES
+        }
         # One byte more than the limit, so that reading them notes their size.
         texts = {kind: data[kind][: MAX_TEXT_BYTES + 1] for kind in members if kind in TEXT_TYPES}
         fill(content, texts)
@@ -238,7 +240,7 @@ class _Rows:
         self.origin = meta.get("origin")
 
         flags = CLASS if isinstance(meta.get("class"), str) else 0
-        if "negative" in found.members:
+        if any(kind != "image" and is_picture(kind) for kind in found.members):
             flags |= PICTURED
 
         if self.origin is not None and self.origin == origin_before:

@@ -133,8 +133,8 @@ class Steps(Dataset):
 
         one = (3, *self.image.size)
         shapes: dict[str, tuple[int, ...]] = {"image": one}
-        if "negative_image" in self.widths:
-            shapes["negative_image"] = one
+        if "negative_images" in self.widths:
+            shapes["negative_images"] = (self.widths["negative_images"], *one)
         if "image_views" in self.widths:
             shapes["image_views"] = (self.widths["image_views"], *one)
         return shapes
@@ -205,12 +205,15 @@ class Steps(Dataset):
                 crop = decode.random_crop(picture, spec, views.augment, row.chance("view", v))
                 view.copy_(crop)
 
-        # Black where the row's first negative has none.
-        if "negative_image" in out:
-            out["negative_image"].zero_()
-            if negative := row.negative_image():
-                picture = decode.train_transform(negative, spec, augment, row.chance("negative"))
-                out["negative_image"].copy_(picture)
+        # Black where a negative of the row has none.
+        if "negative_images" in out:
+            out["negative_images"].zero_()
+            stored_negatives = row.negative_images(len(out["negative_images"]))
+            for k, negative in enumerate(stored_negatives):
+                if negative:
+                    chance = row.chance("negative", k)
+                    picture = decode.train_transform(negative, spec, augment, chance)
+                    out["negative_images"][k].copy_(picture)
 
     def _numbers(self, rows: list[Row]) -> dict[str, Tensor]:
         """The labels of the samples' JSON, and the embeddings that lie beside them."""
@@ -245,10 +248,11 @@ class Steps(Dataset):
             if mask := EMBEDDED[name].valid:
                 result[mask] = _mask(mask, of_rows)
 
-        # Where some first negatives have an image, the first of a row without one does not count.
-        if "negative_image" in self.widths:
-            pictured = torch.tensor([bool(row.negative_image()) for row in rows])
-            result["negatives_valid"][:, 0] &= pictured
+        if "negative_images" in self.widths:
+            width = self.widths["negative_images"]
+            pictured = [list(map(bool, row.negative_images(width))) for row in rows]
+            is_valid = result["negatives_valid"][:, :width]
+            result["negative_images_valid"] = torch.tensor(pictured) & is_valid
         return result
 
     def _tokens(self, name: str, of_rows: list[Texts]) -> tuple[Tensor, int]:

@@ -1,12 +1,12 @@
-"""Hard captions as negatives: six published terms over wrong captions that are nearly right.
+"""Hard captions, or hard images, as negatives: seven published terms over what is nearly right.
 
 x, t: [b, D] images and texts; n: [b, K, D], n_ik being caption k of sample i, z(a, c) =
 scale·a·c. `form` gives the term L:
 
 negclip   softmax of each image over all texts and all hard captions of the candidates; of each text
           over images, unchanged; ½ each. Hard captions are never anchors.
-triplet   negclip(x, t, n) + negclip(x⁻, n, t) with n = n_i1 and its own image x⁻: [b, D]; the
-          second half is over the samples whose n_i1 is valid.
+triplet   negclip(x, t, n) + negclip(x⁻, n, t) with n = n_i1 and its own image x⁻_i1 of
+          x⁻: [b, J, D]; the second half is over the samples where both are valid.
 own       softmax of x_i over {t_i, n_i1 … n_iK}. With the target y = (1−ε)δ + ε/(1 + #valid) on
           t_i and every valid caption: Σ_k y_k (1−p_k)^γ (−log p_k).
 text      softmax of t_i over {t̄_i, n_i1 … n_iK}, t̄ of the moving average, scale 10.
@@ -14,15 +14,21 @@ rank      mean over valid of relu(m_k + z(x_i, n_ik) − z(x_i, t_i)) with an ad
           m_k = mean_i z(x_i, t_i) − mean_i z(x_i, n_ik) of the PREVIOUS step, in [0, 10], 0 at
           first; state.
 intra     cross-entropy of [z(x_i, t_i); scale·t_i·every caption of the candidates] to the first.
+sigmoid   −log σ(z(x_i, t_i) + bias) − Σ_k log σ(−z(x_i, n_ik) − bias)
 
-`own`, `text` and `rank` are sample terms: means over samples (or pairs i, k) with a valid caption,
-of all ranks. Invalid captions have no influence at all.
+`negatives: images` exchanges the sides: each form then reads x⁻ for n, t for x and x for t, so
+that `own` is the softmax of t_i over {x_i, x⁻_i1 … x⁻_iJ}. Not for triplet, which has both, and
+text.
+
+`own`, `text`, `rank` and `sigmoid` are sample terms: means over samples (or pairs i, k) with a
+valid negative, of all ranks. Invalid ones have no influence at all.
 
 Relations:
 - negclip, where no caption is valid, equals `infonce`
 - `self_distillation` beside them keeps what the model could do before
-- `vlp data negatives` writes the captions; negatives that are pairs themselves need no term:
-  `data.together` puts variations of one origin into one batch
+- sigmoid is a row of `siglip` whose candidates are the sample's own
+- `vlp data negatives` writes captions, `vlp data mine` neighbours with their images; negatives that
+  are pairs themselves need no term: `data.together` puts those of one origin into one batch
 
 Papers:
 - NegCLIP (arXiv 2210.01936): `objective: {hard_negatives: {form: negclip}}`
@@ -34,12 +40,15 @@ Papers:
   weight: 0.1}, {form: text, weight: 0.1}]}`
 - CE-CLIP (arXiv 2306.08832), CMR and IMC: `objective: {hard_negatives: [{form: negclip}, {form:
   rank, weight: 0.2}, {form: intra, weight: 0.3}]}`
+- MMCLIP (arXiv 2505.20152), both sides:
+  `objective: {hard_negatives: [{form: own}, {form: sigmoid, negatives: images}]}`
 
-Needs: image, text, scale, negatives, negatives_valid; triplet also negative_image; text also
-ema_text
+Needs: image, text, scale, negatives, negatives_valid; images instead negative_images and
+negative_images_valid, and triplet all four; text also ema_text; sigmoid also bias
 
 Cost: negclip, triplet and intra a pass over b × n·K captions beside the pairs, O(b·K·D) memory; the
-others O(b·K·D) memory and FLOPs. The text tower runs on b·K captions more
+others O(b·K·D) memory and FLOPs. The text tower runs on b·K captions more, with images the image
+tower on b·J pictures
 
 Use: to fine-tune for composition (word order, attributes, relations). Report a compositional score
 together with retrieval and zero-shot accuracy: the gain is easily paid for there
@@ -47,7 +56,7 @@ together with retrieval and zero-shot accuracy: the gain is easily paid for ther
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -58,18 +67,27 @@ from vlp.losses._softmax import margin, negative_log_probability
 from vlp.pairwise import Pairs, logaddexp, softplus
 
 CAPTIONS = {"negatives", "negatives_valid"}
+IMAGES = {"negative_images", "negative_images_valid"}
 LARGEST_MARGIN = 10.0
 
 
 @dataclass(frozen=True)
 class Options:
-    # negclip, triplet, intra: softmax over the batch; own, text, rank: over a sample's own captions
-    form: Literal["negclip", "triplet", "own", "text", "rank", "intra"] = "negclip"
+    # negclip, triplet, intra: softmax over the batch; own, text, rank, sigmoid: over a sample's own
+    # captions
+    form: Literal["negclip", "triplet", "own", "text", "rank", "intra", "sigmoid"] = "negclip"
+    # captions that are wrong of an image; images: that a caption is wrong of, all sides exchanged
+    negatives: Literal["captions", "images"] = "captions"
     focal: float = 0.0  # γ of `own` (FSC-CLIP: 2)
     smoothing: float = 0.0  # ε of `own` (FSC-CLIP: .02)
     text_scale: float = 10.0  # fixed scale of `text`
 
     def __post_init__(self) -> None:
+        if self.negatives == "images" and self.form in ("triplet", "text"):
+            raise ValueError(
+                f"form: {self.form} has no sides to exchange; remove negatives: images, or take "
+                "negclip, own, rank, intra or sigmoid"
+            )
         if (self.focal or self.smoothing) and self.form != "own":
             raise ValueError(
                 f"focal and smoothing belong to form: own, not {self.form}; remove them"
@@ -83,12 +101,14 @@ class Options:
 
 
 def label(options: Options) -> str:
-    return f"hard_negatives.{options.form}"
+    side = "_images" if options.negatives == "images" else ""
+    return f"hard_negatives.{options.form}{side}"
 
 
 def needs(options: Options) -> frozenset[str]:
-    extra = {"triplet": {"negative_image"}, "text": {"ema_text"}}.get(options.form, set())
-    return frozenset({"image", "text", "scale"} | CAPTIONS | extra)
+    of_form = {"triplet": IMAGES, "text": {"ema_text"}, "sigmoid": {"bias"}}
+    negatives = IMAGES if options.negatives == "images" else CAPTIONS
+    return frozenset({"image", "text", "scale"} | negatives | of_form.get(options.form, set()))
 
 
 def initial_state(options: Options) -> dict[str, Tensor]:
@@ -103,11 +123,31 @@ def term(
     inputs: Inputs, pairs: Pairs, options: Options, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's share of L, and the margins of the next step."""
+    if options.negatives == "images":
+        inputs = _exchanged(inputs)
     if options.form == "rank":
         return rank(inputs, pairs, state["margin"])
 
-    functions = {"negclip": negclip, "triplet": triplet, "own": own, "text": text, "intra": intra}
+    functions = {
+        "negclip": negclip,
+        "triplet": triplet,
+        "own": own,
+        "text": text,
+        "intra": intra,
+        "sigmoid": sigmoid,
+    }
     return functions[options.form](inputs, pairs, options), state
+
+
+def _exchanged(inputs: Inputs) -> Inputs:
+    """Images as texts and texts as images, so that hard images stand where hard captions did."""
+    return replace(
+        inputs,
+        image=inputs.text,
+        text=inputs.image,
+        negatives=inputs.negative_images,
+        negatives_valid=inputs.negative_images_valid,
+    )
 
 
 # Batch terms
@@ -124,11 +164,14 @@ def negclip(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """negclip of the pairs, and of the first hard captions with their own images."""
-    caption, valid = inputs.negatives[:, 0], inputs.negatives_valid[:, 0]
+    caption = inputs.negatives[:, 0]
+    valid = inputs.negatives_valid[:, 0] & inputs.negative_images_valid[:, 0]
 
     # Roles exchanged: (x⁻, n) are the pairs, and the true texts are what is nearly right.
-    x, scale, wide = inputs.negative_image, inputs.scale, inputs.wide()
-    positive = torch.as_tensor(scale) * (wide.negative_image * wide.negatives[:, 0]).sum(1)
+    x = torch.where(valid.unsqueeze(1), inputs.negative_images[:, 0], 0)
+    scale, wide = inputs.scale, inputs.wide()
+    own_scores = (x.to(wide.negatives.dtype) * wide.negatives[:, 0]).sum(1)
+    positive = torch.as_tensor(scale) * own_scores
     rows = pairs.row_logsumexp(x, caption, scale, valid=valid, paired=True)
     columns = pairs.row_logsumexp(caption, x, scale, valid=valid, paired=True)
     rows = logaddexp(rows, pairs.row_logsumexp(x, inputs.text, scale))
@@ -138,8 +181,8 @@ def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         inputs.image,
         inputs.text,
         scale,
-        negatives=caption.unsqueeze(1),
-        negatives_valid=valid.unsqueeze(1),
+        negatives=inputs.negatives[:, :1],
+        negatives_valid=inputs.negatives_valid[:, :1],
     )
     return negclip(first, pairs, options) + pairs.mean(second, valid)
 
@@ -180,6 +223,18 @@ def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     inputs = inputs.wide()
     z = _own_scores(inputs.text, inputs.ema_text.detach(), inputs, options.text_scale)
     return pairs.mean(negative_log_probability(z, 0), inputs.negatives_valid.any(1))
+
+
+def sigmoid(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
+    """A pair matches and none of its own hard captions does, each a decision by itself."""
+    inputs = inputs.wide()
+    valid = inputs.negatives_valid
+    scale, bias = torch.as_tensor(inputs.scale), torch.as_tensor(inputs.bias)
+    positive = scale * (inputs.image * inputs.text).sum(1) + bias  # [b]
+    hard = scale * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives) + bias  # [b, K]
+
+    losses = softplus(-positive) + torch.where(valid, softplus(hard), 0).sum(1)
+    return pairs.mean(losses, valid.any(1))
 
 
 def rank(

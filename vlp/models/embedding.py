@@ -31,12 +31,11 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
 
     Returns the wanted fields with a tower by name, [b, …, D], the outputs of the heads for pairs
     where any is wanted, [b, …], and "scale", "bias" and "view_scale" as far as the model has them,
-    []. Texts that their mask leaves out do not pass the tower; their embeddings are zeros.
+    []. Rows that their mask leaves out do not pass the tower; their embeddings are zeros.
     """
-    rows = {name: row for name, row in EMBEDDED.items() if name in wanted}
-    pictures = _pictures(batch, rows)
-    texts = _texts_taking_part(batch, rows)
-    views = _views(batch, rows)
+    fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
+    pictures, texts = (_taking_part(batch, fields, tower) for tower in ("image", "text"))
+    views = _views(batch, fields)
 
     # Heads cost: they run only where one of their outputs is wanted.
     pairs = {"pairs": len(batch)} if set(OF_PAIRS).intersection(wanted) else {}
@@ -44,7 +43,7 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     # One call: an engine exchanges gradients once a call, and a tower is fastest with all its rows.
     features = model(
         _joined(pictures),
-        _joined({name: part.ids for name, part in texts.items()}),
+        _joined(texts),
         **{name: value.flatten(0, 1) for name, value in views.items()},
         **pairs,
         **_cut(model, batch, texts, views),
@@ -54,69 +53,67 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     embedded = {}
     for name, value in views.items():
         embedded[name] = getattr(features, name).unflatten(0, value.shape[:2])
-    embedded |= _apart(features.image, {name: len(part) for name, part in pictures.items()})
-    sizes = {name: len(part.ids) for name, part in texts.items()}
-    for name, embeddings in _apart(features.text, sizes).items():
-        embedded[name] = texts[name].in_place(embeddings)
+    embedded |= _apart(features.image, pictures) | _apart(features.text, texts)
     return embedded | _beside(features)
 
 
 @dataclass(frozen=True)
-class _Texts:
-    """The texts of a field that take part, and their places in the field."""
+class _Part:
+    """The rows of a field that take part, and their places in the field."""
 
-    ids: Tensor  # [n, L]
-    on_host: np.ndarray  # [n, L], the same
-    places: Tensor | None  # [n], of rows of the flattened field; None: all take part
-    shape: tuple[int, ...]  # of the field, without its tokens
+    rows: Tensor  # [n, 3, H, W] or [n, L]
+    shape: tuple[int, ...]  # of the field, without the dimensions of a picture or a text
+    # [n] of rows of the flattened field, on the host and on the device; None: all take part
+    numbers: np.ndarray | None = None
+    places: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Batch, name: str, valid: str) -> _Texts:
-        """Of field `name` with the mask `valid`, if it has one."""
-        ids = getattr(batch, name)
-        shape = ids.shape[:-1]
-        rows, on_host = ids.flatten(0, -2), batch.host(name).flatten(0, -2).numpy()
-        if not valid:
-            return cls(rows, on_host, None, shape)
+    def of(cls, batch: Batch, name: str, field: Field) -> _Part:
+        """Of a field that the batch carries, with its mask, if it has one."""
+        values = getattr(batch, name)
+        n_inner = 3 if field.tower == "image" else 1
+        shape = values.shape[:-n_inner]
+        rows = values.flatten(0, len(shape) - 1)
+        if not field.valid:
+            return cls(rows, shape)
 
         # Picked on the host: a device that is asked how many rows a mask leaves makes it wait.
-        mask = batch.host(valid).numpy()
+        mask = batch.host(field.valid).numpy()
         mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
         numbers = np.flatnonzero(np.broadcast_to(mask, shape))
-        places = lengths.sent(numbers, ids.device)
-        return cls(rows.index_select(0, places), on_host[numbers], places, shape)
+        places = lengths.sent(numbers, rows.device)
+        return cls(rows.index_select(0, places), shape, numbers, places)
 
     def in_place(self, embeddings: Tensor) -> Tensor:
-        """The embeddings [n, D] as [b, …, D], zeros for the texts that do not take part."""
+        """The embeddings [n, D] as [b, …, D], zeros for the rows that do not take part."""
         if self.places is not None:
             whole = embeddings.new_zeros(math.prod(self.shape), embeddings.shape[-1])
             embeddings = whole.index_copy(0, self.places, embeddings)
         return embeddings.view(*self.shape, -1)
 
+    def on_host(self, batch: Batch, name: str) -> np.ndarray:
+        """The rows of a text, [n, L], without asking the device."""
+        rows = batch.host(name).flatten(0, -2).numpy()
+        return rows if self.numbers is None else rows[self.numbers]
 
-def _pictures(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
-    """Pixels [b, 3, H, W] of each wanted field, views aside."""
-    names = [name for name, row in rows.items() if row.tower == "image" and not row.head]
-    return {name: getattr(batch, name) for name in names}
 
-
-def _texts_taking_part(batch: Batch, rows: dict[str, Field]) -> dict[str, _Texts]:
-    """The texts of each wanted field, views aside."""
-    # Those that a mask leaves out would cost a forward pass of the tower.
+def _taking_part(batch: Batch, fields: dict[str, Field], tower: str) -> dict[str, _Part]:
+    """What passes a tower of each wanted field, views aside."""
+    # Rows that a mask leaves out would cost a forward pass, and move a batch norm's statistics.
     return {
-        name: _Texts.of(batch, name, row.valid)
-        for name, row in rows.items()
-        if row.tower == "text" and not row.head
+        name: _Part.of(batch, name, field)
+        for name, field in fields.items()
+        if field.tower == tower and not field.head
     }
 
 
-def _views(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
+def _views(batch: Batch, fields: dict[str, Field]) -> dict[str, Tensor]:
     """Pixels and token ids [b, V, …] that pass a tower and then a head of their own."""
-    return {name: getattr(batch, name) for name, row in rows.items() if row.head}
+    return {name: getattr(batch, name) for name, field in fields.items() if field.head}
 
 
 def _cut(
-    model: nn.Module, batch: Batch, texts: dict[str, _Texts], views: Collection[str]
+    model: nn.Module, batch: Batch, texts: dict[str, _Part], views: Collection[str]
 ) -> dict[str, Cut]:
     """How the texts and their views are to pass the tower, as a keyword; none: as they are."""
     encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Stages))
@@ -124,7 +121,7 @@ def _cut(
     if encoder is None or not texts:
         return {}
 
-    ids = [part.on_host for part in texts.values()]
+    ids = [part.on_host(batch, name) for name, part in texts.items()]
     n_possible = sum(math.prod(part.shape) for part in texts.values())
     if "text_views" in views:
         ids.append(batch.host("text_views").flatten(0, -2).numpy())
@@ -134,17 +131,19 @@ def _cut(
     return {} if cut is None else {"cut": cut}
 
 
-def _joined(parts: dict[str, Tensor]) -> Tensor | None:
-    if len(parts) == 1:
-        return next(iter(parts.values()))  # pixels are large: one part is not copied
-    return torch.cat(list(parts.values())) if parts else None
+def _joined(parts: dict[str, _Part]) -> Tensor | None:
+    rows = [part.rows for part in parts.values()]
+    if len(rows) == 1:
+        return rows[0]  # pixels are large: one part is not copied
+    return torch.cat(rows) if rows else None
 
 
-def _apart(joined: Tensor | None, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """The rows of each part, the inverse of `_joined`."""
+def _apart(joined: Tensor | None, parts: dict[str, _Part]) -> dict[str, Tensor]:
+    """The embeddings of each part in the shape of its field, the inverse of `_joined`."""
     if joined is None:
         return {}
-    return dict(zip(sizes, joined.split(list(sizes.values()))))
+    embeddings = joined.split([len(part.rows) for part in parts.values()])
+    return {name: part.in_place(rows) for (name, part), rows in zip(parts.items(), embeddings)}
 
 
 def _beside(features: Features) -> dict[str, Tensor]:

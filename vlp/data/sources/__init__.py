@@ -71,7 +71,7 @@ class Source(Protocol):
     n_left_out: int = 0
     n_negatives: int = 0  # most hard-negative captions of any caption
     n_counterfactuals: int = 0  # most counterfactual captions of any caption
-    pictured: bool = False  # some sample has an image of its first negative
+    pictured: bool = False  # some sample has an image of a negative
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Embeddings | None = None  # a teacher's, of every sample
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same

@@ -165,16 +165,7 @@ class Shards(Source):
         self.n_negatives = int(table.rows["negatives"].max())
         self.n_counterfactuals = int(table.rows["counterfactuals"].max())
         self.labels = frozenset(name for name, flag in LABELS.items() if table.has(flag).all())
-
-        # A negative and its image travel together, or the negative is masked.
-        pictured = table.has(PICTURED)
-        self.pictured = bool(pictured.any())
-        n_lonely = int((table.rows["negatives"][~pictured] > 0).sum())
-        if self.pictured and n_lonely:
-            self._problems.append(
-                f"{self.paths[0]}…: the first negative of {n_lonely} samples is masked: "
-                "no image belongs to it"
-            )
+        self.pictured = bool(table.has(PICTURED).any())
 
     def _share(self, table: Table, shards: list[Shard]) -> None:
         """Keep what reading needs in shared memory: loader processes receive a handle instead of a
@@ -273,7 +264,7 @@ class Shards(Source):
             content.image_type,
             captions,
             content.meta,
-            content.negative_image,
+            {place: picture.data for place, picture in content.negative_images.items()},
             self._embeddings_of(i, f"{path}: {content.key!r}"),
             self.choice.weights(content.meta, content.text),
             self.choice.roles_of(content.meta, content.text),

@@ -1,0 +1,1 @@
+"""What a language model of transformers writes about captions: batches, any device, a cache."""
