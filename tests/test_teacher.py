@@ -2,6 +2,7 @@
 carried by checkpoints.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -74,9 +75,14 @@ def test_the_average_is_the_recursion_over_the_weights(engine):
     assert mean == pytest.approx(expected[0], rel=1e-4, abs=1e-9)
 
 
+def labelled(batch):
+    return dataclasses.replace(batch, label=batch.sample_id + 2**40)
+
+
 def keys():
     """The queue after one step and after STEPS, and the average's embeddings before each update."""
-    training = make_training(objective=OBJECTIVE, double=False)
+    objective = {"momentum_queue": {"positives": "label"}}
+    training = make_training(objective=objective, double=False)
     options = config.Teacher(ema=DECAY, queue=QUEUE)
     model = training.engine.evaluation_model()
     training.teacher = Teacher(options, training.engine, model, training.objective.needs, {})
@@ -85,14 +91,19 @@ def keys():
         with torch.no_grad():
             every = make_batch()
             seen.append(training.teacher.average(every.image, every.text).text)
-        train_step(training, make_batch(own_rows()))
+        train_step(training, labelled(make_batch(own_rows())))
         first = training.teacher.queue["queue_text"].clone() if first is None else first
-    return [t.tolist() for t in (training.teacher.queue["queue_text"], first, torch.cat(seen))]
+    queue = training.teacher.queue
+    label = labelled(make_batch()).label
+    return [
+        t.tolist()
+        for t in (queue["queue_text"], first, torch.cat(seen), queue["queue_label"], label)
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_queue_holds_the_latest_keys_of_all_ranks(world):
-    queue, first, seen = (
+    queue, first, seen, labels, label = (
         torch.tensor(v) for v in (keys() if world == 1 else ranks.run(2, keys)[1])
     )
     # Zeros: still empty.
@@ -104,6 +115,10 @@ def test_the_queue_holds_the_latest_keys_of_all_ranks(world):
     assert (
         queue - torch.cat([seen[:4], seen[4:QUEUE]])
     ).abs().max() > 1e-3  # the first keys would be other ones
+
+    # A label stands where its key does.
+    every = label.repeat(STEPS)
+    assert torch.equal(labels, torch.cat([every[QUEUE:], every[4:QUEUE]]))
 
 
 def test_keys_that_are_not_finite_do_not_enter_the_queue():
@@ -117,10 +132,11 @@ def test_keys_that_are_not_finite_do_not_enter_the_queue():
     broken = rows.clone()
     broken[1, 0] = torch.nan
     teacher.follow({"ema_image": rows, "ema_text": broken}, 0, torch.tensor(True))
-    assert torch.equal(teacher.queue["queue_image"][:3], rows)
-    assert torch.equal(
-        teacher.queue["queue_text"][:3], torch.stack([rows[0], torch.zeros(width), rows[2]])
-    )
+
+    # The other half of the pair stays out, too.
+    expected = torch.stack([rows[0], torch.zeros(width), rows[2]])
+    assert torch.equal(teacher.queue["queue_image"][:3], expected)
+    assert torch.equal(teacher.queue["queue_text"][:3], expected)
 
 
 def test_a_resume_continues_average_margins_and_sample_states_bit_for_bit(settings, scenes):

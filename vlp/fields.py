@@ -223,7 +223,9 @@ class Readable(Carried):
     )
     queue_image: Tensor = computed("image", "Q D", unit=True, zeros=True, supplier=_QUEUE)
     queue_text: Tensor = computed("text", "Q D", unit=True, zeros=True, supplier=_QUEUE)
-    queue_label: Tensor = computed("", "Q", "int64", supplier="the caller: a label of each key")
+    queue_label: Tensor = computed(
+        "", "Q", "int64", supplier="a label of each key (teacher.queue and data.labels)"
+    )
 
     # Pairs of one cell, as of k-means over stored embeddings. Only equality counts.
     cluster: Tensor = computed("", "b", "int64", supplier="the caller: a cell of each pair")

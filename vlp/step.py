@@ -111,7 +111,7 @@ def train_step(
     statistics.put_back_unless(counts)
     training.objective.commit(new_states, counts)
     if training.teacher is not None:
-        training.teacher.follow(of_teacher, step, counts)
+        training.teacher.follow(constant, step, counts)
     training.step += 1
 
     # 5. The verdict of the step before, while the device still works on this one.

@@ -3,7 +3,8 @@
     ema    the model's moving average, w̄ ← d·w̄ + (1 − d)·w after every update: ema_image,
            ema_text, ema_negatives (decay d: DeGLA .9996, BriVL .99; Tarvainen & Valpola 2017)
     queue  the moving average's embeddings of the latest Q pairs of all ranks: queue_image,
-           queue_text (MoCo, He et al. 2020); at the start zeros, which the terms leave out
+           queue_text (MoCo, He et al. 2020); at the start zeros, which the terms leave out;
+           queue_label, the pairs' labels, where a term reads it
     model  another, frozen model: teacher_image, teacher_text, teacher_scale
 
 Which fields each of them embeds stands in `vlp.fields`, under its prefix. The average and the queue
@@ -28,6 +29,8 @@ from vlp.models.stages import Stages
 from vlp.types import Batch
 
 EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"  # prefixes of what each gives
+# What enters the queue, by its name there.
+ENTERS = {"queue_image": "ema_image", "queue_text": "ema_text", "queue_label": "label"}
 
 
 def embeds(prefix: str) -> set[str]:
@@ -41,7 +44,7 @@ def supplies(options: config.Teacher) -> frozenset[str]:
     if options.ema is not None:
         names |= embeds(EMA)
     if options.queue:
-        names |= embeds(QUEUE)
+        names |= ENTERS.keys()
     if options.model is not None:
         names |= embeds(FROZEN) | {"teacher_scale"}
     return frozenset(names)
@@ -74,9 +77,12 @@ class Teacher:
 
         self.queue: dict[str, Tensor] = {}
         if options.queue:
-            empty = torch.zeros(options.queue, model.embed_dim, device=engine.device)
-            for name in ("queue_image", "queue_text"):
-                self.queue[name] = saved.get(name, empty).to(engine.device, copy=True)
+            keys = torch.zeros(options.queue, model.embed_dim)
+            empty = {"queue_image": keys, "queue_text": keys}
+            if "queue_label" in needs:
+                empty["queue_label"] = torch.zeros(options.queue, dtype=torch.int64)
+            for name, rows in empty.items():
+                self.queue[name] = saved.get(name, rows).to(engine.device, copy=True)
         # Keys of another queue's length have no places in this one.
         if wrong := {len(keys) for keys in self.queue.values()} - {options.queue}:
             raise ValueError(
@@ -99,24 +105,33 @@ class Teacher:
                     embedded[prefix + name] = value
         return embedded
 
-    def follow(self, embedded: Mapping[str, Tensor], step: int, counts: Tensor) -> None:
-        """After update number `step`: move the average, and let the step's keys replace the queue's
-        oldest; neither where the step does not count ([] bool, on the device). Collective.
+    def follow(self, rows: Mapping[str, Tensor], step: int, counts: Tensor) -> None:
+        """After update number `step`: move the average, and let this rank's rows of the step, by
+        the names of ENTERS, replace the queue's oldest; neither where the step does not count
+        ([] bool, on the device). Collective.
         """
-        for name, queue in self.queue.items():
-            of_rank = embedded[name.replace(QUEUE, EMA)]
-            keys = dist.all_gather(of_rank.to(queue.dtype), dist.world())
-
-            # A ring: the step's number alone says where its keys go.
-            number = step * len(keys) + torch.arange(len(keys), device=queue.device)
-            places = number % len(queue)
-
-            # A key with NaN would spoil every later step.
-            enters = counts & keys.isfinite().all(1, keepdim=True)
-            queue[places] = torch.where(enters, keys, queue[places])
-
+        if self.queue:
+            self._enter(rows, step, counts)
         if self.average is not None and self.decay is not None:
             self.engine.follow(self.average, self.decay, counts)
+
+    def _enter(self, rows: Mapping[str, Tensor], step: int, counts: Tensor) -> None:
+        """Let the keys of all ranks' pairs take the places of the oldest."""
+        keys = {
+            name: dist.all_gather(rows[ENTERS[name]].to(queue.dtype), dist.world())
+            for name, queue in self.queue.items()
+        }
+
+        # A key with NaN would spoil every later step; its pair stays out as a whole.
+        finite = [key.isfinite().view(len(key), -1).all(1) for key in keys.values()]
+        enters = counts & torch.stack(finite).all(0)
+
+        # A ring: the step's number alone says where its keys go.
+        number = step * len(enters) + torch.arange(len(enters), device=enters.device)
+        for name, queue in self.queue.items():
+            places = number % len(queue)
+            which = enters.view(-1, *(1,) * (queue.ndim - 1))
+            queue[places] = torch.where(which, keys[name], queue[places])
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: whole tensors on the first rank. Collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -55,7 +56,10 @@ class Replicated:
         if dist.world_size() > 1:
             joined = accelerator(self.device)
             joined.ddp_handler = ddp_settings(self.module)
-            self.model = joined.prepare_model(self.module)
+            with warnings.catch_warnings():
+                # torch 2.15 renames broadcast_buffers; 2.11 knows no other name.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model = joined.prepare_model(self.module)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Around a forward and its backward. DDP decides already in the forward whether this
