@@ -10,7 +10,6 @@ forward pass.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vlp import dist
+from vlp.data.cores import cores
 from vlp.eval import metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Contents, DataError, Picture
@@ -37,7 +37,13 @@ PROGRESS_S = 5  # seconds between lines of progress
 
 
 def _usual_workers() -> int:
-    return min(8, os.cpu_count() or 1)
+    return min(8, cores())
+
+
+def usual_batch(device: str | torch.device) -> int:
+    """Pictures or texts a forward pass inside training, which has its memory to itself then."""
+    # A GPU idles with fewer; a CPU is no faster with more, and waits longer for the first.
+    return 256 if torch.device(device).type == "cuda" else 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Context:
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
     # of each list of texts, by its hash: how many were cut
     truncated: dict[int, int] = field(default_factory=dict)
+    n_texts: dict[int, int] = field(default_factory=dict)  # and of how many
     # takes name -> reason of pictures, embedded as plain gray; None: an error
     unreadable: dict[str, str] | None = None
 
@@ -99,7 +106,9 @@ def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor
     are embedded once.
     """
     unique = list(dict.fromkeys(captions))
-    context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)  # of kept embeddings too
+    # Counted also where the embeddings are kept.
+    context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)
+    context.n_texts[hash(tuple(unique))] = len(unique)
     key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
     rows = _kept(key, context, "texts", unique, None, encoder.encode_texts)
     return _spread(rows, unique, captions)

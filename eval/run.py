@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from vlp.eval.embed import Context
@@ -225,6 +226,7 @@ def evaluate(
 
     results: list[dict[str, Any]] = []
     items: dict[str, Tensor] = {}
+    cut: list[str] = []  # by task, for one warning
     for task, opened in zip(tasks, data):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
@@ -233,6 +235,7 @@ def evaluate(
         skips = context.unreadable is None and _may_skip(task)
         task_context = replace(context, unreadable={}) if skips else context
         context.truncated.clear()
+        context.n_texts.clear()
         result = task.module.run(encoder, opened, task.options, task_context)
 
         if skips:
@@ -240,8 +243,11 @@ def evaluate(
         n_truncated = sum(context.truncated.values())
         if n_truncated:
             result.counts["truncated_texts"] = n_truncated
+            cut.append(f"{n_truncated:,} of {sum(context.n_texts.values()):,} in {task.label}")
         results.append(records.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
+
+    _tell_cut(cut)
 
     # Hashing large tars takes long; the next evaluation finds it done.
     if context.contents is not None and dist.is_main():
@@ -249,20 +255,41 @@ def evaluate(
     return results, items
 
 
-def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
+def _tell_cut(of_tasks: list[str]) -> None:
+    """Warn of texts that were cut, once a process: training evaluates many times."""
+    from vlp import dist, log
+
+    new = [line for line in of_tasks if line not in _told_cut]
+    _told_cut.update(new)
+    if new and dist.is_main():
+        log.warn(
+            f"texts were cut to the model's context: {'; '.join(new)}; the scores of long captions "
+            "are those of their beginnings"
+        )
+
+
+_told_cut: set[str] = set()
+
+
+def in_training(
+    model: DualEncoder, tasks: list[Plugin], dtype: torch.dtype | None = None
+) -> list[dict[str, Any]]:
     """The training loop's callable: the records of `tasks` for a model in memory, the same on every
-    rank.
+    rank. The towers compute in `dtype`, the run's precision; None: float32.
 
     Nothing is kept on disk and data are not hashed. Each rank embeds its share; the model's mode is
     put back.
     """
+    import torch
+
     from vlp.eval.models import from_model
 
     # Dropout and patch dropping off, and on again whatever happens.
     was_training = model.training
     model.eval()
     try:
-        return attempt(from_model(model), tasks)
+        autocast = None if dtype == torch.float32 else dtype
+        return attempt(from_model(model, autocast=autocast), tasks)
     finally:
         model.train(was_training)
 
@@ -278,10 +305,10 @@ def attempt(encoder: Encoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
 
 def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
     """The record of one task, or of its failure. Ranks agree before and after the task."""
-    from vlp.eval.embed import Context
+    from vlp.eval.embed import Context, usual_batch
     from vlp.lifetime import Interrupted
 
-    context = Context(unreadable={})
+    context = Context(unreadable={}, batch=usual_batch(encoder.device))
     opened, failure = None, ""
     record: dict[str, Any] = {}
     try:

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import ranks, several_captions
+from tests import ranks
 from tests.data.material import TEXT, data_of, encoded, loader_of, picture
+from tests.losses.captions_loops import decoupled_form
 from tests.models.tiny import tiny
 from tests.test_step import (
     LENGTH,
@@ -25,7 +26,7 @@ from tests.test_step import (
     make_batch,
     make_training,
 )
-from vlp import losses
+from vlp import losses, plugin
 from vlp.checks import check_needs
 from vlp.data.format import ShardWriter
 from vlp.data.loader import DataError
@@ -37,7 +38,7 @@ from vlp.step import embed, train_step
 from vlp.types import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
-READS = several_captions.NEEDS
+READS = frozenset({"captions", "captions_valid"})
 CARRIED_CAPTIONS = 3  # K' of the data below
 
 
@@ -50,8 +51,8 @@ def write(folder, most=4, n=8):
     return folder
 
 
-def loader(folder, carried=CARRIED_CAPTIONS, **options):
-    captions = {"carried": carried, **options.pop("captions", {})}
+def loader(folder, n=CARRIED_CAPTIONS, **options):
+    captions = {"choose": "all", "n": n, **options.pop("captions", {})}
     data = data_of(folder, captions=captions)
     return loader_of(data, 8, **{"reads": READS, **options})
 
@@ -65,7 +66,7 @@ def test_the_table_holds_every_field_of_a_batch_and_of_the_inputs():
     assert of_batch == {*CARRIED, "key"}
     assert of_inputs == {*FIELDS, "step"}
     assert EMBEDDED.keys() | LABELS.keys() == CARRIED.keys() and not EMBEDDED.keys() & LABELS.keys()
-    assert len(EMBEDDED) == 8 and len(LABELS) == 10 and len(FIELDS) == 31
+    assert len(EMBEDDED) == 8 and len(LABELS) == 11 and len(FIELDS) == 34
 
 
 # Data → batch
@@ -110,22 +111,21 @@ def test_ranks_and_a_second_run_have_the_same_captions(tmp_path):
         )
 
 
-def test_the_chosen_text_stays_as_it_was(tmp_path):
+def test_the_text_is_one_of_the_captions_beside_it_whether_they_are_read_or_not(tmp_path):
     folder = write(tmp_path)
     with_captions, without = loader(folder), loader(folder, reads=frozenset({"score"}))
     for _ in range(2):
         batch, plain = next(with_captions), next(without)
         assert torch.equal(batch.text, plain.text) and torch.equal(batch.image, plain.image)
         assert plain.captions is None and plain.captions_valid is None
+        for row in range(8):
+            assert (batch.captions[row] == batch.text[row]).all(1)[batch.captions_valid[row]].any()
 
 
 def test_the_width_is_the_largest_number_in_the_data(tmp_path):
-    assert loader(write(tmp_path / "four"), carried=9).widths["captions"] == 4
-    assert loader(write(tmp_path / "two", most=2), carried=9).widths["captions"] == 2
+    assert loader(write(tmp_path / "four"), n=9).widths["captions"] == 4
+    assert loader(write(tmp_path / "two", most=2), n=9).widths["captions"] == 2
     assert "captions" not in loader(write(tmp_path / "one", most=1)).carries
-    weights = {"choose": "weights", "weights": [2.0, 1.0]}
-    weighted = loader(tmp_path / "four", captions=weights)
-    assert weighted.widths["captions"] == 2, "captions without a weight are not taken"
 
 
 def test_a_resumed_run_goes_on_with_the_same_captions_or_is_refused(tmp_path):
@@ -137,10 +137,15 @@ def test_a_resumed_run_goes_on_with_the_same_captions_or_is_refused(tmp_path):
     second.load_state_dict(state)
     assert torch.equal(next(second).captions, expected.captions)
     with pytest.raises(DataError, match=r"captions was .*, is .*restore it, or start a new run"):
-        loader(folder, carried=2).load_state_dict(state)
+        loader(folder, n=2).load_state_dict(state)
 
 
 # Batch → embeddings → gradients
+
+
+def objective_of_captions():
+    """As `objective:` of a configuration."""
+    return plugin.keyed("vlp.losses", {"captions": {"form": "decoupled"}})
 
 
 def captions_batch(rows=slice(None)):
@@ -156,33 +161,35 @@ def captions_batch(rows=slice(None)):
 
 def with_captions(micro_batches=1):
     return gradients_and_weights(
-        micro_batches, batch=captions_batch, objective=several_captions.objective()
+        micro_batches, batch=captions_batch, objective=objective_of_captions()
     )
 
 
 @pytest.fixture(scope="module")
 def loop_gradients():
     """Of a loop over captions, each by itself through the text tower, in float64."""
-    model = make_training(objective=several_captions.objective()).engine.module
+    model = make_training(objective=objective_of_captions()).engine.module
     batch = captions_batch()
-    total, n = 0, 0
-    for i in range(ROWS):
-        image = model.encode_image(batch.image[i : i + 1])[0]
-        for k in range(3):
-            if batch.captions_valid[i, k]:
-                caption = model.encode_text(batch.captions[i, k].unsqueeze(0))[0]
-                total, n = total + (-0.7 * (image @ caption)).exp(), n + 1
-    (total / n).backward()
-    assert n == 15
+    captions = torch.zeros(ROWS, 3, model.embed_dim, dtype=torch.float64)
+    for i, k in batch.captions_valid.nonzero().tolist():
+        captions[i, k] = model.encode_text(batch.captions[i, k].unsqueeze(0))[0]
+
+    embedded = {
+        "image": torch.cat([model.encode_image(picture.unsqueeze(0)) for picture in batch.image]),
+        "captions": captions,
+        "captions_valid": batch.captions_valid,
+        "scale": model.scaling()[0],
+    }
+    decoupled_form()(embedded).backward()
     read = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert all(gradient.norm() > 0 for gradient in read.values()) and len(read) > 20
     return {name: gradient.flatten().tolist() for name, gradient in read.items()}
 
 
 def assert_gradients(found, expected):
-    """The same; what the loop does not meet (scale and bias) has none."""
+    """The same; what the loop does not meet (the bias) has none."""
     rest = found.keys() - expected.keys()
-    assert not any(any(found[name]) for name in rest) and len(rest) <= 2
+    assert not any(any(found[name]) for name in rest) and len(rest) <= 1
     assert assert_close({name: found[name] for name in expected}, expected, 1e-10) > 20
 
 
@@ -201,7 +208,7 @@ def test_ranks_with_unequal_numbers_of_captions_change_nothing(loop_gradients):
 
 
 def test_captions_that_do_not_count_have_no_influence_and_no_gradient():
-    objective = several_captions.objective()
+    objective = objective_of_captions()
     training = make_training(objective=objective)
     rows = []
     training.engine.module.text.register_forward_pre_hook(
@@ -234,25 +241,27 @@ def test_captions_that_do_not_count_have_no_influence_and_no_gradient():
 
 
 def test_a_bound_that_carries_no_second_caption_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="carried is 1; expected at least 2 captions of a sample"):
-        loader(tmp_path, carried=1)
+    with pytest.raises(ConfigError, match="n is 1; expected at least 2 captions of a sample"):
+        loader(tmp_path, n=1)
+    with pytest.raises(ConfigError, match=r"captions\.carried: 'carried' is called 'n' now"):
+        loader(tmp_path, captions={"carried": 4})
 
 
 def test_data_with_one_caption_a_sample_are_refused_by_name(tmp_path):
     one = loader(write(tmp_path, most=1))
-    objective = losses.build(several_captions.objective())
+    objective = losses.build(objective_of_captions())
     with pytest.raises(ValueError) as refused:
         check_needs(objective, one.carries, tiny())
     for name in ("captions", "captions_valid"):
         assert (
-            f"the term 'several_captions' needs {name!r}, which this run does not have; it comes "
-            "from samples with several captions (data.captions.carried)"
+            f"the term 'captions' needs {name!r}, which this run does not have; it comes "
+            "from samples with several captions (data.captions: {choose: all, n: K})"
         ) in str(refused.value)
 
 
 def test_a_call_with_another_number_of_masks_is_refused():
     rows = F.normalize(torch.randn(4, 3, 5), dim=-1)
-    objective = losses.build(several_captions.objective())
+    objective = losses.build(objective_of_captions())
     call = {"image": rows[:, 0], "text": rows[:, 1], "scale": 1.0, "captions": rows}
     with pytest.raises(ValueError, match=r"captions_valid: found .*and K' is 3 in captions"):
         objective(**call, captions_valid=torch.ones(4, 2, dtype=torch.bool))
@@ -262,8 +271,8 @@ def test_a_call_with_another_number_of_masks_is_refused():
     mask = {"captions_valid": torch.ones(4, 3, dtype=torch.bool)}
     negatives = {"negatives": rows[:, :2], "negatives_valid": torch.ones(4, 2, dtype=torch.bool)}
     both = losses.build({"hard_negatives": {"form": "own"}})
-    both.plugins += several_captions.objective()
-    both.required |= {"several_captions": READS}
+    both.plugins += objective_of_captions()
+    both.required |= {"captions": READS}
     both.reads |= READS
     assert both(**call, **mask, **negatives)[0].isfinite()
 

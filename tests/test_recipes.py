@@ -31,6 +31,8 @@ def shards(tmp_path_factory):
             meta = {
                 "negatives": [f"not {i}", f"nor {i}"],
                 "counterfactuals": [f"{i} and two", f"{i} and three"],
+                "short_caption": f"picture {i}",
+                "long_caption": f"A picture, whose number is {i}. It is of one colour.",
                 "origin": f"pair {i // 2}",
                 "paraphrase": [f"picture {i} is this"],
             }
@@ -84,7 +86,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 23
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 25
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -148,8 +150,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 17, "demo": 1, "eval": 1, "export": 1, "train": 28}
-    assert n_tools == 25
+    assert counts == {"data": 19, "demo": 1, "eval": 2, "export": 1, "train": 32}
+    assert n_tools == 27
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):

@@ -237,16 +237,19 @@ def load_model(ref: str | Path) -> DualEncoder:
     return model.eval()
 
 
-def load_any(ref: str | Path | Reference, like: DualEncoder | None = None) -> DualEncoder | Stages:
+def load_any(
+    ref: str | Path | Reference, like: DualEncoder | None = None, keep: int | None = None
+) -> DualEncoder | Stages:
     """The model behind any reference (vlp.pretrained.references), on the CPU; ValueError or
     CheckpointError says what is there.
 
-    `like`: the model whose architecture a file of weights alone has.
+    `like`: the model whose architecture a file of weights alone has; `keep`: how many of its
+    positions stay where its context is shorter than that model's.
     """
     reference = resolve_reference(ref)
     if reference.kind == "run":
         return load_model(reference.path)
-    return load_export(reference, like)
+    return load_export(reference, like, keep)
 
 
 def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:

@@ -57,6 +57,7 @@ def check_objective(
 
     check_needs(objective, loader.carries | stored | taught, model)
     check_use(objective, config, loader)
+    check_roles(objective, config)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.model is not None and "teacher_image" in loader.carries:
@@ -114,6 +115,18 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
             raise ValueError(
                 f"the term {term.label!r} needs {least} image views, found {n_views}; "
                 f"set data.views.n to {least}"
+            )
+
+
+def check_roles(objective: losses.Objective, config: Config) -> None:
+    """Refuse weights of captions that are not those of the roles, in the order of their columns."""
+    roles = config.data.captions.roles
+    for term in objective.plugins:
+        weights = list(term.options.weights) if term.name == "captions" else []
+        if weights and weights != roles:
+            raise ValueError(
+                f"the term {term.label!r} has weights for {', '.join(weights)}, and "
+                f"data.captions.roles is {roles}; name the same roles in the same order"
             )
 
 

@@ -39,6 +39,10 @@ from vlp.groups import (
     world_size,
 )
 
+# Ranks whose sum may be rounded to bf16 at every hop of a ring: off by .4 % at 8, 1 % at 64, 5 % at
+# 2,048 (measured). Above, sums travel in float32, twice the bytes, and are rounded once.
+ROUNDED_UP_TO = 8
+
 __all__ = [
     "Group", "Shift", "all_gather", "all_reduce", "all_to_all", "await_all", "barrier",
     "broadcast_object", "control_handle", "exchange_rows", "first_order", "gather_objects",
@@ -240,9 +244,13 @@ def _scatter_sum(value: Tensor, group: Group) -> Tensor:
         # Summed by the receiver, so half precision is rounded once instead of at every hop.
         return _exchange(value, group).unflatten(0, (group.size, -1)).sum(0, dtype=value.dtype)
 
-    result = value.new_empty(value.shape[0] // group.size, *value.shape[1:])
-    torch_dist.reduce_scatter_tensor(result, value.contiguous(), group=group.handle)
-    return result
+    # A ring adds one rank after another, and would round each time.
+    in_half = value.dtype in (torch.bfloat16, torch.float16)
+    wide = value.float() if in_half and group.size > ROUNDED_UP_TO else value
+
+    result = wide.new_empty(wide.shape[0] // group.size, *wide.shape[1:])
+    torch_dist.reduce_scatter_tensor(result, wide.contiguous(), group=group.handle)
+    return result.to(value.dtype)
 
 
 def _sum(value: Tensor, group: Group) -> Tensor:

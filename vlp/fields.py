@@ -97,6 +97,7 @@ _STORED = (
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
 _DECODER = "a text decoder (model.heads.captions)"
+_LABELS = "labels of the samples (data.labels: caption, origin, or a field of their JSON)"
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,13 @@ class Carried:
     text: Tensor = texts("b L", "b D", required=True)
     sample_id: Tensor = numbers("b", "int64", supplier="the loader: a stable number of each sample")
 
-    # Several captions of the sample, `text` among them or not; a sample with fewer is padded.
+    # Several captions of the sample beside one another, `text` among them or not; a sample with
+    # fewer is padded. With data.captions.roles column k holds the caption of role k.
     captions: Tensor = texts(
         "b K' L",
         "b K' D",
         valid="captions_valid",
-        supplier="samples with several captions (data.captions.carried)",
+        supplier="samples with several captions (data.captions: {choose: all, n: K})",
     )
     captions_valid: Tensor = mask("b K'", beside="captions")
 
@@ -184,6 +186,10 @@ class Carried:
     teacher_image: Tensor = numbers("b D'", unit=True, supplier=_STORED)
     teacher_text: Tensor = numbers("b D'", unit=True, supplier=_STORED)
 
+    # Pairs with one label are of one kind: the same caption, class or origin. Any whole numbers,
+    # of which only equality counts; the loader's are below 2^48 (vlp.data.labels).
+    label: Tensor = numbers("b", "int64", supplier=_LABELS)
+
 
 @dataclass(frozen=True)
 class Readable(Carried):
@@ -217,6 +223,10 @@ class Readable(Carried):
     )
     queue_image: Tensor = computed("image", "Q D", unit=True, zeros=True, supplier=_QUEUE)
     queue_text: Tensor = computed("text", "Q D", unit=True, zeros=True, supplier=_QUEUE)
+    queue_label: Tensor = computed("", "Q", "int64", supplier="the caller: a label of each key")
+
+    # Pairs of one cell, as of k-means over stored embeddings. Only equality counts.
+    cluster: Tensor = computed("", "b", "int64", supplier="the caller: a cell of each pair")
 
     teacher_scale: Tensor = computed("", "", supplier=_STORED)
 

@@ -20,6 +20,7 @@ from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
 from vlp.lifetime import launcher_grace_s
 from vlp.models.dual_encoder import DualEncoder
+from vlp.pretrained.context import POSITIONS, stretched
 from vlp.step import Training
 
 # Packages whose versions decide numbers; a checkpoint records them.
@@ -153,12 +154,12 @@ def with_precision(config: Config, source: Path | None, device: torch.device) ->
     return replace(config, train=replace(config.train, precision=chosen))
 
 
-def start_from(model: DualEncoder, reference: str) -> None:
+def start_from(model: DualEncoder, reference: str, keep: int | None = None) -> None:
     """Take the weights of another model. Heads start at random where it has none; heads that only
-    it has stay away.
+    it has stay away. `keep`: its context is stretched to the model's behind so many positions.
     """
     # `like`, because a file of weights alone does not say what it belongs to.
-    source = checkpoint.load_any(reference, like=model)
+    source = checkpoint.load_any(reference, like=model, keep=keep)
     checkpoint.check_alike(source, model, f"init_from {reference}")
     weights = source.state_dict()
     initial = model.state_dict()
@@ -170,6 +171,9 @@ def start_from(model: DualEncoder, reference: str) -> None:
 
     taken = {name: value for name, value in weights.items() if name not in foreign}
     taken |= {name: initial[name] for name in fresh}
+    if keep is not None and POSITIONS in taken:
+        length = model.text_spec.context_length
+        taken[POSITIONS] = stretched(taken[POSITIONS], length, keep)
     checkpoint.restore(model, taken, reference)
 
 
@@ -217,7 +221,8 @@ def save(config: Config, training: Training, loader: Loader) -> None:
     state = {
         "step": training.step,
         "skipped": training.skipped,
-        "loader": loader.state_dict(),
+        # What is made ahead, or was not trained on in the end, is made again.
+        "loader": loader.state_dict() | {"step": training.step},
         "versions": {name: version(name) for name in DECIDING},
     }
 

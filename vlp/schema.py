@@ -5,7 +5,8 @@ at once.
 str, None, Literal, unions, list[T], tuple[T, ...], dict[str, T], nested dataclasses; a class with a
 `from_config(value)` classmethod reads itself; and `Annotated[T, hook]` hands the value to
 `hook.parse(value, path, problems)` (plug-ins do that). A dataclass may raise ValueError in
-`__post_init__` for values that make no sense together.
+`__post_init__` for values that make no sense together, and name former keys in `RENAMED`, a mapping
+of the old to the new one: they are refused with the new.
 """
 
 from __future__ import annotations
@@ -211,7 +212,10 @@ def _dataclass(cls: Any, value: Any, path: Path, problems: list[Problem]) -> Any
     hints = typing.get_type_hints(cls, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in value:
-        if key not in known:
+        if key in getattr(cls, "RENAMED", ()):
+            now = cls.RENAMED[key]
+            problems.append(Problem((*path, key), f"{key!r} is called {now!r} now; write that"))
+        elif key not in known:
             suggestion = did_you_mean(str(key), known)
             problems.append(Problem((*path, key), f"unknown key {key!r}{suggestion}"))
 

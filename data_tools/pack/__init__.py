@@ -82,6 +82,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="only rows with this value; repeated for one column: with one of these",
     )
     add(
+        "--rows",
+        default="",
+        metavar="A:B",
+        help="only these rows of the table: :1000 the first thousand, 1000: all but them",
+    )
+    add(
         "--only",
         default="",
         metavar="LIST",

@@ -95,6 +95,7 @@ def read_table(args: argparse.Namespace) -> Listing:
         caption_columns=args.caption_column,
         class_column=args.class_column,
         where=where,
+        rows=args.rows,
         only=args.only,
         separator=args.separator,
         encoding=args.encoding,

@@ -3,6 +3,7 @@ is.
 
 folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
                                 zeroshot_classification_templates.txt, dataset_type.txt
+folder of Urban1k, DOCCI or DCI images and long captions (`long_captions`)
 folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class",
                                 or captions)
 folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
@@ -27,7 +28,7 @@ from vlp.data.captions import Choice, Texts
 from vlp.data.members import is_hidden
 from vlp.data.paths import is_packed, plain_only, shards_in
 from vlp.data.tables import TableOptions
-from vlp.eval.datasets import parquet, shards, tables, trees
+from vlp.eval.datasets import long_captions, parquet, shards, tables, trees
 from vlp.eval.datasets.source import Source
 from vlp.eval.pictures import DataError, open_archive
 
@@ -50,8 +51,10 @@ def open_source(
     if root.is_file() and not _may_be_tar(root):
         source = tables.from_table(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
-        choice = Choice(tuple(texts.captions), lines=texts.lines or "each")
+        choice = Choice(texts.names, lines=texts.lines or "each")
         source = shards.clip_benchmark(root, split, choice, missing)
+    elif read := long_captions.reader_of(root, options):
+        source = read(split, missing)
     else:
         source = _by_content(root, split, missing, options, texts)
 
@@ -133,7 +136,7 @@ def _by_content(
 
 def _shards(root: Path, tars: list[Path], missing: str, texts: Texts) -> Source:
     """The samples of tars, with the names of their classes where those are numbers."""
-    choice = Choice(tuple(texts.captions), lines=texts.lines or "one")
+    choice = Choice(texts.names, lines=texts.lines or "one")
     source = shards.from_tars(root, tars, choice, missing)
 
     # Names by number are of use only where the samples carry numbers.

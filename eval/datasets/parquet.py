@@ -49,6 +49,12 @@ def holds_images(table: Path) -> bool:
 
 def from_parquet(root: Path, files: list[Path], split: str, options: TableOptions) -> Source:
     """Images inside parquet files, as the hub's data sets hold them."""
+    if options.rows:
+        raise DataError(
+            f"rows={options.rows} chooses among the rows of one table, and {root} holds parquet "
+            "files with their images; leave it out"
+        )
+
     records: list[Record] = []
     class_names = None
     for file in files:

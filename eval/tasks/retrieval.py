@@ -49,7 +49,7 @@ class Options(Texts, TableOptions):
         super().__post_init__()
         if isinstance(self.captions, dict):
             raise ValueError(
-                f"captions is {self.captions}; shares have no meaning in evaluation: "
+                f"captions is {self.captions}; shares and roles have no meaning in evaluation: "
                 "give a list of names"
             )
         if self.captions_per_image is not None and self.captions_per_image < 1:

@@ -27,7 +27,12 @@ from tests.benchmarks.loss import peak_memory, seconds
 # point. (Own-sample terms and captioning hold what they are given, and nothing of B².)
 TERMS: dict[str, dict[str, Any]] = {
     "infonce": {"label_smoothing": 0.1},
+    "infonce.positives": {"positives": "label"},
+    "infonce.decoupled": {"positives": "label", "form": "decoupled"},
+    "infonce.masks": {"ignore": {"margin": 0.1, "teacher": {"above": 0.9}}, "hardest": 8},
+    "infonce.within": {"within": "both"},
     "siglip": {},
+    "siglip.positives": {"positives": "label"},
     "decoupled": {"weighted": True},
     "hn_nce": {},
     "cwcl": {},
@@ -49,6 +54,8 @@ TERMS: dict[str, dict[str, Any]] = {
     "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},
     "hard_negatives.intra": {"form": "intra"},
+    "captions.mean": {"label_smoothing": 0.1, "short": {"components": 32}},
+    "captions.decoupled": {"form": "decoupled"},
 }
 
 
@@ -79,8 +86,8 @@ def main() -> None:
     notes = (
         "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
         "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
-        "captions 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ comparisons up to "
-        "1,024 candidates and interpolates above."
+        "captions and true ones 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ "
+        "comparisons up to 1,024 candidates and interpolates above."
     )
     report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
 
@@ -155,15 +162,18 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "negative_images": lambda: rows(B, 1),
         "negative_images_valid": lambda: torch.ones(B, 1, dtype=torch.bool, device=device),
         "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
+        "captions": lambda: rows(B, 2),
+        "captions_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
         "teacher_scale": lambda: 20.0,
         "score": lambda: torch.rand(B, device=device),
         "sample_id": lambda: torch.arange(B, device=device),
+        "label": lambda: torch.arange(B, device=device) // 4,
     }
     given = {name: make() for name, make in others.items() if name in objective.needs}
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
     leaves |= {
         n: given.pop(n).requires_grad_()
-        for n in ("image_views", "text_views", "negatives", "negative_images")
+        for n in ("image_views", "text_views", "negatives", "negative_images", "captions")
         if n in given
     }
 

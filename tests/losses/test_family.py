@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
+from tests.losses import captions_loops
 from vlp import dist
 from vlp.losses import build
 from vlp.losses.mixing import draws
@@ -53,12 +54,19 @@ def data() -> dict[str, Tensor]:
     given |= {"caption_logits": rows(B, L, WORDS), "concept_logits": rows(B, CONCEPTS)}
     for name, value in (("scale", 5.0), ("bias", -3.0), ("view_scale", 4.0)):
         given[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    # last, so that what the others draw stays as it was
+    given["captions"] = rows(B, K, D)
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
     return given | {
         "teacher_scale": torch.tensor(8.0, dtype=torch.float64),
         # uneven: the first rank of four has no valid caption at all, the third has all
         "negatives_valid": torch.tensor([0, 0, 5, 2, 7, 7, 4, 0])
+        .unsqueeze(1)
+        .bitwise_and(torch.tensor([4, 2, 1]))
+        .bool(),
+        # one sample without any caption, one column of the first rank with a single one
+        "captions_valid": torch.tensor([4, 6, 7, 0, 7, 5, 3, 1])
         .unsqueeze(1)
         .bitwise_and(torch.tensor([4, 2, 1]))
         .bool(),
@@ -78,7 +86,7 @@ def data() -> dict[str, Tensor]:
 
 LEAVES = (
     "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
-    "image_views", "text_views", "view_scale", "caption_logits", "concept_logits",
+    "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (
@@ -590,6 +598,7 @@ FAMILY = [
     ("hard_negatives", {"form": "text"}, text_grounded),
     ("hard_negatives", {"form": "rank"}, rank([0, 0, 0])),
     ("hard_negatives", {"form": "intra"}, intra),
+    *captions_loops.CASES,
     ("hard_negatives", {"form": "sigmoid"}, sigmoid),
     ("hard_negatives", {"form": "sigmoid", "negatives": "images"}, mmclip_images),
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
@@ -657,7 +666,7 @@ def test_objectives_equal_loops(n_ranks):
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
 
-    assert n_cases == 4 * len(FAMILY) == 4 * 47 and n_live == 4 * N_LIVE, (
+    assert n_cases == 4 * len(FAMILY) == 4 * 53 and n_live == 4 * N_LIVE, (
         "the comparison must not be empty"
     )
 

@@ -44,10 +44,12 @@ CASES = [
     ("distill", {"form": "ranking"}),
     ("distill", {"form": "concepts"}),
     ("captioning", {}),
+    ("captions", {}),
+    ("captions", {"form": "decoupled"}),
 ]
 DIFFERENTIATED = (
     "image", "text", "scale", "negatives", "negative_images", "counterfactual", "image_views",
-    "text_views", "concept_logits", "caption_logits",
+    "text_views", "concept_logits", "caption_logits", "captions",
 )  # fmt: skip
 
 
@@ -77,6 +79,8 @@ def aligned(gap: float) -> dict[str, Tensor]:
     concepts = 1e-9 * torch.ones(B, Z, dtype=torch.float64)
     concepts[:, 2] = 1.0
     keys = rows(B + B * K, B)
+    # last, so that what the others draw stays as it was
+    further_noise = torch.randn(B, 2, D, generator=generator, dtype=torch.float64)
     d = {
         "image": near[0],
         "text": near[1],
@@ -96,6 +100,7 @@ def aligned(gap: float) -> dict[str, Tensor]:
         "caption_logits": logits,
         "teacher_scores": torch.arange(K).flip(0).expand(B, K).double(),
         "score": torch.ones(B).double(),
+        "captions": F.normalize(pair.unsqueeze(1) + 1e-3 * further_noise, dim=-1),
     }
     d = {name: value.float() for name, value in d.items()}
     d |= {
@@ -107,6 +112,7 @@ def aligned(gap: float) -> dict[str, Tensor]:
         "negatives_valid": torch.ones(B, K, dtype=torch.bool),
         "negative_images_valid": torch.ones(B, 1, dtype=torch.bool),
         "counterfactual_valid": torch.ones(B, dtype=torch.bool),
+        "captions_valid": torch.ones(B, 2, dtype=torch.bool),
     }
     return d | {"caption_ids": ids, "sample_id": torch.arange(B)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from vlp import schema
 from vlp.plugin import Named, Plugin
@@ -97,21 +97,31 @@ class Renamed:
         return schema.parse_into(self.choices, value, path, problems)
 
 
-_CaptionChoice = Literal["random", "first", "all", "weights"]
+_CaptionChoice = Literal["random", "first", "weights", "all", "sentences", "first_sentence"]
 
 
 @dataclass(frozen=True)
 class Captions:
     """The texts of a sample, and which of them is trained on.
 
-    random: one of its captions, drawn anew at every visit by (seed, step, row). first: always the
-    first. all: every pair (image, caption) stands in the epoch by itself (the first 255 captions of
-    a sample). weights: as `random`, by the weights of the positions.
+    A batch carries one of them as `text`, which all terms read, and with `n` or `roles` several
+    beside one another as `captions`, for the term of that name.
     """
 
-    # random: one of a sample's captions, drawn anew at every visit; first: always the first; all:
-    # every caption is a pair of its own; weights: by the weights of the positions
+    RENAMED: ClassVar[dict[str, str]] = {"carried": "n"}
+
+    # random: one of a sample's captions, drawn anew at every visit; first: always the first;
+    # weights: by the weights of the positions; all: every caption is a pair of its own, or with n
+    # or roles all stand in one row; sentences: their sentences, as random and all draw captions;
+    # first_sentence: that of the first caption, with n: 1 beside the whole caption
     choose: Annotated[_CaptionChoice, Renamed(_CaptionChoice, old="seed", new="random")] = "random"
+    # K': captions of a sample that stand beside one another in a row, with choose: all or
+    # sentences; of a sample with more as many are drawn at every visit. None: one caption a row
+    n: int | None = None
+    # names of the captions that stand beside one another, in the order of their columns: [long,
+    # short]. A source gives each its field (captions: {long: re_caption, short: caption}) or
+    # column; else the first caption of a sample is of the first role, and so on
+    roles: list[str] = field(default_factory=list)
     # of the first, second, … caption; further ones are not taken
     weights: list[float] = field(default_factory=list)
     # such as "a photo of a {}.": captions made by filling in the JSON's "class"
@@ -120,12 +130,9 @@ class Captions:
     missing: Literal["error", "drop"] = "error"
     # a text file of several lines is one caption, or each of its lines is one
     lines: Literal["one", "each"] = "one"
-    # K': captions of a sample that a batch carries besides its text, where a term reads `captions`
-    carried: int = 8
 
     def __post_init__(self) -> None:
-        if self.carried < 2:
-            raise ValueError(f"carried is {self.carried}; expected at least 2 captions of a sample")
+        self._check_beside()
 
         bad = [t for t in self.class_templates if t.count("{}") != 1]
         if bad:
@@ -137,6 +144,32 @@ class Captions:
                 f"choose is {self.choose} and weights are {self.weights}; "
                 "positive weights belong to choose: weights"
             )
+
+    def _check_beside(self) -> None:
+        """Refuse `n` and `roles` that do not go with each other or with `choose`."""
+        n, choose = self.n, self.choose
+        several = choose in ("all", "sentences")
+        if n is not None and not several and choose != "first_sentence":
+            raise ValueError(
+                f"n is {n}, but choose: {choose} takes one caption of a sample; "
+                "write choose: all or choose: sentences for several, or leave n out"
+            )
+        if choose == "first_sentence" and n not in (None, 1):
+            raise ValueError(f"n is {n}; expected 1 with choose: first_sentence, or none")
+        if several and n is not None and n < 2:
+            raise ValueError(f"n is {n}; expected at least 2 captions of a sample")
+
+        if self.roles and choose != "all":
+            raise ValueError(f"roles belong to choose: all, not {choose}; write that")
+        if self.roles and n is not None:
+            raise ValueError(f"n is {n} beside {len(self.roles)} roles, which say it; leave it out")
+        if len(set(self.roles)) < len(self.roles):
+            raise ValueError(f"roles are {self.roles}; expected different names")
+
+    @property
+    def n_beside(self) -> int:
+        """K', the captions that stand beside one another in a row, at most; 0: none do."""
+        return len(self.roles) or self.n or 0
 
 
 @dataclass(frozen=True)
@@ -155,8 +188,13 @@ class Data:
     # independent uniform draws (within a source's share) instead of whole epochs
     replacement: bool = False
     shuffle: bool = True  # a new order every epoch; false: the order of the data
+    # what pairs share that are of one kind: caption (but for case, blanks and the stop at its end),
+    # origin, or a field of the JSON such as class; None: what the terms' `positives` say
+    labels: str | None = None
     bad_share: float = 0.01  # more unusable samples than 16 + this share of the rows end the run
-    workers: int = 1  # decoding processes a rank; 0 decodes in the training process
+    # decoding processes a rank, which change no batch; 0 decodes in the training process; auto:
+    # cores / ranks of the machine − 1, from 1 to 32, and no more than the shared memory holds
+    workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -165,7 +203,8 @@ class Data:
             )
         if self.negative_images < 1:
             raise ValueError(f"negative_images is {self.negative_images}; expected at least 1")
-        if self.workers < 0 or self.together < 1 or not 0 <= self.bad_share <= 1:
+        negative = self.workers != "auto" and self.workers < 0
+        if negative or self.together < 1 or not 0 <= self.bad_share <= 1:
             raise ValueError(
                 f"workers is {self.workers}, together {self.together}, "
                 f"bad_share {self.bad_share}; expected workers >= 0, "
@@ -175,7 +214,8 @@ class Data:
         # Settings that each make sense and do not go with one another.
         if self.replacement and not self.shuffle:
             raise ValueError("replacement draws at random; it does not go with shuffle: false")
-        if self.together > 1 and self.captions.choose == "all":
+        captions = self.captions
+        if self.together > 1 and captions.choose == "all" and not captions.n_beside:
             raise ValueError(
                 "together makes batches of samples, captions.choose: all of captions; "
                 "take one of the two"

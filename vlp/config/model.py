@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from vlp.plugin import Named, Plugin
 from vlp.types import Decoding
@@ -73,11 +73,31 @@ class Model:
     # weights to start from: open_clip's tag, or any reference (vlp.pretrained.references);
     # None: random
     pretrained: str | None = None
+    # texts pass the tower cut to their length in steps of 8 tokens, where that changes no embedding
+    # (not SigLIP's, which attends to padding); false: all are as long as the context
+    cut_captions: bool = True
     # how pictures become RGB; None: as `pretrained` says, or on white and upright
     decoding: Decoding | None = None
+
+    def __post_init__(self) -> None:
+        if self.text_tower is not None and _context_of(self.image_tower) is not None:
+            raise ValueError(
+                "image_tower.context stretches the text tower that an image tower brings, and here "
+                "text_tower is another; write text_tower.context"
+            )
+
+    @property
+    def context(self) -> Any:
+        """How the text tower's context is stretched (vlp.towers.Context); None: it is not."""
+        return _context_of(self.text_tower or self.image_tower)
 
     @property
     def precomputed(self) -> bool:
         """Whether the data hold the image tower's embeddings, and training does not run it."""
         common = self.image_tower.common
         return common is not None and common.precomputed
+
+
+def _context_of(tower: Plugin) -> Any:
+    # A plug-in of a caller's own may come without the keys of all towers.
+    return getattr(tower.common, "context", None)

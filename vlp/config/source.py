@@ -161,6 +161,8 @@ def fields_of(found: Class) -> dict[str, Field]:
     for node in found.node.body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
+        if ast.unparse(node.annotation).startswith("ClassVar"):
+            continue  # of the class, no key
         name = node.target.id
         sentence = _sentence(node, found.module)
         if not sentence and name in fields:  # another default for what a base explains

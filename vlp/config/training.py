@@ -39,12 +39,20 @@ class Train:
     batch: int  # global: rows of one step over all ranks
     # a rank's rows of a step are embedded in this many parts; the loss still sees all of them
     micro_batches: int = 1
+    # most texts that a micro-batch embeds: rows with several captions, or hard ones, are cut into
+    # more micro-batches than micro_batches says; None: no bound
+    max_texts: int | None = None
     optimizer: Optimizer = Optimizer()
     # of the towers' arithmetic; auto: the faster one, as a short measurement finds
     precision: Literal["auto", "float32", "bf16"] = "auto"
     # what keeps ranks in step; auto: what the launcher set up
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
-    compile: bool = False  # torch.compile of the towers: slower start, faster steps
+    # torch.compile of the towers' blocks: slower start, faster steps; auto: on GPUs where it works,
+    # not with ZeRO
+    compile: Literal["auto", True, False] = "auto"
+    # fsdp2: gather the weights anew for every forward and backward, instead of once a step; auto:
+    # with one micro-batch, and where the whole weights would take over a quarter of a GPU's memory
+    reshard: Literal["auto", True, False] = "auto"
     # recompute activations in the backward pass: less memory, more time
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -64,6 +72,8 @@ class Train:
             )
         if self.batch < 1 or self.micro_batches < 1:
             raise ValueError("batch and micro_batches must be at least 1")
+        if self.max_texts is not None and self.max_texts < 1:
+            raise ValueError(f"max_texts is {self.max_texts}; expected at least 1, or null")
         if not 0 < self.timeout_minutes < float("inf"):
             raise ValueError(
                 f"timeout_minutes is {self.timeout_minutes}; expected a positive number, such as 30"

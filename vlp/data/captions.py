@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from vlp.config import Captions
+from vlp.data import encodings
 
 MAX_TEXT_BYTES = 1 << 20  # a caption file or JSON beyond this is an attack or an accident
 USUAL = ("captions", "caption", "txt")  # where captions stand in a shard of which nothing is said
@@ -51,20 +52,42 @@ class Texts:
     """
 
     # Fields of the JSON by name, `txt` for the text file: [re_caption, txt] has the texts of all of
-    # them, in this order; {re_caption: 0.75, txt: 0.25} draws a field by its share. Empty: the
-    # JSON's captions or caption, else the text file.
-    captions: list[str] | dict[str, float] = field(default_factory=list)
+    # them, in this order; {re_caption: 0.75, txt: 0.25} draws a field by its share; {long:
+    # re_caption, short: caption} names the field of each of data.captions.roles. Empty: the JSON's
+    # captions or caption, else the text file.
+    captions: list[str] | dict[str, float] | dict[str, str] = field(default_factory=list)
     # A text file of several lines: as data.captions.lines, unless said here.
     lines: Literal["one", "each"] | None = None
 
     def __post_init__(self) -> None:
-        shares = self.captions.values() if isinstance(self.captions, dict) else []
-        repeated = len(set(self.captions)) < len(self.captions)
-        if repeated or min(shares, default=1) <= 0:
+        repeated = len(set(self.names)) < len(self.names)
+        if repeated or min(self.shares.values(), default=1) <= 0:
             raise ValueError(
                 f"captions is {self.captions}; expected different names, with shares above 0 where "
                 "it has shares"
             )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are captions, in order."""
+        return tuple(self.roles.values() or self.captions)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each field, where fields are drawn by their shares."""
+        return self._mapping(float)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The field of each role, where fields have roles."""
+        return self._mapping(str)
+
+    def _mapping(self, kind: type) -> dict[str, Any]:
+        """`captions` where it maps names to values of this kind; else empty."""
+        if not isinstance(self.captions, dict):
+            return {}
+        values: dict[str, Any] = {**self.captions}
+        return values if all(isinstance(value, kind) for value in values.values()) else {}
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,9 @@ class Choice:
     names: tuple[str, ...] = ()  # empty: the first of `USUAL` that the sample has
     shares: tuple[float, ...] = ()  # of the names; empty: all captions alike
     lines: Literal["one", "each"] = "one"  # whether a text file is one caption, or each line is
+    # Of the names; empty: they have none. Not in the text of a choice, which runs compare that were
+    # started before there were roles.
+    roles: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, texts: Texts, captions: Captions) -> Choice:
@@ -81,16 +107,25 @@ class Choice:
         do not agree.
         """
         # Shares draw one caption at each visit; the other choices leave nothing to draw.
-        shares: tuple[float, ...] = ()
-        if isinstance(texts.captions, dict):
-            shares = tuple(texts.captions.values())
+        shares, roles = texts.shares, texts.roles
         if shares and captions.choose != "random":
             raise ValueError(
                 f"the source's captions {texts.captions} are drawn by their shares, which "
                 f"data.captions.choose: {captions.choose} leaves no room for; give a list of "
                 "names, or leave choose out"
             )
-        return cls(tuple(texts.captions), shares, texts.lines or captions.lines)
+
+        if roles and set(roles) != set(captions.roles):
+            raise ValueError(
+                f"the source's captions have the roles {', '.join(roles)}, and data.captions.roles "
+                f"is {captions.roles}; name the same there, in the order of the columns"
+            )
+        return cls(
+            texts.names,
+            tuple(shares.values()),
+            texts.lines or captions.lines,
+            tuple(roles),
+        )
 
     def count(self, form: Form) -> int:
         """How many captions a sample of this form has."""
@@ -111,6 +146,15 @@ class Choice:
         for share, group in zip(self.shares, self._groups(meta, text)):
             weights += [share / len(group)] * len(group) if group else []
         return tuple(weights)
+
+    def roles_of(self, meta: dict[str, Any], text: str) -> tuple[str, ...]:
+        """The role of each caption; empty where names have none."""
+        if not self.roles:
+            return ()
+        roles: list[str] = []
+        for role, group in zip(self.roles, self._groups(meta, text)):
+            roles += [role] * len(group)
+        return tuple(roles)
 
     def check(self, there: Mapping[str, int], n_samples: int, where: str) -> list[str]:
         """What to tell about names that samples lack; ValueError for one that none has. `there`:
@@ -178,7 +222,7 @@ def read_texts(members: dict[str, bytes]) -> TextMembers:
         if len(data) > MAX_TEXT_BYTES:
             notes.append(f"a .{kind} of more than {MAX_TEXT_BYTES} bytes is not read")
         else:
-            decoded[kind] = _decode(data, kind, notes)
+            decoded[kind] = encodings.decoded(data, kind, notes)
 
     # The class number of a .cls counts where the JSON has none.
     meta = _json(decoded["json"], notes) if "json" in decoded else {}
@@ -269,44 +313,6 @@ def text_in(entry: Any) -> str | None:
         texts = (entry[name] for name in _IN_ENTRIES if isinstance(entry.get(name), str))
         entry = next(texts, None)
     return entry.strip() if isinstance(entry, str) else None
-
-
-def _decode(data: bytes, kind: str, notes: list[str]) -> str:
-    """UTF-8, UTF-16, or what Windows writes; anything but UTF-8 is noted."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        notes.append(f".{kind} is not UTF-8: read as UTF-16")
-        return data.decode("utf-16", "replace").replace("\0", "")
-
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", "replace")
-        # Not one whole character beyond ASCII tells another encoding rather than damage.
-        if any("\x7f" < character != "\ufffd" for character in text):
-            notes.append(f".{kind} is not UTF-8: the wrong bytes became U+FFFD")
-        else:
-            notes.append(f".{kind} is not UTF-8: read as Windows-1252")
-            text = data.decode("cp1252", "replace")
-
-    if "\0" in text:
-        encoding = _wide_encoding(data)
-        if encoding:
-            notes.append(f".{kind} holds NUL bytes: read as {encoding.upper()}")
-            text = data.decode(encoding, "replace")
-        else:
-            notes.append(f".{kind} holds NUL bytes: they are left out")
-        text = text.replace("\0", "")
-    return text.removeprefix("\ufeff")
-
-
-def _wide_encoding(data: bytes) -> str:
-    """Which UTF-16 without a mark of its order bytes are; "" for none."""
-    # Of Latin letters in UTF-16 every second byte is NUL.
-    halves = {"utf-16-le": data[1::2], "utf-16-be": data[0::2]}
-    for encoding, half in halves.items():
-        if half.count(0) * 2 > len(half):
-            return encoding
-    return ""
 
 
 def _json(text: str, notes: list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlp.config import Data
-from vlp.data import row_numbers
+from vlp.data import labels, row_numbers
 from vlp.data.row_texts import TEXTS
 from vlp.data.sources import Source
 from vlp.fields import CARRIED, EMBEDDED, family
@@ -36,6 +36,10 @@ def optional_fields(
     if data.views:
         widths["image_views"] = data.views.n
     widths |= row_numbers.offered(sources, widths)
+    # Looked for only where it is read, because that takes reading samples.
+    if data.labels is not None and (reads is None or "label" in reads):
+        labels.check(sources, data.labels)
+        widths["label"] = 1
 
     # A teacher's embeddings, where every source has them.
     stored = [source.embeddings for source in sources if source.embeddings is not None]

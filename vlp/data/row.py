@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import chain
 
 from vlp.config import Captions
 from vlp.data import wrong_captions
+from vlp.data.sentences import first_sentence, sentences
 from vlp.data.wrong_captions import WrongCaptions
 from vlp.seeds import derive
 from vlp.types import Sample
@@ -50,24 +52,67 @@ class Row:
 
 
 def offered_captions(sample: Sample, config: Captions) -> tuple[str, ...]:
-    """The captions of a sample that training takes: those that have a weight, where weights are
-    of positions.
+    """The texts of a sample that training takes: its captions, or those that have a weight where
+    weights are of positions, or its sentences.
     """
-    return sample.captions[: len(config.weights)] if config.weights else sample.captions
+    captions = sample.captions
+    if config.choose == "sentences":
+        return tuple(chain.from_iterable(map(sentences, captions)))
+    return captions[: len(config.weights)] if config.weights else captions
+
+
+def captions_beside(row: Row, config: Captions) -> list[str | None]:
+    """The captions of a row's sample that stand beside one another in it, in their order, at most
+    `n_beside`; None for a role that the sample lacks.
+
+    Of more than fit, others are drawn anew at each visit without replacement.
+    """
+    if config.roles:
+        return [_of_role(row, config, role) for role in config.roles]
+    if config.choose == "first_sentence":
+        return [first_sentence(row.sample.captions[0])]
+
+    offered = offered_captions(row.sample, config)
+    places = list(range(len(offered)))
+    if len(places) > config.n_beside:
+        places = sorted(row.chance("captions").sample(places, config.n_beside))
+    return [offered[place] for place in places]
 
 
 def choose_caption(row: Row, config: Captions) -> str:
-    """The caption that stands in the row, where the mixture did not draw one."""
+    """The caption that stands in the row as its text, where the mixture did not draw one."""
     captions, weights = row.sample.captions, row.sample.weights
 
-    if config.choose == "first" or len(captions) == 1:
+    if config.choose == "first_sentence":
+        return captions[0] if config.n_beside else first_sentence(captions[0])
+    if config.n_beside:
+        return _one_of(captions_beside(row, config), row, config)
+    if config.choose == "first":
         return captions[0]
 
     # The source's shares of its text fields come before weights of positions.
     if weights:
         return row.chance("caption").choices(captions, weights)[0]
+    offered = offered_captions(row.sample, config)
     if config.choose == "weights":
-        offered = offered_captions(row.sample, config)
         return row.chance("caption").choices(offered, config.weights[: len(offered)])[0]
 
-    return captions[row.draw("caption") % len(captions)]
+    return offered[row.draw("caption") % len(offered)]
+
+
+def _one_of(beside: list[str | None], row: Row, config: Captions) -> str:
+    """The text of a row whose captions stand beside one another: that of the first role, or one of
+    them, drawn anew at each visit.
+    """
+    texts = [text for text in beside if text is not None]
+    return texts[0 if config.roles else row.draw("caption") % len(texts)]
+
+
+def _of_role(row: Row, config: Captions, role: str) -> str | None:
+    """The sample's caption of a role; of several one, drawn anew at each visit."""
+    captions = row.sample.captions
+    roles = row.sample.roles or config.roles  # unnamed captions have their roles by their order
+    texts = [caption for caption, own_role in zip(captions, roles) if own_role == role]
+    if not texts:
+        return None
+    return texts[row.draw(f"caption of {role}") % len(texts)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vlp.config import Data
-from vlp.data.row import Row, offered_captions
+from vlp.data.row import Row, captions_beside
 from vlp.data.sources import Source
 from vlp.data.wording import vary
 
@@ -37,27 +37,23 @@ class TextField:
 
 
 def most_captions(sources: list[Source], data: Data) -> int:
-    """K', the most captions of a sample, at most data.captions.carried; 0 where all have one."""
-    bound = data.captions.carried
-    if data.captions.weights:  # of positions: captions without one are not taken
-        bound = min(bound, len(data.captions.weights))
+    """K', the most captions of a sample that stand beside one another; 0 where none do, or all
+    samples have one.
+    """
+    config = data.captions
+    # A role has its column also where few samples have it; sentences are not counted.
+    if not config.n_beside or config.roles or config.choose != "all":
+        return config.n_beside
 
-    most = min(bound, max(_most_of(source, bound) for source in sources))
+    most = min(config.n_beside, max(_most_of(source, config.n_beside) for source in sources))
     return most if most > 1 else 0
 
 
 def captions(row: Row, data: Data, width: int) -> Texts:
-    """The sample's captions in their order; of more than `width` as many, drawn anew at each visit
-    without replacement.
-    """
-    offered = offered_captions(row.sample, data.captions)
-    places = list(range(len(offered)))
-
-    if len(places) > width:
-        places = sorted(row.chance("captions").sample(places, width))
-
-    texts = [offered[place] for place in places]
-    return padded(texts, [True] * len(texts), width)
+    """The captions that stand beside one another in the row."""
+    beside = captions_beside(row, data.captions)
+    texts = [text or "" for text in beside]
+    return padded(texts, [text is not None for text in beside], width)
 
 
 def most_negatives(sources: list[Source], data: Data) -> int:

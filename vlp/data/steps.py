@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlp.config import Data
-from vlp.data import decode, row_numbers, text
+from vlp.data import decode, labels, row_numbers, text
 from vlp.data.mix import Mixture
 from vlp.data.row import Row, choose_caption
 from vlp.data.row_texts import TEXTS, Texts
@@ -37,11 +37,14 @@ class Report:
     """Counts and problems of one batch while it was made."""
 
     bad: list[tuple[int, str, str]]  # sample id, key where known, reason
-    n_truncated: int
+    n_truncated: int  # texts that are cut to the context
+    n_texts: int  # of all that are tokenized and count
 
 
 class Steps(Dataset):
-    """Item s: this rank's rows of step s, with a report. Sent to every loader process."""
+    """Item s·P + p: part p of the P parts of this rank's rows of step s, with a report. Sent to
+    every loader process.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Steps(Dataset):
         # This rank's rows of each step.
         self.size = batch
         self.rows = range(rank * batch // world, (rank + 1) * batch // world)
+        self.parts = 1  # P
         self.ahead = mixture.ahead(batch)
         self._tokenizer: Any = None
 
@@ -70,19 +74,22 @@ class Steps(Dataset):
         # Each process builds its own tokenizer: its caches are large.
         return {**self.__dict__, "_tokenizer": None}
 
-    def __getitem__(self, step: int) -> tuple[Batch, Report]:
+    def __getitem__(self, item: int) -> tuple[Batch, Report]:
+        step, part = divmod(item, self.parts)
+        numbers = self.rows_of(part)
         self._tokenizer = self._tokenizer or text.build(self.text)
 
         # Which samples stand in the whole step; shards of later ones are fetched meanwhile.
         ids = self.mixture.batch(step, self.size)
         places = self.mixture.captions(step, self.size)
-        if self.ahead:
+        # By one part of each step, another one every time: each has a thread that fetches.
+        if self.ahead and part == step % self.parts:
             self.mixture.prepare(self.mixture.batch(step + self.ahead, self.size))
 
-        report = Report([], 0)
-        pictures = self._new_pictures()
+        report = Report([], 0, len(numbers))
+        pictures = self._new_pictures(len(numbers))
         rows = []
-        for i, number in enumerate(self.rows):
+        for i, number in enumerate(numbers):
             out = {name: values[i] for name, values in pictures.items()}
             rows.append(self._row(step, number, ids, places, out, report))
 
@@ -94,13 +101,18 @@ class Steps(Dataset):
             key=[row.sample.key for row in rows],
             **pictures,
             **self._numbers(rows),
-            **self._texts(rows),
+            **self._texts(rows, report),
         )
         return batch, report
 
+    def rows_of(self, part: int) -> range:
+        """The rows of the global batch that a part of this rank's holds; parts differ by a row."""
+        n = len(self.rows)
+        return self.rows[part * n // self.parts : (part + 1) * n // self.parts]
+
     @property
     def nbytes(self) -> int:
-        """Bytes of one item's tensors, near enough to find room for them."""
+        """Bytes of the tensors of this rank's rows of a step, near enough to find room for them."""
         pixels = sum(math.prod(shape) for shape in self._picture_shapes().values())
         n_texts = 1 + sum(self.widths.get(name, 0) for name in TEXTS)
         n_numbers = sum(self.widths.get(name, 0) for name in LABELS)
@@ -108,9 +120,8 @@ class Steps(Dataset):
         token_bytes = 8 * self.text.context_length * n_texts
         return len(self.rows) * (pixels + token_bytes + 4 * n_numbers)
 
-    def _new_pictures(self) -> dict[str, Tensor]:
-        """Uninitialised rows of the fields that hold pictures."""
-        n = len(self.rows)
+    def _new_pictures(self, n: int) -> dict[str, Tensor]:
+        """n uninitialised rows of the fields that hold pictures."""
         if not self.pixels:
             return {"image": torch.empty(n, 3, 0, 0, dtype=torch.uint8)}
         return {name: _new_pixels((n, *shape)) for name, shape in self._picture_shapes().items()}
@@ -157,6 +168,7 @@ class Steps(Dataset):
                 else:
                     caption = choose_caption(row, self.data.captions)
                 row = replace(row, caption=caption)
+                self._check_label(row)
 
                 # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
@@ -168,6 +180,11 @@ class Steps(Dataset):
             f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: "
             f"{report.bad[-1]}"
         )
+
+    def _check_label(self, row: Row) -> None:
+        """Raise ValueError for a sample without the label that a term reads."""
+        if "label" in self.widths and self.data.labels is not None:
+            labels.of_row(row, self.data.labels)
 
     def _draw(self, row: Row, out: dict[str, Tensor]) -> None:
         """Write the row's pictures; raises ValueError for one that cannot be decoded."""
@@ -210,9 +227,13 @@ class Steps(Dataset):
                 beside = [row.sample.embeddings for row in rows]
                 stored = np.stack([pair[side] for pair in beside if pair is not None])
                 result[name] = torch.from_numpy(stored.astype(np.float32))
+            elif name == "label":
+                assert self.data.labels is not None, "the field is offered only with it"
+                kinds = [labels.of_row(row, self.data.labels) for row in rows]
+                result[name] = torch.tensor(kinds, dtype=torch.int64)
         return result
 
-    def _texts(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _texts(self, rows: list[Row], report: Report) -> dict[str, Tensor]:
         """Token ids of the further texts, and the masks of those that count."""
         result = {}
         for name, field in TEXTS.items():
@@ -221,7 +242,9 @@ class Steps(Dataset):
 
             width = self.widths[name]
             of_rows = [field.of_row(row, self.data, width) for row in rows]
-            result[name] = self._tokens(name, of_rows)
+            result[name], n_truncated = self._tokens(name, of_rows)
+            report.n_truncated += n_truncated
+            report.n_texts += sum(sum(row.valid) for row in of_rows)
             if mask := EMBEDDED[name].valid:
                 result[mask] = _mask(mask, of_rows)
 
@@ -232,11 +255,33 @@ class Steps(Dataset):
             result["negative_images_valid"] = torch.tensor(pictured) & is_valid
         return result
 
-    def _tokens(self, name: str, of_rows: list[Texts]) -> Tensor:
-        """[b, width, L], or [b, L] where the field holds one text a row."""
-        flat = self._tokenizer(list(itertools.chain.from_iterable(row.texts for row in of_rows)))
+    def _tokens(self, name: str, of_rows: list[Texts]) -> tuple[Tensor, int]:
+        """[b, width, L], or [b, L] where the field holds one text a row; and how many were cut."""
+        texts = list(itertools.chain.from_iterable(row.texts for row in of_rows))
+        flat, n_truncated = self._tokenizer.tokenize(texts)
         one_a_row = EMBEDDED[name].batch_shape == "b L"
-        return flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
+        shaped = flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
+        return shaped, n_truncated
+
+
+def joined(parts: list[tuple[Batch, Report]]) -> tuple[Batch, Report]:
+    """The parts of a step, in order, as one item; page-locked where a GPU will copy it."""
+    if len(parts) == 1:
+        return parts[0]
+
+    batches = [batch for batch, _ in parts]
+    whole: dict[str, Any] = {}
+    for name in batches[0].carries() - {"key"}:
+        tensors = [getattr(batch, name) for batch in batches]
+        shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+        out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=torch.cuda.is_available())
+        whole[name] = torch.cat(tensors, out=out)
+
+    keys = itertools.chain.from_iterable(batch.key for batch in batches)
+    bad = itertools.chain.from_iterable(report.bad for _, report in parts)
+    n_truncated = sum(report.n_truncated for _, report in parts)
+    n_texts = sum(report.n_texts for _, report in parts)
+    return Batch(key=list(keys), **whole), Report(list(bad), n_truncated, n_texts)
 
 
 def _mask(name: str, of_rows: list[Texts]) -> Tensor:

@@ -42,7 +42,7 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     model_cfg = shared | {
         "embed_dim": embed_dim,
         "vision_cfg": image.module.vision_cfg(image.options),
-        "text_cfg": text.module.text_cfg(text.options),
+        "text_cfg": _text_cfg(text),
         # the text tower stays a module of its own, so that every model has one layout
         "custom_text": True,
         "init_logit_scale": math.log(model.scale.init),
@@ -54,6 +54,21 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     if model.decoding is not None:
         preprocess_cfg["decoding"] = plain(model.decoding)
     return model_cfg, preprocess_cfg
+
+
+def _text_cfg(text: Plugin) -> dict[str, Any]:
+    """The text tower's section; the length of a stretched context takes the place of its own."""
+    section = text.module.text_cfg(text.options)
+    context = text.common.context if text.common is not None else None
+    if context is None:
+        return section
+
+    if section.get("hf_model_name"):
+        raise ValueError(
+            f"context stretches the positions of open_clip's text towers, and {text.name!r} has "
+            "positions of its own; leave context out, and set context_length"
+        )
+    return section | {"context_length": context.length}
 
 
 def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> ImageSpec:

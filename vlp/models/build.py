@@ -12,6 +12,7 @@ from torch import nn
 from vlp import config
 from vlp.models import assemble
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.patch_dropout import draw_on_device
 from vlp.pretrained import weight_files
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config
@@ -38,19 +39,23 @@ def build(model: config.Model) -> DualEncoder:
 
     clip = _instantiate(model_cfg)
     if weights is not None:
-        weight_files.load_into(clip, weights.path)
+        weight_files.load_into(clip, weights.path, _kept_positions(model))
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
+    encoder.cut_captions = model.cut_captions
 
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
     return encoder
 
 
-def from_description(described: dict[str, Any], weights: Path | None = None) -> DualEncoder:
+def from_description(
+    described: dict[str, Any], weights: Path | None = None, keep: int | None = None
+) -> DualEncoder:
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
-    `weights`: a file in any layout open_clip reads; None leaves the weights random. Nothing is
+    `weights`: a file in any layout open_clip reads; None leaves the weights random. `keep`: as of
+    `weight_files.load_into`. Nothing is
     downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
     gets the usual bound on the scale, 100.
     """
@@ -61,7 +66,7 @@ def from_description(described: dict[str, Any], weights: Path | None = None) -> 
         )
     clip = _instantiate(model_cfg)
     if weights is not None:
-        weight_files.load_into(clip, weights)
+        weight_files.load_into(clip, weights, keep)
 
     ours = described.get("vlp", {})
     scale = parse(config.Scale, ours.get("scale", {}))
@@ -100,6 +105,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"{model_cfg}"
         ) from error
 
+    draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
@@ -125,6 +131,11 @@ def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
     for module in tower.trunk.modules():
         if act_kwargs and isinstance(module, nn.GELU):
             module.approximate = act_kwargs["approximate"]
+
+
+def _kept_positions(model: config.Model) -> int | None:
+    """How many positions of a stretched context stay; None: it is not stretched."""
+    return None if model.context is None else model.context.keep
 
 
 def _locked(tower: Any) -> bool:

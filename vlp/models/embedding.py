@@ -4,12 +4,19 @@ a tower become unit rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vlp.fields import EMBEDDED, FIELDS, Field
+from vlp.models import lengths
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.lengths import Cut
+from vlp.models.stages import Stages
 from vlp.types import Batch, Features
 
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
@@ -26,10 +33,9 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     where any is wanted, [b, …], and "scale", "bias" and "view_scale" as far as the model has them,
     []. Rows that their mask leaves out do not pass the tower; their embeddings are zeros.
     """
-    rows = {name: row for name, row in EMBEDDED.items() if name in wanted}
-    pictures = _pictures(batch, rows)
-    texts = _texts_taking_part(batch, rows)
-    views = _views(batch, rows)
+    fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
+    pictures, texts = (_taking_part(batch, fields, tower) for tower in ("image", "text"))
+    views = _views(batch, fields)
 
     # Heads cost: they run only where one of their outputs is wanted.
     pairs = {"pairs": len(batch)} if set(OF_PAIRS).intersection(wanted) else {}
@@ -40,75 +46,104 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         _joined(texts),
         **{name: value.flatten(0, 1) for name, value in views.items()},
         **pairs,
+        **_cut(model, batch, texts, views),
     )
 
     # Apart again, each in the shape of its field.
     embedded = {}
     for name, value in views.items():
         embedded[name] = getattr(features, name).unflatten(0, value.shape[:2])
-    apart = _apart(features.image, pictures) | _apart(features.text, texts)
-    for name, embeddings in apart.items():
-        embedded[name] = _in_place(embeddings, batch, rows[name], name)
+    embedded |= _apart(features.image, pictures) | _apart(features.text, texts)
     return embedded | _beside(features)
 
 
-def _pictures(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
-    """Pixels [n, 3, H, W] of each wanted field, views aside: those that its mask leaves in."""
-    pictures = {}
-    for name, row in rows.items():
-        if row.tower != "image" or row.head:
-            continue
-        pixels = getattr(batch, name)
-        if row.valid:
-            pixels = pixels[getattr(batch, row.valid)]
-        pictures[name] = pixels
-    return pictures
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a field that take part, and their places in the field."""
+
+    rows: Tensor  # [n, 3, H, W] or [n, L]
+    shape: tuple[int, ...]  # of the field, without the dimensions of a picture or a text
+    # [n] of rows of the flattened field, on the host and on the device; None: all take part
+    numbers: np.ndarray | None = None
+    places: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Batch, name: str, field: Field) -> _Part:
+        """Of a field that the batch carries, with its mask, if it has one."""
+        values = getattr(batch, name)
+        n_inner = 3 if field.tower == "image" else 1
+        shape = values.shape[:-n_inner]
+        rows = values.flatten(0, len(shape) - 1)
+        if not field.valid:
+            return cls(rows, shape)
+
+        # Picked on the host: a device that is asked how many rows a mask leaves makes it wait.
+        mask = batch.host(field.valid).numpy()
+        mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
+        numbers = np.flatnonzero(np.broadcast_to(mask, shape))
+        places = lengths.sent(numbers, rows.device)
+        return cls(rows.index_select(0, places), shape, numbers, places)
+
+    def in_place(self, embeddings: Tensor) -> Tensor:
+        """The embeddings [n, D] as [b, …, D], zeros for the rows that do not take part."""
+        if self.places is not None:
+            whole = embeddings.new_zeros(math.prod(self.shape), embeddings.shape[-1])
+            embeddings = whole.index_copy(0, self.places, embeddings)
+        return embeddings.view(*self.shape, -1)
+
+    def on_host(self, batch: Batch, name: str) -> np.ndarray:
+        """The rows of a text, [n, L], without asking the device."""
+        rows = batch.host(name).flatten(0, -2).numpy()
+        return rows if self.numbers is None else rows[self.numbers]
 
 
-def _texts_taking_part(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
-    """Token ids [n, L] of each wanted field, views aside: the texts that its mask leaves in."""
-    texts = {}
-    for name, row in rows.items():
-        if row.tower != "text" or row.head:
-            continue
-
-        # Padding would cost a forward pass of the tower, and move its statistics.
-        ids = getattr(batch, name)
-        if row.valid:
-            ids = ids[getattr(batch, row.valid)]
-        texts[name] = ids.flatten(0, -2)
-    return texts
+def _taking_part(batch: Batch, fields: dict[str, Field], tower: str) -> dict[str, _Part]:
+    """What passes a tower of each wanted field, views aside."""
+    # Rows that a mask leaves out would cost a forward pass, and move a batch norm's statistics.
+    return {
+        name: _Part.of(batch, name, field)
+        for name, field in fields.items()
+        if field.tower == tower and not field.head
+    }
 
 
-def _views(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
+def _views(batch: Batch, fields: dict[str, Field]) -> dict[str, Tensor]:
     """Pixels and token ids [b, V, …] that pass a tower and then a head of their own."""
-    return {name: getattr(batch, name) for name, row in rows.items() if row.head}
+    return {name: getattr(batch, name) for name, field in fields.items() if field.head}
 
 
-def _joined(parts: dict[str, Tensor]) -> Tensor | None:
-    return torch.cat(list(parts.values())) if parts else None
+def _cut(
+    model: nn.Module, batch: Batch, texts: dict[str, _Part], views: Collection[str]
+) -> dict[str, Cut]:
+    """How the texts and their views are to pass the tower, as a keyword; none: as they are."""
+    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Stages))
+    encoder = next(encoders, None)
+    if encoder is None or not texts:
+        return {}
+
+    ids = [part.on_host(batch, name) for name, part in texts.items()]
+    n_possible = sum(math.prod(part.shape) for part in texts.values())
+    if "text_views" in views:
+        ids.append(batch.host("text_views").flatten(0, -2).numpy())
+        n_possible += len(ids[-1])
+
+    cut = encoder.cut(np.concatenate(ids), batch.text.device, n_possible)
+    return {} if cut is None else {"cut": cut}
 
 
-def _apart(joined: Tensor | None, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of each part, the inverse of `_joined`."""
+def _joined(parts: dict[str, _Part]) -> Tensor | None:
+    rows = [part.rows for part in parts.values()]
+    if len(rows) == 1:
+        return rows[0]  # pixels are large: one part is not copied
+    return torch.cat(rows) if rows else None
+
+
+def _apart(joined: Tensor | None, parts: dict[str, _Part]) -> dict[str, Tensor]:
+    """The embeddings of each part in the shape of its field, the inverse of `_joined`."""
     if joined is None:
         return {}
-    sizes = [len(part) for part in parts.values()]
-    return dict(zip(parts, joined.split(sizes)))
-
-
-def _in_place(embeddings: Tensor, batch: Batch, row: Field, name: str) -> Tensor:
-    """The embeddings [n, D] of the rows that take part as [b, …, D], zeros for the others."""
-    # A picture is three dimensions of the batch's, a text is one.
-    n_inner = 3 if row.tower == "image" else 1
-    shape = getattr(batch, name).shape[:-n_inner]
-    if not row.valid:
-        return embeddings.view(*shape, -1)
-
-    mask = getattr(batch, row.valid)
-    whole = embeddings.new_zeros(*shape, embeddings.shape[-1])
-    whole[mask] = embeddings.view_as(whole[mask])
-    return whole
+    embeddings = joined.split([len(part.rows) for part in parts.values()])
+    return {name: part.in_place(rows) for (name, part), rows in zip(parts.items(), embeddings)}
 
 
 def _beside(features: Features) -> dict[str, Tensor]:

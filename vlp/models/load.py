@@ -11,12 +11,15 @@ from vlp.pretrained import references, weight_files
 
 
 def load(
-    reference: str | Path | references.Reference, like: DualEncoder | None = None
+    reference: str | Path | references.Reference,
+    like: DualEncoder | None = None,
+    keep: int | None = None,
 ) -> DualEncoder | Stages:
     """The model behind a reference (vlp.pretrained.references), a run's excepted:
     `vlp.checkpoint.load_any` takes those too.
 
-    `like`: the model whose architecture a file of weights alone has. Stages give a
+    `like`: the model whose architecture a file of weights alone has; `keep`: how many of its
+    positions stay where its context is shorter than that model's. Stages give a
     `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
     """
     resolved = references.resolve(reference)
@@ -38,7 +41,7 @@ def load(
     # Weights of towers alone: the heads of `like` are not theirs.
     described = like.description()
     scale_alone = {"scale": described["vlp"]["scale"]}
-    return from_description(described | {"vlp": scale_alone}, weights.path)
+    return from_description(described | {"vlp": scale_alone}, weights.path, keep)
 
 
 def load_stages(folder: Path) -> Stages:

@@ -26,7 +26,7 @@ from open_clip.model import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlp.pretrained import clip_description, clip_layout, references, runs
+from vlp.pretrained import clip_description, clip_layout, context, references, runs
 from vlp.pretrained.folders import listing, read_json
 from vlp.pretrained.references import OPEN_CLIP_WEIGHTS, Reference, read_config
 from vlp.schema import did_you_mean
@@ -119,14 +119,20 @@ def weights_in(folder: Path, kind: str = "open_clip") -> Path:
     return others[0]
 
 
-def load_into(clip: nn.Module, path: Path) -> None:
+def load_into(clip: nn.Module, path: Path, keep: int | None = None) -> None:
     """Read weights of any known layout into a CustomTextCLIP; ValueError lists what does not fit.
 
-    Positions are interpolated to the model's sizes, as open_clip does. The scale always comes from
-    the weights. A bias comes from them only where the model has one: a model without drops it with
-    a warning, and a model with one keeps its own where the weights have none.
+    Positions are interpolated to the model's sizes, as open_clip does; those of the text tower are
+    stretched behind the first `keep` (`context.stretched`), where that is given. The scale always
+    comes from the weights. A bias comes from them only where the model has one: a model without
+    drops it with a warning, and a model with one keeps its own where the weights have none.
     """
     if path.suffix == ".npz":
+        if keep is not None:
+            raise ValueError(
+                f"{path} is of big_vision's layout, whose context is not stretched; convert it to "
+                "open_clip's first, or leave context out"
+            )
         _load_big_vision(clip, path)
         return
 
@@ -136,6 +142,9 @@ def load_into(clip: nn.Module, path: Path) -> None:
     try:
         weights = convert_state_dict(clip, weights)
         resize_pos_embed(weights, clip)
+        if keep is not None and context.POSITIONS in weights:
+            length = len(clip.state_dict()[context.POSITIONS])
+            weights[context.POSITIONS] = context.stretched(weights[context.POSITIONS], length, keep)
         resize_text_pos_embed(weights, clip)
     # open_clip raises any of these for weights that are far from fitting.
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:

@@ -22,6 +22,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Context:
+    """A longer context for pretrained weights: the first positions stay, the others are stretched
+    (vlp.pretrained.context).
+    """
+
+    length: int  # L, begin and end tokens included; Long-CLIP makes 248 of 77
+    keep: int = 20  # positions that stay as they are
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep < self.length:
+            raise ValueError(
+                f"length is {self.length} and keep {self.keep}; expected 0 <= keep < length"
+            )
+
+
+@dataclass(frozen=True)
 class Common:
     """Keys that every tower takes."""
 
@@ -29,6 +45,9 @@ class Common:
     locked: bool = False
     # of a locked image tower: training reads its embeddings from the sources' `embeddings`
     precomputed: bool = False
+    # of a text tower whose weights `pretrained` or `init_from` bring: a longer context; None: as
+    # long as the tower says
+    context: Context | None = None
 
     def __post_init__(self) -> None:
         if self.precomputed and not self.locked:

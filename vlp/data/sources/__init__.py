@@ -141,3 +141,12 @@ def captions_of(
     if not isinstance(name, str):
         return ()
     return tuple(template.replace("{}", name) for template in config.class_templates)
+
+
+def check_roles(columns: Sequence[str], captions: Captions, name: str) -> None:
+    """Refuse a table whose columns of captions are several and not as many as the roles."""
+    if captions.roles and len(columns) > 1 and len(columns) != len(captions.roles):
+        raise ValueError(
+            f"{name}: captions stand in the columns {', '.join(columns)}, and data.captions.roles "
+            f"is {captions.roles}; name a column of each role, in their order, with caption_columns"
+        )

@@ -84,7 +84,9 @@ class Listed(Source):
                 silent.append(f"{archive.path}: {name!r} has no caption")
                 continue
 
-            records.append(json.dumps([name, archive.place(name), texts, item.meta]).encode())
+            roles = [captions.roles[place] for place in item.columns] if captions.roles else []
+            record = [name, archive.place(name), texts, item.meta, roles]
+            records.append(json.dumps(record).encode())
             # Without the place: a data set may be moved.
             digest.update(json.dumps([name, texts, item.meta]).encode())
             self.labels &= labels_of(item.meta)
@@ -117,13 +119,13 @@ class Listed(Source):
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> Sample:
-        name, place, captions, meta = self._record(i)
+        name, place, captions, meta, roles = self._record(i)
         key, _ = os.path.splitext(name)
         image = Place(*place).read()
-        return Sample(i, key, image, image_type(name), tuple(captions), meta)
+        return Sample(i, key, image, image_type(name), tuple(captions), meta, roles=tuple(roles))
 
-    def _record(self, i: int) -> tuple[str, list, list[str], dict[str, Any]]:
-        """Name, place, captions and JSON of sample i."""
+    def _record(self, i: int) -> tuple[str, list, list[str], dict[str, Any], list[str]]:
+        """Name, place, captions, JSON and roles of sample i."""
         start, end = self._ends[i : i + 2].tolist()
         record = self._text[start:end].numpy()
         return tuple(json.loads(record.tobytes()))
@@ -131,7 +133,7 @@ class Listed(Source):
     def n_captions(self) -> np.ndarray:
         counts = []
         for i in range(len(self)):
-            _, _, captions, _ = self._record(i)
+            _, _, captions, _, _ = self._record(i)
             counts.append(len(captions))
         return np.array(counts, np.int64)
 
@@ -139,7 +141,7 @@ class Listed(Source):
         begins = []
         origin_before = None
         for i in range(len(self)):
-            _, _, _, meta = self._record(i)
+            _, _, _, meta, _ = self._record(i)
             origin = meta.get("origin")
             begins.append(origin is None or origin != origin_before)
             origin_before = origin

@@ -103,6 +103,8 @@ def fingerprint(table: Table, shards: Sequence[Shard], choice: Choice) -> str:
     for column in (compared, table.shard_of, table.n_texts):
         digest.update(column.tobytes())
     digest.update(repr(choice).encode())
+    if choice.roles:
+        digest.update(repr(choice.roles).encode())
     for shard in shards:
         digest.update(f"{shard.keys} {shard.texts}".encode() + shard.extents)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from typing import Literal
 from vlp.config import Captions
 from vlp.data.archives import Archive
 from vlp.data.listing import Named
+from vlp.data.sources import check_roles
 from vlp.data.sources._listed import Listed, open_tree
 from vlp.data.tables import TableOptions, items
 
@@ -54,6 +55,8 @@ def open(options: Options, captions: Captions) -> Listed:
 
     archive = Archive(options.path, options.split)
     listing = items(options.captions, options)
+    check_roles(listing.chosen.captions, captions, options.captions)
+
     named: list[Named] = []
     missing: list[str] = []
     for item in listing.items:

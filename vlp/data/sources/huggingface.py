@@ -22,7 +22,7 @@ from vlp.config import Captions
 from vlp.data import wrong_captions
 from vlp.data.archives import Place, image_type
 from vlp.data.rows import LABELS, labels_of
-from vlp.data.sources import Source, captions_of
+from vlp.data.sources import Source, captions_of, check_roles
 from vlp.data.tables.columns import (
     CLASS_COLUMNS,
     DIALOGUE_COLUMNS,
@@ -90,6 +90,7 @@ def open(options: Options, captions: Captions) -> HubSet:
             f"{options.path}: no column is known to hold captions or classes; "
             f"it has {listed(table.column_names)}. Name it with caption_columns or class_column"
         )
+    check_roles(caption_columns, captions, options.path)
     columns = _Columns(image, caption_columns, label)
     return HubSet(table, columns, captions, options.path, notes)
 
@@ -313,7 +314,17 @@ class HubSet(Source):
 
         kind = image_type(stored["path"] or "") or _type(image)
         captions, meta = self._text(row)
-        return Sample(i, f"{number:09d}", image, kind, captions, meta)
+        return Sample(i, f"{number:09d}", image, kind, captions, meta, roles=self._roles(row))
+
+    def _roles(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """The role of each caption, by its column; empty where one column holds all."""
+        names = self.columns.captions
+        if not self.captions.roles or len(names) < 2:
+            return ()
+        roles: list[str] = []
+        for role, name in zip(self.captions.roles, names):
+            roles += [role] * len(texts(row[name]))
+        return tuple(roles)
 
     def _text(self, row: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
         """A row's captions, and what a shard's JSON would hold besides."""

@@ -267,6 +267,7 @@ class Shards(Source):
             {place: picture.data for place, picture in content.negative_images.items()},
             self._embeddings_of(i, f"{path}: {content.key!r}"),
             self.choice.weights(content.meta, content.text),
+            self.choice.roles_of(content.meta, content.text),
         )
 
     def _embeddings_of(self, i: int, name: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -234,9 +234,15 @@ def _sample(i: int, members: dict[str, Any], choice: Choice, captions: Captions)
         notes = f"; {'; '.join(content.notes)}" if content.notes else ""
         raise ValueError(f"no caption{under}{notes}")
 
-    weights = choice.weights(content.meta, content.text)
     return Sample(
-        i, content.key, content.image, content.image_type, texts, content.meta, weights=weights
+        i,
+        content.key,
+        content.image,
+        content.image_type,
+        texts,
+        content.meta,
+        weights=choice.weights(content.meta, content.text),
+        roles=choice.roles_of(content.meta, content.text),
     )
 
 

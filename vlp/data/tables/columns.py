@@ -30,6 +30,7 @@ LABEL_COLUMNS = ("category", "label")
 SPLIT_COLUMN = "split"
 
 _IMAGE_NAME = re.compile(rf"\S.*\.(?:{'|'.join(sorted(IMAGE_TYPES))})(?:#\d+)?", re.IGNORECASE)
+_ROWS = re.compile(r"(?:(\d*):(\d*))?")
 _NUMBERED = re.compile(r"(.*?)[ _-]?(\d+)")
 
 
@@ -45,6 +46,8 @@ class TableOptions:
     class_column: str = ""
     # Only rows whose column has this value, or one of these.
     where: dict[str, Any] = field(default_factory=dict)
+    # Only these rows, as Python counts them: ":1000" the first thousand, "1000:" all but them.
+    rows: str = ""
     # Only images that this list names, one a line (Flickr_8k.trainImages.txt).
     only: str = ""
     # Of a text table: a character, tab or space; empty: found in the first line.
@@ -61,6 +64,17 @@ class TableOptions:
         if isinstance(self.caption_columns, str):
             return [self.caption_columns]
         return list(self.caption_columns)
+
+    @property
+    def row_range(self) -> slice:
+        """`rows` as Python's slice; ValueError for what is none."""
+        match = _ROWS.fullmatch(self.rows.strip())
+        if match is None:
+            raise ValueError(
+                f"rows is {self.rows!r}; expected numbers of rows such as :1000, 1000: or 10:20"
+            )
+        first, last = (int(number) if number else None for number in match.groups())
+        return slice(first, last)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 DELIMITED = (".csv", ".tsv", ".txt", ".token")
-JSON_LINES = (".jsonl", ".ndjson")
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 KINDS = (*DELIMITED, *JSON_LINES, ".json", ".parquet")
 EXPECTED = f"a table ends in {', '.join(KINDS)} (texts also with .gz)"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Item:
     # The first row's other columns; "class" if there is one.
     meta: dict[str, Any] = field(default_factory=dict)
     label: Any = None  # the class as the table gives it, a name or a number
+    # The number of each caption's column among those of captions; empty: there is one column.
+    columns: list[int] = field(default_factory=list)
 
     @property
     def class_name(self) -> str | None:
@@ -70,6 +73,14 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
     in `problems`.
     """
     table = read(path, options)
+    if options.rows:
+        n_rows = len(table.rows)
+        table.rows = table.rows[options.row_range]
+        if not table.rows:
+            raise ValueError(
+                f"{table.path} has {n_rows} rows, none of them in rows: {options.rows}"
+            )
+
     sample = [row for _, row in table.rows[:_SHOWN]]
     chosen = columns.choose(table.columns, sample, options, table.path)
     if not options.named_captions:
@@ -198,20 +209,26 @@ def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
         raise values.NoText(f"image is {name!r}, expected a name in the column {chosen.image!r}")
 
     captions: list[str] = []
-    for column in chosen.captions:
+    places: list[int] = []
+    for place, column in enumerate(chosen.captions):
         try:
             captions += values.texts(row.get(column))
         except values.NoText as error:
             raise values.NoText(f"{column}: {error}") from None
+        places += [place] * (len(captions) - len(places))
+
     image = name.strip()
-    return Item(image, number, captions, {chosen.image: image}, label)
+    several = len(chosen.captions) > 1
+    meta = {chosen.image: image}
+    return Item(image, number, captions, meta, label, places if several else [])
 
 
 def join(item: Item, other: Item) -> str:
     """Give an item the captions of another one of its image; returns what contradicts, or ""."""
     # Compared with the captions before: a list keeps its own repetitions, which numbers may count.
-    new_captions = [caption for caption in other.captions if caption not in item.captions]
-    item.captions = item.captions + new_captions
+    is_new = [caption not in item.captions for caption in other.captions]
+    item.captions = item.captions + list(compress(other.captions, is_new))
+    item.columns = item.columns + list(compress(other.columns, is_new))
 
     if item.label is None:
         item.label = other.label

@@ -1,0 +1,41 @@
+"""Into how many micro-batches a rank's rows of a step are cut, where texts are bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from vlp import dist, log
+from vlp.config.training import Train
+from vlp.fields import EMBEDDED
+
+
+def texts_a_row(widths: Mapping[str, int], needs: Iterable[str]) -> int:
+    """The texts that the text tower embeds for a row, at most: its own, and those of further fields
+    that terms need. widths: of the fields that the data offer.
+    """
+    further = [name for name in needs if name in EMBEDDED and EMBEDDED[name].tower == "text"]
+    return 1 + sum(widths.get(name, 0) for name in further if name != "text")
+
+
+def count(train: Train, widths: Mapping[str, int], needs: Iterable[str]) -> int:
+    """`train.micro_batches`, or as many more as keep a micro-batch within `train.max_texts`.
+
+    ValueError where even a single row has more texts.
+    """
+    if train.max_texts is None:
+        return train.micro_batches
+
+    texts, rows = texts_a_row(widths, needs), train.batch // dist.world_size()
+    divisors = [n for n in range(train.micro_batches, rows + 1) if rows % n == 0]
+    for parts in divisors:
+        if rows // parts * texts <= train.max_texts:
+            if parts > train.micro_batches:
+                log.say(
+                    f"{parts} micro-batches instead of {train.micro_batches}: {rows} rows of "
+                    f"{texts} texts each, at most {train.max_texts} at once (train.max_texts)"
+                )
+            return parts
+    raise ValueError(
+        f"train.max_texts is {train.max_texts}, and a row alone has {texts} texts (its own, and "
+        "captions, negatives or views beside it); raise it, or carry fewer texts a row"
+    )
