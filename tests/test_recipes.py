@@ -150,8 +150,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 19, "demo": 1, "eval": 2, "export": 1, "train": 32}
-    assert n_tools == 27
+    assert counts == {"data": 18, "demo": 1, "eval": 2, "export": 1, "train": 32}
+    assert n_tools == 26
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
