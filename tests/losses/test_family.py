@@ -604,7 +604,7 @@ FAMILY = [
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
-N_LIVE = 144  # inputs that have a gradient, over all cases
+N_LIVE = 162  # inputs that have a gradient, over all cases
 PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
 
 

@@ -76,7 +76,7 @@ def test_every_wrong_shape_of_every_term_is_refused_by_name():
     assert n == 2 * N_SHAPES
 
 
-N_SHAPES = 2575
+N_SHAPES = 2831
 
 
 def test_every_wrong_dtype_is_refused_with_the_conversion():
@@ -101,7 +101,7 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
     assert n == N_DTYPES
 
 
-N_DTYPES = 511
+N_DTYPES = 562
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_batch_and_what_terms_read_are_described_in_the_same_letters():
             kept = set(row.batch_shape.split()) - pixels_or_tokens
             assert shape[-1] == "D" and set(shape[:-1]) == kept, name
         n += 1
-    assert n == 18
+    assert n == 19
 
 
 def test_masks_and_neighbours_are_fields_of_the_table():
