@@ -70,7 +70,7 @@ class Decide:
         assert judge is not None
         rows = np.flatnonzero(window.any(1)).tolist()
         pairs = [f"{first + row}:{first + row}" for row in rows]
-        cells = [(row, place) for row in rows for place in np.flatnonzero(window[row]).tolist()]
+        cells = np.argwhere(window).tolist()
         pairs += [f"{first + row}:{neighbours.numbers[row, place]}" for row, place in cells]
 
         kept = Kept(self.folder / "_judged" / f"{shard:05d}.jsonl")

@@ -97,11 +97,9 @@ class Rewrite:
         for place, prompt in enumerate(self.prompts):
             of_captions = {caption: of_kinds[place] for caption, of_kinds in answers.items()}
             if prompt.wrong:
-                candidates += [
-                    (Negative(prompt.kind, text), heads.index(caption))
-                    for caption, texts in of_captions.items()
-                    for text in texts
-                ]
+                for caption, texts in of_captions.items():
+                    number = heads.index(caption)
+                    candidates += [(Negative(prompt.kind, text), number) for text in texts]
             else:
                 self._write_true(meta, prompt.kind, heads, of_captions, counts)
 
