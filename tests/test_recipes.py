@@ -33,6 +33,7 @@ def shards(tmp_path_factory):
                 "counterfactuals": [f"{i} and two", f"{i} and three"],
                 "short_caption": f"picture {i}",
                 "long_caption": f"A picture, whose number is {i}. It is of one colour.",
+                "class": f"kind {i % 7}",
                 "origin": f"pair {i // 2}",
                 "paraphrase": [f"picture {i} is this"],
             }
@@ -86,7 +87,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 25
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 27
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -150,8 +151,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 18, "demo": 1, "eval": 2, "export": 1, "train": 32}
-    assert n_tools == 26
+    assert counts == {"data": 19, "demo": 1, "eval": 2, "export": 1, "train": 35}
+    assert n_tools == 27
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
