@@ -76,6 +76,21 @@ def plant_duplicates(source: Path, to: Path) -> None:
             writer.add(record.pop("key"), sample["jpg"], "jpg", captions, record)
 
 
+def mine(folder: Path, model: Path, shards: str) -> None:
+    """The scenes of these shards with the two captions of others that `model` finds nearest to
+    their pictures.
+    """
+    if (folder / "mined").exists():
+        return
+    train, embedded = f"{folder}/scenes/train/{shards}", folder / "embedded"
+    if not embedded.exists():
+        options = ("--model", str(model), "--to")
+        whole(embedded, lambda part: vlp("embed", train, *options, str(part)))
+
+    options = ("--embeddings", str(embedded), "--k", "2", "--to")
+    whole(folder / "mined", lambda part: vlp("mine", train, *options, str(part)))
+
+
 def samples_of(folder: Path) -> Iterator[dict[str, Any]]:
     """The members of every sample by extension, in the order of the shards."""
     import webdataset
