@@ -147,6 +147,7 @@ class Table:
     arms: dict[str, str]  # arm -> its name in the table
     columns: dict[str, Column]
     notes: str
+    other_data: bool = False  # its arms differ in what they are trained on, too
 
 
 TABLES = {
@@ -215,6 +216,7 @@ TABLES |= {
         },
         GUARDS,
         f"{SIX_EPOCHS} A scene has five captions, of which one is drawn at every visit, or four.",
+        other_data=True,
     ),
     "evidence_duplicates": Table(
         "Captions that pictures share",
@@ -226,6 +228,7 @@ TABLES |= {
         GUARDS,
         f"{SIX_EPOCHS} 30 % of the scenes have one short caption, the color and shape of a group, "
         "which many others share; retrieval and zero-shot are as always.",
+        other_data=True,
     ),
     "evidence_mined": Table(
         "Hard negatives by rule and mined",
@@ -238,6 +241,7 @@ TABLES |= {
         f"{SIX_EPOCHS} Two negatives a caption: with a word exchanged, or captions of other scenes "
         "that InfoNCE's model of seed 0 finds nearest to the picture, below .95 of its own "
         "caption's score.",
+        other_data=True,
     ),
 }
 TABLES |= {
