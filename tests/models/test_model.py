@@ -16,10 +16,10 @@ from tests.models.tiny import TEXT, VIT, inputs, language_model, settings, sigli
 from vlp import config
 from vlp.export import folder as export
 from vlp.models.build import build, from_description
-from vlp.models.exact import Scaling
+from vlp.models.exact import Pixels, Scaling
 from vlp.models.load import load
 from vlp.schema import ConfigError
-from vlp.types import ON_WHITE, Decoding
+from vlp.types import ON_WHITE, Decoding, ImageSpec
 
 BLOCKED = {"name": "timm", "model": "test_resnet", "image_size": 64}
 
@@ -35,6 +35,29 @@ def test_uint8_pixels_are_normalised_as_open_clip_does():
     torch.testing.assert_close(
         model(image=pixels).image, model(image=floats).image, rtol=0, atol=1e-6
     )
+
+
+def every_pixel_value():
+    return torch.arange(256, dtype=torch.uint8).repeat(9).view(-1, 3, 4, 6)
+
+
+def test_narrowed_pixels_are_the_normalised_ones_rounded_once():
+    pixels = Pixels(ImageSpec((4, 6)))
+    narrowed = pixels.narrowed(every_pixel_value(), torch.bfloat16)
+    assert torch.equal(narrowed, pixels(every_pixel_value()).bfloat16())
+    assert narrowed.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pixels_are_narrowed_on_a_gpu():
+    pixels = Pixels(ImageSpec((4, 6))).cuda()
+    images = every_pixel_value().cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        narrowed = pixels(images)
+    assert narrowed.dtype == torch.bfloat16
+    # A fused multiply-add may round a tie the other way.
+    torch.testing.assert_close(narrowed.float(), pixels(images), rtol=2**-8, atol=1e-3)
 
 
 def test_either_side_alone():

@@ -152,10 +152,13 @@ class DualEncoder(nn.Module):
                 f"image has shape {tuple(image.shape)}; expected [b, 3, {height}, {width}]"
             )
 
-        # Normalised in float32, then cast to what the tower computes in.
+        # Normalised in float32, then cast to what the tower computes in; under autocast perhaps
+        # already by its first layer's dtype.
         pixels = image if image.is_floating_point() else self.pixels(image)
+        if not (torch.is_autocast_enabled(pixels.device.type) and pixels.dtype == torch.bfloat16):
+            pixels = pixels.to(_dtype(self.visual))
         with moved_once(self._batch_norms):
-            return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
+            return _with_tokens(self.visual(pixels))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
