@@ -162,12 +162,17 @@ def from_model(
     with torch.no_grad():
         scale = float(model().scale)
 
+    def text(texts: list[str]) -> Tensor:
+        ids = tokenizer(texts)
+        cut = model.cut(ids.numpy(), device, len(ids))
+        return model(text=ids.to(device), cut=cut).text
+
     return Encoder(
         name=name,
         pretrained="",
         prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
-        text=lambda texts: model(text=tokenizer(texts).to(device)).text,
+        text=text,
         scale=scale,
         device=device,
         n_truncated=lambda texts: tokenizer.tokenize(texts)[1],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from vlp.eval.embed import Context
@@ -270,20 +271,25 @@ def _tell_cut(of_tasks: list[str]) -> None:
 _told_cut: set[str] = set()
 
 
-def in_training(model: DualEncoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
+def in_training(
+    model: DualEncoder, tasks: list[Plugin], dtype: torch.dtype | None = None
+) -> list[dict[str, Any]]:
     """The training loop's callable: the records of `tasks` for a model in memory, the same on every
-    rank.
+    rank. The towers compute in `dtype`, the run's precision; None: float32.
 
     Nothing is kept on disk and data are not hashed. Each rank embeds its share; the model's mode is
     put back.
     """
+    import torch
+
     from vlp.eval.models import from_model
 
     # Dropout and patch dropping off, and on again whatever happens.
     was_training = model.training
     model.eval()
     try:
-        return attempt(from_model(model), tasks)
+        autocast = None if dtype == torch.float32 else dtype
+        return attempt(from_model(model, autocast=autocast), tasks)
     finally:
         model.train(was_training)
 
@@ -299,10 +305,10 @@ def attempt(encoder: Encoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
 
 def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
     """The record of one task, or of its failure. Ranks agree before and after the task."""
-    from vlp.eval.embed import Context
+    from vlp.eval.embed import Context, usual_batch
     from vlp.lifetime import Interrupted
 
-    context = Context(unreadable={})
+    context = Context(unreadable={}, batch=usual_batch(encoder.device))
     opened, failure = None, ""
     record: dict[str, Any] = {}
     try:

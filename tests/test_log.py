@@ -1,10 +1,12 @@
 """metrics.jsonl after a resume, trackers by name, the progress line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from vlp import log
+from vlp import config, log
+from vlp.reporter import Reporter
 
 
 def test_metrics_of_a_resumed_run_read_like_an_uninterrupted_one(tmp_path):
@@ -52,3 +54,16 @@ def test_a_tracker_by_name_and_one_that_is_not_installed(tmp_path):
 def test_progress_line_is_short_and_says_what_remains():
     line = log.progress(7, 100, {"loss": 1.23456, "samples_s": 900.123}, 3725)
     assert line == "step   7/100  loss 1.235  samples_s 900.1  eta 1:02:05"
+
+
+def test_a_term_that_ignores_much_of_the_batch_is_warned_of_once(tmp_path, capsys):
+    recipe = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+    settings = config.load(recipe, [f"out={tmp_path}"])
+    reporter = Reporter(settings, config.Plan(batch=8, steps_per_epoch=4, total=4), 0)
+
+    few, many = {"loss": 1.0, "infonce.ignored": 0.1}, {"loss": 1.0, "infonce.ignored": 0.3}
+    for step, scalars in enumerate((few, many, many), 1):
+        reporter.training(step, scalars, {})
+        warnings = capsys.readouterr().err.count("infonce.ignored: 30% of the pairs")
+        assert warnings == int(step == 2)
+    reporter.close()

@@ -13,7 +13,7 @@ from vlp import config, dist, engines, losses, plugin
 from vlp.models.build import build
 from vlp.models.dual_encoder import DualEncoder
 from vlp.non_finite import NonFiniteError
-from vlp.step import Training, train_step
+from vlp.step import Training, settle, train_step
 from vlp.teacher import Teacher
 
 OBJECTIVE = {"infonce": {}, "sogclr": {"samples": 12}}
@@ -62,8 +62,9 @@ def attempt(engine, place, value, may_skip, guilty_rank=0):
         PLACES[place](training.engine.module, value)
     message = ""
     try:
-        scalars = train_step(training, batch)
-        assert scalars["skipped"] == 1
+        train_step(training, batch)
+        settle(training)
+        assert training.skipped == 1
     except NonFiniteError as error:
         message = str(error)
     return message, everything(training) == before, training.step
@@ -153,20 +154,49 @@ def test_the_message_names_samples_and_the_budget_ends_the_run(capsys):
     training = make_training(double=False)
     training.may_skip = 2
     poison_embedding(training.engine.module, float("inf"))
-    for _ in range(2):
+    for _ in range(3):
         train_step(training, make_batch())
+    # The last step's answer is still on its way.
     assert capsys.readouterr().err.count("image embedding (image tower) of sample 1 (key1)") == 2
+    assert training.skipped == 2
     message = r"(?s)step 2; nothing was updated.*sample 1 \(key1\).*2 such steps.*max_skipped"
     with pytest.raises(NonFiniteError, match=message):
-        train_step(training, make_batch())
+        settle(training)
     assert training.skipped == 3
+    assert training.verdict is None
+
+
+def voided():
+    """A good step, and one in which rank 1 has no rows and was asked to stop."""
+    training = make_training(double=False, objective=OBJECTIVE)
+    batch = make_batch(own_rows())
+    train_step(training, batch)
+    before = everything(training)
+    alone = dist.rank() == 1
+    train_step(training, batch, stop=alone, void=alone)
+    settle(training)
+    unchanged = everything(training) == before
+    return unchanged, training.step, training.skipped, training.asked_to_stop
+
+
+def test_a_step_without_rows_of_one_rank_is_none_and_all_learn_that_it_stops():
+    assert ranks.run(2, voided) == [(True, 1, 0, True)] * 2
+
+
+def test_the_next_step_reads_the_verdict_of_the_one_before():
+    training = make_training(double=False)
+    poison_embedding(training.engine.module, float("nan"))
+    train_step(training, make_batch())
+    with pytest.raises(NonFiniteError, match=r"(?s)at step 0;.*sample 1 \(key1\)"):
+        train_step(training, make_batch())
 
 
 def test_an_overflow_in_the_towers_is_named_as_one():
     training = make_training(double=False)
     poison_gradient(training.engine.module, float("inf"))
+    train_step(training, make_batch())
     with pytest.raises(NonFiniteError, match=r"no embedding: an overflow .* in the towers"):
-        train_step(training, make_batch())
+        settle(training)
 
 
 def test_the_teacher_and_its_queue_stand_still():
@@ -181,5 +211,6 @@ def test_the_teacher_and_its_queue_stand_still():
     assert before["queue_image"].any()
     poison_gradient(training.engine.module, float("nan"))
     train_step(training, make_batch())
+    settle(training)
     after = training.teacher.state()
     assert training.skipped == 1 and all(torch.equal(before[name], after[name]) for name in before)

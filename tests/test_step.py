@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from tests import ranks
 from vlp import config, dist, engines, losses, plugin, schema
 from vlp.eval import metrics
+from vlp.measurements import MEASURED, means_over_ranks, space
 from vlp.models.build import build
-from vlp.step import MEASURED, NonFiniteError, Training, embed, space, train_step
+from vlp.passes import leaf
+from vlp.step import NonFiniteError, Training, embed, settle, train_step
 from vlp.types import Batch
 
 ROWS, LENGTH = 12, 77
@@ -40,8 +42,10 @@ def make_training(
     clip_norm=None,
     weights=None,
     checkpointing=False,
+    train=None,
     heads=None,
     length=LENGTH,
+    device="cpu",
 ):
     vit = {
         "name": "vit",
@@ -66,10 +70,10 @@ def make_training(
         batch=ROWS,
         micro_batches=micro_batches,
         engine=engine,
-        device="cpu",
-        precision="float32",
+        device=device,
         optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
         activation_checkpointing=checkpointing,
+        **{"precision": "float32"} | (train or {}),
     )
     torch.manual_seed(0)
     encoder = build(model)
@@ -82,6 +86,7 @@ def make_training(
         losses.build(objective or {"infonce": {}, "siglip": {"weight": 0.3}}),
         lambda step: 1e-3,
         micro_batches=micro_batches,
+        dtype=engines.compute_dtype(options, made.device),
     )
 
 
@@ -186,7 +191,7 @@ def test_random_patch_drop_is_replayed(monkeypatch):
 
     calls = iter(range(10**6))
     # The known-wrong way: new randomness each pass.
-    monkeypatch.setattr("vlp.step.derive", lambda *position: next(calls))
+    monkeypatch.setattr("vlp.passes.derive", lambda *position: next(calls))
     with pytest.raises(AssertionError):
         assert_close(gradients_and_weights(3, steps=1, patch_dropout=0.5)[0], expected, 1e-3)
 
@@ -204,9 +209,7 @@ def test_detached_micro_batches_are_not_exact(reference):
 
 
 def test_forward_count_and_one_loss():
-    """Two passes cost one more forward a micro-batch and no more losses; one micro-batch costs
-    none.
-    """
+    """Two passes cost one more forward of every micro-batch but the last, and no more losses."""
     counts = {}
     for parts in (1, 3):
         training = make_training(parts)
@@ -223,7 +226,7 @@ def test_forward_count_and_one_loss():
         inner.evaluate = counted
         train_step(training, make_batch())
         counts[parts] = seen
-    assert counts == {1: {"forward": 1, "loss": 1}, 3: {"forward": 6, "loss": 1}}
+    assert counts == {1: {"forward": 1, "loss": 1}, 3: {"forward": 5, "loss": 1}}
 
 
 def poisoned(rank):
@@ -240,6 +243,7 @@ def poisoned(rank):
         training.engine.module.register_forward_hook(hook)
     try:
         train_step(training, batch)
+        settle(training)
     except NonFiniteError as error:
         after = training.engine.state(everywhere=True)[0]
         return str(error), all(torch.equal(before[k], after[k]) for k in before)
@@ -372,6 +376,41 @@ def test_geometry_is_that_of_the_evaluation():
         "space.modality_gap",
         "space.alignment",
     }
+
+
+def test_only_embeddings_are_cast_for_the_pairwise_kernels(monkeypatch):
+    """In bf16 a sum of token losses would end at 256; as if these tensors lay on a device."""
+    monkeypatch.setattr("vlp.pairwise.reduction.on_device", lambda tensor: True)
+    training = make_training()
+    training.dtype = torch.bfloat16
+    output = {
+        "image": torch.rand(300, 4),
+        "text": torch.rand(300, 4),
+        "text_views": torch.rand(300, 2, 4),
+        "negatives": torch.rand(300, 2, 4),
+        "caption_nll": torch.ones(300, 7),
+        "concept_logits": torch.rand(300, 5),
+        "scale": torch.tensor(14.3),
+    }
+    dtypes = {name: leaf(name, [output, output], training).dtype for name in output}
+    narrow = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert narrow == {"image", "text", "text_views", "negatives"}
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    assert leaf("caption_nll", [output], training).sum() == 2100
+
+
+def averaged():
+    scalars = {"loss": torch.tensor(1.0 + dist.rank()), "lr": torch.tensor(0.1)}
+    scalars["rows"] = torch.tensor(7)
+    exchanged = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(dist, "gather_objects", lambda *_: exchanged.append(1))
+        return means_over_ranks(scalars), exchanged
+
+
+def test_scalars_are_averaged_without_pickling():
+    for means, exchanged in ranks.run(2, averaged):
+        assert means == pytest.approx({"loss": 1.5, "lr": 0.1, "rows": 7}) and not exchanged
 
 
 def test_geometry_is_shown_when_asked_for():

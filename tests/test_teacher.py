@@ -116,7 +116,7 @@ def test_keys_that_are_not_finite_do_not_enter_the_queue():
     rows = torch.nn.functional.normalize(torch.randn(3, width), dim=1)
     broken = rows.clone()
     broken[1, 0] = torch.nan
-    teacher.follow({"ema_image": rows, "ema_text": broken}, step=0)
+    teacher.follow({"ema_image": rows, "ema_text": broken}, 0, torch.tensor(True))
     assert torch.equal(teacher.queue["queue_image"][:3], rows)
     assert torch.equal(
         teacher.queue["queue_text"][:3], torch.stack([rows[0], torch.zeros(width), rows[2]])

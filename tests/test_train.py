@@ -250,7 +250,7 @@ def test_every_signal_that_asks_to_stop_saves_also_while_the_run_waits_for_data(
 def test_a_signal_during_an_evaluation_saves_at_once(settings, scenes, tmp_path, every):
     begun = []
 
-    def evaluate(model, tasks):
+    def evaluate(model, tasks, dtype):
         begun.append(True)
         for _ in range(600):
             give_way()

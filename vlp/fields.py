@@ -221,6 +221,10 @@ class Readable(Carried):
     )
     queue_image: Tensor = computed("image", "Q D", unit=True, zeros=True, supplier=_QUEUE)
     queue_text: Tensor = computed("text", "Q D", unit=True, zeros=True, supplier=_QUEUE)
+    queue_label: Tensor = computed("", "Q", "int64", supplier="the caller: a label of each key")
+
+    # Pairs of one cell, as of k-means over stored embeddings. Only equality counts.
+    cluster: Tensor = computed("", "b", "int64", supplier="the caller: a cell of each pair")
 
     teacher_scale: Tensor = computed("", "", supplier=_STORED)
 

@@ -86,12 +86,18 @@ def join(device: torch.device | str, timeout: timedelta = TIMEOUT) -> None:
     timeout: how long a rank waits for another in an exchange of tensors. Raises LaunchError where
     GPUs cannot talk. A process group that is there already is taken as it is.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # before joining: NCCL takes the current one
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.initialised():
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
-    _initialise(device, timeout)
+    on_gpu = str(device).startswith("cuda")  # a wrong name is left to whoever uses the device
+    if on_gpu:
+        torch.cuda.set_device(device)  # before joining: NCCL takes the current one
+    if dist.initialised():
+        return
+
+    if on_gpu:
+        _join_gpus(torch.device(device), timeout)
+    else:
+        torch_dist.init_process_group("gloo", timeout=timeout)
 
     # Made now, by all ranks at once; a group made later would wait for whoever comes last.
     dist.set_control(torch_dist.new_group(backend="gloo", timeout=PATIENCE))
@@ -99,12 +105,8 @@ def join(device: torch.device | str, timeout: timedelta = TIMEOUT) -> None:
     threading.Thread(target=_watch, daemon=True).start()
 
 
-def _initialise(device: torch.device, timeout: timedelta) -> None:
-    """Make the process group of all ranks, by the transport of the device."""
-    if device.type != "cuda":
-        torch_dist.init_process_group("gloo", timeout=timeout)
-        return
-
+def _join_gpus(device: torch.device, timeout: timedelta) -> None:
+    """Make the process group of all ranks over NCCL."""
     if not torch_dist.is_nccl_available():
         raise LaunchError(
             f"several processes on {device} talk by NCCL, which this build of torch lacks "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from vlp import dist
-from vlp.fields import EMBEDDED
-from vlp.types import Batch
+from vlp.fields import EMBEDDED, FIELDS
 
 _N_SHOWN = 20  # places that a message names
 
@@ -31,43 +30,49 @@ class Statistics:
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 self._before += [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-    def put_back(self) -> None:
+    def put_back_unless(self, counts: Tensor) -> None:
+        """Leave them where the step `counts`, [] bool on the device."""
         for buffer, before in self._before:
-            buffer.copy_(before)
+            buffer.copy_(torch.where(counts, buffer, before))
 
 
-def nan_unless_finite(values: list[Tensor]) -> Tensor:
-    """1.0 on every rank where all values of all ranks are finite, else NaN: [] float32. Collective,
-    without a wait.
+def all_finite(values: list[Tensor]) -> Tensor:
+    """Whether no value of this rank is NaN or infinity, [] bool, without a wait."""
+    return torch.stack([torch.isfinite(value).all() for value in values]).all()
 
-    As a factor of what is backpropagated it makes the norm of the gradient tell the whole story, so
-    that one check by the engine guards the update.
+
+def bad_rows(values: Mapping[str, Any], n_rows: int) -> dict[str, Tensor]:
+    """By name which of this rank's rows hold NaN or infinity, [b] bool, without a wait.
+
+    Numbers such as the scale belong to no row, ids are always finite, and a queue takes no key that
+    is not.
     """
-    finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
-
-    # Counted, not compared: the answer of every rank stays on the device.
-    n_bad = dist.all_reduce((~finite).float(), dist.world())
-    return torch.where(n_bad > 0, torch.nan, torch.ones_like(n_bad))
-
-
-def where_not_finite(values: Mapping[str, Any], batch: Batch) -> list[str]:
-    """Which tensors of which samples of all ranks are not finite, in words. Collective."""
-    lines = []
+    masks = {}
     for name, value in values.items():
-        # Numbers such as the scale belong to no sample, and ids are always finite.
         if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
             continue
+        if FIELDS[name].shapes[0].startswith("Q"):
+            continue
 
-        finite = torch.isfinite(value)
-        bad_rows = ~finite.flatten(1).all(1) if value.ndim > 1 else ~finite
-        for row in bad_rows.nonzero().flatten().tolist():
-            lines.append(f"{_described(name)} {_place(row, value, batch)}")
+        # A column at least, so that labels [b] are like embeddings [b, D].
+        finite = torch.isfinite(value).reshape(n_rows, -1)
+        masks[name] = ~finite.all(1)
+    return masks
+
+
+def named(masks: Mapping[str, Tensor], sample_id: Tensor, keys: Sequence[str]) -> list[str]:
+    """What `bad_rows` found on all ranks, in words. Collective."""
+    lines = []
+    for name, mask in masks.items():
+        for row in mask.nonzero().flatten().tolist():
+            sample = f"sample {sample_id[row].item()} ({keys[row]})"
+            lines.append(f"{_described(name)} of {sample}")
 
     return list(chain.from_iterable(dist.gather_objects(lines)))
 
 
 def message(lines: list[str], step: int) -> str:
-    """The error text of a step in which `where_not_finite` found these places."""
+    """The error text of a step in which `named` found these places."""
     shown = "\n  ".join(lines[:_N_SHOWN])
 
     # Embeddings and labels are finite: what broke lies behind them.
@@ -80,13 +85,6 @@ def message(lines: list[str], step: int) -> str:
     if len(lines) > _N_SHOWN:
         shown += f"\n  … and {len(lines) - _N_SHOWN} more"
     return f"NaN or infinity at step {step}; nothing was updated:\n  {shown}"
-
-
-def _place(row: int, value: Tensor, batch: Batch) -> str:
-    """The sample of a row; views and queues have rows that are no sample's."""
-    if len(value) == len(batch):
-        return f"of sample {batch.sample_id[row].item()} ({batch.key[row]})"
-    return f"row {row}"
 
 
 def _described(name: str) -> str:

@@ -14,12 +14,15 @@ from vlp import dist, log
 from vlp.config import Config, Plan
 from vlp.files import write_atomically
 
+LARGEST_IGNORED = 0.2  # share of pairs that a term's masks leave out, above which a run is warned
+
 
 class Reporter:
     """Reports of one run, written by the first rank."""
 
     def __init__(self, config: Config, plan: Plan, step: int) -> None:
         self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
+        self.warned: set[str] = set()  # names of what was warned of already
 
         if self.main:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,21 @@ class Reporter:
                 if name != "log_n" and not name.startswith("space.")
             }
             log.say(log.progress(step, self.plan.total, {**shown, **speed}, eta_s))
+            self._warn_of_ignored(scalars)
         self.last, self.since, self.waited_s = step, now, 0.0
+
+    def _warn_of_ignored(self, scalars: Mapping[str, float]) -> None:
+        """Once for each term whose masks leave much of the batch out."""
+        for name, share in scalars.items():
+            many = name.endswith(".ignored") and share > LARGEST_IGNORED
+            if not many or name in self.warned:
+                continue
+            self.warned.add(name)
+            log.warn(
+                f"{name}: {share:.0%} of the pairs that are no positives are ignored, above "
+                f"{LARGEST_IGNORED:.0%}: little is left to compare with; raise the threshold of "
+                "the term's `ignore`, or the batch"
+            )
 
     def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
         """Report the records of an evaluation; those of the last step become the run's

@@ -221,7 +221,8 @@ def save(config: Config, training: Training, loader: Loader) -> None:
     state = {
         "step": training.step,
         "skipped": training.skipped,
-        "loader": loader.state_dict(),
+        # What is made ahead, or was not trained on in the end, is made again.
+        "loader": loader.state_dict() | {"step": training.step},
         "versions": {name: version(name) for name in DECIDING},
     }
 

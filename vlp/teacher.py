@@ -99,9 +99,9 @@ class Teacher:
                     embedded[prefix + name] = value
         return embedded
 
-    def follow(self, embedded: Mapping[str, Tensor], step: int) -> None:
+    def follow(self, embedded: Mapping[str, Tensor], step: int, counts: Tensor) -> None:
         """After update number `step`: move the average, and let the step's keys replace the queue's
-        oldest. Collective.
+        oldest; neither where the step does not count ([] bool, on the device). Collective.
         """
         for name, queue in self.queue.items():
             of_rank = embedded[name.replace(QUEUE, EMA)]
@@ -112,11 +112,11 @@ class Teacher:
             places = number % len(queue)
 
             # A key with NaN would spoil every later step.
-            finite = keys.isfinite().all(1, keepdim=True)
-            queue[places] = torch.where(finite, keys, queue[places])
+            enters = counts & keys.isfinite().all(1, keepdim=True)
+            queue[places] = torch.where(enters, keys, queue[places])
 
         if self.average is not None and self.decay is not None:
-            self.engine.follow(self.average, self.decay)
+            self.engine.follow(self.average, self.decay, counts)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: whole tensors on the first rank. Collective."""

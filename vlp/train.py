@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,8 +33,10 @@ from vlp.data import labels, server
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.lifetime import Interrupted, Stopped, StopRequest
+from vlp.measurements import means_over_ranks
 from vlp.models.build import build as build_model
 from vlp.models.dual_encoder import DualEncoder
+from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.reporter import Reporter
@@ -49,10 +51,11 @@ from vlp.resume import (
 )
 from vlp.seeds import derive
 from vlp.selection import Selection
-from vlp.step import NonFiniteError, Training, means_over_ranks, train_step
+from vlp.step import NonFiniteError, Training, settle, train_step
+from vlp.types import Batch
 
-# (plain model, tasks that are due) -> results
-Evaluate = Callable[[DualEncoder, list[Plugin]], list[dict[str, Any]]]
+# (plain model, tasks that are due, the towers' arithmetic) -> results
+Evaluate = Callable[[DualEncoder, list[Plugin], torch.dtype], list[dict[str, Any]]]
 
 
 def train(config: Config, evaluate: Evaluate | None = None) -> Path:
@@ -194,9 +197,10 @@ def prepare(
     """Hand the model to the engine; returns what `train_step` works on. Collective."""
     engine.prepare(model, config.train)
 
-    constants = {}
+    constants: dict[str, Any] = {}
     if loader.teacher_scale is not None:
-        constants["teacher_scale"] = loader.teacher_scale
+        # On the device from the start: a number would be sent there in every step.
+        constants["teacher_scale"] = torch.tensor(loader.teacher_scale, device=engine.device)
     training = Training(
         engine,
         objective,
@@ -254,38 +258,54 @@ def loop(
     """Train from the current step to the plan's end, or to a signal that asks to stop: then
     Stopped, once all is saved.
     """
-    batches = iter(loader)
     saved_step = training.step
+    loaded: Batch | None = None
 
     def save_unless_saved() -> None:
         nonlocal saved_step
+        settle(training)
         if saved_step != training.step:
             save(config, training, loader)
             saved_step = training.step
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, explained(config):
         while training.step < plan.total:
             with report.waiting():
-                loader.wait(lambda: stop.received != 0)
-            leave_if_asked(stop, training, save_unless_saved)
+                ready = loader.wait(lambda: stop.received != 0)
 
-            batch, selection_scalars = selector.choose(training, next(batches))
+            # A rank alone stops at once. Among several the vote travels with a step, for which a
+            # rank that got no rows takes part with its last ones; before it had any, all meet here.
+            if loaded is None or dist.world_size() == 1:
+                leave_if_asked(stop, training, save_unless_saved)
+            loaded = next(loader) if ready or loaded is None else loaded
+
+            batch, selection_scalars = selector.choose(training, loaded)
             logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
-            try:
-                scalars = train_step(training, batch, measure=logged)
-                scalars |= selection_scalars
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
-            step = training.step
+            with fitting(config.train):
+                scalars = train_step(
+                    training, batch, measure=logged, stop=stop.received != 0, void=not ready
+                )
+            scalars |= selection_scalars
 
-            if logged:
+            # Whoever reports, saves or evaluates a step needs to know what it came to.
+            step = training.step
+            saves = plan.due(config.checkpoint.every, step)
+            due = [task for task in config.eval if plan.due(task.common.every, step)]
+            if logged or saves or due or step == plan.total:
+                settle(training)
+
+            if logged and training.step == step:
+                values = means_over_ranks(scalars)
+                if training.may_skip:
+                    values["skipped"] = float(training.skipped)
                 with stop.console():
-                    report.training(step, means_over_ranks(scalars), loader.counters())
+                    report.training(step, values, loader.counters())
+            if training.asked_to_stop and training.step < plan.total:
+                leave(stop, training, save_unless_saved)
 
             # Saved before it is evaluated: an evaluation takes long, and may fail.
-            if plan.due(config.checkpoint.every, step):
+            if saves:
                 save_unless_saved()
-            due = [task for task in config.eval if plan.due(task.common.every, step)]
             if evaluate is not None and due and step < plan.total:
                 leave_if_asked(stop, training, save_unless_saved)
                 with report.paused(), stop.console(), suppress(Interrupted):
@@ -302,14 +322,20 @@ def loop(
 
 
 def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], None]) -> None:
-    """Save and raise Stopped on every rank if any rank was asked to stop. Collective; costs one
-    all-reduce of a number.
+    """`leave` on every rank if any rank was asked to stop. Collective, and the host waits: for
+    moments at which it waits anyway.
     """
+    asked = stop.received != 0
     # A signal reaches ranks at different moments; they have to stop at the same step.
-    vote = torch.tensor(float(stop.received != 0), device=training.engine.device)
-    if not dist.all_reduce(vote, dist.world()).item():
-        return
+    if dist.world_size() > 1:
+        vote = torch.full((), float(asked), device=training.engine.device)
+        asked = dist.all_reduce(vote, dist.world()).item() > 0
+    if asked:
+        leave(stop, training, save)
 
+
+def leave(stop: StopRequest, training: Training, save: Callable[[], None]) -> NoReturn:
+    """Save and raise Stopped. Collective."""
     signum = max(dist.gather_objects(int(stop.received)))
     save()
     outcome = "before the first step; there is nothing to save"
@@ -317,6 +343,15 @@ def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], Non
         outcome = f"after step {training.step}; saved"
     name = signal.Signals(signum).name
     raise Stopped(signum, f"stopped by {name} {outcome}. Continue with resume=auto")
+
+
+@contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """Around all steps: NaN or infinity ends them with what to do."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
 
 
 def evaluate_now(
@@ -327,7 +362,7 @@ def evaluate_now(
     model = training.engine.evaluation_model().eval()
     try:
         with torch.no_grad():
-            return evaluate(model, tasks)
+            return evaluate(model, tasks, training.dtype)
     finally:
         training.engine.model.train()
 

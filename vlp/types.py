@@ -17,11 +17,12 @@ is refused at start-up by name. What there is to carry stands in one table, `vlp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from vlp.fields import Carried, numbers
+from vlp.fields import CARRIED, Carried, numbers
 
 if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` must not wait for it
     from torch import Tensor
@@ -45,6 +46,11 @@ class Sample:
     roles: tuple[str, ...] = ()  # of the captions, as the source names them; empty: it does not
 
 
+_READ_ON_HOST = {
+    name for name, row in CARRIED.items() if row.tower == "text" or row.dtype == "bool"
+}
+
+
 @dataclass(frozen=True)
 class Batch(Carried):
     """The rows of one rank in one step (or one micro-batch of them): the pair, what names it, and
@@ -54,6 +60,8 @@ class Batch(Carried):
     sample_id: Tensor = numbers("b", "int64", required=True)  # noqa: RUF009
     # [b], the webdataset keys; the optional fields before it are keyword-only
     key: list[str]  # type: ignore[misc]
+    # Of a batch that `to` made. No field: one that `replace` changes must not keep the old values.
+    _on_host: ClassVar[Mapping[str, Tensor]] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.key)
@@ -65,7 +73,17 @@ class Batch(Carried):
 
     def to(self, device: Any) -> Batch:
         """The same batch with every tensor on `device` (copied without blocking the host)."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
+        moved = self._map(lambda value: value.to(device, non_blocking=True))
+
+        # What decides how texts pass their tower stays readable without waiting for the device.
+        kept = {name: self.host(name) for name in self.carries() & _READ_ON_HOST}
+        object.__setattr__(moved, "_on_host", kept)
+        return moved
+
+    def host(self, name: str) -> Tensor:
+        """A field of token ids or a mask on the host: as it was before `to`, else copied there."""
+        value = self._on_host.get(name, getattr(self, name))
+        return value.cpu() if value.device.type != "cpu" else value
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this), from which a GPU
@@ -86,7 +104,10 @@ class Batch(Carried):
 
     def _rows(self, rows: slice) -> Batch:
         # Names are no tensors: they are cut by themselves.
-        return replace(self._map(lambda value: value[rows]), key=self.key[rows])
+        part = replace(self._map(lambda value: value[rows]), key=self.key[rows])
+        kept = {name: value[rows] for name, value in self._on_host.items()}
+        object.__setattr__(part, "_on_host", kept)
+        return part
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same names with every tensor changed."""

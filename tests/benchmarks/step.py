@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from tests.benchmarks.loss import matmul_rate
 
 METHODS = (
     "vlp",
+    "vlp padded",
     "vlp compile",
     "vlp checkpointing",
     "open_clip",
@@ -42,7 +44,7 @@ METHODS = (
     "open_clip checkpointing",
 )
 PEER = "open_clip"
-MEASURES = ("samples/s", "MFU", "peak MiB", "copy ms", "host waits")
+MEASURES = ("samples/s", "MFU", "peak MiB", "copy ms", "host waits", "text s", "tokens")
 
 # Runs so many steps, one after another.
 Steps = Callable[[int], Any]
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=14, help="mean length of the captions; COCO's have 13.7"
     )
+    parser.add_argument("--captions", help="JSON lines with `captions`: texts as long as those")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=5, help="steps before the measured ones")
     parser.add_argument("--timeout-s", type=float, default=600, help="of one measurement")
@@ -88,11 +91,13 @@ def main() -> None:
     ]
     compare(rows)
 
+    captions = args.captions or f"of {args.tokens} tokens in the mean"
     notes = (
-        f"Batch {args.batch}, {args.precision}, pixels {args.pixels}, captions of {args.tokens} "
-        f"tokens in the mean, {args.steps} steps after {args.warmup}. Peak memory: allocated on "
-        "CUDA, resident on a CPU, of the whole process. The ratios are to open_clip's eager step "
-        "and to its fastest."
+        f"Batch {args.batch}, {args.precision}, pixels {args.pixels}, captions {captions}, "
+        f"{args.steps} steps after {args.warmup}. Peak memory: allocated on CUDA, resident on a "
+        "CPU, of the whole process. The ratios are to open_clip's eager step and to its fastest. "
+        "text s: a float32 forward and backward of our text tower alone; tokens: the share of the "
+        "padded ones that passes it."
     )
     report.publish(args.section, "Training step", rows, args, notes)
 
@@ -101,7 +106,7 @@ def in_own_process(
     args: argparse.Namespace, architecture: str, micro: int, method: str
 ) -> dict[str, Any]:
     """Measure one method in a process of its own, so that neither memory nor settings mix."""
-    shared = ("batch", "precision", "pixels", "tokens", "steps", "warmup")
+    shared = ("batch", "precision", "pixels", "tokens", "captions", "steps", "warmup")
     work = {name: getattr(args, name) for name in shared}
     work |= {"architecture": architecture, "micro": micro, "method": method}
 
@@ -171,6 +176,7 @@ def measure(work: SimpleNamespace) -> dict[str, Any]:
         "peak MiB": peak / 2**20,
         "copy ms": copy_ms,
         "host waits": waits,
+        **text_tower(work, device),
     }
 
 
@@ -205,21 +211,65 @@ def host_waits(run: Steps) -> int:
     return counts[1] - counts[0]
 
 
-def samples(rows: int, model: Any, tokens: int) -> tuple[Any, Any]:
-    """Random uint8 pixels of the model's size, and token ids [rows, 77] of captions whose lengths
-    are spread evenly around `tokens`: words, one end-of-text, padding.
+def text_tower(work: SimpleNamespace, device: Any) -> dict[str, Any]:
+    """Seconds of a float32 forward and backward of our text tower alone, cut or padded, and the
+    share of the tokens that passes it.
+    """
+    from vlp.models.build import build
+
+    if work.method not in ("vlp", "vlp padded"):
+        return {"text s": None, "tokens": None}
+
+    model = build(model_settings(work)).to(device)
+    _, text = samples(work.batch, model, work)
+    cut = model.cut(text.numpy(), device, len(text))
+
+    def run() -> None:
+        model(text=text.to(device), cut=cut).text.sum().backward()
+
+    run()
+    n_tokens = text.numel() if cut is None else sum(n * length for n, length in cut.parts)
+    return {"text s": timed(run, device), "tokens": n_tokens / text.numel()}
+
+
+def samples(rows: int, model: Any, work: SimpleNamespace) -> tuple[Any, Any]:
+    """Random uint8 pixels of the model's size, and token ids [rows, 77]: of texts drawn from
+    `work.captions`, or of as many random words as are spread evenly around `work.tokens`.
     """
     import torch
 
     size = model.visual.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
+    image = torch.randint(0, 256, (rows, 3, *size), dtype=torch.uint8)
+    if work.captions is not None:
+        return image, captions_of(work.captions, rows)
 
-    shortest, longest = max(tokens - 6, 3), min(tokens + 6, 77)
+    # Words, one end-of-text, padding.
+    shortest, longest = max(work.tokens - 6, 3), min(work.tokens + 6, 77)
     lengths = torch.randint(shortest, longest + 1, (rows, 1))
     position = torch.arange(77)
     text = torch.randint(1, 40000, (rows, 77)).masked_fill(position >= lengths, 0)
     text[position == lengths - 1] = 49407
-    return torch.randint(0, 256, (rows, 3, *size), dtype=torch.uint8), text
+    return image, text
+
+
+def captions_of(file: str, rows: int) -> Any:
+    """CLIP's tokens of texts drawn from a file."""
+    from vlp.data.text import build
+    from vlp.types import TextSpec
+
+    texts: list[str] = []
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
+        texts += json.loads(line)["captions"]
+    return build(TextSpec("clip", 77))(random.Random(0).choices(texts, k=rows))
+
+
+def model_settings(work: SimpleNamespace) -> Any:
+    from vlp import config, schema
+
+    tower = {"name": "open_clip", "architecture": work.architecture}
+    section = {"image_tower": tower, "cut_captions": work.method != "vlp padded"}
+    return schema.parse(config.Model, section)
 
 
 def our_steps(work: SimpleNamespace, device: Any) -> tuple[Steps, Callable[[], Any]]:
@@ -231,7 +281,6 @@ def our_steps(work: SimpleNamespace, device: Any) -> tuple[Steps, Callable[[], A
     from vlp.step import Training, train_step
     from vlp.types import Batch
 
-    tower = {"name": "open_clip", "architecture": work.architecture}
     train = {
         "duration": 100_000,
         "batch": work.batch,
@@ -242,8 +291,8 @@ def our_steps(work: SimpleNamespace, device: Any) -> tuple[Steps, Callable[[], A
     }
     options = schema.parse(config.Train, train)
     engine = engines.start(options)
-    model = build(schema.parse(config.Model, {"image_tower": tower}))
-    image, text = samples(work.batch, model, work.tokens)
+    model = build(model_settings(work))
+    image, text = samples(work.batch, model, work)
     engine.prepare(model, options)
 
     training = Training(
@@ -279,7 +328,7 @@ def open_clip_steps(work: SimpleNamespace, device: Any) -> tuple[Steps, Callable
     torch.backends.cudnn.benchmark = True
 
     model = open_clip.create_model(work.architecture, device=device, output_dict=True)
-    image, text = samples(work.batch, model, work.tokens)
+    image, text = samples(work.batch, model, work)
     if "checkpointing" in work.method:
         model.set_grad_checkpointing(True)
     optimizer = torch.optim.AdamW(
@@ -344,7 +393,7 @@ def count_flops(work: SimpleNamespace, device: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = open_clip.create_model(work.architecture).to(device)
-    image, text = samples(2, model, work.tokens)
+    image, text = samples(2, model, work)
     with FlopCounterMode(display=False) as counter:
         x, t, _ = model(image.float().to(device), text.to(device))[:3]
         (x.sum() + t.sum()).backward()

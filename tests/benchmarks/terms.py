@@ -27,7 +27,12 @@ from tests.benchmarks.loss import peak_memory, seconds
 # point. (Own-sample terms and captioning hold what they are given, and nothing of B².)
 TERMS: dict[str, dict[str, Any]] = {
     "infonce": {"label_smoothing": 0.1},
+    "infonce.positives": {"positives": "label"},
+    "infonce.decoupled": {"positives": "label", "form": "decoupled"},
+    "infonce.masks": {"ignore": {"margin": 0.1, "teacher": {"above": 0.9}}, "hardest": 8},
+    "infonce.within": {"within": "both"},
     "siglip": {},
+    "siglip.positives": {"positives": "label"},
     "decoupled": {"weighted": True},
     "hn_nce": {},
     "cwcl": {},
@@ -160,6 +165,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "teacher_scale": lambda: 20.0,
         "score": lambda: torch.rand(B, device=device),
         "sample_id": lambda: torch.arange(B, device=device),
+        "label": lambda: torch.arange(B, device=device) // 4,
     }
     given = {name: make() for name, make in others.items() if name in objective.needs}
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}

@@ -24,8 +24,10 @@ from tests.data.material import (
     write_shards,
     write_tar,
 )
+from vlp.config import Data
 from vlp.data import loader as loader_module
 from vlp.data.loader import DataError
+from vlp.schema import parse
 from vlp.types import Batch
 
 AUGMENT = {"scale": [0.4, 1.0], "flip": 0.5, "color": 0.3}
@@ -79,6 +81,50 @@ def test_ranks_and_workers_do_not_change_a_step(shards, weights):
     assert not same(reference[0], reference[1])
     other = next(loader_of(data_of(*sources, augment=AUGMENT), 12, seed=4))
     assert not same(other, reference[0])
+
+
+def test_processes_make_parts_of_a_large_step(shards, tmp_path, monkeypatch):
+    """Eleven rows by three processes, with hard captions and samples that cannot be read."""
+    members = []
+    for i in range(40):
+        extra = {"captions": [f"text {i}"], "negatives": [f"no {i}"][: i % 2], "score": i}
+        stored = encoded(picture(i))
+        members.append((f"{i:02d}.png", stored[: len(stored) // 2] if i % 8 == 7 else stored))
+        members.append((f"{i:02d}.json", json.dumps(extra).encode()))
+    write_tar(tmp_path / "0.tar", members)
+
+    monkeypatch.setattr("vlp.data.processes._PART_BYTES", 1000)
+    made, n_parts, bad = {}, {}, {}
+    for workers in (0, 1, 3):
+        loader = loader_of(data_of(tmp_path, augment=AUGMENT, workers=workers), 22, world=2)
+        made[workers] = take(loader, 4)
+        n_parts[workers] = loader._steps.parts
+        bad[workers] = [sample_id for sample_id, _, _ in loader.bad]
+        names = made[0][0].carries() - {"key"}
+        assert {"image", "text", "sample_id", "negatives", "negatives_valid"} <= names
+        for one, other in zip(made[workers], made[0]):
+            assert one.key == other.key and one.carries() == other.carries()
+            for name in names:
+                value, expected = getattr(one, name), getattr(other, name)
+                assert value.dtype == expected.dtype and torch.equal(value, expected), name
+    assert n_parts == {0: 1, 1: 1, 3: 3}
+    assert bad[0] and bad[0] == bad[1] == bad[3]
+
+
+def test_auto_workers_follow_the_cores_and_the_shared_memory(shards, tmp_path, monkeypatch, capsys):
+    source = [{"name": "shards", "path": str(shards / "one")}]
+    assert parse(Data, {"sources": source}).workers == "auto"
+
+    monkeypatch.setattr("vlp.data.loader.usual_workers", lambda n_ranks: 12 // n_ranks)
+    assert loader_of(data_of(shards / "one", workers="auto"), 10)._workers == 12
+    assert capsys.readouterr().err == ""
+
+    monkeypatch.setattr("vlp.data.loader.fitting_workers", lambda *sizes: 2)
+    assert loader_of(data_of(shards / "one", workers="auto"), 10)._workers == 2
+    assert "takes 2 process(es) a rank and not 12" in capsys.readouterr().err
+    for refused in ("many", -1):
+        with pytest.raises(ValueError, match="workers"):
+            data_of(shards / "one", workers=refused)
 
 
 def test_an_epoch_is_whole_over_ranks_with_more_ranks_and_workers_than_shards(shards):

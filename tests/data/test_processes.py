@@ -17,8 +17,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from vlp.data import processes
-from vlp.data.processes import Feed, check_shared_memory
+from vlp.data import cores, processes
+from vlp.data.processes import (
+    Feed,
+    check_shared_memory,
+    fitting_workers,
+    n_items_ahead,
+    n_parts,
+)
 from vlp.data.steps import DataError
 
 TRAINER = Path(__file__).with_name("trainer.py")
@@ -131,6 +137,72 @@ def test_shared_memory_is_checked_against_what_is_made_ahead(tmp_path):
             "train.batch",
         ):
             assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("free_mb", "batch_mb", "n_ranks", "expected", "parts"),
+    [
+        (300_000, 600, 1, 16, 16),
+        (2_000, 600, 1, 16, 16),  # in parts, three batches whatever the number of processes
+        (100, 20, 1, 2, 1),  # whole batches: two ahead of each process, and one
+        (100, 5, 4, 2, 1),
+        (64, 600, 1, 1, 1),  # Docker's, which holds no batch at all
+    ],
+)
+def test_auto_takes_no_more_processes_than_the_shared_memory_holds(
+    free_mb, batch_mb, n_ranks, expected, parts, tmp_path, monkeypatch
+):
+    free, batch = free_mb * 10**6, batch_mb * 10**6
+    usage = SimpleNamespace(free=free, total=free)
+    monkeypatch.setattr(processes.shutil, "disk_usage", lambda folder: usage)
+
+    n_workers = fitting_workers(batch, 4096, 16, n_ranks, tmp_path)
+    assert (n_workers, n_parts(batch, n_workers, 4096)) == (expected, parts)
+    if free > batch:
+        check_shared_memory(batch, n_workers, n_ranks, tmp_path, parts)
+        return
+    with pytest.raises(DataError, match=r"64 MB free of 64 MB.*3 batches of 600 MB.*--shm-size=4g"):
+        check_shared_memory(batch, n_workers, n_ranks, tmp_path, parts)
+
+
+def test_shared_memory_is_bounded_however_many_processes_there_are():
+    """By the batches ahead and the one that is joined where a batch is large; by a part's size each
+    where it is small.
+    """
+    for batch_bytes in (600_000_000, 40_000_000, 1_000_000):
+        for n_workers in range(1, 65):
+            parts = n_parts(batch_bytes, n_workers, 4096)
+            held = n_items_ahead(n_workers, parts, 1) * batch_bytes / parts
+            n_items = n_items_ahead(n_workers, parts, 1)
+            assert held <= max(3 * batch_bytes, n_items * processes._PART_BYTES)
+    assert n_parts(600_000_000, 16, 3) == 3  # no part without a row
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "350000 100000\n"}, 3),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "9900000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_cores_are_those_of_the_affinity_and_the_quota(files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert cores.cores(tmp_path) == expected
+
+
+def test_auto_leaves_a_core_of_each_rank_to_the_training_process(monkeypatch):
+    expected = {(2, 1): 1, (1, 1): 1, (16, 1): 15, (16, 4): 3, (256, 2): 32, (8, 16): 1}
+    for (n_cores, n_ranks), n_workers in expected.items():
+        monkeypatch.setattr(cores, "cores", lambda n=n_cores: n)
+        assert cores.usual_workers(n_ranks) == n_workers, (n_cores, n_ranks)
 
 
 def test_shared_memory_that_runs_full_is_told_with_a_way_out(tmp_path):

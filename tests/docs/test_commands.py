@@ -41,7 +41,7 @@ def check_command(words):
     # Also behind srun and its like.
     if "vlp" in words:
         return check_vlp(words[words.index("vlp") + 1 :])
-    if words[0] in ("accelerate", "sbatch"):
+    if words[0] in ("accelerate", "bash", "sbatch"):
         files = [word for word in words if word.startswith("launch/")]
 
         # What follows the script is what follows `vlp train`.

@@ -6,11 +6,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests import ranks
 from tests.eval import material
 from vlp import cli, plugin
-from vlp.eval import run
+from vlp.eval import embed, models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.report import records
@@ -127,6 +128,61 @@ def test_empty_pictures_are_found_however_many_there_are(tmp_path):
         DataError, match=r"1 of 300 images cannot be read:\n  image .*257\.png is empty"
     ):
         run.read_all(plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": str(tmp_path)}}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_towers_compute_in_the_precision_of_the_run(dtype, photos):
+    model = material.our_model()
+    linear = model.text.transformer.resblocks[0].mlp.c_fc
+    computed = set()
+    linear.register_forward_hook(lambda _, args, output: computed.add(output.dtype))
+
+    (record,) = run.in_training(model, tasks(data=str(photos)), dtype)
+    assert computed == {dtype} and 0 <= record["metrics"]["acc1"] <= 1
+    assert run.in_training(model, tasks(data=str(photos)))  # float32 where nothing is said
+    assert computed == {dtype, torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_loop_names_its_precision(precision, scenes, tmp_path):
+    from vlp import config
+    from vlp.train import train
+
+    settings = {
+        **material.OUR_CONFIG,
+        "out": str(tmp_path / "run"),
+        "train": {"duration": 1, "batch": 8, "precision": precision, "device": "cpu"},
+        "data": {"sources": [{"name": "shards", "path": str(scenes / "train")}], "workers": 0},
+        "eval": {"zeroshot": {"data": str(scenes / "zeroshot")}},
+    }
+    named = []
+
+    def evaluate(model, tasks, dtype):
+        named.append(dtype)
+        return []
+
+    train(config.parse(settings), evaluate)
+    assert named == [torch.bfloat16 if precision == "bf16" else torch.float32]
+
+
+def test_texts_pass_the_tower_cut_and_score_the_same():
+    model = material.our_model()
+    words = ["a red circle", "two blue squares and a dog " * 3]
+    captions = [f"{words[i % 7 == 0]} {i}" for i in range(70)]
+    shapes = []
+    model.text.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+
+    rows = []
+    for model.cut_captions in (True, False):
+        rows.append(embed.texts(models.from_model(model), captions, Context()))
+    torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-5)
+    length = model.text_spec.context_length
+    assert shapes[-2:] == [(64, length), (6, length)]
+    assert sum(n * n_tokens for n, n_tokens in shapes[:-2]) < 0.8 * len(captions) * length
+
+
+def test_more_at_once_on_a_gpu():
+    assert embed.usual_batch("cuda:1") == 256 and embed.usual_batch("cpu") == 64
 
 
 def test_a_run_whose_evaluation_fails_ends_with_its_weights(photos, scenes, tmp_path):

@@ -279,8 +279,42 @@ def test_gamma_falls_over_half_the_run():
     assert [run.gamma_at(s) for s in (0, 25, 50, 99)] == pytest.approx(
         [1, 0.6, 0.2, 0.2]
     ) and run.samples == 9
-    assert options({"gamma_steps": 10, "samples": 3}, samples=9, steps=100).gamma_steps == 10
+    assert options({"gamma_steps": 10, "samples": 30}, samples=9, steps=100).gamma_steps == 10
     assert options({}).gamma_at(10**6) == 1
+
+
+def test_fewer_places_than_the_run_has_samples_are_refused_at_the_start():
+    """In a step nobody looks: asking a device for its ids would make the host wait."""
+    with pytest.raises(ValueError, match="samples is 3, but the run has 9: leave it out, or raise"):
+        build({"sogclr": {"samples": 3}}, samples=9)
+
+
+def written(values, ids):
+    """The table after `ids` were written with `values` in one step, and what a loop makes of it."""
+    world, rank = dist.world_size(), dist.rank()
+    table = _table.Table([-1.0, -2.0], 7)
+    table.place(dist.world())
+    rows = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
+    table.write(torch.tensor(ids)[rows], torch.tensor(values)[rows])
+    return table.whole().tolist()
+
+
+def test_writing_equals_a_loop_over_the_rows():
+    """Samples that come several times, rows with NaN among them, and steps where none counts."""
+    nan, n_compared = math.nan, 0
+    ids = [[5, 2, 5, 6, 2, 0, 5, 2], [1, 1, 1, 1, 1, 1, 1, 1], [4, 6, 0, 2, 2, 0, 6, 4]]
+    bad = [[6, 7], range(8), []]
+    for step, (step_ids, bad_rows) in enumerate(zip(ids, bad)):
+        values = [[10.0 * step + i, nan if i in bad_rows else i] for i in range(8)]
+        expected = [[-1.0, -2.0] for _ in range(7)]
+        for sample, row in zip(step_ids, values):
+            if not any(map(math.isnan, row)):
+                expected[sample] = row
+        for n_ranks in (1, 2, 4):
+            found = ranks.run(n_ranks, written, values, step_ids)[0]
+            assert found == expected, (step, n_ranks)
+            n_compared += 1
+    assert n_compared == 9
 
 
 def test_state_moves_only_in_training_steps():

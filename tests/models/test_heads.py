@@ -6,14 +6,18 @@ import dataclasses
 
 import pytest
 import torch
+from open_clip.transformer import MultimodalTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import ranks
 from tests.models.tiny import inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder
+from vlp.models import heads
 from vlp.models.build import from_description
 from vlp.models.embedding import embed
+from vlp.models.heads import Decoder
 from vlp.models.load import load
 from vlp.types import Batch
 
@@ -114,6 +118,49 @@ def test_what_heads_give():
     assert bare.keys() == {"image", "text", "scale"}
     # Without the views' rows beside them.
     torch.testing.assert_close(bare["image"], found["image"], rtol=0, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation made."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.n = max(self.n, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_logits_are_held_in_chunks_and_change_nothing(checkpointing, monkeypatch):
+    torch.manual_seed(0)
+    rows, length, width, vocabulary = 6, 5, 16, 200
+    decoder = Decoder(width, 2, 2, 8, output_dim=vocabulary)
+    torch.nn.init.normal_(decoder.text_projection, std=0.3)
+    decoder.set_grad_checkpointing(checkpointing)
+    image = torch.randn(rows, 4, width, requires_grad=True)
+    text = torch.randn(rows, length, width, requires_grad=True)
+    targets = torch.randint(vocabulary, (rows, length))
+    weights = torch.rand(rows, length)
+
+    # open_clip's own forward pass gives all logits.
+    logits = MultimodalTransformer.forward(decoder, image, text)
+    expected = -logits.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
+    leaves = [image, text, *decoder.parameters()]
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), leaves)
+    assert len(leaves) > 20 and all(gradient.any() for gradient in expected_gradients[:2])
+
+    for chunk in (7, 1000):
+        monkeypatch.setattr(heads, "LOGITS_BYTES", 4 * vocabulary * chunk)
+        with Largest() as largest:
+            nll = decoder(image, text, targets)
+            gradients = torch.autograd.grad((nll * weights).sum(), leaves)
+        torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+        for gradient, expected_gradient in zip(gradients, expected_gradients):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+        n_logits = min(chunk, rows * length) * vocabulary
+        assert largest.n == max(n_logits, decoder.text_projection.numel())
 
 
 def test_a_caption_position_sees_the_image_and_the_words_before_it():

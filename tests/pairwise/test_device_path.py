@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.losses.test_family import data
+from tests.losses.loops import data
 from tests.pairwise.device import Watch, imitated
 from vlp import plugin
 from vlp.losses import Inputs
@@ -27,6 +27,14 @@ TERMS = [
     ("mann_whitney", {}),
     ("multi_view", {}),
     ("slip", {}),
+    ("momentum_queue", {}),
+    ("infonce", {"positives": "label", "form": "decoupled", "ignore": {"margin": 0.2}}),
+    ("infonce", {"ignore": {"teacher": {"above": 0.3}}, "hardest": 3}),
+    ("infonce", {"targets": {"of": "cross"}}),
+    ("decoupled", {"positives": "label", "within": "both"}),
+    ("hn_nce", {"positives": "label"}),
+    ("siglip", {"positives": "label", "hardest": 2}),
+    ("momentum_queue", {"positives": "label", "ignore": {"queue": 0.1}}),
 ]
 ROWS = ("image", "text", "negatives", "image_views", "text_views")
 
@@ -38,10 +46,9 @@ def in_bfloat16() -> dict[str, Tensor]:
         if value is None:
             continue
         value = value.detach()
-        if name in ROWS or name.startswith(("ema_", "queue_")):
-            value = value.bfloat16()
-        elif value.is_floating_point():
-            value = value.float()
+        is_embedded = name in ROWS or name.startswith(("ema_", "queue_"))
+        if value.is_floating_point():
+            value = value.bfloat16() if is_embedded else value.float()
         values[name] = value
     return values
 
@@ -78,9 +85,8 @@ def value_and_gradients(
 def expected_of(name: str, options: dict, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same in float64, on the rows as a device has them."""
     wide = {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
-    if name == "distill":  # whose stored rows are rounded to the student's
-        for key in ("teacher_image", "teacher_text"):
-            wide[key] = values[key].bfloat16().double()
+    for key in ("teacher_image", "teacher_text"):  # rounded to the student's dtype
+        wide[key] = values[key].bfloat16().double()
     return value_and_gradients(name, options, wide, "dense")
 
 

@@ -92,6 +92,29 @@ def test_a_shared_communicator_gives_what_an_own_one_gives():
         assert all(own == shared for own, shared in results)
 
 
+def _sums_in_bf16():
+    """Sums over four ranks of 256, .5, .5 and 1, which are 258, as few and as many ranks take them.
+
+    The rank that holds the 256 and the receiver change from row to row.
+    """
+    small = (256.0, 0.5, 0.5, 1.0)
+    values = [small[(dist.rank() - row) % 4] for row in range(16)]
+    value = torch.tensor(values, dtype=torch.bfloat16)
+
+    few = dist.reduce_scatter(value, dist.world())
+    dist.ROUNDED_UP_TO = 3
+    many = dist.reduce_scatter(value, dist.world())
+    assert many.dtype == torch.bfloat16
+    return few.tolist(), many.tolist()
+
+
+def test_half_precision_is_summed_in_float32_over_many_ranks():
+    """256 + .5 is 256 in bf16, so whoever rounds at every hop loses the others."""
+    results = ranks.run(4, _sums_in_bf16)
+    assert [many for _, many in results] == [[258.0] * 4] * 4
+    assert min(min(few) for few, _ in results) < 258
+
+
 def _odd_and_even():
     group = dist.split(((0, 2), (1, 3)))
     x = torch.tensor([float(dist.rank())])

@@ -12,7 +12,11 @@ END_WITHIN_S = 25
 
 
 @pytest.mark.parametrize(
-    "pipeline", ["rank_1_fails_and_rank_0_waits", "rank_1_fails_and_rank_0_goes_on"]
+    "pipeline",
+    [
+        "rank_1_fails_and_rank_0_waits",
+        pytest.param("rank_1_fails_and_rank_0_goes_on", marks=pytest.mark.slow),
+    ],
 )
 def test_a_failing_rank_ends_the_run(runs: Runs, pipeline):
     """Rank 0 sits in its own data, where no connection tells it anything, or in an exchange."""

@@ -190,14 +190,17 @@ class Data:
     # origin, or a field of the JSON such as class; None: what the terms' `positives` say
     labels: str | None = None
     bad_share: float = 0.01  # more unusable samples than 16 + this share of the rows end the run
-    workers: int = 1  # decoding processes a rank; 0 decodes in the training process
+    # decoding processes a rank, which change no batch; 0 decodes in the training process; auto:
+    # cores / ranks of the machine − 1, from 1 to 32, and no more than the shared memory holds
+    workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError(
                 "sources is empty; name at least one, e.g. [{name: shards, path: data/train}]"
             )
-        if self.workers < 0 or self.together < 1 or not 0 <= self.bad_share <= 1:
+        negative = self.workers != "auto" and self.workers < 0
+        if negative or self.together < 1 or not 0 <= self.bad_share <= 1:
             raise ValueError(
                 f"workers is {self.workers}, together {self.together}, "
                 f"bad_share {self.bad_share}; expected workers >= 0, "

@@ -73,6 +73,9 @@ class Model:
     # weights to start from: open_clip's tag, or any reference (vlp.pretrained.references);
     # None: random
     pretrained: str | None = None
+    # texts pass the tower cut to their length in steps of 8 tokens, where that changes no embedding
+    # (not SigLIP's, which attends to padding); false: all are as long as the context
+    cut_captions: bool = True
     # how pictures become RGB; None: as `pretrained` says, or on white and upright
     decoding: Decoding | None = None
 

@@ -105,6 +105,12 @@ def _plugins(slot: Slot, sentence: str) -> Iterator[Section]:
         keys = _keys(options, slot.key_prefix(plugin))
         yield Section(f"{slot.name}.{plugin}", module.summary, slot.written(plugin), keys)
 
+        # A plug-in's options may hold sections of their own.
+        for field in source.fields_of(options).values():
+            inner = section_of(field)
+            if inner is not None:
+                yield from _tree(inner, slot.key_prefix(plugin) + field.name)
+
 
 def _keys(section: Class, prefix: str) -> tuple[Key, ...]:
     return tuple(_key(field, prefix) for field in source.fields_of(section).values())

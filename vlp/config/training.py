@@ -47,7 +47,12 @@ class Train:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     # what keeps ranks in step; auto: what the launcher set up
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
-    compile: bool = False  # torch.compile of the towers: slower start, faster steps
+    # torch.compile of the towers' blocks: slower start, faster steps; auto: on GPUs where it works,
+    # not with ZeRO
+    compile: Literal["auto", True, False] = "auto"
+    # fsdp2: gather the weights anew for every forward and backward, instead of once a step; auto:
+    # with one micro-batch, and where the whole weights would take over a quarter of a GPU's memory
+    reshard: Literal["auto", True, False] = "auto"
     # recompute activations in the backward pass: less memory, more time
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one

@@ -2,9 +2,10 @@
 tokenize → `Batch`.
 
 The data set that torch's DataLoader sees is indexed by step: item s is this rank's slice of global
-batch s, whole. So loader processes, their number and their prefetching cannot change what a step
-holds, resuming is starting at another number, and every rank has the same number of batches by
-construction. Never pass this loader to accelerate's `prepare`.
+batch s, or, where that is large, one of the parts of it that its processes make. So loader
+processes, their number and their prefetching cannot change what a step holds, resuming is starting
+at another number, and every rank has the same number of batches by construction. Never pass this
+loader to accelerate's `prepare`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from vlp import dist, log
 from vlp.config import Data
+from vlp.data.cores import usual_workers
 from vlp.data.mix import Mixture
 from vlp.data.offered import optional_fields, read_fields
-from vlp.data.processes import Feed, check_shared_memory
+from vlp.data.processes import (
+    SHARED_MEMORY,
+    Feed,
+    check_shared_memory,
+    fitting_workers,
+    n_parts,
+)
 from vlp.data.sources import Source
-from vlp.data.steps import DataError, Report, Steps
+from vlp.data.steps import DataError, Report, Steps, joined
 from vlp.lifetime import cut_short
 from vlp.schema import plain
 from vlp.types import Batch, ImageSpec, TextSpec
@@ -96,27 +106,47 @@ class Loader:
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         fields = self.widths if reads is None else read_fields(self.widths, reads)
         self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields, pixels)
-        self._workers = data.workers
+        self._rows = batch // world
+        self._workers = self._start_workers(data, min(world, dist.local_world_size()))
         self._identity = _identity(self._mixture, data, batch, seed)
         self._content = [source.contents() for source in self._mixture.sources]
 
         # Where the run stands, and what was lost on the way.
         self._position = self._start = 0
         self._feed: Feed | None = None
+        self._made: list[tuple[Batch, Report]] = []  # parts of the next step
         self._next: tuple[Batch, Report] | None = None  # made, not yet taken
         self._bad_share = data.bad_share
-        self._rows = batch // world
         # The first hundred bad samples: id, key, reason.
         self.bad: list[tuple[int, str, str]] = []
         self.n_left_out = _n_left_out(self._mixture)
         self._cut_told = False
         self._reset_counters()
 
-        # Said before the first batch: a full /dev/shm kills loader processes without a word.
-        check_shared_memory(self._steps.nbytes, self._workers, min(world, dist.local_world_size()))
         # All ranks read the same sources.
         if rank == 0:
             self._warn_of_problems()
+
+    def _start_workers(self, data: Data, n_ranks: int) -> int:
+        """The number of loader processes of each of the `n_ranks` on this machine; divides the
+        steps into parts for them. DataError where the shared memory is too small.
+        """
+        steps = self._steps
+        if data.workers == "auto":
+            usual = usual_workers(n_ranks)
+            n_workers = fitting_workers(steps.nbytes, self._rows, usual, n_ranks)
+            if n_workers < usual and dist.is_main():
+                log.warn(
+                    f"data.workers: auto takes {n_workers} process(es) a rank and not {usual}: "
+                    f"more would fill {SHARED_MEMORY}; Docker gives 64 MB unless told --shm-size"
+                )
+        else:
+            n_workers = data.workers
+
+        # Before the first batch: a full /dev/shm kills loader processes without a word.
+        steps.parts = n_parts(steps.nbytes, n_workers, self._rows)
+        check_shared_memory(steps.nbytes, n_workers, n_ranks, parts=steps.parts)
+        return n_workers
 
     def problems(self) -> list[str]:
         """Sentences on what the sources left out or found odd."""
@@ -135,22 +165,26 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def wait(self, asked_to_stop: Callable[[], bool] = _never) -> None:
-        """Return once the next batch is here, or earlier where `asked_to_stop()`; raises DataError
-        where none will come.
+    def wait(self, asked_to_stop: Callable[[], bool] = _never) -> bool:
+        """Return once the next batch is here, or earlier where `asked_to_stop()`; then whether it
+        is. DataError where none will come.
         """
         started = time.perf_counter()
         if self._feed is None:
-            self._feed = Feed(self._steps, self._position, self._workers)
+            self._feed = self._new_feed()
 
         # Half a second at a time: a signal is answered also while a mount stalls.
         while self._next is None and not asked_to_stop():
             # Loader processes give control back twice a second; a batch that is made here does not.
             with nullcontext() if self._workers else cut_short():
-                self._next = self._feed.poll()
-            if self._next is None and not self._workers:
+                part = self._feed.poll()
+            if part is not None:
+                self._made.append(part)
+            elif not self._workers:
                 # Cut short in the middle of a batch, which a new feed makes from its beginning.
-                self._feed = Feed(self._steps, self._position, 0)
+                self._feed = self._new_feed()
+            if len(self._made) == self._steps.parts:
+                self._next, self._made = joined(self._made), []
 
             waited_s = time.perf_counter() - started
             if self._next is None and waited_s > _STALL_S:
@@ -159,6 +193,13 @@ class Loader:
                     "a stalled disk, mount or server?"
                 )
         self._waited_s += time.perf_counter() - started
+        return self._next is not None
+
+    def _new_feed(self) -> Feed:
+        parts = self._steps.parts
+        # Parts are page-locked when they are joined.
+        pin = torch.cuda.is_available() and parts == 1
+        return Feed(self._steps, self._position * parts, self._workers, pin)
 
     def __next__(self) -> Batch:
         self.wait()
@@ -221,7 +262,7 @@ class Loader:
         """Stop the loader processes; the next batch starts them again."""
         self._warn_of_cut()
         # torch ends its processes when their iterator is let go.
-        self._feed = self._next = None
+        self._feed, self._next, self._made = None, None, []
 
     def _reset_counters(self) -> None:
         self._n_bad = self._n_truncated = self._n_texts = 0

@@ -28,7 +28,8 @@ from vlp.data import server
 from vlp.data.steps import DataError
 from vlp.lifetime import end_with_parent
 
-PREFETCH = 2  # batches that each process makes ahead
+PREFETCH = 2  # items that each process makes ahead
+_PART_BYTES = 32 << 20  # of a step's rows that one process makes alone
 SHARED_MEMORY = Path("/dev/shm")
 # Between two looks at the processes, and at whether the run was asked to stop.
 _POLL_S = 0.5
@@ -38,12 +39,12 @@ _OPTIONS = "lower data.workers or train.batch, or decode in the training process
 
 class Feed:
     """Items `start`, `start` + 1, … of `dataset`, without end, made by `n_workers` processes or in
-    this one.
+    this one. `pin`: into page-locked memory, from which a GPU copies by itself.
     """
 
-    def __init__(self, dataset: Dataset, start: int, n_workers: int) -> None:
+    def __init__(self, dataset: Dataset, start: int, n_workers: int, pin: bool = False) -> None:
         self._n_taken = 0
-        options: dict[str, Any] = {"pin_memory": torch.cuda.is_available()}
+        options: dict[str, Any] = {"pin_memory": pin}
         if n_workers:
             # With a time-out torch looks at its processes each time it runs out, and gives control
             # back.
@@ -53,7 +54,7 @@ class Feed:
             options["multiprocessing_context"] = torch.multiprocessing.get_context("forkserver")
             server.start()
 
-        # torch neither draws nor batches: an item is a whole step.
+        # torch neither draws nor batches: an item is a step, or a part of one.
         loader = DataLoader(
             _ErrorsAsItems(dataset),
             batch_size=None,
@@ -129,21 +130,51 @@ class Feed:
         return f"{death} ({endings}), {advice}"
 
 
+def n_parts(batch_bytes: int, n_workers: int, n_rows: int) -> int:
+    """How many processes make a step together: all, where whole batches ahead by each would take
+    gigabytes, and one where they are small.
+    """
+    return max(1, min(-(-batch_bytes // _PART_BYTES), n_workers, n_rows))
+
+
+def fitting_workers(
+    batch_bytes: int, n_rows: int, wanted: int, n_ranks: int, folder: Path = SHARED_MEMORY
+) -> int:
+    """The largest number of loader processes a rank, from 1 to `wanted`, whose items the shared
+    memory of this machine holds.
+    """
+    if not folder.is_dir():
+        return wanted
+
+    free = shutil.disk_usage(folder).free
+    for n_workers in range(wanted, 1, -1):
+        parts = n_parts(batch_bytes, n_workers, n_rows)
+        if n_items_ahead(n_workers, parts, n_ranks) * batch_bytes / parts <= free:
+            return n_workers
+    return 1
+
+
+def n_items_ahead(n_workers: int, parts: int, n_ranks: int) -> int:
+    """Items that lie in shared memory at once: those made ahead, and those of the step that is
+    being trained on or joined.
+    """
+    return n_ranks * (n_workers * PREFETCH + parts)
+
+
 def check_shared_memory(
-    batch_bytes: int, n_workers: int, n_ranks: int, folder: Path = SHARED_MEMORY
+    batch_bytes: int, n_workers: int, n_ranks: int, folder: Path = SHARED_MEMORY, parts: int = 1
 ) -> None:
-    """Raise DataError where the batches that are made ahead on this machine will not fit into its
-    shared memory.
+    """Raise DataError where the batches that are made ahead on this machine, each in `parts`, will
+    not fit into its shared memory.
     """
     if not n_workers or not folder.is_dir():
         return
 
-    # torch would notice only when the first batch is written, and then by a bus error. With those
-    # made ahead counts the one that is being trained on.
-    n_batches = n_ranks * (n_workers * PREFETCH + 1)
+    # torch would notice only when the first batch is written, and then by a bus error.
+    n_items = n_items_ahead(n_workers, parts, n_ranks)
     free = shutil.disk_usage(folder).free
-    if n_batches * batch_bytes > free:
-        raise DataError(no_shared_memory(n_batches, batch_bytes, folder))
+    if n_items * batch_bytes / parts > free:
+        raise DataError(no_shared_memory(n_items, batch_bytes // parts, folder))
 
 
 def no_shared_memory(

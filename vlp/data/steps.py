@@ -42,7 +42,9 @@ class Report:
 
 
 class Steps(Dataset):
-    """Item s: this rank's rows of step s, with a report. Sent to every loader process."""
+    """Item s·P + p: part p of the P parts of this rank's rows of step s, with a report. Sent to
+    every loader process.
+    """
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class Steps(Dataset):
         # This rank's rows of each step.
         self.size = batch
         self.rows = range(rank * batch // world, (rank + 1) * batch // world)
+        self.parts = 1  # P
         self.ahead = mixture.ahead(batch)
         self._tokenizer: Any = None
 
@@ -71,19 +74,22 @@ class Steps(Dataset):
         # Each process builds its own tokenizer: its caches are large.
         return {**self.__dict__, "_tokenizer": None}
 
-    def __getitem__(self, step: int) -> tuple[Batch, Report]:
+    def __getitem__(self, item: int) -> tuple[Batch, Report]:
+        step, part = divmod(item, self.parts)
+        numbers = self.rows_of(part)
         self._tokenizer = self._tokenizer or text.build(self.text)
 
         # Which samples stand in the whole step; shards of later ones are fetched meanwhile.
         ids = self.mixture.batch(step, self.size)
         places = self.mixture.captions(step, self.size)
-        if self.ahead:
+        # By one part of each step, another one every time: each has a thread that fetches.
+        if self.ahead and part == step % self.parts:
             self.mixture.prepare(self.mixture.batch(step + self.ahead, self.size))
 
-        report = Report([], 0, len(self.rows))
-        pictures = self._new_pictures()
+        report = Report([], 0, len(numbers))
+        pictures = self._new_pictures(len(numbers))
         rows = []
-        for i, number in enumerate(self.rows):
+        for i, number in enumerate(numbers):
             out = {name: values[i] for name, values in pictures.items()}
             rows.append(self._row(step, number, ids, places, out, report))
 
@@ -99,9 +105,14 @@ class Steps(Dataset):
         )
         return batch, report
 
+    def rows_of(self, part: int) -> range:
+        """The rows of the global batch that a part of this rank's holds; parts differ by a row."""
+        n = len(self.rows)
+        return self.rows[part * n // self.parts : (part + 1) * n // self.parts]
+
     @property
     def nbytes(self) -> int:
-        """Bytes of one item's tensors, near enough to find room for them."""
+        """Bytes of the tensors of this rank's rows of a step, near enough to find room for them."""
         pixels = sum(math.prod(shape) for shape in self._picture_shapes().values())
         n_texts = 1 + sum(self.widths.get(name, 0) for name in TEXTS)
         n_numbers = sum(self.widths.get(name, 0) for name in LABELS)
@@ -109,9 +120,8 @@ class Steps(Dataset):
         token_bytes = 8 * self.text.context_length * n_texts
         return len(self.rows) * (pixels + token_bytes + 4 * n_numbers)
 
-    def _new_pictures(self) -> dict[str, Tensor]:
-        """Uninitialised rows of the fields that hold pictures."""
-        n = len(self.rows)
+    def _new_pictures(self, n: int) -> dict[str, Tensor]:
+        """n uninitialised rows of the fields that hold pictures."""
         if not self.pixels:
             return {"image": torch.empty(n, 3, 0, 0, dtype=torch.uint8)}
         return {name: _new_pixels((n, *shape)) for name, shape in self._picture_shapes().items()}
@@ -248,6 +258,26 @@ class Steps(Dataset):
         one_a_row = EMBEDDED[name].batch_shape == "b L"
         shaped = flat if one_a_row else flat.view(len(of_rows), -1, flat.shape[-1])
         return shaped, n_truncated
+
+
+def joined(parts: list[tuple[Batch, Report]]) -> tuple[Batch, Report]:
+    """The parts of a step, in order, as one item; page-locked where a GPU will copy it."""
+    if len(parts) == 1:
+        return parts[0]
+
+    batches = [batch for batch, _ in parts]
+    whole: dict[str, Any] = {}
+    for name in batches[0].carries() - {"key"}:
+        tensors = [getattr(batch, name) for batch in batches]
+        shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+        out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=torch.cuda.is_available())
+        whole[name] = torch.cat(tensors, out=out)
+
+    keys = itertools.chain.from_iterable(batch.key for batch in batches)
+    bad = itertools.chain.from_iterable(report.bad for _, report in parts)
+    n_truncated = sum(report.n_truncated for _, report in parts)
+    n_texts = sum(report.n_texts for _, report in parts)
+    return Batch(key=list(keys), **whole), Report(list(bad), n_truncated, n_texts)
 
 
 def _mask(name: str, of_rows: list[Texts]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from vlp import config, dist
 from vlp.engines.base import Engine, State
+from vlp.engines.precision import check as check_precision
 from vlp.engines.precision import compute_dtype
 from vlp.engines.processes import launched_engine, launched_processes
 from vlp.engines.replicated import Replicated
@@ -29,6 +30,7 @@ def start(options: config.Train) -> Engine:
     """
     n_launched = launched_processes()
     device = torch.device(local_device(options.device))
+    check_precision(options, device)
 
     # The launcher may have decided already; a different wish cannot be met.
     launcher = launched_engine()

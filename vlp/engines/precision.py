@@ -1,4 +1,6 @@
-"""Which arithmetic of the towers is faster here, found by timing a small layer in both."""
+"""The arithmetic of the towers: which is faster here, found by timing a small layer in both, and
+what a GPU is told about it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vlp import config
+from vlp import config, log
+from vlp.joining import LaunchError
 
 # .4 GFLOP forward and backward: milliseconds, yet more than the calls themselves cost.
 ROWS, WIDTH = 128, 256
@@ -29,7 +32,7 @@ def faster(device_type: str) -> Precision:
     global random state is not touched. Ranks may find different answers: one has to decide for all.
     """
     if device_type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        return "bf16" if _gpu_has_bf16() else "float32"
 
     # On one thread its own clock sees all the work, however busy the machine is.
     n_threads = torch.get_num_threads()
@@ -77,3 +80,39 @@ def compute_dtype(options: config.Train, device: torch.device) -> torch.dtype:
     if options.precision == "auto":
         return DTYPES[faster(device.type)]
     return DTYPES[options.precision]
+
+
+def check(options: config.Train, device: torch.device) -> None:
+    """LaunchError where the run's precision is bf16 and the GPU has none.
+
+    torch would emulate it there, several times slower than float32.
+    """
+    if options.precision != "bf16" or device.type != "cuda" or _gpu_has_bf16():
+        return
+    name = torch.cuda.get_device_name(device)
+    raise LaunchError(
+        f"train.precision is bf16, which {name} does not have; set train.precision: float32, or "
+        "auto, or use a GPU of compute capability 8.0 (Ampere) or later"
+    )
+
+
+def set_up(options: config.Train, device: torch.device) -> None:
+    """Tell torch how to compute on a GPU. Raises what `check` raises."""
+    check(options, device)
+    if device.type != "cuda":
+        return
+
+    # All batches have one shape, so cuDNN's search for the fastest convolution pays.
+    torch.backends.cudnn.benchmark = True
+
+    # By itself torch lets convolutions, but no matrix products, round float32 to TF32's 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
+    if compute_dtype(options, device) == torch.float32 and _gpu_has_bf16():
+        log.say(
+            "train.precision is float32, without TF32: exact, and several times slower on this "
+            "GPU than train.precision=bf16"
+        )
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -8,12 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
+from vlp.engines import compiling
 from vlp.engines.base import MOMENTS, State
+from vlp.engines.copies import sharing
+from vlp.engines.precision import set_up
 from vlp.engines.processes import accelerator
+from vlp.models.batch_norm import batch_norms
 from vlp.models.dual_encoder import DualEncoder
 
 
@@ -25,21 +30,32 @@ class Replicated:
 
     def prepare(self, model: DualEncoder, options: config.Train) -> None:
         """Take over `model` with its weights; from then on `self.model` embeds for training."""
-        self.module = model.to(self.device)
+        self.module = model
         self.description = model.description()
         self.clip_norm = options.optimizer.clip_norm
+        set_up(options, self.device)
 
         if options.activation_checkpointing:
             self.module.set_activation_checkpointing(True)
+
+        # Before the wrapping: hooks for gradients and shards lie around the compiled blocks.
+        if compiling.decide(options.compile, self.device):
+            compiling.compile_blocks(self.module, options.activation_checkpointing)
         self.wrap(options)
 
         # After the wrapping: FSDP2 puts sharded parameters in the place of the whole ones.
         self.optimizer = optim.build(self.module, options.optimizer)
 
     def wrap(self, options: config.Train) -> None:
-        self.model: Any = torch.compile(self.module) if options.compile else self.module
+        self.module.to(self.device)
+        if self.device.type == "cuda":
+            channels_last(self.module)
+
+        self.model: Any = self.module
         if dist.world_size() > 1:
-            self.model = accelerator(self.device).prepare_model(self.model)
+            joined = accelerator(self.device)
+            joined.ddp_handler = ddp_settings(self.module)
+            self.model = joined.prepare_model(self.module)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Around a forward and its backward. DDP decides already in the forward whether this
@@ -87,7 +103,7 @@ class Replicated:
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
         keep = everywhere or dist.is_main()
-        model = _whole_state(self.module, keep)
+        model = whole_state(self.module, keep=keep)
 
         moments: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
@@ -97,7 +113,7 @@ class Replicated:
                 # Gathering is collective: ranks that keep nothing take part all the same.
                 whole = _whole(value)
                 if keep:
-                    moments[f"{key}.{name}"] = _on_cpu(whole)
+                    moments[f"{key}.{name}"] = _copied(whole)
 
         return model, moments
 
@@ -124,13 +140,16 @@ class Replicated:
             copied.load_state_dict(dict(weights))
         return copied.eval()
 
-    def follow(self, average: nn.Module, decay: float) -> None:
-        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken
-        over.
+    def follow(self, average: nn.Module, decay: float, counts: Tensor) -> None:
+        """average ← decay · average + (1 − decay) · weights, after an update that counts ([] bool);
+        buffers are taken over.
         """
         averaged = [local_part(p.detach()) for p in average.parameters()]
         current = [local_part(p.detach()) for p in self.module.parameters()]
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+        # A weight of 0 leaves every bit as it is.
+        weights = {p.dtype: counts.to(p.dtype) * (1 - decay) for p in averaged}
+        torch._foreach_lerp_(averaged, current, [weights[p.dtype] for p in averaged])
 
         for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
             averaged_buffer.copy_(buffer)
@@ -139,11 +158,34 @@ class Replicated:
         """State of what `average` returned, as whole tensors on the CPU of the first rank.
         Collective.
         """
-        return _whole_state(average, dist.is_main())
+        return whole_state(average, keep=dist.is_main())
 
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""
-        return self.module
+        # Compiled blocks would be compiled again for the shapes of every task.
+        return sharing(self.module)
+
+
+def ddp_settings(model: nn.Module) -> DistributedDataParallelKwargs:
+    """How DDP treats buffers and gradients."""
+    # Other buffers than statistics are constants, which need not travel before every step.
+    has_statistics = bool(batch_norms(model))
+
+    # Gradients live where they are exchanged: 4 bytes a parameter less.
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=has_statistics, gradient_as_bucket_view=True
+    )
+
+
+def channels_last(model: DualEncoder) -> None:
+    """Lay the kernels of a convolutional image tower out as cuDNN multiplies them fastest; pixels
+    and activations follow.
+
+    A vision transformer has one convolution, over patches, which gains nothing.
+    """
+    convolutions = [module for module in model.visual.modules() if isinstance(module, nn.Conv2d)]
+    if len(convolutions) > 1:
+        model.visual.to(memory_format=torch.channels_last)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -156,20 +198,23 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy that later updates leave alone."""
-    return tensor.detach().cpu().clone()
+def _copied(tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """A copy that later updates leave alone, in the order of a file."""
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
-def _whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Whole copies of a module's parameters and buffers, empty on ranks that `keep` nothing.
-    Collective.
+def whole_state(
+    module: nn.Module, device: torch.device | str = "cpu", keep: bool = True
+) -> dict[str, Tensor]:
+    """Whole copies on `device` of a module's parameters and buffers, empty on ranks that `keep`
+    nothing. Collective.
     """
     state = {}
     for name, value in module.state_dict().items():
+        # One at a time: the ranks that keep nothing never hold more than one tensor.
         whole = _whole(value)
         if keep:
-            state[name] = _on_cpu(whole)
+            state[name] = _copied(whole, device)
     return state
 
 
@@ -177,4 +222,4 @@ def _part(whole: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_whole`: sharded as `like` is."""
     if isinstance(like, DTensor):
         return distribute_tensor(whole, like.device_mesh, like.placements)
-    return whole.clone()
+    return torch.empty_like(like).copy_(whole)  # in the order of the parameter's memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,50 +9,105 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from vlp import config, dist
-from vlp.engines.replicated import Replicated, local_part
+from vlp.engines.copies import filled, skeleton
+from vlp.engines.precision import compute_dtype
+from vlp.engines.replicated import Replicated, local_part, whole_state
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.exact import Scaling
+
+# Of a GPU's memory, what the whole weights may take for a step: activations need most of it.
+SHARE_OF_WEIGHTS = 0.25
 
 
 class Sharded(Replicated):
     """FSDP2: parameters, gradients and moments sharded over all ranks, block by block (torch's
     fully_shard).
+
+    In a bf16 run the ranks exchange weights in bf16 and gradients in float32; scale and bias stay
+    float32 throughout. Beyond what autocast rounds under DDP, gains, embeddings of tokens and
+    positions, and what text blocks hand on are bf16 too; the trained values stay float32.
     """
 
     def wrap(self, options: config.Train) -> None:
-        # Evaluation and averages need the whole model; the one below falls into shards.
-        self.plain = copy.deepcopy(self.module).cpu()
+        self.dtype = compute_dtype(options, self.device)
+        self.keeps_whole = keeps_whole(self.module, options, self.device, self.dtype)
 
+        # Parts of different lengths pass the tower one after another, each of which would gather
+        # its weights again.
+        if not self.keeps_whole:
+            self.module.text_parts = 1
+
+        # Evaluation and averages need a whole model; the one below falls into shards.
+        self.skeleton = skeleton(self.module)
+
+        # From the CPU, block by block: a GPU never holds the whole float32 model.
         self.mesh = init_device_mesh(self.device.type, (dist.world_size(),))
-        self.model = self.shard(self.module)
+        self.model = self.shard(self.module, reshard_after_forward=not self.keeps_whole)
 
-        if options.compile:
-            self.model.compile()
+    def shard(self, module: DualEncoder, reshard_after_forward: bool) -> Any:
+        """Put shards in the place of the module's parameters, on this rank's device."""
+        settings: dict[str, Any] = {
+            "mesh": self.mesh,
+            "reshard_after_forward": reshard_after_forward,
+        }
+        if self.dtype == torch.bfloat16:
+            # bf16 makes a scale of 100 into 98.9, so these are units of their own, uncast.
+            for part in module.modules():
+                if isinstance(part, Scaling):
+                    fully_shard(part, **settings)
+            settings["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
 
-    def shard(self, module: DualEncoder, **options: Any) -> Any:
         for block in module.blocks():
-            fully_shard(block, mesh=self.mesh, **options)
-        return fully_shard(module, mesh=self.mesh, **options)
+            fully_shard(block, **settings)
+        return fully_shard(module, **settings)
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-        copied = copy.deepcopy(self.plain).requires_grad_(False)
-        if weights is not None:
-            copied.load_state_dict(dict(weights))
+        # On the CPU, from where it is sharded block by block, as the model was.
+        whole = whole_state(self.module) if weights is None else weights
+        copied = filled(self.skeleton, whole, torch.device("cpu"))
 
-        # By default the outermost module would stay whole after a forward without a backward.
-        return self.shard(copied.to(self.device).eval(), reshard_after_forward=True)
+        # It runs once a step and micro-batch, without gradient: nothing is worth keeping whole.
+        return self.shard(copied, reshard_after_forward=True)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         self.model.set_requires_gradient_sync(last)
+        # The update changes the shards: whole weights of before must not outlive it.
+        self.model.set_reshard_after_backward(last or not self.keeps_whole)
         return nullcontext()
 
     def gradient_norm(self) -> Tensor:
-        squares = [local_part(gradient).square().sum() for gradient in self._gradients()]
-        local_square = torch.stack(squares).sum()
+        parts = [local_part(gradient) for gradient in self._gradients()]
+        norms = torch._foreach_norm([part for part in parts if part.numel()])
+
+        # A rank may hold no part at all, where few parameters are trained.
+        local_norms = torch.stack([torch.zeros((), device=self.device), *norms])
+        local_square = local_norms.square().sum()
         return dist.all_reduce(local_square, dist.world()).sqrt()
 
     def evaluation_model(self) -> DualEncoder:
-        self.plain.load_state_dict(self.state(everywhere=True)[0])
-        return copy.deepcopy(self.plain).to(self.device).eval()
+        return filled(self.skeleton, whole_state(self.module, self.device), self.device)
+
+
+def keeps_whole(
+    model: DualEncoder, options: config.Train, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether a block's weights stay whole on every rank from its first forward to its last
+    backward of a step, or are gathered anew for each of them, by train.reshard.
+    """
+    if options.reshard != "auto":
+        return not options.reshard
+
+    # One forward and one backward: what is saved is one exchange of two, for all the memory.
+    if options.micro_batches == 1:
+        return False
+    if device.type == "cpu":
+        return True
+
+    n_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    total = torch.cuda.get_device_properties(device).total_memory
+    return n_bytes <= SHARE_OF_WEIGHTS * total

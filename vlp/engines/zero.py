@@ -8,7 +8,6 @@ wrong on CPU.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -22,14 +21,17 @@ from torch import Tensor, nn
 
 from vlp import config, dist, optim
 from vlp.engines.base import MOMENTS, State
-from vlp.engines.precision import compute_dtype
+from vlp.engines.copies import filled, skeleton
+from vlp.engines.precision import compute_dtype, set_up
 from vlp.engines.processes import accelerator
 from vlp.joining import LaunchError
 from vlp.models.dual_encoder import DualEncoder
 
 
 class ZeRO:
-    """DeepSpeed through Accelerate, float32 master weights; bf16 by DeepSpeed's torch_autocast."""
+    """DeepSpeed through Accelerate, float32 master weights; bf16 by DeepSpeed's torch_autocast,
+    whatever the ranks exchange in float32.
+    """
 
     def __init__(self, device: torch.device, stage: int) -> None:
         self.device, self.stage = device, stage
@@ -37,17 +39,23 @@ class ZeRO:
     def prepare(self, model: DualEncoder, options: config.Train) -> None:
         from accelerate.utils import DeepSpeedPlugin
 
-        if options.compile:
+        if options.compile is True:
             raise ValueError(
                 "train.compile does not work with DeepSpeed; "
-                "set compile: false, or engine: ddp or fsdp2"
+                "leave it out, or set engine: ddp or fsdp2"
             )
 
+        set_up(options, self.device)
+
         # DeepSpeed changes the model in place; evaluation and averages need an untouched one.
-        self.plain, self.description = copy.deepcopy(model), model.description()
+        self.skeleton, self.description = skeleton(model), model.description()
         if options.activation_checkpointing:
             model.set_activation_checkpointing(True)
         self.names = {id(p): name for name, p in model.named_parameters()}
+
+        # Each part of other length would gather the tower's weights again.
+        if self.stage == 3:
+            model.text_parts = 1
 
         # Accelerate refuses settings given in code beside the launcher's; `settings` has already
         # joined the two.
@@ -95,7 +103,8 @@ class ZeRO:
         """Clip (in DeepSpeed, by its settings), step, clear; returns the gradient's norm before
         clipping.
 
-        DeepSpeed leaves a step with non-finite gradients out by itself, on all ranks alike.
+        DeepSpeed leaves a step with non-finite gradients out by itself, on all ranks alike. It asks
+        the device for that in every step: under this engine alone the host waits in mid-step.
         """
         for group in self.zero.param_groups:
             group["lr"] = lr
@@ -109,35 +118,47 @@ class ZeRO:
 
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         keep = everywhere or dist.is_main()
-        step = next(iter(self.zero.optimizer.state.values()))["step"]
-        saved = self.plain.state_dict().keys()
-        model = {
-            name: value.detach().cpu().clone()
-            for name, value in self.module.named_buffers()
-            if name in saved
-        }
+        model = self._weights(keep)
 
+        step = next(iter(self.zero.optimizer.state.values()))["step"]
         moments: dict[str, Tensor] = {}
         for parameter in self.module.parameters():
-            name = self.names[id(parameter)]
             if not parameter.requires_grad:
-                model[name] = self._frozen(parameter)
                 continue
 
             # Collective, so ranks that keep nothing take part all the same.
-            weight = safe_get_full_fp32_param(parameter)
             whole = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if not keep:
                 continue
-            model[name] = weight.detach().cpu().clone()
+            name = self.names[id(parameter)]
             for key, value in whole.items():
                 moments[f"{key}.{name}"] = value.detach().cpu().clone()
             moments[f"step.{name}"] = step.detach().cpu().clone()
 
         return (model, moments) if keep else ({}, {})
+
+    def _weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """Whole float32 copies of parameters and buffers on the CPU, where `keep`. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        saved = self.skeleton.state_dict().keys()
+        weights = {
+            name: value.detach().cpu().clone()
+            for name, value in self.module.named_buffers()
+            if name in saved
+        }
+        for parameter in self.module.parameters():
+            # DeepSpeed keeps no float32 copy of what is not trained.
+            if parameter.requires_grad:
+                whole = safe_get_full_fp32_param(parameter)
+            else:
+                whole = self._frozen(parameter)
+            if keep:
+                weights[self.names[id(parameter)]] = whole.detach().cpu().clone()
+        return weights
 
     def _frozen(self, parameter: nn.Parameter) -> Tensor:
         """A whole copy of a parameter that is not trained. Collective at stage 3."""
@@ -186,20 +207,19 @@ class ZeRO:
         every stage.
         """
         # Whole at every stage: an average is read by the step, and never trained.
-        copied = copy.deepcopy(self.plain).requires_grad_(False)
-        if weights is not None:
-            copied.load_state_dict(dict(weights))
-        return copied.to(self.device).eval()
+        whole = self._weights() if weights is None else weights
+        return filled(self.skeleton, whole, self.device)
 
-    def follow(self, average: nn.Module, decay: float) -> None:
-        """average ← decay · average + (1 − decay) · weights, after an update; buffers are taken
-        over. Collective.
+    def follow(self, average: nn.Module, decay: float, counts: Tensor) -> None:
+        """average ← decay · average + (1 − decay) · weights, after an update that counts ([] bool);
+        buffers are taken over. Collective.
         """
         from deepspeed.runtime.zero import GatheredParameters
 
         for averaged, current in zip(average.parameters(), self.module.parameters()):
             with GatheredParameters([current], enabled=self.stage == 3):
-                averaged.lerp_(current.detach().to(averaged.dtype), 1 - decay)
+                weight = counts.to(averaged.dtype) * (1 - decay)
+                averaged.lerp_(current.detach().to(averaged.dtype), weight)
 
         for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
             averaged_buffer.copy_(buffer)
@@ -212,8 +232,7 @@ class ZeRO:
 
     def evaluation_model(self) -> DualEncoder:
         """A plain model with the current weights that each rank may call by itself. Collective."""
-        self.plain.load_state_dict(self.state(everywhere=True)[0])
-        return copy.deepcopy(self.plain).to(self.device).eval()
+        return filled(self.skeleton, self._weights(), self.device)
 
 
 def settings(stage: int, options: config.Train, device: torch.device) -> dict:
@@ -231,9 +250,14 @@ def settings(stage: int, options: config.Train, device: torch.device) -> dict:
     rows = options.batch // dist.world_size() // options.micro_batches
     clip_norm = options.optimizer.clip_norm or 0.0  # DeepSpeed's own default would clip at 1
     in_bf16 = compute_dtype(options, device) == torch.bfloat16
+
+    # DeepSpeed would add up the gradients of linear layers and convolutions in bf16, which its own
+    # list of modules decides; a file of the user's may name it.
+    autocast = {"lower_precision_safe_modules": []} | base.get("torch_autocast", {})
+    autocast |= {"enabled": in_bf16, "dtype": "bfloat16"}
     return base | {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
-        "torch_autocast": {"enabled": in_bf16, "dtype": "bfloat16"},
+        "torch_autocast": autocast,
     }

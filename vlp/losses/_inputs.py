@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlp.fields import FIELDS, Field, Readable
+from vlp.pairwise import is_narrow
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = {
@@ -58,6 +59,13 @@ class Inputs(Readable):
             return value.float() if narrow else value
 
         return self._changed(widen)
+
+    def operands(self) -> Inputs:
+        """The same as products of pairs take them: as they are where those are fast, else wide.
+
+        A half-precision gradient that several reductions add to is then rounded once.
+        """
+        return self if is_narrow(self.image) else self.wide()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor that is no number."""

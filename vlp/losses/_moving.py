@@ -54,7 +54,7 @@ def fixed(
 
     gaps = weighted_gaps(inputs, pairs, torch.full_like(log_u, 1 / temperature), log_u)
     loss = pairs.mean(gaps.sum(1)) / 2
-    return loss, _write(inputs, pairs, state, log_u, loss)
+    return loss, _write(inputs, state, log_u)
 
 
 def individual(
@@ -76,7 +76,7 @@ def individual(
     # The temperatures descend by hand: no optimiser knows the numbers of samples.
     gradient = log_u + options.rho - gaps.detach() / temperature
     new = torch.cat([log_u, *options.descend(temperature, old[:, MOMENTUM], gradient)], 1)
-    return loss, _write(inputs, pairs, state, new, loss)
+    return loss, _write(inputs, state, new)
 
 
 def learned(
@@ -91,10 +91,11 @@ def learned(
     log_u = _moved(old[:, LOG_U], log_g.detach(), options.gamma_at(inputs.step or 0))
 
     # g carries the gradients of embeddings and τ, the second summand the rest of τ's.
-    temperature = 1 / torch.as_tensor(inputs.scale, device=log_u.device)
+    scale = inputs.scale
+    temperature = 1 / (scale if isinstance(scale, Tensor) else torch.full_like(log_u[0, 0], scale))
     value = temperature.detach() * (log_g - log_u).exp() + temperature * (log_u + rho)
     loss = pairs.mean(value.sum(1)) / 2
-    return loss, _write(inputs, pairs, state, log_u, loss)
+    return loss, _write(inputs, state, log_u)
 
 
 # What they are made of
@@ -187,15 +188,8 @@ def _read(inputs: Inputs, state: State) -> Tensor:
     return table.read(inputs.sample_id).double()
 
 
-def _write(inputs: Inputs, pairs: Pairs, state: State, values: Tensor, loss: Tensor) -> State:
-    """The new numbers [b, c] of the rows; none where the loss of any rank is not finite.
-
-    A table leaves NaN out. All rows of the step are left out together, since an infinite row may
-    leave other rows' sums finite and wrong.
-    """
-    broken = ~loss.detach().isfinite()
-    n_broken = pairs.sum_over_ranks(broken.to(values.dtype))
-    kept = torch.where(n_broken > 0, torch.nan, values)
+def _write(inputs: Inputs, state: State, values: Tensor) -> State:
+    """The new numbers [b, c] of the rows."""
     table = state["samples"]
     assert isinstance(table, Table)
-    return {"samples": Write(table, inputs.sample_id, kept)}
+    return {"samples": Write(table, inputs.sample_id, values)}

@@ -89,10 +89,15 @@ AnyMoving = TypeVar("AnyMoving", bound=Moving)
 def for_run(options: AnyMoving, samples: int | None, steps: int | None) -> AnyMoving:
     """The options with what only the run knows, where the configuration leaves it open.
 
-    ValueError where γ would never reach gamma_end.
+    ValueError where γ would never reach gamma_end, or samples would have no place.
     """
     if options.samples is None:
         options = replace(options, samples=samples)
+    elif samples is not None and options.samples < samples:
+        raise ValueError(
+            f"samples is {options.samples:,}, but the run has {samples:,}: "
+            "leave it out, or raise it"
+        )
     if options.gamma_end is None or steps is None:
         return options
 

@@ -18,6 +18,7 @@ and may hold
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from vlp.fields import supplier
 from vlp.losses._boundary import evaluated
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
-from vlp.pairwise import Backend, Pairs
+from vlp.pairwise import Backend, Pairs, reduction
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
@@ -42,11 +43,11 @@ INSTEAD = {"caption_nll": "caption_logits"}  # keywords that another one can sta
 class Objective:
     """Called with keywords (see `Inputs`), returns `(total, terms)`.
 
-    total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}. Both are this
-    rank's share: the MEAN over ranks is the value, and the mean over ranks of gradients is the
-    gradient, of the single-process term. Keywords that no term needs are ignored. Autocast has no
-    influence, on the backward pass neither; gradients cannot be differentiated again
-    (NotImplementedError).
+    total: 0-d tensor, Σ weight·term; terms: {label: detached, unweighted 0-d tensor}, and as
+    `label.name` what a term notes beside its value (infonce.ignored, say). All are this rank's
+    share: the MEAN over ranks is the value, and the mean over ranks of gradients is the gradient,
+    of the single-process term. Keywords that no term needs are ignored. Autocast has no influence,
+    on the backward pass neither; gradients cannot be differentiated again (NotImplementedError).
 
     Raises ValueError for an unknown keyword, for a needed one that is missing, for shapes and
     dtypes that are not those of `Inputs`, for shapes that differ between ranks or change later on
@@ -89,7 +90,9 @@ class Objective:
 
     def __call__(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms, new_states = self.evaluate(**keywords)
-        self.commit(new_states)
+        if new_states:
+            bad = (~total.detach().isfinite()).float()
+            self.commit(new_states, dist.all_reduce(bad, self.backend.ranks) == 0)
         return total, terms
 
     def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], NewStates]:
@@ -112,11 +115,14 @@ class Objective:
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
         total, terms, new_states = inputs.image.new_zeros((), dtype=dtype), {}, {}
         for plugin in self.plugins:
-            value, new_state = self._term(plugin, inputs, pairs)
+            pairs_of_term = replace(pairs, noted={})
+            value, new_state = self._term(plugin, inputs, pairs_of_term)
             if new_state and counts:
                 new_states[plugin.label] = new_state
             value = value.to(dtype)
             terms[plugin.label] = value.detach()
+            for name, share in pairs_of_term.noted.items():
+                terms[f"{plugin.label}.{name}"] = share.to(dtype)
             total = total + plugin.common.weight_at(inputs.step) * value
         return total, terms, new_states
 
@@ -135,14 +141,18 @@ class Objective:
 
     # State
 
-    def commit(self, new_states: NewStates) -> None:
-        """Take the states that an evaluation gave. Collective if it holds numbers of samples."""
-        # A table stores its rows; other state is replaced.
+    def commit(self, new_states: NewStates, counts: Tensor) -> None:
+        """Take the states that an evaluation gave where the step `counts`, [] bool and the same on
+        all ranks, without waiting for it. Collective if it holds numbers of samples.
+        """
         for label, new_state in new_states.items():
-            self.state[label] = {
-                name: value.apply() if isinstance(value, Write) else value.detach()
-                for name, value in new_state.items()
-            }
+            state = self.state[label]
+            for name, value in new_state.items():
+                # A table stores its rows; other state is replaced.
+                if isinstance(value, Write):
+                    value.apply(counts)
+                else:
+                    state[name] = _replaced(state[name], value.detach(), counts)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{label: {name: tensor}}. Collective.
@@ -211,7 +221,7 @@ class Objective:
 
         # Norms are measured again where that is free: on a GPU they are a host sync, and between
         # ranks one rank's error would leave the others waiting.
-        if not problems and (first or (alone and inputs.image.device.type == "cpu")):
+        if not problems and (first or (alone and not reduction.on_device(inputs.image))):
             problems = inputs.unit_problems(self.normalize)
 
         shapes = inputs.shapes() if not problems else {}
@@ -271,6 +281,13 @@ class Objective:
                     f"the term {plugin.label!r} needs at least {least} candidates a row, found "
                     f"{n}: raise the batch size or the group size"
                 )
+
+
+def _replaced(old: Tensor, new: Tensor, counts: Tensor) -> Tensor:
+    """The new state where the step counts, else the old one."""
+    # Before the first step a state may be empty, which stands for zeros.
+    kept = old.to(new) if old.shape == new.shape else torch.zeros_like(new)
+    return torch.where(counts, new, kept)
 
 
 def reads(plugins: Iterable[Plugin]) -> frozenset[str]:

@@ -21,7 +21,12 @@ def margin(
 
     −∞ with zero gradient where no other entry takes part.
     """
-    place = torch.as_tensor(target, device=scores.device).expand(scores.shape[:-1]).unsqueeze(-1)
+    # Filled on the device: sending it a number would make the host wait.
+    if isinstance(target, int):
+        place = torch.full_like(scores[..., :1], target, dtype=torch.int64)
+    else:
+        place = target.unsqueeze(-1)
+
     # The entry itself leaves the sum, where it would cancel.
     others = scores.scatter(-1, place, -torch.inf)
     return logsumexp(others, -1) - scores.gather(-1, place).squeeze(-1)

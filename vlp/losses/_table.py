@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vlp import dist
+from vlp.pairwise import reduction
 
 CHUNK = 2**20  # rows of all ranks that travel at a time when the table is made whole
 
@@ -26,8 +27,9 @@ CHUNK = 2**20  # rows of all ranks that travel at a time when the table is made 
 class Table:
     """[samples, c] float32, `fill` being the c numbers of a sample not met yet.
 
-    samples: how many the run's index has; None: room is made as ids come, by doubling. Only the
-    first dimension of what `read` and `write` take is this rank's b rows; both are collective.
+    samples: how many the run's index has; None: room is made as ids come, by doubling, for which
+    every step waits for the device. Of what `read` and `write` take, only the first dimension is
+    this rank's b rows; both are collective.
     """
 
     def __init__(self, fill: Sequence[float], samples: int | None) -> None:
@@ -44,7 +46,7 @@ class Table:
         """ids: [b] int64 -> [b, c], the numbers of this rank's rows, from their owners."""
         self.own = self.own.to(ids.device)
         all_ids = dist.all_gather(ids, self.ranks)
-        self._make_room(all_ids)
+        self._check(all_ids)
 
         # Each rank fills in the samples it owns; the others' rows are zeros, so that the sum of all
         # ranks is the owner's.
@@ -61,16 +63,22 @@ class Table:
         """
         all_ids = dist.all_gather(ids, self.ranks)
         values = dist.all_gather(values.detach().float(), self.ranks)
-        finite = values.isfinite().all(1)
-        all_ids, values = all_ids[finite], values[finite]
 
-        # The last row of each sample: index_copy_ with an id twice would be a race.
-        samples, which = all_ids.unique(return_inverse=True)
-        row_numbers = torch.arange(len(all_ids), device=all_ids.device)
-        last = torch.zeros_like(samples).scatter_reduce_(0, which, row_numbers, "amax")
+        # By place, with all that is not stored here at the end. A stable sort: the last row of a
+        # sample stays the last of its run.
+        stored = values.isfinite().all(1) & (all_ids % self.ranks.size == self.ranks.index)
+        places = torch.where(stored, all_ids // self.ranks.size, len(self.own))
+        places, order = places.sort(stable=True)
+        last_of_run = torch.searchsorted(places, places, right=True) - 1
 
-        owned = samples % self.ranks.size == self.ranks.index
-        self.own.index_copy_(0, samples[owned] // self.ranks.size, values[last[owned]])
+        # Every row stores what the last one of its sample says: which of them comes first on a
+        # device then makes no difference. What is not stored here repeats the first place, and
+        # where nothing is, place 0 keeps its numbers.
+        source = torch.where(places < len(self.own), last_of_run, last_of_run[0])
+        target, new = places[source], values[order[source]]
+        nothing = target == len(self.own)
+        target = torch.where(nothing, 0, target)
+        self.own.index_copy_(0, target, torch.where(nothing.unsqueeze(1), self.own[target], new))
 
     def whole(self) -> Tensor:
         """[samples, c] on the CPU of the first rank, in the order of ids; [0, c] on the others.
@@ -121,15 +129,22 @@ class Table:
         """Rows of a rank: samples / W, rounded up."""
         return -(-self.samples // self.ranks.size)
 
-    def _make_room(self, ids: Tensor) -> None:
+    def _check(self, ids: Tensor) -> None:
+        """Refuse ids outside a known number of samples, make room where it is not known."""
+        # The loader's ids are below it, and asking a device for them would make the host wait.
+        if not self.grows and reduction.on_device(ids):
+            return
+
         # An id beyond a known number of samples is an error of the data, no reason to grow.
         lowest, highest = ids.aminmax()
         if lowest < 0 or (not self.grows and highest >= self.samples):
             raise ValueError(
                 f"sample_id: found {lowest} to {highest}, but samples is {self.samples}; raise it"
             )
+        self._make_room(int(highest) + 1)
 
-        self.samples = max(self.samples, int(highest) + 1)
+    def _make_room(self, samples: int) -> None:
+        self.samples = max(self.samples, samples)
         n_missing = self._n_rows() - len(self.own)
         if n_missing > 0:
             n_new = max(n_missing, len(self.own))  # doubling: ids may come one by one
@@ -144,6 +159,8 @@ class Write:
     ids: Tensor  # [b]
     values: Tensor  # [b, c]
 
-    def apply(self) -> Table:
-        self.table.write(self.ids, self.values)
-        return self.table
+    def apply(self, counts: Tensor) -> None:
+        """Store the rows where the step `counts`, [] bool. Collective."""
+        # A table leaves out rows that are not finite. All rows of a bad step are: an infinite row
+        # may leave other rows' sums finite and wrong.
+        self.table.write(self.ids, torch.where(counts, self.values, torch.nan))

@@ -15,7 +15,7 @@ Papers:
 
 Needs: caption_nll, caption_ids
 
-Cost: the decoder's own, O(b·L·Z) memory for its logits
+Cost: the decoder's own; its logits are held 256 MiB at a time and computed again in backward
 
 Use: where the model also describes, or for a denser signal than one pair a caption; the decoder is
 `model.heads.captions`

@@ -64,6 +64,7 @@ class Options:
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
+    inputs = inputs.operands()
     wide = inputs.wide()
     scale = torch.as_tensor(inputs.scale, device=inputs.image.device)
     if options.in_batch:

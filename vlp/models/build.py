@@ -12,6 +12,7 @@ from torch import nn
 from vlp import config
 from vlp.models import assemble
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.patch_dropout import draw_on_device
 from vlp.pretrained import weight_files
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config
@@ -41,6 +42,7 @@ def build(model: config.Model) -> DualEncoder:
         weight_files.load_into(clip, weights.path, _kept_positions(model))
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
+    encoder.cut_captions = model.cut_captions
 
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
@@ -103,6 +105,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"{model_cfg}"
         ) from error
 
+    draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))

@@ -10,18 +10,22 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.models import assemble
+from vlp.models import assemble, lengths
+from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
+from vlp.models.lengths import Cut
 from vlp.schema import plain
 from vlp.types import Features
 
@@ -62,6 +66,14 @@ class DualEncoder(nn.Module):
         self.scale_config, self.heads_config = scale, heads
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
+        self._batch_norms = batch_norms(self.visual)
+
+        # How texts pass their tower (vlp.models.lengths). A tower of shards gathers its weights
+        # for every part, a compiled one wants few shapes.
+        self.cut_captions, self.text_parts, self.static_shapes = True, lengths.PARTS, False
+        self.padding = lengths.spared_padding(self.text)
+        if isinstance(self.text, TextTransformer):
+            self.text.transformer.register_forward_pre_hook(lengths.fit_mask, with_kwargs=True)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -80,9 +92,10 @@ class DualEncoder(nn.Module):
         image_views: Tensor | None = None,
         text_views: Tensor | None = None,
         pairs: int = 0,
+        cut: Cut | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
-        `encode_text`.
+        `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
         Views go through the head for views. The heads for concepts and captions read the first
         `pairs` rows.
@@ -98,7 +111,7 @@ class DualEncoder(nn.Module):
             if pairs and self.heads.concepts is not None:
                 outputs["concept_logits"] = self.heads.concepts(features[:pairs])
         if text is not None:
-            features, text_tokens = self._text(_joined(text, text_views))
+            features, text_tokens = self._text(_joined(text, text_views), cut)
             outputs |= self._embeddings("text", features, text.shape[0])
 
         # What heads compute of both towers.
@@ -141,22 +154,42 @@ class DualEncoder(nn.Module):
 
         # Normalised in float32, then cast to what the tower computes in.
         pixels = image if image.is_floating_point() else self.pixels(image)
-        return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
+        with moved_once(self._batch_norms):
+            return _with_tokens(self.visual(pixels.to(_dtype(self.visual))))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
-        context length, except for Hugging Face towers, where it may be shorter.
+        context length; where the tower's features do not depend on padding, it may be shorter.
         """
         return _unit(self._text(text)[0])
 
-    def _text(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
         length = self.text_spec.context_length
-        any_length = isinstance(self.text, HFTextEncoder)
-        if text.ndim != 2 or not (any_length or text.shape[1] == length):
+        may_be_shorter = self.padding is not None or isinstance(self.text, HFTextEncoder)
+        lengths_allowed = range(1 if may_be_shorter else length, length + 1)
+        if text.ndim != 2 or text.shape[1] not in lengths_allowed:
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
 
+        if cut is not None:
+            return lengths.pass_in_parts(self.text, text, cut)
         return _with_tokens(self.text(text))
+
+    def cut(self, ids: np.ndarray, device: torch.device, n_possible: int) -> Cut | None:
+        """How texts [rows, L], given on the host, are to pass the tower; None: as they are.
+
+        `n_possible`: the rows that there would be if masks left none out.
+        """
+        padding = self.padding if self.cut_captions else None
+        if not len(ids) or (padding is None and not self.static_shapes):
+            return None
+
+        n_passed = None
+        if self.static_shapes:
+            # Up to a seventh more rows, for one of eight numbers of rows.
+            unit = -(-n_possible // 8)
+            n_passed = -(-len(ids) // unit) * unit
+        return lengths.cut(ids, padding, device, self.text_parts, n_passed)
 
     def blocks(self) -> list[nn.Module]:
         """The repeated modules of towers and heads, in order, outermost only: the units to shard

@@ -4,12 +4,19 @@ a tower become unit rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vlp.fields import EMBEDDED, FIELDS, Field
+from vlp.models import lengths
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.lengths import Cut
+from vlp.models.stages import Stages
 from vlp.types import Batch, Features
 
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
@@ -37,19 +44,54 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     # One call: an engine exchanges gradients once a call, and a tower is fastest with all its rows.
     features = model(
         _joined(pictures),
-        _joined(texts),
+        _joined({name: part.ids for name, part in texts.items()}),
         **{name: value.flatten(0, 1) for name, value in views.items()},
         **pairs,
+        **_cut(model, batch, texts, views),
     )
 
     # Apart again, each in the shape of its field.
     embedded = {}
     for name, value in views.items():
         embedded[name] = getattr(features, name).unflatten(0, value.shape[:2])
-    embedded |= _apart(features.image, pictures)
-    for name, embeddings in _apart(features.text, texts).items():
-        embedded[name] = _in_place(embeddings, batch, rows[name], name)
+    embedded |= _apart(features.image, {name: len(part) for name, part in pictures.items()})
+    sizes = {name: len(part.ids) for name, part in texts.items()}
+    for name, embeddings in _apart(features.text, sizes).items():
+        embedded[name] = texts[name].in_place(embeddings)
     return embedded | _beside(features)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of a field that take part, and their places in the field."""
+
+    ids: Tensor  # [n, L]
+    on_host: np.ndarray  # [n, L], the same
+    places: Tensor | None  # [n], of rows of the flattened field; None: all take part
+    shape: tuple[int, ...]  # of the field, without its tokens
+
+    @classmethod
+    def of(cls, batch: Batch, name: str, valid: str) -> _Texts:
+        """Of field `name` with the mask `valid`, if it has one."""
+        ids = getattr(batch, name)
+        shape = ids.shape[:-1]
+        rows, on_host = ids.flatten(0, -2), batch.host(name).flatten(0, -2).numpy()
+        if not valid:
+            return cls(rows, on_host, None, shape)
+
+        # Picked on the host: a device that is asked how many rows a mask leaves makes it wait.
+        mask = batch.host(valid).numpy()
+        mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
+        numbers = np.flatnonzero(np.broadcast_to(mask, shape))
+        places = lengths.sent(numbers, ids.device)
+        return cls(rows.index_select(0, places), on_host[numbers], places, shape)
+
+    def in_place(self, embeddings: Tensor) -> Tensor:
+        """The embeddings [n, D] as [b, …, D], zeros for the texts that do not take part."""
+        if self.places is not None:
+            whole = embeddings.new_zeros(math.prod(self.shape), embeddings.shape[-1])
+            embeddings = whole.index_copy(0, self.places, embeddings)
+        return embeddings.view(*self.shape, -1)
 
 
 def _pictures(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
@@ -58,19 +100,14 @@ def _pictures(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
     return {name: getattr(batch, name) for name in names}
 
 
-def _texts_taking_part(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
-    """Token ids [n, L] of each wanted field, views aside: the texts that its mask leaves in."""
-    texts = {}
-    for name, row in rows.items():
-        if row.tower != "text" or row.head:
-            continue
-
-        # Padding would cost a forward pass of the tower, and move its statistics.
-        ids = getattr(batch, name)
-        if row.valid:
-            ids = ids[getattr(batch, row.valid)]
-        texts[name] = ids.flatten(0, -2)
-    return texts
+def _texts_taking_part(batch: Batch, rows: dict[str, Field]) -> dict[str, _Texts]:
+    """The texts of each wanted field, views aside."""
+    # Those that a mask leaves out would cost a forward pass of the tower.
+    return {
+        name: _Texts.of(batch, name, row.valid)
+        for name, row in rows.items()
+        if row.tower == "text" and not row.head
+    }
 
 
 def _views(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
@@ -78,28 +115,36 @@ def _views(batch: Batch, rows: dict[str, Field]) -> dict[str, Tensor]:
     return {name: getattr(batch, name) for name, row in rows.items() if row.head}
 
 
+def _cut(
+    model: nn.Module, batch: Batch, texts: dict[str, _Texts], views: Collection[str]
+) -> dict[str, Cut]:
+    """How the texts and their views are to pass the tower, as a keyword; none: as they are."""
+    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Stages))
+    encoder = next(encoders, None)
+    if encoder is None or not texts:
+        return {}
+
+    ids = [part.on_host for part in texts.values()]
+    n_possible = sum(math.prod(part.shape) for part in texts.values())
+    if "text_views" in views:
+        ids.append(batch.host("text_views").flatten(0, -2).numpy())
+        n_possible += len(ids[-1])
+
+    cut = encoder.cut(np.concatenate(ids), batch.text.device, n_possible)
+    return {} if cut is None else {"cut": cut}
+
+
 def _joined(parts: dict[str, Tensor]) -> Tensor | None:
+    if len(parts) == 1:
+        return next(iter(parts.values()))  # pixels are large: one part is not copied
     return torch.cat(list(parts.values())) if parts else None
 
 
-def _apart(joined: Tensor | None, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def _apart(joined: Tensor | None, sizes: dict[str, int]) -> dict[str, Tensor]:
     """The rows of each part, the inverse of `_joined`."""
     if joined is None:
         return {}
-    sizes = [len(part) for part in parts.values()]
-    return dict(zip(parts, joined.split(sizes)))
-
-
-def _in_place(embeddings: Tensor, batch: Batch, row: Field, name: str) -> Tensor:
-    """The embeddings [n, D] of the texts that take part as [b, …, D], zeros for the others."""
-    shape = getattr(batch, name).shape[:-1]
-    if not row.valid:
-        return embeddings.view(*shape, -1)
-
-    mask = getattr(batch, row.valid)
-    whole = embeddings.new_zeros(*shape, embeddings.shape[-1])
-    whole[mask] = embeddings.view_as(whole[mask])
-    return whole
+    return dict(zip(sizes, joined.split(list(sizes.values()))))
 
 
 def _beside(features: Features) -> dict[str, Tensor]:

@@ -56,7 +56,9 @@ class Scaling(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """(scale [], bias [] or None)."""
         scale = _Ceiling.apply(self.logit_scale, self.log_max).exp().squeeze(0)
-        bias = None if self.logit_bias is None else self.logit_bias.squeeze(0)
+
+        # Not a view: FSDP2 frees a parameter's memory after the forward.
+        bias = None if self.logit_bias is None else self.logit_bias.clone().squeeze(0)
         return scale, bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> Scaling:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vlp.data.text import same_tokens
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.lengths import Cut
 from vlp.types import Features
 
 
@@ -41,12 +43,16 @@ class Stages(nn.Module):
         self.embed_dim = sum(member.embed_dim for member in members)
 
     def forward(
-        self, image: Tensor | None = None, text: Tensor | None = None, pairs: int = 0
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        pairs: int = 0,
+        cut: Cut | None = None,
     ) -> Features:
         """Embed what is given, as `DualEncoder.forward` does. `pairs` is for heads, which exports
         do not have.
         """
-        outputs = [member(image, text) for member in self.members]
+        outputs = [member(image, text, cut=cut) for member in self.members]
 
         # A mean over some of the members would belong to none of the models.
         biases = [output.bias for output in outputs]
@@ -60,6 +66,13 @@ class Stages(nn.Module):
             scale=torch.stack([output.scale for output in outputs]).mean(),
             bias=bias,
         )
+
+    def cut(self, ids: np.ndarray, device: torch.device, n_possible: int) -> Cut | None:
+        """As `DualEncoder.cut`, where one cut serves all members."""
+        first, *others = self.members
+        if any(other.padding != first.padding for other in others):
+            return None
+        return first.cut(ids, device, n_possible)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[b, 3, H, W] → [b, ΣD] unit rows."""

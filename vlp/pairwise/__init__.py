@@ -15,7 +15,7 @@
 
 from vlp.pairwise.backend import IMPLEMENTATIONS, Backend
 from vlp.pairwise.pairs import Pairs
-from vlp.pairwise.products import in_students_dtype
+from vlp.pairwise.products import in_students_dtype, is_narrow
 from vlp.pairwise.reduction import (
     LOGSUMEXP,
     SUM,
@@ -23,6 +23,7 @@ from vlp.pairwise.reduction import (
     Tile,
     logaddexp,
     logsumexp,
+    number,
     softplus,
     widened,
 )
@@ -30,5 +31,5 @@ from vlp.pairwise.topology import Topology
 
 __all__ = [
     "IMPLEMENTATIONS", "LOGSUMEXP", "SUM", "Backend", "Pairs", "Reduction", "Tile", "Topology",
-    "in_students_dtype", "logaddexp", "logsumexp", "softplus", "widened",
+    "in_students_dtype", "is_narrow", "logaddexp", "logsumexp", "number", "softplus", "widened",
 ]  # fmt: skip

@@ -7,9 +7,8 @@ the values that ranks return has exactly the value and the gradient of the singl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from vlp.pairwise.reduction import (
     Tile,
     accumulation_dtype,
     logsumexp,
+    number,
     widened,
 )
 
@@ -43,6 +43,8 @@ class Pairs:
 
     backend: Backend
     group: dist.Group
+    # what a term has to say beside its value, by name (see `note`)
+    noted: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
     def at(cls, backend: Backend, step: int | None = None) -> Pairs:
@@ -98,7 +100,7 @@ class Pairs:
         −∞ where there is no other.
         """
         rows, positive, columns = self.reduce(
-            MARGIN, [image], [text], shared=[_number(scale, image)]
+            MARGIN, [image], [text], shared=[number(scale, image)]
         )
         return rows, columns, positive
 
@@ -136,7 +138,7 @@ class Pairs:
             [left],
             [right],
             column_values=masks,
-            shared=[_number(scale, left)],
+            shared=[number(scale, left)],
             paired=paired,
         )
         return row_statistic
@@ -149,7 +151,7 @@ class Pairs:
         bias: Tensor | float,  # []
     ) -> tuple[Tensor, Tensor]:
         """Σ_{j≠i} log(1 + e^{z_ij + bias}) [b] and the positive z_ii + bias [b]."""
-        shared = [_number(scale, image), _number(bias, image)]
+        shared = [number(scale, image), number(bias, image)]
         sums, positive = self.reduce(SOFTPLUS, [image], [text], shared=shared)
         return sums, positive
 
@@ -161,7 +163,7 @@ class Pairs:
         One pass over the scores, whatever the number of multiples.
         """
         reduction = _multiples(tuple(multiples))
-        statistics = self.reduce(reduction, [image], [text], shared=[_number(scale, image)])
+        statistics = self.reduce(reduction, [image], [text], shared=[number(scale, image)])
 
         # The positive stands between the statistics of rows and those of columns.
         k = len(multiples)
@@ -211,8 +213,37 @@ class Pairs:
             )
 
         offset = self.group.index * len(right) if paired else None
-        (rows,), (columns,) = _same_dtype([left.detach()], [gathered.detach()])
-        return gathered, tiled.top_columns(rows, columns, k, offset)
+        rows, columns = _same_dtype([left.detach()], [gathered.detach()])
+        block = Block(rows, columns, offset=offset)
+        return gathered, tiled.best_columns(block, k, tiled.scores_of_others)[1]
+
+    @torch.no_grad()
+    def highest(
+        self,
+        scores_of: Callable[[Tile], Tensor],
+        left: Sequence[Tensor],  # k matrices [b, D_k]
+        right: Sequence[Tensor],  # k matrices [c, D_k], this rank's columns
+        k: int,
+        *,
+        row_values: Sequence[Tensor] = (),  # [b]
+        column_values: Sequence[Tensor] = (),  # [c]
+        paired: bool = True,
+    ) -> Tensor:
+        """The k highest of any scores over the group, [b, k], best first, without gradient.
+
+        scores_of: a tile to its scores [m, n], −∞ for what is out of the question. O(n·D) memory,
+        on a ring too.
+        """
+        left, right = _same_dtype(left, right)
+        offset = self.group.index * right[0].shape[0] if paired else None
+        block = Block(
+            left,
+            tuple(dist.all_gather(columns, self.group) for columns in right),
+            tuple(row_values),
+            tuple(dist.all_gather(values, self.group) for values in column_values),
+            offset=offset,
+        )
+        return tiled.best_columns(block, k, scores_of, self.backend.tile_size)[0]
 
     # Means and sums over rows
 
@@ -250,6 +281,10 @@ class Pairs:
         """log Σ e^values over the rows of the group, whole on each of its ranks. values: [b]."""
         return logsumexp(dist.all_gather(widened(values), self.group), dim=0)
 
+    def note(self, name: str, share: Tensor) -> None:
+        """Log a number beside the term's value: this rank's share, whose mean over ranks it is."""
+        self.noted[name] = share.detach()
+
     def gather(self, values: Tensor) -> Tensor:
         """[b, ...] of each rank -> [n, ...] in group order, in O(n) memory.
 
@@ -259,7 +294,7 @@ class Pairs:
 
     def sum_over_group(self, values: Tensor) -> Tensor:
         """Elementwise sum of `values` over the ranks of the group, whole on each of them."""
-        return dist.all_reduce(values, self.group)
+        return dist.all_reduce(widened(values), self.group)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum of `values` over ALL ranks, whole on each of them."""
@@ -280,7 +315,7 @@ def _multiples(multiples: tuple[float, ...]) -> Reduction:
         return (*others, z.masked_fill(~positive, 0), *others)
 
     kinds = ("logsumexp",) * len(multiples)
-    return Reduction(function, rows=(*kinds, SUM), columns=kinds)
+    return Reduction(function, rows=(*kinds, SUM), columns=kinds, multiples=multiples)
 
 
 def _same_dtype(
@@ -297,15 +332,6 @@ def _same_dtype(
         same_left.append(x.to(dtype))
         same_right.append(t.to(dtype))
     return tuple(same_left), tuple(same_right)
-
-
-def _number(value: Any, like: Tensor) -> Tensor:
-    """A number or 0-d tensor in the accumulation dtype of `like`."""
-    dtype = accumulation_dtype(like)
-    if isinstance(value, Tensor):
-        return value.to(like.device, dtype)
-    # Filled on the device: a copy from the host would wait for it.
-    return torch.full((), value, device=like.device, dtype=dtype)
 
 
 def _mask(valid: Tensor, like: Tensor) -> Tensor:

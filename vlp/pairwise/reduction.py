@@ -103,6 +103,8 @@ class Reduction:
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     fused: str = ""  # the hand-derived implementation that equals `function`, where there is one
+    # `function` is (m·z without the pairs) of each m, the positive z_ii, and the same by column
+    multiples: tuple[float, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -226,3 +228,12 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 def widened(tensor: Tensor) -> Tensor:
     """The tensor in its accumulation dtype."""
     return tensor.to(accumulation_dtype(tensor))
+
+
+def number(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number or 0-d tensor in the accumulation dtype of `like`."""
+    dtype = accumulation_dtype(like)
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.full((), value, device=like.device, dtype=dtype)

@@ -11,7 +11,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ from vlp.pairwise.reduction import (
 # Rows and columns of a tile. On a CPU 512 to 2,048 measured alike; fewer tiles mean fewer thread
 # barriers.
 TILE = {"cpu": 1024, "cuda": 4096}
+# The general path holds some forty matrices of a tile's size at once, the fused ones two.
+GENERAL_TILE = {"cpu": 1024, "cuda": 2048}
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Scratch:
 def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -> list[Tensor]:
     """Row statistics [b], then column statistics [n], in float64."""
     n_rows, n_columns = block.shape
-    size, device = _tile_size(block, tile_size), block.left[0].device
+    size, device = _tile_size(reduction, block, tile_size), block.left[0].device
     sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
     totals = [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
 
@@ -111,7 +113,7 @@ def gradients(
     tile_size: int = 0,
 ) -> list[Tensor | None]:
     """Gradients of Σ upstream·statistics with respect to `block.tensors`, in that order."""
-    program, size = program_for(reduction, block), _tile_size(block, tile_size)
+    program, size = program_for(reduction, block), _tile_size(reduction, block, tile_size)
     scaling = Scaling.of(program, block)
     sink, scratch = _Sink(block, needed, scaling), Scratch()
 
@@ -223,27 +225,24 @@ def program_for(reduction: Reduction, block: Block) -> Program:
 
 
 @torch.no_grad()
-def top_columns(
-    left: Tensor,  # [b, D]
-    right: Tensor,  # [n, D]
+def best_columns(
+    block: Block,
     k: int,
-    offset: int | None,  # column i + offset is left out of row i
+    scores_of: Callable[[Tile], Tensor],  # [m, n] of a tile, −∞ for what is out of the question
     tile_size: int = 0,
-) -> Tensor:
-    """[b, k] positions of the columns with the highest left·rightᵀ, best first."""
-    block = Block((left,), (right,), offset=offset)
-    size = _tile_size(block, tile_size)
+) -> tuple[Tensor, Tensor]:
+    """The k highest scores of each row, [b, k], best first, and the positions of their columns."""
+    size, left, right = tile_size or _default(GENERAL_TILE, block), block.left[0], block.right[0]
 
     # The k best of each row so far are all that is kept of a tile: O(b·k) memory.
-    chosen_rows = []
-    for rows in slices(len(left), size):
-        left_tile, n_rows = [operand(left[rows])], rows.stop - rows.start
+    best_of_rows, chosen_rows = [], []
+    for rows, left_tile in _row_tiles(block, size, Scaling()):
+        n_rows = rows.stop - rows.start
         best = left.new_empty(n_rows, 0, dtype=accumulation_dtype(left))
         positions = torch.empty(n_rows, 0, dtype=torch.int64, device=left.device)
 
         for columns in slices(len(right), size):
-            tile = _tile(block, left_tile, rows, columns, Scratch(), Scaling())
-            scores = tile.scores[0].masked_fill_(tile.positive, -torch.inf)
+            scores = scores_of(_tile(block, left_tile, rows, columns, Scratch(), Scaling()))
             numbers = torch.arange(columns.start, columns.stop, device=left.device)
 
             # The best so far compete with this tile's.
@@ -251,8 +250,14 @@ def top_columns(
             positions = torch.cat([positions, numbers.expand(n_rows, -1)], dim=1)
             best, chosen = best.topk(min(k, best.shape[1]), dim=1)
             positions = positions.gather(1, chosen)
+        best_of_rows.append(best)
         chosen_rows.append(positions)
-    return torch.cat(chosen_rows)
+    return torch.cat(best_of_rows), torch.cat(chosen_rows)
+
+
+def scores_of_others(tile: Tile) -> Tensor:
+    """The first scores of a tile, −∞ for the pairs."""
+    return tile.scores[0].masked_fill(tile.positive, -torch.inf)
 
 
 # Tiles of a block
@@ -263,8 +268,13 @@ def slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _tile_size(block: Block, tile_size: int) -> int:
-    return tile_size or TILE.get(block.left[0].device.type, TILE["cpu"])
+def _tile_size(reduction: Reduction, block: Block, tile_size: int) -> int:
+    return tile_size or _default(TILE if reduction.fused else GENERAL_TILE, block)
+
+
+def _default(sizes: dict[str, int], block: Block) -> int:
+    """The size of the block's device."""
+    return sizes.get(block.left[0].device.type, sizes["cpu"])
 
 
 @dataclass(frozen=True)

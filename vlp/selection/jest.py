@@ -247,21 +247,32 @@ def select(
     # S_ii at first; S_ik + S_ki of the chosen k join them chunk by chunk.
     scores = learner.own_loss() - reference.own_loss()
     learnability = logits = _of_all_ranks(scores)
-    taken = torch.zeros(len(logits), dtype=torch.bool)
+    taken = torch.zeros_like(logits, dtype=torch.bool)
+    noise = _noise(seed, step, chunks, len(logits)).to(logits.device, non_blocking=True)
 
     for chunk in range(chunks):
         # The largest of logits + Gumbel noise are a draw without replacement (Kool et al. 2019).
-        generator = torch.Generator().manual_seed(derive(seed, "jest", step, chunk))
-        uniform = torch.rand(len(logits), dtype=torch.float64, generator=generator)
-        noise = -uniform.log().neg().log()
-        drawn = (logits + noise).masked_fill(taken, -torch.inf).topk(n_chosen // chunks).indices
-        taken[drawn] = True
+        left = (logits + noise[chunk]).masked_fill(taken, -torch.inf)
+        drawn = left.topk(n_chosen // chunks).indices
+        taken.index_fill_(0, drawn, True)
 
         # The next chunk is scored against all that is chosen, this one included.
         if chunk + 1 < chunks:
             scores = scores + (learner.loss_with(drawn) - reference.loss_with(drawn))
             logits = _of_all_ranks(scores)
-    return taken.nonzero().flatten(), learnability
+
+    # Asked once, after the last chunk: which rows travel is for the host to know.
+    return taken.cpu().nonzero().flatten(), learnability.cpu()
+
+
+def _noise(seed: int, step: int, chunks: int, n_rows: int) -> Tensor:
+    """Gumbel noise of each chunk, [chunks, N] float64, the same on every rank and device."""
+    rows = []
+    for chunk in range(chunks):
+        generator = torch.Generator().manual_seed(derive(seed, "jest", step, chunk))
+        uniform = torch.rand(n_rows, dtype=torch.float64, generator=generator)
+        rows.append(-uniform.log().neg().log())
+    return torch.stack(rows)
 
 
 def exchange(batch: Batch, chosen: Tensor, device: torch.device) -> Batch:
@@ -293,15 +304,15 @@ def exchange(batch: Batch, chosen: Tensor, device: torch.device) -> Batch:
 
 
 def _of_all_ranks(scores: Tensor) -> Tensor:
-    return dist.all_gather(scores, dist.world()).double().cpu()
+    """[N] float64, rank by rank."""
+    return dist.all_gather(scores, dist.world()).double()
 
 
 def _rows_of_all_ranks(rows: Tensor, numbers: Tensor) -> Tensor:
     """Rows by their numbers among the rows of all ranks. Collective."""
     group, n_rows = dist.world(), len(rows)
     here = numbers // n_rows == group.index
+    places = torch.where(here, numbers - group.index * n_rows, 0)
 
     # Each rank fills in the rows it has; the others' are zeros, so that the sum is each row.
-    result = rows.new_zeros(len(numbers), rows.shape[1])
-    result[here] = rows[numbers[here] - group.index * n_rows]
-    return dist.all_reduce(result, group)
+    return dist.all_reduce(torch.where(here.unsqueeze(1), rows[places], 0), group)

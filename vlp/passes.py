@@ -1,0 +1,142 @@
+"""The passes of a step through the towers: what goes in, what comes out, and the way back."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlp import dist
+from vlp.fields import EMBEDDED, FIELDS, LABELS
+from vlp.models import embedding
+from vlp.pairwise import reduction
+from vlp.seeds import derive
+from vlp.training import Training
+from vlp.types import Batch
+
+
+def first_pass(training: Training, micro_batches: list[Batch]) -> list[dict[str, Tensor]]:
+    """`embed` of every micro-batch: without activations, but for the last one, whose backward then
+    needs no second forward.
+    """
+    kept = len(micro_batches) - 1
+    outputs = []
+    for i, part in enumerate(micro_batches):
+        # Ranks exchange gradients at the end of the second pass, which is here only if there is
+        # none. DDP decides that in the forward.
+        with torch.set_grad_enabled(i == kept), training.engine.micro_batch(last=kept == 0):
+            outputs.append(embed(training, part, i))
+    return outputs
+
+
+def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
+    """Everything the objective needs of micro-batch `index`, through the wrapped model in one call.
+
+    Returns "image" and "text" [rows, D], further fields [rows, …, D], "scale" and (if the model has
+    one) "bias" []. Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that
+    a second call repeats the first.
+    """
+    wanted = training.objective.needs | {"image", "text"}
+    # Precomputed: the batch's embeddings stand for the image tower.
+    stored = {"image": part.teacher_image} if training.precomputed else {}
+
+    torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
+    with _arithmetic(training), attention(training):
+        return stored | embedding.embed(training.engine.model, part, wanted - stored.keys())
+
+
+def labels(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Labels and masks that the objective reads from the batch itself, of all rows."""
+    parts = {name: [getattr(part, name) for part in micro_batches] for name in LABELS}
+    if "caption_ids" in training.objective.needs:
+        # What follows the token that begins a text.
+        parts["caption_ids"] = [part.text[:, 1:] for part in micro_batches]
+    return {name: joined(values) for name, values in parts.items() if values[0] is not None}
+
+
+def teacher_forward(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """The teacher's embeddings of all micro-batches and its queue, without gradient and in the
+    arithmetic of the towers.
+    """
+    if training.teacher is None:
+        return {}
+
+    with torch.no_grad(), _arithmetic(training), attention(training):
+        parts = [training.teacher.embed(part) for part in micro_batches]
+
+    of_teacher = dict(parts[0])  # its scale is the same for all micro-batches
+    for name, value in of_teacher.items():
+        if value.ndim:
+            of_teacher[name] = joined([part[name] for part in parts])
+
+    of_teacher |= training.teacher.queue
+    return {name: _for_pairs(name, value, training) for name, value in of_teacher.items()}
+
+
+def views_first(embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The embeddings as terms read them: views [V, b, D], which micro-batches cut as [b, V, D]."""
+    views = {name for name, row in EMBEDDED.items() if row.head}
+    return {
+        name: value.transpose(0, 1) if name in views else value for name, value in embedded.items()
+    }
+
+
+def surrogate(
+    output: dict[str, Tensor], gradients: dict[str, Tensor], index: int, last: bool
+) -> Tensor:
+    """A scalar whose gradient in the parameters is the objective's, as far as micro-batch `index`
+    carries it.
+
+    Σ_name ⟨output, gradient⟩ over this micro-batch's rows, and with the last one scale·∂L/∂scale +
+    bias·∂L/∂bias.
+    """
+    total: Any = 0
+    for name, value in output.items():
+        if value.ndim:
+            rows = slice(index * len(value), (index + 1) * len(value))
+            total = total + (value * gradients[name][rows]).sum()
+        else:
+            # Times 0 before the last: ZeRO-3 adds a gradient that first comes later to what the
+            # last step left there.
+            total = total + value * (gradients[name] if last else 0)
+    return total
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The rows of all micro-batches; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def leaf(name: str, outputs: list[dict[str, Tensor]], training: Training) -> Tensor:
+    """Field `name` of all micro-batches as one leaf."""
+    parts = [output[name] for output in outputs]
+    # Scale and bias are the same for all micro-batches, and the optimiser changes them in place.
+    if parts[0].ndim == 0:
+        return parts[0].detach().clone().requires_grad_()
+
+    rows = joined([part.detach() for part in parts])
+    return _for_pairs(name, rows, training).requires_grad_()
+
+
+def _for_pairs(name: str, rows: Tensor, training: Training) -> Tensor:
+    """Embeddings in bf16 on a device whose pairwise kernels multiply in it.
+
+    Nothing else: in bf16 a sum of token losses ends at 256, and a scale of 100 is off by .4.
+    """
+    return rows.to(training.dtype) if FIELDS[name].unit and reduction.on_device(rows) else rows
+
+
+def _arithmetic(training: Training) -> AbstractContextManager:
+    in_bf16 = training.dtype == torch.bfloat16
+    return torch.autocast(training.engine.device.type, torch.bfloat16, enabled=in_bf16)
+
+
+def attention(training: Training) -> AbstractContextManager:
+    """On a CPU, the backward of torch's fused bf16 attention takes several times that of the plain
+    one (torch 2.15, AMX).
+    """
+    plain = training.dtype == torch.bfloat16 and training.engine.device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
