@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 
 from tests.data.material import data_of, encoded, loader_of, picture
+from vlp.config import load
 from vlp.data import labels
 from vlp.data.format import ShardWriter
 from vlp.data.loader import DataError
 from vlp.fields import supplier
+from vlp.train import train
 
 READS = frozenset({"label"})
 
@@ -109,3 +114,35 @@ def test_what_terms_say_decides_where_the_data_say_nothing():
         labels.kind_of("class", ["caption"])
     with pytest.raises(ValueError, match=r"say which with data\.labels"):
         labels.kind_of(None, ["label"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("{infonce: {positives: caption}}", []),
+        ("{siglip: {positives: caption}}", ["model.bias=-10"]),
+        ("{infonce: {positives: label}}", ["data.labels=class"]),
+        ("{infonce: {ignore: {same_label: true}}}", ["data.labels=caption"]),
+    ],
+)
+def test_a_run_trains_with_shared_captions_by_one_line(tmp_path, objective, more):
+    folder = write(tmp_path / "data", n=16, **{"class": lambda i: str(i % 3)})
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(out=tmp_path / "run", data=folder, objective=objective))
+    run = train(load(path, more))
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+
+
+RUN = """
+out: {out}
+data: {{sources: [{{name: shards, path: {data}}}], workers: 0}}
+model:
+  image_tower: {{name: vit, image_size: 16, patch_size: 8, width: 16, layers: 1, head_width: 16}}
+  text_tower: {{name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}}
+  embed_dim: 16
+train: {{duration: 2, batch: 8, precision: float32, device: cpu}}
+objective: {objective}
+log: {{every: 1}}
+"""

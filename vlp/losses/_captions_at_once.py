@@ -58,12 +58,15 @@ def _others(inputs: Inputs, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _other_samples(tile: Tile) -> tuple[Tensor, Tensor]:
-    """Scores of other samples' pairs: for the rows without masked columns, and the reverse."""
+    """Scores of the pairs of two samples, −∞ where a side takes no part; for rows and columns."""
     row_number, row_mask = tile.row_values
     column_number, column_mask = tile.column_values
+    z = tile.shared[0] * tile.scores[0] + row_mask.unsqueeze(1) + column_mask
+
+    # One matrix serves both: what a masked side itself comes to is not read.
     same = row_number.unsqueeze(1) == column_number
-    others = (tile.shared[0] * tile.scores[0]).masked_fill(same, -torch.inf)
-    return others + column_mask, others + row_mask.unsqueeze(1)
+    others = z.masked_fill(same, -torch.inf)
+    return others, others
 
 
 _OTHER_SAMPLES = Reduction(_other_samples, rows=(LOGSUMEXP,), columns=(LOGSUMEXP,))
