@@ -87,7 +87,8 @@ def mine(folder: Path, model: Path, shards: str) -> None:
         options = ("--model", str(model), "--to")
         whole(embedded, lambda part: vlp("embed", train, *options, str(part)))
 
-    options = ("--embeddings", str(embedded), "--k", "2", "--to")
+    # Far enough down for captions that score clearly below the own one.
+    options = ("--embeddings", str(embedded), "--top", "1000", "--k", "2", "--to")
     whole(folder / "mined", lambda part: vlp("mine", train, *options, str(part)))
 
 
