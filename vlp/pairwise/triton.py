@@ -25,26 +25,20 @@ import torch
 from torch import Tensor
 
 from vlp.pairwise import tiled
-from vlp.pairwise.launches import LOG2_E, Launches
-from vlp.pairwise.reduction import (
-    LOGSUMEXP,
-    Block,
-    Reduction,
-    empty_statistic,
-    merge,
-    without_empty,
-)
+from vlp.pairwise.launches import Launches
+from vlp.pairwise.reduction import Block, Reduction, empty_statistic
 from vlp.pairwise.tiled import Kept, slices
 
 __all__ = ["check_device", "gradients", "reduce", "supports"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Rows × columns of a forward launch: bounds the partial sums of columns, 8 MiB.
-FORWARD = (8192, 32768)
-# Rows × columns of dz that exist at once: 128 MiB in bfloat16, as much as the two float32 gradients
-# at B = 32,768, D = 512. At 4,096, which fits the L2, launches took longer than what they launched.
-CHUNK = (8192, 8192)
+# Rows × columns of a forward launch: bounds the partial sums and their shifts, 64 MiB.
+FORWARD = (32768, 32768)
+# Rows of a chunk of dz, and its bytes: as many as the two float32 gradients take at B = 32,768,
+# D = 512. Chunks of 32 MiB, which fit the L2, took the host longer to launch than the card to do.
+CHUNK_ROWS, CHUNK_BYTES = 8192, 128 * 2**20
+CHUNK_STEP = 128  # columns of a chunk come in multiples of this: whole tiles, and whole 16 bytes
 
 
 def check_device() -> None:
@@ -73,55 +67,50 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
     if not supports(reduction, block):
         return tiled.reduce(reduction, block, kept, tile_size)
 
-    n_rows, n_columns = block.shape
-    sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
-    device = block.left[0].device
-    totals = [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
     # Torch has no maximum of nothing.
+    n_rows, n_columns = block.shape
     if not (n_rows and n_columns):
-        return totals
+        sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
+        device = block.left[0].device
+        return [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
 
     launches = Launches(reduction, block, tile_size)
     if launches.softplus:
-        _sum_softplus(totals[0], launches)
+        by_row, by_column = [_softplus_sums(launches)], []
     else:
-        for k, shift in enumerate(launches.shifts().unbind()):
-            by_column = totals[_first_column(reduction) + k] if reduction.columns else None
-            _sum_exponentials(totals[k], by_column, launches, k, shift)
-    _write_positives(totals[_positive(reduction)], launches, block)
-    return totals
+        by_row, by_column = _log_sums(launches)
+
+    positive = launches.positives()
+    rows, columns = _pairs(block)
+    for values in block.column_values:
+        positive[rows] += values[columns]
+    return [*by_row, positive, *by_column]
 
 
-def _sum_softplus(total: Tensor, launches: Launches) -> None:
-    """Write the rows' sums."""
+def _softplus_sums(launches: Launches) -> Tensor:
+    """Σ_j log(1 + e^{z_ij}) of all rows."""
+    total = launches.x.new_zeros(len(launches.x), dtype=torch.float64)
     for rows in slices(len(launches.x), FORWARD[0]):
         for columns in slices(len(launches.t), FORWARD[1]):
             total[rows] += launches.softplus_sums(rows, columns)
+    return total
 
 
-def _sum_exponentials(
-    by_row: Tensor, by_column: Tensor | None, launches: Launches, k: int, shift: Tensor
-) -> None:
-    """Write the log-sum-exps of multiple k."""
-    for rows in slices(len(launches.x), FORWARD[0]):
-        for columns in slices(len(launches.t), FORWARD[1]):
-            row_part, column_part = launches.log_sums(k, shift, rows, columns)
-            by_row[rows] = merge(LOGSUMEXP, by_row[rows], row_part)
-            if by_column is not None:
-                by_column[columns] = merge(LOGSUMEXP, by_column[columns], column_part)
+def _log_sums(launches: Launches) -> tuple[list[Tensor], list[Tensor]]:
+    """The log-sum-exps of all rows, and those of all columns where they are wanted, by multiple."""
+    by_row, by_column = [], []
+    for multiple, shift in zip(launches.multiples, launches.shifts()):
+        row_sums = launches.x.new_empty(len(launches.x), dtype=torch.float64)
+        column_sums = None
+        if launches.columns:
+            column_sums = launches.t.new_empty(len(launches.t), dtype=torch.float64)
+            by_column.append(column_sums)
+        by_row.append(row_sums)
 
-
-def _write_positives(positive: Tensor, launches: Launches, block: Block) -> None:
-    """z_ii where the row's own pair is a column of this block; elsewhere 0 stands."""
-    rows, columns = _pairs(block)
-    if rows.start == rows.stop:
-        return
-    z = block.shared[0].double() * launches.pair_scores(rows, columns)
-    if launches.softplus:
-        z = z + block.shared[1]
-    for values in block.column_values:
-        z = z + values[columns]
-    positive[rows] = z
+        for rows in slices(len(launches.x), FORWARD[0]):
+            for columns in slices(len(launches.t), FORWARD[1]):
+                launches.log_sums(multiple, shift, rows, columns, row_sums, column_sums)
+    return by_row, by_column
 
 
 def gradients(
@@ -140,36 +129,49 @@ def gradients(
     if not supports(reduction, block):
         return tiled.gradients(reduction, block, statistics, upstream, kept, needed, tile_size)
 
-    # dz is written in the inputs' dtype, so it is computed for weights of at most 1.
-    unit, weights = _normalised(upstream)
+    # dz is written in the inputs' dtype, so it is computed for weights of at most 1: 1/(2B) times
+    # a probability would vanish in float16.
+    largest = _largest(upstream)
+    upstream = [weights.contiguous() for weights in upstream]
     launches = Launches(reduction, block, tile_size)
-    x, t = block.left[0], block.right[0]
-    dx, dt = _pair_gradients(block, weights[_positive(reduction)])
 
-    dz_of = _Weights(reduction, launches, statistics, weights)
-    for rows in slices(len(x), CHUNK[0]):
-        for columns in slices(len(t), CHUNK[1]):
-            dz = dz_of.chunk(rows, columns)
-            _accumulate(dx[rows], dz, t[columns])
-            _accumulate(dt[columns], dz.T, x[rows])
+    dx, dt, dz_sum = _products(reduction, launches, statistics, upstream, largest)
+    positive = upstream[_positive(reduction)]
+    dx, dt, inner_product = launches.finished(dx, dt, positive, largest)
 
-    # Its memory serves the gradients in the inputs' dtype.
-    dz_sum = dz_of.sum
-    del dz, dz_of
-
-    # z = scale·s: so far dx and dt hold the sums for dz, not for ds.
-    shared = [_inner_product(dx, x) * unit]
+    shared = [inner_product * largest]
     if launches.softplus:
-        pair_sum = weights[_positive(reduction)][_pairs(block)[0]].sum()
-        shared.append((dz_sum + pair_sum) * unit)
+        shared.append(dz_sum * largest + positive[_pairs(block)[0]].sum())
 
-    factor = unit * block.shared[0].float()
+    # Columns of zeros at the end were added for descriptors.
+    D = block.left[0].shape[1]
     constants = [None] * len(block.column_values)
-    results = [dx.mul_(factor), dt.mul_(factor), *constants, *shared]
+    results = [dx[:, :D], dt[:, :D], *constants, *shared]
     return [
         gradient.to(tensor.dtype) if wanted and gradient is not None else None
         for gradient, tensor, wanted in zip(results, block.tensors, needed)
     ]
+
+
+def _products(
+    reduction: Reduction,
+    launches: Launches,
+    statistics: list[Tensor],
+    upstream: list[Tensor],
+    largest: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz·t [b, D] and dzᵀ·x [n, D] in float32, and Σ dz for the sigmoid loss's bias."""
+    x, t = launches.x, launches.t
+    dx, dt = (torch.empty_like(matrix, dtype=torch.float32) for matrix in (x, t))
+    dz_of = _Weights(reduction, launches, statistics, upstream, largest)
+
+    # What comes first is written, not added: the totals need no zeros.
+    for rows in slices(len(x), dz_of.n_rows):
+        for columns in slices(len(t), dz_of.n_columns):
+            dz = dz_of.chunk(rows, columns)
+            _accumulate(dx[rows], dz, t[columns], is_first=columns.start == 0)
+            _accumulate(dt[columns], dz.T, x[rows], is_first=rows.start == 0)
+    return dx, dt, dz_of.sum()
 
 
 class _Weights:
@@ -180,54 +182,47 @@ class _Weights:
         reduction: Reduction,
         launches: Launches,
         statistics: list[Tensor],
-        weights: list[Tensor],  # upstream, at most 1
+        upstream: list[Tensor],
+        largest: Tensor,
     ) -> None:
         self.launches = launches
-        n, first = len(launches.multiples), _first_column(reduction)
-        self.row_weight = weights[0]
-        self.sum = weights[0].new_zeros(())  # of all chunks so far, for the sigmoid loss's bias
-        self.by_row = _by_multiple(launches, statistics[:n], weights[:n])
-        # In one direction the kernel reads no column; it is given the rows' for want of others.
-        self.by_column = self.by_row
-        if reduction.columns:
-            self.by_column = _by_multiple(launches, statistics[first:], weights[first:])
-
-        # Rows of whole 16 bytes, for the copy engine.
         x, t = launches.x, launches.t
-        n_rows, n_columns = min(len(x), CHUNK[0]), min(len(t), CHUNK[1])
-        self.memory = x.new_empty(n_rows, -(-n_columns // 8) * 8)
+        self.n_rows, self.n_columns = chunk_of(len(x), len(t), x.itemsize)
+        # Rows of whole 16 bytes, for the copy engine.
+        width = -(-self.n_columns // 8) * 8
+        self.memory = x.new_empty(self.n_rows, width)
+        self.shared = launches.dz_arguments(self.memory)
+
+        if launches.softplus:
+            self.row_weight = (upstream[0] / largest).float()
+            self.sums: list[Tensor] = []  # of chunks so far, by tile
+            return
+        parts = list(zip(statistics, upstream))
+        n, first = len(launches.multiples), _first_column(reduction)
+        weights = launches.weights(parts[:n], parts[first:], largest)
+        self.arguments = launches.dz_scalars() | weights
 
     def chunk(self, rows: slice, columns: slice) -> Tensor:
         """dz [rows, columns] in the inputs' dtype, 0 at own pairs."""
-        dz = self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
         if self.launches.softplus:
-            self.sum += self.launches.softplus_weights(rows, columns, dz, self.row_weight)
+            sums = self.launches.softplus_weights(rows, columns, self.shared, self.row_weight)
+            self.sums.append(sums)
         else:
-            self.launches.logsumexp_weights(rows, columns, dz, self.by_row, self.by_column)
-        return dz
+            self.launches.logsumexp_weights(rows, columns, self.shared, self.arguments)
+        return self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
+
+    def sum(self) -> Tensor:
+        """Σ dz of all chunks; 0 for log-sum-exps, whose scale needs no such sum."""
+        if not self.launches.softplus:
+            return self.memory.new_zeros((), dtype=torch.float64)
+        return torch.cat(self.sums).sum(dtype=torch.float64)
 
 
-def _by_multiple(
-    launches: Launches, statistics: list[Tensor], weights: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Statistics to base 2, and ∂/∂z of them times their weights; [K, size] float32."""
-    logs = [without_empty(statistic) * LOG2_E for statistic in statistics]
-    inner = [weight * multiple for weight, multiple in zip(weights, launches.multiples)]
-    return torch.stack(logs).float(), torch.stack(inner).float()
-
-
-def _pair_gradients(block: Block, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """dX and dT so far, float32: what the positives add, and 0 elsewhere.
-
-    They are no part of dz: the largest entry of a row would be rounded to the inputs' dtype.
-    """
-    x, t = block.left[0], block.right[0]
-    dx, dt = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in (x, t))
-    rows, columns = _pairs(block)
-    own_weight = weight[rows].unsqueeze(1)
-    torch.mul(t[columns], own_weight, out=dx[rows])
-    torch.mul(x[rows], own_weight, out=dt[columns])
-    return dx, dt
+def chunk_of(n_rows: int, n_columns: int, itemsize: int) -> tuple[int, int]:
+    """Rows × columns of dz that exist at once: the whole matrix where it is small enough."""
+    rows = min(n_rows, CHUNK_ROWS)
+    fitting = CHUNK_BYTES // (itemsize * rows)
+    return rows, min(n_columns, max(CHUNK_STEP, fitting // CHUNK_STEP * CHUNK_STEP))
 
 
 def _pairs(block: Block) -> tuple[slice, slice]:
@@ -250,31 +245,23 @@ def _first_column(reduction: Reduction) -> int:
     return len(reduction.rows)
 
 
-def _inner_product(first: Tensor, second: Tensor) -> Tensor:
-    """Σ first·second in float64, without a second copy of either."""
-    total = first.new_zeros((), dtype=torch.float64)
-    for rows in slices(len(first), FORWARD[0]):
-        total += (first[rows] * second[rows]).sum(dtype=torch.float64)
-    return total
+def _largest(upstream: list[Tensor]) -> Tensor:
+    """[] float64: the largest upstream weight; where all are 0, a number to divide by."""
+    sizes = [torch.linalg.vector_norm(weights, torch.inf) for weights in upstream]
+    return torch.stack(sizes).max().double().clamp_(min=1e-300)
 
 
-def _normalised(upstream: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The largest upstream weight, and all of them divided by it.
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool = False) -> None:
+    """Add a·b to the float32 total where it lies, not rounded to the inputs' dtype before.
 
-    1/(2B) times a probability would vanish in float16.
+    `is_first`: write it there, whatever lies there.
     """
-    largest = torch.stack([weights.abs().max() for weights in upstream]).max()
-    largest = torch.where(largest > 0, largest, 1)
-    return largest.float(), [(weights / largest).float() for weights in upstream]
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a·b to the float32 total where it lies, not rounded to the inputs' dtype before."""
+    beta = 0 if is_first else 1
     if _widens(a):
         # The same tensor twice: only then does torch add without a copy of it.
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 def _widens(a: Tensor) -> bool:
