@@ -152,7 +152,8 @@ class Launches:
             bound = bound * lengths.max()
         if self.column_values is not None:
             bound = bound + self.column_values.max().clamp(min=0)
-        return tuple((bound * abs(m) - HEADROOM).clamp_(min=0) for m in self.multiples)
+        sizes = (bound if m == 1 else bound * abs(m) for m in self.multiples)
+        return tuple((size - HEADROOM).clamp_(min=0) for size in sizes)
 
     def log_sums(
         self,

@@ -140,7 +140,7 @@ def gradients(
     dx, dt, inner_product = launches.finished(dx, dt, positive, largest)
 
     shared = [inner_product * largest]
-    if launches.softplus:
+    if dz_sum is not None:
         shared.append(dz_sum * largest + positive[_pairs(block)[0]].sum())
 
     # Columns of zeros at the end were added for descriptors.
@@ -159,7 +159,7 @@ def _products(
     statistics: list[Tensor],
     upstream: list[Tensor],
     largest: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """dz·t [b, D] and dzᵀ·x [n, D] in float32, and Σ dz for the sigmoid loss's bias."""
     x, t = launches.x, launches.t
     dx, dt = (torch.empty_like(matrix, dtype=torch.float32) for matrix in (x, t))
@@ -211,10 +211,10 @@ class _Weights:
             self.launches.logsumexp_weights(rows, columns, self.shared, self.arguments)
         return self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
 
-    def sum(self) -> Tensor:
-        """Σ dz of all chunks; 0 for log-sum-exps, whose scale needs no such sum."""
+    def sum(self) -> Tensor | None:
+        """Σ dz of all chunks; none for log-sum-exps, where nothing needs it."""
         if not self.launches.softplus:
-            return self.memory.new_zeros((), dtype=torch.float64)
+            return None
         return torch.cat(self.sums).sum(dtype=torch.float64)
 
 
@@ -247,8 +247,8 @@ def _first_column(reduction: Reduction) -> int:
 
 def _largest(upstream: list[Tensor]) -> Tensor:
     """[] float64: the largest upstream weight; where all are 0, a number to divide by."""
-    sizes = [torch.linalg.vector_norm(weights, torch.inf) for weights in upstream]
-    return torch.stack(sizes).max().double().clamp_(min=1e-300)
+    largest = torch.linalg.vector_norm(torch.cat(upstream), torch.inf, dtype=torch.float64)
+    return largest.clamp_(min=1e-300)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool = False) -> None:
