@@ -120,7 +120,7 @@ def compile_ahead(variant: Variant, D: int, dtype: str, capability: int = 90) ->
 
     from vlp.pairwise import launches
 
-    kernel, values = getattr(launches, variant.kernel), constants(variant, D, dtype, capability)
+    kernel, values = _kernel(variant), constants(variant, D, dtype, capability)
     fixed = {name: value for name, value in values.items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
@@ -147,10 +147,14 @@ def constants(variant: Variant, D: int, dtype: str, capability: int) -> dict[str
     """The kernel's compile-time arguments."""
     import torch
 
-    from vlp.pairwise import launches
+    from vlp.pairwise import launches, vectors
 
     kind = getattr(torch, DTYPES[dtype])
     tile = launches.tile_of(kind, D)
+    # Vectors' kernels take D as deep as they like: no product is theirs.
+    sizes = {name: tile[name] for name in ("BM", "BN", "BK")}
+    if hasattr(vectors, variant.kernel):
+        sizes["BK"] = vectors.DEPTH
     return {
         "K": variant.multiples,
         "COLUMNS": variant.columns,
@@ -158,10 +162,10 @@ def constants(variant: Variant, D: int, dtype: str, capability: int) -> dict[str
         "DESCRIPTORS": launches.takes_descriptors(capability),
         "SPAN": launches.SPAN,
         "BIASED": variant.kernel == "pairs_kernel",
-        "PARTS": launches.PARTS,
-        "LINES": launches.MANY_LINES if variant.kernel == "weights_kernel" else launches.LINES,
+        "PARTS": vectors.PARTS,
+        "LINES": vectors.MANY_LINES if variant.kernel == "weights_kernel" else vectors.LINES,
         "D": D,
-        **{name: tile[name] for name in ("BM", "BN", "BK")},
+        **sizes,
     }
 
 
@@ -188,18 +192,17 @@ def _type(name: str, variant: Variant, values: dict[str, Any], dtype: str) -> st
     if name not in {"x", "t"} | OUTPUTS:
         return "*fp32"
 
-    tiled = name in ("x", "t") and "DESCRIPTORS" in _arguments(variant)
+    tiled = name in ("x", "t") and "DESCRIPTORS" in _kernel(variant).arg_names
     if not (tiled and values["DESCRIPTORS"]):
         return f"*{dtype}"
     n_rows = values["BM"] if name == "x" else values["BN"]
     return f"tensordesc<{dtype}[{n_rows},{values['BK']}]>"
 
 
-def _arguments(variant: Variant) -> list[str]:
-    from vlp.pairwise import launches
+def _kernel(variant: Variant) -> Any:
+    from vlp.pairwise import launches, vectors
 
-    names: list[str] = getattr(launches, variant.kernel).arg_names
-    return names
+    return getattr(vectors if hasattr(vectors, variant.kernel) else launches, variant.kernel)
 
 
 def resources(compiled: Any) -> tuple[int, int]:

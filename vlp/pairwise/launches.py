@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vlp.pairwise import vectors
 from vlp.pairwise.kernels import SPAN, UNPAIRED
 from vlp.pairwise.logsumexp_kernels import (
     careful_kernel,
@@ -18,12 +19,6 @@ from vlp.pairwise.logsumexp_kernels import (
 )
 from vlp.pairwise.reduction import Block, Reduction
 from vlp.pairwise.softplus_kernels import softplus_kernel, softplus_weights_kernel
-from vlp.pairwise.vector_kernels import (
-    gradients_kernel,
-    merge_kernel,
-    pairs_kernel,
-    weights_kernel,
-)
 
 # Rows × columns of a program, depth of one product, warps, pipeline stages. Narrow inputs, then
 # float32, whose products take more registers.
@@ -36,8 +31,6 @@ TWO_PROGRAMS = {"maxnreg": 128}
 # The largest exponential is 2^100: a span's sum of them is finite, and what underflows lies 2^226
 # below. At scale 100 and unit rows that is a cosine of −.56.
 HEADROOM = 100.0
-# Lines and parts of a program over vectors, and lines of one that has nothing to sum.
-LINES, PARTS, MANY_LINES = 32, 64, 1024
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
@@ -123,26 +116,6 @@ class Launches:
 
     # Forward
 
-    def positives(self) -> Tensor:
-        """[b] float64: scale·x_i·t_{i + offset} (+ bias), 0 where that is no column here."""
-        n_rows, BM = len(self.x), self.tile["BM"]
-        positive = self.x.new_empty(n_rows, dtype=torch.float64)
-        pairs_kernel[(triton.cdiv(n_rows, BM),)](
-            self.x,
-            self.t,
-            self.shared[0],
-            self.shared[-1],
-            positive,
-            n_rows,
-            len(self.t),
-            self.offset,
-            BIASED=self.softplus,
-            D=self.x.shape[1],
-            BM=BM,
-            BK=self.tile["BK"],
-        )
-        return positive
-
     def shifts(self) -> tuple[Tensor, ...]:
         """For each multiple, the power of 2 by which its exponentials are scaled down."""
         # |z| ≤ scale · max‖x‖ · max‖t‖, plus the largest column value.
@@ -187,22 +160,13 @@ class Launches:
         logsumexp_kernel[grid](shift=shift, SPAN=SPAN, **shared, **self.limit)
         careful_kernel[grid](row_shift=row_shift, column_shift=column_shift, SPAN=SPAN, **shared)
 
-        n_lines = n if self.columns and n > m else m
-        merge_kernel[(triton.cdiv(n_lines, LINES), 1 + self.columns)](
-            row_total,
-            row_shift,
+        column_parts = (column_total.view(-1, n), column_shift.view(-1, n))
+        vectors.merge(
+            (row_total.view(-1, m), row_shift.view(-1, m)),
             by_row[rows],
-            column_total,
-            column_shift,
+            column_parts if self.columns else None,
             by_row if by_column is None else by_column[columns],
-            n_spans,
-            m,
-            n_blocks,
-            n,
-            int(columns.start > 0),
-            int(rows.start > 0),
-            LINES=LINES,
-            PARTS=PARTS,
+            again=(columns.start > 0, rows.start > 0),
         )
 
     def softplus_sums(self, rows: slice, columns: slice) -> Tensor:
@@ -221,43 +185,6 @@ class Launches:
         return total.sum(0, dtype=torch.float64) * LN_2
 
     # Backward
-
-    def weights(
-        self,
-        by_row: list[tuple[Tensor, Tensor]],  # K log-sum-exps and their upstream weights, [b]
-        by_column: list[tuple[Tensor, Tensor]],  # [n], or none
-        largest: Tensor,
-    ) -> dict[str, Tensor]:
-        """What the kernel of dz reads of each row [b, K] and of each column [n, K], float32."""
-        K, n_rows, n_columns = len(self.multiples), len(self.x), len(self.t)
-        rows = self.x.new_empty(2, n_rows, K, dtype=torch.float32).unbind()
-        # In one direction nothing reads a column; the kernels are given rows for want of others.
-        columns, n_lines = rows, n_rows
-        if by_column:
-            columns = self.x.new_empty(2, n_columns, K, dtype=torch.float32).unbind()
-            n_lines = max(n_rows, n_columns)
-
-        grid = (triton.cdiv(n_lines, MANY_LINES), 2 if by_column else 1)
-        for k, multiple in enumerate(self.multiples):
-            weights_kernel[grid](
-                *by_row[k],
-                *rows,
-                *(by_column or by_row)[k],
-                *columns,
-                largest,
-                n_rows,
-                n_columns,
-                float(multiple),
-                k,
-                K=K,
-                LINES=MANY_LINES,
-            )
-        return {
-            "row_statistic": rows[0],
-            "row_weight": rows[1],
-            "column_statistic": columns[0],
-            "column_weight": columns[1],
-        }
 
     def dz_arguments(self, memory: Tensor) -> dict[str, Any]:
         """What launches share that write chunks of dz to this memory."""
@@ -296,41 +223,6 @@ class Launches:
             **_places(rows, columns),
         )
         return sums
-
-    def finished(
-        self,
-        dx: Tensor,  # [b, D] float32, for dz instead of dz·scale, without the positives
-        dt: Tensor,  # [n, D]
-        upstream: Tensor,  # [b] float64, of the positives
-        largest: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dX and dT in the inputs' dtype, and Σ_ij dz_ij·s_ij."""
-        n_rows, n_columns, D = len(self.x), len(self.t), self.x.shape[1]
-        n_blocks = triton.cdiv(n_rows, LINES)
-        products = self.x.new_empty(n_blocks, dtype=torch.float64)
-
-        # float32 gradients need no second copy.
-        results = [dx, dt]
-        if self.x.dtype != torch.float32:
-            results = [torch.empty_like(self.x), torch.empty_like(self.t)]
-        gradients_kernel[(triton.cdiv(max(n_rows, n_columns), LINES), 2)](
-            self.x,
-            self.t,
-            dx,
-            dt,
-            *results,
-            upstream,
-            largest,
-            self.shared[0],
-            products,
-            n_rows,
-            n_columns,
-            self.offset,
-            D=D,
-            LINES=LINES,
-            BK=self.tile["BK"],
-        )
-        return results[0], results[1], products.sum()
 
     def _tiles(self, rows: slice, columns: slice) -> tuple[int, int]:
         return (

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlp.pairwise import tiled
+from vlp.pairwise import tiled, vectors
 from vlp.pairwise.launches import Launches
 from vlp.pairwise.reduction import Block, Reduction, empty_statistic
 from vlp.pairwise.tiled import Kept, slices
@@ -75,12 +75,14 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
         return [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
 
     launches = Launches(reduction, block, tile_size)
+    by_column: list[Tensor] = []
     if launches.softplus:
-        by_row, by_column = [_softplus_sums(launches)], []
+        by_row = [_softplus_sums(launches)]
     else:
         by_row, by_column = _log_sums(launches)
 
-    positive = launches.positives()
+    bias = launches.shared[1] if launches.softplus else None
+    positive = vectors.positives(launches.x, launches.t, launches.shared[0], bias, launches.offset)
     rows, columns = _pairs(block)
     for values in block.column_values:
         positive[rows] += values[columns]
@@ -137,7 +139,9 @@ def gradients(
 
     dx, dt, dz_sum = _products(reduction, launches, statistics, upstream, largest)
     positive = upstream[_positive(reduction)]
-    dx, dt, inner_product = launches.finished(dx, dt, positive, largest)
+    dx, dt, inner_product = vectors.finished(
+        launches.x, launches.t, dx, dt, positive, largest, launches.shared[0], launches.offset
+    )
 
     shared = [inner_product * largest]
     if dz_sum is not None:
@@ -199,7 +203,7 @@ class _Weights:
             return
         parts = list(zip(statistics, upstream))
         n, first = len(launches.multiples), _first_column(reduction)
-        weights = launches.weights(parts[:n], parts[first:], largest)
+        weights = vectors.weights(launches.multiples, parts[:n], parts[first:], largest)
         self.arguments = launches.dz_scalars() | weights
 
     def chunk(self, rows: slice, columns: slice) -> Tensor:

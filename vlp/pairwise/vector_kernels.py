@@ -28,18 +28,18 @@ def pairs_kernel(
     offset,
     BIASED: tl.constexpr,
     D: tl.constexpr,
-    BM: tl.constexpr,
+    LINES: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """scale·x_i·t_{i + offset} (+ bias) of BM rows; 0 where that is no column of this block."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    """scale·x_i·t_{i + offset} (+ bias) of LINES rows; 0 where that is no column of this block."""
+    rows = tl.program_id(0) * LINES + tl.arange(0, LINES)
     depth = tl.arange(0, BK)[None, :]
     paired = (rows < n_rows) & (rows + offset >= 0) & (rows + offset < n_columns)
     # int64: rows × D passes 2³¹ at large batches.
     from_x = x + rows.to(tl.int64)[:, None] * D + depth
     from_t = t + (rows + offset).to(tl.int64)[:, None] * D + depth
 
-    total = tl.zeros((BM,), dtype=tl.float32)
+    total = tl.zeros((LINES,), dtype=tl.float32)
     for k in range(0, D, BK):
         inside = paired[:, None] & (depth < D - k)
         a = tl.load(from_x + k, mask=inside, other=0.0).to(tl.float32)
@@ -52,16 +52,7 @@ def pairs_kernel(
     tl.store(positive + rows, z, mask=rows < n_rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_row_parts",
-        "n_rows",
-        "n_column_parts",
-        "n_columns",
-        "rows_again",
-        "columns_again",
-    ]
-)
+@triton.jit(do_not_specialize=MERGED)
 def merge_kernel(
     row_total,  # [parts, rows] float32: sums, to be multiplied by 2^shift
     row_shift,
