@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pairwise.device import imitated
 from vlp.losses import build
+from vlp.pairwise.reduction import ROW_MARGIN, Block
+from vlp.pairwise.tiled import Kept
 
 
 class Ops(TorchDispatchMode):
@@ -78,3 +80,16 @@ def test_a_loss_is_launched_in_few_pieces(
     per_chunk = 3 if name == "siglip" else 2
     assert ops.n_launched - per_chunk * n_chunks <= n_ops
     assert image.grad is not None and scale.grad is not None
+
+
+def test_rows_without_a_column_get_no_gradient(launched):
+    from vlp.pairwise import triton
+
+    block = Block((torch.randn(3, 16),), (torch.randn(0, 16),), shared=(torch.tensor(14.0),))
+    statistics = triton.reduce(ROW_MARGIN, block, Kept(0))
+    upstream = [torch.ones(3, dtype=torch.float64) for _ in statistics]
+    gradients = triton.gradients(ROW_MARGIN, block, statistics, upstream, Kept(0), (True,) * 3)
+
+    assert [statistic.tolist() for statistic in statistics] == [[-torch.inf] * 3, [0.0] * 3]
+    assert [gradient.abs().sum() for gradient in gradients] == [0, 0, 0]
+    assert launched.total() == 0

@@ -262,6 +262,12 @@ def test_half_precision_products_add_in_place_on_a_gpu():
     assert torch.cuda.max_memory_allocated() - before < total[100:356].nbytes
     assert (total[100:356] - expected).norm() <= 1e-6 * expected.norm()
 
+    # What comes first is written over whatever lies there.
+    total.fill_(torch.nan)
+    triton._accumulate(total[100:356], a.T, b, is_first=True)
+    product = a.T.double() @ b.double()
+    assert (total[100:356] - product).norm() <= 1e-6 * product.norm()
+
 
 @pytest.mark.gpu
 @on_a_gpu

@@ -4,8 +4,11 @@ The score GEMM is fused with what follows it, and no float32 score ever leaves t
 
     forward   one kernel streams z tiles and writes row and column sums only (2B²D FLOPs); another
               reads them and repeats, with shifts of their own, the few that underflowed;
-    backward  one kernel recomputes z tiles and writes dz of a CHUNK of the matrix in the inputs'
-              dtype; two library GEMMs add it to dX and dT while it is in cache (6B²D).
+    backward  one kernel recomputes z tiles and writes dz of a chunk of the matrix in the inputs'
+              dtype; two library GEMMs add it to dX and dT (6B²D).
+
+Few launches surround these (`vectors.py`): one merges partial sums, one prepares what the backward
+reads of rows and columns, one finishes gradients.
 
 A kernel that kept dX and dT accumulators on the chip would have to compute z once for each of them
 (10B²D in all). The positives are no part of dz: they are added to dX and dT in float32, so that
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from vlp.pairwise import tiled, vectors
 from vlp.pairwise.launches import Launches
-from vlp.pairwise.reduction import Block, Reduction, empty_statistic
+from vlp.pairwise.reduction import Block, Reduction
 from vlp.pairwise.tiled import Kept, slices
 
 __all__ = ["check_device", "gradients", "reduce", "supports"]
@@ -51,11 +54,13 @@ def check_device() -> None:
 
 def supports(reduction: Reduction, block: Block) -> bool:
     """Whether a kernel computes this; what it does not takes the tiled path."""
-    # The kernels know no float64, and no column values in the sigmoid loss.
+    # The kernels know no float64, no column values in the sigmoid loss, and no block of no pairs.
     x = block.left[0]
     masked_softplus = reduction.fused == "softplus" and bool(block.column_values)
     known = bool(reduction.fused or reduction.multiples) and not masked_softplus
-    return known and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+    return (
+        known and 0 not in block.shape and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+    )
 
 
 def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -> list[Tensor]:
@@ -66,13 +71,6 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
     """
     if not supports(reduction, block):
         return tiled.reduce(reduction, block, kept, tile_size)
-
-    # Torch has no maximum of nothing.
-    n_rows, n_columns = block.shape
-    if not (n_rows and n_columns):
-        sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
-        device = block.left[0].device
-        return [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
 
     launches = Launches(reduction, block, tile_size)
     by_column: list[Tensor] = []
