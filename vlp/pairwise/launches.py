@@ -71,8 +71,8 @@ def _capability(device: torch.device) -> int:
 class Launches:
     """The kernels of one block, over any of its rows and columns.
 
-    A launch takes the host 60 µs or more, many chunks less of the card: what launches share is made
-    once, and only where a launch begins and ends is not.
+    A launch takes the host 60 µs or more, which is longer than the card needs for many: what
+    launches share is made once, and only where each begins and ends is not.
     """
 
     def __init__(self, reduction: Reduction, block: Block, tile_size: int = 0) -> None:
@@ -154,11 +154,12 @@ class Launches:
         row_total, column_total = totals.split((n_row_sums, n_column_sums))
         row_shift, column_shift = shifts.split((n_row_sums, n_column_sums))
 
-        shared = self.arguments | self.masks | _places(rows, columns)
-        shared |= {"scale": scale, "row_total": row_total, "column_total": column_total}
+        arguments = self.arguments | self.masks | _places(rows, columns)
+        arguments |= {"scale": scale, "row_total": row_total, "column_total": column_total}
         grid = (n_blocks * n_spans,)
-        logsumexp_kernel[grid](shift=shift, SPAN=SPAN, **shared, **self.limit)
-        careful_kernel[grid](row_shift=row_shift, column_shift=column_shift, SPAN=SPAN, **shared)
+        logsumexp_kernel[grid](shift=shift, SPAN=SPAN, **arguments, **self.limit)
+        shifts_to_write = {"row_shift": row_shift, "column_shift": column_shift}
+        careful_kernel[grid](SPAN=SPAN, **arguments, **shifts_to_write)
 
         column_parts = (column_total.view(-1, n), column_shift.view(-1, n))
         vectors.merge(
@@ -186,42 +187,34 @@ class Launches:
 
     # Backward
 
-    def dz_arguments(self, memory: Tensor) -> dict[str, Any]:
-        """What launches share that write chunks of dz to this memory."""
-        descriptor = _descriptor(memory, self.tile["BM"], self.tile["BN"])
-        return {**self.arguments, "dz_out": descriptor, **self.limit}
+    def dz_arguments(self, memory: Tensor, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """What launches share that write chunks of dz to this memory.
 
-    def logsumexp_weights(
-        self, rows: slice, columns: slice, shared: dict[str, Any], weights: dict[str, Any]
-    ) -> None:
-        """Write dz of the log-sum-exps of one chunk, 0 at the rows' own pairs."""
-        logsumexp_weights_kernel[self._tiles(rows, columns)](
-            K=len(self.multiples), **shared, **weights, **_places(rows, columns)
-        )
+        weights: what the kernel reads of rows and columns, by its arguments' names.
+        """
+        arguments = self.arguments | self.limit | weights
+        arguments["dz_out"] = _descriptor(memory, self.tile["BM"], self.tile["BN"])
+        if self.softplus:
+            return arguments | {"scalars": self.scalars}
 
-    def dz_scalars(self) -> dict[str, Any]:
-        """The factors of the scores for each multiple, and column values."""
         scale = self.scale
         if self.multiples != (1.0,):
             scale = torch.stack([self.scale * multiple for multiple in self.multiples])
-        return {"scale": scale, **self.masks}
+        return arguments | self.masks | {"scale": scale, "K": len(self.multiples)}
 
-    def softplus_weights(
-        self, rows: slice, columns: slice, shared: dict[str, Any], weight: Tensor
-    ) -> Tensor:
+    def logsumexp_weights(self, rows: slice, columns: slice, arguments: dict[str, Any]) -> None:
+        """Write dz of the log-sum-exps of one chunk, 0 at the rows' own pairs."""
+        grid = self._tiles(rows, columns)
+        logsumexp_weights_kernel[grid](**arguments, **_places(rows, columns))
+
+    def softplus_weights(self, rows: slice, columns: slice, arguments: dict[str, Any]) -> Tensor:
         """Write dz of the softplus sums of one chunk, 0 at the rows' own pairs.
 
         Returns its sums by tile, taken before it is rounded.
         """
         grid = self._tiles(rows, columns)
         sums = self.x.new_empty(grid[0] * grid[1], dtype=torch.float32)
-        softplus_weights_kernel[grid](
-            scalars=self.scalars,
-            row_weight=weight,
-            sums=sums,
-            **shared,
-            **_places(rows, columns),
-        )
+        softplus_weights_kernel[grid](sums=sums, **arguments, **_places(rows, columns))
         return sums
 
     def _tiles(self, rows: slice, columns: slice) -> tuple[int, int]:

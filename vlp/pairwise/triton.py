@@ -36,7 +36,8 @@ __all__ = ["check_device", "gradients", "reduce", "supports"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Rows × columns of a forward launch: bounds the partial sums and their shifts, 64 MiB.
+# Rows × columns of a forward launch: bounds the partial sums and their shifts, 64 MiB
+# (128 for float32, whose tiles are smaller).
 FORWARD = (32768, 32768)
 # Rows of a chunk of dz, and its bytes: as many as the two float32 gradients take at B = 32,768,
 # D = 512. Chunks of 32 MiB, which fit the L2, took the host longer to launch than the card to do.
@@ -193,24 +194,23 @@ class _Weights:
         # Rows of whole 16 bytes, for the copy engine.
         width = -(-self.n_columns // 8) * 8
         self.memory = x.new_empty(self.n_rows, width)
-        self.shared = launches.dz_arguments(self.memory)
 
         if launches.softplus:
-            self.row_weight = (upstream[0] / largest).float()
+            row_weight = (upstream[0] / largest).float()
+            self.arguments = launches.dz_arguments(self.memory, {"row_weight": row_weight})
             self.sums: list[Tensor] = []  # of chunks so far, by tile
             return
         parts = list(zip(statistics, upstream))
         n, first = len(launches.multiples), _first_column(reduction)
         weights = vectors.weights(launches.multiples, parts[:n], parts[first:], largest)
-        self.arguments = launches.dz_scalars() | weights
+        self.arguments = launches.dz_arguments(self.memory, weights)
 
     def chunk(self, rows: slice, columns: slice) -> Tensor:
         """dz [rows, columns] in the inputs' dtype, 0 at own pairs."""
         if self.launches.softplus:
-            sums = self.launches.softplus_weights(rows, columns, self.shared, self.row_weight)
-            self.sums.append(sums)
+            self.sums.append(self.launches.softplus_weights(rows, columns, self.arguments))
         else:
-            self.launches.logsumexp_weights(rows, columns, self.shared, self.arguments)
+            self.launches.logsumexp_weights(rows, columns, self.arguments)
         return self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
 
     def sum(self) -> Tensor | None:
