@@ -55,6 +55,9 @@ VARIANTS = (
     Variant("softplus backward", "softplus_weights_kernel"),
     Variant("margin careful", "careful_kernel", limited=False, counted=False),
     Variant("pairs", "pairs_kernel", limited=False, counted=False),
+    Variant("merge", "merge_kernel", limited=False, counted=False),
+    Variant("weights", "weights_kernel", limited=False, counted=False),
+    Variant("gradients", "gradients_kernel", limited=False, counted=False),
 )
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -117,7 +120,7 @@ def compile_ahead(variant: Variant, D: int, dtype: str, capability: int = 90) ->
 
     from vlp.pairwise import launches
 
-    kernel, values = getattr(launches, variant.kernel), constants(variant, D, dtype, capability)
+    kernel, values = _kernel(variant), constants(variant, D, dtype, capability)
     fixed = {name: value for name, value in values.items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
@@ -144,33 +147,62 @@ def constants(variant: Variant, D: int, dtype: str, capability: int) -> dict[str
     """The kernel's compile-time arguments."""
     import torch
 
-    from vlp.pairwise import launches
+    from vlp.pairwise import launches, vectors
 
     kind = getattr(torch, DTYPES[dtype])
     tile = launches.tile_of(kind, D)
+    # Vectors' kernels take D as deep as they like: no product is theirs.
+    sizes = {name: tile[name] for name in ("BM", "BN", "BK")}
+    if hasattr(vectors, variant.kernel):
+        sizes["BK"] = vectors.DEPTH
     return {
         "K": variant.multiples,
         "COLUMNS": variant.columns,
         "MASKED": variant.masked,
         "DESCRIPTORS": launches.takes_descriptors(capability),
         "SPAN": launches.SPAN,
+        "BIASED": variant.kernel == "pairs_kernel",
+        "PARTS": vectors.PARTS,
+        "LINES": vectors.MANY_LINES if variant.kernel == "weights_kernel" else vectors.LINES,
         "D": D,
-        **{name: tile[name] for name in ("BM", "BN", "BK")},
+        **sizes,
     }
+
+
+DOUBLE = {
+    "by_row", "by_column", "positive", "largest", "upstream", "row_upstream", "column_upstream",
+    "row_logsumexp", "column_logsumexp",
+}  # fmt: skip
+OUTPUTS = {"dx_out", "dt_out"}
 
 
 def _type(name: str, variant: Variant, values: dict[str, Any], dtype: str) -> str:
     """Triton's word for the type of a kernel's argument."""
-    if name in ("n_rows", "n_columns", "offset"):
+    from vlp.pairwise.kernels import SIZES
+    from vlp.pairwise.vector_kernels import MERGED
+
+    if name in SIZES or name in MERGED or name == "k":
         return "i32"
+    if name == "multiple":
+        return "fp32"
+    if name in DOUBLE or (variant.kernel, name) == ("gradients_kernel", "products"):
+        return "*fp64"
     if name == "dz_out":
         return f"tensordesc<{dtype}[{values['BM']},{values['BN']}]>"
-    if name not in ("x", "t"):
+    if name not in {"x", "t"} | OUTPUTS:
         return "*fp32"
-    if not values["DESCRIPTORS"] or variant.kernel == "pairs_kernel":
+
+    tiled = name in ("x", "t") and "DESCRIPTORS" in _kernel(variant).arg_names
+    if not (tiled and values["DESCRIPTORS"]):
         return f"*{dtype}"
     n_rows = values["BM"] if name == "x" else values["BN"]
     return f"tensordesc<{dtype}[{n_rows},{values['BK']}]>"
+
+
+def _kernel(variant: Variant) -> Any:
+    from vlp.pairwise import launches, vectors
+
+    return getattr(vectors if hasattr(vectors, variant.kernel) else launches, variant.kernel)
 
 
 def resources(compiled: Any) -> tuple[int, int]:

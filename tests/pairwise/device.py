@@ -51,9 +51,11 @@ def _addmm(
     alpha: float = 1,
     out: Tensor,
 ) -> Tensor:
-    assert left.dtype == right.dtype == torch.bfloat16 and (alpha, beta) == (1, 1)
+    assert left.dtype == right.dtype == torch.bfloat16 and alpha == 1
     assert out_dtype == out.dtype == total.dtype == torch.float32
-    return out.copy_(total + left.float() @ right.float())
+    product = left.float() @ right.float()
+    # Without beta the total is not read, whatever lies there.
+    return out.copy_(product if beta == 0 else beta * total + product)
 
 
 class Watch(TorchDispatchMode):

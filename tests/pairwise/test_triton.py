@@ -94,7 +94,9 @@ def interpreted() -> None:
 
     # Half precision products are added in place by the very call that a GPU gets.
     _define_widening_product()
-    sizes = mock.patch.multiple(triton, FORWARD=(32, 48), CHUNK=(24, 32))
+    sizes = mock.patch.multiple(
+        triton, FORWARD=(32, 48), CHUNK_ROWS=24, CHUNK_BYTES=24 * 32 * 2, CHUNK_STEP=16
+    )
     with sizes, mock.patch.object(triton, "_widens", lambda a: a.dtype != torch.float32):
         sliced = [_excess(triton, shape) for shape in SLICED]
     print(json.dumps([embeddings, errors, by_pointers, sliced, _not_a_number(triton)]))
@@ -109,7 +111,7 @@ def _define_widening_product() -> None:
 
     def add(total, a, b, dtype, *, beta=1, alpha=1, out):
         assert (total.data_ptr(), dtype) == (out.data_ptr(), torch.float32)
-        return out.addmm_(a.float(), b.float())
+        return out.addmm_(a.float(), b.float(), beta=beta)
 
     _define_widening_product.library = torch.library.Library("aten", "IMPL", "CPU")
     _define_widening_product.library.impl("addmm.dtype_out", add)
@@ -190,7 +192,7 @@ def test_kernels_compile_for_hopper():
         "softplus forward",
         "softplus backward",
     ]
-    assert len(rows) == 9
+    assert len(rows) == 12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -259,6 +261,12 @@ def test_half_precision_products_add_in_place_on_a_gpu():
     triton._accumulate(total[100:356], a.T, b)
     assert torch.cuda.max_memory_allocated() - before < total[100:356].nbytes
     assert (total[100:356] - expected).norm() <= 1e-6 * expected.norm()
+
+    # What comes first is written over whatever lies there.
+    total.fill_(torch.nan)
+    triton._accumulate(total[100:356], a.T, b, is_first=True)
+    product = a.T.double() @ b.double()
+    assert (total[100:356] - product).norm() <= 1e-6 * product.norm()
 
 
 @pytest.mark.gpu

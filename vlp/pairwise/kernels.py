@@ -4,9 +4,12 @@ All of them work on tiles of BM rows and BN columns of the scores
 
     z = log₂e · (scale·x·tᵀ + bias + column value)
 
-computed BK of D at a time, x [n_rows, D] and t [n_columns, D]. Logarithms are to base 2 because
-the hardware knows 2^z only. Column i + offset is row i's own pair, which takes no part; `UNPAIRED`
-says that there are none.
+computed BK of D at a time from x [b, D] and t [n, D]. Logarithms are to base 2 because the hardware
+knows 2^z only. Column i + offset is row i's own pair, which takes no part; `UNPAIRED` says that
+there are none.
+
+A launch covers the rows from row_start to row_stop and the columns from column_start to
+column_stop, all of them numbers of the whole block: so every launch takes the same x and t.
 
 DESCRIPTORS: x and t are tensor descriptors, so that Hopper's copy engine fetches their tiles
 without a register or an address of any thread. Older cards take pointers, D a multiple of 16 bytes.
@@ -20,7 +23,8 @@ import triton.language as tl
 SPAN = 16  # column tiles that a program streams before it writes its row statistics
 UNPAIRED = -(1 << 30)  # an offset that leads to no column
 # Sizes change from slice to slice: a kernel compiled for their divisors would be compiled often.
-SIZES = ["n_rows", "n_columns", "offset"]
+SIZES = ["row_start", "row_stop", "column_start", "column_stop", "offset"]
+GROUP_BLOCKS = tl.constexpr(64)  # row blocks side by side: 8 MiB of rows at D = 512, in L2
 
 
 @triton.jit
@@ -67,8 +71,8 @@ def entries(
     column_values,
     first_row,
     first_column,
-    n_rows,
-    n_columns,
+    row_stop,
+    column_stop,
     offset,
     D: tl.constexpr,
     MASKED: tl.constexpr,
@@ -78,27 +82,45 @@ def entries(
     BK: tl.constexpr,
 ):
     """z of one tile on its side, [BN, BM] float32; −∞ past the ends and at the rows' own pairs."""
-    s = products(t, x, first_column, first_row, n_columns, n_rows, D, DESCRIPTORS, BN, BM, BK)
+    s = products(t, x, first_column, first_row, column_stop, row_stop, D, DESCRIPTORS, BN, BM, BK)
     z = s * scale + addend
     column = tl.arange(0, BN)
     if MASKED:
-        there = column < n_columns - first_column
+        there = column < column_stop - first_column
         z += tl.load(column_values + first_column + column, mask=there, other=0.0)[:, None]
 
     # All threads of a program go the same way, and nearly all programs past this branch: masks in
     # every tile cost 17 instructions an entry.
-    at_end = (first_row + BM > n_rows) | (first_column + BN > n_columns)
+    at_end = (first_row + BM > row_stop) | (first_column + BN > column_stop)
     if at_end | meets_pairs(first_row, first_column, offset, BM, BN):
         # Rows are numbered 8·high + low: high is a constant of each register, so that no register
         # need hold a row's number. The bound must seem to change with the column for the same end.
         high, low = tl.arange(0, BM // 8)[None, :, None] * 8, tl.arange(0, 8)[None, None, :]
         own_row = (column + (first_column - first_row - offset))[:, None, None] - low
-        row_bound = tl.minimum(n_rows - first_row, n_rows + first_column) - low
-        inside = (high < row_bound) & (column < n_columns - first_column)[:, None, None]
+        row_bound = tl.minimum(row_stop - first_row, row_stop + first_column) - low
+        inside = (high < row_bound) & (column < column_stop - first_column)[:, None, None]
         real = inside & (high != own_row)
         z = tl.where(real, tl.reshape(z, (BN, BM // 8, 8)), float("-inf"))
         z = tl.reshape(z, (BN, BM))
     return z
+
+
+@triton.jit
+def block_and_span(row_start, row_stop, column_start, column_stop, BM: tl.constexpr, LENGTH):
+    """Which rows and which LENGTH columns a program of a flat grid takes.
+
+    Numbers of row blocks run fastest, within a group of them: the columns of a span are fetched
+    once for the group, and its rows stay in L2 from span to span.
+    """
+    n_blocks = tl.cdiv(row_stop - row_start, BM)
+    n_spans = tl.cdiv(column_stop - column_start, LENGTH)
+    in_group = GROUP_BLOCKS * n_spans
+
+    program = tl.program_id(0)
+    first = program // in_group * GROUP_BLOCKS
+    n_group = tl.minimum(n_blocks - first, GROUP_BLOCKS)
+    place = program % in_group
+    return first + place % n_group, place // n_group
 
 
 @triton.jit
@@ -112,20 +134,3 @@ def meets_pairs(first_row, first_column, offset, BM: tl.constexpr, BN: tl.conste
 def sum_of_lines(values, BM: tl.constexpr, BN: tl.constexpr):
     """[BN, BM] -> [BN / 16, 8, BM]: lines l and l + 8 of each 16 added, which one thread holds."""
     return tl.sum(tl.reshape(values, (BN // 16, 2, 8, BM)), 1)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def pairs_kernel(x, t, out, n_rows, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """x_i·t_i of BM rows, float32."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    depth = tl.arange(0, BK)[None, :]
-    places = rows.to(tl.int64)[:, None] * D + depth
-    here = (rows < n_rows)[:, None]
-
-    total = tl.zeros((BM,), dtype=tl.float32)
-    for k in range(0, D, BK):
-        inside = here & (depth < D - k)
-        a = tl.load(x + places + k, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(t + places + k, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(a * b, 1)
-    tl.store(out + rows, total, mask=rows < n_rows)

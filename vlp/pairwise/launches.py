@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlp.pairwise.kernels import SPAN, UNPAIRED, pairs_kernel
+from vlp.pairwise import vectors
+from vlp.pairwise.kernels import SPAN, UNPAIRED
 from vlp.pairwise.logsumexp_kernels import (
     careful_kernel,
     logsumexp_kernel,
@@ -68,19 +69,23 @@ def _capability(device: torch.device) -> int:
 
 
 class Launches:
-    """The kernels of one block, over any of its rows and columns."""
+    """The kernels of one block, over any of its rows and columns.
+
+    A launch takes the host 60 µs or more, which is longer than the card needs for many: what
+    launches share is made once, and only where each begins and ends is not.
+    """
 
     def __init__(self, reduction: Reduction, block: Block, tile_size: int = 0) -> None:
         self.x, self.t = _for_descriptors(block.left[0]), _for_descriptors(block.right[0])
-        self.offset = block.offset
+        self.offset = UNPAIRED if block.offset is None else block.offset
         self.softplus = reduction.fused == "softplus"
         self.columns = bool(reduction.columns)
         self.multiples = reduction.multiples or (1.0,)
 
         # On the device, as float32: no number is asked for by the host.
-        self.scale = block.shared[0].float() * LOG2_E
-        bias = block.shared[1].float() * LOG2_E if self.softplus else torch.zeros_like(self.scale)
-        self.scalars = torch.stack([torch.stack([self.scale * m, bias]) for m in self.multiples])
+        self.shared = [number.float() for number in block.shared]
+        self.scalars = torch.stack(self.shared) * LOG2_E  # scale, and bias where there is one
+        self.scale = self.scalars[0]
         self.column_values: Tensor | None = None
         if block.column_values:
             self.column_values = torch.stack(block.column_values).sum(0).float() * LOG2_E
@@ -89,21 +94,29 @@ class Launches:
         masked = self.column_values is not None
         self.tile = tile_of(dtype, D, tile_size)
         capability = _capability(self.x.device)
-        self.descriptors = takes_descriptors(capability)
+        descriptors = takes_descriptors(capability)
         both_sided_mask = masked and self.columns
         self.limit = options_of(dtype, capability, len(self.multiples), both_sided_mask)
-        self.sides: dict[tuple[str, int, int], Any] = {}
 
-    def pair_scores(self, rows: slice, columns: slice) -> Tensor:
-        """[m] float32: x_i·t_j of the i-th of `rows` and the i-th of `columns`."""
-        n_rows, D = rows.stop - rows.start, self.x.shape[1]
-        out = self.x.new_empty(n_rows, dtype=torch.float32)
-        BM, BK = self.tile["BM"], self.tile["BK"]
-        grid = (triton.cdiv(n_rows, BM),)
-        pairs_kernel[grid](self.x[rows], self.t[columns], out, n_rows, D=D, BM=BM, BK=BK)
-        return out
+        BM, BN, BK = (self.tile[name] for name in ("BM", "BN", "BK"))
+        self.arguments: dict[str, Any] = {
+            "x": _descriptor(self.x, BM, BK) if descriptors else self.x,
+            "t": _descriptor(self.t, BN, BK) if descriptors else self.t,
+            "offset": self.offset,
+            "D": D,
+            "DESCRIPTORS": descriptors,
+            **self.tile,
+        }
+        # A kernel without column values reads none; it is given a pointer for want of them.
+        self.masks = {
+            "column_values": self.column_values if masked else self.scalars,
+            "MASKED": masked,
+            "COLUMNS": self.columns,
+        }
 
-    def shifts(self) -> Tensor:
+    # Forward
+
+    def shifts(self) -> tuple[Tensor, ...]:
         """For each multiple, the power of 2 by which its exponentials are scaled down."""
         # |z| ≤ scale · max‖x‖ · max‖t‖, plus the largest column value.
         bound = self.scale.abs()
@@ -112,124 +125,113 @@ class Launches:
             bound = bound * lengths.max()
         if self.column_values is not None:
             bound = bound + self.column_values.max().clamp(min=0)
-        sizes = torch.stack([bound * abs(m) for m in self.multiples])
-        return (sizes - HEADROOM).clamp(min=0)
+        sizes = (bound if m == 1 else bound * abs(m) for m in self.multiples)
+        return tuple((size - HEADROOM).clamp_(min=0) for size in sizes)
 
     def log_sums(
-        self, multiple: int, shift: Tensor, rows: slice, columns: slice
-    ) -> tuple[Tensor, Tensor]:
-        """LSE of the rows over the columns [m], and of the columns over the rows [n]; float64.
+        self,
+        multiple: float,
+        shift: Tensor,  # []
+        rows: slice,
+        columns: slice,
+        by_row: Tensor,  # [b] float64
+        by_column: Tensor | None,  # [n] float64
+    ) -> None:
+        """Join the LSE of these rows over these columns with `by_row`, and the columns' likewise.
 
-        Without column statistics the second is empty.
+        The first rows and the first columns to come find nothing there to be joined with.
         """
         m, n = rows.stop - rows.start, columns.stop - columns.start
-        grid = (triton.cdiv(m, self.tile["BM"]), triton.cdiv(n, self.tile["BN"] * SPAN))
+        n_blocks = triton.cdiv(m, self.tile["BM"])
+        n_spans = triton.cdiv(n, self.tile["BN"] * SPAN)
+        scale = self.scale if multiple == 1 else self.scale * multiple
 
         # A program sees SPAN column tiles of one row block: sums come in parts.
-        n_parts = grid[0] if self.columns else 0
-        row_total = self.x.new_empty(grid[1], m, dtype=torch.float32)
-        column_total = self.x.new_empty(n_parts, n, dtype=torch.float32)
-        row_shift, column_shift = (
-            shift.expand_as(total).contiguous() for total in (row_total, column_total)
-        )
+        n_row_sums, n_column_sums = n_spans * m, n_blocks * n if self.columns else 0
+        parts = self.x.new_empty(2, n_row_sums + n_column_sums, dtype=torch.float32)
+        totals, shifts = parts.unbind()
+        shifts.copy_(shift)
+        row_total, column_total = totals.split((n_row_sums, n_column_sums))
+        row_shift, column_shift = shifts.split((n_row_sums, n_column_sums))
 
-        scalars = torch.stack([self.scalars[multiple, 0], -shift])
-        arguments = self._arguments(rows, columns, scalars) | self._masks(columns)
-        sums = {"row_total": row_total, "column_total": column_total, "SPAN": SPAN}
-        logsumexp_kernel[grid](**arguments, **sums, **self.limit)
-        shifts = {"row_shift": row_shift, "column_shift": column_shift}
-        careful_kernel[grid](**arguments, **sums, **shifts)
-        by_column = _log_sum(column_total, column_shift) if self.columns else column_total
-        return _log_sum(row_total, row_shift), by_column
+        arguments = self.arguments | self.masks | _places(rows, columns)
+        arguments |= {"scale": scale, "row_total": row_total, "column_total": column_total}
+        grid = (n_blocks * n_spans,)
+        logsumexp_kernel[grid](shift=shift, SPAN=SPAN, **arguments, **self.limit)
+        shifts_to_write = {"row_shift": row_shift, "column_shift": column_shift}
+        careful_kernel[grid](SPAN=SPAN, **arguments, **shifts_to_write)
+
+        column_parts = (column_total.view(-1, n), column_shift.view(-1, n))
+        vectors.merge(
+            (row_total.view(-1, m), row_shift.view(-1, m)),
+            by_row[rows],
+            column_parts if self.columns else None,
+            by_row if by_column is None else by_column[columns],
+            again=(columns.start > 0, rows.start > 0),
+        )
 
     def softplus_sums(self, rows: slice, columns: slice) -> Tensor:
         """Σ_j log(1 + e^{z_ij}) of the rows over the columns [m], float64."""
         m, n = rows.stop - rows.start, columns.stop - columns.start
-        grid = (triton.cdiv(m, self.tile["BM"]), triton.cdiv(n, self.tile["BN"] * SPAN))
-        total = self.x.new_empty(grid[1], m, dtype=torch.float32)
-        arguments = self._arguments(rows, columns, self.scalars)
-        softplus_kernel[grid](row_total=total, SPAN=SPAN, **arguments, **self.limit)
+        n_spans = triton.cdiv(n, self.tile["BN"] * SPAN)
+        total = self.x.new_empty(n_spans, m, dtype=torch.float32)
+        softplus_kernel[(triton.cdiv(m, self.tile["BM"]) * n_spans,)](
+            scalars=self.scalars,
+            row_total=total,
+            SPAN=SPAN,
+            **self.arguments,
+            **_places(rows, columns),
+            **self.limit,
+        )
         return total.sum(0, dtype=torch.float64) * LN_2
 
-    def logsumexp_weights(
-        self,
-        rows: slice,
-        columns: slice,
-        dz: Tensor,  # [m, n], written
-        by_row: tuple[Tensor, Tensor],  # log2 statistics and weights [K, b]
-        by_column: tuple[Tensor, Tensor],  # [K, n], read where there are column statistics
-    ) -> None:
-        """Write dz of the log-sum-exps of one chunk, 0 at the rows' own pairs."""
-        row_statistic, row_weight = (values[:, rows].contiguous() for values in by_row)
-        column_statistic, column_weight = (values[:, columns].contiguous() for values in by_column)
-        logsumexp_weights_kernel[self._tiles(dz)](
-            row_statistic=row_statistic,
-            row_weight=row_weight,
-            column_statistic=column_statistic,
-            column_weight=column_weight,
-            dz_out=_descriptor(dz, self.tile["BM"], self.tile["BN"]),
-            K=len(self.multiples),
-            **self._arguments(rows, columns, self.scalars),
-            **self._masks(columns),
-            **self.limit,
-        )
+    # Backward
 
-    def softplus_weights(self, rows: slice, columns: slice, dz: Tensor, weight: Tensor) -> Tensor:
+    def dz_arguments(self, memory: Tensor, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """What launches share that write chunks of dz to this memory.
+
+        weights: what the kernel reads of rows and columns, by its arguments' names.
+        """
+        arguments = self.arguments | self.limit | weights
+        arguments["dz_out"] = _descriptor(memory, self.tile["BM"], self.tile["BN"])
+        if self.softplus:
+            return arguments | {"scalars": self.scalars}
+
+        scale = self.scale
+        if self.multiples != (1.0,):
+            scale = torch.stack([self.scale * multiple for multiple in self.multiples])
+        return arguments | self.masks | {"scale": scale, "K": len(self.multiples)}
+
+    def logsumexp_weights(self, rows: slice, columns: slice, arguments: dict[str, Any]) -> None:
+        """Write dz of the log-sum-exps of one chunk, 0 at the rows' own pairs."""
+        grid = self._tiles(rows, columns)
+        logsumexp_weights_kernel[grid](**arguments, **_places(rows, columns))
+
+    def softplus_weights(self, rows: slice, columns: slice, arguments: dict[str, Any]) -> Tensor:
         """Write dz of the softplus sums of one chunk, 0 at the rows' own pairs.
 
-        Returns its sum, taken before it is rounded.
+        Returns its sums by tile, taken before it is rounded.
         """
-        grid = self._tiles(dz)
-        sums = self.x.new_empty(grid, dtype=torch.float32)
-        softplus_weights_kernel[grid](
-            row_weight=weight[rows],
-            dz_out=_descriptor(dz, self.tile["BM"], self.tile["BN"]),
-            sums=sums,
-            **self._arguments(rows, columns, self.scalars),
-            **self.limit,
+        grid = self._tiles(rows, columns)
+        sums = self.x.new_empty(grid[0] * grid[1], dtype=torch.float32)
+        softplus_weights_kernel[grid](sums=sums, **arguments, **_places(rows, columns))
+        return sums
+
+    def _tiles(self, rows: slice, columns: slice) -> tuple[int, int]:
+        return (
+            triton.cdiv(rows.stop - rows.start, self.tile["BM"]),
+            triton.cdiv(columns.stop - columns.start, self.tile["BN"]),
         )
-        return sums.sum()
 
-    # What launches share
 
-    def _arguments(self, rows: slice, columns: slice, scalars: Tensor) -> dict[str, Any]:
-        """The arguments that say which scores are meant, and how they are computed."""
-        offset = UNPAIRED
-        if self.offset is not None:
-            offset = self.offset + rows.start - columns.start
-        return {
-            "x": self._side("x", rows, self.tile["BM"]),
-            "t": self._side("t", columns, self.tile["BN"]),
-            "scalars": scalars,
-            "n_rows": rows.stop - rows.start,
-            "n_columns": columns.stop - columns.start,
-            "offset": offset,
-            "D": self.x.shape[1],
-            "DESCRIPTORS": self.descriptors,
-            **self.tile,
-        }
-
-    def _side(self, name: str, lines: slice, n_lines: int) -> Any:
-        """What a kernel takes for these lines of x or t."""
-        # Each is part of many launches, and a launch in backward has only 65 µs to be made in.
-        key = name, lines.start, lines.stop
-        if key not in self.sides:
-            matrix = getattr(self, name)[lines]
-            if self.descriptors:
-                matrix = _descriptor(matrix, n_lines, self.tile["BK"])
-            self.sides[key] = matrix
-        return self.sides[key]
-
-    def _masks(self, columns: slice) -> dict[str, Any]:
-        """The arguments of the log-sum-exps alone."""
-        # A kernel without column values reads none; it is given a pointer for want of them.
-        values, masked = self.scalars, self.column_values is not None
-        if self.column_values is not None:
-            values = self.column_values[columns]
-        return {"column_values": values, "MASKED": masked, "COLUMNS": self.columns}
-
-    def _tiles(self, dz: Tensor) -> tuple[int, int]:
-        return triton.cdiv(dz.shape[0], self.tile["BM"]), triton.cdiv(dz.shape[1], self.tile["BN"])
+def _places(rows: slice, columns: slice) -> dict[str, int]:
+    """Where a launch begins and ends."""
+    return {
+        "row_start": rows.start,
+        "row_stop": rows.stop,
+        "column_start": columns.start,
+        "column_stop": columns.stop,
+    }
 
 
 def _for_descriptors(matrix: Tensor) -> Tensor:
@@ -246,12 +248,3 @@ def _for_descriptors(matrix: Tensor) -> Tensor:
 def _descriptor(matrix: Tensor, n_rows: int, n_columns: int) -> TensorDescriptor:
     """What the copy engine needs to know for tiles [n_rows, n_columns]."""
     return TensorDescriptor.from_tensor(matrix, [n_rows, n_columns])
-
-
-def _log_sum(totals: Tensor, shifts: Tensor) -> Tensor:
-    """log Σ total·2^shift over the parts [parts, size], [size] float64; −∞ where all are empty."""
-    highest = shifts.amax(0)
-    base = highest.masked_fill(highest == -torch.inf, 0)
-    # float32 until the sum: nearly all factors are 1, and what underflows is no part of it.
-    total = (totals * (shifts - base).exp2()).sum(0, dtype=torch.float64)
-    return (total.log2() + base) * LN_2

@@ -4,8 +4,11 @@ The score GEMM is fused with what follows it, and no float32 score ever leaves t
 
     forward   one kernel streams z tiles and writes row and column sums only (2B²D FLOPs); another
               reads them and repeats, with shifts of their own, the few that underflowed;
-    backward  one kernel recomputes z tiles and writes dz of a CHUNK of the matrix in the inputs'
-              dtype; two library GEMMs add it to dX and dT while it is in cache (6B²D).
+    backward  one kernel recomputes z tiles and writes dz of a chunk of the matrix in the inputs'
+              dtype; two library GEMMs add it to dX and dT (6B²D).
+
+Few launches surround these (`vectors.py`): one merges partial sums, one prepares what the backward
+reads of rows and columns, one finishes gradients.
 
 A kernel that kept dX and dT accumulators on the chip would have to compute z once for each of them
 (10B²D in all). The positives are no part of dz: they are added to dX and dT in float32, so that
@@ -24,25 +27,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlp.pairwise import tiled
-from vlp.pairwise.launches import LOG2_E, Launches
-from vlp.pairwise.reduction import (
-    LOGSUMEXP,
-    Block,
-    Reduction,
-    empty_statistic,
-    merge,
-    without_empty,
-)
+from vlp.pairwise import tiled, vectors
+from vlp.pairwise.launches import Launches
+from vlp.pairwise.reduction import Block, Reduction
 from vlp.pairwise.tiled import Kept, slices
 
 __all__ = ["check_device", "gradients", "reduce", "supports"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Rows × columns of a forward launch: bounds the partial sums of columns, 8 MiB.
-FORWARD = (8192, 32768)
-CHUNK = (4096, 4096)  # rows × columns of dz that exist at once: 32 MiB in bfloat16, less than L2
+# Rows × columns of a forward launch: bounds the partial sums and their shifts, 64 MiB
+# (128 for float32, whose tiles are smaller).
+FORWARD = (32768, 32768)
+# Rows of a chunk of dz, and its bytes: as many as the two float32 gradients take at B = 32,768,
+# D = 512. Chunks of 32 MiB, which fit the L2, took the host longer to launch than the card to do.
+CHUNK_ROWS, CHUNK_BYTES = 8192, 128 * 2**20
+CHUNK_STEP = 128  # columns of a chunk come in multiples of this: whole tiles, and whole 16 bytes
 
 
 def check_device() -> None:
@@ -55,11 +55,13 @@ def check_device() -> None:
 
 def supports(reduction: Reduction, block: Block) -> bool:
     """Whether a kernel computes this; what it does not takes the tiled path."""
-    # The kernels know no float64, and no column values in the sigmoid loss.
+    # The kernels know no float64, no column values in the sigmoid loss, and no block of no pairs.
     x = block.left[0]
     masked_softplus = reduction.fused == "softplus" and bool(block.column_values)
     known = bool(reduction.fused or reduction.multiples) and not masked_softplus
-    return known and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+    return (
+        known and 0 not in block.shape and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+    )
 
 
 def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -> list[Tensor]:
@@ -71,55 +73,45 @@ def reduce(reduction: Reduction, block: Block, kept: Kept, tile_size: int = 0) -
     if not supports(reduction, block):
         return tiled.reduce(reduction, block, kept, tile_size)
 
-    n_rows, n_columns = block.shape
-    sizes = [n_rows] * len(reduction.rows) + [n_columns] * len(reduction.columns)
-    device = block.left[0].device
-    totals = [empty_statistic(kind, n, device) for kind, n in zip(reduction.kinds, sizes)]
-    # Torch has no maximum of nothing.
-    if not (n_rows and n_columns):
-        return totals
-
     launches = Launches(reduction, block, tile_size)
+    by_column: list[Tensor] = []
     if launches.softplus:
-        _sum_softplus(totals[0], launches)
+        by_row = [_softplus_sums(launches)]
     else:
-        for k, shift in enumerate(launches.shifts().unbind()):
-            by_column = totals[_first_column(reduction) + k] if reduction.columns else None
-            _sum_exponentials(totals[k], by_column, launches, k, shift)
-    _write_positives(totals[_positive(reduction)], launches, block)
-    return totals
+        by_row, by_column = _log_sums(launches)
+
+    bias = launches.shared[1] if launches.softplus else None
+    positive = vectors.positives(launches.x, launches.t, launches.shared[0], bias, launches.offset)
+    rows, columns = _pairs(block)
+    for values in block.column_values:
+        positive[rows] += values[columns]
+    return [*by_row, positive, *by_column]
 
 
-def _sum_softplus(total: Tensor, launches: Launches) -> None:
-    """Write the rows' sums."""
+def _softplus_sums(launches: Launches) -> Tensor:
+    """Σ_j log(1 + e^{z_ij}) of all rows."""
+    total = launches.x.new_zeros(len(launches.x), dtype=torch.float64)
     for rows in slices(len(launches.x), FORWARD[0]):
         for columns in slices(len(launches.t), FORWARD[1]):
             total[rows] += launches.softplus_sums(rows, columns)
+    return total
 
 
-def _sum_exponentials(
-    by_row: Tensor, by_column: Tensor | None, launches: Launches, k: int, shift: Tensor
-) -> None:
-    """Write the log-sum-exps of multiple k."""
-    for rows in slices(len(launches.x), FORWARD[0]):
-        for columns in slices(len(launches.t), FORWARD[1]):
-            row_part, column_part = launches.log_sums(k, shift, rows, columns)
-            by_row[rows] = merge(LOGSUMEXP, by_row[rows], row_part)
-            if by_column is not None:
-                by_column[columns] = merge(LOGSUMEXP, by_column[columns], column_part)
+def _log_sums(launches: Launches) -> tuple[list[Tensor], list[Tensor]]:
+    """The log-sum-exps of all rows, and those of all columns where they are wanted, by multiple."""
+    by_row, by_column = [], []
+    for multiple, shift in zip(launches.multiples, launches.shifts()):
+        row_sums = launches.x.new_empty(len(launches.x), dtype=torch.float64)
+        column_sums = None
+        if launches.columns:
+            column_sums = launches.t.new_empty(len(launches.t), dtype=torch.float64)
+            by_column.append(column_sums)
+        by_row.append(row_sums)
 
-
-def _write_positives(positive: Tensor, launches: Launches, block: Block) -> None:
-    """z_ii where the row's own pair is a column of this block; elsewhere 0 stands."""
-    rows, columns = _pairs(block)
-    if rows.start == rows.stop:
-        return
-    z = block.shared[0].double() * launches.pair_scores(rows, columns)
-    if launches.softplus:
-        z = z + block.shared[1]
-    for values in block.column_values:
-        z = z + values[columns]
-    positive[rows] = z
+        for rows in slices(len(launches.x), FORWARD[0]):
+            for columns in slices(len(launches.t), FORWARD[1]):
+                launches.log_sums(multiple, shift, rows, columns, row_sums, column_sums)
+    return by_row, by_column
 
 
 def gradients(
@@ -138,32 +130,51 @@ def gradients(
     if not supports(reduction, block):
         return tiled.gradients(reduction, block, statistics, upstream, kept, needed, tile_size)
 
-    # dz is written in the inputs' dtype, so it is computed for weights of at most 1.
-    unit, weights = _normalised(upstream)
+    # dz is written in the inputs' dtype, so it is computed for weights of at most 1: 1/(2B) times
+    # a probability would vanish in float16.
+    largest = _largest(upstream)
+    upstream = [weights.contiguous() for weights in upstream]
     launches = Launches(reduction, block, tile_size)
-    x, t = block.left[0], block.right[0]
-    dx, dt = _pair_gradients(block, weights[_positive(reduction)])
 
-    dz_of = _Weights(reduction, launches, statistics, weights)
-    for rows in slices(len(x), CHUNK[0]):
-        for columns in slices(len(t), CHUNK[1]):
-            dz = dz_of.chunk(rows, columns)
-            _accumulate(dx[rows], dz, t[columns])
-            _accumulate(dt[columns], dz.T, x[rows])
+    dx, dt, dz_sum = _products(reduction, launches, statistics, upstream, largest)
+    positive = upstream[_positive(reduction)]
+    dx, dt, inner_product = vectors.finished(
+        launches.x, launches.t, dx, dt, positive, largest, launches.shared[0], launches.offset
+    )
 
-    # z = scale·s: so far dx and dt hold the sums for dz, not for ds.
-    shared = [_inner_product(dx, x) * unit]
-    if launches.softplus:
-        pair_sum = weights[_positive(reduction)][_pairs(block)[0]].sum()
-        shared.append((dz_of.sum + pair_sum) * unit)
+    shared = [inner_product * largest]
+    if dz_sum is not None:
+        shared.append(dz_sum * largest + positive[_pairs(block)[0]].sum())
 
-    factor = unit * block.shared[0].float()
+    # Columns of zeros at the end were added for descriptors.
+    D = block.left[0].shape[1]
     constants = [None] * len(block.column_values)
-    results = [dx.mul_(factor), dt.mul_(factor), *constants, *shared]
+    results = [dx[:, :D], dt[:, :D], *constants, *shared]
     return [
         gradient.to(tensor.dtype) if wanted and gradient is not None else None
         for gradient, tensor, wanted in zip(results, block.tensors, needed)
     ]
+
+
+def _products(
+    reduction: Reduction,
+    launches: Launches,
+    statistics: list[Tensor],
+    upstream: list[Tensor],
+    largest: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dz·t [b, D] and dzᵀ·x [n, D] in float32, and Σ dz for the sigmoid loss's bias."""
+    x, t = launches.x, launches.t
+    dx, dt = (torch.empty_like(matrix, dtype=torch.float32) for matrix in (x, t))
+    dz_of = _Weights(reduction, launches, statistics, upstream, largest)
+
+    # What comes first is written, not added: the totals need no zeros.
+    for rows in slices(len(x), dz_of.n_rows):
+        for columns in slices(len(t), dz_of.n_columns):
+            dz = dz_of.chunk(rows, columns)
+            _accumulate(dx[rows], dz, t[columns], is_first=columns.start == 0)
+            _accumulate(dt[columns], dz.T, x[rows], is_first=rows.start == 0)
+    return dx, dt, dz_of.sum()
 
 
 class _Weights:
@@ -174,54 +185,46 @@ class _Weights:
         reduction: Reduction,
         launches: Launches,
         statistics: list[Tensor],
-        weights: list[Tensor],  # upstream, at most 1
+        upstream: list[Tensor],
+        largest: Tensor,
     ) -> None:
         self.launches = launches
-        n, first = len(launches.multiples), _first_column(reduction)
-        self.row_weight = weights[0]
-        self.sum = weights[0].new_zeros(())  # of all chunks so far, for the sigmoid loss's bias
-        self.by_row = _by_multiple(launches, statistics[:n], weights[:n])
-        # In one direction the kernel reads no column; it is given the rows' for want of others.
-        self.by_column = self.by_row
-        if reduction.columns:
-            self.by_column = _by_multiple(launches, statistics[first:], weights[first:])
-
-        # Rows of whole 16 bytes, for the copy engine.
         x, t = launches.x, launches.t
-        n_rows, n_columns = min(len(x), CHUNK[0]), min(len(t), CHUNK[1])
-        self.memory = x.new_empty(n_rows, -(-n_columns // 8) * 8)
+        self.n_rows, self.n_columns = chunk_of(len(x), len(t), x.itemsize)
+        # Rows of whole 16 bytes, for the copy engine.
+        width = -(-self.n_columns // 8) * 8
+        self.memory = x.new_empty(self.n_rows, width)
+
+        if launches.softplus:
+            row_weight = (upstream[0] / largest).float()
+            self.arguments = launches.dz_arguments(self.memory, {"row_weight": row_weight})
+            self.sums: list[Tensor] = []  # of chunks so far, by tile
+            return
+        parts = list(zip(statistics, upstream))
+        n, first = len(launches.multiples), _first_column(reduction)
+        weights = vectors.weights(launches.multiples, parts[:n], parts[first:], largest)
+        self.arguments = launches.dz_arguments(self.memory, weights)
 
     def chunk(self, rows: slice, columns: slice) -> Tensor:
         """dz [rows, columns] in the inputs' dtype, 0 at own pairs."""
-        dz = self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
         if self.launches.softplus:
-            self.sum += self.launches.softplus_weights(rows, columns, dz, self.row_weight)
+            self.sums.append(self.launches.softplus_weights(rows, columns, self.arguments))
         else:
-            self.launches.logsumexp_weights(rows, columns, dz, self.by_row, self.by_column)
-        return dz
+            self.launches.logsumexp_weights(rows, columns, self.arguments)
+        return self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
+
+    def sum(self) -> Tensor | None:
+        """Σ dz of all chunks; none for log-sum-exps, where nothing needs it."""
+        if not self.launches.softplus:
+            return None
+        return torch.cat(self.sums).sum(dtype=torch.float64)
 
 
-def _by_multiple(
-    launches: Launches, statistics: list[Tensor], weights: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Statistics to base 2, and ∂/∂z of them times their weights; [K, size] float32."""
-    logs = [without_empty(statistic) * LOG2_E for statistic in statistics]
-    inner = [weight * multiple for weight, multiple in zip(weights, launches.multiples)]
-    return torch.stack(logs).float(), torch.stack(inner).float()
-
-
-def _pair_gradients(block: Block, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """dX and dT so far, float32: what the positives add, and 0 elsewhere.
-
-    They are no part of dz: the largest entry of a row would be rounded to the inputs' dtype.
-    """
-    x, t = block.left[0], block.right[0]
-    dx, dt = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in (x, t))
-    rows, columns = _pairs(block)
-    own_weight = weight[rows].unsqueeze(1)
-    torch.mul(t[columns], own_weight, out=dx[rows])
-    torch.mul(x[rows], own_weight, out=dt[columns])
-    return dx, dt
+def chunk_of(n_rows: int, n_columns: int, itemsize: int) -> tuple[int, int]:
+    """Rows × columns of dz that exist at once: the whole matrix where it is small enough."""
+    rows = min(n_rows, CHUNK_ROWS)
+    fitting = CHUNK_BYTES // (itemsize * rows)
+    return rows, min(n_columns, max(CHUNK_STEP, fitting // CHUNK_STEP * CHUNK_STEP))
 
 
 def _pairs(block: Block) -> tuple[slice, slice]:
@@ -244,31 +247,23 @@ def _first_column(reduction: Reduction) -> int:
     return len(reduction.rows)
 
 
-def _inner_product(first: Tensor, second: Tensor) -> Tensor:
-    """Σ first·second in float64, without a second copy of either."""
-    total = first.new_zeros((), dtype=torch.float64)
-    for rows in slices(len(first), FORWARD[0]):
-        total += (first[rows] * second[rows]).sum(dtype=torch.float64)
-    return total
+def _largest(upstream: list[Tensor]) -> Tensor:
+    """[] float64: the largest upstream weight; where all are 0, a number to divide by."""
+    largest = torch.linalg.vector_norm(torch.cat(upstream), torch.inf, dtype=torch.float64)
+    return largest.clamp_(min=1e-300)
 
 
-def _normalised(upstream: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The largest upstream weight, and all of them divided by it.
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool = False) -> None:
+    """Add a·b to the float32 total where it lies, not rounded to the inputs' dtype before.
 
-    1/(2B) times a probability would vanish in float16.
+    `is_first`: write it there, whatever lies there.
     """
-    largest = torch.stack([weights.abs().max() for weights in upstream]).max()
-    largest = torch.where(largest > 0, largest, 1)
-    return largest.float(), [(weights / largest).float() for weights in upstream]
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a·b to the float32 total where it lies, not rounded to the inputs' dtype before."""
+    beta = 0 if is_first else 1
     if _widens(a):
         # The same tensor twice: only then does torch add without a copy of it.
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 def _widens(a: Tensor) -> bool:
