@@ -71,8 +71,9 @@ class _Part:
     def of(cls, batch: Batch, name: str, field: Field) -> _Part:
         """Of a field that the batch carries, with its mask, if it has one."""
         values = getattr(batch, name)
+        # The table's letters less those of a picture or a text.
         n_inner = 3 if field.tower == "image" else 1
-        shape = values.shape[:-n_inner]
+        shape = values.shape[: len(field.batch_shape.split()) - n_inner]
         rows = values.flatten(0, len(shape) - 1)
         if not field.valid:
             return cls(rows, shape)
