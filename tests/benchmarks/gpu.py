@@ -1,6 +1,7 @@
 """Everything that only a GPU can show, in one command: is it right, and is it fast.
 
     python tests/benchmarks/gpu.py --json gpu.json                    # about 20 minutes
+    python tests/benchmarks/gpu.py --publish gpu.json                 # where the repository is
     python tests/benchmarks/gpu.py --parts tests loss loader --minutes 9.5 --json first.json
     python tests/benchmarks/gpu.py --parts step --minutes 9.5 --json second.json
 
@@ -32,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tests.benchmarks import report
+from tests.benchmarks.step import compare
 
 PARTS = ("tests", "loss", "loader", "step")
 HERE = Path(__file__).resolve().parent
@@ -55,7 +57,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=25, help="no measurement outlasts them")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument(
+        "--publish",
+        metavar="FILE",
+        help="measure nothing: write what such a JSON file holds to docs/results.md",
+    )
     args = parser.parse_args()
+    if args.publish:
+        publish(json.loads(Path(args.publish).read_text()))
+        return
     refuse_without_a_card(args.rehearse)
 
     deadline = time.monotonic() + 60 * args.minutes
@@ -73,6 +83,8 @@ def main() -> None:
             # After each: what is measured stays, whatever ends this process.
             write(args.json, results)
 
+    # Each measurement of a step knew one method alone.
+    compare(results["tables"].get("step", []))
     results["clocks after"] = clocks()
     results["targets"] = targets(results["tables"])
     write(args.json, results)
@@ -96,17 +108,17 @@ def measurements(rehearse: bool) -> list[Measurement]:
             Measurement("tests", ("tests",), 1),
             loss(["64"], "32", "tiled", "open_clip"),
             loader(1, 2),
-            step("RN50", 4, 1, "vlp", "open_clip"),
+            *steps("RN50", 4, 1, ("vlp", "open_clip")),
         ]
 
     cores = len(os.sched_getaffinity(0))
     return [
-        Measurement("tests", ("tests",), 30),
         loss(["8192", "32768"], "512", "triton", "open_clip"),
-        step("ViT-B-32", 1024, 20, *STEP_METHODS),
-        step("ViT-B-16", 512, 15, *STEP_METHODS),
+        *steps("ViT-B-32", 1024, 20),
+        Measurement("tests", ("tests",), 60),
+        *steps("ViT-B-16", 512, 15),
         loss(["131072", "1048576"], "512", "triton"),
-        step("ViT-L-14", 256, 10, *STEP_METHODS),
+        *steps("ViT-L-14", 256, 10),
         loss(["32768"], "768", "triton", "open_clip"),
         loss(["32768"], "1024", "triton", "open_clip"),
         loss(["32768"], "512", "triton siglip", "open_clip siglip", "tiled", "infcl"),
@@ -114,7 +126,7 @@ def measurements(rehearse: bool) -> list[Measurement]:
     ]
 
 
-STEP_METHODS = ("vlp", "vlp compile", "open_clip", "open_clip compile")
+STEP_METHODS = ("open_clip compile", "vlp compile", "open_clip", "vlp")
 
 
 def loss(batches: list[str], dim: str, *methods: str) -> Measurement:
@@ -122,10 +134,15 @@ def loss(batches: list[str], dim: str, *methods: str) -> Measurement:
     return Measurement("loss", (str(HERE / "loss.py"), *options), 20)
 
 
-def step(architecture: str, batch: int, n_steps: int, *methods: str) -> Measurement:
+def steps(
+    architecture: str, batch: int, n_steps: int, methods: Iterable[str] = STEP_METHODS
+) -> list[Measurement]:
+    """A measurement for each method, so that one that takes too long does not cost the others."""
     options = ["--architecture", architecture, "--batch", str(batch), "--micro", "1"]
-    options += ["--steps", str(n_steps), "--warmup", str(min(n_steps, 5)), "--methods", *methods]
-    return Measurement("step", (str(HERE / "step.py"), *options), 60)
+    options += ["--steps", str(n_steps), "--warmup", str(min(n_steps, 5)), "--methods"]
+    return [
+        Measurement("step", (str(HERE / "step.py"), *options, method), 40) for method in methods
+    ]
 
 
 def loader(workers: int, batches: int) -> Measurement:
@@ -274,6 +291,31 @@ def clocks() -> dict[str, str] | None:
     return dict(zip(CLOCKS.split(","), values)) if done.returncode == 0 else None
 
 
+def publish(results: dict[str, Any]) -> None:
+    """Write docs/results/gpu.json and the section of docs/results.md: a card has no other way."""
+    origin = (
+        f"`{results['command']}` on {results['hardware']}, commit {results['commit']}; clocks "
+        f"{results['clocks after']}."
+    )
+    parts = [table_of(part, rows) for part, rows in results["tables"].items() if rows]
+    parts += [f"Targets:\n\n{report.table(results['targets'])}"]
+    parts += [f"Not run: {line}." for line in results["not run"]]
+    body = "\n\n".join(["### On a GPU", origin, *parts])
+
+    path = report.RESULTS.parent / "results" / "gpu.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    report.RESULTS.write_text(report.replace_section(report.RESULTS.read_text(), "gpu", body))
+
+
+def table_of(part: str, rows: list[Row]) -> str:
+    """The rows of a part; of the tests, those that did not pass."""
+    shown = [row for row in rows if part != "tests" or row["result"] != "passed"]
+    headline = f"{part}: {len(rows)} rows"
+    if part == "tests":
+        headline = f"tests: {len(rows) - len(shown)} of {len(rows)} passed"
+    return "\n\n".join([headline, report.table(shown)] if shown else [headline])
+
+
 def write(file: str | None, results: dict[str, Any]) -> None:
     if file:
         Path(file).write_text(json.dumps(results, indent=1) + "\n")
@@ -283,10 +325,7 @@ def show(results: dict[str, Any]) -> None:
     """Every table, what was not run, and the targets last."""
     print(f"{results['hardware']}, commit {results['commit']}, {results['clocks after']}")
     for part, rows in results["tables"].items():
-        shown = [row for row in rows if part != "tests" or row["result"] != "passed"]
-        print(f"\n## {part}: {len(rows)} rows\n")
-        if shown:
-            print(report.table(shown))
+        print(f"\n{table_of(part, rows)}\n")
 
     for line in results["not run"]:
         print(f"not run: {line}")

@@ -194,21 +194,24 @@ def timed(function: Callable[[], Any], device: Any) -> float:
 
 
 def host_waits(run: Steps) -> int:
-    """How often the host waits for the device in one step: the difference between runs of two
-    steps and of one, so that what only a first or last step does is left out.
+    """How often the host waits for the device in one step: the difference between runs of three
+    steps and of two, so that what only a first or last step does is left out.
     """
+    run(1)
+    return waits_of(run, 3) - waits_of(run, 2)
+
+
+def waits_of(run: Steps, n_steps: int) -> int:
+    """The waits that CUDA's debug mode warns of."""
     import torch
 
-    counts = []
-    for n_steps in (1, 2):
-        torch.cuda.synchronize()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            run(n_steps)
-            torch.cuda.set_sync_debug_mode("default")
-        counts.append(sum("synchroniz" in str(warning.message) for warning in caught))
-    return counts[1] - counts[0]
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        run(n_steps)
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def text_tower(work: SimpleNamespace, device: Any) -> dict[str, Any]:

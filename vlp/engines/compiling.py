@@ -78,5 +78,10 @@ def compile_blocks(model: DualEncoder, recomputed: bool = False) -> None:
     # A graph for the first number of rows and one for all others is fastest. Recomputing might
     # meet the other one of the two, whose tensors torch would not know: then one for all.
     dynamic = True if recomputed else None
+
+    # Of the whole process: torch 2.11 has no such keyword of `compile`.
+    from torch._dynamo import config as dynamo  # takes seconds to import
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
     for block in model.blocks():
-        block.compile(options=OPTIONS, dynamic=dynamic, recompile_limit=MAX_GRAPHS)
+        block.compile(options=OPTIONS, dynamic=dynamic)
