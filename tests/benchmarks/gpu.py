@@ -199,9 +199,11 @@ def outcome(case: ElementTree.Element) -> Row:
     row: Row = {"test": f"{case.get('classname')}::{case.get('name')}", "result": "passed"}
     row["note"] = None
     for kind in ("failure", "error", "skipped"):
-        found = case.find(kind)
-        if found is not None:
-            row |= {"result": kind, "note": (found.get("message") or "")[:200]}
+        reason = case.find(kind)
+        if reason is not None:
+            # A line: it stands in a table.
+            lines = (reason.get("message") or kind).splitlines()
+            row |= {"result": kind, "note": lines[0][:200]}
     return row
 
 
