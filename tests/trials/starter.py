@@ -164,6 +164,11 @@ def _fork(request: dict[str, Any]) -> int:
         os.dup2(source, target)
     os.environ |= request["environment"]
 
+    # A shell has what it starts in the background ignore Ctrl-C, and nohup a closed terminal: the
+    # tests may run so, and a life would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     from vlp.cli import main
 
     code = main(request["start"])

@@ -175,7 +175,9 @@ class Loader:
 
         # Half a second at a time: a signal is answered also while a mount stalls.
         while self._next is None and not asked_to_stop():
-            # Loader processes give control back twice a second; a batch that is made here does not.
+            # Loader processes give control back twice a second; a batch that is made here does not,
+            # and a signal may end the block before there is a part.
+            part = None
             with nullcontext() if self._workers else cut_short():
                 part = self._feed.poll()
             if part is not None:
