@@ -152,10 +152,10 @@ class DualEncoder(nn.Module):
                 f"image has shape {tuple(image.shape)}; expected [b, 3, {height}, {width}]"
             )
 
-        # Normalised in float32, then cast to what the tower computes in; under autocast perhaps
-        # already by its first layer's dtype.
+        # Normalised in float32, then cast to what the tower computes in, unless they are already in
+        # the dtype to which autocast would cast them.
         pixels = image if image.is_floating_point() else self.pixels(image)
-        if not (torch.is_autocast_enabled(pixels.device.type) and pixels.dtype == torch.bfloat16):
+        if pixels is image or pixels.dtype == torch.float32:
             pixels = pixels.to(_dtype(self.visual))
         with moved_once(self._batch_norms):
             return _with_tokens(self.visual(pixels))

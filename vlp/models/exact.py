@@ -27,9 +27,9 @@ class Pixels(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        in_bf16 = torch.is_autocast_enabled(image.device.type)
-        if image.device.type == "cuda" and in_bf16 and _narrows(image.device):
-            return self.narrowed(image, torch.get_autocast_dtype(image.device.type))
+        on_cuda = image.device.type == "cuda"
+        if on_cuda and torch.is_autocast_enabled("cuda") and _narrows(image.device):
+            return self.narrowed(image, torch.get_autocast_dtype("cuda"))
 
         # In place: one float32 copy of the pixels instead of three.
         return image.float().div_(255).sub_(self.mean).div_(self.std)
