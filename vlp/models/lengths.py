@@ -132,7 +132,8 @@ def fit_mask(
     """A forward pre-hook: the causal mask [L, L] that open_clip hands over, as long as the rows."""
     (x,) = args
     length, mask = x.shape[1], kwargs["attn_mask"]
-    if mask is not None and mask.shape[-1] != length:
+    # Not asked whether it is longer: a compiled model would have a graph for each answer.
+    if mask is not None:
         mask = mask[..., :length, :length]
     return args, kwargs | {"attn_mask": mask}
 
