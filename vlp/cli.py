@@ -178,6 +178,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         ("train", "train a configuration", _train),
         ("config", "print the keys of a configuration, with type, default and meaning", _config),
         ("eval", "evaluate a model zero-shot, or compare results", _eval),
+        ("search", "find the pictures that fit a text or a picture", _search),
+        ("embed", "write the embeddings of pictures or texts as .npy or .parquet", _embed),
         ("export", "write a run as a folder that transformers and open_clip load", _export),
         ("push", "upload an export to the Hugging Face Hub", _push),
         ("report", "write a page about a run, or compare two", _report),
@@ -266,6 +268,14 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     _fill(parser, importlib.import_module("vlp.eval.run"))
+
+
+def _search(parser: argparse.ArgumentParser) -> None:
+    _fill(parser, importlib.import_module("vlp.eval.search.ask"))
+
+
+def _embed(parser: argparse.ArgumentParser) -> None:
+    _fill(parser, importlib.import_module("vlp.eval.search.write"))
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
