@@ -38,6 +38,7 @@ def build(model: config.Model) -> DualEncoder:
         model_cfg = without_downloads(model_cfg)
 
     clip = _instantiate(model_cfg)
+    _load_trunk(model, clip)
     if weights is not None:
         weight_files.load_into(clip, weights.path, _kept_positions(model))
     model_cfg = without_downloads(model_cfg)
@@ -47,6 +48,19 @@ def build(model: config.Model) -> DualEncoder:
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
     return encoder
+
+
+def _load_trunk(model: config.Model, clip: open_clip.CustomTextCLIP) -> None:
+    """Weights that the image tower's own options name (`load_weights` of its file)."""
+    image = model.image_tower
+    if model.pretrained is not None and getattr(image.options, "weights", None) is not None:
+        raise ValueError(
+            "model.pretrained and image_tower.weights both bring the image tower's weights; leave "
+            "one of them out"
+        )
+    load_weights = getattr(image.module, "load_weights", None)
+    if load_weights is not None:
+        load_weights(image.options, clip.visual)
 
 
 def from_description(
@@ -116,7 +130,9 @@ def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:
     """Refuse a trunk whose features are the embeddings and are not as many."""
     if open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj != "none":
         return
-    n_features, embed_dim = tower.trunk.num_features, model_cfg["embed_dim"]
+    # Behind the layers that some models have between pool and classifier.
+    n_features = getattr(tower.trunk, "head_hidden_size", tower.trunk.num_features)
+    embed_dim = model_cfg["embed_dim"]
     if n_features != embed_dim:
         raise ValueError(
             f"the image tower gives {n_features} features, unprojected, and embed_dim is "
