@@ -22,10 +22,13 @@ class Options:
     # the trunk's weights from a file (.safetensors, .pth, …), a folder of timm's form, or
     # package:NAME/FILE of an installed package; a classifier in it is left out
     weights: str | None = None
-    # of RGB in [0, 1], as the weights saw them; None: what timm states for them
+    # of RGB in [0, 1], as the weights saw it; None: what timm states for them
     mean: tuple[float, float, float] | None = None
+    # likewise the standard deviation; None: what timm states for them
     std: tuple[float, float, float] | None = None
-    interpolation: Literal["bicubic", "bilinear"] | None = None  # of the resize; None: likewise
+    interpolation: Literal["bicubic", "bilinear"] | None = (
+        None  # of the resize; None: what timm states
+    )
     # how the trunk's features become one vector; "": the model's own way
     pool: Literal["", "avg", "token", "map", "abs_attn", "rot_attn"] = ""
     # into the shared space; none: the trunk's pooled features are the embedding
