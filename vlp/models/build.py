@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from torch import nn
 
@@ -118,6 +119,14 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"open_clip cannot build these towers: {error or type(error).__name__}; found "
             f"{model_cfg}"
         ) from error
+
+    # open_clip leaves out the projection without a word, and fails at the first text.
+    if isinstance(clip.text, HFTextEncoder) and not hasattr(clip.text, "proj"):
+        width = getattr(clip.text.config, "hidden_size", "others")
+        raise ValueError(
+            f"the text tower gives {width} features, unprojected, and embed_dim is "
+            f"{model_cfg['embed_dim']}; make them equal"
+        )
 
     draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
