@@ -302,6 +302,15 @@ def _export(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an earlier export; files that no export wrote stay",
     )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bf16"], default="float32", help="of the weights"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="other than trained: positions interpolated",
+    )
 
     def run(options: argparse.Namespace) -> int:
         from vlp.export.folder import export_run, export_stages
@@ -310,6 +319,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
             "license": options.license,
             "onnx": options.onnx,
             "overwrite": options.overwrite,
+            "dtype": options.dtype,
+            "image_size": options.image_size,
         }
         if len(options.runs) > 1:
             written = export_stages(options.runs, options.to, **settings)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from vlp import checkpoint
+from vlp.export import variants
 from vlp.export.card import render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import ExportError, appearing, write_json
@@ -46,6 +47,8 @@ def export(
     license: str | None = None,
     onnx: bool = False,
     overwrite: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
     home: Path | None = None,
 ) -> list[str]:
     """Write `model` to the folder `to`, and say in one line a form what was written, or why it was
@@ -53,11 +56,15 @@ def export(
 
     results: evaluation records ({"task", "metrics", …}) and training: the resolved configuration,
     both for the card. license: an identifier of the Hub, such as apache-2.0. onnx: also write both
-    towers as ONNX (needs onnx and onnxscript). home: where the folder will lie in the end, if not
+    towers as ONNX (needs onnx and onnxscript). dtype: of the stored weights, float32, float16 or
+    bf16 (ONNX computes in float32, with their values). image_size: pixels, square, other than the
+    model's. home: where the folder will lie in the end, if not
     at `to`. The folder appears complete or not at all; ExportError if it exists and is not empty,
     unless `overwrite`, which keeps every file that no export wrote.
     """
-    to = Path(to)
+    to, stored = Path(to), variants.known(dtype)
+    if image_size is not None:
+        model = variants.resized(model, image_size)
     # Two exports to one place would mix their files.
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         weights = {
@@ -66,6 +73,7 @@ def export(
             else value.cpu()
             for name, value in model.open_clip_state_dict().items()
         }
+        weights = variants.rounded(weights, stored)
         notes = write_open_clip(model, weights, folder, (home or to).resolve())
 
         # The other forms are compared with what was just written, not with the model in memory: a
@@ -78,6 +86,8 @@ def export(
             from vlp.export.onnx_form import write_onnx
 
             notes += write_onnx(reference, folder / "onnx", TOLERANCE)
+        notes += variants.note(model, reference, stored)
+        variants.narrow(folder, stored)
 
         card = render(
             reference,
@@ -100,6 +110,8 @@ def export_run(
     license: str | None = None,
     onnx: bool = False,
     overwrite: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
     home: Path | None = None,
 ) -> list[str]:
     """`export` of a run's newest checkpoint, or of one checkpoint's folder, with the run's results
@@ -118,6 +130,7 @@ def export_run(
         path = checkpoint.resolve(reference.path)
         model, about = checkpoint.load_model(path), _record(path)
 
+    about |= {"dtype": dtype, "image_size": image_size}
     return export(model, to, license=license, onnx=onnx, overwrite=overwrite, home=home, **about)
 
 
@@ -171,6 +184,8 @@ def export_stages(
     license: str | None = None,
     onnx: bool = False,
     overwrite: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
 ) -> list[str]:
     """Several models as one, the concatenation of their embeddings (vlp.models.stages), each
     written as `export` does.
@@ -181,7 +196,8 @@ def export_stages(
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
+            settings = {"license": license, "onnx": onnx, "dtype": dtype, "image_size": image_size}
+            export_run(run, folder / name, home=to / name, **settings)
         write_json(folder / references.STAGES, {"members": names})
         card = render_stages(load_stages(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from torch import nn
 
@@ -38,6 +39,7 @@ def build(model: config.Model) -> DualEncoder:
         model_cfg = without_downloads(model_cfg)
 
     clip = _instantiate(model_cfg)
+    _load_trunk(model, clip)
     if weights is not None:
         weight_files.load_into(clip, weights.path, _kept_positions(model))
     model_cfg = without_downloads(model_cfg)
@@ -47,6 +49,19 @@ def build(model: config.Model) -> DualEncoder:
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
     return encoder
+
+
+def _load_trunk(model: config.Model, clip: open_clip.CustomTextCLIP) -> None:
+    """Weights that the image tower's own options name (`load_weights` of its file)."""
+    image = model.image_tower
+    if model.pretrained is not None and getattr(image.options, "weights", None) is not None:
+        raise ValueError(
+            "model.pretrained and image_tower.weights both bring the image tower's weights; leave "
+            "one of them out"
+        )
+    load_weights = getattr(image.module, "load_weights", None)
+    if load_weights is not None:
+        load_weights(image.options, clip.visual)
 
 
 def from_description(
@@ -105,6 +120,14 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"{model_cfg}"
         ) from error
 
+    # open_clip leaves out the projection without a word, and fails at the first text.
+    if isinstance(clip.text, HFTextEncoder) and not hasattr(clip.text, "proj"):
+        width = getattr(clip.text.config, "hidden_size", "others")
+        raise ValueError(
+            f"the text tower gives {width} features, unprojected, and embed_dim is "
+            f"{model_cfg['embed_dim']}; make them equal"
+        )
+
     draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)
@@ -116,7 +139,9 @@ def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:
     """Refuse a trunk whose features are the embeddings and are not as many."""
     if open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj != "none":
         return
-    n_features, embed_dim = tower.trunk.num_features, model_cfg["embed_dim"]
+    # Behind the layers that some models have between pool and classifier.
+    n_features = getattr(tower.trunk, "head_hidden_size", tower.trunk.num_features)
+    embed_dim = model_cfg["embed_dim"]
     if n_features != embed_dim:
         raise ValueError(
             f"the image tower gives {n_features} features, unprojected, and embed_dim is "

@@ -234,6 +234,9 @@ class DualEncoder(nn.Module):
 
         for module in self._locked:
             module.requires_grad_(False)
+        # open_clip's empty projection: timm's own classifier is it, and learns as any other does.
+        if image and self.open_clip_config["vision_cfg"].get("timm_proj") == "":
+            self.visual.trunk.get_classifier().requires_grad_(True)
         self.train(self.training)  # what is locked goes into evaluation mode
 
     def train(self, mode: bool = True) -> DualEncoder:

@@ -148,7 +148,7 @@ def load_into(clip: nn.Module, path: Path, keep: int | None = None) -> None:
         resize_text_pos_embed(weights, clip)
     # open_clip raises any of these for weights that are far from fitting.
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-        problem = _misfit(clip.state_dict(), weights) or error
+        problem = misfit(clip.state_dict(), weights) or error
         raise ValueError(f"the weights in {path} do not fit this model: {problem}") from error
 
     # The model decides whether there is a bias, the weights what it is.
@@ -171,7 +171,7 @@ def load_into(clip: nn.Module, path: Path, keep: int | None = None) -> None:
     for name in {"logit_scale", "logit_bias"} & weights.keys():
         weights[name] = weights[name].reshape(expected[name].shape)
 
-    problem = _misfit(expected, weights)
+    problem = misfit(expected, weights)
     if problem:
         raise ValueError(f"the weights in {path} do not fit this model: {problem}")
     clip.load_state_dict(weights)
@@ -312,7 +312,7 @@ def _unpacked(stored: Any, path: Path) -> dict[str, Tensor]:
     return dict(stored)
 
 
-def _misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+def misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
     """What two sets of tensors do not share, in a few lines; "" where they agree in names and
     shapes.
     """
