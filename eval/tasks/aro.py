@@ -32,7 +32,6 @@ KNOWN_AS = "image_caption_selection"
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 
 
-
 class Test(NamedTuple):
     """One of the two tests."""
 

@@ -36,9 +36,10 @@ KNOWN_AS = "image_caption_selection"
 
 @dataclass(frozen=True)
 class Options(TableOptions):
-    """Which shards."""
+    """Which shards, or which table."""
 
     data: str  # see vlp.eval.datasets
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"  # which split of the data is scored
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
@@ -63,7 +64,7 @@ class Data(ChoiceSet):
 
 def read(options: Options) -> Data:
     """The choices that the shards offer; a DataError if there is none."""
-    source = open_source(options.data, options.split, options.missing, options=options)
+    source = open_source(options.data, options.split, options.missing, options.images, options)
     offered = [choices_of(record) for record in source.records]
     problems = [
         wrong_captions.read(record.meta, "negatives", record.captions).problem
