@@ -143,8 +143,9 @@ def _hits_by_kind(
 ) -> dict[str, list[tuple[Picture, float]]]:
     """For each kind of negative, where the caption is above it: (picture, 0 or 1) a pair."""
     hits_by_kind = defaultdict(list)
+    tie = metrics.tie_of_groups(scores)
     for choice, of_captions in zip(offered, scores):
-        above = metrics.strictly_above(of_captions[0], of_captions[1:]).tolist()
+        above = metrics.strictly_above(of_captions[0], of_captions[1:], tie).tolist()
         for kind, hit in zip(choice.kinds, above):
             hits_by_kind[f"acc_{kind.replace(' ', '_')}"].append((choice.picture, float(hit)))
     return hits_by_kind
