@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.eval import material
-from vlp.eval import choices, confidence, metrics
+from vlp.eval import choices, confidence, metrics, probes
 
 
 def rows(n: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_effective_rank_counts_equal_directions():
 
 def test_logistic_regression_is_at_its_optimum():
     features, labels = rows(40, 3).double(), torch.arange(40) % 3
-    weight, bias = metrics.logistic_regression(features, labels, 3, decay=0.01)
+    weight, bias = probes.logistic_regression(features, labels, 3, decay=0.01)
     weight.requires_grad_(), bias.requires_grad_()
     loss = (
         torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
