@@ -62,6 +62,7 @@ class Encoder:
     fingerprint: str = ""
     autocast: torch.dtype | None = None  # None: the model's own precision
     decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
+    tower: torch.nn.Module | None = None  # what holds the images' projection; None: not one module
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -172,6 +173,7 @@ def from_model(
         pretrained="",
         prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
+        tower=getattr(model, "visual", None),
         text=text,
         scale=scale,
         device=device,
@@ -247,6 +249,7 @@ def _open_clip(
         pretrained=tag,
         prepare=_cut_first(transform) if settings["resize_mode"] == "shortest" else transform,
         image=model.encode_image,
+        tower=model.visual,
         text=lambda texts: model.encode_text(tokenizer(texts).to(device)),
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
@@ -304,6 +307,7 @@ def _transformers(
         pretrained="",
         prepare=_cut_first(prepare) if cuts else prepare,
         image=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
+        tower=model,
         text=text,
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,

@@ -58,7 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", metavar="FILE", help=suite_help)
 
     # What becomes of it.
-    add("--out", metavar="FILE", help="write results.json (and outcomes by unit beside it)")
+    out_help = "write results.json, or with FOLDER/ one file a result; outcomes by unit beside them"
+    add("--out", metavar="FILE", help=out_help)
     compare_help = "two results, or folders of them: a table with intervals"
     add("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
 
@@ -101,7 +102,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
     data = read_all(tasks)
     if options.out:
-        _check_writable(Path(options.out))
+        _check_writable(options.out)
 
     # Each rank of a machine its own GPU, chosen before they join.
     device = joining.local_device(options.device)
@@ -116,7 +117,8 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     if dist.is_main():
         print(records.table(results))
         if options.out:
-            records.write(Path(options.out), results, items)
+            write = records.write_each if options.out.endswith("/") else records.write
+            write(Path(options.out), results, items)
             print(f"written: {options.out}")
 
     # No rank leaves while the first still writes.
@@ -124,11 +126,21 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: str) -> None:
     """Raise ValueError unless results can be written there; make the folder."""
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'results.json'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(out)
+    if out.endswith("/"):
+        if path.is_file():
+            raise ValueError(f"--out {out} asks for a folder, and {path} is a file")
+        path.mkdir(parents=True, exist_ok=True)
+        return
+
+    if path.is_dir():
+        raise ValueError(
+            f"--out {out} is a folder; name a file, such as {path / 'results.json'}, or write "
+            f"{out}/ for one file a result in it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _tasks(options: argparse.Namespace) -> dict[str, Any]:

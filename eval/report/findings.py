@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlp.eval import metrics
+from vlp.eval import choices
 
 TOP = 5
 
@@ -170,7 +170,7 @@ def examples_to_show(scores: Sequence[Tensor], n: int) -> tuple[list[int], list[
 
     `scores`: of each item's true caption, then of its negatives.
     """
-    hits = [bool(metrics.strictly_above(s[0], s[1:]).all()) for s in scores]
+    hits = [bool(hit) for hit in choices.first_is_best(scores)]
 
     # A failure is clear where a negative lies far above the true caption.
     margins = [float(s[0] - s[1:].max()) for s in scores]

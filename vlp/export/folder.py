@@ -143,6 +143,9 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_SCORES_ADVICE}") from None
+    # As `vlp eval --out` writes them; training writes the list alone.
+    if isinstance(records, dict):
+        records = records.get("results")
     if not isinstance(records, list) or not all(map(_is_record, records)):
         raise ValueError(
             f"{path} is damaged: expected a list of records with task and metrics; {_SCORES_ADVICE}"
