@@ -13,7 +13,7 @@ from vlp import config
 from vlp.models import assemble
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
-from vlp.pretrained import weight_files
+from vlp.pretrained import fitting, weight_files
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config
 
@@ -39,7 +39,7 @@ def build(model: config.Model) -> DualEncoder:
 
     clip = _instantiate(model_cfg)
     if weights is not None:
-        weight_files.load_into(clip, weights.path, _kept_positions(model))
+        fitting.load_into(clip, weights.path, _kept_positions(model))
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
     encoder.cut_captions = model.cut_captions
@@ -55,7 +55,7 @@ def from_description(
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
     `weights`: a file in any layout open_clip reads; None leaves the weights random. `keep`: as of
-    `weight_files.load_into`. Nothing is
+    `fitting.load_into`. Nothing is
     downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
     gets the usual bound on the scale, 100.
     """
@@ -66,7 +66,7 @@ def from_description(
         )
     clip = _instantiate(model_cfg)
     if weights is not None:
-        weight_files.load_into(clip, weights, keep)
+        fitting.load_into(clip, weights, keep)
 
     ours = described.get("vlp", {})
     scale = parse(config.Scale, ours.get("scale", {}))
