@@ -39,6 +39,7 @@ from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
 from vlp.models.stages import Stages
+from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.pretrained.runs import (
@@ -238,18 +239,17 @@ def load_model(ref: str | Path) -> DualEncoder:
 
 
 def load_any(
-    ref: str | Path | Reference, like: DualEncoder | None = None, keep: int | None = None
+    ref: str | Path | Reference, like: DualEncoder | None = None, fit: Fit = UNCHANGED
 ) -> DualEncoder | Stages:
     """The model behind any reference (vlp.pretrained.references), on the CPU; ValueError or
     CheckpointError says what is there.
 
-    `like`: the model whose architecture a file of weights alone has; `keep`: how many of its
-    positions stay where its context is shorter than that model's.
+    `like`: the model whose architecture a file of weights alone has; `fit`: how these enter it.
     """
     reference = resolve_reference(ref)
     if reference.kind == "run":
         return load_model(reference.path)
-    return load_export(reference, like, keep)
+    return load_export(reference, like, fit)
 
 
 def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:

@@ -35,6 +35,7 @@ from vlp.engines import Engine
 from vlp.lifetime import Interrupted, Stopped, StopRequest
 from vlp.measurements import means_over_ranks
 from vlp.models.build import build as build_model
+from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
@@ -131,8 +132,7 @@ def initial_model(config: Config) -> DualEncoder:
     torch.manual_seed(derive(config.seed, "init"))
     model = build_model(config.model)
     if config.init_from is not None:
-        context = config.model.context
-        start_from(model, config.init_from, None if context is None else context.keep)
+        start_from(model, config.init_from, fit_of(config.model))
     return model
 
 

@@ -18,7 +18,7 @@ from vlp.export.pixels import levels_apart
 from vlp.export.place import write_json
 from vlp.files import save_tensors
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import references, weight_files
+from vlp.pretrained import image_size, references, weight_files
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
@@ -68,6 +68,11 @@ def write_open_clip(
                 "open_clip: finds the text tower by this folder's path; vlp reads it wherever the "
                 "folder is moved"
             )
+    if not image_size.is_default(model.visual):
+        notes.append(
+            "open_clip: builds this timm tower for the size that timm states, and cannot load its "
+            "positions of another size; vlp can"
+        )
     if vision.get("timm_model_name") and vision.get("act_kwargs"):
         notes.append(
             "open_clip: has exact GELU in timm's towers, and this one the tanh form: its images "

@@ -13,7 +13,8 @@ from vlp import config
 from vlp.models import assemble
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
-from vlp.pretrained import fitting, weight_files
+from vlp.pretrained import fitting, image_size, weight_files
+from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config
 
@@ -39,7 +40,7 @@ def build(model: config.Model) -> DualEncoder:
 
     clip = _instantiate(model_cfg)
     if weights is not None:
-        fitting.load_into(clip, weights.path, _kept_positions(model))
+        fitting.load_into(clip, weights.path, fit_of(model), weights.image_size)
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
     encoder.cut_captions = model.cut_captions
@@ -50,14 +51,13 @@ def build(model: config.Model) -> DualEncoder:
 
 
 def from_description(
-    described: dict[str, Any], weights: Path | None = None, keep: int | None = None
+    described: dict[str, Any], weights: Path | None = None, fit: Fit = UNCHANGED
 ) -> DualEncoder:
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
-    `weights`: a file in any layout open_clip reads; None leaves the weights random. `keep`: as of
-    `fitting.load_into`. Nothing is
-    downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
-    gets the usual bound on the scale, 100.
+    `weights`: a file in any layout open_clip reads; None leaves the weights random. `fit`: how they
+    enter (vlp.pretrained.fitting). Nothing is downloaded, except the configuration of a Hugging
+    Face text tower. A description without `vlp` gets the usual bound on the scale, 100.
     """
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
     if "multimodal_cfg" in model_cfg:
@@ -66,7 +66,7 @@ def from_description(
         )
     clip = _instantiate(model_cfg)
     if weights is not None:
-        fitting.load_into(clip, weights, keep)
+        fitting.load_into(clip, weights, fit)
 
     ours = described.get("vlp", {})
     scale = parse(config.Scale, ours.get("scale", {}))
@@ -96,6 +96,9 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     if language_model := model_cfg["text_cfg"].get("hf_model_name"):
         language_config(language_model)
 
+    vision = model_cfg["vision_cfg"]
+    image_size.check_square(vision)
+
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     try:
         clip = open_clip.CustomTextCLIP(**keywords)
@@ -105,6 +108,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"{model_cfg}"
         ) from error
 
+    image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)
@@ -133,9 +137,10 @@ def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
             module.approximate = act_kwargs["approximate"]
 
 
-def _kept_positions(model: config.Model) -> int | None:
-    """How many positions of a stretched context stay; None: it is not stretched."""
-    return None if model.context is None else model.context.keep
+def fit_of(model: config.Model) -> Fit:
+    """How weights enter the model that a configuration describes."""
+    keep = None if model.context is None else model.context.keep
+    return Fit(keep, model.new_projection)
 
 
 def _locked(tower: Any) -> bool:

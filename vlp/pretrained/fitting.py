@@ -6,52 +6,61 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.convert import convert_state_dict
-from open_clip.model import (
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-)
+from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
-from vlp.pretrained import context
+from vlp.pretrained import context, image_size, projections
 from vlp.pretrained.weight_files import read, shortened
 
 
-def load_into(clip: nn.Module, path: Path, keep: int | None = None) -> None:
+@dataclass(frozen=True)
+class Fit:
+    """How weights of other shapes enter a model."""
+
+    # positions of the text tower that stay where its context is stretched; None: it is not
+    keep: int | None = None
+    new_projection: bool = False  # both projections stay as the model has them
+
+
+UNCHANGED = Fit()
+
+
+def load_into(clip: nn.Module, path: Path, fit: Fit = UNCHANGED, stated_size: Any = None) -> None:
     """Read weights of any known layout into a CustomTextCLIP; ValueError lists what does not fit.
 
-    Positions are interpolated to the model's sizes, as open_clip does; those of the text tower are
-    stretched behind the first `keep` (`context.stretched`), where that is given. The scale always
-    comes from the weights. A bias comes from them only where the model has one: a model without
-    drops it with a warning, and a model with one keeps its own where the weights have none.
+    Positions are interpolated to the model's sizes (`vlp.pretrained.image_size`,
+    `context.fitted`); `stated_size` is the image size that is said beside the weights. The scale
+    always comes from the weights. A bias comes from them only where the model has one: a model
+    without drops it with a warning, and a model with one keeps its own where the weights have none.
     """
     if path.suffix == ".npz":
-        if keep is not None:
-            raise ValueError(
-                f"{path} is of big_vision's layout, whose context is not stretched; convert it to "
-                "open_clip's first, or leave context out"
-            )
-        _load_big_vision(clip, path)
+        _load_big_vision(clip, path, fit)
         return
 
+    initial = {name: value.clone() for name, value in clip.state_dict().items()}
     weights = read(path)
     if "positional_embedding" in weights:  # OpenAI's layout, whose text tower lies at the top level
         weights = convert_to_custom_text_state_dict(weights)
     try:
         weights = convert_state_dict(clip, weights)
-        resize_pos_embed(weights, clip)
-        if keep is not None and context.POSITIONS in weights:
-            length = len(clip.state_dict()[context.POSITIONS])
-            weights[context.POSITIONS] = context.stretched(weights[context.POSITIONS], length, keep)
-        resize_text_pos_embed(weights, clip)
     # open_clip raises any of these for weights that are far from fitting.
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
         problem = _misfit(clip.state_dict(), weights) or error
         raise ValueError(f"the weights in {path} do not fit this model: {problem}") from error
+
+    # Read at their own size; the tower that has them is then resized.
+    visual: Any = clip.get_submodule("visual")
+    size = image_size.pair(visual.image_size)
+    image_size.resize(visual, image_size.of_weights(visual, weights, stated_size))
+    weights = context.fitted(weights, initial, fit.keep, str(path))
+    if fit.new_projection:
+        weights = projections.replaced(weights, clip, initial)
 
     # The model decides whether there is a bias, the weights what it is.
     bias = weights.pop("logit_bias", None)
@@ -75,8 +84,10 @@ def load_into(clip: nn.Module, path: Path, keep: int | None = None) -> None:
 
     problem = _misfit(expected, weights)
     if problem:
-        raise ValueError(f"the weights in {path} do not fit this model: {problem}")
+        advice = projections.advice(expected, weights)
+        raise ValueError(f"the weights in {path} do not fit this model: {problem}{advice}")
     clip.load_state_dict(weights)
+    image_size.resize(visual, size)
 
 
 def _misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
@@ -107,7 +118,12 @@ def _misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> st
     return f"{n_fitting} of {len(expected)} tensors fit; {'; '.join(parts)}"
 
 
-def _load_big_vision(clip: nn.Module, path: Path) -> None:
+def _load_big_vision(clip: nn.Module, path: Path, fit: Fit) -> None:
+    if fit != UNCHANGED:
+        raise ValueError(
+            f"{path} is of big_vision's layout, which is only read as it is; convert it to "
+            "open_clip's first, or leave context and new_projection out"
+        )
     try:
         open_clip.load_checkpoint(clip, str(path))
     # numpy, zipfile and open_clip each have kinds of their own.
