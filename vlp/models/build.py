@@ -13,6 +13,7 @@ from vlp import config
 from vlp.models import assemble
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
+from vlp.plugin import Plugin
 from vlp.pretrained import fitting, image_size, weight_files
 from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.schema import parse
@@ -46,7 +47,9 @@ def build(model: config.Model) -> DualEncoder:
     encoder.cut_captions = model.cut_captions
 
     text = model.text_tower
-    encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
+    encoder.lock(image=_locked(model.image_tower), text=None if text is None else _locked(text))
+    if model.new_projection:
+        encoder.unlock_projections()
     return encoder
 
 
@@ -143,5 +146,10 @@ def fit_of(model: config.Model) -> Fit:
     return Fit(keep, model.new_projection)
 
 
-def _locked(tower: Any) -> bool:
-    return tower.common is not None and tower.common.locked
+def _locked(tower: Plugin) -> int | None:
+    """How many groups a locked tower leaves open; None: it is not locked."""
+    # A plug-in of a caller's own may come without the keys of all towers.
+    locked = False if tower.common is None else tower.common.locked
+    if isinstance(locked, bool):
+        return 0 if locked else None
+    return locked.unlocked_groups

@@ -38,11 +38,26 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Locked:
+    """A tower that is locked up to its last layers (vlp.models.layer_groups)."""
+
+    unlocked_groups: int  # groups of layers that learn, counted from the output
+
+    def __post_init__(self) -> None:
+        if self.unlocked_groups < 0:
+            raise ValueError(
+                f"unlocked_groups is {self.unlocked_groups}; expected the number of groups that "
+                "learn, or locked: true for none"
+            )
+
+
+@dataclass(frozen=True)
 class Common:
     """Keys that every tower takes."""
 
-    # LiT: the tower keeps its weights, batch statistics included (a timm trunk; not its projection)
-    locked: bool = False
+    # LiT: the tower keeps its weights, batch statistics included (of a timm or Hugging Face tower
+    # the trunk, not its projection); a mapping leaves its last groups of layers open
+    locked: bool | Locked = False
     # of a locked image tower: training reads its embeddings from the sources' `embeddings`
     precomputed: bool = False
     # of a text tower whose weights `pretrained` or `init_from` bring: a longer context; None: as
@@ -50,8 +65,8 @@ class Common:
     context: Context | None = None
 
     def __post_init__(self) -> None:
-        if self.precomputed and not self.locked:
+        if self.precomputed and self.locked is not True:
             raise ValueError(
-                "precomputed embeddings stay as they are, so the tower must be locked: "
+                "precomputed embeddings stay as they are, so the tower must be locked as a whole: "
                 "set locked: true"
             )
