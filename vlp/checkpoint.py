@@ -39,6 +39,7 @@ from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
 from vlp.models.stages import Stages
+from vlp.pretrained import adapters
 from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
@@ -233,8 +234,11 @@ def load_model(ref: str | Path) -> DualEncoder:
     """
     path = resolve(ref)
     verify(path)
-    model = from_description(json.loads((path / "model.json").read_text(encoding="utf-8")))
-    restore(model, load_file(path / "model.safetensors"), path)
+    description = json.loads((path / "model.json").read_text(encoding="utf-8"))
+    model = from_description(description)
+    weights = load_file(path / "model.safetensors")
+    # Adapters are of training alone.
+    restore(model, adapters.merged(weights, description["vlp"].get("lora", {})), path)
     return model.eval()
 
 

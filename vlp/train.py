@@ -130,10 +130,12 @@ def check_names(config: Config) -> None:
 def initial_model(config: Config) -> DualEncoder:
     """The model with the weights that a new run starts from, the same on every rank."""
     torch.manual_seed(derive(config.seed, "init"))
-    model = build_model(config.model)
-    if config.init_from is not None:
-        start_from(model, config.init_from, fit_of(config.model))
-    return model
+    if config.init_from is None:
+        return build_model(config.model)
+
+    # Before towers are locked and adapted: published weights know no adapters.
+    start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
+    return build_model(config.model, start)
 
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:

@@ -47,6 +47,7 @@ def write_open_clip(
     # nothing.
     described = json.loads(json.dumps(model.description()))
     del described["vlp"]["heads"]
+    described["vlp"].pop("lora", None)  # the weights have them merged
     text, vision = described["model_cfg"]["text_cfg"], described["model_cfg"]["vision_cfg"]
 
     if model.text_spec.tokenizer != "clip":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble
+from vlp.models import assemble, lora
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -20,14 +21,17 @@ from vlp.schema import parse
 from vlp.towers.huggingface import language_config
 
 
-def build(model: config.Model) -> DualEncoder:
-    """The model that a configuration describes, on the CPU in float32.
+def build(model: config.Model, start: Callable[[DualEncoder], None] | None = None) -> DualEncoder:
+    """The model that a configuration describes, on the CPU in float32. `start` may give it other
+    weights before its towers are locked and adapted.
 
     Random weights depend only on torch's global seed. `pretrained` weights bring their scale and
     their preprocessing, as far as it is stated beside them. Raises ValueError for unknown names and
     for weights that do not fit.
     """
     model_cfg, preprocess_cfg = assemble.assemble(model)
+    if any(lora_of(tower) for tower in (model.image_tower, model.text_tower)):
+        lora.check_installed()
 
     # Weights are found before the towers are built: they may say how pixels were normalised.
     weights = None
@@ -41,16 +45,25 @@ def build(model: config.Model) -> DualEncoder:
 
     clip = _instantiate(model_cfg)
     if weights is not None:
-        fitting.load_into(clip, weights.path, fit_of(model), weights.image_size)
+        fitting.load_into(clip, weights.path, fit_of(model), weights.described)
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
     encoder.cut_captions = model.cut_captions
+    if start is not None:
+        start(encoder)
 
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=None if text is None else _locked(text))
+    encoder.adapt(image=lora_of(model.image_tower), text=lora_of(text))
     if model.new_projection:
         encoder.unlock_projections()
     return encoder
+
+
+def lora_of(tower: Plugin | None) -> Any:
+    """How a tower is adapted (vlp.towers.Lora); None: it is not."""
+    common = None if tower is None else tower.common
+    return getattr(common, "lora", None)
 
 
 def from_description(

@@ -20,14 +20,14 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.models import assemble, lengths
+from vlp.models import assemble, lengths, lora
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
 from vlp.models.repeated import repeated
-from vlp.pretrained import projections
+from vlp.pretrained import adapters, projections
 from vlp.schema import plain
 from vlp.types import Features
 
@@ -68,6 +68,7 @@ class DualEncoder(nn.Module):
         self.scale_config, self.heads_config = scale, heads
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
+        self.lora_scalings: dict[str, float] = {}  # alpha / r of the towers that have adapters
         self._batch_norms = batch_norms(self.visual)
 
         # How texts pass their tower (vlp.models.lengths). A tower of shards gathers its weights
@@ -246,6 +247,18 @@ class DualEncoder(nn.Module):
             if name in fresh:
                 parameter.requires_grad_(True)
 
+    def adapt(self, *, image: Any = None, text: Any = None) -> None:
+        """Give towers low-rank adapters (vlp.models.lora, vlp.towers.Lora); None: a tower has
+        none.
+        """
+        pixels, ids = self.example(1)
+        for side, options, example in (("visual", image, pixels), ("text", text, ids)):
+            if options is not None:
+                key = {"visual": "image_tower", "text": "text_tower"}[side]
+                self._locked += lora.adapt(self.get_submodule(side), options, example, key)
+                self.lora_scalings[side] = options.alpha / options.r
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
 
@@ -274,20 +287,23 @@ class DualEncoder(nn.Module):
 
         open_clip reads `model_cfg` and `preprocess_cfg`; `vlp` is for `from_description`.
         """
+        ours = {"scale": plain(self.scale_config), "heads": plain(self.heads_config)}
+        if self.lora_scalings:
+            ours["lora"] = self.lora_scalings
         return {
             "model_cfg": self.open_clip_config,
             "preprocess_cfg": assemble.preprocess_cfg(self.image_spec),
-            "vlp": {"scale": plain(self.scale_config), "heads": plain(self.heads_config)},
+            "vlp": ours,
         }
 
     def open_clip_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the
-        forward pass bounds it.
+        """The weights under the names and shapes of open_clip's CustomTextCLIP, adapters merged and
+        the scale as the forward pass bounds it.
         """
         not_in_open_clip = ("scaling.", "heads.")
         named = {
             key: value
-            for key, value in self.state_dict().items()
+            for key, value in adapters.merged(self.state_dict(), self.lora_scalings).items()
             if not key.startswith(not_in_open_clip)
         }
 

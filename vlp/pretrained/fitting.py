@@ -15,7 +15,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
-from vlp.pretrained import context, image_size, projections
+from vlp.pretrained import adapters, context, image_size, projections
 from vlp.pretrained.weight_files import read, shortened
 
 
@@ -31,20 +31,24 @@ class Fit:
 UNCHANGED = Fit()
 
 
-def load_into(clip: nn.Module, path: Path, fit: Fit = UNCHANGED, stated_size: Any = None) -> None:
+def load_into(
+    clip: nn.Module, path: Path, fit: Fit = UNCHANGED, described: Mapping[str, Any] | None = None
+) -> None:
     """Read weights of any known layout into a CustomTextCLIP; ValueError lists what does not fit.
 
     Positions are interpolated to the model's sizes (`vlp.pretrained.image_size`,
-    `context.fitted`); `stated_size` is the image size that is said beside the weights. The scale
-    always comes from the weights. A bias comes from them only where the model has one: a model
-    without drops it with a warning, and a model with one keeps its own where the weights have none.
+    `context.fitted`). `described` is what is said beside the weights: their image size, and the
+    adapters of a run, which are merged. The scale always comes from the weights. A bias comes from
+    them only where the model has one: a model without drops it with a warning, and a model with one
+    keeps its own where the weights have none.
     """
     if path.suffix == ".npz":
         _load_big_vision(clip, path, fit)
         return
 
     initial = {name: value.clone() for name, value in clip.state_dict().items()}
-    weights = read(path)
+    described = described or {}
+    weights = adapters.merged(read(path), described.get("vlp", {}).get("lora", {}))
     if "positional_embedding" in weights:  # OpenAI's layout, whose text tower lies at the top level
         weights = convert_to_custom_text_state_dict(weights)
     try:
@@ -57,6 +61,7 @@ def load_into(clip: nn.Module, path: Path, fit: Fit = UNCHANGED, stated_size: An
     # Read at their own size; the tower that has them is then resized.
     visual: Any = clip.get_submodule("visual")
     size = image_size.pair(visual.image_size)
+    stated_size = described.get("model_cfg", {}).get("vision_cfg", {}).get("image_size")
     image_size.resize(visual, image_size.of_weights(visual, weights, stated_size))
     weights = context.fitted(weights, initial, fit.keep, str(path))
     if fit.new_projection:

@@ -43,12 +43,6 @@ class WeightFile:
     path: Path
     described: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def image_size(self) -> Any:
-        """What the weights' description says of it; None: nothing."""
-        model_cfg = self.described.get("model_cfg", {})
-        return model_cfg.get("vision_cfg", {}).get("image_size")
-
 
 def find(pretrained: str, architecture: str | None, quick_gelu: bool) -> WeightFile:
     """The weights that `model.pretrained` names, for towers with or without `quick_gelu`.
