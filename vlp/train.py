@@ -35,6 +35,7 @@ from vlp.engines import Engine
 from vlp.lifetime import Interrupted, Stopped, StopRequest
 from vlp.measurements import means_over_ranks
 from vlp.models.build import build as build_model
+from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
@@ -129,11 +130,12 @@ def check_names(config: Config) -> None:
 def initial_model(config: Config) -> DualEncoder:
     """The model with the weights that a new run starts from, the same on every rank."""
     torch.manual_seed(derive(config.seed, "init"))
-    model = build_model(config.model)
-    if config.init_from is not None:
-        context = config.model.context
-        start_from(model, config.init_from, None if context is None else context.keep)
-    return model
+    if config.init_from is None:
+        return build_model(config.model)
+
+    # Before towers are locked and adapted: published weights know no adapters.
+    start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
+    return build_model(config.model, start)
 
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:

@@ -115,10 +115,6 @@ BAD = {
         {"image_tower": {"name": "timm", "model": "zzzz"}},
         "timm.list_models() has them",
     ),
-    "a timm size that cannot be reloaded": (
-        {"image_tower": {"name": "timm", "model": "vit_tiny_patch16_224", "image_size": 64}},
-        "made for 224 pixels",
-    ),
     "towers that disagree": (
         {"text_tower": TEXT | {"quick_gelu": True}},
         "quick_gelu is False for image_tower 'vit' and True",

@@ -73,6 +73,9 @@ class Model:
     # weights to start from: open_clip's tag, or any reference (vlp.pretrained.references);
     # None: random
     pretrained: str | None = None
+    # of weights that `pretrained` or `init_from` brings: both projections start at random, so that
+    # embed_dim may be another; all else is as published
+    new_projection: bool = False
     # texts pass the tower cut to their length in steps of 8 tokens, where that changes no embedding
     # (not SigLIP's, which attends to padding); false: all are as long as the context
     cut_captions: bool = True

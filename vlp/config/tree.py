@@ -45,3 +45,8 @@ class Config:
                 f"teacher.queue is {self.teacher.queue}, "
                 f"smaller than train.batch {self.train.batch}; enlarge it"
             )
+        if self.model.new_projection and self.model.pretrained is None and self.init_from is None:
+            raise ValueError(
+                "model.new_projection starts projections beside published weights, and neither "
+                "model.pretrained nor init_from names any; name them, or leave it out"
+            )

@@ -17,7 +17,7 @@ from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form
 from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import references, weight_files
+from vlp.pretrained import image_size, references, weight_files
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
@@ -35,6 +35,7 @@ def write_open_clip(
     # nothing.
     described = json.loads(json.dumps(model.description()))
     del described["vlp"]["heads"]
+    described["vlp"].pop("lora", None)  # the weights have them merged
     text, vision = described["model_cfg"]["text_cfg"], described["model_cfg"]["vision_cfg"]
 
     if model.text_spec.tokenizer != "clip":
@@ -56,6 +57,11 @@ def write_open_clip(
                 "open_clip: finds the text tower by this folder's path; vlp reads it wherever the "
                 "folder is moved"
             )
+    if not image_size.is_default(model.visual):
+        notes.append(
+            "open_clip: builds this timm tower for the size that timm states, and cannot load its "
+            "positions of another size; vlp can"
+        )
     if vision.get("timm_model_name") and vision.get("act_kwargs"):
         notes.append(
             "open_clip: has exact GELU in timm's towers, and this one the tanh form: its images "
