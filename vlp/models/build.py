@@ -10,7 +10,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble
+from vlp.models import assemble, language
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.pretrained import weight_files
@@ -97,6 +97,9 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         language_config(language_model)
 
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    is_ours = language.SECTION in model_cfg["text_cfg"]
+    if is_ours:
+        keywords["text_cfg"] = language.STAND_IN
     try:
         clip = open_clip.CustomTextCLIP(**keywords)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -105,6 +108,8 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"{model_cfg}"
         ) from error
 
+    if is_ours:
+        clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
     draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)

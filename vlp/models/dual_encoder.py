@@ -25,9 +25,13 @@ from vlp.models import assemble, lengths
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
+from vlp.models.language import LanguageTower
 from vlp.models.lengths import Cut
 from vlp.schema import plain
 from vlp.types import Features
+
+# Text towers whose `transformer` is a model of that library.
+_OF_TRANSFORMERS = (HFTextEncoder, LanguageTower)
 
 
 class DualEncoder(nn.Module):
@@ -55,7 +59,8 @@ class DualEncoder(nn.Module):
         self.embed_dim: int = model_cfg["embed_dim"]
 
         # What the data must deliver.
-        context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
+        usual_length = open_clip.CLIPTextCfg.context_length
+        context_length = model_cfg["text_cfg"].get("context_length", usual_length)
         self.image_spec = assemble.image_spec(preprocess_cfg, self.visual.image_size)
         self.text_spec = assemble.text_spec(model_cfg["text_cfg"], context_length)
         self.pixels = Pixels(self.image_spec)
@@ -169,7 +174,7 @@ class DualEncoder(nn.Module):
     def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
         length = self.text_spec.context_length
-        may_be_shorter = self.padding is not None or isinstance(self.text, HFTextEncoder)
+        may_be_shorter = self.padding is not None or isinstance(self.text, _OF_TRANSFORMERS)
         lengths_allowed = range(1 if may_be_shorter else length, length + 1)
         if text.ndim != 2 or text.shape[1] not in lengths_allowed:
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
@@ -212,7 +217,7 @@ class DualEncoder(nn.Module):
         image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
         image.set_grad_checkpointing(enable)
 
-        if isinstance(self.text, HFTextEncoder):
+        if isinstance(self.text, _OF_TRANSFORMERS):
             _checkpoint_transformers(self.text.transformer, enable)
         else:
             self.text.set_grad_checkpointing(enable)
@@ -293,7 +298,7 @@ def _trunk(tower: nn.Module) -> nn.Module:
     """What a lock freezes of a tower."""
     if isinstance(tower, TimmModel):
         return tower.trunk
-    if isinstance(tower, HFTextEncoder):
+    if isinstance(tower, _OF_TRANSFORMERS):
         return tower.transformer
     return tower
 
