@@ -17,11 +17,14 @@ from vlp.privacy import shareable
 from vlp.types import ON_WHITE
 
 # of the Hub, by the transformers class that the folder loads as
+VLP = "vlp"  # of a folder that vlp alone loads
 _TAGS: dict[str | None, list[str]] = {
-    None: [],
-    "CLIPModel": ["transformers", "clip"],
-    "SiglipModel": ["transformers", "siglip"],
+    None: ["open_clip"],
+    VLP: [],
+    "CLIPModel": ["open_clip", "transformers", "clip"],
+    "SiglipModel": ["open_clip", "transformers", "siglip"],
 }
+_LIBRARIES = {None: "open_clip", VLP: "vlp"}  # of the others transformers
 
 
 def render(
@@ -36,7 +39,7 @@ def render(
     license: str | None,
 ) -> str:
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads
-    as, or None.
+    as, or a key of _LIBRARIES.
     """
     onnx = any(note.startswith("ONNX") for note in notes)
     parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step)]
@@ -98,9 +101,9 @@ def _front_matter(
 ) -> str:
     # Keys and values are the Hub's: it sorts and filters models by them.
     metadata: dict[str, Any] = {
-        "library_name": "transformers" if form else "open_clip",
+        "library_name": _LIBRARIES.get(form, "transformers"),
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["contrastive", "open_clip", *_TAGS[form]],
+        "tags": ["contrastive", *_TAGS[form]],
     }
     if license is not None:
         metadata["license"] = license
@@ -159,8 +162,8 @@ def _usage(name: str, form: str | None, onnx: bool) -> str:
     it the repository's.
     """
     # Every block is run by the tests, against a Hub of their own.
-    blocks = [_open_clip_block(name)]
-    if form is not None:
+    blocks = [] if form == VLP else [_open_clip_block(name)]
+    if form not in _LIBRARIES:
         blocks += [_transformers_block(name, form), _sentence_transformers_block(name)]
     blocks.append(_vlp_block(name))
     if onnx:
@@ -251,7 +254,7 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
         f"and every picture was {turned}.",
         "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
     ]
-    if form is not None:
+    if form not in _LIBRARIES:
         lines += [
             "transformers' processors put transparent pixels on white and turn nothing;",
             "its pipelines turn a picture and drop its transparency.",

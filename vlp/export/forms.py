@@ -14,9 +14,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from vlp.export import clip_form, siglip_form
+from vlp.export.card import VLP
 from vlp.export.pixels import levels_apart
 from vlp.export.place import write_json
 from vlp.files import save_tensors
+from vlp.models import language
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import references, weight_files
 from vlp.types import ON_WHITE
@@ -40,8 +42,12 @@ _SENTENCE_SIGLIP = {
 def write_open_clip(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path, home: Path
 ) -> list[str]:
-    """Write the form that every model has; returns notes. `home` is where the folder will lie."""
-    notes = [f"open_clip: {references.CONFIG}, {weight_files.WEIGHTS}"]
+    """Write the form that every model has; returns notes. `home` is where the folder will lie.
+
+    A language model's text tower is in it under keys of ours, so that only vlp reads the whole.
+    """
+    is_ours = language.is_described(model.description()["model_cfg"])
+    notes = [f"{'vlp' if is_ours else 'open_clip'}: {references.CONFIG}, {weight_files.WEIGHTS}"]
 
     # A copy, because what points into this machine is renamed; without the heads, which embed
     # nothing.
@@ -64,10 +70,11 @@ def write_open_clip(
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
         if Path(text["hf_model_name"]).is_dir():
             text["hf_model_name"] = str(home / references.TEXT_TOWER)
-            notes.append(
-                "open_clip: finds the text tower by this folder's path; vlp reads it wherever the "
-                "folder is moved"
-            )
+            if not is_ours:
+                notes.append(
+                    "open_clip: finds the text tower by this folder's path; vlp reads it wherever "
+                    "the folder is moved"
+                )
     if vision.get("timm_model_name") and vision.get("act_kwargs"):
         notes.append(
             "open_clip: has exact GELU in timm's towers, and this one the tanh form: its images "
@@ -82,7 +89,15 @@ def write_open_clip(
 def write_transformers(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path
 ) -> tuple[str | None, list[str]]:
-    """Write the form that fits; returns the class's name, or None, and notes."""
+    """Write the form that fits; returns the class's name, or None, and notes. A model that only
+    vlp loads is of the form VLP.
+    """
+    if language.is_described(model.open_clip_config):
+        return VLP, [
+            "open_clip, transformers, sentence-transformers: no model of theirs has a language "
+            "model as text tower; vlp's load, vlp eval and vlp embed read this folder"
+        ]
+
     refusals = []
     for name, form in (("CLIPModel", clip_form), ("SiglipModel", siglip_form)):
         reasons = form.obstacles(model)

@@ -97,7 +97,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         language_config(language_model)
 
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
-    is_ours = language.SECTION in model_cfg["text_cfg"]
+    is_ours = language.is_described(model_cfg)
     if is_ours:
         keywords["text_cfg"] = language.STAND_IN
     try:

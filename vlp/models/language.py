@@ -32,6 +32,11 @@ STAND_IN = {"context_length": 4, "vocab_size": 4, "width": 4, "heads": 1, "layer
 _SEEN = 1e-5
 
 
+def is_described(model_cfg: dict[str, Any]) -> bool:
+    """Whether a model's text tower is one of these."""
+    return SECTION in model_cfg["text_cfg"]
+
+
 class LanguageTower(nn.Module):
     """The tower that `text_cfg` describes, with random weights beside the language model's.
 
