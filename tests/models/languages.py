@@ -4,12 +4,17 @@ and a tokenizer each, in a folder that transformers reads.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests.models.tiny import WORDS, tokenizer
+from vlp.models.language import LanguageTower, weights_of
+from vlp.text_store import digests
+from vlp.towers import llm
 
 # Windows are shorter than the texts, so that they hide something.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -47,3 +52,14 @@ def language_model(folder: Path, family: str = "llama", seed: int = 0, **keys: A
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return tokenizer(folder)
+
+
+def text_store(folder: Path) -> Path:
+    """A store of one text, as `vlp data embed --text-model` writes it."""
+    model = language_model(folder / "llm")
+    section = llm.text_cfg(llm.Options(str(model), context_length=12))
+    weights = weights_of(LanguageTower(section, 1).transformer)
+    tensors = {"text": torch.ones(1, 32).half(), "digest": torch.from_numpy(digests(["a dog"]))}
+    about = {"text_cfg": json.dumps(section), "weights": weights}
+    save_file(tensors, folder / "00000.safetensors", about)
+    return folder

@@ -14,7 +14,7 @@ from tests.models.tiny import TEXT, VIT, inputs, language_model, settings, sigli
 from vlp import plugin
 from vlp.models import assemble
 
-NAMES = ["huggingface", "llm", "open_clip", "timm", "transformer", "vit"]
+NAMES = ["huggingface", "llm", "open_clip", "stored", "timm", "transformer", "vit"]
 
 
 def _text_section(**section):
@@ -45,6 +45,7 @@ def example(name, folder):
             "image_size": 64,
             "context_length": 16,
         },
+        "stored": lambda: {"embeddings": str(languages.text_store(folder))},
         "timm": lambda: {"model": "test_resnet", "image_size": 64},
         "transformer": lambda: {k: v for k, v in TEXT.items() if k != "name"},
         "vit": lambda: {k: v for k, v in VIT.items() if k != "name"},

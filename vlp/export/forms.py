@@ -55,7 +55,10 @@ def write_open_clip(
     del described["vlp"]["heads"]
     text, vision = described["model_cfg"]["text_cfg"], described["model_cfg"]["vision_cfg"]
 
-    if model.text_spec.tokenizer != "clip":
+    reference = language.reference_of(text)
+    if reference:
+        notes.append(f"vlp: runs the language model {reference}, which is not in this folder")
+    if model.text_spec.tokenizer != "clip" and not reference:
         from transformers import AutoTokenizer
 
         source = model.text_spec.tokenizer
@@ -66,7 +69,7 @@ def write_open_clip(
 
     # transformers, which open_clip asks for the text tower, takes a path or a repository. A path
     # must be whole; `vlp push` writes the repository.
-    if "hf_model_name" in text:
+    if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
         if Path(text["hf_model_name"]).is_dir():
             text["hf_model_name"] = str(home / references.TEXT_TOWER)

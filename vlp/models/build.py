@@ -92,12 +92,13 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    is_ours = language.is_described(model_cfg)
     # A model with code of its own is refused here: open_clip would ask the terminal about it.
-    if language_model := model_cfg["text_cfg"].get("hf_model_name"):
+    language_model = model_cfg["text_cfg"].get("hf_model_name")
+    if language_model and not is_ours:
         language_config(language_model)
 
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
-    is_ours = language.is_described(model_cfg)
     if is_ours:
         keywords["text_cfg"] = language.STAND_IN
     try:

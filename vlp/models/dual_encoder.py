@@ -173,6 +173,8 @@ class DualEncoder(nn.Module):
 
     def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
+        if text.is_floating_point():
+            return self._stored_text(text), None
         length = self.text_spec.context_length
         may_be_shorter = self.padding is not None or isinstance(self.text, _OF_TRANSFORMERS)
         lengths_allowed = range(1 if may_be_shorter else length, length + 1)
@@ -183,11 +185,24 @@ class DualEncoder(nn.Module):
             return lengths.pass_in_parts(self.text, text, cut)
         return _with_tokens(self.text(text))
 
+    def _stored_text(self, rows: Tensor) -> Tensor:
+        """The features of what a language model gave the texts, [rows, width] (vlp.text_store)."""
+        tower = self.text
+        if not isinstance(tower, LanguageTower) or rows.shape[1:] != (tower.width,):
+            raise ValueError(
+                f"stored text embeddings of shape {tuple(rows.shape)} came to a text tower that "
+                "does not read them; expected token ids, or the tower `stored` of their width"
+            )
+        return tower(rows)
+
     def cut(self, ids: np.ndarray, device: torch.device, n_possible: int) -> Cut | None:
         """How texts [rows, L], given on the host, are to pass the tower; None: as they are.
 
         `n_possible`: the rows that there would be if masks left none out.
         """
+        # Rows that stand for texts have no length.
+        if not np.issubdtype(ids.dtype, np.integer):
+            return None
         padding = self.padding if self.cut_captions else None
         if not len(ids) or (padding is None and not self.static_shapes):
             return None

@@ -8,7 +8,8 @@
                 arXiv 2405.17428, section 3.1): queries h, keys and values the latents, then an MLP
 
 What pooling gives may be stored beside the data: rows [n, width] in place of ids go the rest of the
-way. Of such a tower the language model is no part, only its name is (`Referenced`).
+way, scaled to the length √width. Of such a tower the language model is no part: its name and a hash
+of its weights are (`Referenced`).
 
 open_clip knows no such tower, so that this section of `text_cfg`, under `SECTION`, is ours.
 """
@@ -16,6 +17,8 @@ open_clip knows no such tower, so that this section of `text_cfg`, under `SECTIO
 from __future__ import annotations
 
 import inspect
+import json
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp.data.prompted import unmarked
+from vlp.pretrained.fingerprints import fingerprint
 from vlp.towers.huggingface import language_config, reason
 
 SECTION = "vlp_text"
@@ -35,6 +39,18 @@ _SEEN = 1e-5
 def is_described(model_cfg: dict[str, Any]) -> bool:
     """Whether a model's text tower is one of these."""
     return SECTION in model_cfg["text_cfg"]
+
+
+def reference_of(text_cfg: dict[str, Any]) -> str:
+    """The language model that a tower runs and does not hold, in words; empty where there is
+    none.
+    """
+    weights = text_cfg.get(SECTION, {}).get("reference")
+    return f"{text_cfg['hf_model_name']} (weights {weights})" if weights else ""
+
+
+class OtherWeightsError(ValueError):
+    """Under a language model's name lies another one than before."""
 
 
 class LanguageTower(nn.Module):
@@ -50,8 +66,9 @@ class LanguageTower(nn.Module):
         self.pool: str = options["pool"]
         self.vocab_size: int = options["vocab_size"]
 
-        self.transformer = _language_model(text_cfg)
-        _check_attention(self.transformer, options["attention"])
+        self.is_stored = "reference" in options
+        self.transformer = Referenced(text_cfg) if self.is_stored else _language_model(text_cfg)
+        self.width = width
         self.accepts = frozenset(inspect.signature(self.transformer.forward).parameters)
 
         self.latent = None
@@ -68,6 +85,9 @@ class LanguageTower(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         """Ids [n, L] of `vlp.data.prompted`, or what pooling gave of them, [n, width] → [n, D]."""
         pooled = text if text.is_floating_point() else self.pooled(text)
+        # Whether the rows that were stored are unit rows or not makes no difference.
+        if self.is_stored:
+            pooled = F.normalize(pooled.float(), dim=-1) * self.width**0.5
         return self.projection(self.adaptor(pooled.to(self.projection.weight.dtype)))
 
     def pooled(self, ids: Tensor) -> Tensor:
@@ -95,6 +115,56 @@ class LanguageTower(nn.Module):
             keywords["position_ids"] = (is_token.cumsum(dim=1) - 1).clamp(min=0)
         mask = is_token.long()
         return self.transformer(tokens, attention_mask=mask, **keywords).last_hidden_state
+
+
+class Referenced(nn.Module):
+    """A language model by name, loaded when it is first called; no weight of it is the tower's."""
+
+    def __init__(self, text_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.text_cfg = text_cfg | {"hf_model_pretrained": True}
+
+    def forward(
+        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool
+    ) -> Any:
+        """As the language model; ValueError where it is not here, or not the one that it was."""
+        model = _loaded(json.dumps(self.text_cfg), str(tokens.device))
+        keywords: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            keywords["position_ids"] = position_ids
+        with torch.no_grad():
+            return model(tokens, **keywords)
+
+    def gradient_checkpointing_enable(self, options: Any = None) -> None:
+        """Nothing: it keeps no activations."""
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Nothing, as well."""
+
+
+# Copies of a tower, which engines make for each evaluation, share one language model.
+@lru_cache(maxsize=1)
+def _loaded(text_cfg: str, device: str) -> nn.Module:
+    described = json.loads(text_cfg)
+    model = _language_model(described).requires_grad_(False).eval()
+
+    expected = described[SECTION]["reference"]
+    if weights_of(model) != expected:
+        raise OtherWeightsError(
+            f"{described['hf_model_name']} has other weights ({weights_of(model)}) than the "
+            f"language model that this text tower was trained on ({expected}); put that one there"
+        )
+    return model.to(device)
+
+
+def forget() -> None:
+    """Let go of the language model that a reference loaded."""
+    _loaded.cache_clear()
+
+
+def weights_of(model: nn.Module) -> str:
+    """A hash of a language model's weights, as stores of its embeddings and exports name it."""
+    return fingerprint(model.state_dict(), "")[:16]
 
 
 class LatentAttention(nn.Module):
@@ -190,6 +260,7 @@ def _language_model(text_cfg: dict[str, Any]) -> nn.Module:
     # An encoder's; nothing reads it, and DDP would wait for its gradients.
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
+    _check_attention(model, text_cfg[SECTION]["attention"])
     return model
 
 
