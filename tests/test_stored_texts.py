@@ -134,12 +134,9 @@ def test_a_language_model_that_is_not_here_is_said(settings, made, tmp_path, cap
         train(settings(*stored(folder), out="said"))
         said = f"not compared with {llm}, which cannot be run here (no such folder)"
         assert capsys.readouterr().err.count(said) == 1
+        evaluated = f"eval={{retrieval: {{data: {tmp_path}}}}}"
         with pytest.raises(ValueError, match="eval needs the language model"):
-            train(
-                settings(
-                    *stored(folder, f"eval={{retrieval: {{path: {tmp_path}}}}}"), out="refused"
-                )
-            )
+            train(settings(*stored(folder, evaluated), out="refused"))
     finally:
         os.rename(tmp_path / "gone", llm)
 
