@@ -62,7 +62,7 @@ def export(
     if onnx and language.is_described(model.open_clip_config):
         raise ExportError(
             "ONNX has no form for a language model as text tower; leave out --onnx. vlp loads the "
-            "folder, and vlp eval and vlp embed run it"
+            "folder, and vlp eval and the data tools run it"
         )
 
     # Two exports to one place would mix their files.

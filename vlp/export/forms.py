@@ -98,7 +98,7 @@ def write_transformers(
     if language.is_described(model.open_clip_config):
         return VLP, [
             "open_clip, transformers, sentence-transformers: no model of theirs has a language "
-            "model as text tower; vlp's load, vlp eval and vlp embed read this folder"
+            "model as text tower; vlp eval, vlp.models.load and the data tools read this folder"
         ]
 
     refusals = []
