@@ -13,9 +13,8 @@ counted.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlp.pretrained import references, weight_files
+from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.references import Reference
 from vlp.pretrained.runs import CheckpointError
 from vlp.schema import parse
@@ -374,15 +374,3 @@ def _describe(tokenizer: Any) -> str:
     # Cases, accents and punctuation are where tokenizers differ; "" shows what frames a sentence.
     probes = ("A photo of 2 Cats, naïve & café!", "")
     return json.dumps([type(tokenizer).__name__, *(_ids(tokenizer, probe) for probe in probes)])
-
-
-def fingerprint(weights: Mapping[str, Tensor], preprocessing: str) -> str:
-    """Content hash of all weights, by name, and of what happens before them."""
-    total = hashlib.sha256(preprocessing.encode())
-    for key in sorted(weights):
-        value = weights[key].detach().cpu().contiguous()
-
-        # Name, type and shape too: equal bytes may be other weights.
-        total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

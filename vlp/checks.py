@@ -35,6 +35,16 @@ def check_batch(config: Config) -> None:
         )
 
 
+def check_teacher(config: Config) -> None:
+    """Refuse a teacher that would have to read captions where their embeddings are stored."""
+    if config.model.stored_texts is not None and config.teacher.model is not None:
+        raise ValueError(
+            f"teacher.model {config.teacher.model} reads tokens, and text_tower: stored reads "
+            "stored embeddings in their place; store the teacher's with `vlp data embed` too, and "
+            "name them in the source's `embeddings`"
+        )
+
+
 def check_extent(step: int, plan: Plan, source: Path) -> None:
     """Refuse a checkpoint from beyond the run's end, which would be evaluated under the number of
     another step.

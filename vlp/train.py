@@ -27,7 +27,7 @@ from vlp import (
     stored_embeddings,
     teacher,
 )
-from vlp.checks import check_batch, check_extent, check_objective
+from vlp.checks import check_batch, check_extent, check_objective, check_teacher
 from vlp.config import Config, Plan
 from vlp.data import labels, server
 from vlp.data.loader import Loader
@@ -53,6 +53,7 @@ from vlp.resume import (
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import NonFiniteError, Training, settle, train_step
+from vlp.text_store import TextStore
 from vlp.types import Batch
 
 # (plain model, tasks that are due, the towers' arithmetic) -> results
@@ -73,6 +74,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     # The ranks have to be joined before anything is decided for all of them.
     engine = engines.start(config.train)
     check_batch(config)
+    check_teacher(config)
     with alone_in(Path(config.out)):
         return _train(config, engine, evaluate)
 
@@ -102,6 +104,9 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     # holds after that, when the parts exist that take it over.
     contents = load_weights(model, source, plan)
     stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
+    stored_embeddings.check_texts(
+        loader.sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
+    )
     say_start(config, model, loader, objective, plan, source)
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
@@ -144,6 +149,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
     read_labels = [getattr(term.options, "positives", None) for term in config.objective]
     data = replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
 
+    stored_texts = config.model.stored_texts
     loader = Loader(
         data,
         model.image_spec,
@@ -155,6 +161,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
         world=dist.world_size(),
         pixels=not config.model.precomputed,
         reads=losses.reads(config.objective) | selector.needs,
+        store=None if stored_texts is None else TextStore(stored_texts),
     )
     selector.check(loader.carries)
     return loader

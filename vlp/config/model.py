@@ -89,6 +89,19 @@ class Model:
                 "text_tower is another; write text_tower.context"
             )
 
+        text = self.text_tower
+        if text is not None and getattr(text.common, "precomputed", False):
+            raise ValueError(
+                "precomputed is of image towers; stored text embeddings are a tower of their own: "
+                "text_tower: {name: stored, embeddings: DIR}"
+            )
+
+    @property
+    def stored_texts(self) -> str | None:
+        """The folders with text embeddings that training reads in place of captions' tokens."""
+        text = self.text_tower
+        return text.options.embeddings if text is not None and text.name == "stored" else None
+
     @property
     def context(self) -> Any:
         """How the text tower's context is stretched (vlp.towers.Context); None: it is not."""

@@ -35,6 +35,7 @@ from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps, joined
 from vlp.lifetime import cut_short
 from vlp.schema import plain
+from vlp.text_store import TextStore
 from vlp.types import Batch, ImageSpec, TextSpec
 
 __all__ = ["DataError", "Loader"]
@@ -78,6 +79,8 @@ class Loader:
         pixels: bool = True,
         # by terms and selection: labels and texts that none of them reads are not made
         reads: frozenset[str] | None = None,
+        # embeddings that take the place of the texts' tokens
+        store: TextStore | None = None,
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(
@@ -98,6 +101,7 @@ class Loader:
             raise ValueError(_too_few(self._mixture, batch, data.together))
 
         # What a batch carries.
+        self.store = store
         self.widths = optional_fields(self.sources, data, reads)
         self.carries = frozenset(self.widths)
         # Of teacher_image and teacher_text; None where they are not carried.
@@ -105,7 +109,14 @@ class Loader:
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         fields = self.widths if reads is None else read_fields(self.widths, reads)
-        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields, pixels)
+        if store is not None and "text_views" in fields:
+            raise ValueError(
+                "data.views changes the words of captions, whose embeddings are stored; take "
+                "data.views away, or a text tower that reads tokens"
+            )
+        self._steps = Steps(
+            self._mixture, data, image, text, batch, rank, world, fields, pixels, store
+        )
         self._rows = batch // world
         self._workers = self._start_workers(data, min(world, dist.local_world_size()))
         self._identity = _identity(self._mixture, data, batch, seed)

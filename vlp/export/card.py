@@ -18,8 +18,10 @@ from vlp.privacy import shareable
 from vlp.types import ON_WHITE
 
 # of the Hub, by the transformers class that the folder loads as
+VLP = "vlp"  # of a folder that vlp alone loads
 _TAGS: dict[str | None, list[str]] = {
     None: [],
+    VLP: [],
     "CLIPModel": ["transformers", "clip"],
     "SiglipModel": ["transformers", "siglip"],
     "VisionTextDualEncoderModel": ["transformers", "vision-text-dual-encoder"],
@@ -38,7 +40,7 @@ def render(
     license: str | None,
 ) -> str:
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads
-    as, or None.
+    as, VLP, or None.
     """
     libraries = {note.partition(":")[0] for note in notes}
     parts = [
@@ -107,13 +109,16 @@ def _front_matter(
     sentence_transformers: bool,
 ) -> str:
     # Keys and values are the Hub's: it sorts and filters models by them.
-    tags = ["contrastive", "open_clip", *_TAGS[form]]
+    readers = [] if form == VLP else ["open_clip"]
+    tags = ["contrastive", *readers, *_TAGS[form]]
     if sentence_transformers:
         tags.append("sentence-transformers")
     # The Hub shows how this library loads the repository itself, not a subfolder of it.
-    at_root = form in ("CLIPModel", "SiglipModel")
+    library = VLP if form == VLP else "open_clip"
+    if form in ("CLIPModel", "SiglipModel"):
+        library = "transformers"
     metadata: dict[str, Any] = {
-        "library_name": "transformers" if at_root else "open_clip",
+        "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": tags,
     }
@@ -174,8 +179,8 @@ def _usage(name: str, form: str | None, libraries: set[str]) -> str:
     it the repository's.
     """
     # Every block is run by the tests, against a Hub of their own.
-    blocks = [_open_clip_block(name)]
-    if form is not None:
+    blocks = [] if form == VLP else [_open_clip_block(name)]
+    if form not in (None, VLP):
         blocks.append(_transformers_block(name, form))
     if "sentence-transformers" in libraries:
         blocks.append(_sentence_transformers_block(name))
@@ -274,7 +279,7 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
         f"and every picture was {turned}.",
         "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
     ]
-    if form is not None:
+    if form not in (None, VLP):
         lines += [
             "transformers' processors put transparent pixels on white and turn nothing;",
             "its pipelines turn a picture and drop its transparency.",

@@ -29,6 +29,7 @@ from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import ExportError, appearing, write_json
 from vlp.files import naming
 from vlp.locks import held
+from vlp.models import language
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load_stages
@@ -63,8 +64,14 @@ def export(
     unless `overwrite`, which keeps every file that no export wrote.
     """
     to, stored = Path(to), variants.known(dtype)
+    if onnx and language.is_described(model.open_clip_config):
+        raise ExportError(
+            "ONNX has no form for a language model as text tower; leave out --onnx. vlp loads the "
+            "folder, and vlp eval and the data tools run it"
+        )
     if image_size is not None:
         model = variants.resized(model, image_size)
+
     # Two exports to one place would mix their files.
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         weights = {

@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, lora
+from vlp.models import assemble, language, lora
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -73,6 +73,8 @@ def _load_trunk(model: config.Model, clip: open_clip.CustomTextCLIP) -> None:
     load_weights = getattr(image.module, "load_weights", None)
     if load_weights is not None:
         load_weights(image.options, clip.visual)
+
+
 def lora_of(tower: Plugin | None) -> Any:
     """How a tower is adapted (vlp.towers.Lora); None: it is not."""
     common = None if tower is None else tower.common
@@ -121,14 +123,18 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    is_ours = language.is_described(model_cfg)
     # A model with code of its own is refused here: open_clip would ask the terminal about it.
-    if language_model := model_cfg["text_cfg"].get("hf_model_name"):
+    language_model = model_cfg["text_cfg"].get("hf_model_name")
+    if language_model and not is_ours:
         language_config(language_model)
 
     vision = model_cfg["vision_cfg"]
     image_size.check_square(vision)
 
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    if is_ours:
+        keywords["text_cfg"] = language.STAND_IN
     try:
         clip = open_clip.CustomTextCLIP(**keywords)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -144,6 +150,8 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"the text tower gives {width} features, unprojected, and embed_dim is "
             f"{model_cfg['embed_dim']}; make them equal"
         )
+    if is_ours:
+        clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
 
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
