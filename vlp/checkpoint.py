@@ -46,6 +46,7 @@ from vlp.pretrained.runs import (
     CheckpointError,
     all_of,
     looks_complete,
+    moving_average,
     newest,
     not_finite,
     resolve,
@@ -226,14 +227,15 @@ def load(path: Path, verified: bool = False) -> Contents:
     )
 
 
-def load_model(ref: str | Path) -> DualEncoder:
-    """The trained model of a run's or checkpoint's folder, on CPU, in evaluation mode. No optimiser
-    state is read.
+def load_model(ref: str | Path, averaged: bool = False) -> DualEncoder:
+    """The trained model of a run's or checkpoint's folder, on CPU, in evaluation mode; `averaged`:
+    with the moving average of its weights. No optimiser state is read.
     """
     path = resolve(ref)
     verify(path)
+    weights = moving_average(path) if averaged else load_file(path / "model.safetensors")
     model = from_description(json.loads((path / "model.json").read_text(encoding="utf-8")))
-    restore(model, load_file(path / "model.safetensors"), path)
+    restore(model, weights, path)
     return model.eval()
 
 
@@ -248,7 +250,7 @@ def load_any(
     """
     reference = resolve_reference(ref)
     if reference.kind == "run":
-        return load_model(reference.path)
+        return load_model(reference.path, reference.averaged)
     return load_export(reference, like, keep)
 
 

@@ -39,6 +39,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
+from vlp.pretrained.runs import AVERAGED
 from vlp.reporter import Reporter
 from vlp.resume import (
     alone_in,
@@ -357,12 +358,22 @@ def explained(config: Config) -> Iterator[None]:
 def evaluate_now(
     evaluate: Evaluate, training: Training, tasks: list[Plugin]
 ) -> list[dict[str, Any]]:
-    """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
-    # Sharded engines gather the weights for it.
-    model = training.engine.evaluation_model().eval()
+    """Hand a plain model in evaluation mode to `evaluate`, without gradients; after it the moving
+    average, where that is to be evaluated, whose labels begin with `AVERAGED`.
+    """
     try:
         with torch.no_grad():
-            return evaluate(model, tasks, training.dtype)
+            # Sharded engines gather the weights for it.
+            model = training.engine.evaluation_model().eval()
+            records = evaluate(model, tasks, training.dtype)
+            del model  # of two whole models one at a time
+
+            teacher = training.teacher
+            average = None if teacher is None else teacher.evaluation_model()
+            if average is not None:
+                for record in evaluate(average.eval(), tasks, training.dtype):
+                    records.append(record | {"label": AVERAGED + record["label"]})
+            return records
     finally:
         training.engine.model.train()
 

@@ -34,12 +34,14 @@ def render(
     training: Mapping[str, Any] | None,
     step: int | None,
     license: str | None,
+    origin: str | None = None,
 ) -> str:
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads
-    as, or None.
+    as, or None; `origin` a sentence on weights that are an average.
     """
     onnx = any(note.startswith("ONNX") for note in notes)
     parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step)]
+    parts += [] if origin is None else [origin]
     parts += ["## Use", _usage(name, form, onnx)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
