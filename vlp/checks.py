@@ -23,16 +23,21 @@ _FROM_PIXELS = {
 
 
 def check_batch(config: Config) -> None:
-    """Refuse a batch that ranks and micro-batches do not divide."""
-    rows, world, parts = config.train.batch, dist.world_size(), config.train.micro_batches
-    n_parts = world * parts
+    """Refuse a batch, of the run or of a stage, that ranks and micro-batches do not divide."""
+    train, world = config.train, dist.world_size()
+    sizes = {"train": (train.batch, train.micro_batches)}
+    for i, stage in enumerate(config.stages):
+        rows, parts = stage.batch or train.batch, stage.micro_batches or train.micro_batches
+        sizes[f"stages.{i}"] = rows, parts
 
-    if rows % n_parts:
-        near = max(n_parts, rows // n_parts * n_parts)
-        raise ValueError(
-            f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; "
-            f"use train.batch={near}"
-        )
+    for place, (rows, parts) in sizes.items():
+        n_parts = world * parts
+        if rows % n_parts:
+            near = max(n_parts, rows // n_parts * n_parts)
+            raise ValueError(
+                f"{place}.batch is {rows}, which {world} ranks x {parts} micro-batches do not "
+                f"divide; use {place}.batch={near}"
+            )
 
 
 def check_extent(step: int, plan: Plan, source: Path) -> None:
