@@ -243,7 +243,7 @@ def save(config: Config, training: Training, loader: Loader) -> None:
         "step": training.step,
         "skipped": training.skipped,
         # What is made ahead, or was not trained on in the end, is made again.
-        "loader": loader.state_dict() | {"step": training.step},
+        "loader": loader.state_dict(training.step),
         "versions": {name: version(name) for name in DECIDING},
     }
 

@@ -24,6 +24,7 @@ from vlp import (
     micro_batches,
     optim,
     selection,
+    stages,
     stored_embeddings,
     teacher,
 )
@@ -40,6 +41,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
+from vlp.pretrained.runs import AVERAGED
 from vlp.reporter import Reporter
 from vlp.resume import (
     alone_in,
@@ -52,6 +54,7 @@ from vlp.resume import (
 )
 from vlp.seeds import derive
 from vlp.selection import Selection
+from vlp.stages import Segment
 from vlp.step import NonFiniteError, Training, settle, train_step
 from vlp.text_store import TextStore
 from vlp.types import Batch
@@ -87,16 +90,57 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     config = with_precision(config, source, engine.device)
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
-    model = initial_model(config)
+    model: DualEncoder | None = initial_model(config)
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 
     # Ranks index at different speeds, and would meet first where a limit of time holds.
     dist.await_all("the last rank to index the data")
 
-    # The data before the objective: how many steps the run has depends on how many samples.
-    plan = Plan.of(config.train, loader.steps_per_epoch)
-    rate = schedule(config, plan)
+    # How many steps the run has depends on how many samples, and what a stage is, on the model.
+    segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
+    stages.check(segments, engine, model)
+    rate = schedule(config, segments[0].plan)
+    if config.stages and evaluate is not None:
+        evaluate = in_final_form(evaluate, model.description())
+
+    report: Reporter | None = None
+    try:
+        for segment in stages.left_of(segments, source):
+            if segment.stage is not None or model is None:
+                model = initial_model(segment.config)
+                selector = selection.build(segment.config, model, engine)
+            training = begin(segment, engine, model, loader, rate, source)
+
+            # It writes config.yaml, which makes the folder a run: not before all was checked.
+            report = report or Reporter(config, segment.plan, training.step)
+            report.plan = segment.plan
+            loop(config, training, loader, selector, segment.plan, evaluate, report)
+
+            # The next one starts from what this one saved, as if the run had been stopped.
+            source, model = stages.joint(config, segment.plan.end), None
+            del training  # its teacher's and objective's memory is the next one's
+    finally:
+        loader.close()
+        if report is not None:
+            report.close()
+    return Path(config.out)
+
+
+def begin(
+    segment: Segment,
+    engine: Engine,
+    model: DualEncoder,
+    loader: Loader,
+    rate: Callable[[int], float],
+    source: Path | None,
+) -> Training:
+    """What the steps of a segment work on, from `source` on or with new weights. Collective."""
+    config, plan = segment.config, segment.plan
+    if segment.n_segments > 1:
+        loader.enter(segment.batches, model.image_spec, segment.text_spec(model))
+        segment.say(model)
+
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
 
@@ -108,20 +152,12 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
         loader.sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
     )
     say_start(config, model, loader, objective, plan, source)
+    rate = segment.rate(rate, partial(own_schedule, config))
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
         set_branch_aside(Path(config.out), training.step)
-        del contents  # it holds the moments a second time
-
-    # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
-    report = Reporter(config, plan, training.step)
-    try:
-        loop(config, training, loader, selector, plan, evaluate, report)
-    finally:
-        loader.close()
-        report.close()
-    return Path(config.out)
+    return training
 
 
 def check_names(config: Config) -> None:
@@ -169,8 +205,12 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
 
 def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
     """The learning rate as a function of the step."""
-    warmup = optim.warmup_steps(config.train.optimizer, plan)
-    return partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total)
+    return own_schedule(config, optim.warmup_steps(config.train.optimizer, plan), plan.total)
+
+
+def own_schedule(config: Config, warmup: int, total: int) -> Callable[[int], float]:
+    """The learning rate of `total` steps, `warmup` of which are its warm-up."""
+    return partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=total)
 
 
 def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Objective:
@@ -190,6 +230,9 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
         return None
     contents = checkpoint.load(source, verified=True)  # `open_run` has compared the hashes
     check_extent(contents.state["step"], plan, source)
+    # At a joint it is of the stage before, whose pictures may have had another size.
+    if contents.state["step"] == plan.first:
+        contents = stages.in_form_of(model, contents)
     checkpoint.restore(model, contents.model, source)
     return contents
 
@@ -239,10 +282,11 @@ def say_start(
 ) -> None:
     """Two lines on what is about to be trained, by which a wrong setting shows at once."""
     n_parameters = sum(p.numel() for p in model.parameters())
-    n_epochs = plan.total / plan.steps_per_epoch
+    n_steps = plan.end - plan.first
+    n_epochs = n_steps / plan.steps_per_epoch
     log.say(
         f"{config.out}: {loader.n_samples:,} samples, {n_parameters / 1e6:.1f} M parameters, "
-        f"{plan.total:,} steps of {plan.batch} ({n_epochs:.1f} epochs), "
+        f"{n_steps:,} steps of {plan.batch} ({n_epochs:.1f} epochs), "
         f"{dist.world_size()} process(es), {config.train.precision}"
     )
 
@@ -264,8 +308,8 @@ def loop(
     evaluate: Evaluate | None,
     report: Reporter,
 ) -> None:
-    """Train from the current step to the plan's end, or to a signal that asks to stop: then
-    Stopped, once all is saved.
+    """Train from the current step to the plan's end, where a stage is saved and a run is evaluated,
+    or to a signal that asks to stop: then Stopped, once all is saved.
     """
     saved_step = training.step
     loaded: Batch | None = None
@@ -278,7 +322,7 @@ def loop(
             saved_step = training.step
 
     with StopRequest() as stop, explained(config):
-        while training.step < plan.total:
+        while training.step < plan.end:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
 
@@ -300,7 +344,7 @@ def loop(
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
             due = [task for task in config.eval if plan.due(task.common.every, step)]
-            if logged or saves or due or step == plan.total:
+            if logged or saves or due or step == plan.end:
                 settle(training)
 
             if logged and training.step == step:
@@ -320,8 +364,12 @@ def loop(
                 with report.paused(), stop.console(), suppress(Interrupted):
                     report.evaluation(step, evaluate_now(evaluate, training, due))
 
-        # Its processes and their memory are of no use to the last evaluation.
+        # Its processes and their memory are of no use to the last evaluation, and their pictures
+        # none to the next stage.
         loader.close()
+        if plan.end < plan.total:
+            save_unless_saved()
+            return
         if evaluate is not None and config.eval:  # also of a run resumed at its end
             try:
                 with stop.console():
@@ -363,15 +411,36 @@ def explained(config: Config) -> Iterator[None]:
         raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
 
 
+def in_final_form(evaluate: Evaluate, description: dict[str, Any]) -> Evaluate:
+    """`evaluate` that sees the model of every stage in the form of the run's end."""
+
+    def evaluate_as_final(
+        model: DualEncoder, tasks: list[Plugin], dtype: torch.dtype
+    ) -> list[dict[str, Any]]:
+        return evaluate(stages.in_final_form(model, description), tasks, dtype)
+
+    return evaluate_as_final
+
+
 def evaluate_now(
     evaluate: Evaluate, training: Training, tasks: list[Plugin]
 ) -> list[dict[str, Any]]:
-    """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
-    # Sharded engines gather the weights for it.
-    model = training.engine.evaluation_model().eval()
+    """Hand a plain model in evaluation mode to `evaluate`, without gradients; after it the moving
+    average, where that is to be evaluated, whose labels begin with `AVERAGED`.
+    """
     try:
         with torch.no_grad():
-            return evaluate(model, tasks, training.dtype)
+            # Sharded engines gather the weights for it.
+            model = training.engine.evaluation_model().eval()
+            records = evaluate(model, tasks, training.dtype)
+            del model  # of two whole models one at a time
+
+            teacher = training.teacher
+            average = None if teacher is None else teacher.evaluation_model()
+            if average is not None:
+                for record in evaluate(average.eval(), tasks, training.dtype):
+                    records.append(record | {"label": AVERAGED + record["label"]})
+            return records
     finally:
         training.engine.model.train()
 

@@ -202,7 +202,7 @@ def table(records: list[dict[str, Any]]) -> str:
         if of_task["counts"].get("unreadable"):
             n_gray = of_task["counts"]["unreadable"]
             gray.append(f"{warning}, {n_gray:,} images count as plain gray")
-    return "\n".join([_aligned(rows), *counts, *skipped, *gray])
+    return "\n".join([aligned(rows), *counts, *skipped, *gray])
 
 
 def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -217,7 +217,8 @@ def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Cells in columns of equal width."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     lines = []
     for row in rows:
@@ -262,7 +263,7 @@ def compare(first: str, second: str) -> str:
     lines = [
         f"A = {first} ({records_a[0]['model']})",
         f"B = {second} ({records_b[0]['model']})",
-        _aligned(rows),
+        aligned(rows),
     ]
     return "\n".join(lines + [f"not comparable: {line}" for line in refused])
 

@@ -9,6 +9,7 @@ from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment,
 from vlp.config.durations import Duration, Plan
 from vlp.config.model import Captioner, Heads, Model, Scale, ViewHead
 from vlp.config.reading import dump, find, load, parse, read_yaml, recorded, shipped, shown
+from vlp.config.stages import Stage
 from vlp.config.training import Checkpoint, Log, Optimizer, Pairwise, Teacher, Train
 from vlp.config.tree import Config
 from vlp.schema import ConfigError
@@ -29,6 +30,7 @@ __all__ = [
     "Pairwise",
     "Plan",
     "Scale",
+    "Stage",
     "StrongAugment",
     "Teacher",
     "TextAugment",

@@ -38,9 +38,10 @@ def render(
     training: Mapping[str, Any] | None,
     step: int | None,
     license: str | None,
+    origin: str | None = None,
 ) -> str:
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads
-    as, VLP, or None.
+    as, VLP, or None; `origin` a sentence on weights that are an average.
     """
     libraries = {note.partition(":")[0] for note in notes}
     parts = [
@@ -48,6 +49,7 @@ def render(
         f"# {name}",
         _summary(model, step),
     ]
+    parts += [] if origin is None else [origin]
     parts += ["## Use", _usage(name, form, libraries)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
