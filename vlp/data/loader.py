@@ -34,7 +34,6 @@ from vlp.data.processes import (
 from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps, joined
 from vlp.lifetime import cut_short
-from vlp.schema import plain
 from vlp.text_store import TextStore
 from vlp.types import Batch, ImageSpec, TextSpec
 
