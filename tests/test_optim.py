@@ -20,9 +20,8 @@ def test_a_warmup_within_the_run(warmup, steps):
     options = Optimizer(warmup=Duration.from_config(warmup))
     assert optim.warmup_steps(options, PLAN) == steps
     if steps:
-        reached = max(
-            optim.learning_rate(options, step, steps, PLAN.total) for step in range(PLAN.total)
-        )
+        rate = optim.Schedule(options, PLAN)
+        reached = max(rate(step) for step in range(PLAN.total))
         assert reached == options.lr
 
 
@@ -77,7 +76,7 @@ def test_schedules_longer_than_the_run_are_refused(objective, message):
 
 def test_decay_covers_matrices_only():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    decayed, plain = optim.groups(model, 0.1)
+    decayed, plain = optim.groups(model, Optimizer(weight_decay=0.1))
 
     assert decayed["params"] == [model[0].weight] and len(plain["params"]) == 3
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)

@@ -46,6 +46,7 @@ def make_training(
     heads=None,
     length=LENGTH,
     device="cpu",
+    optimizer=None,
 ):
     vit = {
         "name": "vit",
@@ -71,7 +72,7 @@ def make_training(
         micro_batches=micro_batches,
         engine=engine,
         device=device,
-        optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
+        optimizer=optimizer or config.Optimizer(lr=1e-3, clip_norm=clip_norm),
         activation_checkpointing=checkpointing,
         **{"precision": "float32"} | (train or {}),
     )

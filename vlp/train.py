@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,6 +84,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
     model = initial_model(config)
+    optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 
@@ -93,7 +93,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
 
     # The data before the objective: how many steps the run has depends on how many samples.
     plan = Plan.of(config.train, loader.steps_per_epoch)
-    rate = schedule(config, plan)
+    rate = optim.Schedule(config.train.optimizer, plan)
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
 
@@ -119,8 +119,11 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
 
 
 def check_names(config: Config) -> None:
-    """Refuse trackers that are not installed and references to models that lead nowhere."""
+    """Refuse trackers that are not installed, optimisers that do not exist, and references to
+    models that lead nowhere.
+    """
     log.check_trackers(config.log.trackers)
+    optim.check(config.train.optimizer)
     for reference in (config.init_from, config.teacher.model):
         if reference:
             resolve_reference(reference)
@@ -156,12 +159,6 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
     )
     selector.check(loader.carries)
     return loader
-
-
-def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
-    """The learning rate as a function of the step."""
-    warmup = optim.warmup_steps(config.train.optimizer, plan)
-    return partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total)
 
 
 def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Objective:
