@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +38,12 @@ class Group:
                 f"lr {self.lr} and weight_decay {self.weight_decay} are factors; expected lr > 0 "
                 "and weight_decay >= 0 (a tower that is not to learn is locked instead)"
             )
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"pattern {self.pattern!r} is no regular expression: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,12 @@ class Optimizer:
     clip_norm: float | None = 1.0  # largest norm of the global gradient; None: no clipping
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
-            raise ValueError("lr and eps must be positive, weight_decay >= 0, final_lr in [0, 1]")
-        if self.eps is not None and self.eps <= 0:
+        positive = self.lr > 0 and (self.eps is None or self.eps > 0)
+        if not positive or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
             raise ValueError("lr and eps must be positive, weight_decay >= 0, final_lr in [0, 1]")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; expected a positive number or null")
-        if isinstance(self.layer_decay, float):
+        if isinstance(self.layer_decay, (int, float)):
             check_layer_decay(self.layer_decay)
         self._check_schedule()
 

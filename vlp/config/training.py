@@ -21,7 +21,7 @@ class Train:
     # most texts that a micro-batch embeds: rows with several captions, or hard ones, are cut into
     # more micro-batches than micro_batches says; None: no bound
     max_texts: int | None = None
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = field(default_factory=Optimizer)
     # of the towers' arithmetic; auto: the faster one, as a short measurement finds
     precision: Literal["auto", "float32", "bf16"] = "auto"
     # what keeps ranks in step; auto: what the launcher set up

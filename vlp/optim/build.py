@@ -108,6 +108,8 @@ def _obstacle(name: str) -> str | None:
     if isinstance(info.opt_class, str):
         package = info.opt_class.partition(".")[0]
         return f"its code is the package {package}'s, whose state no checkpoint of vlp holds"
+    if info.opt_class.__name__ == "Kron":
+        return "it draws random numbers of its own, which no checkpoint of vlp holds"
     return None
 
 
@@ -147,13 +149,11 @@ def _arguments(options: Optimizer) -> dict[str, Any]:
     if "momentum" in taken and parameters["momentum"].default:
         arguments.setdefault("momentum", parameters["momentum"].default)
 
-    # Only fused does Adam look at the verdict on the device; random numbers have to be repeatable.
+    # Only fused does Adam look at the verdict on the device.
     if issubclass(_class(options.name), torch.optim.Adam) and not options.name.startswith(
         LOOKAHEAD
     ):
         arguments["fused"] = True
-    if "deterministic" in taken:
-        arguments.setdefault("deterministic", True)
     return arguments
 
 
@@ -180,13 +180,6 @@ def guards_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def set_up_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its rate for the next update, and an optimiser that draws random numbers
-    (kron) those of this step.
-    """
+    """Give every group its rate for the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
-
-    # By the step that it has reached, so that a resumed run draws what a whole one does.
-    if hasattr(optimizer, "rng"):
-        state = next(iter(optimizer.state.values()), {})
-        optimizer.rng.seed(int(state.get("step", 0)))

@@ -28,8 +28,8 @@ class Schedule:
     In a cooldown of c updates the last three are multiplied by f + (1 − f)·(1 − q), or, with the
     form 1-sqrt, f + (1 − f)·(1 − √q), where q = (s − (T − c))/c.
 
-    Sources: warmup-stable-decay, Hu et al. 2024 (MiniCPM, arXiv:2404.06395); the form 1-sqrt, Hägele
-    et al. 2024 (arXiv:2405.18392); inverse_sqrt and linear cooldown as in big_vision's utils
+    Sources: warmup-stable-decay, Hu et al. 2024 (MiniCPM, arXiv:2404.06395); the form 1-sqrt,
+    Hägele et al. 2024 (arXiv:2405.18392); inverse_sqrt and linear cooldown as in big_vision's utils
     (`rsqrt`, `cooldown_steps`).
 
     ValueError for a warm-up or cooldown that the run has no room for, and for a function that does

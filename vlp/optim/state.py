@@ -99,9 +99,7 @@ def initial_states(
             state[key] = value
         base.state[copied] = state
 
-    # An optimiser that compiles itself (kron) would take a minute for nothing.
-    with torch.compiler.set_stance("force_eager"):
-        twin.step()
+    twin.step()
     return {parameter: {**base.state[c], **base.state[c].first} for parameter, c in copies.items()}
 
 
@@ -174,7 +172,7 @@ def _filled(value: Any, left: dict[str, Tensor], key: str, part: Part, place: st
     whole = saved_value(left, key, place)
     del left[key]
     if not isinstance(value, Tensor):
-        return type(value)(whole.item())
+        return _number(whole)
     if whole.shape != value.shape:
         raise ValueError(
             f"the checkpoint's {key!r} of {place} has shape {tuple(whole.shape)}, expected "
@@ -203,6 +201,10 @@ def _load_counters(
         if prefix != "group":
             continue
 
-        # Of numbers `named_values` makes float64 and int64, and no optimiser counts in those.
-        is_number = value.dtype in (torch.float64, torch.int64)
-        group[name] = value.item() if is_number else value.clone()
+        group[name] = _number(value)
+
+
+def _number(saved: Tensor) -> Any:
+    """What was a number for Python, or else the tensor: optimisers count in float32 alone."""
+    is_plain = saved.dtype in (torch.bool, torch.int64, torch.float64)
+    return saved.item() if is_plain else saved.clone()

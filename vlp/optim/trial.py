@@ -33,10 +33,8 @@ def trial(options: Optimizer) -> Kind:
     not run with.
     """
     try:
-        # An optimiser that compiles itself (kron) would take a minute for nothing.
-        with torch.compiler.set_stance("force_eager"):
-            whole, counters = _run(options, cut=False)
-            cut, _ = _run(options, cut=True)
+        whole, counters = _run(options, cut=False)
+        cut, _ = _run(options, cut=True)
     except Exception as error:  # whatever the optimiser makes of its options
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
