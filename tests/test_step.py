@@ -47,6 +47,7 @@ def make_training(
     length=LENGTH,
     device="cpu",
     text_tower=None,
+    optimizer=None,
 ):
     vit = {
         "name": "vit",
@@ -72,7 +73,7 @@ def make_training(
         micro_batches=micro_batches,
         engine=engine,
         device=device,
-        optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
+        optimizer=optimizer or config.Optimizer(lr=1e-3, clip_norm=clip_norm),
         activation_checkpointing=checkpointing,
         **{"precision": "float32"} | (train or {}),
     )

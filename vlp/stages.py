@@ -17,7 +17,7 @@ evaluation sees at any time, and what is exported.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from typing import Any
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor
 
-from vlp import checkpoint, log
-from vlp.config import Config, Model, Plan, Stage
+from vlp import checkpoint, log, optim
+from vlp.config import Config, Duration, Model, Plan, Stage
 from vlp.config.durations import of_stages
 from vlp.data.loader import Loader
 from vlp.engines import Engine
@@ -49,9 +49,9 @@ class Segment:
     plan: Plan
     batches: list[tuple[int, int]]  # (first step, rows loaded of all ranks) up to this one
 
-    def rate(self, whole_run: Any, of_stage: Any) -> Any:
-        """The learning rate as a function of the step. `whole_run` is the run's; `of_stage(warmup,
-        total)` makes one of a schedule of that length.
+    def rate(self, whole_run: Callable[[int], float]) -> Callable[[int], float]:
+        """The learning rate as a function of the step: the whole run's, or a schedule of its own
+        for a stage with a warm-up of its own.
         """
         if self.stage is None:
             return whole_run
@@ -59,7 +59,9 @@ class Segment:
         if self.stage.warmup is None:
             return lambda step: factor * whole_run(step)
 
-        own = of_stage(self.plan.steps(self.stage.warmup), self.plan.end - first)
+        warmup = Duration(self.plan.steps(self.stage.warmup), "steps")
+        options = replace(self.config.train.optimizer, warmup=warmup)
+        own = optim.Schedule(options, replace(self.plan, total=self.plan.end - first))
         return lambda step: factor * own(step - first)
 
     def text_spec(self, model: DualEncoder) -> TextSpec:

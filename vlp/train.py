@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,6 +90,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
     model: DualEncoder | None = initial_model(config)
+    optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 
@@ -100,7 +100,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     # How many steps the run has depends on how many samples, and what a stage is, on the model.
     segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
     stages.check(segments, engine, model)
-    rate = schedule(config, segments[0].plan)
+    rate = optim.Schedule(config.train.optimizer, segments[0].plan)
     if config.stages and evaluate is not None:
         evaluate = in_final_form(evaluate, model.description())
 
@@ -152,7 +152,7 @@ def begin(
         loader.sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
     )
     say_start(config, model, loader, objective, plan, source)
-    rate = segment.rate(rate, partial(own_schedule, config))
+    rate = segment.rate(rate)
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
@@ -161,8 +161,11 @@ def begin(
 
 
 def check_names(config: Config) -> None:
-    """Refuse trackers that are not installed and references to models that lead nowhere."""
+    """Refuse trackers that are not installed, optimisers that do not exist, and references to
+    models that lead nowhere.
+    """
     log.check_trackers(config.log.trackers)
+    optim.check(config.train.optimizer)
     for reference in (config.init_from, config.teacher.model):
         if reference:
             resolve_reference(reference)
@@ -201,16 +204,6 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
     )
     selector.check(loader.carries)
     return loader
-
-
-def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
-    """The learning rate as a function of the step."""
-    return own_schedule(config, optim.warmup_steps(config.train.optimizer, plan), plan.total)
-
-
-def own_schedule(config: Config, warmup: int, total: int) -> Callable[[int], float]:
-    """The learning rate of `total` steps, `warmup` of which are its warm-up."""
-    return partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=total)
 
 
 def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Objective:
