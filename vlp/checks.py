@@ -60,14 +60,15 @@ def check_objective(
     check_roles(objective, config)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
-    if config.teacher.model is not None and "teacher_image" in loader.carries:
+    if config.teacher.models and "teacher_image" in loader.carries:
         raise ValueError(
             "both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave "
             "out one of them"
         )
 
     if config.model.precomputed:
-        check_precomputed(objective.needs, taught, loader, model)
+        by_heads = objective.reads & model.heads.supplies()
+        check_precomputed(objective.needs | by_heads, taught, loader, model)
 
 
 def check_needs(objective: losses.Objective, carried: frozenset[str], model: DualEncoder) -> None:
@@ -90,7 +91,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     if missing:
         raise ValueError("\n".join(missing))
 
-    if idle := sorted(by_heads - objective.needs):
+    if idle := sorted(by_heads - objective.reads):
         raise ValueError(
             f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), "
             "or add a term"
@@ -99,9 +100,10 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
 
 def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
     """Refuse what costs time or memory and no term reads, and fewer views than a term needs."""
-    # The queue is filled by the moving average.
-    through_queue = {"ema_image"} if config.teacher.queue else set()
-    read = objective.needs | through_queue
+    # The queue is filled by the moving average and the teachers.
+    read = objective.needs
+    if objective.needs & teacher.OF_AVERAGE.keys():
+        read |= {"ema_image"}
     for key, supplied in _costly(config).items():
         if not supplied & read:
             names = " or ".join(sorted(supplied))
@@ -137,7 +139,7 @@ def _costly(config: Config) -> dict[str, set[str]]:
         keys["teacher.ema"] = teacher.embeds(teacher.EMA)
     if config.teacher.queue:
         keys["teacher.queue"] = teacher.embeds(teacher.QUEUE)
-    if config.teacher.model is not None:
+    if config.teacher.models:
         keys["teacher.model"] = teacher.embeds(teacher.FROZEN)
     if config.data.views is not None:
         keys["data.views"] = {name for name, row in CARRIED.items() if row.head == "views"}

@@ -121,7 +121,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
 def check_names(config: Config) -> None:
     """Refuse trackers that are not installed and references to models that lead nowhere."""
     log.check_trackers(config.log.trackers)
-    for reference in (config.init_from, config.teacher.model):
+    for reference in (config.init_from, *config.teacher.models):
         if reference:
             resolve_reference(reference)
 
@@ -216,7 +216,9 @@ def prepare(
     # After the engine: a moving average is a copy of what the engine made of the model.
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
-        training.teacher = teacher.Teacher(config.teacher, engine, model, objective.needs, saved)
+        training.teacher = teacher.Teacher(
+            config.teacher, engine, model, objective.needs, saved, loader.teacher_shape
+        )
     return training
 
 

@@ -1,4 +1,4 @@
-"""The sections about the run itself: `train`, `teacher`, `pairwise`, `checkpoint` and `log`."""
+"""The sections about the run itself: `train`, `pairwise`, `checkpoint` and `log`."""
 
 from __future__ import annotations
 
@@ -81,25 +81,6 @@ class Train:
         if self.max_skipped < 1:
             raise ValueError(
                 f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop"
-            )
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Models that give terms embeddings without gradient, beside the trained one (vlp.teacher)."""
-
-    # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
-    ema: float | None = None
-    queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
-    model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
-
-    def __post_init__(self) -> None:
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
-        if self.queue < 0 or (self.queue and self.ema is None):
-            raise ValueError(
-                f"queue is {self.queue} with ema {self.ema}: "
-                "expected a size >= 0, and ema where it is not 0"
             )
 
 

@@ -6,7 +6,7 @@ A loss file holds
     term(inputs, pairs, options)     this rank's share of the term: the mean over ranks is its value
 
 and may hold
-    OPTIONAL                         further keywords that it reads where the call carries them
+    OPTIONAL, or optional(options)   further keywords that it reads where the call carries them
     MIN_CANDIDATES = 2               it compares a row with others
     MIN_VIEWS = 2                    further views of an image that it needs
     initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
@@ -294,13 +294,20 @@ def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
     """The keywords that some of the terms read, needed or not."""
     keywords: frozenset[str] = frozenset()
     for plugin in plugins:
-        keywords |= _needs(plugin).union(getattr(plugin.module, "OPTIONAL", ()))
+        keywords |= _needs(plugin) | _optional(plugin)
     return keywords
 
 
 def _needs(plugin: Plugin) -> frozenset[str]:
     module = plugin.module
     return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
+
+
+def _optional(plugin: Plugin) -> frozenset[str]:
+    module = plugin.module
+    if hasattr(module, "optional"):
+        return frozenset(module.optional(plugin.options))
+    return frozenset(getattr(module, "OPTIONAL", ()))
 
 
 def _from(name: str) -> str:
