@@ -104,7 +104,7 @@ _STORED = (
 )
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _PROJECTION = "a map to the teacher's width (model.heads.teacher)"
-_JUDGE = "a cross-encoder that judges pairs of the batch (teacher.cross_encoder)"
+_JUDGE = "the caller: a cross-encoder's scores of the pairs that vlp.losses.distill.hardest names"
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
 _TEACHER_QUEUE = "a queue of a teacher's embeddings (teacher.queue and a teacher)"
 _DECODER = "a text decoder (model.heads.captions)"

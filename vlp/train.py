@@ -133,6 +133,11 @@ def initial_model(config: Config) -> DualEncoder:
     if config.init_from is not None:
         context = config.model.context
         start_from(model, config.init_from, None if context is None else context.keep)
+
+    # Where no term learns the scale it would stay at its start, which fits no term.
+    own = losses.own_scale(config.objective)
+    if own is not None:
+        model.scaling.set(own[1])
     return model
 
 

@@ -17,9 +17,6 @@ class Teacher:
     # another, frozen model, or several, whose losses are averaged: any reference
     # (vlp.pretrained.references)
     model: str | list[str] | None = None
-    # a model of transformers with a head for matching, such as BLIP's, that judges pairs of each
-    # step (distill: ranking of candidates: batch)
-    cross_encoder: str | None = None
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from vlp import losses, plugin
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
 from vlp.privacy import shareable
@@ -40,6 +41,8 @@ def render(
     """
     onnx = any(note.startswith("ONNX") for note in notes)
     parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step)]
+    if training is not None and (scale := of_scale(training)):
+        parts.append(scale)
     parts += ["## Use", _usage(name, form, onnx)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
@@ -151,6 +154,17 @@ def _summary(model: DualEncoder, step: int | None) -> str:
         f"An image-text dual encoder trained with vlp{steps}: {n_parameters:.1f} million "
         f"parameters, {height}×{width} pixels, {model.text_spec.context_length} tokens, "
         f"{model.embed_dim}-dimensional embeddings, scale {scale.item():.4g}{biased}."
+    )
+
+
+def of_scale(training: Mapping[str, Any]) -> str:
+    """Whose the exported scale is where the objective has a temperature of its own, else empty."""
+    own = losses.own_scale(plugin.keyed("vlp.losses", training.get("objective") or {}))
+    if own is None:
+        return ""
+    return (
+        f"Its scale is not learned: it is 1/temperature of the term `{own[0]}`, {own[1]:.4g}, at "
+        "most the model's bound."
     )
 
 

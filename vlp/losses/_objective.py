@@ -12,6 +12,7 @@ and may hold
     initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
                                      returns (value, new state), a `Write` standing for a table
     for_run(options, samples, steps) the options with what only the run knows
+    exported_scale(options)          its 1/temperature, where it is not the model's learned scale
     label(options)                   its name in logs, where that is not the file's
 """
 
@@ -296,6 +297,20 @@ def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
     for plugin in plugins:
         keywords |= _needs(plugin) | _optional(plugin)
     return keywords
+
+
+def own_scale(plugins: Iterable[Plugin]) -> tuple[str, float] | None:
+    """The term whose temperature is the objective's, and its 1/temperature; None where a term
+    learns the model's scale, or none has a temperature of its own.
+    """
+    plugins = list(plugins)
+    if any("scale" in _needs(plugin) for plugin in plugins):
+        return None
+
+    for plugin in plugins:
+        if hasattr(plugin.module, "exported_scale"):
+            return plugin.label, plugin.module.exported_scale(plugin.options)
+    return None
 
 
 def _needs(plugin: Plugin) -> frozenset[str]:

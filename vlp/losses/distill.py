@@ -49,7 +49,7 @@ Papers:
   `objective: {infonce: {}, distill: {form: similarity}}`
 - CLIP-KD (arXiv 2307.12732), whose weight of 2,000 on a mean over B·D is 3.9 here at D = 512:
   `objective: {infonce: {}, distill: [{form: features, weight: 3.9}, {form: interactive}, {}]}`
-- CPRD (arXiv 2407.07479), ranking, from stored scores or a cross-encoder in the step:
+- CPRD (arXiv 2407.07479), ranking; of the batch only where the caller judges its pairs:
   `objective: {infonce: {}, distill: {form: ranking, candidates: batch, delta: 0.1}}`
 - DCD (arXiv 2207.01426) weighs by difficulty; the form of its weights could not be confirmed:
   `objective: {infonce: {}, distill: {focus: 1}}`
@@ -115,10 +115,9 @@ class Options:
     # interactive: the teacher's rows of earlier steps are candidates too; ranking of the batch:
     # the moving average's (teacher.queue)
     queue: bool = False
-    # ranking: of the sample's hard captions, or of the others of the batch, which a cross-encoder
-    # judges in the step (teacher.cross_encoder)
+    # ranking: of the sample's hard captions, or of the others of the batch, which a caller's
+    # cross-encoder judges (not in `vlp train`)
     candidates: Literal["captions", "batch"] = "captions"
-    hardest: int = 8  # R, how many candidates of the batch are judged for each row
     # δ, by how much a candidate may score below the pair and still be ranked; null: all are
     delta: float | None = None
     gamma: float = 1.0  # margin: γ, the student's cosine for a unit of the teacher's score
@@ -135,8 +134,6 @@ class Options:
     def _check_numbers(self) -> None:
         if self.focus < 0:
             raise ValueError(f"focus: found {self.focus}, expected a number >= 0")
-        if self.hardest < 2:
-            raise ValueError(f"hardest: found {self.hardest}, expected at least 2 to rank")
         if self.delta is not None and self.delta < 0:
             raise ValueError(f"delta: found {self.delta}, expected a number >= 0, or null")
         if self.gamma <= 0:
