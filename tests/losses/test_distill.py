@@ -80,8 +80,9 @@ def two_teachers() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 
 def values_together() -> list[float]:
     d, _ = two_teachers()
+    d = own_rows(d) | {"teacher_scale": d["teacher_scale"]}  # a number of each teacher, of no row
     options = [{"form": form} for form in FORMS] + [{"form": "interactive", "queue": True}]
-    return [value(one, own_rows(d)).item() for one in options]
+    return [value(one, d).item() for one in options]
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
