@@ -75,14 +75,15 @@ def check_objective(
     check_roles(objective, config)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
-    if config.teacher.model is not None and "teacher_image" in loader.carries:
+    if config.teacher.models and "teacher_image" in loader.carries:
         raise ValueError(
             "both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave "
             "out one of them"
         )
 
     if config.model.precomputed:
-        read = objective.needs | through_queue(config)
+        by_heads = objective.reads & model.heads.supplies()
+        read = objective.needs | through_queue(objective) | by_heads
         check_precomputed(read, taught, loader, model)
 
 
@@ -106,7 +107,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     if missing:
         raise ValueError("\n".join(missing))
 
-    if idle := sorted(by_heads - objective.needs):
+    if idle := sorted(by_heads - objective.reads):
         raise ValueError(
             f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), "
             "or add a term"
@@ -115,7 +116,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
 
 def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
     """Refuse what costs time or memory and no term reads, and fewer views than a term needs."""
-    read = objective.needs | through_queue(config)
+    read = objective.needs | through_queue(objective)
     for key, supplied in _costly(config).items():
         if not supplied & read:
             names = " or ".join(sorted(supplied))
@@ -135,9 +136,9 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
             )
 
 
-def through_queue(config: Config) -> set[str]:
-    """What the queue reads, which the moving average fills."""
-    return {"ema_image"} if config.teacher.queue else set()
+def through_queue(objective: losses.Objective) -> set[str]:
+    """What the queue reads beside the terms: the moving average fills its own part of it."""
+    return {"ema_image"} if objective.needs & teacher.OF_AVERAGE.keys() else set()
 
 
 def check_roles(objective: losses.Objective, config: Config) -> None:
@@ -160,7 +161,7 @@ def _costly(config: Config) -> dict[str, set[str]]:
         keys["teacher.ema"] = teacher.embeds(teacher.EMA)
     if config.teacher.queue:
         keys["teacher.queue"] = teacher.embeds(teacher.QUEUE)
-    if config.teacher.model is not None:
+    if config.teacher.models:
         keys["teacher.model"] = teacher.embeds(teacher.FROZEN)
     if config.data.views is not None:
         keys["data.views"] = {name for name, row in CARRIED.items() if row.head == "views"}

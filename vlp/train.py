@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -166,7 +167,7 @@ def check_names(config: Config) -> None:
     """
     log.check_trackers(config.log.trackers)
     optim.check(config.train.optimizer)
-    for reference in (config.init_from, config.teacher.model):
+    for reference in (config.init_from, *config.teacher.models):
         if reference:
             resolve_reference(reference)
 
@@ -174,12 +175,17 @@ def check_names(config: Config) -> None:
 def initial_model(config: Config) -> DualEncoder:
     """The model with the weights that a new run starts from, the same on every rank."""
     torch.manual_seed(derive(config.seed, "init"))
-    if config.init_from is None:
-        return build_model(config.model)
+    start = None
+    if config.init_from is not None:
+        # Before towers are locked and adapted: published weights know no adapters.
+        start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
+    model = build_model(config.model, start)
 
-    # Before towers are locked and adapted: published weights know no adapters.
-    start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
-    return build_model(config.model, start)
+    # Where no term learns the scale it would stay at its start, which fits no term.
+    own = losses.own_scale(config.objective)
+    if own is not None:
+        model.scaling.set(own[1])
+    return model
 
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
@@ -261,7 +267,9 @@ def prepare(
     # After the engine: a moving average is a copy of what the engine made of the model.
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
-        training.teacher = teacher.Teacher(config.teacher, engine, model, objective.needs, saved)
+        training.teacher = teacher.Teacher(
+            config.teacher, engine, model, objective.needs, saved, loader.teacher_shape
+        )
     return training
 
 

@@ -34,6 +34,24 @@ class ViewHead:
 
 
 @dataclass(frozen=True)
+class TeacherHead:
+    """Linear maps of images and of texts to a teacher's width, with a scale of its own."""
+
+    # D', the width of the teacher's embeddings; of several teachers one each, in their order
+    width: int | list[int]
+    scale: Scale = Scale()  # between the student's rows and the teacher's (distill: interactive)
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"width is {self.width}; expected the width of the teacher's rows")
+
+    @property
+    def widths(self) -> list[int]:
+        """Of every teacher."""
+        return [self.width] if isinstance(self.width, int) else self.width
+
+
+@dataclass(frozen=True)
 class Captioner:
     """A multimodal decoder of the text tower's width."""
 
@@ -48,6 +66,8 @@ class Heads:
     # projection of further views (data.views): image_views, text_views
     views: ViewHead | None = None
     concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
+    # maps to the teachers' widths: projected_image, projected_text, interactive_scale
+    teacher: TeacherHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
 
     def __post_init__(self) -> None:

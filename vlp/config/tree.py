@@ -8,7 +8,8 @@ from typing import Annotated
 from vlp.config.data import Data
 from vlp.config.model import Model
 from vlp.config.stages import Stage
-from vlp.config.training import Checkpoint, Log, Pairwise, Teacher, Train
+from vlp.config.teacher import Teacher
+from vlp.config.training import Checkpoint, Log, Pairwise, Train
 from vlp.plugin import Keyed, KeyedPlugins
 
 

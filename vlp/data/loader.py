@@ -105,6 +105,8 @@ class Loader:
         self.carries = frozenset(self.widths)
         # Of teacher_image and teacher_text; None where they are not carried.
         self.teacher_scale = _teacher_scale(self.sources)
+        width = self.widths.get("teacher_image")
+        self.teacher_shape = () if width is None else (width,)
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         self._made_fields = self.widths if reads is None else read_fields(self.widths, reads)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from vlp import losses, plugin
 from vlp.export.dual_form import FOLDER
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
@@ -50,6 +51,8 @@ def render(
         _summary(model, step),
     ]
     parts += [] if origin is None else [origin]
+    if training is not None and (scale := of_scale(training)):
+        parts.append(scale)
     parts += ["## Use", _usage(name, form, libraries)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
@@ -173,6 +176,17 @@ def _summary(model: DualEncoder, step: int | None) -> str:
         f"An image-text dual encoder trained with vlp{steps}: {n_parameters:.1f} million "
         f"parameters, {height}×{width} pixels, {model.text_spec.context_length} tokens, "
         f"{model.embed_dim}-dimensional embeddings, scale {scale.item():.4g}{biased}."
+    )
+
+
+def of_scale(training: Mapping[str, Any]) -> str:
+    """Whose the exported scale is where the objective has a temperature of its own, else empty."""
+    own = losses.own_scale(plugin.keyed("vlp.losses", training.get("objective") or {}))
+    if own is None:
+        return ""
+    return (
+        f"Its scale is not learned: it is 1/temperature of the term `{own[0]}`, {own[1]:.4g}, at "
+        "most the model's bound."
     )
 
 

@@ -105,8 +105,8 @@ class DualEncoder(nn.Module):
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
-        Views go through the head for views. The heads for concepts and captions read the first
-        `pairs` rows.
+        Views go through the head for views. The heads for concepts, teachers and captions read the
+        first `pairs` rows.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
@@ -123,6 +123,12 @@ class DualEncoder(nn.Module):
             outputs |= self._embeddings("text", features, text.shape[0])
 
         # What heads compute of both towers.
+        if pairs and self.heads.teacher is not None:
+            outputs["interactive_scale"] = self.heads.teacher.scaling()[0]
+            for side in ("image", "text"):
+                rows = outputs[side]
+                if rows is not None:
+                    outputs[f"projected_{side}"] = self.heads.teacher(side, rows[:pairs])
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
