@@ -88,7 +88,9 @@ class Teacher:
 
         of_teachers = stored_shape
         if self.frozen:
-            of_teachers = _row_shape([teacher.embed_dim for teacher in self.frozen])
+            widths = [teacher.embed_dim for teacher in self.frozen]
+            check_map(model, widths)
+            of_teachers = _row_shape(widths)
         self.queue: dict[str, Tensor] = {}
         for name, rows in _empty_queue(options, model.embed_dim, of_teachers, needs).items():
             self.queue[name] = saved.get(name, rows).to(engine.device, copy=True)
@@ -103,7 +105,7 @@ class Teacher:
         """The needed embeddings of a micro-batch, [rows, …, D], with "teacher_scale" of frozen
         models: of one [], of several [T], whose rows are [rows, T, D'].
         """
-        embedded = {}
+        embedded: dict[str, Tensor] = {}
         if self.average is not None:
             embedded |= self._embedded_by([self.average], EMA, part)
         if self.frozen:
@@ -168,6 +170,18 @@ class Teacher:
         return {EMA + name: value for name, value in average.items()} | queue
 
 
+def check_map(model: DualEncoder, widths: list[int]) -> None:
+    """Refuse a head that maps to other widths than those of the teachers."""
+    head = model.heads.teacher
+    if head is None or list(head.widths) == widths:
+        return
+    written = widths[0] if len(widths) == 1 else widths
+    raise ValueError(
+        f"model.heads.teacher.width is {head.options.width}, but the teachers' embeddings"
+        f" are {written} wide; set it to {written}"
+    )
+
+
 def beside(of_teachers: Sequence[Tensor]) -> Tensor:
     """Rows [b, D'], or numbers [], of several teachers as [b, T, D'] or [T], those of narrower
     teachers filled up with zeros; of one alone as they are.
@@ -194,7 +208,7 @@ def _empty_queue(
     if not options.queue:
         return {}
 
-    empty = {}
+    empty: dict[str, Tensor] = {}
     if options.ema is not None:
         empty |= {name: torch.zeros(options.queue, width) for name in ("queue_image", "queue_text")}
     if "queue_label" in needs:

@@ -250,6 +250,7 @@ def prepare(
 
     constants: dict[str, Any] = {}
     if loader.teacher_scale is not None:
+        teacher.check_map(model, list(loader.teacher_shape))
         # On the device from the start: a number would be sent there in every step.
         constants["teacher_scale"] = torch.tensor(loader.teacher_scale, device=engine.device)
     training = Training(

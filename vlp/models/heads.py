@@ -57,7 +57,7 @@ class TeacherMap(nn.Module):
 
     def __init__(self, embed_dim: int, options: config.TeacherHead) -> None:
         super().__init__()
-        self.widths = options.widths
+        self.options, self.widths = options, options.widths
         self.maps = nn.ModuleDict(
             {side: nn.Linear(embed_dim, sum(self.widths)) for side in ("image", "text")}
         )
