@@ -4,8 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
+from tests import ranks
+from tests.test_step import assert_close, gradients_and_weights
 from vlp import checkpoint
 from vlp.train import train
 
@@ -46,3 +49,38 @@ def test_a_run_with_adapters_starts_from_weights_and_resumes_bit_for_bit(setting
     assert len(towers) > 20 and all(torch.equal(start[name], base[name]) for name in towers)
     moved = checkpoint.load_model(whole).state_dict()
     assert not all(torch.equal(start[name], moved[name]) for name in towers)
+
+
+TUNED = {
+    "image": {"lora": {"r": 2, "alpha": 8.0}},
+    "text": {"locked": {"unlocked_groups": 2}},
+}
+
+
+def tuned(micro_batches, engine, double):
+    return gradients_and_weights(micro_batches, engine=engine, double=double, towers=TUNED)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "fsdp2",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("zero1", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_and_locked_layers_are_the_same_under_every_engine(engine):
+    """Two ranks, each with frozen and trained parameters in one block; what is frozen keeps every
+    bit.
+    """
+    exact = not engine.startswith("zero")
+    one = tuned(1, "ddp", exact)
+    for gradients, weights, _ in ranks.run(2, tuned, 3, engine, exact):
+        tolerance = 1e-9 if exact else 1e-4
+        n_trained = assert_close(gradients, one[0], tolerance, 1e-12 if exact else 1e-6)
+        assert 20 < n_trained < len(weights) / 2
+        frozen = weights.keys() - gradients.keys()
+        assert len(frozen) > 20 and all(weights[name] == one[1][name] for name in frozen)
+        if exact:
+            assert_close(weights, one[1], tolerance)

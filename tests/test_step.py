@@ -46,6 +46,7 @@ def make_training(
     heads=None,
     length=LENGTH,
     device="cpu",
+    towers=None,
 ):
     vit = {
         "name": "vit",
@@ -58,9 +59,9 @@ def make_training(
     text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
     model = config.Model(
         image_tower=plugin.Named("vlp.towers").parse(
-            vit | {"patch_dropout": patch_dropout}, (), []
+            vit | {"patch_dropout": patch_dropout} | (towers or {}).get("image", {}), (), []
         ),
-        text_tower=plugin.Named("vlp.towers").parse(text, (), []),
+        text_tower=plugin.Named("vlp.towers").parse(text | (towers or {}).get("text", {}), (), []),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),
