@@ -48,6 +48,7 @@ def make_training(
     device="cpu",
     text_tower=None,
     optimizer=None,
+    towers=None,
 ):
     vit = {
         "name": "vit",
@@ -60,9 +61,11 @@ def make_training(
     text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
     model = config.Model(
         image_tower=plugin.Named("vlp.towers").parse(
-            vit | {"patch_dropout": patch_dropout}, (), []
+            vit | {"patch_dropout": patch_dropout} | (towers or {}).get("image", {}), (), []
         ),
-        text_tower=plugin.Named("vlp.towers").parse(text_tower or text, (), []),
+        text_tower=plugin.Named("vlp.towers").parse(
+            (text_tower or text) | (towers or {}).get("text", {}), (), []
+        ),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),

@@ -61,10 +61,7 @@ def use_linear_layers(tower: nn.Module) -> None:
     """
     for block in list(tower.modules()):
         attention = getattr(block, "attn", None)
-        is_self_attention = (
-            isinstance(attention, nn.MultiheadAttention)
-            and attention.in_proj_weight is not None
-            and attention.batch_first
-        )
-        if is_self_attention and not hasattr(block, "ln_1_kv"):
+        if not isinstance(attention, nn.MultiheadAttention) or hasattr(block, "ln_1_kv"):
+            continue
+        if attention.in_proj_weight is not None and attention.batch_first:
             block.attn = LinearAttention(attention)

@@ -13,6 +13,7 @@ Hugging Face, and any other      what comes before the blocks; each block; what 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
@@ -83,7 +84,7 @@ def describe(tower: nn.Module) -> list[str]:
     return lines
 
 
-def _of_timm(trunk: nn.Module) -> list[LayerGroup]:
+def _of_timm(trunk: Any) -> list[LayerGroup]:
     from timm.models import group_parameters
 
     by_number = group_parameters(trunk, trunk.group_matcher(coarse=False))

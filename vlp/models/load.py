@@ -39,6 +39,9 @@ def load(
             f"{resolved.text} holds weights, which do not say their architecture; write "
             f"{references.architecture_hint(resolved.path)}"
         )
+    quick_gelu = bool(like.open_clip_config.get("quick_gelu", False))
+    weight_files.check_activation(weights.path, quick_gelu)
+
     # Weights of towers alone: the heads of `like` are not theirs.
     described = like.description()
     scale_alone = {"scale": described["vlp"]["scale"]}

@@ -237,7 +237,7 @@ def _pixels(folder: Path, squash: bool) -> dict[str, Any]:
 
     section = _normalisation(stated, squash)
     section["resize_mode"] = "shortest" if shortest else "squash"
-    section["interpolation"] = _RESAMPLE.get(stated.get("resample", 3), "bicubic")
+    section["interpolation"] = _interpolation(stated, folder)
 
     # Other models crop away a margin that vlp keeps: said, because scores may differ by it.
     edge = size["shortest_edge"] if isinstance(size, dict) and shortest else 0
@@ -249,6 +249,16 @@ def _pixels(folder: Path, squash: bool) -> dict[str, Any]:
             "so its pictures show more"
         )
     return section
+
+
+def _interpolation(stated: dict[str, Any], folder: Path) -> str:
+    number = stated.get("resample", 3)
+    if number not in _RESAMPLE:
+        log.warn(
+            f"{folder} resizes pictures by PIL's filter {number}; vlp has bilinear (2) and bicubic "
+            "(3), and takes bicubic"
+        )
+    return _RESAMPLE.get(number, "bicubic")
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:

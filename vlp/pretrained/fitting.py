@@ -13,10 +13,11 @@ from typing import Any
 import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from vlp.pretrained import adapters, context, image_size, projections
-from vlp.pretrained.weight_files import read, shortened
+from vlp.pretrained.weight_files import read, same_activation, shortened
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def load_into(
     initial = {name: value.clone() for name, value in clip.state_dict().items()}
     described = described or {}
     weights = adapters.merged(read(path), described.get("vlp", {}).get("lora", {}))
+    _check_openai(weights, clip, path)
     if "positional_embedding" in weights:  # OpenAI's layout, whose text tower lies at the top level
         weights = convert_to_custom_text_state_dict(weights)
     try:
@@ -93,6 +95,20 @@ def load_into(
         raise ValueError(f"the weights in {path} do not fit this model: {problem}{advice}")
     clip.load_state_dict(weights)
     image_size.resize(visual, size)
+
+
+# What OpenAI's own files hold beside the weights, and nobody else's.
+_OPENAI = ("input_resolution", "context_length", "vocab_size")
+
+
+def _check_openai(weights: dict[str, Tensor], clip: nn.Module, path: Path) -> None:
+    """Take OpenAI's marks out of the weights; ValueError where the towers have not its quick
+    GELU.
+    """
+    marks = [weights.pop(name) for name in _OPENAI if name in weights]
+    if marks:
+        quick_gelu = any(isinstance(module, QuickGELU) for module in clip.modules())
+        same_activation(True, quick_gelu, f"the weights of OpenAI in {path}", None)
 
 
 def misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:

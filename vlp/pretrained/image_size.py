@@ -55,7 +55,7 @@ def stride(tower: nn.Module) -> Size | None:
     if isinstance(tower, ModifiedResNet):
         return RESNET_STRIDE, RESNET_STRIDE
     if isinstance(tower, TimmModel) and hasattr(tower.trunk, "set_input_size"):
-        patches = getattr(tower.trunk, "patch_embed", None)
+        patches: Any = getattr(tower.trunk, "patch_embed", None)
         return pair(patches.patch_size) if hasattr(patches, "patch_size") else None
     return None
 

@@ -339,14 +339,22 @@ def _own_architecture(path: Path) -> dict[str, Any]:
 
 def _trained_as(weights: Path) -> str:
     """The architecture that open_clip's trainer noted beside its checkpoints, or nothing."""
+    name = noted(weights).get("model", "")
+    # The trainer's switch has no other name in a reference than the architecture's.
+    if noted(weights).get("force_quick_gelu") == "True" and not name.endswith("-quickgelu"):
+        return f"{name}-quickgelu"
+    return name
+
+
+def noted(weights: Path) -> dict[str, str]:
+    """What open_clip's trainer noted beside its checkpoints, as text; {} where it did not."""
     # Its trainer writes RUN/params.txt and RUN/checkpoints/epoch_N.pt.
     for folder in (weights.parent, weights.parent.parent):
         notes = folder / "params.txt"
         if notes.is_file():
             parameters = notes.read_text(encoding="utf-8", errors="replace")
-            line = re.search(r"^model: (\S+)$", parameters, re.MULTILINE)
-            return line[1] if line else ""
-    return ""
+            return dict(re.findall(r"^(\w+): (\S+)$", parameters, re.MULTILINE))
+    return {}
 
 
 def architecture_hint(weights: Path) -> str:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlp import log
 from vlp.pretrained import clip_description, clip_layout, references, runs
 from vlp.pretrained.folders import listing, read_json
 from vlp.pretrained.references import OPEN_CLIP_WEIGHTS, Reference, read_config
@@ -69,6 +70,8 @@ def find(pretrained: str, architecture: str | None, quick_gelu: bool) -> WeightF
     if weights.described:
         trained_quick = bool(weights.described["model_cfg"].get("quick_gelu", False))
         same_activation(trained_quick, quick_gelu, f"the weights of {pretrained}", architecture)
+    elif weights.path.suffix != ".npz":
+        check_activation(weights.path, quick_gelu)
     return weights
 
 
@@ -160,6 +163,27 @@ def same_activation(
     raise ValueError(
         f"{what} were trained with {names[trained_quick]}, and this model has {names[quick_gelu]}; "
         f"{remedy}"
+    )
+
+
+def check_activation(path: Path, quick_gelu: bool) -> None:
+    """What is known of the activation of a file of weights that nothing describes.
+
+    open_clip's trainer notes its model beside the file, which is compared. Weights alone say
+    nothing: they are taken for weights of this model's activation, and that is said.
+    """
+    notes = references.noted(path)
+    if "model" in notes:
+        quick_by_name = notes["model"].endswith("-quickgelu")
+        trained_quick = quick_by_name or notes.get("force_quick_gelu") == "True"
+        same_activation(trained_quick, quick_gelu, f"the weights in {path}", None)
+        return
+
+    present, other = ("quick GELU", "GELU") if quick_gelu else ("GELU", "quick GELU")
+    log.say(
+        f"{path} does not say its activation; it is taken to be {present}, as the model has it. "
+        f"Weights trained with {other} would fit as well and be wrong: name ARCHITECTURE:{path}, "
+        "or a folder that describes them"
     )
 
 
