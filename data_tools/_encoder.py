@@ -30,12 +30,13 @@ class HasImage(Protocol):
 Pictured = TypeVar("Pictured", bound=HasImage)
 
 
-def arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """The options of a tool that uses a model."""
+def arguments(
+    parser: argparse.ArgumentParser, either: argparse._ActionsContainer | None = None
+) -> None:
+    """The options of a tool that uses a model. `either`: a group of which one option is given."""
     add = parser.add_argument
-    add(
+    (either or parser).add_argument(
         "--model",
-        required=required,
         metavar="REF",
         help="a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip "
         "or transformers; ARCHITECTURE:TAG or ARCHITECTURE:FILE",
