@@ -31,12 +31,15 @@ Pictured = TypeVar("Pictured", bound=HasImage)
 
 
 def arguments(
-    parser: argparse.ArgumentParser, either: argparse._ActionsContainer | None = None
+    parser: argparse.ArgumentParser,
+    required: bool = False,
+    either: argparse._ActionsContainer | None = None,
 ) -> None:
     """The options of a tool that uses a model. `either`: a group of which one option is given."""
     add = parser.add_argument
     (either or parser).add_argument(
         "--model",
+        required=required,
         metavar="REF",
         help="a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip "
         "or transformers; ARCHITECTURE:TAG or ARCHITECTURE:FILE",

@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     # Pictures and first captions, or captions alone: two calls make two folders.
     either = parser.add_mutually_exclusive_group(required=True)
-    _encoder.arguments(parser, either)
+    _encoder.arguments(parser, either=either)
     _texts.arguments(parser, either)
     work.arguments(parser)
 
