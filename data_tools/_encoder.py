@@ -30,10 +30,14 @@ class HasImage(Protocol):
 Pictured = TypeVar("Pictured", bound=HasImage)
 
 
-def arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """The options of a tool that uses a model."""
+def arguments(
+    parser: argparse.ArgumentParser,
+    required: bool = False,
+    either: argparse._ActionsContainer | None = None,
+) -> None:
+    """The options of a tool that uses a model. `either`: a group of which one option is given."""
     add = parser.add_argument
-    add(
+    (either or parser).add_argument(
         "--model",
         required=required,
         metavar="REF",

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 POOLS = ("last", "mean", "eos")  # latent attention learns, so that nothing of it can be stored
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of text embeddings."""
+def arguments(parser: argparse.ArgumentParser, either: argparse._ActionsContainer) -> None:
+    """The options of text embeddings; the model's is one of the group `either`."""
+    either.add_argument(
+        "--text-model", metavar="MODEL", help="Hub name or folder of a decoder-only model"
+    )
     add = parser.add_argument_group("captions by a language model").add_argument
-    add("--text-model", metavar="MODEL", help="Hub name or folder of a decoder-only model")
     add("--pool", choices=POOLS, default="last", help="where a caption is read (default: last)")
     add(
         "--attention",

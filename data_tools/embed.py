@@ -49,8 +49,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the files; the same call goes on where one stopped",
     )
-    _encoder.arguments(parser)
-    _texts.arguments(parser)
+    # Pictures and first captions, or captions alone: two calls make two folders.
+    either = parser.add_mutually_exclusive_group(required=True)
+    _encoder.arguments(parser, either=either)
+    _texts.arguments(parser, either)
     work.arguments(parser)
 
 
@@ -71,11 +73,6 @@ def run(args: argparse.Namespace) -> int:
             "embed each folder of shards into a folder of its own"
         )
 
-    if bool(args.model) == bool(args.text_model):
-        raise ValueError(
-            "name either --model, which embeds pictures and first captions, or --text-model, which "
-            "embeds captions; two calls make two folders"
-        )
     settings, embed = _of_texts(args, folder) if args.text_model else _of_pairs(args, folder)
 
     # Each file by itself: a reader asks for the shard that it reads.

@@ -62,8 +62,7 @@ def test_stored_texts_train_as_the_model_that_runs(settings, made, tmp_path, mon
     for choose in ("first", "all"):
         captions = f"data.captions={{choose: {choose}}}"
         run = train(settings(*stored(folder, captions), out=f"stored {choose}"))
-    losses = curve(run)
-    assert len(set(losses)) == 3
+        assert len(set(curve(run))) == 3
 
     # Every weight that the checkpoint holds is the run's; what ids give is what rows give.
     model = checkpoint.load_model(run)
@@ -96,12 +95,9 @@ def test_stored_texts_train_as_the_model_that_runs(settings, made, tmp_path, mon
 
 
 def list_of_captions(settings):
-    from vlp.data import sources
-    from vlp.plugin import load
-
-    source = settings().data.sources[0]
-    assert sources
-    opened = load("vlp.data.sources", "shards").open(source.options, settings().data.captions)
+    data = settings().data
+    [source] = data.sources
+    opened = source.module.open(source.options, data.captions)
     return [opened[i].captions[0] for i in range(len(opened))]
 
 
@@ -166,7 +162,6 @@ def test_what_does_not_go_with_stored_texts_is_refused(settings, made, tmp_path,
         store.tokenize(["", "never seen"])
     assert not store.tokenize([""])[0].any()
     for options, message in (
-        ((), "name either --model"),
         (("--text-model", tmp_path / "none"), "no Hugging Face model configuration"),
         (("--text-model", llm, "--prompt", "none"), "expected one"),
     ):

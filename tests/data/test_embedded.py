@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from tests.data.material import data_of, encoded, loader_of, picture, write_shards
 from tests.data.test_loader import take
 from vlp.data.format import ShardWriter
+from vlp.text_store import TextStore, digests
 
 
 def write_embeddings(
@@ -129,3 +131,43 @@ def test_embeddings_that_do_not_fit_are_refused_by_name(embedded, tmp_path):
     source = {"name": "shards", "path": f"{shards}::{shards}", "embeddings": str(teacher)}
     with pytest.raises(ValueError, match="several shards have one name"):
         loader_of(data_of(source, captions=captions), 4)
+
+
+def test_stored_texts_come_in_place_of_tokens(embedded, tmp_path):
+    """A row for each caption, wherever it stands; zeros where a sample has fewer."""
+    shards, _ = embedded
+    texts = [f"{word} {i}" for i in range(18) for word in ("one", "two") if i not in (0, 9)]
+    rows = np.arange(len(texts) * 4, dtype=np.float16).reshape(-1, 4) + 1
+    section = {"hf_model_name": "x/y", "vlp_text": {"width": 4}}
+    about = {"text_cfg": json.dumps(section), "weights": "abc"}
+    for part in (0, 1):  # two files, the second of which begins in mid-sample
+        places = slice(15 * part, 15 + 99 * part)
+        tensors = {"text": rows[places], "digest": digests(texts[places])}
+        save_file(tensors, tmp_path / f"{part}.safetensors", about)
+
+    expected = dict(zip(texts, rows))
+    captions = {"missing": "drop", "choose": "all", "n": 3}
+    for workers in (0, 1):
+        data = data_of(shards, captions=captions, workers=workers)
+        loader = loader_of(data, 8, store=TextStore(str(tmp_path)))
+        n_rows = 0
+        for batch in take(loader, 3):
+            assert batch.text.shape == (8, 4) and batch.captions.shape[::2] == (8, 4)
+            for key, row, beside in zip(batch.key, batch.text, batch.captions):
+                words = [expected[f"{word} {int(key[1:])}"] for word in ("one", "two")]
+                assert any(np.array_equal(row.numpy(), of_word) for of_word in words)
+                np.testing.assert_array_equal(beside[:2].numpy(), np.stack(words))
+                assert not beside[2:].any()
+                n_rows += 1
+        assert n_rows == 24
+
+    views = {"n": 1, "text": {"deletions": 0.5}}
+    with pytest.raises(ValueError, match=r"data\.views changes the words of captions"):
+        loader_of(
+            data_of(shards, captions=captions, views=views), 8, store=TextStore(str(tmp_path))
+        )
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    save_file(tensors, mixed / "0.safetensors", about | {"weights": "other"})
+    with pytest.raises(ValueError, match="is of several models or prompts"):
+        TextStore(f"{tmp_path}::{mixed}")

@@ -163,9 +163,15 @@ def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> by
     text = described["model_cfg"]["text_cfg"]
     if repository and text.get("hf_tokenizer_name") == ".":
         text["hf_tokenizer_name"] = repository
-    # A language model that is not in the folder keeps its name.
-    inside = not language.reference_of(text)
-    if inside and Path(text.get("hf_model_name") or "").is_absolute():
+    is_absolute = Path(text.get("hf_model_name") or "").is_absolute()
+    # A language model that is not in the folder keeps its name, which others must be able to find.
+    outside = language.reference_of(text)
+    if outside and is_absolute:
+        raise PushError(
+            f"the text tower runs the language model {outside}, a folder of this machine; publish "
+            "that model, embed the captions by its Hub name and train anew"
+        )
+    if is_absolute and not outside:
         # A stage in a subfolder is vlp's to load.
         text["hf_model_name"] = repository or f"./{TEXT_TOWER}"
         if repository:
