@@ -30,6 +30,7 @@ from vlp.eval.tasks import TaskResult, retrieval, shared
 
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "representation"
+MAIN = "modality_gap"
 
 
 @dataclass(frozen=True)

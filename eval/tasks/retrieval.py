@@ -28,6 +28,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "zeroshot_retrieval"
+MAIN = "image_retrieval_recall@1"
 KS = (1, 5, 10)
 
 
