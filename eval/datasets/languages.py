@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp.data.tables import TableOptions
+from vlp.eval import choices
 from vlp.eval.datasets import tables
 from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import Collection, DataError, refuse_missing
@@ -40,10 +41,30 @@ def read(
             f"{folder} has neither captions.jsonl (Crossmodal-3600) nor test_1kcaptions_*.txt "
             "(XTD) nor tables such as captions-de.json"
         )
-    return {
-        language: tables.from_table(path, images or str(folder), split, missing, options)
-        for language, path in sorted(named.items())
-    }
+    sources = {}
+    for language, path in sorted(named.items()):
+        pairs = _clip_benchmark(path)
+        if pairs is not None:
+            sources |= _sources(folder, images or str(folder), {language: pairs}, missing)
+        else:
+            place = images or str(folder)
+            sources[language] = tables.from_table(path, place, split, missing, options)
+    return sources
+
+
+def _clip_benchmark(path: Path) -> list[tuple[str, Sequence[str]]] | None:
+    """The pairs of clip_benchmark's own files, {image_paths, annotations}; None for other tables."""
+    value = choices.read_json(path) if path.suffix == ".json" else None
+    if not isinstance(value, dict) or not {"image_paths", "annotations"} <= value.keys():
+        return None
+
+    # One caption an image stands there as a text.
+    captions = [[entry] if isinstance(entry, str) else entry for entry in value["annotations"]]
+    if len(captions) != len(value["image_paths"]):
+        raise DataError(
+            f"{path} has {len(captions)} annotations for {len(value['image_paths'])} image_paths"
+        )
+    return list(zip(value["image_paths"], captions))
 
 
 def _matching(paths: Iterable[Path], pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
