@@ -5,7 +5,7 @@ number of right answers that there are.
 
     precision@r       Σ_{i ≤ r} hit_i / r
     R-precision       precision@R
-    mAP@R             1/R Σ_{r ≤ R} precision@r · hit_r            (Musgrave et al. 2020)
+    mAP@R             1/R Σ_{r ≤ R} precision@r · hit_r
     DCG@k             Σ_{r ≤ k} gain_r / log2(1 + r); nDCG: over that of the best order
     ERR               Σ_r 1/r · p_r Π_{i < r} (1 − p_i), p = (2^gain − 1) / 2^max_gain
     RBP               (1 − p) Σ_r gain_r p^{r−1}, gains in [0, 1]
@@ -67,7 +67,7 @@ def _dcg(gains: Tensor) -> float:
 
 
 def expected_reciprocal_rank(gains: Tensor, max_gain: float) -> float:
-    """How soon somebody who reads down the list is satisfied (Chapelle et al. 2009)."""
+    """How soon somebody who reads down the list is satisfied."""
     stops = (2 ** gains.double() - 1) / 2**max_gain
     ranks = torch.arange(1, len(gains) + 1, dtype=torch.float64)
     reached = torch.cat([torch.ones(1, dtype=torch.float64), (1 - stops).cumprod(0)[:-1]])

@@ -53,7 +53,7 @@ def read(
 
 
 def _clip_benchmark(path: Path) -> list[tuple[str, Sequence[str]]] | None:
-    """The pairs of clip_benchmark's own files, {image_paths, annotations}; None for other tables."""
+    """The pairs of clip_benchmark's files, {image_paths, annotations}; None for other tables."""
     value = choices.read_json(path) if path.suffix == ".json" else None
     if not isinstance(value, dict) or not {"image_paths", "annotations"} <= value.keys():
         return None
