@@ -10,7 +10,10 @@ recall. Every interval is at 95 %.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +47,8 @@ def interval(items: Tensor, seed: int = 0) -> tuple[float, float]:
     97.5 % quantiles.
     """
     # A plain accuracy has a closed form, sound at 0 and 1 where the bootstrap has no width.
-    numerator, denominator = items.double().unbind(1)
-    is_hit_or_miss = (numerator == 0) | (numerator == 1)
-    if bool((denominator == 1).all()) and bool(is_hit_or_miss.all()):
-        return wilson(float(numerator.sum()), len(items))
+    if _is_plain(items):
+        return wilson(float(items[:, 0].sum()), len(items))
     return _middle(resampled(items, seed))
 
 
@@ -76,12 +77,96 @@ def resampled(items: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Tenso
 
 
 def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """score(a) − score(b) on the same units, with the 95 % bounds of its paired bootstrap.
+    """score(a) − score(b) on the same units, with the 95 % bounds of its paired bootstrap, or
+    of its posterior for two accuracies on few units.
 
     The same units are drawn for both, so what makes a unit easy or hard for both models cancels.
     """
     if a.shape != b.shape:
         raise ValueError(f"paired scores need the same units, found {len(a)} and {len(b)}")
 
-    low, high = _middle(resampled(a, seed) - resampled(b, seed))
+    if len(a) < FEW and _is_plain(a) and _is_plain(b):
+        low, high = paired_posterior(a[:, 0], b[:, 0], seed)
+    else:
+        low, high = _middle(resampled(a, seed) - resampled(b, seed))
     return score(a) - score(b), low, high
+
+
+# --- few units ------------------------------------------------------------------------------------
+
+FEW = 300  # units below which a bootstrap is too narrow
+DRAWS = 20_000  # from a posterior
+
+
+def paired_posterior(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % bounds of the difference of two accuracies on the same few units, hits [n] each of 0
+    and 1.
+
+    The four counts of the 2×2 table have a Dirichlet(1, 1, 1, 1) prior, and the bounds are those of
+    p₁₀ − p₀₁ under its posterior: of some width also where no unit differs, unlike a bootstrap.
+    Source: Bowyer, Aitchison and Ivanova 2025, "Position: Don't use the CLT in LLM evals with fewer
+    than a few hundred datapoints".
+    """
+    a, b = a.bool(), b.bool()
+    cells = [(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()]
+    posterior = 1 + torch.tensor([float(cell) for cell in cells], dtype=torch.float64)
+
+    # A Dirichlet draw is one of gammas over their sum; numpy's take a seed of their own.
+    gammas = np.random.default_rng(seed).standard_gamma(posterior.numpy(), (DRAWS, 4))
+    shares = torch.from_numpy(gammas / gammas.sum(1, keepdims=True))
+    return _middle(shares[:, 1] - shares[:, 2])
+
+
+def _is_plain(items: Tensor) -> bool:
+    """Whether the items are those of a plain accuracy: every unit 0 or 1, of weight 1."""
+    numerator, denominator = items.double().unbind(1)
+    is_hit_or_miss = (numerator == 0) | (numerator == 1)
+    return bool((denominator == 1).all()) and bool(is_hit_or_miss.all())
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorstGroup:
+    """The group of lowest accuracy, and how far the others are from it."""
+
+    name: str
+    accuracy: float
+    interval: tuple[float, float]  # Wilson's
+    gap: float  # from the best group
+    n: int  # units of the group
+
+
+def worst_group(hits: Tensor, groups: Sequence[str]) -> WorstGroup:
+    """The worst of the groups of hits [n] (0 or 1) by accuracy; of equal ones the first."""
+    of_group: dict[str, list[float]] = {}
+    for hit, group in zip(hits.tolist(), groups, strict=True):
+        of_group.setdefault(group, []).append(hit)
+
+    accuracy = {name: sum(values) / len(values) for name, values in of_group.items()}
+    name = min(accuracy, key=accuracy.__getitem__)
+    values = of_group[name]
+    bounds = wilson(sum(values), len(values))
+    gap = max(accuracy.values()) - accuracy[name]
+    return WorstGroup(name, accuracy[name], bounds, gap, len(values))
+
+
+def effective_robustness(
+    source: float,  # accuracy on the source set, in (0, 1)
+    shifted: float,  # accuracy on the shifted set
+    reference: Sequence[tuple[float, float]],  # (source, shifted) of at least two reference models
+) -> float:
+    """How far a model lies above the line that reference models draw between a set and its shift.
+
+    ρ = shifted − σ(a + b·logit(source)) with a, b the least squares of the references' logits.
+    Source: Taori et al. 2020, "Measuring robustness to natural distribution shifts".
+    """
+    points = torch.tensor(reference, dtype=torch.float64).logit()
+    if len(points) < 2 or not bool(torch.isfinite(points).all()):
+        raise ValueError("effective robustness needs two reference models or more, within (0, 1)")
+
+    design = torch.stack([torch.ones(len(points), dtype=torch.float64), points[:, 0]], 1)
+    intercept, slope = torch.linalg.lstsq(design, points[:, 1:]).solution[:, 0].tolist()
+    expected = intercept + slope * math.log(source / (1 - source))
+    return shifted - 1 / (1 + math.exp(-expected))

@@ -20,12 +20,16 @@ def logistic_regression(
     n_classes: int,
     decay: float,  # λ of λ/2‖W‖² beside the mean cross-entropy
     max_iterations: int = 500,
+    start: Tensor | None = None,  # [C, D] W₀; None: zero
 ) -> tuple[Tensor, Tensor]:  # [C, D], [C] float64
-    """The minimiser (W, b) of mean cross-entropy + λ/2‖W‖², by L-BFGS in float64 from zero; b is
-    not decayed.
+    """The minimiser (W, b) of mean cross-entropy + λ/2‖W − W₀‖², by L-BFGS in float64 from W₀ and
+    b = 0; b is not decayed.
     """
     features = features.double()
-    weight = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, requires_grad=True)
+    if start is None:
+        start = torch.zeros(n_classes, features.shape[1])
+    start = start.double()
+    weight = start.clone().requires_grad_()
     bias = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
         [weight, bias],
@@ -38,7 +42,7 @@ def logistic_regression(
     def closure() -> Tensor:
         optimiser.zero_grad()
         logits = features @ weight.T + bias
-        penalty = decay / 2 * weight.square().sum()
+        penalty = decay / 2 * (weight - start).square().sum()
         loss = torch.nn.functional.cross_entropy(logits, labels) + penalty
         loss.backward()
         return loss

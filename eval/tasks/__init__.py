@@ -5,6 +5,8 @@ A task's file holds
     Options          a frozen dataclass: its configuration keys, one comment a field
     VERSION          int, raised whenever the same model and data would score differently
     KNOWN_AS         the name under which clip_benchmark records such a result
+    MAIN             the score that stands for the task in tables and averages; its level by
+                     guessing is in the result's `chance`
     read(options)    the evaluation set, opened and checked, nothing decoded: start-up errors come
                      from here
     run(encoder, data, options, context) -> TaskResult

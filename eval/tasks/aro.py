@@ -29,6 +29,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 2  # 1 left out relations by their number of items and none by name
 KNOWN_AS = "image_caption_selection"
+MAIN = "vg_relation"
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 
 

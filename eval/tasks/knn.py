@@ -15,6 +15,7 @@ from vlp.eval.tasks import TaskResult, _labelled
 
 VERSION = 1
 KNOWN_AS = "knn"
+MAIN = "acc1"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from vlp.eval.unprojected import unprojected
 
 VERSION = 1
 KNOWN_AS = "linear_probe_lbfgs"  # clip_benchmark's linear_probe is clip_benchmark_probe
+MAIN = "acc1"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 2
 KNOWN_AS = "image_caption_selection"
+MAIN = "acc"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ linear_separability   held-out accuracy of a logistic regression that tells imag
                       Penalty as in scikit-learn at C = 1.
 uniformity_image, _text; alignment     Wang and Isola 2020
 effective_rank_image, _text            Roy and Vetterli 2007
+score_mean, _sd; other_score_mean, _sd; score_overlap   of pairs, and of all other combinations
+auc                   how often a pair scores above another combination; 0.5 by guessing
 temperature           1 / scale
 
 Pairs are the images with their first captions.
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vlp.data.tables import TableOptions
-from vlp.eval import choices, embed, metrics, probes
+from vlp.eval import choices, distributions, embed, metrics, probes
 from vlp.eval.datasets.source import Source
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
@@ -30,6 +32,7 @@ from vlp.eval.tasks import TaskResult, retrieval, shared
 
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "representation"
+MAIN = "modality_gap"
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,12 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
     return TaskResult(
         data.name,
         items={"linear_separability": choices.accuracy(hits)},
-        values={**metrics.geometry(image, text), "temperature": 1 / encoder.scale},
-        chance={"linear_separability": 0.5},
+        values={
+            **metrics.geometry(image, text),
+            **distributions.pair_scores(image, text),
+            "temperature": 1 / encoder.scale,
+        },
+        chance={"linear_separability": 0.5, "auc": 0.5},
         counts={"pairs": len(image), "skipped": len(data.skipped)},
         digest=context.digest(pictures, captions),
     )

@@ -28,6 +28,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "zeroshot_retrieval"
+MAIN = "image_retrieval_recall@1"
 KS = (1, 5, 10)
 
 
@@ -111,11 +112,11 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
     )
     if data.n_joined:
         result.counts["equal_pictures_joined"] = data.n_joined
-    _score(result, image_rank, text_rank, owner)
+    score(result, image_rank, text_rank, owner)
     return result
 
 
-def _score(
+def score(
     result: TaskResult,
     image_rank: Tensor,  # [N] of each image's best caption
     text_rank: Tensor,  # [M] of each caption's image

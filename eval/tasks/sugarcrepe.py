@@ -23,6 +23,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
+MAIN = "mean"
 SUBSETS = (
     "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
 )  # fmt: skip

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlp.eval import choices, embed
+from vlp.eval import choices, embed, grids, metrics
 from vlp.eval.choices import CaptionChoice, ChoiceSet
 from vlp.eval.embed import Context
-from vlp.eval.metrics import strictly_above
 from vlp.eval.models import Encoder
 from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
+MAIN = "itt_mean"
 SUBSETS = ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 CAPTIONS = ("caption", "caption2", "negative_caption")
 
@@ -57,7 +57,9 @@ def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -
     cosines = choices.cosines(encoder, data.pictures, data.captions, context)
     scores = torch.stack(cosines)  # [n, 3] caption, caption2, negative
     # The worse of the two captions decides.
-    with_picture = strictly_above(scores[:, :2], scores[:, 2:]).all(1)
+    belongs = torch.tensor([[True, True, False]])
+    tie = metrics.tie_of_groups(cosines)
+    with_picture = grids.rows_right(scores[:, None], belongs, tie, "all")
     text_only = _hits_without_pictures(encoder, data.captions, context)
 
     # The names of the paper: ITT with pictures, TOT without.
@@ -78,11 +80,13 @@ def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -
 def _hits_without_pictures(encoder: Encoder, captions: list[list[str]], context: Context) -> Tensor:
     """[n] bool: where the two captions are closer to each other than either is to the negative."""
     every_caption = list(chain.from_iterable(captions))
-    text = embed.texts(encoder, every_caption, context)  # [3n, D]
+    text = embed.texts(encoder, every_caption, context).double()  # [3n, D]
     caption, caption2, negative = text.view(len(captions), 3, -1).unbind(1)
 
     # Unit rows: the product is the cosine.
     same = (caption * caption2).sum(1)
     first_to_negative = (caption * negative).sum(1)
     second_to_negative = (caption2 * negative).sum(1)
-    return strictly_above(same, first_to_negative) & strictly_above(same, second_to_negative)
+    scores = torch.stack([same, first_to_negative, second_to_negative], 1)
+    tie = metrics.tie_of_groups(scores)
+    return metrics.strictly_above(scores[:, :1], scores[:, 1:], tie).all(1)

@@ -21,6 +21,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
+MAIN = "mean"
 ACCEPTED = 2  # of three annotators
 
 

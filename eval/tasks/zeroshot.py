@@ -29,6 +29,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "zeroshot_classification"
+MAIN = "acc1"  # mean_average_precision for several labels
 
 
 @dataclass(frozen=True)

@@ -89,11 +89,11 @@ def test_every_task_keeps_the_contract():
     names = plugin.names("vlp.eval.tasks")
     for name in names:
         task = plugin.load("vlp.eval.tasks", name)
-        assert task.__doc__ and type(task.VERSION) is int and task.KNOWN_AS, name
+        assert task.__doc__ and type(task.VERSION) is int and task.KNOWN_AS and task.MAIN, name
         assert task.Options.__dataclass_params__.frozen, name
         assert list(inspect.signature(task.read).parameters) == ["options"], name
         parameters = list(inspect.signature(task.run).parameters)
         assert parameters == ["encoder", "data", "options", "context"], name
         with pytest.raises(DataError):
             task.read(task.Options(data="/nowhere"))
-    assert len(names) == 14
+    assert len(names) == 22

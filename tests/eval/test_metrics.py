@@ -265,3 +265,55 @@ def test_the_tie_follows_the_spread_between_two_bounds():
     assert metrics.tie_of_products(same, same) == metrics.ROUNDING
     assert metrics.tie_of_groups([torch.full((4,), 0.7), torch.full((3,), 0.2)]) == metrics.ROUNDING
     assert metrics.tie_of_groups([]) == metrics.ROUNDING
+
+
+# --- few units, groups, robustness ----------------------------------------------------------------
+
+
+def plain(hits) -> torch.Tensor:
+    values = torch.tensor(hits, dtype=torch.float64)
+    return torch.stack([values, torch.ones_like(values)], 1)
+
+
+def test_a_difference_on_few_units_has_a_width_though_none_differs():
+    difference, low, high = confidence.paired_difference(plain([1] * 20), plain([1] * 20))
+    assert difference == 0 and low < -0.05 and high > 0.05
+    assert low == pytest.approx(-high, abs=0.01)
+
+    # Against the beta posteriors of p10 and p01: 1 + 8 and 1 + 0 of 24.
+    a, b = plain([1] * 10 + [0] * 10), plain([1] * 2 + [0] * 18)
+    difference, low, high = confidence.paired_difference(a, b)
+    assert difference == pytest.approx(0.4) and 0 < low < (9 - 1) / 24 < high < 1
+    # More units give the bootstrap as before.
+    a = plain([1] * 300)
+    assert confidence.paired_difference(a, a) == (0, 0, 0)
+
+
+def test_the_posterior_covers_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    covered = []
+    for trial in range(200):
+        a = (torch.rand(40, generator=generator) < 0.6).double()
+        b = torch.where(torch.rand(40, generator=generator) < 0.2, 1 - a, a)
+        low, high = confidence.paired_posterior(a, b, trial)
+        covered.append(low <= 0.6 - (0.6 * 0.8 + 0.4 * 0.2) <= high)
+    assert sum(covered) / len(covered) >= 0.9
+
+
+def test_the_worst_group_is_named_with_its_interval():
+    hits = torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 0])
+    worst = confidence.worst_group(hits, ["a", "a", "a", "b", "b", "b", "b", "b"])
+    assert (worst.name, worst.n) == ("b", 5) and worst.accuracy == pytest.approx(2 / 5)
+    assert worst.interval == confidence.wilson(2, 5)
+    assert worst.gap == pytest.approx(2 / 3 - 2 / 5)
+
+
+def test_effective_robustness_is_the_distance_from_the_references_line():
+    def shift(p):
+        return 1 / (1 + math.exp(-(0.9 * math.log(p / (1 - p)) - 0.5)))
+
+    line = [(p, shift(p)) for p in (0.3, 0.5, 0.7, 0.8)]
+    assert confidence.effective_robustness(0.6, shift(0.6), line) == pytest.approx(0, abs=1e-9)
+    assert confidence.effective_robustness(0.6, shift(0.6) + 0.1, line) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="two reference models or more"):
+        confidence.effective_robustness(0.6, 0.5, line[:1])

@@ -135,3 +135,27 @@ def test_our_own_probe_reads_them_too(tmp_path):
     assert record["task"] == "linear_probe_lbfgs" and "acc1" in json.loads(
         json.dumps(record["metrics"])
     )
+
+
+def test_few_shots_start_at_the_zero_shot_classifier_and_learn(tmp_path):
+    """Text embeddings know two of four classes; the shots teach the others."""
+    photos(tmp_path, 24)
+    told = {"a": 0, "b": 1, "c": 3, "d": 2}
+    encoder = material.known_encoder(
+        lambda n: material.direction(n % 4) + 0.1 * material.direction("noise", n),
+        lambda text: material.direction(told[text.rstrip(".").split()[-1]]),
+    )
+    options = {"data": str(tmp_path), "templates": "photo", "shots": [1, 4]}
+    far = {**options, "decays": [1e9]}
+    chosen = plugin.keyed("vlp.eval.tasks", {"few_shot": [options, far]})
+    (near_record, far_record), _ = run.evaluate(encoder, chosen, Context(workers=0))
+    for record in (near_record, far_record):
+        assert record["metrics"]["acc1_0_shots"] == 1 / 2
+    assert near_record["metrics"]["acc1_4_shots"] == 1
+    # A penalty without bound leaves the zero-shot classifier.
+    assert far_record["metrics"]["acc1_4_shots"] == 1 / 2
+    assert near_record["metrics"]["decay_4_shots"] < 1
+
+    too_many = plugin.keyed("vlp.eval.tasks", {"few_shot": {**options, "shots": [7]}})
+    with pytest.raises(DataError, match="6 training images, fewer than shots=7"):
+        run.read_all(too_many)

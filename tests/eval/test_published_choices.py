@@ -1,0 +1,106 @@
+"""MMVP-VLM, Cola, What'sUp and CREPE in their published layouts, tiny."""
+
+import csv
+import json
+
+import pytest
+
+from tests.eval import material
+from vlp import plugin
+from vlp.eval import run
+from vlp.eval.embed import Context
+from vlp.eval.pictures import Contents, DataError
+
+
+def evaluate(task, encoder, **options):
+    chosen = plugin.keyed("vlp.eval.tasks", {task: options})
+    return run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
+
+
+def knows() -> material.Encoder:
+    """Picture n is near every text that ends in n, but for "blind" ones."""
+
+    def of_text(text: str):
+        word = text.split()[-1]
+        return material.direction(int(word) if word.isdecimal() else word)
+
+    return material.known_encoder(lambda n: material.direction(n), of_text)
+
+
+def put(path, number, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(material.png(material.picture(number, size)))
+
+
+def mmvp(folder):
+    lines = [("Question ID", "Type", "Statement")]
+    for i in range(1, 9):
+        kind = "Orientation and Direction" if i < 5 else "Texts"
+        put(folder / "MLLM_VLM Images" / kind / f"{i}.jpg", i)
+        # The last pair's second statement is the first one's.
+        lines.append((i, kind, f"number {7 if i == 8 else i}"))
+    with open(folder / "Questions.csv", "w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    return {"data": str(folder)}
+
+
+def cola(folder):
+    rows = []
+    for i in range(0, 6, 2):
+        put(folder / "vg" / f"{i}.jpg", i)
+        put(folder / "vg" / f"{i + 1}.jpg", i + 1)
+        said = i if i == 4 else i + 1
+        rows.append(
+            [f"https://x.edu/vg/{i}.jpg", f"a {i}", f"https://x.edu/vg/{i + 1}.jpg", f"a {said}"]
+        )
+    (folder / "cola.json").write_text(json.dumps(rows))
+    return {"data": str(folder / "cola.json"), "images": str(folder / "vg")}
+
+
+def whatsup(folder):
+    put(folder / "controlled_images" / "mug_on_table.jpeg", 1)
+    options = ["a 1", "a 2", "a 3", "a 4"]
+    item = {"image_path": "data/controlled_images/mug_on_table.jpeg", "caption_options": options}
+    (folder / "controlled_images_dataset.json").write_text(json.dumps([item]))
+    put(folder / "val2017" / "000000000042.jpg", 5)
+    pair = [[42, "a 6", "a 5"]]
+    (folder / "coco_qa_one_obj.json").write_text(json.dumps(pair))
+    return {"data": str(folder)}
+
+
+def crepe(folder):
+    box = {"x": 2, "y": 2, "width": 4, "height": 4}
+    for kind, negatives in (("swap", "['a 2', 'a 3']"), ("atom", "['a 1', 'a 4']")):
+        path = folder / kind / f"prod_vg_hard_negs_{kind}_complexity_4.csv"
+        path.parent.mkdir()
+        row = {"image_id": 7, "caption": "a 1", "hard_negs": negatives, **box}
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerow(row)
+    put(folder / "VG_100K" / "7.jpg", 1)
+    return {"data": str(folder)}
+
+
+CASES = [
+    (mmvp, {"image_acc": 3 / 4, "Texts": 1 / 2, "mean": 3 / 4}, {"image_acc": 1 / 4}),
+    (cola, {"image_acc": 2 / 3}, {"image_acc": 1 / 4}),
+    (whatsup, {"coco_qa_one_obj": 0, "mean": 1 / 2}, {"mean": 3 / 8}),
+    (crepe, {"prod_vg_hard_negs_swap_complexity_4": 1, "mean": 1 / 2}, {"mean": 1 / 3}),
+]
+
+
+@pytest.mark.parametrize(("write", "scores", "chance"), CASES)
+def test_published_files_are_scored_as_their_authors_do(tmp_path, write, scores, chance):
+    options = write(tmp_path)
+    record = evaluate(write.__name__, knows(), **options)
+    assert {name: record["metrics"][name] for name in scores} == pytest.approx(scores)
+    assert {name: record["chance"][name] for name in chance} == pytest.approx(chance)
+    assert set(record["metrics"]) == set(record["chance"])
+
+    constant = evaluate(write.__name__, material.constant(), **options)
+    assert set(constant["metrics"].values()) == {0}
+    (pictures,) = [list(tmp_path.rglob("*.jp*g"))]
+    pictures[0].unlink()
+    with pytest.raises(DataError, match=r"name images that are not in|no images at|holds no image"):
+        evaluate(write.__name__, knows(), **options)
