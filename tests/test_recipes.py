@@ -96,7 +96,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 44
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 47
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -189,6 +189,10 @@ def test_a_recipe_trains(name, shards, tmp_path):
     if n_teachers := len(config.load(RECIPES[name]).teacher.models):
         teacher = str(train(tiny(RECIPES["clip"], shards, tmp_path / "teacher")))
         more = [f"teacher.model={teacher if n_teachers == 1 else [teacher] * n_teachers}"]
+    if name == "clipa":
+        # Its two stages in three steps.
+        stages = "{duration: 2, batch: 32, image_size: 8, warmup: 1}, {duration: 1, lr: 0.5}"
+        more = [f"stages=[{stages}]"]
     run = train(tiny(RECIPES[name], shards, tmp_path / "run", *more, "log.every=1"))
     records = [line for line in losses(run) if line["kind"] == "train"]
     assert [line["step"] for line in records] == [1, 2, 3]

@@ -153,6 +153,7 @@ def check(segments: list[Segment], engine: Engine, model: DualEncoder) -> None:
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     for i, segment in enumerate(segments):
         if segment.stage is not None:
+            _check_warmup(f"stages.{i}.warmup", segment)
             _check_texts(f"stages.{i}.context_length", segment.stage.context_length, model)
             _check_pictures(f"stages.{i}", segment, shapes)
 
@@ -167,6 +168,18 @@ def _check_batches(config: Config, batches: list[int]) -> None:
         )
     if config.selection and config.selection[0].name == "mcl":
         raise ValueError("mcl makes batches of one size; leave batch out of stages")
+
+
+def _check_warmup(key: str, segment: Segment) -> None:
+    stage, plan = segment.stage, segment.plan
+    if stage is None or stage.warmup is None:
+        return
+    steps, whole = plan.steps(stage.warmup), plan.end - plan.first
+    if steps > whole:
+        raise ValueError(
+            f"{key} is {steps:,} steps, but the stage has {whole:,}: its rate would never be "
+            "reached; give it fewer, or the stage more"
+        )
 
 
 def _check_texts(key: str, length: int | None, model: DualEncoder) -> None:

@@ -90,21 +90,24 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     config = with_precision(config, source, engine.device)
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
-    model: DualEncoder | None = initial_model(config)
-    optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
-    selector = selection.build(config, model, engine)
-    loader = open_data(config, model, selector)
+    final = initial_model(config)
+    optim.build(final, config.train.optimizer)  # its groups name parameters that must be there
+    selector = selection.build(config, final, engine)
+    loader = open_data(config, final, selector)
 
     # Ranks index at different speeds, and would meet first where a limit of time holds.
     dist.await_all("the last rank to index the data")
 
-    # How many steps the run has depends on how many samples, and what a stage is, on the model.
+    # How many steps the run has depends on how many samples, and what a stage may be on the model.
     segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
-    stages.check(segments, engine, model)
+    stages.check(segments, engine, final)
     rate = optim.Schedule(config.train.optimizer, segments[0].plan)
     if config.stages and evaluate is not None:
-        evaluate = in_final_form(evaluate, model.description())
+        evaluate = in_final_form(evaluate, final.description())
 
+    # The first stage may have another form; the weights of this one are then of no use.
+    model: DualEncoder | None = final
+    del final
     report: Reporter | None = None
     try:
         for segment in stages.left_of(segments, source):
