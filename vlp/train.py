@@ -18,6 +18,7 @@ from vlp import (
     checkpoint,
     dist,
     engines,
+    flops,
     log,
     losses,
     micro_batches,
@@ -102,6 +103,9 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     contents = load_weights(model, source, plan)
     stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
     say_start(config, model, loader, objective, plan, source)
+    utilisation = flops.utilisation(
+        model, engine.device, engines.compute_dtype(config.train, engine.device)
+    )
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
@@ -109,7 +113,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
         del contents  # it holds the moments a second time
 
     # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
-    report = Reporter(config, plan, training.step)
+    report = Reporter(config, plan, training.step, utilisation)
     try:
         loop(config, training, loader, selector, plan, evaluate, report)
     finally:
@@ -300,6 +304,7 @@ def loop(
                     values["skipped"] = float(training.skipped)
                 with stop.console():
                     report.training(step, values, loader.counters())
+            report.stepped(step)
             if training.asked_to_stop and training.step < plan.total:
                 leave(stop, training, save_unless_saved)
 
