@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,41 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     engine = engines.start(config.train)
     check_batch(config)
     with alone_in(Path(config.out)):
-        return _train(config, engine, evaluate)
+        return _train(set_up(config, engine), evaluate)
 
 
-def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
+def _train(run: Run, evaluate: Evaluate | None) -> Path:
     """`train`, in a folder that is held."""
+    out = Path(run.config.out)
+    if run.source is not None:
+        set_branch_aside(out, run.training.step)
+
+    # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
+    report = Reporter(run.config, run.plan, run.training.step, run.utilisation)
+    try:
+        loop(run.config, run.training, run.loader, run.selector, run.plan, evaluate, report)
+    finally:
+        run.loader.close()
+        report.close()
+    return out
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that training works with, checked and put together."""
+
+    config: Config
+    source: Path | None  # the checkpoint it goes on from
+    model: DualEncoder
+    selector: Selection
+    loader: Loader
+    plan: Plan
+    training: Training
+    utilisation: flops.Utilisation | None
+
+
+def set_up(config: Config, engine: Engine) -> Run:
+    """Check and build everything up to the first step. Collective; writes nothing of the run."""
     # What is mistyped is answered before weights and data are read.
     source = open_run(config)
     check_names(config)
@@ -109,17 +139,7 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
-        set_branch_aside(Path(config.out), training.step)
-        del contents  # it holds the moments a second time
-
-    # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
-    report = Reporter(config, plan, training.step, utilisation)
-    try:
-        loop(config, training, loader, selector, plan, evaluate, report)
-    finally:
-        loader.close()
-        report.close()
-    return Path(config.out)
+    return Run(config, source, model, selector, loader, plan, training, utilisation)
 
 
 def check_names(config: Config) -> None:
