@@ -35,7 +35,7 @@ def test_it_says_what_the_run_takes_and_writes_nothing(settings, tmp_path, capsy
         r"image tower +[\d,]+ trained, 0 locked",
         r"moments +0\.0\d+ \(from their sizes\)",
         r"activations +0\.\d+ \(measured: kept for backward, 24 rows at once\)",
-        r"s a step, .* measured on this machine with real rows\); 9 steps, 432 samples, 2.25 epochs",
+        r"s a step, .* with real rows\); 9 steps, 432 samples, 2.25 epochs",
         r"disk: a checkpoint takes 0.0\d+ GB, at most 3 stand at once",
         r"nothing was written",
     ):
