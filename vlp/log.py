@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ def warn(message: str) -> None:
     place = f" (rank {rank})" if rank else ""
     with contextlib.suppress(BrokenPipeError), above_bar():
         print(f"warning{place}: {scrubbed(message)}", file=sys.stderr, flush=True)
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, those of damaged lines left out; none without the file."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if _step(line) < math.inf:
+            yield json.loads(line)
 
 
 class Metrics:

@@ -131,26 +131,23 @@ class Reporter:
             )
 
     def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Report the records of an evaluation; those of the last step become the run's
-        results.json.
-        """
+        """Report the records of an evaluation."""
         if not self.main:
             return
-        values = {}
-        for record in records:
-            for name, value in record["metrics"].items():
-                values[f"{record['label']}.{name}"] = value
+        values = scores_of(records)
         self.metrics.write(step, "eval", values)
         self.trackers.write(step, values)
 
+        scores = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.say(f"step {step}  {scores}")
+
+    def results(self, records: list[dict[str, Any]]) -> None:
+        """Write the records of the run's last step as its results.json."""
         # Only of the end: the page and other readers take results.json for the run's own.
-        if step == self.plan.total:
+        if self.main:
             done = [record for record in records if "error" not in record]
             text = json.dumps(done, indent=1) + "\n"
             write_atomically(self.run / "results.json", text.encode())
-
-        scores = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        log.say(f"step {step}  {scores}")
 
     @contextmanager
     def paused(self, doing: str = "evaluating") -> Iterator[None]:
@@ -170,3 +167,12 @@ class Reporter:
         if self.main:
             self.metrics.close()
             self.trackers.close()
+
+
+def scores_of(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The scores of evaluation records by LABEL.METRIC."""
+    scores: dict[str, float] = {}
+    for record in records:
+        label = record["label"]
+        scores |= {f"{label}.{name}": value for name, value in record["metrics"].items()}
+    return scores

@@ -28,17 +28,17 @@ from vlp import (
     teacher,
 )
 from vlp.checks import check_batch, check_extent, check_objective
-from vlp.config import Config, Plan
+from vlp.config import Config, Data, Plan
 from vlp.data import labels, server
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.leaving import explained, leave, leave_if_asked
 from vlp.lifetime import Interrupted, StopRequest
 from vlp.measurements import means_over_ranks
+from vlp.midway import Evaluate, Midway
 from vlp.models.build import build as build_model
 from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
-from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.reporter import Reporter
 from vlp.resume import (
@@ -54,9 +54,9 @@ from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import Training, settle, train_step
 from vlp.types import Batch
-
-# (plain model, tasks that are due, the towers' arithmetic) -> results
-Evaluate = Callable[[DualEncoder, list[Plugin], torch.dtype], list[dict[str, Any]]]
+from vlp.validation import Validator
+from vlp.watch import Watch
+from vlp.watch import check as check_watched
 
 
 def train(config: Config, evaluate: Evaluate | None = None) -> Path:
@@ -86,7 +86,9 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
     # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
     report = Reporter(run.config, run.plan, run.training.step, run.utilisation)
     try:
-        loop(run.config, run.training, run.loader, run.selector, run.plan, evaluate, report)
+        watch = Watch(run.config, run.training.step)
+        midway = Midway(run.config, run.plan, run.training, report, evaluate, run.validator)
+        loop(run.config, run.training, run.loader, run.selector, run.plan, midway, watch, report)
     finally:
         run.loader.close()
         report.close()
@@ -105,6 +107,7 @@ class Run:
     plan: Plan
     training: Training
     utilisation: flops.Utilisation | None
+    validator: Validator | None
 
 
 def set_up(config: Config, engine: Engine) -> Run:
@@ -127,6 +130,7 @@ def set_up(config: Config, engine: Engine) -> Run:
     rate = schedule(config, plan)
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
+    validator = open_validation(config, model, loader, plan)
 
     # The weights of the checkpoint before the engine divides them over ranks; whatever else it
     # holds after that, when the parts exist that take it over.
@@ -139,12 +143,13 @@ def set_up(config: Config, engine: Engine) -> Run:
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
-    return Run(config, source, model, selector, loader, plan, training, utilisation)
+    return Run(config, source, model, selector, loader, plan, training, utilisation, validator)
 
 
 def check_names(config: Config) -> None:
     """Refuse trackers that are not installed and references to models that lead nowhere."""
     log.check_trackers(config.log.trackers)
+    check_watched(config)
     for reference in (config.init_from, config.teacher.model):
         if reference:
             resolve_reference(reference)
@@ -162,12 +167,8 @@ def initial_model(config: Config) -> DualEncoder:
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
-    # One line of the objective is enough: positives: caption needs no key of the data.
-    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
-    data = replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
-
     loader = Loader(
-        data,
+        labelled(config),
         model.image_spec,
         model.text_spec,
         mixture=selector.mixture,
@@ -180,6 +181,24 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
     )
     selector.check(loader.carries)
     return loader
+
+
+def labelled(config: Config) -> Data:
+    """The section `data`, with the labels that terms read."""
+    # One line of the objective is enough: positives: caption needs no key of the data.
+    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
+    return replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
+
+
+def open_validation(
+    config: Config, model: DualEncoder, loader: Loader, plan: Plan
+) -> Validator | None:
+    """What measures the loss over held-out samples, if the configuration names some."""
+    if config.validation is None:
+        return None
+    validator = Validator(config.validation, config, labelled(config), model, loader)
+    validator.prepare(config, plan, model, teacher.supplies(config.teacher))
+    return validator
 
 
 def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
@@ -276,7 +295,8 @@ def loop(
     loader: Loader,
     selector: Selection,
     plan: Plan,
-    evaluate: Evaluate | None,
+    midway: Midway,
+    watch: Watch,
     report: Reporter,
 ) -> None:
     """Train from the current step to the plan's end, or to a signal that asks to stop: then
@@ -293,7 +313,7 @@ def loop(
             saved_step = training.step
 
     with StopRequest() as stop, explained(config):
-        while training.step < plan.total:
+        while training.step < plan.total and watch.reason() is None:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
 
@@ -314,7 +334,7 @@ def loop(
             # Whoever reports, saves or evaluates a step needs to know what it came to.
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
-            due = [task for task in config.eval if plan.due(task.common.every, step)]
+            due = midway.due(step)
             if logged or saves or due or step == plan.total:
                 settle(training)
 
@@ -331,29 +351,23 @@ def loop(
             # Saved before it is evaluated: an evaluation takes long, and may fail.
             if saves:
                 save_unless_saved()
-            if evaluate is not None and due and step < plan.total:
+            if due and step < plan.total:
                 leave_if_asked(stop, training, save_unless_saved)
                 with report.paused(), stop.console(), suppress(Interrupted):
-                    report.evaluation(step, evaluate_now(evaluate, training, due))
+                    if watch.note(midway.measure(step)):
+                        save_unless_saved()
+                        watch.keep(step)
+
+        if (reason := watch.reason()) is not None:
+            log.say(reason)
+        save_unless_saved()
 
         # Its processes and their memory are of no use to the last evaluation.
         loader.close()
-        if evaluate is not None and config.eval:  # also of a run resumed at its end
-            try:
-                with stop.console():
-                    report.evaluation(plan.total, evaluate_now(evaluate, training, config.eval))
-            except Interrupted:
-                leave_if_asked(stop, training, save_unless_saved)
-
-
-def evaluate_now(
-    evaluate: Evaluate, training: Training, tasks: list[Plugin]
-) -> list[dict[str, Any]]:
-    """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
-    # Sharded engines gather the weights for it.
-    model = training.engine.evaluation_model().eval()
-    try:
-        with torch.no_grad():
-            return evaluate(model, tasks, training.dtype)
-    finally:
-        training.engine.model.train()
+        try:
+            with report.paused(), stop.console():
+                # Also of a run resumed at its end.
+                if watch.note(midway.finish(training.step)):
+                    watch.keep(training.step)
+        except Interrupted:
+            leave_if_asked(stop, training, save_unless_saved)

@@ -5,6 +5,8 @@ A task's file holds
     Options          a frozen dataclass: its configuration keys, one comment a field
     VERSION          int, raised whenever the same model and data would score differently
     KNOWN_AS         the name under which clip_benchmark records such a result
+    SCORES           names of all scores it can give, by which `checkpoint.best` and `stop` are
+                     checked before training; left out where the data decide
     read(options)    the evaluation set, opened and checked, nothing decoded: start-up errors come
                      from here
     run(encoder, data, options, context) -> TaskResult

@@ -25,6 +25,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "countbench"
+SCORES = ("acc", "mean_distance")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 KEYS = ("image", "text", "number")
 RowsWithPictures = list[tuple[dict[str, Any], Picture]]

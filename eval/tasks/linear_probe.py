@@ -22,6 +22,7 @@ from vlp.eval.tasks import TaskResult, _labelled, zeroshot
 
 VERSION = 1
 KNOWN_AS = "linear_probe"
+SCORES = ("acc1", "acc5", "mean_per_class_recall", "decay")
 
 
 @dataclass(frozen=True)

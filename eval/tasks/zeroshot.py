@@ -29,6 +29,7 @@ from vlp.eval.tasks import TaskResult
 
 VERSION = 1
 KNOWN_AS = "zeroshot_classification"
+SCORES = ("acc1", "acc5", "mean_per_class_recall", "mean_average_precision")
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment,
 from vlp.config.durations import Duration, Plan
 from vlp.config.model import Captioner, Heads, Model, Scale, ViewHead
 from vlp.config.reading import dump, find, load, parse, read_yaml, recorded, shipped, shown
+from vlp.config.running import Best, HeldOut, Stop, Validation
 from vlp.config.training import Checkpoint, Log, Optimizer, Pairwise, Teacher, Train
 from vlp.config.tree import Config
 from vlp.schema import ConfigError
 
 __all__ = [
     "Augment",
+    "Best",
     "Captioner",
     "Captions",
     "Checkpoint",
@@ -23,16 +25,19 @@ __all__ = [
     "Data",
     "Duration",
     "Heads",
+    "HeldOut",
     "Log",
     "Model",
     "Optimizer",
     "Pairwise",
     "Plan",
     "Scale",
+    "Stop",
     "StrongAugment",
     "Teacher",
     "TextAugment",
     "Train",
+    "Validation",
     "ViewHead",
     "Views",
     "dump",

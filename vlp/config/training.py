@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlp.config.durations import Duration
+from vlp.config.running import Best
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Checkpoint:
     # how often a checkpoint is written; one is written at the end in any case
     every: Duration = Duration(25, "%")
     keep: int = 2  # how many checkpoints stay, the newest ones
+    # the score by which the best one stays beside them: LABEL.METRIC or {metric, mode: min | max}
+    best: str | Best | None = None
 
     def __post_init__(self) -> None:
         if self.keep < 1:

@@ -70,6 +70,7 @@ class Loader:
         text: TextSpec,
         *,
         batch: int,  # B, over all ranks
+        batch_key: str = "train.batch",  # of the configuration, for messages
         seed: int,
         rank: int = 0,
         world: int = 1,
@@ -95,7 +96,7 @@ class Loader:
         self.n_samples = self._mixture.n_samples
         self.steps_per_epoch = self._mixture.steps_per_epoch(batch)
         if not self.steps_per_epoch:
-            raise ValueError(_too_few(self._mixture, batch, data.together))
+            raise ValueError(_too_few(self._mixture, batch, data.together, batch_key))
 
         # What a batch carries.
         self.widths = optional_fields(self.sources, data, reads)
@@ -260,6 +261,12 @@ class Loader:
         self._position = self._start = int(state["step"])
         self._reset_counters()
 
+    def rewind(self) -> None:
+        """Go back to the first step: the next batches are those that were first."""
+        self.close()
+        self._position = self._start = 0
+        self._reset_counters()
+
     def close(self) -> None:
         """Stop the loader processes; the next batch starts them again."""
         self._warn_of_cut()
@@ -286,7 +293,9 @@ class Loader:
     def _count_bad(self, report: Report) -> None:
         """Keep and log the bad samples of a batch; raises DataError where they became too many."""
         self._n_bad += len(report.bad)
-        for sample_id, key, reason in report.bad[: _MAX_NAMED - len(self.bad)]:
+        # Who goes back to the start meets the same ones again.
+        new = [sample for sample in report.bad if sample not in self.bad]
+        for sample_id, key, reason in new[: _MAX_NAMED - len(self.bad)]:
             self.bad.append((sample_id, key, reason))
             log.warn(f"sample {sample_id} {key!r} was replaced by another: {reason}")
 
@@ -341,12 +350,12 @@ def _drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str
     return options
 
 
-def _too_few(mixture: Mixture, batch: int, together: int) -> str:
+def _too_few(mixture: Mixture, batch: int, together: int, batch_key: str) -> str:
     """What to say of data that do not fill one batch."""
     held = f"{mixture.n_samples} samples"
     if together > 1:
         held = f"{mixture.n_units} groups of {together}"
-    return f"a batch of {batch} is larger than the data ({held}); set train.batch lower"
+    return f"a batch of {batch} is larger than the data ({held}); set {batch_key} lower"
 
 
 def _teacher_scale(sources: list[Source]) -> float | None:
