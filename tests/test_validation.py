@@ -1,13 +1,16 @@
 """The loss over held-out samples, the best checkpoint, and stopping early."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
 from tests import ranks
 from vlp import checkpoint, config
 from vlp.eval.run import in_training
+from vlp.lifetime import Stopped
 from vlp.pretrained.references import resolve
 from vlp.schema import ConfigError
 from vlp.train import train
@@ -68,8 +71,10 @@ def test_two_ranks_measure_what_one_does(settings, scenes, tmp_path, micro_batch
     settings()
     common = [
         "data.workers=0",
-        "train.duration=2",
+        "train.duration=4",
         "checkpoint.every=100%",
+        "checkpoint.best=val.infonce",
+        "stop={metric: val.loss, patience: 1, min_delta: 10}",  # after the second step
         "train.optimizer.lr=1e-9",  # dropped patches depend on the ranks, and so does training
         "train.device=cpu",
         "objective={infonce: {}, sogclr: {}, momentum_queue: {}}",
@@ -82,8 +87,22 @@ def test_two_ranks_measure_what_one_does(settings, scenes, tmp_path, micro_batch
     assert of_ranks[0] == of_ranks[1] and len(one) == 4
     for alone, together in zip(one, of_ranks[0]):
         assert alone == pytest.approx(together, rel=1e-5)
+    assert saved(tmp_path / "one") == saved(tmp_path / "two")
+    assert best_of(tmp_path / "one")["step"] == best_of(tmp_path / "two")["step"]
     # Dropout is off: a second measurement gives the same bits.
     assert one[0] == one[1] and one[2] == one[3]
+
+
+def test_a_signal_during_validation_saves_at_once(settings, scenes, monkeypatch):
+    original = Validator._values
+
+    def asked(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(Validator, "_values", asked)
+    with pytest.raises(Stopped, match="stopped by SIGINT after step 2; saved"):
+        train(settings(*SMALL, held_out(scenes)))
 
 
 def test_a_fixed_scale_and_fewer_samples(settings, scenes):

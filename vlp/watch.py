@@ -187,7 +187,7 @@ def _check_name(key: str, metric: str, config: Config) -> None:
         return
     offered = [f"{of}.{score}" for of, scores in known.items() for score in scores or ["…"]]
     raise ValueError(
-        f"{key}: nothing of this run measures {metric!r}{did_you_mean(metric, offered)} "
+        f"{key}: nothing of this run measures {metric!r}{did_you_mean(metric, offered)}\n"
         "Tasks stand under eval, and val.loss comes with validation"
     )
 
