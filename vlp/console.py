@@ -43,7 +43,7 @@ class Bar:
 
     def __init__(self, step: int, total: int) -> None:
         # Only a run on a terminal waits for this import.
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         class Quiet(tqdm):
             monitor_interval = 0  # no thread of its own beside those that fork

@@ -249,8 +249,9 @@ def duration(run: Run, measured: Measured) -> str:
 
 def disk(config: Config, n_bytes: int) -> str:
     """What checkpoints take, beside the room that there is."""
-    # An old checkpoint goes when the new one stands.
-    at_once = config.checkpoint.keep + 1
+    # An old checkpoint goes when the new one stands, and the best one stays.
+    has_best = config.checkpoint.best is not None
+    at_once = config.checkpoint.keep + (2 if has_best else 1)
     place = existing(Path(config.out))
     free = shutil.disk_usage(place).free
     verdict = "" if free > at_once * n_bytes else ": TOO LITTLE, set checkpoint.keep lower"

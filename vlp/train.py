@@ -135,7 +135,10 @@ def set_up(config: Config, engine: Engine) -> Run:
     # The weights of the checkpoint before the engine divides them over ranks; whatever else it
     # holds after that, when the parts exist that take it over.
     contents = load_weights(model, source, plan)
-    stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
+    held_out = [] if validator is None else validator.loader.sources
+    stored_embeddings.check(
+        [*loader.sources, *held_out], model, precomputed=config.model.precomputed
+    )
     say_start(config, model, loader, objective, plan, source)
     utilisation = flops.utilisation(
         model, engine.device, engines.compute_dtype(config.train, engine.device)

@@ -46,6 +46,13 @@ class Validator:
         except (ValueError, OSError) as error:
             raise ValueError(f"validation: {error}") from error
 
+        if self.loader.teacher_scale != training.teacher_scale:
+            raise ValueError(
+                f"validation: the teacher of the held-out samples' embeddings has the scale "
+                f"{self.loader.teacher_scale}, that of the training samples "
+                f"{training.teacher_scale}; embed both with the same model (vlp data embed)"
+            )
+
         self.n_batches = self.loader.steps_per_epoch
         if options.samples is not None:
             self.n_batches = min(self.n_batches, options.samples // self.batch)
@@ -81,7 +88,7 @@ class Validator:
         """
         model = training.engine.evaluation_model().eval()
         self._take_state(training.objective)
-        self.loader.rewind()
+        self.loader.go_to(0)
         sums: dict[str, Tensor] = {}
         try:
             with torch.no_grad():

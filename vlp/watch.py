@@ -183,13 +183,23 @@ def _check_name(key: str, metric: str, config: Config) -> None:
         known[VALIDATION] = ["loss", *terms]
 
     # Nobody knows before which scores a task without a list gives.
-    if name and label in known and (known[label] is None or name in known[label]):
-        return
-    offered = [f"{of}.{score}" for of, scores in known.items() for score in scores or ["…"]]
+    if name and label in known:
+        scores = known[label]
+        if scores is None or name in scores:
+            return
+    offered = _names(known)
     raise ValueError(
         f"{key}: nothing of this run measures {metric!r}{did_you_mean(metric, offered)}\n"
         "Tasks stand under eval, and val.loss comes with validation"
     )
+
+
+def _names(known: dict[str, list[str] | None]) -> list[str]:
+    """LABEL.METRIC of all that can be measured, as far as it is known."""
+    names = []
+    for label, scores in known.items():
+        names += [f"{label}.{score}" for score in scores or ["…"]]
+    return names
 
 
 def _scores(task: Plugin) -> list[str] | None:

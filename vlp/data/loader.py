@@ -219,9 +219,7 @@ class Loader:
         return batch
 
     def counters(self) -> dict[str, float]:
-        """Since the start or the last `load_state_dict`: bad samples replaced, captions truncated,
-        seconds waited.
-        """
+        """Since the start or the last `go_to`: samples replaced, captions cut, seconds waited."""
         return {
             "bad_samples": self._n_bad,
             "truncated_captions": self._n_truncated,
@@ -256,15 +254,13 @@ class Loader:
                 "restore it, or start a new run with init_from=CHECKPOINT"
             )
 
+        self.go_to(int(state["step"]))
+
+    def go_to(self, step: int) -> None:
+        """Let the next batch be that of `step`, and count anew."""
         # Batches made ahead are those of the old position.
         self.close()
-        self._position = self._start = int(state["step"])
-        self._reset_counters()
-
-    def rewind(self) -> None:
-        """Go back to the first step: the next batches are those that were first."""
-        self.close()
-        self._position = self._start = 0
+        self._position = self._start = step
         self._reset_counters()
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ def resolve(ref: str | Path) -> Path:
     """The checkpoint meant by a run's folder (its newest complete one) or by a checkpoint's own
     folder.
     """
-    if str(ref).endswith(AT_BEST):
+    if str(ref).endswith(AT_BEST) and not Path(ref).is_dir():
         return best(Path(str(ref).removesuffix(AT_BEST)))
     ref = Path(ref)
 
