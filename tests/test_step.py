@@ -46,6 +46,7 @@ def make_training(
     heads=None,
     length=LENGTH,
     device="cpu",
+    text_tower=None,
 ):
     vit = {
         "name": "vit",
@@ -60,7 +61,7 @@ def make_training(
         image_tower=plugin.Named("vlp.towers").parse(
             vit | {"patch_dropout": patch_dropout}, (), []
         ),
-        text_tower=plugin.Named("vlp.towers").parse(text, (), []),
+        text_tower=plugin.Named("vlp.towers").parse(text_tower or text, (), []),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),

@@ -23,15 +23,30 @@ _FROM_PIXELS = {
 
 
 def check_batch(config: Config) -> None:
-    """Refuse a batch that ranks and micro-batches do not divide."""
-    rows, world, parts = config.train.batch, dist.world_size(), config.train.micro_batches
-    n_parts = world * parts
+    """Refuse a batch, of the run or of a stage, that ranks and micro-batches do not divide."""
+    train, world = config.train, dist.world_size()
+    sizes = {"train": (train.batch, train.micro_batches)}
+    for i, stage in enumerate(config.stages):
+        rows, parts = stage.batch or train.batch, stage.micro_batches or train.micro_batches
+        sizes[f"stages.{i}"] = rows, parts
 
-    if rows % n_parts:
-        near = max(n_parts, rows // n_parts * n_parts)
+    for place, (rows, parts) in sizes.items():
+        n_parts = world * parts
+        if rows % n_parts:
+            near = max(n_parts, rows // n_parts * n_parts)
+            raise ValueError(
+                f"{place}.batch is {rows}, which {world} ranks x {parts} micro-batches do not "
+                f"divide; use {place}.batch={near}"
+            )
+
+
+def check_teacher(config: Config) -> None:
+    """Refuse a teacher that would have to read captions where their embeddings are stored."""
+    if config.model.stored_texts is not None and config.teacher.model is not None:
         raise ValueError(
-            f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; "
-            f"use train.batch={near}"
+            f"teacher.model {config.teacher.model} reads tokens, and text_tower: stored reads "
+            "stored embeddings in their place; store the teacher's with `vlp data embed` too, and "
+            "name them in the source's `embeddings`"
         )
 
 
@@ -67,7 +82,8 @@ def check_objective(
         )
 
     if config.model.precomputed:
-        check_precomputed(objective.needs, taught, loader, model)
+        read = objective.needs | through_queue(config)
+        check_precomputed(read, taught, loader, model)
 
 
 def check_needs(objective: losses.Objective, carried: frozenset[str], model: DualEncoder) -> None:
@@ -99,13 +115,14 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
 
 def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
     """Refuse what costs time or memory and no term reads, and fewer views than a term needs."""
-    # The queue is filled by the moving average.
-    through_queue = {"ema_image"} if config.teacher.queue else set()
-    read = objective.needs | through_queue
+    read = objective.needs | through_queue(config)
     for key, supplied in _costly(config).items():
         if not supplied & read:
             names = " or ".join(sorted(supplied))
-            raise ValueError(f"{key} is set, but no term reads {names}; drop it, or add a term")
+            way_out = "drop it, or add a term"
+            if key == "teacher.ema":
+                way_out = "drop it, add a term, or evaluate it with teacher.eval_ema=true"
+            raise ValueError(f"{key} is set, but no term reads {names}; {way_out}")
 
     # Terms that compare views with one another need several.
     n_views = loader.widths.get("image_views", 0)
@@ -116,6 +133,11 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
                 f"the term {term.label!r} needs {least} image views, found {n_views}; "
                 f"set data.views.n to {least}"
             )
+
+
+def through_queue(config: Config) -> set[str]:
+    """What the queue reads, which the moving average fills."""
+    return {"ema_image"} if config.teacher.queue else set()
 
 
 def check_roles(objective: losses.Objective, config: Config) -> None:
@@ -133,7 +155,8 @@ def check_roles(objective: losses.Objective, config: Config) -> None:
 def _costly(config: Config) -> dict[str, set[str]]:
     """The configured keys that cost something, and the fields that each supplies."""
     keys = {}
-    if config.teacher.ema is not None:
+    # An average that is evaluated has its use.
+    if config.teacher.ema is not None and not config.teacher.eval_ema:
         keys["teacher.ema"] = teacher.embeds(teacher.EMA)
     if config.teacher.queue:
         keys["teacher.queue"] = teacher.embeds(teacher.QUEUE)
@@ -145,11 +168,11 @@ def _costly(config: Config) -> dict[str, set[str]]:
 
 
 def check_precomputed(
-    needs: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder
+    read: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder
 ) -> None:
     """Refuse stored embeddings of the image tower that cannot stand for it."""
     # The image tower does not run, so nothing can be made of other pixels.
-    pictures = sorted(needs & _FROM_PIXELS | taught & {"ema_image", "teacher_image"})
+    pictures = sorted(read & (_FROM_PIXELS | {"ema_image"}) | taught & {"teacher_image"})
     if pictures:
         raise ValueError(
             f"the objective needs {pictures}, which come from pixels; set "

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from vlp import dist, engines, log
+from vlp import dist, engines, log, stages
 from vlp.checkpoint import Contents
-from vlp.checks import check_batch
-from vlp.config import Config
+from vlp.checks import check_batch, check_teacher
+from vlp.config import Config, Plan
 from vlp.data import server
 from vlp.engines.sharded import Sharded
 from vlp.engines.zero import ZeRO
@@ -32,7 +32,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.resume import collect
 from vlp.step import Training, settle, train_step
-from vlp.train import Run, set_up
+from vlp.train import Part, Run, begin, set_up
 from vlp.types import Batch
 
 STEPS = 3  # of which the first is left out of the time: it starts what later ones find ready
@@ -56,21 +56,25 @@ def dry_run(config: Config) -> None:
     server.start_for(config)
     engine = engines.start(config.train)
     check_batch(config)
+    check_teacher(config)
 
     run = set_up(config, engine)
     try:
-        measured = measure(run)
+        # Of a run in stages, the one that comes next.
+        segment = stages.left_of(run.segments, run.source)[0]
+        part = begin(run, segment, run.source)
+        measured = measure(run, part)
     finally:
         run.loader.close()
 
     # Collective, so before the first rank alone has the word.
-    saved = collect(run.config, run.training, run.loader)
+    saved = collect(run.config, part.training, run.loader)
     if dist.is_main():
         lines = [
-            *shapes(run, measured.batch),
-            *parameters(run.model),
-            *memory(run, measured, saved),
-            duration(run, measured),
+            *shapes(part, measured.batch),
+            *parameters(part.model),
+            *memory(part, measured, saved),
+            duration(segment.plan, part, measured),
             disk(config, saved.nbytes),
             "dry run: nothing was written but the index of the data, where there was none",
         ]
@@ -78,9 +82,9 @@ def dry_run(config: Config) -> None:
             log.say(line)
 
 
-def measure(run: Run) -> Measured:
+def measure(run: Run, part: Part) -> Measured:
     """Make the run's first steps. Collective."""
-    training, meter = run.training, KeptForBackward(run.model)
+    training, meter = part.training, KeptForBackward(part.model)
     measured: Measured | None = None
 
     for number in range(STEPS):
@@ -88,7 +92,7 @@ def measure(run: Run) -> Measured:
         loaded = next(run.loader)
         waited_s = time.perf_counter() - started
 
-        batch, _ = run.selector.choose(training, loaded)
+        batch, _ = part.selector.choose(training, loaded)
         measured = measured or Measured(batch)
         with fitting(run.config.train), metered(meter, run) if number == 0 else nullcontext():
             train_step(training, batch)
@@ -104,7 +108,7 @@ def measure(run: Run) -> Measured:
 def metered(meter: KeptForBackward, run: Run) -> AbstractContextManager:
     """Around a step whose saved tensors are measured, where they can be."""
     # Compiled blocks keep theirs where no hook sees them; of a GPU the allocator knows more.
-    on_cpu = run.training.engine.device.type == "cpu"
+    on_cpu = run.engine.device.type == "cpu"
     return meter if on_cpu and run.config.train.compile is not True else nullcontext()
 
 
@@ -153,16 +157,16 @@ class _Kept:
 # --- what is said ---------------------------------------------------------------------------------
 
 
-def shapes(run: Run, batch: Batch) -> Iterator[str]:
+def shapes(part: Part, batch: Batch) -> Iterator[str]:
     """What a rank's rows of a step are, and what becomes of them."""
-    n_rows, parts = len(batch), run.training.micro_batches
+    n_rows, parts = len(batch), part.training.micro_batches
     yield f"shapes, of the {n_rows} rows of a rank in a step ({parts} micro-batches):"
     for name in sorted(batch.carries() - {"key"}):
         value = getattr(batch, name)
         yield f"  {name:<16} {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
-    n_candidates = run.training.objective.candidates(n_rows)
-    yield f"  {'embeddings':<16} {[n_rows, run.model.embed_dim]} of images, and as many of texts"
+    n_candidates = part.training.objective.candidates(n_rows)
+    yield f"  {'embeddings':<16} {[n_rows, part.model.embed_dim]} of images, and as many of texts"
     yield f"  {'scores':<16} {[n_rows, n_candidates]}: {n_candidates} candidates a row"
 
 
@@ -192,12 +196,12 @@ def n_parameters(part: nn.Module, trained: bool) -> int:
     return sum(sizes)
 
 
-def memory(run: Run, measured: Measured, saved: Contents) -> Iterator[str]:
+def memory(part: Part, measured: Measured, saved: Contents) -> Iterator[str]:
     """Memory of a rank: what follows from the sizes of what is saved, and what was measured."""
-    training, world = run.training, dist.world_size()
+    training, world = part.training, dist.world_size()
     whole = {
         "weights": sum(value.nbytes for value in saved.model.values()),
-        "gradients": 4 * n_parameters(run.model, trained=True),  # float32
+        "gradients": 4 * n_parameters(part.model, trained=True),  # float32
         "moments": sum(value.nbytes for value in saved.optimizer.values()),
     }
 
@@ -229,20 +233,20 @@ def divided(training: Training) -> set[str]:
     )
 
 
-def duration(run: Run, measured: Measured) -> str:
+def duration(plan: Plan, part: Part, measured: Measured) -> str:
     """How long the run takes at the speed of the measured steps."""
     later = measured.seconds[1:]
     step_s = fmean(later)
     waited_s = fmean(measured.waited_s[1:])
 
     # The measured ones were none of the run's.
-    done = run.training.step - len(measured.seconds)
-    left = run.plan.total - done
-    n_samples = left * run.plan.batch
+    done = part.training.step - len(measured.seconds)
+    left = plan.end - done
+    n_samples = left * plan.batch
     return (
         f"time: {step_s:.3g} s a step, {waited_s:.3g} s of it waiting for rows (the mean of "
         f"{len(later)} measured on this machine with real rows); {left:,} steps, "
-        f"{n_samples:,} samples, {left / run.plan.steps_per_epoch:.2f} epochs: "
+        f"{n_samples:,} samples, {left / plan.steps_per_epoch:.2f} epochs: "
         f"{log.clock(left * step_s)}, without evaluation and saving"
     )
 

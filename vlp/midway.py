@@ -11,6 +11,7 @@ import torch
 from vlp.config import Config, Plan
 from vlp.models.dual_encoder import DualEncoder
 from vlp.plugin import Plugin
+from vlp.pretrained.runs import AVERAGED
 from vlp.reporter import Reporter, scores_of
 from vlp.step import Training
 from vlp.validation import Validator
@@ -90,11 +91,21 @@ class Midway:
 def evaluate_now(
     evaluate: Evaluate, training: Training, tasks: list[Plugin]
 ) -> list[dict[str, Any]]:
-    """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
-    # Sharded engines gather the weights for it.
-    model = training.engine.evaluation_model().eval()
+    """Hand a plain model in evaluation mode to `evaluate`, without gradients; after it the moving
+    average, where that is to be evaluated, whose labels begin with `AVERAGED`.
+    """
     try:
         with torch.no_grad():
-            return evaluate(model, tasks, training.dtype)
+            # Sharded engines gather the weights for it.
+            model = training.engine.evaluation_model().eval()
+            records = evaluate(model, tasks, training.dtype)
+            del model  # of two whole models one at a time
+
+            teacher = training.teacher
+            average = None if teacher is None else teacher.evaluation_model()
+            if average is not None:
+                for record in evaluate(average.eval(), tasks, training.dtype):
+                    records.append(record | {"label": AVERAGED + record["label"]})
+            return records
     finally:
         training.engine.model.train()

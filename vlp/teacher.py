@@ -64,6 +64,7 @@ class Teacher:
         saved: Mapping[str, Tensor],
     ) -> None:
         self.decay, self.engine = options.ema, engine
+        self.evaluates_average = options.eval_ema
 
         # What follows the prefixes among the needs; the queue takes the average's embeddings.
         self.needs = needs | ({"ema_image", "ema_text"} if options.queue else set())
@@ -132,6 +133,14 @@ class Teacher:
             places = number % len(queue)
             which = enters.view(-1, *(1,) * (queue.ndim - 1))
             queue[places] = torch.where(which, keys[name], queue[places])
+
+    def evaluation_model(self) -> DualEncoder | None:
+        """A plain model with the moving average's weights, where `teacher.eval_ema` asks for its
+        scores. Collective.
+        """
+        if not self.evaluates_average:
+            return None
+        return self.engine.evaluation_model(self.average)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: whole tensors on the first rank. Collective."""

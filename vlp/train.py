@@ -24,10 +24,11 @@ from vlp import (
     micro_batches,
     optim,
     selection,
+    stages,
     stored_embeddings,
     teacher,
 )
-from vlp.checks import check_batch, check_extent, check_objective
+from vlp.checks import check_batch, check_extent, check_objective, check_teacher
 from vlp.config import Config, Data, Plan
 from vlp.data import labels, server
 from vlp.data.loader import Loader
@@ -37,8 +38,10 @@ from vlp.lifetime import Interrupted, StopRequest
 from vlp.measurements import means_over_ranks
 from vlp.midway import Evaluate, Midway
 from vlp.models.build import build as build_model
+from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
+from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.reporter import Reporter
 from vlp.resume import (
@@ -52,7 +55,9 @@ from vlp.resume import (
 )
 from vlp.seeds import derive
 from vlp.selection import Selection
+from vlp.stages import Segment
 from vlp.step import Training, settle, train_step
+from vlp.text_store import TextStore
 from vlp.types import Batch
 from vlp.validation import Validator
 from vlp.watch import Watch
@@ -73,45 +78,72 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     # The ranks have to be joined before anything is decided for all of them.
     engine = engines.start(config.train)
     check_batch(config)
+    check_teacher(config)
     with alone_in(Path(config.out)):
         return _train(set_up(config, engine), evaluate)
 
 
 def _train(run: Run, evaluate: Evaluate | None) -> Path:
     """`train`, in a folder that is held."""
-    out = Path(run.config.out)
-    if run.source is not None:
-        set_branch_aside(out, run.training.step)
+    config, source = run.config, run.source
+    if config.stages and evaluate is not None:
+        evaluate = in_final_form(evaluate, run.model.description())
+    report: Reporter | None = None
+    watch: Watch | None = None
 
-    # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
-    report = Reporter(run.config, run.plan, run.training.step, run.utilisation)
     try:
-        watch = Watch(run.config, run.training.step)
-        midway = Midway(run.config, run.plan, run.training, report, evaluate, run.validator)
-        loop(run.config, run.training, run.loader, run.selector, run.plan, midway, watch, report)
+        for segment in stages.left_of(run.segments, source):
+            part = begin(run, segment, source)
+            training, plan = part.training, segment.plan
+            if source is not None:
+                set_branch_aside(Path(config.out), training.step)
+
+            # It writes config.yaml, which makes the folder a run: not before all was checked.
+            report = report or Reporter(config, plan, training.step)
+            report.plan, report.utilisation = plan, part.utilisation
+            watch = watch or Watch(config, training.step)
+            midway = Midway(config, plan, training, report, evaluate, part.validator)
+            loop(config, training, run.loader, part.selector, plan, midway, watch, report)
+            if watch.reason() is not None:
+                break
+
+            # The next one starts from what this one saved, as if the run had been stopped.
+            source = stages.joint(config, plan.end)
+            del part, training, midway  # their memory is the next one's
     finally:
         run.loader.close()
-        report.close()
-    return out
+        if report is not None:
+            report.close()
+    return Path(config.out)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """All that training works with, checked and put together."""
+    """What all of a run has in common, checked."""
 
     config: Config
+    engine: Engine
     source: Path | None  # the checkpoint it goes on from
-    model: DualEncoder
+    model: DualEncoder  # as it is at the end; a stage makes one of its own
     selector: Selection
     loader: Loader
-    plan: Plan
+    segments: list[Segment]
+    rate: Callable[[int], float]
+
+
+@dataclass
+class Part:
+    """What the steps of a segment work with."""
+
+    model: DualEncoder
+    selector: Selection
     training: Training
     utilisation: flops.Utilisation | None
     validator: Validator | None
 
 
 def set_up(config: Config, engine: Engine) -> Run:
-    """Check and build everything up to the first step. Collective; writes nothing of the run."""
+    """Check and build what all segments share. Collective; writes nothing of the run."""
     # What is mistyped is answered before weights and data are read.
     source = open_run(config)
     check_names(config)
@@ -125,28 +157,48 @@ def set_up(config: Config, engine: Engine) -> Run:
     # Ranks index at different speeds, and would meet first where a limit of time holds.
     dist.await_all("the last rank to index the data")
 
-    # The data before the objective: how many steps the run has depends on how many samples.
-    plan = Plan.of(config.train, loader.steps_per_epoch)
-    rate = schedule(config, plan)
+    # How many steps the run has depends on how many samples, and what a stage is, on the model.
+    segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
+    stages.check(segments, engine, model)
+    rate = schedule(config, segments[0].plan)
+    return Run(config, engine, source, model, selector, loader, segments, rate)
+
+
+def begin(run: Run, segment: Segment, source: Path | None) -> Part:
+    """Build what the steps of a segment work with, from `source` on or with new weights.
+    Collective; writes nothing of the run.
+    """
+    config, plan, engine, loader = segment.config, segment.plan, run.engine, run.loader
+    model, selector = run.model, run.selector
+    # Without stages the model by which the data were opened is the one that is trained.
+    if len(run.segments) > 1:
+        model = initial_model(config)
+        selector = selection.build(config, model, engine)
+        loader.enter(segment.batches, model.image_spec, segment.text_spec(model))
+        segment.say(model)
+
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
     validator = open_validation(config, model, loader, plan)
+    held_out = [] if validator is None else validator.loader.sources
 
     # The weights of the checkpoint before the engine divides them over ranks; whatever else it
     # holds after that, when the parts exist that take it over.
     contents = load_weights(model, source, plan)
-    held_out = [] if validator is None else validator.loader.sources
-    stored_embeddings.check(
-        [*loader.sources, *held_out], model, precomputed=config.model.precomputed
+    sources = [*loader.sources, *held_out]
+    stored_embeddings.check(sources, model, precomputed=config.model.precomputed)
+    stored_embeddings.check_texts(
+        sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
     )
     say_start(config, model, loader, objective, plan, source)
-    utilisation = flops.utilisation(
-        model, engine.device, engines.compute_dtype(config.train, engine.device)
-    )
+
+    dtype = engines.compute_dtype(config.train, engine.device)
+    utilisation = flops.utilisation(model, engine.device, dtype)
+    rate = segment.rate(run.rate, partial(own_schedule, config))
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
-    return Run(config, source, model, selector, loader, plan, training, utilisation, validator)
+    return Part(model, selector, training, utilisation, validator)
 
 
 def check_names(config: Config) -> None:
@@ -161,15 +213,17 @@ def check_names(config: Config) -> None:
 def initial_model(config: Config) -> DualEncoder:
     """The model with the weights that a new run starts from, the same on every rank."""
     torch.manual_seed(derive(config.seed, "init"))
-    model = build_model(config.model)
-    if config.init_from is not None:
-        context = config.model.context
-        start_from(model, config.init_from, None if context is None else context.keep)
-    return model
+    if config.init_from is None:
+        return build_model(config.model)
+
+    # Before towers are locked and adapted: published weights know no adapters.
+    start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
+    return build_model(config.model, start)
 
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
+    stored_texts = config.model.stored_texts
     loader = Loader(
         labelled(config),
         model.image_spec,
@@ -181,6 +235,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
         world=dist.world_size(),
         pixels=not config.model.precomputed,
         reads=losses.reads(config.objective) | selector.needs,
+        store=None if stored_texts is None else TextStore(stored_texts),
     )
     selector.check(loader.carries)
     return loader
@@ -206,8 +261,12 @@ def open_validation(
 
 def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
     """The learning rate as a function of the step."""
-    warmup = optim.warmup_steps(config.train.optimizer, plan)
-    return partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total)
+    return own_schedule(config, optim.warmup_steps(config.train.optimizer, plan), plan.total)
+
+
+def own_schedule(config: Config, warmup: int, total: int) -> Callable[[int], float]:
+    """The learning rate of `total` steps, `warmup` of which are its warm-up."""
+    return partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=total)
 
 
 def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Objective:
@@ -227,6 +286,9 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
         return None
     contents = checkpoint.load(source, verified=True)  # `open_run` has compared the hashes
     check_extent(contents.state["step"], plan, source)
+    # At a joint it is of the stage before, whose pictures may have had another size.
+    if contents.state["step"] == plan.first:
+        contents = stages.in_form_of(model, contents)
     checkpoint.restore(model, contents.model, source)
     return contents
 
@@ -276,10 +338,11 @@ def say_start(
 ) -> None:
     """Two lines on what is about to be trained, by which a wrong setting shows at once."""
     n_parameters = sum(p.numel() for p in model.parameters())
-    n_epochs = plan.total / plan.steps_per_epoch
+    n_steps = plan.end - plan.first
+    n_epochs = n_steps / plan.steps_per_epoch
     log.say(
         f"{config.out}: {loader.n_samples:,} samples, {n_parameters / 1e6:.1f} M parameters, "
-        f"{plan.total:,} steps of {plan.batch} ({n_epochs:.1f} epochs), "
+        f"{n_steps:,} steps of {plan.batch} ({n_epochs:.1f} epochs), "
         f"{dist.world_size()} process(es), {config.train.precision}"
     )
 
@@ -302,8 +365,8 @@ def loop(
     watch: Watch,
     report: Reporter,
 ) -> None:
-    """Train from the current step to the plan's end, or to a signal that asks to stop: then
-    Stopped, once all is saved.
+    """Train from the current step to the plan's end, where a stage is saved and a run is evaluated,
+    or to a signal that asks to stop: then Stopped, once all is saved.
     """
     saved_step = training.step
     loaded: Batch | None = None
@@ -316,7 +379,7 @@ def loop(
             saved_step = training.step
 
     with StopRequest() as stop, explained(config):
-        while training.step < plan.total and watch.reason() is None:
+        while training.step < plan.end and watch.reason() is None:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
 
@@ -338,7 +401,7 @@ def loop(
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
             due = midway.due(step)
-            if logged or saves or due or step == plan.total:
+            if logged or saves or due or step == plan.end:
                 settle(training)
 
             if logged and training.step == step:
@@ -365,8 +428,11 @@ def loop(
             log.say(reason)
         save_unless_saved()
 
-        # Its processes and their memory are of no use to the last evaluation.
+        # Its processes and their memory are of no use to the last evaluation, and their pictures
+        # none to the next stage.
         loader.close()
+        if plan.end < plan.total and watch.reason() is None:
+            return
         try:
             with report.paused(), stop.console():
                 # Also of a run resumed at its end.
@@ -374,3 +440,14 @@ def loop(
                     watch.keep(training.step)
         except Interrupted:
             leave_if_asked(stop, training, save_unless_saved)
+
+
+def in_final_form(evaluate: Evaluate, description: dict[str, Any]) -> Evaluate:
+    """`evaluate` that sees the model of every stage in the form of the run's end."""
+
+    def evaluate_as_final(
+        model: DualEncoder, tasks: list[Plugin], dtype: torch.dtype
+    ) -> list[dict[str, Any]]:
+        return evaluate(stages.in_final_form(model, description), tasks, dtype)
+
+    return evaluate_as_final

@@ -23,6 +23,7 @@ from vlp.log import warn
 from vlp.measurements import means_over_ranks
 from vlp.models.dual_encoder import DualEncoder
 from vlp.seeds import derive
+from vlp.text_store import TextStore
 from vlp.training import Training
 from vlp.types import Batch
 
@@ -42,7 +43,7 @@ class Validator:
         self.batch = options.batch or config.train.batch
         self.rows_at_once = config.train.batch // dist.world_size() // config.train.micro_batches
         try:
-            self.loader = _loader(options, config, data, model, self.batch)
+            self.loader = _loader(options, config, data, model, self.batch, training.store)
         except (ValueError, OSError) as error:
             raise ValueError(f"validation: {error}") from error
 
@@ -129,7 +130,12 @@ class Validator:
 
 
 def _loader(
-    options: Validation, config: Config, data: Data, model: DualEncoder, batch: int
+    options: Validation,
+    config: Config,
+    data: Data,
+    model: DualEncoder,
+    batch: int,
+    store: TextStore | None,
 ) -> Loader:
     # In this process: loader processes of a second set would need their share of /dev/shm.
     held_out = replace(
@@ -152,6 +158,7 @@ def _loader(
         world=dist.world_size(),
         pixels=not config.model.precomputed,
         reads=losses.reads(config.objective),
+        store=store,
     )
 
 

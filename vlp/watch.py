@@ -15,7 +15,7 @@ from vlp import checkpoint, dist, log
 from vlp.config import Best, Config, Stop
 from vlp.files import write_atomically
 from vlp.plugin import Plugin
-from vlp.pretrained.runs import BEST, FOLDER, looks_complete
+from vlp.pretrained.runs import AVERAGED, BEST, FOLDER, looks_complete
 from vlp.schema import did_you_mean
 
 VALIDATION = "val"  # the label of what vlp.validation measures
@@ -176,7 +176,9 @@ def check(config: Config) -> None:
 
 
 def _check_name(key: str, metric: str, config: Config) -> None:
-    label, _, name = metric.partition(".")
+    # The moving average has the scores of every task, too.
+    plain = metric.removeprefix(AVERAGED) if config.teacher.eval_ema else metric
+    label, _, name = plain.partition(".")
     known = {task.label: _scores(task) for task in config.eval}
     if config.validation is not None:
         terms = [term.label for term in config.objective]
@@ -209,7 +211,7 @@ def _scores(task: Plugin) -> list[str] | None:
 
 
 def _check_frequency(stop: Stop, config: Config) -> None:
-    label = stop.metric.partition(".")[0]
+    label = stop.metric.removeprefix(AVERAGED).partition(".")[0]
     for task in config.eval:
         if task.label == label and task.common.every is None:
             raise ValueError(

@@ -10,6 +10,7 @@ from vlp.config.durations import Duration, Plan
 from vlp.config.model import Captioner, Heads, Model, Scale, ViewHead
 from vlp.config.reading import dump, find, load, parse, read_yaml, recorded, shipped, shown
 from vlp.config.running import Best, HeldOut, Stop, Validation
+from vlp.config.stages import Stage
 from vlp.config.training import Checkpoint, Log, Optimizer, Pairwise, Teacher, Train
 from vlp.config.tree import Config
 from vlp.schema import ConfigError
@@ -32,6 +33,7 @@ __all__ = [
     "Pairwise",
     "Plan",
     "Scale",
+    "Stage",
     "Stop",
     "StrongAugment",
     "Teacher",

@@ -73,6 +73,9 @@ class Model:
     # weights to start from: open_clip's tag, or any reference (vlp.pretrained.references);
     # None: random
     pretrained: str | None = None
+    # of weights that `pretrained` or `init_from` brings: both projections start at random, so that
+    # embed_dim may be another; all else is as published
+    new_projection: bool = False
     # texts pass the tower cut to their length in steps of 8 tokens, where that changes no embedding
     # (not SigLIP's, which attends to padding); false: all are as long as the context
     cut_captions: bool = True
@@ -85,6 +88,19 @@ class Model:
                 "image_tower.context stretches the text tower that an image tower brings, and here "
                 "text_tower is another; write text_tower.context"
             )
+
+        text = self.text_tower
+        if text is not None and getattr(text.common, "precomputed", False):
+            raise ValueError(
+                "precomputed is of image towers; stored text embeddings are a tower of their own: "
+                "text_tower: {name: stored, embeddings: DIR}"
+            )
+
+    @property
+    def stored_texts(self) -> str | None:
+        """The folders with text embeddings that training reads in place of captions' tokens."""
+        text = self.text_tower
+        return text.options.embeddings if text is not None and text.name == "stored" else None
 
     @property
     def context(self) -> Any:

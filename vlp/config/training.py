@@ -91,12 +91,19 @@ class Teacher:
 
     # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
     ema: float | None = None
+    # evaluate the moving average beside the weights, as ema.TASK; no term needs to read it then
+    eval_ema: bool = False
     queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
     model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
+        if self.eval_ema and self.ema is None:
+            raise ValueError(
+                "eval_ema is true, but there is no moving average to evaluate; set ema, such as "
+                "0.9996, or leave eval_ema out"
+            )
         if self.queue < 0 or (self.queue and self.ema is None):
             raise ValueError(
                 f"queue is {self.queue} with ema {self.ema}: "

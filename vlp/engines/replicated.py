@@ -164,10 +164,12 @@ class Replicated:
         """
         return whole_state(average, keep=dist.is_main())
 
-    def evaluation_model(self) -> DualEncoder:
-        """A plain model with the current weights that each rank may call by itself. Collective."""
+    def evaluation_model(self, average: Any = None) -> DualEncoder:
+        """A plain model with the current weights, or with those of an `average`, that each rank may
+        call by itself. Collective.
+        """
         # Compiled blocks would be compiled again for the shapes of every task.
-        return sharing(self.module)
+        return sharing(self.module if average is None else average)
 
 
 def ddp_settings(model: nn.Module) -> DistributedDataParallelKwargs:

@@ -230,8 +230,12 @@ class ZeRO:
             return {}
         return {name: value.cpu().clone() for name, value in average.state_dict().items()}
 
-    def evaluation_model(self) -> DualEncoder:
-        """A plain model with the current weights that each rank may call by itself. Collective."""
+    def evaluation_model(self, average: nn.Module | None = None) -> DualEncoder:
+        """A plain model with the current weights, or with those of an `average`, that each rank may
+        call by itself. Collective.
+        """
+        if isinstance(average, DualEncoder):
+            return average  # whole on every rank already
         return filled(self.skeleton, self._weights(), self.device)
 
 
