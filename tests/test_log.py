@@ -61,7 +61,8 @@ def test_a_term_that_ignores_much_of_the_batch_is_warned_of_once(tmp_path, capsy
     settings = config.load(recipe, [f"out={tmp_path}"])
     reporter = Reporter(settings, config.Plan(batch=8, steps_per_epoch=4, total=4), 0)
 
-    few, many = {"loss": 1.0, "infonce.ignored": 0.1}, {"loss": 1.0, "infonce.ignored": 0.3}
+    passed = {"loss": 1.0, "pictures": 8, "text_tokens": 80}
+    few, many = passed | {"infonce.ignored": 0.1}, passed | {"infonce.ignored": 0.3}
     for step, scalars in enumerate((few, many, many), 1):
         reporter.training(step, scalars, {})
         warnings = capsys.readouterr().err.count("infonce.ignored: 30% of the pairs")

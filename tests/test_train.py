@@ -46,6 +46,18 @@ def test_resume_in_mid_epoch_is_bit_for_bit(settings, capsys):
     assert len(one.optimizer) > 30
 
 
+def test_reports_say_what_passes_a_second_and_how_much_memory_it_took(settings):
+    run = train(settings("train.duration=2", "data.workers=0"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    for record in records:
+        # Captions of scenes have 5 to 23 words, and are cut in steps of eight.
+        assert 8 <= record["text_tokens_s"] / record["samples_s"] <= 24
+        assert 0.1 < record["peak_resident_gib"] < 100
+        # No device here whose peak is known; counts of a step are in the rates.
+        assert record.keys().isdisjoint({"mfu", "peak_device_gib", "pictures", "text_tokens"})
+
+
 @pytest.mark.parametrize(
     "forgotten", ["the loader's position", "the moments", "the numbers of each sample"]
 )

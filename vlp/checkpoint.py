@@ -49,6 +49,7 @@ from vlp.pretrained.runs import (
     all_of,
     looks_complete,
     moving_average,
+    named_best,
     newest,
     not_finite,
     resolve,
@@ -72,6 +73,7 @@ __all__ = [
     "nested",
     "newest",
     "not_finite",
+    "prune",
     "resolve",
     "restore",
     "save",
@@ -93,6 +95,11 @@ class Contents:
     config: str = ""  # YAML
     description: dict[str, Any] = field(default_factory=dict)  # of the model
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, which is nearly all that a checkpoint takes."""
+        return sum(sum(value.nbytes for value in getattr(self, name).values()) for name in TENSORS)
 
 
 def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
@@ -176,13 +183,21 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     others = [path for path in all_of(run) if path != newest]
     complete = [path for path in others if looks_complete(path)]
     kept = complete[len(complete) - (keep - 1) :]
+    best = named_best(run)
     for path in others:
-        if path not in kept:
+        if path not in kept and path != best:
             shutil.rmtree(path)
 
     for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):
         if path.name.split(".")[0] <= newest.name:
             shutil.rmtree(path)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one. Called by one rank only."""
+    checkpoints = all_of(run)
+    if checkpoints:
+        _prune(run, checkpoints[-1], keep)
 
 
 def abandon(run: Path, step: int) -> list[Path]:

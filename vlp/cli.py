@@ -27,6 +27,7 @@ TRAIN_EXAMPLE = """examples:
   vlp train configs/demo.yaml
   vlp train caltech101 train.batch=512 out=runs/large
   vlp train configs/demo.yaml resume=auto
+  vlp train configs/demo.yaml --dry-run
   accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py configs/demo.yaml
 
 `vlp config` prints every key with type, default and meaning; `vlp config --search WORD` finds one.
@@ -215,6 +216,11 @@ def _train(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="dotted keys with YAML values: train.batch=512",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, make three steps in memory, say what the run will take, and stop",
+    )
 
     def run(options: argparse.Namespace) -> int:
         from vlp import config, locks
@@ -231,12 +237,18 @@ def _train(parser: argparse.ArgumentParser) -> None:
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.eval.run import in_training, read_all
         from vlp.joining import local_device
-        from vlp.train import train
 
         # Too few GPUs, or a machine without them, before anything that takes long.
         local_device(loaded.train.device)
         read_all(loaded.eval)  # wrong evaluation data show now, not hours later
-        train(loaded, in_training)
+        if options.dry_run:
+            from vlp.dry_run import dry_run
+
+            dry_run(loaded)
+        else:
+            from vlp.train import train
+
+            train(loaded, in_training)
         return 0
 
     parser.set_defaults(run=run)

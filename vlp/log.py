@@ -9,10 +9,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlp.console import above_bar
 from vlp.files import naming, write_all, write_atomically
 from vlp.privacy import scrubbed
 
@@ -20,7 +21,8 @@ from vlp.privacy import scrubbed
 def say(message: str) -> None:
     """A line for the person at the console, from one process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(scrubbed(message), flush=True)
+        with above_bar():
+            print(scrubbed(message), flush=True)
 
 
 def warn(message: str) -> None:
@@ -29,9 +31,18 @@ def warn(message: str) -> None:
     """
     # The launcher's variable, because warnings also come before processes join.
     rank = os.environ.get("RANK")
-    with contextlib.suppress(BrokenPipeError):
-        place = f" (rank {rank})" if rank else ""
+    place = f" (rank {rank})" if rank else ""
+    with contextlib.suppress(BrokenPipeError), above_bar():
         print(f"warning{place}: {scrubbed(message)}", file=sys.stderr, flush=True)
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, those of damaged lines left out; none without the file."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if _step(line) < math.inf:
+            yield json.loads(line)
 
 
 class Metrics:
@@ -146,10 +157,18 @@ def _tracker(name: str, run: Path) -> Any:
 
 def progress(step: int, total: int, values: Mapping[str, float], eta_s: float) -> str:
     """One console line: step, every value with four significant digits, and the time left."""
-    minutes, seconds = divmod(int(eta_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    eta = f"eta {hours}:{minutes:02d}:{seconds:02d}"
-
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     width = len(str(total))
-    return f"step {step:>{width}}/{total}  {shown}  {eta}"
+    return f"step {step:>{width}}/{total}  {columns(values, eta_s)}"
+
+
+def columns(values: Mapping[str, float], eta_s: float) -> str:
+    """What stands behind the steps in a line or a bar: every value, and the time left."""
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return f"{shown}  eta {clock(eta_s)}".lstrip()
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:05."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

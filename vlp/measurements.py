@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from vlp.losses import Objective
 from vlp.types import Batch
 
 MEASURED = 512  # rows of a rank that `space` measures
+_GIB = 2**30
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of getrusage
 
 
 def measurements(
@@ -48,6 +52,16 @@ def space(image: Tensor, text: Tensor) -> dict[str, Tensor]:
         values["uniformity_image"] = geometry.uniformity(image)
         values["uniformity_text"] = geometry.uniformity(text)
     return {f"space.{name}": value for name, value in values.items()}
+
+
+def peak_memory() -> dict[str, float]:
+    """GiB that this process took at most until now: of a GPU what torch allocated, of the host what
+    was resident.
+    """
+    peaks = {"peak_resident_gib": getrusage(RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES / _GIB}
+    if torch.cuda.is_available():
+        peaks["peak_device_gib"] = torch.cuda.max_memory_allocated() / _GIB
+    return peaks
 
 
 def means_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlp import dist
@@ -39,14 +39,35 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     one) "bias" []. Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that
     a second call repeats the first.
     """
-    optional = training.objective.reads.intersection(embedding.OF_PAIRS)
-    wanted = training.objective.needs | optional | {"image", "text"}
+    torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
+    return embed_by(training, training.engine.model, part)
+
+
+def embed_by(training: Training, model: nn.Module, part: Batch) -> dict[str, Tensor]:
+    """`embed` by any model of the run, in the arithmetic of the towers."""
     # Precomputed: the batch's embeddings stand for the image tower.
     stored = {"image": part.teacher_image} if training.precomputed else {}
-
-    torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
     with _arithmetic(training), attention(training):
-        return stored | embedding.embed(training.engine.model, part, wanted - stored.keys())
+        return stored | embedding.embed(model, part, _wanted(training))
+
+
+def passed(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """What this rank's rows of a step are to the towers, each counted once: "pictures" and
+    "text_tokens", [].
+    """
+    counts = [
+        embedding.passes_towers(training.engine.model, part, _wanted(training))
+        for part in micro_batches
+    ]
+    n_pictures, n_tokens = map(sum, zip(*counts))
+    return {"pictures": torch.tensor(n_pictures), "text_tokens": torch.tensor(n_tokens)}
+
+
+def _wanted(training: Training) -> frozenset[str]:
+    """The fields of a batch that the towers embed."""
+    by_tower = {"text"} if training.precomputed else {"image", "text"}
+    optional = training.objective.reads.intersection(embedding.OF_PAIRS)
+    return training.objective.needs | optional | by_tower
 
 
 def labels(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:

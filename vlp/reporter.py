@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +13,27 @@ from typing import Any
 from vlp import config as configuration
 from vlp import dist, log
 from vlp.config import Config, Plan
+from vlp.console import Bar, is_watched
 from vlp.files import write_atomically
+from vlp.flops import Utilisation
+from vlp.measurements import peak_memory
 
 LARGEST_IGNORED = 0.2  # share of pairs that a term's masks leave out, above which a run is warned
+# what a line of the console leaves to metrics.jsonl
+_UNSHOWN = ("log_n", "text_tokens_s", "peak_resident_gib", "peak_device_gib")
 
 
 class Reporter:
     """Reports of one run, written by the first rank."""
 
-    def __init__(self, config: Config, plan: Plan, step: int) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, step: int, utilisation: Utilisation | None = None
+    ) -> None:
         self.plan, self.run, self.main = plan, Path(config.out), dist.is_main()
+        self.utilisation = utilisation
         self.warned: set[str] = set()  # names of what was warned of already
+        self.bar: Bar | None = None
+        self.shown: dict[str, float] = {}  # the bar's columns
 
         if self.main:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -36,6 +47,8 @@ class Reporter:
         self.first = self.last = step
         self.waited_s = 0.0
         self.started = self.since = time.perf_counter()
+        if self.main and is_watched(sys.stdout):
+            self.bar = Bar(step, plan.total)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -44,32 +57,65 @@ class Reporter:
         yield
         self.waited_s += time.perf_counter() - start
 
+    def stepped(self, step: int) -> None:
+        """Move the bar, where there is one, to a step that is done."""
+        if self.bar is not None and step > self.first:
+            self.bar.move(step, log.columns(self.shown, self._eta_s(step)))
+
     def training(
         self, step: int, scalars: Mapping[str, float], counters: Mapping[str, float]
     ) -> None:
         """Report the scalars of `step` with the speed since the last report."""
         now = time.perf_counter()
-        passed = now - self.since
+        scalars = dict(scalars)
+        speed = self._speed(step, now, scalars.pop("pictures"), scalars.pop("text_tokens"))
 
-        # On every rank: the clocks below have to run alike.
-        speed = {
-            "samples_s": (step - self.last) * self.plan.batch / passed,
-            "data_wait": self.waited_s / passed,
-        }
-        eta_s = (now - self.started) / (step - self.first) * (self.plan.total - step)
         if self.main:
+            speed |= peak_memory()
             self.metrics.write(step, "train", {**scalars, **speed, **counters})
             self.trackers.write(step, {**scalars, **speed})
-
-            # A line of the console has no room for what changes slowly.
-            shown = {
-                name: value
-                for name, value in scalars.items()
-                if name != "log_n" and not name.startswith("space.")
-            }
-            log.say(log.progress(step, self.plan.total, {**shown, **speed}, eta_s))
+            self._show(step, scalars, speed)
             self._warn_of_ignored(scalars)
+
+        # On every rank: the clocks have to run alike.
         self.last, self.since, self.waited_s = step, now, 0.0
+
+    def _speed(
+        self, step: int, now: float, pictures: float, text_tokens: float
+    ) -> dict[str, float]:
+        """Rates of all ranks since the last report. pictures, text_tokens: of a rank's rows of this
+        step, for which those of the steps before are taken to be alike.
+        """
+        passed_s = now - self.since
+        steps_s = (step - self.last) / passed_s
+        speed = {
+            "samples_s": steps_s * self.plan.batch,
+            "text_tokens_s": steps_s * text_tokens * dist.world_size(),
+            "data_wait": self.waited_s / passed_s,
+        }
+        if self.utilisation is not None:
+            speed["mfu"] = self.utilisation.mfu(steps_s * pictures, steps_s * text_tokens)
+        return speed
+
+    def _show(self, step: int, scalars: dict[str, float], speed: dict[str, float]) -> None:
+        """The numbers of a step on the console: in the bar, or else as a line."""
+        if self.bar is not None:
+            self.shown = {"loss": scalars["loss"], "samples_s": speed["samples_s"]}
+            self.stepped(step)
+            return
+
+        # A line has no room for what changes slowly.
+        shown = {
+            name: value
+            for name, value in {**scalars, **speed}.items()
+            if name not in _UNSHOWN and not name.startswith("space.")
+        }
+        log.say(log.progress(step, self.plan.total, shown, self._eta_s(step)))
+
+    def _eta_s(self, step: int) -> float:
+        """Seconds of training left, at the mean speed since the start."""
+        passed_s = time.perf_counter() - self.started
+        return passed_s / (step - self.first) * (self.plan.total - step)
 
     def _warn_of_ignored(self, scalars: Mapping[str, float]) -> None:
         """Once for each term whose masks leave much of the batch out."""
@@ -85,37 +131,48 @@ class Reporter:
             )
 
     def evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Report the records of an evaluation; those of the last step become the run's
-        results.json.
-        """
+        """Report the records of an evaluation."""
         if not self.main:
             return
-        values = {}
-        for record in records:
-            for name, value in record["metrics"].items():
-                values[f"{record['label']}.{name}"] = value
+        values = scores_of(records)
         self.metrics.write(step, "eval", values)
         self.trackers.write(step, values)
-
-        # Only of the end: the page and other readers take results.json for the run's own.
-        if step == self.plan.total:
-            done = [record for record in records if "error" not in record]
-            text = json.dumps(done, indent=1) + "\n"
-            write_atomically(self.run / "results.json", text.encode())
 
         scores = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.say(f"step {step}  {scores}")
 
+    def results(self, records: list[dict[str, Any]]) -> None:
+        """Write the records of the run's last step as its results.json."""
+        # Only of the end: the page and other readers take results.json for the run's own.
+        if self.main:
+            done = [record for record in records if "error" not in record]
+            text = json.dumps(done, indent=1) + "\n"
+            write_atomically(self.run / "results.json", text.encode())
+
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, doing: str = "evaluating") -> Iterator[None]:
         """Time spent inside is no training time."""
         start = time.perf_counter()
+        if self.bar is not None:
+            self.bar.note(doing)
         yield
         passed = time.perf_counter() - start
         self.started += passed
         self.since += passed
 
     def close(self) -> None:
+        # First: whatever is said after it stands below it.
+        if self.bar is not None:
+            self.bar.close()
         if self.main:
             self.metrics.close()
             self.trackers.close()
+
+
+def scores_of(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The scores of evaluation records by LABEL.METRIC."""
+    scores: dict[str, float] = {}
+    for record in records:
+        label = record["label"]
+        scores |= {f"{label}.{name}": value for name, value in record["metrics"].items()}
+    return scores

@@ -246,30 +246,10 @@ def set_branch_aside(run: Path, step: int) -> None:
 def save(config: Config, training: Training, loader: Loader) -> None:
     """Write a checkpoint of the step just done. Collective."""
     started = time.monotonic()
-
-    # Every rank takes part in gathering; only the first one gets the tensors.
-    model, optimizer = training.engine.state()
-    teacher = {} if training.teacher is None else training.teacher.state()
-    objective = checkpoint.flat(training.objective.state_dict())
-    state = {
-        "step": training.step,
-        "skipped": training.skipped,
-        # What is made ahead, or was not trained on in the end, is made again.
-        "loader": loader.state_dict(training.step),
-        "versions": {name: version(name) for name in DECIDING},
-    }
+    contents = collect(config, training, loader)
 
     error = None
     if dist.is_main():
-        contents = checkpoint.Contents(
-            model=model,
-            optimizer=optimizer,
-            objective=objective,
-            state=state,
-            config=configuration.dump(config),
-            description=training.engine.description,
-            teacher=teacher,
-        )
         try:
             checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
         except (OSError, checkpoint.CheckpointError) as failure:
@@ -284,6 +264,30 @@ def save(config: Config, training: Training, loader: Loader) -> None:
         raise error
     if dist.is_main():
         _check_grace(time.monotonic() - started)
+
+
+def collect(config: Config, training: Training, loader: Loader) -> checkpoint.Contents:
+    """What a checkpoint of the step just done holds; tensors on the first rank only. Collective."""
+    # Every rank takes part in gathering; only the first one gets the tensors.
+    model, optimizer = training.engine.state()
+    teacher = {} if training.teacher is None else training.teacher.state()
+    objective = checkpoint.flat(training.objective.state_dict())
+    state = {
+        "step": training.step,
+        "skipped": training.skipped,
+        # What is made ahead, or was not trained on in the end, is made again.
+        "loader": loader.state_dict(training.step),
+        "versions": {name: version(name) for name in DECIDING},
+    }
+    return checkpoint.Contents(
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
+        state=state,
+        config=configuration.dump(config),
+        description=training.engine.description,
+        teacher=teacher,
+    )
 
 
 def _check_grace(save_s: float) -> None:

@@ -32,6 +32,7 @@ from vlp.passes import (
     first_pass,
     labels,
     leaf,
+    passed,
     surrogate,
     teacher_forward,
     views_first,
@@ -55,8 +56,8 @@ def train_step(
     """Update the model on this rank's rows of one step; returns detached scalars.
 
     "loss", each term, "scale", "bias" (if any), "lr" and "grad_norm"; with `measure` also what
-    `measurements` gives. Loss and terms are this rank's share: their mean over ranks is the value
-    of the whole step.
+    `measurements` and `passed` give. Loss and terms are this rank's share: their mean over ranks is
+    the value of the whole step.
 
     Where embeddings, loss or any gradient of any rank are not finite, nothing moves on any rank: no
     weight, no moment, no statistic of a batch norm, no state of the objective or the teacher. The
@@ -128,6 +129,7 @@ def train_step(
     scalars |= {name: value.detach() for name, value in leaves.items() if not value.ndim}
     if measure:
         scalars |= measurements(training.objective, batch, leaves)
+        scalars |= passed(training, micro_batches)
     return {**scalars, "lr": torch.tensor(lr), "grad_norm": norm}
 
 

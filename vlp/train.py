@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from vlp import (
     checkpoint,
     dist,
     engines,
+    flops,
     log,
     losses,
     micro_batches,
@@ -29,19 +29,20 @@ from vlp import (
     teacher,
 )
 from vlp.checks import check_batch, check_extent, check_objective, check_teacher
-from vlp.config import Config, Plan
+from vlp.config import Config, Data, Plan
 from vlp.data import labels, server
 from vlp.data.loader import Loader
 from vlp.engines import Engine
-from vlp.lifetime import Interrupted, Stopped, StopRequest
+from vlp.leaving import explained, leave, leave_if_asked
+from vlp.lifetime import Interrupted, StopRequest
 from vlp.measurements import means_over_ranks
+from vlp.midway import Evaluate, Midway
 from vlp.models.build import build as build_model
 from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
-from vlp.pretrained.runs import AVERAGED
 from vlp.reporter import Reporter
 from vlp.resume import (
     alone_in,
@@ -55,12 +56,12 @@ from vlp.resume import (
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.stages import Segment
-from vlp.step import NonFiniteError, Training, settle, train_step
+from vlp.step import Training, settle, train_step
 from vlp.text_store import TextStore
 from vlp.types import Batch
-
-# (plain model, tasks that are due, the towers' arithmetic) -> results
-Evaluate = Callable[[DualEncoder, list[Plugin], torch.dtype], list[dict[str, Any]]]
+from vlp.validation import Validator
+from vlp.watch import Watch
+from vlp.watch import check as check_watched
 
 
 def train(config: Config, evaluate: Evaluate | None = None) -> Path:
@@ -79,89 +80,126 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     check_batch(config)
     check_teacher(config)
     with alone_in(Path(config.out)):
-        return _train(config, engine, evaluate)
+        return _train(set_up(config, engine), evaluate)
 
 
-def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
+def _train(run: Run, evaluate: Evaluate | None) -> Path:
     """`train`, in a folder that is held."""
+    config, source = run.config, run.source
+    if config.stages and evaluate is not None:
+        evaluate = in_final_form(evaluate, run.model.description())
+    report: Reporter | None = None
+    watch: Watch | None = None
+
+    try:
+        for segment in stages.left_of(run.segments, source):
+            part = begin(run, segment, source)
+            training, plan = part.training, segment.plan
+            if source is not None:
+                set_branch_aside(Path(config.out), training.step)
+
+            # It writes config.yaml, which makes the folder a run: not before all was checked.
+            report = report or Reporter(config, plan, training.step)
+            report.plan, report.utilisation = plan, part.utilisation
+            watch = watch or Watch(config, training.step)
+            midway = Midway(config, plan, training, report, evaluate, part.validator)
+            loop(config, training, run.loader, part.selector, plan, midway, watch, report)
+            if watch.reason() is not None:
+                break
+
+            # The next one starts from what this one saved, as if the run had been stopped.
+            source = stages.joint(config, plan.end)
+            del part, training, midway  # their memory is the next one's
+    finally:
+        run.loader.close()
+        if report is not None:
+            report.close()
+    return Path(config.out)
+
+
+@dataclass
+class Run:
+    """What all of a run has in common, checked."""
+
+    config: Config
+    engine: Engine
+    source: Path | None  # the checkpoint it goes on from
+    model: DualEncoder  # as it is at the end; a stage makes one of its own
+    selector: Selection
+    loader: Loader
+    segments: list[Segment]
+    rate: Callable[[int], float]
+
+
+@dataclass
+class Part:
+    """What the steps of a segment work with."""
+
+    model: DualEncoder
+    selector: Selection
+    training: Training
+    utilisation: flops.Utilisation | None
+    validator: Validator | None
+
+
+def set_up(config: Config, engine: Engine) -> Run:
+    """Check and build what all segments share. Collective; writes nothing of the run."""
     # What is mistyped is answered before weights and data are read.
     source = open_run(config)
     check_names(config)
     config = with_precision(config, source, engine.device)
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
-    final = initial_model(config)
-    optim.build(final, config.train.optimizer)  # its groups name parameters that must be there
-    selector = selection.build(config, final, engine)
-    loader = open_data(config, final, selector)
+    model = initial_model(config)
+    optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
+    selector = selection.build(config, model, engine)
+    loader = open_data(config, model, selector)
 
     # Ranks index at different speeds, and would meet first where a limit of time holds.
     dist.await_all("the last rank to index the data")
 
     # How many steps the run has depends on how many samples, and what a stage may be on the model.
     segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
-    stages.check(segments, engine, final)
+    stages.check(segments, engine, model)
     rate = optim.Schedule(config.train.optimizer, segments[0].plan)
-    if config.stages and evaluate is not None:
-        evaluate = in_final_form(evaluate, final.description())
-
-    # The first stage may have another form; the weights of this one are then of no use.
-    model: DualEncoder | None = final
-    del final
-    report: Reporter | None = None
-    try:
-        for segment in stages.left_of(segments, source):
-            if segment.stage is not None or model is None:
-                model = initial_model(segment.config)
-                selector = selection.build(segment.config, model, engine)
-            training = begin(segment, engine, model, loader, rate, source)
-
-            # It writes config.yaml, which makes the folder a run: not before all was checked.
-            report = report or Reporter(config, segment.plan, training.step)
-            report.plan = segment.plan
-            loop(config, training, loader, selector, segment.plan, evaluate, report)
-
-            # The next one starts from what this one saved, as if the run had been stopped.
-            source, model = stages.joint(config, segment.plan.end), None
-            del training  # its teacher's and objective's memory is the next one's
-    finally:
-        loader.close()
-        if report is not None:
-            report.close()
-    return Path(config.out)
+    return Run(config, engine, source, model, selector, loader, segments, rate)
 
 
-def begin(
-    segment: Segment,
-    engine: Engine,
-    model: DualEncoder,
-    loader: Loader,
-    rate: Callable[[int], float],
-    source: Path | None,
-) -> Training:
-    """What the steps of a segment work on, from `source` on or with new weights. Collective."""
-    config, plan = segment.config, segment.plan
-    if segment.n_segments > 1:
+def begin(run: Run, segment: Segment, source: Path | None) -> Part:
+    """Build what the steps of a segment work with, from `source` on or with new weights.
+    Collective; writes nothing of the run.
+    """
+    config, plan, engine, loader = segment.config, segment.plan, run.engine, run.loader
+    model, selector = run.model, run.selector
+    # Without stages the model by which the data were opened is the one that is trained.
+    if len(run.segments) > 1:
+        model = initial_model(config)
+        selector = selection.build(config, model, engine)
         loader.enter(segment.batches, model.image_spec, segment.text_spec(model))
         segment.say(model)
 
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
+    validator = open_validation(config, model, loader, plan)
+    held_out = [] if validator is None else validator.loader.sources
 
     # The weights of the checkpoint before the engine divides them over ranks; whatever else it
     # holds after that, when the parts exist that take it over.
     contents = load_weights(model, source, plan)
-    stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
+    sources = [*loader.sources, *held_out]
+    stored_embeddings.check(sources, model, precomputed=config.model.precomputed)
     stored_embeddings.check_texts(
-        loader.sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
+        sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
     )
     say_start(config, model, loader, objective, plan, source)
-    rate = segment.rate(rate)
+
+    dtype = engines.compute_dtype(config.train, engine.device)
+    utilisation = flops.utilisation(model, engine.device, dtype)
+    rate = segment.rate(run.rate)
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
-        set_branch_aside(Path(config.out), training.step)
-    return training
+    return Part(model, selector, training, utilisation, validator)
 
 
 def check_names(config: Config) -> None:
@@ -170,6 +208,7 @@ def check_names(config: Config) -> None:
     """
     log.check_trackers(config.log.trackers)
     optim.check(config.train.optimizer)
+    check_watched(config)
     for reference in (config.init_from, *config.teacher.models):
         if reference:
             resolve_reference(reference)
@@ -193,13 +232,9 @@ def initial_model(config: Config) -> DualEncoder:
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
-    # One line of the objective is enough: positives: caption needs no key of the data.
-    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
-    data = replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
-
     stored_texts = config.model.stored_texts
     loader = Loader(
-        data,
+        labelled(config),
         model.image_spec,
         model.text_spec,
         mixture=selector.mixture,
@@ -213,6 +248,24 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
     )
     selector.check(loader.carries)
     return loader
+
+
+def labelled(config: Config) -> Data:
+    """The section `data`, with the labels that terms read."""
+    # One line of the objective is enough: positives: caption needs no key of the data.
+    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
+    return replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
+
+
+def open_validation(
+    config: Config, model: DualEncoder, loader: Loader, plan: Plan
+) -> Validator | None:
+    """What measures the loss over held-out samples, if the configuration names some."""
+    if config.validation is None:
+        return None
+    validator = Validator(config.validation, config, labelled(config), model, loader)
+    validator.prepare(config, plan, model, teacher.supplies(config.teacher))
+    return validator
 
 
 def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Objective:
@@ -310,7 +363,8 @@ def loop(
     loader: Loader,
     selector: Selection,
     plan: Plan,
-    evaluate: Evaluate | None,
+    midway: Midway,
+    watch: Watch,
     report: Reporter,
 ) -> None:
     """Train from the current step to the plan's end, where a stage is saved and a run is evaluated,
@@ -327,7 +381,7 @@ def loop(
             saved_step = training.step
 
     with StopRequest() as stop, explained(config):
-        while training.step < plan.end:
+        while training.step < plan.end and watch.reason() is None:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
 
@@ -348,7 +402,7 @@ def loop(
             # Whoever reports, saves or evaluates a step needs to know what it came to.
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
-            due = [task for task in config.eval if plan.due(task.common.every, step)]
+            due = midway.due(step)
             if logged or saves or due or step == plan.end:
                 settle(training)
 
@@ -358,62 +412,36 @@ def loop(
                     values["skipped"] = float(training.skipped)
                 with stop.console():
                     report.training(step, values, loader.counters())
+            report.stepped(step)
             if training.asked_to_stop and training.step < plan.total:
                 leave(stop, training, save_unless_saved)
 
             # Saved before it is evaluated: an evaluation takes long, and may fail.
             if saves:
                 save_unless_saved()
-            if evaluate is not None and due and step < plan.total:
+            if due and step < plan.total:
                 leave_if_asked(stop, training, save_unless_saved)
                 with report.paused(), stop.console(), suppress(Interrupted):
-                    report.evaluation(step, evaluate_now(evaluate, training, due))
+                    if watch.note(midway.measure(step)):
+                        save_unless_saved()
+                        watch.keep(step)
+
+        if (reason := watch.reason()) is not None:
+            log.say(reason)
+        save_unless_saved()
 
         # Its processes and their memory are of no use to the last evaluation, and their pictures
         # none to the next stage.
         loader.close()
-        if plan.end < plan.total:
-            save_unless_saved()
+        if plan.end < plan.total and watch.reason() is None:
             return
-        if evaluate is not None and config.eval:  # also of a run resumed at its end
-            try:
-                with stop.console():
-                    report.evaluation(plan.total, evaluate_now(evaluate, training, config.eval))
-            except Interrupted:
-                leave_if_asked(stop, training, save_unless_saved)
-
-
-def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], None]) -> None:
-    """`leave` on every rank if any rank was asked to stop. Collective, and the host waits: for
-    moments at which it waits anyway.
-    """
-    asked = stop.received != 0
-    # A signal reaches ranks at different moments; they have to stop at the same step.
-    if dist.world_size() > 1:
-        vote = torch.full((), float(asked), device=training.engine.device)
-        asked = dist.all_reduce(vote, dist.world()).item() > 0
-    if asked:
-        leave(stop, training, save)
-
-
-def leave(stop: StopRequest, training: Training, save: Callable[[], None]) -> NoReturn:
-    """Save and raise Stopped. Collective."""
-    signum = max(dist.gather_objects(int(stop.received)))
-    save()
-    outcome = "before the first step; there is nothing to save"
-    if training.step:
-        outcome = f"after step {training.step}; saved"
-    name = signal.Signals(signum).name
-    raise Stopped(signum, f"stopped by {name} {outcome}. Continue with resume=auto")
-
-
-@contextmanager
-def explained(config: Config) -> Iterator[None]:
-    """Around all steps: NaN or infinity ends them with what to do."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
+        try:
+            with report.paused(), stop.console():
+                # Also of a run resumed at its end.
+                if watch.note(midway.finish(training.step)):
+                    watch.keep(training.step)
+        except Interrupted:
+            leave_if_asked(stop, training, save_unless_saved)
 
 
 def in_final_form(evaluate: Evaluate, description: dict[str, Any]) -> Evaluate:
@@ -425,50 +453,3 @@ def in_final_form(evaluate: Evaluate, description: dict[str, Any]) -> Evaluate:
         return evaluate(stages.in_final_form(model, description), tasks, dtype)
 
     return evaluate_as_final
-
-
-def evaluate_now(
-    evaluate: Evaluate, training: Training, tasks: list[Plugin]
-) -> list[dict[str, Any]]:
-    """Hand a plain model in evaluation mode to `evaluate`, without gradients; after it the moving
-    average, where that is to be evaluated, whose labels begin with `AVERAGED`.
-    """
-    try:
-        with torch.no_grad():
-            # Sharded engines gather the weights for it.
-            model = training.engine.evaluation_model().eval()
-            records = evaluate(model, tasks, training.dtype)
-            del model  # of two whole models one at a time
-
-            teacher = training.teacher
-            average = None if teacher is None else teacher.evaluation_model()
-            if average is not None:
-                for record in evaluate(average.eval(), tasks, training.dtype):
-                    records.append(record | {"label": AVERAGED + record["label"]})
-            return records
-    finally:
-        training.engine.model.train()
-
-
-def ways_out(config: Config) -> str:
-    """Explain from which checkpoint, with which settings, a run goes on after NaN or infinity."""
-    settings = ["a lower train.optimizer.lr"]
-    if config.train.non_finite == "stop":
-        settings.append("train.non_finite=skip")
-    else:
-        settings.append(f"train.max_skipped above {config.train.max_skipped}")
-    if config.train.precision != "float32":
-        settings.append("train.precision=float32")
-    one_of_them = " or ".join(settings)
-
-    # With what is on the disk, for the advice must work as it is written.
-    saved = checkpoint.all_of(Path(config.out))
-    if not saved:
-        return (
-            f"There is no checkpoint yet. Start anew in another folder (out=…) with {one_of_them}."
-        )
-    older = f", or from an older checkpoint with resume={saved[-2]}" if len(saved) > 1 else ""
-    return (
-        f"The weights of {saved[-1]} are finite, but from there the run comes to this very step "
-        f"again. Go on with resume=auto and {one_of_them}{older}."
-    )

@@ -7,6 +7,8 @@ A task's file holds
     KNOWN_AS         the name under which clip_benchmark records such a result
     MAIN             the score that stands for the task in tables and averages; its level by
                      guessing is in the result's `chance`
+    SCORES           names of all scores it can give, by which `checkpoint.best` and `stop` are
+                     checked before training; left out where the data decide
     read(options)    the evaluation set, opened and checked, nothing decoded: start-up errors come
                      from here
     run(encoder, data, options, context) -> TaskResult

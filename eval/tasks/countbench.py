@@ -26,6 +26,7 @@ from vlp.eval.tasks import TaskResult
 VERSION = 1
 KNOWN_AS = "countbench"
 MAIN = "acc"
+SCORES = ("acc", "mean_distance")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 KEYS = ("image", "text", "number")
 RowsWithPictures = list[tuple[dict[str, Any], Picture]]

@@ -16,6 +16,7 @@ from vlp.eval.tasks import TaskResult, _labelled
 VERSION = 1
 KNOWN_AS = "knn"
 MAIN = "acc1"
+SCORES = ("acc1", "acc5", "mean_per_class_recall")
 
 
 @dataclass(frozen=True)

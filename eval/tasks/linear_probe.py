@@ -24,6 +24,7 @@ from vlp.eval.unprojected import unprojected
 VERSION = 1
 KNOWN_AS = "linear_probe_lbfgs"  # clip_benchmark's linear_probe is clip_benchmark_probe
 MAIN = "acc1"
+SCORES = ("acc1", "acc5", "mean_per_class_recall", "decay")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from vlp.eval.tasks import TaskResult, retrieval, shared
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "image_caption_selection"
 MAIN = "precision@1"
+SCORES = ("precision@1",)
 WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
 Tagger = Callable[[str], list[tuple[str, str]]]  # caption -> (word, "noun", "adjective" or "other")
 

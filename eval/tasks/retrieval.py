@@ -30,6 +30,11 @@ VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "zeroshot_retrieval"
 MAIN = "image_retrieval_recall@1"
 KS = (1, 5, 10)
+_OF_RANKS = (*(f"recall@{k}" for k in KS), "mean_rank", "median_rank")
+SCORES = (
+    *(f"image_retrieval_{name}" for name in _OF_RANKS),
+    *(f"text_retrieval_{name}" for name in _OF_RANKS),
+)
 
 
 @dataclass(frozen=True)

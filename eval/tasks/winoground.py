@@ -23,6 +23,7 @@ from vlp.eval.tasks import TaskResult
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
 MAIN = "acc"
+SCORES = ("text_acc", "image_acc", "acc")
 IMAGES = ("image_0", "image_1")
 CAPTIONS = ("caption_0", "caption_1")
 

@@ -30,6 +30,7 @@ from vlp.eval.tasks import TaskResult
 VERSION = 1
 KNOWN_AS = "zeroshot_classification"
 MAIN = "acc1"  # mean_average_precision for several labels
+SCORES = ("acc1", "acc5", "mean_per_class_recall", "mean_average_precision")
 
 
 @dataclass(frozen=True)

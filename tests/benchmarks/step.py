@@ -169,7 +169,7 @@ def measure(work: SimpleNamespace) -> dict[str, Any]:
     copy_ms = 1e3 * min(timed(copy, device) for _ in range(5)) if on_device else None
 
     dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
-    useful = count_flops(work, device)
+    useful = count_flops(work)
     return {
         "samples/s": work.batch / seconds_a_step,
         "MFU": useful / seconds_a_step / matmul_rate(device, dtype, 768),
@@ -387,23 +387,14 @@ def in_host_memory(value: Any, device: Any) -> Any:
     return value.pin_memory() if device.type == "cuda" else value
 
 
-def count_flops(work: SimpleNamespace, device: Any) -> int:
-    """One forward and backward of towers and loss over the batch, from a run of 2 rows scaled to
-    it, plus the loss.
-    """
-    import open_clip
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+def count_flops(work: SimpleNamespace) -> float:
+    """One forward and backward of towers and loss over the batch, at the full context length."""
+    from vlp.flops import of_towers
+    from vlp.models.build import build
 
-    model = open_clip.create_model(work.architecture).to(device)
-    image, text = samples(2, model, work)
-    with FlopCounterMode(display=False) as counter:
-        x, t, _ = model(image.float().to(device), text.to(device))[:3]
-        (x.sum() + t.sum()).backward()
-    width = x.shape[1]
-    del model
-    torch.cuda.empty_cache()
-    return counter.get_total_flops() * work.batch // 2 + 6 * work.batch**2 * width
+    model = build(model_settings(work))
+    n_tokens = work.batch * model.text_spec.context_length
+    return of_towers(model).of(work.batch, n_tokens) + 6 * work.batch**2 * model.embed_dim
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from vlp.config.durations import Duration, Plan
 from vlp.config.model import Captioner, Heads, Model, Scale, TeacherHead, ViewHead
 from vlp.config.optimizer import Group, LayerDecay, Optimizer
 from vlp.config.reading import dump, find, load, parse, read_yaml, recorded, shipped, shown
+from vlp.config.running import Best, HeldOut, Stop, Validation
 from vlp.config.stages import Stage
 from vlp.config.teacher import Teacher
 from vlp.config.training import Checkpoint, Log, Pairwise, Train
@@ -18,6 +19,7 @@ from vlp.schema import ConfigError
 
 __all__ = [
     "Augment",
+    "Best",
     "Captioner",
     "Captions",
     "Checkpoint",
@@ -27,6 +29,7 @@ __all__ = [
     "Duration",
     "Group",
     "Heads",
+    "HeldOut",
     "LayerDecay",
     "Log",
     "Model",
@@ -35,11 +38,13 @@ __all__ = [
     "Plan",
     "Scale",
     "Stage",
+    "Stop",
     "StrongAugment",
     "Teacher",
     "TeacherHead",
     "TextAugment",
     "Train",
+    "Validation",
     "ViewHead",
     "Views",
     "dump",

@@ -30,6 +30,9 @@ from vlp.config.describe import (
 from vlp.config.source import Class, Field, Module
 from vlp.schema import ConfigError, Problem
 
+# places that name the same plug-ins as another one, where those are described
+_REPEATED = ("validation.data.sources",)
+
 
 @dataclass(frozen=True)
 class Key:
@@ -77,6 +80,8 @@ def _tree(section: Class, name: str) -> Iterator[Section]:
         inner_name = prefix + field.name
         slot = slot_of(field.annotation, inner_name)
         inner = section_of(field)
+        if slot is not None and slot.name in _REPEATED:
+            continue
         if slot is not None:
             yield from _plugins(slot, _key(field, prefix).sentence)
         elif inner is not None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from vlp.config.durations import Duration
 from vlp.config.optimizer import Optimizer
+from vlp.config.running import Best
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Checkpoint:
     # how often a checkpoint is written; one is written at the end in any case
     every: Duration = Duration(25, "%")
     keep: int = 2  # how many checkpoints stay, the newest ones
+    # the score by which the best one stays beside them: LABEL.METRIC or {metric, mode: min | max}
+    best: str | Best | None = None
 
     def __post_init__(self) -> None:
         if self.keep < 1:

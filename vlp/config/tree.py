@@ -7,6 +7,7 @@ from typing import Annotated
 
 from vlp.config.data import Data
 from vlp.config.model import Model
+from vlp.config.running import Stop, Validation
 from vlp.config.stages import Stage
 from vlp.config.teacher import Teacher
 from vlp.config.training import Checkpoint, Log, Pairwise, Train
@@ -31,6 +32,10 @@ class Config:
     selection: Annotated[KeyedPlugins, Keyed("vlp.selection")] = field(default_factory=KeyedPlugins)
     # evaluation tasks by name, run during training and at its end
     eval: Annotated[KeyedPlugins, Keyed("vlp.eval.tasks")] = field(default_factory=KeyedPlugins)
+    # the loss over held-out samples; None: none
+    validation: Validation | None = None
+    # ends the run once a score gets no better; None: it goes to its end
+    stop: Stop | None = None
     checkpoint: Checkpoint = Checkpoint()
     log: Log = field(default_factory=Log)
     seed: int = 0  # everything random is derived from it: weights, order, augmentation, captions

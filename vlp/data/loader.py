@@ -70,6 +70,7 @@ class Loader:
         text: TextSpec,
         *,
         batch: int,  # B, over all ranks
+        batch_key: str = "train.batch",  # of the configuration, for messages
         seed: int,
         rank: int = 0,
         world: int = 1,
@@ -97,7 +98,7 @@ class Loader:
         self.n_samples = self._mixture.n_samples
         self.steps_per_epoch = self._mixture.steps_per_epoch(batch)
         if not self.steps_per_epoch:
-            raise ValueError(sequence.too_few(self._mixture, batch, data.together))
+            raise ValueError(sequence.too_few(self._mixture, batch, data.together, batch_key))
 
         # What a batch carries.
         self.store = store
@@ -284,9 +285,7 @@ class Loader:
         return batch
 
     def counters(self) -> dict[str, float]:
-        """Since the start or the last `load_state_dict`: bad samples replaced, captions truncated,
-        seconds waited.
-        """
+        """Since the start or the last `go_to`: samples replaced, captions cut, seconds waited."""
         return {
             "bad_samples": self._n_bad,
             "truncated_captions": self._n_truncated,
@@ -324,9 +323,13 @@ class Loader:
                 "restore it, or start a new run with init_from=CHECKPOINT"
             )
 
+        self.go_to(int(state["step"]))
+
+    def go_to(self, step: int) -> None:
+        """Let the next batch be that of `step`, and count anew."""
         # Batches made ahead are those of the old position.
         self.close()
-        self._position = self._start = int(state["step"])
+        self._position = self._start = step
         self._reset_counters()
 
     def close(self) -> None:
@@ -355,7 +358,9 @@ class Loader:
     def _count_bad(self, report: Report) -> None:
         """Keep and log the bad samples of a batch; raises DataError where they became too many."""
         self._n_bad += len(report.bad)
-        for sample_id, key, reason in report.bad[: _MAX_NAMED - len(self.bad)]:
+        # Who goes back to the start meets the same ones again.
+        new = [sample for sample in report.bad if sample not in self.bad]
+        for sample_id, key, reason in new[: _MAX_NAMED - len(self.bad)]:
             self.bad.append((sample_id, key, reason))
             log.warn(f"sample {sample_id} {key!r} was replaced by another: {reason}")
 

@@ -39,12 +39,12 @@ def drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str,
     return options
 
 
-def too_few(mixture: Mixture, batch: int, together: int) -> str:
+def too_few(mixture: Mixture, batch: int, together: int, batch_key: str = "train.batch") -> str:
     """What to say of data that do not fill one batch."""
     held = f"{mixture.n_samples} samples"
     if together > 1:
         held = f"{mixture.n_units} groups of {together}"
-    return f"a batch of {batch} is larger than the data ({held}); set train.batch lower"
+    return f"a batch of {batch} is larger than the data ({held}); set {batch_key} lower"
 
 
 def n_left_out(mixture: Mixture) -> int:

@@ -46,7 +46,7 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         _joined(texts),
         **{name: value.flatten(0, 1) for name, value in views.items()},
         **pairs,
-        **_cut(model, batch, texts, views),
+        **_cut(model, batch, texts, views, batch.text.device),
     )
 
     # Apart again, each in the shape of its field.
@@ -55,6 +55,24 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         embedded[name] = getattr(features, name).unflatten(0, value.shape[:2])
     embedded |= _apart(features.image, pictures) | _apart(features.text, texts)
     return embedded | _beside(features)
+
+
+def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tuple[int, int]:
+    """How many pictures, and tokens of texts, pass the towers when `embed` embeds the same:
+    captions as they are cut, with the padding that is left. The device is not asked.
+    """
+    fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
+    places = [_places(batch, name, row) for name, row in fields.items() if row.tower == "image"]
+    n_pictures = sum(math.prod(shape) if rows is None else len(rows) for shape, rows in places)
+
+    texts, views = _taking_part(batch, fields, "text"), _views(batch, fields)
+    cut = _cut(model, batch, texts, views, torch.device("cpu")).get("cut")
+    if cut is not None:
+        return n_pictures, cut.n_tokens
+    n_tokens = sum(part.rows.numel() for part in texts.values())
+    if "text_views" in views:
+        n_tokens += views["text_views"].numel()
+    return n_pictures, n_tokens
 
 
 @dataclass(frozen=True)
@@ -70,18 +88,10 @@ class _Part:
     @classmethod
     def of(cls, batch: Batch, name: str, field: Field) -> _Part:
         """Of a field that the batch carries, with its mask, if it has one."""
-        values = getattr(batch, name)
-        # The table's letters less those of a picture or a text.
-        n_inner = 3 if field.tower == "image" else 1
-        shape = values.shape[: len(field.batch_shape.split()) - n_inner]
-        rows = values.flatten(0, len(shape) - 1)
-        if not field.valid:
+        shape, numbers = _places(batch, name, field)
+        rows = getattr(batch, name).flatten(0, len(shape) - 1)
+        if numbers is None:
             return cls(rows, shape)
-
-        # Picked on the host: a device that is asked how many rows a mask leaves makes it wait.
-        mask = batch.host(field.valid).numpy()
-        mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
-        numbers = np.flatnonzero(np.broadcast_to(mask, shape))
         places = lengths.sent(numbers, rows.device)
         return cls(rows.index_select(0, places), shape, numbers, places)
 
@@ -96,6 +106,22 @@ class _Part:
         """The rows of a text, [n, L], without asking the device."""
         rows = batch.host(name).flatten(0, -2).numpy()
         return rows if self.numbers is None else rows[self.numbers]
+
+
+def _places(batch: Batch, name: str, field: Field) -> tuple[tuple[int, ...], np.ndarray | None]:
+    """The shape of a field without the dimensions of a picture or a text, and the numbers of the
+    flattened rows that take part; None: all of them.
+    """
+    # The table's letters less those of a picture or a text.
+    n_inner = 3 if field.tower == "image" else 1
+    shape = tuple(getattr(batch, name).shape[: len(field.batch_shape.split()) - n_inner])
+    if not field.valid:
+        return shape, None
+
+    # Picked on the host: a device that is asked how many rows a mask leaves makes it wait.
+    mask = batch.host(field.valid).numpy()
+    mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
+    return shape, np.flatnonzero(np.broadcast_to(mask, shape))
 
 
 def _taking_part(batch: Batch, fields: dict[str, Field], tower: str) -> dict[str, _Part]:
@@ -114,9 +140,15 @@ def _views(batch: Batch, fields: dict[str, Field]) -> dict[str, Tensor]:
 
 
 def _cut(
-    model: nn.Module, batch: Batch, texts: dict[str, _Part], views: Collection[str]
+    model: nn.Module,
+    batch: Batch,
+    texts: dict[str, _Part],
+    views: Collection[str],
+    device: torch.device,
 ) -> dict[str, Cut]:
-    """How the texts and their views are to pass the tower, as a keyword; none: as they are."""
+    """How the texts and their views are to pass the tower, as a keyword with its places on
+    `device`; none: as they are.
+    """
     encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Stages))
     encoder = next(encoders, None)
     if encoder is None or not texts:
@@ -128,7 +160,7 @@ def _cut(
         ids.append(batch.host("text_views").flatten(0, -2).numpy())
         n_possible += len(ids[-1])
 
-    cut = encoder.cut(np.concatenate(ids), batch.text.device, n_possible)
+    cut = encoder.cut(np.concatenate(ids), device, n_possible)
     return {} if cut is None else {"cut": cut}
 
 

@@ -42,6 +42,11 @@ class Cut(NamedTuple):
     back: Tensor  # [n] int64: the place of each row in that order
     parts: tuple[tuple[int, int], ...]  # (rows, tokens of each), in that order
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that pass the tower."""
+        return sum(n_rows * length for n_rows, length in self.parts)
+
 
 def spared_padding(tower: nn.Module) -> int | None:
     """The id of the padding that a text tower need not see; None where its features depend on it.

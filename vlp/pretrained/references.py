@@ -2,6 +2,7 @@
 `model.pretrained`, `teacher.model`, `vlp eval`, `vlp export`, and `--model` of the data tools.
 
     runs/demo                                a run: its newest checkpoint
+    runs/demo@best                           its best checkpoint, by its checkpoint.best
     runs/demo/checkpoints/step_00000100      one checkpoint
     runs/demo@ema                            the moving average of a run's or checkpoint's weights
     exported/demo, local-dir:exported/demo   a folder of vlp export, open_clip or transformers
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from vlp.pretrained import clip_description, hub
 from vlp.pretrained.folders import listing, read_json
+from vlp.pretrained.runs import AT_BEST, CheckpointError, best
 from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
 
@@ -94,6 +96,12 @@ def resolve(reference: str | Path | Reference) -> Reference:
     place = Path(text.removeprefix(_LOCAL)).expanduser()
     if place.is_dir():
         return in_folder(text, place)
+    if text.endswith(AT_BEST) and Path(text.removesuffix(AT_BEST)).expanduser().is_dir():
+        run = Path(text.removesuffix(AT_BEST)).expanduser()
+        try:
+            return Reference(text, "run", best(run))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
     if text.startswith(_LOCAL):
         raise ValueError(f"no folder {place}{_near(place)}. What works: {_WORKING}")
     if place.is_file():

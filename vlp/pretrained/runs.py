@@ -17,6 +17,8 @@ from torch import Tensor
 from vlp import log
 
 FOLDER = "checkpoints"
+BEST = "best.json"  # in FOLDER: which checkpoint is the best one
+AT_BEST = "@best"  # RUN@best means that one
 AVERAGED = "ema."  # begins the labels of results that are the moving average's
 # of a checkpoint, the file with the moving average, and what begins the names of its weights there
 TEACHER, AVERAGE = "teacher.safetensors", "ema_"
@@ -30,6 +32,8 @@ def resolve(ref: str | Path) -> Path:
     """The checkpoint meant by a run's folder (its newest complete one) or by a checkpoint's own
     folder.
     """
+    if str(ref).endswith(AT_BEST) and not Path(ref).is_dir():
+        return best(Path(str(ref).removesuffix(AT_BEST)))
     ref = Path(ref)
 
     # A checkpoint's own folder is meant even where newer ones exist.
@@ -47,6 +51,33 @@ def resolve(ref: str | Path) -> Path:
     raise CheckpointError(
         f"{ref} holds no complete checkpoint; expected {ref / FOLDER}/step_*/manifest.json"
     )
+
+
+def best(run: Path) -> Path:
+    """The best checkpoint of a run by its `checkpoint.best`; CheckpointError where none is named or
+    it is gone.
+    """
+    path = named_best(run)
+    if path is None:
+        raise CheckpointError(
+            f"{run} names no best checkpoint in {run / FOLDER / BEST}; train with checkpoint.best, "
+            f"or write {run} for the newest one"
+        )
+    if not looks_complete(path):
+        raise CheckpointError(f"{path}, the best checkpoint of {run}, is gone or damaged")
+    return path
+
+
+def named_best(run: Path) -> Path | None:
+    """The checkpoint that a run's best.json names; None without one."""
+    try:
+        content = json.loads((run / FOLDER / BEST).read_text(encoding="utf-8"))
+        name = content["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    # A file that comes from anybody must not lead elsewhere.
+    is_name = isinstance(name, str) and Path(name).name == name
+    return run / FOLDER / name if is_name else None
 
 
 def newest(run: Path) -> Path | None:

@@ -1,0 +1,202 @@
+"""The loss of the run's objective over held-out samples: the same rows in the same batches every
+time, on any number of ranks.
+
+Towers are in evaluation mode, and nothing moves: no statistic, queue, average or estimate. A term
+reads the queues, averages and thresholds of the run as they are; estimates that are kept for each
+sample are new, as at a sample's first visit, for held-out samples have none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vlp import dist, losses, passes
+from vlp.checks import check_needs
+from vlp.config import Augment, Config, Data, Plan, Validation
+from vlp.copies import copied
+from vlp.data.loader import Loader
+from vlp.lifetime import Interrupted, give_way
+from vlp.log import warn
+from vlp.measurements import means_over_ranks
+from vlp.models.dual_encoder import DualEncoder
+from vlp.seeds import derive
+from vlp.text_store import TextStore
+from vlp.training import Training
+from vlp.types import Batch
+
+# Of a square picture all, of another one its middle: what evaluation shows a model.
+_MIDDLE = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+_SEED = 0  # of rows and captions: the same ones in every run
+
+
+class Validator:
+    """Measures `config.validation`; built once, before the engine takes over the model."""
+
+    def __init__(
+        self, options: Validation, config: Config, data: Data, model: DualEncoder, training: Loader
+    ) -> None:
+        """data: the run's, as its loader reads it; training: that loader."""
+        self.scale = options.scale
+        self.batch = options.batch or config.train.batch
+        self.rows_at_once = config.train.batch // dist.world_size() // config.train.micro_batches
+        try:
+            self.loader = _loader(options, config, data, model, self.batch, training.store)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"validation: {error}") from error
+
+        if self.loader.teacher_scale != training.teacher_scale:
+            raise ValueError(
+                f"validation: the teacher of the held-out samples' embeddings has the scale "
+                f"{self.loader.teacher_scale}, that of the training samples "
+                f"{training.teacher_scale}; embed both with the same model (vlp data embed)"
+            )
+
+        self.n_batches = self.loader.steps_per_epoch
+        if options.samples is not None:
+            self.n_batches = min(self.n_batches, options.samples // self.batch)
+        if not self.n_batches:
+            raise ValueError(
+                f"validation.samples is {options.samples}, less than a batch of {self.batch}; set "
+                "validation.batch lower"
+            )
+        if dist.is_main():
+            _warn_of_overlap(training, self.loader)
+
+    def prepare(
+        self, config: Config, plan: Plan, model: DualEncoder, supplied: frozenset[str]
+    ) -> None:
+        """Build the objective; ValueError where the samples lack what a term needs. supplied: what
+        a teacher gives.
+        """
+        self.objective = losses.build(
+            config.objective,
+            **vars(config.pairwise),
+            seed=config.seed,
+            samples=self.loader.n_samples,
+            steps=plan.total,
+        )
+        try:
+            check_needs(self.objective, self.loader.carries | supplied, model)
+        except ValueError as error:
+            raise ValueError(f"validation: {error}") from error
+
+    def measure(self, training: Training) -> dict[str, float]:
+        """ "loss" and every term, means over the batches. Collective; raises Interrupted on every
+        rank where one was asked to stop.
+        """
+        model = training.engine.evaluation_model().eval()
+        self._take_state(training.objective)
+        self.loader.go_to(0)
+        sums: dict[str, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for number in range(self.n_batches):
+                    _give_way_together()
+                    values = self._values(training, model, next(self.loader), number)
+                    sums = {name: value + sums.get(name, 0) for name, value in values.items()}
+        finally:
+            self.loader.close()
+            training.engine.model.train()
+        means = {name: value / self.n_batches for name, value in sums.items()}
+        return means_over_ranks(means)
+
+    def _take_state(self, objective: losses.Objective) -> None:
+        """Read the run's thresholds and the like; its numbers of each sample are of others."""
+        for label, state in objective.state.items():
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            self.objective.state[label].update(tensors)
+
+    def _values(
+        self, training: Training, model: DualEncoder, batch: Batch, number: int
+    ) -> dict[str, Tensor]:
+        """This rank's shares of a batch's loss and terms."""
+        n_parts = _parts(len(batch), self.rows_at_once)
+        parts = copied(batch, training.engine.device).split(n_parts)
+        outputs = [passes.embed_by(training, model, part) for part in parts]
+        leaves = {name: passes.leaf(name, outputs, training) for name in outputs[0]}
+        if self.scale is not None:
+            leaves["scale"] = torch.full_like(leaves["scale"], self.scale)
+
+        constant = passes.labels(training, parts) | passes.teacher_forward(training, parts)
+        torch.manual_seed(derive(_SEED, "validation", number, dist.rank()))
+        # Without a step: no state moves, and it does not matter when the loss is measured.
+        total, terms, _ = self.objective.evaluate(
+            **passes.views_first(leaves), **constant, **training.constants
+        )
+        return {"loss": total, **terms}
+
+
+def _loader(
+    options: Validation,
+    config: Config,
+    data: Data,
+    model: DualEncoder,
+    batch: int,
+    store: TextStore | None,
+) -> Loader:
+    # In this process: loader processes of a second set would need their share of /dev/shm.
+    held_out = replace(
+        data,
+        sources=options.data.sources,
+        augment=_MIDDLE,
+        together=1,
+        replacement=False,
+        shuffle=True,
+        workers=0,
+    )
+    return Loader(
+        held_out,
+        model.image_spec,
+        model.text_spec,
+        batch=batch,
+        batch_key="validation.batch",
+        seed=_SEED,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        pixels=not config.model.precomputed,
+        reads=losses.reads(config.objective),
+        store=store,
+    )
+
+
+def _parts(n_rows: int, at_once: int) -> int:
+    """Into how many equal parts rows are cut, so that no more are embedded at once than in a
+    step.
+    """
+    divisors = (n for n in range(1, n_rows + 1) if n_rows % n == 0)
+    return next(n for n in divisors if n_rows // n <= max(1, at_once))
+
+
+def _give_way_together() -> None:
+    """Raise Interrupted on every rank if one was asked to stop. Collective."""
+    asked = False
+    try:
+        give_way()
+    except Interrupted:
+        asked = True
+    if any(dist.gather_objects(asked)):
+        raise Interrupted
+
+
+def _warn_of_overlap(training: Loader, held_out: Loader) -> None:
+    """Say which held-out shards are trained on."""
+    trained: set[str] = set()
+    for source in training.sources:
+        trained |= {source.fingerprint(), *source.contents().digests}
+
+    # Of shards without a digest nothing is known.
+    trained = {digest for digest in trained if digest.strip("-")}
+    for source in held_out.sources:
+        contents = source.contents()
+        names = [
+            name for name, digest in zip(contents.names, contents.digests) if digest in trained
+        ]
+        if names or source.fingerprint() in trained:
+            listed = ", ".join(names[:5]) or "a whole source"
+            warn(
+                f"validation: {listed} of the held-out samples are trained on, too, so that "
+                "val.loss says little of others; name other shards in validation.data.sources"
+            )
