@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from vlp import checkpoint
-from vlp.export import variants
+from vlp.export import licenses, variants
 from vlp.export.card import render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import ExportError, appearing, write_json
@@ -55,7 +55,8 @@ def export(
     not.
 
     results: evaluation records ({"task", "metrics", …}) and training: the resolved configuration,
-    both for the card. license: an identifier of the Hub, such as apache-2.0. onnx: also write both
+    both for the card. license: an identifier of the Hub, such as apache-2.0, or the name of
+    another. onnx: also write both
     towers as ONNX (needs onnx and onnxscript). dtype: of the stored weights, float32, float16 or
     bf16 (ONNX computes in float32, with their values). image_size: pixels, square, other than the
     model's. home: where the folder will lie in the end, if not
@@ -63,6 +64,7 @@ def export(
     unless `overwrite`, which keeps every file that no export wrote.
     """
     to, stored = Path(to), variants.known(dtype)
+    licenses.metadata(license)  # a mistyped one before anything is written
     if image_size is not None:
         model = variants.resized(model, image_size)
     # Two exports to one place would mix their files.
