@@ -46,6 +46,8 @@ def make_training(
     heads=None,
     length=LENGTH,
     device="cpu",
+    text_tower=None,
+    optimizer=None,
 ):
     vit = {
         "name": "vit",
@@ -60,7 +62,7 @@ def make_training(
         image_tower=plugin.Named("vlp.towers").parse(
             vit | {"patch_dropout": patch_dropout}, (), []
         ),
-        text_tower=plugin.Named("vlp.towers").parse(text, (), []),
+        text_tower=plugin.Named("vlp.towers").parse(text_tower or text, (), []),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),
@@ -71,7 +73,7 @@ def make_training(
         micro_batches=micro_batches,
         engine=engine,
         device=device,
-        optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
+        optimizer=optimizer or config.Optimizer(lr=1e-3, clip_norm=clip_norm),
         activation_checkpointing=checkpointing,
         **{"precision": "float32"} | (train or {}),
     )

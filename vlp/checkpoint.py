@@ -39,6 +39,8 @@ from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
 from vlp.models.stages import Stages
+from vlp.pretrained import adapters
+from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.pretrained.runs import (
@@ -46,6 +48,7 @@ from vlp.pretrained.runs import (
     CheckpointError,
     all_of,
     looks_complete,
+    moving_average,
     newest,
     not_finite,
     resolve,
@@ -226,30 +229,32 @@ def load(path: Path, verified: bool = False) -> Contents:
     )
 
 
-def load_model(ref: str | Path) -> DualEncoder:
-    """The trained model of a run's or checkpoint's folder, on CPU, in evaluation mode. No optimiser
-    state is read.
+def load_model(ref: str | Path, averaged: bool = False) -> DualEncoder:
+    """The trained model of a run's or checkpoint's folder, on CPU, in evaluation mode; `averaged`:
+    with the moving average of its weights. No optimiser state is read.
     """
     path = resolve(ref)
     verify(path)
-    model = from_description(json.loads((path / "model.json").read_text(encoding="utf-8")))
-    restore(model, load_file(path / "model.safetensors"), path)
+    description = json.loads((path / "model.json").read_text(encoding="utf-8"))
+    model = from_description(description)
+    weights = moving_average(path) if averaged else load_file(path / "model.safetensors")
+    # Adapters are of training alone.
+    restore(model, adapters.merged(weights, description["vlp"].get("lora", {})), path)
     return model.eval()
 
 
 def load_any(
-    ref: str | Path | Reference, like: DualEncoder | None = None, keep: int | None = None
+    ref: str | Path | Reference, like: DualEncoder | None = None, fit: Fit = UNCHANGED
 ) -> DualEncoder | Stages:
     """The model behind any reference (vlp.pretrained.references), on the CPU; ValueError or
     CheckpointError says what is there.
 
-    `like`: the model whose architecture a file of weights alone has; `keep`: how many of its
-    positions stay where its context is shorter than that model's.
+    `like`: the model whose architecture a file of weights alone has; `fit`: how these enter it.
     """
     reference = resolve_reference(ref)
     if reference.kind == "run":
-        return load_model(reference.path)
-    return load_export(reference, like, keep)
+        return load_model(reference.path, reference.averaged)
+    return load_export(reference, like, fit)
 
 
 def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlp import checkpoint, dist, locks, log
 from vlp import config as configuration
@@ -20,7 +21,8 @@ from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
 from vlp.lifetime import launcher_grace_s
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained.context import POSITIONS, stretched
+from vlp.pretrained import context, image_size, projections
+from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.step import Training
 
 # Packages whose versions decide numbers; a checkpoint records them.
@@ -71,9 +73,21 @@ def _open_run(config: Config, run: Path) -> Path | None:
     source = _source(config, run)
     if source is not None:
         recorded = configuration.recorded(source / "config.yaml")
+        _check_optimizer(recorded, config, source)
         for key, (old, new) in changes(recorded, config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
     return source
+
+
+def _check_optimizer(recorded: Config, config: Config, source: Path) -> None:
+    """Refuse to go on with another optimiser, to which the gathered state would mean nothing."""
+    before, now = recorded.train.optimizer.name, config.train.optimizer.name
+    if before != now:
+        raise checkpoint.CheckpointError(
+            f"{source} was trained with train.optimizer.name {before}, and this run has {now}; go "
+            f"on with train.optimizer.name={before}, or start a new run from its weights: "
+            f"init_from={source} resume=never out=…"
+        )
 
 
 def _source(config: Config, run: Path) -> Path | None:
@@ -154,27 +168,46 @@ def with_precision(config: Config, source: Path | None, device: torch.device) ->
     return replace(config, train=replace(config.train, precision=chosen))
 
 
-def start_from(model: DualEncoder, reference: str, keep: int | None = None) -> None:
-    """Take the weights of another model. Heads start at random where it has none; heads that only
-    it has stay away. `keep`: its context is stretched to the model's behind so many positions.
+def start_from(model: DualEncoder, reference: str, fit: Fit = UNCHANGED) -> None:
+    """Take the weights of another model, its positions interpolated to this one's sizes.
+
+    Heads start at random where it has none; heads that only it has stay away. `fit`: how its
+    context and its projections enter.
     """
     # `like`, because a file of weights alone does not say what it belongs to.
-    source = checkpoint.load_any(reference, like=model, keep=keep)
+    source = checkpoint.load_any(reference, like=model, fit=fit)
     checkpoint.check_alike(source, model, f"init_from {reference}")
-    weights = source.state_dict()
-    initial = model.state_dict()
+    assert isinstance(source, DualEncoder)
+    if type(source.visual) is type(model.visual):
+        image_size.resize(source.visual, image_size.pair(model.visual.image_size))
 
-    fresh = {name for name in initial if name.startswith("heads.") and name not in weights}
+    initial = model.state_dict()
+    taken = context.fitted(source.state_dict(), initial, fit.keep, f"init_from {reference}")
+    if fit.new_projection:
+        taken = projections.replaced(taken, model, initial)
+    taken = _with_heads(taken, initial, reference, fit)
+    try:
+        checkpoint.restore(model, taken, reference)
+    except checkpoint.CheckpointError as error:
+        advice = projections.advice(initial, taken)
+        raise checkpoint.CheckpointError(f"{error}{advice}") from None
+
+
+def _with_heads(
+    weights: dict[str, Tensor], initial: dict[str, Tensor], reference: str, fit: Fit
+) -> dict[str, Tensor]:
+    """The weights with this model's heads, at random where the other model has none that fits."""
+    named = {name for name in initial if name.startswith("heads.")}
+    fresh = named - weights.keys()
+    # Heads read the shared space, and a new projection may have another one.
+    if fit.new_projection:
+        fresh |= named
     foreign = {name for name in weights if name.startswith("heads.") and name not in initial}
     _say_heads(reference, fresh, "start at random")
     _say_heads(reference, foreign, "are left out")
 
     taken = {name: value for name, value in weights.items() if name not in foreign}
-    taken |= {name: initial[name] for name in fresh}
-    if keep is not None and POSITIONS in taken:
-        length = model.text_spec.context_length
-        taken[POSITIONS] = stretched(taken[POSITIONS], length, keep)
-    checkpoint.restore(model, taken, reference)
+    return taken | {name: initial[name] for name in fresh}
 
 
 def _say_heads(reference: str, parameters: set[str], fate: str) -> None:
@@ -222,7 +255,7 @@ def save(config: Config, training: Training, loader: Loader) -> None:
         "step": training.step,
         "skipped": training.skipped,
         # What is made ahead, or was not trained on in the end, is made again.
-        "loader": loader.state_dict() | {"step": training.step},
+        "loader": loader.state_dict(training.step),
         "versions": {name: version(name) for name in DECIDING},
     }
 

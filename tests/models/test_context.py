@@ -14,13 +14,13 @@ from tests.data.material import TEXT, data_of, encoded, loader_of, picture
 from tests.models.tiny import TEXT as TEXT_TOWER
 from tests.models.tiny import settings, tiny
 from vlp import config, plugin
-from vlp.checkpoint import CheckpointError
 from vlp.data.format import ShardWriter
 from vlp.eval import run
 from vlp.export.folder import export
 from vlp.models.build import build
 from vlp.models.load import load
 from vlp.pretrained.context import POSITIONS, stretched
+from vlp.pretrained.fitting import Fit
 from vlp.resume import start_from
 from vlp.schema import parse
 
@@ -98,7 +98,7 @@ def test_pretrained_and_init_from_stretch_by_the_same_rule(short, way, form):
         longer = build(described(text=LONGER, pretrained=str(folder / form)))
     else:
         longer = build(described(text=LONGER))
-        start_from(longer, str(folder / form), KEEP)
+        start_from(longer, str(folder / form), Fit(KEEP))
 
     assert longer.text_spec.context_length == NEW
     expected = by_equation(model.text.positional_embedding.detach(), NEW, KEEP)
@@ -117,10 +117,32 @@ def test_pretrained_and_init_from_stretch_by_the_same_rule(short, way, form):
     )
 
 
-def test_without_context_init_from_refuses_another_length(short):
-    _, folder = short
-    with pytest.raises(CheckpointError, match=r"positional_embedding: \(16, 64\), expected \(40"):
-        start_from(build(described(text={"context_length": NEW})), str(folder / "export"))
+@pytest.mark.parametrize("way", ["pretrained", "init_from"])
+def test_another_length_without_context_is_taken_as_open_clip_takes_it_or_cut(short, way, capsys):
+    """Longer: interpolated as a whole, which is said. Shorter: the first positions, so that a text
+    that fits keeps its embedding.
+    """
+    from open_clip.model import resize_text_pos_embed
+
+    model, folder = short
+    built = {}
+    for length in (NEW, 9):
+        keys = {"context_length": length}
+        if way == "pretrained":
+            built[length] = build(described(text=keys, pretrained=str(folder / "export"))).eval()
+        else:
+            built[length] = build(described(text=keys)).eval()
+            start_from(built[length], str(folder / "export"))
+
+    theirs = {POSITIONS: model.state_dict()[POSITIONS]}
+    resize_text_pos_embed(theirs, built[NEW])
+    assert torch.equal(built[NEW].text.positional_embedding, theirs[POSITIONS])
+    assert "16 positions of the text tower are interpolated to 40" in capsys.readouterr().err
+
+    ids = torch.zeros(1, OLD, dtype=torch.int64)
+    ids[0, :4] = torch.tensor([49406, 320, 1929, 49407])
+    shorter = built[9].encode_text(ids[:, :9])
+    torch.testing.assert_close(shorter, model.encode_text(ids), rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_length_is_the_identity(short):

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from vlp.config.data import Data
 from vlp.config.model import Model
-from vlp.config.training import Checkpoint, Log, Pairwise, Teacher, Train
+from vlp.config.stages import Stage
+from vlp.config.teacher import Teacher
+from vlp.config.training import Checkpoint, Log, Pairwise, Train
 from vlp.plugin import Keyed, KeyedPlugins
 
 
@@ -21,6 +23,8 @@ class Config:
     train: Train
     # terms of the loss by name; the total is Σ weight · term
     objective: Annotated[KeyedPlugins, Keyed("vlp.losses")]
+    # phases before the rest of the run, one after another (FLIP, CLIPA); empty: there are none
+    stages: list[Stage] = field(default_factory=list)
     pairwise: Pairwise = Pairwise()
     teacher: Teacher = Teacher()
     # which samples a step trains on; empty: every one that is loaded
@@ -44,4 +48,9 @@ class Config:
             raise ValueError(
                 f"teacher.queue is {self.teacher.queue}, "
                 f"smaller than train.batch {self.train.batch}; enlarge it"
+            )
+        if self.model.new_projection and self.model.pretrained is None and self.init_from is None:
+            raise ValueError(
+                "model.new_projection starts projections beside published weights, and neither "
+                "model.pretrained nor init_from names any; name them, or leave it out"
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from vlp import losses, plugin
 from vlp.export import licenses
 from vlp.export.dual_form import FOLDER
 from vlp.models.dual_encoder import DualEncoder
@@ -19,8 +20,10 @@ from vlp.privacy import shareable
 from vlp.types import ON_WHITE
 
 # of the Hub, by the transformers class that the folder loads as
+VLP = "vlp"  # of a folder that vlp alone loads
 _TAGS: dict[str | None, list[str]] = {
     None: [],
+    VLP: [],
     "CLIPModel": ["transformers", "clip"],
     "SiglipModel": ["transformers", "siglip"],
     "VisionTextDualEncoderModel": ["transformers", "vision-text-dual-encoder"],
@@ -37,9 +40,10 @@ def render(
     training: Mapping[str, Any] | None,
     step: int | None,
     license: str | None,
+    origin: str | None = None,
 ) -> str:
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads
-    as, or None.
+    as, VLP, or None; `origin` a sentence on weights that are an average.
     """
     libraries = {note.partition(":")[0] for note in notes}
     parts = [
@@ -47,6 +51,9 @@ def render(
         f"# {name}",
         _summary(model, step),
     ]
+    parts += [] if origin is None else [origin]
+    if training is not None and (scale := of_scale(training)):
+        parts.append(scale)
     parts += ["## Use", _usage(name, form, libraries, model.text_spec.context_length)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
@@ -107,13 +114,16 @@ def _front_matter(
     sentence_transformers: bool,
 ) -> str:
     # Keys and values are the Hub's: it sorts and filters models by them.
-    tags = ["contrastive", "open_clip", *_TAGS[form]]
+    readers = [] if form == VLP else ["open_clip"]
+    tags = ["contrastive", *readers, *_TAGS[form]]
     if sentence_transformers:
         tags.append("sentence-transformers")
     # The Hub shows how this library loads the repository itself, not a subfolder of it.
-    at_root = form in ("CLIPModel", "SiglipModel")
+    library = VLP if form == VLP else "open_clip"
+    if form in ("CLIPModel", "SiglipModel"):
+        library = "transformers"
     metadata: dict[str, Any] = {
-        "library_name": "transformers" if at_root else "open_clip",
+        "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": tags,
     }
@@ -168,13 +178,24 @@ def _summary(model: DualEncoder, step: int | None) -> str:
     )
 
 
+def of_scale(training: Mapping[str, Any]) -> str:
+    """Whose the exported scale is where the objective has a temperature of its own, else empty."""
+    own = losses.own_scale(plugin.keyed("vlp.losses", training.get("objective") or {}))
+    if own is None:
+        return ""
+    return (
+        f"Its scale is not learned: it is 1/temperature of the term `{own[0]}`, {own[1]:.4g}, at "
+        "most the model's bound."
+    )
+
+
 def _usage(name: str, form: str | None, libraries: set[str], length: int) -> str:
     """How each library loads the model, as code that runs where the folder lies; `published` makes
     it the repository's.
     """
     # Every block is run by the tests, against a Hub of their own.
-    blocks = [_open_clip_block(name)]
-    if form is not None:
+    blocks = [] if form == VLP else [_open_clip_block(name)]
+    if form not in (None, VLP):
         blocks.append(_transformers_block(name, form, length))
     if "sentence-transformers" in libraries:
         blocks.append(_sentence_transformers_block(name))
@@ -288,7 +309,7 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
         f"and every picture was {turned}.",
         "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
     ]
-    if form is not None:
+    if form not in (None, VLP):
         lines += [
             "transformers' processors put transparent pixels on white and turn nothing;",
             "its pipelines turn a picture and drop its transparency.",

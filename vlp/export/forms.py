@@ -14,10 +14,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form
+from vlp.export.card import VLP
 from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
+from vlp.models import language
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import references, weight_files
+from vlp.pretrained import image_size, references, weight_files
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
@@ -28,16 +30,24 @@ LEVELS = 1.01
 def write_open_clip(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path, home: Path
 ) -> list[str]:
-    """Write the form that every model has; returns notes. `home` is where the folder will lie."""
-    notes = [f"open_clip: {references.CONFIG}, {weight_files.WEIGHTS}"]
+    """Write the form that every model has; returns notes. `home` is where the folder will lie.
+
+    A language model's text tower is in it under keys of ours, so that only vlp reads the whole.
+    """
+    is_ours = language.is_described(model.description()["model_cfg"])
+    notes = [f"{'vlp' if is_ours else 'open_clip'}: {references.CONFIG}, {weight_files.WEIGHTS}"]
 
     # A copy, because what points into this machine is renamed; without the heads, which embed
     # nothing.
     described = json.loads(json.dumps(model.description()))
     del described["vlp"]["heads"]
+    described["vlp"].pop("lora", None)  # the weights have them merged
     text, vision = described["model_cfg"]["text_cfg"], described["model_cfg"]["vision_cfg"]
 
-    if model.text_spec.tokenizer != "clip":
+    reference = language.reference_of(text)
+    if reference:
+        notes.append(f"vlp: runs the language model {reference}, which is not in this folder")
+    if model.text_spec.tokenizer != "clip" and not reference:
         from transformers import AutoTokenizer
 
         source = model.text_spec.tokenizer
@@ -48,14 +58,20 @@ def write_open_clip(
 
     # transformers, which open_clip asks for the text tower, takes a path or a repository. A path
     # must be whole; `vlp push` writes the repository.
-    if "hf_model_name" in text:
+    if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
         if Path(text["hf_model_name"]).is_dir():
             text["hf_model_name"] = str(home / references.TEXT_TOWER)
-            notes.append(
-                "open_clip: finds the text tower by this folder's path; vlp reads it wherever the "
-                "folder is moved"
-            )
+            if not is_ours:
+                notes.append(
+                    "open_clip: finds the text tower by this folder's path; vlp reads it wherever "
+                    "the folder is moved"
+                )
+    if not image_size.is_default(model.visual):
+        notes.append(
+            "open_clip: builds this timm tower for the size that timm states, and cannot load its "
+            "positions of another size; vlp can"
+        )
     if vision.get("timm_model_name") and vision.get("act_kwargs"):
         notes.append(
             "open_clip: has exact GELU in timm's towers, and this one the tanh form: its images "
@@ -70,7 +86,15 @@ def write_open_clip(
 def write_transformers(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path
 ) -> tuple[str | None, list[str]]:
-    """Write the forms that fit; returns the class of transformers' form, or None, and notes."""
+    """Write the forms that fit; returns the class of transformers' form, or None, and notes. A
+    model that only vlp loads is of the form VLP.
+    """
+    if language.is_described(model.open_clip_config):
+        return VLP, [
+            "open_clip, transformers, sentence-transformers: no model of theirs has a language "
+            "model as text tower; vlp eval, vlp.models.load and the data tools read this folder"
+        ]
+
     refusals = []
     for name, form in (("CLIPModel", clip_form), ("SiglipModel", siglip_form)):
         reasons = form.obstacles(model)

@@ -41,7 +41,7 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
 
     model_cfg = shared | {
         "embed_dim": embed_dim,
-        "vision_cfg": image.module.vision_cfg(image.options),
+        "vision_cfg": _vision_cfg(image, model.new_projection),
         "text_cfg": _text_cfg(text),
         # the text tower stays a module of its own, so that every model has one layout
         "custom_text": True,
@@ -54,6 +54,16 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     if model.decoding is not None:
         preprocess_cfg["decoding"] = plain(model.decoding)
     return model_cfg, preprocess_cfg
+
+
+def _vision_cfg(image: Plugin, new_projection: bool) -> dict[str, Any]:
+    """The image tower's section; features that were the embedding get a layer where a projection is
+    asked for.
+    """
+    section = image.module.vision_cfg(image.options)
+    if new_projection and section.get("timm_proj") == "none":
+        section = section | {"timm_proj": "linear"}
+    return section
 
 
 def _text_cfg(text: Plugin) -> dict[str, Any]:
@@ -160,6 +170,7 @@ def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
 
 
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "reduction_mask"}
+_TOKENIZER_OPTIONS |= {"prompt", "end", "mark"}  # vlp.data.prompted
 
 
 def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:

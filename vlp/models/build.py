@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,27 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble
+from vlp.models import assemble, language, lora
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
-from vlp.pretrained import weight_files
+from vlp.plugin import Plugin
+from vlp.pretrained import fitting, image_size, weight_files
+from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config
 
 
-def build(model: config.Model) -> DualEncoder:
-    """The model that a configuration describes, on the CPU in float32.
+def build(model: config.Model, start: Callable[[DualEncoder], None] | None = None) -> DualEncoder:
+    """The model that a configuration describes, on the CPU in float32. `start` may give it other
+    weights before its towers are locked and adapted.
 
     Random weights depend only on torch's global seed. `pretrained` weights bring their scale and
     their preprocessing, as far as it is stated beside them. Raises ValueError for unknown names and
     for weights that do not fit.
     """
     model_cfg, preprocess_cfg = assemble.assemble(model)
+    if any(lora_of(tower) for tower in (model.image_tower, model.text_tower)):
+        lora.check_installed()
 
     # Weights are found before the towers are built: they may say how pixels were normalised.
     weights = None
@@ -41,13 +47,18 @@ def build(model: config.Model) -> DualEncoder:
     clip = _instantiate(model_cfg)
     _load_trunk(model, clip)
     if weights is not None:
-        weight_files.load_into(clip, weights.path, _kept_positions(model))
+        fitting.load_into(clip, weights.path, fit_of(model), weights.described)
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
     encoder.cut_captions = model.cut_captions
+    if start is not None:
+        start(encoder)
 
     text = model.text_tower
-    encoder.lock(image=_locked(model.image_tower), text=text is not None and _locked(text))
+    encoder.lock(image=_locked(model.image_tower), text=None if text is None else _locked(text))
+    encoder.adapt(image=lora_of(model.image_tower), text=lora_of(text))
+    if model.new_projection:
+        encoder.unlock_projections()
     return encoder
 
 
@@ -64,15 +75,20 @@ def _load_trunk(model: config.Model, clip: open_clip.CustomTextCLIP) -> None:
         load_weights(image.options, clip.visual)
 
 
+def lora_of(tower: Plugin | None) -> Any:
+    """How a tower is adapted (vlp.towers.Lora); None: it is not."""
+    common = None if tower is None else tower.common
+    return getattr(common, "lora", None)
+
+
 def from_description(
-    described: dict[str, Any], weights: Path | None = None, keep: int | None = None
+    described: dict[str, Any], weights: Path | None = None, fit: Fit = UNCHANGED
 ) -> DualEncoder:
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
-    `weights`: a file in any layout open_clip reads; None leaves the weights random. `keep`: as of
-    `weight_files.load_into`. Nothing is
-    downloaded, except the configuration of a Hugging Face text tower. A description without `vlp`
-    gets the usual bound on the scale, 100.
+    `weights`: a file in any layout open_clip reads; None leaves the weights random. `fit`: how they
+    enter (vlp.pretrained.fitting). Nothing is downloaded, except the configuration of a Hugging
+    Face text tower. A description without `vlp` gets the usual bound on the scale, 100.
     """
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
     if "multimodal_cfg" in model_cfg:
@@ -81,7 +97,7 @@ def from_description(
         )
     clip = _instantiate(model_cfg)
     if weights is not None:
-        weight_files.load_into(clip, weights, keep)
+        fitting.load_into(clip, weights, fit)
 
     ours = described.get("vlp", {})
     scale = parse(config.Scale, ours.get("scale", {}))
@@ -107,11 +123,18 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    is_ours = language.is_described(model_cfg)
     # A model with code of its own is refused here: open_clip would ask the terminal about it.
-    if language_model := model_cfg["text_cfg"].get("hf_model_name"):
+    language_model = model_cfg["text_cfg"].get("hf_model_name")
+    if language_model and not is_ours:
         language_config(language_model)
 
+    vision = model_cfg["vision_cfg"]
+    image_size.check_square(vision)
+
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    if is_ours:
+        keywords["text_cfg"] = language.STAND_IN
     try:
         clip = open_clip.CustomTextCLIP(**keywords)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -127,7 +150,10 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"the text tower gives {width} features, unprojected, and embed_dim is "
             f"{model_cfg['embed_dim']}; make them equal"
         )
+    if is_ours:
+        clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
 
+    image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)
@@ -158,10 +184,16 @@ def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
             module.approximate = act_kwargs["approximate"]
 
 
-def _kept_positions(model: config.Model) -> int | None:
-    """How many positions of a stretched context stay; None: it is not stretched."""
-    return None if model.context is None else model.context.keep
+def fit_of(model: config.Model) -> Fit:
+    """How weights enter the model that a configuration describes."""
+    keep = None if model.context is None else model.context.keep
+    return Fit(keep, model.new_projection)
 
 
-def _locked(tower: Any) -> bool:
-    return tower.common is not None and tower.common.locked
+def _locked(tower: Plugin) -> int | None:
+    """How many groups a locked tower leaves open; None: it is not locked."""
+    # A plug-in of a caller's own may come without the keys of all towers.
+    locked = False if tower.common is None else tower.common.locked
+    if isinstance(locked, bool):
+        return 0 if locked else None
+    return locked.unlocked_groups

@@ -7,7 +7,6 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,20 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.models import assemble, lengths
+from vlp.models import assemble, lengths, lora
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
+from vlp.models.language import LanguageTower
+from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
+from vlp.models.repeated import repeated
+from vlp.pretrained import adapters, projections
 from vlp.schema import plain
 from vlp.types import Features
+
+# Text towers whose `transformer` is a model of that library.
+_OF_TRANSFORMERS = (HFTextEncoder, LanguageTower)
 
 
 class DualEncoder(nn.Module):
@@ -55,7 +61,8 @@ class DualEncoder(nn.Module):
         self.embed_dim: int = model_cfg["embed_dim"]
 
         # What the data must deliver.
-        context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
+        usual_length = open_clip.CLIPTextCfg.context_length
+        context_length = model_cfg["text_cfg"].get("context_length", usual_length)
         self.image_spec = assemble.image_spec(preprocess_cfg, self.visual.image_size)
         self.text_spec = assemble.text_spec(model_cfg["text_cfg"], context_length)
         self.pixels = Pixels(self.image_spec)
@@ -66,6 +73,7 @@ class DualEncoder(nn.Module):
         self.scale_config, self.heads_config = scale, heads
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
+        self.lora_scalings: dict[str, float] = {}  # alpha / r of the towers that have adapters
         self._batch_norms = batch_norms(self.visual)
 
         # How texts pass their tower (vlp.models.lengths). A tower of shards gathers its weights
@@ -97,8 +105,8 @@ class DualEncoder(nn.Module):
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
-        Views go through the head for views. The heads for concepts and captions read the first
-        `pairs` rows.
+        Views go through the head for views. The heads for concepts, teachers and captions read the
+        first `pairs` rows.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
@@ -115,6 +123,12 @@ class DualEncoder(nn.Module):
             outputs |= self._embeddings("text", features, text.shape[0])
 
         # What heads compute of both towers.
+        if pairs and self.heads.teacher is not None:
+            outputs["interactive_scale"] = self.heads.teacher.scaling()[0]
+            for side in ("image", "text"):
+                rows = outputs[side]
+                if rows is not None:
+                    outputs[f"projected_{side}"] = self.heads.teacher(side, rows[:pairs])
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
@@ -168,8 +182,10 @@ class DualEncoder(nn.Module):
 
     def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
+        if text.is_floating_point():
+            return self._stored_text(text), None
         length = self.text_spec.context_length
-        may_be_shorter = self.padding is not None or isinstance(self.text, HFTextEncoder)
+        may_be_shorter = self.padding is not None or isinstance(self.text, _OF_TRANSFORMERS)
         lengths_allowed = range(1 if may_be_shorter else length, length + 1)
         if text.ndim != 2 or text.shape[1] not in lengths_allowed:
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
@@ -178,11 +194,24 @@ class DualEncoder(nn.Module):
             return lengths.pass_in_parts(self.text, text, cut)
         return _with_tokens(self.text(text))
 
+    def _stored_text(self, rows: Tensor) -> Tensor:
+        """The features of what a language model gave the texts, [rows, width] (vlp.text_store)."""
+        tower = self.text
+        if not isinstance(tower, LanguageTower) or rows.shape[1:] != (tower.width,):
+            raise ValueError(
+                f"stored text embeddings of shape {tuple(rows.shape)} came to a text tower that "
+                "does not read them; expected token ids, or the tower `stored` of their width"
+            )
+        return tower(rows)
+
     def cut(self, ids: np.ndarray, device: torch.device, n_possible: int) -> Cut | None:
         """How texts [rows, L], given on the host, are to pass the tower; None: as they are.
 
         `n_possible`: the rows that there would be if masks left none out.
         """
+        # Rows that stand for texts have no length.
+        if not np.issubdtype(ids.dtype, np.integer):
+            return None
         padding = self.padding if self.cut_captions else None
         if not len(ids) or (padding is None and not self.static_shapes):
             return None
@@ -198,7 +227,7 @@ class DualEncoder(nn.Module):
         """The repeated modules of towers and heads, in order, outermost only: the units to shard
         (FSDP2) or recompute.
         """
-        return [*_repeated(self.visual), *_repeated(self.text), *_repeated(self.heads)]
+        return [*repeated(self.visual), *repeated(self.text), *repeated(self.heads)]
 
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
@@ -212,32 +241,56 @@ class DualEncoder(nn.Module):
         image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
         image.set_grad_checkpointing(enable)
 
-        if isinstance(self.text, HFTextEncoder):
+        if isinstance(self.text, _OF_TRANSFORMERS):
             _checkpoint_transformers(self.text.transformer, enable)
         else:
             self.text.set_grad_checkpointing(enable)
         if self.heads.captions is not None:
             self.heads.captions.decoder.set_grad_checkpointing(enable)
 
-    def lock(self, *, image: bool = False, text: bool = False) -> None:
-        """Freeze towers (LiT, Zhai et al. 2022): no gradients, and evaluation mode even while
-        training.
+    def lock(self, *, image: int | None = None, text: int | None = None) -> None:
+        """Freeze towers but for so many of their last layer groups (vlp.models.layer_groups); None:
+        a tower is not frozen.
 
-        Of a timm or Hugging Face tower the trunk is locked and the projection learns; any other
-        tower is locked whole.
+        LiT (Zhai et al. 2022): no gradients, and evaluation mode even while training, so that batch
+        statistics stay. Of a timm or Hugging Face tower the trunk is locked and the projection
+        learns; a new projection of any other tower is opened by `unlock_projections`.
         """
         self._locked = []
-        if image:
-            self._locked.append(_trunk(self.visual))
-        if text:
-            self._locked.append(_trunk(self.text))
+        towers = {"image_tower": (self.visual, image), "text_tower": (self.text, text)}
+        for name, (tower, unlocked_groups) in towers.items():
+            if unlocked_groups is None:
+                continue
+            for parameter in locked_parameters(tower, unlocked_groups, name):
+                parameter.requires_grad_(False)
 
-        for module in self._locked:
-            module.requires_grad_(False)
-        # open_clip's empty projection: timm's own classifier is it, and learns as any other does.
-        if image and self.open_clip_config["vision_cfg"].get("timm_proj") == "":
-            self.visual.trunk.get_classifier().requires_grad_(True)
+            # open_clip's empty projection: timm's own classifier is it, and learns as any other.
+            if tower is self.visual and self._projects_by_classifier():
+                self.visual.trunk.get_classifier().requires_grad_(True)
+            self._locked += _without_gradient(trunk_of(tower))
         self.train(self.training)  # what is locked goes into evaluation mode
+
+    def _projects_by_classifier(self) -> bool:
+        return self.open_clip_config["vision_cfg"].get("timm_proj") == ""
+
+    def unlock_projections(self) -> None:
+        """Let the projections learn whatever is locked: new ones are random."""
+        fresh = projections.names(self)
+        for name, parameter in self.named_parameters():
+            if name in fresh:
+                parameter.requires_grad_(True)
+
+    def adapt(self, *, image: Any = None, text: Any = None) -> None:
+        """Give towers low-rank adapters (vlp.models.lora, vlp.towers.Lora); None: a tower has
+        none.
+        """
+        pixels, ids = self.example(1)
+        for side, options, example in (("visual", image, pixels), ("text", text, ids)):
+            if options is not None:
+                key = {"visual": "image_tower", "text": "text_tower"}[side]
+                self._locked += lora.adapt(self.get_submodule(side), options, example, key)
+                self.lora_scalings[side] = options.alpha / options.r
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
@@ -267,20 +320,23 @@ class DualEncoder(nn.Module):
 
         open_clip reads `model_cfg` and `preprocess_cfg`; `vlp` is for `from_description`.
         """
+        ours = {"scale": plain(self.scale_config), "heads": plain(self.heads_config)}
+        if self.lora_scalings:
+            ours["lora"] = self.lora_scalings
         return {
             "model_cfg": self.open_clip_config,
             "preprocess_cfg": assemble.preprocess_cfg(self.image_spec),
-            "vlp": {"scale": plain(self.scale_config), "heads": plain(self.heads_config)},
+            "vlp": ours,
         }
 
     def open_clip_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and shapes of open_clip's CustomTextCLIP, the scale as the
-        forward pass bounds it.
+        """The weights under the names and shapes of open_clip's CustomTextCLIP, adapters merged and
+        the scale as the forward pass bounds it.
         """
         not_in_open_clip = ("scaling.", "heads.")
         named = {
             key: value
-            for key, value in self.state_dict().items()
+            for key, value in adapters.merged(self.state_dict(), self.lora_scalings).items()
             if not key.startswith(not_in_open_clip)
         }
 
@@ -292,13 +348,15 @@ class DualEncoder(nn.Module):
         return named
 
 
-def _trunk(tower: nn.Module) -> nn.Module:
-    """What a lock freezes of a tower."""
-    if isinstance(tower, TimmModel):
-        return tower.trunk
-    if isinstance(tower, HFTextEncoder):
-        return tower.transformer
-    return tower
+def _without_gradient(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules of which no parameter learns."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return [module]
+    found: list[nn.Module] = []
+    for child in module.children():
+        found += _without_gradient(child)
+    return found
 
 
 def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
@@ -309,20 +367,6 @@ def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
         getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(trunk, f"{word}_checkpointing_disable")()
-
-
-def _repeated(module: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists and sequences whose members are all of one class, and not
-    single layers.
-    """
-    children = list(module.children())
-    one_class = len({type(child) for child in children}) == 1
-    all_composed = all(any(child.children()) for child in children)
-
-    is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
-    if is_list and one_class and all_composed:
-        return children
-    return list(chain.from_iterable(_repeated(child) for child in children))
 
 
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

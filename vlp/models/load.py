@@ -8,19 +8,20 @@ from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
 from vlp.pretrained import references, weight_files
+from vlp.pretrained.fitting import UNCHANGED, Fit
 
 
 def load(
     reference: str | Path | references.Reference,
     like: DualEncoder | None = None,
-    keep: int | None = None,
+    fit: Fit = UNCHANGED,
 ) -> DualEncoder | Stages:
     """The model behind a reference (vlp.pretrained.references), a run's excepted:
     `vlp.checkpoint.load_any` takes those too.
 
-    `like`: the model whose architecture a file of weights alone has; `keep`: how many of its
-    positions stay where its context is shorter than that model's. Stages give a
-    `vlp.models.stages.Stages`. ValueError says what was found where the model was looked for.
+    `like`: the model whose architecture a file of weights alone has; `fit`: how these enter it.
+    Stages give a `vlp.models.stages.Stages`. ValueError says what was found where the model was
+    looked for.
     """
     resolved = references.resolve(reference)
     if resolved.kind == "stages":
@@ -41,7 +42,7 @@ def load(
     # Weights of towers alone: the heads of `like` are not theirs.
     described = like.description()
     scale_alone = {"scale": described["vlp"]["scale"]}
-    return from_description(described | {"vlp": scale_alone}, weights.path, keep)
+    return from_description(described | {"vlp": scale_alone}, weights.path, fit)
 
 
 def load_stages(folder: Path) -> Stages:

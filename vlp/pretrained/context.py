@@ -14,10 +14,46 @@ captions of the pretraining lie. The same length gives the same positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vlp import log
+
 POSITIONS = "text.positional_embedding"  # [L, D], by the name in open_clip's CustomTextCLIP
+
+
+def fitted(
+    weights: dict[str, Tensor], model: Mapping[str, Tensor], keep: int | None, name: str
+) -> dict[str, Tensor]:
+    """The weights with as many positions of the text tower as `model` has.
+
+    Behind the first `keep` they are stretched, where that is given. Otherwise a longer context is
+    interpolated as a whole, as open_clip does, and a shorter one takes the first positions, so that
+    texts that fit in it keep their embeddings. `name`: of the weights, for what is said.
+    """
+    if POSITIONS not in weights or POSITIONS not in model:
+        return weights
+    positions, length = weights[POSITIONS], len(model[POSITIONS])
+    old = len(positions)
+    if keep is not None:
+        return weights | {POSITIONS: stretched(positions, length, keep)}
+    if old == length:
+        return weights
+
+    if length < old:
+        log.say(f"{name}: the first {length} of {old} positions of the text tower are taken")
+        return weights | {POSITIONS: positions[:length]}
+    log.warn(
+        f"{name}: {old} positions of the text tower are interpolated to {length}, which moves "
+        "those of all captions; context: {length, keep} leaves the first ones in their places"
+    )
+    longer = F.interpolate(
+        positions.T.unsqueeze(0), size=length, mode="linear", align_corners=False
+    )
+    return weights | {POSITIONS: longer[0].T}
 
 
 def stretched(positions: Tensor, length: int, keep: int) -> Tensor:

@@ -1,5 +1,4 @@
-"""Weights of dual encoders: from which file, what is said beside them, and how they get into
-open_clip's towers.
+"""Weights of dual encoders: from which file, and what is said beside them.
 
 Whatever wrote them (vlp, open_clip and its trainer, OpenAI, transformers), they are brought under
 the names of open_clip's CustomTextCLIP. Files that hold more than tensors are refused: nothing in a
@@ -9,7 +8,6 @@ file of weights is run.
 from __future__ import annotations
 
 import pickle
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +15,10 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.convert import convert_state_dict
-from open_clip.model import (
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-)
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlp.pretrained import clip_description, clip_layout, context, references, runs
+from vlp.pretrained import clip_description, clip_layout, references, runs
 from vlp.pretrained.folders import listing, read_json
 from vlp.pretrained.references import OPEN_CLIP_WEIGHTS, Reference, read_config
 from vlp.schema import did_you_mean
@@ -91,7 +83,8 @@ def behind(reference: Reference) -> WeightFile:
     if reference.kind == "run":
         path = runs.resolve(path)
         runs.verify(path)
-        return WeightFile(path / "model.safetensors", read_json(path / "model.json"))
+        file = runs.TEACHER if reference.averaged else "model.safetensors"
+        return WeightFile(path / file, read_json(path / "model.json"))
     if reference.kind == "stages":
         members = references.members_of(path)
         raise ValueError(
@@ -119,69 +112,14 @@ def weights_in(folder: Path, kind: str = "open_clip") -> Path:
     return others[0]
 
 
-def load_into(clip: nn.Module, path: Path, keep: int | None = None) -> None:
-    """Read weights of any known layout into a CustomTextCLIP; ValueError lists what does not fit.
-
-    Positions are interpolated to the model's sizes, as open_clip does; those of the text tower are
-    stretched behind the first `keep` (`context.stretched`), where that is given. The scale always
-    comes from the weights. A bias comes from them only where the model has one: a model without
-    drops it with a warning, and a model with one keeps its own where the weights have none.
-    """
-    if path.suffix == ".npz":
-        if keep is not None:
-            raise ValueError(
-                f"{path} is of big_vision's layout, whose context is not stretched; convert it to "
-                "open_clip's first, or leave context out"
-            )
-        _load_big_vision(clip, path)
-        return
-
-    weights = read(path)
-    if "positional_embedding" in weights:  # OpenAI's layout, whose text tower lies at the top level
-        weights = convert_to_custom_text_state_dict(weights)
-    try:
-        weights = convert_state_dict(clip, weights)
-        resize_pos_embed(weights, clip)
-        if keep is not None and context.POSITIONS in weights:
-            length = len(clip.state_dict()[context.POSITIONS])
-            weights[context.POSITIONS] = context.stretched(weights[context.POSITIONS], length, keep)
-        resize_text_pos_embed(weights, clip)
-    # open_clip raises any of these for weights that are far from fitting.
-    except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-        problem = misfit(clip.state_dict(), weights) or error
-        raise ValueError(f"the weights in {path} do not fit this model: {problem}") from error
-
-    # The model decides whether there is a bias, the weights what it is.
-    bias = weights.pop("logit_bias", None)
-    model_bias: Tensor | None = clip.logit_bias  # type: ignore[assignment]  # a Module's attributes
-    if model_bias is not None:
-        weights["logit_bias"] = model_bias.detach() if bias is None else bias
-    elif bias is not None and bias.item():
-        message = (
-            f"{path} holds a logit bias ({bias.item():.4g}) that this model leaves out; set "
-            "model.bias to keep it"
-        )
-        warnings.warn(message, stacklevel=2)
-
-    # Older versions of transformers saved positions as a buffer; scalars come in either shape.
-    expected = clip.state_dict()
-    for name in list(weights):
-        if name.endswith(".position_ids") and name not in expected:
-            del weights[name]
-    for name in {"logit_scale", "logit_bias"} & weights.keys():
-        weights[name] = weights[name].reshape(expected[name].shape)
-
-    problem = misfit(expected, weights)
-    if problem:
-        raise ValueError(f"the weights in {path} do not fit this model: {problem}")
-    clip.load_state_dict(weights)
-
-
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file under open_clip's names; ValueError for a damaged one and for one that
     holds other objects.
     """
-    weights = _unwrapped(_tensors(path))
+    if path.name == runs.TEACHER:  # beside the average it holds a queue
+        weights: dict[str, Tensor] = runs.moving_average(path.parent)
+    else:
+        weights = _unwrapped(_tensors(path))
     if clip_layout.is_theirs(weights):
         return clip_layout.renamed(weights)
 
@@ -243,7 +181,7 @@ def _download(architecture: str, tag: str, quick_gelu: bool | None = None) -> We
         path = open_clip.download_pretrained(stated)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"could not download {tag!r} of {architecture}: {_shortened(str(error))}"
+            f"could not download {tag!r} of {architecture}: {shortened(str(error))}"
         ) from error
 
     pixels = {key: stated[key] for key in _PIXELS if key in stated}
@@ -268,7 +206,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     # torch, safetensors and zipfile each have kinds of their own for a damaged file.
     except Exception as error:
         raise ValueError(
-            f"{path} is damaged, or no file of weights: {_shortened(str(error))}"
+            f"{path} is damaged, or no file of weights: {shortened(str(error))}"
         ) from error
 
     return _unpacked(stored, path)
@@ -312,43 +250,5 @@ def _unpacked(stored: Any, path: Path) -> dict[str, Tensor]:
     return dict(stored)
 
 
-def misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """What two sets of tensors do not share, in a few lines; "" where they agree in names and
-    shapes.
-    """
-    shared = sorted(expected.keys() & weights.keys())
-    reshaped = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(expected[name].shape)}"
-        for name in shared
-        if expected[name].shape != weights[name].shape
-    ]
-    problems = {
-        "missing": sorted(expected.keys() - weights.keys()),
-        "not known here": sorted(weights.keys() - expected.keys()),
-        "of another shape": reshaped,
-    }
-
-    # Three names of each tell what went wrong; a wrong architecture has hundreds.
-    parts = [
-        f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for problem, names in problems.items()
-        if names
-    ]
-    if not parts:
-        return ""
-    n_fitting = len(shared) - len(reshaped)
-    return f"{n_fitting} of {len(expected)} tensors fit; {'; '.join(parts)}"
-
-
-def _load_big_vision(clip: nn.Module, path: Path) -> None:
-    try:
-        open_clip.load_checkpoint(clip, str(path))
-    # numpy, zipfile and open_clip each have kinds of their own.
-    except Exception as error:
-        raise ValueError(
-            f"the weights in {path} do not fit this model, or are damaged: {_shortened(str(error))}"
-        ) from error
-
-
-def _shortened(message: str) -> str:
+def shortened(message: str) -> str:
     return message if len(message) <= 600 else f"{message[:600]} … ({len(message)} characters)"

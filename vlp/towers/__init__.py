@@ -20,7 +20,9 @@ A file with both `vision_cfg` and `text_cfg` can stand alone as the image tower.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,53 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Locked:
+    """A tower that is locked up to its last layers (vlp.models.layer_groups)."""
+
+    unlocked_groups: int  # groups of layers that learn, counted from the output
+
+    def __post_init__(self) -> None:
+        if self.unlocked_groups < 0:
+            raise ValueError(
+                f"unlocked_groups is {self.unlocked_groups}; expected the number of groups that "
+                "learn, or locked: true for none"
+            )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of a tower whose own weights stay (vlp.models.lora); needs vlp[lora]."""
+
+    r: int = 8  # rank of an adapter
+    alpha: float = 16.0  # an adapter's part is scaled by alpha / r
+    dropout: float = 0.0  # of what enters an adapter, in training
+    # auto: every linear layer that the tower calls; or regular expressions of the ends of names
+    targets: Literal["auto"] | list[str] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"r is {self.r}, alpha {self.alpha} and dropout {self.dropout}; expected r >= 1, "
+                "alpha > 0 and 0 <= dropout < 1"
+            )
+        for target in () if self.targets == "auto" else self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"targets: {target!r} is no regular expression: {error}") from None
+        if not self.targets:
+            raise ValueError("targets is empty; name layers, or write auto")
+
+
+@dataclass(frozen=True)
 class Common:
     """Keys that every tower takes."""
 
-    # LiT: the tower keeps its weights, batch statistics included (a timm trunk; not its projection)
-    locked: bool = False
+    # LiT: the tower keeps its weights, batch statistics included (of a timm or Hugging Face tower
+    # the trunk, not its projection); a mapping leaves its last groups of layers open
+    locked: bool | Locked = False
+    # low-rank adapters learn in the place of the tower's weights; null: none
+    lora: Lora | None = None
     # of a locked image tower: training reads its embeddings from the sources' `embeddings`
     precomputed: bool = False
     # of a text tower whose weights `pretrained` or `init_from` bring: a longer context; None: as
@@ -52,8 +96,13 @@ class Common:
     context: Context | None = None
 
     def __post_init__(self) -> None:
-        if self.precomputed and not self.locked:
+        if self.lora is not None and (self.locked is not False or self.precomputed):
             raise ValueError(
-                "precomputed embeddings stay as they are, so the tower must be locked: "
+                "lora keeps the tower's weights and trains adapters, so the tower can be neither "
+                "locked nor precomputed; leave out locked and precomputed, or lora"
+            )
+        if self.precomputed and self.locked is not True:
+            raise ValueError(
+                "precomputed embeddings stay as they are, so the tower must be locked as a whole: "
                 "set locked: true"
             )

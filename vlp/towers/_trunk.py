@@ -78,7 +78,7 @@ def load_into(trunk: nn.Module, model: str, file: Path) -> None:
 
     ValueError says what the file holds where that is something else.
     """
-    from vlp.pretrained import weight_files
+    from vlp.pretrained import fitting, weight_files
 
     expected = trunk.state_dict()
     weights = weight_files.read(file)
@@ -100,7 +100,7 @@ def load_into(trunk: nn.Module, model: str, file: Path) -> None:
     body |= missing_counts
 
     of_trunk = {k: value for k, value in expected.items() if not k.startswith(_classifier(trunk))}
-    problem = weight_files.misfit(of_trunk, body)
+    problem = fitting.misfit(of_trunk, body)
     if problem:
         raise ValueError(
             f"image_tower.weights: {file} does not fit timm's {model}: {problem}. It holds "

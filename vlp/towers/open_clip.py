@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlp.pretrained.references import describe
+from vlp.schema import plain
 
 _DECIDED_ELSEWHERE = {
     "vision_cfg",
@@ -23,7 +24,9 @@ _DECIDED_ELSEWHERE = {
 class Options:
     # ViT-B-32, …; FILE.json of your own; hf-hub:user/name or a folder (`pretrained` loads weights)
     architecture: str
-    image_size: int | None = None  # pixels, square; None: the architecture's
+    # pixels, one number or [height, width]; None: the architecture's. Positions of `pretrained` or
+    # `init_from` are interpolated
+    image_size: int | tuple[int, int] | None = None
     context_length: int | None = None  # L; None: the architecture's
     # share of patches left out in training (FLIP); none in evaluation
     patch_dropout: float = 0.0
@@ -36,14 +39,7 @@ class Options:
 def vision_cfg(options: Options) -> dict[str, Any]:
     section = _config(options.architecture)["vision_cfg"]
     if options.image_size is not None:
-        # It would train; the export would then fail in every other library.
-        if "timm_model_name" in section and options.image_size != section["image_size"]:
-            raise ValueError(
-                f"{options.architecture} has a timm image tower made for {section['image_size']} "
-                f"pixels; open_clip cannot reload it at {options.image_size}. Leave image_size out "
-                "or choose another architecture"
-            )
-        section["image_size"] = options.image_size
+        section["image_size"] = plain(options.image_size)
 
     if options.patch_dropout:
         section["patch_dropout"] = options.patch_dropout

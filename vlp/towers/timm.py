@@ -11,12 +11,16 @@ from vlp.towers import _trunk
 if TYPE_CHECKING:
     from open_clip.timm_model import TimmModel
 
+from vlp.schema import plain
+
 
 @dataclass(frozen=True)
 class Options:
     # timm's name, optionally with a tag of weights: resnet50, convnext_tiny.fb_in22k
     model: str
-    image_size: int | None = None  # pixels, square; None: what timm states for the model
+    # pixels, one number or [height, width]; None: what timm states for the model. Positions of
+    # published weights are interpolated by timm
+    image_size: int | tuple[int, int] | None = None
     # timm's own weights (downloaded); without them the trunk starts at random
     pretrained: bool = False
     # the trunk's weights from a file (.safetensors, .pth, …), a folder of timm's form, or
@@ -51,13 +55,7 @@ class Options:
 
 def vision_cfg(options: Options) -> dict[str, Any]:
     stated = _stated(options.model)
-    own_size = stated.input_size[-1]
-    if stated.fixed_input_size and options.image_size not in (None, own_size):
-        raise ValueError(
-            f"timm's {options.model} is made for {own_size} pixels and open_clip cannot reload it "
-            f"at {options.image_size}; leave image_size out, choose a model of that size, or use "
-            "the tower 'vit'"
-        )
+    image_size = options.image_size or stated.input_size[-1]
 
     if options.weights is not None:
         _trunk.file_of(options.weights)  # a wrong path shows here, before anything is built
@@ -71,7 +69,7 @@ def vision_cfg(options: Options) -> dict[str, Any]:
         "timm_proj_bias": options.proj_bias,
         "timm_drop": options.drop,
         "timm_drop_path": options.drop_path,
-        "image_size": options.image_size or own_size,
+        "image_size": plain(image_size),
     }
     if options.patch_dropout:
         section["patch_dropout"] = options.patch_dropout

@@ -7,13 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlp.schema import plain
+
 
 @dataclass(frozen=True)
 class Options:
     width: int  # of a token
     layers: int  # transformer blocks
     patch_size: int  # pixels, square; must divide image_size
-    image_size: int  # pixels, square
+    image_size: int | tuple[int, int]  # pixels, one number or [height, width]
     head_width: int = 64  # width of one attention head
     mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
     # class token, or mean over patches (exported to open_clip only)
@@ -23,14 +25,15 @@ class Options:
     quick_gelu: bool = False  # OpenAI's x·σ(1.702x) instead of GELU
 
     def __post_init__(self) -> None:
-        sizes = (self.width, self.layers, self.patch_size, self.image_size, self.head_width)
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        sizes = (self.width, self.layers, self.patch_size, *sides, self.head_width)
         if min(sizes) < 1 or self.mlp_ratio <= 0:
             raise ValueError(
                 "width, layers, patch_size, image_size, head_width and mlp_ratio must be positive"
             )
         if self.width % self.head_width:
             raise ValueError(f"head_width {self.head_width} does not divide width {self.width}")
-        if self.image_size % self.patch_size:
+        if any(side % self.patch_size for side in sides):
             raise ValueError(
                 f"patch_size {self.patch_size} does not divide image_size {self.image_size}"
             )
@@ -40,7 +43,7 @@ class Options:
 
 def vision_cfg(options: Options) -> dict[str, Any]:
     return {
-        "image_size": options.image_size,
+        "image_size": plain(options.image_size),
         "layers": options.layers,
         "width": options.width,
         "head_width": options.head_width,

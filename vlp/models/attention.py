@@ -1,0 +1,70 @@
+"""Self-attention whose projections are linear layers, in the place of torch's, which reads its
+weights without calling a layer: an adapter around them would have no effect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LinearAttention(nn.Module):
+    """What `nn.MultiheadAttention` computes of one sequence, by the weights of `attention`.
+
+    `in_proj` makes query, key and value of [b, L, width], `out_proj` the output. Called as torch's
+    module is; returns (output, None).
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        width = attention.embed_dim
+        self.num_heads, self.dropout = attention.num_heads, attention.dropout
+        self.in_proj = nn.Linear(width, 3 * width, device="meta")
+        self.in_proj.weight = attention.in_proj_weight
+        self.in_proj.bias = attention.in_proj_bias
+
+        # Of torch's own kind of linear layer an adapter would be told apart.
+        self.out_proj = nn.Linear(width, width, device="meta")
+        self.out_proj.weight, self.out_proj.bias = (
+            attention.out_proj.weight,
+            attention.out_proj.bias,
+        )
+
+    def forward(
+        self,
+        query: Tensor,  # [b, L, width]; key and value are the same
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,  # added to the scores: [L, L] or [b · heads, L, L]
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        n_rows, length, width = query.shape
+        joint = self.in_proj(query).view(n_rows, length, 3, self.num_heads, -1)
+        q, k, v = joint.permute(2, 0, 3, 1, 4)
+
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(q.dtype)
+            if attn_mask.ndim == 3:
+                attn_mask = attn_mask.view(n_rows, self.num_heads, length, length)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)
+        return self.out_proj(mixed.transpose(1, 2).reshape(n_rows, length, width)), None
+
+
+def use_linear_layers(tower: nn.Module) -> None:
+    """Put `LinearAttention` in the place of every self-attention of torch's in the tower's blocks.
+
+    Pools that attend to something else, with widths of their own, stay.
+    """
+    for block in list(tower.modules()):
+        attention = getattr(block, "attn", None)
+        is_self_attention = (
+            isinstance(attention, nn.MultiheadAttention)
+            and attention.in_proj_weight is not None
+            and attention.batch_first
+        )
+        if is_self_attention and not hasattr(block, "ln_1_kv"):
+            block.attn = LinearAttention(attention)
