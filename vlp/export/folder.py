@@ -60,12 +60,12 @@ def export(
 
     results: evaluation records ({"task", "metrics", …}) and training: the resolved configuration,
     both for the card. license: an identifier of the Hub, such as apache-2.0, or the name of
-    another. onnx: also write both
-    towers as ONNX (needs onnx and onnxscript). dtype: of the stored weights, float32, float16 or
-    bf16 (ONNX computes in float32, with their values). image_size: pixels, square, other than the
-    model's. home: where the folder will lie in the end, if not at `to`. origin: a sentence for the
-    card on weights that are an average. The folder appears complete or not at all; ExportError if
-    it exists and is not empty, unless `overwrite`, which keeps every file that no export wrote.
+    another. onnx: also write both towers as ONNX (needs onnx and onnxscript). dtype: of the stored
+    weights, float32, float16 or bf16 (ONNX computes in float32, with their values). image_size:
+    pixels, square, other than the model's. home: where the folder will lie in the end, if not at
+    `to`. origin: a sentence for the card on weights that are an average. The folder appears
+    complete or not at all; ExportError if it exists and is not empty, unless `overwrite`, which
+    keeps every file that no export wrote.
     """
     to, stored = Path(to), variants.known(dtype)
     licenses.metadata(license)  # a mistyped one before anything is written
@@ -227,7 +227,12 @@ def export_stages(
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            settings = {"license": license, "onnx": onnx, "dtype": dtype, "image_size": image_size}
+            settings: dict[str, Any] = {
+                "license": license,
+                "onnx": onnx,
+                "dtype": dtype,
+                "image_size": image_size,
+            }
             export_run(run, folder / name, home=to / name, **settings)
         write_json(folder / references.STAGES, {"members": names})
         card = render_stages(load_stages(folder), to.name, names, license)
