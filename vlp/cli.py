@@ -309,7 +309,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty"
     )
     parser.add_argument(
-        "--license", metavar="ID", help="licence for the model card, e.g. apache-2.0"
+        "--license",
+        metavar="ID",
+        help="licence for the model card: of the Hub's list, or other:NAME",
     )
     parser.add_argument(
         "--onnx",

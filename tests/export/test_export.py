@@ -21,7 +21,7 @@ from tests.models.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
 from vlp import checkpoint
 from vlp.data import decode
 from vlp.eval import models
-from vlp.export import clip_form, forms, place
+from vlp.export import clip_form, forms, licenses, place
 from vlp.export.folder import export, export_run, export_stages
 from vlp.export.pixels import sample_picture
 from vlp.export.place import ExportError
@@ -396,6 +396,22 @@ def test_the_card_holds_metadata_results_and_no_private_paths(exported):
     assert "1200 steps" in body
     assert "private" not in card and "name: shards" in body and "host/a/{0..3}.tar" in body
     assert not any(secret in card for secret in ("SIGNED", "pass@", "storage", "None"))
+
+
+def test_a_licence_is_of_the_hubs_list_or_named(tmp_path):
+    cases = {
+        "MIT": {"license": "mit"},
+        "cc-by-sa-4.0": {"license": "cc-by-sa-4.0"},
+        "our laboratory's terms": {"license": "other", "license_name": "our laboratory's terms"},
+        "other:apache-2.1": {"license": "other", "license_name": "apache-2.1"},
+    }
+    for written, expected in cases.items():
+        assert licenses.metadata(written) == expected
+    assert licenses.metadata(None) == {} and len(cases) == 4
+    for mistyped in ("apache2.0", "cc-by-nc-sa4.0", ""):
+        with pytest.raises(ValueError, match="not on the Hub's list"):
+            export(tiny(), tmp_path / "out", license=mistyped)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_hub_accepts_the_card(exported):

@@ -3,6 +3,7 @@ brings along.
 """
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -103,6 +104,41 @@ def test_sentence_transformers_and_transformers_embed_texts_and_pictures(kind, t
         output = network(**prepared)
     assert (output.text_embeds - expected[0]).abs().max() <= 1e-6
     assert (output.image_embeds - expected[1]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("length", [12, 64, 70])
+def test_transformers_pipeline_takes_a_siglip_of_any_context(length, tmp_path, monkeypatch):
+    tower = siglip(tmp_path, context_length=length)
+    model = tiny(image_tower=tower, text_tower=None, embed_dim=None, bias=-10.0)
+    export(model, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    blocks = [
+        block for block in re.findall("```python\n(.*?)```", card, re.S) if "pipeline" in block
+    ]
+    assert len(blocks) == (length != 64)
+
+    # As the card says; at 64 tokens the pipeline needs no telling.
+    monkeypatch.chdir(tmp_path)
+    picture = noise(model)
+    picture.save("photo.jpg", quality=100)
+    names = {}
+    code = "from transformers import pipeline\n"
+    code += 'classify = pipeline("zero-shot-image-classification", model="out")\n'
+    exec(blocks[0] if blocks else code, names)
+    answers = names["classify"](picture, candidate_labels=["cat", "dog"], hypothesis_template="{}")
+    encoder = models.from_model(model)
+    cosines = encoder.encode_images([picture]) @ encoder.encode_texts(["cat", "dog"]).T
+    expected = torch.sigmoid(encoder.scale * cosines[0] - 10.0)
+    scores = {answer["label"]: answer["score"] for answer in answers}
+    theirs = torch.tensor([scores["cat"], scores["dog"]])
+    torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_timm_tower_of_another_size_is_no_form_of_transformers(tmp_path):
+    tower = {"name": "timm", "model": "test_vit", "image_size": 64}
+    notes = export(tiny(image_tower=tower), tmp_path / "out")
+    assert any("was built for another size than timm states" in note for note in notes)
+    assert not (tmp_path / "out/modules.json").exists()
 
 
 def test_captions_that_only_training_cleaned_are_no_form_of_transformers(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from vlp import losses, plugin
+from vlp.export import licenses
 from vlp.export.dual_form import FOLDER
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
@@ -53,7 +54,7 @@ def render(
     parts += [] if origin is None else [origin]
     if training is not None and (scale := of_scale(training)):
         parts.append(scale)
-    parts += ["## Use", _usage(name, form, libraries)]
+    parts += ["## Use", _usage(name, form, libraries, model.text_spec.context_length)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
     parts += ["## Results", _results(results)]
@@ -75,8 +76,7 @@ def render_stages(model: Stages, name: str, members: Sequence[str], license: str
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["contrastive"],
     }
-    if license is not None:
-        metadata["license"] = license
+    metadata |= licenses.metadata(license)
 
     dims = " + ".join(str(member.embed_dim) for member in model.members)
     links = ", ".join(f"[{member}]({member}/README.md)" for member in members)
@@ -127,8 +127,7 @@ def _front_matter(
         "pipeline_tag": "zero-shot-image-classification",
         "tags": tags,
     }
-    if license is not None:
-        metadata["license"] = license
+    metadata |= licenses.metadata(license)
     if results:
         metadata["model-index"] = [
             {"name": name, "results": [_indexed(record) for record in results]}
@@ -161,7 +160,7 @@ def _numbers(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     finite = {
         metric: value
         for metric, value in record["metrics"].items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
     return sorted(finite.items())
 
@@ -190,14 +189,14 @@ def of_scale(training: Mapping[str, Any]) -> str:
     )
 
 
-def _usage(name: str, form: str | None, libraries: set[str]) -> str:
+def _usage(name: str, form: str | None, libraries: set[str], length: int) -> str:
     """How each library loads the model, as code that runs where the folder lies; `published` makes
     it the repository's.
     """
     # Every block is run by the tests, against a Hub of their own.
     blocks = [] if form == VLP else [_open_clip_block(name)]
     if form not in (None, VLP):
-        blocks.append(_transformers_block(name, form))
+        blocks.append(_transformers_block(name, form, length))
     if "sentence-transformers" in libraries:
         blocks.append(_sentence_transformers_block(name))
     blocks.append(_vlp_block(name))
@@ -226,13 +225,27 @@ print(image @ text.T)
 ```"""
 
 
-def _transformers_block(name: str, form: str) -> str:
+def _transformers_block(name: str, form: str, length: int) -> str:
     siglip = form == "SiglipModel"
     place = f'"{name}"'
     if form == "VisionTextDualEncoderModel":
         place += f', subfolder="{FOLDER}"'
     padding = '"max_length"' if siglip else "True"
     to_probabilities = "sigmoid()" if siglip else "softmax(dim=-1)"
+    # Fewer raise there, and more change the embedding: the last token is pooled. 5.23 drops its
+    # documented argument tokenizer_kwargs, so that its parameters have to be set.
+    kwargs = f'dict(padding="max_length", max_length={length}, truncation=True)'
+    pipeline = f"""
+
+transformers' pipeline gives a SiglipModel 64 tokens, unless told that this one takes {length}:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{name}")
+classify._preprocess_params["tokenizer_kwargs"] = {kwargs}
+print(classify("photo.jpg", candidate_labels=["cat", "dog"]))
+```"""
     return f"""```python
 import torch
 from PIL import Image
@@ -245,7 +258,7 @@ texts = dict(text=["a cat", "a dog"], padding={padding}, truncation=True)
 inputs = processor(images=image, return_tensors="pt", **texts)
 with torch.no_grad():
     print(model(**inputs).logits_per_image.{to_probabilities})
-```"""
+```{pipeline if siglip and length != 64 else ""}"""
 
 
 def _sentence_transformers_block(name: str) -> str:
@@ -272,6 +285,7 @@ def published(card: str, name: str, repository: str) -> str:
     """The card of the folder `name` as it stands in a repository: its code loads from there."""
     # By its quotes: the name alone may stand in a sentence.
     card = card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"')
+    card = card.replace(f'model="{name}")', f'model="{repository}")')
     for end in (")", ", subfolder="):
         card = card.replace(f'("{name}"{end}', f'("{repository}"{end}')
     return card

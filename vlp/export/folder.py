@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from vlp import averaging, checkpoint
-from vlp.export import variants
+from vlp.export import licenses, variants
 from vlp.export.card import render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import ExportError, appearing, write_json
@@ -59,14 +59,16 @@ def export(
     not.
 
     results: evaluation records ({"task", "metrics", …}) and training: the resolved configuration,
-    both for the card. license: an identifier of the Hub, such as apache-2.0. onnx: also write both
-    towers as ONNX (needs onnx and onnxscript). dtype: of the stored weights, float32, float16 or
-    bf16 (ONNX computes in float32, with their values). image_size: pixels, square, other than the
-    model's. home: where the folder will lie in the end, if not at `to`. origin: a sentence for the
-    card on weights that are an average. The folder appears complete or not at all; ExportError if
-    it exists and is not empty, unless `overwrite`, which keeps every file that no export wrote.
+    both for the card. license: an identifier of the Hub, such as apache-2.0, or the name of
+    another. onnx: also write both towers as ONNX (needs onnx and onnxscript). dtype: of the stored
+    weights, float32, float16 or bf16 (ONNX computes in float32, with their values). image_size:
+    pixels, square, other than the model's. home: where the folder will lie in the end, if not at
+    `to`. origin: a sentence for the card on weights that are an average. The folder appears
+    complete or not at all; ExportError if it exists and is not empty, unless `overwrite`, which
+    keeps every file that no export wrote.
     """
     to, stored = Path(to), variants.known(dtype)
+    licenses.metadata(license)  # a mistyped one before anything is written
     if onnx and language.is_described(model.open_clip_config):
         raise ExportError(
             "ONNX has no form for a language model as text tower; leave out --onnx. vlp loads the "
@@ -225,7 +227,12 @@ def export_stages(
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            settings = {"license": license, "onnx": onnx, "dtype": dtype, "image_size": image_size}
+            settings: dict[str, Any] = {
+                "license": license,
+                "onnx": onnx,
+                "dtype": dtype,
+                "image_size": image_size,
+            }
             export_run(run, folder / name, home=to / name, **settings)
         write_json(folder / references.STAGES, {"members": names})
         card = render_stages(load_stages(folder), to.name, names, license)

@@ -111,8 +111,8 @@ def write_transformers(
         notes = _write_whole(model, network, form.processor(model), folder)
         return name, [*notes, *_companions(model, name, folder)]
 
-    name, notes = _write_parts(model, weights, folder)
-    return name, [*refusals, *notes]
+    joined, notes = _write_parts(model, weights, folder)
+    return joined, [*refusals, *notes]
 
 
 def _write_parts(

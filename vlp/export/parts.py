@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder, MeanPooler
 from open_clip.timm_model import TimmModel
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vlp.export import clip_form
@@ -73,18 +72,19 @@ def _timm(model: DualEncoder, tower: TimmModel) -> Part:
     settings = TimmWrapperConfig(
         architecture=section["timm_model_name"],
         model_args={"global_pool": pool} if pool else {},
-        num_labels=0,
     )
     network = TimmWrapperModel(settings).eval()
 
     # timm's own classifier is a projection where open_clip added none of its own.
     trunk = dict(tower.trunk.state_dict())
-    expected = network.timm_model.state_dict().keys()
-    beyond = sorted(trunk.keys() - expected)
+    expected = network.timm_model.state_dict()
+    beyond = trunk.keys() - expected.keys()
     projection = [*_linear_layers(tower.head), *_classifier(tower.trunk)]
     body = {name: value for name, value in trunk.items() if name in expected}
-    if expected - body.keys() or len(beyond) > 2:
+    if expected.keys() != body.keys() or len(beyond) > 2:
         raise NoPart(f"its timm tower is not made of the parts of {section['timm_model_name']}")
+    if any(value.shape != expected[name].shape for name, value in body.items()):
+        raise NoPart("its timm tower was built for another size than timm states")
     network.timm_model.load_state_dict(body)
 
     # VisionTextDualEncoderModel asks for it, and timm's configurations have none.
@@ -141,11 +141,6 @@ def _linear_layers(projection: nn.Module) -> list[Layer]:
     n_gelus = sum(isinstance(module, nn.GELU) for module in projection.modules())
     if len(layers) > 2 or n_gelus != max(0, len(layers) - 1):
         raise NoPart(f"its projection is {type(projection).__name__}, of {len(layers)} layers")
-    if any(
-        isinstance(module, Mlp) and module.norm.__class__ is not nn.Identity
-        for module in projection.modules()
-    ):
-        raise NoPart("its projection is normalised inside")
     if n_gelus:
         layers[0] = Layer(layers[0].weight, layers[0].bias, gelu=True)
     return layers

@@ -55,7 +55,7 @@ def write_router(folder: Path, model: DualEncoder, parts: Mapping[str, Part]) ->
     from transformers import CLIPImageProcessor
 
     structure = {}
-    types = {}
+    types: dict[str, str] = {}
     for side, part in parts.items():
         place = folder / ROUTER / f"{side}_0_Transformer"
         place.mkdir(parents=True)

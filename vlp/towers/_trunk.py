@@ -31,6 +31,7 @@ def pooling(model: str) -> Pooling:
     import timm
 
     # Nothing is computed on this device: the modules alone are asked.
+    trunk: Any
     with torch.device("meta"):
         trunk = timm.create_model(model)
     pool = getattr(trunk, "global_pool", None)
