@@ -109,7 +109,10 @@ def test_the_tree_is_described_as_it_is():
 @pytest.mark.parametrize(
     ("asked", "sections"),
     [
-        ("train.optimizer", {"train.optimizer"}),
+        (
+            "train.optimizer",
+            {"train.optimizer", "train.optimizer.groups", "train.optimizer.layer_decay"},
+        ),
         ("objective.hard_negatives", {"objective.hard_negatives"}),
         ("image_tower.vit", {"model.image_tower.vit"}),
         ("model.image_tower.vit", {"model.image_tower.vit"}),

@@ -3,6 +3,7 @@ starts.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from tests.models.tiny import tiny
-from vlp import config, optim, schema
+from vlp import checkpoint, config, optim, resume, schema
 from vlp.config import Duration, Optimizer, Plan
 from vlp.losses import build
 from vlp.optim.layers import layer_ids
+from vlp.optim.state import _fill, named_values
 from vlp.train import train
 
 PLAN = Plan(batch=32, steps_per_epoch=10, total=50)
@@ -349,3 +351,28 @@ def test_layer_decay_by_tower():
     assert factors[first] == pytest.approx(0.1 * 0.5 ** (n_blocks - 1))
     assert factors["visual.ln_post.weight"] == factors["visual.proj"] == 0.1
     assert factors["text.token_embedding.weight"] == factors["scaling.logit_scale"] == 1.0
+
+
+def test_a_run_does_not_go_on_with_another_optimiser():
+    before, now = (
+        SimpleNamespace(train=SimpleNamespace(optimizer=Optimizer(name=name)))
+        for name in ("adamw", "lion")
+    )
+    resume._check_optimizer(before, before, "RUN")
+    with pytest.raises(checkpoint.CheckpointError, match=r"adamw, and this run has lion"):
+        resume._check_optimizer(before, now, "RUN")
+
+
+def test_members_of_lists_are_kept_and_numbers_stay_numbers():
+    """Preconditioners come as lists of matrices."""
+    parameter = torch.ones(2, 2, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    state = {"Q": [torch.eye(2), torch.ones(3, 3)], "step": 3, "rate": 0.1, "on": True, "no": None}
+    optimizer.state[parameter] = state
+    saved = dict(named_values(optimizer, parameter))
+    assert list(saved) == ["Q:0", "Q:1", "step", "rate", "on"]
+
+    empty = {"Q": [torch.zeros(2, 2), torch.zeros(3, 3)], "step": 0, "rate": 0, "on": False}
+    filled = _fill(empty | {"no": None}, saved, parameter, lambda whole, like: whole, "weight")
+    assert all(torch.equal(a, b) for a, b in zip(filled.pop("Q"), state.pop("Q")))
+    assert filled == state and type(filled["on"]) is bool and type(filled["step"]) is int

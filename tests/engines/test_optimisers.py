@@ -9,7 +9,7 @@ import torch
 
 from tests import ranks
 from tests.test_step import make_batch, make_training, own_rows
-from vlp import config
+from vlp import config, optim
 from vlp.engines import LaunchError
 from vlp.engines.fitness import check_optimizer
 from vlp.step import NonFiniteError, settle, train_step
@@ -17,11 +17,19 @@ from vlp.step import NonFiniteError, settle, train_step
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "optimisers.md"
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
-# Every class of timm's that has a way of its own of keeping state.
+# Classes of timm's with a way of their own of keeping state: numbers, counts in groups, rows and
+# columns, what comes into being late; the others are slow.
+KINDS = ("muon", "lamb", "adan", "adafactorbv", "nadamlegacy", "lookahead_lion")
 ALL_KINDS = (
-    *("adamw", "adam", "nadam", "nadamlegacy", "adabelief", "adopt", "adan", "laprop", "lion"),
-    *("lamb", "lars", "adafactor", "adafactorbv", "madgrad", "novograd", "mars", "muon", "adamuon"),
-    *("adagrad", "rmsproptf", "sgd", "sgdw", "lookahead_lion"),
+    *KINDS,
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            *("adamw", "adam", "nadam", "adabelief", "adopt", "laprop", "lion", "lars"),
+            *("adafactor", "madgrad", "novograd", "mars", "adamuon", "adagrad", "rmsproptf"),
+            *("sgd", "sgdw"),
+        )
+    ),
 )
 STEPS = 3
 
@@ -86,9 +94,9 @@ def compare(ways, expected, tolerance):
 @pytest.mark.parametrize(
     ("names", "refused"),
     [
-        (("lion", "lamb", "muon"), ("adafactorbv",)),
+        (("lion", "muon"), ("adafactorbv",)),
         pytest.param(
-            ("adamw", "nadamw", "adan", "lookahead_lion", "lars", "adopt", "sgd", "laprop"),
+            ("lamb", "adamw", "nadamw", "adan", "lookahead_lion", "lars", "adopt", "sgd", "laprop"),
             ("adamuon", "mars", "adamp"),
             marks=pytest.mark.slow,
         ),
@@ -102,37 +110,43 @@ def test_sharded_optimisers_go_the_way_of_one_process(names, refused):
         assert f"{name} looks at whole tensors, and fsdp2 cuts them into parts" in ways[name]
 
 
-ZERO = ("lion", "nadamw", "rmsproptf", "sgd")
-
-
 @pytest.mark.parametrize(
-    "engine",
+    ("engine", "name"),
     [
-        "zero2",
-        pytest.param("zero1", marks=pytest.mark.slow),
-        pytest.param("zero3", marks=pytest.mark.slow),
+        ("zero2", "lion"),
+        *(
+            pytest.param(engine, name, marks=pytest.mark.slow)
+            for engine, name in (
+                ("zero2", "rmsproptf"),
+                ("zero1", "lion"),
+                ("zero1", "nadamw"),
+                ("zero3", "lion"),
+                ("zero3", "nadamw"),
+                ("zero3", "sgd"),
+            )
+        ),
     ],
 )
-def test_flat_shards_go_the_way_of_one_process(engine):
-    names = ZERO if engine != "zero2" else ZERO[:2]
+def test_flat_shards_go_the_way_of_one_process(engine, name):
+    """DeepSpeed takes one engine a process."""
     refused = ("muon", "lamb", "adan")
-    expected = walk("ddp", names, False)
-    ways = ranks.run(2, walk, engine, names + refused, False)[0]
+    expected = walk("ddp", (name,), False)
+    ways = ranks.run(2, walk, engine, (*refused, name), False)[0]
 
     # In float32 a sign may be another where a gradient is almost nothing.
-    assert compare(ways, expected, 0.05) == len(names)
-    assert all(f"{name} " in ways[name] and "train.engine=ddp" in ways[name] for name in refused)
+    assert compare(ways, expected, 0.05) == 1
+    assert all(
+        f"{other} " in ways[other] and "train.engine=ddp" in ways[other] for other in refused
+    )
 
 
 def table():
     """Optimisers by the engines that take them, as the page shows them."""
     from timm.optim import list_optimizers
 
-    from vlp.optim.build import _obstacle
-
     rows: dict[tuple[bool, ...], list[str]] = {}
     for name in [*list_optimizers(), "lookahead_adamw"]:
-        if _obstacle(name) is not None:
+        if optim.obstacle(name) is not None:
             continue
         runs = []
         for engine in ("ddp", "fsdp2", "zero1"):
@@ -150,6 +164,7 @@ def table():
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table():
     """By what the engines take; the tests above compare what they compute."""
     page = PAGE.read_text(encoding="utf-8")
@@ -185,8 +200,10 @@ def test_a_resumed_optimiser_goes_on_bit_for_bit(name, tmp_path):
     assert any(not torch.equal(one[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "muon", "lamb", "adan", "sgd"])
-@pytest.mark.parametrize("n_before", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "n_before"),
+    [("adamw", 0), ("lion", 0), *((name, 1) for name in ("adam", "muon", "lamb", "adan", "sgd"))],
+)
 def test_nothing_moves_where_a_gradient_is_not_finite(name, n_before):
     training = training_of(name)
     for _ in range(n_before):

@@ -8,7 +8,7 @@
 Which optimiser runs under which engine is found by `optim.trial`, not by a list of names.
 """
 
-from vlp.optim.build import build, check, guards_itself, set_up_step
+from vlp.optim.build import build, check, guards_itself, obstacle, set_up_step
 from vlp.optim.groups import decays, groups
 from vlp.optim.schedules import Schedule, warmup_steps
 from vlp.optim.state import by_parameter, initial_states, named_values, restore, saved_value
@@ -25,6 +25,7 @@ __all__ = [
     "guards_itself",
     "initial_states",
     "named_values",
+    "obstacle",
     "restore",
     "saved_value",
     "set_up_step",

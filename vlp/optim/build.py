@@ -84,25 +84,25 @@ def _check_name(name: str) -> None:
     known = list_optimizers()
     base = name.removeprefix(LOOKAHEAD)
     if base not in known:
-        choices = [known_name for known_name in known if _obstacle(known_name) is None]
+        choices = [known_name for known_name in known if obstacle(known_name) is None]
         raise ValueError(
             f"train.optimizer.name: no optimiser {name!r}{did_you_mean(base, choices)}"
         )
 
-    obstacle = _obstacle(base)
-    if obstacle is not None:
+    reason = obstacle(base)
+    if reason is not None:
         description = get_optimizer_info(base).description
         raise ValueError(
-            f"train.optimizer.name: {name} ({description}) does not run here: {obstacle}; "
+            f"train.optimizer.name: {name} ({description}) does not run here: {reason}; "
             "take adamw, lion or muon"
         )
 
 
-def _obstacle(name: str) -> str | None:
+def obstacle(name: str) -> str | None:
     """Why an optimiser of timm's list cannot run in a step of vlp; None where it can."""
     from timm.optim import get_optimizer_info
 
-    info = get_optimizer_info(name)
+    info = get_optimizer_info(name.removeprefix(LOOKAHEAD))
     if info.second_order:
         return "it needs second derivatives, which would take a second backward pass"
     if isinstance(info.opt_class, str):
