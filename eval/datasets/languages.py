@@ -41,7 +41,7 @@ def read(
             f"{folder} has neither captions.jsonl (Crossmodal-3600) nor test_1kcaptions_*.txt "
             "(XTD) nor tables such as captions-de.json"
         )
-    sources = {}
+    sources: dict[str, Source] = {}
     for language, path in sorted(named.items()):
         pairs = _clip_benchmark(path)
         if pairs is not None:

@@ -44,10 +44,10 @@ class Options(TableOptions):
     shots: int | None = None  # training images a class; None: all
     # of the shared space, or before the projection into it
     features: Literal["projected", "unprojected"] = "projected"
-    epochs: int = 10
+    epochs: int = 10  # passes over the training images
     learning_rate: float = 0.1  # at the start
     batch: int = 64  # images a step
-    seed: int = 0
+    seed: int = 0  # of the layer's start and of the order of images
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
