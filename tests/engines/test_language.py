@@ -2,6 +2,8 @@
 activations computed again.
 """
 
+from dataclasses import replace
+
 import torch
 
 from tests import ranks
@@ -17,9 +19,8 @@ def texts_batch(rows=slice(None)):
     batch = make_batch(rows)
     lengths = torch.arange(ROWS)[rows] % 9 + 3
     ids = torch.arange(12).expand(len(lengths), 12) * 5 + lengths[:, None]
-    batch.text.resize_(len(lengths), 12).copy_(ids % 14)
-    batch.text[torch.arange(12) >= lengths[:, None]] = PADDING
-    return batch
+    ids = (ids % 14).masked_fill(torch.arange(12) >= lengths[:, None], PADDING)
+    return replace(batch, text=ids)
 
 
 def tower(folder, **options):

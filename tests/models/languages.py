@@ -16,13 +16,14 @@ from vlp.models.language import LanguageTower, weights_of
 from vlp.text_store import digests
 from vlp.towers import llm
 
-# Windows are shorter than the texts, so that they hide something.
+# Windows are shorter than the texts, so that they hide something. No dropout: its numbers depend on
+# how rows are split.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 4, "sliding_window_pattern": 2},
     "mistral": {"sliding_window": 4},
-    "gpt2": {},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 
 
