@@ -6,8 +6,10 @@ DIR/SHARD.safetensors holds
     metadata       model (its reference), weights (a hash of them), scale (its learned inverse
                    temperature), keys (SHA-256 in hex of the samples' keys, one a line), so that a
                    reader can tell whether the shard is still the same
-The source option `embeddings: DIR` pool them to training as a teacher's; `vlp data dedup
---embeddings DIR` reads them.
+With --text-model the files hold the embeddings of captions by a language model instead, a row for
+each different caption (vlp.text_store), which `text_tower: {name: stored, embeddings: DIR}` reads.
+The source option `embeddings: DIR` gives a teacher's to training; `vlp data dedup --embeddings DIR`
+reads them.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vlp.data_tools import _encoder
+from vlp.data_tools import _encoder, _texts
 from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
     from vlp.data.members import Content
     from vlp.data_tools._encoder import Model
 
-HELP = "embed pictures and captions with a model, one file a shard"
+HELP = "embed pictures and captions with a model, or captions with a language model"
 EXAMPLE = """vlp data embed data/train --model runs/teacher --to data/train_embedded
   vlp data embed "data/{00000..00041}.tar" --model ViT-B-32:laion2b_s34b_b79k --to data/embedded
+  vlp data embed data/train --text-model Qwen/Qwen3-0.6B --pool mean --to data/train_texts
   srun --ntasks=16 vlp data embed data/train --model hf-hub:you/teacher --to data/embedded
 """
 
@@ -46,7 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the files; the same call goes on where one stopped",
     )
-    _encoder.arguments(parser, required=True)
+    _encoder.arguments(parser)
+    _texts.arguments(parser)
     work.arguments(parser)
 
 
@@ -67,14 +71,34 @@ def run(args: argparse.Namespace) -> int:
             "embed each folder of shards into a folder of its own"
         )
 
-    model = _encoder.Model.of(args)
-    assert model is not None  # --model is required
+    if bool(args.model) == bool(args.text_model):
+        raise ValueError(
+            "name either --model, which embeds pictures and first captions, or --text-model, which "
+            "embeds captions; two calls make two folders"
+        )
+    settings, embed = _of_texts(args, folder) if args.text_model else _of_pairs(args, folder)
 
     # Each file by itself: a reader asks for the shard that it reads.
-    claim(folder, "embed", sources, model.settings())
-    results = work.carry_out("embed", jobs(sources, folder, "embed"), Embed(model, folder), pool)
+    claim(folder, "embed", sources, settings)
+    results = work.carry_out("embed", jobs(sources, folder, "embed"), embed, pool)
     print(work.report(work.total(results), f"{folder}:"))
     return 0
+
+
+def _of_pairs(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Embed]:
+    """What decides the embeddings of pictures and first captions, and the work on a shard."""
+    model = _encoder.Model.of(args)
+    assert model is not None
+    return model.settings(), Embed(model, folder)
+
+
+def _of_texts(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], _texts.EmbedTexts]:
+    """The same for the captions alone."""
+    model = _texts.TextModel.of(args)
+    names = tuple(name.strip() for name in args.captions.split(",") if name.strip())
+    chosen = {"lines": args.lines, "sentences": args.sentences, "negatives": args.negatives}
+    settings = model.settings() | {"captions": names} | chosen
+    return settings, _texts.EmbedTexts(model, folder, names, **chosen)
 
 
 @dataclass(frozen=True)

@@ -156,14 +156,17 @@ def cosines(
     every_caption = list(chain.from_iterable(captions))
     text = embed.texts(encoder, every_caption, context)
 
+    # In float64: captions of a nearly collapsed model differ by less than float32's products.
+    image = image.double()
     text_of_picture = text.split([len(group) for group in captions])
-    return [rows @ picture_row for picture_row, rows in zip(image, text_of_picture)]
+    return [rows.double() @ picture_row for picture_row, rows in zip(image, text_of_picture)]
 
 
-def first_is_best(scores: Iterable[Tensor]) -> Tensor:
+def first_is_best(scores: Sequence[Tensor]) -> Tensor:
     """[n] float64: 1 where the first caption is strictly above all others (a tie is wrong)."""
+    tie = metrics.tie_of_groups(scores)
     # Pictures may have different numbers of captions, so there is no one tensor of scores.
-    hits = [float(metrics.strictly_above(s[0], s[1:]).all()) for s in scores]
+    hits = [float(metrics.strictly_above(s[0], s[1:], tie).all()) for s in scores]
     return torch.tensor(hits, dtype=torch.float64)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlp.eval.datasets.source import Source
 
 SYNSET = re.compile(r"n\d{8}")
+N_CLASSES = 1000
 SUBSETS = ("imagenet_a", "imagenet_r")  # relatives that are scored among classes of their own
 
 
@@ -39,11 +40,20 @@ def synsets(which: str = "imagenet") -> list[str]:
 
 
 def looks_like(source: Source) -> bool:
-    """Whether the labels are synsets."""
+    """Whether the labels are synsets, or folders that count all classes as V2's do."""
+    return _has_synsets(source) or _counts_all(source)
+
+
+def _has_synsets(source: Source) -> bool:
     return all(
         isinstance(record.label, str) and SYNSET.fullmatch(record.label)
         for record in source.records
     )
+
+
+def _counts_all(source: Source) -> bool:
+    """Whether the labels are exactly the names "0" to "999": fewer may count anything."""
+    return {record.label for record in source.records} == set(map(str, range(N_CLASSES)))
 
 
 def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]]:
@@ -54,7 +64,7 @@ def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]
     """
     folders = sorted({str(record.label) for record in source.records})
     all_names = names()
-    listed = synsets() if looks_like(source) else map(str, range(len(all_names)))
+    listed = synsets() if _has_synsets(source) else map(str, range(len(all_names)))
     numbers = {folder: i for i, folder in enumerate(listed)}
 
     # A folder of another name would be scored as some class or other.
@@ -86,6 +96,8 @@ def _is_subset_of_its_own(folders: list[str]) -> bool:
 
 def objectnet_images(root: Path) -> Path:
     """Where the class folders of an ObjectNet lie, as its zip unpacks or below the images alone."""
+    if root.name == "images":
+        return root
     places = (root / "objectnet-1.0" / "images", root / "images", root / "objectnet-1.0")
     return next((place for place in places if place.is_dir()), root)
 
@@ -98,7 +110,9 @@ def objectnet_folders(root: Path) -> dict[str, str] | None:
     `objectnet_to_imagenet_1k.json`, as wise-ft and clip_benchmark use them: scored among these 113,
     names in lower case.
     """
-    places = (root / "mappings", root / "objectnet-1.0" / "mappings", root)
+    places = [root / "mappings", root / "objectnet-1.0" / "mappings", root]
+    if root.name == "images":
+        places.append(root.parent / "mappings")
     place = next((p for p in places if (p / "objectnet_to_imagenet_1k.json").exists()), None)
     if place is None:
         return None

@@ -5,8 +5,11 @@ Ties. Scores within `TIE` (the rounding of a float32 product of unit rows) are e
 scores count against the model in retrieval and in choices between captions: a wrong candidate that
 scores as high as the right one is placed before it. So an encoder that gives everything the same
 embedding finds nothing, the result does not depend on the order of the data, and the rule is the
-one that compositional benchmarks publish (positive strictly above negative). clip_benchmark leaves
-retrieval's ties to `torch.topk`; the two differ where two images share the very same caption.
+one that compositional benchmarks publish (positive strictly above negative). A model that has
+nearly collapsed tells candidates apart by less than `TIE`: its scores are computed in float64, and
+equal is what lies within a thousandth of their spread, down to the rounding of the rows themselves.
+clip_benchmark leaves retrieval's ties to `torch.topk`; the two differ where two images share the
+very same caption.
 Classes are different: some share a name (ImageNet's "missile" and "sunglasses" occur twice), and
 the field resolves them by `argmax`: the class listed first wins. A constant encoder then always
 answers the first class, which is chance in the mean per-class recall.
@@ -14,12 +17,16 @@ answers the first class, which is chance in the mean per-class recall.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from vlp import geometry as embedding_geometry
 
-TIE = 1e-6
+TIE = 1e-6  # of scores that are spread as those of ordinary models
+ROUNDING = 1e-7  # of a unit row in float32, which bounds what its score can tell
+SPREAD_SAMPLE = 512  # rows of each kind from which the spread is estimated
 TILE_ROWS, TILE_COLUMNS = 1024, 4096  # a tile of scores is 16 MiB in float32
 
 
@@ -41,6 +48,39 @@ def check_unit_rows(rows: Tensor, name: str) -> None:
         )
 
 
+# --- ties -----------------------------------------------------------------------------------------
+
+
+def tie(spread: float) -> float:
+    """How far apart two scores may be and count as equal, where candidates' scores are spread by
+    `spread` (their standard deviation): spread / 1000, between ROUNDING and TIE.
+    """
+    return min(TIE, max(ROUNDING, spread / 1000))
+
+
+def tie_of_products(rows: Tensor, candidates: Tensor) -> float:
+    """The tie for scores rows @ candidatesᵀ of unit rows [n, D] and [m, D], each row choosing among
+    the candidates. The spread is that of a sample, the same at every call.
+    """
+    row_step = max(1, len(rows) // SPREAD_SAMPLE)
+    candidate_step = max(1, len(candidates) // SPREAD_SAMPLE)
+    scores = rows[::row_step].double() @ candidates[::candidate_step].double().T
+    return tie_of_groups(scores)
+
+
+def tie_of_groups(scores: Iterable[Tensor]) -> float:
+    """The tie for scores of groups of candidates [m_i], each chosen among by itself."""
+    # Around each group's own mean: how far all of them lie from others tells nothing apart.
+    deviations = [group.double() - group.double().mean() for group in scores]
+    every_deviation = torch.cat(deviations) if deviations else torch.zeros(1)
+    return tie(float(every_deviation.square().mean().sqrt()))
+
+
+def _precise(tie: float, *rows: Tensor) -> tuple[Tensor, ...]:
+    """The rows, in float64 where scores must be told apart by less than float32's products can."""
+    return rows if tie == TIE else tuple(tensor.double() for tensor in rows)
+
+
 # --- ranks ----------------------------------------------------------------------------------------
 
 
@@ -52,15 +92,17 @@ def class_ranks(
     """Rank of the right class among all by cosine: 1 + those above + those as high that are listed
     before it (see Ties).
     """
+    tie = tie_of_products(image, classes)
+    image, classes = _precise(tie, image, classes)
     ranks = []
     for start in range(0, len(image), TILE_ROWS):
         scores = image[start : start + TILE_ROWS] @ classes.T
         right = labels[start : start + TILE_ROWS, None]
         right_score = scores.gather(1, right)
 
-        above = scores > right_score + TIE
+        above = scores > right_score + tie
         listed_before = torch.arange(len(classes)) < right
-        as_high = listed_before & (scores >= right_score - TIE)
+        as_high = listed_before & (scores >= right_score - tie)
         ranks.append(1 + (above | as_high).sum(1))
     return torch.cat(ranks) if ranks else labels.new_zeros(0)
 
@@ -78,6 +120,10 @@ def retrieval_ranks(
     mean(rank <= k) is the field's recall, by which an image is a hit if any of its captions is
     among the k best. Both come from one pass over tiles of scores.
     """
+    # Each side is told apart by itself: captions may lie close together where images do not.
+    image_tie, text_tie = tie_of_products(image, text), tie_of_products(text, image)
+    image, text = _precise(min(image_tie, text_tie), image, text)
+
     # What a rival must reach: for a caption its own image, for an image the best of its captions.
     pair_scores = _pair_scores(image, text, owner)  # [M]
     best_scores = image.new_full((len(image),), -torch.inf)
@@ -87,7 +133,7 @@ def retrieval_ranks(
     image_rank = torch.ones(len(image), dtype=torch.int32)
     text_rank = torch.ones(len(text), dtype=torch.int32)
 
-    image_bar, text_bar = best_scores - TIE, pair_scores - TIE
+    image_bar, text_bar = best_scores - image_tie, pair_scores - text_tie
     for i in range(0, len(text), TILE_ROWS):
         rows = slice(i, i + TILE_ROWS)
         for j in range(0, len(image), TILE_COLUMNS):
@@ -177,9 +223,9 @@ def average_precision(
     return result
 
 
-def strictly_above(right: Tensor, wrong: Tensor) -> Tensor:
+def strictly_above(right: Tensor, wrong: Tensor, tie: float = TIE) -> Tensor:
     """Where the right score is higher than the wrong one; a tie (see Ties) is not."""
-    return right > wrong + TIE
+    return right > wrong + tie
 
 
 # --- geometry -------------------------------------------------------------------------------------
@@ -217,41 +263,3 @@ def geometry(image: Tensor, text: Tensor) -> dict[str, float]:
         "effective_rank_image": effective_rank(image),
         "effective_rank_text": effective_rank(text),
     }
-
-
-# --- probes ---------------------------------------------------------------------------------------
-
-
-def logistic_regression(
-    features: Tensor,  # [n, D]
-    labels: Tensor,  # [n] int64 in [0, C)
-    n_classes: int,
-    decay: float,  # λ of λ/2‖W‖² beside the mean cross-entropy
-    max_iterations: int = 500,
-) -> tuple[Tensor, Tensor]:  # [C, D], [C] float64
-    """The minimiser (W, b) of mean cross-entropy + λ/2‖W‖², by L-BFGS in float64 from zero; b is
-    not decayed.
-    """
-    features = features.double()
-    weight = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(n_classes, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iterations,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        logits = features @ weight.T + bias
-        penalty = decay / 2 * weight.square().sum()
-        loss = torch.nn.functional.cross_entropy(logits, labels) + penalty
-        loss.backward()
-        return loss
-
-    # Evaluation runs without gradients; the probe needs its own.
-    with torch.enable_grad():
-        optimiser.step(closure)
-    return weight.detach(), bias.detach()

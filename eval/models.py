@@ -13,9 +13,8 @@ counted.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlp.pretrained import references, weight_files
+from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.references import Reference
 from vlp.pretrained.runs import CheckpointError
 from vlp.schema import parse
@@ -62,6 +62,7 @@ class Encoder:
     fingerprint: str = ""
     autocast: torch.dtype | None = None  # None: the model's own precision
     decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
+    tower: torch.nn.Module | None = None  # what holds the images' projection; None: not one module
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -172,6 +173,7 @@ def from_model(
         pretrained="",
         prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
+        tower=getattr(model, "visual", None),
         text=text,
         scale=scale,
         device=device,
@@ -247,6 +249,7 @@ def _open_clip(
         pretrained=tag,
         prepare=_cut_first(transform) if settings["resize_mode"] == "shortest" else transform,
         image=model.encode_image,
+        tower=model.visual,
         text=lambda texts: model.encode_text(tokenizer(texts).to(device)),
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
@@ -304,6 +307,7 @@ def _transformers(
         pretrained="",
         prepare=_cut_first(prepare) if cuts else prepare,
         image=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
+        tower=model,
         text=text,
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
@@ -370,15 +374,3 @@ def _describe(tokenizer: Any) -> str:
     # Cases, accents and punctuation are where tokenizers differ; "" shows what frames a sentence.
     probes = ("A photo of 2 Cats, naïve & café!", "")
     return json.dumps([type(tokenizer).__name__, *(_ids(tokenizer, probe) for probe in probes)])
-
-
-def fingerprint(weights: Mapping[str, Tensor], preprocessing: str) -> str:
-    """Content hash of all weights, by name, and of what happens before them."""
-    total = hashlib.sha256(preprocessing.encode())
-    for key in sorted(weights):
-        value = weights[key].detach().cpu().contiguous()
-
-        # Name, type and shape too: equal bytes may be other weights.
-        total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +79,18 @@ class Picture:
             right, lower = image.width - self.border, image.height - self.border
             image = image.crop((self.border, self.border, right, lower))
         return image.crop(self.box) if self.box else image
+
+
+def thumbnail(picture: Picture, side: int) -> str:
+    """A WebP of at most `side` pixels as a data URI; larger pictures are scaled down, none is
+    scaled up.
+    """
+    # Small, so that a page with all its pictures can be mailed.
+    image = picture.open()
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=72)
+    return f"data:image/webp;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
 # --- archives -------------------------------------------------------------------------------------

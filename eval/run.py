@@ -30,10 +30,13 @@ EXAMPLE = """examples:
   vlp eval runs/a --suite suite.yaml --out a.json
       (suite.yaml: {zeroshot: {data: …}, retrieval: {data: …}})
   vlp eval --compare a.json b.json
+  vlp eval --blend exported/published runs/tuned --alphas 0,.25,.5,.75,1 --suite suite.yaml \
+      --gain zeroshot.acc1 --guard retrieval.image_retrieval_recall@1
   accelerate launch --config_file launch/accelerate/cpu2.yaml -m vlp.cli \\
       eval runs/demo --task zeroshot --data data/test
 
-MODEL: a run, checkpoint or export; a folder or hf-hub:USER/NAME of open_clip or transformers;
+MODEL: a run, checkpoint or export; RUN@ema, the moving average of a run's weights;
+a folder or hf-hub:USER/NAME of open_clip or transformers;
 ARCHITECTURE:TAG, or ARCHITECTURE:FILE (also FILE.json:FILE) for weights such as epoch_32.pt.
 key=value options of the task follow --task or --data.
 """
@@ -44,10 +47,12 @@ key=value options of the task follow --task or --data.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
+    from vlp.eval import sweep
     from vlp.plugin import names
 
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="what to evaluate (see below)")
+    add("--ema", action="store_true", help="the moving average of a run's weights, as RUN@ema")
 
     # What is measured.
     tasks = ", ".join(names("vlp.eval.tasks"))
@@ -57,8 +62,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     suite_help = "YAML: several tasks with their options, as in a config's eval section"
     add("--suite", metavar="FILE", help=suite_help)
 
+    sweep.arguments(parser)
+
     # What becomes of it.
-    add("--out", metavar="FILE", help="write results.json (and outcomes by unit beside it)")
+    out_help = "write results.json, or with FOLDER/ one file a result; outcomes by unit beside them"
+    add("--out", metavar="FILE", help=out_help)
     compare_help = "two results, or folders of them: a table with intervals"
     add("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
 
@@ -81,54 +89,78 @@ def run(options: argparse.Namespace) -> int:
         print(compare(*options.compare))
         return 0
 
-    if not options.model or not (options.task or options.suite):
+    named = options.model or options.blend
+    if not named or not (options.task or options.suite):
         raise ValueError(
-            "give MODEL and --task NAME --data PATH (or --suite FILE), or --compare A B; "
-            "see vlp eval --help"
+            "give MODEL (or --blend A B) and --task NAME --data PATH (or --suite FILE), or "
+            "--compare A B; see vlp eval --help"
         )
     return _evaluate_command(options)
 
 
 def _evaluate_command(options: argparse.Namespace) -> int:
-    """Evaluate one model on the tasks named, print the table, write the results."""
+    """Evaluate a model or a row of blends on the tasks, print the table, write the results."""
     import torch
 
     from vlp import dist, joining, plugin
-    from vlp.eval import models
+    from vlp.eval import models, sweep
     from vlp.eval.report import records
+    from vlp.pretrained.references import of_average
 
-    # Wrong paths, and a result that could not be written, are found before a model is loaded.
+    # What is mistyped, or could not be written, is found before a model is loaded.
     tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
+    blends = sweep.asked_for(options, [task.label for task in tasks])
+    reference = of_average(options.model) if options.ema else options.model
     data = read_all(tasks)
     if options.out:
-        _check_writable(Path(options.out))
+        _check_writable(options.out)
 
     # Each rank of a machine its own GPU, chosen before they join.
     device = joining.local_device(options.device)
     joining.join(device)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
-    encoder = models.load(options.model, device, autocast)
-    if dist.is_main() and not options.quiet:
-        n_ranks = dist.world_size()
-        print(f"{encoder.name} on {device}, {n_ranks} rank(s)", file=sys.stderr, flush=True)
 
-    results, items = evaluate(encoder, tasks, _context(options), data)
-    if dist.is_main():
-        print(records.table(results))
-        if options.out:
-            records.write(Path(options.out), results, items)
-            print(f"written: {options.out}")
+    def scores(encoder: Encoder) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        if dist.is_main() and not options.quiet:
+            n_ranks = dist.world_size()
+            print(f"{encoder.name} on {device}, {n_ranks} rank(s)", file=sys.stderr, flush=True)
+        return evaluate(encoder, tasks, _context(options), data)
+
+    def scores_of_blend(model: DualEncoder, name: str) -> list[dict[str, Any]]:
+        # Kept by a hash of the blend's own weights, so that no two are mixed up.
+        return scores(models.from_model(model, name, device, autocast, keep=True))[0]
+
+    if blends is not None:
+        sweep.carry_out(blends, scores_of_blend, options.out)
+    else:
+        results, items = scores(models.load(reference, device, autocast))
+        if dist.is_main():
+            print(records.table(results))
+            if options.out:
+                write = records.write_each if options.out.endswith("/") else records.write
+                write(Path(options.out), results, items)
+                print(f"written: {options.out}")
 
     # No rank leaves while the first still writes.
     dist.barrier()
     return 0
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: str) -> None:
     """Raise ValueError unless results can be written there; make the folder."""
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'results.json'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(out)
+    if out.endswith("/"):
+        if path.is_file():
+            raise ValueError(f"--out {out} asks for a folder, and {path} is a file")
+        path.mkdir(parents=True, exist_ok=True)
+        return
+
+    if path.is_dir():
+        raise ValueError(
+            f"--out {out} is a folder; name a file, such as {path / 'results.json'}, or write "
+            f"{out}/ for one file a result in it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _tasks(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,12 +2,17 @@
 a light import.
 """
 
+import importlib.util
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections import defaultdict
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
@@ -35,6 +40,36 @@ def test_every_folder_with_code_is_packaged():
 def test_the_outer_rooms_lie_where_tools_look_for_them():
     for folder in ("eval", "data_tools", "launch", "configs"):
         assert (ROOT / "vlp" / folder).resolve() == ROOT / folder
+
+
+def test_every_promised_extra_is_installed_where_the_tests_run():
+    """What is absent is skipped by its tests, and a promise nobody tries is none."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {
+        name: [Requirement(line) for line in lines]
+        for name, lines in project["optional-dependencies"].items()
+    }
+    (all_others,) = [each for each in extras["dev"] if each.name == project["name"]]
+    assert all_others.extras == extras.keys() - {"dev"}
+
+    # By the modules that a distribution brings: their names often differ.
+    modules = defaultdict(set)
+    for module, distributions in metadata.packages_distributions().items():
+        for distribution in distributions:
+            modules[canonicalize_name(distribution)].add(module)
+    wanted = [each for lines in extras.values() for each in lines if each is not all_others]
+    for requirement in wanted:
+        installed = metadata.version(requirement.name)
+        assert requirement.specifier.contains(installed, prereleases=True), requirement
+        provided = modules[canonicalize_name(requirement.name)]
+        is_program = metadata.distribution(requirement.name).entry_points.select(
+            group="console_scripts"
+        )
+        has_module = any(importlib.util.find_spec(module) is not None for module in provided)
+        assert has_module or is_program or requirement.name.startswith("types-"), requirement
+    assert len(wanted) >= 25
 
 
 @pytest.mark.slow

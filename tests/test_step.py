@@ -47,6 +47,8 @@ def make_training(
     length=LENGTH,
     device="cpu",
     towers=None,
+    text_tower=None,
+    optimizer=None,
 ):
     vit = {
         "name": "vit",
@@ -61,7 +63,9 @@ def make_training(
         image_tower=plugin.Named("vlp.towers").parse(
             vit | {"patch_dropout": patch_dropout} | (towers or {}).get("image", {}), (), []
         ),
-        text_tower=plugin.Named("vlp.towers").parse(text | (towers or {}).get("text", {}), (), []),
+        text_tower=plugin.Named("vlp.towers").parse(
+            (text_tower or text) | (towers or {}).get("text", {}), (), []
+        ),
         embed_dim=16,
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),
@@ -72,7 +76,7 @@ def make_training(
         micro_batches=micro_batches,
         engine=engine,
         device=device,
-        optimizer=config.Optimizer(lr=1e-3, clip_norm=clip_norm),
+        optimizer=optimizer or config.Optimizer(lr=1e-3, clip_norm=clip_norm),
         activation_checkpointing=checkpointing,
         **{"precision": "float32"} | (train or {}),
     )

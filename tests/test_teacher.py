@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import ranks
+from tests.models.tiny import TEXT, VIT, tiny
 from tests.test_step import make_batch, make_training, own_rows
 from tests.test_train import losses
 from vlp import checkpoint, config
@@ -73,6 +74,57 @@ def test_the_average_is_the_recursion_over_the_weights(engine):
     assert not results[1][2]  # the first rank alone writes it
     mean = [sum(values) / 2 for values in zip(*(terms for terms, _, _ in results))]
     assert mean == pytest.approx(expected[0], rel=1e-4, abs=1e-9)
+
+
+def taught(micro_batches=1, engine="ddp"):
+    """Terms of STEPS steps with two frozen teachers of different widths, a map to both and a queue
+    of their rows.
+    """
+    forms = [{}, {"form": "features"}, {"form": "interactive", "queue": True}, {"form": "cross"}]
+    training = make_training(
+        micro_batches,
+        engine=engine,
+        objective={"infonce": {}, "distill": forms},
+        double=False,
+        heads={"teacher": {"width": [12, 20]}},
+    )
+    needs, model = training.objective.needs, training.engine.evaluation_model()
+    teacher = Teacher(config.Teacher(queue=QUEUE), training.engine, model, needs, {}, (2, 20))
+    sizes = {"image_tower": VIT | {"image_size": 16}, "text_tower": TEXT | {"context_length": 77}}
+    teacher.frozen = [tiny(seed=width, embed_dim=width, **sizes) for width in (12, 20)]
+    training.teacher = teacher
+
+    terms = []
+    for _ in range(STEPS):
+        scalars = train_step(training, make_batch(own_rows()))
+        names = ("loss", "distill", "distill.features", "distill.interactive", "distill.cross")
+        terms.append([scalars[name].item() for name in names])
+    maps = training.engine.evaluation_model().heads.teacher.state_dict()
+    return terms, as_lists(maps), as_lists(teacher.state())
+
+
+@pytest.mark.parametrize("world, micro_batches", [(1, 3), (2, 3)])
+def test_ranks_and_micro_batches_change_nothing_of_what_teachers_teach(world, micro_batches):
+    terms, maps, state = taught()
+    by_rank = [taught(micro_batches)] if world == 1 else ranks.run(world, taught, micro_batches)
+    mean = torch.tensor([each for each, _, _ in by_rank]).mean(0)
+    torch.testing.assert_close(mean, torch.tensor(terms), rtol=2e-4, atol=1e-5)
+    assert distance(by_rank[0][1], maps) < 1e-4
+    assert distance(by_rank[0][2], state) < 1e-5 and len(state) == 2
+    assert terms[0][2] > terms[-1][2] > 0  # the map learns
+
+
+def test_a_map_of_another_width_and_one_that_no_term_reads_are_refused(settings):
+    first = train(settings("train.duration=1", out="first"))
+    teacher = (f"teacher.model=[{first}, {first}]", "train.duration=2")
+    features = "objective={infonce: {}, distill: {form: features}}"
+    wrong = r"teacher\.width is 4, .* are \[\d+, \d+\] wide; set it to"
+    with pytest.raises(ValueError, match=wrong):
+        train(settings(*teacher, features, "model.heads={teacher: {width: 4}}", out="narrow"))
+    with pytest.raises(
+        ValueError, match=r"gives \['projected_image', 'projected_text'\], which no"
+    ):
+        train(settings(*teacher, "model.heads={teacher: {width: 4}}", out="idle"))
 
 
 def labelled(batch):

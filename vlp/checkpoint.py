@@ -48,6 +48,7 @@ from vlp.pretrained.runs import (
     CheckpointError,
     all_of,
     looks_complete,
+    moving_average,
     newest,
     not_finite,
     resolve,
@@ -228,15 +229,15 @@ def load(path: Path, verified: bool = False) -> Contents:
     )
 
 
-def load_model(ref: str | Path) -> DualEncoder:
-    """The trained model of a run's or checkpoint's folder, on CPU, in evaluation mode. No optimiser
-    state is read.
+def load_model(ref: str | Path, averaged: bool = False) -> DualEncoder:
+    """The trained model of a run's or checkpoint's folder, on CPU, in evaluation mode; `averaged`:
+    with the moving average of its weights. No optimiser state is read.
     """
     path = resolve(ref)
     verify(path)
     description = json.loads((path / "model.json").read_text(encoding="utf-8"))
     model = from_description(description)
-    weights = load_file(path / "model.safetensors")
+    weights = moving_average(path) if averaged else load_file(path / "model.safetensors")
     # Adapters are of training alone.
     restore(model, adapters.merged(weights, description["vlp"].get("lora", {})), path)
     return model.eval()
@@ -252,7 +253,7 @@ def load_any(
     """
     reference = resolve_reference(ref)
     if reference.kind == "run":
-        return load_model(reference.path)
+        return load_model(reference.path, reference.averaged)
     return load_export(reference, like, fit)
 
 

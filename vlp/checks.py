@@ -23,15 +23,30 @@ _FROM_PIXELS = {
 
 
 def check_batch(config: Config) -> None:
-    """Refuse a batch that ranks and micro-batches do not divide."""
-    rows, world, parts = config.train.batch, dist.world_size(), config.train.micro_batches
-    n_parts = world * parts
+    """Refuse a batch, of the run or of a stage, that ranks and micro-batches do not divide."""
+    train, world = config.train, dist.world_size()
+    sizes = {"train": (train.batch, train.micro_batches)}
+    for i, stage in enumerate(config.stages):
+        rows, parts = stage.batch or train.batch, stage.micro_batches or train.micro_batches
+        sizes[f"stages.{i}"] = rows, parts
 
-    if rows % n_parts:
-        near = max(n_parts, rows // n_parts * n_parts)
+    for place, (rows, parts) in sizes.items():
+        n_parts = world * parts
+        if rows % n_parts:
+            near = max(n_parts, rows // n_parts * n_parts)
+            raise ValueError(
+                f"{place}.batch is {rows}, which {world} ranks x {parts} micro-batches do not "
+                f"divide; use {place}.batch={near}"
+            )
+
+
+def check_teacher(config: Config) -> None:
+    """Refuse a teacher that would have to read captions where their embeddings are stored."""
+    if config.model.stored_texts is not None and config.teacher.model is not None:
         raise ValueError(
-            f"train.batch is {rows}, which {world} ranks x {parts} micro-batches do not divide; "
-            f"use train.batch={near}"
+            f"teacher.model {config.teacher.model} reads tokens, and text_tower: stored reads "
+            "stored embeddings in their place; store the teacher's with `vlp data embed` too, and "
+            "name them in the source's `embeddings`"
         )
 
 
@@ -60,14 +75,16 @@ def check_objective(
     check_roles(objective, config)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
-    if config.teacher.model is not None and "teacher_image" in loader.carries:
+    if config.teacher.models and "teacher_image" in loader.carries:
         raise ValueError(
             "both teacher.model and the sources' `embeddings` give a teacher's embeddings; leave "
             "out one of them"
         )
 
     if config.model.precomputed:
-        check_precomputed(objective.needs, taught, loader, model)
+        by_heads = objective.reads & model.heads.supplies()
+        read = objective.needs | through_queue(objective) | by_heads
+        check_precomputed(read, taught, loader, model)
 
 
 def check_needs(objective: losses.Objective, carried: frozenset[str], model: DualEncoder) -> None:
@@ -90,7 +107,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     if missing:
         raise ValueError("\n".join(missing))
 
-    if idle := sorted(by_heads - objective.needs):
+    if idle := sorted(by_heads - objective.reads):
         raise ValueError(
             f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), "
             "or add a term"
@@ -99,13 +116,14 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
 
 def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
     """Refuse what costs time or memory and no term reads, and fewer views than a term needs."""
-    # The queue is filled by the moving average.
-    through_queue = {"ema_image"} if config.teacher.queue else set()
-    read = objective.needs | through_queue
+    read = objective.needs | through_queue(objective)
     for key, supplied in _costly(config).items():
         if not supplied & read:
             names = " or ".join(sorted(supplied))
-            raise ValueError(f"{key} is set, but no term reads {names}; drop it, or add a term")
+            way_out = "drop it, or add a term"
+            if key == "teacher.ema":
+                way_out = "drop it, add a term, or evaluate it with teacher.eval_ema=true"
+            raise ValueError(f"{key} is set, but no term reads {names}; {way_out}")
 
     # Terms that compare views with one another need several.
     n_views = loader.widths.get("image_views", 0)
@@ -116,6 +134,11 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
                 f"the term {term.label!r} needs {least} image views, found {n_views}; "
                 f"set data.views.n to {least}"
             )
+
+
+def through_queue(objective: losses.Objective) -> set[str]:
+    """What the queue reads beside the terms: the moving average fills its own part of it."""
+    return {"ema_image"} if objective.needs & teacher.OF_AVERAGE.keys() else set()
 
 
 def check_roles(objective: losses.Objective, config: Config) -> None:
@@ -133,11 +156,12 @@ def check_roles(objective: losses.Objective, config: Config) -> None:
 def _costly(config: Config) -> dict[str, set[str]]:
     """The configured keys that cost something, and the fields that each supplies."""
     keys = {}
-    if config.teacher.ema is not None:
+    # An average that is evaluated has its use.
+    if config.teacher.ema is not None and not config.teacher.eval_ema:
         keys["teacher.ema"] = teacher.embeds(teacher.EMA)
     if config.teacher.queue:
         keys["teacher.queue"] = teacher.embeds(teacher.QUEUE)
-    if config.teacher.model is not None:
+    if config.teacher.models:
         keys["teacher.model"] = teacher.embeds(teacher.FROZEN)
     if config.data.views is not None:
         keys["data.views"] = {name for name, row in CARRIED.items() if row.head == "views"}
@@ -145,11 +169,11 @@ def _costly(config: Config) -> dict[str, set[str]]:
 
 
 def check_precomputed(
-    needs: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder
+    read: frozenset[str], taught: frozenset[str], loader: Loader, model: DualEncoder
 ) -> None:
     """Refuse stored embeddings of the image tower that cannot stand for it."""
     # The image tower does not run, so nothing can be made of other pixels.
-    pictures = sorted(needs & _FROM_PIXELS | taught & {"ema_image", "teacher_image"})
+    pictures = sorted(read & (_FROM_PIXELS | {"ema_image"}) | taught & {"teacher_image"})
     if pictures:
         raise ValueError(
             f"the objective needs {pictures}, which come from pixels; set "

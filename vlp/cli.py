@@ -40,9 +40,13 @@ CONFIG_EXAMPLE = """examples:
 EXPORT_EXAMPLE = """examples:
   vlp export runs/demo --to exported/demo
   vlp export runs/demo/checkpoints/step_00000156 --to exported/half --license cc-by-4.0
+  vlp export runs/demo --ema --to exported/average
+  vlp export --average runs/a,runs/b,runs/c --to exported/soup
+  vlp export --blend exported/published runs/tuned --alpha 0.5 --to exported/blend
   vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl
 
-Several runs are stages of one model: their embeddings stand one after another.
+Several runs are stages of one model: their embeddings stand one after another. An average is of
+weights (vlp/averaging.py).
 """
 PUSH_EXAMPLE = """example:
   vlp push exported/demo you/demo-clip --private
@@ -178,6 +182,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         ("train", "train a configuration", _train),
         ("config", "print the keys of a configuration, with type, default and meaning", _config),
         ("eval", "evaluate a model zero-shot, or compare results", _eval),
+        ("search", "find the pictures that fit a text or a picture", _search),
+        ("embed", "write the embeddings of pictures or texts as .npy or .parquet", _embed),
         ("export", "write a run as a folder that transformers and open_clip load", _export),
         ("push", "upload an export to the Hugging Face Hub", _push),
         ("report", "write a page about a run, or compare two", _report),
@@ -268,14 +274,25 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _fill(parser, importlib.import_module("vlp.eval.run"))
 
 
+def _search(parser: argparse.ArgumentParser) -> None:
+    _fill(parser, importlib.import_module("vlp.eval.search.ask"))
+
+
+def _embed(parser: argparse.ArgumentParser) -> None:
+    _fill(parser, importlib.import_module("vlp.eval.search.write"))
+
+
 def _export(parser: argparse.ArgumentParser) -> None:
+    from vlp.export import averages
+
     parser.epilog = EXPORT_EXAMPLE
     parser.add_argument(
         "runs",
-        nargs="+",
+        nargs="*",
         metavar="RUN",
         help="a run, a checkpoint, or any model; several: one model of them",
     )
+    averages.arguments(parser)
     parser.add_argument(
         "--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty"
     )
@@ -292,19 +309,34 @@ def _export(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an earlier export; files that no export wrote stay",
     )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bf16"], default="float32", help="of the weights"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="other than trained: positions interpolated",
+    )
 
     def run(options: argparse.Namespace) -> int:
-        from vlp.export.folder import export_run, export_stages
+        from vlp.export.folder import export_average, export_run, export_stages
 
+        members = averages.asked_for(options)
         settings = {
             "license": options.license,
             "onnx": options.onnx,
             "overwrite": options.overwrite,
+            "dtype": options.dtype,
+            "image_size": options.image_size,
         }
-        if len(options.runs) > 1:
-            written = export_stages(options.runs, options.to, **settings)
+        runs = averages.runs(options.runs, options.ema)
+        if members is not None:
+            written = export_average(members, options.to, **settings)
+        elif len(runs) > 1:
+            written = export_stages(runs, options.to, **settings)
         else:
-            written = export_run(options.runs[0], options.to, **settings)
+            written = export_run(runs[0], options.to, **settings)
         print("\n".join(written))
         return 0
 

@@ -47,8 +47,8 @@ class Field:
 
     @property
     def is_number(self) -> bool:
-        """Whether terms read a single number."""
-        return self.shapes == ("",)
+        """Whether terms read a single number, or one for each of several teachers."""
+        return "" in self.shapes
 
 
 def _row(field: Field, required: bool) -> Any:
@@ -78,6 +78,14 @@ def numbers(shape: str, dtype: Any = "float32", *, required: bool = False, **col
     return _row(Field("", shape, dtype, (shape,), **columns), required)
 
 
+def of_teachers(tower: Any, *shapes: str, carried: bool = False, **columns: Any) -> Any:
+    """Values of one teacher, or of several beside one another, the narrower ones filled up with
+    zeros, which change neither a norm nor a product.
+    """
+    batch_shape = shapes[0] if carried else ""
+    return _row(Field(tower, batch_shape, "float32", shapes, **columns), False)
+
+
 def mask(shape: str, *, beside: str) -> Any:
     """A mask over the rows of `beside` that take part."""
     return numbers(shape, "bool", beside=beside)
@@ -95,7 +103,10 @@ _STORED = (
     "(vlp data embed, and the source's `embeddings`)"
 )
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
+_PROJECTION = "a map to the teacher's width (model.heads.teacher)"
+_JUDGE = "the caller: a cross-encoder's scores of the pairs that vlp.losses.distill.hardest names"
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
+_TEACHER_QUEUE = "a queue of a teacher's embeddings (teacher.queue and a teacher)"
 _DECODER = "a text decoder (model.heads.captions)"
 _LABELS = "labels of the samples (data.labels: caption, origin, or a field of their JSON)"
 
@@ -183,8 +194,12 @@ class Carried:
     )
 
     # Unit rows that another model gave the whole image and the first caption.
-    teacher_image: Tensor = numbers("b D'", unit=True, supplier=_STORED)
-    teacher_text: Tensor = numbers("b D'", unit=True, supplier=_STORED)
+    teacher_image: Tensor = of_teachers(
+        "", "b D'", "b T D'", carried=True, unit=True, supplier=_STORED
+    )
+    teacher_text: Tensor = of_teachers(
+        "", "b D'", "b T D'", carried=True, unit=True, supplier=_STORED
+    )
 
     # Pairs with one label are of one kind: the same caption, class or origin. Any whole numbers,
     # of which only equality counts; the loader's are below 2^48 (vlp.data.labels).
@@ -201,15 +216,26 @@ class Readable(Carried):
     bias: Tensor = computed("", "", supplier="a model with a logit bias (model.bias; SigLIP -10)")
     view_scale: Tensor = computed("", "", head="views")
 
-    # The heads: an auxiliary one on the image tower, and a decoder that looks at image and text,
-    # whose loss of each token is −log p. A caller with logits of its own may give those instead:
-    # position l of caption_logits is for the token caption_ids[:, l].
+    # An auxiliary head on the image tower.
     concept_logits: Tensor = computed(
         "image",
         "b M",
         head="concepts",
         supplier="an auxiliary head on the image tower (model.heads.concepts)",
     )
+    # The student's embeddings, mapped to the teachers' widths, of any norm; and 1/temperature
+    # between student and teacher (None: scale).
+    projected_image: Tensor = of_teachers(
+        "image", "b D'", "b T D'", head="teacher", supplier=_PROJECTION
+    )
+    projected_text: Tensor = of_teachers(
+        "text", "b D'", "b T D'", head="teacher", supplier=_PROJECTION
+    )
+    interactive_scale: Tensor = computed("", "", head="teacher")
+
+    # A decoder that looks at image and text, whose loss of each token is −log p. A caller with
+    # logits of its own may give those instead: position l of caption_logits is for the token
+    # caption_ids[:, l].
     caption_nll: Tensor = computed("image", "b L", head="captions", supplier=_DECODER)
     caption_logits: Tensor = computed("", "b L Z")
     caption_ids: Tensor = computed("", "b L", "int64", supplier=_DECODER)
@@ -227,10 +253,27 @@ class Readable(Carried):
         "", "Q", "int64", supplier="a label of each key (teacher.queue and data.labels)"
     )
 
+    # Teachers' embeddings of earlier steps, as above.
+    queue_teacher_image: Tensor = of_teachers(
+        "", "Q D'", "Q T D'", unit=True, zeros=True, supplier=_TEACHER_QUEUE
+    )
+    queue_teacher_text: Tensor = of_teachers(
+        "", "Q D'", "Q T D'", unit=True, zeros=True, supplier=_TEACHER_QUEUE
+    )
+
+    # What a cross-encoder says of pairs of different samples: places in the group's texts (and
+    # after them the queue's) of the candidates of each image, its scores of them, and the same of
+    # the images for each text; and its score of the pair itself.
+    candidate_texts: Tensor = computed("", "b R", "int64", supplier=_JUDGE)
+    candidate_text_scores: Tensor = computed("", "b R", supplier=_JUDGE)
+    candidate_images: Tensor = computed("", "b R", "int64", supplier=_JUDGE)
+    candidate_image_scores: Tensor = computed("", "b R", supplier=_JUDGE)
+    pair_score: Tensor = computed("", "b", supplier=_JUDGE)
+
     # Pairs of one cell, as of k-means over stored embeddings. Only equality counts.
     cluster: Tensor = computed("", "b", "int64", supplier="the caller: a cell of each pair")
 
-    teacher_scale: Tensor = computed("", "", supplier=_STORED)
+    teacher_scale: Tensor = of_teachers("", "", "T", supplier=_STORED)
 
 
 def table_of(kind: type) -> dict[str, Field]:

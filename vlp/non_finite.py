@@ -51,7 +51,8 @@ def bad_rows(values: Mapping[str, Any], n_rows: int) -> dict[str, Tensor]:
     for name, value in values.items():
         if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
             continue
-        if FIELDS[name].shapes[0].startswith("Q"):
+        # Neither is a row of the batch: keys of a queue, a number of each teacher.
+        if FIELDS[name].shapes[0].startswith("Q") or FIELDS[name].is_number:
             continue
 
         # A column at least, so that labels [b] are like embeddings [b, D].

@@ -39,7 +39,8 @@ def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
     one) "bias" []. Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that
     a second call repeats the first.
     """
-    wanted = training.objective.needs | {"image", "text"}
+    optional = training.objective.reads.intersection(embedding.OF_PAIRS)
+    wanted = training.objective.needs | optional | {"image", "text"}
     # Precomputed: the batch's embeddings stand for the image tower.
     stored = {"image": part.teacher_image} if training.precomputed else {}
 
@@ -68,8 +69,8 @@ def teacher_forward(training: Training, micro_batches: list[Batch]) -> dict[str,
         parts = [training.teacher.embed(part) for part in micro_batches]
 
     of_teacher = dict(parts[0])  # its scale is the same for all micro-batches
-    for name, value in of_teacher.items():
-        if value.ndim:
+    for name in of_teacher:
+        if not FIELDS[name].is_number:
             of_teacher[name] = joined([part[name] for part in parts])
 
     of_teacher |= training.teacher.queue

@@ -73,9 +73,21 @@ def _open_run(config: Config, run: Path) -> Path | None:
     source = _source(config, run)
     if source is not None:
         recorded = configuration.recorded(source / "config.yaml")
+        _check_optimizer(recorded, config, source)
         for key, (old, new) in changes(recorded, config).items():
             log.say(f"resuming with another {key}: {old!r} -> {new!r}")
     return source
+
+
+def _check_optimizer(recorded: Config, config: Config, source: Path) -> None:
+    """Refuse to go on with another optimiser, to which the gathered state would mean nothing."""
+    before, now = recorded.train.optimizer.name, config.train.optimizer.name
+    if before != now:
+        raise checkpoint.CheckpointError(
+            f"{source} was trained with train.optimizer.name {before}, and this run has {now}; go "
+            f"on with train.optimizer.name={before}, or start a new run from its weights: "
+            f"init_from={source} resume=never out=…"
+        )
 
 
 def _source(config: Config, run: Path) -> Path | None:
@@ -243,7 +255,7 @@ def save(config: Config, training: Training, loader: Loader) -> None:
         "step": training.step,
         "skipped": training.skipped,
         # What is made ahead, or was not trained on in the end, is made again.
-        "loader": loader.state_dict() | {"step": training.step},
+        "loader": loader.state_dict(training.step),
         "versions": {name: version(name) for name in DECIDING},
     }
 

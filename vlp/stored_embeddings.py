@@ -1,8 +1,8 @@
 """Whether embeddings that a run reads from its data are those of the model that they stand for.
 
 A file of embeddings says which samples it belongs to, and a width; both fit many models. So a few
-samples are embedded again before the first step, by the run's own locked image tower or by the
-teacher that the files name, and compared.
+samples are embedded again before the first step, by the run's own locked image tower, by the
+teacher or by the language model that the files name, and compared.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from vlp import checkpoint, dist, log
+from vlp.config import Captions
 from vlp.data import decode
 from vlp.data import text as tokenizers
 from vlp.data.embedded import Embeddings
+from vlp.data.row import Row, choose_caption
 from vlp.data.sources import Source
+from vlp.models import language
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
+from vlp.text_store import TextStore
 from vlp.types import ImageSpec, Sample
 
 N_SAMPLES = 8  # of each source
@@ -68,6 +72,77 @@ def check_with_teacher(source: Source) -> None:
         compare(source, embeddings, judge, precomputed=False)
 
 
+def check_texts(
+    sources: list[Source],
+    store: TextStore | None,
+    model: DualEncoder,
+    captions: Captions,
+    *,
+    evaluates: bool,
+) -> None:
+    """Raise ValueError where a store of text embeddings lacks the captions of a few samples, or
+    holds others than its language model gives them.
+
+    A language model that is not here is said, and refused where the run evaluates. Collective: the
+    first rank compares.
+    """
+    problem = None
+    if store is not None and dist.is_main():
+        try:
+            for source in sources:
+                texts = [choose_caption(Row(sample, 0, 0, 0), captions) for sample in _few(source)]
+                _check_texts(store, texts, model, evaluates)
+        except ValueError as error:
+            problem = str(error)
+        finally:
+            language.forget()
+
+    problem = dist.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+
+
+def _check_texts(store: TextStore, texts: list[str], model: DualEncoder, evaluates: bool) -> None:
+    store.check(texts)
+    stored, _ = store.tokenize(texts)
+    name = store.writer.model
+
+    # An adaptor reads rows of any order and of any model of its width.
+    tower = model.text
+    assert isinstance(tower, language.LanguageTower)
+    try:
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise ValueError("no such folder")
+        ids = tokenizers.build(model.text_spec)(texts)
+        with torch.no_grad():
+            again = tower.pooled(ids).float()
+    except language.OtherWeightsError:
+        raise
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if evaluates:
+            raise ValueError(
+                f"eval needs the language model {name}, which cannot be run here ({reason}); put "
+                "it there, or set eval: {}"
+            ) from None
+        log.warn(f"{store.folders}: not compared with {name}, which cannot be run here ({reason})")
+        return
+    _compare("text", again, stored, store.folders, name, " --text-model")
+
+
+def _few(source: Source) -> list[Sample]:
+    """Up to N_SAMPLES samples that can be read."""
+    samples = []
+    for number in _places(source):
+        try:
+            samples.append(source[number])
+        except (OSError, ValueError):
+            continue  # the loader counts and names it
+        if len(samples) == N_SAMPLES:
+            break
+    return samples
+
+
 def compare(
     source: Source, embeddings: Embeddings, judge: DualEncoder | Stages, *, precomputed: bool
 ) -> None:
@@ -107,21 +182,9 @@ def _teacher(name: str, folder: str) -> DualEncoder | Stages | None:
 
 
 def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
-    """Up to N_SAMPLES samples that open, spread over the source (its first ones where shards are
-    fetched whole).
-    """
-    n_tried = 4 * N_SAMPLES
-    places = np.linspace(0, len(source) - 1, n_tried).astype(int)
-
-    # Spread over all shards, they would have to be fetched whole.
-    if source.window or source.reserve:
-        places = np.arange(n_tried)
-    numbers = list(dict.fromkeys(int(i) for i in places if i < len(source)))
-
-    # Every fourth first; the others stand in for pictures that do not open.
-    stand_ins = [number for place, number in enumerate(numbers) if place % 4]
+    """Up to N_SAMPLES samples that open, with their pixels."""
     samples, pixels = [], []
-    for number in numbers[::4] + stand_ins:
+    for number in _places(source):
         try:
             sample = source[number]
             picture = decode.eval_transform(sample.image, spec)
@@ -133,6 +196,23 @@ def _opened(source: Source, spec: ImageSpec) -> tuple[list[Sample], Tensor]:
         if len(samples) == N_SAMPLES:
             break
     return samples, torch.stack(pixels) if pixels else torch.empty(0)
+
+
+def _places(source: Source) -> list[int]:
+    """Numbers of samples to try, spread over the source (its first ones where shards are fetched
+    whole).
+    """
+    n_tried = 4 * N_SAMPLES
+    places = np.linspace(0, len(source) - 1, n_tried).astype(int)
+
+    # Spread over all shards, they would have to be fetched whole.
+    if source.window or source.reserve:
+        places = np.arange(n_tried)
+    numbers = list(dict.fromkeys(int(i) for i in places if i < len(source)))
+
+    # Every fourth first; the others stand in for pictures that do not open.
+    stand_ins = [number for place, number in enumerate(numbers) if place % 4]
+    return numbers[::4] + stand_ins
 
 
 @torch.no_grad()
@@ -148,8 +228,12 @@ def _embedded(model: nn.Module, **rows: Tensor) -> Tensor:
     return embedded
 
 
-def _compare(side: str, again: Tensor, stored: Tensor, folder: str, whose: str) -> None:
-    """ValueError unless each stored row is the one embedded again, and no other sample's."""
+def _compare(
+    side: str, again: Tensor, stored: Tensor, folder: str, whose: str, option: str = ""
+) -> None:
+    """ValueError unless each stored row is the one embedded again, and no other sample's. `option`:
+    of `vlp data embed`, which makes such embeddings.
+    """
     made_by = f"made by {whose}"
     if again.shape != stored.shape:
         width = stored.shape[1]
@@ -171,6 +255,6 @@ def _compare(side: str, again: Tensor, stored: Tensor, folder: str, whose: str) 
     raise ValueError(
         f"{folder}: the {side} embeddings are not {made_by}: {len(cosines)} samples embedded again "
         f"have cosines {shown} with them, expected at least {LEAST_COSINE}{nearer}. Weights, "
-        "picture size, or the order of samples differ; make them anew with `vlp data embed` and "
-        "this model"
+        "picture size, or the order of samples differ; make them anew with `vlp data "
+        f"embed{option}` and this model"
     )

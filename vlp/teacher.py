@@ -5,7 +5,9 @@
     queue  the moving average's embeddings of the latest Q pairs of all ranks: queue_image,
            queue_text (MoCo, He et al. 2020); at the start zeros, which the terms leave out;
            queue_label, the pairs' labels, where a term reads it
-    model  another, frozen model: teacher_image, teacher_text, teacher_scale
+           and the teachers' rows, where a term reads them: queue_teacher_image,
+           queue_teacher_text
+    model  other, frozen models: teacher_image, teacher_text, teacher_scale
 
 Which fields each of them embeds stands in `vlp.fields`, under its prefix. The average and the queue
 are part of the checkpoint. The average has float32 weights of its own, sharded where the engine is
@@ -14,10 +16,11 @@ FSDP2 and whole on every rank otherwise; the queue is whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from vlp import checkpoint, config, dist
 from vlp.data.text import same_tokens
@@ -29,8 +32,11 @@ from vlp.models.stages import Stages
 from vlp.types import Batch
 
 EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"  # prefixes of what each gives
-# What enters the queue, by its name there.
-ENTERS = {"queue_image": "ema_image", "queue_text": "ema_text", "queue_label": "label"}
+# What enters the queue, by its name there: of the moving average, with the pair's label, and of
+# the teachers.
+OF_AVERAGE = {"queue_image": "ema_image", "queue_text": "ema_text", "queue_label": "label"}
+OF_TEACHERS = {"queue_teacher_image": "teacher_image", "queue_teacher_text": "teacher_text"}
+ENTERS = OF_AVERAGE | OF_TEACHERS
 
 
 def embeds(prefix: str) -> set[str]:
@@ -44,8 +50,10 @@ def supplies(options: config.Teacher) -> frozenset[str]:
     if options.ema is not None:
         names |= embeds(EMA)
     if options.queue:
-        names |= ENTERS.keys()
-    if options.model is not None:
+        names |= OF_TEACHERS.keys()
+    if options.queue and options.ema is not None:
+        names |= OF_AVERAGE.keys()
+    if options.models:
         names |= embeds(FROZEN) | {"teacher_scale"}
     return frozenset(names)
 
@@ -62,27 +70,30 @@ class Teacher:
         model: DualEncoder,
         needs: frozenset[str],
         saved: Mapping[str, Tensor],
+        stored_shape: tuple[int, ...] = (),
     ) -> None:
+        """`stored_shape`: of one row of the data's teacher_image, where the data carry it."""
         self.decay, self.engine = options.ema, engine
+        self.evaluates_average = options.eval_ema
 
         # What follows the prefixes among the needs; the queue takes the average's embeddings.
-        self.needs = needs | ({"ema_image", "ema_text"} if options.queue else set())
+        queues_average = options.queue and options.ema is not None
+        through_queue = {"ema_image", "ema_text"} if queues_average else set()
+        self.needs = needs | through_queue
 
         self.average = None
         if options.ema is not None:
             self.average = engine.average(_without_prefix(saved, EMA) or None)
-        self.frozen = None
-        if options.model is not None:
-            self.frozen = frozen(options.model, model).to(engine.device)
+        self.frozen = [frozen(name, model).to(engine.device) for name in options.models]
 
+        of_teachers = stored_shape
+        if self.frozen:
+            widths = [teacher.embed_dim for teacher in self.frozen]
+            check_map(model, widths)
+            of_teachers = _row_shape(widths)
         self.queue: dict[str, Tensor] = {}
-        if options.queue:
-            keys = torch.zeros(options.queue, model.embed_dim)
-            empty = {"queue_image": keys, "queue_text": keys}
-            if "queue_label" in needs:
-                empty["queue_label"] = torch.zeros(options.queue, dtype=torch.int64)
-            for name, rows in empty.items():
-                self.queue[name] = saved.get(name, rows).to(engine.device, copy=True)
+        for name, rows in _empty_queue(options, model.embed_dim, of_teachers, needs).items():
+            self.queue[name] = saved.get(name, rows).to(engine.device, copy=True)
         # Keys of another queue's length have no places in this one.
         if wrong := {len(keys) for keys in self.queue.values()} - {options.queue}:
             raise ValueError(
@@ -91,19 +102,29 @@ class Teacher:
             )
 
     def embed(self, part: Batch) -> dict[str, Tensor]:
-        """The needed embeddings of a micro-batch, [rows, …, D], with "teacher_scale" [] of a frozen
-        model.
+        """The needed embeddings of a micro-batch, [rows, …, D], with "teacher_scale" of frozen
+        models: of one [], of several [T], whose rows are [rows, T, D'].
         """
-        embedded = {}
-        for prefix, model in ((EMA, self.average), (FROZEN, self.frozen)):
-            wanted = {name.removeprefix(prefix) for name in self.needs if name.startswith(prefix)}
-            if model is None or not wanted:
-                continue
-
-            for name, value in embed(model, part, wanted).items():
-                if name in wanted:
-                    embedded[prefix + name] = value
+        embedded: dict[str, Tensor] = {}
+        if self.average is not None:
+            embedded |= self._embedded_by([self.average], EMA, part)
+        if self.frozen:
+            embedded |= self._embedded_by(self.frozen, FROZEN, part)
         return embedded
+
+    def _embedded_by(
+        self, models: Sequence[nn.Module], prefix: str, part: Batch
+    ) -> dict[str, Tensor]:
+        wanted = {name.removeprefix(prefix) for name in self.needs if name.startswith(prefix)}
+        if not wanted:
+            return {}
+
+        by_model = [embed(model, part, wanted) for model in models]
+        return {
+            prefix + name: beside([values[name] for values in by_model])
+            for name in by_model[0]
+            if name in wanted
+        }
 
     def follow(self, rows: Mapping[str, Tensor], step: int, counts: Tensor) -> None:
         """After update number `step`: move the average, and let this rank's rows of the step, by
@@ -133,12 +154,68 @@ class Teacher:
             which = enters.view(-1, *(1,) * (queue.ndim - 1))
             queue[places] = torch.where(which, keys[name], queue[places])
 
+    def evaluation_model(self) -> DualEncoder | None:
+        """A plain model with the moving average's weights, where `teacher.eval_ema` asks for its
+        scores. Collective.
+        """
+        if not self.evaluates_average:
+            return None
+        return self.engine.evaluation_model(self.average)
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: whole tensors on the first rank. Collective."""
         average = {} if self.average is None else self.engine.whole(self.average)
         # Whole on every rank; one of them saves it.
         queue = self.queue if dist.is_main() else {}
         return {EMA + name: value for name, value in average.items()} | queue
+
+
+def check_map(model: DualEncoder, widths: list[int]) -> None:
+    """Refuse a head that maps to other widths than those of the teachers."""
+    head = model.heads.teacher
+    if head is None or list(head.widths) == widths:
+        return
+    written = widths[0] if len(widths) == 1 else widths
+    raise ValueError(
+        f"model.heads.teacher.width is {head.options.width}, but the teachers' embeddings"
+        f" are {written} wide; set it to {written}"
+    )
+
+
+def beside(of_teachers: Sequence[Tensor]) -> Tensor:
+    """Rows [b, D'], or numbers [], of several teachers as [b, T, D'] or [T], those of narrower
+    teachers filled up with zeros; of one alone as they are.
+    """
+    if len(of_teachers) == 1:
+        return of_teachers[0]
+    if not of_teachers[0].dim():
+        return torch.stack(list(of_teachers))
+
+    width = max(rows.shape[-1] for rows in of_teachers)
+    padded = [functional.pad(rows, (0, width - rows.shape[-1])) for rows in of_teachers]
+    return torch.stack(padded, 1)
+
+
+def _row_shape(widths: list[int]) -> tuple[int, ...]:
+    """The shape of one row of `beside`."""
+    return (widths[0],) if len(widths) == 1 else (len(widths), max(widths))
+
+
+def _empty_queue(
+    options: config.Teacher, width: int, of_teachers: tuple[int, ...], needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """What the queue holds at the start, by name."""
+    if not options.queue:
+        return {}
+
+    empty: dict[str, Tensor] = {}
+    if options.ema is not None:
+        empty |= {name: torch.zeros(options.queue, width) for name in ("queue_image", "queue_text")}
+    if "queue_label" in needs:
+        empty["queue_label"] = torch.zeros(options.queue, dtype=torch.int64)
+    for name in needs & OF_TEACHERS.keys():
+        empty[name] = torch.zeros(options.queue, *of_teachers)
+    return empty
 
 
 def frozen(

@@ -24,10 +24,11 @@ from vlp import (
     micro_batches,
     optim,
     selection,
+    stages,
     stored_embeddings,
     teacher,
 )
-from vlp.checks import check_batch, check_extent, check_objective
+from vlp.checks import check_batch, check_extent, check_objective, check_teacher
 from vlp.config import Config, Plan
 from vlp.data import labels, server
 from vlp.data.loader import Loader
@@ -40,6 +41,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
+from vlp.pretrained.runs import AVERAGED
 from vlp.reporter import Reporter
 from vlp.resume import (
     alone_in,
@@ -52,7 +54,9 @@ from vlp.resume import (
 )
 from vlp.seeds import derive
 from vlp.selection import Selection
+from vlp.stages import Segment
 from vlp.step import NonFiniteError, Training, settle, train_step
+from vlp.text_store import TextStore
 from vlp.types import Batch
 
 # (plain model, tasks that are due, the towers' arithmetic) -> results
@@ -73,6 +77,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     # The ranks have to be joined before anything is decided for all of them.
     engine = engines.start(config.train)
     check_batch(config)
+    check_teacher(config)
     with alone_in(Path(config.out)):
         return _train(config, engine, evaluate)
 
@@ -85,16 +90,58 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     config = with_precision(config, source, engine.device)
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
-    model = initial_model(config)
+    model: DualEncoder | None = initial_model(config)
+    optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 
     # Ranks index at different speeds, and would meet first where a limit of time holds.
     dist.await_all("the last rank to index the data")
 
-    # The data before the objective: how many steps the run has depends on how many samples.
-    plan = Plan.of(config.train, loader.steps_per_epoch)
-    rate = schedule(config, plan)
+    # How many steps the run has depends on how many samples, and what a stage is, on the model.
+    segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
+    stages.check(segments, engine, model)
+    rate = optim.Schedule(config.train.optimizer, segments[0].plan)
+    if config.stages and evaluate is not None:
+        evaluate = in_final_form(evaluate, model.description())
+
+    report: Reporter | None = None
+    try:
+        for segment in stages.left_of(segments, source):
+            if segment.stage is not None or model is None:
+                model = initial_model(segment.config)
+                selector = selection.build(segment.config, model, engine)
+            training = begin(segment, engine, model, loader, rate, source)
+
+            # It writes config.yaml, which makes the folder a run: not before all was checked.
+            report = report or Reporter(config, segment.plan, training.step)
+            report.plan = segment.plan
+            loop(config, training, loader, selector, segment.plan, evaluate, report)
+
+            # The next one starts from what this one saved, as if the run had been stopped.
+            source, model = stages.joint(config, segment.plan.end), None
+            del training  # its teacher's and objective's memory is the next one's
+    finally:
+        loader.close()
+        if report is not None:
+            report.close()
+    return Path(config.out)
+
+
+def begin(
+    segment: Segment,
+    engine: Engine,
+    model: DualEncoder,
+    loader: Loader,
+    rate: Callable[[int], float],
+    source: Path | None,
+) -> Training:
+    """What the steps of a segment work on, from `source` on or with new weights. Collective."""
+    config, plan = segment.config, segment.plan
+    if segment.n_segments > 1:
+        loader.enter(segment.batches, model.image_spec, segment.text_spec(model))
+        segment.say(model)
+
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
 
@@ -102,27 +149,25 @@ def _train(config: Config, engine: Engine, evaluate: Evaluate | None) -> Path:
     # holds after that, when the parts exist that take it over.
     contents = load_weights(model, source, plan)
     stored_embeddings.check(loader.sources, model, precomputed=config.model.precomputed)
+    stored_embeddings.check_texts(
+        loader.sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
+    )
     say_start(config, model, loader, objective, plan, source)
+    rate = segment.rate(rate)
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
         set_branch_aside(Path(config.out), training.step)
-        del contents  # it holds the moments a second time
-
-    # The reporter writes config.yaml, which makes the folder a run: not before all was checked.
-    report = Reporter(config, plan, training.step)
-    try:
-        loop(config, training, loader, selector, plan, evaluate, report)
-    finally:
-        loader.close()
-        report.close()
-    return Path(config.out)
+    return training
 
 
 def check_names(config: Config) -> None:
-    """Refuse trackers that are not installed and references to models that lead nowhere."""
+    """Refuse trackers that are not installed, optimisers that do not exist, and references to
+    models that lead nowhere.
+    """
     log.check_trackers(config.log.trackers)
-    for reference in (config.init_from, config.teacher.model):
+    optim.check(config.train.optimizer)
+    for reference in (config.init_from, *config.teacher.models):
         if reference:
             resolve_reference(reference)
 
@@ -130,12 +175,17 @@ def check_names(config: Config) -> None:
 def initial_model(config: Config) -> DualEncoder:
     """The model with the weights that a new run starts from, the same on every rank."""
     torch.manual_seed(derive(config.seed, "init"))
-    if config.init_from is None:
-        return build_model(config.model)
+    start = None
+    if config.init_from is not None:
+        # Before towers are locked and adapted: published weights know no adapters.
+        start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
+    model = build_model(config.model, start)
 
-    # Before towers are locked and adapted: published weights know no adapters.
-    start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
-    return build_model(config.model, start)
+    # Where no term learns the scale it would stay at its start, which fits no term.
+    own = losses.own_scale(config.objective)
+    if own is not None:
+        model.scaling.set(own[1])
+    return model
 
 
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
@@ -144,6 +194,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
     read_labels = [getattr(term.options, "positives", None) for term in config.objective]
     data = replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
 
+    stored_texts = config.model.stored_texts
     loader = Loader(
         data,
         model.image_spec,
@@ -155,15 +206,10 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
         world=dist.world_size(),
         pixels=not config.model.precomputed,
         reads=losses.reads(config.objective) | selector.needs,
+        store=None if stored_texts is None else TextStore(stored_texts),
     )
     selector.check(loader.carries)
     return loader
-
-
-def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
-    """The learning rate as a function of the step."""
-    warmup = optim.warmup_steps(config.train.optimizer, plan)
-    return partial(optim.learning_rate, config.train.optimizer, warmup=warmup, total=plan.total)
 
 
 def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Objective:
@@ -183,6 +229,9 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
         return None
     contents = checkpoint.load(source, verified=True)  # `open_run` has compared the hashes
     check_extent(contents.state["step"], plan, source)
+    # At a joint it is of the stage before, whose pictures may have had another size.
+    if contents.state["step"] == plan.first:
+        contents = stages.in_form_of(model, contents)
     checkpoint.restore(model, contents.model, source)
     return contents
 
@@ -201,6 +250,7 @@ def prepare(
 
     constants: dict[str, Any] = {}
     if loader.teacher_scale is not None:
+        teacher.check_map(model, list(loader.teacher_shape))
         # On the device from the start: a number would be sent there in every step.
         constants["teacher_scale"] = torch.tensor(loader.teacher_scale, device=engine.device)
     training = Training(
@@ -218,7 +268,9 @@ def prepare(
     # After the engine: a moving average is a copy of what the engine made of the model.
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
-        training.teacher = teacher.Teacher(config.teacher, engine, model, objective.needs, saved)
+        training.teacher = teacher.Teacher(
+            config.teacher, engine, model, objective.needs, saved, loader.teacher_shape
+        )
     return training
 
 
@@ -232,10 +284,11 @@ def say_start(
 ) -> None:
     """Two lines on what is about to be trained, by which a wrong setting shows at once."""
     n_parameters = sum(p.numel() for p in model.parameters())
-    n_epochs = plan.total / plan.steps_per_epoch
+    n_steps = plan.end - plan.first
+    n_epochs = n_steps / plan.steps_per_epoch
     log.say(
         f"{config.out}: {loader.n_samples:,} samples, {n_parameters / 1e6:.1f} M parameters, "
-        f"{plan.total:,} steps of {plan.batch} ({n_epochs:.1f} epochs), "
+        f"{n_steps:,} steps of {plan.batch} ({n_epochs:.1f} epochs), "
         f"{dist.world_size()} process(es), {config.train.precision}"
     )
 
@@ -257,8 +310,8 @@ def loop(
     evaluate: Evaluate | None,
     report: Reporter,
 ) -> None:
-    """Train from the current step to the plan's end, or to a signal that asks to stop: then
-    Stopped, once all is saved.
+    """Train from the current step to the plan's end, where a stage is saved and a run is evaluated,
+    or to a signal that asks to stop: then Stopped, once all is saved.
     """
     saved_step = training.step
     loaded: Batch | None = None
@@ -271,7 +324,7 @@ def loop(
             saved_step = training.step
 
     with StopRequest() as stop, explained(config):
-        while training.step < plan.total:
+        while training.step < plan.end:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
 
@@ -293,7 +346,7 @@ def loop(
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
             due = [task for task in config.eval if plan.due(task.common.every, step)]
-            if logged or saves or due or step == plan.total:
+            if logged or saves or due or step == plan.end:
                 settle(training)
 
             if logged and training.step == step:
@@ -313,8 +366,12 @@ def loop(
                 with report.paused(), stop.console(), suppress(Interrupted):
                     report.evaluation(step, evaluate_now(evaluate, training, due))
 
-        # Its processes and their memory are of no use to the last evaluation.
+        # Its processes and their memory are of no use to the last evaluation, and their pictures
+        # none to the next stage.
         loader.close()
+        if plan.end < plan.total:
+            save_unless_saved()
+            return
         if evaluate is not None and config.eval:  # also of a run resumed at its end
             try:
                 with stop.console():
@@ -356,15 +413,36 @@ def explained(config: Config) -> Iterator[None]:
         raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
 
 
+def in_final_form(evaluate: Evaluate, description: dict[str, Any]) -> Evaluate:
+    """`evaluate` that sees the model of every stage in the form of the run's end."""
+
+    def evaluate_as_final(
+        model: DualEncoder, tasks: list[Plugin], dtype: torch.dtype
+    ) -> list[dict[str, Any]]:
+        return evaluate(stages.in_final_form(model, description), tasks, dtype)
+
+    return evaluate_as_final
+
+
 def evaluate_now(
     evaluate: Evaluate, training: Training, tasks: list[Plugin]
 ) -> list[dict[str, Any]]:
-    """Hand a plain model in evaluation mode to `evaluate`, without gradients."""
-    # Sharded engines gather the weights for it.
-    model = training.engine.evaluation_model().eval()
+    """Hand a plain model in evaluation mode to `evaluate`, without gradients; after it the moving
+    average, where that is to be evaluated, whose labels begin with `AVERAGED`.
+    """
     try:
         with torch.no_grad():
-            return evaluate(model, tasks, training.dtype)
+            # Sharded engines gather the weights for it.
+            model = training.engine.evaluation_model().eval()
+            records = evaluate(model, tasks, training.dtype)
+            del model  # of two whole models one at a time
+
+            teacher = training.teacher
+            average = None if teacher is None else teacher.evaluation_model()
+            if average is not None:
+                for record in evaluate(average.eval(), tasks, training.dtype):
+                    records.append(record | {"label": AVERAGED + record["label"]})
+            return records
     finally:
         training.engine.model.train()
 

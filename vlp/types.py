@@ -5,6 +5,7 @@ Shape legend, used in every docstring of this project:
     W   ranks                           B   rows of a step, B = W·b
     g   ranks in a group                n   candidates of a row, n = g·b
     D   embedding                       D'  embedding of another model
+    T   teachers                        R   candidates that a cross-encoder judges
     L   tokens                          H W height and width of a picture in pixels
     K   hard negatives of a caption     J   images of hard negatives
     C   counterfactuals of a caption
@@ -172,4 +173,8 @@ class Features(NamedTuple):
     text_views: Tensor | None = None  # [b·V, D]
     view_scale: Tensor | None = None  # [] float32
     concept_logits: Tensor | None = None  # [b, M]
+    # [b, D'] or [b, T, D'], by the head for teachers
+    projected_image: Tensor | None = None
+    projected_text: Tensor | None = None
+    interactive_scale: Tensor | None = None  # [] float32
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first

@@ -194,7 +194,7 @@ def search(args: argparse.Namespace, store: Store, folder: Path) -> Search:
 def _method(args: argparse.Namespace, n: int) -> Method:
     """How n samples are searched."""
     from vlp import log
-    from vlp.data_tools.mine.search import EXACT_UP_TO, import_faiss
+    from vlp.eval.search.nearest import EXACT_UP_TO, import_faiss
 
     if args.cells or args.index in ("ivf", "hnsw"):
         import_faiss()

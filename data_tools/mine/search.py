@@ -4,8 +4,6 @@ index of FAISS.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vlp.data_tools.mine.store import Store, save
-from vlp.files import sync
+from vlp.eval.search import nearest
 
 if TYPE_CHECKING:
     from vlp.data_tools._run.work import Result
@@ -23,10 +21,6 @@ Side = Literal["image", "text"]
 Method = Literal["exact", "ivf", "hnsw"]
 INDEX_FILE = "_index.faiss"  # in the output's folder, as long as it is searched
 N_QUERIES = 1024  # rows whose neighbours are searched at once
-EXACT_UP_TO = 1_000_000  # samples, where the method is left open
-LISTS_SEARCHED = 16  # of an inverted file: cells whose samples are compared with a query
-_LINKS, _EFFORT = 32, 128  # of HNSW: neighbours a node, and nodes kept open while it searches
-_FITTED = 64  # samples a cell that its centres are fitted to
 
 
 @dataclass(frozen=True)
@@ -82,42 +76,9 @@ class Search:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(scores, numbers) of the `top` nearest samples but itself, by falling score; −1: none."""
         if self.method == "exact":
-            return exact(query, self.store.blocks(self.searched), of_rows, top, self.device)
+            return nearest.exact(query, self.store.blocks(self.searched), of_rows, top, self.device)
         scores, numbers = _read_index(self.folder / INDEX_FILE).search(query, top + 1)
         return without_itself(scores, numbers, of_rows, top)
-
-
-def exact(
-    query: np.ndarray,  # [b, D]
-    blocks: Iterator[tuple[int, np.ndarray]],
-    of_rows: np.ndarray,  # [b] the queries' own numbers
-    top: int,
-    device: str = "cpu",
-) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, numbers) [b, top] of the nearest rows of all blocks, by falling score.
-
-    Memory O(b·(D + BLOCK + top)): a block is compared, and what is best so far stays.
-    """
-    import torch
-
-    x = torch.from_numpy(query).to(device)
-    query_numbers = torch.from_numpy(of_rows).to(device)
-    best = torch.full((len(x), top), -torch.inf, device=device)
-    numbers = torch.full((len(x), top), -1, dtype=torch.int64, device=device)
-    for first, rows in blocks:
-        y = torch.from_numpy(np.array(rows)).to(device).float()
-        places = first + torch.arange(len(y), device=device)
-
-        # Neither itself nor rows of zeros: pictures that did not open, samples without a caption.
-        excluded = (query_numbers.unsqueeze(1) == places) | ~y.any(1)
-        scores = (x @ y.T).masked_fill(excluded, -torch.inf)
-        joined = torch.cat([best, scores], 1)
-        joined_numbers = torch.cat([numbers, places.expand(len(x), -1)], 1)
-        best, kept = joined.topk(top, 1)
-        numbers = joined_numbers.gather(1, kept)
-
-    numbers = numbers.masked_fill(best == -torch.inf, -1)
-    return best.cpu().numpy(), numbers.cpu().numpy()
 
 
 def without_itself(
@@ -139,28 +100,13 @@ def build_index(search: Search) -> None:
     if search.method == "exact" or path.exists():
         return
 
-    faiss, store = import_faiss(), search.store
-    width, inner = store.width, faiss.METRIC_INNER_PRODUCT
+    store = search.store
     if search.method == "hnsw":
-        index = faiss.IndexHNSWFlat(width, _LINKS, inner)
-        index.hnsw.efConstruction = _EFFORT
-        index.hnsw.efSearch = max(_EFFORT, 2 * search.top)
+        index = nearest.graph(store.width, search.top)
     else:
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, search.cells, inner)
-        index.nprobe = min(LISTS_SEARCHED, search.cells)
-        index.train(_spread(store, search.searched, _FITTED * search.cells))
-
-    # Under the samples' own numbers; rows of zeros get no place, or they would be found at score 0.
-    numbered = faiss.IndexIDMap2(index)
-    for first, rows in store.blocks(search.searched):
-        whole = np.asarray(rows, np.float32)
-        has_row = whole.any(1)
-        numbered.add_with_ids(whole[has_row], first + np.flatnonzero(has_row))
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    faiss.write_index(numbered, str(temporary))
-    sync(temporary)
-    os.replace(temporary, path)
+        fitted_to = _spread(store, search.searched, nearest.FITTED * search.cells)
+        index = nearest.inverted_file(fitted_to, search.cells)
+    nearest.write_index(index, store.blocks(search.searched), path)
 
 
 def _spread(store: Store, side: Side, n: int) -> np.ndarray:
@@ -173,16 +119,4 @@ def _spread(store: Store, side: Side, n: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _read_index(path: Path) -> Any:
     """The index that `build_index` wrote, read once a process."""
-    return import_faiss().read_index(str(path))
-
-
-def import_faiss() -> Any:
-    """FAISS, an optional dependency; raises ValueError where it is not installed."""
-    try:
-        import faiss
-    except ImportError:
-        raise ValueError(
-            "FAISS is not installed; install it with pip install 'vlp[mine]', or search with "
-            "--index exact"
-        ) from None
-    return faiss
+    return nearest.import_faiss().read_index(str(path))

@@ -13,6 +13,7 @@ folder or tar of folders        one folder of images a class, where no text lies
 table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables
                                 reads: COCO's captions_*.json and Karpathy's dataset_*.json too; the
                                 images in `images`, the .tar of the same name, or the table's folder
+table.parquet                   the same, or with its images inside
 hf:user/name                    any of the above in a data set repository on the hub
 """
 
@@ -49,19 +50,38 @@ def open_source(
 
     # A file is a table or a tar; a folder is told by what lies in it.
     if root.is_file() and not _may_be_tar(root):
-        source = tables.from_table(root, images, split, missing, options)
+        source = _from_file(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
+        _refuse_images(root, images)
         choice = Choice(texts.names, lines=texts.lines or "each")
         source = shards.clip_benchmark(root, split, choice, missing)
     elif read := long_captions.reader_of(root, options):
-        source = read(split, missing)
+        source = read(split, missing, images)
     else:
-        source = _by_content(root, split, missing, options, texts)
+        source = _by_content(root, split, missing, images, options, texts)
 
     # A path that exists may hold nothing of this split.
     if not source.records:
         raise DataError(f"{path} holds no image in split {split!r}")
     return replace(source, name=_short_name(path))
+
+
+def _from_file(
+    path: Path, images: str | None, split: str, missing: str, options: TableOptions
+) -> Source:
+    """A table that names its images, or a parquet file that holds them."""
+    if path.suffix.lower() == ".parquet" and parquet.holds_images(path):
+        return parquet.from_parquet(path, [path], split, options, images, missing)
+    return tables.from_table(path, images, split, missing, options)
+
+
+def _refuse_images(root: Path, images: str | None) -> None:
+    """Raise DataError where `images` would be ignored: the set holds its own."""
+    if images is not None:
+        raise DataError(
+            f"images={images} says where the images of a table are, and {root} holds its own; "
+            "leave it out, or give the table as data="
+        )
 
 
 def _may_be_tar(path: Path) -> bool:
@@ -100,7 +120,12 @@ def _download(repository: str, split: str) -> Path:
 
 
 def _by_content(
-    root: Path, split: str, missing: str, options: TableOptions, texts: Texts
+    root: Path,
+    split: str,
+    missing: str,
+    images: str | None,
+    options: TableOptions,
+    texts: Texts,
 ) -> Source:
     """Shards, parquet files, or a tree of images in a folder or tar: whichever lies there.
 
@@ -113,6 +138,7 @@ def _by_content(
     # A tar with texts is a shard; without them its folders are classes.
     is_shard = root.is_file() and bool(archive.texts) and not archive.below
     if is_shard or (tars and root.is_dir() and in_folders is None):
+        _refuse_images(root, images)
         return _shards(root, tars, missing, texts)
 
     # Reading only one of both kinds would score a part of the set under its whole name.
@@ -128,9 +154,12 @@ def _by_content(
             ".tar; leave it out"
         )
 
-    with_images = _parquet_files(root, split, archive)
-    if with_images and (not archive.names or parquet.holds_images(with_images[0])):
-        return parquet.from_parquet(root, with_images, split, options)
+    # Who says where the images are means the table, whatever lies beside it.
+    files = _parquet_files(root, split, archive)
+    is_table = not archive.names or images is not None
+    if files and (is_table or parquet.holds_images(files[0])):
+        return parquet.from_parquet(root, files, split, options, images, missing)
+    _refuse_images(root, images)
     return trees.from_tree(root, split, missing, archive, texts.lines or "one")
 
 

@@ -33,25 +33,28 @@ class _Pair(NamedTuple):
     caption: str
 
 
-def reader_of(root: Path, options: TableOptions) -> Callable[[str, str], Source] | None:
-    """What reads the set in a folder, called with split and missing; None for other layouts.
+Reader = Callable[[str, str, "str | None"], Source]  # of split, missing and images
+
+
+def reader_of(root: Path, options: TableOptions) -> Reader | None:
+    """What reads the set in a folder; None for other layouts.
 
     options: of the set that is a table.
     """
     base = root / "densely_captioned_images"
     base = base if base.is_dir() else root
     if (root / _DOCCI).is_file():
-        return lambda split, missing: tables.from_table(
-            root / _DOCCI, str(root / "images"), split, missing, options
+        return lambda split, missing, images: tables.from_table(
+            root / _DOCCI, images or str(root / "images"), split, missing, options
         )
     if (base / "splits.json").is_file() and (base / "photos").is_dir():
-        return lambda split, missing: _dci(base, split, missing)
+        return lambda split, missing, images: _dci(base, split, missing, images)
     if (root / "image").is_dir() and any((root / "caption").glob("*.txt")):
-        return lambda split, missing: _urban1k(root, missing)
+        return lambda split, missing, images: _urban1k(root, missing, images)
     return None
 
 
-def _urban1k(root: Path, missing: str) -> Source:
+def _urban1k(root: Path, missing: str, images: str | None) -> Source:
     """One split, whatever it is called."""
     pairs = []
     for path in sorted((root / "caption").glob("*.txt")):
@@ -59,10 +62,10 @@ def _urban1k(root: Path, missing: str) -> Source:
         if not lines:
             raise DataError(f"{path} is empty, expected a caption")
         pairs.append(_Pair(path.stem, lines[0].strip()))
-    return _source(root, root / "image", pairs, missing)
+    return _source(root, Path(images or root / "image"), pairs, missing)
 
 
-def _dci(root: Path, split: str, missing: str) -> Source:
+def _dci(root: Path, split: str, missing: str, images: str | None) -> Source:
     splits = _json(root / "splits.json")
     lists = list(splits.values()) if split == _ALL else [splits.get(split)]
     names: list[str] = []
@@ -78,7 +81,7 @@ def _dci(root: Path, split: str, missing: str) -> Source:
     folder = folder if folder.is_dir() else root / "annotations"
     # Only names: what a stranger lists must not lead out of the folder.
     pairs = [_described(folder / Path(name).name) for name in names]
-    return _source(root, root / "photos", pairs, missing)
+    return _source(root, Path(images or root / "photos"), pairs, missing)
 
 
 def _described(path: Path) -> _Pair:

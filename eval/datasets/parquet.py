@@ -1,4 +1,4 @@
-"""Evaluation sets of the hub: images inside parquet files."""
+"""Evaluation sets of the hub: parquet files with their images inside, or with the images' names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlp.data.tables.columns import (
 from vlp.data.tables.values import NoText, equals
 from vlp.data.tables.values import texts as texts_of
 from vlp.eval.datasets.source import Record, Source
-from vlp.eval.pictures import DataError, Picture
+from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
 
 NUMBERS = ("label", "fine_label", "labels", "cls")  # columns of class numbers on the hub
 
@@ -47,8 +47,15 @@ def holds_images(table: Path) -> bool:
     return bool(image) and not pyarrow.types.is_string(schema.field(image).type)
 
 
-def from_parquet(root: Path, files: list[Path], split: str, options: TableOptions) -> Source:
-    """Images inside parquet files, as the hub's data sets hold them."""
+def from_parquet(
+    root: Path,
+    files: list[Path],
+    split: str,
+    options: TableOptions,
+    images: str | None = None,  # where the images are that rows only name
+    missing: str = "error",
+) -> Source:
+    """Images inside parquet files, as the hub's data sets hold them, or named by them."""
     if options.rows:
         raise DataError(
             f"rows={options.rows} chooses among the rows of one table, and {root} holds parquet "
@@ -56,7 +63,9 @@ def from_parquet(root: Path, files: list[Path], split: str, options: TableOption
         )
 
     records: list[Record] = []
+    absent: list[str] = []
     class_names = None
+    collection = Collection(images) if images is not None else None
     for file in files:
         content, features = _read(file)
         columns = _columns(content.column_names, file, split, options)
@@ -64,10 +73,12 @@ def from_parquet(root: Path, files: list[Path], split: str, options: TableOption
         # The files of a set share their features; the first that notes names decides.
         if columns.label is not None:
             class_names = class_names or features.get(columns.label, {}).get("names")
-        records += _records(file, content, columns)
+        records += _records(file, content, columns, collection, absent)
 
+    if collection is not None:
+        refuse_missing(absent, len(records) + len(absent), collection, missing)
     multilabel = any(isinstance(record.label, tuple) for record in records)
-    return Source(str(root), records, classes=class_names, multilabel=multilabel)
+    return Source(str(root), records, classes=class_names, multilabel=multilabel, skipped=absent)
 
 
 def _read(file: Path) -> tuple[Any, dict[str, Any]]:
@@ -110,21 +121,23 @@ def _columns(names: list[str], file: Path, split: str, options: TableOptions) ->
     return _Columns(image, captions or usual_captions(names), label, conditions)
 
 
-def _records(file: Path, content: Any, columns: _Columns) -> Iterator[Record]:
+def _records(
+    file: Path,
+    content: Any,
+    columns: _Columns,
+    collection: Collection | None,
+    absent: list[str],  # takes the names of images that are not there
+) -> Iterator[Record]:
     """The rows of one file that belong to the split, as records; a DataError names a row."""
     for i, row in enumerate(content.to_pylist()):
         # Rows of another split, or that the options leave out.
         if not all(equals(row[name], value) for name, value in columns.conditions.items()):
             continue
 
-        stored = row[columns.image]
-        data = stored.get("bytes") if isinstance(stored, dict) else stored
-        if not data or isinstance(data, str):
-            raise DataError(
-                f"{file}: row {i} holds no image bytes in {columns.image!r}; download the data set "
-                "with its images embedded, or give this file itself as data= if it names image "
-                "files"
-            )
+        picture = picture_in(row[columns.image], f"{file}:{i}", collection)
+        if picture is None:
+            absent.append(str(image_name(row[columns.image])))
+            continue
 
         captions: list[str] = []
         try:
@@ -136,4 +149,35 @@ def _records(file: Path, content: Any, columns: _Columns) -> Iterator[Record]:
         # Several labels come as a list.
         label = row[columns.label] if columns.label else None
         number = tuple(label) if isinstance(label, list) else label
-        yield Record(Picture(f"{file}:{i}", data=data), tuple(captions), number)
+        meta = {name: value for name, value in row.items() if name != columns.image}
+        yield Record(picture, tuple(captions), number, meta)
+
+
+def image_name(stored: Any) -> str | None:
+    """The name in a column of images: as it stands, or as `datasets` keeps it beside bytes."""
+    name = stored.get("path") if isinstance(stored, dict) else stored
+    return name if isinstance(name, str) and name else None
+
+
+def picture_in(stored: Any, place: str, collection: Collection | None) -> Picture | None:
+    """The picture that a row holds or names; None for a name that is not in the collection.
+
+    place: file and row, for messages. Raises DataError for a row with neither bytes nor, where
+    there is a collection, a name.
+    """
+    data = stored.get("bytes") if isinstance(stored, dict) else stored
+    if isinstance(data, bytes) and data:
+        return Picture(place, data=data)
+
+    name = image_name(stored)
+    if name is None:
+        raise DataError(
+            f"{place}: the row holds no image bytes and no image's name; fetch the set "
+            "again with its images embedded"
+        )
+    if collection is None:
+        raise DataError(
+            f"{place}: the row holds no image bytes but a name, {name!r}; say where the images "
+            "are: images=FOLDER, or fetch the set with its images embedded"
+        )
+    return collection.find(name)

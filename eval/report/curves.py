@@ -7,7 +7,7 @@ from itertools import chain
 
 from vlp.eval.report.charts import Point, Series, curve
 from vlp.eval.report.markup import Html, more, note, number, section, table, tag
-from vlp.eval.report.numbers import headline, name_of, tagged
+from vlp.eval.report.numbers import headline, label_and_metric, name_of, tagged
 from vlp.eval.report.runs import NOT_SCALARS, Run
 
 FIRST = ("loss",)
@@ -132,12 +132,12 @@ def scores(runs: list[Run]) -> Html:
 
 def is_geometry(key: str) -> bool:
     """Whether a score "label.metric" says how the embeddings lie on the sphere."""
-    return any(part in key.partition(".")[2] for part in GEOMETRY)
+    return any(part in label_and_metric(key)[1] for part in GEOMETRY)
 
 
 def headlines_first(keys: list[str]) -> tuple[list[str], list[str]]:
     """(scores "label.metric" that a page opens with, all others)."""
-    main = [key for key in keys if headline(key.partition(".")[2])]
+    main = [key for key in keys if headline(label_and_metric(key)[1])]
     return main, [key for key in keys if key not in main]
 
 
@@ -152,7 +152,7 @@ def score_cards(runs: list[Run], keys: list[str]) -> Html:
 
     titles = {}
     for key in keys:
-        label, _, metric = key.partition(".")
+        label, metric = label_and_metric(key)
         titles[key] = f"{label} · {name_of(metric)}"
     return _cards(
         ((key, titles[key], [run.score(key) for run in runs]) for key in keys), runs, chance

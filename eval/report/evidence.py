@@ -86,6 +86,7 @@ class Sheets:
     recall: dict[str, float]  # R@1 of "by_text" and "by_image"
     by_text: list[findings.Query]
     by_image: list[findings.Query]
+    asked: list[findings.Query]  # by text as well, drawn whatever they come to
     thumbnails: dict[int, str]  # place -> data URI
 
 

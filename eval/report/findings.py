@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlp.eval import metrics
+from vlp.eval import choices
 
 TOP = 5
 
@@ -119,18 +119,33 @@ def queries(
     failures = [i for i in order if ranks[i] > 1]
     hits = [i for i in order if ranks[i] == 1]
 
-    shown = []
-    for i in _failures_then_hits(failures, hits, n):
-        scores = query[i] @ candidates.T
-        top = scores.topk(min(TOP, len(scores)))
-        best = []
-        for score, place in zip(top.values.tolist(), top.indices.tolist()):
-            is_right = bool(right[i, place])
-            best.append(Candidate(place, score, is_right))
-        # The right answer is shown even where it is not among the best.
-        best_right = int(scores.masked_fill(~right[i], -torch.inf).argmax())
-        shown.append(Query(i, int(ranks[i]), best, (best_right, float(scores[best_right]))))
-    return shown
+    shown = _failures_then_hits(failures, hits, n)
+    return [_answered(i, query, candidates, right, ranks) for i in shown]
+
+
+def asked(
+    query: Tensor,  # [q, D] unit rows
+    candidates: Tensor,  # [c, D] unit rows
+    right: Tensor,  # [q, c] bool
+    ranks: Tensor,  # [q] int64, of the best right candidate
+    n: int,
+) -> list[Query]:
+    """`n` queries evenly spread over all, whatever they come to."""
+    places = torch.linspace(0, len(query) - 1, min(n, len(query))).round().long().unique()
+    return [_answered(i, query, candidates, right, ranks) for i in places.tolist()]
+
+
+def _answered(i: int, query: Tensor, candidates: Tensor, right: Tensor, ranks: Tensor) -> Query:
+    """Query number i with its nearest candidates."""
+    scores = query[i] @ candidates.T
+    top = scores.topk(min(TOP, len(scores)))
+    best = []
+    for score, place in zip(top.values.tolist(), top.indices.tolist()):
+        best.append(Candidate(place, score, bool(right[i, place])))
+
+    # The right answer is shown even where it is not among the best.
+    best_right = int(scores.masked_fill(~right[i], -torch.inf).argmax())
+    return Query(i, int(ranks[i]), best, (best_right, float(scores[best_right])))
 
 
 def _one_each(order: list[int], answers: list[tuple[int, ...]]) -> list[int]:
@@ -155,7 +170,7 @@ def examples_to_show(scores: Sequence[Tensor], n: int) -> tuple[list[int], list[
 
     `scores`: of each item's true caption, then of its negatives.
     """
-    hits = [bool(metrics.strictly_above(s[0], s[1:]).all()) for s in scores]
+    hits = [bool(hit) for hit in choices.first_is_best(scores)]
 
     # A failure is clear where a negative lies far above the true caption.
     margins = [float(s[0] - s[1:].max()) for s in scores]

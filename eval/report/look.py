@@ -4,10 +4,8 @@ had is a note.
 
 from __future__ import annotations
 
-import io
 import os
 import random
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from vlp import checkpoint, plugin
 from vlp.eval import choices, embed, metrics, models
-from vlp.eval.pictures import Picture
+from vlp.eval.pictures import Picture, thumbnail
 from vlp.eval.report import findings
 from vlp.eval.report.evidence import Confusion, Evidence, Example, ExampleSet, Sheets, Space
 from vlp.eval.report.runs import Run
@@ -28,7 +26,7 @@ from vlp.joining import local_device
 # sets that `vlp data scenes` and the demo lay beside the others
 PROOFS = ("counting", "binding", "relations", "order")
 MAX_PROMPTS = 2000  # classes × templates; more templates are left out
-WORST, QUERIES, EXAMPLES = 10, 6, 5
+WORST, QUERIES, EXAMPLES, ASKED = 10, 6, 5, 10
 THUMBNAIL_PX = 96
 
 # measure -> its name for the eye, in the order of the page
@@ -142,7 +140,7 @@ class _Parts:
         accuracy = float((answers == labels).double().mean())
         worst = findings.confusions(answers, labels, WORST)
         mistaken = [answers.wrong for answers in worst if answers.wrong is not None]
-        thumbnails = {place: thumbnail(pictures[place]) for place in mistaken}
+        thumbnails = {place: thumbnail(pictures[place], THUMBNAIL_PX) for place in mistaken}
         return Confusion(data.source.name, len(labels), accuracy, data.classes, worst, thumbnails)
 
     def proofs(self, more: list[str]) -> None:
@@ -171,7 +169,11 @@ class _Parts:
 
         places, hits = findings.examples_to_show(scores, EXAMPLES)
         items = [
-            Example(thumbnail(pictures[i]), list(zip(captions[i], scores[i].tolist())), hits[i])
+            Example(
+                thumbnail(pictures[i], THUMBNAIL_PX),
+                list(zip(captions[i], scores[i].tolist())),
+                hits[i],
+            )
             for i in places
         ]
         accuracy = sum(hits) / len(hits)
@@ -255,25 +257,16 @@ def _sheets(
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
     by_text = findings.queries(text, image, right, text_ranks, QUERIES)
     by_image = findings.queries(image, text, right.T, image_ranks, QUERIES)
+    asked = findings.asked(text, image, right, text_ranks, ASKED)
 
     # Only pictures that the page shows become thumbnails.
     shown = {query.place for query in by_image}
-    for query in by_text:
+    for query in (*by_text, *asked):
         shown |= {candidate.place for candidate in query.best}
         shown.add(query.right[0])
     recall = {
         "by_text": float((text_ranks == 1).double().mean()),
         "by_image": float((image_ranks == 1).double().mean()),
     }
-    thumbnails = {i: thumbnail(pictures[i]) for i in sorted(shown)}
-    return Sheets(name, captions, len(image), recall, by_text, by_image, thumbnails)
-
-
-def thumbnail(picture: Picture) -> str:
-    """A small WebP as a data URI; larger pictures are scaled down, none is scaled up."""
-    # Small, so that a page with all its pictures can be mailed.
-    image = picture.open()
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=72)
-    return f"data:image/webp;base64,{b64encode(buffer.getvalue()).decode()}"
+    thumbnails = {i: thumbnail(pictures[i], THUMBNAIL_PX) for i in sorted(shown)}
+    return Sheets(name, captions, len(image), recall, by_text, by_image, asked, thumbnails)

@@ -8,6 +8,7 @@ from typing import Any
 from vlp.eval.report.evidence import Evidence
 from vlp.eval.report.markup import Html, more, note, number, section, table, tag
 from vlp.eval.report.runs import Run
+from vlp.pretrained.runs import AVERAGED
 from vlp.privacy import private
 
 # scores that a table opens with
@@ -23,6 +24,13 @@ NAMES = {
     "mean_per_class_recall": "recall, mean over classes",
 }
 Records = list[dict[str, Any] | None]  # of each run, or None
+
+
+def label_and_metric(key: str) -> tuple[str, str]:
+    """The parts of a score "label.metric"; a label of the moving average has a point itself."""
+    prefix = AVERAGED if key.startswith(AVERAGED) else ""
+    label, _, metric = key.removeprefix(prefix).partition(".")
+    return prefix + label, metric
 
 
 def name_of(metric: str) -> str:
@@ -106,7 +114,7 @@ def _records(run: Run) -> dict[str, dict[str, Any]]:
     # A run that is still going has no results.json.
     records: dict[str, dict[str, Any]] = {}
     for key, value in run.last_scores().items():
-        label, _, metric = key.partition(".")
+        label, metric = label_and_metric(key)
         empty = {"label": label, "metrics": {}, "chance": {}, "dataset": ""}
         records.setdefault(label, empty)["metrics"][metric] = value
     return records

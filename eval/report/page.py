@@ -138,6 +138,7 @@ def _page(runs: list[Run], evidence: list[Evidence | None], with_model: bool) ->
         pictures.space(runs, evidence, with_model),
         pictures.confusion(runs, evidence, with_model),
         pictures.retrieval(runs, evidence, with_model),
+        pictures.ask(runs, evidence, with_model),
         pictures.examples(runs, evidence, with_model),
         settings.configuration(runs),
         settings.environment(runs),

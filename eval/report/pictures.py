@@ -182,6 +182,23 @@ def retrieval(runs: list[Run], evidence: list[Evidence | None], with_model: bool
     return section("retrieval", "Retrieval", parts, lead=lead)
 
 
+def ask(runs: list[Run], evidence: list[Evidence | None], with_model: bool) -> Html:
+    """Ten captions and the pictures nearest to each, as a search would answer them."""
+
+    def answers(run: Run, of_model: Evidence) -> list[Html | None]:
+        sheets = of_model.sheets
+        if sheets is None:
+            return _notes(of_model, "pairs", "No pictures to ask for.")
+        queries = [_found_images(query, sheets) for query in sheets.asked]
+        return [tag("div", queries, class_="queries")]
+
+    lead = (
+        "The pictures nearest to captions drawn evenly from the set, right or wrong. "
+        "Any other text, on any folder of pictures: vlp search RUN PHOTOS TEXT."
+    )
+    return section("ask", "Ask", _each(runs, evidence, with_model, answers), lead=lead)
+
+
 def _found_images(query: Query, sheets: Sheets) -> Html:
     """A caption and the images nearest to it."""
     caption = sheets.captions[query.place]

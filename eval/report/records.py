@@ -1,10 +1,11 @@
 """Results as records, files and tables.
 
-A record has clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), so
-that its tools read `results.json`, and beside them what makes a number checkable: intervals, chance
-level, counts, protocol version, options, content hashes of data and model, software versions.
-Outcomes unit by unit lie in `results.items.safetensors`; with them `compare` pairs two models on
-the same images.
+A record has clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), and
+beside them what makes a number checkable: intervals, chance level, counts, protocol version,
+options, content hashes of data and model, software versions. `results.json` has the same fields
+over all its `results`, so that `clip_benchmark build` reads it as one row, and a folder with a file
+a result as one row each. Outcomes unit by unit lie in `results.items.safetensors`; with them
+`compare` pairs two models on the same images.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from vlp.privacy import scrubbed, without_secrets
 from vlp.schema import plain
 
 PACKAGES = ("vlp", "torch", "torchvision", "open_clip_torch", "transformers", "pillow")
+# the fields of its result files
+CLIP_BENCHMARK = ("dataset", "model", "pretrained", "task", "metrics", "language")
 # of the scores that have outcomes by unit
 LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability")
 
@@ -70,13 +73,40 @@ def write(path: Path, records: list[dict[str, Any]], items: dict[str, Tensor]) -
     """Write results and the outcomes beside them, each whole or not at all. `items`: "label/score"
     -> [U, 2].
     """
+    _write(path, _joined(records), items)
+
+
+def write_each(folder: Path, records: list[dict[str, Any]], items: dict[str, Tensor]) -> None:
+    """Write one file a result, FOLDER/LABEL.json, with its outcomes beside it."""
+    for record in records:
+        label = record["label"]
+        outcomes = {name: value for name, value in items.items() if name.startswith(f"{label}/")}
+        _write(folder / f"{label}.json", record, outcomes)
+
+
+def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """All results as one record of clip_benchmark's; scores of several tasks bear their labels."""
+    metrics = {}
+    for record in records:
+        prefix = f"{record['label']}/" if len(records) > 1 else ""
+        metrics |= {f"{prefix}{name}": value for name, value in record["metrics"].items()}
+
+    def joined(field: str) -> str:
+        # Different values in their order: one model, but often several sets and tasks.
+        return ", ".join(dict.fromkeys(str(record.get(field, "")) for record in records))
+
+    fields = {name: joined(name) for name in CLIP_BENCHMARK if name != "metrics"}
+    return {**fields, "metrics": metrics, "results": records}
+
+
+def _write(path: Path, content: dict[str, Any], items: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     # The outcomes first: results without them would look complete and compare worse.
     outcomes = save({name: value.contiguous() for name, value in items.items()})
     write_atomically(items_path(path), outcomes)
 
-    text = json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(path, f"{text}\n".encode())
 
 
@@ -86,10 +116,43 @@ def items_path(results: Path) -> Path:
 
 
 def open_results(path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Records and outcomes of a results file, or of a folder that holds results.json."""
-    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    """Records and outcomes of a results file, or of a folder with results.json or a file a
+    result.
+    """
+    file = Path(path)
+    if file.is_dir() and not (file / "results.json").exists():
+        files = sorted(file.glob("*.json"))
+        if files:
+            return _open_each(files)
+    if file.is_dir():
+        file = file / "results.json"
+    return _open(file)
+
+
+def _open_each(files: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Records and outcomes of several files together."""
+    records: list[dict[str, Any]] = []
+    items: dict[str, Tensor] = {}
+    for file in files:
+        records_of_file, items_of_file = _open(file)
+        records += records_of_file
+        items |= items_of_file
+    return records, items
+
+
+def records_in(content: Any) -> Any:
+    """The records in a results file's content: a list as training writes it, or the `results` of
+    `vlp eval`, or one record; anything else as it is.
+    """
+    if isinstance(content, dict) and "results" in content:
+        return content["results"]
+    return [content] if _is_record(content) else content
+
+
+def _open(file: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Records and outcomes of one file; a DataError says what is there instead."""
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        records = records_in(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise DataError(
             f"no results at {file}; make them with `vlp eval MODEL --task … --out {file}`"
@@ -139,7 +202,7 @@ def table(records: list[dict[str, Any]]) -> str:
         if of_task["counts"].get("unreadable"):
             n_gray = of_task["counts"]["unreadable"]
             gray.append(f"{warning}, {n_gray:,} images count as plain gray")
-    return "\n".join([_aligned(rows), *counts, *skipped, *gray])
+    return "\n".join([aligned(rows), *counts, *skipped, *gray])
 
 
 def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -154,7 +217,8 @@ def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Cells in columns of equal width."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     lines = []
     for row in rows:
@@ -199,7 +263,7 @@ def compare(first: str, second: str) -> str:
     lines = [
         f"A = {first} ({records_a[0]['model']})",
         f"B = {second} ({records_b[0]['model']})",
-        _aligned(rows),
+        aligned(rows),
     ]
     return "\n".join(lines + [f"not comparable: {line}" for line in refused])
 

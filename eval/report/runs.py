@@ -15,6 +15,7 @@ import yaml
 
 from vlp import checkpoint
 from vlp.config import Duration
+from vlp.eval.report.records import records_in
 
 NOT_SCALARS = {"step", "kind"}
 MARKS = ("config.yaml", "metrics.jsonl", "results.json", checkpoint.FOLDER)  # one of them: a run
@@ -206,7 +207,8 @@ def _damaged_line(number: int, n_lines: int) -> str:
 def _results(run: Run) -> list[dict[str, Any]]:
     """The final records, if they were written."""
     try:
-        records = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        content = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        records = records_in(content)
         return [
             record for record in records if isinstance(record["metrics"], dict) and record["label"]
         ]

@@ -26,7 +26,7 @@ class Splits:
 
 def read(options: Any) -> Splits:
     """Open both, as the options of a probe say; their classes must be the same."""
-    train, test = _split(options, options.train_split), _split(options, options.split)
+    train, test = one(options, options.train_split), one(options, options.split)
     names = f"splits {options.train_split!r} and {options.split!r} of {options.data}"
 
     # A class's number must mean the same in both.
@@ -43,7 +43,7 @@ def read(options: Any) -> Splits:
     return Splits(train, test)
 
 
-def _split(options: Any, split: str) -> zeroshot.Data:
+def one(options: Any, split: str) -> zeroshot.Data:
     """One split as zero-shot classification reads it."""
     return zeroshot.read(shared(zeroshot.Options, options, split=split, partial=True))
 

@@ -139,7 +139,8 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     # The true number stands at its own place among the nine, so every other one is a rival.
     true_scores = scores.gather(1, true_places)
     is_rival = torch.ones_like(scores, dtype=torch.bool).scatter_(1, true_places, False)
-    hits = (metrics.strictly_above(true_scores, scores) | ~is_rival).all(1)
+    tie = metrics.tie_of_groups(cosines)
+    hits = (metrics.strictly_above(true_scores, scores, tie) | ~is_rival).all(1)
 
     # A tie is no hit, so the number chosen is the best of the others and not the argmax of all.
     best_rivals = scores.masked_fill(~is_rival, -torch.inf).argmax(1) + 2

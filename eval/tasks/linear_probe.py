@@ -3,7 +3,7 @@ A.3).
 
 The decay is chosen from a grid on a fifth of the training images, held out class by class, and the
 regression is then fitted again on all of them. Features are the unit embeddings in the shared
-space, times √D so that the grid means the same at any width.
+space, or what its projection reads, times √D so that the grid means the same at any width.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from vlp.data.tables import TableOptions
-from vlp.eval import metrics
+from vlp.eval import probes
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
 from vlp.eval.tasks import TaskResult, _labelled, zeroshot
+from vlp.eval.unprojected import unprojected
 
 VERSION = 1
-KNOWN_AS = "linear_probe"
+KNOWN_AS = "linear_probe_lbfgs"  # clip_benchmark's linear_probe is clip_benchmark_probe
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Options(TableOptions):
     # λ of λ/2‖W‖²
     decays: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
     max_iterations: int = 300  # of L-BFGS, a fit
+    # of the shared space, or before the projection into it
+    features: Literal["projected", "unprojected"] = "projected"
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
@@ -49,6 +52,8 @@ def read(options: Options) -> _labelled.Splits:
 
 def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
     """Choose the decay, fit on the training split, rank the classes of the test split."""
+    if options.features == "unprojected":
+        encoder = unprojected(encoder)
     train = _features(encoder, data.train, context)
     test = _features(encoder, data.test, context)
     labels, n_classes = data.train.labels, len(data.test.classes)
@@ -60,7 +65,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
         decay = choose(train, labels, n_classes, options)
 
     # With the decay chosen, all training images are fitted.
-    weight, bias = metrics.logistic_regression(
+    weight, bias = probes.logistic_regression(
         train, labels, n_classes, decay, options.max_iterations
     )
     ranks = _ranks(test, data.test.labels, weight, bias)
@@ -86,7 +91,7 @@ def choose(train: Tensor, labels: Tensor, n_classes: int, options: Options) -> f
 
     accuracies = {}
     for decay in options.decays:
-        weight, bias = metrics.logistic_regression(
+        weight, bias = probes.logistic_regression(
             train[~held_out], labels[~held_out], n_classes, decay, options.max_iterations
         )
         ranks = _ranks(train[held_out], labels[held_out], weight, bias)

@@ -36,9 +36,10 @@ KNOWN_AS = "image_caption_selection"
 
 @dataclass(frozen=True)
 class Options(TableOptions):
-    """Which shards."""
+    """Which shards, or which table."""
 
     data: str  # see vlp.eval.datasets
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"  # which split of the data is scored
     missing: Literal["error", "skip"] = "error"  # annotations without their image
 
@@ -63,7 +64,7 @@ class Data(ChoiceSet):
 
 def read(options: Options) -> Data:
     """The choices that the shards offer; a DataError if there is none."""
-    source = open_source(options.data, options.split, options.missing, options=options)
+    source = open_source(options.data, options.split, options.missing, options.images, options)
     offered = [choices_of(record) for record in source.records]
     problems = [
         wrong_captions.read(record.meta, "negatives", record.captions).problem
@@ -142,8 +143,9 @@ def _hits_by_kind(
 ) -> dict[str, list[tuple[Picture, float]]]:
     """For each kind of negative, where the caption is above it: (picture, 0 or 1) a pair."""
     hits_by_kind = defaultdict(list)
+    tie = metrics.tie_of_groups(scores)
     for choice, of_captions in zip(offered, scores):
-        above = metrics.strictly_above(of_captions[0], of_captions[1:]).tolist()
+        above = metrics.strictly_above(of_captions[0], of_captions[1:], tie).tolist()
         for kind, hit in zip(choice.kinds, above):
             hits_by_kind[f"acc_{kind.replace(' ', '_')}"].append((choice.picture, float(hit)))
     return hits_by_kind

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlp.data.tables import TableOptions
-from vlp.eval import choices, embed, metrics
+from vlp.eval import choices, embed, metrics, probes
 from vlp.eval.datasets.source import Source
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
@@ -80,7 +80,7 @@ def told_apart(image: Tensor, text: Tensor, seed: int) -> Tensor:
     n_known = int(0.8 * len(image))
     known, new = order[:n_known], order[n_known:]
 
-    weight, bias = metrics.logistic_regression(
+    weight, bias = probes.logistic_regression(
         torch.cat([image[known], text[known]]),
         torch.arange(2).repeat_interleave(n_known),  # 0 is an image, 1 a text
         2,

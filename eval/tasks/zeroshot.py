@@ -111,7 +111,12 @@ def _labelled_by_name(source: Source, options: Options) -> bool:
 
 def _templates(source: Source, options: Options) -> list[str]:
     """The templates of the options, else the set's own, else the usual ones."""
-    is_imagenet = imagenet.looks_like(source) or options.classes == "imagenet"
+    # ObjectNet is among ImageNet's relatives: clip_benchmark and wise-ft prompt it alike.
+    is_imagenet = (
+        imagenet.looks_like(source)
+        or options.classes == "imagenet"
+        or imagenet.objectnet_folders(Path(options.data)) is not None
+    )
     usual = "imagenet80" if is_imagenet else "photo"
     try:
         return prompts.templates(options.templates or source.templates or usual)

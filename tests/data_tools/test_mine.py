@@ -18,9 +18,9 @@ from vlp.data_tools import embed, mine
 from vlp.data_tools.mine import search
 from vlp.data_tools.mine.decide import Decide
 from vlp.data_tools.mine.order import together
-from vlp.data_tools.mine.search import exact
 from vlp.data_tools.mine.store import Store
 from vlp.data_tools.mine.write import AddMined
+from vlp.eval.search.nearest import exact
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ SECTIONS = [
     "space",
     "confusion",
     "retrieval",
+    "ask",
     "examples",
     "configuration",
     "environment",

@@ -14,7 +14,7 @@ from vlp import plugin
 from vlp.eval import models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
-from vlp.eval.tasks import countbench, order, sugarcrepe, sugarcrepe_pp
+from vlp.eval.tasks import aro, countbench, order, sugarcrepe, sugarcrepe_pp
 
 
 def evaluate(task, encoder, **options):
@@ -220,7 +220,7 @@ def test_valse_keeps_what_annotators_accepted(tmp_path):
     assert record["metrics"].keys() == {"existence", "foil-it", "mean"}
 
 
-def test_aro_is_a_mean_over_frequent_groups_on_cut_pictures(tmp_path):
+def test_aro_leaves_out_rare_attributes_and_the_published_relations_on_cut_pictures(tmp_path):
     options = small("aro", tmp_path)
     path = tmp_path / "data" / "visual_genome_relation.json"
     rows = json.loads(path.read_text())
@@ -229,17 +229,26 @@ def test_aro_is_a_mean_over_frequent_groups_on_cut_pictures(tmp_path):
         for row in rows[:25] * 2
     ]
     path.write_text(json.dumps(rows))
+
+    # "on" has 25 items and "under" five: both count. "by" is one of the 157 left out.
     record, _ = evaluate("aro", likes("yes"), **options)
-    # 25 right in "on", 50 wrong in "by"; "under" is rare.
-    assert record["metrics"]["vg_relation"] == pytest.approx(0.5)
+    assert len(set(aro.left_out())) == 157 and "by" in aro.left_out()
+    assert record["metrics"]["vg_relation"] == 1
     assert record["counts"]["vg_relation_groups"] == 2
-    assert (
-        evaluate("aro", likes("yes"), **options, exclude=["by"])[0]["metrics"]["vg_relation"] == 1
-    )
+
+    # 25 right in "on", five in "under", 50 wrong in "by".
+    record, _ = evaluate("aro", likes("yes"), **options, exclude=[])
+    assert record["metrics"]["vg_relation"] == pytest.approx(2 / 3)
     data = run.read_all(plugin.keyed("vlp.eval.tasks", {"aro": options}))[0]
     assert data["vg_attribution"].pictures[0].open().size == (4, 4)
-    with pytest.raises(DataError, match="no group of at least 25"):
-        evaluate("aro", likes("yes"), **options, exclude=["by", "on"])
+    with pytest.raises(DataError, match="no group of at least 1 items that is not left out"):
+        evaluate("aro", likes("yes"), **options, exclude=["by", "on", "under"])
+
+    # Pairs of attributes need 25 items.
+    path = tmp_path / "data" / "visual_genome_attribution.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:24]))
+    with pytest.raises(DataError, match="no group of at least 25 items"):
+        evaluate("aro", likes("yes"), **options)
 
 
 def test_winoground_scores_text_image_and_group(tmp_path):

@@ -227,15 +227,8 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
         == 0
     )
     shown = capsys.readouterr().out
-    (record,) = json.loads(out.read_text())
-    assert {
-        "dataset",
-        "model",
-        "pretrained",
-        "task",
-        "metrics",
-        "language",
-    } <= record.keys()  # clip_benchmark's fields
+    (record,) = records.open_results(str(out))[0]
+    assert set(records.CLIP_BENCHMARK) <= record.keys()
     assert (record["dataset"], record["task"], record["language"]) == (
         "photos",
         "zeroshot_classification",
@@ -255,6 +248,45 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
     items = records.open_results(str(out))[1]
     assert items["zeroshot/acc1"][:, 0].mean().item() == pytest.approx(record["metrics"]["acc1"])
     assert not list(out.parent.glob(".*"))
+
+
+def rows_of_clip_benchmark(paths):
+    """What `clip_benchmark build` makes of result files: one row each, scores beside fields."""
+    rows = []
+    for path in paths:
+        content = json.loads(path.read_text())
+        row = {**content["metrics"], **content}
+        del row["metrics"]
+        row["model_fullname"] = row["model"] + " " + row["pretrained"]
+        rows.append(row)
+    return rows
+
+
+def test_clip_benchmark_builds_its_table_from_one_file_or_one_a_result(room, tmp_path, capsys):
+    usual = (room / "model0", "--suite", room / "suite.yaml", "--cache", "none", "--quiet")
+    assert command(*usual, "--out", tmp_path / "all.json") == 0
+    assert command(*usual, "--out", f"{tmp_path}/each/") == 0
+
+    (whole,) = rows_of_clip_benchmark([tmp_path / "all.json"])
+    files = sorted((tmp_path / "each").glob("*.json"))
+    rows = rows_of_clip_benchmark(files)
+    assert [file.stem for file in files] == [row["label"] for row in rows] and len(rows) > 1
+    for row in rows:
+        scores = json.loads((tmp_path / "each" / f"{row['label']}.json").read_text())["metrics"]
+        assert scores and all(whole[f"{row['label']}/{name}"] == scores[name] for name in scores)
+        assert row["dataset"] in whole["dataset"] and row["task"] in whole["task"]
+
+    # All forms, the list that training writes among them, hold the same for our own tools.
+    (tmp_path / "list.json").write_text(json.dumps(whole["results"]))
+    each, items_of_each = records.open_results(str(tmp_path / "each"))
+    by_label = {record["label"]: record for record in each}
+    for form in ("all.json", "list.json"):
+        opened, items = records.open_results(str(tmp_path / form))
+        assert {record["label"]: record for record in opened} == by_label
+        assert form == "list.json" or items.keys() == items_of_each.keys()
+    capsys.readouterr()
+    assert command("--compare", tmp_path / "each", tmp_path / "all.json") == 0
+    assert "no difference shown" in capsys.readouterr().out
 
 
 def test_two_models_are_compared_on_the_same_photos(room, tmp_path, capsys):

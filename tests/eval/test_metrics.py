@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from vlp.eval import confidence, metrics
+from tests.eval import material
+from vlp.eval import choices, confidence, metrics, probes
 
 
 def rows(n: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -132,7 +133,7 @@ def test_effective_rank_counts_equal_directions():
 
 def test_logistic_regression_is_at_its_optimum():
     features, labels = rows(40, 3).double(), torch.arange(40) % 3
-    weight, bias = metrics.logistic_regression(features, labels, 3, decay=0.01)
+    weight, bias = probes.logistic_regression(features, labels, 3, decay=0.01)
     weight.requires_grad_(), bias.requires_grad_()
     loss = (
         torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
@@ -216,3 +217,51 @@ def test_pairing_narrows_the_interval_of_a_difference():
     assert high - low < 2 * 1.96 * float(unpaired) / 2
     with pytest.raises(ValueError, match="same units"):
         confidence.paired_difference(a, b[:-1])
+
+
+# --- ties of models that have nearly collapsed ----------------------------------------------------
+
+
+def collapsed(n: int, spread: float, seed: int) -> torch.Tensor:
+    """Unit rows around one direction: the cosines of two such sets are spread by about$
+    eight times the square of `spread`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, 32, generator=generator, dtype=torch.float64)
+    rows = material.direction("same").double() + spread * noise
+    return torch.nn.functional.normalize(rows, dim=1).float()
+
+
+@pytest.mark.parametrize(("spread", "n_close"), [(1.0, 0), (1e-2, 4), (3e-3, 4), (1e-3, 12)])
+def test_scores_of_a_nearly_collapsed_model_are_told_apart(spread, n_close):
+    """Ranks equal those of a loop in float64 without any tolerance, but for few that are close."""
+    image, text = collapsed(40, spread, 0), collapsed(80, spread, 1)
+    owner = torch.arange(40).repeat_interleave(2)
+    scores = text.double() @ image.double().T
+
+    _, text_rank = metrics.retrieval_ranks(image, text, owner)
+    expected = [1 + int((row > row[i]).sum()) for row, i in zip(scores, owner)]
+    n_other = sum(rank != right for rank, right in zip(text_rank.tolist(), expected))
+    assert n_other <= n_close
+
+    labels = torch.arange(40)
+    class_rank = metrics.class_ranks(image, text[::2], labels)
+    of_images = image.double() @ text[::2].double().T
+    expected = [1 + int((row > row[c]).sum()) for row, c in zip(of_images, labels)]
+    assert sum(a != b for a, b in zip(class_rank.tolist(), expected)) <= n_close
+
+    # Choices between captions: the first is best where its score is.
+    groups = list(of_images[:, :5].unbind())
+    hits = choices.first_is_best(groups)
+    n_other = sum(bool(hit) != bool((s[0] > s[1:]).all()) for hit, s in zip(hits, groups))
+    assert n_other <= n_close and len(groups) == 40
+
+
+def test_the_tie_follows_the_spread_between_two_bounds():
+    assert metrics.tie(0.1) == metrics.tie(1e-3) == metrics.TIE
+    assert metrics.tie(5e-4) == pytest.approx(5e-7)
+    assert metrics.tie(0.0) == metrics.ROUNDING
+    same = material.direction("same").expand(700, 32)
+    assert metrics.tie_of_products(same, same) == metrics.ROUNDING
+    assert metrics.tie_of_groups([torch.full((4,), 0.7), torch.full((3,), 0.2)]) == metrics.ROUNDING
+    assert metrics.tie_of_groups([]) == metrics.ROUNDING

@@ -58,7 +58,7 @@ def test_whole_run_shows_everything(whole):
     assert got.count("circle", class_="c0") == got.count("circle", class_="c1") == 20
     assert "taken for" in got.sections["confusion"]
     assert got.count("table", class_="matrix") == 1
-    assert got.count("figure", class_="right") == 6  # every text query shows its right image
+    assert got.count("figure", class_="right") == 6 + 10  # every text shows its right image
     assert got.count("img") > 40
     assert "counting" in got.sections["examples"] and "chance 11.1%" in got.sections["examples"]
     assert "order" in got.sections["examples"]

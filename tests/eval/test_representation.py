@@ -7,7 +7,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import metrics, run
+from vlp.eval import probes, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import linear_probe
@@ -106,7 +106,7 @@ def test_the_probe_chooses_its_decay_on_every_fifth_training_image_of_a_class(la
     options = linear_probe.Options(data="", decays=[1e-3, 1e-1, 1e2])
     scores = {}
     for decay in options.decays:
-        weight, bias = metrics.logistic_regression(rows[~held], labels[~held], 2, decay)
+        weight, bias = probes.logistic_regression(rows[~held], labels[~held], 2, decay)
         answers = (rows[held].double() @ weight.T + bias).argmax(1)
         scores[decay] = int((answers == labels[held]).sum())
     assert len(set(scores.values())) > 1

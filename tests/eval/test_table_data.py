@@ -21,7 +21,7 @@ from vlp.cli import main
 from vlp.eval import models, run
 from vlp.eval.datasets.tables import read_rows
 from vlp.eval.embed import Context
-from vlp.eval.pictures import Contents, DataError
+from vlp.eval.pictures import Collection, Contents, DataError
 
 N = 12
 CLASSES = ("cat", "dog", "hot dog")
@@ -328,3 +328,86 @@ def test_parquet_of_a_folder_takes_usual_columns(tmp_path):
     (folder / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="no whole parquet file"):
         evaluate("retrieval", perfect(), data=str(folder))
+
+
+def parquet_set(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test-00000.parquet")
+    return folder
+
+
+def test_images_are_looked_for_where_the_user_says_in_every_form(tmp_path, photos):
+    """images= in tables of all kinds, folders of parquet, and sets with a place of their own."""
+    captions = [{"image": name(i), "caption": f"p {i}", "negatives": ["no"]} for i in range(N)]
+    (tmp_path / "tables").mkdir()
+    tables = [write(tmp_path / "tables" / f"t.{kind}", captions) for kind in ("json", "jsonl")]
+    tables += [parquet_set(tmp_path / "named", captions)]
+    tables += [tmp_path / "named" / "test-00000.parquet"]
+
+    # Names as `datasets` keeps them when it does not embed the pictures.
+    unembedded = [row | {"image": {"bytes": None, "path": row["image"]}} for row in captions]
+    tables += [parquet_set(tmp_path / "unembedded", unembedded)]
+
+    # A set whose images usually lie in a folder of its own.
+    docci = tmp_path / "docci"
+    docci.mkdir()
+    lines = [{"image_file": name(i), "description": f"p {i}", "split": "test"} for i in range(N)]
+    (docci / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, lines)))
+    urban = tmp_path / "urban"
+    (urban / "image").mkdir(parents=True)
+    (urban / "caption").mkdir()
+    for i in range(N):
+        (urban / "caption" / f"{i:02d}.txt").write_text(f"p {i}")
+
+    for data in [*tables, docci, urban]:
+        record = evaluate("retrieval", perfect(), data=str(data), images=str(photos))
+        assert record["counts"]["images"] == N, data
+        assert record["metrics"]["image_retrieval_recall@1"] == 1, data
+    assert len(tables) == 5
+    for data in tables:
+        record = evaluate("negatives", perfect(), data=str(data), images=str(photos))
+        assert record["counts"]["images"] == N, data
+
+
+def test_images_beside_data_that_hold_their_own_are_refused(tmp_path, photos):
+    held = [
+        {"image": {"bytes": photos.joinpath(name(i)).read_bytes(), "path": None}, "text": f"p {i}"}
+        for i in range(N)
+    ]
+    folder = parquet_set(tmp_path / "held", held)
+    (file,) = folder.iterdir()
+    # One file of such a set is a set.
+    record = evaluate("retrieval", perfect(), data=str(file))
+    assert record["counts"]["images"] == N
+
+    material.write_tar(tmp_path / "shards" / "0.tar", [("0.png", b"x"), ("0.txt", b"a cat")])
+    for data in (photos, tmp_path / "shards"):
+        with pytest.raises(DataError, match="holds its own; leave it out"):
+            evaluate("retrieval", perfect(), data=str(data), images=str(photos))
+
+    named = parquet_set(tmp_path / "named", [{"image": name(0), "text": "p 0"}])
+    with pytest.raises(DataError, match=r"holds no image bytes but a name, '00.png'; say where"):
+        evaluate("retrieval", perfect(), data=str(named))
+    named = parquet_set(
+        tmp_path / "named", [{"image": n, "text": "p 0"} for n in (name(0), "gone")]
+    )
+    with pytest.raises(DataError, match=r"1 of 2 annotations name images that are not in"):
+        evaluate("retrieval", perfect(), data=str(named), images=str(photos))
+    options = {"data": str(named), "images": str(photos), "missing": "skip"}
+    assert evaluate("retrieval", perfect(), **options)["counts"]["skipped"] == 1
+
+
+def test_a_relative_path_goes_before_a_file_of_its_name(tmp_path):
+    """Files of one name in several folders are no error where the annotation says which."""
+    stored = ("a/1.png", "b/1.png", "1.png", "train 2014/1.png")
+    for i, path in enumerate(stored):
+        (tmp_path / "photos" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / path).write_bytes(material.png(material.picture(i)))
+    collection = Collection(tmp_path / "photos")
+
+    written = [*stored, "photos/a/1.png", "x/photos/b/1.png", "b\\1.png", "a/1.jpg"]
+    places = [0, 1, 2, 3, 0, 1, 1, 0]
+    for spelling, place in zip(written, places):
+        picture = collection.find(spelling)
+        assert picture is not None and picture.path.endswith(f"photos/{stored[place]}"), spelling
+    assert len(written) == len(places)

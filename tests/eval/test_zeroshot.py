@@ -292,9 +292,10 @@ def test_a_tree_of_imagenet_r_is_scored_among_its_200_classes(tmp_path):
     assert (record["counts"]["classes"], record["metrics"]["acc1"]) == (200, 1)
 
 
-def test_a_tree_of_imagenet_v2_is_numbered(tmp_path):
+@pytest.mark.parametrize("classes", [{}, {"classes": "imagenet"}])
+def test_a_tree_of_imagenet_v2_is_numbered(tmp_path, classes):
     folders = [str(i) for i in range(1000)]
-    options = {"data": str(tree(tmp_path, folders)), "classes": "imagenet", "templates": "photo"}
+    options = {"data": str(tree(tmp_path, folders)), "templates": "photo", **classes}
     record, _ = evaluate(by_name(imagenet.names()), **options)
     # "missile" and "sunglasses" name two classes each; as with argmax, the second of each cannot be
     # found
@@ -316,11 +317,23 @@ def test_objectnet_is_scored_among_its_overlapping_classes_without_the_frame(tmp
     (tmp_path / "folder_to_objectnet_label.json").write_text(json.dumps(labels))
     overlap = {"Alarm clock": "analog clock", "Backpack": "backpack, back pack"}
     (tmp_path / "objectnet_to_imagenet_1k.json").write_text(json.dumps(overlap))
-    record, _ = evaluate(
-        by_name(["-", "alarm clock", "backpack"]), data=str(tmp_path), split="images"
-    )
+
+    # The root as clip_benchmark makes it, with the mappings beside the zip's folder.
+    encoder = by_name(["-", "alarm clock", "backpack"])
+    record, _ = evaluate(encoder, data=str(tmp_path), templates="photo")
     assert record["metrics"]["acc1"] == 1
     assert record["counts"] == {"images": 2, "classes": 2, "templates": 1, "skipped": 0}
+    (usual,) = run.read_all(plugin.keyed("vlp.eval.tasks", {"zeroshot": {"data": str(tmp_path)}}))
+    assert len(usual.templates) == 80
+
+    # As the zip unpacks, the mappings lie beside the images.
+    mappings = tmp_path / "objectnet-1.0" / "mappings"
+    mappings.mkdir()
+    for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"):
+        (tmp_path / name).rename(mappings / name)
+    for root in (tmp_path, tmp_path / "objectnet-1.0", images):
+        again, _ = evaluate(encoder, data=str(root), templates="photo")
+        assert again["metrics"] == record["metrics"] and again["counts"] == record["counts"]
 
 
 # --- what must be refused -------------------------------------------------------------------------

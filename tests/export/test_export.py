@@ -21,7 +21,7 @@ from tests.models.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
 from vlp import checkpoint
 from vlp.data import decode
 from vlp.eval import models
-from vlp.export import clip_form, forms
+from vlp.export import clip_form, forms, place
 from vlp.export.folder import export, export_run, export_stages
 from vlp.export.pixels import sample_picture
 from vlp.export.place import ExportError
@@ -458,7 +458,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(forms, "save_tensors", full)
+    monkeypatch.setattr(place, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         export(tiny(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

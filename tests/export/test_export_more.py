@@ -2,6 +2,7 @@
 brings along.
 """
 
+import json
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.models.tiny import VIT, inputs, language_model, siglip, tiny
+from vlp.eval import models
 from vlp.export.folder import export
 
 TOLERANCE = 1e-5
@@ -28,63 +30,122 @@ def described(kind, folder):
             "bias": -10.0,
         },
         "huggingface": lambda: {"text_tower": language | {"model": str(language_model(folder))}},
+        "huggingface, mean": lambda: {
+            "text_tower": language
+            | {"model": str(language_model(folder)), "pooler": "mean_pooler", "proj": "mlp"},
+            "image_tower": {"name": "timm", "model": "test_resnet", "image_size": 64},
+        },
+        "mobilenet": lambda: {
+            "image_tower": {"name": "timm", "model": "mobilenetv3_small_050", "image_size": 64},
+        },
+        "resnet": lambda: {"image_tower": resnet(folder)},
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_sentence_transformers(kind, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    from transformers import AutoProcessor
+def resnet(folder):
+    """open_clip's own ResNet, small."""
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+    described = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text}
+    (folder / "resnet.json").write_text(json.dumps(described))
+    return {"name": "open_clip", "architecture": str(folder / "resnet.json")}
+
+
+def noise(model):
+    """A picture of the size that the model reads, so that no library needs to resize it."""
+    shape = (*model.image_spec.size, 3)
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+# kind → the class that transformers loads, and the folder it lies in; None: it has none
+CONSUMED = {
+    "clip": ("CLIPModel", ""),
+    "siglip": ("SiglipModel", ""),
+    "timm": ("VisionTextDualEncoderModel", "transformers"),
+    "huggingface": ("VisionTextDualEncoderModel", "transformers"),
+    "huggingface, mean": None,
+    "mobilenet": None,
+}
+
+
+@pytest.mark.parametrize("kind", CONSUMED)
+def test_sentence_transformers_and_transformers_embed_texts_and_pictures(kind, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor
 
     model = tiny(**described(kind, tmp_path))
     notes = export(model, tmp_path / "out")
     assert any(note.startswith("sentence-transformers: ") for note in notes)
-    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    texts = (
-        ["two red circles", "a dog"]
-        if kind == "siglip"
-        else ["two red circles", "a dog that is too long " * 9]
+    encoder = models.from_model(model)
+    texts = ["two red circles", "a dog", "a photo of a dog " * 9]
+    picture = noise(model)
+    expected = encoder.encode_texts(texts), encoder.encode_images([picture])
+
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)
+    assert sorted(theirs.modalities) == ["image", "text"]
+    assert theirs.similarity_fn_name == "cosine"
+    rows = theirs.encode(texts, convert_to_tensor=True)
+    assert (rows - expected[0]).abs().max() <= 1e-6
+    rows = theirs.encode([picture], convert_to_tensor=True)
+    assert (rows - expected[1]).abs().max() <= 1e-6
+
+    if CONSUMED[kind] is None:
+        assert any(note.startswith("transformers: no VisionTextDual") for note in notes)
+        return
+    name, subfolder = CONSUMED[kind]
+    network = AutoModel.from_pretrained(tmp_path / "out", subfolder=subfolder).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", subfolder=subfolder)
+    assert type(network).__name__ == name
+    prepared = processor(
+        text=texts, images=picture, padding="max_length", truncation=True, return_tensors="pt"
     )
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    ids = processor.tokenizer(
-        texts, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-    pixels = processor.image_processor(images=image, return_tensors="pt").pixel_values
     with torch.no_grad():
-        ours = model(pixels, ids)
-    assert (theirs.encode(texts, convert_to_tensor=True) - ours.text).abs().max() <= TOLERANCE
-    assert (theirs.encode([image], convert_to_tensor=True) - ours.image).abs().max() <= TOLERANCE
+        output = network(**prepared)
+    assert (output.text_embeds - expected[0]).abs().max() <= 1e-6
+    assert (output.image_embeds - expected[1]).abs().max() <= 1e-6
+
+
+def test_captions_that_only_training_cleaned_are_no_form_of_transformers(tmp_path):
+    text = described("huggingface", tmp_path)["text_tower"] | {"clean": "canonicalize"}
+    notes = export(tiny(text_tower=text), tmp_path / "out")
+    assert any("captions are cleaned by 'canonicalize'" in note for note in notes)
+    assert not (tmp_path / "out/modules.json").exists()
 
 
 SLOW = [
     pytest.param(kind, marks=pytest.mark.slow)
-    for kind in ("mean pooling", "timm", "siglip", "huggingface")
+    for kind in ("mean pooling", "timm", "mobilenet", "resnet", "siglip", "huggingface")
 ]
 
 
 @pytest.mark.parametrize("kind", ["clip", *SLOW])
 def test_onnx(kind, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     model = tiny(**described(kind, tmp_path))
     notes = export(model, tmp_path / "out", onnx=True)
-    assert sum(note.startswith("ONNX: ") for note in notes) == 2
+    lines = [note for note in notes if note.startswith("ONNX: ")]
+    assert len(lines) == 2 and all(" opset 18, any number of rows" in line for line in lines)
+
+    # SigLIP's tower attends to padding: its texts are always as long as the context.
+    shorter = () if kind == "siglip" else (3, 2)
+    n_compared = 0
     for rows in (1, 2, 5):
         pixels, ids = inputs(model, rows=rows)
-        normalised = model.pixels(pixels)
-        with torch.no_grad():
-            ours = model(pixels, ids)
-        for file, fed, row in (
-            ("image", {"pixel_values": normalised}, ours.image),
-            ("text", {"input_ids": ids}, ours.text),
-        ):
-            session = onnxruntime.InferenceSession(
-                tmp_path / f"out/onnx/{file}.onnx", providers=["CPUExecutionProvider"]
-            )
-            (found,) = session.run(
-                [f"{file}_embeds"], {name: value.numpy() for name, value in fed.items()}
-            )
-            assert (torch.from_numpy(found) - row).abs().max() <= TOLERANCE
+        for n_fewer in (0, *shorter):
+            texts = ids[:, n_fewer:] if n_fewer else ids
+            fed = {"image": ("pixel_values", model.pixels(pixels)), "text": ("input_ids", texts)}
+            with torch.no_grad():
+                ours = model(pixels, texts)
+            for side, (name, value) in fed.items():
+                session = onnxruntime.InferenceSession(
+                    tmp_path / f"out/onnx/{side}.onnx", providers=["CPUExecutionProvider"]
+                )
+                (embedded,) = session.run([f"{side}_embeds"], {name: value.numpy()})
+                apart = torch.from_numpy(embedded) - getattr(ours, side)
+                assert apart.abs().max() <= TOLERANCE, (side, rows, n_fewer)
+                n_compared += 1
+    assert n_compared == 6 * (1 + len(shorter))
 
 
 def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
-from tests.losses import captions_loops
+from tests.losses import captions_loops, distill_loops
 from vlp import dist
 from vlp.losses import build
 from vlp.losses.mixing import draws
 from vlp.seeds import derive
 
 B, D, K, J, C, TEACHER = 8, 5, 3, 2, 2, 4
-V, Q, L, WORDS, CONCEPTS = 2, 11, 4, 6, 3
+V, Q, R, L, WORDS, CONCEPTS = 2, 11, 3, 4, 6, 3
 CANDIDATES = range(B)
 
 
@@ -56,8 +56,13 @@ def data() -> dict[str, Tensor]:
         given[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     # last, so that what the others draw stays as it was
     given["captions"] = rows(B, K, D)
+    given |= {name: 2 * rows(B, TEACHER) for name in ("projected_image", "projected_text")}
+    given["interactive_scale"] = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    given |= {name: rows(Q, TEACHER) for name in ("queue_teacher_image", "queue_teacher_text")}
+    given |= {name: rows(B, R) for name in ("candidate_text_scores", "candidate_image_scores")}
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
+        given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
     return given | {
         "teacher_scale": torch.tensor(8.0, dtype=torch.float64),
         # uneven: the first rank of four has no valid caption at all, the third has all
@@ -79,6 +84,10 @@ def data() -> dict[str, Tensor]:
         "score": torch.tensor([0, 0.5, 2, 1, 0.1, 3, 1, 0.7], dtype=torch.float64),
         "caption_ids": torch.randint(1, WORDS, (B, L), generator=generator)
         * (torch.arange(L) < torch.arange(B).view(B, 1) - 2),
+        # The next rows; of the last two samples none is valid, of the third one.
+        "candidate_texts": (torch.arange(B).view(B, 1) + torch.arange(1, R + 1)) % B,
+        "candidate_images": (torch.arange(B).view(B, 1) + torch.tensor([5, 2, 3])) % B,
+        "pair_score": torch.tensor([0, -1, 0.4, 0, -1, 0.2, 9, 9], dtype=torch.float64),
         "concept_targets": (torch.arange(B * CONCEPTS) % 4).view(B, CONCEPTS).double()
         * (torch.arange(B) % 3 > 0).unsqueeze(1),
     }
@@ -87,11 +96,13 @@ def data() -> dict[str, Tensor]:
 LEAVES = (
     "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
     "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
+    "projected_image", "projected_text", "interactive_scale",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (
     "ema_image", "ema_text", "ema_negatives", "teacher_image", "teacher_text", "teacher_scores",
-    "queue_image", "queue_text",
+    "queue_image", "queue_text", "queue_teacher_image", "queue_teacher_text",
+    "candidate_text_scores", "candidate_image_scores",
 )  # fmt: skip
 
 
@@ -577,6 +588,7 @@ FAMILY = [
     ("distill", {}, distill),
     ("distill", {"form": "ranking"}, ranking),
     ("distill", {"form": "concepts"}, concepts),
+    *distill_loops.CASES,
     ("captioning", {}, captioning),
     ("ranked", {}, ranked(1, False)),
     ("ranked", {"power": 2, "normalize": True}, ranked(2, True)),
@@ -604,7 +616,7 @@ FAMILY = [
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
-N_LIVE = 162  # inputs that have a gradient, over all cases
+N_LIVE = 185  # inputs that have a gradient, over all cases
 PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
 
 
@@ -666,7 +678,7 @@ def test_objectives_equal_loops(n_ranks):
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
 
-    assert n_cases == 4 * len(FAMILY) == 4 * 53 and n_live == 4 * N_LIVE, (
+    assert n_cases == 4 * len(FAMILY) == 4 * 61 and n_live == 4 * N_LIVE, (
         "the comparison must not be empty"
     )
 

@@ -92,6 +92,11 @@ CASES: list[tuple[str, dict, str, Slots]] = [
     ("self_distillation", {"negatives": True}, "ema_negatives", invalid),
     ("distill", {"form": "ranking"}, "negatives", invalid),
     ("distill", {"form": "ranking"}, "teacher_scores", invalid),
+    *(
+        ("distill", options, keyword, invalid)
+        for options in ({"form": "margin"}, {"form": "ranking", "delta": 0.5})
+        for keyword in ("negatives", "teacher_scores")
+    ),
     ("distill", {"form": "concepts"}, "concept_logits", unnamed),
     *(
         ("counting", {"logits": x, "counterfactuals": "all"}, "counterfactual", uncounted)
@@ -100,6 +105,10 @@ CASES: list[tuple[str, dict, str, Slots]] = [
     ("counting", {}, "counterfactual", second_counterfactual),
     ("captioning", {}, "caption_logits", padding),
     ("captioning", {}, "caption_nll", padding),
+    *(
+        ("distill", {"form": "interactive", "queue": True}, queue, empty(queue))
+        for queue in ("queue_teacher_image", "queue_teacher_text")
+    ),
     *(
         (name, {}, queue, empty(queue))
         for name in ("mixing", "momentum_queue")
@@ -159,7 +168,7 @@ def test_nothing_in_a_masked_slot_has_any_influence():
                 assert not found[keyword][where].any()
             n += 1
 
-    assert n == 4 * len(CASES) - 4 == 116
+    assert n == 4 * len(CASES) - 6 == 138
 
 
 def test_the_same_holds_where_nothing_is_valid():
@@ -176,6 +185,7 @@ def test_the_same_holds_where_nothing_is_valid():
             "negatives_valid",
         ),
         ("distill", {"form": "ranking"}, "negatives", "negatives_valid"),
+        ("distill", {"form": "margin"}, "negatives", "negatives_valid"),
         ("counting", {}, "counterfactual", "counterfactual_valid"),
     ):
         d = data()
@@ -186,7 +196,7 @@ def test_the_same_holds_where_nothing_is_valid():
         assert all(value.isfinite().all() for value in found.values()), f"{name} {options}"
         n += 1
 
-    assert n == 9
+    assert n == 10
 
 
 # State

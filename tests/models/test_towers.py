@@ -9,14 +9,23 @@ import open_clip
 import pytest
 import torch
 
+from tests.models import languages
 from tests.models.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
 from vlp import plugin
 from vlp.models import assemble
 
-NAMES = ["huggingface", "open_clip", "timm", "transformer", "vit"]
+NAMES = ["huggingface", "llm", "open_clip", "stored", "timm", "transformer", "vit"]
+
+
+def _text_section(**section):
+    """open_clip's keys of a text tower; those of a language model's are ours."""
+    section.pop("vlp_text", None)
+    return open_clip.CLIPTextCfg(**section)
+
+
 SECTIONS = {
     "vision_cfg": open_clip.CLIPVisionCfg,
-    "text_cfg": open_clip.CLIPTextCfg,
+    "text_cfg": _text_section,
     "shared_cfg": dict,
     "preprocess_cfg": dict,
 }
@@ -30,11 +39,13 @@ def example(name, folder):
             "context_length": 12,
             "pretrained": False,
         },
+        "llm": lambda: {"model": str(languages.language_model(folder)), "context_length": 12},
         "open_clip": lambda: {
             "architecture": "ViT-S-32-alt",
             "image_size": 64,
             "context_length": 16,
         },
+        "stored": lambda: {"embeddings": str(languages.text_store(folder))},
         "timm": lambda: {"model": "test_resnet", "image_size": 64},
         "transformer": lambda: {k: v for k, v in TEXT.items() if k != "name"},
         "vit": lambda: {k: v for k, v in VIT.items() if k != "name"},

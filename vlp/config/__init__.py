@@ -7,9 +7,12 @@ line. Plug-ins (sources, towers, terms, tasks) validate their own options by nam
 
 from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment, Views
 from vlp.config.durations import Duration, Plan
-from vlp.config.model import Captioner, Heads, Model, Scale, ViewHead
+from vlp.config.model import Captioner, Heads, Model, Scale, TeacherHead, ViewHead
+from vlp.config.optimizer import Group, LayerDecay, Optimizer
 from vlp.config.reading import dump, find, load, parse, read_yaml, recorded, shipped, shown
-from vlp.config.training import Checkpoint, Log, Optimizer, Pairwise, Teacher, Train
+from vlp.config.stages import Stage
+from vlp.config.teacher import Teacher
+from vlp.config.training import Checkpoint, Log, Pairwise, Train
 from vlp.config.tree import Config
 from vlp.schema import ConfigError
 
@@ -22,15 +25,19 @@ __all__ = [
     "ConfigError",
     "Data",
     "Duration",
+    "Group",
     "Heads",
+    "LayerDecay",
     "Log",
     "Model",
     "Optimizer",
     "Pairwise",
     "Plan",
     "Scale",
+    "Stage",
     "StrongAugment",
     "Teacher",
+    "TeacherHead",
     "TextAugment",
     "Train",
     "ViewHead",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from vlp.config.stages import Stage
     from vlp.config.training import Train
 
 _SAMPLES = {"samples": 1.0, "ksamples": 1e3, "Msamples": 1e6}
@@ -81,6 +83,12 @@ class Plan:
     batch: int  # global
     steps_per_epoch: int
     total: int  # steps of the whole run
+    # of a stage: its first step, the one after its last (None: the run's end), and what the stages
+    # before it have seen
+    first: int = 0
+    last: int | None = None
+    epochs_before: Fraction = Fraction(0)
+    samples_before: int = 0
 
     @classmethod
     def of(cls, train: Train, steps_per_epoch: int) -> Plan:
@@ -105,9 +113,10 @@ class Plan:
             return True
 
         # Rounding moves a multiple by half a step at most, so only the nearest can be `step`.
-        nearest = round(step / span)
+        shift = self._shift(every)
+        nearest = round((step - shift) / span)
         near = range(max(1, nearest - 1), min(nearest + 1, n_multiples) + 1)
-        return any(round(k * span) == step for k in near)
+        return any(round(shift + k * span) == step for k in near)
 
     def due_steps(self, every: Duration | None) -> list[int]:
         """The steps after which something done `every` so often is due: the rounded multiples of
@@ -122,7 +131,8 @@ class Plan:
         span, n_multiples = self._multiples(every)
         if span <= 1:
             return list(range(1, self.total + 1))
-        multiples = {round(k * span) for k in range(1, n_multiples + 1)}
+        shift = self._shift(every)
+        multiples = {round(shift + k * span) for k in range(1, n_multiples + 1)}
         return sorted(multiples | {self.total})
 
     def _multiples(self, every: Duration) -> tuple[Fraction, int]:
@@ -133,4 +143,84 @@ class Plan:
         end = Fraction(self.total)
         if every.unit == "%":
             end -= span / 10
-        return span, int(end / span)
+        return span, int((end - self._shift(every)) / span)
+
+    @property
+    def end(self) -> int:
+        """The step after which the stage is over, or the run, where it has none."""
+        return self.total if self.last is None else self.last
+
+    def _shift(self, every: Duration) -> Fraction:
+        """Where the multiples of a span begin, in steps: a stage of other batches goes on with the
+        epochs and samples of those before it.
+        """
+        if every.unit == "ep":
+            return self.first - self.epochs_before * self.steps_per_epoch
+        if every.unit == "samples":
+            return self.first - Fraction(self.samples_before, self.batch)
+        return Fraction(0)
+
+
+def of_stages(
+    train: Train, stages: Sequence[Stage], steps_per_epoch: Callable[[int], int]
+) -> list[Plan]:
+    """The extents of a run's stages and of what follows them, one after another, by the steps of an
+    epoch at a batch.
+
+    Stages are measured in the unit of train.duration, each at its own batch: of 32 epochs a stage
+    of 30 leaves two, whatever its steps come to. ValueError for stages beyond the whole, or shorter
+    than half a step.
+    """
+    left = Fraction(str(train.duration.value))
+    position, spans = Fraction(0), []
+    for i, stage in enumerate(stages):
+        batch = stage.batch or train.batch
+        a_step = _a_step(train.duration, batch, steps_per_epoch(batch))
+        if stage.duration.unit == "%":
+            extent = Fraction(str(train.duration.value)) * Fraction(str(stage.duration.value)) / 100
+        else:
+            steps = stage.duration.span(batch=batch, steps_per_epoch=steps_per_epoch(batch))
+            extent = steps * a_step
+        left -= extent
+        if left < 0:
+            raise ValueError(
+                f"stages.{i}.duration is {stage.duration.to_config()}, and with those before it "
+                f"more than train.duration, {train.duration.to_config()}; shorten one, or raise it"
+            )
+        spans.append((batch, extent / a_step))
+
+    # What is left is trained as configured; of a run without stages that is all of it.
+    if left or not stages:
+        a_step = _a_step(train.duration, train.batch, steps_per_epoch(train.batch))
+        spans.append((train.batch, left / a_step))
+
+    plans: list[Plan] = []
+    first, epochs, samples = 0, Fraction(0), 0
+    for i, (batch, span) in enumerate(spans):
+        # Rounded where they end, so that lengths do not drift.
+        position += span
+        last = round(position)
+        if last == first and i < len(stages):
+            raise ValueError(
+                f"stages.{i}.duration is {float(span):.2g} steps; give it one or more, or leave it "
+                "out"
+            )
+        per_epoch = steps_per_epoch(batch)
+        plans.append(Plan(batch, per_epoch, 0, first, last, epochs, samples))
+        epochs += Fraction(last - first, per_epoch)
+        samples += (last - first) * batch
+        first = last
+
+    # A rest of less than half a step is none; a run has one step at least.
+    if len(plans) > 1 and plans[-1].first == plans[-1].last:
+        plans.pop()
+    total = max(1, first)
+    plans[-1] = replace(plans[-1], last=total)
+    return [replace(plan, total=total) for plan in plans]
+
+
+def _a_step(duration: Duration, batch: int, steps_per_epoch: int) -> Fraction:
+    """How much of a duration one step is, in the duration's unit."""
+    if duration.unit == "samples":
+        return Fraction(batch)
+    return Fraction(1, steps_per_epoch) if duration.unit == "ep" else Fraction(1)

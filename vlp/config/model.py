@@ -34,6 +34,24 @@ class ViewHead:
 
 
 @dataclass(frozen=True)
+class TeacherHead:
+    """Linear maps of images and of texts to a teacher's width, with a scale of its own."""
+
+    # D', the width of the teacher's embeddings; of several teachers one each, in their order
+    width: int | list[int]
+    scale: Scale = Scale()  # between the student's rows and the teacher's (distill: interactive)
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"width is {self.width}; expected the width of the teacher's rows")
+
+    @property
+    def widths(self) -> list[int]:
+        """Of every teacher."""
+        return [self.width] if isinstance(self.width, int) else self.width
+
+
+@dataclass(frozen=True)
 class Captioner:
     """A multimodal decoder of the text tower's width."""
 
@@ -48,6 +66,8 @@ class Heads:
     # projection of further views (data.views): image_views, text_views
     views: ViewHead | None = None
     concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
+    # maps to the teachers' widths: projected_image, projected_text, interactive_scale
+    teacher: TeacherHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
 
     def __post_init__(self) -> None:
@@ -88,6 +108,19 @@ class Model:
                 "image_tower.context stretches the text tower that an image tower brings, and here "
                 "text_tower is another; write text_tower.context"
             )
+
+        text = self.text_tower
+        if text is not None and getattr(text.common, "precomputed", False):
+            raise ValueError(
+                "precomputed is of image towers; stored text embeddings are a tower of their own: "
+                "text_tower: {name: stored, embeddings: DIR}"
+            )
+
+    @property
+    def stored_texts(self) -> str | None:
+        """The folders with text embeddings that training reads in place of captions' tokens."""
+        text = self.text_tower
+        return text.options.embeddings if text is not None and text.name == "stored" else None
 
     @property
     def context(self) -> Any:

@@ -1,4 +1,4 @@
-"""The sections about the run itself: `train`, `teacher`, `pairwise`, `checkpoint` and `log`."""
+"""The sections about the run itself: `train`, `pairwise`, `checkpoint` and `log`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlp.config.durations import Duration
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW with warm-up and cosine decay. Decay leaves gains, biases, embeddings, scale and bias
-    alone.
-    """
-
-    lr: float = 5e-4  # peak learning rate, reached after the warm-up
-    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's decay of the two moments
-    eps: float = 1e-6  # AdamW's ε in the denominator
-    weight_decay: float = 0.2  # decoupled, as AdamW's
-    # linear rise of the learning rate from 0 to lr at the start
-    warmup: Duration = Duration(5, "%")
-    final_lr: float = 0.0  # share of lr at the end of the cosine
-    clip_norm: float | None = 1.0  # largest norm of the global gradient; None: no clipping
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
-            raise ValueError("lr and eps must be positive, weight_decay >= 0, final_lr in [0, 1]")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; expected a positive number or null")
+from vlp.config.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
@@ -42,7 +21,7 @@ class Train:
     # most texts that a micro-batch embeds: rows with several captions, or hard ones, are cut into
     # more micro-batches than micro_batches says; None: no bound
     max_texts: int | None = None
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = field(default_factory=Optimizer)
     # of the towers' arithmetic; auto: the faster one, as a short measurement finds
     precision: Literal["auto", "float32", "bf16"] = "auto"
     # what keeps ranks in step; auto: what the launcher set up
@@ -81,25 +60,6 @@ class Train:
         if self.max_skipped < 1:
             raise ValueError(
                 f"max_skipped is {self.max_skipped}; expected at least 1, or non_finite: stop"
-            )
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Models that give terms embeddings without gradient, beside the trained one (vlp.teacher)."""
-
-    # decay of the model's moving average (DeGLA .9996, BriVL .99); None: there is none
-    ema: float | None = None
-    queue: int = 0  # latest pairs of all ranks whose embeddings by the moving average are kept
-    model: str | None = None  # another, frozen model: any reference (vlp.pretrained.references)
-
-    def __post_init__(self) -> None:
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.9996")
-        if self.queue < 0 or (self.queue and self.ema is None):
-            raise ValueError(
-                f"queue is {self.queue} with ema {self.ema}: "
-                "expected a size >= 0, and ema where it is not 0"
             )
 
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from vlp.config.data import Data
 from vlp.config.model import Model
-from vlp.config.training import Checkpoint, Log, Pairwise, Teacher, Train
+from vlp.config.stages import Stage
+from vlp.config.teacher import Teacher
+from vlp.config.training import Checkpoint, Log, Pairwise, Train
 from vlp.plugin import Keyed, KeyedPlugins
 
 
@@ -21,6 +23,8 @@ class Config:
     train: Train
     # terms of the loss by name; the total is Σ weight · term
     objective: Annotated[KeyedPlugins, Keyed("vlp.losses")]
+    # phases before the rest of the run, one after another (FLIP, CLIPA); empty: there are none
+    stages: list[Stage] = field(default_factory=list)
     pairwise: Pairwise = Pairwise()
     teacher: Teacher = Teacher()
     # which samples a step trains on; empty: every one that is loaded

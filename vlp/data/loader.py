@@ -10,19 +10,19 @@ loader to accelerate's `prepare`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from vlp import dist, log
 from vlp.config import Data
+from vlp.data import sequence
 from vlp.data.cores import usual_workers
-from vlp.data.mix import Mixture
+from vlp.data.mix import Begin, Mixture
 from vlp.data.offered import optional_fields, read_fields
 from vlp.data.processes import (
     SHARED_MEMORY,
@@ -34,7 +34,7 @@ from vlp.data.processes import (
 from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps, joined
 from vlp.lifetime import cut_short
-from vlp.schema import plain
+from vlp.text_store import TextStore
 from vlp.types import Batch, ImageSpec, TextSpec
 
 __all__ = ["DataError", "Loader"]
@@ -78,6 +78,8 @@ class Loader:
         pixels: bool = True,
         # by terms and selection: labels and texts that none of them reads are not made
         reads: frozenset[str] | None = None,
+        # embeddings that take the place of the texts' tokens
+        store: TextStore | None = None,
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(
@@ -90,25 +92,33 @@ class Loader:
             plugin.module.open(plugin.options, data.captions) for plugin in data.sources
         ]
         weights = [plugin.common.weight for plugin in data.sources]
-        drawing = _drawing(data, batch // world, mixture)
+        drawing = sequence.drawing(data, batch // world, mixture)
         self._mixture = mixture(self.sources, weights, seed=seed, shuffle=data.shuffle, **drawing)
         self.n_samples = self._mixture.n_samples
         self.steps_per_epoch = self._mixture.steps_per_epoch(batch)
         if not self.steps_per_epoch:
-            raise ValueError(_too_few(self._mixture, batch, data.together))
+            raise ValueError(sequence.too_few(self._mixture, batch, data.together))
 
         # What a batch carries.
+        self.store = store
         self.widths = optional_fields(self.sources, data, reads)
         self.carries = frozenset(self.widths)
         # Of teacher_image and teacher_text; None where they are not carried.
         self.teacher_scale = _teacher_scale(self.sources)
+        width = self.widths.get("teacher_image")
+        self.teacher_shape = () if width is None else (width,)
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
-        fields = self.widths if reads is None else read_fields(self.widths, reads)
-        self._steps = Steps(self._mixture, data, image, text, batch, rank, world, fields, pixels)
-        self._rows = batch // world
-        self._workers = self._start_workers(data, min(world, dist.local_world_size()))
-        self._identity = _identity(self._mixture, data, batch, seed)
+        self._made_fields = self.widths if reads is None else read_fields(self.widths, reads)
+        if store is not None and "text_views" in self._made_fields:
+            raise ValueError(
+                "data.views changes the words of captions, whose embeddings are stored; take "
+                "data.views away, or a text tower that reads tokens"
+            )
+        self._data, self._seed, self._rank, self._world = data, seed, rank, world
+        self._pixels = pixels
+        self._make(batch, image, text)
+        self._batches: list[tuple[int, int]] = [(0, batch)]
         self._content = [source.contents() for source in self._mixture.sources]
 
         # Where the run stands, and what was lost on the way.
@@ -119,13 +129,69 @@ class Loader:
         self._bad_share = data.bad_share
         # The first hundred bad samples: id, key, reason.
         self.bad: list[tuple[int, str, str]] = []
-        self.n_left_out = _n_left_out(self._mixture)
+        self.n_left_out = sequence.n_left_out(self._mixture)
         self._cut_told = False
         self._reset_counters()
 
         # All ranks read the same sources.
         if rank == 0:
             self._warn_of_problems()
+
+    def _make(self, batch: int, image: ImageSpec, text: TextSpec) -> None:
+        """Make steps of `batch` rows of all ranks, of these pixels and tokens."""
+        self._steps = Steps(
+            self._mixture,
+            self._data,
+            image,
+            text,
+            batch,
+            self._rank,
+            self._world,
+            self._made_fields,
+            self._pixels,
+            self.store,
+        )
+        self._rows = batch // self._world
+        self._workers = self._start_workers(self._data, min(self._world, dist.local_world_size()))
+
+    def enter(self, batches: list[tuple[int, int]], image: ImageSpec, text: TextSpec) -> None:
+        """Go on with other batches, from the next one on. ValueError for a size that the ranks do
+        not divide or that the data do not fill.
+
+        batches: (first step, rows of all ranks) of every size that the run has had, the last of
+        which is the one to come: what stood in the earlier ones decides what follows.
+        """
+        self.close()
+
+        # From the beginning: where a size begins depends on all before it.
+        self._mixture.begin(Begin(0, 0))
+        for (_, earlier), (step, _) in pairwise(batches):
+            self._mixture.begin(self._mixture.end(step, earlier))
+
+        batch = batches[-1][1]
+        self.steps_per_epoch = self.epoch_steps(batch)
+        self._make(batch, image, text)
+        self._batches = batches
+
+    def epoch_steps(self, batch: int) -> int:
+        """Steps of an epoch in batches of this size; ValueError for one that does not fit."""
+        if batch % self._world or batch // self._world % self._data.together:
+            unit = self._world * self._data.together
+            raise ValueError(
+                f"a batch of {batch} cannot be cut for {self._world} ranks in groups of "
+                f"{self._data.together} rows; choose a multiple of {unit}"
+            )
+        steps = self._mixture.steps_per_epoch(batch)
+        if not steps:
+            raise ValueError(sequence.too_few(self._mixture, batch, self._data.together))
+        return steps
+
+    def _identity(self, step: int) -> dict[str, Any]:
+        """What the sequence up to `step` depends on, besides it."""
+        # Of the sizes only those that were in use: what comes later may still be changed.
+        used = [(first, batch) for first, batch in self._batches if first < step or not first]
+        batches = used[0][1] if len(used) == 1 else [list(size) for size in used]
+        return sequence.identity(self._mixture, self._data, batches, self._seed)
 
     def _start_workers(self, data: Data, n_ranks: int) -> int:
         """The number of loader processes of each of the `n_ranks` on this machine; divides the
@@ -228,23 +294,26 @@ class Loader:
             "waited_s": self._waited_s,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """The next step and what the sequence depends on; JSON-able, the same on all ranks.
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """The next step, or an earlier one to go on from, and what the sequence depends on;
+        JSON-able, the same on all ranks.
 
         A few hundred bytes, and eight letters a shard.
         """
         content = ["".join(contents.digests) for contents in self._content]
-        return {"step": self._position, **self._identity, "content": content}
+        step = self._position if step is None else step
+        return {"step": step, **self._identity(step), "content": content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the state's step, on any number of ranks and workers; DataError where the
         sequence would differ.
         """
         saved = {name: value for name, value in state.items() if name not in ("step", "content")}
+        identity = self._identity(int(state["step"]))
         differences = [
-            f"{name} was {saved.get(name)!r}, is {self._identity.get(name)!r}"
-            for name in self._identity | saved
-            if saved.get(name) != self._identity.get(name)
+            f"{name} was {saved.get(name)!r}, is {identity.get(name)!r}"
+            for name in identity | saved
+            if saved.get(name) != identity.get(name)
         ]
         # A checkpoint from before there were digests says nothing of the content.
         for contents, digests in zip(self._content, state.get("content", [])):
@@ -314,41 +383,6 @@ class Loader:
         log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
 
 
-def _drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str, Any]:
-    """How `mixture` is to draw, as far as it differs from whole epochs of single samples."""
-    if rows % data.together:
-        # The nearest size below, for a larger one may not fit into memory.
-        near = max(data.together, rows // data.together * data.together)
-        raise ValueError(
-            f"data.together is {data.together}, which does not divide a rank's {rows} rows: "
-            f"a group would cross to another rank; use a train.batch of {near} a rank"
-        )
-
-    options: dict[str, Any] = {}
-    if data.together > 1:
-        options["together"] = data.together
-    if data.captions.choose == "all" and not data.captions.n_beside:
-        options["every_caption"] = True
-    if data.replacement:
-        options["replacement"] = True
-
-    # A selection is a mixture of its own, which knows none of these.
-    if options and mixture is not Mixture:
-        raise ValueError(
-            "a selection decides which samples a step holds; leave out data.together, "
-            "data.replacement and captions.choose: all"
-        )
-    return options
-
-
-def _too_few(mixture: Mixture, batch: int, together: int) -> str:
-    """What to say of data that do not fill one batch."""
-    held = f"{mixture.n_samples} samples"
-    if together > 1:
-        held = f"{mixture.n_units} groups of {together}"
-    return f"a batch of {batch} is larger than the data ({held}); set train.batch lower"
-
-
 def _teacher_scale(sources: list[Source]) -> float | None:
     """The logit scale of the one teacher whose embeddings all sources have, else None."""
     teachers = {
@@ -363,32 +397,3 @@ def _teacher_scale(sources: list[Source]) -> float | None:
 
     [teacher] = teachers
     return None if teacher is None else teacher.scale
-
-
-def _n_left_out(mixture: Mixture) -> int:
-    """Samples that no batch will hold: unusable ones, and those of origins that are too small."""
-    unusable = sum(source.n_left_out for source in mixture.sources)
-    return unusable + sum(units.n_left_out for units in mixture.units)
-
-
-def _identity(mixture: Mixture, data: Data, batch: int, seed: int) -> dict[str, Any]:
-    """What the sequence of samples depends on, besides the step."""
-    fingerprints = [source.fingerprint() for source in mixture.sources]
-    weights: list[str | None] = [None] * len(fingerprints)
-    if mixture.shares is not None:
-        weights = [str(share) for share in mixture.shares]
-
-    return {
-        "samples": mixture.n_samples,
-        "batch": batch,
-        "seed": seed,
-        "shuffle": data.shuffle,
-        "weights": weights,
-        "sources": _short_digest("".join(fingerprints)),
-        "captions": _short_digest(json.dumps(plain(data.captions))),
-        **mixture.identity(),
-    }
-
-
-def _short_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

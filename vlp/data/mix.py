@@ -44,6 +44,15 @@ class _Draws(NamedTuple):
     rounds: np.ndarray
 
 
+class Begin(NamedTuple):
+    """Where batches of one size begin: the step, and how many units were drawn before it, those
+    that the ends of epochs left out included.
+    """
+
+    step: int
+    draw: int
+
+
 class Mixture:
     """Several sources as one numbered collection: sample_id counts through the sources in order.
 
@@ -91,6 +100,7 @@ class Mixture:
 
         self._shards = self._shards_of_streams()
         self._windows: dict[int, Windows] = {}
+        self._begin = Begin(0, 0)
 
     def read(self, sample_id: int) -> Sample:
         """The sample with this number; raises OSError or ValueError where it cannot be read."""
@@ -106,6 +116,20 @@ class Mixture:
     def steps_per_epoch(self, size: int) -> int:
         """Batches of `size` rows that an epoch gives."""
         return self.n_units // (size // self.together)
+
+    def begin(self, begin: Begin) -> None:
+        """Let batches of another size follow those before step `begin.step`."""
+        self._begin = begin
+
+    def end(self, step: int, size: int) -> Begin:
+        """Where batches of another size go on after those of `size` rows before `step`, so that no
+        unit of an epoch is drawn twice or passed over.
+        """
+        n = size // self.together
+        if step == self._begin.step:
+            return self._begin
+        # Behind the last batch, not at the next one: a smaller batch may still fit into the epoch.
+        return Begin(step, self._first_draw(step - 1, n) + n)
 
     def identity(self) -> dict[str, Any]:
         """What the order depends on besides sources, weights, seed and shuffle; JSON-able. A
@@ -233,15 +257,14 @@ class Mixture:
 
     def _draws(self, step: int, n: int) -> Iterator[_Draws]:
         """The n draws of a step, source by source."""
+        first_draw = self._first_draw(step, n)
         if self.shares is not None:
-            for s, (places, count) in enumerate(self._deal(step, n)):
+            for s, (places, count) in enumerate(self._deal(first_draw, n)):
                 units, rounds = self._order(s + 1, len(self.units[s]), count[places])
                 yield _Draws(places, units, rounds)
             return
 
-        # An epoch is cut into whole batches: what remains at its end is left out.
-        epoch, step_of_epoch = divmod(step, self.n_units // n)
-        count = epoch * self.n_units + step_of_epoch * n + np.arange(n)
+        count = first_draw + np.arange(n)
         numbers, rounds = self._order(0, self.n_units, count)
 
         first = 0
@@ -249,6 +272,20 @@ class Mixture:
             places = (first <= numbers) & (numbers < first + len(of_source))
             yield _Draws(places, numbers[places] - first, rounds[places])
             first += len(of_source)
+
+    def _first_draw(self, step: int, n: int) -> int:
+        """The number of a step's first draw, of n a step; without weights epochs count N units."""
+        steps = step - self._begin.step
+        if self.shares is not None:
+            return self._begin.draw + steps * n
+
+        # An epoch is cut into whole batches: what remains at its end is left out.
+        epoch, done = divmod(self._begin.draw, self.n_units)
+        left_of_epoch = (self.n_units - done) // n
+        if steps < left_of_epoch:
+            return self._begin.draw + steps * n
+        epochs, step_of_epoch = divmod(steps - left_of_epoch, self.n_units // n)
+        return (epoch + 1 + epochs) * self.n_units + step_of_epoch * n
 
     def _order(self, stream: int, n: int, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Elements `count` of a stream's endless sequence of n units, and the round of each: its
@@ -281,7 +318,7 @@ class Mixture:
             self._windows[key] = Windows(runs, width, key)
         return self._windows[key](i)
 
-    def _deal(self, step: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _deal(self, first_draw: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each source: which of the step's n draws are its own [n], and how many it had before
         each draw [n].
         """
@@ -295,7 +332,7 @@ class Mixture:
 
         # Python integers, for products exceed 64 bits: how many draws were left to the sources that
         # are still to be dealt to, before and after each of the step's.
-        before = (step * n + np.arange(n)).astype(object)
+        before = (first_draw + np.arange(n)).astype(object)
         after = before + 1
         left = total
 

@@ -20,6 +20,7 @@ from vlp.data.mix import Mixture
 from vlp.data.row import Row, choose_caption
 from vlp.data.row_texts import TEXTS, Texts
 from vlp.fields import CARRIED, EMBEDDED, LABELS
+from vlp.text_store import TextStore
 from vlp.types import Batch, ImageSpec, TextSpec
 
 _TRIES = 64  # stand-ins for one bad sample before the data is called unusable
@@ -57,11 +58,13 @@ class Steps(Dataset):
         world: int,
         widths: dict[str, int],
         pixels: bool,
+        store: TextStore | None = None,
     ) -> None:
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
         self.widths = widths  # of the optional fields that are made
         self.pixels = pixels
+        self.store = store  # of text embeddings, which take the place of token ids
 
         # This rank's rows of each step.
         self.size = batch
@@ -77,7 +80,8 @@ class Steps(Dataset):
     def __getitem__(self, item: int) -> tuple[Batch, Report]:
         step, part = divmod(item, self.parts)
         numbers = self.rows_of(part)
-        self._tokenizer = self._tokenizer or text.build(self.text)
+        if self._tokenizer is None:
+            self._tokenizer = text.build(self.text) if self.store is None else self.store
 
         # Which samples stand in the whole step; shards of later ones are fetched meanwhile.
         ids = self.mixture.batch(step, self.size)
@@ -117,8 +121,10 @@ class Steps(Dataset):
         n_texts = 1 + sum(self.widths.get(name, 0) for name in TEXTS)
         n_numbers = sum(self.widths.get(name, 0) for name in LABELS)
 
-        token_bytes = 8 * self.text.context_length * n_texts
-        return len(self.rows) * (pixels + token_bytes + 4 * n_numbers)
+        text_bytes = 8 * self.text.context_length
+        if self.store is not None:
+            text_bytes = 4 * self.store.width
+        return len(self.rows) * (pixels + text_bytes * n_texts + 4 * n_numbers)
 
     def _new_pictures(self, n: int) -> dict[str, Tensor]:
         """n uninitialised rows of the fields that hold pictures."""
@@ -169,6 +175,7 @@ class Steps(Dataset):
                     caption = choose_caption(row, self.data.captions)
                 row = replace(row, caption=caption)
                 self._check_label(row)
+                self._check_stored(row)
 
                 # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
@@ -185,6 +192,16 @@ class Steps(Dataset):
         """Raise ValueError for a sample without the label that a term reads."""
         if "label" in self.widths and self.data.labels is not None:
             labels.of_row(row, self.data.labels)
+
+    def _check_stored(self, row: Row) -> None:
+        """Raise ValueError for a sample with a text that the store lacks, where there is one."""
+        if self.store is None:
+            return
+        self.store.check([row.caption])
+        for name, field in TEXTS.items():
+            if name in self.widths:
+                further = field.of_row(row, self.data, self.widths[name])
+                self.store.check(filter(None, further.texts))
 
     def _draw(self, row: Row, out: dict[str, Tensor]) -> None:
         """Write the row's pictures; raises ValueError for one that cannot be decoded."""
@@ -256,7 +273,10 @@ class Steps(Dataset):
         return result
 
     def _tokens(self, name: str, of_rows: list[Texts]) -> tuple[Tensor, int]:
-        """[b, width, L], or [b, L] where the field holds one text a row; and how many were cut."""
+        """[b, width, L], or [b, L] where the field holds one text a row; and how many were cut.
+
+        Of a store L is the width of its rows.
+        """
         texts = list(itertools.chain.from_iterable(row.texts for row in of_rows))
         flat, n_truncated = self._tokenizer.tokenize(texts)
         one_a_row = EMBEDDED[name].batch_shape == "b L"

@@ -17,6 +17,7 @@ import regex
 import torch
 from torch import Tensor
 
+from vlp.data.prompted import PromptedTokenizer, is_prompted
 from vlp.types import TextSpec
 
 # Threads of the tokenizers library do not survive a fork.
@@ -29,7 +30,7 @@ _LIMIT = 1 << 17
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def build(spec: TextSpec) -> ClipTokenizer | HubTokenizer:
+def build(spec: TextSpec) -> ClipTokenizer | HubTokenizer | PromptedTokenizer:
     """The tokenizer for `spec`: callable on a list of texts, returning int64 [n, L]; raises
     ValueError or OSError.
     """
@@ -37,6 +38,8 @@ def build(spec: TextSpec) -> ClipTokenizer | HubTokenizer:
         raise ValueError(
             "reduction_mask draws tokens at random outside our seeds; choose plain truncation"
         )
+    if is_prompted(spec):
+        return PromptedTokenizer(spec)
     return ClipTokenizer(spec) if spec.tokenizer == "clip" else HubTokenizer(spec)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from vlp import config, dist
 from vlp.engines.base import Engine, State
+from vlp.engines.fitness import check_optimizer
 from vlp.engines.precision import check as check_precision
 from vlp.engines.precision import compute_dtype
 from vlp.engines.processes import launched_engine, launched_processes
@@ -42,6 +43,7 @@ def start(options: config.Train) -> Engine:
             f"with launch/accelerate/{name}.yaml (on a CPU cpu2.yaml, which takes any engine)"
         )
 
+    check_optimizer(options.optimizer, name)
     if name.startswith("zero") and device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
 

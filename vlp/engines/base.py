@@ -9,7 +9,7 @@
     engine.update(lr)                        clips, updates, clears; returns the gradient's norm,
                                              and updates nothing where that is not finite
     engine.state(), engine.load_moments(…)   whole tensors by parameter name: the same for every
-                                             engine and any W
+                                             engine and any W, whatever the optimiser keeps
     engine.average(), engine.follow(…)       a moving average of the model (vlp.teacher)
 
 Only `vlp.step` calls backward and update. Every engine averages gradients over ranks.
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from vlp import config
 from vlp.models.dual_encoder import DualEncoder
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides "step"
 State = tuple[dict[str, Tensor], dict[str, Tensor]]  # (model, optimiser)
 
 
@@ -47,4 +46,4 @@ class Engine(Protocol):
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module: ...
     def follow(self, average: nn.Module, decay: float, counts: Tensor) -> None: ...
     def whole(self, average: nn.Module) -> dict[str, Tensor]: ...
-    def evaluation_model(self) -> DualEncoder: ...
+    def evaluation_model(self, average: nn.Module | None = None) -> DualEncoder: ...

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
 from vlp.engines import compiling
-from vlp.engines.base import MOMENTS, State
+from vlp.engines.base import State
 from vlp.engines.copies import sharing
 from vlp.engines.precision import set_up
 from vlp.engines.processes import accelerator
@@ -46,6 +46,8 @@ class Replicated:
 
         # After the wrapping: FSDP2 puts sharded parameters in the place of the whole ones.
         self.optimizer = optim.build(self.module, options.optimizer)
+        self.optimizer_options = options.optimizer
+        self.counters = optim.trial(options.optimizer).counters
 
     def wrap(self, options: config.Train) -> None:
         self.module.to(self.device)
@@ -74,25 +76,29 @@ class Replicated:
         loss.backward()
 
     def update(self, lr: float) -> Tensor:
-        """One AdamW step at rate `lr`; returns the norm of the averaged gradient before clipping.
+        """One step of the optimiser at rate `lr`; returns the norm of the averaged gradient before
+        clipping.
 
-        Where the norm is not finite, on all ranks alike, neither weights nor moments move: the
-        fused optimiser looks at `found_inf` on the device, so nothing waits for the answer here.
+        Where the norm is not finite, on all ranks alike, neither weights nor the optimiser's state
+        move. Fused AdamW looks at `found_inf` on the device, so nothing waits for the answer here;
+        for other optimisers the host reads it, before the step.
         """
         norm = self.gradient_norm()
-
-        # Read by the fused optimiser on the device; asking here would make the host wait.
-        found_inf = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by this name
 
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
             gradients = [local_part(gradient) for gradient in self._gradients()]
             torch._foreach_mul_(gradients, factor)
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        optim.set_up_step(self.optimizer, lr)
+        if optim.guards_itself(self.optimizer):
+            # Read by the fused optimiser on the device; asking here would make the host wait.
+            found_inf = (~torch.isfinite(norm)).float()
+            self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by this name
+            self.optimizer.step()
+        elif torch.isfinite(norm).item():
+            self.optimizer.step()
+
         self.optimizer.zero_grad()
         return norm
 
@@ -111,9 +117,9 @@ class Replicated:
 
         moments: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
-            if parameter not in self.optimizer.state:
+            if not parameter.requires_grad:
                 continue
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in optim.named_values(self.optimizer, parameter, self.counters):
                 # Gathering is collective: ranks that keep nothing take part all the same.
                 whole = _whole(value)
                 if keep:
@@ -123,16 +129,8 @@ class Replicated:
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
-        for name, parameter in self.module.named_parameters():
-            if f"step.{name}" not in moments:
-                continue
-
-            # Copied, because AdamW counts in place.
-            state = {"step": moments[f"step.{name}"].to(self.device, copy=True)}
-            for key in MOMENTS:
-                whole = moments[f"{key}.{name}"].to(self.device)
-                state[key] = _part(whole, parameter)
-            self.optimizer.state[parameter] = state
+        named = dict(self.module.named_parameters())
+        optim.restore(self.optimizer, self.optimizer_options, named, moments, _part)
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every
@@ -164,10 +162,12 @@ class Replicated:
         """
         return whole_state(average, keep=dist.is_main())
 
-    def evaluation_model(self) -> DualEncoder:
-        """A plain model with the current weights that each rank may call by itself. Collective."""
+    def evaluation_model(self, average: Any = None) -> DualEncoder:
+        """A plain model with the current weights, or with those of an `average`, that each rank may
+        call by itself. Collective.
+        """
         # Compiled blocks would be compiled again for the shapes of every task.
-        return sharing(self.module)
+        return sharing(self.module if average is None else average)
 
 
 def ddp_settings(model: nn.Module) -> DistributedDataParallelKwargs:
@@ -225,5 +225,5 @@ def whole_state(
 def _part(whole: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_whole`: sharded as `like` is."""
     if isinstance(like, DTensor):
-        return distribute_tensor(whole, like.device_mesh, like.placements)
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(whole)  # in the order of the parameter's memory

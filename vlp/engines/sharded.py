@@ -89,8 +89,9 @@ class Sharded(Replicated):
         local_square = local_norms.square().sum()
         return dist.all_reduce(local_square, dist.world()).sqrt()
 
-    def evaluation_model(self) -> DualEncoder:
-        return filled(self.skeleton, whole_state(self.module, self.device), self.device)
+    def evaluation_model(self, average: Any = None) -> DualEncoder:
+        sharded = self.module if average is None else average
+        return filled(self.skeleton, whole_state(sharded, self.device), self.device)
 
 
 def keeps_whole(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp import config, dist, optim
-from vlp.engines.base import MOMENTS, State
+from vlp.engines.base import State
 from vlp.engines.copies import filled, skeleton
 from vlp.engines.precision import compute_dtype, set_up
 from vlp.engines.processes import accelerator
@@ -69,10 +69,10 @@ class ZeRO:
         obtained = self.model.zero_optimization_stage()
         if obtained != self.stage:
             raise LaunchError(f"asked for ZeRO stage {self.stage}, obtained {obtained}")
-        self._create_moments()
+        self._create_moments(options.optimizer)
 
-    def _create_moments(self) -> None:
-        """Give every shard its AdamW state before the first step.
+    def _create_moments(self, options: config.Optimizer) -> None:
+        """Give every shard its state of the optimiser before the first step.
 
         DeepSpeed links parameters to that state in the middle of the first step, when only the
         first group's exists.
@@ -81,10 +81,19 @@ class ZeRO:
             shards = self.zero.fp32_partitioned_groups_flat
         else:
             shards = self.zero.single_partition_of_fp32_groups
-        for shard in shards:
-            zeros = {key: torch.zeros_like(shard) for key in MOMENTS}
-            step = torch.zeros((), device=shard.device)
-            self.zero.optimizer.state[shard] = {"step": step, **zeros}
+        group = {"params": list(shards), "weight_decay": 0.0, "lr_factor": 1.0}
+        self.zero.optimizer.state.clear()  # Adagrad has made one of parameters that are no more
+        self.zero.optimizer.state.update(optim.initial_states([group], options))
+
+        # What is cut like the parameters; the rest are numbers, the same for all of them.
+        state = self.zero.optimizer.state[shards[0]]
+        self.moments = [
+            key
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.shape == shards[0].shape
+        ]
+        self.numbers = [key for key in state if key not in self.moments]
+
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -106,9 +115,7 @@ class ZeRO:
         DeepSpeed leaves a step with non-finite gradients out by itself, on all ranks alike. It asks
         the device for that in every step: under this engine alone the host waits in mid-step.
         """
-        for group in self.zero.param_groups:
-            group["lr"] = lr
-
+        optim.set_up_step(self.zero, lr)
         self.model.step()
 
         # A step that was left out has no norm.
@@ -123,22 +130,26 @@ class ZeRO:
         keep = everywhere or dist.is_main()
         model = self._weights(keep)
 
-        step = next(iter(self.zero.optimizer.state.values()))["step"]
         moments: dict[str, Tensor] = {}
         for parameter in self.module.parameters():
             if not parameter.requires_grad:
                 continue
 
             # Collective, so ranks that keep nothing take part all the same.
-            whole = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            whole = {key: safe_get_full_optimizer_state(parameter, key) for key in self.moments}
             if not keep:
                 continue
             name = self.names[id(parameter)]
-            for key, value in whole.items():
+            for key, value in (self._numbers() | whole).items():
                 moments[f"{key}.{name}"] = value.detach().cpu().clone()
-            moments[f"step.{name}"] = step.detach().cpu().clone()
 
         return (model, moments) if keep else ({}, {})
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """What the optimiser counts, the same for all parameters."""
+        shard = next(iter(self.zero.optimizer.state))
+        values = dict(optim.named_values(self.zero.optimizer, shard))
+        return {key: values[key] for key in self.numbers}
 
     def _weights(self, keep: bool = True) -> dict[str, Tensor]:
         """Whole float32 copies of parameters and buffers on the CPU, where `keep`. Collective."""
@@ -172,16 +183,23 @@ class ZeRO:
         if not moments:
             return
 
-        step = next(value for name, value in moments.items() if name.startswith("step."))
-        for state in self.zero.optimizer.state.values():
-            state["step"].copy_(step)
-
+        saved = optim.by_parameter(moments)
         for parameter in self.module.parameters():
             if not parameter.requires_grad:
                 continue
             name = self.names[id(parameter)]
-            for key in MOMENTS:
-                self._scatter(parameter, moments[f"{key}.{name}"].to(self.device), key)
+            for key in self.moments:
+                whole = optim.saved_value(saved.get(name, {}), key, name)
+                self._scatter(parameter, whole.to(self.device), key)
+
+        # Numbers are the same for all parameters: those of the last one.
+        for state in self.zero.optimizer.state.values():
+            for key in self.numbers:
+                value = optim.saved_value(saved[name], key, name)
+                if isinstance(state[key], Tensor):
+                    state[key].copy_(value)  # of its own: every group counts in place
+                else:
+                    state[key] = type(state[key])(value.item())
 
     def _scatter(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
         """Put this rank's part of a whole moment where DeepSpeed keeps it."""
@@ -230,8 +248,12 @@ class ZeRO:
             return {}
         return {name: value.cpu().clone() for name, value in average.state_dict().items()}
 
-    def evaluation_model(self) -> DualEncoder:
-        """A plain model with the current weights that each rank may call by itself. Collective."""
+    def evaluation_model(self, average: nn.Module | None = None) -> DualEncoder:
+        """A plain model with the current weights, or with those of an `average`, that each rank may
+        call by itself. Collective.
+        """
+        if isinstance(average, DualEncoder):
+            return average  # whole on every rank already
         return filled(self.skeleton, self._weights(), self.device)
 
 

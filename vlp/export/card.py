@@ -11,16 +11,21 @@ from typing import Any
 
 import yaml
 
+from vlp import losses, plugin
+from vlp.export.dual_form import FOLDER
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
 from vlp.privacy import shareable
 from vlp.types import ON_WHITE
 
 # of the Hub, by the transformers class that the folder loads as
+VLP = "vlp"  # of a folder that vlp alone loads
 _TAGS: dict[str | None, list[str]] = {
     None: [],
+    VLP: [],
     "CLIPModel": ["transformers", "clip"],
     "SiglipModel": ["transformers", "siglip"],
+    "VisionTextDualEncoderModel": ["transformers", "vision-text-dual-encoder"],
 }
 
 
@@ -34,13 +39,21 @@ def render(
     training: Mapping[str, Any] | None,
     step: int | None,
     license: str | None,
+    origin: str | None = None,
 ) -> str:
     """The README.md of an exported folder called `name`. `form` is the transformers class it loads
-    as, or None.
+    as, VLP, or None; `origin` a sentence on weights that are an average.
     """
-    onnx = any(note.startswith("ONNX") for note in notes)
-    parts = [_front_matter(name, form, results, license), f"# {name}", _summary(model, step)]
-    parts += ["## Use", _usage(name, form, onnx)]
+    libraries = {note.partition(":")[0] for note in notes}
+    parts = [
+        _front_matter(name, form, results, license, "sentence-transformers" in libraries),
+        f"# {name}",
+        _summary(model, step),
+    ]
+    parts += [] if origin is None else [origin]
+    if training is not None and (scale := of_scale(training)):
+        parts.append(scale)
+    parts += ["## Use", _usage(name, form, libraries)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
     parts += ["## Results", _results(results)]
@@ -94,13 +107,25 @@ tokenizes."""
 
 
 def _front_matter(
-    name: str, form: str | None, results: Sequence[Mapping[str, Any]], license: str | None
+    name: str,
+    form: str | None,
+    results: Sequence[Mapping[str, Any]],
+    license: str | None,
+    sentence_transformers: bool,
 ) -> str:
     # Keys and values are the Hub's: it sorts and filters models by them.
+    readers = [] if form == VLP else ["open_clip"]
+    tags = ["contrastive", *readers, *_TAGS[form]]
+    if sentence_transformers:
+        tags.append("sentence-transformers")
+    # The Hub shows how this library loads the repository itself, not a subfolder of it.
+    library = VLP if form == VLP else "open_clip"
+    if form in ("CLIPModel", "SiglipModel"):
+        library = "transformers"
     metadata: dict[str, Any] = {
-        "library_name": "transformers" if form else "open_clip",
+        "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["contrastive", "open_clip", *_TAGS[form]],
+        "tags": tags,
     }
     if license is not None:
         metadata["license"] = license
@@ -154,16 +179,29 @@ def _summary(model: DualEncoder, step: int | None) -> str:
     )
 
 
-def _usage(name: str, form: str | None, onnx: bool) -> str:
+def of_scale(training: Mapping[str, Any]) -> str:
+    """Whose the exported scale is where the objective has a temperature of its own, else empty."""
+    own = losses.own_scale(plugin.keyed("vlp.losses", training.get("objective") or {}))
+    if own is None:
+        return ""
+    return (
+        f"Its scale is not learned: it is 1/temperature of the term `{own[0]}`, {own[1]:.4g}, at "
+        "most the model's bound."
+    )
+
+
+def _usage(name: str, form: str | None, libraries: set[str]) -> str:
     """How each library loads the model, as code that runs where the folder lies; `published` makes
     it the repository's.
     """
     # Every block is run by the tests, against a Hub of their own.
-    blocks = [_open_clip_block(name)]
-    if form is not None:
-        blocks += [_transformers_block(name, form), _sentence_transformers_block(name)]
+    blocks = [] if form == VLP else [_open_clip_block(name)]
+    if form not in (None, VLP):
+        blocks.append(_transformers_block(name, form))
+    if "sentence-transformers" in libraries:
+        blocks.append(_sentence_transformers_block(name))
     blocks.append(_vlp_block(name))
-    if onnx:
+    if "ONNX" in libraries:
         blocks.append(
             "`onnx/image.onnx` and `onnx/text.onnx` take what open_clip's `preprocess` and "
             "`tokenizer` give."
@@ -190,6 +228,9 @@ print(image @ text.T)
 
 def _transformers_block(name: str, form: str) -> str:
     siglip = form == "SiglipModel"
+    place = f'"{name}"'
+    if form == "VisionTextDualEncoderModel":
+        place += f', subfolder="{FOLDER}"'
     padding = '"max_length"' if siglip else "True"
     to_probabilities = "sigmoid()" if siglip else "softmax(dim=-1)"
     return f"""```python
@@ -197,7 +238,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-model, processor = AutoModel.from_pretrained("{name}"), AutoProcessor.from_pretrained("{name}")
+model = AutoModel.from_pretrained({place})
+processor = AutoProcessor.from_pretrained({place})
 image = Image.open("photo.jpg").convert("RGB")
 texts = dict(text=["a cat", "a dog"], padding={padding}, truncation=True)
 inputs = processor(images=image, return_tensors="pt", **texts)
@@ -230,7 +272,9 @@ def published(card: str, name: str, repository: str) -> str:
     """The card of the folder `name` as it stands in a repository: its code loads from there."""
     # By its quotes: the name alone may stand in a sentence.
     card = card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"')
-    return card.replace(f'("{name}")', f'("{repository}")')
+    for end in (")", ", subfolder="):
+        card = card.replace(f'("{name}"{end}', f'("{repository}"{end}')
+    return card
 
 
 def _pictures(model: DualEncoder, form: str | None) -> str:
@@ -251,7 +295,7 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
         f"and every picture was {turned}.",
         "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
     ]
-    if form is not None:
+    if form not in (None, VLP):
         lines += [
             "transformers' processors put transparent pixels on white and turn nothing;",
             "its pipelines turn a picture and drop its transparency.",

@@ -12,7 +12,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained.clip_layout import CLIP_VISION, LAYER, TEXT
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
 # Ids of CLIP's special tokens; transformers pools at END, the largest id, as open_clip does.
 BEGIN, END = 49406, 49407
@@ -51,12 +51,24 @@ _TEXT = _BLOCKS | {
 
 def obstacles(model: DualEncoder) -> list[str]:
     """Why `model` is no CLIPModel, one reason a line; empty where it is one."""
-    vision, text = sections(model)
-    reasons = [*_unlike("vision_cfg", vision, _VISION), *_unlike("text_cfg", text, _TEXT)]
+    return [*image_obstacles(model), *text_obstacles(model)]
+
+
+def image_obstacles(model: DualEncoder) -> list[str]:
+    """Why the image tower is not CLIPModel's."""
+    vision, _ = sections(model)
+    reasons = list(_unlike("vision_cfg", vision, _VISION))
     if isinstance(vision.layers, (list, tuple)):
         reasons.append("the image tower is a ResNet")
     if model.image_spec.size[0] != model.image_spec.size[1]:
         reasons.append(f"the image size {model.image_spec.size} is not square")
+    return reasons
+
+
+def text_obstacles(model: DualEncoder) -> list[str]:
+    """Why the text tower is not CLIPModel's."""
+    _, text = sections(model)
+    reasons = list(_unlike("text_cfg", text, _TEXT))
 
     # open_clip's tokenizer can clean in other ways than CLIP's own.
     clean, options = model.text_spec.clean, model.text_spec.options
@@ -72,23 +84,55 @@ def network(model: DualEncoder, weights: Mapping[str, Tensor]) -> CLIPModel:
     """The CLIPModel with `weights`, which bear open_clip's names."""
     from transformers import CLIPConfig, CLIPModel
 
-    # Sizes come from open_clip's sections, so that its defaults are filled in.
-    vision, text = sections(model)
-    activation = "quick_gelu" if model.open_clip_config.get("quick_gelu", False) else "gelu"
-    both = {"projection_dim": model.embed_dim, "hidden_act": activation}
-    vision_config = both | tower_config(vision, vision.width // vision.head_width)
-    vision_config |= {"image_size": model.image_spec.size[0], "patch_size": vision.patch_size}
-    text_config = both | tower_config(text, text.heads)
-    text_config |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
-    text_config |= {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
-
     settings = CLIPConfig(
-        projection_dim=model.embed_dim, vision_config=vision_config, text_config=text_config
+        projection_dim=model.embed_dim,
+        vision_config=image_config(model).to_dict(),
+        text_config=text_config(model).to_dict(),
     )
     clip = CLIPModel(settings).eval()
-    renamed = {**dict(_vision(weights)), **dict(_text(weights))}
-    clip.load_state_dict(renamed | {"logit_scale": weights["logit_scale"]})
+    renamed = {
+        "visual_projection.weight": weights["visual.proj"].T,
+        "text_projection.weight": weights["text.text_projection"].T,
+        "logit_scale": weights["logit_scale"],
+    }
+    clip.load_state_dict(renamed | dict(image_trunk(weights)) | dict(text_trunk(weights)))
     return clip
+
+
+def image_config(model: DualEncoder) -> CLIPVisionConfig:
+    """The image tower in transformers' terms; sizes come from open_clip's sections, so that its
+    defaults are filled in.
+    """
+    from transformers import CLIPVisionConfig
+
+    vision, _ = sections(model)
+    return CLIPVisionConfig(
+        **tower_config(vision, vision.width // vision.head_width),
+        **_both(model),
+        image_size=model.image_spec.size[0],
+        patch_size=vision.patch_size,
+    )
+
+
+def text_config(model: DualEncoder) -> CLIPTextConfig:
+    """The text tower in transformers' terms."""
+    from transformers import CLIPTextConfig
+
+    _, text = sections(model)
+    return CLIPTextConfig(
+        **tower_config(text, text.heads),
+        **_both(model),
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.context_length,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+
+
+def _both(model: DualEncoder) -> dict[str, Any]:
+    quick = model.open_clip_config.get("quick_gelu", False)
+    return {"projection_dim": model.embed_dim, "hidden_act": "quick_gelu" if quick else "gelu"}
 
 
 def processor(model: DualEncoder) -> CLIPProcessor:
@@ -164,16 +208,11 @@ def _unlike(name: str, section: Any, required: Mapping[str, Any]) -> Iterator[st
         yield f"{name}.norm_kwargs is {section.norm_kwargs!r}, and CLIPModel knows only eps"
 
 
-def _vision(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield "visual_projection.weight", weights["visual.proj"].T
+def image_trunk(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """open_clip's VisionTransformer without its projection, under CLIPVisionModel's names."""
     for ours, theirs in CLIP_VISION.items():
         yield f"vision_model.{theirs}", weights[f"visual.{ours}"]
     yield from layers(weights, "visual.transformer.resblocks.", "vision_model.encoder.layers.")
-
-
-def _text(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield "text_projection.weight", weights["text.text_projection"].T
-    yield from text_trunk(weights)
 
 
 def text_trunk(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -22,17 +22,21 @@ from typing import Any
 
 import yaml
 
-from vlp import checkpoint
+from vlp import averaging, checkpoint
+from vlp.export import variants
 from vlp.export.card import render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import ExportError, appearing, write_json
 from vlp.files import naming
 from vlp.locks import held
+from vlp.models import language
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load_stages
 from vlp.pretrained import references, weight_files
+from vlp.pretrained.runs import AVERAGED
 
+_OF_AVERAGE = "The weights are the moving average of those in training (`teacher.ema` below)."
 _BUSY = "Wait until it is done, or name another folder"
 
 
@@ -46,18 +50,31 @@ def export(
     license: str | None = None,
     onnx: bool = False,
     overwrite: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
     home: Path | None = None,
+    origin: str | None = None,
 ) -> list[str]:
     """Write `model` to the folder `to`, and say in one line a form what was written, or why it was
     not.
 
     results: evaluation records ({"task", "metrics", …}) and training: the resolved configuration,
     both for the card. license: an identifier of the Hub, such as apache-2.0. onnx: also write both
-    towers as ONNX (needs onnx and onnxscript). home: where the folder will lie in the end, if not
-    at `to`. The folder appears complete or not at all; ExportError if it exists and is not empty,
-    unless `overwrite`, which keeps every file that no export wrote.
+    towers as ONNX (needs onnx and onnxscript). dtype: of the stored weights, float32, float16 or
+    bf16 (ONNX computes in float32, with their values). image_size: pixels, square, other than the
+    model's. home: where the folder will lie in the end, if not at `to`. origin: a sentence for the
+    card on weights that are an average. The folder appears complete or not at all; ExportError if
+    it exists and is not empty, unless `overwrite`, which keeps every file that no export wrote.
     """
-    to = Path(to)
+    to, stored = Path(to), variants.known(dtype)
+    if onnx and language.is_described(model.open_clip_config):
+        raise ExportError(
+            "ONNX has no form for a language model as text tower; leave out --onnx. vlp loads the "
+            "folder, and vlp eval and the data tools run it"
+        )
+    if image_size is not None:
+        model = variants.resized(model, image_size)
+
     # Two exports to one place would mix their files.
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         weights = {
@@ -66,6 +83,7 @@ def export(
             else value.cpu()
             for name, value in model.open_clip_state_dict().items()
         }
+        weights = variants.rounded(weights, stored)
         notes = write_open_clip(model, weights, folder, (home or to).resolve())
 
         # The other forms are compared with what was just written, not with the model in memory: a
@@ -78,6 +96,8 @@ def export(
             from vlp.export.onnx_form import write_onnx
 
             notes += write_onnx(reference, folder / "onnx", TOLERANCE)
+        notes += variants.note(model, reference, stored)
+        variants.narrow(folder, stored)
 
         card = render(
             reference,
@@ -88,6 +108,7 @@ def export(
             training=training,
             step=step,
             license=license,
+            origin=origin,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
@@ -100,6 +121,8 @@ def export_run(
     license: str | None = None,
     onnx: bool = False,
     overwrite: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
     home: Path | None = None,
 ) -> list[str]:
     """`export` of a run's newest checkpoint, or of one checkpoint's folder, with the run's results
@@ -116,9 +139,17 @@ def export_run(
         model = loaded
     else:
         path = checkpoint.resolve(reference.path)
-        model, about = checkpoint.load_model(path), _record(path)
+        model = checkpoint.load_model(path, reference.averaged)
+        about = _record(path, reference.averaged)
 
+    about |= {"dtype": dtype, "image_size": image_size}
     return export(model, to, license=license, onnx=onnx, overwrite=overwrite, home=home, **about)
+
+
+def export_average(members: averaging.Members, to: Path | str, **settings: Any) -> list[str]:
+    """`export` of an average of several models' weights (vlp.averaging), with its settings."""
+    model = averaging.average(members.references, members.weights)
+    return export(model, to, origin=members.sentence(), **settings)
 
 
 _SCORES_ADVICE = "evaluate the run again, or delete the file to export it without scores"
@@ -130,6 +161,9 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_SCORES_ADVICE}") from None
+    # As `vlp eval --out` writes them; training writes the list alone.
+    if isinstance(records, dict):
+        records = records.get("results")
     if not isinstance(records, list) or not all(map(_is_record, records)):
         raise ValueError(
             f"{path} is damaged: expected a list of records with task and metrics; {_SCORES_ADVICE}"
@@ -145,15 +179,22 @@ def _is_record(record: Any) -> bool:
     return all(isinstance(section, dict) for section in (record.get("metrics"), *sections))
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """What a checkpoint's run says of it: results, configuration, step, as `export` takes them."""
+def _record(path: Path, averaged: bool) -> dict[str, Any]:
+    """What a checkpoint's run says of its weights, or of their moving average: results,
+    configuration, step, as `export` takes them.
+    """
     run = path.parent.parent
     # Results are those of the last step: an older checkpoint must not bear them.
     scores = run / "results.json"
     newest = checkpoint.newest(run)
     latest = newest is not None and newest.resolve() == path.resolve()
     if latest and scores.exists():
-        results = _read_results(scores)
+        # Those of the other weights are another model's.
+        results = [
+            record
+            for record in _read_results(scores)
+            if str(record.get("label", "")).startswith(AVERAGED) == averaged
+        ]
     else:
         results = []
 
@@ -161,6 +202,7 @@ def _record(path: Path) -> dict[str, Any]:
         "results": results,
         "training": yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
         "step": int(path.name.removeprefix("step_")),
+        "origin": _OF_AVERAGE if averaged else None,
     }
 
 
@@ -171,6 +213,8 @@ def export_stages(
     license: str | None = None,
     onnx: bool = False,
     overwrite: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
 ) -> list[str]:
     """Several models as one, the concatenation of their embeddings (vlp.models.stages), each
     written as `export` does.
@@ -181,7 +225,8 @@ def export_stages(
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            export_run(run, folder / name, license=license, onnx=onnx, home=to / name)
+            settings = {"license": license, "onnx": onnx, "dtype": dtype, "image_size": image_size}
+            export_run(run, folder / name, home=to / name, **settings)
         write_json(folder / references.STAGES, {"members": names})
         card = render_stages(load_stages(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -13,10 +13,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from vlp.export import clip_form, siglip_form
+from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form
+from vlp.export.card import VLP
 from vlp.export.pixels import levels_apart
-from vlp.export.place import write_json
-from vlp.files import save_tensors
+from vlp.export.place import save_weights, write_json
+from vlp.models import language
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import image_size, references, weight_files
 from vlp.types import ON_WHITE
@@ -25,23 +26,16 @@ TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a fo
 # Of 255: largest difference of a pixel between a processor and training, from rounding.
 LEVELS = 1.01
 
-# How sentence-transformers asks a SiglipModel. The last token is pooled, so there must be as many.
-_SENTENCE_SIGLIP = {
-    "transformer_task": "feature-extraction",
-    "modality_config": {
-        "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
-        "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
-    },
-    "module_output_name": "sentence_embedding",
-    "processing_kwargs": {"text": {"padding": "max_length"}},
-}
-
 
 def write_open_clip(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path, home: Path
 ) -> list[str]:
-    """Write the form that every model has; returns notes. `home` is where the folder will lie."""
-    notes = [f"open_clip: {references.CONFIG}, {weight_files.WEIGHTS}"]
+    """Write the form that every model has; returns notes. `home` is where the folder will lie.
+
+    A language model's text tower is in it under keys of ours, so that only vlp reads the whole.
+    """
+    is_ours = language.is_described(model.description()["model_cfg"])
+    notes = [f"{'vlp' if is_ours else 'open_clip'}: {references.CONFIG}, {weight_files.WEIGHTS}"]
 
     # A copy, because what points into this machine is renamed; without the heads, which embed
     # nothing.
@@ -50,7 +44,10 @@ def write_open_clip(
     described["vlp"].pop("lora", None)  # the weights have them merged
     text, vision = described["model_cfg"]["text_cfg"], described["model_cfg"]["vision_cfg"]
 
-    if model.text_spec.tokenizer != "clip":
+    reference = language.reference_of(text)
+    if reference:
+        notes.append(f"vlp: runs the language model {reference}, which is not in this folder")
+    if model.text_spec.tokenizer != "clip" and not reference:
         from transformers import AutoTokenizer
 
         source = model.text_spec.tokenizer
@@ -61,14 +58,15 @@ def write_open_clip(
 
     # transformers, which open_clip asks for the text tower, takes a path or a repository. A path
     # must be whole; `vlp push` writes the repository.
-    if "hf_model_name" in text:
+    if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
         if Path(text["hf_model_name"]).is_dir():
             text["hf_model_name"] = str(home / references.TEXT_TOWER)
-            notes.append(
-                "open_clip: finds the text tower by this folder's path; vlp reads it wherever the "
-                "folder is moved"
-            )
+            if not is_ours:
+                notes.append(
+                    "open_clip: finds the text tower by this folder's path; vlp reads it wherever "
+                    "the folder is moved"
+                )
     if not image_size.is_default(model.visual):
         notes.append(
             "open_clip: builds this timm tower for the size that timm states, and cannot load its "
@@ -81,59 +79,107 @@ def write_open_clip(
         )
 
     write_json(folder / references.CONFIG, described)
-    _save_weights(weights, folder / weight_files.WEIGHTS)
+    save_weights(weights, folder / weight_files.WEIGHTS)
     return notes
 
 
 def write_transformers(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path
 ) -> tuple[str | None, list[str]]:
-    """Write the form that fits; returns the class's name, or None, and notes."""
+    """Write the forms that fit; returns the class of transformers' form, or None, and notes. A
+    model that only vlp loads is of the form VLP.
+    """
+    if language.is_described(model.open_clip_config):
+        return VLP, [
+            "open_clip, transformers, sentence-transformers: no model of theirs has a language "
+            "model as text tower; vlp eval, vlp.models.load and the data tools read this folder"
+        ]
+
     refusals = []
     for name, form in (("CLIPModel", clip_form), ("SiglipModel", siglip_form)):
         reasons = form.obstacles(model)
         if reasons:
-            refusals.append(f"no {name}, because " + "; ".join(reasons))
+            refusals.append(f"transformers: no {name}, because " + "; ".join(reasons))
             continue
 
         # Nothing is written that does not give the model's embeddings when it runs.
         network = form.network(model, weights)
         difference = _difference(model, network)
         if difference > TOLERANCE:
-            refusals.append(
-                f"no {name}, because its embeddings differ by {difference:.1e}, more than "
-                f"{TOLERANCE:g}"
-            )
+            refusals.append(_apart(name, difference))
             continue
-
-        network.config.architectures = [name]
-        network.config.save_pretrained(folder)
-        _save_weights(network.state_dict(), folder / "model.safetensors")
-
-        # Once more alone, as preprocessor_config.json: transformers 4 and JavaScript look there.
-        processor = form.processor(model)
-        processor.save_pretrained(folder)
-        processor.image_processor.save_pretrained(folder)
-
-        notes = [f"transformers: {name}, embeddings within {difference:.1e} of the model's"]
-        notes += _unlike_training(model, processor.image_processor)
+        notes = _write_whole(model, network, form.processor(model), folder)
         return name, [*notes, *_companions(model, name, folder)]
-    return None, [f"transformers: {refusal}" for refusal in refusals]
+
+    name, notes = _write_parts(model, weights, folder)
+    return name, [*refusals, *notes]
+
+
+def _write_parts(
+    model: DualEncoder, weights: dict[str, Tensor], folder: Path
+) -> tuple[str | None, list[str]]:
+    """Write each tower as a model of its own, joined by transformers or sentence-transformers."""
+    name = "VisionTextDualEncoderModel"
+    try:
+        towers = {"image": parts.image(model, weights), "text": parts.text(model, weights)}
+        dual_form.tokenizer(model)
+    except parts.NoPart as reason:
+        return None, [f"transformers: no {name}, because {reason}"]
+
+    difference = _difference_of_parts(model, towers)
+    if difference > TOLERANCE:
+        return None, [_apart(name, difference)]
+    try:
+        network = dual_form.network(model, towers["image"], towers["text"], weights)
+    except parts.NoPart as reason:
+        sentence_form.write_router(folder, model, towers)
+        return None, [
+            f"transformers: no {name}, because {reason}",
+            "sentence-transformers: modules.json, with each tower as a transformers model in "
+            f"{sentence_form.ROUTER}/, embeddings within {difference:.1e} of the model's (5.4 or "
+            "newer)",
+        ]
+
+    place = folder / dual_form.FOLDER
+    place.mkdir()
+    notes = _write_whole(model, network, dual_form.processor(model), place)
+    sentence_form.write_both(place)
+    sentence_form.write_modules(folder, dual_form.FOLDER, "Transformer")
+    notes += [f"transformers: it lies in the subfolder {dual_form.FOLDER}"]
+    return name, [*notes, "sentence-transformers: modules.json (5.4 or newer)"]
+
+
+def _write_whole(model: DualEncoder, network: Any, processor: Any, folder: Path) -> list[str]:
+    """Write a transformers model with its processor; notes on how close both are."""
+    name = type(network).__name__
+    network.config.architectures = [name]
+    network.config.save_pretrained(folder)
+    save_weights(network.state_dict(), folder / "model.safetensors")
+
+    # Once more alone, as preprocessor_config.json: transformers 4 and JavaScript look there.
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+
+    difference = _difference(model, network)
+    return [
+        f"transformers: {name}, embeddings within {difference:.1e} of the model's",
+        *_unlike_training(model, processor.image_processor),
+    ]
+
+
+def _apart(name: str, difference: float) -> str:
+    return (
+        f"transformers: no {name}, because its embeddings differ by {difference:.1e}, more than "
+        f"{TOLERANCE:g}"
+    )
 
 
 def _companions(model: DualEncoder, name: str, folder: Path) -> Iterator[str]:
     """What other libraries need beside transformers' files, and what these cannot say."""
-    kind = {"CLIPModel": "CLIPModel", "SiglipModel": "Transformer"}[name]
-    # An empty path is the folder itself; embeddings are made unit rows.
-    modules = [("", kind), ("1_Normalize", "Normalize")]
-    listing = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(modules)
-    ]
-    write_json(folder / "modules.json", listing)
-
-    if name == "SiglipModel":
-        write_json(folder / "sentence_bert_config.json", _SENTENCE_SIGLIP)
+    siglip = name == "SiglipModel"
+    sentence_form.write_modules(folder, "", "Transformer" if siglip else "CLIPModel")
+    sentence_form.write_both(folder, padded=siglip)
+    if siglip:
         yield "sentence-transformers: modules.json (5.4 or newer)"
         return
 
@@ -149,10 +195,23 @@ def _companions(model: DualEncoder, name: str, folder: Path) -> Iterator[str]:
 def _difference(model: DualEncoder, network: nn.Module) -> float:
     """The largest difference of a coordinate between a transformers model's embeddings and ours."""
     pixels, ids = model.example(4)
-    ours, theirs = model(pixels, ids), network(input_ids=ids, pixel_values=pixels)
-    images = (ours.image - theirs.image_embeds).abs().max().item()
-    texts = (ours.text - theirs.text_embeds).abs().max().item()
-    return max(images, texts)
+    ours = model(pixels, ids)
+    theirs = network(pixel_values=pixels, **parts.text_inputs(model, ids))
+    return _largest_apart((ours.image, theirs.image_embeds), (ours.text, theirs.text_embeds))
+
+
+@torch.no_grad()
+def _difference_of_parts(model: DualEncoder, towers: Mapping[str, parts.Part]) -> float:
+    """The same for towers that are models of their own."""
+    pixels, ids = model.example(4)
+    ours = model(pixels, ids)
+    images = parts.embed(towers["image"], pixel_values=pixels)
+    texts = parts.embed(towers["text"], **parts.text_inputs(model, ids))
+    return _largest_apart((ours.image, images), (ours.text, texts))
+
+
+def _largest_apart(*pairs: tuple[Tensor, Tensor]) -> float:
+    return max((one - other).abs().max().item() for one, other in pairs)
 
 
 def _unlike_training(model: DualEncoder, processor: Any) -> Iterator[str]:
@@ -172,8 +231,3 @@ def _unlike_training(model: DualEncoder, processor: Any) -> Iterator[str]:
     if background != ON_WHITE.background:
         note += f"; it puts transparent pixels on white, and training on {background}"
     yield note
-
-
-def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    contiguous = {key: value.contiguous() for key, value in weights.items()}
-    save_tensors(contiguous, path, {"format": "pt"})

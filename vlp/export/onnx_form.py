@@ -1,4 +1,6 @@
-"""Both towers as ONNX: normalised pixels or token ids in, unit rows out, any number of rows."""
+"""Both towers as ONNX: normalised pixels or token ids in, unit rows out, any number of rows, and of
+tokens where the tower takes texts of any length.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from vlp.models.dual_encoder import DualEncoder
 
+OPSET = 18  # the lowest that PyTorch's exporter writes without converting
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _INPUTS = {"image": "pixel_values", "text": "input_ids"}  # as transformers calls them
 
@@ -25,7 +30,9 @@ class OnnxError(ValueError):
 def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
     """Write image.onnx (`pixel_values` [b, 3, H, W] float32, normalised → `image_embeds` [b, D])
     and text.onnx (`input_ids` [rows, L] int64 → `text_embeds` [rows, D]), and compare both with
-    PyTorch at other batch sizes than the traced one; a line a file says how close they are.
+    PyTorch at other sizes than the traced ones; a line a file says how close they are.
+
+    Texts may be shorter than the context where padding changes no embedding, as it does SigLIP's.
     OnnxError for missing packages, or beyond `tolerance`.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -44,12 +51,33 @@ class _Tower(nn.Module):
         super().__init__()
         self.model, self.side = model, side
 
+    @property
+    def takes_any_length(self) -> bool:
+        """Whether its inputs are texts that need not fill the context."""
+        tower = self.model.text
+        return self.side == "text" and (
+            self.model.padding is not None or isinstance(tower, HFTextEncoder)
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self.model(**{self.side: x}), self.side)
+        # The tower itself: the model's check of the length would fix it.
+        tower = self.model.visual if self.side == "image" else self.model.text
+        return nn.functional.normalize(tower(x), dim=-1)
 
     def example(self, rows: int) -> Tensor:
         pixels, ids = self.model.example(rows, seed=rows)
-        return pixels if self.side == "image" else ids
+        if self.side == "image":
+            return pixels
+        # The largest id, which ends a text, stands in the middle: what follows may go.
+        length = ids.shape[1] - (rows - 1 if self.takes_any_length else 0)
+        return ids[:, : max(length, ids.shape[1] // 2 + 1)]
+
+    def dynamic_axes(self) -> dict[int, Any]:
+        """What may vary between calls, as torch.export names it."""
+        axes: dict[int, Any] = {0: torch.export.Dim("rows")}
+        if self.takes_any_length:
+            axes[1] = torch.export.Dim("length", max=self.model.text_spec.context_length)
+        return axes
 
 
 @torch.no_grad()
@@ -67,7 +95,8 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
                 (tower.example(2),),
                 str(path),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("rows")},),
+                dynamic_shapes=(tower.dynamic_axes(),),
+                opset_version=OPSET,
                 input_names=[input_name],
                 output_names=[output_name],
                 external_data=n_bytes > 2**30,
@@ -75,8 +104,8 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
             )
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-        # Other numbers of rows than the traced one: a frozen axis shows here.
-        for rows in (1, 3):
+        # Other numbers of rows and tokens than the traced ones: a frozen axis shows here.
+        for rows in (1, 3, 5):
             x = tower.example(rows)
             (embedded,) = session.run([output_name], {input_name: x.numpy()})
             apart = (torch.from_numpy(embedded) - tower(x)).abs().max().item()
@@ -93,7 +122,11 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
         raise OnnxError(
             f"{path.name} differs from PyTorch by {difference:.1e}, more than {tolerance:g}"
         )
-    return f"ONNX: {path.parent.name}/{path.name}, embeddings within {difference:.1e} of PyTorch's"
+    varying = "rows and tokens" if tower.takes_any_length else "rows"
+    return (
+        f"ONNX: {path.parent.name}/{path.name}, opset {OPSET}, any number of {varying}, embeddings "
+        f"within {difference:.1e} of PyTorch's"
+    )
 
 
 @contextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlp.files import sync
+from torch import Tensor
+
+from vlp.files import save_tensors, sync
 from vlp.pretrained import folders
 
 
@@ -81,3 +83,9 @@ def _carry_over(old: Path, new: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """A JSON file as every export writes it: indented, with a last line end."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file as every library of PyTorch reads it."""
+    contiguous = {key: value.contiguous() for key, value in weights.items()}
+    save_tensors(contiguous, path, {"format": "pt"})

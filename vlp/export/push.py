@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from vlp.export import card
+from vlp.models import language
 from vlp.pretrained.folders import MANIFEST, exported_files, files_of, read_json
 from vlp.pretrained.hub import http_error
 from vlp.pretrained.references import CONFIG, TEXT_TOWER
@@ -162,7 +163,9 @@ def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> by
     text = described["model_cfg"]["text_cfg"]
     if repository and text.get("hf_tokenizer_name") == ".":
         text["hf_tokenizer_name"] = repository
-    if Path(text.get("hf_model_name") or "").is_absolute():
+    # A language model that is not in the folder keeps its name.
+    inside = not language.reference_of(text)
+    if inside and Path(text.get("hf_model_name") or "").is_absolute():
         # A stage in a subfolder is vlp's to load.
         text["hf_model_name"] = repository or f"./{TEXT_TOWER}"
         if repository:

@@ -18,10 +18,10 @@ from vlp import dist, plugin
 from vlp.fields import supplier
 from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
-from vlp.losses._objective import Objective, reads
+from vlp.losses._objective import Objective, own_scale, reads
 from vlp.pairwise import Backend, Topology
 
-__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "reads", "supplier"]
+__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "own_scale", "reads", "supplier"]
 
 
 def build(

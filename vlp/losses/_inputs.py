@@ -81,7 +81,7 @@ class Inputs(Readable):
 
         def prepare(name: str, value: Tensor) -> Tensor:
             if FIELDS[name].is_number:
-                return value.reshape(())
+                return value.reshape(()) if value.numel() == 1 else value
 
             # Selected, not multiplied: an infinite value times a weight of 0 would be NaN.
             taking_part = self._taking_part(name, value)
@@ -189,7 +189,8 @@ def _shape_problem(name: str, value: Tensor, bound: dict[str, _Binding]) -> list
     line = f"{name}: found {list(value.shape)}, expected {_written(field)}"
     if field.is_number:
         # [1]: models keep scale and bias as parameters of one element.
-        return [] if value.shape in ((), (1,)) else [line]
+        one_for_each = [(bound[letter].size,) for letter in field.shapes if letter in bound]
+        return [] if value.shape in ((), (1,), *one_for_each) else [line]
 
     # Alternatives differ in their number of dimensions.
     shape = next((shape for shape in field.shapes if len(shape.split()) == value.dim()), None)

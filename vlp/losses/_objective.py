@@ -6,12 +6,13 @@ A loss file holds
     term(inputs, pairs, options)     this rank's share of the term: the mean over ranks is its value
 
 and may hold
-    OPTIONAL                         further keywords that it reads where the call carries them
+    OPTIONAL, or optional(options)   further keywords that it reads where the call carries them
     MIN_CANDIDATES = 2               it compares a row with others
     MIN_VIEWS = 2                    further views of an image that it needs
     initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
                                      returns (value, new state), a `Write` standing for a table
     for_run(options, samples, steps) the options with what only the run knows
+    exported_scale(options)          its 1/temperature, where it is not the model's learned scale
     label(options)                   its name in logs, where that is not the file's
 """
 
@@ -294,13 +295,34 @@ def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
     """The keywords that some of the terms read, needed or not."""
     keywords: frozenset[str] = frozenset()
     for plugin in plugins:
-        keywords |= _needs(plugin).union(getattr(plugin.module, "OPTIONAL", ()))
+        keywords |= _needs(plugin) | _optional(plugin)
     return keywords
+
+
+def own_scale(plugins: Iterable[Plugin]) -> tuple[str, float] | None:
+    """The term whose temperature is the objective's, and its 1/temperature; None where a term
+    learns the model's scale, or none has a temperature of its own.
+    """
+    plugins = list(plugins)
+    if any("scale" in _needs(plugin) for plugin in plugins):
+        return None
+
+    for plugin in plugins:
+        if hasattr(plugin.module, "exported_scale"):
+            return plugin.label, plugin.module.exported_scale(plugin.options)
+    return None
 
 
 def _needs(plugin: Plugin) -> frozenset[str]:
     module = plugin.module
     return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
+
+
+def _optional(plugin: Plugin) -> frozenset[str]:
+    module = plugin.module
+    if hasattr(module, "optional"):
+        return frozenset(module.optional(plugin.options))
+    return frozenset(getattr(module, "OPTIONAL", ()))
 
 
 def _from(name: str) -> str:

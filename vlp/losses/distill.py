@@ -1,75 +1,126 @@
-"""Distillation from a teacher: similarities, the order of hard captions, or concepts of an image.
+"""Distillation from a teacher: similarities, embeddings, the order of captions, or concepts.
 
-`form` says what is taught:
+`form` says what is taught. With images x and texts t: [b, D], a teacher's u and v: [b, D'] of any
+width, z_ij = scale·x_i·t_j, z^T_ij = teacher_scale·u_i·v_j, and a linear map P to the teacher's
+width for each modality (model.heads.teacher; without one P is the identity):
 
-similarity   the teacher's similarities of a whole row and column, z^T_ij = teacher_scale·u_i·v_j
+similarity   the teacher's similarities of a whole row and column
                  L = ½ Σ_directions mean_i −Σ_j softmax_j(z^T_ij) · log softmax_j(z_ij)
-             with z_ij = scale·x_i·t_j, and the teacher's u, v: [b, D'] of any width
+features     its embeddings
+                 L = mean_i ( ‖P x_i − u_i‖² + ‖P' t_i − v_i‖² )
+interactive  its embeddings, as what a row is contrasted with, at a scale' of its own, learned by
+             that head (without: scale); P x and P' t divided by their norm; `queue` adds its
+             embeddings of earlier steps
+                 L = ½ [ CE(scale'·P x_i·v_j, i) + CE(scale'·P' t_i·u_j, i) ]
+cross        its similarities, in those rows
+                 L = ½ mean_i [ KL(softmax_j(z^T_ij) ‖ softmax_j(scale'·P x_i·v_j)) + the same of
+                 texts ]
 ranking      the order in which it puts hard captions n: [b, K, D], by ListMLE over the valid ones
                  L = mean_i −Σ_r log [ e^{z(x_i, n_(r))} / Σ_{q≥r} e^{z(x_i, n_(q))} ]
-             with n_(1), n_(2), … the captions by falling teacher_scores: [b, K]; or, with
-             `divergence`, of the student's distribution Q from the teacher's P over the text and
-             its captions, c_i0 = score_i, c_ik = teacher_scores_ik, at one temperature τ
+             with n_(1), n_(2), … the captions by falling teacher_scores: [b, K], up to the first
+             that scores below the pair's own less `delta`; with `candidates: batch` the captions
+             are the `hardest` others of the batch (and the queue) for each image, and for each
+             text the images, scored by a cross-encoder, ½ of either; or, with `divergence`, of the
+             student's distribution Q from the teacher's P over the text and its captions,
+             c_i0 = score_i, c_ik = teacher_scores_ik, at one temperature τ
                  L = mean_i KL(P_i‖Q_i), symmetric the mean with KL(Q_i‖P_i)
                  P_i = softmax_k(c_ik/τ), Q_i = softmax over {x_i·t_i/τ, x_i·n_ik/τ}
+margin       by how much a text is truer than hard captions, over the valid (i, k)
+                 L = mean ( (x_i·t_i − x_i·n_ik) − γ (score_i − teacher_scores_ik) )²
 concepts     the concepts that it sees in an image, by an auxiliary head on the image tower
                  L = mean_i −Σ_c q_ic · log softmax(concept_logits_i)_c
              with q_i = concept_targets_i / Σ_c concept_targets_ic, both [b, M]
 
-x, t: [b, D] images and texts. The last two are sample terms: over samples with a valid caption, and
-with a target that is not zero; invalid captions have no influence. Nothing of the teacher has a
-gradient.
+`focus` f weighs the rows of the first four by (1 − P_i)^f of the student, divided by the mean
+weight: what it is sure of counts less. Several teachers, u and v: [b, T, D'], give the mean of
+their losses. Ranking of captions, margin and concepts are sample terms: over samples with a valid
+caption, and with a target that is not zero; invalid captions have no influence. Nothing of the
+teacher has a gradient.
 
 Relations:
 - similarity is `infonce` where the teacher is sure of every pair
+- interactive, where the teacher is the student and scale' is scale, has the value of `infonce`
+- features, margin and cross are 0 where student and teacher are one
+- `focus` 0 leaves the loss as it is; a ranking of fewer than two captions is 0
 - `self_distillation` keeps embeddings near the model's own moving average
 
 Papers:
 - MobileCLIP (arXiv 2311.17049) and TinyCLIP (arXiv 2309.12314), similarity:
   `objective: {infonce: {}, distill: {form: similarity}}`
-- CPRD (arXiv 2407.07479), ranking: `objective: {infonce: {}, distill: {form: ranking}}`
+- CLIP-KD (arXiv 2307.12732), whose weight of 2,000 on a mean over B·D is 3.9 here at D = 512:
+  `objective: {infonce: {}, distill: [{form: features, weight: 3.9}, {form: interactive}, {}]}`
+- CPRD (arXiv 2407.07479), ranking; of the batch only where the caller judges its pairs:
+  `objective: {infonce: {}, distill: {form: ranking, candidates: batch, delta: 0.1}}`
+- DCD (arXiv 2207.01426) weighs by difficulty; the form of its weights could not be confirmed:
+  `objective: {infonce: {}, distill: {focus: 1}}`
 - UniME-V2 (arXiv 2510.13515), scores of a judge:
   `objective: {distill: {form: ranking, divergence: symmetric, temperature: 0.01}}`
 - U-MARVEL (arXiv 2507.14902), scores of a re-ranker, at a learned temperature:
   `objective: {distill: {form: ranking, divergence: forward}}`
 - DiHT (arXiv 2301.02280), concepts: `objective: {hn_nce: {}, distill: {form: concepts}}`
 
-Needs: image, text, scale, teacher_image, teacher_text, teacher_scale; ranking instead image, scale,
-negatives, negatives_valid and teacher_scores, with a divergence also text and score; concepts
-instead concept_logits and concept_targets
+Needs: image, text, scale, teacher_image, teacher_text, teacher_scale; with `queue`
+queue_teacher_image and queue_teacher_text; ranking and margin instead image, scale, negatives,
+negatives_valid and teacher_scores, with a divergence, a delta or margin also text and score;
+`candidates: batch` instead of those the five fields of the cross-encoder; concepts instead
+concept_logits and concept_targets
 
-Cost: similarity three passes over pairs, student, teacher and both together, O(b·(D + D')) memory;
-the others meet no other rows
+Cost: similarity three passes over pairs, student, teacher and both together, cross six and
+interactive two over one direction, O(b·(D + D')) memory, `focus` one more; the others meet no other
+rows, but for R·b pairs of a direction through a cross-encoder, and O(n·D) memory
 
-Use: to train a small model from a large one. Stored embeddings (`vlp data embed`) save the
-teacher's forward pass
+Use: to train a small model from a large one; the order to try is features, interactive, similarity.
+Stored embeddings (`vlp data embed`) save the teacher's forward pass
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vlp.losses import _distill_candidates, _distill_captions, _distill_pairs
 from vlp.losses._inputs import Inputs
-from vlp.losses._soft_targets import expected_gaps, log_normalisers
 from vlp.losses._softmax import cross_entropy
-from vlp.pairwise import Pairs, in_students_dtype, logsumexp, number, softplus
+from vlp.pairwise import Pairs
 
+OF_PAIRS = frozenset({"image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"})
+OF_CAPTIONS = frozenset({"image", "scale", "negatives", "negatives_valid", "teacher_scores"})
+OF_CANDIDATES = frozenset(
+    {"candidate_texts", "candidate_text_scores", "candidate_images", "candidate_image_scores"}
+)
 FORMS = {
-    "similarity": {"image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"},
-    "ranking": {"image", "scale", "negatives", "negatives_valid", "teacher_scores"},
-    "concepts": {"concept_logits", "concept_targets"},
+    "similarity": OF_PAIRS,
+    "features": OF_PAIRS,
+    "interactive": OF_PAIRS,
+    "cross": OF_PAIRS,
+    "ranking": OF_CAPTIONS,
+    "margin": OF_CAPTIONS | {"text", "score"},
+    "concepts": frozenset({"concept_logits", "concept_targets"}),
 }
+hardest = _distill_candidates.hardest
 
 
 @dataclass(frozen=True)
 class Options:
-    # what is taught: similarities of a row, the order of hard captions, concepts
-    form: Literal["similarity", "ranking", "concepts"] = "similarity"
+    # what is taught: similarities of a row, embeddings, embeddings as candidates, similarities in
+    # those, the order of captions, the margins over them, concepts
+    form: Literal[
+        "similarity", "features", "interactive", "cross", "ranking", "margin", "concepts"
+    ] = "similarity"
+    # f, how much rows of which the student is sure count less; 0: all alike
+    focus: float = 0.0
+    # interactive: the teacher's rows of earlier steps are candidates too; ranking of the batch:
+    # the moving average's (teacher.queue)
+    queue: bool = False
+    # ranking: of the sample's hard captions, or of the others of the batch, which a caller's
+    # cross-encoder judges (not in `vlp train`)
+    candidates: Literal["captions", "batch"] = "captions"
+    # δ, by how much a candidate may score below the pair and still be ranked; null: all are
+    delta: float | None = None
+    gamma: float = 1.0  # margin: γ, the student's cosine for a unit of the teacher's score
     # ranking: not the order, but the distribution over the text and its hard captions: forward
     # KL(P‖Q) of teacher P and student Q, or the mean of both directions
     divergence: Literal["none", "forward", "symmetric"] = "none"
@@ -77,14 +128,49 @@ class Options:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        if self.divergence != "none" and self.form != "ranking":
-            raise ValueError(
-                f"divergence: belongs to form: ranking, found form: {self.form}; drop one of them"
-            )
+        self._check_numbers()
+        self._check_form()
+
+    def _check_numbers(self) -> None:
+        if self.focus < 0:
+            raise ValueError(f"focus: found {self.focus}, expected a number >= 0")
+        if self.delta is not None and self.delta < 0:
+            raise ValueError(f"delta: found {self.delta}, expected a number >= 0, or null")
+        if self.gamma <= 0:
+            raise ValueError(f"gamma: found {self.gamma}, expected a number > 0")
         if self.temperature is not None and self.divergence == "none":
             raise ValueError("temperature: belongs to a divergence; name forward or symmetric")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"temperature: found {self.temperature}, expected a number > 0")
+
+    def _check_form(self) -> None:
+        """Refuse options of another form, which would be ignored in silence."""
+        of_captions = self.form == "ranking" and self.candidates == "captions"
+        of_batch = self.form == "ranking" and self.candidates == "batch"
+        belongs = {
+            "divergence": (self.divergence != "none", of_captions, "form: ranking"),
+            "candidates: batch": (self.candidates == "batch", of_batch, "form: ranking"),
+            "delta": (self.delta is not None, self.form == "ranking", "form: ranking"),
+            "gamma": (self.gamma != 1, self.form == "margin", "form: margin"),
+            "focus": (
+                self.focus > 0,
+                self.form in _distill_pairs.FORMS,
+                f"form: {', '.join(_distill_pairs.FORMS)}",
+            ),
+            "queue": (
+                self.queue,
+                self.form == "interactive" or of_batch,
+                "form: interactive, or a ranking of candidates: batch",
+            ),
+        }
+        for key, (is_set, fits, where) in belongs.items():
+            if is_set and not fits:
+                raise ValueError(
+                    f"{key}: belongs to {where}, found form: {self.form} of candidates: "
+                    f"{self.candidates}; drop one of them"
+                )
+        if self.divergence != "none" and self.delta is not None:
+            raise ValueError("delta: a divergence is over all captions; drop one of them")
 
 
 def label(options: Options) -> str:
@@ -92,112 +178,49 @@ def label(options: Options) -> str:
 
 
 def needs(options: Options) -> frozenset[str]:
+    if options.form == "ranking" and options.candidates == "batch":
+        of_queue = {"queue_image", "queue_text"} if options.queue else set()
+        return OF_CANDIDATES | {"image", "text", "scale", "pair_score"} | of_queue
+
+    needed = FORMS[options.form]
     # A distribution has a place for the text, whose score the data give.
-    of_text = {"text", "score"} if options.divergence != "none" else set()
-    return frozenset(FORMS[options.form] | of_text)
+    if options.divergence != "none":
+        needed |= {"text", "score"}
+    if options.delta is not None:
+        needed |= {"score"}
+    if options.queue:
+        needed |= {"queue_teacher_image", "queue_teacher_text"}
+    return needed
+
+
+def optional(options: Options) -> frozenset[str]:
+    projected = frozenset({"projected_image", "projected_text"})
+    with_scale = projected | {"interactive_scale"}
+    return {"features": projected, "interactive": with_scale, "cross": with_scale}.get(
+        options.form, frozenset()
+    )
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
-    if options.divergence != "none":
-        return divergence(inputs, pairs, options)
-    functions: dict[str, Callable[[Inputs, Pairs], Tensor]] = {
-        "similarity": similarity,
-        "ranking": ranking,
-        "concepts": concepts,
-    }
-    return functions[options.form](inputs, pairs)
+    if options.form in _distill_pairs.FORMS:
+        return _distill_pairs.over_pairs(inputs, pairs, options.form, options.focus)
 
-
-def similarity(inputs: Inputs, pairs: Pairs) -> Tensor:
-    """Cross-entropy to the teacher's rows and columns.
-
-    Centred on the pair, −Σ_j p_j log softmax(z)_j = softplus(q_i) − Σ_{j≠i} p_j (z_ij − z_ii):
-    nothing cancels where teacher and student are sure of it.
-    """
-    inputs = inputs.operands()
-    u, v = (
-        in_students_dtype(inputs.image, rows.detach())
-        for rows in (inputs.teacher_image, inputs.teacher_text)
-    )
-    scale = number(inputs.scale, inputs.image)
-    teacher_scale = number(inputs.teacher_scale, inputs.image).detach()
-    rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
-
-    # The teacher's normalisers come first. They must fit its scores in the second pass: made of
-    # the same rows, and wide.
-    values = log_normalisers(pairs, u, v, teacher_scale)
-
-    # Then teacher and student in one tile: Σ_j p_j (s_ij − s_ii) of rows and columns.
-    matrix = u, v
-    row_gaps, column_gaps = expected_gaps(
-        inputs, pairs, matrix, matrix, values, lambda a, lse: (teacher_scale * a - lse).exp()
-    )
-    row_terms = softplus(rows - positive) - scale * row_gaps
-    column_terms = softplus(columns - positive) - scale * column_gaps
-    return pairs.mean((row_terms + column_terms) / 2)
-
-
-def ranking(inputs: Inputs, pairs: Pairs) -> Tensor:
-    """ListMLE of each sample's valid captions."""
     inputs = inputs.wide()
-    valid = inputs.negatives_valid
-    z = torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
-
-    # By the teacher's order; captions that are not valid come last.
-    ranks_first = inputs.teacher_scores.masked_fill(~valid, -torch.inf)
-    order = ranks_first.argsort(dim=1, descending=True, stable=True)
-    z, ranked = z.gather(1, order), valid.gather(1, order)
-
-    # −log of a softmax over what is left: its margin is over the captions below, q > r.
-    n_captions = z.shape[1]
-    below = torch.ones(n_captions, n_captions, dtype=torch.bool, device=z.device).triu(1)
-    left = torch.where(below & ranked.unsqueeze(1), z.unsqueeze(1), -torch.inf)  # [b, r, q]
-    losses = torch.where(ranked, softplus(logsumexp(left, 2) - z), 0).sum(1)
-    return pairs.mean(losses, valid.any(1))
-
-
-def divergence(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
-    """Divergence of the student's distribution from the teacher's, over a text and its captions."""
-    inputs = inputs.wide()
-    valid = inputs.negatives_valid
-    first = torch.ones_like(valid[:, :1])
-    taking_part = torch.cat([first, valid], 1)  # [b, 1 + K]
-
-    captions = torch.cat([inputs.text.unsqueeze(1), inputs.negatives], 1)
-    cosines = torch.einsum("bd,bkd->bk", inputs.image, captions)
-    scores = torch.cat([inputs.score.unsqueeze(1), inputs.teacher_scores], 1).detach()
-
-    # Where both learn one temperature, the teacher's share of it has no gradient.
-    scale = torch.as_tensor(inputs.scale, device=cosines.device)
-    if options.temperature is not None:
-        scale = torch.full_like(cosines[0, 0], 1 / options.temperature)
-    student = _log_distribution(scale * cosines, taking_part)
-    teacher = _log_distribution(scale.detach() * scores, taking_part)
-
-    losses = _divergence(teacher, student)
-    if options.divergence == "symmetric":
-        losses = (losses + _divergence(student, teacher)) / 2
-    return pairs.mean(losses, valid.any(1))
-
-
-def _log_distribution(z: Tensor, taking_part: Tensor) -> Tensor:
-    """log softmax over the entries that take part, [b, 1 + K]; −∞ for the others."""
-    # Selected before the softmax: what does not take part may be NaN.
-    chosen = torch.where(taking_part, z, -torch.inf)
-    return torch.log_softmax(chosen, 1)
-
-
-def _divergence(first: Tensor, second: Tensor) -> Tensor:
-    """KL of two distributions given by their logarithms, [b]; entries of −∞ take no part."""
-    taking_part = first > -torch.inf
-    gaps = torch.where(taking_part, first - second, 0)
-    return (first.exp() * gaps).sum(1)
+    if options.form == "concepts":
+        return concepts(inputs, pairs)
+    if options.form == "margin":
+        return _distill_captions.margin(inputs, pairs, options.gamma)
+    if options.candidates == "batch":
+        delta = float("inf") if options.delta is None else options.delta
+        return _distill_candidates.ranking(inputs, pairs, delta, options.queue)
+    if options.divergence == "none":
+        return _distill_captions.ranking(inputs, pairs, options.delta)
+    return _distill_captions.divergence(inputs, pairs, options.divergence, options.temperature)
 
 
 def concepts(inputs: Inputs, pairs: Pairs) -> Tensor:
     """Cross-entropy to the teacher's distribution over concepts."""
-    inputs = inputs.wide()
     target = inputs.concept_targets.detach()
     total = target.sum(1)
     named = total > 0

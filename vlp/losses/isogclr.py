@@ -44,6 +44,11 @@ class Options(_moving_options.Individual):
     pass
 
 
+def exported_scale(options: Options) -> float:
+    """1/τ that every sample starts with: learned ones are of samples, not of a model."""
+    return 1 / options.temperature
+
+
 def initial_state(options: Options) -> State:
     return _moving.individual_state_of(options)
 

@@ -53,6 +53,11 @@ class Options:
             )
 
 
+def exported_scale(options: Options) -> float:
+    """1/τ₀, which holds at A = A₀: τ itself moves with the batch."""
+    return 1 / options.temperature
+
+
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     # The temperature follows the group's alignment, without gradient.

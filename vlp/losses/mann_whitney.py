@@ -53,6 +53,11 @@ class Options:
             raise ValueError(f"expected tau > 0 and exact >= 0, found {self}")
 
 
+def exported_scale(options: Options) -> float:
+    """1/τ."""
+    return 1 / options.tau
+
+
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     wide, τ = inputs.wide(), options.tau

@@ -76,6 +76,11 @@ class Side:
     holds_key: Tensor  # [Q] bool
 
 
+def exported_scale(options: Options) -> float:
+    """1/τ."""
+    return 1 / options.temperature
+
+
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     # Images look for texts in the texts' queue, and the other way round.

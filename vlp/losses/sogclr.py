@@ -47,6 +47,11 @@ class Options(_moving_options.Moving):
             raise ValueError(f"temperature: found {self.temperature}, expected a number > 0")
 
 
+def exported_scale(options: Options) -> float:
+    """1/τ."""
+    return 1 / options.temperature
+
+
 def initial_state(options: Options) -> State:
     return _moving.state_of(options)
 

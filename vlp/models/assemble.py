@@ -170,6 +170,7 @@ def text_spec(text_cfg: dict[str, Any], context_length: int) -> TextSpec:
 
 
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "reduction_mask"}
+_TOKENIZER_OPTIONS |= {"prompt", "end", "mark"}  # vlp.data.prompted
 
 
 def _agree(image: Plugin, text: Plugin) -> dict[str, Any]:

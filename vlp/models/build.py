@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, lora
+from vlp.models import assemble, language, lora
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -44,6 +45,7 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
         model_cfg = without_downloads(model_cfg)
 
     clip = _instantiate(model_cfg)
+    _load_trunk(model, clip)
     if weights is not None:
         fitting.load_into(clip, weights.path, fit_of(model), weights.described)
     model_cfg = without_downloads(model_cfg)
@@ -58,6 +60,19 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
     if model.new_projection:
         encoder.unlock_projections()
     return encoder
+
+
+def _load_trunk(model: config.Model, clip: open_clip.CustomTextCLIP) -> None:
+    """Weights that the image tower's own options name (`load_weights` of its file)."""
+    image = model.image_tower
+    if model.pretrained is not None and getattr(image.options, "weights", None) is not None:
+        raise ValueError(
+            "model.pretrained and image_tower.weights both bring the image tower's weights; leave "
+            "one of them out"
+        )
+    load_weights = getattr(image.module, "load_weights", None)
+    if load_weights is not None:
+        load_weights(image.options, clip.visual)
 
 
 def lora_of(tower: Plugin | None) -> Any:
@@ -108,14 +123,18 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    is_ours = language.is_described(model_cfg)
     # A model with code of its own is refused here: open_clip would ask the terminal about it.
-    if language_model := model_cfg["text_cfg"].get("hf_model_name"):
+    language_model = model_cfg["text_cfg"].get("hf_model_name")
+    if language_model and not is_ours:
         language_config(language_model)
 
     vision = model_cfg["vision_cfg"]
     image_size.check_square(vision)
 
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    if is_ours:
+        keywords["text_cfg"] = language.STAND_IN
     try:
         clip = open_clip.CustomTextCLIP(**keywords)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -123,6 +142,16 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"open_clip cannot build these towers: {error or type(error).__name__}; found "
             f"{model_cfg}"
         ) from error
+
+    # open_clip leaves out the projection without a word, and fails at the first text.
+    if isinstance(clip.text, HFTextEncoder) and not hasattr(clip.text, "proj"):
+        width = getattr(clip.text.config, "hidden_size", "others")
+        raise ValueError(
+            f"the text tower gives {width} features, unprojected, and embed_dim is "
+            f"{model_cfg['embed_dim']}; make them equal"
+        )
+    if is_ours:
+        clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
 
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
@@ -136,7 +165,9 @@ def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:
     """Refuse a trunk whose features are the embeddings and are not as many."""
     if open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_proj != "none":
         return
-    n_features, embed_dim = tower.trunk.num_features, model_cfg["embed_dim"]
+    # Behind the layers that some models have between pool and classifier.
+    n_features = getattr(tower.trunk, "head_hidden_size", tower.trunk.num_features)
+    embed_dim = model_cfg["embed_dim"]
     if n_features != embed_dim:
         raise ValueError(
             f"the image tower gives {n_features} features, unprojected, and embed_dim is "

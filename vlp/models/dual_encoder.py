@@ -24,12 +24,16 @@ from vlp.models import assemble, lengths, lora
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads
+from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
 from vlp.models.repeated import repeated
 from vlp.pretrained import adapters, projections
 from vlp.schema import plain
 from vlp.types import Features
+
+# Text towers whose `transformer` is a model of that library.
+_OF_TRANSFORMERS = (HFTextEncoder, LanguageTower)
 
 
 class DualEncoder(nn.Module):
@@ -57,7 +61,8 @@ class DualEncoder(nn.Module):
         self.embed_dim: int = model_cfg["embed_dim"]
 
         # What the data must deliver.
-        context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
+        usual_length = open_clip.CLIPTextCfg.context_length
+        context_length = model_cfg["text_cfg"].get("context_length", usual_length)
         self.image_spec = assemble.image_spec(preprocess_cfg, self.visual.image_size)
         self.text_spec = assemble.text_spec(model_cfg["text_cfg"], context_length)
         self.pixels = Pixels(self.image_spec)
@@ -100,8 +105,8 @@ class DualEncoder(nn.Module):
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
-        Views go through the head for views. The heads for concepts and captions read the first
-        `pairs` rows.
+        Views go through the head for views. The heads for concepts, teachers and captions read the
+        first `pairs` rows.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
@@ -118,6 +123,12 @@ class DualEncoder(nn.Module):
             outputs |= self._embeddings("text", features, text.shape[0])
 
         # What heads compute of both towers.
+        if pairs and self.heads.teacher is not None:
+            outputs["interactive_scale"] = self.heads.teacher.scaling()[0]
+            for side in ("image", "text"):
+                rows = outputs[side]
+                if rows is not None:
+                    outputs[f"projected_{side}"] = self.heads.teacher(side, rows[:pairs])
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
@@ -171,8 +182,10 @@ class DualEncoder(nn.Module):
 
     def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
+        if text.is_floating_point():
+            return self._stored_text(text), None
         length = self.text_spec.context_length
-        may_be_shorter = self.padding is not None or isinstance(self.text, HFTextEncoder)
+        may_be_shorter = self.padding is not None or isinstance(self.text, _OF_TRANSFORMERS)
         lengths_allowed = range(1 if may_be_shorter else length, length + 1)
         if text.ndim != 2 or text.shape[1] not in lengths_allowed:
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
@@ -181,11 +194,24 @@ class DualEncoder(nn.Module):
             return lengths.pass_in_parts(self.text, text, cut)
         return _with_tokens(self.text(text))
 
+    def _stored_text(self, rows: Tensor) -> Tensor:
+        """The features of what a language model gave the texts, [rows, width] (vlp.text_store)."""
+        tower = self.text
+        if not isinstance(tower, LanguageTower) or rows.shape[1:] != (tower.width,):
+            raise ValueError(
+                f"stored text embeddings of shape {tuple(rows.shape)} came to a text tower that "
+                "does not read them; expected token ids, or the tower `stored` of their width"
+            )
+        return tower(rows)
+
     def cut(self, ids: np.ndarray, device: torch.device, n_possible: int) -> Cut | None:
         """How texts [rows, L], given on the host, are to pass the tower; None: as they are.
 
         `n_possible`: the rows that there would be if masks left none out.
         """
+        # Rows that stand for texts have no length.
+        if not np.issubdtype(ids.dtype, np.integer):
+            return None
         padding = self.padding if self.cut_captions else None
         if not len(ids) or (padding is None and not self.static_shapes):
             return None
@@ -215,7 +241,7 @@ class DualEncoder(nn.Module):
         image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
         image.set_grad_checkpointing(enable)
 
-        if isinstance(self.text, HFTextEncoder):
+        if isinstance(self.text, _OF_TRANSFORMERS):
             _checkpoint_transformers(self.text.transformer, enable)
         else:
             self.text.set_grad_checkpointing(enable)
@@ -237,8 +263,15 @@ class DualEncoder(nn.Module):
                 continue
             for parameter in locked_parameters(tower, unlocked_groups, name):
                 parameter.requires_grad_(False)
+
+            # open_clip's empty projection: timm's own classifier is it, and learns as any other.
+            if tower is self.visual and self._projects_by_classifier():
+                self.visual.trunk.get_classifier().requires_grad_(True)
             self._locked += _without_gradient(trunk_of(tower))
         self.train(self.training)  # what is locked goes into evaluation mode
+
+    def _projects_by_classifier(self) -> bool:
+        return self.open_clip_config["vision_cfg"].get("timm_proj") == ""
 
     def unlock_projections(self) -> None:
         """Let the projections learn whatever is locked: new ones are random."""

@@ -22,7 +22,7 @@ from vlp.types import Batch, Features
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
 # that of the outputs is the order in which autograd adds up gradients.
 OF_PAIRS = [name for name, row in FIELDS.items() if row.head and row.tower and not row.batch_shape]
-NUMBERS = ("scale", "bias", "view_scale")
+NUMBERS = ("scale", "bias", "view_scale", "interactive_scale")
 
 
 def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -30,8 +30,8 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     wrapped around one.
 
     Returns the wanted fields with a tower by name, [b, …, D], the outputs of the heads for pairs
-    where any is wanted, [b, …], and "scale", "bias" and "view_scale" as far as the model has them,
-    []. Rows that their mask leaves out do not pass the tower; their embeddings are zeros.
+    where any is wanted, [b, …], and the NUMBERS as far as the model has them, []. Rows that their
+    mask leaves out do not pass the tower; their embeddings are zeros.
     """
     fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
     pictures, texts = (_taking_part(batch, fields, tower) for tower in ("image", "text"))

@@ -80,6 +80,11 @@ class Scaling(nn.Module):
         if bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32))
 
+    def set(self, scale: float) -> None:
+        """Let the scale be this number, as far as its bound allows."""
+        with torch.no_grad():
+            self.logit_scale.fill_(min(math.log(scale), self.log_max))
+
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """(scale [], bias [] or None)."""
         scale = _Ceiling.apply(self.logit_scale, self.log_max).exp().squeeze(0)

@@ -6,6 +6,9 @@ leave with export.
               image_views, text_views, view_scale
     concepts  a linear layer from the image tower's output, before it is normalised:
               concept_logits (distill)
+    teacher   linear maps of the embeddings to the teachers' widths, with a scale of their own
+              (distill, after CLIP-KD, arXiv 2307.12732): projected_image, projected_text,
+              interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
               arXiv 2205.01917): caption_nll
 """
@@ -44,6 +47,31 @@ class Views(nn.Module):
 
         # Views may want another temperature than pairs.
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
+
+
+class TeacherMap(nn.Module):
+    """[rows, D] → [rows, D'] of one teacher, or [rows, T, D'] of several, for images and texts.
+
+    Of several, the narrower ones are filled up with zeros, as their embeddings are.
+    """
+
+    def __init__(self, embed_dim: int, options: config.TeacherHead) -> None:
+        super().__init__()
+        self.options, self.widths = options, options.widths
+        self.maps = nn.ModuleDict(
+            {side: nn.Linear(embed_dim, sum(self.widths)) for side in ("image", "text")}
+        )
+        self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
+
+    def forward(self, side: str, rows: Tensor) -> Tensor:
+        """Rows of one side, "image" or "text", in the teachers' spaces; of any norm."""
+        mapped = self.maps[side](rows)
+        if len(self.widths) == 1:
+            return mapped
+
+        width = max(self.widths)
+        parts = mapped.split(self.widths, dim=1)
+        return torch.stack([F.pad(part, (0, width - part.shape[1])) for part in parts], 1)
 
 
 class Decoder(MultimodalTransformer):
@@ -131,6 +159,7 @@ class Heads(nn.Module):
 
         self.views = Views(embed_dim, options.views) if options.views else None
         self.concepts = nn.Linear(embed_dim, options.concepts) if options.concepts else None
+        self.teacher = TeacherMap(embed_dim, options.teacher) if options.teacher else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
 
     def supplies(self) -> frozenset[str]:

@@ -21,6 +21,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import nn
 
+from vlp.models.language import LanguageTower
 from vlp.models.repeated import repeated
 
 _AFTER = "after the blocks"
@@ -51,7 +52,7 @@ def trunk_of(tower: nn.Module) -> nn.Module:
     """What a lock freezes of a tower: without the projection where that is a part of its own."""
     if isinstance(tower, TimmModel):
         return tower.trunk
-    if isinstance(tower, HFTextEncoder):
+    if isinstance(tower, HFTextEncoder | LanguageTower):
         return tower.transformer
     return tower
 

@@ -22,6 +22,9 @@ from open_clip import hf_model
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from vlp.data.prompted import PADDING
+from vlp.models.language import LanguageTower
+
 PARTS = 4  # a tower's call for each: more of them spare few tokens and cost launches
 LEAST_ROWS = 8  # of a part
 STEP = 8  # tokens; kernels and compiled graphs see multiples of it
@@ -47,6 +50,8 @@ def spared_padding(tower: nn.Module) -> int | None:
     features are read at a token before it. SigLIP's tower attends to its padding, and CoCa's class
     token stands behind it.
     """
+    if isinstance(tower, LanguageTower):
+        return PADDING
     if isinstance(tower, hf_model.HFTextEncoder):
         return tower.config.pad_token_id if isinstance(tower.pooler, _POOLERS) else None
     if not isinstance(tower, TextTransformer) or tower.cls_emb is not None:

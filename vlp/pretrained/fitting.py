@@ -57,7 +57,7 @@ def load_into(
         weights = convert_state_dict(clip, weights)
     # open_clip raises any of these for weights that are far from fitting.
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-        problem = _misfit(clip.state_dict(), weights) or error
+        problem = misfit(clip.state_dict(), weights) or error
         raise ValueError(f"the weights in {path} do not fit this model: {problem}") from error
 
     # Read at their own size; the tower that has them is then resized.
@@ -89,7 +89,7 @@ def load_into(
     for name in {"logit_scale", "logit_bias"} & weights.keys():
         weights[name] = weights[name].reshape(expected[name].shape)
 
-    problem = _misfit(expected, weights)
+    problem = misfit(expected, weights)
     if problem:
         advice = projections.advice(expected, weights)
         raise ValueError(f"the weights in {path} do not fit this model: {problem}{advice}")
@@ -111,7 +111,7 @@ def _check_openai(weights: dict[str, Tensor], clip: nn.Module, path: Path) -> No
         same_activation(True, quick_gelu, f"the weights of OpenAI in {path}", None)
 
 
-def _misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+def misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
     """What two sets of tensors do not share, in a few lines; "" where they agree in names and
     shapes.
     """

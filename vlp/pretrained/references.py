@@ -3,6 +3,7 @@
 
     runs/demo                                a run: its newest checkpoint
     runs/demo/checkpoints/step_00000100      one checkpoint
+    runs/demo@ema                            the moving average of a run's or checkpoint's weights
     exported/demo, local-dir:exported/demo   a folder of vlp export, open_clip or transformers
                                              (CLIP, SigLIP)
     hf-hub:USER/NAME, hf:USER/NAME           such a folder on the Hub; USER/NAME alone asks it for
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ Kind = Literal["run", "stages", "open_clip", "transformers", "file", "tag"]
 # prefixes that say where to look
 _HUB = ("hf-hub:", "hf:")
 _LOCAL = "local-dir:"
+AVERAGE = "@ema"  # behind a run or checkpoint: its moving average
 _WORKING = (
     "a run or checkpoint of vlp, a folder with open_clip_config.json or with config.json of a "
     "CLIPModel or SiglipModel, ARCHITECTURE:TAG or ARCHITECTURE:FILE of open_clip, FILE.json:FILE, "
@@ -69,6 +71,7 @@ class Reference:
     path: Path = Path()  # the folder, or the file of weights
     architecture: str = ""  # of a tag, and of a file where it was named: see `describe`
     tag: str = ""
+    averaged: bool = False  # the moving average of a run's weights in the place of these
 
 
 def resolve(reference: str | Path | Reference) -> Reference:
@@ -81,6 +84,11 @@ def resolve(reference: str | Path | Reference) -> Reference:
     text = str(reference)
     if text.startswith(_HUB):
         return in_folder(text, hub.snapshot(text.partition(":")[2]))
+
+    # A folder may be called so; then it is meant.
+    base = text.removesuffix(AVERAGE)
+    if base != text and not Path(text).expanduser().exists():
+        return averaged(resolve(base))
 
     # What exists here comes first: a name may look like a repository's and be a folder.
     place = Path(text.removeprefix(_LOCAL)).expanduser()
@@ -111,6 +119,22 @@ def resolve(reference: str | Path | Reference) -> Reference:
     raise ValueError(
         f"no model {text!r}: no such file or folder{_near(place)}. What works: {_WORKING}"
     )
+
+
+def averaged(reference: Reference) -> Reference:
+    """The moving average of the run that `reference` names; ValueError for other models."""
+    if reference.kind != "run":
+        raise ValueError(
+            f"{reference.text} is no run of vlp, and only runs and their checkpoints keep a moving "
+            f"average (teacher.ema); name one, or leave out {AVERAGE} or --ema"
+        )
+    text = reference.text.removesuffix(AVERAGE) + AVERAGE
+    return replace(reference, text=text, averaged=True)
+
+
+def of_average(reference: str) -> str:
+    """The reference to the moving average of the run that `reference` names."""
+    return averaged(resolve(reference)).text
 
 
 def in_folder(text: str, folder: Path) -> Reference:

@@ -17,6 +17,9 @@ from torch import Tensor
 from vlp import log
 
 FOLDER = "checkpoints"
+AVERAGED = "ema."  # begins the labels of results that are the moving average's
+# of a checkpoint, the file with the moving average, and what begins the names of its weights there
+TEACHER, AVERAGE = "teacher.safetensors", "ema_"
 
 
 class CheckpointError(RuntimeError):
@@ -126,6 +129,26 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
                 f"{path} is damaged: manifest.json says {str(entry)[:80]} of {name!r}"
             )
     return entries
+
+
+def moving_average(path: Path) -> dict[str, Tensor]:
+    """The moving average of a checkpoint's weights, by the model's names; CheckpointError where the
+    run kept none.
+    """
+    file = path / TEACHER
+    # Absent in checkpoints from before there were teachers.
+    stored = load_file(file) if file.exists() else {}
+    average = {
+        name.removeprefix(AVERAGE): value
+        for name, value in stored.items()
+        if name.startswith(AVERAGE)
+    }
+    if not average:
+        raise CheckpointError(
+            f"{path} holds no moving average of the weights; train with teacher.ema=0.9996 "
+            "(and teacher.eval_ema=true for its scores), or name the run without @ema or --ema"
+        )
+    return average
 
 
 def sha256(path: Path) -> str:

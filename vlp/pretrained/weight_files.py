@@ -86,7 +86,8 @@ def behind(reference: Reference) -> WeightFile:
     if reference.kind == "run":
         path = runs.resolve(path)
         runs.verify(path)
-        return WeightFile(path / "model.safetensors", read_json(path / "model.json"))
+        file = runs.TEACHER if reference.averaged else "model.safetensors"
+        return WeightFile(path / file, read_json(path / "model.json"))
     if reference.kind == "stages":
         members = references.members_of(path)
         raise ValueError(
@@ -118,7 +119,10 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file under open_clip's names; ValueError for a damaged one and for one that
     holds other objects.
     """
-    weights = _unwrapped(_tensors(path))
+    if path.name == runs.TEACHER:  # beside the average it holds a queue
+        weights: dict[str, Tensor] = runs.moving_average(path.parent)
+    else:
+        weights = _unwrapped(_tensors(path))
     if clip_layout.is_theirs(weights):
         return clip_layout.renamed(weights)
 

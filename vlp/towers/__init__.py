@@ -11,6 +11,8 @@ exported there:
                              must not contradict
     preprocess_cfg(options)  optional: mean, std, interpolation, resize_mode of the pixels that an
                              image tower expects
+    load_weights(options, tower)  optional: reads weights that the options name into the built
+                             image tower
 
 A file with both `vision_cfg` and `text_cfg` can stand alone as the image tower.
 `vlp.models.assemble` joins the sections; nothing else knows which towers exist.

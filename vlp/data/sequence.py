@@ -1,0 +1,80 @@
+"""How a run's sequence of samples is drawn, what it depends on, and what it leaves out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vlp.config import Data
+from vlp.data.mix import Mixture
+from vlp.schema import plain
+
+
+def drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str, Any]:
+    """How `mixture` is to draw, as far as it differs from whole epochs of single samples."""
+    if rows % data.together:
+        # The nearest size below, for a larger one may not fit into memory.
+        near = max(data.together, rows // data.together * data.together)
+        raise ValueError(
+            f"data.together is {data.together}, which does not divide a rank's {rows} rows: "
+            f"a group would cross to another rank; use a train.batch of {near} a rank"
+        )
+
+    options: dict[str, Any] = {}
+    if data.together > 1:
+        options["together"] = data.together
+    if data.captions.choose == "all" and not data.captions.n_beside:
+        options["every_caption"] = True
+    if data.replacement:
+        options["replacement"] = True
+
+    # A selection is a mixture of its own, which knows none of these.
+    if options and mixture is not Mixture:
+        raise ValueError(
+            "a selection decides which samples a step holds; leave out data.together, "
+            "data.replacement and captions.choose: all"
+        )
+    return options
+
+
+def too_few(mixture: Mixture, batch: int, together: int) -> str:
+    """What to say of data that do not fill one batch."""
+    held = f"{mixture.n_samples} samples"
+    if together > 1:
+        held = f"{mixture.n_units} groups of {together}"
+    return f"a batch of {batch} is larger than the data ({held}); set train.batch lower"
+
+
+def n_left_out(mixture: Mixture) -> int:
+    """Samples that no batch will hold: unusable ones, and those of origins that are too small."""
+    unusable = sum(source.n_left_out for source in mixture.sources)
+    return unusable + sum(units.n_left_out for units in mixture.units)
+
+
+def identity(
+    mixture: Mixture, data: Data, batch: int | list[list[int]], seed: int
+) -> dict[str, Any]:
+    """What the sequence of samples depends on, besides the step. `batch`: rows of all ranks, or
+    the sizes with their first steps.
+    """
+    fingerprints = [source.fingerprint() for source in mixture.sources]
+    weights: list[str | None] = [None] * len(fingerprints)
+    if mixture.shares is not None:
+        weights = [str(share) for share in mixture.shares]
+
+    return {
+        "samples": mixture.n_samples,
+        "batch": batch,
+        "seed": seed,
+        "shuffle": data.shuffle,
+        "weights": weights,
+        "sources": _short_digest("".join(fingerprints)),
+        "captions": _short_digest(json.dumps(plain(data.captions))),
+        **mixture.identity(),
+    }
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,277 @@
+"""The stages of a run: phases with other batches, pictures, masks, texts or rates (FLIP, Li et al.,
+arXiv 2212.00794; CLIPA, Li et al., arXiv 2305.07017).
+
+A stage ends like a run that stops: it is saved. The next one starts like a run that is resumed,
+from that checkpoint, with the model, loader and optimiser of its own form. So a run that is stopped
+before, at or after a joint goes on bit for bit, and no engine needs to know of stages. What is of
+another shape at a joint are the positions of the image tower:
+
+    weights, moving average     interpolated (vlp.models.positions)
+    moments of their shape      interpolated alike; those without a negative number stay so
+    state of other shapes       starts anew, and with it all of theirs
+
+What the configuration says besides is the form at the end: what follows the last stage, what
+evaluation sees at any time, and what is exported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from open_clip.hf_model import HFTextEncoder
+from torch import Tensor
+
+from vlp import checkpoint, log, optim
+from vlp.config import Config, Duration, Model, Plan, Stage
+from vlp.config.durations import of_stages
+from vlp.data.loader import Loader
+from vlp.engines import Engine
+from vlp.engines.zero import ZeRO
+from vlp.models.build import build, from_description
+from vlp.models.dual_encoder import DualEncoder
+from vlp.models.positions import NAMES, fitted, grids
+from vlp.teacher import EMA
+from vlp.types import TextSpec
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a run that one stage is, or what follows the last one."""
+
+    number: int  # from 1
+    n_segments: int
+    stage: Stage | None  # None: as configured
+    config: Config  # with what the stage says in its place
+    plan: Plan
+    batches: list[tuple[int, int]]  # (first step, rows loaded of all ranks) up to this one
+
+    def rate(self, whole_run: Callable[[int], float]) -> Callable[[int], float]:
+        """The learning rate as a function of the step: the whole run's, or a schedule of its own
+        for a stage with a warm-up of its own.
+        """
+        if self.stage is None:
+            return whole_run
+        factor, first = self.stage.lr, self.plan.first
+        if self.stage.warmup is None:
+            return lambda step: factor * whole_run(step)
+
+        warmup = Duration(self.plan.steps(self.stage.warmup), "steps")
+        options = replace(self.config.train.optimizer, warmup=warmup)
+        own = optim.Schedule(options, replace(self.plan, total=self.plan.end - first))
+        return lambda step: factor * own(step - first)
+
+    def text_spec(self, model: DualEncoder) -> TextSpec:
+        """How captions become tokens in this stage."""
+        if self.stage is None or self.stage.context_length is None:
+            return model.text_spec
+        return replace(model.text_spec, context_length=self.stage.context_length)
+
+    def say(self, model: DualEncoder) -> None:
+        """A line on what begins."""
+        height, width = model.image_spec.size
+        tokens = self.text_spec(model).context_length
+        log.say(
+            f"stage {self.number} of {self.n_segments}: steps {self.plan.first + 1:,} to "
+            f"{self.plan.end:,} of {self.plan.batch}, {height}×{width} pixels, {tokens} tokens"
+        )
+
+
+def of_run(config: Config, loader: Loader, times: int) -> list[Segment]:
+    """The segments of a run, one for a run without stages. `times`: how many rows are loaded for
+    one that is trained on.
+    """
+    plans = of_stages(config.train, config.stages, lambda batch: loader.epoch_steps(batch * times))
+    segments: list[Segment] = []
+    sizes: list[tuple[int, int]] = []
+    for i, plan in enumerate(plans):
+        stage = config.stages[i] if i < len(config.stages) else None
+        # One size after itself is no other one.
+        if not sizes or sizes[-1][1] != plan.batch * times:
+            sizes = [*sizes, (plan.first, plan.batch * times)]
+        segments.append(Segment(i + 1, len(plans), stage, configured(config, stage), plan, sizes))
+    return segments
+
+
+def left_of(segments: list[Segment], source: Path | None) -> list[Segment]:
+    """The segments that are still to be trained behind a checkpoint; at least the last, whose end
+    may still want its evaluation.
+    """
+    step = 0
+    if source is not None:
+        step = json.loads((source / "state.json").read_text(encoding="utf-8"))["step"]
+    return [s for s in segments if s.plan.end > step] or segments[-1:]
+
+
+def configured(config: Config, stage: Stage | None) -> Config:
+    """The configuration with what a stage says in its place."""
+    if stage is None:
+        return config
+    train = replace(
+        config.train,
+        batch=stage.batch or config.train.batch,
+        micro_batches=stage.micro_batches or config.train.micro_batches,
+    )
+    return replace(config, train=train, model=_model(config.model, stage))
+
+
+def _model(model: Model, stage: Stage) -> Model:
+    wanted = {"image_size": stage.image_size, "patch_dropout": stage.patch_dropout}
+    changed = {name: value for name, value in wanted.items() if value is not None}
+    if not changed:
+        return model
+
+    tower = model.image_tower
+    for name in changed:
+        if not hasattr(tower.options, name):
+            raise ValueError(
+                f"stages sets {name}, which image_tower {tower.name!r} does not take; leave it out"
+            )
+    options = replace(tower.options, **changed)
+    return replace(model, image_tower=replace(tower, options=options))
+
+
+# --- before the first step ------------------------------------------------------------------------
+
+
+def check(segments: list[Segment], engine: Engine, model: DualEncoder) -> None:
+    """Refuse what a later stage would fail by; `model` is the one of the end. ValueError."""
+    stages = [segment.stage for segment in segments if segment.stage is not None]
+    if not stages:
+        return
+    config = segments[-1].config
+    if isinstance(engine, ZeRO):
+        raise ValueError(
+            "DeepSpeed holds one model and optimiser for a whole process, and stages make new "
+            "ones; set train.engine: fsdp2 or ddp, or leave stages out"
+        )
+    _check_batches(config, [segment.plan.batch for segment in segments])
+
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    for i, segment in enumerate(segments):
+        if segment.stage is not None:
+            _check_texts(f"stages.{i}.context_length", segment.stage.context_length, model)
+            _check_pictures(f"stages.{i}", segment, shapes)
+
+
+def _check_batches(config: Config, batches: list[int]) -> None:
+    if len(set(batches)) == 1:
+        return
+    if config.teacher.queue:
+        raise ValueError(
+            "teacher.queue counts on one batch, by which its oldest keys are known; leave batch "
+            "out of stages, or the queue"
+        )
+    if config.selection and config.selection[0].name == "mcl":
+        raise ValueError("mcl makes batches of one size; leave batch out of stages")
+
+
+def _check_texts(key: str, length: int | None, model: DualEncoder) -> None:
+    if length is None:
+        return
+    whole = model.text_spec.context_length
+    if length > whole:
+        raise ValueError(
+            f"{key} is {length}, and the text tower has {whole}; expected at most that"
+        )
+
+    # A tower that reads its padding, or a decoder of whole texts, would see other texts.
+    takes_shorter = model.padding is not None or isinstance(model.text, HFTextEncoder)
+    if length < whole and (not takes_shorter or model.heads.captions is not None):
+        raise ValueError(
+            f"{key} is {length}, but this text tower's embeddings depend on all its {whole} "
+            "positions; leave it out"
+        )
+
+
+def _check_pictures(place: str, segment: Segment, shapes: Mapping[str, Any]) -> None:
+    stage, config = segment.stage, segment.config
+    assert stage is not None
+    if config.model.precomputed and (stage.image_size or stage.patch_dropout is not None):
+        raise ValueError(f"{place} changes pictures, which image_tower.precomputed does not read")
+    if stage.image_size is None:
+        return
+    if config.teacher.model is not None or (
+        config.selection and config.selection[0].name == "jest"
+    ):
+        raise ValueError(
+            f"{place}.image_size is {stage.image_size}, but the frozen model of teacher.model or "
+            "selection.jest reads one size; leave one of them out"
+        )
+
+    # Built once, without weights: what the tower refuses it refuses now.
+    try:
+        built = build(replace(config.model, pretrained=None)).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{place}.image_size is {stage.image_size}: {error}") from None
+    for name, value in built.items():
+        if value.shape == shapes.get(name):
+            continue
+        old, new = value.shape, shapes.get(name)
+        if name not in NAMES or new is None or grids(old[-2], new[-2]) is None:
+            raise ValueError(
+                f"{place}.image_size is {stage.image_size}, at which {name} of the image tower is "
+                f"{tuple(old)}, which cannot be interpolated to {new and tuple(new)}; leave "
+                "image_size out, or take the tower 'vit'"
+            )
+
+
+# --- at a joint -----------------------------------------------------------------------------------
+
+
+def joint(config: Config, step: int) -> Path:
+    """The checkpoint with which a stage ended, and from which the next one starts."""
+    return Path(config.out) / checkpoint.FOLDER / f"step_{step:08d}"
+
+
+def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.Contents:
+    """What a checkpoint holds, with the positions of `model`, and moments to them."""
+    expected = model.state_dict()
+    weights = fitted(contents.model, expected)
+    changed = {k for k, v in weights.items() if v.shape != contents.model[k].shape}
+    if not changed:
+        return contents
+
+    average = {
+        name.removeprefix(EMA): value
+        for name, value in contents.teacher.items()
+        if name.startswith(EMA)
+    }
+    average = {EMA + name: value for name, value in fitted(average, expected).items()}
+    optimizer = dict(contents.optimizer)
+    for name in changed:
+        optimizer = _moments_fitted(optimizer, name, contents.model[name], expected)
+    teacher = {**contents.teacher, **average}
+    return replace(contents, model=weights, teacher=teacher, optimizer=optimizer)
+
+
+def _moments_fitted(
+    optimizer: Mapping[str, Tensor], name: str, old: Tensor, expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The optimiser's tensors with those of parameter `name`, which was `old`, in its new shape."""
+    own = {key: value for key, value in optimizer.items() if key.endswith(f".{name}")}
+    others = {key: value for key, value in optimizer.items() if key not in own}
+
+    # Factored or of matrices: nothing says what they are at another size.
+    if any(value.ndim and value.shape != old.shape for value in own.values()):
+        return others
+
+    for key, value in own.items():
+        if not value.ndim:  # a count of steps
+            continue
+        moment = fitted({name: value}, expected)[name]
+        # Bicubic weights are negative in places, and a mean of squares is not.
+        own[key] = moment.clamp(min=0) if value.min() >= 0 else moment
+    return {**others, **own}
+
+
+def in_final_form(model: DualEncoder, description: Mapping[str, Any]) -> DualEncoder:
+    """A model of a stage in the form of the run's end, its positions interpolated."""
+    final = from_description(dict(description)).to(next(model.parameters()).device)
+    if final.image_spec == model.image_spec:
+        return model
+    final.load_state_dict(fitted(model.state_dict(), final.state_dict()))
+    return final.eval()
