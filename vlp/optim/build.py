@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ def check(options: Optimizer) -> None:
 def _check_name(name: str) -> None:
     from timm.optim import get_optimizer_info, list_optimizers
 
-    known = list_optimizers()
+    known = [str(known_name) for known_name in list_optimizers()]
     base = name.removeprefix(LOOKAHEAD)
     if base not in known:
         choices = [known_name for known_name in known if obstacle(known_name) is None]
@@ -125,7 +125,9 @@ def _class(name: str) -> type[torch.optim.Optimizer]:
         return torch.optim.AdamW
     from timm.optim import get_optimizer_class
 
-    return get_optimizer_class(name.removeprefix(LOOKAHEAD), bind_defaults=False)
+    # A class and no partial of one, because its defaults are not bound.
+    optimizer_class = get_optimizer_class(name.removeprefix(LOOKAHEAD), bind_defaults=False)
+    return cast(type[torch.optim.Optimizer], optimizer_class)
 
 
 def _is_muon(name: str) -> bool:
