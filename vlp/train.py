@@ -187,9 +187,10 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
     # holds after that, when the parts exist that take it over.
     contents = load_weights(model, source, plan)
     sources = [*loader.sources, *held_out]
-    stored_embeddings.check(sources, model, precomputed=config.model.precomputed)
+    captions = config.data.captions
+    stored_embeddings.check(sources, model, captions, precomputed=config.model.precomputed)
     stored_embeddings.check_texts(
-        sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
+        sources, loader.store, model, captions, evaluates=bool(config.eval)
     )
     say_start(config, model, loader, objective, plan, source)
 

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from vlp import dist, log
-from vlp.config import Data
+from vlp.config import Augment, Data
 from vlp.data import sequence
 from vlp.data.cores import usual_workers
+from vlp.data.embedded import Ensemble
 from vlp.data.mix import Begin, Mixture
 from vlp.data.offered import optional_fields, read_fields
 from vlp.data.processes import (
@@ -104,10 +105,10 @@ class Loader:
         self.store = store
         self.widths = optional_fields(self.sources, data, reads)
         self.carries = frozenset(self.widths)
-        # Of teacher_image and teacher_text; None where they are not carried.
-        self.teacher_scale = _teacher_scale(self.sources)
-        width = self.widths.get("teacher_image")
-        self.teacher_shape = () if width is None else (width,)
+        # Of teacher_image and teacher_text; None and () where they are not carried.
+        stored = _stored(self.sources, data)
+        self.teacher_scale = None if stored is None else stored.scale
+        self.teacher_shape = () if stored is None else stored.shape
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         self._made_fields = self.widths if reads is None else read_fields(self.widths, reads)
@@ -388,17 +389,26 @@ class Loader:
         log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
 
 
-def _teacher_scale(sources: list[Source]) -> float | None:
-    """The logit scale of the one teacher whose embeddings all sources have, else None."""
-    teachers = {
-        None if source.embeddings is None else source.embeddings.teacher for source in sources
-    }
-    if len(teachers) > 1:
-        names = "; ".join(sorted(map(str, teachers)))
+def _stored(sources: list[Source], data: Data) -> Ensemble | None:
+    """The teachers whose embeddings all sources have; None where they have none."""
+    ensembles = {}
+    for source in sources:
+        teachers = () if source.embeddings is None else source.embeddings.teachers
+        ensembles[teachers] = source.embeddings
+    if len(ensembles) > 1:
+        names = "; ".join(sorted(", ".join(map(str, teachers)) or "None" for teachers in ensembles))
         raise ValueError(
             f"the sources' embeddings are of different models ({names}); "
-            "give all the same teacher's, or none"
+            "give all the same teachers', or none"
         )
 
-    [teacher] = teachers
-    return None if teacher is None else teacher.scale
+    # What is cropped as it was stored cannot be cropped in another way too.
+    for source in sources:
+        views = None if source.embeddings is None else source.embeddings.views
+        if views is not None and data.augment not in (Augment(), views.augment):
+            raise ValueError(
+                f"data.augment is {data.augment}, but training sees the crops whose embeddings are "
+                f"stored, of {views.augment}; leave data.augment out"
+            )
+    [ensemble] = ensembles.values()
+    return ensemble

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from vlp.config import Data
 from vlp.data import labels, row_numbers
 from vlp.data.row_texts import TEXTS
@@ -41,10 +43,10 @@ def optional_fields(
         labels.check(sources, data.labels)
         widths["label"] = 1
 
-    # A teacher's embeddings, where every source has them.
+    # Teachers' embeddings, where every source has them: as many numbers a row as all have.
     stored = [source.embeddings for source in sources if source.embeddings is not None]
     if len(stored) == len(sources):
-        width = stored[0].teacher.width
+        width = math.prod(stored[0].shape)
         widths["teacher_image"] = width
         if all(embeddings.with_text for embeddings in stored):
             widths["teacher_text"] = width
