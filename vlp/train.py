@@ -247,7 +247,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
         reads=losses.reads(config.objective) | selector.needs,
         store=None if stored_texts is None else TextStore(stored_texts),
     )
-    selector.check(loader.carries)
+    selector.check(loader.carries, len(loader.teacher_widths))
     return loader
 
 
@@ -307,7 +307,7 @@ def prepare(
 
     constants: dict[str, Any] = {}
     if loader.teacher_scale is not None:
-        teacher.check_map(model, list(loader.teacher_shape))
+        teacher.check_map(model, loader.teacher_widths)
         # On the device from the start: a number would be sent there in every step.
         constants["teacher_scale"] = torch.tensor(loader.teacher_scale, device=engine.device)
     training = Training(

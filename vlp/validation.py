@@ -159,6 +159,7 @@ def _loader(
         pixels=not config.model.precomputed,
         reads=losses.reads(config.objective),
         store=store,
+        stored_crops=False,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,7 +76,8 @@ def loader(reinforced: Reinforced, **options: Any) -> Loader:
         "captions": ["raw", "written"],
         "embeddings": str(options.pop("embeddings", reinforced.stored)),
     }
-    of_loader = {name: options.pop(name) for name in ("rank", "world") if name in options}
+    names = ("rank", "world", "stored_crops")
+    of_loader = {name: options.pop(name) for name in names if name in options}
     data = data_of(source, **options)
     return Loader(data, SIZE, TEXT, batch=4, seed=3, **of_loader)
 
@@ -130,6 +132,14 @@ def test_further_views_leave_the_stored_crop_alone(reinforced):
     plain, viewed = loader(reinforced), loader(reinforced, views={"n": 1})
     for one, other in zip(take(plain, 2), take(viewed, 2), strict=True):
         assert torch.equal(one.image, other.image) and "image_views" in other.carries()
+
+
+def test_held_out_pictures_are_shown_whole(reinforced):
+    middle = {"scale": [1, 1], "ratio": [1, 1]}
+    batch = take(loader(reinforced, augment=middle, stored_crops=False), 3)[-1]
+    places = batch.sample_id.tolist()
+    whole = [load_file(path)["image"] for path in sorted(reinforced.stored.glob("*.safetensors"))]
+    assert torch.equal(batch.teacher_image, torch.tensor(np.concatenate(whole)[places]).float())
 
 
 def test_what_training_cannot_do_with_stored_crops_is_said_at_once(reinforced, tmp_path):

@@ -82,6 +82,8 @@ class Loader:
         reads: frozenset[str] | None = None,
         # embeddings that take the place of the texts' tokens
         store: TextStore | None = None,
+        # False: whatever crops teachers embedded, data.augment's with the whole picture's rows
+        stored_crops: bool = True,
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(
@@ -106,9 +108,13 @@ class Loader:
         self.widths = optional_fields(self.sources, data, reads)
         self.carries = frozenset(self.widths)
         # Of teacher_image and teacher_text; None and () where they are not carried.
-        stored = _stored(self.sources, data)
+        self._stored_crops = stored_crops
+        stored = _stored(self.sources)
+        if stored_crops:
+            _check_augment(self.sources, data.augment)
         self.teacher_scale = None if stored is None else stored.scale
         self.teacher_shape = () if stored is None else stored.shape
+        self.teacher_widths = [] if stored is None else [t.width for t in stored.teachers]
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         self._made_fields = self.widths if reads is None else read_fields(self.widths, reads)
@@ -152,6 +158,7 @@ class Loader:
             self._made_fields,
             self._pixels,
             self.store,
+            self._stored_crops,
         )
         self._rows = batch // self._world
         self._workers = self._start_workers(self._data, min(self._world, dist.local_world_size()))
@@ -389,7 +396,7 @@ class Loader:
         log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
 
 
-def _stored(sources: list[Source], data: Data) -> Ensemble | None:
+def _stored(sources: list[Source]) -> Ensemble | None:
     """The teachers whose embeddings all sources have; None where they have none."""
     ensembles = {}
     for source in sources:
@@ -402,13 +409,18 @@ def _stored(sources: list[Source], data: Data) -> Ensemble | None:
             "give all the same teachers', or none"
         )
 
-    # What is cropped as it was stored cannot be cropped in another way too.
-    for source in sources:
-        views = None if source.embeddings is None else source.embeddings.views
-        if views is not None and data.augment not in (Augment(), views.augment):
-            raise ValueError(
-                f"data.augment is {data.augment}, but training sees the crops whose embeddings are "
-                f"stored, of {views.augment}; leave data.augment out"
-            )
     [ensemble] = ensembles.values()
     return ensemble
+
+
+def _check_augment(sources: list[Source], augment: Augment) -> None:
+    """Refuse an augmentation beside stored crops: what is cropped as it was stored cannot be
+    cropped in another way too.
+    """
+    for source in sources:
+        views = None if source.embeddings is None else source.embeddings.views
+        if views is not None and augment not in (Augment(), views.augment):
+            raise ValueError(
+                f"data.augment is {augment}, but training sees the crops whose embeddings are "
+                f"stored, of {views.augment}; leave data.augment out"
+            )

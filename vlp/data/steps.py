@@ -58,12 +58,14 @@ class Steps(Dataset):
         widths: dict[str, int],
         pixels: bool,
         store: TextStore | None = None,
+        stored_crops: bool = True,
     ) -> None:
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
         self.widths = widths  # of the optional fields that are made
         self.pixels = pixels
         self.store = store  # of text embeddings, which take the place of token ids
+        self.stored_crops = stored_crops  # rows have the crops that teachers embedded
 
         # This rank's rows of each step.
         self.size = batch
@@ -252,7 +254,7 @@ class Steps(Dataset):
         none.
         """
         stored = row.sample.embeddings
-        if stored is None or stored.of.views is None:
+        if stored is None or stored.of.views is None or not self.stored_crops:
             return None
         return row.draw("stored view") % stored.of.views.n
 
