@@ -161,7 +161,7 @@ def test_every_command_of_every_header_can_be_given():
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
     assert counts == {"data": 24, "demo": 1, "eval": 2, "export": 1, "train": 58}
-    assert n_tools == 30
+    assert n_tools == 32
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
