@@ -131,11 +131,10 @@ class Model:
         return _width(self)
 
     def size(self) -> tuple[int, int]:
-        """Height and width of the pixels that the model reads."""
-        from PIL import Image
-
-        _, height, width = self.encoder().prepare(Image.new("RGB", (512, 512))).shape
-        return height, width
+        """Height and width of the pixels that the model reads; ValueError for a transform that cuts
+        or scales a picture of just that size.
+        """
+        return _size(self)
 
     def _pixels(self, sample: Pictured, cut: Callable[[Pictured], Image] | None) -> Tensor | None:
         from vlp.data.picture import rgb
@@ -180,3 +179,24 @@ def _load(ref: str, device: str, bf16: bool) -> Encoder:
 @cache
 def _width(model: Model) -> int:
     return model.encoder().encode_texts(["a"]).shape[1]
+
+
+@cache
+def _size(model: Model) -> tuple[int, int]:
+    import torch
+    from PIL import Image
+
+    prepare = model.encoder().prepare
+    _, height, width = prepare(Image.new("RGB", (512, 512))).shape
+
+    # Up to the normalisation of each channel noise comes back as it went in, or it was resized.
+    noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0))
+    seen = prepare(Image.fromarray(noise.byte().numpy())).float()
+    for channel, shown in zip(noise.permute(2, 0, 1).float(), seen):
+        similarity = torch.corrcoef(torch.stack([channel.flatten(), shown.flatten()]))[0, 1]
+        if similarity < 0.999:
+            raise ValueError(
+                f"{model.ref} resizes or cuts pictures of the {height} x {width} pixels that it "
+                "reads, so that it would not see the crops that a student sees; leave --views out"
+            )
+    return height, width

@@ -119,6 +119,7 @@ def _of_pairs(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], E
     if augment is not None:
         from vlp.data.stored_views import StoredViews
 
+        model.size()  # refuses a model that cannot be shown crops
         views = StoredViews(args.views, args.seed, augment, model.encoder().decoding)
         settings |= {"views": views.text}
     captions = None
@@ -202,15 +203,9 @@ class Embed:
                 for sample in batch:
                     texts |= self.captions.texts(sample)
 
-        metadata = {
-            "model": self.model.ref,
-            "weights": self.model.encoder().fingerprint[:16],
-            "scale": str(self.model.encoder().scale),
-            "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
-        }
+        metadata = self._metadata(keys)
         tensors = {"image": torch.cat(image_rows).half(), "text": torch.cat(text_rows).half()}
         if self.views is not None:
-            metadata["views"] = self.views.text
             shape = (len(keys), self.views.n, self.model.width())
             tensors["views"] = torch.cat(view_rows).half().view(shape)
         if self.captions is not None:
@@ -218,6 +213,17 @@ class Embed:
             counts["captions embedded"] += len(texts)
         write_atomically(self.folder / f"{path.stem}.safetensors", save(tensors, metadata))
         return {"counts": counts}
+
+    def _metadata(self, keys: list[str]) -> dict[str, str]:
+        """Whose rows they are, and of which samples and crops."""
+        encoder = self.model.encoder()
+        metadata = {
+            "model": self.model.ref,
+            "weights": encoder.fingerprint[:16],
+            "scale": str(encoder.scale),
+            "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+        }
+        return metadata if self.views is None else metadata | {"views": self.views.text}
 
     def _of_views(self, batch: list[Content]) -> list[Tensor]:
         """Unit rows of the crops of a batch, sample by sample."""
@@ -242,19 +248,18 @@ class Embed:
 
     def _of_captions(self, texts: list[str]) -> dict[str, Tensor]:
         """The rows of captions, and by what they are found."""
-        import numpy as np
         import torch
 
         from vlp.text_store import digests
 
-        found_by, first_places = np.unique(digests(texts), return_index=True)
-        # By length, so that a batch holds texts of a kind.
-        rows = torch.zeros(len(texts), self.model.width())
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for first in range(0, len(order), self.model.batch):
-            places = order[first : first + self.model.batch]
-            rows[places] = self.model.encoder().encode_texts([texts[i] for i in places]).cpu()
-        return {"captions": rows[first_places].half(), "digest": torch.from_numpy(found_by)}
+        rows = [torch.zeros(0, self.model.width())]
+        for first in range(0, len(texts), self.model.batch):
+            part = texts[first : first + self.model.batch]
+            rows.append(self.model.encoder().encode_texts(part).cpu())
+
+        # In the order of the digests, so that a reader finds one by halving.
+        of_texts, order = torch.from_numpy(digests(texts)).sort()
+        return {"captions": torch.cat(rows)[order].half(), "digest": of_texts}
 
     def _texts(self, batch: list[Content], counts: Counter[str]) -> Tensor:
         import torch

@@ -183,6 +183,7 @@ def compare(
     stored = [_image_row(embeddings, sample) for sample in samples]
     _compare("image", _embedded(judge, image=pixels), _stacked(stored), folder, whose)
 
+    # Crops say besides whether they are still cut as they were.
     if embeddings.views is not None:
         cut, spec = embeddings.views, judge.image_spec
         crops = [cut.pixels(sample.image, sample.key, 0, spec) for sample in samples]

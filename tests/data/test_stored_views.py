@@ -4,6 +4,7 @@ own row comes with each. Teachers that are several.
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.data.test_embedded import write_embeddings
 from tests.data.test_loader import take
 from tests.data_tools.tools import call
 from tests.eval.material import TINY, tiny_open_clip
+from tests.eval.test_models import tiny_transformers
 from vlp import stored_embeddings
 from vlp.config import Captions
 from vlp.data import text as tokenizers
@@ -185,6 +187,18 @@ def test_stored_crops_are_compared_with_their_teacher_by_content(reinforced, tmp
     both["embeddings"] = [str(reinforced.stored), str(tmp_path)]
     with pytest.raises(ValueError, match=r"3 crops of seed 5.*3 crops of seed 6.*the same --views"):
         Loader(data_of(both), SIZE, TEXT, batch=2, seed=3)
+
+
+@pytest.mark.slow
+def test_a_model_that_would_not_see_the_crop_is_refused(reinforced, tmp_path):
+    folder = tiny_transformers(tmp_path / "model", "clip")
+    described = folder / "preprocessor_config.json"
+    settings = json.loads(described.read_text())
+    settings["size"] = {"shortest_edge": 24}  # and cuts 16 x 16 of them
+    described.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="resizes or cuts pictures of the 16 x 16 pixels"):
+        call(embed, reinforced.shards, "--model", folder, "--views", 1, "--to", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

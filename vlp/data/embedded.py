@@ -135,7 +135,8 @@ class Ensemble:
                 first = self.members[0]
                 raise ValueError(
                     f"{first.folder} is of {_crops(first)}, {member.folder} of {_crops(member)}; "
-                    "embed both with the same --views, --seed and --augment of `vlp data embed`"
+                    "embed both with the same --views, --seed and --augment of `vlp data embed`, "
+                    "by models that decode pictures alike"
                 )
 
     @property
@@ -188,7 +189,7 @@ def _crops(embeddings: Embeddings) -> str:
     views = embeddings.views
     if views is None:
         return "whole pictures"
-    return f"{views.n} crops of seed {views.seed}, {views.augment}"
+    return f"{views.n} crops of seed {views.seed}, {views.augment}, {views.decoding}"
 
 
 def _check(path: Path, shard: Shard) -> Written:
@@ -202,7 +203,7 @@ def _check(path: Path, shard: Shard) -> Written:
         model, scale, keys = about["model"], float(about["scale"]), about["keys"]
         n, width = shapes["image"]
         views = StoredViews.read(about["views"]) if "views" in names else None
-        expected = {"image": (n, width), "text": (n, width)}
+        expected: dict[str, tuple[Any, ...]] = {"image": (n, width), "text": (n, width)}
         if views is not None:
             expected["views"] = (n, views.n, width)
         if "captions" in names:

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from vlp import dist, log
-from vlp.config import Augment, Data
+from vlp.config import Data
 from vlp.data import sequence
 from vlp.data.cores import usual_workers
-from vlp.data.embedded import Ensemble
 from vlp.data.mix import Begin, Mixture
-from vlp.data.offered import optional_fields, read_fields
+from vlp.data.offered import check_augment, optional_fields, read_fields, stored_teachers
 from vlp.data.processes import (
     SHARED_MEMORY,
     Feed,
@@ -32,7 +31,6 @@ from vlp.data.processes import (
     fitting_workers,
     n_parts,
 )
-from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps, joined
 from vlp.lifetime import cut_short
 from vlp.text_store import TextStore
@@ -107,11 +105,11 @@ class Loader:
         self.store = store
         self.widths = optional_fields(self.sources, data, reads)
         self.carries = frozenset(self.widths)
-        # Of teacher_image and teacher_text; None and () where they are not carried.
         self._stored_crops = stored_crops
-        stored = _stored(self.sources)
         if stored_crops:
-            _check_augment(self.sources, data.augment)
+            check_augment(self.sources, data.augment)
+        # Of teacher_image and teacher_text; None and empty where they are not carried.
+        stored = stored_teachers(self.sources)
         self.teacher_scale = None if stored is None else stored.scale
         self.teacher_shape = () if stored is None else stored.shape
         self.teacher_widths = [] if stored is None else [t.width for t in stored.teachers]
@@ -394,33 +392,3 @@ class Loader:
         more = "\n  …" if len(problems) > 5 else ""
         lost = self.n_left_out or "no"
         log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
-
-
-def _stored(sources: list[Source]) -> Ensemble | None:
-    """The teachers whose embeddings all sources have; None where they have none."""
-    ensembles = {}
-    for source in sources:
-        teachers = () if source.embeddings is None else source.embeddings.teachers
-        ensembles[teachers] = source.embeddings
-    if len(ensembles) > 1:
-        names = "; ".join(sorted(", ".join(map(str, teachers)) or "None" for teachers in ensembles))
-        raise ValueError(
-            f"the sources' embeddings are of different models ({names}); "
-            "give all the same teachers', or none"
-        )
-
-    [ensemble] = ensembles.values()
-    return ensemble
-
-
-def _check_augment(sources: list[Source], augment: Augment) -> None:
-    """Refuse an augmentation beside stored crops: what is cropped as it was stored cannot be
-    cropped in another way too.
-    """
-    for source in sources:
-        views = None if source.embeddings is None else source.embeddings.views
-        if views is not None and augment not in (Augment(), views.augment):
-            raise ValueError(
-                f"data.augment is {augment}, but training sees the crops whose embeddings are "
-                f"stored, of {views.augment}; leave data.augment out"
-            )

@@ -1,11 +1,14 @@
-"""Which optional fields of `vlp.fields` the data offer, and which of them are worth making."""
+"""Which optional fields of `vlp.fields` the data offer, which of them are worth making, and whose
+the stored embeddings among them are.
+"""
 
 from __future__ import annotations
 
 import math
 
-from vlp.config import Data
+from vlp.config import Augment, Data
 from vlp.data import labels, row_numbers
+from vlp.data.embedded import Ensemble
 from vlp.data.row_texts import TEXTS
 from vlp.data.sources import Source
 from vlp.fields import CARRIED, EMBEDDED, family
@@ -72,3 +75,33 @@ def read_fields(widths: dict[str, int], reads: frozenset[str]) -> dict[str, int]
         return True
 
     return {name: width for name, width in widths.items() if worth(name)}
+
+
+def stored_teachers(sources: list[Source]) -> Ensemble | None:
+    """The teachers whose embeddings all sources have; None where they have none."""
+    ensembles = {}
+    for source in sources:
+        teachers = () if source.embeddings is None else source.embeddings.teachers
+        ensembles[teachers] = source.embeddings
+    if len(ensembles) > 1:
+        names = "; ".join(sorted(", ".join(map(str, teachers)) or "None" for teachers in ensembles))
+        raise ValueError(
+            f"the sources' embeddings are of different models ({names}); "
+            "give all the same teachers', or none"
+        )
+
+    [ensemble] = ensembles.values()
+    return ensemble
+
+
+def check_augment(sources: list[Source], augment: Augment) -> None:
+    """Refuse an augmentation beside stored crops: what is cropped as it was stored cannot be
+    cropped in another way too.
+    """
+    stored = [source.embeddings for source in sources if source.embeddings is not None]
+    for views in [embeddings.views for embeddings in stored]:
+        if views is not None and augment not in (Augment(), views.augment):
+            raise ValueError(
+                f"data.augment is {augment}, but training sees the crops whose embeddings are "
+                f"stored, of {views.augment}; leave data.augment out"
+            )

@@ -195,7 +195,9 @@ class Steps(Dataset):
             labels.of_row(row, self.data.labels)
 
     def _check_stored(self, row: Row) -> None:
-        """Raise ValueError for a sample with a text whose stored embedding lacks."""
+        """Raise ValueError for a sample with a text that has no stored embedding,
+        where such are read.
+        """
         if "teacher_text" in self.widths and row.sample.embeddings is not None:
             row.sample.embeddings.text(row.caption)
         if self.store is None:
