@@ -38,19 +38,12 @@ def arguments(parser: argparse.ArgumentParser, either: argparse._ActionsContaine
     add("--prompt", default="{}", help="what stands around the caption, {} (default: it alone)")
     add("--context-length", type=int, default=77, metavar="L", help="tokens (default: 77)")
 
-    add = parser.add_argument_group("which captions (with --model: the first, unless said)")
-    add.add_argument(
-        "--captions", default="", metavar="NAMES", help="as the source's captions: long,txt"
-    )
-    add.add_argument(
-        "--lines", choices=("one", "each"), default="one", help="as the source's lines"
-    )
-    add.add_argument("--sentences", action="store_true", help="the sentences of captions too")
-    add.add_argument(
-        "--negatives",
-        action="store_true",
-        help="with --text-model: hard and counterfactual captions too",
-    )
+    chosen = parser.add_argument_group("which captions (with --model: the first, unless said)")
+    add = chosen.add_argument
+    add("--captions", default="", metavar="NAMES", help="as the source's captions: long,txt")
+    add("--lines", choices=("one", "each"), default="one", help="as the source's lines")
+    add("--sentences", action="store_true", help="the sentences of captions too")
+    add("--negatives", action="store_true", help="hard and counterfactual captions too")
 
 
 @dataclass(frozen=True)

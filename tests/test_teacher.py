@@ -299,8 +299,12 @@ def test_stored_teachers_teach_as_running_ones_do(settings, scenes, tmp_path):
     crops = f"data.sources.0.embeddings=[{tmp_path / 'one cut'}, {tmp_path / 'two cut'}]"
     reinforced = [option for option in taught if not option.startswith("data.augment")]
     reinforced += [crops, "data.augment={}", "checkpoint.every=1", "checkpoint.keep=5"]
+    source = f"{{name: shards, path: {scenes / 'train'}, {crops.removeprefix('data.sources.0.')}}}"
+    held_out = f"data: {{sources: [{source.replace('embeddings=', 'embeddings: ')}]}}"
+    reinforced.append(f"validation={{{held_out}, every: 3, samples: 96}}")
     whole = train(settings(*reinforced, out="whole"))
     assert losses(whole) != pytest.approx(losses(stored), rel=1e-3)
+    assert '"val.distill"' in (whole / "metrics.jsonl").read_text()
     resumed = settings(*reinforced, f"resume={whole}/checkpoints/step_00000001", out="resumed")
     assert losses(train(resumed)) == {step: losses(whole)[step] for step in (2, 3)}
 
