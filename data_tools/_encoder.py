@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from vlp.eval.models import Encoder
@@ -94,10 +95,13 @@ class Model:
         return _load(self.ref, self.device, self.bf16)
 
     def batches(
-        self, samples: Iterable[Pictured], counts: Counter[str]
+        self,
+        samples: Iterable[Pictured],
+        counts: Counter[str],
+        cut: Callable[[Pictured], Image] | None = None,
     ) -> Iterator[tuple[list[Pictured], Tensor]]:
         """Batches of samples with their pictures' unit rows [n, D] float32; a picture that does not
-        open is counted: zeros.
+        open is counted: zeros. `cut`: what is shown of a picture; None: as evaluation shows it.
 
         Threads decode the next batch while the model computes; no more than two batches are held.
         """
@@ -113,7 +117,7 @@ class Model:
                 batch = list(islice(samples, self.batch))
                 if not batch:
                     break
-                waiting.append((batch, [pool.submit(self._pixels, sample) for sample in batch]))
+                waiting.append((batch, [pool.submit(self._pixels, item, cut) for item in batch]))
                 if len(waiting) == 2:
                     decoded, pixels = waiting.popleft()
                     yield self._rows(decoded, pixels, counts)
@@ -126,12 +130,19 @@ class Model:
         """D, the length of an embedding."""
         return _width(self)
 
-    def _pixels(self, sample: HasImage) -> Tensor | None:
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pixels that the model reads; ValueError for a transform that cuts
+        or scales a picture of just that size.
+        """
+        return _size(self)
+
+    def _pixels(self, sample: Pictured, cut: Callable[[Pictured], Image] | None) -> Tensor | None:
         from vlp.data.picture import rgb
 
         encoder = self.encoder()
         try:
-            return encoder.prepare(rgb(sample.image, encoder.decoding))
+            picture = rgb(sample.image, encoder.decoding) if cut is None else cut(sample)
+            return encoder.prepare(picture)
         except ValueError:
             return None
 
@@ -168,3 +179,24 @@ def _load(ref: str, device: str, bf16: bool) -> Encoder:
 @cache
 def _width(model: Model) -> int:
     return model.encoder().encode_texts(["a"]).shape[1]
+
+
+@cache
+def _size(model: Model) -> tuple[int, int]:
+    import torch
+    from PIL import Image
+
+    prepare = model.encoder().prepare
+    _, height, width = prepare(Image.new("RGB", (512, 512))).shape
+
+    # Up to the normalisation of each channel noise comes back as it went in, or it was resized.
+    noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0))
+    seen = prepare(Image.fromarray(noise.byte().numpy())).float()
+    for channel, shown in zip(noise.permute(2, 0, 1).float(), seen):
+        similarity = torch.corrcoef(torch.stack([channel.flatten(), shown.flatten()]))[0, 1]
+        if similarity < 0.999:
+            raise ValueError(
+                f"{model.ref} resizes or cuts pictures of the {height} x {width} pixels that it "
+                "reads, so that it would not see the crops that a student sees; leave --views out"
+            )
+    return height, width

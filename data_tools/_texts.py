@@ -37,10 +37,52 @@ def arguments(parser: argparse.ArgumentParser, either: argparse._ActionsContaine
     )
     add("--prompt", default="{}", help="what stands around the caption, {} (default: it alone)")
     add("--context-length", type=int, default=77, metavar="L", help="tokens (default: 77)")
+
+    chosen = parser.add_argument_group("which captions (with --model: the first, unless said)")
+    add = chosen.add_argument
     add("--captions", default="", metavar="NAMES", help="as the source's captions: long,txt")
     add("--lines", choices=("one", "each"), default="one", help="as the source's lines")
     add("--sentences", action="store_true", help="the sentences of captions too")
     add("--negatives", action="store_true", help="hard and counterfactual captions too")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Which captions of a sample are embedded."""
+
+    names: tuple[str, ...]
+    lines: Any  # "one" or "each"
+    sentences: bool
+    negatives: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Captions:
+        """Those that the options name."""
+        names = tuple(name.strip() for name in args.captions.split(",") if name.strip())
+        return cls(names, args.lines, args.sentences, args.negatives)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which captions are embedded."""
+        further = {"sentences": self.sentences, "negatives": self.negatives}
+        return {"captions": self.names, "lines": self.lines} | further
+
+    def texts(self, sample: Content) -> dict[str, None]:
+        """The different texts of a sample that training may draw, in its order."""
+        return dict.fromkeys(self._each(sample))
+
+    def _each(self, sample: Content) -> Iterator[str]:
+        from vlp.data.captions import Choice
+        from vlp.data.sentences import sentences
+        from vlp.data.wrong_captions import LISTS, read
+
+        captions = Choice(self.names, lines=self.lines).captions(sample.meta, sample.text)
+        yield from captions
+        if self.sentences:
+            for caption in captions:
+                yield from sentences(caption)
+        if self.negatives:
+            for field in LISTS:
+                yield from filter(None, read(sample.meta, field, captions).texts)
 
 
 @dataclass(frozen=True)
@@ -130,10 +172,7 @@ class EmbedTexts:
 
     model: TextModel
     folder: Path
-    names: tuple[str, ...]
-    lines: Any
-    sentences: bool
-    negatives: bool
+    captions: Captions
 
     def __call__(self, job: tuple[int, Path]) -> work.Result:
         import torch
@@ -147,7 +186,7 @@ class EmbedTexts:
         counts: Counter[str] = Counter()
         texts: dict[str, None] = {}  # a set in the order of the shard
         for sample in samples(path, counts):
-            of_sample = dict.fromkeys(self._texts(sample))
+            of_sample = self.captions.texts(sample)
             if not of_sample:
                 counts["samples without a caption"] += 1
             texts |= of_sample
@@ -160,18 +199,3 @@ class EmbedTexts:
         metadata = {"text_cfg": self.model.text_cfg, "weights": self.model.weights()}
         write_atomically(self.folder / f"{path.stem}.safetensors", save(tensors, metadata))
         return {"counts": counts}
-
-    def _texts(self, sample: Content) -> Iterator[str]:
-        """The texts of a sample that training may draw."""
-        from vlp.data.captions import Choice
-        from vlp.data.sentences import sentences
-        from vlp.data.wrong_captions import LISTS, read
-
-        captions = Choice(self.names, lines=self.lines).captions(sample.meta, sample.text)
-        yield from captions
-        if self.sentences:
-            for caption in captions:
-                yield from sentences(caption)
-        if self.negatives:
-            for field in LISTS:
-                yield from filter(None, read(sample.meta, field, captions).texts)

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tests import ranks
+from tests.data_tools.tools import call
 from tests.models.tiny import TEXT, VIT, tiny
 from tests.test_step import make_batch, make_training, own_rows
 from tests.test_train import losses
 from vlp import checkpoint, config
+from vlp.data_tools import embed
 from vlp.step import train_step
 from vlp.teacher import Teacher
 from vlp.train import train
@@ -273,3 +275,39 @@ def test_a_start_from_other_heads_keeps_the_towers(settings, capsys):
     assert "heads.views start at random" in capsys.readouterr().out
     train(settings("train.duration=1", f"init_from={with_heads}", out="back"))
     assert "heads.views are left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_stored_teachers_teach_as_running_ones_do(settings, scenes, tmp_path):
+    """Two of different widths; and a run on their stored crops goes on where it stopped."""
+    plain = ("data.augment={scale: [1, 1], ratio: [1, 1]}", "data.captions.choose=first")
+    short = ("train.duration=3", "data.workers=0", "eval={}", *plain)
+    first = train(settings("train.duration=1", out="first"))
+    second = train(settings("train.duration=1", "model.embed_dim=24", out="second"))
+    for name, model in (("one", first), ("two", second)):
+        call(embed, scenes / "train", "--model", model, "--to", tmp_path / name)
+        cut = ("--views", 2, "--augment", "{scale: [0.3, 1]}", "--lines", "each")
+        call(embed, scenes / "train", "--model", model, *cut, "--to", tmp_path / f"{name} cut")
+
+    objective = "objective={infonce: {}, distill: [{}, {form: features}, {form: interactive}]}"
+    taught = (*short, objective, "model.heads={teacher: {width: [16, 24]}}")
+    running = train(settings(*taught, f"teacher.model=[{first}, {second}]", out="running"))
+    folders = f"[{tmp_path / 'one'}, {tmp_path / 'two'}]"
+    stored = train(settings(*taught, f"data.sources.0.embeddings={folders}", out="stored"))
+    assert losses(stored) == pytest.approx(losses(running), rel=2e-3)
+
+    crops = f"data.sources.0.embeddings=[{tmp_path / 'one cut'}, {tmp_path / 'two cut'}]"
+    reinforced = [option for option in taught if not option.startswith("data.augment")]
+    reinforced += [crops, "data.augment={}", "checkpoint.every=1", "checkpoint.keep=5"]
+    source = f"{{name: shards, path: {scenes / 'train'}, {crops.removeprefix('data.sources.0.')}}}"
+    held_out = f"data: {{sources: [{source.replace('embeddings=', 'embeddings: ')}]}}"
+    reinforced.append(f"validation={{{held_out}, every: 3, samples: 96}}")
+    whole = train(settings(*reinforced, out="whole"))
+    assert losses(whole) != pytest.approx(losses(stored), rel=1e-3)
+    assert '"val.distill"' in (whole / "metrics.jsonl").read_text()
+    resumed = settings(*reinforced, f"resume={whole}/checkpoints/step_00000001", out="resumed")
+    assert losses(train(resumed)) == {step: losses(whole)[step] for step in (2, 3)}
+
+    with pytest.raises(ValueError, match=r"precomputed reads.*found width 2 x 24, expected 16"):
+        locked = ("model.image_tower.precomputed=true", "model.image_tower.locked=true")
+        train(settings(*short, *locked, f"data.sources.0.embeddings={folders}", out="locked"))

@@ -187,14 +187,14 @@ def check_precomputed(
             "needs it whole"
         )
 
-    width = loader.widths.get("teacher_image")
-    if width is None:
+    if not loader.teacher_shape:
         raise ValueError(
             "image_tower.precomputed reads stored embeddings, and no source names any: set "
             "data.sources.0.embeddings to what `vlp data embed` made with this image tower"
         )
 
-    if width != model.embed_dim:
+    if loader.teacher_shape != (model.embed_dim,):
+        width = " x ".join(map(str, loader.teacher_shape))
         raise ValueError(
             "image_tower.precomputed reads the sources' `embeddings` (made by `vlp data embed` "
             f"with this image tower): found width {width}, expected {model.embed_dim}"

@@ -193,7 +193,8 @@ class Carried:
         supplier="a teacher's concepts of each image (the JSON's `concepts`)",
     )
 
-    # Unit rows that another model gave the whole image and the first caption.
+    # Unit rows that other models gave the image, or the crop of it that stands here, and the
+    # caption.
     teacher_image: Tensor = of_teachers(
         "", "b D'", "b T D'", carried=True, unit=True, supplier=_STORED
     )

@@ -18,7 +18,7 @@ from vlp import checkpoint, dist, log
 from vlp.config import Captions
 from vlp.data import decode
 from vlp.data import text as tokenizers
-from vlp.data.embedded import Embeddings
+from vlp.data.embedded import Embeddings, Ensemble, Stored
 from vlp.data.row import Row, choose_caption
 from vlp.data.sources import Source
 from vlp.models import language
@@ -33,9 +33,11 @@ MARGIN = 0.002  # by which another sample's row may lie nearer: equal pictures, 
 LEAST_COSINE = 0.99
 
 
-def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> None:
+def check(
+    sources: list[Source], model: DualEncoder, captions: Captions, *, precomputed: bool
+) -> None:
     """Raise ValueError where a source's `embeddings` are not those of `model`'s image tower, or of
-    the teacher they name.
+    the teachers they name, or lack captions that training draws.
 
     What cannot be compared, because the teacher or the pixels are not here, is said. Collective:
     the first rank compares.
@@ -45,7 +47,7 @@ def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> No
         try:
             for source in sources:
                 if source.embeddings is not None:
-                    _check(source, source.embeddings, model, precomputed)
+                    _check(source, source.embeddings, model, captions, precomputed)
         except ValueError as error:
             problem = str(error)
 
@@ -55,21 +57,33 @@ def check(sources: list[Source], model: DualEncoder, *, precomputed: bool) -> No
         raise ValueError(problem)
 
 
-def _check(source: Source, embeddings: Embeddings, model: DualEncoder, precomputed: bool) -> None:
-    folder, name = embeddings.folder, embeddings.teacher.model
-    judge = model if precomputed else _teacher(name, folder)
-    if judge is None:  # said already
-        return
-    compare(source, embeddings, judge, precomputed=precomputed)
+def _check(
+    source: Source,
+    ensemble: Ensemble,
+    model: DualEncoder,
+    captions: Captions,
+    precomputed: bool,
+) -> None:
+    for embeddings in ensemble.members:
+        # Before a teacher is loaded.
+        if embeddings.every_caption and not precomputed:
+            for sample in _few(source):
+                _text_row(embeddings, sample, _caption_of(sample, captions))
+
+        judge = model if precomputed else _teacher(embeddings.teacher.model, embeddings.folder)
+        if judge is not None:  # else said already
+            compare(source, embeddings, judge, captions, precomputed=precomputed)
 
 
 def check_with_teacher(source: Source) -> None:
-    """Raise ValueError where a source's `embeddings` are not those of the teacher they name."""
-    embeddings = source.embeddings
-    assert embeddings is not None
-    judge = _teacher(embeddings.teacher.model, embeddings.folder)
-    if judge is not None:
-        compare(source, embeddings, judge, precomputed=False)
+    """Raise ValueError where a source's `embeddings`, of pictures and first captions, are not those
+    of the teachers they name.
+    """
+    assert source.embeddings is not None
+    for embeddings in source.embeddings.members:
+        judge = _teacher(embeddings.teacher.model, embeddings.folder)
+        if judge is not None:
+            compare(source, embeddings, judge, None, precomputed=False)
 
 
 def check_texts(
@@ -90,7 +104,7 @@ def check_texts(
     if store is not None and dist.is_main():
         try:
             for source in sources:
-                texts = [choose_caption(Row(sample, 0, 0, 0), captions) for sample in _few(source)]
+                texts = [_caption_of(sample, captions) for sample in _few(source)]
                 _check_texts(store, texts, model, evaluates)
         except ValueError as error:
             problem = str(error)
@@ -143,8 +157,18 @@ def _few(source: Source) -> list[Sample]:
     return samples
 
 
+def _caption_of(sample: Sample, captions: Captions) -> str:
+    """A caption of the sample that training may draw."""
+    return choose_caption(Row(sample, 0, 0, 0), captions)
+
+
 def compare(
-    source: Source, embeddings: Embeddings, judge: DualEncoder | Stages, *, precomputed: bool
+    source: Source,
+    embeddings: Embeddings,
+    judge: DualEncoder | Stages,
+    captions: Captions | None,
+    *,
+    precomputed: bool,
 ) -> None:
     """Embed a few samples again with `judge`; ValueError where they are not what is stored.
     `precomputed`: images stand in for the run's own tower.
@@ -156,15 +180,45 @@ def compare(
         return
 
     whose = "this run's image tower" if precomputed else name
-    _compare("image", _embedded(judge, image=pixels), _stored(samples, 0), folder, whose)
+    stored = [_image_row(embeddings, sample) for sample in samples]
+    _compare("image", _embedded(judge, image=pixels), _stacked(stored), folder, whose)
+
+    # Crops say besides whether they are still cut as they were.
+    if embeddings.views is not None:
+        cut, spec = embeddings.views, judge.image_spec
+        crops = [cut.pixels(sample.image, sample.key, 0, spec) for sample in samples]
+        again = _embedded(judge, image=torch.stack(crops))
+        stored = [_image_row(embeddings, sample, 0) for sample in samples]
+        _compare("image", again, _stacked(stored), folder, whose, " --views")
+
     if not precomputed and embeddings.with_text:
-        tokens = tokenizers.build(judge.text_spec)([sample.captions[0] for sample in samples])
-        _compare("text", _embedded(judge, text=tokens), _stored(samples, 1), folder, whose)
+        texts = [sample.captions[0] for sample in samples]
+        stored = [_text_row(embeddings, sample) for sample in samples]
+        if embeddings.every_caption and captions is not None:
+            texts = [_caption_of(sample, captions) for sample in samples]
+            stored = [_text_row(embeddings, sample, text) for sample, text in zip(samples, texts)]
+        tokens = tokenizers.build(judge.text_spec)(texts)
+        _compare("text", _embedded(judge, text=tokens), _stacked(stored), folder, whose)
 
 
-def _stored(samples: list[Sample], side: int) -> Tensor:
-    """The stored embeddings of images (side 0) or first captions (1), [n, D]."""
-    rows = [sample.embeddings[side] for sample in samples if sample.embeddings is not None]
+def _image_row(embeddings: Embeddings, sample: Sample, view: int | None = None) -> np.ndarray:
+    """What one teacher's embeddings hold, [D], of the sample's picture, or of a stored view."""
+    _, shard, place = _stored(sample)
+    return embeddings.image(shard, place, view)
+
+
+def _text_row(embeddings: Embeddings, sample: Sample, caption: str | None = None) -> np.ndarray:
+    """The same of its first caption, or of another one."""
+    _, shard, place = _stored(sample)
+    return embeddings.text(shard, place, caption)
+
+
+def _stored(sample: Sample) -> Stored:
+    assert sample.embeddings is not None, "a source with embeddings gives them to each sample"
+    return sample.embeddings
+
+
+def _stacked(rows: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(rows)).float()
 
 

@@ -187,9 +187,10 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
     # holds after that, when the parts exist that take it over.
     contents = load_weights(model, source, plan)
     sources = [*loader.sources, *held_out]
-    stored_embeddings.check(sources, model, precomputed=config.model.precomputed)
+    captions = config.data.captions
+    stored_embeddings.check(sources, model, captions, precomputed=config.model.precomputed)
     stored_embeddings.check_texts(
-        sources, loader.store, model, config.data.captions, evaluates=bool(config.eval)
+        sources, loader.store, model, captions, evaluates=bool(config.eval)
     )
     say_start(config, model, loader, objective, plan, source)
 
@@ -246,7 +247,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
         reads=losses.reads(config.objective) | selector.needs,
         store=None if stored_texts is None else TextStore(stored_texts),
     )
-    selector.check(loader.carries)
+    selector.check(loader.carries, len(loader.teacher_widths))
     return loader
 
 
@@ -306,7 +307,7 @@ def prepare(
 
     constants: dict[str, Any] = {}
     if loader.teacher_scale is not None:
-        teacher.check_map(model, list(loader.teacher_shape))
+        teacher.check_map(model, loader.teacher_widths)
         # On the device from the start: a number would be sent there in every step.
         constants["teacher_scale"] = torch.tensor(loader.teacher_scale, device=engine.device)
     training = Training(

@@ -29,6 +29,8 @@ from vlp.fields import CARRIED, Carried, numbers
 if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` must not wait for it
     from torch import Tensor
 
+    from vlp.data.embedded import Stored
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -42,8 +44,7 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)  # the sample's JSON
     # encoded images of the meta's "negatives", by their places in that list
     negative_images: dict[int, bytes] = field(default_factory=dict)
-    # a teacher's, of image and first caption: arrays [D'] each
-    embeddings: tuple[Any, Any] | None = None
+    embeddings: Stored | None = None  # of teachers, on disk
     weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike
     roles: tuple[str, ...] = ()  # of the captions, as the source names them; empty: it does not
 

@@ -79,7 +79,8 @@ class Validator:
             steps=plan.total,
         )
         try:
-            check_needs(self.objective, self.loader.carries | supplied, model)
+            stored = set() if self.loader.teacher_scale is None else {"teacher_scale"}
+            check_needs(self.objective, self.loader.carries | stored | supplied, model)
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
 
@@ -159,6 +160,7 @@ def _loader(
         pixels=not config.model.precomputed,
         reads=losses.reads(config.objective),
         store=store,
+        stored_crops=False,
     )
 
 

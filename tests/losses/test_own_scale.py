@@ -1,10 +1,14 @@
 """Objectives with a temperature of their own: which scale a model is exported with."""
 
+import json
+
 import pytest
 import yaml
 
 from vlp import losses, plugin
-from vlp.export.card import of_scale
+from vlp.checkpoint import load_any
+from vlp.export.card import of_scale, own_scale
+from vlp.export.folder import export
 from vlp.train import initial_model
 
 # Of each term with a temperature of its own: its options, and the scale its docstring names.
@@ -41,6 +45,17 @@ def test_the_exported_scale_is_the_documented_one(name, settings):
     both = objective | {"infonce": {}}
     assert losses.own_scale(plugin.keyed("vlp.losses", both)) is None
     assert of_scale({"objective": both}) == ""
+
+
+def test_an_export_says_in_its_description_whose_scale_it_has(settings, tmp_path):
+    objective = {"sogclr": OWN["sogclr"][0]}
+    model = initial_model(settings(f"objective={yaml.safe_dump(objective).strip()}")).eval()
+    export(model, tmp_path / "out", training={"objective": objective})
+
+    described = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    assert described["vlp"]["own_scale"] == {"term": "sogclr", "scale": 25.0}
+    assert load_any(str(tmp_path / "out"))().scale.item() == pytest.approx(25)
+    assert own_scale({"objective": {"infonce": {}}}) is None
 
 
 def test_a_scale_above_the_bound_is_the_bound(settings):

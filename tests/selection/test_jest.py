@@ -232,6 +232,11 @@ def test_stored_embeddings_choose_as_the_reference_does(home, scenes):
     source = f"data.sources=[{{name: shards, path: {shards}, embeddings: {stored}}}]"
     by_file = logged(train(settings(home, scenes, "by_file", by_rows, source, *plain)))
 
+    shutil.copytree(stored, home / "again")
+    two = source.replace(f"embeddings: {stored}", f"embeddings: [{stored}, {home / 'again'}]")
+    with pytest.raises(ValueError, match=r"stored embeddings of one model, .* are of 2; name one"):
+        train(settings(home, scenes, "by_two", by_rows, two, *plain))
+
     assert [r["jest.reference_rows"] for r in by_file] == [0, 0]
     # Stored as float16.
     assert by_file[0]["jest.learnability"] == pytest.approx(

@@ -23,7 +23,7 @@ from vlp.config import Data
 from vlp.data import sequence
 from vlp.data.cores import usual_workers
 from vlp.data.mix import Begin, Mixture
-from vlp.data.offered import optional_fields, read_fields
+from vlp.data.offered import check_augment, optional_fields, read_fields, stored_teachers
 from vlp.data.processes import (
     SHARED_MEMORY,
     Feed,
@@ -31,7 +31,6 @@ from vlp.data.processes import (
     fitting_workers,
     n_parts,
 )
-from vlp.data.sources import Source
 from vlp.data.steps import DataError, Report, Steps, joined
 from vlp.lifetime import cut_short
 from vlp.text_store import TextStore
@@ -81,6 +80,8 @@ class Loader:
         reads: frozenset[str] | None = None,
         # embeddings that take the place of the texts' tokens
         store: TextStore | None = None,
+        # False: whatever crops teachers embedded, data.augment's with the whole picture's rows
+        stored_crops: bool = True,
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(
@@ -104,10 +105,14 @@ class Loader:
         self.store = store
         self.widths = optional_fields(self.sources, data, reads)
         self.carries = frozenset(self.widths)
-        # Of teacher_image and teacher_text; None where they are not carried.
-        self.teacher_scale = _teacher_scale(self.sources)
-        width = self.widths.get("teacher_image")
-        self.teacher_shape = () if width is None else (width,)
+        self._stored_crops = stored_crops
+        if stored_crops:
+            check_augment(self.sources, data.augment)
+        # Of teacher_image and teacher_text; None and empty where they are not carried.
+        stored = stored_teachers(self.sources)
+        self.teacher_scale = None if stored is None else stored.scale
+        self.teacher_shape = () if stored is None else stored.shape
+        self.teacher_widths = [] if stored is None else [t.width for t in stored.teachers]
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         self._made_fields = self.widths if reads is None else read_fields(self.widths, reads)
@@ -151,6 +156,7 @@ class Loader:
             self._made_fields,
             self._pixels,
             self.store,
+            self._stored_crops,
         )
         self._rows = batch // self._world
         self._workers = self._start_workers(self._data, min(self._world, dist.local_world_size()))
@@ -386,19 +392,3 @@ class Loader:
         more = "\n  …" if len(problems) > 5 else ""
         lost = self.n_left_out or "no"
         log.warn(f"{lost} samples of the data are left out; what was found:{lines}{more}")
-
-
-def _teacher_scale(sources: list[Source]) -> float | None:
-    """The logit scale of the one teacher whose embeddings all sources have, else None."""
-    teachers = {
-        None if source.embeddings is None else source.embeddings.teacher for source in sources
-    }
-    if len(teachers) > 1:
-        names = "; ".join(sorted(map(str, teachers)))
-        raise ValueError(
-            f"the sources' embeddings are of different models ({names}); "
-            "give all the same teacher's, or none"
-        )
-
-    [teacher] = teachers
-    return None if teacher is None else teacher.scale

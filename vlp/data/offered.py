@@ -1,9 +1,14 @@
-"""Which optional fields of `vlp.fields` the data offer, and which of them are worth making."""
+"""Which optional fields of `vlp.fields` the data offer, which of them are worth making, and whose
+the stored embeddings among them are.
+"""
 
 from __future__ import annotations
 
-from vlp.config import Data
+import math
+
+from vlp.config import Augment, Data
 from vlp.data import labels, row_numbers
+from vlp.data.embedded import Ensemble
 from vlp.data.row_texts import TEXTS
 from vlp.data.sources import Source
 from vlp.fields import CARRIED, EMBEDDED, family
@@ -41,10 +46,10 @@ def optional_fields(
         labels.check(sources, data.labels)
         widths["label"] = 1
 
-    # A teacher's embeddings, where every source has them.
+    # Teachers' embeddings, where every source has them: as many numbers a row as all have.
     stored = [source.embeddings for source in sources if source.embeddings is not None]
     if len(stored) == len(sources):
-        width = stored[0].teacher.width
+        width = math.prod(stored[0].shape)
         widths["teacher_image"] = width
         if all(embeddings.with_text for embeddings in stored):
             widths["teacher_text"] = width
@@ -70,3 +75,33 @@ def read_fields(widths: dict[str, int], reads: frozenset[str]) -> dict[str, int]
         return True
 
     return {name: width for name, width in widths.items() if worth(name)}
+
+
+def stored_teachers(sources: list[Source]) -> Ensemble | None:
+    """The teachers whose embeddings all sources have; None where they have none."""
+    ensembles = {}
+    for source in sources:
+        teachers = () if source.embeddings is None else source.embeddings.teachers
+        ensembles[teachers] = source.embeddings
+    if len(ensembles) > 1:
+        names = "; ".join(sorted(", ".join(map(str, teachers)) or "None" for teachers in ensembles))
+        raise ValueError(
+            f"the sources' embeddings are of different models ({names}); "
+            "give all the same teachers', or none"
+        )
+
+    [ensemble] = ensembles.values()
+    return ensemble
+
+
+def check_augment(sources: list[Source], augment: Augment) -> None:
+    """Refuse an augmentation beside stored crops: what is cropped as it was stored cannot be
+    cropped in another way too.
+    """
+    stored = [source.embeddings for source in sources if source.embeddings is not None]
+    for views in [embeddings.views for embeddings in stored]:
+        if views is not None and augment not in (Augment(), views.augment):
+            raise ValueError(
+                f"data.augment is {augment}, but training sees the crops whose embeddings are "
+                f"stored, of {views.augment}; leave data.augment out"
+            )

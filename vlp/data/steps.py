@@ -24,7 +24,6 @@ from vlp.text_store import TextStore
 from vlp.types import Batch, ImageSpec, TextSpec
 
 _TRIES = 64  # stand-ins for one bad sample before the data is called unusable
-_STORED = ("teacher_image", "teacher_text")  # in the order of Sample.embeddings
 
 
 class DataError(RuntimeError):
@@ -59,12 +58,14 @@ class Steps(Dataset):
         widths: dict[str, int],
         pixels: bool,
         store: TextStore | None = None,
+        stored_crops: bool = True,
     ) -> None:
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
         self.widths = widths  # of the optional fields that are made
         self.pixels = pixels
         self.store = store  # of text embeddings, which take the place of token ids
+        self.stored_crops = stored_crops  # rows have the crops that teachers embedded
 
         # This rank's rows of each step.
         self.size = batch
@@ -194,7 +195,11 @@ class Steps(Dataset):
             labels.of_row(row, self.data.labels)
 
     def _check_stored(self, row: Row) -> None:
-        """Raise ValueError for a sample with a text that the store lacks, where there is one."""
+        """Raise ValueError for a sample with a text that has no stored embedding,
+        where such are read.
+        """
+        if "teacher_text" in self.widths and row.sample.embeddings is not None:
+            row.sample.embeddings.text(row.caption)
         if self.store is None:
             return
         self.store.check([row.caption])
@@ -212,12 +217,11 @@ class Steps(Dataset):
         augment, views = self.data.augment, self.data.views
 
         if views is None:
-            out["image"].copy_(decode.train_transform(stored, spec, augment, row.chance("pixels")))
+            out["image"].copy_(self._cropped(row))
         else:
             # Decoded once for all views, so at full size.
             picture = decode.decode(stored, spec.decoding)
-            crop = decode.random_crop(picture, spec, augment, row.chance("pixels"))
-            out["image"].copy_(crop)
+            out["image"].copy_(self._cropped(row, picture))
             for v, view in enumerate(out["image_views"]):
                 crop = decode.random_crop(picture, spec, views.augment, row.chance("view", v))
                 view.copy_(crop)
@@ -232,6 +236,30 @@ class Steps(Dataset):
                     picture = decode.train_transform(negative, spec, augment, chance)
                     out["negative_images"][k].copy_(picture)
 
+    def _cropped(self, row: Row, picture: Tensor | None = None) -> Tensor:
+        """The row's image [3, H, W]: the crop that its teachers embedded, where they embedded
+        crops; else one of its own, of `picture` where that is decoded already.
+        """
+        sample, spec, augment = row.sample, self.image, self.data.augment
+        view = self._view(row)
+        if view is not None:
+            assert sample.embeddings is not None and sample.embeddings.of.views is not None
+            return sample.embeddings.of.views.pixels(sample.image, sample.key, view, spec)
+
+        chance = row.chance("pixels")
+        if picture is None:
+            return decode.train_transform(sample.image, spec, augment, chance)
+        return decode.random_crop(picture, spec, augment, chance)
+
+    def _view(self, row: Row) -> int | None:
+        """Which of the crops that teachers embedded stands in the row; None where there are
+        none.
+        """
+        stored = row.sample.embeddings
+        if stored is None or stored.of.views is None or not self.stored_crops:
+            return None
+        return row.draw("stored view") % stored.of.views.n
+
     def _numbers(self, rows: list[Row]) -> dict[str, Tensor]:
         """The labels of the samples' JSON, and the embeddings that lie beside them."""
         result = {}
@@ -239,16 +267,20 @@ class Steps(Dataset):
             if CARRIED[name].json:
                 values = [row_numbers.of_row(row, name, width) for row in rows]
                 result[name] = torch.tensor(values, dtype=torch.float32)
-            elif name in _STORED:
-                side = _STORED.index(name)
-                beside = [row.sample.embeddings for row in rows]
-                stored = np.stack([pair[side] for pair in beside if pair is not None])
-                result[name] = torch.from_numpy(stored.astype(np.float32))
+            elif name in ("teacher_image", "teacher_text"):
+                of_rows = [self._of_teachers(row, name) for row in rows]
+                result[name] = torch.from_numpy(np.stack(of_rows))
             elif name == "label":
                 assert self.data.labels is not None, "the field is offered only with it"
                 kinds = [labels.of_row(row, self.data.labels) for row in rows]
                 result[name] = torch.tensor(kinds, dtype=torch.int64)
         return result
+
+    def _of_teachers(self, row: Row, name: str) -> np.ndarray:
+        """The stored embeddings of a row's crop, or of its caption."""
+        stored = row.sample.embeddings
+        assert stored is not None, "the fields are offered only where every sample has them"
+        return stored.text(row.caption) if name == "teacher_text" else stored.image(self._view(row))
 
     def _texts(self, rows: list[Row], report: Report) -> dict[str, Tensor]:
         """Token ids of the further texts, and the masks of those that count."""

@@ -178,9 +178,17 @@ def _summary(model: DualEncoder, step: int | None) -> str:
     )
 
 
+def own_scale(training: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The term whose temperature the exported scale is, and that scale; None where it is learned.
+
+    training: the resolved configuration.
+    """
+    return losses.own_scale(plugin.keyed("vlp.losses", training.get("objective") or {}))
+
+
 def of_scale(training: Mapping[str, Any]) -> str:
     """Whose the exported scale is where the objective has a temperature of its own, else empty."""
-    own = losses.own_scale(plugin.keyed("vlp.losses", training.get("objective") or {}))
+    own = own_scale(training)
     if own is None:
         return ""
     return (

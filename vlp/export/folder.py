@@ -24,7 +24,7 @@ import yaml
 
 from vlp import averaging, checkpoint
 from vlp.export import licenses, variants
-from vlp.export.card import render, render_stages
+from vlp.export.card import own_scale, render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import ExportError, appearing, write_json
 from vlp.files import naming
@@ -86,7 +86,8 @@ def export(
             for name, value in model.open_clip_state_dict().items()
         }
         weights = variants.rounded(weights, stored)
-        notes = write_open_clip(model, weights, folder, (home or to).resolve())
+        own = None if training is None else own_scale(training)
+        notes = write_open_clip(model, weights, folder, (home or to).resolve(), own)
 
         # The other forms are compared with what was just written, not with the model in memory: a
         # fault of the first form would otherwise hide.

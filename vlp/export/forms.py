@@ -28,9 +28,14 @@ LEVELS = 1.01
 
 
 def write_open_clip(
-    model: DualEncoder, weights: dict[str, Tensor], folder: Path, home: Path
+    model: DualEncoder,
+    weights: dict[str, Tensor],
+    folder: Path,
+    home: Path,
+    own_scale: tuple[str, float] | None,
 ) -> list[str]:
     """Write the form that every model has; returns notes. `home` is where the folder will lie.
+    `own_scale`: the term whose temperature the scale is, and that scale; None: it is learned.
 
     A language model's text tower is in it under keys of ours, so that only vlp reads the whole.
     """
@@ -42,6 +47,9 @@ def write_open_clip(
     described = json.loads(json.dumps(model.description()))
     del described["vlp"]["heads"]
     described["vlp"].pop("lora", None)  # the weights have them merged
+    if own_scale is not None:
+        term, scale = own_scale
+        described["vlp"]["own_scale"] = {"term": term, "scale": scale}
     text, vision = described["model_cfg"]["text_cfg"], described["model_cfg"]["vision_cfg"]
 
     reference = language.reference_of(text)

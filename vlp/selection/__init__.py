@@ -44,13 +44,20 @@ class Selection:
     # (training, this rank's loaded rows) -> (its rows of the step, scalars to log). Collective.
     choose: Choose = keep_all
 
-    def check(self, carried: frozenset[str]) -> None:
-        """Refuse data whose batches do not carry what choosing reads."""
+    def check(self, carried: frozenset[str], n_teachers: int) -> None:
+        """Refuse data whose batches do not carry what choosing reads, or that of several
+        teachers.
+        """
         missing_fields = sorted(self.needs - carried)
         if missing_fields:
             raise ValueError(
                 f"the selection needs {missing_fields}, but the data carries {sorted(carried)}; "
                 "store them with `vlp data embed` and name them in the source's `embeddings`"
+            )
+        if "teacher_image" in self.needs and n_teachers > 1:
+            raise ValueError(
+                f"the selection reads the stored embeddings of one model, and the sources' "
+                f"`embeddings` are of {n_teachers}; name one of them"
             )
 
 

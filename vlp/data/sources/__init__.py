@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vlp.config import Captions
-    from vlp.data.embedded import Embeddings
+    from vlp.data.embedded import Ensemble
     from vlp.types import Sample
 
 
@@ -73,7 +73,7 @@ class Source(Protocol):
     n_counterfactuals: int = 0  # most counterfactual captions of any caption
     pictured: bool = False  # some sample has an image of a negative
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
-    embeddings: Embeddings | None = None  # a teacher's, of every sample
+    embeddings: Ensemble | None = None  # of one teacher or several, of every sample
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
     # any time

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -22,7 +23,7 @@ import torch
 from vlp.config import Captions
 from vlp.data import splits
 from vlp.data.captions import USUAL, Choice, Texts, listed
-from vlp.data.embedded import Embeddings
+from vlp.data.embedded import Embeddings, Ensemble, Stored
 from vlp.data.index import index
 from vlp.data.members import open_sample
 from vlp.data.paths import expand
@@ -55,15 +56,31 @@ class Options(Texts):
     """Where the shards are, and which of their texts are captions."""
 
     path: str  # folder, tar, braces or stars, several joined by ::
-    # Folder that `vlp data embed` made from these shards: a teacher's embeddings.
-    embeddings: str | None = None
+    # Folder that `vlp data embed` made from these shards: a teacher's embeddings; or those of
+    # several teachers.
+    embeddings: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.folders)) < len(self.folders) or self.embeddings == []:
+            raise ValueError(
+                f"embeddings is {self.embeddings}; name a folder, several different ones, or null "
+                "for none"
+            )
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders of all teachers' embeddings."""
+        if self.embeddings is None:
+            return []
+        return [self.embeddings] if isinstance(self.embeddings, str) else self.embeddings
 
 
 def open(options: Options, captions: Captions) -> Shards:
     """Index the shards, from the folder's index where it is current; raises ValueError, OSError."""
     paths = expand(options.path)
     _refuse_splits(options.path, paths)
-    return Shards(paths, index(paths), captions, options, options.embeddings)
+    return Shards(paths, index(paths), captions, options, options.folders)
 
 
 def _refuse_splits(path: str, shards: list[Path]) -> None:
@@ -85,7 +102,7 @@ class Shards(Source):
         shards: list[Shard],
         captions: Captions,
         texts: Texts,
-        embeddings: str | None = None,
+        embeddings: Sequence[str] = (),
     ) -> None:
         self.paths = [str(path) for path in paths]
         self.captions = captions
@@ -127,7 +144,7 @@ class Shards(Source):
         self._contents = "".join((shard.content or unknown)[: Contents.DIGITS] for shard in shards)
 
         self._share(table, shards)
-        if embeddings is not None:
+        if embeddings:
             self._embed(embeddings, table, shards)
 
     def _unusable(self, problems: list[str], otherwise: str) -> str:
@@ -187,21 +204,24 @@ class Shards(Source):
         self._n_texts = torch.from_numpy(table.n_texts).share_memory_()
         self._shard_of = torch.from_numpy(table.shard_of).share_memory_()
 
-    def _embed(self, folder: str, table: Table, shards: list[Shard]) -> None:
-        """Add a teacher's embeddings of the samples."""
+    def _embed(self, folders: Sequence[str], table: Table, shards: list[Shard]) -> None:
+        """Add teachers' embeddings of the samples."""
         # Its texts are those that stand first, so they serve only where training takes the first.
         n_texts = table.n_texts
         takes_first = self.captions.choose == "first" or (n_texts == 1).all()
         with_text = self.choice == Choice() and bool((n_texts > 0).all() and takes_first)
-        self.embeddings = Embeddings(folder, self.paths, shards, with_text=with_text)
+        members = [Embeddings(folder, self.paths, shards, with_text) for folder in folders]
+        self.embeddings = Ensemble(members)
         self._place = torch.from_numpy(table.place.astype(np.int32)).share_memory_()
 
-        if not with_text:
-            self._problems.append(
-                f"{folder}: teacher_text is left out, because it is of first captions and training "
-                "also takes others; set captions.choose=first, and no class_templates, lines or "
-                "captions of the source to have it"
-            )
+        for member in members:
+            if not member.with_text:
+                self._problems.append(
+                    f"{member.folder}: teacher_text is left out, because it is of first captions "
+                    "and training also takes others; embed those too (`vlp data embed` with "
+                    "--captions), or set captions.choose=first, and no class_templates, lines or "
+                    "captions of the source"
+                )
 
     def _name(self) -> str:
         return self.paths[0] + ("…" if len(self.paths) > 1 else "")
@@ -270,18 +290,18 @@ class Shards(Source):
             self.choice.roles_of(content.meta, content.text),
         )
 
-    def _embeddings_of(self, i: int, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """The teacher's embeddings of sample i, `name` in errors; None without a teacher."""
+    def _embeddings_of(self, i: int, name: str) -> Stored | None:
+        """The teachers' embeddings of sample i, `name` in errors; None without a teacher."""
         if self.embeddings is None:
             return None
-        row = self.embeddings.row(self.shard_of(i), int(self._place[i]))
+        stored = Stored(self.embeddings, self.shard_of(i), int(self._place[i]))
 
         # `vlp data embed` writes zeros for pictures that do not open.
-        if not row[0].any():
+        if not np.atleast_2d(stored.image()).any(1).all():
             raise ValueError(
                 f"{name} has no image embedding: its picture did not open for `vlp data embed`"
             )
-        return row
+        return stored
 
     def counts(self) -> np.ndarray:
         """Usable samples of each shard, int64."""
