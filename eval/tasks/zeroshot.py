@@ -227,16 +227,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     class_rows = class_embeddings(encoder, data.templates, data.classes, context)
     image = embed.images(encoder, pictures, context)
 
-    result = TaskResult(
-        data.source.name,
-        counts={
-            "images": len(image),
-            "classes": len(class_rows),
-            "templates": len(data.templates),
-            "skipped": len(data.source.skipped),
-        },
-        digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
-    )
+    result = blank_result(data, context)
 
     # Several labels a picture have no single right class, so no accuracy.
     if data.labels.ndim == 2:
@@ -245,8 +236,23 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
         result.chance["mean_average_precision"] = float(data.labels.double().mean())
     else:
         ranks = metrics.class_ranks(image, class_rows, data.labels)
-        _score(result, ranks, data.labels, len(class_rows))
+        score(result, ranks, data.labels, len(class_rows))
     return result
+
+
+def blank_result(data: Data, context: Context) -> TaskResult:
+    """The set's name, counts and digest, without scores yet."""
+    pictures = [record.picture for record in data.source.records]
+    return TaskResult(
+        data.source.name,
+        counts={
+            "images": len(pictures),
+            "classes": len(data.classes),
+            "templates": len(data.templates),
+            "skipped": len(data.source.skipped),
+        },
+        digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
+    )
 
 
 def _warn_of_numbers(names: list[str]) -> None:
@@ -267,7 +273,7 @@ def class_embeddings(
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
-def _score(result: TaskResult, ranks: Tensor, labels: Tensor, n_classes: int) -> None:
+def score(result: TaskResult, ranks: Tensor, labels: Tensor, n_classes: int) -> None:
     """Fill in accuracies and the mean per-class recall, from the ranks of the right classes."""
     first = (ranks == 1).double()
     result.items["acc1"] = choices.accuracy(first)
