@@ -30,6 +30,15 @@ FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Another form of a set, such as its authors' archive."""
+
+    at: list[str]  # places under ROOT, tried in their order
+    files: dict[str, list[str]] = field(default_factory=dict)  # options that are places too
+    options: dict[str, Any] = field(default_factory=dict)  # of the task, for this form alone
+
+
+@dataclass(frozen=True)
 class Entry:
     """One set of a suite."""
 
@@ -41,8 +50,8 @@ class Entry:
     at: list[str] = field(default_factory=list)  # places under ROOT; empty: the suite's
     # options that are places too, such as `images`; a set without them is absent
     files: dict[str, list[str]] = field(default_factory=dict)
+    also: list[Layout] = field(default_factory=list)  # other forms, tried after this one
     get: str = ""  # where it comes from; "": the suite's
-    split: str = ""  # of the data; "": the task's
 
     @property
     def scores(self) -> list[str]:
@@ -50,14 +59,17 @@ class Entry:
         several = [self.main] if isinstance(self.main, str) else self.main
         return [score for score in several if score]
 
-    def plugin(self, places: dict[str, str]) -> Plugin:
+    @property
+    def layouts(self) -> list[Layout]:
+        """Every form in which the set is known, in the order in which they are looked for."""
+        return [Layout(self.at, self.files), *self.also]
+
+    def plugin(self, places: dict[str, Any]) -> Plugin:
         """The set as a task under its name; ConfigError for options that the task does not know.
 
-        places: `data` and the other options that are places.
+        places: `data`, the other options that are places, and those of the form that is there.
         """
         options = {**self.options, **places}
-        if self.split:
-            options["split"] = self.split
         (task,) = keyed("vlp.eval.tasks", {self.task: options})
         return replace(task, label=self.name)
 

@@ -55,12 +55,12 @@ def asked_for(options: argparse.Namespace) -> Asked | None:
     from vlp.eval.suites.places import list_absent, locate
 
     suite = read(options.suite)
-    (root,) = options.data
-    located = locate(suite.entries, root)
+    located = locate(suite.entries, options.data)
+    roots = " or ".join(options.data)
     n_absent, n_sets = len(located.absent), len(suite.entries)
     if not located.entries:
         raise ValueError(
-            f"none of the {n_sets} sets of {options.suite} is under {root}:\n"
+            f"none of the {n_sets} sets of {options.suite} is under {roots}:\n"
             f"{list_absent(located.absent)}"
         )
 
@@ -68,7 +68,7 @@ def asked_for(options: argparse.Namespace) -> Asked | None:
     may_skip = options.missing == "skip" or options.suite == ALL_LOCAL
     if located.absent and not may_skip:
         raise ValueError(
-            f"{n_absent} of the {n_sets} sets of {options.suite} are not under {root}:\n"
+            f"{n_absent} of the {n_sets} sets of {options.suite} are not under {roots}:\n"
             f"{list_absent(located.absent)}\nfetch them, or pass --missing skip to go on with the "
             f"{len(located.entries)} others (the average is then not comparable)"
         )
@@ -81,9 +81,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--suite {options.suite} needs --data ROOT: the folder that holds its sets, or hf://USER"
         )
-    if len(options.data) > 1:
+    pairs = [part for part in options.data if "=" in part and not Path(part).exists()]
+    if pairs:
         raise ValueError(
-            f"found --data {' '.join(options.data)}; expected --data ROOT alone: options of single "
+            f"found --data … {pairs[0]}; expected folders or hf://USER alone: options of single "
             "sets stand in a suite's file"
         )
     if options.html and Path(options.html).is_dir():

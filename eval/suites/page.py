@@ -8,6 +8,7 @@ from vlp.eval.report import markup
 from vlp.eval.report.markup import Html, tag
 from vlp.eval.report.records import not_comparable
 from vlp.eval.suites import Entry
+from vlp.eval.suites.places import looked_for
 from vlp.eval.suites.summary import Row, Summary, average_line, cells
 from vlp.privacy import private
 
@@ -49,7 +50,7 @@ def _absent(absent: list[Entry]) -> list[Html]:
     """The section of absent sets, if there are any."""
     if not absent:
         return []
-    rows = [(entry.name, " or ".join(entry.at), entry.get) for entry in absent]
+    rows = [(entry.name, looked_for(entry), entry.get) for entry in absent]
     head = ("set", "looked for", "get it from")
     part = markup.table(head, rows, numeric=len(head))
     return [markup.section("absent", "Absent sets", part)]

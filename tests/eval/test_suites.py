@@ -11,7 +11,9 @@ from tests.eval import material
 from tests.eval.suite_material import write_wds, write_winogavil
 from vlp.cli import main
 from vlp.eval import suites
+from vlp.eval.pictures import DataError
 from vlp.eval.suites import command, page, places, summary
+from vlp.pretrained.hub import http_error
 
 N_SETS = {
     "compositional": 10,
@@ -32,7 +34,9 @@ def test_every_suite_names_tasks_options_and_scores_that_exist():
     for name in suites.names()[:-1]:
         suite = suites.read(name)
         for entry in suite.entries:
-            task = entry.plugin({"data": "x", **dict.fromkeys(entry.files, "y")})
+            for layout in entry.layouts:
+                known = dict.fromkeys(layout.files, "y")
+                task = entry.plugin({"data": "x", **known, **layout.options})
             assert task.label == entry.name and entry.at and entry.get, entry
             known = getattr(task.module, "SCORES", None)
             assert known is None or set(entry.scores) <= set(known), entry
@@ -156,7 +160,7 @@ def test_all_local_takes_what_lies_there(root, tiny, capsys):
         (["--suite", "datacmp", "--data", "."], "did you mean 'datacomp'"),
         (["--suite", "datacomp"], "needs --data ROOT"),
         (["--suite", "datacomp", "--data", "/nowhere"], "is no folder"),
-        (["--suite", "datacomp", "--data", ".", "split=val"], "expected --data ROOT alone"),
+        (["--suite", "datacomp", "--data", ".", "split=val"], "expected folders or hf://USER"),
         (["--suite", "datacomp", "--data", ".", "--task", "knn"], "leave out --task"),
         (["--suite", "datacomp", "--data", "hf://a/b"], "names no user of the Hub"),
         (["--task", "knn", "--data", ".", "--missing", "skip"], "belongs to --suite"),
@@ -182,3 +186,46 @@ def test_a_score_that_a_result_lacks_leaves_the_average():
     assert "not scored" in summary.table(short)
     assert "not scored" in page.page(short, "m", [{**record, "counts": {"skipped": 0}}])
     assert command.Asked(suites.Suite("Short", {}), located).located.absent == []
+
+
+def test_sets_are_found_on_the_hub_and_in_several_places(root, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def exists(self, repository: str, repo_type: str) -> bool:
+        asked.append(repository)
+        return repository == "djghosh/wds_mnist_test" and repo_type == "dataset"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_exists", exists)
+    entries = [
+        suites.read("datacomp").sets[name] for name in ("pets", "mnist", "winogavil", "geode")
+    ]
+    located = places.locate(entries, [str(root), "hf://djghosh"])
+
+    data = {task.label: task.options.data for task in located.tasks}
+    assert data["mnist"] == "hf:djghosh/wds_mnist_test"
+    assert data["pets"] == str(root / "wds_vtab-pets")
+    assert [entry.name for entry in located.absent] == ["geode"]
+    assert "djghosh/winogavil" not in asked
+
+    def fails(self, repository: str, repo_type: str) -> bool:
+        raise http_error()("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_exists", fails)
+    with pytest.raises(DataError, match="does not say whether djghosh/wds_geode_test"):
+        places.locate(entries[3:], ["hf://djghosh"])
+
+
+def test_authors_archives_stand_in_for_shards(tmp_path):
+    images = tmp_path / "coco" / "val2014"
+    images.mkdir(parents=True)
+    material.picture(1).save(images / "a.png")
+    sentences = [{"raw": "p 1"}]
+    table = {"images": [{"filename": "a.png", "split": "test", "sentences": sentences}]}
+    (tmp_path / "coco" / "dataset_coco.json").write_text(json.dumps(table))
+
+    entry = suites.read("retrieval").sets["mscoco_captions"]
+    (task,) = places.locate([entry], [str(tmp_path)]).tasks
+    assert task.options.images == str(images)
+    assert [r.captions for r in task.module.read(task.options).records] == [("p 1",)]
