@@ -33,6 +33,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", metavar="NAME", help=suite_help)
     missing_help = "of --suite NAME: refuse absent sets, or go on with the rest (default error)"
     add("--missing", choices=("error", "skip"), help=missing_help)
+    prompts_help = (
+        "of --suite NAME: a folder of SET.json or SET.txt, or a JSON file {set: templates}"
+    )
+    add("--prompts", metavar="PATH", help=prompts_help)
     add("--html", metavar="FILE", help="of --suite NAME: write the results as one page")
 
 
@@ -43,7 +47,11 @@ def asked_for(options: argparse.Namespace) -> Asked | None:
     if options.suite and options.task:
         raise ValueError("--suite names the tasks itself; leave out --task")
     if not options.suite or not is_suite(options.suite):
-        belonging = {"--missing": options.missing, "--html": options.html}
+        belonging = {
+            "--missing": options.missing,
+            "--prompts": options.prompts,
+            "--html": options.html,
+        }
         stray = [name for name, value in belonging.items() if value is not None]
         if stray:
             raise ValueError(
@@ -53,9 +61,13 @@ def asked_for(options: argparse.Namespace) -> Asked | None:
     _check(options)
 
     from vlp.eval.suites.places import list_absent, locate
+    from vlp.eval.suites.templates import with_prompts
 
     suite = read(options.suite)
-    located = locate(suite.entries, options.data)
+    entries = suite.entries
+    if options.prompts:
+        entries = with_prompts(entries, options.prompts)
+    located = locate(entries, options.data)
     roots = " or ".join(options.data)
     n_absent, n_sets = len(located.absent), len(suite.entries)
     if not located.entries:

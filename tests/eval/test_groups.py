@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from vlp import plugin
 from vlp.eval import confidence, metrics, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import DataError
-from vlp.eval.tasks import winogavil
+from vlp.eval.tasks import winogavil, zeroshot
 
 
 def knower() -> Any:
@@ -89,6 +91,25 @@ def test_one_question_of_a_set_with_several(tmp_path):
         evaluate("grouped", root, objective="kind", label=0, group=9)
     with pytest.raises(DataError, match="no 'region' noted"):
         evaluate("grouped", root, objective="kind", label=0, group="region")
+
+
+def test_every_class_has_the_mean_of_its_own_prompts(tmp_path):
+    write_wds(tmp_path)
+    sentences = {"cat": ["a cat", "one {}"], "dog": ["a dog."], "Hot dog": ["a hot dog."]}
+    file = tmp_path / "cupl.json"
+    file.write_text(json.dumps(sentences))
+    (task,) = plugin.keyed("vlp.eval.tasks", {"zeroshot": {"data": str(tmp_path)}})
+    options = replace(task.options, templates=str(file))
+    data = zeroshot.read(options)
+
+    encoder = material.random_encoder()
+    context = Context(cache=None, progress=False, workers=1)
+    rows = zeroshot.class_embeddings(encoder, data.templates, data.classes, context)
+    cat = encoder.encode_texts(["a cat", "one cat"]).mean(0)
+    assert torch.allclose(rows[0], cat / cat.norm(), atol=1e-6)
+    assert torch.allclose(rows[1], encoder.encode_texts(["a dog."])[0], atol=1e-6)
+    with pytest.raises(DataError, match="no prompts, e\\.g\\. 'hot dog'"):
+        zeroshot.read(replace(options, templates={"cat": ["x"], "dog": ["y"]}))
 
 
 def test_winogavil_scores_the_jaccard_index(tmp_path):

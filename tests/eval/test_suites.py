@@ -217,6 +217,44 @@ def test_sets_are_found_on_the_hub_and_in_several_places(root, monkeypatch):
         places.locate(entries[3:], ["hf://djghosh"])
 
 
+def test_prompts_of_a_suite_come_from_files(root, tiny, tmp_path, capsys):
+    folder = tmp_path / "cupl"
+    folder.mkdir()
+    sentences = {
+        "Cat": ["A cat purrs.", "It is a {}."],
+        "dog": ["A dog barks."],
+        "hot_dog": ["Mustard."],
+    }
+    (folder / "pets.json").write_text(json.dumps(sentences))
+    (folder / "cifar10.txt").write_text("the {c}\n")
+    arguments = ["eval", tiny, "--suite", "datacomp", "--data", str(root), "--missing", "skip"]
+    arguments += ["--cache", "none", "--quiet"]
+
+    out = tmp_path / "a.json"
+    assert main([*arguments, "--prompts", str(folder), "--out", str(out)]) == 0
+    by_label = {r["label"]: r for r in json.loads(out.read_text())["results"]}
+    assert by_label["pets"]["protocol"]["options"]["templates"] == sentences
+    assert by_label["cifar10"]["protocol"]["options"]["templates"] == ["the {}"]
+    assert by_label["fmow"]["protocol"]["options"]["templates"] is None
+    capsys.readouterr()
+
+    # What is wrong with them is told before the model is read.
+    arguments[1] = "no/model"
+    several = tmp_path / "several.json"
+    for content, message in (
+        ({"petz": sentences}, "did you mean 'pets'"),
+        ({"pets": {"cat": "A cat."}}, "expected a list of sentences"),
+        ({"pets": {"cat": ["A cat."]}}, "2 of 3 classes have no prompts, e.g. 'dog'"),
+        ({"pets": ["no place"]}, "exactly one {}"),
+        ({"cat": "A cat."}, "expected {set: templates}"),
+    ):
+        several.write_text(json.dumps(content))
+        assert main([*arguments, "--prompts", str(several)]) != 0
+        assert message in capsys.readouterr().err
+    assert main([*arguments, "--prompts", str(tmp_path / "none")]) != 0
+    assert "no file or folder" in capsys.readouterr().err
+
+
 def test_authors_archives_stand_in_for_shards(tmp_path):
     images = tmp_path / "coco" / "val2014"
     images.mkdir(parents=True)
