@@ -143,9 +143,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
         elif dist.is_main():
             print(records.table(results))
             if options.out:
-                write = records.write_each if options.out.endswith("/") else records.write
-                write(Path(options.out), results, items)
-                print(f"written: {options.out}")
+                records.put(options.out, results, items)
 
     # No rank leaves while the first still writes.
     dist.barrier()

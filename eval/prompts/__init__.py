@@ -79,13 +79,18 @@ def _lines(choice: str | Sequence[str]) -> list[str]:
 
 def _of_json(path: Path) -> Templates:
     """Sentences by class, or a list of templates, from a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no file of prompts at {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    value = read_json(path)
     return templates(value) if isinstance(value, list) else _of_mapping(value, str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of prompts; ValueError says what is there instead."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no prompts at {path}; expected a file or folder") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def _of_mapping(value: Any, origin: str) -> dict[str, list[str]]:

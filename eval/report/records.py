@@ -70,6 +70,20 @@ def record(task: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]
     }
 
 
+def put(
+    out: str,  # a file, or with a slash at its end a folder
+    records: list[dict[str, Any]],
+    items: dict[str, Tensor],  # "label/score" -> [U, 2]
+    suite: dict[str, Any] | None = None,  # as for `write`
+) -> None:
+    """Write results to a file, or one file a result to a folder, and say so."""
+    if out.endswith("/"):
+        write_each(Path(out), records, items)
+    else:
+        write(Path(out), records, items, suite)
+    print(f"written: {out}")
+
+
 def write(
     path: Path,
     records: list[dict[str, Any]],
@@ -93,7 +107,7 @@ def write_each(folder: Path, records: list[dict[str, Any]], items: dict[str, Ten
 
 def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     """All results as one record of clip_benchmark's; scores of several tasks bear their labels."""
-    metrics = {}
+    metrics: dict[str, Any] = {}
     for record in records:
         prefix = f"{record['label']}/" if len(records) > 1 else ""
         metrics |= {f"{prefix}{name}": value for name, value in record["metrics"].items()}

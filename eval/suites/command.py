@@ -84,6 +84,9 @@ def asked_for(options: argparse.Namespace) -> Asked | None:
             f"{list_absent(located.absent)}\nfetch them, or pass --missing skip to go on with the "
             f"{len(located.entries)} others (the average is then not comparable)"
         )
+    # Where the page cannot be written, hours of work would have nowhere to go.
+    if options.html:
+        Path(options.html).parent.mkdir(parents=True, exist_ok=True)
     return Asked(suite, located)
 
 
@@ -112,7 +115,7 @@ def tell(
     options: argparse.Namespace,
 ) -> None:
     """Print the table, and write the results and the page that are asked for."""
-    from vlp.eval.report.records import not_comparable, write, write_each
+    from vlp.eval.report.records import not_comparable, put
     from vlp.eval.suites.page import page
     from vlp.eval.suites.places import list_absent
     from vlp.eval.suites.summary import summarise, table
@@ -124,14 +127,9 @@ def tell(
         lines.append(f"absent:\n{list_absent(asked.located.absent)}")
     print("\n".join(lines))
 
-    if options.out and options.out.endswith("/"):
-        write_each(Path(options.out), records, items)
-    elif options.out:
-        write(Path(options.out), records, items, summary.plain())
+    if options.out:
+        put(options.out, records, items, summary.plain())
     if options.html:
-        path = Path(options.html)
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = page(summary, records[0]["model"], records)
-        write_atomically(path, text.encode(errors="replace"))
-    for place in filter(None, (options.out, options.html)):
-        print(f"written: {place}")
+        write_atomically(Path(options.html), text.encode(errors="replace"))
+        print(f"written: {options.html}")

@@ -7,7 +7,6 @@ SET is the set's name in the suite. Sets without a file keep the prompts beside 
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -59,12 +58,7 @@ def _chosen(path: Path) -> dict[str, Any]:
 
 def _mapping(path: Path) -> dict[str, Any]:
     """The content of a JSON file of several sets."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no file or folder at --prompts {path}") from None
-    except ValueError as error:
-        raise ValueError(f"--prompts {path} is no JSON: {error}") from None
+    value = prompts.read_json(path)
     if not isinstance(value, dict) or any(isinstance(v, str) for v in value.values()):
         raise ValueError(f"--prompts {path}: expected {{set: templates}}, or a folder of SET.json")
     return value

@@ -63,7 +63,7 @@ def read(options: Options) -> Data:
         raise DataError(f"{options.data} has several labels an image; groups need one")
     if options.group is None:
         return Data(labelled, [])
-    return Data(labelled, [str(_noted(r, options.group)) for r in labelled.source.records])
+    return Data(labelled, [_group(r, options.group) for r in labelled.source.records])
 
 
 def _of_objective(options: Options) -> zeroshot.Data:
@@ -87,6 +87,12 @@ def _of_objective(options: Options) -> zeroshot.Data:
 def _beginning(lines: list[str] | None, start: str) -> list[str]:
     """What follows `start` in the lines that begin with it."""
     return [line.removeprefix(start) for line in lines or [] if line.startswith(start)]
+
+
+def _group(record: Record, where: int | str) -> str:
+    """The group of a record; of a vector whole numbers, as WILDS takes them."""
+    value = _noted(record, where)
+    return str(int(value)) if isinstance(where, int) else str(value)
 
 
 def _noted(record: Record, where: int | str) -> Any:

@@ -252,7 +252,7 @@ def test_prompts_of_a_suite_come_from_files(root, tiny, tmp_path, capsys):
         assert main([*arguments, "--prompts", str(several)]) != 0
         assert message in capsys.readouterr().err
     assert main([*arguments, "--prompts", str(tmp_path / "none")]) != 0
-    assert "no file or folder" in capsys.readouterr().err
+    assert "no prompts at" in capsys.readouterr().err
 
 
 def test_authors_archives_stand_in_for_shards(tmp_path):
