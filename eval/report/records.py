@@ -107,7 +107,7 @@ def write_each(folder: Path, records: list[dict[str, Any]], items: dict[str, Ten
 
 def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     """All results as one record of clip_benchmark's; scores of several tasks bear their labels."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
     for record in records:
         prefix = f"{record['label']}/" if len(records) > 1 else ""
         metrics |= {f"{prefix}{name}": value for name, value in record["metrics"].items()}
