@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.eval import material
+from tests.eval import (
+    material,
+    test_choices,
+    test_long_captions,
+    test_multilingual,
+    test_published_choices,
+)
+from vlp.eval import suites
 
 CLASSES = ["cat", "dog", "hot dog"]
 
@@ -50,3 +57,82 @@ def write_winogavil(root: Path) -> None:
 
 def quoted(names: list[str]) -> str:
     return json.dumps(names).replace('"', '""')
+
+
+def write_compositional(root: Path) -> None:
+    """All ten, in the layouts of their authors."""
+    for name in ("aro", "sugarcrepe", "sugarcrepe_pp", "valse", "winoground"):
+        test_choices.small(name, made(root / name))
+    counted = test_choices.small("countbench", made(root / "countbench"))
+    Path(counted["data"]).rename(root / "countbench" / "CountBench.json")
+    (root / "coco").mkdir()
+    (root / "sugarcrepe" / "images").rename(root / "coco" / "val2017")
+
+    test_published_choices.mmvp(made(root / "mmvp_vlm"))
+    test_published_choices.whatsup(made(root / "whatsup"))
+    test_published_choices.crepe(made(root / "crepe"))
+    test_published_choices.cola(made(root / "cola"))
+    (root / "crepe" / "VG_100K").rename(root / "VG_100K")
+    for picture in (root / "cola" / "vg").iterdir():
+        picture.rename(root / "VG_100K" / f"1{picture.name}")
+    table = root / "cola" / "cola.json"
+    rows = table.read_text().replace("vg/", "vg/1")
+    table.with_name("COLA_multiobjects_matching_benchmark.json").write_text(rows)
+
+
+def write_long(root: Path) -> None:
+    """All four; ShareGPT4V without the row whose image is not there."""
+    for write in (test_long_captions.urban1k, test_long_captions.docci, test_long_captions.dci):
+        write(made(root / write.__name__))
+    path = test_long_captions.sharegpt4v(made(root / "sharegpt4v"))
+    path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+
+
+def write_multilingual(root: Path) -> None:
+    """All five; the Chinese two as tables."""
+    test_multilingual.crossmodal(made(root / "xm3600"))
+    test_multilingual.xtd(made(root / "xtd"))
+    test_multilingual.tables(made(root / "multilingual_mscoco_captions"))
+    for name in ("flickr30k_cn", "coco_cn"):
+        rows = []
+        for i in range(3):
+            test_multilingual.put(root / name / "images" / f"{i}.jpg", i)
+            rows.append({"image": f"{i}.jpg", "caption": [f"zh {i}"]})
+        (root / name / f"{name}_test.json").write_text(json.dumps(rows))
+
+
+def write_faces(root: Path) -> None:
+    """Both sets of pictures, with two questions and a vector of four numbers a picture."""
+    for name in ("fairface", "utkface"):
+        folder = write_wds(root / f"wds_{name}_test")
+        add_vectors(folder, [[i % 2, i % 2, 0, i // 3] for i in range(6)])
+        lines = ["age:young", "age:old", "gender:male", "gender:female"]
+        (folder / "classnames.txt").write_text("\n".join(lines))
+        templates = "age:a {c} face\ngender:a {c} face\n"
+        (folder / "zeroshot_classification_templates.txt").write_text(templates)
+
+
+def write_datacomp(root: Path) -> None:
+    """All 38, most of them one set under many names."""
+    plain = write_wds(made(root / "plain"))
+    grouped = write_wds(made(root / "grouped"), with_vector=True)
+    # Five and more classes, so that there is a top five.
+    (grouped / "classnames.txt").write_text("\n".join([*CLASSES, "fox", "owl", "eel"]))
+    write_retrieval(root)
+    write_winogavil(root / "winogavil")
+    for entry in suites.read("datacomp").entries:
+        folder = root / entry.at[0]
+        if not folder.exists():
+            folder.symlink_to(grouped if entry.task == "grouped" else plain)
+
+
+def write_retrieval(root: Path) -> None:
+    """All three as clip_benchmark's shards."""
+    captions = [(material.png(material.picture(i)), [f"p {i}", f"q {i}"]) for i in range(4)]
+    for name in ("mscoco_captions", "flickr8k", "flickr30k"):
+        material.clip_benchmark_set(root / f"wds_{name}", captions, kind="retrieval")
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder

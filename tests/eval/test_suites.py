@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval import material
+from tests.eval import material, suite_material
 from tests.eval.suite_material import write_wds, write_winogavil
 from vlp.cli import main
 from vlp.eval import suites
@@ -152,6 +152,28 @@ def test_all_local_takes_what_lies_there(root, tiny, capsys):
     names = {"cifar10", "pets", "flickr30k", "winogavil", "fmow"}
     assert {line.split()[0] for line in lines[1:6]} == names
     assert not any("get it from" in line for line in lines)
+
+
+def test_suites_run_whole_on_the_published_layouts(tiny, tmp_path, capsys):
+    writers = {
+        "compositional": suite_material.write_compositional,
+        "datacomp": suite_material.write_datacomp,
+        "faces": suite_material.write_faces,
+        "long": suite_material.write_long,
+        "multilingual": suite_material.write_multilingual,
+        "retrieval": suite_material.write_retrieval,
+    }
+    for name, write in writers.items():
+        root, out = tmp_path / name, tmp_path / f"{name}.json"
+        write(root)
+        arguments = ["--data", str(root), "--cache", "none", "--quiet", "--out", str(out)]
+        assert main(["eval", tiny, "--suite", name, *arguments]) == 0, capsys.readouterr().err
+
+        told = json.loads(out.read_text())["suite"]
+        assert told["average_over"] == told["n_sets"] == N_SETS[name]
+        assert all(row["value"] is not None for row in told["main_scores"]), told
+        assert "NOT COMPARABLE" not in capsys.readouterr().out
+    assert len(writers) == 6
 
 
 @pytest.mark.parametrize(
