@@ -10,7 +10,7 @@ from vlp.eval.report.records import not_comparable
 from vlp.eval.suites import Entry
 from vlp.eval.suites.places import looked_for
 from vlp.eval.suites.summary import Row, Summary, average_line, cells
-from vlp.privacy import private
+from vlp.privacy import private, shareable
 
 BAR_PX = 120
 
@@ -25,7 +25,7 @@ def page(summary: Summary, model: str, records: list[dict[str, Any]]) -> str:
     warnings = [markup.note(private(line)) for line in not_comparable(records)]
     if warnings:
         sections.insert(1, markup.section("incomparable", "Not comparable", warnings))
-    return markup.page(f"{summary.title}: {private(model)}", sections, "vlp eval")
+    return markup.page(f"{summary.title}: {shareable(model, 'model')}", sections, "vlp eval")
 
 
 def _main(summary: Summary) -> Html:
@@ -38,7 +38,7 @@ def _main(summary: Summary) -> Html:
 
 
 def _bar(row: Row) -> Html | None:
-    """The value as a length, with a mark at chance."""
+    """The value as a length."""
     if row.value is None:
         return None
     length = round(BAR_PX * min(1.0, max(0.0, row.value)))

@@ -140,6 +140,7 @@ def test_a_suite_goes_on_with_the_rest_and_its_average_says_so(root, tiny, tmp_p
     assert all(row["chance"] is not None and row["interval_95"] for row in rows.values())
 
     shown = html.read_text()
+    assert "my sets" not in shown and tiny.removeprefix("local-dir:") not in shown
     assert "djghosh/wds_mnist_test" in shown and "NOT COMPARABLE" in shown and "fmow" in shown
     assert main(["eval", "--compare", str(out), str(out)]) == 0
 
