@@ -1,4 +1,4 @@
-"""Where the sets of a suite lie: folders under one root, or repositories of the Hub."""
+"""Where the sets of a suite lie: folders under some roots, or repositories of the Hub."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vlp.eval import confidence, embed, metrics, prompts
+from vlp.eval import confidence, embed, metrics
 from vlp.eval.datasets import open_source
 from vlp.eval.datasets.source import Record
 from vlp.eval.embed import Context
@@ -68,10 +68,15 @@ def read(options: Options) -> Data:
 
 def _of_objective(options: Options) -> zeroshot.Data:
     """One question of a set with several."""
+    if options.classes is not None:
+        raise DataError(
+            f"objective={options.objective} takes its classes from the set's classnames.txt; leave "
+            "out classes"
+        )
     source = open_source(options.data, options.split, options.missing, options.images, options)
     start = f"{options.objective}:"
     names = _beginning(source.classes, start)
-    templates = _beginning(source.templates, start)
+    templates = options.templates or _beginning(source.templates, start)
     if not names or not templates:
         raise DataError(
             f"{options.data} has {len(names)} classes and {len(templates)} templates that begin "
@@ -81,7 +86,8 @@ def _of_objective(options: Options) -> zeroshot.Data:
 
     assert options.label is not None
     labels = [_number(record, options.label, len(names)) for record in source.records]
-    return zeroshot.Data(source, names, prompts.templates(templates), torch.tensor(labels))
+    chosen = zeroshot.checked_templates(templates, names)
+    return zeroshot.Data(source, names, chosen, torch.tensor(labels))
 
 
 def _beginning(lines: list[str] | None, start: str) -> list[str]:

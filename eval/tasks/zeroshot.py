@@ -122,12 +122,19 @@ def _templates(source: Source, options: Options, names: list[str]) -> prompts.Te
         or imagenet.objectnet_folders(Path(options.data)) is not None
     )
     usual = "imagenet80" if is_imagenet else "photo"
+    return checked_templates(options.templates or source.templates or usual, names)
+
+
+def checked_templates(
+    choice: str | list[str] | dict[str, list[str]], names: list[str]
+) -> prompts.Templates:
+    """The templates that are chosen, with some for every class; a DataError says what is wrong."""
     try:
-        chosen = prompts.templates(options.templates or source.templates or usual)
-        prompts.of_classes(chosen, names)  # every class has some
-        return chosen
+        chosen = prompts.templates(choice)
+        prompts.of_classes(chosen, names)
     except ValueError as error:
         raise DataError(str(error)) from error
+    return chosen
 
 
 def _listed_classes(options: Options) -> ClassList | None:

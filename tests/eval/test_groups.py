@@ -83,6 +83,10 @@ def test_one_question_of_a_set_with_several(tmp_path):
     record = evaluate("grouped", root, objective="kind", label=0, group=1)
     assert record["metrics"]["acc1"] == pytest.approx(5 / 6)
     assert record["counts"]["classes"] == 3 and record["counts"]["templates"] == 1
+    asked = {"objective": "kind", "label": 0, "templates": ["{c}", "{c} there"]}
+    assert evaluate("grouped", root, **asked)["counts"]["templates"] == 2
+    with pytest.raises(DataError, match="leave out classes"):
+        evaluate("grouped", root, **asked, classes=CLASSES)
     with pytest.raises(DataError, match="begin with 'race:'"):
         evaluate("grouped", root, objective="race", label=0)
     with pytest.raises(DataError, match="go together"):
