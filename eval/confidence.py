@@ -49,10 +49,10 @@ def interval(items: Tensor, seed: int = 0) -> tuple[float, float]:
     # A plain accuracy has a closed form, sound at 0 and 1 where the bootstrap has no width.
     if _is_plain(items):
         return wilson(float(items[:, 0].sum()), len(items))
-    return _middle(resampled(items, seed))
+    return middle(resampled(items, seed))
 
 
-def _middle(values: Tensor) -> tuple[float, float]:
+def middle(values: Tensor) -> tuple[float, float]:
     """The bounds of the middle 95 % of values [resamples]."""
     bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.quantile(values, bounds).tolist()
@@ -88,7 +88,7 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float
     if len(a) < FEW and _is_plain(a) and _is_plain(b):
         low, high = paired_posterior(a[:, 0], b[:, 0], seed)
     else:
-        low, high = _middle(resampled(a, seed) - resampled(b, seed))
+        low, high = middle(resampled(a, seed) - resampled(b, seed))
     return score(a) - score(b), low, high
 
 
@@ -114,7 +114,7 @@ def paired_posterior(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float]
     # A Dirichlet draw is one of gammas over their sum; numpy's take a seed of their own.
     gammas = np.random.default_rng(seed).standard_gamma(posterior.numpy(), (DRAWS, 4))
     shares = torch.from_numpy(gammas / gammas.sum(1, keepdims=True))
-    return _middle(shares[:, 1] - shares[:, 2])
+    return middle(shares[:, 1] - shares[:, 2])
 
 
 def _is_plain(items: Tensor) -> bool:

@@ -223,6 +223,30 @@ def average_precision(
     return result
 
 
+def nearest(
+    image: Tensor,  # [n, D] unit rows
+    classes: Tensor,  # [C, D] unit rows
+) -> Tensor:  # [n] int64
+    """The class of highest cosine; of equal ones the first."""
+    tiles = [(tile @ classes.T).argmax(1) for tile in image.split(TILE_ROWS)]
+    return torch.cat(tiles) if tiles else torch.zeros(0, dtype=torch.int64)
+
+
+def macro_f1(
+    answers: Tensor,  # [n] int64, the classes chosen
+    labels: Tensor,  # [n] int64, the right ones
+) -> float:
+    """The mean over the classes that are right somewhere of 2·hits / (chosen + right)."""
+    n_classes = int(max(answers.max(), labels.max())) + 1
+    n_right = torch.bincount(labels, minlength=n_classes)
+    n_chosen = torch.bincount(answers, minlength=n_classes)
+    n_hits = torch.bincount(labels[answers == labels], minlength=n_classes)
+
+    occurs = n_right > 0
+    f1 = 2 * n_hits.double() / (n_chosen + n_right)
+    return float(f1[occurs].mean())
+
+
 def strictly_above(right: Tensor, wrong: Tensor, tie: float = TIE) -> Tensor:
     """Where the right score is higher than the wrong one; a tie (see Ties) is not."""
     return right > wrong + tie

@@ -21,6 +21,8 @@ class TaskResult:
     items: dict[str, Tensor] = field(default_factory=dict)
     # scores that are no such ratio: a median, a distance
     values: dict[str, float] = field(default_factory=dict)
+    # of such scores whose 95 % bounds are known
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     # score -> its expectation under random guessing
     chance: dict[str, float] = field(default_factory=dict)
     # how many images, texts, classes, skipped annotations

@@ -29,6 +29,7 @@ EXAMPLE = """examples:
       images=coco/ split=test --out results.json
   vlp eval runs/a --suite suite.yaml --out a.json
       (suite.yaml: {zeroshot: {data: …}, retrieval: {data: …}})
+  vlp eval runs/a --suite datacomp --data sets/ --missing skip --out a.json --html a.html
   vlp eval --compare a.json b.json
   vlp eval --blend exported/published runs/tuned --alphas 0,.25,.5,.75,1 --suite suite.yaml \
       --gain zeroshot.acc1 --guard retrieval.image_retrieval_recall@1
@@ -48,6 +49,7 @@ key=value options of the task follow --task or --data.
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     from vlp.eval import sweep
+    from vlp.eval.suites import command
     from vlp.plugin import names
 
     add = parser.add_argument
@@ -59,9 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", nargs="+", metavar=("NAME", "key=value"), help=f"one of {tasks}")
     data_help = "the task's data; short for data=PATH"
     add("--data", nargs="+", metavar=("PATH", "key=value"), help=data_help)
-    suite_help = "YAML: several tasks with their options, as in a config's eval section"
-    add("--suite", metavar="FILE", help=suite_help)
-
+    command.arguments(parser)
     sweep.arguments(parser)
 
     # What becomes of it.
@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
     named = options.model or options.blend
     if not named or not (options.task or options.suite):
         raise ValueError(
-            "give MODEL (or --blend A B) and --task NAME --data PATH (or --suite FILE), or "
-            "--compare A B; see vlp eval --help"
+            "give MODEL (or --blend A B) and --task NAME --data PATH (or --suite NAME --data ROOT, "
+            "or --suite FILE), or --compare A B; see vlp eval --help"
         )
     return _evaluate_command(options)
 
@@ -105,10 +105,14 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     from vlp import dist, joining, plugin
     from vlp.eval import models, sweep
     from vlp.eval.report import records
+    from vlp.eval.suites import command
     from vlp.pretrained.references import of_average
 
     # What is mistyped, or could not be written, is found before a model is loaded.
-    tasks = plugin.keyed("vlp.eval.tasks", _tasks(options))
+    suite = command.asked_for(options)
+    tasks: list[Plugin] = (
+        plugin.keyed("vlp.eval.tasks", _tasks(options)) if suite is None else suite.located.tasks
+    )
     blends = sweep.asked_for(options, [task.label for task in tasks])
     reference = of_average(options.model) if options.ema else options.model
     data = read_all(tasks)
@@ -134,12 +138,12 @@ def _evaluate_command(options: argparse.Namespace) -> int:
         sweep.carry_out(blends, scores_of_blend, options.out)
     else:
         results, items = scores(models.load(reference, device, autocast))
-        if dist.is_main():
+        if dist.is_main() and suite is not None:
+            command.tell(suite, results, items, options)
+        elif dist.is_main():
             print(records.table(results))
             if options.out:
-                write = records.write_each if options.out.endswith("/") else records.write
-                write(Path(options.out), results, items)
-                print(f"written: {options.out}")
+                records.put(options.out, results, items)
 
     # No rank leaves while the first still writes.
     dist.barrier()
@@ -168,8 +172,8 @@ def _tasks(options: argparse.Namespace) -> dict[str, Any]:
     from vlp.config import read_yaml
 
     if options.suite:
-        if options.task or options.data:
-            raise ValueError("--suite names the tasks itself; leave out --task and --data")
+        if options.data:
+            raise ValueError(f"--suite {options.suite} names the data itself; leave out --data")
         suite, _ = read_yaml(Path(options.suite).read_text(encoding="utf-8"), options.suite)
         return suite.get("eval", suite)
 

@@ -35,10 +35,13 @@ def clip_benchmark(root: Path, split: str, choice: Choice, missing: str) -> Sour
             f"{', '.join(absent[:5])}"
         )
 
-    # Where the classes are listed, labels are numbers of that list.
+    # Where the classes are listed, labels are numbers of that list; several labels are an array.
     names = class_names(root)
-    source = from_tars(root, tars, choice, missing, "cls" if names else "class")
     kind = (_lines(root / "dataset_type.txt") or [""])[0]
+    prefer = "cls" if names else "class"
+    if kind == "multilabel":
+        prefer = "npy"
+    source = from_tars(root, tars, choice, missing, prefer)
     return replace(
         source,
         classes=names,
@@ -67,9 +70,9 @@ def from_tars(
     """The samples that training finds in the same tars. `choice`: which of their texts are
     captions.
 
-    `prefer`: which label counts where a sample has both, its class's number (cls) or its name
-    (class). What training leaves out is refused here, unless `missing` is "skip": a score is over
-    the whole set.
+    `prefer`: which label counts where a sample has several, its class's number (cls), its name
+    (class) or its array (npy). What training leaves out is refused here, unless `missing` is
+    "skip": a score is over the whole set.
     """
     records: list[Record] = []
     skipped: list[str] = []
@@ -124,14 +127,19 @@ def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
     # A sample may carry both its class's number and its name.
     other = "class" if prefer == "cls" else "cls"
     label = content.meta.get(prefer, content.meta.get(other))
+    meta = content.meta
     if "npy" in sample.members:
-        label = _multi_hot(_member(tar, sample.members["npy"]))
+        values = _array(_member(tar, sample.members["npy"]))
+        meta = {**meta, "npy": values.tolist()}
+        # Beside a class it says what else is known of the picture, as in the shards of WILDS.
+        if label is None or prefer == "npy":
+            label = tuple(values.nonzero()[0].tolist())
 
     # A sample with neither caption nor label, and with notes of why, is broken.
     captions = choice.captions(content.meta, content.text)
     if not captions and label is None and content.notes:
         raise DataError(f"sample {content.key!r} in {tar}: {'; '.join(content.notes)}")
-    return Record(picture, captions, label, content.meta)
+    return Record(picture, captions, label, meta)
 
 
 def _member(tar: Path, member: Any) -> Picture:
@@ -139,9 +147,8 @@ def _member(tar: Path, member: Any) -> Picture:
     return Picture(f"{tar}:{member.name}", str(tar), member.offset, member.size)
 
 
-def _multi_hot(member: Picture) -> tuple[int, ...]:
-    """The class numbers of a multi-hot array, as clip_benchmark stores several labels."""
+def _array(member: Picture) -> Any:
+    """The array of a sample: multi-hot labels, as clip_benchmark stores several, or metadata."""
     import numpy as np
 
-    values = np.load(io.BytesIO(member.read()), allow_pickle=False)
-    return tuple(np.flatnonzero(values).tolist())
+    return np.load(io.BytesIO(member.read()), allow_pickle=False)

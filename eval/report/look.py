@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlp import checkpoint, plugin
-from vlp.eval import choices, embed, metrics, models
+from vlp.eval import choices, embed, metrics, models, prompts
 from vlp.eval.pictures import Picture, thumbnail
 from vlp.eval.report import findings
 from vlp.eval.report.evidence import Confusion, Evidence, Example, ExampleSet, Sheets, Space
@@ -132,7 +132,7 @@ class _Parts:
 
         # A thousand classes in eighty templates take longer than the page is worth.
         n_templates = max(1, MAX_PROMPTS // len(data.classes))
-        templates = data.templates[:n_templates]
+        templates = prompts.first(data.templates, n_templates)
         classes = zeroshot.class_embeddings(self.encoder, templates, data.classes, self.context)
         image = embed.images(self.encoder, pictures, self.context)
 

@@ -43,6 +43,7 @@ def record(task: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]
     # Scores of units are computed here, so that score and interval come from the same numbers.
     scores = {name: confidence.score(items) for name, items in result.items.items()}
     intervals = {name: list(confidence.interval(items)) for name, items in result.items.items()}
+    intervals |= {name: list(bounds) for name, bounds in result.intervals.items()}
     protocol = {
         "name": task.name,
         "version": task.module.VERSION,
@@ -69,11 +70,31 @@ def record(task: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]
     }
 
 
-def write(path: Path, records: list[dict[str, Any]], items: dict[str, Tensor]) -> None:
-    """Write results and the outcomes beside them, each whole or not at all. `items`: "label/score"
-    -> [U, 2].
-    """
-    _write(path, _joined(records), items)
+def put(
+    out: str,  # a file, or with a slash at its end a folder
+    records: list[dict[str, Any]],
+    items: dict[str, Tensor],  # "label/score" -> [U, 2]
+    suite: dict[str, Any] | None = None,  # as for `write`
+) -> None:
+    """Write results to a file, or one file a result to a folder, and say so."""
+    if out.endswith("/"):
+        write_each(Path(out), records, items)
+    else:
+        write(Path(out), records, items, suite)
+    print(f"written: {out}")
+
+
+def write(
+    path: Path,
+    records: list[dict[str, Any]],
+    items: dict[str, Tensor],  # "label/score" -> [U, 2]
+    suite: dict[str, Any] | None = None,  # what a suite's main scores come to
+) -> None:
+    """Write results and the outcomes beside them, each whole or not at all."""
+    content = _joined(records)
+    if suite is not None:
+        content["suite"] = suite
+    _write(path, content, items)
 
 
 def write_each(folder: Path, records: list[dict[str, Any]], items: dict[str, Tensor]) -> None:
@@ -193,7 +214,12 @@ def table(records: list[dict[str, Any]]) -> str:
         counted = [f"{n:,} {noun}" for noun, n in of_task["counts"].items() if n]
         counts.append(f"{of_task['label']}: {', '.join(counted)}")
 
-    # Last, so that nobody overlooks them: the score is not over the whole set.
+    # Last, so that nobody overlooks them.
+    return "\n".join([aligned(rows), *counts, *not_comparable(records)])
+
+
+def not_comparable(records: list[dict[str, Any]]) -> list[str]:
+    """A line for every result whose score is not over the whole set as it was published."""
     skipped, gray = [], []
     for of_task in records:
         warning = f"{of_task['label']}: NOT COMPARABLE"
@@ -202,7 +228,7 @@ def table(records: list[dict[str, Any]]) -> str:
         if of_task["counts"].get("unreadable"):
             n_gray = of_task["counts"]["unreadable"]
             gray.append(f"{warning}, {n_gray:,} images count as plain gray")
-    return "\n".join([aligned(rows), *counts, *skipped, *gray])
+    return skipped + gray
 
 
 def _rows(of_task: dict[str, Any]) -> list[tuple[str, ...]]:

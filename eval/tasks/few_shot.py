@@ -35,7 +35,7 @@ class Options(TableOptions):
     split: str = "test"  # whose images are classified
     train_split: str = "train"  # from which the shots are drawn
     classes: str | list[str] | None = None  # as for zeroshot
-    templates: str | list[str] | None = None  # as for zeroshot
+    templates: str | list[str] | dict[str, list[str]] | None = None  # as for zeroshot
     shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])  # images a class
     decays: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0])  # λ
     seed: int = 0  # of the draw

@@ -9,6 +9,7 @@ reads, ImageNet's relatives by their folders' names included.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -42,8 +43,9 @@ class Options(TableOptions):
     split: str = "test"  # which split of the data is scored
     # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
     classes: str | list[str] | None = None
-    # a set, a file or sentences; None: the data's own, imagenet80 or photo
-    templates: str | list[str] | None = None
+    # a set, a file or sentences, for all classes or (.json) for each; None: the data's own,
+    # imagenet80 or photo
+    templates: str | list[str] | dict[str, list[str]] | None = None
     partial: bool = False  # score among some of ImageNet's classes only
     missing: Literal["error", "skip"] = "error"  # annotations without their image
     language: str = "en"  # recorded in the result
@@ -55,7 +57,7 @@ class Data:
 
     source: Source
     classes: list[str]
-    templates: list[str]
+    templates: prompts.Templates
     labels: Tensor  # [n] int64, or [n, C] bool for several labels
 
 
@@ -67,7 +69,7 @@ def read(options: Options) -> Data:
     source = _open(options)
     by_name = _labelled_by_name(source, options)
     names, labels = _named(source, options) if by_name else _numbered(source, options)
-    return Data(source, names, _templates(source, options), labels)
+    return Data(source, names, _templates(source, options, names), labels)
 
 
 def _open(options: Options) -> Source:
@@ -111,7 +113,7 @@ def _labelled_by_name(source: Source, options: Options) -> bool:
     return by_name
 
 
-def _templates(source: Source, options: Options) -> list[str]:
+def _templates(source: Source, options: Options, names: list[str]) -> prompts.Templates:
     """The templates of the options, else the set's own, else the usual ones."""
     # ObjectNet is among ImageNet's relatives: clip_benchmark and wise-ft prompt it alike.
     is_imagenet = (
@@ -120,10 +122,19 @@ def _templates(source: Source, options: Options) -> list[str]:
         or imagenet.objectnet_folders(Path(options.data)) is not None
     )
     usual = "imagenet80" if is_imagenet else "photo"
+    return checked_templates(options.templates or source.templates or usual, names)
+
+
+def checked_templates(
+    choice: str | list[str] | dict[str, list[str]], names: list[str]
+) -> prompts.Templates:
+    """The templates that are chosen, with some for every class; a DataError says what is wrong."""
     try:
-        return prompts.templates(options.templates or source.templates or usual)
+        chosen = prompts.templates(choice)
+        prompts.of_classes(chosen, names)
     except ValueError as error:
         raise DataError(str(error)) from error
+    return chosen
 
 
 def _listed_classes(options: Options) -> ClassList | None:
@@ -227,16 +238,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     class_rows = class_embeddings(encoder, data.templates, data.classes, context)
     image = embed.images(encoder, pictures, context)
 
-    result = TaskResult(
-        data.source.name,
-        counts={
-            "images": len(image),
-            "classes": len(class_rows),
-            "templates": len(data.templates),
-            "skipped": len(data.source.skipped),
-        },
-        digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
-    )
+    result = blank_result(data, context)
 
     # Several labels a picture have no single right class, so no accuracy.
     if data.labels.ndim == 2:
@@ -245,8 +247,23 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
         result.chance["mean_average_precision"] = float(data.labels.double().mean())
     else:
         ranks = metrics.class_ranks(image, class_rows, data.labels)
-        _score(result, ranks, data.labels, len(class_rows))
+        score(result, ranks, data.labels, len(class_rows))
     return result
+
+
+def blank_result(data: Data, context: Context) -> TaskResult:
+    """The set's name, counts and digest, without scores yet."""
+    pictures = [record.picture for record in data.source.records]
+    return TaskResult(
+        data.source.name,
+        counts={
+            "images": len(pictures),
+            "classes": len(data.classes),
+            "templates": _n_templates(data.templates),
+            "skipped": len(data.source.skipped),
+        },
+        digest=context.digest(pictures, data.classes, data.templates, data.labels.tolist()),
+    )
 
 
 def _warn_of_numbers(names: list[str]) -> None:
@@ -258,16 +275,30 @@ def _warn_of_numbers(names: list[str]) -> None:
         )
 
 
+def _n_templates(templates: prompts.Templates) -> int:
+    """How many each class has; of those with their own the most."""
+    if isinstance(templates, list):
+        return len(templates)
+    return max(map(len, templates.values()))
+
+
 def class_embeddings(
-    encoder: Encoder, templates: list[str], names: list[str], context: Context
+    encoder: Encoder, templates: prompts.Templates, names: list[str], context: Context
 ) -> Tensor:
     """[C, D] unit rows: a class is the mean of its prompts' unit rows, normalised again."""
-    text = embed.texts(encoder, prompts.fill(templates, names), context)
-    mean = text.view(len(names), len(templates), -1).mean(1)
+    of_classes = prompts.of_classes(templates, names)
+    text = embed.texts(encoder, list(chain.from_iterable(of_classes)), context)
+    counts = [len(of_class) for of_class in of_classes]
+
+    # A view where all have as many; else class by class.
+    if len(set(counts)) == 1:
+        mean = text.view(len(names), counts[0], -1).mean(1)
+    else:
+        mean = torch.stack([rows.mean(0) for rows in text.split(counts)])
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
-def _score(result: TaskResult, ranks: Tensor, labels: Tensor, n_classes: int) -> None:
+def score(result: TaskResult, ranks: Tensor, labels: Tensor, n_classes: int) -> None:
     """Fill in accuracies and the mean per-class recall, from the ranks of the right classes."""
     first = (ranks == 1).double()
     result.items["acc1"] = choices.accuracy(first)

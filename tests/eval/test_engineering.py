@@ -371,7 +371,7 @@ def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
         (("MODEL", "--task", "zeroshot"), "missing key 'data'"),
         (("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "split"), "not of the form key=value"),
         (("no-such-model", "--task", "zeroshot", "--data", "PHOTOS"), "no model 'no-such-model'"),
-        (("MODEL",), "give MODEL and --task"),
+        (("MODEL",), "give MODEL (or --blend A B) and --task"),
         (
             ("MODEL", "--task", "zeroshot", "--data", "PHOTOS", "--suite", "suite.yaml"),
             "--suite names the tasks itself",

@@ -46,7 +46,7 @@ def test_a_sweep_shows_gain_against_guard_for_every_alpha(sweep, two, tmp_path, 
         single = ["eval", str(two / name), "--suite", str(tmp_path / "suite.yaml")]
         options = ["--cache", "none", "--quiet", "--device", "cpu", "--out", str(alone)]
         assert main([*single, *options]) == 0
-        records = json.loads(alone.read_text())
+        records = json.loads(alone.read_text())["results"]
         assert [r["metrics"] for r in records] == [r["metrics"] for r in row["records"]]
 
 
