@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from vlp import dist
+from vlp import caches, dist
 from vlp.data.cores import cores
 from vlp.eval import metrics
 from vlp.eval.models import Encoder
@@ -53,6 +53,7 @@ class Context:
     batch: int = 64  # pictures or texts a forward pass
     workers: int = field(default_factory=_usual_workers)  # threads that decode, a rank
     cache: Path | None = None  # where embeddings are kept; None: nowhere
+    cache_bytes: int = 20 * 10**9  # of all that is kept there
     progress: bool = False  # lines on stderr, from the first rank
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
     # of each list of texts, by its hash: how many were cut
@@ -165,6 +166,7 @@ def _kept(
     if path and not any(dist.gather_objects(bool(context.unreadable))) and dist.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"rows": rows}))
+        caches.bound(path.parent, context.cache_bytes)
     return rows
 
 
@@ -174,6 +176,7 @@ def _recall(path: Path, n: int) -> Tensor | None:
     if path.exists():
         try:
             rows = load_file(path)["rows"]
+            caches.touch(path)
         except Exception as error:
             print(
                 f"vlp eval: kept embeddings {path} cannot be read ({error}); computing them again",
