@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from vlp import dist
+from vlp import caches, dist
 from vlp.data.cores import cores
 from vlp.eval import metrics
 from vlp.eval.models import Encoder
@@ -33,6 +33,8 @@ from vlp.files import write_atomically
 from vlp.lifetime import Interrupted, give_way
 
 CACHE_VERSION = 2  # 2: transparency on white, Exif orientation, gray of 16 bits
+COUNTED = 8192  # texts that are tokenized at once to count the cut ones
+GATHERED = 64  # batches a rank that one exchange brings together
 PROGRESS_S = 5  # seconds between lines of progress
 
 
@@ -53,6 +55,7 @@ class Context:
     batch: int = 64  # pictures or texts a forward pass
     workers: int = field(default_factory=_usual_workers)  # threads that decode, a rank
     cache: Path | None = None  # where embeddings are kept; None: nowhere
+    cache_bytes: int = 20 * 10**9  # of all that is kept there
     progress: bool = False  # lines on stderr, from the first rank
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
     # of each list of texts, by its hash: how many were cut
@@ -107,7 +110,9 @@ def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor
     """
     unique = list(dict.fromkeys(captions))
     # Counted also where the embeddings are kept.
-    context.truncated[hash(tuple(unique))] = encoder.n_truncated(unique)
+    context.truncated[hash(tuple(unique))] = sum(
+        encoder.n_truncated(unique[i : i + COUNTED]) for i in range(0, len(unique), COUNTED)
+    )
     context.n_texts[hash(tuple(unique))] = len(unique)
     key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
     rows = _kept(key, context, "texts", unique, None, encoder.encode_texts)
@@ -165,6 +170,7 @@ def _kept(
     if path and not any(dist.gather_objects(bool(context.unreadable))) and dist.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"rows": rows}))
+        caches.bound(path.parent, context.cache_bytes)
     return rows
 
 
@@ -174,6 +180,7 @@ def _recall(path: Path, n: int) -> Tensor | None:
     if path.exists():
         try:
             rows = load_file(path)["rows"]
+            caches.touch(path)
         except Exception as error:
             print(
                 f"vlp eval: kept embeddings {path} cannot be read ({error}); computing them again",
@@ -206,16 +213,21 @@ def _embed(
         for k in range(group.index, rounds * group.size, group.size)
     ]
 
-    rows, problem = [], None
+    rows, device = torch.empty(0), torch.device("cpu")
+    problem: Exception | None = None
     prepared = _prepared(prepare, batches_of_rank, context.workers)
     try:
         with torch.no_grad():
-            for batch in _reported(prepared, kind, len(items), group.size, context):
+            reported = _reported(prepared, kind, len(items), group.size, context)
+            for k, batch in enumerate(reported):
                 give_way()
                 encoded = encode(batch)
-                # The last batch may be short; a gather needs equal shapes.
-                n_missing = context.batch - len(encoded)
-                rows.append(torch.nn.functional.pad(encoded, (0, 0, 0, n_missing)))
+                # One block for all: a list of batches, joined in the end, takes twice the memory.
+                if k == 0:
+                    rows = torch.zeros(rounds, context.batch, encoded.shape[1])
+                    device = encoded.device
+                # The last batch may be short; the rest of its place stays 0.
+                rows[k, : len(encoded)] = encoded
     except (DataError, Interrupted) as error:
         problem = error
     except Exception as error:
@@ -225,10 +237,25 @@ def _embed(
         problem = DataError(f"{type(error).__name__}: {error}")
     _agree_on(problem)
 
-    # Batch k was made by rank k mod W: the ranks' rows are dealt back in that order.
-    gathered = dist.all_gather(torch.stack(rows), group)  # [W · rounds, batch, D], rank by rank
-    in_order = gathered.view(group.size, rounds, *gathered.shape[1:]).transpose(0, 1)
-    return in_order.reshape(-1, gathered.shape[-1])[: len(items)].cpu()
+    if group.size > 1:
+        rows = _dealt_back(rows, device, group)
+    return rows.reshape(-1, rows.shape[-1])[: len(items)]
+
+
+def _dealt_back(
+    rows: Tensor,  # [rounds, batch, D] of this rank
+    device: torch.device,  # of the encoder, which is where ranks can exchange
+    group: dist.Group,
+) -> Tensor:  # [rounds · W, batch, D] of all ranks
+    """Every rank's batches in the order of the items: batch k was made by rank k mod W."""
+    in_order = torch.empty(len(rows), group.size, *rows.shape[1:])
+    # Part by part, so that the device never holds all.
+    for first in range(0, len(rows), GATHERED):
+        part = rows[first : first + GATHERED]
+        gathered = dist.all_gather(part.to(device), group)  # [W · rounds of the part, batch, D]
+        of_ranks = gathered.view(group.size, *part.shape)
+        in_order[first : first + GATHERED] = of_ranks.transpose(0, 1)
+    return in_order.flatten(0, 1)
 
 
 def _agree_on(problem: Exception | None) -> None:

@@ -122,11 +122,11 @@ def retrieval_ranks(
     """
     # Each side is told apart by itself: captions may lie close together where images do not.
     image_tie, text_tie = tie_of_products(image, text), tie_of_products(text, image)
-    image, text = _precise(min(image_tie, text_tie), image, text)
+    tie = min(image_tie, text_tie)
 
     # What a rival must reach: for a caption its own image, for an image the best of its captions.
-    pair_scores = _pair_scores(image, text, owner)  # [M]
-    best_scores = image.new_full((len(image),), -torch.inf)
+    pair_scores = _pair_scores(image, text, owner, tie)  # [M]
+    best_scores = pair_scores.new_full((len(image),), -torch.inf)
     best_scores = best_scores.scatter_reduce(0, owner, pair_scores, "amax")  # [N]
 
     # A rank begins at 1 and grows by every rival, tile by tile.
@@ -134,11 +134,14 @@ def retrieval_ranks(
     text_rank = torch.ones(len(text), dtype=torch.int32)
 
     image_bar, text_bar = best_scores - image_tie, pair_scores - text_tie
-    for i in range(0, len(text), TILE_ROWS):
-        rows = slice(i, i + TILE_ROWS)
-        for j in range(0, len(image), TILE_COLUMNS):
-            columns = slice(j, j + TILE_COLUMNS)
-            scores = text[rows] @ image[columns].T
+    for j in range(0, len(image), TILE_COLUMNS):
+        columns = slice(j, j + TILE_COLUMNS)
+        # A copy in float64, where there is one, is of a tile: never of a million rows.
+        (of_columns,) = _precise(tie, image[columns])
+        for i in range(0, len(text), TILE_ROWS):
+            rows = slice(i, i + TILE_ROWS)
+            (of_rows,) = _precise(tie, text[rows])
+            scores = of_rows @ of_columns.T
 
             # A caption and its image are no rivals.
             in_tile = (owner[rows] >= j) & (owner[rows] < j + scores.shape[1])
@@ -150,10 +153,13 @@ def retrieval_ranks(
     return image_rank.long(), text_rank.long()
 
 
-def _pair_scores(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+def _pair_scores(image: Tensor, text: Tensor, owner: Tensor, tie: float) -> Tensor:
     """[M] cosine of each caption with its image; in tiles, or the gathered images take M rows."""
-    tiles = zip(text.split(TILE_ROWS), owner.split(TILE_ROWS))
-    return torch.cat([(rows * image[owners]).sum(1) for rows, owners in tiles])
+    scores = []
+    for rows, owners in zip(text.split(TILE_ROWS), owner.split(TILE_ROWS)):
+        captions, images = _precise(tie, rows, image[owners])
+        scores.append((captions * images).sum(1))
+    return torch.cat(scores)
 
 
 def _count(mask: Tensor, dim: int) -> Tensor:

@@ -5,7 +5,6 @@ comparison of results.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +77,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, help="threads that decode (default: cores, at most 8)")
     cache_help = "where embeddings are kept (default ~/.cache/vlp/embeddings; none: nowhere)"
     add("--cache", metavar="DIR", help=cache_help)
+    size_help = "of all that is kept there; what is unused for longest goes (default 20GB)"
+    add("--cache-size", metavar="SIZE", help=size_help)
     add("--quiet", action="store_true", help="no progress lines")
 
 
@@ -115,6 +116,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     )
     blends = sweep.asked_for(options, [task.label for task in tasks])
     reference = of_average(options.model) if options.ema else options.model
+    context = _context(options)
     data = read_all(tasks)
     if options.out:
         _check_writable(options.out)
@@ -128,7 +130,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
         if dist.is_main() and not options.quiet:
             n_ranks = dist.world_size()
             print(f"{encoder.name} on {device}, {n_ranks} rank(s)", file=sys.stderr, flush=True)
-        return evaluate(encoder, tasks, _context(options), data)
+        return evaluate(encoder, tasks, context, data)
 
     def scores_of_blend(model: DualEncoder, name: str) -> list[dict[str, Any]]:
         # Kept by a hash of the blend's own weights, so that no two are mixed up.
@@ -203,17 +205,25 @@ def _option_value(text: str) -> Any:
 
 def _context(options: argparse.Namespace) -> Context:
     """How the command line wants the evaluation carried out."""
+    from vlp.caches import bytes_of, cache_folder
     from vlp.eval.embed import Context
     from vlp.eval.pictures import Contents
 
+    if options.batch < 1 or (options.workers is not None and options.workers < 0):
+        raise ValueError(
+            f"found --batch {options.batch} and --workers {options.workers}; expected a batch of "
+            "at least 1 and workers of at least 0"
+        )
+
     cache = None
     if options.cache != "none":
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        cache = Path(options.cache) if options.cache else home / "vlp" / "embeddings"
+        cache = Path(options.cache) if options.cache else cache_folder() / "embeddings"
 
     # What is not given keeps the default of Context.
-    more = {} if options.workers is None else {"workers": options.workers}
+    more: dict[str, int] = {} if options.workers is None else {"workers": options.workers}
     contents = Contents(cache / "contents.json" if cache else None)
+    if options.cache_size is not None:
+        more["cache_bytes"] = bytes_of(options.cache_size)
     return Context(
         batch=options.batch, cache=cache, contents=contents, progress=not options.quiet, **more
     )

@@ -189,6 +189,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         ("push", "upload an export to the Hugging Face Hub", _push),
         ("report", "write a page about a run, or compare two", _report),
         ("data", "make, look at and enrich data sets", _data),
+        ("cache", "list what is kept between calls, or remove it", _cache),
         ("demo", "generate data, train, evaluate and export in a few minutes", _demo),
     )
     for name, summary, fill in of_commands:
@@ -405,6 +406,10 @@ def _data(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _fill(command, tool)
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    _fill(parser, importlib.import_module("vlp.eval.cache"))
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:

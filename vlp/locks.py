@@ -224,7 +224,7 @@ def _owner(path: Path) -> str:
             time.sleep(0.05)
             continue
 
-        age = _age(time.time() - owner["since"])
+        age = age_text(time.time() - owner["since"])
         return f"{owner['command']!r} (process {pid} on {host}, for {age})"
     return ""
 
@@ -240,7 +240,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _age(seconds: float) -> str:
+def age_text(seconds: float) -> str:
     """A span of time in its largest fitting unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:

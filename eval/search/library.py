@@ -28,8 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vlp import locks, log
-from vlp.data.index import cache_folder
+from vlp import caches, locks, log
 from vlp.eval import embed
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
@@ -85,7 +84,7 @@ def place_of(encoder: Encoder, places: str) -> Path:
     """Where the library of a collection lies unless a person names a folder: beside the caches."""
     absolute = [os.path.abspath(os.path.expanduser(place)) for place in places.split("::")]
     name = hashlib.sha256(repr((_made_by(encoder), absolute)).encode()).hexdigest()[:24]
-    return cache_folder() / "search" / name
+    return caches.cache_folder() / "search" / name
 
 
 def update(folder: Path, encoder: Encoder, pictures: list[Picture], context: Context) -> Library:
@@ -95,6 +94,7 @@ def update(folder: Path, encoder: Encoder, pictures: list[Picture], context: Con
     """
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, advice=_ADVICE))
+        caches.hold(folder)  # also while it is searched, which takes no lock
         width = _claim(folder, encoder)
         remove_leftovers(folder / "parts")
 

@@ -317,3 +317,35 @@ def test_effective_robustness_is_the_distance_from_the_references_line():
     assert confidence.effective_robustness(0.6, shift(0.6) + 0.1, line) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="two reference models or more"):
         confidence.effective_robustness(0.6, 0.5, line[:1])
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4], ids=["float32", "float64 of a near collapse"])
+def test_blocks_of_any_size_give_the_dense_ranks(monkeypatch, spread):
+    centre = rows(1, seed=9)
+    image, text = (
+        torch.nn.functional.normalize(centre * (1 - spread) + spread * rows(n, seed=n), dim=1)
+        for n in (41, 97)
+    )
+    # Equal rows in different blocks: ties must be counted the same way.
+    image[[3, 40]] = image[17].clone()
+    text[[0, 50, 96]] = text[20].clone()
+    owner = torch.arange(97) % 41
+
+    widths: list[int] = []
+    precise = metrics._precise
+
+    def noted(tie, *parts):
+        widths.extend(map(len, parts))
+        return precise(tie, *parts)
+
+    monkeypatch.setattr(metrics, "_precise", noted)
+    ranks = {}
+    for n_rows, n_columns in ((1024, 4096), (8, 8), (13, 5), (1, 41)):
+        monkeypatch.setattr(metrics, "TILE_ROWS", n_rows)
+        monkeypatch.setattr(metrics, "TILE_COLUMNS", n_columns)
+        widths.clear()
+        image_rank, text_rank = metrics.retrieval_ranks(image, text, owner)
+        ranks[n_rows, n_columns] = (image_rank.tolist(), text_rank.tolist())
+        # No copy in float64 is larger than a block.
+        assert max(widths) <= max(n_rows, n_columns)
+    assert len(ranks) == 4 and len({str(value) for value in ranks.values()}) == 1

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from vlp import log
-from vlp.data.index import cache_folder
+from vlp import caches, log
+from vlp.caches import cache_folder
 from vlp.files import write_atomically
 from vlp.privacy import address
 
@@ -59,6 +59,8 @@ class Cache:
     def get(self, url: str) -> str:
         """The path of a whole copy, fetched if need be; raises OSError after several tries."""
         path = self.place(url)
+        # What is read later must not be cleared away meanwhile.
+        caches.hold(path.parent)
         for _ in range(_TRIES):
             if self._take(path):
                 return str(path)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp import log
+from vlp.caches import cache_folder
 from vlp.data.digests import UNKNOWN
 from vlp.data.paths import unreadable
 from vlp.data.rows import EXTENT, FURTHER_LABELS, ROW, Shard
@@ -89,13 +90,6 @@ def _is_current(shard: Shard, path: Path, status: os.stat_result) -> bool:
     except (OSError, ValueError):
         return False
     return shard.count > 0
-
-
-def cache_folder() -> Path:
-    """Where indices and downloads go that cannot lie beside their data: $VLP_CACHE, else
-    ~/.cache/vlp.
-    """
-    return Path(os.environ.get("VLP_CACHE") or Path.home() / ".cache" / "vlp")
 
 
 def _places(folder: Path) -> list[Path]:

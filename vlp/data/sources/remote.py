@@ -23,10 +23,11 @@ import numpy as np
 from braceexpand import braceexpand
 
 from vlp import log
+from vlp.caches import cache_folder
 from vlp.config import Captions
 from vlp.data.captions import Texts
 from vlp.data.fetch import Cache, folder_and_name, version_of
-from vlp.data.index import NAME, cache_folder, parse_index, save_index
+from vlp.data.index import NAME, parse_index, save_index
 from vlp.data.paths import is_packed
 from vlp.data.rows import Shard
 from vlp.data.scan import scan
