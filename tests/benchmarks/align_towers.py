@@ -59,7 +59,8 @@ def main() -> None:
     notes = (
         f"{len(runs)} seeds, mean ± standard deviation, {args.parallel} runs side by side on the "
         "cores. Trained on 5,784 photos of Caltech 101 with texts of their class names, and on 55 "
-        "photos of COCO with five captions each, pictures embedded once and so without crops. Held out: 2,893 photos of the same 100 classes, "
+        "photos of COCO with five captions each; pictures are embedded once, so without crops. "
+        "Held out: 2,893 photos of the same 100 classes, "
         f"56 photos of COCO with 280 captions, {n_choices} items of SugarCrepe on these photos. "
         "56 photos leave an R@1 uncertain by about 6 points, whatever the seeds say; the image "
         "tower learnt ImageNet's classes, many of which are Caltech's too."
@@ -96,8 +97,8 @@ def pack_choices() -> int:
 def store_pictures() -> list[str]:
     """Embed the pictures of both sources; returns the settings that read them."""
     untrained = RUNS / "untrained"
-    if not (untrained / "results.json").exists():
-        settings = [f"out={untrained}", "train.duration=1", "eval={}", "resume=auto"]
+    if not (untrained / "checkpoints").exists():
+        settings = [f"out={untrained}", "train.duration=1", "eval={}"]
         caltech101.vlp("train", "align_towers", *settings)
 
     settings = ["model.image_tower.precomputed=true"]
