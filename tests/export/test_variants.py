@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.export.test_export_more import resnet
 from tests.models.tiny import inputs, language_model, tiny
 from vlp.cli import main
 from vlp.export.folder import export
 from vlp.export.place import ExportError
 from vlp.models.load import load
+from vlp.pretrained import image_size
 
 # dtype → the least cosine that its rounding leaves on the tiny models
 DTYPES = {"float16": 0.99999, "bf16": 0.999}
@@ -112,10 +114,43 @@ def test_another_size_is_open_clips_force_image_size(size, tmp_path):
     assert described["vision_config"]["image_size"] == size
 
 
+SMALL_VIT = {"name": "vit", "patch_size": 8, "width": 16, "layers": 1, "head_width": 16}
+# image towers of other kinds, and a size that each can be brought to
+OTHERS = {
+    "timm's transformer": (lambda folder: {"name": "timm", "model": "test_vit"}, 192),
+    "timm's convolutions": (lambda folder: {"name": "timm", "model": "test_resnet"}, 96),
+    "open_clip's ResNet": (resnet, 96),
+    "not square": (lambda folder: SMALL_VIT | {"image_size": [16, 32]}, 24),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_size_is_that_of_training_at_it(kind, tmp_path):
+    """The weights of the model, read by a configuration of the other size, embed the same."""
+    tower, size = OTHERS[kind]
+    trained = tiny(image_tower=tower(tmp_path))
+    export(trained, tmp_path / "trained")
+    export(trained, tmp_path / "out", image_size=size)
+    resized = load(tmp_path / "out").eval()
+    assert resized.image_spec.size == (size, size)
+
+    expected = load(tmp_path / "trained").eval()
+    image_size.resize(expected.visual, (size, size))
+    pixels, _ = inputs(resized)
+    with torch.no_grad():
+        rows = expected.visual(resized.pixels(pixels))
+        rows = torch.nn.functional.normalize(rows, dim=-1)
+        assert (resized(pixels, None).image - rows).abs().max() <= 1e-6
+
+
 def test_a_size_that_the_tower_refuses_is_answered_with_ones_that_work(tmp_path):
-    with pytest.raises(ExportError, match=r"size is 30, .* patches have 8 pixels; .* 24, 32"):
-        export(tiny(), tmp_path / "out", image_size=30)
-    timm = {"name": "timm", "model": "test_resnet", "image_size": 64}
-    with pytest.raises(ExportError, match="is timm's test_resnet, which open_clip reloads at 64"):
-        export(tiny(image_tower=timm), tmp_path / "out", image_size=96)
-    assert list(tmp_path.iterdir()) == []
+    refused = [
+        (SMALL_VIT | {"image_size": 16}, 28, "32"),
+        ({"name": "timm", "model": "test_vit"}, 100, "96 or 112"),
+        (resnet(tmp_path), 100, "96 or 128"),
+    ]
+    for tower, size, others in refused:
+        message = rf"--image-size {size}: .*sizes that work are {others}"
+        with pytest.raises(ExportError, match=message):
+            export(tiny(image_tower=tower), tmp_path / "out", image_size=size)
+    assert len(refused) == 3 and not (tmp_path / "out").exists()

@@ -9,8 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -99,34 +97,18 @@ def note(model: DualEncoder, reference: DualEncoder, dtype: torch.dtype) -> list
 
 
 def resized(model: DualEncoder, size: int) -> DualEncoder:
-    """The model for pictures of `size` × `size` pixels, its positions interpolated as open_clip's
-    `force_image_size` does; ExportError for a tower that cannot.
+    """The model for pictures of `size` × `size` pixels, as training at that size builds it
+    (vlp.pretrained.image_size); ExportError for a size that the tower cannot read names others.
     """
-    tower = model.visual
-    height, width = model.image_spec.size
-    if isinstance(tower, TimmModel):
-        raise ExportError(
-            f"the image tower is timm's {model.open_clip_config['vision_cfg']['timm_model_name']}, "
-            f"which open_clip reloads at {height} pixels alone; leave --image-size out, or train "
-            "it at that size (image_tower.image_size)"
-        )
-    if not isinstance(tower, VisionTransformer):
-        raise ExportError(
-            f"the image tower is a {type(tower).__name__}, made for {height} × {width} pixels; "
-            "leave --image-size out"
-        )
-    patch = tower.patch_size[0]
-    if size < patch or size % patch:
-        below = max(patch, size // patch * patch)
-        raise ExportError(
-            f"--image-size is {size}, and the image tower's patches have {patch} pixels; sizes "
-            f"that work: {below}, {below + patch}"
-        )
-
     described = copy.deepcopy(model.description())
     described["model_cfg"]["vision_cfg"]["image_size"] = size
     described["vlp"]["heads"] = {}
+    trained_as = {"model_cfg": model.open_clip_config}
+
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         save_weights({k: v.cpu() for k, v in model.open_clip_state_dict().items()}, file)
-        return from_description(described, file).eval()
+        try:
+            return from_description(described, file, stated=trained_as).eval()
+        except ValueError as error:
+            raise ExportError(f"--image-size {size}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,17 @@ def lora_of(tower: Plugin | None) -> Any:
 
 
 def from_description(
-    described: dict[str, Any], weights: Path | None = None, fit: Fit = UNCHANGED
+    described: dict[str, Any],
+    weights: Path | None = None,
+    fit: Fit = UNCHANGED,
+    stated: Mapping[str, Any] | None = None,
 ) -> DualEncoder:
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
     `weights`: a file in any layout open_clip reads; None leaves the weights random. `fit`: how they
-    enter (vlp.pretrained.fitting). Nothing is downloaded, except the configuration of a Hugging
-    Face text tower. A description without `vlp` gets the usual bound on the scale, 100.
+    enter (vlp.pretrained.fitting). `stated`: the description that the weights were made with, where
+    it is another one. Nothing is downloaded, except the configuration of a Hugging Face text tower.
+    A description without `vlp` gets the usual bound on the scale, 100.
     """
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
     if "multimodal_cfg" in model_cfg:
@@ -97,7 +101,7 @@ def from_description(
         )
     clip = _instantiate(model_cfg)
     if weights is not None:
-        fitting.load_into(clip, weights, fit)
+        fitting.load_into(clip, weights, fit, stated)
 
     ours = described.get("vlp", {})
     scale = parse(config.Scale, ours.get("scale", {}))
