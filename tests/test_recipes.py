@@ -161,7 +161,7 @@ def test_every_command_of_every_header_can_be_given():
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
     assert counts == {"data": 26, "demo": 1, "eval": 2, "export": 1, "train": 61}
-    assert n_tools == 32
+    assert n_tools == 34
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
