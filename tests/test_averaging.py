@@ -280,7 +280,7 @@ def test_the_moving_average_is_exported_and_evaluated_with_its_own_scores(
     task = ["--task", "zeroshot", "--data", str(scenes / "zeroshot"), "--cache", "none", "--quiet"]
     out = tmp_path / "results.json"
     assert main(["eval", str(run), "--ema", *task, "--device", "cpu", "--out", str(out)]) == 0
-    (record,) = json.loads(out.read_text())
+    (record,) = json.loads(out.read_text())["results"]
     assert record["metrics"]["acc1"] == scores["ema.zeroshot"]
     assert "moving average" in (tmp_path / "average/README.md").read_text()
     assert "moving average of" not in (tmp_path / "weights/README.md").read_text()

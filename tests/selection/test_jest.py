@@ -192,12 +192,12 @@ def chosen_by(home, **options):
     )
 
 
+OF_THE_MACHINE = ("samples_s", "data_wait", "waited_s", "text_tokens_s", "mfu", "peak_resident_gib")
+
+
 def logged(run):
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("samples_s", "data_wait", "waited_s")}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines]
 
 
 def test_a_run_that_stops_goes_on_exactly_and_counts_its_cost(home, scenes):

@@ -285,7 +285,7 @@ def test_three_stages_become_one_model(scenes, tmp_path, capsys):
     ]
 
     assert main(["eval", str(to), *task]) == 0
-    assert 0 <= json.loads(out.read_text())[0]["metrics"]["acc1"] <= 1
+    assert 0 <= json.loads(out.read_text())["results"][0]["metrics"]["acc1"] <= 1
     assert load_encoder(str(to)).fingerprint != load_encoder(runs[0]).fingerprint
     import open_clip
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
+import yaml
+
 from vlp.config import source
 from vlp.config.durations import Duration
 from vlp.config.source import Class, Field, Module
@@ -163,6 +165,15 @@ def default_of(field: Field) -> str:
 def _shown(value: Any) -> str:
     """A plain value as YAML has it."""
     # JSON's words for these are YAML's, too.
-    if value is None or isinstance(value, (bool, list, tuple, dict)) or value == "":
-        return json.dumps(value, ensure_ascii=False)
-    return str(value)
+    is_plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_plain or (isinstance(value, str) and _reads_as_itself(value)):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _reads_as_itself(text: str) -> bool:
+    """Whether YAML reads a text without quotes as that text: not {}, 1e3 or no."""
+    try:
+        return yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        return False
