@@ -67,14 +67,17 @@ def _class(name: str, module: Module | None) -> Class | None:
     return None if module is None else source.class_named(ast.Name(name), module)
 
 
-def _tree(section: Class, name: str) -> Iterator[Section]:
-    """The section of a dataclass and everything inside it."""
+def _tree(section: Class, name: str, place: str | None = None) -> Iterator[Section]:
+    """The section of a dataclass and everything inside it. `place`: where its keys stand, if that
+    is not its name: that of a tower's section has the tower in it.
+    """
+    place = name if place is None else place
     # The keys of a section stand together, before the sections inside it.
     fields = source.fields_of(section).values()
-    prefix = f"{name}." if name else ""
+    prefix = f"{place}." if place else ""
     keys = tuple(_key(field, prefix) for field in fields)
 
-    yield Section(name, section.summary, _written(name), keys)
+    yield Section(name, section.summary, _written(place), keys)
 
     for field in fields:
         inner_name = prefix + field.name
@@ -114,7 +117,8 @@ def _plugins(slot: Slot, sentence: str) -> Iterator[Section]:
         for field in source.fields_of(options).values():
             inner = section_of(field)
             if inner is not None:
-                yield from _tree(inner, slot.key_prefix(plugin) + field.name)
+                inner_name = f"{slot.name}.{plugin}.{field.name}"
+                yield from _tree(inner, inner_name, slot.key_prefix(plugin) + field.name)
 
 
 def _keys(section: Class, prefix: str) -> tuple[Key, ...]:
