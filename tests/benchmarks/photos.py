@@ -59,6 +59,8 @@ def main() -> None:
     memory.keep_freed()  # as `vlp eval` does; the peers' workers inherit it
     archive = open_archive(options.photos)
     pictures = [picture_of(archive, name) for name in list(archive.names)[: options.limit]]
+    if not pictures:
+        raise SystemExit(f"{options.photos} holds no pictures; name a .tar or a folder of JPEGs")
     transform = open_clip.image_transform(options.size, is_train=False)
     sides = {"vlp": ours, "clip_benchmark's parts": peers}
 
