@@ -217,7 +217,7 @@ def _context(options: argparse.Namespace) -> Context:
         cache = Path(options.cache) if options.cache else cache_folder() / "embeddings"
 
     # What is not given keeps the default of Context.
-    more: dict[str, int] = {} if options.workers is None else {"workers": options.workers}
+    more: dict[str, Any] = {} if options.workers is None else {"workers": options.workers}
     contents = Contents(cache / "contents.json" if cache else None)
     if options.cache_size is not None:
         more["cache_bytes"] = bytes_of(options.cache_size)
