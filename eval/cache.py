@@ -68,7 +68,8 @@ def _clear(chosen: list[Entry]) -> int:
     from vlp import caches
 
     ours = [entry for entry in chosen if entry.kind != caches.OTHER]
-    removed, in_use = [], []
+    removed: list[Entry] = []
+    in_use: list[Entry] = []
     for entry in ours:
         (removed if caches.remove(entry) else in_use).append(entry)
 

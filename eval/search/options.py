@@ -34,9 +34,10 @@ def encoder(options: argparse.Namespace) -> Encoder:
     """The model that the options name; raises ModelError."""
     import torch
 
-    from vlp.eval import models
+    from vlp.eval import memory, models
     from vlp.joining import local_device
 
+    memory.keep_freed()
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     return models.load(options.model, local_device(options.device, shared=True), autocast)
 
