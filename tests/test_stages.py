@@ -235,7 +235,7 @@ TOWERS = {  # the image tower, a stage's keys, what is said of it; None: it work
         {"image_size": 32},
         None,
     ),
-    "timm's vit": ({"name": "timm", "model": "test_vit"}, {"image_size": 96}, "fixed|made for 160"),
+    "timm's vit": ({"name": "timm", "model": "test_vit"}, {"image_size": 96}, None),
     "odd size": (VIT, {"image_size": 20}, "patch_size 8 does not divide"),
     "short texts": (VIT, {"context_length": 8}, None),
 }
