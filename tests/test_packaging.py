@@ -163,5 +163,5 @@ def test_wrong_use_is_a_message_and_not_a_traceback():
         text=True,
     )
     assert done.returncode == 1
-    assert "no configuration file nowhere.yaml; known: align, align_towers, basic, brivl, " in done.stderr
+    assert "no configuration file nowhere.yaml; known: align, align_towers, basic, " in done.stderr
     assert "Traceback" not in done.stderr

@@ -100,7 +100,7 @@ def test_no_command_runs_a_folders_code(trapped, scenes):
                 continue  # it takes the tensors alone, and these do not fit
             with pytest.raises(
                 ValueError,
-                match=r"tokenizer_kwargs holds trust_remote_code; expected only clean, end, language",
+                match=r"tokenizer_kwargs holds trust_remote_code; expected only clean, end",
             ):
                 command(reference)
             n_refused += 1
