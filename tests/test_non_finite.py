@@ -80,7 +80,7 @@ SLOW = [
 @pytest.mark.parametrize(
     ("engine", "place"),
     [
-        ("ddp", "embedding"),
+        pytest.param("ddp", "embedding", marks=pytest.mark.slow),
         ("ddp", "gradient"),
         ("fsdp2", "gradient"),
         ("zero2", "gradient"),

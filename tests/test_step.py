@@ -153,7 +153,9 @@ def test_micro_batches_change_nothing(reference, micro_batches):
     assert loss == pytest.approx(reference[2], rel=1e-12)
 
 
-@pytest.mark.parametrize(("world", "micro_batches"), [(2, 1), (2, 3), (4, 3)])
+@pytest.mark.parametrize(
+    ("world", "micro_batches"), [(2, 1), (2, 3), pytest.param(4, 3, marks=pytest.mark.slow)]
+)
 def test_ranks_change_nothing(reference, world, micro_batches):
     results = ranks.run(world, gradients_and_weights, micro_batches)
     for gradients, weights, _ in results:

@@ -34,6 +34,7 @@ from vlp.engines.zero import ZeRO
 from vlp.models.build import build, from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.positions import NAMES, fitted, grids
+from vlp.pretrained import adapters
 from vlp.teacher import EMA
 from vlp.types import TextSpec
 
@@ -155,7 +156,7 @@ def check(segments: list[Segment], engine: Engine, model: DualEncoder) -> None:
         if segment.stage is not None:
             _check_warmup(f"stages.{i}.warmup", segment)
             _check_texts(f"stages.{i}.context_length", segment.stage.context_length, model)
-            _check_pictures(f"stages.{i}", segment, shapes)
+            _check_pictures(f"stages.{i}", segment, shapes, model.image_spec.size)
 
 
 def _check_batches(config: Config, batches: list[int]) -> None:
@@ -200,7 +201,9 @@ def _check_texts(key: str, length: int | None, model: DualEncoder) -> None:
         )
 
 
-def _check_pictures(place: str, segment: Segment, shapes: Mapping[str, Any]) -> None:
+def _check_pictures(
+    place: str, segment: Segment, shapes: Mapping[str, Any], final_size: tuple[int, int]
+) -> None:
     stage, config = segment.stage, segment.config
     assert stage is not None
     if config.model.precomputed and (stage.image_size or stage.patch_dropout is not None):
@@ -213,6 +216,14 @@ def _check_pictures(place: str, segment: Segment, shapes: Mapping[str, Any]) -> 
         raise ValueError(
             f"{place}.image_size is {stage.image_size}, but the frozen model of teacher.model or "
             "selection.jest reads one size; leave one of them out"
+        )
+
+    # How many rows and columns positions have is told from their number.
+    height, width = final_size
+    if height != width:
+        raise ValueError(
+            f"{place}.image_size is {stage.image_size}, and the run ends with pictures of "
+            f"{height}×{width} pixels; only square ones change their size: leave image_size out"
         )
 
     # Built once, without weights: what the tower refuses it refuses now.
@@ -286,5 +297,7 @@ def in_final_form(model: DualEncoder, description: Mapping[str, Any]) -> DualEnc
     final = from_description(dict(description)).to(next(model.parameters()).device)
     if final.image_spec == model.image_spec:
         return model
-    final.load_state_dict(fitted(model.state_dict(), final.state_dict()))
+    # Adapters are of training alone, and the final form is described without them.
+    weights = adapters.merged(model.state_dict(), model.lora_scalings)
+    final.load_state_dict(fitted(weights, final.state_dict()))
     return final.eval()

@@ -43,6 +43,7 @@ def on_two(text_tower):
     ]
 
 
+@pytest.mark.slow
 def test_micro_batches_ranks_and_shards_change_nothing(tmp_path):
     n_compared = 0
     for family, options in (

@@ -655,7 +655,7 @@ def on_rank() -> list[list]:
     return results
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+@pytest.mark.parametrize("n_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_objectives_equal_loops(n_ranks):
     expected = [gradients_of(loop(d), d) for _, _, loop in FAMILY for d in [data()]]
     found = ranks.run(n_ranks, on_rank)

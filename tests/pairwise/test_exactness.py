@@ -85,7 +85,14 @@ def covering(dtype: str) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("dtype, n_cases", [("float64", 32), ("float32", 18), ("bfloat16", 18)])
+@pytest.mark.parametrize(
+    "dtype, n_cases",
+    [
+        ("float64", 32),
+        pytest.param("float32", 18, marks=pytest.mark.slow),
+        ("bfloat16", 18),
+    ],
+)
 def test_gradients_of_embeddings(dtype, n_cases):
     """Gradients of each rank's own rows, scale and bias. (Dense float32 is not held to this: it is
     off, see below.)

@@ -110,6 +110,13 @@ class Model:
             )
 
         text = self.text_tower
+        if self.stored_texts is not None and text is not None:
+            unusable = getattr(text.common, "locked", False), getattr(text.common, "lora", None)
+            if any(unusable):
+                raise ValueError(
+                    "text_tower: stored holds no language model that could learn or be locked; "
+                    "leave locked and lora out"
+                )
         if text is not None and getattr(text.common, "precomputed", False):
             raise ValueError(
                 "precomputed is of image towers; stored text embeddings are a tower of their own: "

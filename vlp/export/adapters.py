@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -26,6 +27,15 @@ def write_adapters(run: Path | str, to: Path) -> int:
     if not scalings:
         raise ValueError(f"{run} trained no adapters; export the model with vlp export")
 
+    if to.exists():
+        raise ValueError(f"{to} exists; name another file")
     tensors = adapters.adapters(load_file(path / "model.safetensors"))
-    save_tensors(tensors, to, {"lora": json.dumps(scalings)})
+
+    # Whole or not at all.
+    temporary = to.with_name(f".{to.name}.tmp")
+    try:
+        save_tensors(tensors, temporary, {"lora": json.dumps(scalings)})
+        os.replace(temporary, to)
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(tensors)

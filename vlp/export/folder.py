@@ -74,8 +74,11 @@ def export(
             "ONNX has no form for a language model as text tower; leave out --onnx. vlp loads the "
             "folder, and vlp eval and the data tools run it"
         )
+    trained_at = model.image_spec.size
     if image_size is not None:
         model = variants.resized(model, image_size)
+    if model.image_spec.size != trained_at:
+        results = ()  # they are the scores of another size
 
     # Two exports to one place would mix their files.
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
@@ -100,6 +103,12 @@ def export(
 
             notes += write_onnx(reference, folder / "onnx", TOLERANCE)
         notes += variants.note(model, reference, stored)
+        if model.image_spec.size != trained_at:
+            height, width = trained_at
+            notes.append(
+                f"weights: trained on pictures of {height}×{width} pixels, positions interpolated; "
+                "not evaluated at this size"
+            )
         variants.narrow(folder, stored)
 
         card = render(

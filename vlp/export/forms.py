@@ -148,6 +148,11 @@ def _write_parts(
             "newer)",
         ]
 
+    # The parts agree; joined, their projections have to lie in the right places as well.
+    joined_difference = _difference(model, network)
+    if joined_difference > TOLERANCE:
+        return None, [_apart(name, joined_difference)]
+
     place = folder / dual_form.FOLDER
     place.mkdir()
     notes = _write_whole(model, network, dual_form.processor(model), place)

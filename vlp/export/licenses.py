@@ -14,7 +14,8 @@ _KNOWN = frozenset(
     cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl
     ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1
     lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa
-    unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 gemma unknown other
+    unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2
+    llama3.3 gemma unknown other
     """.split()
 )
 
@@ -38,7 +39,7 @@ def metadata(license: str | None) -> dict[str, str]:
     if close or not identifier:
         meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"license is {license!r}, which is not on the Hub's list{meant} Write other:NAME for a "
+            f"license is {license!r}, which is not known here{meant} Write other:NAME for a "
             "licence of another name"
         )
     return {"license": "other", "license_name": license.strip()}

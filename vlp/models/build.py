@@ -44,6 +44,11 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
         preprocess_cfg = assemble.trained_on(stated, preprocess_cfg, model.pretrained)
         model_cfg = without_downloads(model_cfg)
 
+    if start is not None and getattr(model.image_tower.options, "weights", None) is not None:
+        raise ValueError(
+            "init_from and image_tower.weights both bring the image tower's weights; leave one of "
+            "them out"
+        )
     clip = _instantiate(model_cfg)
     _load_trunk(model, clip)
     if weights is not None:

@@ -264,14 +264,18 @@ class DualEncoder(nn.Module):
             for parameter in locked_parameters(tower, unlocked_groups, name):
                 parameter.requires_grad_(False)
 
-            # open_clip's empty projection: timm's own classifier is it, and learns as any other.
-            if tower is self.visual and self._projects_by_classifier():
-                self.visual.trunk.get_classifier().requires_grad_(True)
+            # A projection inside the trunk learns as any other does.
+            learns = self._projection_in_trunk() if tower is self.visual else None
+            if learns is not None:
+                learns.requires_grad_(True)
             self._locked += _without_gradient(trunk_of(tower))
         self.train(self.training)  # what is locked goes into evaluation mode
 
-    def _projects_by_classifier(self) -> bool:
-        return self.open_clip_config["vision_cfg"].get("timm_proj") == ""
+    def _projection_in_trunk(self) -> nn.Module | None:
+        """The classifier of a timm trunk, where it is the projection (open_clip's empty one)."""
+        if self.open_clip_config["vision_cfg"].get("timm_proj") != "":
+            return None
+        return self.visual.trunk.get_classifier()
 
     def unlock_projections(self) -> None:
         """Let the projections learn whatever is locked: new ones are random."""
@@ -288,7 +292,10 @@ class DualEncoder(nn.Module):
         for side, options, example in (("visual", image, pixels), ("text", text, ids)):
             if options is not None:
                 key = {"visual": "image_tower", "text": "text_tower"}[side]
-                self._locked += lora.adapt(self.get_submodule(side), options, example, key)
+                # A projection always learns, also where a timm trunk's own classifier is it.
+                learns = self._projection_in_trunk() if side == "visual" else None
+                tower = self.get_submodule(side)
+                self._locked += lora.adapt(tower, options, example, key, learns)
                 self.lora_scalings[side] = options.alpha / options.r
         self.train(self.training)
 

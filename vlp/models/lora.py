@@ -28,8 +28,11 @@ def check_installed() -> None:
         raise ValueError("lora needs the package peft; install it with pip install 'vlp[lora]'")
 
 
-def adapt(tower: nn.Module, options: Any, example: Tensor, name: str) -> list[nn.Module]:
-    """Give the tower adapters by `options` (vlp.towers.Lora) and freeze all else of its trunk.
+def adapt(
+    tower: nn.Module, options: Any, example: Tensor, name: str, learns: nn.Module | None = None
+) -> list[nn.Module]:
+    """Give the tower adapters by `options` (vlp.towers.Lora) and freeze all else of its trunk but
+    `learns`, a part of it that is trained whole.
 
     `example`: an input, by which layers are found that are called at all. Returns the batch norms,
     whose statistics have to stay as well. ValueError for targets that match no layer lists those
@@ -39,7 +42,9 @@ def adapt(tower: nn.Module, options: Any, example: Tensor, name: str) -> list[nn
 
     use_linear_layers(tower)
     trunk = trunk_of(tower)
-    layers = _called(tower, trunk, example)
+    whole = set() if learns is None else set(learns.modules())
+    called = _called(tower, trunk, example)
+    layers = [layer for layer in called if trunk.get_submodule(layer) not in whole]
     targets = _chosen(layers, options.targets, name)
 
     # Names as they are: peft would take a list for endings.
@@ -52,6 +57,8 @@ def adapt(tower: nn.Module, options: Any, example: Tensor, name: str) -> list[nn
     )
     trunk.requires_grad_(False)
     inject_adapter_in_model(settings, trunk)
+    if learns is not None:
+        learns.requires_grad_(True)
     return list(batch_norms(trunk))
 
 

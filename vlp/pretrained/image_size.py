@@ -64,6 +64,8 @@ def check(tower: nn.Module, size: Size, name: str) -> None:
     """Raise ValueError where the tower cannot read pictures of that size; the message names sizes
     that work.
     """
+    if min(size) < 1:
+        raise ValueError(f"image_size is {shown(size)}; expected pixels, at least 1")
     step = stride(tower)
     if step is not None and any(pixels % part or not pixels for pixels, part in zip(size, step)):
         nearest = [
