@@ -4,6 +4,7 @@ activations computed again.
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tests import ranks
