@@ -176,3 +176,11 @@ def test_a_checkpoint_that_another_rank_verified_must_look_the_same_here(tmp_pat
     damage(tmp_path, 1)
     with pytest.raises(checkpoint.CheckpointError, match="not what the first rank saw"):
         checkpoint.load(path, verified=True)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, 5])
+def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path, keep):
+    for step in range(1, 7):
+        checkpoint.save(tmp_path, step, contents(step), keep)
+        names = sorted(path.name for path in checkpoint.all_of(tmp_path))
+        assert names == [f"step_{kept:08d}" for kept in range(max(1, step - keep + 1), step + 1)]

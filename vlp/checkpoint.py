@@ -182,7 +182,8 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     # By sizes alone: hashes of all would have to read them again after every save.
     others = [path for path in all_of(run) if path != newest]
     complete = [path for path in others if looks_complete(path)]
-    kept = complete[len(complete) - (keep - 1) :]
+    # Of fewer than that all stay: a negative start would count from the end.
+    kept = complete[max(0, len(complete) - (keep - 1)) :]
     best = named_best(run)
     for path in others:
         if path not in kept and path != best:
