@@ -32,6 +32,14 @@ _ABANDONED_S = 86400  # age at which an unfinished file has lost its writer
 _UNITS = {"": 1e9, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _SPANS = {"min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
+# How what is kept is called, by kind: a hash of what it is of.
+_NAMES = {
+    "embeddings": r"[0-9a-f]{64}\.safetensors|contents\.json",
+    "search": r"[0-9a-f]{24}",
+    "indices": r"[0-9a-f]{16,24}\.bin",
+    "downloads": r"[0-9a-f]{16}",
+}
+
 _held: dict[Path, int] = {}  # open marks of this process, by folder
 _STARTED = time.time()
 
@@ -125,11 +133,19 @@ def entries(folder: Path) -> list[Entry]:
     listed = []
     for kind, name in KINDS.items():
         if (folder / name).is_dir():
-            listed += [_entry(kind, path) for path in sorted((folder / name).iterdir())]
+            for path in sorted((folder / name).iterdir()):
+                # A cache may be put into a folder with shards of a person's own.
+                listed.append(_entry(kind if _is_ours(kind, path) else OTHER, path))
     names = set(KINDS.values())
     others = [path for path in sorted(folder.iterdir()) if path.name not in names]
     listed += [_entry(OTHER, path) for path in others]
     return [entry for entry in listed if entry is not None]
+
+
+def _is_ours(kind: str, path: Path) -> bool:
+    """Whether a path has a name that this kind is given, finished or not."""
+    name = re.sub(r"^\.(.*?)(\.[0-9a-f]{12})?\.tmp$", r"\1", path.name)
+    return re.fullmatch(_NAMES[kind], name) is not None
 
 
 def _entry(kind: str, path: Path) -> Entry | None:
@@ -179,15 +195,19 @@ def bound(folder: Path, limit_bytes: int) -> None:
     What this process has used stays, also where that alone is more. Safe beside other processes:
     they keep reading what they have opened.
     """
-    kept = [_entry("embeddings", path) for path in folder.glob("*.safetensors")]
+    # The folder may be anybody's: only what bears our names is ours to remove.
+    paths = [path for path in folder.glob("*.safetensors") if _is_ours("embeddings", path)]
+    kept = [_entry("embeddings", path) for path in paths]
     by_use = sorted((entry for entry in kept if entry), key=lambda entry: entry.last_use)
 
     excess = sum(entry.n_bytes for entry in by_use) - limit_bytes
     for entry in by_use:
         if excess <= 0 or entry.last_use >= _STARTED:
             break
-        remove(entry)
-        excess -= entry.n_bytes
+        # Another user's file stays; nothing but tidying failed.
+        with contextlib.suppress(OSError):
+            remove(entry)
+            excess -= entry.n_bytes
 
 
 # --- what people write ----------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents
 
 DAY_S = 86400
+EMBEDDED = f"embeddings/{'1' * 64}.safetensors"
+LIBRARY, INDEX, BUCKET = f"search/{'2' * 24}", f"index/{'3' * 24}.bin", f"shards/{'4' * 16}"
 
 
 @pytest.fixture
@@ -24,13 +26,13 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "a cache"
     monkeypatch.setenv("VLP_CACHE", str(folder))
     for name in (
-        "embeddings/one.safetensors",
+        EMBEDDED,
         "embeddings/contents.json",
-        "search/library/library.json",
-        "search/library/parts/a.safetensors",
-        "index/one.bin",
-        "shards/bucket/00.tar",
-        "shards/bucket/.00.tar.json",
+        f"{LIBRARY}/library.json",
+        f"{LIBRARY}/parts/a.safetensors",
+        INDEX,
+        f"{BUCKET}/00.tar",
+        f"{BUCKET}/.00.tar.json",
         "benchmarks/notes.txt",
     ):
         path = folder / name
@@ -83,7 +85,7 @@ def test_one_place_for_all(tmp_path, monkeypatch, environment, place):
 
 
 def test_the_list_has_every_kind_with_size_and_last_use(cache, capsys):
-    age(cache / "search/library/parts/a.safetensors", 2)
+    age(cache / f"{LIBRARY}/parts/a.safetensors", 2)
     status, shown = ask(capsys)
     assert status == 0 and str(cache) in shown
 
@@ -107,11 +109,11 @@ def test_an_absent_or_empty_cache_is_no_error(tmp_path, capsys, monkeypatch):
 
 
 def test_clear_removes_what_was_asked_for_and_nothing_foreign(cache, capsys):
-    age(cache / "index/one.bin", 1)
+    age(cache / INDEX, 1)
     assert ask(capsys, "clear", "--older", "30d", "--kind", "indices", "search")[0] == 0
     left = files_in(cache)
-    assert "index/one.bin" in left and not any("search" in name for name in left)
-    assert "embeddings/one.safetensors" in left
+    assert INDEX in left and not any("search" in name for name in left)
+    assert EMBEDDED in left
 
     assert "4 items" in ask(capsys, "clear")[1]
     assert files_in(cache) == ["benchmarks/notes.txt"]
@@ -135,7 +137,7 @@ def test_wrong_spans_are_refused(cache, capsys, arguments, message):
     assert files_in(cache) == before
 
 
-@pytest.mark.parametrize("kind", ["search/library", "shards/bucket"])
+@pytest.mark.parametrize("kind", [LIBRARY, BUCKET])
 def test_what_another_process_works_with_is_left_alone(cache, capsys, kind):
     code = f"""
 import sys
@@ -159,11 +161,12 @@ sys.stdin.read()
 
 
 def test_unfinished_files_go_only_when_their_writer_is_gone(cache, capsys):
-    for name, days in ((".new.tmp", 0), (".old.tmp", 2)):
+    form = f".{INDEX.removeprefix('index/')}.%s.tmp"
+    for name, days in ((form % ("a" * 12), 0), (form % ("b" * 12), 2)):
         (cache / "index" / name).write_bytes(b"part")
         age(cache / "index" / name, days)
     ask(capsys, "clear", "--kind", "indices")
-    assert [path.name for path in (cache / "index").iterdir()] == [".new.tmp"]
+    assert [path.name[-16:] for path in (cache / "index").iterdir()] == ["a" * 12 + ".tmp"]
 
 
 def test_kept_embeddings_stay_below_their_bound(tmp_path, monkeypatch):
@@ -196,7 +199,7 @@ def written(path):
 
 def test_many_processes_may_bound_one_folder(tmp_path):
     for number in range(200):
-        path = tmp_path / f"{number:03}.safetensors"
+        path = tmp_path / f"{number:064}.safetensors"
         path.write_bytes(bytes(100))
         age(path, 1 + number)
     code = f"""
@@ -207,7 +210,16 @@ caches.bound(Path({str(tmp_path)!r}), 5000)
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [f"{number:03}.safetensors" for number in range(50)]
+    assert left == [f"{number:064}.safetensors" for number in range(50)]
+
+
+def test_files_that_bear_other_names_are_never_bounded(tmp_path):
+    """--cache may name a folder with models in it."""
+    for name in ("model.safetensors", "0.safetensors"):
+        (tmp_path / name).write_bytes(bytes(100))
+        age(tmp_path / name, 9)
+    caches.bound(tmp_path, 1)
+    assert files_in(tmp_path) == ["0.safetensors", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
