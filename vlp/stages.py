@@ -155,6 +155,7 @@ def check(segments: list[Segment], engine: Engine, model: DualEncoder) -> None:
     for i, segment in enumerate(segments):
         if segment.stage is not None:
             _check_warmup(f"stages.{i}.warmup", segment)
+            segment.rate(lambda step: 0.0)  # a cooldown that the stage has no room for
             _check_texts(f"stages.{i}.context_length", segment.stage.context_length, model)
             _check_pictures(f"stages.{i}", segment, shapes, model.image_spec.size)
 

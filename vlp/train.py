@@ -172,7 +172,7 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
     config, plan, engine, loader = segment.config, segment.plan, run.engine, run.loader
     model, selector = run.model, run.selector
     # Without stages the model by which the data were opened is the one that is trained.
-    if len(run.segments) > 1:
+    if run.config.stages:
         model = initial_model(config)
         selector = selection.build(config, model, engine)
         loader.enter(segment.batches, model.image_spec, segment.text_spec(model))

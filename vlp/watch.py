@@ -20,7 +20,8 @@ from vlp.schema import did_you_mean
 
 VALIDATION = "val"  # the label of what vlp.validation measures
 # by a part of the metric's name; of others nothing is known
-_LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability")
+_UNKNOWN = ("effective_rank", "score_mean", "_sd")
+_LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability", "group_gap", "score_overlap")
 _HIGHER_IS_BETTER = ("recall", "acc", "precision", "score")
 
 Values = Mapping[str, float]
@@ -41,9 +42,10 @@ class Watch:
         self.best_step = 0
 
         # One rank reads the files, so that all see the same.
-        for earlier_step, values in dist.broadcast_object(self._history(step)):
+        history, stand = dist.broadcast_object(self._history(step))
+        for earlier_step, values in history:
             self._count(values)
-            if self._improves(values) and self._stands(earlier_step):
+            if self._improves(values) and earlier_step in stand:
                 self._take(values)
                 self.best_step = earlier_step
         if self.best is not None and dist.is_main() and (self.run / FOLDER).is_dir():
@@ -97,17 +99,19 @@ class Watch:
         assert self.best is not None, "only a run with checkpoint.best improves"
         self.best_value = values[self.best.metric]
 
-    def _history(self, step: int) -> list[tuple[int, dict[str, float]]]:
-        """The scores up to `step` in their order, on the first rank; of a step the last ones."""
+    def _history(self, step: int) -> tuple[list[tuple[int, dict[str, float]]], set[int]]:
+        """The scores up to `step` in their order, and the steps whose checkpoints stand, on the
+        first rank; of a step the last scores.
+        """
         path = self.run / "metrics.jsonl"
         if not dist.is_main() or not step:
-            return []
+            return [], set()
         by_step: dict[int, dict[str, float]] = {}
         for record in log.records(path):
             if record.get("kind") == "eval" and record["step"] <= step:
                 numbers = {k: math.nan if v is None else v for k, v in record.items()}
                 by_step.setdefault(record["step"], {}).update(numbers)
-        return sorted(by_step.items())
+        return sorted(by_step.items()), {number for number in by_step if self._stands(number)}
 
     def _stands(self, step: int) -> bool:
         return looks_complete(self._checkpoint(step))
@@ -154,7 +158,9 @@ def mode_of(watched: Best | Stop) -> str | None:
     """Whether the largest or the smallest value is the best; None where that is not known."""
     if watched.mode is not None:
         return watched.mode
-    label, _, name = watched.metric.partition(".")
+    label, _, name = watched.metric.removeprefix(AVERAGED).partition(".")
+    if any(part in name for part in _UNKNOWN):
+        return None
     if label == VALIDATION or any(part in name for part in _LOWER_IS_BETTER):
         return "min"
     return "max" if any(part in name for part in _HIGHER_IS_BETTER) else None
@@ -180,7 +186,8 @@ def _check_name(key: str, metric: str, config: Config) -> None:
     plain = metric.removeprefix(AVERAGED) if config.teacher.eval_ema else metric
     label, _, name = plain.partition(".")
     known = {task.label: _scores(task) for task in config.eval}
-    if config.validation is not None:
+    # The loss over held-out samples is of the plain weights.
+    if config.validation is not None and not metric.startswith(AVERAGED):
         terms = [term.label for term in config.objective]
         known[VALIDATION] = ["loss", *terms]
 

@@ -16,7 +16,7 @@ from vlp.optim.layers import layer_factors
 # reason.
 EMBEDDING = re.compile(
     r"(^|\.)(token_embedding|positional_embedding|class_embedding|cls_token|pos_embed|reg_token"
-    r"|\w*embeddings)(\.|$)"
+    r"|\w*embeddings|embed_tokens|wte|wpe|shared)(\.|$)"
 )
 TOWERS = {"image": "visual.", "text": "text."}  # how names of a tower's parameters begin
 
