@@ -56,6 +56,10 @@ def asked_for(options: argparse.Namespace, labels: Sequence[str]) -> Sweep | Non
         if stray:
             raise ValueError(f"{stray[0]} belongs to --blend A B; leave it out, or give two models")
         return None
+    if options.out and options.out.endswith("/"):
+        raise ValueError(
+            f"--out {options.out} is a folder, and a sweep is one file; name it, such as sweep.json"
+        )
     if options.model:
         raise ValueError(f"found MODEL {options.model!r} and --blend; expected one of the two")
     if options.ema:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from vlp.eval.search import options as shared
 
@@ -155,7 +156,16 @@ def nearest(opened: Library, query: Tensor, top: int) -> list[Match]:
 
 
 def _index(opened: Library) -> Any:
-    """The library's inverted file, built if need be; None where FAISS is not installed."""
+    """The library's inverted file, read once and built if need be; None where FAISS is not
+    installed.
+    """
+    if opened not in _indices:
+        _indices[opened] = _read_index(opened)
+    return _indices[opened]
+
+
+def _read_index(opened: Library) -> Any:
+    """The inverted file of `_index`, from the disk or new."""
     import numpy as np
 
     from vlp import log
@@ -177,10 +187,16 @@ def _index(opened: Library) -> Any:
             rows[rows.any(1) & (rng.random(len(rows)) < share)] for _, rows in opened.blocks()
         ]
         index = nearest.inverted_file(np.concatenate(fitted_to).astype(np.float32), n_cells)
-        for stale in opened.folder.glob("*.faiss"):
-            stale.unlink()
         nearest.write_index(index, opened.blocks(), path)
+
+        # Whoever reads an older one has it open.
+        for stale in opened.folder.glob("*.faiss"):
+            if stale != path:
+                stale.unlink(missing_ok=True)
     return faiss.read_index(str(path))
+
+
+_indices: WeakKeyDictionary[Library, Any] = WeakKeyDictionary()
 
 
 def _lines(answer: Answer) -> str:

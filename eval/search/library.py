@@ -57,7 +57,7 @@ class Part:
         return rows
 
 
-@dataclass
+@dataclass(eq=False)  # each is one of its own
 class Library:
     """The embeddings of some pictures, numbered through, part after part."""
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def write_index(index: Any, blocks: Blocks, path: Path) -> None:
         has_row = whole.any(1)
         numbered.add_with_ids(whole[has_row], first + np.flatnonzero(has_row))
 
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     faiss.write_index(numbered, str(temporary))
     sync(temporary)
     os.replace(temporary, path)
@@ -94,7 +95,6 @@ def import_faiss() -> Any:
         import faiss
     except ImportError:
         raise ValueError(
-            "FAISS is not installed; install it with pip install 'vlp[mine]', or search with "
-            "--index exact"
+            "FAISS is not installed; install it with pip install 'vlp[mine]'"
         ) from None
     return faiss

@@ -104,6 +104,11 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.html and Path(options.html).is_dir():
         raise ValueError(f"--html {options.html} is a folder; name a file, such as results.html")
+    if options.out and options.out.endswith("/"):
+        raise ValueError(
+            f"--out {options.out} is a folder, which has no place for the suite's average; name a "
+            "file, such as results.json"
+        )
     if options.html and options.blend:
         raise ValueError("--html shows one model's results; leave it out, or give MODEL")
 

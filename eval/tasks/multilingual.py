@@ -72,6 +72,7 @@ def run(
 
     result = TaskResult(Path(options.data).name, counts={"images": len(pictures)})
     annotations = []
+    measures: list[str] = []
     for language, source in data.items():
         captions = [list(r.captions[: options.captions_per_image]) for r in source.records]
         annotations.append((language, captions))
@@ -83,11 +84,12 @@ def run(
         of_language = TaskResult(language)
         ranks = metrics.retrieval_ranks(rows, text, owner)
         retrieval.score(of_language, *ranks, owner)
-        for name, chance in of_language.chance.items():  # the recalls alone have one
+        measures = list(of_language.chance)  # the recalls alone have one
+        for name, chance in of_language.chance.items():
             result.items[f"{language}_{name}"] = of_language.items[name]
             result.chance[f"{language}_{name}"] = chance
 
-    _mean_over_languages(result, list(data))
+    _mean_over_languages(result, list(data), measures)
     result.counts |= {
         "languages": len(data),
         "captions": sum(len(texts) for _, of_language in annotations for texts in of_language),
@@ -97,10 +99,8 @@ def run(
     return result
 
 
-def _mean_over_languages(result: TaskResult, names: list[str]) -> None:
+def _mean_over_languages(result: TaskResult, names: list[str], measures: list[str]) -> None:
     """Fill in the mean of every recall, and of what guessing gives."""
-    first = names[0]
-    measures = [name.removeprefix(f"{first}_") for name in result.items if name.startswith(first)]
     for measure in measures:
         scores = [result.items[f"{name}_{measure}"].double().sum(0) for name in names]
         chances = [result.chance[f"{name}_{measure}"] for name in names]
