@@ -244,3 +244,21 @@ def test_tasks_give_the_scores_that_they_list(settings, scenes):
     assert len(records) == 2
     for task, record in zip(made.eval, records):
         assert set(record["metrics"]) <= set(task.module.SCORES), task.label
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("grouped.group_gap_acc1", "min"),
+        ("grouped.worst_group_acc1", "max"),
+        ("representation.score_overlap", "min"),
+        ("representation.effective_rank_image", None),
+        ("ema.retrieval.image_retrieval_recall@1", "max"),
+        ("val.loss", "min"),
+    ],
+)
+def test_which_way_a_score_is_better(metric, mode):
+    from vlp.config import Best
+    from vlp.watch import mode_of
+
+    assert mode_of(Best(metric)) == mode
