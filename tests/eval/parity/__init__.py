@@ -23,10 +23,13 @@ from types import ModuleType
 
 from tests.eval.parity import (
     clip_benchmark,
+    mteb,
     open_clip,
     open_clip_inputs,
     open_clip_losses,
     open_clip_towers,
+    sentence_transformers,
+    timm,
 )
 
 PARTS: dict[str, ModuleType] = {
@@ -35,5 +38,8 @@ PARTS: dict[str, ModuleType] = {
     "open_clip: towers": open_clip_towers,
     "open_clip: pixels and tokens": open_clip_inputs,
     "open_clip: losses": open_clip_losses,
+    "mteb": mteb,
+    "sentence-transformers": sentence_transformers,
+    "timm": timm,
 }
 KEPT = Path(__file__).parent.parent / "parity.json"

@@ -23,7 +23,7 @@ from vlp.eval.tasks import retrieval, zeroshot
 
 PEER = "open_clip_torch"
 MODELS = ("model", "siglip")
-PAIRS = 101  # an odd number: see `declared`
+PAIRS = inputs.N_CAPTIONED  # an odd number: see `declared`
 SCORES = {  # our names of the trainer's scores
     "mean_rank": "mean_rank",
     "median_rank": "median_rank",
@@ -94,9 +94,8 @@ def _prefixed(name: str, figures: Figures) -> Figures:
 
 def _their_zero_shot(root: Path, theirs: Theirs) -> Figures:
     _, data = _zeroshot(root)
-    templates = [template.replace("{c}", "{}") for template in data.templates]
     classifier = open_clip.build_zero_shot_classifier(
-        theirs.model, theirs.tokenizer, data.classes, templates
+        theirs.model, theirs.tokenizer, data.classes, data.templates
     )
     pixels = theirs.pixels(data.source.records)
     batches = list(zip(pixels.split(64), data.labels.split(64)))
@@ -125,12 +124,12 @@ def ours(root: Path) -> Figures:
     figures: Figures = {}
     for name in MODELS:
         encoder = models.load(str(root / name))
-        figures |= _prefixed(name, _our_zero_shot(root, encoder))
+        figures |= _prefixed(name, our_zero_shot(root, encoder))
         figures |= _prefixed(name, _our_retrieval(root, encoder, PAIRS))
     return figures
 
 
-def _our_zero_shot(root: Path, encoder: Encoder) -> Figures:
+def our_zero_shot(root: Path, encoder: Encoder) -> Figures:
     task, data = _zeroshot(root)
     context = inputs.context(root)
     classes = zeroshot.class_embeddings(encoder, data.templates, data.classes, context)

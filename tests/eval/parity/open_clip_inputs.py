@@ -127,7 +127,7 @@ def ours(root: Path) -> Figures:
 
 
 def declared(root: Path) -> list[Declared]:
-    """A caption that spells a special token, and pictures that are not RGB when they are resized."""
+    """A caption that spells a special token, and pictures that are not RGB."""
     caption = ["a <end_of_text> mark"]
     spelled = text.build(TextSpec("clip", 77, "lower"))(caption)
     tokens = Declared(

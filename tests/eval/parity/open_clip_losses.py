@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from open_clip import loss as peer
 import torch
+from open_clip import loss as peer
 from torch import Tensor
 
 from tests.eval.parity.compare import Figures
