@@ -13,8 +13,14 @@ import pytest
 import torch
 
 from tests.eval.parity import KEPT, PARTS, guide, inputs, open_clip
-from tests.eval.parity.__main__ import obstacle_of
-from tests.eval.parity.compare import BOUND, difference, difference_from_kept, differences
+from tests.eval.parity.__main__ import Outcome, obstacle_of, report
+from tests.eval.parity.compare import (
+    BOUND,
+    Declared,
+    difference,
+    difference_from_kept,
+    differences,
+)
 from vlp.eval import models
 
 THEIRS = json.loads(KEPT.read_text())
@@ -101,6 +107,24 @@ def test_every_kind_of_disagreement_counts():
         assert difference(ones, wrong) == difference_from_kept(kept, wrong) == torch.inf
     assert difference_from_kept(1.0, ones) == torch.inf
     assert differences({"a": 1.0}, {"a": 1.0, "b": 1.0}) == {"a": 0, "b": torch.inf}
+    assert len(cases) == 5
+
+
+def test_the_command_fails_where_a_figure_differs(capsys):
+    same = Outcome("peer", "1.0", {"a": 1.0, "b": torch.ones(2)}, {"a": 1.0, "b": torch.ones(2)})
+    other = replace(same, ours={"a": 1.0 + 2e-6, "b": torch.ones(2)})
+    lacking = replace(same, ours={"a": 1.0})
+    declared = [Declared("c", 1.0, 2.0, "ties")]
+    cases = [
+        (same, {}, 0, "2 figures, of which 0 differ"),
+        (other, {}, 1, "DIFFERS"),
+        (lacking, {}, 1, "DIFFERS"),
+        (same, {"more": "peer: not installed"}, 2, "more: not compared; peer: not installed"),
+        (replace(same, declared=declared), {}, 0, "on purpose: c: 1 there, 2 here"),
+    ]
+    for outcome, obstacles, code, message in cases:
+        assert report({"part": outcome}, obstacles) == code
+        assert message in capsys.readouterr().out
     assert len(cases) == 5
 
 

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 
 from tests.eval.parity import inputs, open_clip
-from tests.eval.parity.compare import Figures
+from tests.eval.parity.compare import Declared, Figures
 from vlp import plugin
-from vlp.eval import models, run
+from vlp.eval import metrics, models, run
 from vlp.eval.models import Encoder
 from vlp.eval.tasks import sugarcrepe
 
@@ -56,12 +56,12 @@ def theirs(root: Path) -> Figures:
     figures: Figures = {}
     for name in MODELS:
         for dataset, (task, _) in SETS.items():
-            metrics = _command(root, name, f"wds/{dataset}", root / dataset, task)
-            figures |= {f"{name}, {dataset}: {key}": value for key, value in metrics.items()}
+            scores = _command(root, name, f"wds/{dataset}", root / dataset, task)
+            figures |= {f"{name}, {dataset}: {key}": value for key, value in scores.items()}
         for subset in sugarcrepe.SUBSETS:
             dataset = f"sugar_crepe/{subset}"
-            metrics = _command(root, name, dataset, root / "sugarcrepe", "image_caption_selection")
-            figures[f"{name}, sugarcrepe: {subset}"] = metrics["text_acc"]
+            scores = _command(root, name, dataset, root / "sugarcrepe", "image_caption_selection")
+            figures[f"{name}, sugarcrepe: {subset}"] = scores["text_acc"]
         figures |= _their_winoground(root, name)
     return figures | _their_probes(root)
 
@@ -108,8 +108,8 @@ def _their_winoground(root: Path, name: str) -> Figures:
         batch_size=16,
         collate_fn=image_captions_collate_fn,
     )
-    metrics = image_caption_selection.evaluate(model, batches, tokenizer, "cpu", amp=False)
-    return {f"{name}, winoground: {key}": value for key, value in metrics.items()}
+    scores = image_caption_selection.evaluate(model, batches, tokenizer, "cpu", amp=False)
+    return {f"{name}, winoground: {key}": value for key, value in scores.items()}
 
 
 def _their_probes(root: Path) -> Figures:
@@ -147,9 +147,9 @@ def _their_probes(root: Path) -> Figures:
             # The first call keeps the features, so that the second draws from the seed on.
             evaluate()
             torch.manual_seed(0)
-            metrics = evaluate()
+            scores = evaluate()
         kept = ("lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "weight_decay")
-        figures |= {f"{name}: {key}": metrics[key] for key in kept if metrics[key] != 0}
+        figures |= {f"{name}: {key}": scores[key] for key in kept if scores[key] != 0}
     return figures
 
 
@@ -181,18 +181,18 @@ def ours(root: Path) -> Figures:
     for name in MODELS:
         evaluated = partial(_evaluated, root, models.load(str(root / name)))
         for dataset, (_, task) in SETS.items():
-            metrics = evaluated(task, data=str(root / dataset))
-            for key, value in metrics.items():
+            scores = evaluated(task, data=str(root / dataset))
+            for key, value in scores.items():
                 if not key.endswith(ONLY_OURS):
                     figures[f"{name}, {dataset}: {key}"] = value
 
         pictures = str(root / "sugarcrepe" / "val2017")
-        metrics = evaluated("sugarcrepe", data=str(root / "sugarcrepe"), images=pictures)
+        scores = evaluated("sugarcrepe", data=str(root / "sugarcrepe"), images=pictures)
         for subset in sugarcrepe.SUBSETS:
-            figures[f"{name}, sugarcrepe: {subset}"] = metrics[subset]
+            figures[f"{name}, sugarcrepe: {subset}"] = scores[subset]
         folder = root / "winoground"
-        metrics = evaluated("winoground", data=str(folder), images=str(folder / "images"))
-        figures |= {f"{name}, winoground: {key}": value for key, value in metrics.items()}
+        scores = evaluated("winoground", data=str(folder), images=str(folder / "images"))
+        figures |= {f"{name}, winoground: {key}": value for key, value in scores.items()}
     return figures | _our_probes(root)
 
 
@@ -207,6 +207,24 @@ def _our_probes(root: Path) -> Figures:
     figures: Figures = {}
     for name, options in PROBES.items():
         task_options = {"data": str(root / "probe"), "epochs": EPOCHS} | options
-        metrics = _evaluated(root, encoder, "clip_benchmark_probe", **task_options)
-        figures |= {f"{name}: {key}": value for key, value in metrics.items() if value != 0}
+        scores = _evaluated(root, encoder, "clip_benchmark_probe", **task_options)
+        figures |= {f"{name}: {key}": value for key, value in scores.items() if value != 0}
     return figures
+
+
+def declared(root: Path) -> list[Declared]:
+    """Photos and captions of which a model says the same."""
+    from clip_benchmark.metrics import zeroshot_retrieval
+
+    rows = torch.nn.functional.normalize(torch.ones(4, 8), dim=1)
+    own = torch.eye(4, dtype=torch.bool)
+    theirs = zeroshot_retrieval.recall_at_k(rows @ rows.T, own, 1)
+    _, ranks = metrics.retrieval_ranks(rows, rows, torch.arange(4))
+    return [
+        Declared(
+            "recall@1 among four of which a model says the same",
+            float(theirs.mean()),
+            float((ranks == 1).double().mean()),
+            "a tie counts against the model; clip_benchmark leaves it to torch.topk",
+        )
+    ]
