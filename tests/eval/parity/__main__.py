@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.eval import material
 from tests.eval.parity import KEPT, PARTS, guide, inputs
 from tests.eval.parity.compare import (
     BOUND,
@@ -48,6 +50,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=help_of_write)
     options = parser.parse_args(arguments)
 
+    if not material.DATA.exists():
+        parser.error(f"{material.DATA} is not there; set VLP_DATA to the folder with the real data")
+
+    # The libraries would take a GPU where there is one, and it rounds in another way.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         inputs.build(root)

@@ -89,7 +89,7 @@ def _loaded(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def _their_winoground(root: Path, name: str) -> Figures:
-    # Its own reader knows Winoground on the Hub alone; what it yields is made of the same files.
+    # Its reader knows Winoground on the Hub alone; what it yields is made of the same files here.
     from clip_benchmark.datasets.builder import image_captions_collate_fn
     from clip_benchmark.metrics import image_caption_selection
     from PIL import Image
@@ -217,8 +217,8 @@ def declared(root: Path) -> list[Declared]:
     from clip_benchmark.metrics import zeroshot_retrieval
 
     rows = torch.nn.functional.normalize(torch.ones(4, 8), dim=1)
-    own = torch.eye(4, dtype=torch.bool)
-    theirs = zeroshot_retrieval.recall_at_k(rows @ rows.T, own, 1)
+    is_pair = torch.eye(4, dtype=torch.bool)
+    theirs = zeroshot_retrieval.recall_at_k(rows @ rows.T, is_pair, 1)
     _, ranks = metrics.retrieval_ranks(rows, rows, torch.arange(4))
     return [
         Declared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def ours(root: Path) -> Figures:
     context = inputs.context(root)
     records = captioned(root)
     images = embed.images(encoder, [record.picture for record in records], context)
-    captions = [caption for record in records for caption in record.captions]
+    captions = list(chain.from_iterable(record.captions for record in records))
     texts = embed.texts(encoder, captions, context)
     counts = torch.tensor([len(record.captions) for record in records])
     owner = torch.arange(len(records)).repeat_interleave(counts)
@@ -66,8 +67,8 @@ def ours(root: Path) -> Figures:
     figures |= _of_lists("captions to photos", texts, images, of_captions)
     figures |= _of_ranks("photos to captions", "hit_rate", image_ranks)
     figures |= _of_lists("photos to captions", images, texts, of_photos)
-    found = list(ranked.found(images, texts, of_photos, 10))
-    shares = [float(hits[:10].sum()) / len(right) for hits, right in zip(found, of_photos)]
+    lists = list(ranked.found(images, texts, of_photos, 10))
+    shares = [float(hits[:10].sum()) / len(right) for hits, right in zip(lists, of_photos)]
     figures["photos to captions: recall_at_10"] = round(sum(shares) / len(shares), PLACES)
 
     figures |= _our_zero_shot(root)
@@ -98,10 +99,10 @@ def _of_ranks(name: str, score: str, ranks: Tensor) -> Figures:
 
 def _of_lists(name: str, queries: Tensor, candidates: Tensor, right: list[list[int]]) -> Figures:
     """What the places of all right answers say."""
-    found = list(ranked.found(queries, candidates, right, 10))
+    lists = list(ranked.found(queries, candidates, right, 10))
     gains = [
         ranked.ndcg(hits.double(), torch.ones(len(places)), 10)
-        for hits, places in zip(found, right)
+        for hits, places in zip(lists, right)
     ]
     belongs = torch.zeros(len(candidates), len(queries), dtype=torch.bool)
     for query, places in enumerate(right):

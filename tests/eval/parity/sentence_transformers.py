@@ -149,9 +149,9 @@ def _minilm() -> Encoder:
     return models.from_model(tiny(text_tower=tower, embed_dim=384))
 
 
-def _of_lists(found: list[Tensor], right: list[list[int]]) -> Figures:
+def _of_lists(lists: list[Tensor], right: list[list[int]]) -> Figures:
     """The evaluator's figures from where each query's list is right."""
-    hits = torch.stack(found).double()
+    hits = torch.stack(lists).double()
     n_right = torch.tensor([len(places) for places in right]).double()
     figures: Figures = {}
     for k in KS:
