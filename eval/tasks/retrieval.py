@@ -72,22 +72,26 @@ def read(options: Options) -> Source:
 
     # Copies of a picture would tie with each other, and a tie counts against every model.
     source, n_joined = join_equal_pictures(source)
+    return replace(with_captions(source, options.data, options.missing), n_joined=n_joined)
 
+
+def with_captions(source: Source, data: str, missing: str) -> Source:
+    """The images of a set that have a caption; a DataError where some have none, unless they may be
+    left out.
+    """
     with_caption = [record for record in source.records if _has_caption(record)]
     silent = [record.picture.name for record in source.records if not _has_caption(record)]
     if not with_caption:
         raise DataError(
-            f"none of the {len(source.records)} images of {options.data} has a caption; if their "
+            f"none of the {len(source.records)} images of {data} has a caption; if their "
             "captions are in a table, name it: --data TABLE images=FOLDER"
         )
-    if silent and options.missing == "error":
+    if silent and missing == "error":
         raise DataError(
             f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; "
             "add one, remove the image, or pass missing=skip to evaluate without them"
         )
-
-    skipped = [*source.skipped, *silent]
-    return replace(source, records=with_caption, skipped=skipped, n_joined=n_joined)
+    return replace(source, records=with_caption, skipped=[*source.skipped, *silent])
 
 
 def _has_caption(record: Record) -> bool:
