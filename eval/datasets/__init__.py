@@ -4,6 +4,7 @@ is.
 folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
                                 zeroshot_classification_templates.txt, dataset_type.txt
 folder of Urban1k, DOCCI or DCI images and long captions (`long_captions`)
+folder of Chinese-CLIP, COCO-CN or Flickr30k-CN     Chinese captions (`chinese`)
 folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class",
                                 or captions)
 folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
@@ -29,7 +30,7 @@ from vlp.data.captions import Choice, Texts
 from vlp.data.members import is_hidden
 from vlp.data.paths import is_packed, plain_only, shards_in
 from vlp.data.tables import TableOptions
-from vlp.eval.datasets import long_captions, parquet, shards, tables, trees
+from vlp.eval.datasets import chinese, long_captions, parquet, shards, tables, trees
 from vlp.eval.datasets.source import Source
 from vlp.eval.pictures import DataError, open_archive
 
@@ -49,7 +50,9 @@ def open_source(
         raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
 
     # A file is a table or a tar; a folder is told by what lies in it.
-    if root.is_file() and not _may_be_tar(root):
+    if read := chinese.reader_of(root):
+        source = read(split, missing, images)
+    elif root.is_file() and not _may_be_tar(root):
         source = _from_file(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
         _refuse_images(root, images)

@@ -2,8 +2,8 @@
 
 Each language is scored by itself, as `retrieval` does, over the images that have captions in it;
 equal pictures of all languages are one and embedded once. Reads Crossmodal-3600, XTD,
-Flickr30k-200, and a folder with a table a language (vlp.eval.datasets.languages). clip_benchmark takes the first caption of Crossmodal-3600 alone:
-`captions_per_image=1`.
+Flickr30k-200, and a folder with a table a language (vlp.eval.datasets.languages).
+clip_benchmark takes the first caption of Crossmodal-3600 alone: `captions_per_image=1`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 Flickr8k).
 
 Text retrieval counts an image as found if any of its captions is among the k best of all captions;
-image retrieval is counted over captions, each of which seeks its one image. Ranks are exact; a tie
-counts against the model (vlp.eval.metrics).
+image retrieval is counted over captions, each of which seeks its one image. `mean_recall` is the
+mean of R@1, R@5 and R@10 one way, as Chinese-CLIP reports it. Ranks are exact; a tie counts against
+the model (vlp.eval.metrics).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "zeroshot_retrieval"
 MAIN = "image_retrieval_recall@1"
 KS = (1, 5, 10)
-_OF_RANKS = (*(f"recall@{k}" for k in KS), "mean_rank", "median_rank")
+_OF_RANKS = (*(f"recall@{k}" for k in KS), "mean_recall", "mean_rank", "median_rank")
 SCORES = (
     *(f"image_retrieval_{name}" for name in _OF_RANKS),
     *(f"text_retrieval_{name}" for name in _OF_RANKS),
@@ -151,6 +152,13 @@ def score(
         result.items[text_retrieval] = torch.stack([(image_rank <= k).double(), one], 1)
         result.chance[image_retrieval] = min(1.0, k / n_images)
         result.chance[text_retrieval] = _chance_any(per_image, n_texts, k)
+
+    for way in ("image", "text"):
+        of_way = [f"{way}_retrieval_recall@{k}" for k in KS]
+        mean = torch.stack([result.items[name] for name in of_way]).mean(0)
+        result.items[f"{way}_retrieval_mean_recall"] = mean
+        chances = [result.chance[name] for name in of_way]
+        result.chance[f"{way}_retrieval_mean_recall"] = sum(chances) / len(KS)
 
     result.items["image_retrieval_mean_rank"] = by_image(text_rank)
     result.items["text_retrieval_mean_rank"] = torch.stack([image_rank.double(), one], 1)

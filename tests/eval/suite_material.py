@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.eval import (
     material,
+    test_chinese,
     test_choices,
     test_long_captions,
     test_multilingual,
@@ -89,16 +90,12 @@ def write_long(root: Path) -> None:
 
 
 def write_multilingual(root: Path) -> None:
-    """All five; the Chinese two as tables."""
+    """All five; the Chinese two as Chinese-CLIP and COCO-CN have them."""
     test_multilingual.crossmodal(made(root / "xm3600"))
     test_multilingual.xtd(made(root / "xtd"))
     test_multilingual.tables(made(root / "multilingual_mscoco_captions"))
-    for name in ("flickr30k_cn", "coco_cn"):
-        rows = []
-        for i in range(3):
-            test_multilingual.put(root / name / "images" / f"{i}.jpg", i)
-            rows.append({"image": f"{i}.jpg", "caption": [f"zh {i}"]})
-        (root / name / f"{name}_test.json").write_text(json.dumps(rows))
+    test_chinese.chinese_clip(root / "Flickr30k-CN")
+    test_chinese.coco_cn(root)
 
 
 def write_faces(root: Path) -> None:
