@@ -93,7 +93,11 @@ def write_multilingual(root: Path) -> None:
     """All five; the Chinese two as Chinese-CLIP and COCO-CN have them."""
     test_multilingual.crossmodal(made(root / "xm3600"))
     test_multilingual.xtd(made(root / "xtd"))
-    test_multilingual.tables(made(root / "multilingual_mscoco_captions"))
+    coco = made(root / "multilingual_mscoco_captions")
+    test_multilingual.tables(coco)
+    images = made(coco / "multilingual_mscoco" / "images")
+    for picture in sorted(coco.glob("*.jpg")):
+        picture.rename(images / picture.name)
     test_chinese.chinese_clip(root / "Flickr30k-CN")
     test_chinese.coco_cn(root)
 
