@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from vlp.eval import choices
 from vlp.eval.datasets import tables
 from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
@@ -88,7 +87,7 @@ def _chinese_clip(root: Path, split: str, missing: str, images: str | None) -> S
 def _texts(path: Path) -> Pairs:
     """The captions of a file of texts, each with its image."""
     rows = tables.read_rows(path, ("text",))
-    choices.need_keys(rows, ("text_id", "text", "image_ids"), path)
+    tables.need_keys(rows, ("text_id", "text", "image_ids"), path)
     pairs: Pairs = []
     for row in rows:
         numbers = row["image_ids"]

@@ -27,6 +27,21 @@ def read_rows(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
     return table.records(texts)
 
 
+def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
+    """Raise DataError unless every row has the keys."""
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: item {i} is {str(row)[:60]!r}, expected a mapping with {', '.join(keys)}"
+            )
+        missing_keys = [key for key in keys if key not in row]
+        if missing_keys:
+            raise DataError(
+                f"{path}: item {i} lacks {', '.join(missing_keys)} (it has {', '.join(row)}); "
+                "is this the published file?"
+            )
+
+
 def beside(table: Path) -> Path:
     """Where a table's images are unless said otherwise: the .tar of the same name, else the table's
     folder.
