@@ -132,11 +132,11 @@ def cosines(
     context: embed.Context,
 ) -> list[Tensor]:
     """For each picture the cosines with its captions, [number of its captions]."""
-    image = embed.images(encoder, pictures, context)
-
-    # All captions in one go, so that each different one is embedded once.
+    # All captions in one go, so that each different one is embedded once; before the pictures,
+    # into which no time goes where the model cannot read the captions.
     every_caption = list(chain.from_iterable(captions))
     text = embed.texts(encoder, every_caption, context)
+    image = embed.images(encoder, pictures, context)
 
     # In float64: captions of a nearly collapsed model differ by less than float32's products.
     image = image.double()

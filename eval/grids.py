@@ -64,8 +64,9 @@ def cosines(encoder: Encoder, grids: Sequence[Grid], context: Context) -> list[T
     """[P, C] float64 cosines of each grid."""
     pictures = list(itertools.chain.from_iterable(grid.pictures for grid in grids))
     texts = list(itertools.chain.from_iterable(grid.texts for grid in grids))
-    image = embed.images(encoder, pictures, context).double()
+    # Texts first: where the model cannot read them, no time goes into pictures.
     text = embed.texts(encoder, texts, context).double()
+    image = embed.images(encoder, pictures, context).double()
 
     of_grids = zip(
         image.split([len(grid.pictures) for grid in grids]),

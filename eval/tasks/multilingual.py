@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vlp.data.tables import TableOptions
 from vlp.eval import embed, metrics
@@ -77,21 +78,25 @@ def run(
     every_record = chain.from_iterable(source.records for source in data.values())
     pictures = list(dict.fromkeys(record.picture for record in every_record))
     place = {picture: number for number, picture in enumerate(pictures)}
+
+    # Texts first: where the model cannot read a language, no time goes into pictures.
+    captions_of: dict[str, list[list[str]]] = {}
+    texts_of: dict[str, Tensor] = {}
+    for language, source in data.items():
+        captions = [list(r.captions[: options.captions_per_image]) for r in source.records]
+        captions_of[language] = captions
+        texts_of[language] = embed.texts(encoder, list(chain.from_iterable(captions)), context)
     image = embed.images(encoder, pictures, context)
 
     result = TaskResult(Path(options.data).name, counts={"images": len(pictures)})
-    annotations = []
     measures: list[str] = []
     for language, source in data.items():
-        captions = [list(r.captions[: options.captions_per_image]) for r in source.records]
-        annotations.append((language, captions))
-        counts = torch.tensor([len(of_image) for of_image in captions])
-        owner = torch.arange(len(captions)).repeat_interleave(counts)
+        counts = torch.tensor([len(of_image) for of_image in captions_of[language]])
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
         rows = image[[place[record.picture] for record in source.records]]
-        text = embed.texts(encoder, list(chain.from_iterable(captions)), context)
 
         of_language = TaskResult(language)
-        ranks = metrics.retrieval_ranks(rows, text, owner)
+        ranks = metrics.retrieval_ranks(rows, texts_of[language], owner)
         retrieval.score(of_language, *ranks, owner)
         measures = list(of_language.chance)  # the recalls alone have one
         for name, chance in of_language.chance.items():
@@ -101,13 +106,13 @@ def run(
     _mean_over_languages(result, list(data), measures)
     result.counts |= {
         "languages": len(data),
-        "captions": sum(len(texts) for _, of_language in annotations for texts in of_language),
+        "captions": sum(map(len, texts_of.values())),
         "skipped": sum(len(source.skipped) for source in data.values()),
     }
     n_joined = sum(source.n_joined for source in data.values())
     if n_joined:
         result.counts["equal_pictures_joined"] = n_joined
-    result.digest = context.digest(pictures, annotations)
+    result.digest = context.digest(pictures, list(captions_of.items()))
     return result
 
 
