@@ -21,6 +21,8 @@ from torch import Tensor
 
 from vlp.eval import metrics
 
+BLOCK = 256  # queries whose scores are held at once
+
 
 def found(
     queries: Tensor,  # [n, D] unit rows
@@ -33,13 +35,19 @@ def found(
     """
     tie = metrics.tie_of_products(queries, candidates)
     candidates = candidates.double()
-    for query, places in zip(queries.double(), right):
-        belongs = torch.zeros(len(candidates), dtype=torch.bool)
-        belongs[list(places)] = True
-        scores = candidates @ query - tie * belongs.double()
+    for first in range(0, len(queries), BLOCK):
+        # Products of many queries at once: of one they wait for memory.
+        scores = queries[first : first + BLOCK].double() @ candidates.T
+        right_of_block = right[first : first + BLOCK]
+        for row, places in zip(scores, right_of_block):
+            row[list(places)] -= tie
 
-        length = min(len(candidates), max(k, len(places)))
-        yield belongs[scores.topk(length).indices]
+        longest = max(map(len, right_of_block))
+        orders = scores.topk(min(len(candidates), max(k, longest))).indices
+        for order, places in zip(orders, right_of_block):
+            belongs = torch.zeros(len(candidates), dtype=torch.bool)
+            belongs[list(places)] = True
+            yield belongs[order[: max(k, len(places))]]
 
 
 def r_precision(hits: Tensor, n_right: int) -> float:

@@ -151,7 +151,8 @@ def _score(
             values.setdefault(measure, []).append(value)
 
     for measure, of_queries in values.items():
-        result.items[f"{name}_{measure}"] = choices.accuracy(torch.tensor(of_queries))
+        shares = torch.tensor(of_queries, dtype=torch.float64)
+        result.items[f"{name}_{measure}"] = choices.accuracy(shares)
         result.chance[f"{name}_{measure}"] = _chance(measure, n_right, len(sought))
 
 
