@@ -82,9 +82,10 @@ def write_compositional(root: Path) -> None:
 
 
 def write_long(root: Path) -> None:
-    """All four; ShareGPT4V without the row whose image is not there."""
+    """All five; ShareGPT4V without the row whose image is not there."""
     for write in (test_long_captions.urban1k, test_long_captions.docci, test_long_captions.dci):
         write(made(root / write.__name__))
+    test_long_captions.iiw(root)
     path = test_long_captions.sharegpt4v(made(root / "sharegpt4v"))
     path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
 
@@ -125,6 +126,13 @@ def write_datacomp(root: Path) -> None:
         folder = root / entry.at[0]
         if not folder.exists():
             folder.symlink_to(grouped if entry.task == "grouped" else plain)
+
+
+def write_vtab(root: Path) -> None:
+    """All 35, one set under as many names."""
+    plain = write_wds(made(root / "plain"))
+    for entry in suites.read("vtab+").entries:
+        (root / entry.at[0]).symlink_to(plain)
 
 
 def write_retrieval(root: Path) -> None:
