@@ -157,13 +157,21 @@ def _by_content(
             ".tar; leave it out"
         )
 
-    # Who says where the images are means the table, whatever lies beside it.
+    # Who says where the images are means the table, whatever lies beside it; and images in one
+    # folder without texts are no classes, so that a table beside them is what names them.
     files = _parquet_files(root, split, archive)
     is_table = not archive.names or images is not None
+    if files and images is None and not archive.texts and _in_one_folder(archive):
+        return parquet.from_parquet(root, files, split, options, str(root), missing)
     if files and (is_table or parquet.holds_images(files[0])):
         return parquet.from_parquet(root, files, split, options, images, missing)
     _refuse_images(root, images)
     return trees.from_tree(root, split, missing, archive, texts.lines or "one")
+
+
+def _in_one_folder(archive: Archive) -> bool:
+    """Whether all pictures, some at all, lie in one folder."""
+    return len({name.rpartition("/")[0] for name in archive.names}) == 1
 
 
 def _shards(root: Path, tars: list[Path], missing: str, texts: Texts) -> Source:

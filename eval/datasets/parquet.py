@@ -11,6 +11,7 @@ from typing import Any
 
 from vlp.data.tables import TableOptions
 from vlp.data.tables.columns import (
+    CLASS_COLUMNS,
     IMAGE_COLUMNS,
     column,
     listed,
@@ -150,7 +151,8 @@ def _whole(file: Path) -> Iterator[None]:
 def _columns(names: list[str], file: Path, split: str, options: TableOptions) -> _Columns:
     """The columns that the options name, else those of the usual names."""
     try:
-        image, label = usual(names, IMAGE_COLUMNS), usual(names, NUMBERS)
+        image = usual(names, IMAGE_COLUMNS)
+        label = usual(names, NUMBERS) or usual(names, CLASS_COLUMNS)
         if options.image_column:
             image = column(names, options.image_column, file)
         captions = [column(names, name, file) for name in options.named_captions]

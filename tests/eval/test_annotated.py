@@ -230,6 +230,37 @@ def test_every_reader_reads_every_form(tmp_path):
     assert expected["sugarcrepe"][0]["mean"] == pytest.approx(4 / 7)
 
 
+def of_retrieval() -> list[Row]:
+    return [{"image": i, "caption": f"yes {i}"} for i in range(6)]
+
+
+def of_zeroshot() -> list[Row]:
+    return [{"image": i, "class": ("cat", "dog", "owl")[i % 3]} for i in range(6)]
+
+
+@pytest.mark.parametrize("rows", [of_retrieval, of_zeroshot])
+def test_other_sets_are_read_in_the_same_forms(tmp_path, rows):
+    """hub_names, whose images lie nobody knows where, needs images=."""
+    n_cases = 0
+    for form in [*NAMED, *INSIDE]:
+        root = tmp_path / form.__name__
+        root.mkdir()
+        options = {key: str(value) for key, value in form(root, rows()).items()}
+        if form is hub_names:
+            options["images"] = str(root / "images")
+        (task,) = plugin.keyed("vlp.eval.tasks", {rows.__name__.removeprefix("of_"): options})
+        opened = task.module.read(task.options)
+        records = getattr(opened, "records", None) or opened.source.records
+        read = {material.number_of(r.picture.open()): (*r.captions, r.label) for r in records}
+        expected = {
+            row["image"]: (row["caption"], None) if "caption" in row else (row["class"],)
+            for row in rows()
+        }
+        assert read == expected, form.__name__
+        n_cases += 1
+    assert n_cases == 10
+
+
 @pytest.mark.parametrize("form", NAMED)
 def test_a_picture_that_is_not_there_is_named_or_skipped(tmp_path, form):
     options = form(tmp_path, of_countbench())
