@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlp.data import tables
 from vlp.eval import embed, metrics
 from vlp.eval.datasets.annotated import Wanted
-from vlp.eval.datasets.tables import need_keys as need_keys
+from vlp.eval.datasets.tables import need_keys as need_keys  # for the tasks too
+from vlp.eval.datasets.tables import read_json as read_json
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError, Picture
 from vlp.eval.result import TaskResult
@@ -69,18 +69,6 @@ class ChoiceSet:
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file; a DataError says what is missing or broken."""
-    try:
-        return tables.read_json(path)
-    except FileNotFoundError:
-        raise DataError(
-            f"no annotations at {path}; fetch the published files and give their folder as data="
-        ) from None
-    except (ValueError, OSError) as error:
-        raise DataError(str(error)) from None
 
 
 def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlp.data.tables import Listing, TableOptions
-from vlp.eval import choices
 from vlp.eval.datasets import tables
 from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import Collection, DataError, refuse_missing
@@ -127,7 +126,7 @@ def _tables(folder: Path, split: str, missing: str, options: TableOptions) -> Ca
 
 def _clip_benchmark(path: Path) -> Pairs | None:
     """The pairs of clip_benchmark's files, {image_paths, annotations}; None for other tables."""
-    value = choices.read_json(path) if path.suffix == ".json" else None
+    value = tables.read_json(path) if path.suffix == ".json" else None
     if not isinstance(value, dict) or not {"image_paths", "annotations"} <= value.keys():
         return None
 

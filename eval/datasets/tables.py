@@ -27,6 +27,18 @@ def read_rows(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
     return table.records(texts)
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file; a DataError says what is missing or broken."""
+    try:
+        return tables.read_json(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"no annotations at {path}; fetch the published files and give their folder as data="
+        ) from None
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from None
+
+
 def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
     """Raise DataError unless every row has the keys."""
     for i, row in enumerate(rows):
