@@ -43,8 +43,8 @@ def read(options: Options) -> GridSet:
     # The file's name is the piece: no item says it.
     rows = []
     for file in files:
-        items = choices.read_items(file, ("image_file", "caption", "foil", "mturk"))
-        rows += [{**item, "piece": file.stem} for item in items]
+        of_piece = choices.read_items(file, ("image_file", "caption", "foil", "mturk"))
+        rows += [{**item, "piece": file.stem} for item in of_piece]
 
     # Where annotators did not choose the caption, the foil may be true as well.
     accepted = [row for row in rows if row["mturk"]["caption"] >= ACCEPTED]
