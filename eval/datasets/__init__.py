@@ -21,7 +21,7 @@ hf:user/name                    any of the above in a data set repository on the
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from vlp.data import splits
@@ -51,6 +51,7 @@ def open_source(
 
     # A file is a table or a tar; a folder is told by what lies in it.
     if read := chinese.reader_of(root):
+        _refuse_choices(root, options, texts)
         source = read(split, missing, images)
     elif root.is_file() and not _may_be_tar(root):
         source = _from_file(root, images, split, missing, options)
@@ -85,6 +86,27 @@ def _refuse_images(root: Path, images: str | None) -> None:
             f"images={images} says where the images of a table are, and {root} holds its own; "
             "leave it out, or give the table as data="
         )
+
+
+def _refuse_captions(root: Path, texts: Texts) -> None:
+    """Raise DataError for captions= where there are no shards to choose in."""
+    if texts.captions:
+        raise DataError(
+            f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no "
+            ".tar; leave it out"
+        )
+
+
+def _refuse_choices(root: Path, options: TableOptions, texts: Texts) -> None:
+    """Raise DataError for options of tables and shards where a layout says all by itself."""
+    _refuse_captions(root, texts)
+    for option in fields(TableOptions):
+        value = getattr(options, option.name)
+        if value != getattr(TableOptions(), option.name):
+            raise DataError(
+                f"{option.name}={value} says how a table is read, and {root} is a set of a known "
+                "layout; leave it out"
+            )
 
 
 def _may_be_tar(path: Path) -> bool:
@@ -151,11 +173,7 @@ def _by_content(
             f"give one of them, such as {tars[0]}, or keep them in folders of their own"
         )
     # Outside of shards every text has its place, and a choice would be ignored in silence.
-    if texts.captions:
-        raise DataError(
-            f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no "
-            ".tar; leave it out"
-        )
+    _refuse_captions(root, texts)
 
     # Who says where the images are means the table, whatever lies beside it; and images in one
     # folder without texts are no classes, so that a table beside them is what names them.

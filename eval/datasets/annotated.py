@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vlp.data.members import is_hidden
 from vlp.data.paths import shards_in
 from vlp.eval.datasets import parquet, shards, tables
 from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
@@ -34,12 +35,15 @@ def read(path: Path, texts: Sequence[str] = (), missing: str = "error") -> Rows:
 
     Raises DataError for a path that holds none, and for samples that cannot be read.
     """
-    tars = [path] if path.suffix == ".tar" else shards_in(path)
-    files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
     if not path.exists():
         raise DataError(f"no annotations at {path}; give a table, or a folder of .parquet or .tar")
+    tars = [path] if path.suffix == ".tar" else shards_in(path)
+    files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
+    files = [file for file in files if not is_hidden(file.name)]
 
-    if tars:
+    # img2dataset notes beside each shard what it fetched; other tables lie beside packed images.
+    is_index = all(file.with_suffix(".tar").exists() for file in files)
+    if tars and is_index:
         return _of_shards(path, tars, missing)
     if path.is_file() and not files:
         return Rows(tables.read_rows(path, texts), tables.beside(path))

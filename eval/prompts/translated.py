@@ -77,7 +77,7 @@ def _read(name: str, kind: str) -> list[str]:
 
 def _folder() -> Path | None:
     """Where the installed package keeps its lists; it is found without importing it."""
-    found = importlib.util.find_spec(_PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or not package.submodule_search_locations:
         return None
-    return Path(found.submodule_search_locations[0]) / "datasets"
+    return Path(package.submodule_search_locations[0]) / "datasets"

@@ -272,6 +272,24 @@ def test_a_picture_that_is_not_there_is_named_or_skipped(tmp_path, form):
     assert (record["counts"]["images"], record["counts"]["skipped"]) == (8, 1)
 
 
+def test_parquet_beside_tars_is_the_table_unless_it_is_their_index(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = of_countbench()
+    shards(tmp_path, rows)
+    for number in range(2):
+        pq.write_table(pa.table({"url": ["x"]}), tmp_path / f"0000{number}.parquet")
+    assert evaluate("countbench", {"data": tmp_path})["counts"]["images"] == 9
+
+    packed = tmp_path / "set"
+    parquet(packed / "test.parquet", rows[:4], name)
+    members = [(name(row["image"]), data(row["image"])) for row in rows]
+    material.write_tar(packed / "images.tar", members)
+    options = {"data": packed, "images": packed / "images.tar"}
+    assert evaluate("countbench", options)["counts"]["images"] == 4
+
+
 def test_what_holds_no_rows_is_named(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -198,3 +198,9 @@ def test_a_split_that_is_not_there_is_named(tmp_path, write, message):
     options = write(tmp_path)
     with pytest.raises(DataError, match=message):
         open_source(options["data"], "dev", images=options.get("images"))
+
+
+@pytest.mark.parametrize("options", [{"rows": ":2"}, {"captions": ["text"]}])
+def test_what_the_layout_would_ignore_is_refused(tmp_path, options):
+    with pytest.raises(DataError, match="leave it out"):
+        retrieval.read(retrieval.Options(**chinese_clip(tmp_path), **options))
