@@ -21,8 +21,6 @@ from torch import Tensor
 
 from vlp.eval import metrics
 
-BLOCK = 256  # queries whose scores are held at once
-
 
 def found(
     queries: Tensor,  # [n, D] unit rows
@@ -35,19 +33,13 @@ def found(
     """
     tie = metrics.tie_of_products(queries, candidates)
     candidates = candidates.double()
-    for first in range(0, len(queries), BLOCK):
-        # Products of many queries at once: of one they wait for memory.
-        scores = queries[first : first + BLOCK].double() @ candidates.T
-        right_of_block = right[first : first + BLOCK]
-        for row, places in zip(scores, right_of_block):
-            row[list(places)] -= tie
+    for query, places in zip(queries.double(), right):
+        belongs = torch.zeros(len(candidates), dtype=torch.bool)
+        belongs[list(places)] = True
+        scores = candidates @ query - tie * belongs.double()
 
-        longest = max(map(len, right_of_block))
-        orders = scores.topk(min(len(candidates), max(k, longest))).indices
-        for order, places in zip(orders, right_of_block):
-            belongs = torch.zeros(len(candidates), dtype=torch.bool)
-            belongs[list(places)] = True
-            yield belongs[order[: max(k, len(places))]]
+        length = min(len(candidates), max(k, len(places)))
+        yield belongs[scores.topk(length).indices]
 
 
 def r_precision(hits: Tensor, n_right: int) -> float:
