@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 
 CHUNK = 8192  # texts that are tokenized at once
 TOLD = 0.01  # the share of unknown tokens from which there is a warning
+_CUT = (
+    "texts were cut to the model's context: {}; the scores of long captions are those of their "
+    "beginnings"
+)
+_UNKNOWN = (
+    "tokens are unknown to the tokenizer: {}; a model of another language does not read these texts"
+)
+_BLIND = (
+    "the tokenizer does not know the script of texts such as {}; the scores are no better than "
+    "guessing. Evaluate a model that was trained with this language"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,9 @@ def read(encoder: Encoder, texts: Sequence[str]) -> Reading:
     for chunk in chunks:
         ids = vocabulary.ids(chunk)
         n_unknown += int((ids == vocabulary.unknown).sum())
-        n_tokens += int((~torch.isin(ids, torch.tensor(vocabulary.special))).sum())
+        n_tokens += int(
+            (~torch.isin(ids, torch.tensor(vocabulary.special, dtype=torch.int64))).sum()
+        )
         # Their hashes: the tokens of a million texts would take gigabytes.
         distinct.update(hash(row.numpy().tobytes()) for row in ids)
 
@@ -112,10 +125,8 @@ def tell(of_tasks: dict[str, list[Reading]]) -> None:
                 f"become {n_texts - alike:,}"
             )
 
-    _warn(cut, "texts were cut to the model's context: {}; the scores of long captions are those "
-          "of their beginnings")  # fmt: skip
-    _warn(unknown, "tokens are unknown to the tokenizer: {}; a model of another language does not "
-          "read these texts")  # fmt: skip
+    _warn(cut, _CUT)
+    _warn(unknown, _UNKNOWN)
 
 
 def _warn(lines: list[str], sentence: str) -> None:
@@ -139,12 +150,7 @@ def note(encoder: Encoder, texts: Sequence[str], context: Context) -> None:
     if reading.is_blind:
         n_left = reading.n_texts - reading.n_alike
         told = (
-            f"{texts[0][:40]!r}: {reading.n_unknown:,} of {reading.n_tokens:,} tokens are "
-            f"unknown, and {reading.n_texts:,} texts become {n_left:,}"
+            f"{texts[0][:40]!r} ({encoder.name}: {reading.n_unknown:,} of {reading.n_tokens:,} "
+            f"tokens are unknown, and {reading.n_texts:,} texts become {n_left:,})"
         )
-        _warn(
-            [told],
-            f"the tokenizer of {encoder.name} does not know the script of texts such as {{}}; the "
-            "scores are no better than guessing. Evaluate a model that was trained with this "
-            "language",
-        )
+        _warn([told], _BLIND)

@@ -85,7 +85,7 @@ def test_what_no_text_tells_is_said_before_pictures_are_embedded(capsys):
     context = Context()
     legible.note(reader(), ["一二", "三四"], context)
     error = capsys.readouterr().err
-    assert "does not know the script of texts such as '一二': 4 of 4 tokens are unknown" in error
+    assert "does not know the script of texts such as '一二' (known: 4 of 4 tokens are" in error
     assert "2 texts become 1" in error and "no better than guessing" in error
 
 
