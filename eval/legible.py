@@ -81,14 +81,13 @@ def read(encoder: Encoder, texts: Sequence[str]) -> Reading:
     if vocabulary is None:
         return Reading(len(texts), n_truncated)
 
+    special = torch.tensor(vocabulary.special, dtype=torch.int64)
     n_unknown = n_tokens = 0
     distinct: set[int] = set()
     for chunk in chunks:
         ids = vocabulary.ids(chunk)
         n_unknown += int((ids == vocabulary.unknown).sum())
-        n_tokens += int(
-            (~torch.isin(ids, torch.tensor(vocabulary.special, dtype=torch.int64))).sum()
-        )
+        n_tokens += int((~torch.isin(ids, special)).sum())
         # Their hashes: the tokens of a million texts would take gigabytes.
         distinct.update(hash(row.numpy().tobytes()) for row in ids)
 
