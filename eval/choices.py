@@ -20,10 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlp.data import tables
 from vlp.eval import embed, metrics
+from vlp.eval.datasets.annotated import Wanted
+from vlp.eval.datasets.tables import need_keys as need_keys  # for the tasks too
+from vlp.eval.datasets.tables import read_json as read_json
 from vlp.eval.models import Encoder
-from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
+from vlp.eval.pictures import DataError, Picture
 from vlp.eval.result import TaskResult
 
 
@@ -69,18 +71,6 @@ class ChoiceSet:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; a DataError says what is missing or broken."""
-    try:
-        return tables.read_json(path)
-    except FileNotFoundError:
-        raise DataError(
-            f"no annotations at {path}; fetch the published files and give their folder as data="
-        ) from None
-    except (ValueError, OSError) as error:
-        raise DataError(str(error)) from None
-
-
 def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The items of a published JSON file, a list or a mapping of their numbers to them.
 
@@ -98,24 +88,9 @@ def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     return items
 
 
-def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
-    """Raise DataError unless every row has the keys."""
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}: item {i} is {str(row)[:60]!r}, expected a mapping with {', '.join(keys)}"
-            )
-        missing_keys = [key for key in keys if key not in row]
-        if missing_keys:
-            raise DataError(
-                f"{path}: item {i} lacks {', '.join(missing_keys)} (it has {', '.join(row)}); "
-                "is this the published file?"
-            )
-
-
 def with_pictures(
     rows: Sequence[dict[str, Any]],
-    image_keys: Sequence[str],  # under which a row names its images
+    image_keys: Sequence[str],  # under which a row names or holds its images
     images: str | Path,  # a folder or a .tar
     missing: Literal["error", "skip"],
 ) -> tuple[list[tuple[dict[str, Any], list[Picture]]], list[str]]:
@@ -123,21 +98,16 @@ def with_pictures(
 
     Raises DataError for absent images, unless `missing` is "skip" and something is left.
     """
-    # Annotations name images with and without folders and extensions: the collection knows which
-    # file is meant.
-    collection = Collection(images)
+    wanted = Wanted(images)
     kept: list[tuple[dict[str, Any], list[Picture]]] = []
-    absent: list[str] = []
     for row in rows:
-        picture_of = {key: collection.find(row[key]) for key in image_keys}
-        pictures = [picture for picture in picture_of.values() if picture is not None]
-        if len(pictures) < len(image_keys):
-            absent += [row[key] for key, picture in picture_of.items() if picture is None]
-        else:
+        sought = [wanted.find(row[key]) for key in image_keys]
+        pictures = [picture for picture in sought if picture is not None]
+        if len(pictures) == len(image_keys):
             kept.append((row, pictures))
 
-    refuse_missing(absent, len(image_keys) * len(rows), collection, missing)
-    return kept, absent
+    wanted.refuse_missing(missing)
+    return kept, wanted.absent
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -150,11 +120,11 @@ def cosines(
     context: embed.Context,
 ) -> list[Tensor]:
     """For each picture the cosines with its captions, [number of its captions]."""
-    image = embed.images(encoder, pictures, context)
-
-    # All captions in one go, so that each different one is embedded once.
+    # All captions in one go, so that each different one is embedded once; before the pictures,
+    # into which no time goes where the model cannot read the captions.
     every_caption = list(chain.from_iterable(captions))
     text = embed.texts(encoder, every_caption, context)
+    image = embed.images(encoder, pictures, context)
 
     # In float64: captions of a nearly collapsed model differ by less than float32's products.
     image = image.double()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -57,14 +57,16 @@ class GridSet:
     grids: Sequence[Grid]
     skipped: list[str]  # images that are not there
     name: str = ""
+    counts: dict[str, int] = field(default_factory=dict)  # what else reading has counted
 
 
 def cosines(encoder: Encoder, grids: Sequence[Grid], context: Context) -> list[Tensor]:
     """[P, C] float64 cosines of each grid."""
     pictures = list(itertools.chain.from_iterable(grid.pictures for grid in grids))
     texts = list(itertools.chain.from_iterable(grid.texts for grid in grids))
-    image = embed.images(encoder, pictures, context).double()
+    # Texts first: where the model cannot read them, no time goes into pictures.
     text = embed.texts(encoder, texts, context).double()
+    image = embed.images(encoder, pictures, context).double()
 
     of_grids = zip(
         image.split([len(grid.pictures) for grid in grids]),
@@ -160,12 +162,14 @@ def run(
     scores: Sequence[str] = ("text_acc", "image_acc", "acc"),  # to report, where there are such
     of_groups: str = "acc",  # the score that is also reported for each group
 ) -> TaskResult:
-    """Accuracies over all grids, and of every group and their mean where there are several."""
+    """Accuracies over all grids, and of every group and their mean where there are several, or
+    where no score over all is asked for.
+    """
     grids = data.grids
     every_hit = hits(cosines(encoder, grids, context), grids, which)
     result = TaskResult(
         name,
-        counts={"items": len(grids), "skipped": len(data.skipped)},
+        counts={"items": len(grids), **data.counts, "skipped": len(data.skipped)},
         digest=context.digest(
             list(itertools.chain.from_iterable(grid.pictures for grid in grids)),
             [(grid.texts, grid.right, grid.group) for grid in grids],
@@ -177,7 +181,7 @@ def run(
         result.chance[score] = mean_chance(grids, which, score)
 
     groups = [grid.group for grid in grids]
-    if len(set(groups)) > 1:
+    if len(set(groups)) > 1 or not scores:
         by_group = choices.by_group(every_hit[of_groups], groups)
         result.items |= by_group
         for group in by_group:

@@ -266,6 +266,7 @@ def evaluate(
     state is not touched.
     """
     from vlp import dist
+    from vlp.eval import legible
     from vlp.eval.report import records
 
     if data is None:
@@ -273,7 +274,7 @@ def evaluate(
 
     results: list[dict[str, Any]] = []
     items: dict[str, Tensor] = {}
-    cut: list[str] = []  # by task, for one warning
+    readings: dict[str, list[legible.Reading]] = {}  # by task, for one warning
     for task, opened in zip(tasks, data):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
@@ -281,41 +282,22 @@ def evaluate(
         # Inside training the caller counts them: a rank that fails must not leave others waiting.
         skips = context.unreadable is None and _may_skip(task)
         task_context = replace(context, unreadable={}) if skips else context
-        context.truncated.clear()
-        context.n_texts.clear()
+        context.readings.clear()
         result = task.module.run(encoder, opened, task.options, task_context)
 
         if skips:
             _count_unreadable(task, result.counts, task_context)
-        n_truncated = sum(context.truncated.values())
-        if n_truncated:
-            result.counts["truncated_texts"] = n_truncated
-            cut.append(f"{n_truncated:,} of {sum(context.n_texts.values()):,} in {task.label}")
+        readings[task.label] = list(context.readings.values())
+        result.counts |= legible.count(readings[task.label])
         results.append(records.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
 
-    _tell_cut(cut)
+    legible.tell(readings)
 
     # Hashing large tars takes long; the next evaluation finds it done.
     if context.contents is not None and dist.is_main():
         context.contents.save()
     return results, items
-
-
-def _tell_cut(of_tasks: list[str]) -> None:
-    """Warn of texts that were cut, once a process: training evaluates many times."""
-    from vlp import dist, log
-
-    new = [line for line in of_tasks if line not in _told_cut]
-    _told_cut.update(new)
-    if new and dist.is_main():
-        log.warn(
-            f"texts were cut to the model's context: {'; '.join(new)}; the scores of long captions "
-            "are those of their beginnings"
-        )
-
-
-_told_cut: set[str] = set()
 
 
 def in_training(
