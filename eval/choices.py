@@ -21,10 +21,14 @@ import torch
 from torch import Tensor
 
 from vlp.data import tables
-from vlp.eval import embed, metrics
+from vlp.eval import confidence, embed, metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
 from vlp.eval.result import TaskResult
+
+MEAN = "mean"  # the score that is the mean over groups
+SCORES = ("acc", "text_acc", "image_acc", MEAN)  # what stands beside the scores of groups
+_MARK = "group:"
 
 
 @dataclass(frozen=True)
@@ -183,24 +187,44 @@ def macro(hits: Tensor, groups: Sequence[Any]) -> Tensor:
     return torch.stack([hits.double() * weights, weights], 1)
 
 
-def by_group(
-    hits: Tensor,  # [n]
-    groups: Sequence[str],  # n, the group of each item
-    names: Iterable[str] | None = None,  # the groups in the order to report; None: as they come
-) -> dict[str, Tensor]:
-    """Items of the accuracy of each group, and of their "mean"."""
-    items = {}
-    for name in names or dict.fromkeys(groups):
-        of_group = torch.tensor([group == name for group in groups])
-        items[name] = accuracy(hits[of_group])
+def group_score(group: str) -> str:
+    """The name of a group's score: the group's own, marked where that is empty or another score's.
 
-    items["mean"] = macro(hits, groups)
-    return items
+    Different groups never share a name.
+    """
+    is_free = group and group not in SCORES and not group.startswith(_MARK)
+    return group if is_free else f"{_MARK}{group}"
+
+
+def score_groups(
+    result: TaskResult,
+    hits: Tensor,  # [n]
+    by_guessing: Sequence[float],  # n, the chance of each item
+    groups: Sequence[str],  # n, the group of each item
+    order: Iterable[str] | None = None,  # of the groups in the result; None: as they come
+    prefix: str = "",  # of the scores' names
+) -> None:
+    """Fill in accuracy and chance of each group, and of their mean, in which all weigh the same."""
+    chances = torch.tensor(by_guessing, dtype=torch.float64)
+    for group in order or dict.fromkeys(groups):
+        belongs = torch.tensor([other == group for other in groups])
+        name = f"{prefix}{group_score(group)}"
+        result.items[name] = accuracy(hits[belongs])
+        result.chance[name] = float(chances[belongs].mean())
+
+    # Guessing is averaged as the score is: groups differ in size and in what guessing gives.
+    result.items[f"{prefix}{MEAN}"] = macro(hits, groups)
+    result.chance[f"{prefix}{MEAN}"] = confidence.score(macro(chances, groups))
+
+
+def chances(captions: Sequence[Sequence[str]]) -> list[float]:
+    """Of each item what guessing gives, 1 / number of its captions."""
+    return [1 / len(of_item) for of_item in captions]
 
 
 def chance(captions: Sequence[Sequence[str]]) -> float:
-    """The expected share of right choices by guessing, the mean of 1 / number of captions."""
-    return sum(1 / len(group) for group in captions) / len(captions)
+    """The expected share of right choices by guessing over all items."""
+    return sum(chances(captions)) / len(captions)
 
 
 def run_grouped(
@@ -212,11 +236,8 @@ def run_grouped(
 ) -> TaskResult:
     """The result of a set whose score is the accuracy of each group, and their mean."""
     hits = first_is_best(cosines(encoder, data.pictures, data.captions, context))
-    items = by_group(hits, data.groups, groups)
-    return TaskResult(
+    result = TaskResult(
         name,
-        items=items,
-        chance=dict.fromkeys(items, chance(data.captions)),
         counts={
             "items": len(hits),
             **data.counts,
@@ -224,3 +245,5 @@ def run_grouped(
         },
         digest=context.digest(data.pictures, data.captions, data.groups),
     )
+    score_groups(result, hits, chances(data.captions), data.groups, groups)
+    return result

@@ -13,6 +13,7 @@ Source: mertyg/vision-language-models-are-bows@81fdd20, `dataset_zoo/aro_dataset
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -101,7 +102,8 @@ def _read_test(options: Options, test: Test) -> ChoiceSet:
 
 def _group(value: str | list[str]) -> str:
     """A relation's name, or the two attributes as one."""
-    return value if isinstance(value, str) else "_".join(value)
+    # As JSON: joined by a character of theirs, two pairs could become one.
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _cut(picture: Picture, row: dict[str, Any]) -> Picture:

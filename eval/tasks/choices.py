@@ -10,8 +10,9 @@ A row of the table (.jsonl, .csv, .parquet, …) is an item:
     group    what it tests; left out: nothing
 
 Reported are `acc`, of several pictures also `text_acc` (each picture chooses its texts) and
-`image_acc` (each text its pictures), and the accuracy of every group and their mean. Ties are
-wrong; chance is computed from the shape of every item (vlp.eval.grids).
+`image_acc` (each text its pictures), and the accuracy of every group and their mean; a group that
+is called as one of these scores, or not at all, is reported as `group:NAME`. Ties are wrong; chance
+is computed from the shape of every item (vlp.eval.grids), and averaged as its score is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Zero-shot classification over groups of pictures: every group's accuracy, and the worst.
 
 As `zeroshot`, and of each group acc1 and acc5; `worst_group_acc1` and `worst_group_acc5` are those
-of the group that has the lowest, with its Wilson interval and the distance from the best group;
+of the group that has the lowest, with its Wilson interval and the distance from the best group.
+The chance beside them is that of any one group: the lowest of several groups lies below it also by
+guessing, the more so the smaller they are.
+
 `f1_macro` is the mean over the classes that occur of their F1, as WILDS reports iWildCam. Sources:
 Koh et al. 2021 and p-lambda/wilds, `common/metrics/all_metrics.py`; mlfoundations/datacomp@4afedc4,
 `eval_utils/wilds_eval.py` and `fairness_eval.py`.

@@ -60,6 +60,12 @@ def read(options: Options) -> ChoiceSet:
         raise DataError(
             f"{path} has no item of {', '.join(empty)}; the mean is over all {len(SUBSETS)} subsets"
         )
+    unknown = sorted(present - set(SUBSETS))
+    if unknown:
+        raise DataError(
+            f"{path} has items of {', '.join(map(repr, unknown[:5]))}; expected the subsets "
+            f"{', '.join(SUBSETS)}"
+        )
     return ChoiceSet(items, skipped)
 
 

@@ -70,14 +70,15 @@ def whatsup(folder):
 
 def crepe(folder):
     box = {"x": 2, "y": 2, "width": 4, "height": 4}
-    for kind, negatives in (("swap", "['a 2', 'a 3']"), ("atom", "['a 1', 'a 4']")):
+    for kind, negatives in (("swap", "['a 2', 'a 3']"), ("atom", "['a 1']")):
         path = folder / kind / f"prod_vg_hard_negs_{kind}_complexity_4.csv"
         path.parent.mkdir()
         row = {"image_id": 7, "caption": "a 1", "hard_negs": negatives, **box}
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
-            writer.writerow(row)
+            # One file has more regions than the other.
+            writer.writerows([row] * (3 if kind == "swap" else 1))
     put(folder / "VG_100K" / "7.jpg", 1)
     return {"data": str(folder)}
 
@@ -86,7 +87,11 @@ CASES = [
     (mmvp, {"image_acc": 3 / 4, "Texts": 1 / 2, "mean": 3 / 4}, {"image_acc": 1 / 4}),
     (cola, {"image_acc": 2 / 3}, {"image_acc": 1 / 4}),
     (whatsup, {"coco_qa_one_obj": 0, "mean": 1 / 2}, {"mean": 3 / 8}),
-    (crepe, {"prod_vg_hard_negs_swap_complexity_4": 1, "mean": 1 / 2}, {"mean": 1 / 3}),
+    (
+        crepe,
+        {"prod_vg_hard_negs_swap_complexity_4": 1, "mean": 1 / 2},
+        {"mean": (1 / 3 + 1 / 2) / 2},
+    ),
 ]
 
 
@@ -104,3 +109,13 @@ def test_published_files_are_scored_as_their_authors_do(tmp_path, write, scores,
     pictures[0].unlink()
     with pytest.raises(DataError, match=r"name images that are not in|no images at|holds no image"):
         evaluate(write.__name__, knows(), **options)
+
+
+def test_files_of_one_name_are_groups_of_their_own(tmp_path):
+    options = crepe(tmp_path)
+    swap, atom = tmp_path / "swap", tmp_path / "atom"
+    (swap / "prod_vg_hard_negs_swap_complexity_4.csv").rename(swap / "x_hard_negs_y.csv")
+    (atom / "prod_vg_hard_negs_atom_complexity_4.csv").rename(atom / "x_hard_negs_y.csv")
+    record = evaluate("crepe", knows(), **options)
+    names = {"swap/x_hard_negs_y:hard_negs": 1, "atom/x_hard_negs_y:hard_negs": 0, "mean": 1 / 2}
+    assert record["metrics"] == pytest.approx(names)
