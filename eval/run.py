@@ -85,7 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status. Wrong input is a ValueError that helps."""
     if options.compare:
-        from vlp.eval.report.records import compare
+        from vlp.eval.report.comparison import compare
 
         print(compare(*options.compare))
         return 0

@@ -15,7 +15,7 @@ from vlp import cli, plugin
 from vlp.eval import embed, models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
-from vlp.eval.report import records
+from vlp.eval.report import comparison, records
 
 
 @pytest.fixture(scope="module")
@@ -336,14 +336,14 @@ def test_a_real_difference_is_called_and_its_direction_known(tmp_path):
         return str(tmp_path / f"{name}.json")
 
     a, b, c = result("a", 0.6, 3.0), result("b", 0.5, 4.0), result("c", 0.6, 3.0)
-    lines = records.compare(a, b).splitlines()
+    lines = comparison.compare(a, b).splitlines()
     assert all("A better" in line for line in lines if "retrieval" in line)
     assert all(
-        "B better" in line for line in records.compare(b, a).splitlines() if "retrieval" in line
+        "B better" in line for line in comparison.compare(b, a).splitlines() if "retrieval" in line
     )
     assert all(
         "no difference shown" in line
-        for line in records.compare(a, c).splitlines()
+        for line in comparison.compare(a, c).splitlines()
         if "retrieval" in line
     )
 
@@ -354,12 +354,12 @@ def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
     records.write(tmp_path / "c.json", [RECORD | {"protocol": {"version": 2}}], {})
     for other, reason in (("b", "the data differ"), ("c", "protocol versions differ")):
         with pytest.raises(DataError, match=reason):
-            records.compare(str(tmp_path / "a.json"), str(tmp_path / f"{other}.json"))
-    assert "no outcomes by unit" in records.compare(
+            comparison.compare(str(tmp_path / "a.json"), str(tmp_path / f"{other}.json"))
+    assert "no outcomes by unit" in comparison.compare(
         str(tmp_path / "a.json"), str(tmp_path / "a.json")
     )
     with pytest.raises(DataError, match="no results at"):
-        records.compare(str(tmp_path / "a.json"), str(tmp_path / "none.json"))
+        comparison.compare(str(tmp_path / "a.json"), str(tmp_path / "none.json"))
 
 
 @pytest.mark.parametrize(
