@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vlp.eval import confidence
@@ -134,29 +134,18 @@ def items_path(results: Path) -> Path:
     return results.with_name(f"{results.stem}.items.safetensors")
 
 
-def open_results(path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Records and outcomes of a results file, or of a folder with results.json or a file a
-    result.
+Opened = tuple[dict[str, Any], dict[str, Tensor]]  # a record, and its outcomes by score
+
+
+def open_results(path: str) -> list[Opened]:
+    """The records of a results file, or of a folder with results.json or a file a result, each with
+    its outcomes.
     """
     file = Path(path)
-    if file.is_dir() and not (file / "results.json").exists():
-        files = sorted(file.glob("*.json"))
-        if files:
-            return _open_each(files)
-    if file.is_dir():
-        file = file / "results.json"
-    return _open(file)
-
-
-def _open_each(files: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Records and outcomes of several files together."""
-    records: list[dict[str, Any]] = []
-    items: dict[str, Tensor] = {}
-    for file in files:
-        records_of_file, items_of_file = _open(file)
-        records += records_of_file
-        items |= items_of_file
-    return records, items
+    files = [file / "results.json" if file.is_dir() else file]
+    if file.is_dir() and not files[0].exists():
+        files = sorted(file.glob("*.json")) or files
+    return list(chain.from_iterable(map(_open, files)))
 
 
 def records_in(content: Any) -> Any:
@@ -168,7 +157,7 @@ def records_in(content: Any) -> Any:
     return [content] if _is_record(content) else content
 
 
-def _open(file: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def _open(file: Path) -> list[Opened]:
     """Records and outcomes of one file; a DataError says what is there instead."""
     try:
         records = records_in(json.loads(file.read_text(encoding="utf-8")))
@@ -184,12 +173,26 @@ def _open(file: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
             "expected a list of records with label and metrics"
         )
 
-    # Without outcomes scores are still shown, only not paired.
-    items = {}
-    if items_path(file).exists():
-        with safe_open(items_path(file), framework="pt") as tensors:
-            items = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    return records, items
+    # By record: those of several files may bear one label.
+    items = _outcomes(items_path(file))
+    opened = []
+    for record in records:
+        keys = {name: f"{record['label']}/{name}" for name in record["metrics"]}
+        opened.append((record, {name: items[key] for name, key in keys.items() if key in items}))
+    return opened
+
+
+def _outcomes(path: Path) -> dict[str, Tensor]:
+    """ "label/score" -> [U, 2]; nothing where there is no file: scores are then shown unpaired."""
+    if not path.exists():
+        return {}
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors' own kinds, and the system's
+        raise DataError(
+            f"{path} is damaged ({error}); evaluate again, or remove it: scores are then compared "
+            "without intervals"
+        ) from None
 
 
 def _is_record(value: Any) -> bool:

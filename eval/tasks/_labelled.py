@@ -53,8 +53,11 @@ def embedded(encoder: Encoder, data: zeroshot.Data, context: Context) -> Tensor:
     return embed.images(encoder, [record.picture for record in data.source.records], context)
 
 
-def result(ranks: Tensor, data: Splits, context: Context, *settings: Any) -> TaskResult:
-    """Accuracies from the ranks of the right classes."""
+def result(ranks: Tensor, data: Splits, context: Context, *annotations: Any) -> TaskResult:
+    """Accuracies from the ranks of the right classes.
+
+    annotations: what else of the data decides about the scores, for their hash.
+    """
     n_classes = len(data.test.classes)
     weights = metrics.per_class_weights(data.test.labels)
     first = (ranks == 1).double()
@@ -80,5 +83,5 @@ def result(ranks: Tensor, data: Splits, context: Context, *settings: Any) -> Tas
             "classes": n_classes,
             "skipped": sum(len(source.skipped) for source in sources),
         },
-        digest=context.digest(pictures, *labels, settings),
+        digest=context.digest(pictures, *labels, annotations),
     )

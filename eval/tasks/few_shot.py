@@ -71,8 +71,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
         return choices.accuracy(probes.ranks(test, data.test.labels, weight, bias) == 1)
 
     zero_shot = accuracy_items(start, torch.zeros(len(start), dtype=torch.float64))
-    settings = (options.shots, options.decays, options.seed)
-    result = _labelled.result(torch.ones(len(test)), data, context, *settings)
+    result = _labelled.result(torch.ones(len(test)), data, context, names, templates)
     result.items = {"acc1_0_shots": zero_shot}
     places = _drawn(data.train.labels, max(options.shots), options.seed)
     for shots in options.shots:

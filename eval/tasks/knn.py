@@ -58,4 +58,4 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
         options.k,
         options.temperature,
     )
-    return _labelled.result(ranks, data, context, options.k, options.temperature)
+    return _labelled.result(ranks, data, context)

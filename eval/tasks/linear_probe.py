@@ -71,7 +71,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
         train, labels, n_classes, decay, options.max_iterations
     )
     ranks = _ranks(test, data.test.labels, weight, bias)
-    result = _labelled.result(ranks, data, context, options.decays)
+    result = _labelled.result(ranks, data, context)
     result.values["decay"] = decay
     return result
 
