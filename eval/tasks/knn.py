@@ -5,9 +5,7 @@ al. 2018).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from vlp.data.tables import TableOptions
 from vlp.eval import metrics
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
@@ -20,16 +18,11 @@ SCORES = ("acc1", "acc5", "mean_per_class_recall")
 
 
 @dataclass(frozen=True)
-class Options(TableOptions):
+class Options(_labelled.Options):
     """Which labelled set, and how many neighbours."""
 
-    data: str  # as for zeroshot, with both splits
-    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"  # whose images are classified
-    train_split: str = "train"  # whose images vote
     k: int = 20  # neighbours that vote
     temperature: float = 0.07  # T of the votes' weights
-    missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.temperature <= 0:
