@@ -25,7 +25,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 took files of one name for one group
 KNOWN_AS = "image_caption_selection"
 MAIN = "mean"
 NEGATIVES = (

@@ -11,7 +11,7 @@ from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
 from vlp.eval.tasks import TaskResult, _labelled
 
-VERSION = 1
+VERSION = 2  # 1 saw transparency on black, and pictures unturned
 KNOWN_AS = "knn"
 MAIN = "acc1"
 SCORES = ("acc1", "acc5", "mean_per_class_recall")

@@ -21,7 +21,7 @@ from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, _labelled, zeroshot
 from vlp.eval.unprojected import unprojected
 
-VERSION = 1
+VERSION = 2  # 1 saw transparency on black, and pictures unturned
 KNOWN_AS = "linear_probe_lbfgs"  # clip_benchmark's linear_probe is clip_benchmark_probe
 MAIN = "acc1"
 SCORES = ("acc1", "acc5", "mean_per_class_recall", "decay")

@@ -30,7 +30,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError, Picture
 from vlp.eval.tasks import TaskResult
 
-VERSION = 2
+VERSION = 3  # 2 tied what a nearly collapsed model tells apart
 KNOWN_AS = "image_caption_selection"
 MAIN = "acc"
 

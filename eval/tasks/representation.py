@@ -33,7 +33,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, retrieval, shared
 
-VERSION = 2  # 1 took equal pictures for several images
+VERSION = 3  # 1 took equal pictures for several images; 2 saw transparency on black
 KNOWN_AS = "representation"
 MAIN = "modality_gap"
 

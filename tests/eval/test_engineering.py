@@ -18,6 +18,7 @@ from vlp.eval import embed, models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.eval.report import comparison, records
+from vlp.eval.tasks import zeroshot
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,10 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
         "zeroshot_classification",
         "en",
     )
-    assert record["protocol"]["version"] == 1 and record["protocol"]["options"]["split"] == "test"
+    assert (
+        record["protocol"]["version"] == zeroshot.VERSION
+        and record["protocol"]["options"]["split"] == "test"
+    )
     assert len(record["data_sha256"]) == len(record["model_sha256"]) == 64
     assert torch.__version__.startswith(record["versions"]["torch"])
     assert (
