@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, metrics
+from vlp.eval import choices, embed, metrics
 from vlp.eval.datasets import languages
 from vlp.eval.datasets.source import Source
 from vlp.eval.embed import Context
@@ -85,11 +85,12 @@ def run(
         ranks = metrics.retrieval_ranks(rows, text, owner)
         retrieval.score(of_language, *ranks, owner)
         measures = list(of_language.chance)  # the recalls alone have one
+        group = choices.group_score(language)
         for name, chance in of_language.chance.items():
-            result.items[f"{language}_{name}"] = of_language.items[name]
-            result.chance[f"{language}_{name}"] = chance
+            result.items[f"{group}_{name}"] = of_language.items[name]
+            result.chance[f"{group}_{name}"] = chance
 
-    _mean_over_languages(result, list(data), measures)
+    _mean_over_languages(result, list(map(choices.group_score, data)), measures)
     result.counts |= {
         "languages": len(data),
         "captions": sum(len(texts) for _, of_language in annotations for texts in of_language),

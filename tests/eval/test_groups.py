@@ -56,6 +56,34 @@ def test_worst_group_of_a_vector_in_the_shards(tmp_path):
     assert record["metrics"]["f1_macro"] == pytest.approx(expected)
 
 
+def test_languages_of_one_prefix_and_one_called_mean_are_apart(tmp_path):
+    n = 4
+    for i in range(n):
+        (tmp_path / f"{i}.jpg").write_bytes(material.png(material.picture(i)))
+    (tmp_path / "test_image_names.txt").write_text("\n".join(f"{i}.jpg" for i in range(n)))
+    # Of every language as many captions stand at their own picture as its number says.
+    right = {"fi": 4, "fil": 2, "mean": 0}
+    for language, n_right in right.items():
+        said = [i if i < n_right else (i + 1) % n for i in range(n)]
+        if n_right == 2:
+            said = [0, 1, 3, 2]
+        lines = "\n".join(f"{language} {number}" for number in said)
+        (tmp_path / f"test_1kcaptions_{language}.txt").write_text(lines)
+
+    encoder = material.known_encoder(
+        lambda number: material.direction(number),
+        lambda text: material.direction(int(text.split()[-1])),
+    )
+    (chosen,) = plugin.keyed("vlp.eval.tasks", {"multilingual": {"data": str(tmp_path)}})
+    (record,), _ = run.evaluate(encoder, [chosen], Context(workers=0))
+    names = {"fi": "fi", "fil": "fil", "mean": "group:mean"}
+    at_1 = "image_retrieval_recall@1"
+    scores = {language: record["metrics"][f"{name}_{at_1}"] for language, name in names.items()}
+    assert scores == {"fi": 1, "fil": 1 / 2, "mean": 0}
+    assert record["metrics"][f"mean_{at_1}"] == pytest.approx(1 / 2)
+    assert set(record["metrics"]) == set(record["chance"]) and len(record["metrics"]) == 4 * 6
+
+
 def test_macro_f1_is_the_mean_over_the_classes_that_occur():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (40,), generator=generator).tolist()
