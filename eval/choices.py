@@ -12,7 +12,7 @@ The caption must score strictly above the others: a tie is wrong (vlp.eval.metri
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,9 @@ class ChoiceSet:
     skipped: list[str]  # images that are not there
     counts: dict[str, int] = field(default_factory=dict)  # what else reading has counted
 
+    def __post_init__(self) -> None:
+        need_texts((choice.picture, choice.captions) for choice in self.choices)
+
     @property
     def pictures(self) -> list[Picture]:
         return [choice.picture for choice in self.choices]
@@ -86,9 +89,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The items of a published JSON file, a list or a mapping of their numbers to them.
+    """The items of a published JSON file; a DataError unless there are some, and every one has the
+    `keys`.
+    """
+    items = read_list(path)
+    need_keys(items, keys, path)
+    return items
 
-    Raises DataError unless every item has the `keys`.
+
+def read_list(path: Path) -> list[Any]:
+    """What a JSON file lists, by itself or as a mapping of numbers; a DataError for anything else,
+    and for nothing.
     """
     value = read_json(path)
     if not isinstance(value, (list, dict)):
@@ -96,10 +107,9 @@ def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
             f"{path}: found {type(value).__name__}, expected a list of items; "
             "is this the published file?"
         )
-
-    items = value if isinstance(value, list) else list(value.values())
-    need_keys(items, keys, path)
-    return items
+    if not value:
+        raise DataError(f"{path} holds no items; is this the published file?")
+    return value if isinstance(value, list) else list(value.values())
 
 
 def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
@@ -142,6 +152,52 @@ def with_pictures(
 
     refuse_missing(absent, len(image_keys) * len(rows), collection, missing)
     return kept, absent
+
+
+def need_texts(items: Iterable[tuple[Picture, Sequence[str]]]) -> None:
+    """Raise DataError unless there are items, each with texts to choose among."""
+    is_empty = True
+    for picture, texts in items:
+        is_empty = False
+        is_listed = isinstance(texts, (list, tuple)) and len(texts) > 0
+        if not is_listed or not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"item of {picture.name}: found {str(texts)[:80]}, expected texts to choose among"
+            )
+    if is_empty:
+        raise DataError("the set has no item to choose in; is this the published file?")
+
+
+def cut(picture: Picture, row: dict[str, Any], keys: Sequence[str]) -> Picture:
+    """The part of a picture inside a row's box: `keys` of its left, upper, width and height."""
+    values = [row[key] for key in keys]
+    try:
+        left, upper, width, height = map(float, values)
+    except (TypeError, ValueError):
+        width = height = 0.0
+    if not (width > 0 and height > 0):
+        raise DataError(
+            f"{picture.name}: found the box {', '.join(map(str, values))}, expected numbers for "
+            f"{', '.join(keys)}, the last two above 0"
+        )
+    return replace(picture, box=(left, upper, left + width, upper + height))
+
+
+def need_groups(items: Sequence[CaptionChoice], names: Sequence[str], path: object) -> None:
+    """Raise DataError unless the groups of the items are those of the published set."""
+    # Without one, or with another, the mean would be another score under the same name.
+    present = {item.group for item in items}
+    empty = [name for name in names if name not in present]
+    if empty:
+        raise DataError(
+            f"{path} has no item of {', '.join(empty)}; the mean is over all {len(names)} subsets"
+        )
+    unknown = sorted(present - set(names))
+    if unknown:
+        raise DataError(
+            f"{path} has items of {', '.join(map(repr, unknown[:5]))}; expected the subsets "
+            f"{', '.join(names)}"
+        )
 
 
 # --- scores ---------------------------------------------------------------------------------------

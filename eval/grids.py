@@ -59,6 +59,9 @@ class GridSet:
     skipped: list[str]  # images that are not there
     name: str = ""
 
+    def __post_init__(self) -> None:
+        choices.need_texts((grid.pictures[0], grid.texts) for grid in self.grids)
+
 
 def cosines(encoder: Encoder, grids: Sequence[Grid], context: Context) -> list[Tensor]:
     """[P, C] float64 cosines of each grid."""

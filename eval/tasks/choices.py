@@ -83,7 +83,9 @@ def _listed(row: dict[str, Any], one: str, several: str, place: str) -> list[str
     if not values and row.get(one) is not None:
         values = [row[one]]
 
-    if not isinstance(values, list) or not values:
+    # A text that is no text would be read as "None" or "['a']".
+    is_listed = isinstance(values, list) and len(values) > 0
+    if not is_listed or any(value is None or isinstance(value, list) for value in values):
         raise DataError(
             f"{place}: found {', '.join(row)}, expected {several} (a list), {one}_1, {one}_2, … or "
             f"{one}"

@@ -12,7 +12,7 @@ Source: RAIVNLab/CREPE@1fa81c4, `crepe_eval_utils.py`, `crepe_params.py`.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,7 @@ def read(options: Options) -> ChoiceSet:
     kept, absent = choices.with_pictures(rows, ["image"], images, options.missing)
     items = []
     for row, (picture,) in kept:
-        left, upper, width, height = (float(row[key]) for key in BOX)
-        cut = replace(picture, box=(left, upper, left + width, upper + height))
-        items.append(CaptionChoice(cut, row["texts"], row["group"]))
+        items.append(CaptionChoice(choices.cut(picture, row, BOX), row["texts"], row["group"]))
     return ChoiceSet(items, absent)
 
 

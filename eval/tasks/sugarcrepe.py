@@ -18,7 +18,6 @@ from vlp.eval.choices import CaptionChoice, ChoiceSet
 from vlp.eval.datasets.tables import beside, read_rows
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
-from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
 VERSION = 2  # 1 tied what a nearly collapsed model tells apart
@@ -53,19 +52,7 @@ def read(options: Options) -> ChoiceSet:
         for row, (picture,) in kept_rows
     ]
 
-    # Without one of the subsets the mean would be another score under the same name.
-    present = {item.group for item in items}
-    empty = [subset for subset in SUBSETS if subset not in present]
-    if empty:
-        raise DataError(
-            f"{path} has no item of {', '.join(empty)}; the mean is over all {len(SUBSETS)} subsets"
-        )
-    unknown = sorted(present - set(SUBSETS))
-    if unknown:
-        raise DataError(
-            f"{path} has items of {', '.join(map(repr, unknown[:5]))}; expected the subsets "
-            f"{', '.join(SUBSETS)}"
-        )
+    choices.need_groups(items, SUBSETS, path)
     return ChoiceSet(items, skipped)
 
 

@@ -49,6 +49,7 @@ def read(options: Options) -> ChoiceSet:
     for row, (picture,) in kept_rows:
         captions = [row[key] for key in CAPTIONS]
         pairs.append(CaptionChoice(picture, captions, row["subset"]))
+    choices.need_groups(pairs, SUBSETS, options.data)
     return ChoiceSet(pairs, absent)
 
 

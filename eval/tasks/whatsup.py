@@ -65,7 +65,7 @@ def _paired(path: Path) -> list[dict[str, Any]]:
     # COCO writes its numbers with twelve digits.
     digits = 12 if path.name.startswith("coco") else 0
     rows = []
-    for number, entry in enumerate(choices.read_json(path)):
+    for number, entry in enumerate(choices.read_list(path)):
         if not isinstance(entry, list) or len(entry) < 3:
             raise DataError(
                 f"{path}: item {number} is {str(entry)[:60]!r}, expected [image, right caption, "

@@ -124,6 +124,10 @@ def test_one_question_of_a_set_with_several(tmp_path):
         evaluate("grouped", root, objective="kind", label=0, group=9)
     with pytest.raises(DataError, match="no 'region' noted"):
         evaluate("grouped", root, objective="kind", label=0, group="region")
+    add_vectors(root, [[i % 3, float("nan")] for i in range(6)])
+    for place in ({"label": 0, "group": 1}, {"label": 1}):
+        with pytest.raises(DataError, match=r"(group|class) nan, expected a number"):
+            evaluate("grouped", root, objective="kind", **place)
 
 
 def test_every_class_has_the_mean_of_its_own_prompts(tmp_path):
