@@ -81,7 +81,10 @@ def test_languages_of_one_prefix_and_one_called_mean_are_apart(tmp_path):
     scores = {language: record["metrics"][f"{name}_{at_1}"] for language, name in names.items()}
     assert scores == {"fi": 1, "fil": 1 / 2, "mean": 0}
     assert record["metrics"][f"mean_{at_1}"] == pytest.approx(1 / 2)
-    assert set(record["metrics"]) == set(record["chance"]) and len(record["metrics"]) == 4 * 6
+    n_scores = [
+        sum(key.startswith(f"{name}_") for key in record["metrics"]) for name in names.values()
+    ]
+    assert len(set(n_scores)) == 1 and n_scores[0] >= 6
 
 
 def test_macro_f1_is_the_mean_over_the_classes_that_occur():
