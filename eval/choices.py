@@ -261,16 +261,16 @@ def score_groups(
     prefix: str = "",  # of the scores' names
 ) -> None:
     """Fill in accuracy and chance of each group, and of their mean, in which all weigh the same."""
-    chances = torch.tensor(by_guessing, dtype=torch.float64)
+    expected = torch.tensor(by_guessing, dtype=torch.float64)
     for group in order or dict.fromkeys(groups):
         belongs = torch.tensor([other == group for other in groups])
         name = f"{prefix}{group_score(group)}"
         result.items[name] = accuracy(hits[belongs])
-        result.chance[name] = float(chances[belongs].mean())
+        result.chance[name] = float(expected[belongs].mean())
 
     # Guessing is averaged as the score is: groups differ in size and in what guessing gives.
     result.items[f"{prefix}{MEAN}"] = macro(hits, groups)
-    result.chance[f"{prefix}{MEAN}"] = confidence.score(macro(chances, groups))
+    result.chance[f"{prefix}{MEAN}"] = confidence.score(macro(expected, groups))
 
 
 def chances(captions: Sequence[Sequence[str]]) -> list[float]:

@@ -32,8 +32,8 @@ OF_DATA = frozenset(
         *(key.name for key in fields(Texts)),
     }
 )
-# of records whose data were hashed, and of others
-_NO_SETTINGS, _NO_SETTINGS_UNHASHED = OF_DATA, frozenset({"language", "missing"})
+# Where nothing was hashed, the places of the data have to be the same.
+_NO_SETTINGS_UNHASHED = frozenset({"language", "missing"})
 
 
 def compare(first: str, second: str) -> str:
@@ -48,9 +48,9 @@ def compare(first: str, second: str) -> str:
     refused = []
     for a, items_a in opened_a:
         # Data, protocol and labels must agree: a difference of scores is then one of the models.
-        reasons = [(_why_not(a, b), b, items_b) for b, items_b in opened_b if _same_task(a, b)]
-        reasons.sort(key=lambda candidate: bool(candidate[0]))
-        reason, b, items_b = reasons[0] if reasons else ("only in A", {}, {})
+        candidates = [(_why_not(a, b), b, items_b) for b, items_b in opened_b if _same_task(a, b)]
+        candidates.sort(key=lambda candidate: bool(candidate[0]))
+        reason, b, items_b = candidates[0] if candidates else ("only in A", {}, {})
         if reason:
             refused.append(f"{a['label']} on {a.get('dataset', 'no data')}: {reason}")
             continue
@@ -85,14 +85,19 @@ def _why_not(a: dict[str, Any], b: dict[str, Any]) -> str:
         if "error" in record:  # in training
             return f"failed in {name}: {record['error']}"
 
-    # Versions first: what another version calls its options, or hashes, says nothing.
+    # A suite's sets bear their own names, whatever the task.
+    task_a, task_b = a["protocol"].get("name"), b["protocol"].get("name")
+    if task_a != task_b:
+        return f"the tasks differ ({task_a} and {task_b})"
+
+    # Before the options: what another version calls them, or hashes, says nothing.
     version_a, version_b = a["protocol"]["version"], b["protocol"]["version"]
     if version_a != version_b:
         return f"protocol versions differ ({version_a} and {version_b}); evaluate again"
 
     hash_a, hash_b = a["data_sha256"], b["data_sha256"]
     are_hashed = bool(hash_a and hash_b)
-    different = _different_settings(a, b, _NO_SETTINGS if are_hashed else _NO_SETTINGS_UNHASHED)
+    different = _different_settings(a, b, OF_DATA if are_hashed else _NO_SETTINGS_UNHASHED)
     if different:
         hint = "" if are_hashed else ", and the data were not hashed: evaluate with `vlp eval`"
         return f"options differ: {', '.join(different)}{hint}"

@@ -183,7 +183,9 @@ def _open(file: Path) -> list[Opened]:
 
 
 def _outcomes(path: Path) -> dict[str, Tensor]:
-    """ "label/score" -> [U, 2]; nothing where there is no file: scores are then shown unpaired."""
+    """The outcomes of a file, [U, 2] by "label/score"; none where it is absent: nothing is paired
+    then.
+    """
     if not path.exists():
         return {}
     try:

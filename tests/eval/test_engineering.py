@@ -398,6 +398,11 @@ def test_settings_that_a_result_does_not_name_are_the_defaults(tmp_path):
     with pytest.raises(DataError, match=r"options differ: k \(20 and 5\)$"):
         comparison.compare(place("a", {"data": "x"}), place("b", {"k": 5}))
 
+    other_task = [RECORD | {"protocol": {"name": "linear_probe", "version": 1}}]
+    (tmp_path / "c.json").write_text(json.dumps(other_task))
+    with pytest.raises(DataError, match=r"the tasks differ \(knn and linear_probe\)"):
+        comparison.compare(place("a", {"data": "x"}), str(tmp_path / "c.json"))
+
     # In training nothing is hashed: there the places must be the same.
     unhashed = {"data_sha256": ""}
     with pytest.raises(DataError, match=r"data \(x and y\), and the data were not hashed"):
