@@ -99,8 +99,9 @@ def choices_of(record: Record) -> list[NegativesChoice]:
 
     # Kinds that do not match the negatives one to one say nothing.
     kinds = record.meta.get("negative_kinds")
-    is_list = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
-    if not is_list or len(kinds) != len(negatives.texts):
+    if not isinstance(kinds, list) or len(kinds) != len(negatives.texts):
+        kinds = []
+    if not all(isinstance(kind, str) for kind in kinds):
         kinds = []
 
     offered = []
