@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from vlp import checkpoint
-from vlp.files import replacing, save_tensors
+from vlp.files import save_tensors
 from vlp.pretrained import adapters
 from vlp.pretrained.folders import read_json
 
@@ -30,6 +31,11 @@ def write_adapters(run: Path | str, to: Path) -> int:
         raise ValueError(f"{to} exists; name another file")
     tensors = adapters.adapters(load_file(path / "model.safetensors"))
 
-    with replacing(to) as temporary:
+    # Whole or not at all.
+    temporary = to.with_name(f".{to.name}.tmp")
+    try:
         save_tensors(tensors, temporary, {"lora": json.dumps(scalings)})
+        os.replace(temporary, to)
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(tensors)
