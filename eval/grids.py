@@ -32,6 +32,7 @@ Which = Literal["all", "any"]  # of several right ones must win
 Right = tuple[tuple[int, ...], ...]  # of each picture, the texts that are right for it
 _EXACT = 6  # scores of a grid whose orders are counted; more are drawn
 _DRAWS = 100_000
+_DRAWN_SCORES = 20_000_000  # of a large grid fewer orders are drawn: bounded memory
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class GridSet:
     skipped: list[str]  # images that are not there
     name: str = ""
     counts: dict[str, int] = field(default_factory=dict)  # what else reading has counted
+
+    def __post_init__(self) -> None:
+        choices.need_texts((grid.pictures[0], grid.texts) for grid in self.grids)
 
 
 def cosines(encoder: Encoder, grids: Sequence[Grid], context: Context) -> list[Tensor]:
@@ -118,7 +122,8 @@ def hits(scores: Sequence[Tensor], grids: Sequence[Grid], which: Which) -> dict[
 @lru_cache(maxsize=1024)
 def chance(right: Right, n_texts: int, which: Which) -> dict[str, float]:
     """The share of text, image and acc that random scores reach: rows and columns by counting, both
-    by counting the orders of up to six scores, else from 100,000 drawn ones.
+    by counting the orders of up to six scores, else from 100,000 drawn ones (of more than 200
+    scores from fewer).
     """
     belongs = mask(right, n_texts)
     by_row = [_of_row(int(row.sum()), len(row), which) for row in belongs]
@@ -145,12 +150,13 @@ def _orders(n: int) -> Tensor:
     if n <= _EXACT:
         return torch.tensor(list(itertools.permutations(range(n))), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(_DRAWS, n, generator=generator, dtype=torch.float64)
+    n_draws = min(_DRAWS, max(1, _DRAWN_SCORES // n))
+    return torch.rand(n_draws, n, generator=generator, dtype=torch.float64)
 
 
-def mean_chance(grids: Sequence[Grid], which: Which, name: str) -> float:
-    """The expectation of a score over a set by guessing."""
-    return sum(chance(grid.right, len(grid.texts), which)[name] for grid in grids) / len(grids)
+def chances(grids: Sequence[Grid], which: Which, score: str) -> list[float]:
+    """Of each grid what guessing gives."""
+    return [chance(grid.right, len(grid.texts), which)[score] for grid in grids]
 
 
 def run(
@@ -178,13 +184,10 @@ def run(
     )
     for score in [score for score in scores if score in every_hit]:
         result.items[score] = choices.accuracy(every_hit[score])
-        result.chance[score] = mean_chance(grids, which, score)
+        result.chance[score] = sum(chances(grids, which, score)) / len(grids)
 
     groups = [grid.group for grid in grids]
     if len(set(groups)) > 1 or not scores:
-        by_group = choices.by_group(every_hit[of_groups], groups)
-        result.items |= by_group
-        for group in by_group:
-            members = [grid for grid in grids if group in (grid.group, "mean")]
-            result.chance[group] = mean_chance(members, which, of_groups)
+        by_guessing = chances(grids, which, of_groups)
+        choices.score_groups(result, every_hit[of_groups], by_guessing, groups)
     return result

@@ -85,7 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status. Wrong input is a ValueError that helps."""
     if options.compare:
-        from vlp.eval.report.records import compare
+        from vlp.eval.report.comparison import compare
 
         print(compare(*options.compare))
         return 0
@@ -114,7 +114,8 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     tasks: list[Plugin] = (
         plugin.keyed("vlp.eval.tasks", _tasks(options)) if suite is None else suite.located.tasks
     )
-    blends = sweep.asked_for(options, [task.label for task in tasks])
+    labels = [task.label for task in tasks]
+    blends = sweep.asked_for(options, labels, has_average=suite is not None)
     reference = of_average(options.model) if options.ema else options.model
     context = _context(options)
     data = read_all(tasks)
@@ -133,12 +134,14 @@ def _evaluate_command(options: argparse.Namespace) -> int:
             print(f"{encoder.name} on {device}, {n_ranks} rank(s)", file=sys.stderr, flush=True)
         return evaluate(encoder, tasks, context, data)
 
-    def scores_of_blend(model: DualEncoder, name: str) -> list[dict[str, Any]]:
+    def scores_of_blend(
+        model: DualEncoder, name: str
+    ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         # Kept by a hash of the blend's own weights, so that no two are mixed up.
-        return scores(models.from_model(model, name, device, autocast, keep=True))[0]
+        return scores(models.from_model(model, name, device, autocast, keep=True))
 
     if blends is not None:
-        sweep.carry_out(blends, scores_of_blend, options.out)
+        sweep.carry_out(blends, scores_of_blend, options.out, suite)
     else:
         results, items = scores(models.load(reference, device, autocast))
         if dist.is_main() and suite is not None:

@@ -10,8 +10,9 @@ A row of the table (.jsonl, .csv, .parquet, …), or the JSON of a sample of sha
     group    what it tests; left out: nothing
 
 Reported are `acc`, of several pictures also `text_acc` (each picture chooses its texts) and
-`image_acc` (each text its pictures), and the accuracy of every group and their mean. Ties are
-wrong; chance is computed from the shape of every item (vlp.eval.grids).
+`image_acc` (each text its pictures), and the accuracy of every group and their mean; a group that
+is called as one of these scores, or not at all, is reported as `group:NAME`. Ties are wrong; chance
+is computed from the shape of every item (vlp.eval.grids), and averaged as its score is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 let groups called mean or acc write over those scores
 KNOWN_AS = "image_caption_selection"
 MAIN = "acc"
 
@@ -79,7 +80,9 @@ def _listed(row: dict[str, Any], one: str, several: str, place: str) -> list[Any
     if not values and row.get(one) is not None:
         values = [row[one]]
 
-    if not isinstance(values, list) or not values:
+    # A text that is no text would be read as "None" or "['a']".
+    is_listed = isinstance(values, list) and len(values) > 0
+    if not is_listed or any(value is None or isinstance(value, list) for value in values):
         raise DataError(
             f"{place}: found {', '.join(row)}, expected {several} (a list), {one}_1, {one}_2, … or "
             f"{one}"

@@ -120,7 +120,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
             "captions": len(text),
             "skipped": len(data.skipped),
         },
-        digest=context.digest(data.pictures, data.captions, data.right),
+        digest=context.digest(data.pictures, data.captions, data.right, data.n_right),
     )
     sides = {"text_retrieval": (image, text), "image_retrieval": (text, image)}
     for (of_set, way), right in data.right.items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, metrics
+from vlp.eval import choices, embed, metrics
 from vlp.eval.datasets import languages
 from vlp.eval.datasets.source import Source, equal_pictures, join_equal_pictures
 from vlp.eval.embed import Context
@@ -99,11 +99,12 @@ def run(
         ranks = metrics.retrieval_ranks(rows, texts_of[language], owner)
         retrieval.score(of_language, *ranks, owner)
         measures = list(of_language.chance)  # the recalls alone have one
+        group = choices.group_score(language)
         for name, chance in of_language.chance.items():
-            result.items[f"{language}_{name}"] = of_language.items[name]
-            result.chance[f"{language}_{name}"] = chance
+            result.items[f"{group}_{name}"] = of_language.items[name]
+            result.chance[f"{group}_{name}"] = chance
 
-    _mean_over_languages(result, list(data), measures)
+    _mean_over_languages(result, list(map(choices.group_score, data)), measures)
     result.counts |= {
         "languages": len(data),
         "captions": sum(map(len, texts_of.values())),

@@ -28,7 +28,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 saw transparency on black; called ImageNet-V2's classes by number
 KNOWN_AS = "zeroshot_classification"
 MAIN = "acc1"  # mean_average_precision for several labels
 SCORES = ("acc1", "acc5", "mean_per_class_recall", "mean_average_precision")

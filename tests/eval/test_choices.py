@@ -144,6 +144,16 @@ def small(task, root):
     return {"data": str(data), "images": str(images)}
 
 
+def test_a_table_of_sugarcrepe_has_its_subsets_alone(tmp_path):
+    images = pictures(tmp_path / "images", 1)
+    row = {"image": "0.png", "caption": "yes", "negative_caption": "no"}
+    rows = [row | {"subset": subset} for subset in (*sugarcrepe.SUBSETS, "swap_verb")]
+    table = tmp_path / "t.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="items of 'swap_verb'; expected the subsets add_att"):
+        evaluate("sugarcrepe", likes("yes"), data=str(table), images=str(images))
+
+
 def test_sugarcrepe_refuses_absent_files_and_images(tmp_path):
     options = small("sugarcrepe", tmp_path)
     with pytest.raises(
@@ -249,6 +259,14 @@ def test_aro_leaves_out_rare_attributes_and_the_published_relations_on_cut_pictu
     path.write_text(json.dumps(json.loads(path.read_text())[:24]))
     with pytest.raises(DataError, match="no group of at least 25 items"):
         evaluate("aro", likes("yes"), **options)
+
+    # Two pairs that a common character would make one.
+    rows = json.loads(path.read_text())
+    pairs = [row | {"attributes": ["a_b", "c"]} for row in rows]
+    pairs += [row | {"attributes": ["a", "b_c"]} for row in rows]
+    path.write_text(json.dumps(pairs * 2))
+    record, _ = evaluate("aro", likes("yes"), **options)
+    assert record["counts"]["vg_attribution_groups"] == 2
 
 
 def test_winoground_scores_text_image_and_group(tmp_path):
@@ -496,6 +514,23 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
     material.write_tar(tmp_path / "t" / "00000.tar", members[-2:])
     with pytest.raises(DataError, match="vlp data negatives"):
         evaluate("negatives", likes("yes"), data=str(tmp_path / "t"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "scores"),
+    [
+        (["swap att", "swap_att"], {"acc_swap att": 1, "acc_swap_att": 0}),
+        (["swap att", ""], {"acc_swap_att": 1, "acc_": 0}),
+        (["swap", None], {}),
+        (["swap"], {}),
+    ],
+)
+def test_kinds_of_negatives_are_told_apart(tmp_path, kinds, scores):
+    meta = {"caption": "yes", "negatives": ["no", "yes not"], "negative_kinds": kinds}
+    members = [("0.png", material.png(material.picture(0))), ("0.json", json.dumps(meta).encode())]
+    material.write_tar(tmp_path / "00000.tar", members)
+    record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path))
+    assert record["metrics"] == {"acc": 0} | scores
 
 
 def test_every_caption_stands_against_its_own_negatives(tmp_path):
