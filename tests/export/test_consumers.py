@@ -1,0 +1,272 @@
+"""Every form of an export in the libraries that load it, in processes that cannot import vlp.
+
+`FORMS` says who loads which; the table of docs/guides/export.md says the same.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.export.test_export_more import described, noise
+from tests.loopback_hub import TOKEN, loopback_hub
+from tests.models import small_siglip
+from tests.models.tiny import TEXT, inputs, tiny
+from vlp.eval import models
+from vlp.export.folder import export
+from vlp.export.push import push
+
+TOLERANCE = 1e-5  # largest difference of a coordinate
+PACKAGES = Path(torch.__file__).parents[1]
+SCRIPT = Path(__file__).with_name("consumers.py")
+
+OPEN_CLIP = ("open_clip_folder", "open_clip_hub")
+TRANSFORMERS = ("transformers", "pipeline", "sentence_transformers")
+ARRAYS = ("onnx", "safetensors")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of export: the towers that it is of, and who loads it."""
+
+    keys: str  # of `described`, or below
+    consumers: tuple[str, ...]
+    kind: str | None = None  # the class that transformers loads
+    subfolder: str = ""
+    dtype: str = "float32"
+    more: dict = field(default_factory=dict)  # keys of the model section
+
+    @property
+    def tolerance(self) -> float:
+        """Of coordinates near 1/7: float32's rounding, or some spacings of the dtype."""
+        return {"float32": TOLERANCE, "float16": 2e-3, "bf16": 2e-2}[self.dtype]
+
+
+def of_length(length):
+    return {"text_tower": TEXT | {"context_length": length}}
+
+
+DUAL = ("VisionTextDualEncoderModel", "transformers")
+CLIP = (*OPEN_CLIP, *TRANSFORMERS)
+FORMS = {
+    "clip": Form("clip", (*CLIP, *ARRAYS), "CLIPModel"),
+    "siglip": Form("siglip", CLIP, "SiglipModel"),
+    "timm": Form("timm vit", (*CLIP, "timm"), *DUAL),
+    "router": Form("huggingface, mean", (*OPEN_CLIP, "sentence_transformers", "timm")),
+    "language model": Form("huggingface", CLIP, *DUAL),
+    "mean pooling": Form("mean pooling", OPEN_CLIP),
+    "mobilenet": Form("mobilenet", (*OPEN_CLIP, "sentence_transformers", "timm")),
+    "resnet": Form("resnet", OPEN_CLIP),
+    "clip, a bias": Form("clip", CLIP, "CLIPModel", more={"bias": -4.0}),
+    "clip, 64 tokens": Form("clip", CLIP, "CLIPModel", more=of_length(64)),
+    "clip, 128 tokens": Form("clip", CLIP, "CLIPModel", more=of_length(128)),
+    "clip in float16": Form("clip", CLIP, "CLIPModel", dtype="float16"),
+    "clip in bf16": Form("clip", CLIP, "CLIPModel", dtype="bf16"),
+    "siglip in bf16": Form("siglip", CLIP, "SiglipModel", dtype="bf16"),
+    "timm in float16": Form("timm vit", CLIP, *DUAL, dtype="float16"),
+    "router in bf16": Form(
+        "huggingface, mean", (*OPEN_CLIP, "sentence_transformers"), dtype="bf16"
+    ),
+}
+FAST = ("clip", "siglip", "timm", "router", "clip in bf16")
+
+
+def words(model):
+    """Sentences from one word to more than the context, as every vocabulary here knows them."""
+    longest = "a photo of two red circles " * 30
+    texts = ["dog", "a dog", "two red circles", "a photo of a blue square", longest]
+    return [*texts, "a photo of two red circles a dog", "cat"]
+
+
+def keys_of(form, folder):
+    if form.keys == "timm vit":
+        return {"image_tower": {"name": "timm", "model": "test_vit"}} | form.more
+    return described(form.keys, folder) | form.more
+
+
+def made(name, folder, hub):
+    """An export of a form, on this machine and on the Hub: what its consumers need, and what its
+    embeddings are.
+    """
+    form = FORMS[name]
+    source = folder / "source" / name
+    source.mkdir(parents=True)
+    model = tiny(**keys_of(form, source))
+    # As its folder may be called.
+    place = folder / f"{name}, v1.0 é"
+    export(model, place, dtype=form.dtype, onnx="onnx" in form.consumers)
+
+    repository = f"someone/{name.replace(', ', '-').replace(' ', '-')}"
+    push(place, repository, endpoint=hub.url, say=lambda line: None)
+    picture = noise(model)
+    picture.save(folder / f"{name}.png")
+
+    encoder = models.from_model(model)
+    pixels, _ = inputs(model, rows=7)
+    texts = words(model)
+    ids = encoder_ids(model, texts)
+    with torch.no_grad():
+        whole = model(pixels, ids)
+    description = {
+        "name": name,
+        "folder": str(place),
+        "repository": repository,
+        "subfolder": form.subfolder,
+        "consumers": [*form.consumers, "card"],
+        "kind": form.kind,
+        "embed_dim": model.embed_dim,
+        "length": model.text_spec.context_length,
+        "timm": model.open_clip_config["vision_cfg"].get("timm_model_name"),
+        "timm_models": small_siglip.__file__ if form.keys == "siglip" else "",
+        "texts": texts,
+        "labels": ["cat", "two red circles"],
+        "picture": str(folder / f"{name}.png"),
+        "pixels": model.pixels(pixels).tolist(),
+        "ids": ids.tolist(),
+    }
+    expected = {
+        "image": encoder.encode_images([picture]),
+        "text": encoder.encode_texts(texts),
+        "labels": encoder.encode_texts(description["labels"]),
+        "pixels": whole.image,
+        "ids": whole.text,
+        "scale": whole.scale.item(),
+        "bias": None if whole.bias is None else whole.bias.item(),
+    }
+    return description, expected
+
+
+def encoder_ids(model, texts):
+    from vlp.data import text
+
+    return text.build(model.text_spec)(texts)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with pytest.MonkeyPatch.context() as patched, loopback_hub() as running:
+        patched.setenv("HF_TOKEN", TOKEN)
+        patched.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, hub):
+    """(description, expected) of a form by its name, made when it is first asked for."""
+    folder, kept = tmp_path_factory.mktemp("consumers"), {}
+
+    def get(name):
+        if name not in kept:
+            kept[name] = made(name, folder, hub)
+        return kept[name]
+
+    return get
+
+
+def loaded(descriptions, names, hub, folder):
+    """The records of consumers in a process of their own."""
+    material = folder / "material.json"
+    material.write_text(json.dumps(descriptions))
+    Image.new("RGB", (40, 30), "red").save(Path(descriptions[0]["folder"]).parent / "photo.jpg")
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "empty"),
+        "HF_HUB_DISABLE_XET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-I", "-S", str(SCRIPT), str(PACKAGES), str(material), *names]
+    ran = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=280
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def apart(rows, expected):
+    return (torch.tensor(rows) - expected).abs().max().item()
+
+
+def check(record, expected, form):
+    """A consumer's record is the model's, within what its dtype leaves."""
+    consumer = record["consumer"]
+    if consumer == "pipeline":
+        logits = expected["scale"] * expected["image"] @ expected["labels"].T
+        scores = logits[0].softmax(dim=-1)
+        if form.kind == "SiglipModel":
+            scores = torch.sigmoid(logits[0] + (expected["bias"] or 0))
+        tolerance = {"float32": 1e-4, "float16": 1e-2, "bf16": 5e-2}[form.dtype]
+        torch.testing.assert_close(torch.tensor(record["scores"]), scores, rtol=tolerance, atol=0)
+        return
+
+    if consumer == "onnx":
+        for n_rows in (1, 3, 7):
+            assert apart(record[f"image {n_rows}"], expected["pixels"][:n_rows]) <= form.tolerance
+            assert apart(record[f"text {n_rows}"], expected["ids"][:n_rows]) <= form.tolerance
+        return
+
+    if consumer == "timm":
+        assert apart(record["image"], expected["pixels"]) <= form.tolerance
+        return
+    assert apart(record["image"], expected["image"]) <= form.tolerance, record
+    assert apart(record["text"], expected["text"]) <= form.tolerance, record
+
+
+def walk(names, consumers, exports, hub, folder):
+    """Compare every consumer's embeddings of every form; how many records there were."""
+    both = [exports(name) for name in names]
+    expected = {description["name"]: rows for description, rows in both}
+    records = loaded([description for description, _ in both], consumers, hub, folder)
+    errors = [record["error"] for record in records if "error" in record]
+    assert not errors, "\n".join(errors)
+    for record in records:
+        form = FORMS[record["export"]]
+        if record["consumer"] == "card":
+            assert record["blocks"] >= 2
+        elif record["consumer"] == "safetensors":
+            check_files(record["files"], exports(record["export"])[0]["folder"])
+        else:
+            check(record, expected[record["export"]], form)
+    loaders = [[*FORMS[name].consumers, "card"] for name in names]
+    assert len(records) == sum(len(set(consumers) & set(known)) for known in loaders)
+    return len(records)
+
+
+def check_files(files, folder):
+    assert set(files) == {"open_clip_model.safetensors", "model.safetensors"}
+    for path, tensors in files.items():
+        stored = load_file(Path(folder) / path)
+        assert {name: shape for name, (_, shape) in tensors.items()} == {
+            name: list(value.shape) for name, value in stored.items()
+        }
+
+
+LIBRARIES = {
+    "open_clip": (*OPEN_CLIP, "timm"),
+    "transformers": ("transformers", "pipeline"),
+    "sentence-transformers": ("sentence_transformers",),
+    "cards": ("card",),
+}
+
+
+def test_exports_load_where_vlp_is_not(exports, hub, tmp_path):
+    """One process for all libraries; each by itself is slow."""
+    consumers = [name for names in LIBRARIES.values() for name in names]
+    assert walk(FAST, consumers, exports, hub, tmp_path) == 30
+
+
+def test_arrays_need_no_pytorch(exports, hub, tmp_path):
+    assert walk(["clip"], ARRAYS, exports, hub, tmp_path) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_every_export_loads_with_each_library_alone(library, exports, hub, tmp_path):
+    assert walk(list(FORMS), LIBRARIES[library], exports, hub, tmp_path) >= 12
