@@ -19,7 +19,7 @@ from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
 from vlp.models import language
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import image_size, references, weight_files
+from vlp.pretrained import image_size, packages, references, weight_files
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
@@ -58,17 +58,17 @@ def write_open_clip(
     if model.text_spec.tokenizer != "clip" and not reference:
         from transformers import AutoTokenizer
 
-        source = model.text_spec.tokenizer
+        source = packages.local(model.text_spec.tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         tokenizer.save_pretrained(folder)
-        if Path(text["hf_tokenizer_name"]).is_dir():
+        if Path(source).is_dir():
             text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
 
     # transformers, which open_clip asks for the text tower, takes a path or a repository. A path
     # must be whole; `vlp push` writes the repository.
     if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
-        if Path(text["hf_model_name"]).is_dir():
+        if Path(packages.local(text["hf_model_name"])).is_dir():
             text["hf_model_name"] = str(home / references.TEXT_TOWER)
             if not is_ours:
                 notes.append(
