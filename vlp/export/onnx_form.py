@@ -90,18 +90,19 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
     difference = 0.0
     try:
         with _quiet():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 tower.eval(),
                 (tower.example(2),),
-                str(path),
                 dynamo=True,
                 dynamic_shapes=(tower.dynamic_axes(),),
                 opset_version=OPSET,
                 input_names=[input_name],
                 output_names=[output_name],
-                external_data=n_bytes > 2**30,
                 verbose=False,
             )
+            assert program is not None
+            _forget_sources(program.model)
+            program.save(str(path), external_data=n_bytes > 2**30)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
         # Other numbers of rows and tokens than the traced ones: a frozen axis shows here.
@@ -127,6 +128,17 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
         f"ONNX: {path.parent.name}/{path.name}, opset {OPSET}, any number of {varying}, embeddings "
         f"within {difference:.1e} of PyTorch's"
     )
+
+
+def _forget_sources(model: Any) -> None:
+    """Take out what the exporter notes of each node: the lines of code that it came from, by their
+    paths on this machine.
+    """
+    graphs = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
 
 
 @contextmanager
