@@ -185,6 +185,10 @@ def onnx(export):
         for n_rows in (1, 3, 7):
             (embeddings,) = session.run([f"{side}_embeds"], {name: inputs[:n_rows]})
             rows[f"{side} {n_rows}"] = embeddings.tolist()
+        if side == "text":
+            shorter = inputs[:3, : inputs.shape[1] // 2]
+            (embeddings,) = session.run(["text_embeds"], {name: shorter})
+            rows["text, shorter"] = embeddings.tolist()
     assert "torch" not in sys.modules
     return rows
 

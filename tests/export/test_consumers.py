@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.export.test_export_more import described, noise
+from tests.export.test_places import places
 from tests.loopback_hub import TOKEN, loopback_hub
 from tests.models import small_siglip
 from tests.models.tiny import TEXT, inputs, tiny
@@ -102,6 +103,9 @@ def made(name, folder, hub):
     # As its folder may be called.
     place = folder / f"{name}, v1.0 é"
     export(model, place, dtype=form.dtype, onnx="onnx" in form.consumers)
+
+    if "huggingface" not in form.keys:
+        assert not places(place, folder)
 
     repository = f"someone/{name.replace(', ', '-').replace(' ', '-')}"
     push(place, repository, endpoint=hub.url, say=lambda line: None)
@@ -210,6 +214,8 @@ def check(record, expected, form):
         for n_rows in (1, 3, 7):
             assert apart(record[f"image {n_rows}"], expected["pixels"][:n_rows]) <= form.tolerance
             assert apart(record[f"text {n_rows}"], expected["ids"][:n_rows]) <= form.tolerance
+        # Padding changes nothing.
+        assert apart(record["text, shorter"], expected["ids"][:3]) <= form.tolerance
         return
 
     if consumer == "timm":

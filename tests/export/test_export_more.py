@@ -150,11 +150,11 @@ def test_captions_that_only_training_cleaned_are_no_form_of_transformers(tmp_pat
 
 SLOW = [
     pytest.param(kind, marks=pytest.mark.slow)
-    for kind in ("mean pooling", "timm", "mobilenet", "resnet", "siglip", "huggingface")
+    for kind in ("clip", "mean pooling", "timm", "mobilenet", "resnet", "siglip", "huggingface")
 ]
 
 
-@pytest.mark.parametrize("kind", ["clip", *SLOW])
+@pytest.mark.parametrize("kind", SLOW)  # a sample: test_consumers
 def test_onnx(kind, tmp_path):
     import onnxruntime
 

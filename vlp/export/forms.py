@@ -54,6 +54,10 @@ def write_open_clip(
 
     reference = language.reference_of(text)
     if reference:
+        # Notes are published in the card: of a folder they show the last name alone.
+        place = Path(text["hf_model_name"])
+        if place.is_dir():
+            reference = language.reference_of(text | {"hf_model_name": place.name})
         notes.append(f"vlp: runs the language model {reference}, which is not in this folder")
     if model.text_spec.tokenizer != "clip" and not reference:
         from transformers import AutoTokenizer
@@ -69,8 +73,9 @@ def write_open_clip(
     if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
         if Path(packages.local(text["hf_model_name"])).is_dir():
-            text["hf_model_name"] = str(home / references.TEXT_TOWER)
+            text["hf_model_name"] = f"./{references.TEXT_TOWER}"
             if not is_ours:
+                text["hf_model_name"] = str(home / references.TEXT_TOWER)
                 notes.append(
                     "open_clip: finds the text tower by this folder's path; vlp reads it wherever "
                     "the folder is moved"

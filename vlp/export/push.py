@@ -163,10 +163,11 @@ def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> by
     text = described["model_cfg"]["text_cfg"]
     if repository and text.get("hf_tokenizer_name") == ".":
         text["hf_tokenizer_name"] = repository
-    is_absolute = Path(text.get("hf_model_name") or "").is_absolute()
+    language_model = Path(text.get("hf_model_name") or "")
+    is_absolute = language_model.is_absolute()
     # A language model that is not in the folder keeps its name, which others must be able to find.
     outside = language.reference_of(text)
-    if outside and is_absolute:
+    if outside and (is_absolute or language_model.is_dir()):
         raise PushError(
             f"the text tower runs the language model {outside}, a folder of this machine; publish "
             "that model, embed the captions by its Hub name and train anew"
