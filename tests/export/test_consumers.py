@@ -27,6 +27,7 @@ from vlp.export.push import push
 TOLERANCE = 1e-5  # largest difference of a coordinate
 PACKAGES = Path(torch.__file__).parents[1]
 SCRIPT = Path(__file__).with_name("consumers.py")
+GUIDE = Path(__file__).parents[2] / "docs/guides/export.md"
 
 OPEN_CLIP = ("open_clip_folder", "open_clip_hub")
 TRANSFORMERS = ("transformers", "pipeline", "sentence_transformers")
@@ -43,6 +44,7 @@ class Form:
     subfolder: str = ""
     dtype: str = "float32"
     more: dict = field(default_factory=dict)  # keys of the model section
+    row: str = ""  # its name in the guide's table; "": of the same row as another
 
     @property
     def tolerance(self) -> float:
@@ -57,14 +59,27 @@ def of_length(length):
 DUAL = ("VisionTextDualEncoderModel", "transformers")
 CLIP = (*OPEN_CLIP, *TRANSFORMERS)
 FORMS = {
-    "clip": Form("clip", (*CLIP, *ARRAYS), "CLIPModel"),
-    "siglip": Form("siglip", CLIP, "SiglipModel"),
-    "timm": Form("timm vit", (*CLIP, "timm"), *DUAL),
-    "router": Form("huggingface, mean", (*OPEN_CLIP, "sentence_transformers", "timm")),
-    "language model": Form("huggingface", CLIP, *DUAL),
-    "mean pooling": Form("mean pooling", OPEN_CLIP),
-    "mobilenet": Form("mobilenet", (*OPEN_CLIP, "sentence_transformers", "timm")),
-    "resnet": Form("resnet", OPEN_CLIP),
+    "clip": Form("clip", (*CLIP, *ARRAYS), "CLIPModel", row="CLIP's two transformers"),
+    "siglip": Form("siglip", CLIP, "SiglipModel", row="SigLIP's two transformers"),
+    "timm": Form("timm vit", (*CLIP, "timm"), *DUAL, row="a timm trunk, CLIP's text tower"),
+    "router": Form(
+        "huggingface, mean",
+        (*OPEN_CLIP, "sentence_transformers", "timm"),
+        row="a timm trunk, a language model pooled by its mean",
+    ),
+    "language model": Form(
+        "huggingface",
+        CLIP,
+        *DUAL,
+        row="CLIP's vision transformer, a language model of Hugging Face",
+    ),
+    "mean pooling": Form("mean pooling", OPEN_CLIP, row="CLIP's with mean pooling of patches"),
+    "mobilenet": Form(
+        "mobilenet",
+        (*OPEN_CLIP, "sentence_transformers", "timm"),
+        row="a timm trunk with layers before its classifier (MobileNet)",
+    ),
+    "resnet": Form("resnet", OPEN_CLIP, row="open_clip's ResNet, CLIP's text tower"),
     "clip, a bias": Form("clip", CLIP, "CLIPModel", more={"bias": -4.0}),
     "clip, 64 tokens": Form("clip", CLIP, "CLIPModel", more=of_length(64)),
     "clip, 128 tokens": Form("clip", CLIP, "CLIPModel", more=of_length(128)),
@@ -75,6 +90,12 @@ FORMS = {
     "router in bf16": Form(
         "huggingface, mean", (*OPEN_CLIP, "sentence_transformers"), dtype="bf16"
     ),
+}
+# columns of the guide's table
+COLUMNS = {
+    "its pipeline": "pipeline",
+    "sentence-transformers": "sentence_transformers",
+    "timm": "timm",
 }
 FAST = ("clip", "timm", "router")
 
@@ -270,6 +291,21 @@ def test_exports_load_where_vlp_is_not(exports, hub, tmp_path):
 
 def test_arrays_need_no_pytorch(exports, hub, tmp_path):
     assert walk(["clip"], ARRAYS, exports, hub, tmp_path) == 2
+
+
+def test_the_guide_says_who_loads_what():
+    lines = GUIDE.read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    head, _, *body = rows
+    assert head == ["towers", "open_clip", "transformers", *list(COLUMNS)]
+
+    expected = {}
+    for form in FORMS.values():
+        answers = ["yes" if name in form.consumers else "no" for name in COLUMNS.values()]
+        assert set(OPEN_CLIP) <= set(form.consumers)
+        expected[form.row] = ["yes", f"`{form.kind}`" if form.kind else "no", *answers]
+    del expected[""]
+    assert {name: answers for name, *answers in body} == expected and len(body) == 8
 
 
 @pytest.mark.slow
