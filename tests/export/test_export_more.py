@@ -134,13 +134,6 @@ def test_transformers_pipeline_takes_a_siglip_of_any_context(length, tmp_path, m
     torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=1e-7)
 
 
-def test_a_timm_tower_of_another_size_is_no_form_of_transformers(tmp_path):
-    tower = {"name": "timm", "model": "test_vit", "image_size": 64}
-    notes = export(tiny(image_tower=tower), tmp_path / "out")
-    assert any("was built for another size than timm states" in note for note in notes)
-    assert not (tmp_path / "out/modules.json").exists()
-
-
 def test_captions_that_only_training_cleaned_are_no_form_of_transformers(tmp_path):
     text = described("huggingface", tmp_path)["text_tower"] | {"clean": "canonicalize"}
     notes = export(tiny(text_tower=text), tmp_path / "out")

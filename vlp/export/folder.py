@@ -53,6 +53,7 @@ def export(
     dtype: str = "float32",
     image_size: int | None = None,
     home: Path | None = None,
+    provenance: str = "",
     origin: str | None = None,
 ) -> list[str]:
     """Write `model` to the folder `to`, and say in one line a form what was written, or why it was
@@ -63,9 +64,9 @@ def export(
     another. onnx: also write both towers as ONNX (needs onnx and onnxscript). dtype: of the stored
     weights, float32, float16 or bf16 (ONNX computes in float32, with their values). image_size:
     pixels, square, other than the model's. home: where the folder will lie in the end, if not at
-    `to`. origin: a sentence for the card on weights that are an average. The folder appears
-    complete or not at all; ExportError if it exists and is not empty, unless `overwrite`, which
-    keeps every file that no export wrote.
+    `to`. provenance: how the model came about, in the card's words, if not by training; origin: a
+    sentence on weights that are an average. The folder appears complete or not at all; ExportError
+    if it exists and is not empty, unless `overwrite`, which keeps every file that no export wrote.
     """
     to, stored = Path(to), variants.known(dtype)
     licenses.metadata(license)  # a mistyped one before anything is written
@@ -79,6 +80,8 @@ def export(
         model = variants.resized(model, image_size)
     if model.image_spec.size != trained_at:
         results = ()  # they are the scores of another size
+    if not provenance:
+        provenance = "exported by vlp" if training is None else "trained with vlp"
 
     # Two exports to one place would mix their files.
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
@@ -120,6 +123,7 @@ def export(
             training=training,
             step=step,
             license=license,
+            provenance=provenance,
             origin=origin,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -145,10 +149,11 @@ def export_run(
     """
     reference = references.resolve(run)
     if reference.kind != "run":
-        loaded, about = checkpoint.load_any(reference), {}
+        loaded = checkpoint.load_any(reference)
         if not isinstance(loaded, DualEncoder):
             raise ExportError(f"{run} holds several models as one already; copy the folder")
-        model = loaded
+        name = averaging.card_name(reference.text)
+        model, about = loaded, {"provenance": f"imported by vlp from `{name}`"}
     else:
         path = checkpoint.resolve(reference.path)
         model = checkpoint.load_model(path, reference.averaged)
@@ -161,7 +166,8 @@ def export_run(
 def export_average(members: averaging.Members, to: Path | str, **settings: Any) -> list[str]:
     """`export` of an average of several models' weights (vlp.averaging), with its settings."""
     model = averaging.average(members.references, members.weights)
-    return export(model, to, origin=members.sentence(), **settings)
+    about = {"provenance": "averaged by vlp", "origin": members.sentence()}
+    return export(model, to, **about, **settings)
 
 
 _SCORES_ADVICE = "evaluate the run again, or delete the file to export it without scores"

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form
-from vlp.export.card import VLP
+from vlp.export.card import of_open_clip
 from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
 from vlp.models import language
@@ -39,8 +39,9 @@ def write_open_clip(
 
     A language model's text tower is in it under keys of ours, so that only vlp reads the whole.
     """
-    is_ours = language.is_described(model.description()["model_cfg"])
-    notes = [f"{'vlp' if is_ours else 'open_clip'}: {references.CONFIG}, {weight_files.WEIGHTS}"]
+    is_ours = language.is_described(model.open_clip_config)
+    reader = "open_clip" if of_open_clip(model) else "vlp"
+    notes = [f"{reader}: {references.CONFIG}, {weight_files.WEIGHTS}"]
 
     # A copy, because what points into this machine is renamed; without the heads, which embed
     # nothing.
@@ -99,11 +100,9 @@ def write_open_clip(
 def write_transformers(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path
 ) -> tuple[str | None, list[str]]:
-    """Write the forms that fit; returns the class of transformers' form, or None, and notes. A
-    model that only vlp loads is of the form VLP.
-    """
+    """Write the forms that fit; returns the class of transformers' form, or None, and notes."""
     if language.is_described(model.open_clip_config):
-        return VLP, [
+        return None, [
             "open_clip, transformers, sentence-transformers: no model of theirs has a language "
             "model as text tower; vlp eval, vlp.models.load and the data tools read this folder"
         ]

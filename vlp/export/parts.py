@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlp.export import clip_form
 from vlp.models.dual_encoder import DualEncoder
+from vlp.pretrained import image_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,12 +69,17 @@ def _timm(model: DualEncoder, tower: TimmModel) -> Part:
     if hasattr(tower.head, "pool"):
         raise NoPart("its timm tower is pooled by open_clip's attention")
 
-    pool = section.get("timm_pool") or ""
-    settings = TimmWrapperConfig(
-        architecture=section["timm_model_name"],
-        model_args={"global_pool": pool} if pool else {},
-    )
-    network = TimmWrapperModel(settings).eval()
+    arguments: dict[str, Any] = {}
+    if section.get("timm_pool"):
+        arguments["global_pool"] = section["timm_pool"]
+    # By itself timm makes the trunk for the size that it states.
+    if not image_size.is_default(tower):
+        arguments["img_size"] = list(image_size.pair(tower.image_size))
+    settings = TimmWrapperConfig(architecture=section["timm_model_name"], model_args=arguments)
+    try:
+        network = TimmWrapperModel(settings).eval()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise NoPart(f"timm cannot make its image tower by name ({error})") from None
 
     # timm's own classifier is a projection where open_clip added none of its own.
     trunk = dict(tower.trunk.state_dict())
