@@ -211,7 +211,7 @@ def _companions(model: DualEncoder, name: str, folder: Path) -> Iterator[str]:
 @torch.no_grad()
 def _difference(model: DualEncoder, network: nn.Module) -> float:
     """The largest difference of a coordinate between a transformers model's embeddings and ours."""
-    pixels, ids = model.example(4)
+    pixels, ids = parts.example(model)
     ours = model(pixels, ids)
     theirs = network(pixel_values=pixels, **parts.text_inputs(model, ids))
     return _largest_apart((ours.image, theirs.image_embeds), (ours.text, theirs.text_embeds))
@@ -220,7 +220,7 @@ def _difference(model: DualEncoder, network: nn.Module) -> float:
 @torch.no_grad()
 def _difference_of_parts(model: DualEncoder, towers: Mapping[str, parts.Part]) -> float:
     """The same for towers that are models of their own."""
-    pixels, ids = model.example(4)
+    pixels, ids = parts.example(model)
     ours = model(pixels, ids)
     images = parts.embed(towers["image"], pixel_values=pixels)
     texts = parts.embed(towers["text"], **parts.text_inputs(model, ids))

@@ -164,12 +164,33 @@ def _load(network: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> Non
     network.load_state_dict(named)
 
 
+def example(model: DualEncoder) -> tuple[Tensor, Tensor]:
+    """Inputs to compare forms on: pixels [5, 3, H, W], and ids [5, L] of texts from one token to as
+    many as fit: at the shorter ones shows what masks or pools otherwise.
+    """
+    pixels, ids = model.example(5)
+    padding, end, length = _padding(model), model.text.vocab_size - 1, ids.shape[1]
+    ordinary = min({1, 2, 3} - {padding, end})
+    ids[(ids == padding) | (ids == end)] = ordinary
+
+    for row, n_tokens in zip(ids, (1, 2, length // 2, length - 1, length)):
+        row[n_tokens - 1] = end
+        row[n_tokens:] = padding
+    return pixels, ids
+
+
 def text_inputs(model: DualEncoder, ids: Tensor) -> dict[str, Tensor]:
     """Token ids [b, L] as a transformers model takes them: a language model with its mask."""
     if not isinstance(model.text, HFTextEncoder):
         return {"input_ids": ids}
-    mask = (ids != model.text.config.pad_token_id).long()
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": (ids != _padding(model)).long()}
+
+
+def _padding(model: DualEncoder) -> int:
+    """The id that fills a text up; towers without a mask read up to the largest id, or all."""
+    if isinstance(model.text, HFTextEncoder):
+        return model.text.config.pad_token_id
+    return 0
 
 
 @torch.no_grad()
