@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from vlp.export import card
+from vlp.export import usage
 from vlp.models import language
 from vlp.pretrained.folders import MANIFEST, exported_files, files_of, read_json
 from vlp.pretrained.hub import http_error
@@ -146,7 +146,7 @@ def _contents(
     # What loads by this folder's name loads by the repository's there.
     title = read_json(folder / MANIFEST)["name"]
     local_card = (folder / "README.md").read_text(encoding="utf-8")
-    contents["README.md"] = card.published(local_card, title, repository).encode()
+    contents["README.md"] = usage.published(local_card, title, repository).encode()
     for name in names:
         if name.rpartition("/")[2] == CONFIG:
             at_root = name == CONFIG
