@@ -35,13 +35,19 @@ def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
     Texts may be shorter than the context where padding changes no embedding, as it does SigLIP's.
     OnnxError for missing packages, or beyond `tolerance`.
     """
+    check_installed()
+    folder.mkdir(parents=True)
+    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _INPUTS]
+
+
+def check_installed() -> None:
+    """Raise OnnxError where a package is absent."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise OnnxError(
-            f"ONNX needs packages that are not installed; run: pip install {' '.join(missing)}"
+            f"ONNX needs {', '.join(missing)}, not installed; install it with "
+            "pip install 'vlp[hub]', or leave out --onnx"
         )
-    folder.mkdir(parents=True)
-    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _INPUTS]
 
 
 class _Tower(nn.Module):
