@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from tests.export.test_export_more import described, noise
 from tests.export.test_places import places
 from tests.loopback_hub import TOKEN, loopback_hub
 from tests.models import small_siglip
 from tests.models.tiny import TEXT, inputs, tiny
+from vlp.data import text
 from vlp.eval import models
 from vlp.export.folder import export
 from vlp.export.push import push
@@ -128,21 +129,14 @@ def made(name, folder, hub):
     # As its folder may be called.
     place = folder / f"{name}, v1.0 é"
     export(model, place, dtype=form.dtype, onnx="onnx" in form.consumers)
-
     if "huggingface" not in form.keys:
         assert not places(place, folder)
 
     repository = f"someone/{name.replace(', ', '-').replace(' ', '-')}"
     push(place, repository, endpoint=hub.url, say=lambda line: None)
-    picture = noise(model)
-    picture.save(folder / f"{name}.png")
+    # Whatever the folder is called, the code there is of the repository.
+    assert b"local-dir" not in hub.repos[repository]["README.md"]
 
-    encoder = models.from_model(model)
-    pixels, _ = inputs(model, rows=7)
-    texts = words(model)
-    ids = encoder_ids(model, texts)
-    with torch.no_grad():
-        whole = model(pixels, ids)
     description = {
         "name": name,
         "folder": str(place),
@@ -150,32 +144,45 @@ def made(name, folder, hub):
         "subfolder": form.subfolder,
         "consumers": [*form.consumers, "card"],
         "kind": form.kind,
+        "timm_models": small_siglip.__file__ if form.keys == "siglip" else "",
+    }
+    given, expected = material(model, folder / f"{name}.png")
+    shutil.rmtree(source)
+    return description | given, expected
+
+
+def material(model, picture):
+    """What consumers are given, `picture` among it, and what the model itself makes of that."""
+    image, texts, labels = noise(model), words(model), ["cat", "two red circles"]
+    image.save(picture)
+    pixels, _ = inputs(model, rows=7)
+    ids = text.build(model.text_spec)(texts)
+    given = {
+        "picture": str(picture),
+        "texts": texts,
+        "labels": labels,
+        "pixels": model.pixels(pixels).tolist(),
+        "ids": ids.tolist(),
         "embed_dim": model.embed_dim,
         "length": model.text_spec.context_length,
         "timm": model.open_clip_config["vision_cfg"].get("timm_model_name"),
-        "timm_models": small_siglip.__file__ if form.keys == "siglip" else "",
-        "texts": texts,
-        "labels": ["cat", "two red circles"],
-        "picture": str(folder / f"{name}.png"),
-        "pixels": model.pixels(pixels).tolist(),
-        "ids": ids.tolist(),
     }
+
+    encoder = models.from_model(model)
+    with torch.no_grad():
+        features = model(pixels, ids)
+    weights = model.open_clip_state_dict()
     expected = {
-        "image": encoder.encode_images([picture]),
+        "image": encoder.encode_images([image]),
         "text": encoder.encode_texts(texts),
-        "labels": encoder.encode_texts(description["labels"]),
-        "pixels": whole.image,
-        "ids": whole.text,
-        "scale": whole.scale.item(),
-        "bias": None if whole.bias is None else whole.bias.item(),
+        "labels": encoder.encode_texts(labels),
+        "pixels": features.image,
+        "ids": features.text,
+        "scale": features.scale.item(),
+        "bias": None if features.bias is None else features.bias.item(),
+        "weights": {name: ["F32", list(value.shape)] for name, value in weights.items()},
     }
-    return description, expected
-
-
-def encoder_ids(model, texts):
-    from vlp.data import text
-
-    return text.build(model.text_spec)(texts)
+    return given, expected
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +271,7 @@ def walk(names, consumers, exports, hub, folder):
                 1 + len({"transformers", "sentence_transformers"} & set(form.consumers))
             )
         elif record["consumer"] == "safetensors":
-            check_files(record["files"], exports(record["export"])[0]["folder"])
+            check_files(record["files"], expected[record["export"]]["weights"])
         else:
             check(record, expected[record["export"]], form)
     loaders = [[*FORMS[name].consumers, "card"] for name in names]
@@ -272,13 +279,12 @@ def walk(names, consumers, exports, hub, folder):
     return len(records)
 
 
-def check_files(files, folder):
+def check_files(files, weights):
+    """The tensors of both files are float32, and open_clip's bear its names and shapes."""
     assert set(files) == {"open_clip_model.safetensors", "model.safetensors"}
-    for path, tensors in files.items():
-        stored = load_file(Path(folder) / path)
-        assert {name: shape for name, (_, shape) in tensors.items()} == {
-            name: list(value.shape) for name, value in stored.items()
-        }
+    for tensors in files.values():
+        assert {dtype for dtype, _ in tensors.values()} == {"F32"}
+    assert files["open_clip_model.safetensors"] == weights
 
 
 LIBRARIES = {

@@ -186,6 +186,13 @@ def test_transformers_pipeline_takes_a_siglip_of_any_context(length, tmp_path, m
     torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=1e-7)
 
 
+def test_a_context_beyond_the_language_models_positions_is_no_form_of_transformers(tmp_path):
+    text = described("huggingface", tmp_path)["text_tower"] | {"context_length": 20}
+    notes = export(tiny(text_tower=text), tmp_path / "out")
+    assert any("20 tokens, and its language model has 16 positions" in note for note in notes)
+    assert not (tmp_path / "out/modules.json").exists()
+
+
 def test_captions_that_only_training_cleaned_are_no_form_of_transformers(tmp_path):
     text = described("huggingface", tmp_path)["text_tower"] | {"clean": "canonicalize"}
     notes = export(tiny(text_tower=text), tmp_path / "out")

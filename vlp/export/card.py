@@ -125,15 +125,14 @@ def _front_matter(
     license: str | None,
 ) -> str:
     # Keys and values are the Hub's: it sorts and filters models by them.
-    tags = ["contrastive", *(["open_clip"] if "open_clip" in libraries else []), *_TAGS[form]]
-    if "sentence-transformers" in libraries:
-        tags.append("sentence-transformers")
+    readers = [name for name in ("open_clip", "sentence-transformers") if name in libraries]
+    tags = ["contrastive", *readers, *_TAGS[form]]
     # The Hub shows how this library loads the repository itself, not a subfolder of it.
-    of_repository = [name for name in ("open_clip", "sentence-transformers") if name in libraries]
+    library = readers[0] if readers else VLP
     if form in ("CLIPModel", "SiglipModel"):
-        of_repository.insert(0, "transformers")
+        library = "transformers"
     metadata: dict[str, Any] = {
-        "library_name": [*of_repository, VLP][0],
+        "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": tags,
     }

@@ -33,9 +33,8 @@ def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
     PyTorch at other sizes than the traced ones; a line a file says how close they are.
 
     Texts may be shorter than the context where padding changes no embedding, as it does SigLIP's.
-    OnnxError for missing packages, or beyond `tolerance`.
+    OnnxError beyond `tolerance`; `check_installed` comes before.
     """
-    check_installed()
     folder.mkdir(parents=True)
     return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _INPUTS]
 

@@ -4,6 +4,7 @@ that project what it pools.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,6 +113,13 @@ def text(model: DualEncoder, weights: Mapping[str, Tensor]) -> Part:
 
     if getattr(tower.config, "is_encoder_decoder", False):
         raise NoPart(f"its text tower is the encoder of a {tower.config.model_type} model alone")
+    # Nothing stops a run whose captions are short; longer ones would fail in every library.
+    positions = getattr(tower.config, "max_position_embeddings", None) or math.inf
+    if model.text_spec.context_length > positions:
+        raise NoPart(
+            f"its context is {model.text_spec.context_length} tokens, and its language model has "
+            f"{positions} positions"
+        )
     poolings: dict[type, Literal["own", "mean", "cls"]] = {
         MeanPooler: "mean",
         ClsLastHiddenStatePooler: "cls",
