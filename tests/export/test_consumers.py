@@ -134,8 +134,9 @@ def made(name, folder, hub):
 
     repository = f"someone/{name.replace(', ', '-').replace(' ', '-')}"
     push(place, repository, endpoint=hub.url, say=lambda line: None)
-    # Whatever the folder is called, the code there is of the repository.
-    assert b"local-dir" not in hub.repos[repository]["README.md"]
+    # Whatever the folder is called, the card there is of the repository.
+    card = hub.repos[repository]["README.md"].decode()
+    assert "local-dir" not in card and "this folder's path" not in card
 
     description = {
         "name": name,

@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form
+from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form, usage
 from vlp.export.card import of_open_clip
 from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
@@ -77,10 +77,7 @@ def write_open_clip(
             text["hf_model_name"] = f"./{references.TEXT_TOWER}"
             if not is_ours:
                 text["hf_model_name"] = str(home / references.TEXT_TOWER)
-                notes.append(
-                    "open_clip: finds the text tower by this folder's path; vlp reads it wherever "
-                    "the folder is moved"
-                )
+                notes.append(usage.BY_PATH)
     if not image_size.is_default(model.visual):
         notes.append(
             "open_clip: builds this timm tower for the size that timm states, and cannot load its "

@@ -6,6 +6,12 @@ import json
 
 from vlp.export.dual_form import FOLDER
 
+# of a folder; a repository has a name by which open_clip finds the text tower
+BY_PATH = (
+    "open_clip: finds the text tower by this folder's path; vlp reads it wherever the folder is "
+    "moved"
+)
+
 
 def blocks(name: str, form: str | None, libraries: set[str], length: int) -> str:
     """How each library loads the model, as code that runs where the folder lies; `published` makes
@@ -101,6 +107,7 @@ model = load({_local(name)}).eval()
 
 def published(card: str, name: str, repository: str) -> str:
     """The card of the folder `name` as it stands in a repository: its code loads from there."""
+    card = card.replace(f"- {BY_PATH}\n", "")
     # By its quotes: the name alone may stand in a sentence.
     card = card.replace(_local(name), f'"hf-hub:{repository}"')
     card = card.replace(f"model={_quoted(name)})", f'model="{repository}")')
