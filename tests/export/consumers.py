@@ -163,8 +163,7 @@ def sentence_transformers(export):
     model = SentenceTransformer(str(export["folder"]), device="cpu", local_files_only=True)
     image = model.encode([picture_of(export)])
     text = model.encode(export["texts"])
-    similarities = model.similarity(image, text)
-    return embedded(image, text, similarities=similarities.float().tolist())
+    return embedded(image, text)
 
 
 # --- without PyTorch ------------------------------------------------------------------------------
