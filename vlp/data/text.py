@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlp.data.prompted import PromptedTokenizer, is_prompted
+from vlp.pretrained import packages
 from vlp.types import TextSpec
 
 # Threads of the tokenizers library do not survive a fork.
@@ -149,8 +150,9 @@ class HubTokenizer:
         # Its folder may bring code along, and options that ask for it.
         options: dict[str, Any] = {**spec.options, "trust_remote_code": False}
         self.context_length = spec.context_length
+        place = packages.local(spec.tokenizer)
         self._inner = tokenizers.HFTokenizer(
-            spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options
+            place, context_length=spec.context_length, clean=spec.clean, **options
         )
         self.hub = self._inner.tokenizer
         self.vocab_size = len(self.hub)
