@@ -150,23 +150,3 @@ def worst_group(hits: Tensor, groups: Sequence[str]) -> WorstGroup:
     bounds = wilson(sum(values), len(values))
     gap = max(accuracy.values()) - accuracy[name]
     return WorstGroup(name, accuracy[name], bounds, gap, len(values))
-
-
-def effective_robustness(
-    source: float,  # accuracy on the source set, in (0, 1)
-    shifted: float,  # accuracy on the shifted set
-    reference: Sequence[tuple[float, float]],  # (source, shifted) of at least two reference models
-) -> float:
-    """How far a model lies above the line that reference models draw between a set and its shift.
-
-    ρ = shifted − σ(a + b·logit(source)) with a, b the least squares of the references' logits.
-    Source: Taori et al. 2020, "Measuring robustness to natural distribution shifts".
-    """
-    points = torch.tensor(reference, dtype=torch.float64).logit()
-    if len(points) < 2 or not bool(torch.isfinite(points).all()):
-        raise ValueError("effective robustness needs two reference models or more, within (0, 1)")
-
-    design = torch.stack([torch.ones(len(points), dtype=torch.float64), points[:, 0]], 1)
-    intercept, slope = torch.linalg.lstsq(design, points[:, 1:]).solution[:, 0].tolist()
-    expected = intercept + slope * math.log(source / (1 - source))
-    return shifted - 1 / (1 + math.exp(-expected))

@@ -5,7 +5,6 @@ import json
 import math
 
 import pytest
-import torch
 
 from tests.eval import material
 from vlp import plugin

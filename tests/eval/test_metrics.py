@@ -308,17 +308,6 @@ def test_the_worst_group_is_named_with_its_interval():
     assert worst.gap == pytest.approx(2 / 3 - 2 / 5)
 
 
-def test_effective_robustness_is_the_distance_from_the_references_line():
-    def shift(p):
-        return 1 / (1 + math.exp(-(0.9 * math.log(p / (1 - p)) - 0.5)))
-
-    line = [(p, shift(p)) for p in (0.3, 0.5, 0.7, 0.8)]
-    assert confidence.effective_robustness(0.6, shift(0.6), line) == pytest.approx(0, abs=1e-9)
-    assert confidence.effective_robustness(0.6, shift(0.6) + 0.1, line) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="two reference models or more"):
-        confidence.effective_robustness(0.6, 0.5, line[:1])
-
-
 @pytest.mark.parametrize("spread", [1.0, 1e-4], ids=["float32", "float64 of a near collapse"])
 def test_blocks_of_any_size_give_the_dense_ranks(monkeypatch, spread):
     centre = rows(1, seed=9)
