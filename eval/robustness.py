@@ -98,8 +98,9 @@ def _points(file: Path, names: tuple[str, str]) -> list[tuple[float, float]]:
     """The (standard, shifted) accuracies of a file."""
     content = choices.read_json(file) if file.suffix == ".json" else None
     if isinstance(content, dict):
-        records = content.get("results", [content])
-        return [_of_results(records, names, file)]
+        content = content.get("results", [content])
+    if isinstance(content, list) and any("metrics" in row for row in content):
+        return [_of_results(content, names, file)]
 
     rows = read_rows(file)
     choices.need_keys(rows, COLUMNS, file)

@@ -93,6 +93,8 @@ def test_results_of_several_models_are_a_reference(sets):
     assert line == robustness.fit([*pairs, (0.5, 0.4)]) and line.n == 3
     some = [str(folder / "0.json"), str(folder / "other.json")]
     assert robustness.read(some, ("plain", "moved")).n == 2
+    (folder / "other.json").write_text(json.dumps(of_zeroshot))  # as a run leaves its results
+    assert robustness.read(str(folder), ("plain", "moved")) == line
     with pytest.raises(DataError, match=r"has no acc1 on elsewhere, only results on plain, moved"):
         robustness.read(str(folder / "other.json"), ("plain", "elsewhere"))
 
