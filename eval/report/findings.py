@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlp.eval import choices
+from vlp.eval import choices, distributions
 
 TOP = 5
+TILE = 1024  # rows whose scores with all others are counted together
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,23 @@ def projection(image: Tensor, text: Tensor) -> Projection:
     shares = [float(share) for share in values[:2].square() / total]
     second_share = shares[1] if len(shares) > 1 else 0.0
     return Projection(points[: len(image)], points[len(image) :], (shares[0], second_share))
+
+
+def score_shares(image: Tensor, text: Tensor) -> tuple[list[float], list[float]]:
+    """The shares of scores in the wide bins of `distributions`: of pairs [n, D], and of all other
+    combinations.
+    """
+    n = len(image)
+    of_pairs = torch.zeros(distributions.BINS, dtype=torch.int64)
+    of_all = torch.zeros_like(of_pairs)
+    for start in range(0, n, TILE):
+        scores = image[start : start + TILE].double() @ text.double().T
+        of_pairs += distributions.histogram(scores.diagonal(start))
+        of_all += distributions.histogram(scores)
+
+    counts = torch.stack([of_pairs, of_all - of_pairs]).view(2, distributions.WIDE, -1).sum(2)
+    own, other = (counts.double() / torch.tensor([[n], [n * (n - 1)]])).tolist()
+    return own, other
 
 
 def confusions(
