@@ -47,7 +47,7 @@ class Options(choices.Options):
 
     data: str  # the folder simat_db
     images: str | None = None  # None: images/ in that folder
-    split: Literal["test", "dev"] = "test"
+    split: Literal["test", "dev"] = "test"  # which changes count: is_test True or False
     lambdas: list[float] = field(default_factory=lambda: [2.0])  # beside 1, which is always scored
 
     def __post_init__(self) -> None:
