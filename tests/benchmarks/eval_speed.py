@@ -108,7 +108,7 @@ def write_photos(folder: Path, source: str, limit: int) -> None:
     names = [name for name in archive.names if name.lower().endswith((".jpg", ".jpeg"))][:limit]
     if len(names) < limit:
         raise SystemExit(f"{source} holds {len(names)} JPEGs; expected at least {limit}")
-    samples = [
+    samples: list[tuple[bytes, object]] = [
         (picture_of(archive, name).read(), number % len(CLASSES))
         for number, name in enumerate(names)
     ]
