@@ -240,10 +240,11 @@ def _sample(items: Sequence[Any], n: int) -> list:
 
 
 def _space(name: str, captions: list[str], image: Tensor, text: Tensor) -> Space:
-    values = metrics.geometry(image, text) | distributions.pair_scores(image, text)
+    scores = distributions.pair_scores(image, text)
+    values = metrics.geometry(image, text) | scores.values
     measures = {shown_name: values[key] for key, shown_name in MEASURES.items()}
-    shares = findings.score_shares(image, text)
-    return Space(name, captions, findings.projection(image, text), measures, shares)
+    own, other = (shares.tolist() for shares in scores.shares)
+    return Space(name, captions, findings.projection(image, text), measures, (own, other))
 
 
 def _sheets(
@@ -258,9 +259,11 @@ def _sheets(
     # A caption seeks its one image; an image any of its captions.
     image_ranks, text_ranks = metrics.retrieval_ranks(image, text, owner)
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
-    by_text = findings.queries(text, image, right, text_ranks, QUERIES)
-    by_image = findings.queries(image, text, right.T, image_ranks, QUERIES)
-    asked = findings.asked(text, image, right, text_ranks, ASKED)
+    of_texts = findings.Ranking(text, image, right, text_ranks)
+    of_images = findings.Ranking(image, text, right.T, image_ranks)
+    by_text = findings.queries(of_texts, QUERIES)
+    by_image = findings.queries(of_images, QUERIES)
+    asked = findings.asked(of_texts, ASKED)
 
     # Only pictures that the page shows become thumbnails.
     shown = {query.place for query in by_image}

@@ -51,20 +51,6 @@ def test_trails_and_distributions_draw_what_is_finite():
     assert "no scores" in planes.distributions("d", [("own", [0.0] * 4)], (0.0, 1.0))
 
 
-@pytest.mark.parametrize("n", [2, 7, 40])
-def test_score_shares_equal_the_loop(n, monkeypatch):
-    monkeypatch.setattr(findings, "TILE", 3)
-    generator = torch.Generator().manual_seed(n)
-    image, text = torch.nn.functional.normalize(torch.randn(2, n, 6, generator=generator), dim=2)
-    own, other = [0.0] * 128, [0.0] * 128
-    for i in range(n):
-        for j in range(n):
-            score = float(image[i].double() @ text[j].double())
-            kind, share = (own, 1 / n) if i == j else (other, 1 / (n * n - n))
-            kind[min(127, int((score + 1) * 64))] += share
-    assert findings.score_shares(image, text) == (pytest.approx(own), pytest.approx(other))
-
-
 def test_projection_is_the_singular_value_decomposition():
     rows = torch.randn(14, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     plane = findings.projection(rows[:7], rows[7:])
@@ -85,7 +71,8 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
     # The third caption belongs to image 2 but looks like image 0.
     owner = torch.tensor([0, 1, 2, 2, 3])
     right = owner[:, None] == torch.arange(4)
-    got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
+    ranking = findings.Ranking(text, image, right, torch.tensor([1, 1, 3, 1, 1]))
+    got = findings.queries(ranking, 3)
     assert [q.place for q in got] == [2, 0, 1]
     assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
     shown, hits = findings.examples_to_show(
