@@ -55,6 +55,7 @@ class PairScores:
     values: dict[str, float]  # moments, overlap and AUC of both kinds
     auc_by_image: Tensor  # [n] of each image, whose own text competes with all others
     auc_by_text: Tensor  # [n] the same of each text
+    shares: tuple[Tensor, Tensor]  # [WIDE] each: of pairs' scores and of the others in wide bins
 
 
 def pair_scores(image: Tensor, text: Tensor) -> PairScores:
@@ -102,7 +103,7 @@ def pair_scores(image: Tensor, text: Tensor) -> PairScores:
 
     # A pair's own score ties with itself, which counted half.
     by_image, by_text = (above_others - 0.5) / (n - 1)
-    return PairScores(values, by_image, by_text)
+    return PairScores(values, by_image, by_text, shares)
 
 
 def _own_scores(image: Tensor, text: Tensor) -> Tensor:

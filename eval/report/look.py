@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlp import checkpoint, plugin
-from vlp.eval import choices, embed, metrics, models, prompts
+from vlp.eval import choices, distributions, embed, metrics, models, prompts
 from vlp.eval.pictures import Picture, thumbnail
 from vlp.eval.report import findings
 from vlp.eval.report.evidence import Confusion, Evidence, Example, ExampleSet, Sheets, Space
@@ -37,6 +37,8 @@ MEASURES = {
     "uniformity_text": "uniformity of texts",
     "effective_rank_image": "effective rank of images",
     "effective_rank_text": "effective rank of texts",
+    "auc": "pairs above others (AUC)",
+    "score_overlap": "overlap of their scores",
 }
 
 
@@ -238,9 +240,11 @@ def _sample(items: Sequence[Any], n: int) -> list:
 
 
 def _space(name: str, captions: list[str], image: Tensor, text: Tensor) -> Space:
-    values = metrics.geometry(image, text)
+    scores = distributions.pair_scores(image, text)
+    values = metrics.geometry(image, text) | scores.values
     measures = {shown_name: values[key] for key, shown_name in MEASURES.items()}
-    return Space(name, captions, findings.projection(image, text), measures)
+    own, other = (shares.tolist() for shares in scores.shares)
+    return Space(name, captions, findings.projection(image, text), measures, (own, other))
 
 
 def _sheets(

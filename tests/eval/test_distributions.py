@@ -43,6 +43,9 @@ def test_pair_scores_equal_the_loop(n):
 
     overlap = sum(map(min, shares(own), shares(others)))
     assert measured["score_overlap"] == pytest.approx(overlap)
+    drawn = distributions.pair_scores(image, text).shares
+    assert drawn[0].tolist() == pytest.approx(shares(own))
+    assert drawn[1].tolist() == pytest.approx(shares(others))
 
 
 @pytest.mark.parametrize("tile", [(1024, 2048), (3, 5)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlp.eval.report import charts, findings, settings
+from vlp.eval.report import charts, findings, planes, settings
 from vlp.eval.report.runs import Run
 from vlp.privacy import private
 
@@ -30,6 +30,25 @@ def test_ticks_are_few_round_and_inside(low, high):
 def test_curves_of_one_point_and_of_none():
     assert "<circle" in charts.curve("x", [charts.Series("a", [(1.0, 2.0)])])
     assert "no finite value" in charts.curve("x", [charts.Series("a", [(1.0, float("nan"))])])
+
+
+def test_trails_and_distributions_draw_what_is_finite():
+    ways = [
+        planes.Trail("a", [(1.0, -3.0, 0.2), (2.0, -2.0, 0.4), (3.0, float("nan"), 0.5)]),
+        planes.Trail("b", [(1.0, -1.0, 0.9)], 1),
+    ]
+    drawn = planes.trails("t", ("uniformity", "tolerance"), ways)
+    assert drawn.count("<circle") == 3 and drawn.count("<polyline") == 2
+    assert "a, step 2: uniformity -2, tolerance 0.4" in drawn and ">2</text>" in drawn
+    assert "no finite value" in planes.trails("t", ("x", "y"), [planes.Trail("a", [])])
+
+    # Bins 3 and 5 of ten are filled: what is drawn reaches from bin 2 to bin 6.
+    own, other = [0.0] * 10, [0.0] * 10
+    own[5], other[3] = 1.0, 1.0
+    drawn = planes.distributions("d", [("own", own), ("other", other)], (-1.0, 1.0))
+    outline = drawn.partition('points="')[2].partition('"')[0].split()
+    assert drawn.count("<polygon") == 2 and len(outline) == 2 + 2 * 5
+    assert "no scores" in planes.distributions("d", [("own", [0.0] * 4)], (0.0, 1.0))
 
 
 def test_projection_is_the_singular_value_decomposition():
