@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vlp.fields import EMBEDDED, FIELDS, Field
 from vlp.models import lengths
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.lengths import Cut
-from vlp.models.stages import Stages
 from vlp.types import Batch, Features
 
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
@@ -149,7 +149,7 @@ def _cut(
     """How the texts and their views are to pass the tower, as a keyword with its places on
     `device`; none: as they are.
     """
-    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Stages))
+    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Concatenated))
     encoder = next(encoders, None)
     if encoder is None or not texts:
         return {}

@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from vlp import dist, teacher
 from vlp.config import Config
 from vlp.engines import Engine
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.stages import Stages
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import Training
@@ -163,7 +163,9 @@ class Embedded:
 class Chooser:
     """`Selection.choose` of jest. `reference`: None where the batch brings its embeddings."""
 
-    def __init__(self, options: Options, reference: DualEncoder | Stages | None = None) -> None:
+    def __init__(
+        self, options: Options, reference: DualEncoder | Concatenated | None = None
+    ) -> None:
         self.options, self.reference = options, reference
         self.scale, self.bias = options.scale, options.bias
         if reference is None:
