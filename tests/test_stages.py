@@ -21,7 +21,7 @@ from vlp.config.durations import of_stages
 from vlp.engines.replicated import Replicated
 from vlp.engines.zero import ZeRO
 from vlp.eval.run import in_training
-from vlp.models.positions import resized
+from vlp.pretrained import image_size
 from vlp.train import train
 
 STAGES = (  # of 200 scenes: sizes, masks, texts, rates and batches change at steps 3 and 5
@@ -115,13 +115,36 @@ def test_positions_are_interpolated_as_the_towers_libraries_do():
     resize_pos_embed(expected, new)
     (name,) = weights
     assert weights[name].shape == (10, 64) and expected[name].shape == (17, 64)
-    assert torch.equal(resized(weights[name], 17), expected[name])
+    fitted = image_size.fitted(weights, new.visual, (24, 24))
+    assert torch.equal(fitted[name], expected[name])
 
     grid = torch.randn(1, 5 + 16, 8)  # a class token and four registers
-    theirs = resample_abs_pos_embed(grid, [7, 7], num_prefix_tokens=5)
-    torch.testing.assert_close(resized(grid, 5 + 49), theirs)
-    with pytest.raises(ValueError, match="no square grid"):
-        resized(torch.randn(12, 8), 16)
+    theirs = resample_abs_pos_embed(grid, [7, 7], old_size=[2, 8], num_prefix_tokens=5)
+    ours = image_size.interpolated(grid, (2, 8), (7, 7), n_before=5)
+    torch.testing.assert_close(ours, theirs)
+    assert image_size.interpolated(grid.bfloat16(), (4, 4), (7, 7), 5).dtype == torch.bfloat16
+
+
+def test_a_joint_between_rectangles_of_as_many_places_turns_the_grid():
+    """From 16 x 32 to 32 x 16: every tensor keeps its shape."""
+    old, new = (tiny(image_tower=VIT | {"image_size": size}) for size in ([16, 32], [32, 16]))
+    moments = {f"exp_avg.{name}": value for name, value in old.state_dict().items()}
+    saved = checkpoint.Contents(
+        model=old.state_dict(),
+        optimizer=moments,
+        teacher={f"ema_{name}": value for name, value in old.state_dict().items()},
+        description=old.description(),
+    )
+    entered = stages.in_form_of(new, saved)
+    name = "visual.positional_embedding"
+    turned = image_size.interpolated(old.state_dict()[name], (2, 4), (4, 2))
+    assert not torch.equal(turned, old.state_dict()[name])
+    for tensors, key in (
+        (entered.model, name),
+        (entered.optimizer, f"exp_avg.{name}"),
+        (entered.teacher, f"ema_{name}"),
+    ):
+        assert torch.equal(tensors[key], turned)
 
 
 # ---- runs
@@ -236,8 +259,10 @@ TOWERS = {  # the image tower, a stage's keys, what is said of it; None: it work
         None,
     ),
     "timm's vit": ({"name": "timm", "model": "test_vit"}, {"image_size": 96}, None),
-    "odd size": (VIT, {"image_size": 20}, "patch_size 8 does not divide"),
-    "short texts": (VIT, {"context_length": 8}, None),
+    "a rectangle": (VIT, {"image_size": [16, 48]}, None),
+    "timm's, a rectangle": ({"name": "timm", "model": "test_vit"}, {"image_size": [96, 128]}, None),
+    "a vit with adapters": (VIT | {"lora": {"r": 2}}, {"image_size": 24}, None),
+    "odd rectangle": (VIT, {"image_size": [16, 20]}, "patch_size 8 does not divide"),
 }
 
 

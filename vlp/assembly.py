@@ -56,7 +56,8 @@ class Run:
     config: Config
     engine: Engine
     source: Path | None  # the checkpoint it goes on from
-    model: DualEncoder  # as it is at the end; a stage makes one of its own
+    model: DualEncoder  # as configured; a stage makes one of its own
+    final: dict[str, Any]  # the description of the model in which the run ends
     selector: Selection
     loader: Loader
     segments: list[Segment]
@@ -92,9 +93,10 @@ def set_up(config: Config, engine: Engine) -> Run:
 
     # How many steps the run has depends on how many samples, and what a stage may be on the model.
     segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
-    stages.check(segments, engine, model)
+    final = stages.final_form(segments, model)
+    stages.check(segments, engine, final)
     rate = optim.Schedule(config.train.optimizer, segments[0].plan)
-    return Run(config, engine, source, model, selector, loader, segments, rate)
+    return Run(config, engine, source, model, final.description(), selector, loader, segments, rate)
 
 
 def begin(run: Run, segment: Segment, source: Path | None) -> Part:

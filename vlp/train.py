@@ -54,7 +54,7 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
     """`train`, in a folder that is held."""
     config, source = run.config, run.source
     if config.stages and evaluate is not None:
-        evaluate = in_final_form(evaluate, run.model.description())
+        evaluate = in_final_form(evaluate, run.final)
     report: Reporter | None = None
     watch: Watch | None = None
 
