@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from vlp import (
     teacher,
 )
 from vlp.checks import check_extent, check_objective
-from vlp.config import Config, Data, Plan
+from vlp.config import Config, Data, Plan, WholePlan
 from vlp.data import labels
 from vlp.data.loader import Loader
 from vlp.engines import Engine
@@ -94,9 +94,35 @@ def set_up(config: Config, engine: Engine) -> Run:
     # How many steps the run has depends on how many samples, and what a stage may be on the model.
     segments = stages.of_run(config, loader, selector.loaded // config.train.batch)
     final = stages.final_form(segments, model)
-    stages.check(segments, engine, final)
-    rate = optim.Schedule(config.train.optimizer, segments[0].plan)
+    stages.check(config, segments, engine, final)
+    check_selections(segments, model)
+    warn_of_other_batches(config, segments)
+    whole = WholePlan([segment.plan for segment in segments])
+    rate = optim.Schedule(config.train.optimizer, whole)
     return Run(config, engine, source, model, final.description(), selector, loader, segments, rate)
+
+
+def check_selections(segments: Sequence[Segment], model: DualEncoder) -> None:
+    """Refuse a stage whose batches the selection cannot be made of. ValueError."""
+    for segment in segments:
+        try:
+            selection.check(segment.config, model)
+        except ValueError as error:
+            place = "" if segment.stage is None else f"stages.{segment.number - 1}: "
+            raise ValueError(f"{place}{error}") from error
+
+
+def warn_of_other_batches(config: Config, segments: Sequence[Segment]) -> None:
+    """Say where the losses over held-out samples are of several numbers of candidates."""
+    batches = [segment.plan.batch for segment in segments]
+    if config.validation is None or config.validation.batch or len(set(batches)) == 1:
+        return
+    if dist.is_main():
+        listed = ", ".join(map(str, batches))
+        log.warn(
+            f"validation: its batch is that of each stage ({listed}), and val.loss over more "
+            "candidates is higher by itself; set validation.batch to one size to compare stages"
+        )
 
 
 def begin(run: Run, segment: Segment, source: Path | None) -> Part:
@@ -114,7 +140,8 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
 
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
-    validator = open_validation(config, model, loader, plan)
+    later = run.segments[segment.number :]
+    validator = open_validation(segment, later, model, loader)
     held_out = [] if validator is None else validator.loader.sources
 
     # The weights of the checkpoint before the engine divides them over ranks; whatever else it
@@ -193,13 +220,20 @@ def labelled(config: Config) -> Data:
 
 
 def open_validation(
-    config: Config, model: DualEncoder, loader: Loader, plan: Plan
+    segment: Segment, later: Sequence[Segment], model: DualEncoder, loader: Loader
 ) -> Validator | None:
-    """What measures the loss over held-out samples, if the configuration names some."""
+    """What measures the loss over held-out samples in a segment, if the configuration names some.
+    ValueError also where it could not in a later one.
+    """
+    config = segment.config
     if config.validation is None:
         return None
-    validator = Validator(config.validation, config, labelled(config), model, loader)
-    validator.prepare(config, plan, model, teacher.supplies(config.teacher))
+    validator = Validator(
+        config.validation, config, labelled(config), model, segment.text_spec(model), loader
+    )
+    validator.prepare(config, segment.plan, model, teacher.supplies(config.teacher))
+    for other in later:
+        validator.batches_of(config.validation.batch or other.plan.batch)
     return validator
 
 

@@ -138,14 +138,14 @@ def _model(model: Model, stage: Stage) -> Model:
 # --- before the first step ------------------------------------------------------------------------
 
 
-def check(segments: list[Segment], engine: Engine, final: DualEncoder) -> None:
-    """Refuse what a later stage would fail by; `final`: the model in which the run ends.
-    ValueError.
+def check(config: Config, segments: list[Segment], engine: Engine, final: DualEncoder) -> None:
+    """Refuse what a later stage would fail by. ValueError.
+
+    config: the run's; final: the model in which it ends.
     """
     stages = [segment.stage for segment in segments if segment.stage is not None]
     if not stages:
         return
-    config = segments[-1].config
     if isinstance(engine, ZeRO):
         raise ValueError(
             "DeepSpeed holds one model and optimiser for a whole process, and stages make new "
@@ -162,14 +162,14 @@ def check(segments: list[Segment], engine: Engine, final: DualEncoder) -> None:
 
 
 def _check_batches(config: Config, batches: list[int]) -> None:
-    if len(set(batches)) == 1:
-        return
-    if config.teacher.queue:
+    if config.teacher.queue and len(set(batches)) > 1:
         raise ValueError(
             "teacher.queue counts on one batch, by which its oldest keys are known; leave batch "
             "out of stages, or the queue"
         )
-    if config.selection and config.selection[0].name == "mcl":
+    # Its order of samples is made once, before the first stage.
+    is_mcl = bool(config.selection) and config.selection[0].name == "mcl"
+    if is_mcl and set(batches) != {config.train.batch}:
         raise ValueError("mcl makes batches of one size; leave batch out of stages")
 
 

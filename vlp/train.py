@@ -4,18 +4,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlp import dist, engines, log, stages
-from vlp.assembly import Run, begin, set_up
+from vlp.assembly import Part, Run, begin, set_up
 from vlp.checks import check_batch, check_teacher
-from vlp.config import Config, Plan
+from vlp.config import Config
 from vlp.data import server
-from vlp.data.loader import Loader
 from vlp.leaving import explained, leave, leave_if_asked
 from vlp.lifetime import Interrupted, StopRequest
 from vlp.measurements import means_over_ranks
@@ -25,8 +24,8 @@ from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.reporter import Reporter
 from vlp.resume import alone_in, save, set_branch_aside
-from vlp.selection import Selection
-from vlp.step import Training, settle, train_step
+from vlp.stages import Segment
+from vlp.step import settle, train_step
 from vlp.types import Batch
 from vlp.watch import Watch
 
@@ -57,26 +56,31 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
         evaluate = in_final_form(evaluate, run.final)
     report: Reporter | None = None
     watch: Watch | None = None
+    stop: StopRequest | None = None
 
     try:
-        for segment in stages.left_of(run.segments, source):
-            part = begin(run, segment, source)
-            training, plan = part.training, segment.plan
-            if source is not None:
-                set_branch_aside(Path(config.out), training.step)
+        with ExitStack() as signals:
+            for segment in stages.left_of(run.segments, source):
+                part = begin(run, segment, source)
+                training, plan = part.training, segment.plan
+                if source is not None:
+                    set_branch_aside(Path(config.out), training.step)
 
-            # It writes config.yaml, which makes the folder a run: not before all was checked.
-            report = report or Reporter(config, plan, training.step)
-            report.plan, report.utilisation = plan, part.utilisation
-            watch = watch or Watch(config, training.step)
-            midway = Midway(config, plan, training, report, evaluate, part.validator)
-            loop(config, training, run.loader, part.selector, plan, midway, watch, report)
-            if watch.reason() is not None:
-                break
+                # It writes config.yaml, which makes the folder a run: not before all was checked.
+                report = report or Reporter(config, plan, training.step)
+                report.plan, report.utilisation = plan, part.utilisation
+                watch = watch or Watch(config, training.step)
+                midway = Midway(config, plan, training, report, evaluate, part.validator)
 
-            # The next one starts from what this one saved, as if the run had been stopped.
-            source = stages.joint(config, plan.end)
-            del part, training, midway  # their memory is the next one's
+                # From the first step to the last, so that none is lost between two stages.
+                stop = stop or signals.enter_context(StopRequest())
+                loop(run, segment, part, midway, watch, report, stop)
+                if watch.reason() is not None:
+                    break
+
+                # The next one starts from what this one saved, as if the run had been stopped.
+                source = stages.joint(config, plan.end)
+                del part, training, midway  # their memory is the next one's
     finally:
         run.loader.close()
         if report is not None:
@@ -85,18 +89,19 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
 
 
 def loop(
-    config: Config,
-    training: Training,
-    loader: Loader,
-    selector: Selection,
-    plan: Plan,
+    run: Run,
+    segment: Segment,
+    part: Part,
     midway: Midway,
     watch: Watch,
     report: Reporter,
+    stop: StopRequest,
 ) -> None:
-    """Train from the current step to the plan's end, where a stage is saved and a run is evaluated,
-    or to a signal that asks to stop: then Stopped, once all is saved.
+    """Train from the current step to the segment's end, where a stage is saved and a run is
+    evaluated, or to a signal that asks to stop: then Stopped, once all is saved.
     """
+    config, loader, plan = run.config, run.loader, segment.plan
+    training, selector = part.training, part.selector
     saved_step = training.step
     loaded: Batch | None = None
 
@@ -107,7 +112,7 @@ def loop(
             save(config, training, loader)
             saved_step = training.step
 
-    with StopRequest() as stop, explained(config):
+    with explained(config):
         while training.step < plan.end and watch.reason() is None:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
@@ -161,6 +166,8 @@ def loop(
         # none to the next stage.
         loader.close()
         if plan.end < plan.total and watch.reason() is None:
+            # Before the next stage is built, which may take minutes.
+            leave_if_asked(stop, training, save_unless_saved)
             return
         try:
             with report.paused(), stop.console():

@@ -25,7 +25,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.seeds import derive
 from vlp.text_store import TextStore
 from vlp.training import Training
-from vlp.types import Batch
+from vlp.types import Batch, TextSpec
 
 # Of a square picture all, of another one its middle: what evaluation shows a model.
 _MIDDLE = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0))
@@ -36,14 +36,22 @@ class Validator:
     """Measures `config.validation`; built once, before the engine takes over the model."""
 
     def __init__(
-        self, options: Validation, config: Config, data: Data, model: DualEncoder, training: Loader
+        self,
+        options: Validation,
+        config: Config,
+        data: Data,
+        model: DualEncoder,
+        text: TextSpec,
+        training: Loader,
     ) -> None:
-        """data: the run's, as its loader reads it; training: that loader."""
-        self.scale = options.scale
+        """config, model, text: the stage's, where the run has stages; data: the run's, as its
+        loader reads it; training: that loader.
+        """
+        self.options, self.scale = options, options.scale
         self.batch = options.batch or config.train.batch
         self.rows_at_once = config.train.batch // dist.world_size() // config.train.micro_batches
         try:
-            self.loader = _loader(options, config, data, model, self.batch, training.store)
+            self.loader = _loader(options, config, data, model, text, self.batch, training.store)
         except (ValueError, OSError) as error:
             raise ValueError(f"validation: {error}") from error
 
@@ -54,16 +62,26 @@ class Validator:
                 f"{training.teacher_scale}; embed both with the same model (vlp data embed)"
             )
 
-        self.n_batches = self.loader.steps_per_epoch
-        if options.samples is not None:
-            self.n_batches = min(self.n_batches, options.samples // self.batch)
-        if not self.n_batches:
-            raise ValueError(
-                f"validation.samples is {options.samples}, less than a batch of {self.batch}; set "
-                "validation.batch lower"
-            )
+        self.n_batches = self.batches_of(self.batch)
         if dist.is_main():
             _warn_of_overlap(training, self.loader)
+
+    def batches_of(self, batch: int) -> int:
+        """How many batches of this size are measured; ValueError where the samples fill none."""
+        try:
+            n_batches = self.loader.epoch_steps(batch)
+        except ValueError as error:
+            raise ValueError(f"validation: {error}") from error
+
+        n_samples = self.options.samples
+        if n_samples is not None:
+            n_batches = min(n_batches, n_samples // batch)
+        if not n_batches:
+            raise ValueError(
+                f"validation.samples is {n_samples}, less than a batch of {batch}; set "
+                "validation.batch lower"
+            )
+        return n_batches
 
     def prepare(
         self, config: Config, plan: Plan, model: DualEncoder, supplied: frozenset[str]
@@ -135,6 +153,7 @@ def _loader(
     config: Config,
     data: Data,
     model: DualEncoder,
+    text: TextSpec,
     batch: int,
     store: TextStore | None,
 ) -> Loader:
@@ -151,7 +170,7 @@ def _loader(
     return Loader(
         held_out,
         model.image_spec,
-        model.text_spec,
+        text,
         batch=batch,
         batch_key="validation.batch",
         seed=_SEED,

@@ -93,7 +93,7 @@ def open(options: Options, config: Config, model: DualEncoder, engine: Engine) -
 
     ValueError where batch, model and reference do not fit each other.
     """
-    _check(options, config, model)
+    check(options, config, model)
     loaded = config.train.batch * options.times
     if options.reference == "precomputed":
         needs = frozenset({"teacher_image", "teacher_text"})
@@ -110,7 +110,8 @@ def open(options: Options, config: Config, model: DualEncoder, engine: Engine) -
     return Selection(loaded, choose=chooser)
 
 
-def _check(options: Options, config: Config, model: DualEncoder) -> None:
+def check(options: Options, config: Config, model: DualEncoder) -> None:
+    """Refuse a batch, data or a model that jest cannot choose for. ValueError."""
     batch = config.train.batch
     if batch % options.chunks:
         raise ValueError(
