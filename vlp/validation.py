@@ -8,6 +8,7 @@ sample are new, as at a sample's first visit, for held-out samples have none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,11 +18,13 @@ from vlp import dist, losses, passes
 from vlp.checks import check_needs
 from vlp.config import Augment, Config, Data, Plan, Validation
 from vlp.copies import copied
+from vlp.data.embedded import Teacher
 from vlp.data.loader import Loader
 from vlp.lifetime import Interrupted, give_way
 from vlp.log import warn
 from vlp.measurements import means_over_ranks
 from vlp.models.dual_encoder import DualEncoder
+from vlp.plugin import KeyedPlugins
 from vlp.seeds import derive
 from vlp.text_store import TextStore
 from vlp.training import Training
@@ -55,12 +58,7 @@ class Validator:
         except (ValueError, OSError) as error:
             raise ValueError(f"validation: {error}") from error
 
-        if self.loader.teacher_scale != training.teacher_scale:
-            raise ValueError(
-                f"validation: the teacher of the held-out samples' embeddings has the scale "
-                f"{self.loader.teacher_scale}, that of the training samples "
-                f"{training.teacher_scale}; embed both with the same model (vlp data embed)"
-            )
+        check_teachers(self.loader.teachers, training.teachers)
 
         self.n_batches = self.batches_of(self.batch)
         if dist.is_main():
@@ -89,8 +87,10 @@ class Validator:
         """Build the objective; ValueError where the samples lack what a term needs. supplied: what
         a teacher gives.
         """
+        # Weights that move would move the loss, whatever becomes of the model.
+        final = [replace(term, common=term.common.final()) for term in config.objective]
         self.objective = losses.build(
-            config.objective,
+            KeyedPlugins(final),
             **vars(config.pairwise),
             seed=config.seed,
             samples=self.loader.n_samples,
@@ -146,6 +146,35 @@ class Validator:
             **passes.views_first(leaves), **constant, **training.constants
         )
         return {"loss": total, **terms}
+
+
+def check_teachers(held_out: Sequence[Teacher], trained: Sequence[Teacher]) -> None:
+    """Refuse held-out embeddings of other teachers than those of the training samples. ValueError.
+
+    A teacher's name is no sign: the same model may lie in another folder.
+    """
+    for name, of_held_out, of_trained in (
+        ("number of teachers", [len(held_out)], [len(trained)]),
+        ("scale", [one.scale for one in held_out], [one.scale for one in trained]),
+        ("width", [one.width for one in held_out], [one.width for one in trained]),
+        ("hash of weights", *_known_weights(held_out, trained)),
+    ):
+        if of_held_out != of_trained:
+            raise ValueError(
+                f"validation: the embeddings of the held-out samples have the {name} "
+                f"{', '.join(map(str, of_held_out))}, those of the training samples "
+                f"{', '.join(map(str, of_trained))}; embed both with the same model (vlp data "
+                "embed)"
+            )
+
+
+def _known_weights(
+    held_out: Sequence[Teacher], trained: Sequence[Teacher]
+) -> tuple[list[str], list[str]]:
+    """The hashes of weights, teacher by teacher, where both files say them."""
+    pairs = [(one.weights, other.weights) for one, other in zip(held_out, trained)]
+    known = [pair for pair in pairs if all(pair)]
+    return [one for one, _ in known], [other for _, other in known]
 
 
 def _loader(

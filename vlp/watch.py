@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vlp import checkpoint, dist, log
@@ -159,11 +160,18 @@ def mode_of(watched: Best | Stop) -> str | None:
     if watched.mode is not None:
         return watched.mode
     label, _, name = watched.metric.removeprefix(AVERAGED).partition(".")
-    if any(part in name for part in _UNKNOWN):
+    return "min" if label == VALIDATION else better(name)
+
+
+def better(score: str) -> str | None:
+    """Whether the largest or the smallest value of a task's score is the best, "max" or "min"; None
+    where its name does not tell.
+    """
+    if any(part in score for part in _UNKNOWN):
         return None
-    if label == VALIDATION or any(part in name for part in _LOWER_IS_BETTER):
+    if any(part in score for part in _LOWER_IS_BETTER):
         return "min"
-    return "max" if any(part in name for part in _HIGHER_IS_BETTER) else None
+    return "max" if any(part in score for part in _HIGHER_IS_BETTER) else None
 
 
 def check(config: Config) -> None:
@@ -185,36 +193,32 @@ def _check_name(key: str, metric: str, config: Config) -> None:
     # The moving average has the scores of every task, too.
     plain = metric.removeprefix(AVERAGED) if config.teacher.eval_ema else metric
     label, _, name = plain.partition(".")
-    known = {task.label: _scores(task) for task in config.eval}
+    tasks = {task.label: task for task in config.eval}
+    known: list[str] = []
+    if label in tasks:
+        known = scores(tasks[label])
     # The loss over held-out samples is of the plain weights.
-    if config.validation is not None and not metric.startswith(AVERAGED):
-        terms = [term.label for term in config.objective]
-        known[VALIDATION] = ["loss", *terms]
+    elif label == VALIDATION and config.validation is not None and metric == plain:
+        known = ["loss", *(term.label for term in config.objective)]
+    if name and any(fnmatchcase(name, score) for score in known):
+        return
 
-    # Nobody knows before which scores a task without a list gives.
-    if name and label in known:
-        scores = known[label]
-        if scores is None or name in scores:
-            return
-    offered = _names(known)
+    labels = [*tasks, *([VALIDATION] if config.validation is not None else [])]
+    offered = [f"{label}.{score}" for score in known] or [f"{name}.…" for name in labels]
     raise ValueError(
         f"{key}: nothing of this run measures {metric!r}{did_you_mean(metric, offered)}\n"
         "Tasks stand under eval, and val.loss comes with validation"
     )
 
 
-def _names(known: dict[str, list[str] | None]) -> list[str]:
-    """LABEL.METRIC of all that can be measured, as far as it is known."""
-    names = []
-    for label, scores in known.items():
-        names += [f"{label}.{score}" for score in scores or ["…"]]
-    return names
-
-
-def _scores(task: Plugin) -> list[str] | None:
-    """The scores that a task can give; None where its file does not list them."""
-    scores = getattr(task.module, "SCORES", None)
-    return None if scores is None else list(scores)
+def scores(task: Plugin) -> list[str]:
+    """The scores that a task can give, `*` standing for what only an evaluation tells; of a file
+    that does not list them the main one.
+    """
+    module = task.module
+    if hasattr(module, "scores"):
+        return list(module.scores(task.options))
+    return list(module.SCORES if hasattr(module, "SCORES") else [module.MAIN])
 
 
 def _check_frequency(stop: Stop, config: Config) -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vlp import watch
 from vlp.eval import confidence
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
@@ -31,8 +32,6 @@ from vlp.schema import plain
 PACKAGES = ("vlp", "torch", "torchvision", "open_clip_torch", "transformers", "pillow")
 # the fields of its result files
 CLIP_BENCHMARK = ("dataset", "model", "pretrained", "task", "metrics", "language")
-# of the scores that have outcomes by unit
-LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -316,7 +315,7 @@ def _difference(
         return f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}", "no interval: no outcomes by unit"
 
     difference, low, high = confidence.paired_difference(*pair)
-    lower_is_better = any(part in name for part in LOWER_IS_BETTER)
+    lower_is_better = watch.better(name) == "min"
     better = "B better" if (difference > 0) == lower_is_better else "A better"
 
     # The interval of the difference decides, not whether the two intervals overlap.

@@ -82,6 +82,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def scores(options: Options) -> list[str]:
+    """The accuracy of each file, and their mean."""
+    return [*sorted(set(read(options).groups)), "mean"]
+
+
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
     """The share of regions that choose their caption, by file, and their mean."""
     return choices.run_grouped("crepe", encoder, data, context)

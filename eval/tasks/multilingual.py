@@ -27,6 +27,8 @@ from vlp.eval.tasks import TaskResult, retrieval
 VERSION = 1
 KNOWN_AS = "zeroshot_retrieval"
 MAIN = "mean_image_retrieval_recall@1"
+# of every language, and their mean
+SCORES = tuple(f"*_{name}" for name in retrieval.SCORES if "recall" in name)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,22 @@ from vlp.eval.tasks import TaskResult, retrieval, shared
 VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "representation"
 MAIN = "modality_gap"
+SCORES = (
+    "linear_separability",
+    "modality_gap",
+    "uniformity_image",
+    "uniformity_text",
+    "alignment",
+    "effective_rank_image",
+    "effective_rank_text",
+    "score_mean",
+    "score_sd",
+    "other_score_mean",
+    "other_score_sd",
+    "score_overlap",
+    "auc",
+    "temperature",
+)
 
 
 @dataclass(frozen=True)

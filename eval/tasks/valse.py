@@ -60,6 +60,11 @@ def read(options: Options) -> ChoiceSet:
     )
 
 
+def scores(options: Options) -> list[str]:
+    """The accuracy of each piece, and their mean."""
+    return [*sorted(set(read(options).groups)), "mean"]
+
+
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
     """The accuracy of every piece, and their mean."""
     return choices.run_grouped("valse", encoder, data, context)

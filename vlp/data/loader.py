@@ -112,7 +112,8 @@ class Loader:
         stored = stored_teachers(self.sources)
         self.teacher_scale = None if stored is None else stored.scale
         self.teacher_shape = () if stored is None else stored.shape
-        self.teacher_widths = [] if stored is None else [t.width for t in stored.teachers]
+        self.teachers = () if stored is None else stored.teachers
+        self.teacher_widths = [teacher.width for teacher in self.teachers]
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         self._made_fields = self.widths if reads is None else read_fields(self.widths, reads)
