@@ -12,12 +12,12 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from vlp import __version__, faults, log
+from vlp import __version__, faults, lifetime, log
 from vlp.files import check_writable
 from vlp.lifetime import Stopped, silence_console
 from vlp.privacy import scrubbed
@@ -406,6 +406,20 @@ def _data(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _fill(command, tool)
+        command.set_defaults(run=_ended_by_signals(tool.run))
+
+
+def _ended_by_signals(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+    """A command that a signal ends at once, with a line on what it had finished: raises Stopped."""
+
+    def until_ended(options: argparse.Namespace) -> int:
+        try:
+            with lifetime.ending():
+                return run(options)
+        except lifetime.Ended as ended:
+            raise Stopped(ended.signum, f"{ended}; {ended.outcome}") from None
+
+    return until_ended
 
 
 def _cache(parser: argparse.ArgumentParser) -> None:
