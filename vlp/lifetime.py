@@ -139,9 +139,9 @@ def ending() -> Iterator[None]:
 
     # Python sets no handlers in other threads.
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                before[signum] = signal.signal(signum, end)
+        for asking in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(asking) is not signal.SIG_IGN:
+                before[asking] = signal.signal(asking, end)
     try:
         yield
     finally:
