@@ -129,9 +129,7 @@ def _choice(choices: tuple, value: Any, path: Path, problems: list[Problem]) -> 
 
 
 def _same(choice: Any, value: Any) -> bool:
-    """Whether a value of another kind is likely to mean the choice: 1 or "1" for true, "2" for
-    2.
-    """
+    """Whether a value of another kind is likely to mean the choice: 1 for true, "2" for 2."""
     return choice == value or str(value).lower() in (str(choice).lower(), _written(choice))
 
 

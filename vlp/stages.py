@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from open_clip import CLIPVisionCfg
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor
 
@@ -267,7 +268,9 @@ def joint(config: Config, step: int) -> Path:
 
 def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.Contents:
     """What a checkpoint holds, with the positions of `model`, and moments to them."""
-    trained_on = image_size.pair(contents.description["model_cfg"]["vision_cfg"]["image_size"])
+    # An architecture may leave its size to open_clip.
+    vision_cfg = contents.description["model_cfg"]["vision_cfg"]
+    trained_on = image_size.pair(vision_cfg.get("image_size", CLIPVisionCfg.image_size))
 
     def fit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return image_size.fitted(tensors, model.visual, trained_on)

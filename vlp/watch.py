@@ -200,11 +200,14 @@ def _check_name(key: str, metric: str, config: Config) -> None:
     # The loss over held-out samples is of the plain weights.
     elif label == VALIDATION and config.validation is not None and metric == plain:
         known = ["loss", *(term.label for term in config.objective)]
-    if name and any(fnmatchcase(name, score) for score in known):
+    # A group of the data may have any name, also one that reads as a pattern.
+    if name in known or (name and any(fnmatchcase(name, score) for score in known)):
         return
 
-    labels = [*tasks, *([VALIDATION] if config.validation is not None else [])]
-    offered = [f"{label}.{score}" for score in known] or [f"{name}.…" for name in labels]
+    labels = list(tasks)
+    if config.validation is not None:
+        labels.append(VALIDATION)
+    offered = [f"{label}.{score}" for score in known] or [f"{one}.…" for one in labels]
     raise ValueError(
         f"{key}: nothing of this run measures {metric!r}{did_you_mean(metric, offered)}\n"
         "Tasks stand under eval, and val.loss comes with validation"
