@@ -218,9 +218,12 @@ def test_sigterm_to_the_group_saves_and_the_rest_follows_bit_for_bit(settings, t
         metrics.exists() and metrics.read_text().count("\n") >= 6
     ):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)  # as launchers do
-    (tmp_path / "go on").touch()
-    output, _ = process.communicate(timeout=90)
+    try:
+        os.killpg(process.pid, signal.SIGTERM)  # as launchers do
+        (tmp_path / "go on").touch()
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in output and "resume=auto" in output
     assert max(losses(tmp_path / "killed")) in (6, 7)
