@@ -222,6 +222,11 @@ def group_score(group: str) -> str:
     return group if is_free else f"{_MARK}{group}"
 
 
+def score_names(groups: Iterable[str]) -> list[str]:
+    """The names of the scores that `score_groups` gives for these groups."""
+    return [*map(group_score, sorted(set(groups))), MEAN]
+
+
 def score_groups(
     result: TaskResult,
     hits: Tensor,  # [n]

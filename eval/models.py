@@ -32,8 +32,8 @@ from vlp.towers.huggingface import language_config, reason
 from vlp.types import ON_WHITE, Decoding
 
 if TYPE_CHECKING:
+    from vlp.models.concatenated import Concatenated
     from vlp.models.dual_encoder import DualEncoder
-    from vlp.models.stages import Stages
 
 
 class ModelError(ValueError):
@@ -140,7 +140,7 @@ def _load(ref: str, device: torch.device, autocast: torch.dtype | None) -> Encod
 
 
 def from_model(
-    model: DualEncoder | Stages,
+    model: DualEncoder | Concatenated,
     name: str = "vlp",
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,

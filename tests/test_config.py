@@ -2,9 +2,13 @@
 back the same.
 """
 
+import re
+from dataclasses import dataclass
+from typing import Literal
+
 import pytest
 
-from vlp import config
+from vlp import config, schema
 from vlp.config import Duration, Plan
 from vlp.schema import ConfigError, plain
 
@@ -194,3 +198,34 @@ def test_multiples_of_a_fraction_of_a_step_do_not_drift():
     plan = Plan(batch=48, steps_per_epoch=10, total=500)
     assert plan.due_steps(Duration(1e4, "samples")) == [208, 417, 500]  # 208.3, 416.7
     assert plan.due_steps(Duration(0.001, "%")) == list(range(1, 501))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Flags, numbers and words to choose among."""
+
+    flag: Literal["auto", True, False] = "auto"
+    count: Literal[1, 2] = 1
+    word: Literal["error", "drop"] = "error"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("flag", 1, "1 is not a choice, did you mean true?"),
+        ("flag", 0, "0 is not a choice, did you mean false?"),
+        ("flag", 1.0, "1.0 is not a choice, did you mean true?"),
+        ("flag", "True", "'True' is not a choice, did you mean true?"),
+        ("flag", "1", "'1' is not a choice; known: auto, false, true"),
+        ("count", 1.0, "1.0 is not a choice, did you mean 1?"),
+        ("count", True, "True is not a choice, did you mean 1?"),
+        ("count", "2", "'2' is not a choice, did you mean 2?"),
+        ("count", 3, "3 is not a choice; known: 1, 2"),
+        ("word", "eror", "'eror' is not a choice, did you mean 'error'?"),
+        ("word", None, "None is not a choice; known: error, drop"),
+    ],
+)
+def test_a_choice_is_told_by_its_kind_too(key, value, hint):
+    with pytest.raises(config.ConfigError, match=f"^{key}: {re.escape(hint)}$"):
+        schema.parse(Choices, {key: value})
+    assert schema.parse(Choices, {"flag": False, "count": 2}) == Choices(False, 2)

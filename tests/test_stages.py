@@ -1,11 +1,14 @@
 """Stages of a run: their extent, their joints, and runs stopped before, at and after these."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -16,13 +19,17 @@ from tests import ranks
 from tests.models.tiny import TEXT, VIT, tiny
 from tests.test_train import losses
 from vlp import checkpoint, config, stages
-from vlp.config import Duration, Plan, Stage
+from vlp.config import Duration, Plan, Stage, WholePlan
 from vlp.config.durations import of_stages
 from vlp.engines.replicated import Replicated
 from vlp.engines.zero import ZeRO
 from vlp.eval.run import in_training
-from vlp.models.positions import resized
+from vlp.export.folder import export_run
+from vlp.lifetime import Stopped
+from vlp.models.load import load
+from vlp.pretrained import image_size
 from vlp.train import train
+from vlp.validation import Validator
 
 STAGES = (  # of 200 scenes: sizes, masks, texts, rates and batches change at steps 3 and 5
     "stages=[{duration: 3, image_size: 24, batch: 24, context_length: 12, patch_dropout: 0.5},"
@@ -104,6 +111,36 @@ def plan_due(plan, every, step):
     return plan.due(every, step)
 
 
+@pytest.mark.parametrize(
+    ("duration", "first", "last"),
+    [
+        # 20 steps of 100 are 2 epochs of the 4; 20 of 50 are one, 50 of 20 the last.
+        ("1ep", 10, 50),
+        ("2.5ep", 30, 75),
+        ("500samples", 5, 25),
+        ("4ep", 90, 90),
+        ("10%", 9, 9),
+        (7, 7, 7),
+        (0, 0, 0),
+        # Beyond the run, as its last stage goes on: what is refused is told in its steps.
+        ("5ep", 140, 100),
+    ],
+)
+def test_warm_up_and_cooldown_count_the_samples_of_all_stages(duration, first, last):
+    train = config.Train(Duration.from_config("4ep"), 20)
+    lengths = [("2ep", 100), ("1ep", 50)]
+    listed = [Stage(Duration.from_config(length), batch=size) for length, size in lengths]
+    plans = of_stages(train, listed, lambda size: 1000 // size)
+    assert [(plan.first, plan.end) for plan in plans] == [(0, 20), (20, 40), (40, 90)]
+    whole, span = WholePlan(plans), Duration.from_config(duration)
+    assert (whole.steps(span), whole.last_steps(span)) == (first, last)
+
+    # Of one stage it is that stage's plan.
+    (alone,) = of_stages(train, [], lambda size: 1000 // size)
+    assert WholePlan([alone]).steps(span) == WholePlan([alone]).last_steps(span)
+    assert WholePlan([alone]).steps(span) == alone.steps(span)
+
+
 # ---- positions
 
 
@@ -115,13 +152,36 @@ def test_positions_are_interpolated_as_the_towers_libraries_do():
     resize_pos_embed(expected, new)
     (name,) = weights
     assert weights[name].shape == (10, 64) and expected[name].shape == (17, 64)
-    assert torch.equal(resized(weights[name], 17), expected[name])
+    fitted = image_size.fitted(weights, new.visual, (24, 24))
+    assert torch.equal(fitted[name], expected[name])
 
     grid = torch.randn(1, 5 + 16, 8)  # a class token and four registers
-    theirs = resample_abs_pos_embed(grid, [7, 7], num_prefix_tokens=5)
-    torch.testing.assert_close(resized(grid, 5 + 49), theirs)
-    with pytest.raises(ValueError, match="no square grid"):
-        resized(torch.randn(12, 8), 16)
+    theirs = resample_abs_pos_embed(grid, [7, 7], old_size=[2, 8], num_prefix_tokens=5)
+    ours = image_size.interpolated(grid, (2, 8), (7, 7), n_before=5)
+    torch.testing.assert_close(ours, theirs)
+    assert image_size.interpolated(grid.bfloat16(), (4, 4), (7, 7), 5).dtype == torch.bfloat16
+
+
+def test_a_joint_between_rectangles_of_as_many_places_turns_the_grid():
+    """From 16 x 32 to 32 x 16: every tensor keeps its shape."""
+    old, new = (tiny(image_tower=VIT | {"image_size": size}) for size in ([16, 32], [32, 16]))
+    moments = {f"exp_avg.{name}": value for name, value in old.state_dict().items()}
+    saved = checkpoint.Contents(
+        model=old.state_dict(),
+        optimizer=moments,
+        teacher={f"ema_{name}": value for name, value in old.state_dict().items()},
+        description=old.description(),
+    )
+    entered = stages.in_form_of(new, saved)
+    name = "visual.positional_embedding"
+    turned = image_size.interpolated(old.state_dict()[name], (2, 4), (4, 2))
+    assert not torch.equal(turned, old.state_dict()[name])
+    for tensors, key in (
+        (entered.model, name),
+        (entered.optimizer, f"exp_avg.{name}"),
+        (entered.teacher, f"ema_{name}"),
+    ):
+        assert torch.equal(tensors[key], turned)
 
 
 # ---- runs
@@ -186,12 +246,97 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(staged, step):
 def test_a_joint_that_changes_nothing_changes_no_bit(settings):
     options = ("train.duration=5", "data.workers=0", "teacher={ema: 0.9, eval_ema: true}")
     plain = train(settings(*options, out="plain"))
-    parts = train(settings(*options, "stages=[{duration: 2}, {duration: 20%}]", out="parts"))
-    assert losses(parts) == losses(plain)
-    one, other = (checkpoint.load(checkpoint.newest(r)) for r in (plain, parts))
-    for tensors in ("model", "optimizer", "teacher"):
-        kept, again = getattr(one, tensors), getattr(other, tensors)
-        assert kept.keys() == again.keys() and all(kept[k].equal(again[k]) for k in kept)
+    one = checkpoint.load(checkpoint.newest(plain))
+
+    # The last of them takes the whole run for one stage.
+    for name, listed in (("parts", "{duration: 2}, {duration: 20%}"), ("one", "{duration: 100%}")):
+        parts = train(settings(*options, f"stages=[{listed}]", out=name))
+        assert losses(parts) == losses(plain)
+        other = checkpoint.load(checkpoint.newest(parts))
+        for tensors in ("model", "optimizer", "objective", "teacher"):
+            kept, again = getattr(one, tensors), getattr(other, tensors)
+            assert kept.keys() == again.keys() and all(kept[k].equal(again[k]) for k in kept)
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_cooldown_in_samples_is_of_the_samples_of_the_last_steps(settings):
+    wsd = "train.optimizer={lr: 1e-3, schedule: wsd, warmup: 0, cooldown: 96samples}"
+    stage = "stages=[{duration: 4, batch: 8}]"
+    run = train(settings("train.duration=6", "data.workers=0", wsd, stage))
+    rates = [line["lr"] for line in records(run) if line["kind"] == "train"]
+    # Two steps of 48 at the end, and not twelve of 8.
+    assert rates[:5] == pytest.approx([1e-3] * 5) and rates[5] < 0.5e-3
+
+
+def held_out(scenes, more=""):
+    source = f"{{name: shards, path: {scenes / 'val'}}}"
+    return f"validation={{data: {{sources: [{source}]}}, every: 1{more}}}"
+
+
+def test_validation_sees_batches_pictures_and_texts_of_its_stage(settings, scenes, capsys):
+    parts = "stages=[{duration: 1, batch: 4, image_size: 24, context_length: 12}, {duration: 1}]"
+    seen = []
+
+    def noted(self, training, model, batch, number):
+        seen.append((self.batch, tuple(batch.image.shape[-2:]), batch.text.shape[1]))
+        return measured(self, training, model, batch, number)
+
+    measured = Validator._values
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validator, "_values", noted)
+        options = ("data.workers=0", "train.duration=3", "train.batch=8")
+        run = train(settings(*options, parts, held_out(scenes), "checkpoint.best=val.infonce"))
+        assert seen == [(4, (24, 24), 12)] * 2 + [(8, (16, 16), 24)] * 2
+        assert "(4, 8, 8)" in capsys.readouterr().err
+
+        seen.clear()
+        train(settings(*options, parts, held_out(scenes, ", batch: 2"), out="fixed"))
+        assert [size for size, _, _ in seen] == [2] * 12
+        assert "validation.batch" not in capsys.readouterr().err
+    values = [line["val.infonce"] for line in records(run) if line["kind"] == "eval"]
+    # Near log 4, then near log 8: of an untrained model.
+    assert values[0] < values[1] and len(values) == 3
+
+
+def test_a_last_stages_pictures_are_what_is_evaluated_and_exported(settings, scenes, tmp_path):
+    seen = []
+
+    def noted(model, tasks, dtype):
+        seen.append((model.image_spec.size, model.visual.positional_embedding.shape[0]))
+        return in_training(model, tasks, dtype)
+
+    tasks = f"eval={{zeroshot: {{data: {scenes / 'zeroshot'}, every: 1}}}}"
+    parts = "stages=[{duration: 1}, {duration: 1, image_size: [24, 32]}]"
+    run = train(settings("train.duration=2", "data.workers=0", tasks, parts), noted)
+    assert seen == [((24, 32), 13)] * 2
+    export_run(run, tmp_path / "exported")
+    assert load(tmp_path / "exported").image_spec.size == (24, 32)
+
+
+@pytest.mark.parametrize("place", ["vlp.train.save", "vlp.stages.joint"])
+def test_a_signal_between_two_stages_is_answered(settings, monkeypatch, place):
+    """While the first one is left, and while the second one is built."""
+    original, sent = resolve_name(place), []
+
+    def asked(*args):
+        if not sent:
+            sent.append(signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*args)
+
+    # What it would meet where nobody listens.
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    monkeypatch.setattr(place, asked)
+    options = ("train.duration=4", "data.workers=0", "stages=[{duration: 2}]")
+    try:
+        with pytest.raises(Stopped, match="stopped by SIGUSR1 after step 2; saved"):
+            train(settings(*options))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert sent and sorted(losses(train(settings(*options, "resume=auto")))) == [1, 2, 3, 4]
 
 
 REFUSED = {
@@ -205,22 +350,56 @@ REFUSED = {
         r"stages\.0\.warmup is 3 steps, but the stage has 2",
     ),
     "no length": ("stages=[{duration: 0}]", "duration is 0"),
+    "more held-out samples than there are": (
+        "stages=[{duration: 2, batch: 4}, {duration: 2, batch: 16}]",
+        r"validation: a batch of 16 is larger than the data \(8 samples\); set validation.batch",
+    ),
+    "fewer held-out samples than a batch": (
+        "stages=[{duration: 2, batch: 4}, {duration: 2, batch: 8}]",
+        "validation.samples is 7, less than a batch of 8",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_stage_that_would_fail_later_is_refused_at_the_start(settings, tmp_path, case):
+def test_a_stage_that_would_fail_later_is_refused_at_the_start(settings, scenes, tmp_path, case):
     override, message = REFUSED[case]
+    besides = {
+        "more held-out samples than there are": [held_out(scenes), "train.batch=4"],
+        "fewer held-out samples than a batch": [held_out(scenes, ", samples: 7"), "train.batch=4"],
+    }
     with pytest.raises(ValueError, match=message):
-        train(settings(override, "data.workers=0"))
+        train(settings(override, "data.workers=0", *besides.get(case, [])))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_selection_is_checked_with_the_batch_of_every_stage(settings, scenes, tmp_path):
+    sigmoid = ("data.workers=0", "train.batch=8", "model.bias=-10", "objective={siglip: {}}")
+    reference = train(settings(*sigmoid, "train.duration=1", out="reference"))
+    jest = f"selection={{jest: {{reference: {reference}, keep: 0.5, chunks: 4}}}}"
+    parts = "stages=[{duration: 2, batch: 4}, {duration: 2, batch: 6, micro_batches: 1}]"
+    with pytest.raises(ValueError, match=r"stages\.1: 4 chunks of jest do not divide .* 6"):
+        train(settings(*sigmoid, jest, parts))
+    assert not (tmp_path / "run").exists()
+
+    # What mcl chose from is made once, for train.batch.
+    model = {"image_tower": VIT, "text_tower": TEXT, "embed_dim": 48}
+    segments = stage_of(model, batch=4)[:1]
+    mcl = {"selection": {"mcl": {"labels": ["cells"]}}}
+    whole = config.parse(config_of(model) | mcl)
+    with pytest.raises(ValueError, match="mcl makes batches of one size"):
+        stages.check(whole, segments, Replicated(torch.device("cpu")), tiny())
+
+
+def config_of(model):
+    """A run with this model section."""
+    tree = {"out": "run", "data": {"sources": [{"name": "shards", "path": "none"}]}, "model": model}
+    return tree | {"train": {"duration": 9, "batch": 8}, "objective": {"infonce": {}}}
 
 
 def stage_of(model, **keys):
     """A one-stage run of this model section, as `stages.check` sees it."""
-    tree = {"out": "run", "data": {"sources": [{"name": "shards", "path": "none"}]}, "model": model}
-    tree |= {"train": {"duration": 9, "batch": 8}, "objective": {"infonce": {}}}
-    loaded = config.parse(tree | {"stages": [{"duration": 2} | keys]})
+    loaded = config.parse(config_of(model) | {"stages": [{"duration": 2} | keys]})
     plans = of_stages(loaded.train, loaded.stages, lambda size: 10)
     stage = loaded.stages[0]
     made = stages.Segment(1, 2, stage, stages.configured(loaded, stage), plans[0], [])
@@ -236,8 +415,10 @@ TOWERS = {  # the image tower, a stage's keys, what is said of it; None: it work
         None,
     ),
     "timm's vit": ({"name": "timm", "model": "test_vit"}, {"image_size": 96}, None),
-    "odd size": (VIT, {"image_size": 20}, "patch_size 8 does not divide"),
-    "short texts": (VIT, {"context_length": 8}, None),
+    "a rectangle": (VIT, {"image_size": [16, 48]}, None),
+    "timm's, a rectangle": ({"name": "timm", "model": "test_vit"}, {"image_size": [96, 128]}, None),
+    "a vit with adapters": (VIT | {"lora": {"r": 2}}, {"image_size": 24}, None),
+    "odd rectangle": (VIT, {"image_size": [16, 20]}, "patch_size 8 does not divide"),
 }
 
 
@@ -247,7 +428,8 @@ def test_which_towers_can_change_in_a_stage(case):
     model = {"image_tower": tower, "text_tower": TEXT, "embed_dim": 48}
     try:
         segments = stage_of(model, **keys)
-        stages.check(segments, Replicated(torch.device("cpu")), tiny(**model))
+        whole = segments[-1].config
+        stages.check(whole, segments, Replicated(torch.device("cpu")), tiny(**model))
     except ValueError as error:
         assert message is not None and re.search(message, str(error))
     else:
@@ -257,7 +439,8 @@ def test_which_towers_can_change_in_a_stage(case):
 def test_an_engine_of_one_optimiser_a_process_is_refused():
     model = {"image_tower": VIT, "text_tower": TEXT, "embed_dim": 48}
     with pytest.raises(ValueError, match=r"DeepSpeed holds one .* fsdp2 or ddp"):
-        stages.check(stage_of(model), ZeRO(torch.device("cpu"), 1), tiny())
+        segments = stage_of(model)
+        stages.check(segments[-1].config, segments, ZeRO(torch.device("cpu"), 1), tiny())
 
 
 def on_ranks(folder, data, engine, *overrides):

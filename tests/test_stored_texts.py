@@ -63,6 +63,9 @@ def test_stored_texts_train_as_the_model_that_runs(settings, made, tmp_path, mon
         captions = f"data.captions={{choose: {choose}}}"
         run = train(settings(*stored(folder, captions), out=f"stored {choose}"))
         assert len(set(curve(run))) == 3
+    # What passes the text tower are rows, and no tokens.
+    assert "samples_s" in (run / "metrics.jsonl").read_text()
+    assert "text_tokens" not in (run / "metrics.jsonl").read_text()
 
     # Every weight that the checkpoint holds is the run's; what ids give is what rows give.
     model = checkpoint.load_model(run)

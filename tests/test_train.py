@@ -189,13 +189,21 @@ def test_fewer_shards_than_workers(settings):
 
 
 def test_sigterm_to_the_group_saves_and_the_rest_follows_bit_for_bit(settings, tmp_path):
-    whole = train(settings("train.duration=40", "checkpoint.every=100%", out="whole"))
+    options = (
+        "train.duration=10",
+        "checkpoint.every=100%",
+        # The run waits for the signal: on a busy machine it was over before that came.
+        "train.optimizer.schedule=tests.data.stuck:halting_rate",
+    )
+    whole = train(settings(*options, out="whole"))
     settings(out="killed")
-    options = ("train.duration=40", "checkpoint.every=100%")
     command = [sys.executable, "-m", "vlp.cli", "train", str(tmp_path / "killed.yaml"), *options]
     # Sums are added up in another order by another number of threads; tests.ranks leaves
     # OMP_NUM_THREADS=1 to children.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "HALT": str(tmp_path / "go on"),
+    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -205,18 +213,21 @@ def test_sigterm_to_the_group_saves_and_the_rest_follows_bit_for_bit(settings, t
         start_new_session=True,
     )
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (
-        metrics.exists() and metrics.read_text().count("\n") >= 5
+        metrics.exists() and metrics.read_text().count("\n") >= 6
     ):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)  # as launchers do
-    output, _ = process.communicate(timeout=60)
+    try:
+        os.killpg(process.pid, signal.SIGTERM)  # as launchers do
+        (tmp_path / "go on").touch()
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in output and "resume=auto" in output
-    stopped_at = max(losses(tmp_path / "killed"))
-    assert 5 <= stopped_at < 40
-    train(settings("train.duration=40", "checkpoint.every=100%", "resume=auto", out="killed"))
+    assert max(losses(tmp_path / "killed")) in (6, 7)
+    train(settings(*options, "resume=auto", out="killed"))
     assert losses(tmp_path / "killed") == losses(whole)
 
 

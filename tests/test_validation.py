@@ -4,17 +4,26 @@ import json
 import os
 import shutil
 import signal
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from tests import ranks
-from vlp import checkpoint, config
+from tests.data.test_embedded import write_embeddings
+from vlp import checkpoint, config, watch
+from vlp.config import Best
+from vlp.data.embedded import Teacher
+from vlp.eval import tasks
 from vlp.eval.run import in_training
+from vlp.eval.tasks import few_shot
 from vlp.lifetime import Stopped
+from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve
 from vlp.schema import ConfigError
 from vlp.train import train
-from vlp.validation import Validator
+from vlp.validation import Validator, check_teachers
 
 SMALL = ("data.workers=0", "train.duration=6", "checkpoint.keep=1", "log.every=6")
 
@@ -207,6 +216,8 @@ def test_a_run_without_a_better_score_ends_in_good_order(settings, scenes, capsy
         (["stop={metric: zeroshot.acc1, patience: 2}"], "nothing of this run measures"),
         (["stop={metric: retrieval.image_retrieval_recall@1, patience: 0}"], "patience is 0"),
         (["stop={metric: representation.modality_gap, patience: 1}"], "write {metric: rep"),
+        (["checkpoint.best=representation.modality_gop"], "did you mean 'representation.modality"),
+        (["checkpoint.best=val.infonce"], "nothing of .* 'val.infonce'; known: rep.*, retrieval"),
         (
             ["stop={metric: representation.linear_separability, patience: 1}"],
             "representation.every",
@@ -243,7 +254,29 @@ def test_tasks_give_the_scores_that_they_list(settings, scenes):
     records = json.loads((train(made, in_training) / "results.json").read_text())
     assert len(records) == 2
     for task, record in zip(made.eval, records):
-        assert set(record["metrics"]) <= set(task.module.SCORES), task.label
+        assert set(record["metrics"]) <= set(watch.scores(task)), task.label
+
+
+def test_every_task_says_which_scores_can_be_watched(tmp_path, monkeypatch):
+    n_listed = 0
+    for path in sorted(Path(tasks.__file__).parent.glob("[a-z]*.py")):
+        module = import_module(f"vlp.eval.tasks.{path.stem}")
+        listed = getattr(module, "SCORES", None)
+        assert (listed is None) == hasattr(module, "scores"), path.stem
+        if listed is not None:
+            assert any(fnmatchcase(module.MAIN, one) for one in listed), path.stem
+            assert listed and len(set(listed)) == len(listed) and "*" not in listed
+        n_listed += 1
+    assert n_listed == 28
+
+    few = Plugin("vlp.eval.tasks", "few_shot", few_shot.Options(data="x", shots=[1, 16]))
+    assert watch.scores(few)[:3] == ["acc1_0_shots", "acc1_1_shots", "acc1_16_shots"]
+
+    # A file of one's own need not list any.
+    (tmp_path / "own_tasks").mkdir()
+    (tmp_path / "own_tasks" / "share.py").write_text('MAIN = "of_all"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert watch.scores(Plugin("own_tasks", "share", None)) == ["of_all"]
 
 
 @pytest.mark.parametrize(
@@ -252,13 +285,58 @@ def test_tasks_give_the_scores_that_they_list(settings, scenes):
         ("grouped.group_gap_acc1", "min"),
         ("grouped.worst_group_acc1", "max"),
         ("representation.score_overlap", "min"),
+        ("graded.image_retrieval_ndcg@10", "max"),
+        ("choices.low_rank", None),
         ("representation.effective_rank_image", None),
         ("ema.retrieval.image_retrieval_recall@1", "max"),
         ("val.loss", "min"),
     ],
 )
 def test_which_way_a_score_is_better(metric, mode):
-    from vlp.config import Best
-    from vlp.watch import mode_of
+    assert watch.mode_of(Best(metric)) == mode
 
-    assert mode_of(Best(metric)) == mode
+
+def test_weights_that_move_do_not_move_the_loss_of_held_out_samples(settings, scenes):
+    moving = "objective={infonce: {weight: {start: 0.0, end: 2.0, steps: 3}}, siglip: {weight: .5}}"
+    options = (*SMALL, "model.bias=-10", moving, held_out(scenes))
+    run = train(settings(*options))
+    total = [scores(run, f"val.{name}") for name in ("loss", "infonce", "siglip")]
+    for step in (2, 4, 6):
+        loss, infonce, siglip = (by_step[step] for by_step in total)
+        assert loss == pytest.approx(2 * infonce + 0.5 * siglip, rel=1e-5)
+
+
+A = Teacher("a", 50.0, 6, "a")
+TEACHERS = {  # of the held-out samples, beside A; None: taken
+    "another scale": ([A._replace(scale=20.0)], r"held-out samples have the scale 20\.0, .* 50\.0"),
+    "another width": ([A._replace(width=8)], "have the width 8, .* 6"),
+    "other weights": ([A._replace(weights="b")], "have the hash of weights b, .* a"),
+    "another place of it": ([A._replace(model="moved")], None),
+    "weights that nobody noted": ([A._replace(weights="")], None),
+    "none": ([], "have the number of teachers 0, .* 1"),
+    "one more": ([A, A], "have the number of teachers 2, .* 1"),
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_held_out_embeddings_are_of_the_teacher_of_the_others(case):
+    held_out, message = TEACHERS[case]
+    if message is None:
+        check_teachers(held_out, [A])
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_teachers(held_out, [A])
+
+
+def test_teachers_of_held_out_samples_are_compared_before_anything_is_written(
+    settings, scenes, tmp_path
+):
+    def source(split, **about):
+        folder = write_embeddings(tmp_path / split, scenes / split, **about)
+        return f"[{{name: shards, path: {scenes / split}, embeddings: {folder}}}]"
+
+    trained, other = source("train"), source("val", width=8)
+    validation = f"validation={{data: {{sources: {other}}}, batch: 4}}"
+    with pytest.raises(ValueError, match=r"have the width 8, .* 6"):
+        train(settings("data.workers=0", f"data.sources={trained}", validation))
+    assert not (tmp_path / "run").exists()

@@ -36,9 +36,9 @@ from vlp import log
 from vlp.data.text import same_tokens
 from vlp.files import save_tensors, sync
 from vlp.models.build import from_description
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
-from vlp.models.stages import Stages
 from vlp.pretrained import adapters
 from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.pretrained.references import Reference
@@ -261,7 +261,7 @@ def load_model(ref: str | Path, averaged: bool = False) -> DualEncoder:
 
 def load_any(
     ref: str | Path | Reference, like: DualEncoder | None = None, fit: Fit = UNCHANGED
-) -> DualEncoder | Stages:
+) -> DualEncoder | Concatenated:
     """The model behind any reference (vlp.pretrained.references), on the CPU; ValueError or
     CheckpointError says what is there.
 

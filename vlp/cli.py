@@ -12,12 +12,12 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from vlp import __version__, faults, log
+from vlp import __version__, faults, lifetime, log
 from vlp.files import check_writable
 from vlp.lifetime import Stopped, silence_console
 from vlp.privacy import scrubbed
@@ -46,7 +46,7 @@ EXPORT_EXAMPLE = """examples:
   vlp export --blend exported/published runs/tuned --alpha 0.5 --to exported/blend
   vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl
 
-Several runs are stages of one model: their embeddings stand one after another. An average is of
+Several runs become one model: their embeddings stand one after another. An average is of
 weights (vlp/averaging.py).
 """
 PUSH_EXAMPLE = """example:
@@ -335,7 +335,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
-        from vlp.export.folder import export_average, export_run, export_stages
+        from vlp.export.folder import export_average, export_concatenated, export_run
 
         members = averages.asked_for(options)
         settings = {
@@ -349,7 +349,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         if members is not None:
             written = export_average(members, options.to, **settings)
         elif len(runs) > 1:
-            written = export_stages(runs, options.to, **settings)
+            written = export_concatenated(runs, options.to, **settings)
         else:
             written = export_run(runs[0], options.to, **settings)
         print("\n".join(written))
@@ -406,6 +406,20 @@ def _data(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _fill(command, tool)
+        command.set_defaults(run=_ended_by_signals(tool.run))
+
+
+def _ended_by_signals(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+    """A command that a signal ends at once, with a line on what it had finished: raises Stopped."""
+
+    def until_ended(options: argparse.Namespace) -> int:
+        try:
+            with lifetime.ending():
+                return run(options)
+        except lifetime.Ended as ended:
+            raise Stopped(ended.signum, f"{ended}; {ended.outcome}") from None
+
+    return until_ended
 
 
 def _cache(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from vlp import dist, engines, log, stages
+from vlp.assembly import Part, Run, begin, set_up
 from vlp.checkpoint import Contents
 from vlp.checks import check_batch, check_teacher
 from vlp.config import Config, Plan
@@ -32,7 +33,6 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.resume import collect
 from vlp.step import Training, settle, train_step
-from vlp.train import Part, Run, begin, set_up
 from vlp.types import Batch
 
 STEPS = 3  # of which the first is left out of the time: it starts what later ones find ready

@@ -1,5 +1,5 @@
-"""When a process ends: signals that ask a run to stop, and children that end with their parent.
-Standard library only.
+"""When a process ends: signals that ask a run to stop or end a command, and children that end with
+their parent. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import connection, parent_process
+from multiprocessing import active_children, connection, parent_process
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -35,6 +35,17 @@ class Interrupted(Exception):
     """Work that can be done again, such as an evaluation, was given up because the process was
     asked to stop.
     """
+
+
+class Ended(BaseException):
+    """A signal ends a command that has nothing to save: what is finished is on the disk. No
+    Exception, which a bad sample is taken for. `outcome` says what is finished.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"ended by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.outcome = "the same command goes on with what is not finished"
 
 
 class _CutShort(BaseException):
@@ -108,6 +119,34 @@ def _announce(signum: int) -> None:
 
     # os.write, because a handler may come in the middle of a print.
     os.write(2, line.encode())
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around a command that a signal ends at once: in the place of Python's answer to it raises
+    Ended. The processes that multiprocessing started here are ended first; a second signal meets
+    the system's own handler.
+    """
+    before: dict[int, Any] = {}
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        for caught in before:
+            signal.signal(caught, signal.SIG_DFL)
+        # A pool would wait for what they have begun, which may take minutes.
+        for child in active_children():
+            child.terminate()
+        raise Ended(signum)
+
+    # Python sets no handlers in other threads.
+    if threading.current_thread() is threading.main_thread():
+        for asking in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(asking) is not signal.SIG_IGN:
+                before[asking] = signal.signal(asking, end)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def give_way() -> None:

@@ -90,9 +90,11 @@ class Reporter:
         steps_s = (step - self.last) / passed_s
         speed = {
             "samples_s": steps_s * self.plan.batch,
-            "text_tokens_s": steps_s * text_tokens * dist.world_size(),
             "data_wait": self.waited_s / passed_s,
         }
+        # Stored embeddings of texts have none.
+        if text_tokens:
+            speed["text_tokens_s"] = steps_s * text_tokens * dist.world_size()
         if self.utilisation is not None:
             speed["mfu"] = self.utilisation.mfu(steps_s * pictures, steps_s * text_tokens)
         return speed

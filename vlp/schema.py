@@ -113,17 +113,29 @@ def parse_into(annotation: Any, value: Any, path: Path, problems: list[Problem])
 
 
 def _choice(choices: tuple, value: Any, path: Path, problems: list[Problem]) -> Any:
-    """One of a Literal's values. 1 == True in Python, and does not mean it here."""
-    is_flag = isinstance(value, bool)
-    same_flags = [choice for choice in choices if isinstance(choice, bool) and choice is value]
-    if value in choices and is_flag == bool(same_flags):
+    """One of a Literal's values."""
+    # By kind as well: to Python 1, 1.0 and True are equal, and here they do not mean the same.
+    if any(type(choice) is type(value) and choice == value for choice in choices):
         return value
 
-    hint = f"; known: {choices}"
-    if isinstance(value, str):
-        hint = did_you_mean(value, map(str, choices))
+    hint = f"; known: {', '.join(map(_written, choices))}"
+    meant = [choice for choice in choices if _same(choice, value)]
+    if meant:
+        hint = f", did you mean {_written(meant[0])}?"
+    elif isinstance(value, str):
+        hint = did_you_mean(value, map(_written, choices))
     problems.append(Problem(path, f"{value!r} is not a choice{hint}"))
     return value
+
+
+def _same(choice: Any, value: Any) -> bool:
+    """Whether a value of another kind is likely to mean the choice: 1 for true, "2" for 2."""
+    return choice == value or str(value).lower() in (str(choice).lower(), _written(choice))
+
+
+def _written(choice: Any) -> str:
+    """A choice as it is written in YAML."""
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def _wrong(value: Any, expected: str, path: Path, problems: list[Problem]) -> Any:

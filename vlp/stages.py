@@ -6,12 +6,12 @@ from that checkpoint, with the model, loader and optimiser of its own form. So a
 before, at or after a joint goes on bit for bit, and no engine needs to know of stages. What is of
 another shape at a joint are the positions of the image tower:
 
-    weights, moving average     interpolated (vlp.models.positions)
+    weights, moving average     interpolated (vlp.pretrained.image_size)
     moments of their shape      interpolated alike; those without a negative number stay so
     state of other shapes       starts anew, and with it all of theirs
 
-What the configuration says besides is the form at the end: what follows the last stage, what
-evaluation sees at any time, and what is exported.
+The form at the end is that of the last segment: of the last stage, or as configured where something
+follows it. It is what evaluation sees at any time, and what is exported.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from open_clip import CLIPVisionCfg
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor
 
@@ -31,10 +32,10 @@ from vlp.config.durations import of_stages
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.engines.zero import ZeRO
-from vlp.models.build import build, from_description
+from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.positions import NAMES, fitted, grids
-from vlp.pretrained import adapters
+from vlp.pretrained import adapters, image_size
+from vlp.schema import plain
 from vlp.teacher import EMA
 from vlp.types import TextSpec
 
@@ -138,12 +139,14 @@ def _model(model: Model, stage: Stage) -> Model:
 # --- before the first step ------------------------------------------------------------------------
 
 
-def check(segments: list[Segment], engine: Engine, model: DualEncoder) -> None:
-    """Refuse what a later stage would fail by; `model` is the one of the end. ValueError."""
+def check(config: Config, segments: list[Segment], engine: Engine, final: DualEncoder) -> None:
+    """Refuse what a later stage would fail by. ValueError.
+
+    config: the run's; final: the model in which it ends.
+    """
     stages = [segment.stage for segment in segments if segment.stage is not None]
     if not stages:
         return
-    config = segments[-1].config
     if isinstance(engine, ZeRO):
         raise ValueError(
             "DeepSpeed holds one model and optimiser for a whole process, and stages make new "
@@ -151,24 +154,23 @@ def check(segments: list[Segment], engine: Engine, model: DualEncoder) -> None:
         )
     _check_batches(config, [segment.plan.batch for segment in segments])
 
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
     for i, segment in enumerate(segments):
         if segment.stage is not None:
             _check_warmup(f"stages.{i}.warmup", segment)
             segment.rate(lambda step: 0.0)  # a cooldown that the stage has no room for
-            _check_texts(f"stages.{i}.context_length", segment.stage.context_length, model)
-            _check_pictures(f"stages.{i}", segment, shapes, model.image_spec.size)
+            _check_texts(f"stages.{i}.context_length", segment.stage.context_length, final)
+            _check_pictures(segment, final)
 
 
 def _check_batches(config: Config, batches: list[int]) -> None:
-    if len(set(batches)) == 1:
-        return
-    if config.teacher.queue:
+    if config.teacher.queue and len(set(batches)) > 1:
         raise ValueError(
             "teacher.queue counts on one batch, by which its oldest keys are known; leave batch "
             "out of stages, or the queue"
         )
-    if config.selection and config.selection[0].name == "mcl":
+    # Its order of samples is made once, before the first stage.
+    is_mcl = bool(config.selection) and config.selection[0].name == "mcl"
+    if is_mcl and set(batches) != {config.train.batch}:
         raise ValueError("mcl makes batches of one size; leave batch out of stages")
 
 
@@ -202,46 +204,58 @@ def _check_texts(key: str, length: int | None, model: DualEncoder) -> None:
         )
 
 
-def _check_pictures(
-    place: str, segment: Segment, shapes: Mapping[str, Any], final_size: tuple[int, int]
-) -> None:
+def _check_pictures(segment: Segment, final: DualEncoder) -> None:
     stage, config = segment.stage, segment.config
     assert stage is not None
     if config.model.precomputed and (stage.image_size or stage.patch_dropout is not None):
-        raise ValueError(f"{place} changes pictures, which image_tower.precomputed does not read")
+        raise ValueError(
+            f"stages.{segment.number - 1} changes pictures, which image_tower.precomputed does not "
+            "read"
+        )
     if stage.image_size is None:
         return
     if config.teacher.model is not None or (
         config.selection and config.selection[0].name == "jest"
     ):
         raise ValueError(
-            f"{place}.image_size is {stage.image_size}, but the frozen model of teacher.model or "
-            "selection.jest reads one size; leave one of them out"
-        )
-
-    # How many rows and columns positions have is told from their number.
-    height, width = final_size
-    if height != width:
-        raise ValueError(
-            f"{place}.image_size is {stage.image_size}, and the run ends with pictures of "
-            f"{height}×{width} pixels; only square ones change their size: leave image_size out"
+            f"{_image_size(segment)}, but the frozen model of teacher.model or selection.jest "
+            "reads one size; leave one of them out"
         )
 
     # Built once, without weights: what the tower refuses it refuses now.
-    try:
-        built = build(replace(config.model, pretrained=None)).state_dict()
-    except ValueError as error:
-        raise ValueError(f"{place}.image_size is {stage.image_size}: {error}") from None
-    for name, value in built.items():
-        if value.shape == shapes.get(name):
-            continue
-        old, new = value.shape, shapes.get(name)
-        if name not in NAMES or new is None or grids(old[-2], new[-2]) is None:
+    built = _resized(final, segment)
+    weights = image_size.fitted(built.state_dict(), final.visual, built.image_spec.size)
+    shapes = {name: tuple(value.shape) for name, value in final.state_dict().items()}
+    for name, value in weights.items():
+        # Under adapters a layer has another name, and no positions.
+        if name in shapes and tuple(value.shape) != shapes[name]:
             raise ValueError(
-                f"{place}.image_size is {stage.image_size}, at which {name} of the image tower is "
-                f"{tuple(old)}, which cannot be interpolated to {new and tuple(new)}; leave "
+                f"{_image_size(segment)}, at which {name} of the image tower is "
+                f"{tuple(value.shape)}, which cannot be interpolated to {shapes[name]}; leave "
                 "image_size out, or take the tower 'vit'"
             )
+
+
+def _resized(model: DualEncoder, segment: Segment) -> DualEncoder:
+    """A model of the form of `model`, with random weights, for the pictures of a stage; what
+    refuses them names the stage.
+    """
+    assert segment.stage is not None, "called for a stage with image_size"
+    described = model.description()
+    model_cfg = described["model_cfg"]
+    vision_cfg = model_cfg["vision_cfg"] | {"image_size": plain(segment.stage.image_size)}
+    described["model_cfg"] = model_cfg | {"vision_cfg": vision_cfg}
+    try:
+        return from_description(described)
+    except ValueError as error:
+        raise ValueError(f"{_image_size(segment)}: {error}") from None
+
+
+def _image_size(segment: Segment) -> str:
+    """What a stage says of its pictures, for a message."""
+    assert segment.stage is not None, "called for a stage with image_size"
+    size = image_size.shown(image_size.pair(segment.stage.image_size))
+    return f"stages.{segment.number - 1}.image_size is {size}"
 
 
 # --- at a joint -----------------------------------------------------------------------------------
@@ -254,9 +268,15 @@ def joint(config: Config, step: int) -> Path:
 
 def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.Contents:
     """What a checkpoint holds, with the positions of `model`, and moments to them."""
-    expected = model.state_dict()
-    weights = fitted(contents.model, expected)
-    changed = {k for k, v in weights.items() if v.shape != contents.model[k].shape}
+    # An architecture may leave its size to open_clip.
+    vision_cfg = contents.description["model_cfg"]["vision_cfg"]
+    trained_on = image_size.pair(vision_cfg.get("image_size", CLIPVisionCfg.image_size))
+
+    def fit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return image_size.fitted(tensors, model.visual, trained_on)
+
+    weights = fit(contents.model)
+    changed = [name for name, value in weights.items() if value is not contents.model[name]]
     if not changed:
         return contents
 
@@ -265,32 +285,43 @@ def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.
         for name, value in contents.teacher.items()
         if name.startswith(EMA)
     }
-    average = {EMA + name: value for name, value in fitted(average, expected).items()}
+    average = {EMA + name: value for name, value in fit(average).items()}
     optimizer = dict(contents.optimizer)
     for name in changed:
-        optimizer = _moments_fitted(optimizer, name, contents.model[name], expected)
+        optimizer = _moments_fitted(optimizer, name, contents.model[name], fit)
     teacher = {**contents.teacher, **average}
     return replace(contents, model=weights, teacher=teacher, optimizer=optimizer)
 
 
 def _moments_fitted(
-    optimizer: Mapping[str, Tensor], name: str, old: Tensor, expected: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor],
+    name: str,
+    old: Tensor,
+    fit: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """The optimiser's tensors with those of parameter `name`, which was `old`, in its new shape."""
-    own = {key: value for key, value in optimizer.items() if key.endswith(f".{name}")}
-    others = {key: value for key, value in optimizer.items() if key not in own}
+    moments = {key: value for key, value in optimizer.items() if key.endswith(f".{name}")}
+    others = {key: value for key, value in optimizer.items() if key not in moments}
 
     # Factored or of matrices: nothing says what they are at another size.
-    if any(value.ndim and value.shape != old.shape for value in own.values()):
+    if any(value.ndim and value.shape != old.shape for value in moments.values()):
         return others
 
-    for key, value in own.items():
+    for key, value in moments.items():
         if not value.ndim:  # a count of steps
             continue
-        moment = fitted({name: value}, expected)[name]
+        moment = fit({name: value})[name]
         # Bicubic weights are negative in places, and a mean of squares is not.
-        own[key] = moment.clamp(min=0) if value.min() >= 0 else moment
-    return {**others, **own}
+        moments[key] = moment.clamp(min=0) if value.min() >= 0 else moment
+    return {**others, **moments}
+
+
+def final_form(segments: list[Segment], model: DualEncoder) -> DualEncoder:
+    """The model in which the run ends: `model`, which is as configured, or one of the same form,
+    with random weights, for the pictures of the last segment.
+    """
+    stage = segments[-1].stage
+    return model if stage is None or stage.image_size is None else _resized(model, segments[-1])
 
 
 def in_final_form(model: DualEncoder, description: Mapping[str, Any]) -> DualEncoder:
@@ -300,5 +331,5 @@ def in_final_form(model: DualEncoder, description: Mapping[str, Any]) -> DualEnc
         return model
     # Adapters are of training alone, and the final form is described without them.
     weights = adapters.merged(model.state_dict(), model.lora_scalings)
-    final.load_state_dict(fitted(weights, final.state_dict()))
+    final.load_state_dict(image_size.fitted(weights, final.visual, model.image_spec.size))
     return final.eval()

@@ -22,8 +22,8 @@ from vlp.data.embedded import Embeddings, Ensemble, Stored
 from vlp.data.row import Row, choose_caption
 from vlp.data.sources import Source
 from vlp.models import language
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.stages import Stages
 from vlp.text_store import TextStore
 from vlp.types import ImageSpec, Sample
 
@@ -165,7 +165,7 @@ def _caption_of(sample: Sample, captions: Captions) -> str:
 def compare(
     source: Source,
     embeddings: Embeddings,
-    judge: DualEncoder | Stages,
+    judge: DualEncoder | Concatenated,
     captions: Captions | None,
     *,
     precomputed: bool,
@@ -222,7 +222,7 @@ def _stacked(rows: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(rows)).float()
 
 
-def _teacher(name: str, folder: str) -> DualEncoder | Stages | None:
+def _teacher(name: str, folder: str) -> DualEncoder | Concatenated | None:
     """The model that made the embeddings, where it lies on this machine."""
     if not Path(name.removeprefix("local-dir:")).expanduser().exists():
         log.say(f"{folder}: not compared with {name}, which is not on this machine")

@@ -26,9 +26,9 @@ from vlp import checkpoint, config, dist
 from vlp.data.text import same_tokens
 from vlp.engines import Engine
 from vlp.fields import FIELDS
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.embedding import embed
-from vlp.models.stages import Stages
 from vlp.types import Batch
 
 EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"  # prefixes of what each gives
@@ -220,7 +220,7 @@ def _empty_queue(
 
 def frozen(
     reference: str, student: DualEncoder, key: str = "teacher.model"
-) -> DualEncoder | Stages:
+) -> DualEncoder | Concatenated:
     """The model behind `reference`, set at `key`; ValueError if it cannot read the student's pixels
     and tokens.
     """

@@ -8,6 +8,7 @@ sample are new, as at a sample's first visit, for held-out samples have none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,15 +18,17 @@ from vlp import dist, losses, passes
 from vlp.checks import check_needs
 from vlp.config import Augment, Config, Data, Plan, Validation
 from vlp.copies import copied
+from vlp.data.embedded import Teacher
 from vlp.data.loader import Loader
 from vlp.lifetime import Interrupted, give_way
 from vlp.log import warn
 from vlp.measurements import means_over_ranks
 from vlp.models.dual_encoder import DualEncoder
+from vlp.plugin import KeyedPlugins
 from vlp.seeds import derive
 from vlp.text_store import TextStore
 from vlp.training import Training
-from vlp.types import Batch
+from vlp.types import Batch, TextSpec
 
 # Of a square picture all, of another one its middle: what evaluation shows a model.
 _MIDDLE = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0))
@@ -36,34 +39,47 @@ class Validator:
     """Measures `config.validation`; built once, before the engine takes over the model."""
 
     def __init__(
-        self, options: Validation, config: Config, data: Data, model: DualEncoder, training: Loader
+        self,
+        options: Validation,
+        config: Config,
+        data: Data,
+        model: DualEncoder,
+        text: TextSpec,
+        training: Loader,
     ) -> None:
-        """data: the run's, as its loader reads it; training: that loader."""
-        self.scale = options.scale
+        """config, model, text: the stage's, where the run has stages; data: the run's, as its
+        loader reads it; training: that loader.
+        """
+        self.options, self.scale = options, options.scale
         self.batch = options.batch or config.train.batch
         self.rows_at_once = config.train.batch // dist.world_size() // config.train.micro_batches
         try:
-            self.loader = _loader(options, config, data, model, self.batch, training.store)
+            self.loader = _loader(options, config, data, model, text, self.batch, training.store)
         except (ValueError, OSError) as error:
             raise ValueError(f"validation: {error}") from error
 
-        if self.loader.teacher_scale != training.teacher_scale:
-            raise ValueError(
-                f"validation: the teacher of the held-out samples' embeddings has the scale "
-                f"{self.loader.teacher_scale}, that of the training samples "
-                f"{training.teacher_scale}; embed both with the same model (vlp data embed)"
-            )
+        check_teachers(self.loader.teachers, training.teachers)
 
-        self.n_batches = self.loader.steps_per_epoch
-        if options.samples is not None:
-            self.n_batches = min(self.n_batches, options.samples // self.batch)
-        if not self.n_batches:
-            raise ValueError(
-                f"validation.samples is {options.samples}, less than a batch of {self.batch}; set "
-                "validation.batch lower"
-            )
+        self.n_batches = self.batches_of(self.batch)
         if dist.is_main():
             _warn_of_overlap(training, self.loader)
+
+    def batches_of(self, batch: int) -> int:
+        """How many batches of this size are measured; ValueError where the samples fill none."""
+        try:
+            n_batches = self.loader.epoch_steps(batch)
+        except ValueError as error:
+            raise ValueError(f"validation: {error}") from error
+
+        n_samples = self.options.samples
+        if n_samples is not None:
+            n_batches = min(n_batches, n_samples // batch)
+        if not n_batches:
+            raise ValueError(
+                f"validation.samples is {n_samples}, less than a batch of {batch}; set "
+                "validation.batch lower"
+            )
+        return n_batches
 
     def prepare(
         self, config: Config, plan: Plan, model: DualEncoder, supplied: frozenset[str]
@@ -71,8 +87,10 @@ class Validator:
         """Build the objective; ValueError where the samples lack what a term needs. supplied: what
         a teacher gives.
         """
+        # Weights that move would move the loss, whatever becomes of the model.
+        final = [replace(term, common=term.common.final()) for term in config.objective]
         self.objective = losses.build(
-            config.objective,
+            KeyedPlugins(final),
             **vars(config.pairwise),
             seed=config.seed,
             samples=self.loader.n_samples,
@@ -130,11 +148,41 @@ class Validator:
         return {"loss": total, **terms}
 
 
+def check_teachers(held_out: Sequence[Teacher], trained: Sequence[Teacher]) -> None:
+    """Refuse held-out embeddings of other teachers than those of the training samples. ValueError.
+
+    A teacher's name is no sign: the same model may lie in another folder.
+    """
+    for name, of_held_out, of_trained in (
+        ("number of teachers", [len(held_out)], [len(trained)]),
+        ("scale", [one.scale for one in held_out], [one.scale for one in trained]),
+        ("width", [one.width for one in held_out], [one.width for one in trained]),
+        ("hash of weights", *_known_weights(held_out, trained)),
+    ):
+        if of_held_out != of_trained:
+            raise ValueError(
+                f"validation: the embeddings of the held-out samples have the {name} "
+                f"{', '.join(map(str, of_held_out))}, those of the training samples "
+                f"{', '.join(map(str, of_trained))}; embed both with the same model (vlp data "
+                "embed)"
+            )
+
+
+def _known_weights(
+    held_out: Sequence[Teacher], trained: Sequence[Teacher]
+) -> tuple[list[str], list[str]]:
+    """The hashes of weights, teacher by teacher, where both files say them."""
+    pairs = [(one.weights, other.weights) for one, other in zip(held_out, trained)]
+    known = [pair for pair in pairs if all(pair)]
+    return [one for one, _ in known], [other for _, other in known]
+
+
 def _loader(
     options: Validation,
     config: Config,
     data: Data,
     model: DualEncoder,
+    text: TextSpec,
     batch: int,
     store: TextStore | None,
 ) -> Loader:
@@ -151,7 +199,7 @@ def _loader(
     return Loader(
         held_out,
         model.image_spec,
-        model.text_spec,
+        text,
         batch=batch,
         batch_key="validation.batch",
         seed=_SEED,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vlp import checkpoint, dist, log
@@ -19,10 +20,13 @@ from vlp.pretrained.runs import AVERAGED, BEST, FOLDER, looks_complete
 from vlp.schema import did_you_mean
 
 VALIDATION = "val"  # the label of what vlp.validation measures
-# by a part of the metric's name; of others nothing is known
-_UNKNOWN = ("effective_rank", "score_mean", "_sd")
-_LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability", "group_gap", "score_overlap")
-_HIGHER_IS_BETTER = ("recall", "acc", "precision", "score")
+# Which way a score is better. Whole names and their beginnings and ends: groups of a set may be
+# called anything. Of what stands in none of the lists nothing is known.
+_LOWER_IS_BETTER = ("*mean_rank", "*median_rank", "mean_distance", "linear_separability",
+                    "group_gap_*", "score_overlap")  # fmt: skip
+_UNKNOWN = ("effective_rank_*", "*score_mean", "*_sd", "*_error")
+_HIGHER_IS_BETTER = ("*recall*", "*acc*", "*precision*", "*score*", "*ndcg@*", "*err@*", "*rbp@*",
+                     "simat*", "jaccard*", "auc*", "effective_robustness")  # fmt: skip
 
 Values = Mapping[str, float]
 
@@ -159,11 +163,22 @@ def mode_of(watched: Best | Stop) -> str | None:
     if watched.mode is not None:
         return watched.mode
     label, _, name = watched.metric.removeprefix(AVERAGED).partition(".")
-    if any(part in name for part in _UNKNOWN):
+    return "min" if label == VALIDATION else better(name)
+
+
+def better(score: str) -> str | None:
+    """Whether the largest or the smallest value of a task's score is the best, "max" or "min"; None
+    where its name does not tell.
+    """
+    if _is_one_of(score, _UNKNOWN):
         return None
-    if label == VALIDATION or any(part in name for part in _LOWER_IS_BETTER):
+    if _is_one_of(score, _LOWER_IS_BETTER):
         return "min"
-    return "max" if any(part in name for part in _HIGHER_IS_BETTER) else None
+    return "max" if _is_one_of(score, _HIGHER_IS_BETTER) else None
+
+
+def _is_one_of(score: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(score, pattern) for pattern in patterns)
 
 
 def check(config: Config) -> None:
@@ -185,36 +200,35 @@ def _check_name(key: str, metric: str, config: Config) -> None:
     # The moving average has the scores of every task, too.
     plain = metric.removeprefix(AVERAGED) if config.teacher.eval_ema else metric
     label, _, name = plain.partition(".")
-    known = {task.label: _scores(task) for task in config.eval}
+    tasks = {task.label: task for task in config.eval}
+    known: list[str] = []
+    if label in tasks:
+        known = scores(tasks[label])
     # The loss over held-out samples is of the plain weights.
-    if config.validation is not None and not metric.startswith(AVERAGED):
-        terms = [term.label for term in config.objective]
-        known[VALIDATION] = ["loss", *terms]
+    elif label == VALIDATION and config.validation is not None and metric == plain:
+        known = ["loss", *(term.label for term in config.objective)]
+    # A group of the data may have any name, also one that reads as a pattern.
+    if name in known or (name and _is_one_of(name, list(known))):
+        return
 
-    # Nobody knows before which scores a task without a list gives.
-    if name and label in known:
-        scores = known[label]
-        if scores is None or name in scores:
-            return
-    offered = _names(known)
+    labels = list(tasks)
+    if config.validation is not None:
+        labels.append(VALIDATION)
+    offered = [f"{label}.{score}" for score in known] or [f"{one}.…" for one in labels]
     raise ValueError(
         f"{key}: nothing of this run measures {metric!r}{did_you_mean(metric, offered)}\n"
         "Tasks stand under eval, and val.loss comes with validation"
     )
 
 
-def _names(known: dict[str, list[str] | None]) -> list[str]:
-    """LABEL.METRIC of all that can be measured, as far as it is known."""
-    names = []
-    for label, scores in known.items():
-        names += [f"{label}.{score}" for score in scores or ["…"]]
-    return names
-
-
-def _scores(task: Plugin) -> list[str] | None:
-    """The scores that a task can give; None where its file does not list them."""
-    scores = getattr(task.module, "SCORES", None)
-    return None if scores is None else list(scores)
+def scores(task: Plugin) -> list[str]:
+    """The scores that a task can give, `*` standing for what only an evaluation tells; of a file
+    that does not list them the main one.
+    """
+    module = task.module
+    if hasattr(module, "scores"):
+        return list(module.scores(task.options))
+    return list(module.SCORES if hasattr(module, "SCORES") else [module.MAIN])
 
 
 def _check_frequency(stop: Stop, config: Config) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from vlp.files import remove_leftovers, write_atomically
-from vlp.lifetime import end_with_parent
+from vlp.lifetime import Ended, end_with_parent
 from vlp.locks import held
 
 # Of torchrun and accelerate launch; of srun.
@@ -159,8 +159,16 @@ def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Resul
         _say(f"{title}: {n_finished} of {len(share)} shards are finished already")
 
     progress = _Progress(title, unfinished)
-    for job, result in _finished(work, unfinished, pool.processes):
-        progress.add(job, result)
+    try:
+        for job, result in _finished(work, unfinished, pool.processes):
+            progress.add(job, result)
+    except Ended as ended:
+        n_finished = sum(job.mark.exists() for job in share)
+        ended.outcome = (
+            f"{title}: {n_finished} of {len(share)} shards are finished and stay; the same command "
+            "goes on with the others"
+        )
+        raise
 
     # The marks are read again: other machines may have finished theirs meanwhile.
     results = [_result(job) for job in jobs]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlp import plugin
+from vlp import plugin, watch
 from vlp.data.captions import Texts
 from vlp.data.tables import TableOptions
 from vlp.eval import confidence
@@ -20,10 +20,6 @@ from vlp.eval.pictures import DataError
 from vlp.eval.report.records import aligned, open_results
 from vlp.schema import plain
 
-# Of the scores that have outcomes by unit. Whole names: groups may be called anything.
-LOWER_IS_BETTER = (
-    "image_retrieval_mean_rank", "text_retrieval_mean_rank", "mean_distance", "linear_separability",
-)  # fmt: skip
 OF_DATA = frozenset(
     {
         *("data", "images", "split", "train_split", "val_split", "annotations", "missing"),
@@ -149,7 +145,8 @@ def _difference(
         return f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}", "no interval: no outcomes by unit"
 
     difference, low, high = confidence.paired_difference(*pair)
-    better = "B better" if (difference > 0) == (name in LOWER_IS_BETTER) else "A better"
+    lower_is_better = watch.better(name) == "min"
+    better = "B better" if (difference > 0) == lower_is_better else "A better"
 
     # The interval of the difference decides, not whether the two intervals overlap.
     verdict = better if low > 0 or high < 0 else "no difference shown"

@@ -8,7 +8,8 @@ A task's file holds
     MAIN             the score that stands for the task in tables and averages; its level by
                      guessing is in the result's `chance`
     SCORES           names of all scores it can give, by which `checkpoint.best` and `stop` are
-                     checked before training; left out where the data decide
+                     checked before training, with * for what only an evaluation tells; or
+    scores(options)  the same where options or data decide; with neither only MAIN can be watched
     read(options)    the evaluation set, opened and checked, nothing decoded: start-up errors come
                      from here
     run(encoder, data, options, context) -> TaskResult

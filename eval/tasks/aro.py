@@ -46,6 +46,7 @@ TESTS = {
     "vg_relation": Test("visual_genome_relation.json", "relation_name", 1),
     "vg_attribution": Test("visual_genome_attribution.json", "attributes", 25),
 }
+SCORES = tuple(TESTS)
 
 
 @dataclass(frozen=True)

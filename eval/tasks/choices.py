@@ -121,6 +121,17 @@ def _json(text: str, name: str, place: str) -> Any:
         raise DataError(f"{place}: {name} is {text[:60]!r}, which is no JSON list") from None
 
 
+def scores(options: Options) -> list[str]:
+    """The accuracies, and of several groups those of each and their mean."""
+    groups = {grid.group for grid in read(options).grids}
+    return [
+        "text_acc",
+        "image_acc",
+        "acc",
+        *(choices.score_names(groups) if len(groups) > 1 else []),
+    ]
+
+
 def run(encoder: Encoder, data: GridSet, options: Options, context: Context) -> TaskResult:
     """Accuracies over the items and of each group."""
     return grids.run(data.name, encoder, data, context, options.right)

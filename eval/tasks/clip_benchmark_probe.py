@@ -28,6 +28,7 @@ from vlp.eval.unprojected import unprojected
 VERSION = 1
 KNOWN_AS = "linear_probe"
 MAIN = "lp_acc1"
+SCORES = ("lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "weight_decay")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from vlp.eval.tasks import TaskResult
 VERSION = 1
 KNOWN_AS = "image_caption_selection"
 MAIN = "image_acc"
+SCORES = ("image_acc",)
 
 
 @dataclass(frozen=True)

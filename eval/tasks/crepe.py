@@ -81,6 +81,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def scores(options: Options) -> list[str]:
+    """The accuracy of each file, and their mean."""
+    return choices.score_names(read(options).groups)
+
+
 def _name_groups(rows: list[dict[str, Any]], root: Path) -> None:
     """Let files of one name, or columns that come to one, be groups of their own by their paths."""
     origins = dict.fromkeys((row["group"], row["from"]) for row in rows)

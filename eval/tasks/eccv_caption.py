@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ WAYS = {
     "text_retrieval": "image_to_caption",
     "image_retrieval": "caption_to_image",
 }
+_RECALLS = tuple(f"recall@{k}" for k in KS)
+_MEASURES = {"eccv": (*_RECALLS, "map_at_r", "r_precision"), "cxc": _RECALLS, "original": _RECALLS}
+SCORES = tuple(
+    f"{of_set}_{way}_{measure}"
+    for of_set, way in product(_MEASURES, WAYS)
+    for measure in _MEASURES[of_set]
+)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ def read(options: Options) -> _labelled.Splits:
     return data
 
 
+def scores(options: Options) -> list[str]:
+    """The accuracy without images, and accuracy and decay after each number of shots."""
+    decays = [f"decay_{shots}_shots" for shots in options.shots]
+    return ["acc1_0_shots", *(f"acc1_{shots}_shots" for shots in options.shots), *decays]
+
+
 def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
     """The accuracy without images, and after each number of shots."""
     train = _labelled.embedded(encoder, data.train, context).double()

@@ -38,6 +38,7 @@ from vlp.eval.tasks import TaskResult
 VERSION = 1
 KNOWN_AS = "zeroshot_retrieval"
 MAIN = "image_retrieval_ndcg@10"
+WAYS = ("image_retrieval", "text_retrieval")
 TEXT_COLUMNS = ("caption", "query", "text", "sentence")
 GRADE_COLUMNS = ("grade", "relevance", "score", "agg_score")
 HIGHEST = 1000  # grade; ERR takes 2 to its power
@@ -190,6 +191,12 @@ def _sentence(sentences: dict[int, str], key: str, place: str) -> str:
 # --- scores ---------------------------------------------------------------------------------------
 
 
+def scores(options: Options) -> list[str]:
+    """All measures, both ways."""
+    measures = [f"ndcg@{options.k}", f"err@{options.k}", f"rbp@{options.k}"]
+    return [f"{way}_{measure}" for way in WAYS for measure in measures]
+
+
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
     """nDCG@k, ERR and RBP of pictures for texts, and of texts for pictures."""
     image = embed.images(encoder, data.pictures, context)
@@ -210,8 +217,8 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     for (of_text, of_image), grade in data.grades.items():
         by_text[of_text][of_image] = grade
         by_image[of_image][of_text] = grade
-    _score(result, "image_retrieval", text, image, by_text, options)
-    _score(result, "text_retrieval", image, text, by_image, options)
+    _score(result, WAYS[0], text, image, by_text, options)
+    _score(result, WAYS[1], image, text, by_image, options)
     return result
 
 

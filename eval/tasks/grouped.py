@@ -29,6 +29,15 @@ from vlp.eval.tasks import TaskResult, zeroshot
 VERSION = 1
 KNOWN_AS = "zeroshot_classification"
 MAIN = "acc1"
+_ACCURACIES = ("acc1", "acc5")
+SCORES = (
+    *_ACCURACIES,
+    "mean_per_class_recall",
+    "f1_macro",
+    *(f"worst_group_{accuracy}" for accuracy in _ACCURACIES),
+    *(f"group_gap_{accuracy}" for accuracy in _ACCURACIES),
+    *(f"{accuracy}_group_*" for accuracy in _ACCURACIES),
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     result.values["f1_macro"] = metrics.macro_f1(answers, labelled.labels)
     if data.groups:
         result.counts["groups"] = len(set(data.groups))
-        for accuracy in [name for name in ("acc1", "acc5") if name in result.items]:
+        for accuracy in [name for name in _ACCURACIES if name in result.items]:
             _score_groups(result, accuracy, data.groups)
     return result
 

@@ -64,6 +64,12 @@ def _pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def scores(options: Options) -> list[str]:
+    """The accuracy of all pairs, of each pattern, and their mean."""
+    groups = {grid.group for grid in read(options).grids}
+    return ["image_acc", *(choices.score_names(groups) if len(groups) > 1 else [])]
+
+
 def run(encoder: Encoder, data: GridSet, options: Options, context: Context) -> TaskResult:
     """The share of pairs whose statements both choose their picture, by pattern."""
     return grids.run(

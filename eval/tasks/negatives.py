@@ -33,6 +33,7 @@ from vlp.eval.tasks import TaskResult
 VERSION = 3  # 2 tied what a nearly collapsed model tells apart
 KNOWN_AS = "image_caption_selection"
 MAIN = "acc"
+SCORES = ("acc", "acc_*")  # of all negatives, and of each kind
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,25 @@ from vlp.eval.tasks import TaskResult, retrieval, shared
 VERSION = 3  # 1 took equal pictures for several images; 2 saw transparency on black
 KNOWN_AS = "representation"
 MAIN = "modality_gap"
+SCORES = (
+    "linear_separability",
+    "modality_gap",
+    "uniformity_image",
+    "uniformity_text",
+    "alignment",
+    "effective_rank_image",
+    "effective_rank_text",
+    "score_mean",
+    "score_sd",
+    "other_score_mean",
+    "other_score_sd",
+    "score_overlap",
+    "auc",
+    "auc_error",
+    "auc_by_image",
+    "auc_by_text",
+    "temperature",
+)
 
 
 @dataclass(frozen=True)

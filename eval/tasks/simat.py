@@ -163,6 +163,19 @@ def _oracle(path: Path, rows: list[int], n_captions: int) -> Tensor:
 # --- scores ---------------------------------------------------------------------------------------
 
 
+def scores(options: Options) -> list[str]:
+    """The score at every λ."""
+    return [_score_name(value) for value in _lambdas(options)]
+
+
+def _lambdas(options: Options) -> list[float]:
+    return list(dict.fromkeys([1.0, *options.lambdas]))
+
+
+def _score_name(value: float) -> str:
+    return "simat" if value == 1 else f"simat_lambda_{value:g}"
+
+
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
     """The share of changes that find what they describe, at every λ."""
     image = embed.images(encoder, data.pictures, context).double()
@@ -188,8 +201,8 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
         ),
     )
     by_guessing = chance(data)
-    for value in dict.fromkeys([1.0, *options.lambdas]):
-        name = "simat" if value == 1 else f"simat_lambda_{value:g}"
+    for value in _lambdas(options):
+        name = _score_name(value)
         hits = oracle_hits(image, image[data.changed] + value * difference, data)
         result.items[name] = _by_picture(hits, data)
         result.chance[name] = by_guessing

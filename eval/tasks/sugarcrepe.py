@@ -27,6 +27,7 @@ MAIN = "mean"
 SUBSETS = (
     "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
 )  # fmt: skip
+SCORES = (*SUBSETS, "mean")
 
 
 @dataclass(frozen=True)

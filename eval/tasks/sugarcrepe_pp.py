@@ -25,6 +25,10 @@ VERSION = 2  # 1 tied what a nearly collapsed model tells apart
 KNOWN_AS = "image_caption_selection"
 MAIN = "itt_mean"
 SUBSETS = ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+SCORES = (
+    *(f"itt_{name}" for name in (*SUBSETS, "mean")),
+    *(f"tot_{name}" for name in (*SUBSETS, "mean")),
+)
 CAPTIONS = ("caption", "caption2", "negative_caption")
 
 

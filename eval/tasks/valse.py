@@ -56,6 +56,11 @@ def read(options: Options) -> GridSet:
     return GridSet(items, absent, counts={"rejected_by_annotators": len(rows) - len(accepted)})
 
 
+def scores(options: Options) -> list[str]:
+    """The accuracy of each piece, and their mean."""
+    return choices.score_names(read(options).groups)
+
+
 def run(encoder: Encoder, data: GridSet, options: Options, context: Context) -> TaskResult:
     """The accuracy of every piece, and their mean."""
     result = grids.run("valse", encoder, data, context, scores=())

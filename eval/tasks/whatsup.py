@@ -27,6 +27,7 @@ KNOWN_AS = "image_caption_selection"
 MAIN = "mean"
 CONTROLLED = ("controlled_images_dataset", "controlled_clevr_dataset")
 PAIRED = ("coco_qa_one_obj", "coco_qa_two_obj", "vg_qa_one_obj", "vg_qa_two_obj")
+SCORES = (*CONTROLLED, *PAIRED, "mean")
 
 
 @dataclass(frozen=True)

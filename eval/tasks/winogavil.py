@@ -38,6 +38,7 @@ _PARTS: dict[str, Callable[[int], bool]] = {
     "jaccard_5-6": lambda n: n <= 6,
     "jaccard_10-12": lambda n: n >= 10,
 }
+SCORES = tuple(_PARTS)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A webdataset pipeline whose data stop coming: `pipeline: tests.data.stuck:samples`."""
+"""What does not go on: `pipeline: tests.data.stuck:samples`, whose data stop coming, and a rate."""
 
 import os
 import time
@@ -33,3 +33,13 @@ def _rank_1_fails(part, parts):
 def _given():
     for i in range(N_GIVEN):
         yield {"__key__": str(i), "png": encoded(picture(i)), "txt": f"caption {i}".encode()}
+
+
+def halting_rate(step, warmup, total):
+    """The whole rate, of `train.optimizer.schedule`; at step 6 it waits for the file that HALT
+    names, where that is set.
+    """
+    halt = os.environ.get("HALT")
+    while halt and step == 6 and not os.path.exists(halt):
+        time.sleep(0.02)
+    return 1.0

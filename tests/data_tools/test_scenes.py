@@ -374,14 +374,17 @@ def test_retrieval_captions_belong_to_one_picture_each(folders: tuple[Path, Path
 
 def test_a_killed_call_leaves_no_process_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vlp.cli", "data", "scenes", "--to", str(tmp_path / "out")]
-    tool = subprocess.Popen([*command, "--train", "20000", "--processes", "2"])
+    arguments = [*command, "--train", "20000", "--processes", "2"]
+    tool = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/train/*")) and time.monotonic() < deadline:
         time.sleep(0.02)
 
     workers = psutil.Process(tool.pid).children(recursive=True)
     tool.terminate()
-    assert tool.wait() == -signal.SIGTERM and len(workers) >= 2
+    output, _ = tool.communicate(timeout=60)
+    assert tool.returncode == 128 + signal.SIGTERM and len(workers) >= 2
+    assert "vlp: ended by SIGTERM; the same command" in output
     _, alive = psutil.wait_procs(workers, timeout=10)
     for process in alive:
         process.kill()

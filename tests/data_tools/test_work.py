@@ -19,11 +19,13 @@ import psutil
 import pytest
 
 from tests.data_tools.tools import CAPTIONS, call
+from vlp.cli import _ended_by_signals
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
 from vlp.data_tools._run import work
 from vlp.data_tools._run.kept import Kept
+from vlp.lifetime import Stopped
 
 
 def write(folder: Path, n_shards: int, per_shard: int) -> Path:
@@ -81,6 +83,41 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+class EndsAtThird:
+    """Work whose third job asks the call that made it to end."""
+
+    def __init__(self, caller: int) -> None:
+        self.caller = caller
+
+    def __call__(self, item: int) -> work.Result:
+        if item == 2:
+            os.kill(self.caller, signal.SIGTERM)
+            time.sleep(60)
+        return {"counts": {"samples read": 1}}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_call_that_is_asked_to_end_says_what_is_finished(tmp_path: Path, processes: int) -> None:
+    jobs = [work.Job(tmp_path / f"{i}.json", i, 1) for i in range(6)]
+    ends = EndsAtThird(os.getpid())
+
+    def run(args: argparse.Namespace) -> int:
+        work.carry_out("count", jobs, ends, work.Pool(processes))
+        return 0
+
+    started, before = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        _ended_by_signals(run)(argparse.Namespace())
+    n_finished = sum(job.mark.exists() for job in jobs)
+    assert 1 <= n_finished < 6 and time.monotonic() - started < 50
+    assert str(stopped.value) == (
+        f"ended by SIGTERM; count: {n_finished} of 6 shards are finished and stay; the same "
+        "command goes on with the others"
+    )
+    assert stopped.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_killed_again_and_again(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", 12, 200), tmp_path / "out"
     rng = random.Random(0)

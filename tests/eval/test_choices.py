@@ -5,12 +5,13 @@ refused.
 import json
 import sys
 import types
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 
 from tests.eval import material
-from vlp import plugin
+from vlp import plugin, watch
 from vlp.eval import models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
@@ -20,6 +21,10 @@ from vlp.eval.tasks import aro, countbench, order, sugarcrepe, sugarcrepe_pp
 def evaluate(task, encoder, **options):
     tasks = plugin.keyed("vlp.eval.tasks", {task: options})
     records, items = run.evaluate(encoder, tasks, Context(batch=32, workers=2, contents=Contents()))
+    # By these `checkpoint.best` and `stop` are checked.
+    listed = watch.scores(tasks[0])
+    for name in records[0]["metrics"]:
+        assert any(fnmatchcase(name, score) for score in listed), name
     return records[0], items
 
 

@@ -20,7 +20,7 @@ from vlp import checkpoint
 from vlp.data import decode
 from vlp.eval import models
 from vlp.export import clip_form, forms, licenses, place
-from vlp.export.folder import export, export_run, export_stages
+from vlp.export.folder import export, export_concatenated, export_run
 from vlp.export.pixels import sample_picture
 from vlp.export.place import ExportError
 from vlp.models.load import load
@@ -153,7 +153,7 @@ def test_a_language_model_tower_loads_again_without_its_source(tmp_path, monkeyp
         model.state_dict(), {}, config="out: run", description=model.description()
     )
     checkpoint.save(tmp_path / "run", 1, contents, keep=1)
-    export_stages([tmp_path / "run"] * 2, tmp_path / "stages")
+    export_concatenated([tmp_path / "run"] * 2, tmp_path / "stages")
     notes = export_run(tmp_path / "run", tmp_path / "out")
     os.rename(tmp_path / "bert", tmp_path / "gone")
     _, ids = inputs(model)

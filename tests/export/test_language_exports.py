@@ -9,7 +9,7 @@ from tests.models.languages import FAMILIES, language_model
 from tests.models.tiny import tiny
 from vlp import checkpoint
 from vlp.eval import models
-from vlp.export.folder import export, export_run, export_stages
+from vlp.export.folder import export, export_concatenated, export_run
 from vlp.export.place import ExportError
 
 TEXTS = ["two red circles", "a dog", "a photo of a blue square cat"]
@@ -47,7 +47,7 @@ def test_it_loads_again_without_its_source_from_anywhere(family, tmp_path, monke
         torch.testing.assert_close(encoder.encode_texts(TEXTS), expected, rtol=0, atol=1e-6)
 
     # Once more from what was loaded, and as a stage.
-    export_stages(["../moved"] * 2, "../stages")
+    export_concatenated(["../moved"] * 2, "../stages")
     twice = models.load("../stages").encode_texts(TEXTS)
     torch.testing.assert_close(twice @ twice.T, expected @ expected.T, rtol=0, atol=1e-5)
 

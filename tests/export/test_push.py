@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.loopback_hub import TOKEN, loopback_hub
 from tests.models.tiny import inputs, language_model, siglip, tiny
-from vlp.export.folder import export, export_stages
+from vlp.export.folder import export, export_concatenated
 from vlp.export.push import PushError, push
 
 REPO = "someone/tiny"
@@ -120,7 +120,7 @@ def test_only_what_the_export_wrote_is_published(exported, hub, tmp_path):
 def test_stages_load_from_the_hub_as_their_card_says(exported, hub, tmp_path, monkeypatch):
     from tests.models.test_references import use_hub
 
-    export_stages([exported, exported], tmp_path / "mcl")
+    export_concatenated([exported, exported], tmp_path / "mcl")
     quickly(tmp_path / "mcl", hub)
     use_hub(monkeypatch, hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))

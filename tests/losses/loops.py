@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests import ranks
-from tests.losses import test_family
-from tests.losses.test_family import LEAVES, PLANS, B, gradients_of, own_rows
+from tests.losses import family_data
+from tests.losses.family_data import LEAVES, PLANS, B, gradients_of, own_rows
 from vlp.losses import build
 
 # Labels beyond what float32 can tell apart; two of three, two of two, and a pair of its own.
@@ -28,7 +28,7 @@ WAYS = {1: [("tiled", "global")], 2: PLANS, 4: [("tiled", "ring")]}
 
 def data() -> dict[str, Tensor]:
     """The family's inputs, and labels."""
-    return test_family.data() | {
+    return family_data.data() | {
         "label": LABELS,
         "cluster": CLUSTERS,
         "queue_label": QUEUE_LABELS,

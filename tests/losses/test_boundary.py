@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import ranks
-from tests.losses.test_family import LEAVES, data
+from tests.losses.family_data import LEAVES, data
 from tests.losses.test_inputs import TERMS
 from vlp import dist
 from vlp.losses import build

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
+from tests.losses.family_data import B, Q
 from tests.losses.loops import CLUSTERS, LABELS, data
 from tests.losses.test_candidates import DELTA, FORMS, LABEL
-from tests.losses.test_family import B, Q
 from tests.pairwise import exact
 from vlp import dist, plugin
 from vlp.losses import build

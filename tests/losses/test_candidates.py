@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.losses import loops
-from tests.losses.test_family import B, Q
+from tests.losses.family_data import B, Q
 
 DELTA, PHI, RHO = 0.2, 0.3, 0.1
 

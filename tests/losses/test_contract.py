@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests import ranks
-from tests.losses.test_family import FAMILY, LEAVES, data, gradients_of, own_rows
+from tests.losses.family_data import LEAVES, data, gradients_of, own_rows
+from tests.losses.test_family import FAMILY
 from tests.losses.test_moving import CASES
 from vlp import dist, plugin
 from vlp.fields import FIELDS, supplier

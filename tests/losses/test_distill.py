@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests import ranks
 from tests.losses import distill_loops
-from tests.losses.test_family import Q, R, data, own_rows
+from tests.losses.family_data import Q, R, data, own_rows
 from vlp.losses import build
 from vlp.losses.distill import hardest
 from vlp.pairwise import Backend, Pairs

@@ -8,9 +8,7 @@ for each sample: test_moving.py.)
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -19,549 +17,60 @@ from torch import Tensor
 
 from tests import ranks
 from tests.losses import captions_loops, distill_loops
-from vlp import dist
+from tests.losses.family_data import (
+    CANDIDATES,
+    LEAVES,
+    PLANS,
+    B,
+    D,
+    K,
+    data,
+    gradients_of,
+    own_rows,
+)
+from tests.losses.family_loops import (
+    alignment,
+    both,
+    captioning,
+    concepts,
+    counting,
+    cross_uniformity,
+    cwcl,
+    cyclip,
+    decoupled,
+    decoupled_weighted,
+    distance,
+    distill,
+    hn_nce,
+    infonce,
+    macl,
+    mann_whitney,
+    mixing,
+    momentum_queue,
+    multi_view,
+    others,
+    queue_infonce,
+    ranked,
+    ranking,
+    self_distillation,
+    siglip,
+    slip,
+    uniformity,
+    z,
+)
+from tests.losses.hard_negatives_loops import (
+    intra,
+    mmclip_images,
+    negclip,
+    negclip_images,
+    own,
+    own_images,
+    rank,
+    sigmoid,
+    text_grounded,
+    triplet,
+)
 from vlp.losses import build
-from vlp.losses.mixing import draws
-from vlp.seeds import derive
-
-B, D, K, J, C, TEACHER = 8, 5, 3, 2, 2, 4
-V, Q, R, L, WORDS, CONCEPTS = 2, 11, 3, 4, 6, 3
-CANDIDATES = range(B)
-
-
-def data() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(11)
-
-    def rows(*shape: int) -> Tensor:
-        return F.normalize(
-            torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1
-        ).requires_grad_()
-
-    given = {name: rows(B, D) for name in ("image", "text", "ema_image", "ema_text")}
-    given |= {
-        "negatives": rows(B, K, D),
-        "negative_images": rows(B, J, D),
-        "ema_negatives": rows(B, K, D),
-        "counterfactual": rows(B, C, D),
-    }
-    given |= {
-        "teacher_image": rows(B, TEACHER),
-        "teacher_text": rows(B, TEACHER),
-        "teacher_scores": rows(B, K),
-    }
-    given |= {name: rows(V, B, D) for name in ("image_views", "text_views")}
-    given |= {name: rows(Q, D) for name in ("queue_image", "queue_text")}
-    given |= {"caption_logits": rows(B, L, WORDS), "concept_logits": rows(B, CONCEPTS)}
-    for name, value in (("scale", 5.0), ("bias", -3.0), ("view_scale", 4.0)):
-        given[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-    # last, so that what the others draw stays as it was
-    given["captions"] = rows(B, K, D)
-    given |= {name: 2 * rows(B, TEACHER) for name in ("projected_image", "projected_text")}
-    given["interactive_scale"] = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    given |= {name: rows(Q, TEACHER) for name in ("queue_teacher_image", "queue_teacher_text")}
-    given |= {name: rows(B, R) for name in ("candidate_text_scores", "candidate_image_scores")}
-    with torch.no_grad():
-        given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
-        given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
-    return given | {
-        "teacher_scale": torch.tensor(8.0, dtype=torch.float64),
-        # uneven: the first rank of four has no valid caption at all, the third has all
-        "negatives_valid": torch.tensor([0, 0, 5, 2, 7, 7, 4, 0])
-        .unsqueeze(1)
-        .bitwise_and(torch.tensor([4, 2, 1]))
-        .bool(),
-        # one sample without any caption, one column of the first rank with a single one
-        "captions_valid": torch.tensor([4, 6, 7, 0, 7, 5, 3, 1])
-        .unsqueeze(1)
-        .bitwise_and(torch.tensor([4, 2, 1]))
-        .bool(),
-        # of the second rank of four none is valid, of the third all are
-        "negative_images_valid": torch.tensor([1, 3, 0, 0, 3, 3, 2, 1])
-        .unsqueeze(1)
-        .bitwise_and(torch.tensor([1, 2]))
-        .bool(),
-        "counterfactual_valid": torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]).bool(),
-        "score": torch.tensor([0, 0.5, 2, 1, 0.1, 3, 1, 0.7], dtype=torch.float64),
-        "caption_ids": torch.randint(1, WORDS, (B, L), generator=generator)
-        * (torch.arange(L) < torch.arange(B).view(B, 1) - 2),
-        # The next rows; of the last two samples none is valid, of the third one.
-        "candidate_texts": (torch.arange(B).view(B, 1) + torch.arange(1, R + 1)) % B,
-        "candidate_images": (torch.arange(B).view(B, 1) + torch.tensor([5, 2, 3])) % B,
-        "pair_score": torch.tensor([0, -1, 0.4, 0, -1, 0.2, 9, 9], dtype=torch.float64),
-        "concept_targets": (torch.arange(B * CONCEPTS) % 4).view(B, CONCEPTS).double()
-        * (torch.arange(B) % 3 > 0).unsqueeze(1),
-    }
-
-
-LEAVES = (
-    "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
-    "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
-    "projected_image", "projected_text", "interactive_scale",
-)  # fmt: skip
-# Teachers get no gradient.
-NEVER = (
-    "ema_image", "ema_text", "ema_negatives", "teacher_image", "teacher_text", "teacher_scores",
-    "queue_image", "queue_text", "queue_teacher_image", "queue_teacher_text",
-    "candidate_text_scores", "candidate_image_scores",
-)  # fmt: skip
-
-
-# Loops, straight from the equations
-
-
-def log_sum(values) -> Tensor:
-    return torch.log(sum(torch.exp(v) for v in values))
-
-
-def z(d, i, j) -> Tensor:
-    return d["scale"] * (d["image"][i] @ d["text"][j])
-
-
-def others(i):
-    return [j for j in CANDIDATES if j != i]
-
-
-def both(one):
-    """Mean over rows of ½ (row term + column term); one(score, i) with score(j, k) the score that
-    row j gives k.
-    """
-
-    def loop(d):
-        rows = sum(one(lambda i, j: z(d, i, j), i, d) for i in CANDIDATES)
-        columns = sum(one(lambda i, j: z(d, j, i), i, d) for i in CANDIDATES)
-        return (rows + columns) / (2 * B)
-
-    return loop
-
-
-def infonce(score, i, d):
-    return log_sum(score(i, j) for j in CANDIDATES) - score(i, i)
-
-
-def siglip(d):
-    y = 2 * torch.eye(B) - 1
-    return (
-        sum(
-            torch.log(1 + torch.exp(-y[i, j] * (z(d, i, j) + d["bias"])))
-            for i in CANDIDATES
-            for j in CANDIDATES
-        )
-        / B
-    )
-
-
-def distance(a, b):
-    return ((a - b) ** 2).sum()
-
-
-def uniformity(d):
-    total = 0
-    for name in ("image", "text"):
-        e = d[name]
-        cells = [4 * (e[i] @ e[j]) - 4 for i in CANDIDATES for j in range(i + 1, B)]
-        total = total + 0.5 * (log_sum(cells) - math.log(len(cells)))
-    return total
-
-
-def cross_uniformity(d):
-    cells = [4 * (d["image"][i] @ d["text"][j]) - 4 for i in CANDIDATES for j in others(i)]
-    return log_sum(cells) - math.log(len(cells))
-
-
-def alignment(d):
-    return sum(distance(d["image"][i], d["text"][i]) for i in CANDIDATES) / B
-
-
-def decoupled(score, i, d):
-    return log_sum(score(i, j) for j in others(i)) - score(i, i)
-
-
-def decoupled_weighted(score, i, d):
-    own = [torch.exp((d["image"][k] @ d["text"][k]).detach() / 0.5) for k in CANDIDATES]
-    weight = 2 - B * own[i] / sum(own)
-    return log_sum(score(i, j) for j in others(i)) - weight * score(i, i)
-
-
-def hn_nce(alpha, beta):
-    def one(score, i, d):
-        norm = sum(torch.exp(beta * score(i, k)) for k in others(i))
-        hard = sum(
-            (B - 1) * torch.exp(beta * score(i, j)) / norm * torch.exp(score(i, j))
-            for j in others(i)
-        )
-        return -torch.log(torch.exp(score(i, i)) / (alpha * torch.exp(score(i, i)) + hard))
-
-    return one
-
-
-def counting(scaled, n_wrong):
-    def loop(d):
-        total, n = 0, 0
-        for i in CANDIDATES:
-            if d["counterfactual_valid"][i]:
-                g = [d["image"][i] @ t for t in (d["text"][i], *d["counterfactual"][i][:n_wrong])]
-                g = [d["scale"] * v for v in g] if scaled else g
-                total, n = total - torch.log(torch.exp(g[0]) / sum(torch.exp(v) for v in g)), n + 1
-        return total / n
-
-    return loop
-
-
-def macl(d):
-    mean = sum((d["image"][i] @ d["text"][i]).detach() for i in CANDIDATES) / B
-    temperature = 0.1 * (1 + 0.5 * mean)
-    cosine = d["image"] @ d["text"].T / temperature
-
-    total = 0
-    for score in (cosine, cosine.T):
-        for i in CANDIDATES:
-            log_p = score[i, i] - log_sum(score[i])
-            total = total - log_p / (1 - torch.exp(log_p.detach())) / (2 * B)
-    return total
-
-
-def cyclip(d):
-    x, t = d["image"], d["text"]
-    return sum(
-        (x[i] @ x[j] - t[i] @ t[j]) ** 2 + (x[i] @ t[j] - x[j] @ t[i]) ** 2
-        for i in CANDIDATES
-        for j in CANDIDATES
-    ) / (4 * B)
-
-
-def cwcl(frozen, sharpening):
-    def loop(d):
-        total, u = 0, d[frozen].detach()
-        score = (lambda i, j: z(d, i, j)) if frozen == "image" else (lambda i, j: z(d, j, i))
-
-        for i in CANDIDATES:
-            w = [(0.5 + 0.5 * u[i] @ u[j]) ** sharpening for j in CANDIDATES]
-            norm = log_sum(score(i, j) for j in CANDIDATES)
-            total = total - sum(w[j] * (score(i, j) - norm) for j in CANDIDATES) / sum(w) / (2 * B)
-            total = total - (score(i, i) - log_sum(score(j, i) for j in CANDIDATES)) / (2 * B)
-        return total
-
-    return loop
-
-
-def distill(d):
-    teacher = d["teacher_scale"] * d["teacher_image"].detach() @ d["teacher_text"].detach().T
-    student = d["scale"] * d["image"] @ d["text"].T
-
-    total = 0
-    for t, s in ((teacher, student), (teacher.T, student.T)):
-        for i in CANDIDATES:
-            p = torch.exp(t[i]) / torch.exp(t[i]).sum()
-            total = total - sum(p[j] * (s[i, j] - log_sum(s[i])) for j in CANDIDATES) / (2 * B)
-    return total
-
-
-def self_distillation(negatives):
-    def loop(d):
-        total = 0
-        for i in CANDIDATES:
-            total = total + distance(d["image"][i], d["ema_image"][i].detach())
-            total = total + distance(d["text"][i], d["ema_text"][i].detach())
-            for k in range(K) if negatives else ():
-                if d["negatives_valid"][i, k]:
-                    total = total + distance(
-                        d["negatives"][i, k], d["ema_negatives"][i, k].detach()
-                    )
-
-        return total / B
-
-    return loop
-
-
-def captions(d, columns=range(K)):
-    return [d["negatives"][j, k] for j in CANDIDATES for k in columns if d["negatives_valid"][j, k]]
-
-
-def negclip(d, columns=range(K)):
-    total = 0
-    for i in CANDIDATES:
-        hard = [d["scale"] * (d["image"][i] @ n) for n in captions(d, columns)]
-        total = total + log_sum([*(z(d, i, j) for j in CANDIDATES), *hard]) - z(d, i, i)
-        total = total + log_sum(z(d, j, i) for j in CANDIDATES) - z(d, i, i)
-    return total / (2 * B)
-
-
-def triplet(d):
-    second, n, scale = 0, 0, d["scale"]
-    both_valid = d["negatives_valid"][:, 0] & d["negative_images_valid"][:, 0]
-    live = [j for j in CANDIDATES if both_valid[j]]
-
-    for i in live:
-        x, caption = d["negative_images"][:, 0], d["negatives"][:, 0]
-        own = scale * (x[i] @ caption[i])
-        rows = [scale * (x[i] @ c) for c in [*(caption[j] for j in live), *d["text"]]]
-        second = (
-            second
-            + (log_sum(rows) + log_sum(scale * (x[j] @ caption[i]) for j in live) - 2 * own) / 2
-        )
-        n += 1
-
-    return negclip(d, columns=[0]) + second / n
-
-
-def own(gamma, smoothing):
-    def loop(d):
-        total, n = 0, 0
-        for i in CANDIDATES:
-            hard = [d["negatives"][i, k] for k in range(K) if d["negatives_valid"][i, k]]
-            if not hard:
-                continue
-            scores = [d["scale"] * (d["image"][i] @ t) for t in (d["text"][i], *hard)]
-            for k, score in enumerate(scores):
-                log_p = score - log_sum(scores)
-                y = (1 - smoothing) * (k == 0) + smoothing / (1 + len(hard))
-                total = total - y * (1 - torch.exp(log_p)) ** gamma * log_p
-            n += 1
-
-        return total / n
-
-    return loop
-
-
-def text_grounded(d):
-    total, n = 0, 0
-    for i in CANDIDATES:
-        hard = [d["negatives"][i, k] for k in range(K) if d["negatives_valid"][i, k]]
-        if hard:
-            scores = [10 * (d["text"][i] @ t) for t in (d["ema_text"][i].detach(), *hard)]
-            total, n = total + log_sum(scores) - scores[0], n + 1
-    return total / n
-
-
-def rank(margin):
-    def loop(d):
-        cells = [(i, k) for i in CANDIDATES for k in range(K) if d["negatives_valid"][i, k]]
-        gap = [
-            margin[k] + d["scale"] * (d["image"][i] @ d["negatives"][i, k]) - z(d, i, i)
-            for i, k in cells
-        ]
-        return sum(torch.clamp(g, min=0) for g in gap) / len(cells)
-
-    return loop
-
-
-def intra(d):
-    total = 0
-    for i in CANDIDATES:
-        hard = [d["scale"] * (d["text"][i] @ n) for n in captions(d)]
-        total = total + log_sum([z(d, i, i), *hard]) - z(d, i, i)
-    return total / B
-
-
-def sigmoid(d):
-    total, n = 0, 0
-    for i in CANDIDATES:
-        hard = [d["negatives"][i, k] for k in range(K) if d["negatives_valid"][i, k]]
-        if hard:
-            scores = [d["scale"] * (d["image"][i] @ t) + d["bias"] for t in hard]
-            positive = z(d, i, i) + d["bias"]
-            total = total - torch.log(torch.sigmoid(positive))
-            total = total - sum(torch.log(torch.sigmoid(-score)) for score in scores)
-            n += 1
-    return total / n
-
-
-def mmclip_images(d):
-    """For caption t_i: −log σ(scale·s_ii + b) − Σ_j log σ(−(scale·t_i·x⁻_ij + b))."""
-    total, n = 0, 0
-    for i in CANDIDATES:
-        live = [j for j in range(J) if d["negative_images_valid"][i, j]]
-        if live:
-            x = d["negative_images"][i]
-            scores = [d["scale"] * (d["text"][i] @ x[j]) + d["bias"] for j in live]
-            total = total - torch.log(torch.sigmoid(z(d, i, i) + d["bias"]))
-            total = total - sum(torch.log(torch.sigmoid(-score)) for score in scores)
-            n += 1
-    return total / n
-
-
-def own_images(d):
-    """The softmax of t_i over its image and its own hard images."""
-    total, n = 0, 0
-    for i in CANDIDATES:
-        live = [j for j in range(J) if d["negative_images_valid"][i, j]]
-        if live:
-            hard = [d["scale"] * (d["text"][i] @ d["negative_images"][i, j]) for j in live]
-            total, n = total + log_sum([z(d, i, i), *hard]) - z(d, i, i), n + 1
-    return total / n
-
-
-def negclip_images(d):
-    """A caption has every hard image of the candidates beside their images."""
-    total = 0
-    hard_images = [
-        d["negative_images"][i, j]
-        for i, j in product(CANDIDATES, range(J))
-        if d["negative_images_valid"][i, j]
-    ]
-    for i in CANDIDATES:
-        hard = [d["scale"] * (d["text"][i] @ x) for x in hard_images]
-        total = total + log_sum([*(z(d, j, i) for j in CANDIDATES), *hard]) - z(d, i, i)
-        total = total + log_sum(z(d, i, j) for j in CANDIDATES) - z(d, i, i)
-    return total / (2 * B)
-
-
-def ranking(d):
-    total, n = 0, 0
-    for i in CANDIDATES:
-        live = [k for k in range(K) if d["negatives_valid"][i, k]]
-        left = [
-            d["scale"] * (d["image"][i] @ d["negatives"][i, k])
-            for k in sorted(live, key=lambda k: -d["teacher_scores"][i, k])
-        ]
-        total, n = (
-            total + sum(log_sum(left[r:]) - left[r] for r in range(len(left))),
-            n + bool(left),
-        )
-
-    return total / n
-
-
-def concepts(d):
-    total, n = 0, 0
-    for i in CANDIDATES:
-        q, z = d["concept_targets"][i], d["concept_logits"][i]
-        if q.sum() > 0:
-            total, n = (
-                total - sum(q[c] / q.sum() * (z[c] - log_sum(z)) for c in range(CONCEPTS)),
-                n + 1,
-            )
-
-    return total / n
-
-
-def captioning(d):
-    cells = [(i, k) for i in CANDIDATES for k in range(L) if d["caption_ids"][i, k]]
-    z = d["caption_logits"]
-    return sum(log_sum(z[i, k]) - z[i, k, d["caption_ids"][i, k]] for i, k in cells) / len(cells)
-
-
-def ranked(power, normalize):
-    def loop(d):
-        w = [float(s) ** power for s in d["score"]]
-        total = sum(
-            w[i] * (infonce(lambda i, j: z(d, i, j), i, d) + infonce(lambda i, j: z(d, j, i), i, d))
-            for i in CANDIDATES
-        )
-        return total / 2 / (sum(w) if normalize else B)
-
-    return loop
-
-
-def mann_whitney(tau):
-    def loop(d):
-        s = d["image"] @ d["text"].T
-        cells = [(i, k, j) for i in CANDIDATES for k in CANDIDATES for j in others(k)]
-        return sum(torch.log(1 + torch.exp((s[k, j] - s[i, i]) / tau)) for i, k, j in cells) / len(
-            cells
-        )
-
-    return loop
-
-
-def keys(queue):
-    return [row for row in queue.detach() if row.any()]
-
-
-def momentum_queue(d):
-    total = 0
-    for own, other in (("image", "text"), ("text", "image")):
-        for i in CANDIDATES:
-            positive = d[own][i] @ d[f"ema_{other}"][i].detach() / 0.07
-            total = (
-                total
-                + log_sum([positive, *(d[own][i] @ k / 0.07 for k in keys(d[f"queue_{other}"]))])
-                - positive
-            )
-
-    return total / (2 * B)
-
-
-def mixtures(query, queue, i, name, options):
-    """One by one, with the numbers that row i draws."""
-    hardest = sorted(keys(queue), key=lambda k: -(query @ k))[: options["hardest"]]
-    n, n_pairs = len(hardest), options["mixed_pairs"]
-    seed = derive(0, "mixing", name, 0)
-    which, other, weight = (
-        u[0].tolist() for u in draws(torch.tensor([i]), seed, n_pairs + options["mixed_queries"])
-    )
-
-    for m in range(len(which)):
-        first = int(which[m] * n)
-        second = (first + 1 + int(other[m] * (n - 1))) % n
-        assert first != second
-        if m < n_pairs:
-            mixed = weight[m] * hardest[first] + (1 - weight[m]) * hardest[second]
-        else:
-            mixed = weight[m] / 2 * query + (1 - weight[m] / 2) * hardest[first]
-        yield mixed.detach() / mixed.detach().norm()
-
-
-def mixing(options):
-    def loop(d):
-        total = 0
-        for own, other in (("image", "text"), ("text", "image")):
-            for i in CANDIDATES:
-                x, queue = d[own][i], d[f"queue_{other}"]
-                batch = range(B) if options.get("in_batch", True) else [i]
-                found = [
-                    *(d[other][j] for j in batch),
-                    *keys(queue),
-                    *mixtures(x, queue, i, other, options),
-                ]
-                total = (
-                    total
-                    + log_sum([d["scale"] * (x @ v) for v in found])
-                    - d["scale"] * (x @ d[other][i])
-                )
-
-        return total / (2 * B)
-
-    return loop
-
-
-def multi_view(d):
-    local = 0
-    for x in d["image_views"]:
-        for t in d["text_views"]:
-            s = d["view_scale"] * x @ t.T
-            for score in (s, s.T):
-                for i in CANDIDATES:
-                    norm = log_sum(score[i])
-                    y = [0.9 * (i == j) + 0.1 / B for j in CANDIDATES]
-                    local = local - sum(y[j] * (score[i, j] - norm) for j in CANDIDATES) / (2 * B)
-
-    return both(infonce)(d) / (1 + V) + V / (1 + V) * local / V**2
-
-
-def slip(d):
-    v = [*d["image_views"][0], *d["image_views"][1]]
-
-    total = 0
-    for i in range(2 * B):
-        total = (
-            total
-            + log_sum(v[i] @ v[k] / 0.1 for k in range(2 * B) if k != i)
-            - v[i] @ v[(i + B) % (2 * B)] / 0.1
-        )
-
-    return total / (2 * B)
-
-
-def queue_infonce(d):
-    """CE over the batch and the queue of the other modality, plainly."""
-    total = 0
-    for own, other in (("image", "text"), ("text", "image")):
-        columns = torch.stack([*d[other], *keys(d[f"queue_{other}"])])
-        logits = d["scale"] * d[own] @ columns.T
-        total = total + F.cross_entropy(logits, torch.arange(B)) / 2
-    return total
-
 
 NOTHING = {"mixed_pairs": 0, "mixed_queries": 0}
 MIXED = {"hardest": 4, "mixed_pairs": 3, "mixed_queries": 2}
@@ -617,29 +126,6 @@ FAMILY = [
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
 N_LIVE = 185  # inputs that have a gradient, over all cases
-PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
-
-
-def gradients_of(value: Tensor, d: dict[str, Tensor]) -> list:
-    assert not any(
-        g is not None and g.any()
-        for g in torch.autograd.grad(
-            value, [d[name] for name in NEVER], retain_graph=True, allow_unused=True
-        )
-    )
-    found = torch.autograd.grad(value, [d[name] for name in LEAVES], materialize_grads=True)
-    return [value.item(), *(g.tolist() for g in found)]
-
-
-def own_rows(d: dict[str, Tensor]) -> dict[str, Tensor]:
-    mine = slice(dist.rank() * B // dist.world_size(), (dist.rank() + 1) * B // dist.world_size())
-
-    def cut(name: str, value: Tensor) -> Tensor:
-        if not value.dim() or name.startswith("queue_"):
-            return value
-        return value[:, mine] if name.endswith("_views") else value[mine]
-
-    return {name: cut(name, value) for name, value in d.items()}
 
 
 def on_rank() -> list[list]:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
-from tests.losses.test_family import FAMILY, data, own_rows
+from tests.losses.family_data import data, own_rows
+from tests.losses.test_family import FAMILY
 from tests.losses.test_moving import CASES
 from vlp import dist
 from vlp.data.wrong_captions import LISTS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.losses.test_family import LEAVES, B, L, data
+from tests.losses.family_data import LEAVES, B, L, data
 from tests.losses.test_moving import IDS, made
 from tests.losses.test_moving import rows as moving_rows
 from vlp.losses import build

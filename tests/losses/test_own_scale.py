@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from vlp import losses, plugin
+from vlp.assembly import initial_model
 from vlp.checkpoint import load_any
 from vlp.export.card import of_scale, own_scale
 from vlp.export.folder import export
-from vlp.train import initial_model
 
 # Of each term with a temperature of its own: its options, and the scale its docstring names.
 OWN = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.losses import loops
-from tests.losses.test_family import B, K, data
+from tests.losses.family_data import B, K, data
 from vlp.losses import build
 
 τ, α, β, γ, λ = 0.3, 0.4, 0.6, 3.0, 0.2

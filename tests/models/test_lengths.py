@@ -17,8 +17,8 @@ from tests import ranks
 from tests.models.tiny import language_model, siglip, tiny
 from tests.test_step import assert_close, gradients_and_weights
 from vlp.models import lengths
+from vlp.models.concatenated import Concatenated
 from vlp.models.embedding import embed
-from vlp.models.stages import Stages
 from vlp.types import Batch
 
 ROWS, LENGTH = 40, 40
@@ -310,14 +310,14 @@ def test_stages_cut_alike_or_not_at_all(tmp_path):
     shapes = []
     members[1].text.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     with torch.no_grad():
-        cut = embed(Stages(members), batch, {"text"})["text"]
+        cut = embed(Concatenated(members), batch, {"text"})["text"]
         members[0].cut_captions = False
-        padded = embed(Stages(members), batch, {"text"})["text"]
+        padded = embed(Concatenated(members), batch, {"text"})["text"]
     torch.testing.assert_close(cut, padded, rtol=0, atol=1e-5)
     assert len(shapes) > 2 and shapes[-1] == (ROWS, LENGTH)
 
     members[1].padding = None
-    assert Stages(members).cut(batch.text.numpy(), DEVICE, ROWS) is None
+    assert Concatenated(members).cut(batch.text.numpy(), DEVICE, ROWS) is None
 
 
 def test_the_switch():

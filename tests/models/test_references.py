@@ -531,7 +531,7 @@ def test_files_that_hold_more_than_tensors_are_refused_and_not_run(tmp_path):
 
 def test_stages_are_no_source_for_one_model(room, tmp_path):
     _, model, references = room
-    export.export_stages([references["an export"]] * 2, tmp_path / "stages")
+    export.export_concatenated([references["an export"]] * 2, tmp_path / "stages")
     assert checkpoint.load_any(tmp_path / "stages").embed_dim == 2 * model.embed_dim
     with pytest.raises(
         ValueError, match=r"holds several models; name one of them, such as .*stage_1"

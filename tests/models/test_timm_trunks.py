@@ -177,6 +177,8 @@ def test_what_is_no_trunk_of_this_model_is_named(tmp_path):
         tiny(image_tower=image_tower("efficientnet_lite0", weights=LITE0))
     with pytest.raises(ValueError, match="weights names a file and pretrained downloads"):
         tiny(image_tower=image_tower("test_resnet", weights=LITE0, pretrained=True))
+    with pytest.raises(ValueError, match=r"init_from and image_tower\.weights both .* leave one"):
+        build(settings(image_tower=image_tower("test_resnet", weights=LITE0)), lambda model: None)
     with pytest.raises(ValueError, match=r"model\.pretrained and image_tower\.weights both"):
         settings_of_both = settings(
             image_tower=image_tower("test_resnet", weights=str(tmp_path / "clip.pth")),

@@ -22,9 +22,9 @@ from vlp.data.mix import Mixture
 from vlp.data.sources import shards, webdataset
 from vlp.data_tools.cells import kmeans, nearest
 from vlp.eval.models import load as load_encoder
-from vlp.export.folder import export, export_run, export_stages
+from vlp.export.folder import export, export_concatenated, export_run
 from vlp.export.push import push
-from vlp.models import stages
+from vlp.models.concatenated import Concatenated
 from vlp.models.load import load as load_model
 from vlp.train import train
 
@@ -308,7 +308,7 @@ def test_stages_must_read_the_same_batch(scenes, tmp_path):
     with pytest.raises(
         ValueError, match=r"same pixels and tokens.*size=\(16, 16\).* and .*size=\(24, 24\)"
     ):
-        stages.Stages([checkpoint.load_model(one), checkpoint.load_model(other)])
+        Concatenated([checkpoint.load_model(one), checkpoint.load_model(other)])
 
 
 def test_stages_bring_their_own_copies_of_a_tokenizer(tmp_path):
@@ -321,7 +321,7 @@ def test_stages_bring_their_own_copies_of_a_tokenizer(tmp_path):
     members = [tiny(seed=seed, text_tower=text) for seed in (0, 1)]
     for i, member in enumerate(members):
         export(member, tmp_path / f"stage{i}")
-    export_stages([tmp_path / "stage0", tmp_path / "stage1"], tmp_path / "joined")
+    export_concatenated([tmp_path / "stage0", tmp_path / "stage1"], tmp_path / "joined")
     loaded = load_model(tmp_path / "joined").eval()
 
     assert loaded.members[0].text_spec != loaded.members[1].text_spec  # in folders of their own
@@ -368,7 +368,7 @@ def test_stages_travel_over_a_hub(tmp_path, monkeypatch):
     members = [tiny(seed=seed).eval() for seed in (0, 1)]
     for i, member in enumerate(members):
         export(member, tmp_path / f"stage{i}")
-    export_stages([tmp_path / "stage0", tmp_path / "stage1"], tmp_path / "joined")
+    export_concatenated([tmp_path / "stage0", tmp_path / "stage1"], tmp_path / "joined")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     with loopback_hub() as hub:

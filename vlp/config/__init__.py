@@ -6,7 +6,7 @@ line. Plug-ins (sources, towers, terms, tasks) validate their own options by nam
 """
 
 from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment, Views
-from vlp.config.durations import Duration, Plan
+from vlp.config.durations import Duration, Plan, WholePlan
 from vlp.config.model import Captioner, Heads, Model, Scale, TeacherHead, ViewHead
 from vlp.config.optimizer import Group, LayerDecay, Optimizer
 from vlp.config.reading import dump, find, load, parse, read_yaml, recorded, shipped, shown
@@ -47,6 +47,7 @@ __all__ = [
     "Validation",
     "ViewHead",
     "Views",
+    "WholePlan",
     "dump",
     "find",
     "load",

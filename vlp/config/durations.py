@@ -103,6 +103,10 @@ class Plan:
             batch=self.batch, steps_per_epoch=self.steps_per_epoch, total=self.total
         )
 
+    def last_steps(self, duration: Duration) -> int:
+        """A duration in the last steps of this run."""
+        return self.steps(duration)
+
     def due(self, every: Duration | None, step: int) -> bool:
         """Whether something done `every` so often is due after `step` updates: see `due_steps`."""
         if step == self.total or every is None:
@@ -159,6 +163,44 @@ class Plan:
         if every.unit == "samples":
             return self.first - Fraction(self.samples_before, self.batch)
         return Fraction(0)
+
+
+@dataclass(frozen=True)
+class WholePlan:
+    """The extent of a run of stages: what is said in epochs or samples takes as many steps as the
+    stages it falls into need for them.
+    """
+
+    parts: Sequence[Plan]  # of the stages, and of what follows them
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.parts[-1].total
+
+    def steps(self, duration: Duration) -> int:
+        """A duration in the first steps of the run."""
+        return self._steps(duration, self.parts)
+
+    def last_steps(self, duration: Duration) -> int:
+        """A duration in the last steps of the run."""
+        return self._steps(duration, self.parts[::-1])
+
+    def _steps(self, duration: Duration, parts: Sequence[Plan]) -> int:
+        """The steps of a span that begins with the first of `parts`; beyond the last one it goes on
+        as there.
+        """
+        if duration.unit in ("steps", "%"):
+            return parts[0].steps(duration)
+
+        left, n_steps = Fraction(str(duration.value)), Fraction(0)
+        for part in parts[:-1]:
+            a_step = _a_step(duration, part.batch, part.steps_per_epoch)
+            here = min(left / a_step, Fraction(part.end - part.first))
+            n_steps += here
+            left -= here * a_step
+        n_steps += left / _a_step(duration, parts[-1].batch, parts[-1].steps_per_epoch)
+        return max(1, round(n_steps)) if n_steps else 0
 
 
 def of_stages(

@@ -31,7 +31,7 @@ class Validation:
 
     data: HeldOut  # the held-out samples
     every: Duration = Duration(5, "%")  # how often it is measured; at the end in any case
-    # rows of all ranks that are candidates of one another; None: train.batch
+    # rows of all ranks that are candidates of one another; None: train.batch, or the stage's
     batch: int | None = None
     # how many samples are taken, in whole batches and the same ones every time; None: all
     samples: int | None = None

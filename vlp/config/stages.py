@@ -17,8 +17,9 @@ class Stage:
     duration: Duration
     batch: int | None = None  # in the place of train.batch
     micro_batches: int | None = None  # in the place of train.micro_batches
-    # pixels, square, in the place of the image tower's; its positions are interpolated at the end
-    image_size: int | None = None
+    # pixels, one number or [height, width], in the place of the image tower's; its positions are
+    # interpolated at the next joint
+    image_size: int | tuple[int, int] | None = None
     # share of patches left out (FLIP), in the place of the image tower's
     patch_dropout: float | None = None
     # most tokens of a text (CLIPA); the text tower keeps the positions of its own context
@@ -29,10 +30,11 @@ class Stage:
     warmup: Duration | None = None
 
     def __post_init__(self) -> None:
+        pixels = self.image_size
         sizes = {
             "batch": self.batch,
             "micro_batches": self.micro_batches,
-            "image_size": self.image_size,
+            "image_size": min(pixels) if isinstance(pixels, tuple) else pixels,
         }
         for name, size in sizes.items():
             if size is not None and size < 1:

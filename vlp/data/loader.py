@@ -97,9 +97,9 @@ class Loader:
         drawing = sequence.drawing(data, batch // world, mixture)
         self._mixture = mixture(self.sources, weights, seed=seed, shuffle=data.shuffle, **drawing)
         self.n_samples = self._mixture.n_samples
-        self.steps_per_epoch = self._mixture.steps_per_epoch(batch)
-        if not self.steps_per_epoch:
-            raise ValueError(sequence.too_few(self._mixture, batch, data.together, batch_key))
+        self._data, self._seed, self._rank, self._world = data, seed, rank, world
+        self._batch_key = batch_key
+        self.steps_per_epoch = self.epoch_steps(batch)
 
         # What a batch carries.
         self.store = store
@@ -112,7 +112,8 @@ class Loader:
         stored = stored_teachers(self.sources)
         self.teacher_scale = None if stored is None else stored.scale
         self.teacher_shape = () if stored is None else stored.shape
-        self.teacher_widths = [] if stored is None else [t.width for t in stored.teachers]
+        self.teachers = () if stored is None else stored.teachers
+        self.teacher_widths = [teacher.width for teacher in self.teachers]
 
         # Made is only what is read: a bad score costs its sample only where a term reads scores.
         self._made_fields = self.widths if reads is None else read_fields(self.widths, reads)
@@ -121,7 +122,6 @@ class Loader:
                 "data.views changes the words of captions, whose embeddings are stored; take "
                 "data.views away, or a text tower that reads tokens"
             )
-        self._data, self._seed, self._rank, self._world = data, seed, rank, world
         self._pixels = pixels
         self._make(batch, image, text)
         self._batches: list[tuple[int, int]] = [(0, batch)]
@@ -190,7 +190,8 @@ class Loader:
             )
         steps = self._mixture.steps_per_epoch(batch)
         if not steps:
-            raise ValueError(sequence.too_few(self._mixture, batch, self._data.together))
+            too_few = sequence.too_few(self._mixture, batch, self._data.together, self._batch_key)
+            raise ValueError(too_few)
         return steps
 
     def _identity(self, step: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str,
     return options
 
 
-def too_few(mixture: Mixture, batch: int, together: int, batch_key: str = "train.batch") -> str:
+def too_few(mixture: Mixture, batch: int, together: int, batch_key: str) -> str:
     """What to say of data that do not fill one batch."""
     held = f"{mixture.n_samples} samples"
     if together > 1:

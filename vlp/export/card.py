@@ -14,8 +14,8 @@ import yaml
 from vlp import losses, plugin
 from vlp.export import licenses, usage
 from vlp.models import language
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.stages import Stages
 from vlp.pretrained import image_size
 from vlp.privacy import shareable
 from vlp.types import ON_WHITE
@@ -74,8 +74,10 @@ def render(
     return "\n\n".join(parts) + "\n"
 
 
-def render_stages(model: Stages, name: str, members: Sequence[str], license: str | None) -> str:
-    """The README.md of a folder of several stages."""
+def render_concatenated(
+    model: Concatenated, name: str, members: Sequence[str], license: str | None
+) -> str:
+    """The README.md of a folder of several models as one."""
     metadata: dict[str, Any] = {
         "library_name": VLP,
         "pipeline_tag": "zero-shot-image-classification",

@@ -10,7 +10,7 @@ can say the same.
     README.md               the model card
 
 Several runs make one model of their embeddings one after another, which only vlp loads
-(vlp.models.stages).
+(vlp.models.concatenated).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 
 from vlp import averaging, checkpoint
 from vlp.export import licenses, onnx_form, variants
-from vlp.export.card import own_scale, render, render_stages
+from vlp.export.card import own_scale, render, render_concatenated
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
 from vlp.export.place import ExportError, appearing, check_free, write_json
 from vlp.files import naming
@@ -32,7 +32,7 @@ from vlp.locks import held
 from vlp.models import language
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.load import load_stages
+from vlp.models.load import load_concatenated
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.runs import AVERAGED
 
@@ -247,7 +247,7 @@ def _record(path: Path, averaged: bool) -> dict[str, Any]:
     }
 
 
-def export_stages(
+def export_concatenated(
     runs: Sequence[Path | str],
     to: Path | str,
     *,
@@ -257,7 +257,7 @@ def export_stages(
     dtype: str = "float32",
     image_size: int | None = None,
 ) -> list[str]:
-    """Several models as one, the concatenation of their embeddings (vlp.models.stages), each
+    """Several models as one, the concatenation of their embeddings (vlp.models.concatenated), each
     written as `export` does.
 
     A run may also be an export or hf-hub:user/name (the pretrained model that stages start from).
@@ -274,12 +274,12 @@ def export_stages(
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
             export_run(run, folder / name, home=to / name, **settings)
-        write_json(folder / references.STAGES, {"members": names})
-        card = render_stages(load_stages(folder), to.name, names, license)
+        write_json(folder / references.CONCATENATED, {"members": names})
+        card = render_concatenated(load_concatenated(folder), to.name, names, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return [
-        f"vlp: {references.STAGES}; the embeddings of {len(names)} stages one after another",
+        f"vlp: {references.CONCATENATED}; the embeddings of {len(names)} models one after another",
         "open_clip, transformers: no model of theirs joins several pairs of towers; each of "
         f"{', '.join(names)} loads by itself",
     ]

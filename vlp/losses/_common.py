@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,9 @@ class Common:
         """The weight of a step; None: of the first."""
         # Without a step a schedule stands at its start.
         return self.weight.at(step or 0) if isinstance(self.weight, Schedule) else self.weight
+
+    def final(self) -> Common:
+        """The same keys with the weight at which a schedule ends."""
+        if isinstance(self.weight, Schedule):
+            return replace(self, weight=self.weight.end)
+        return self

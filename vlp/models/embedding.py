@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vlp.fields import EMBEDDED, FIELDS, Field
 from vlp.models import lengths
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.lengths import Cut
-from vlp.models.stages import Stages
 from vlp.types import Batch, Features
 
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
@@ -59,7 +59,8 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
 
 def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tuple[int, int]:
     """How many pictures, and tokens of texts, pass the towers when `embed` embeds the same:
-    captions as they are cut, with the padding that is left. The device is not asked.
+    captions as they are cut, with the padding that is left; none of texts that come as stored
+    embeddings. The device is not asked.
     """
     fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
     places = [_places(batch, name, row) for name, row in fields.items() if row.tower == "image"]
@@ -69,7 +70,8 @@ def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tu
     cut = _cut(model, batch, texts, views, torch.device("cpu")).get("cut")
     if cut is not None:
         return n_pictures, cut.n_tokens
-    n_tokens = sum(part.rows.numel() for part in texts.values())
+    ids = [part.rows for part in texts.values() if not part.rows.is_floating_point()]
+    n_tokens = sum(rows.numel() for rows in ids)
     if "text_views" in views:
         n_tokens += views["text_views"].numel()
     return n_pictures, n_tokens
@@ -149,7 +151,7 @@ def _cut(
     """How the texts and their views are to pass the tower, as a keyword with its places on
     `device`; none: as they are.
     """
-    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Stages))
+    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Concatenated))
     encoder = next(encoders, None)
     if encoder is None or not texts:
         return {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlp.models.build import from_description
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.stages import Stages
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.fitting import UNCHANGED, Fit
 
@@ -15,17 +15,17 @@ def load(
     reference: str | Path | references.Reference,
     like: DualEncoder | None = None,
     fit: Fit = UNCHANGED,
-) -> DualEncoder | Stages:
+) -> DualEncoder | Concatenated:
     """The model behind a reference (vlp.pretrained.references), a run's excepted:
     `vlp.checkpoint.load_any` takes those too.
 
     `like`: the model whose architecture a file of weights alone has; `fit`: how these enter it.
-    Stages give a `vlp.models.stages.Stages`. ValueError says what was found where the model was
-    looked for.
+    Several models as one give a `vlp.models.concatenated.Concatenated`. ValueError says what was
+    found where the model was looked for.
     """
     resolved = references.resolve(reference)
-    if resolved.kind == "stages":
-        return load_stages(resolved.path)
+    if resolved.kind == "concatenated":
+        return load_concatenated(resolved.path)
     if resolved.kind == "run":
         raise ValueError(
             f"{resolved.text} is a run; load it with vlp.checkpoint.load_any, or export it"
@@ -48,7 +48,7 @@ def load(
     return from_description(described | {"vlp": scale_alone}, weights.path, fit)
 
 
-def load_stages(folder: Path) -> Stages:
+def load_concatenated(folder: Path) -> Concatenated:
     """The model that `export` wrote to a folder, on the CPU."""
     members = [load(folder / name) for name in references.members_of(folder)]
-    return Stages([member for member in members if isinstance(member, DualEncoder)])
+    return Concatenated([member for member in members if isinstance(member, DualEncoder)])

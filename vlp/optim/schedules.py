@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 
-from vlp.config import Duration, Optimizer, Plan
+from vlp.config import Duration, Optimizer, Plan, WholePlan
 
 Factor = Callable[[int, int, int], float]  # (step, warmup, total) -> factor on lr
 
@@ -36,7 +36,7 @@ class Schedule:
     not exist or gives no factor.
     """
 
-    def __init__(self, options: Optimizer, plan: Plan) -> None:
+    def __init__(self, options: Optimizer, plan: Plan | WholePlan) -> None:
         self.options, self.total = options, plan.total
         self.warmup = warmup_steps(options, plan)
         self.cooldown = _cooldown_steps(options, plan, self.warmup)
@@ -115,7 +115,7 @@ def own_function(schedule: str) -> Factor | None:
     return function
 
 
-def warmup_steps(options: Optimizer, plan: Plan) -> int:
+def warmup_steps(options: Optimizer, plan: Plan | WholePlan) -> int:
     """Updates of the warm-up. ValueError if the run ends before it: the rate never reached lr."""
     steps = plan.steps(options.warmup)
     if steps > plan.total:
@@ -127,12 +127,12 @@ def warmup_steps(options: Optimizer, plan: Plan) -> int:
     return steps
 
 
-def _cooldown_steps(options: Optimizer, plan: Plan, warmup: int) -> int:
+def _cooldown_steps(options: Optimizer, plan: Plan | WholePlan, warmup: int) -> int:
     """Updates of the cooldown. ValueError if it would begin before the warm-up ends."""
     cooldown: Duration | None = options.cooldown
     if cooldown is None:
         return 0
-    steps = plan.steps(cooldown)
+    steps = plan.last_steps(cooldown)
     if warmup + steps > plan.total:
         raise ValueError(
             f"train.optimizer.cooldown is {steps:,} steps and warmup {warmup:,}, but the run has "

@@ -104,8 +104,8 @@ def _fetch_weights(repository: str, folder: Path) -> None:
     import huggingface_hub
 
     described = next((name for name in _PICKLED if (folder / name).is_file()), None)
-    stages = (folder / "vlp_stages.json").is_file()
-    if described is None or stages or (folder / "open_clip_model.safetensors").is_file():
+    concatenated = (folder / "vlp_stages.json").is_file()
+    if described is None or concatenated or (folder / "open_clip_model.safetensors").is_file():
         return
 
     # Pickled weights last: many repositories hold both, and one download is enough.

@@ -124,12 +124,37 @@ def grid(tower: nn.Module, size: Size) -> Size:
     return size[0] // step[0], size[1] // step[1]
 
 
-def interpolated(positions: Tensor, old: Size, new: Size) -> Tensor:
-    """Positions [1 + P, width] of a class token and of a grid `old`, as those of a grid `new`."""
-    first, places = positions[:1], positions[1:]
+def interpolated(positions: Tensor, old: Size, new: Size, n_before: int = 1) -> Tensor:
+    """Positions [..., n_before + P, width] of tokens before a grid `old`, which stay, and of the
+    grid, as those of a grid `new`; in their dtype.
+    """
+    rows = positions.reshape(-1, positions.shape[-1])
+    places = rows[n_before:].float()
     planes = places.reshape(1, *old, -1).permute(0, 3, 1, 2)
     planes = F.interpolate(planes, size=new, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([first, planes.permute(0, 2, 3, 1).flatten(0, 2)])
+
+    resampled = planes.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
+    joined = torch.cat([rows[:n_before], resampled])
+    return joined.reshape(*positions.shape[:-2], *joined.shape)
+
+
+def fitted(weights: Mapping[str, Tensor], tower: nn.Module, old: Size) -> dict[str, Tensor]:
+    """Weights, averages or moments by the names of a model that was trained on pictures of `old`,
+    with the positions of its image tower for the size of `tower`; all else as it is.
+
+    Positions of which the grids do not tell how many stand before them stay, too: their shape
+    shows that they do not fit.
+    """
+    size, name = pair(tower.image_size), _POSITIONS.get(type(tower), "")
+    if size == old or name not in weights or stride(tower) is None:
+        return dict(weights)
+
+    # Class and register tokens: as many as the old grid leaves.
+    positions, old_grid = weights[name], grid(tower, old)
+    n_before = positions.shape[-2] - math.prod(old_grid)
+    if n_before < 0:
+        return dict(weights)
+    return {**weights, name: interpolated(positions, old_grid, grid(tower, size), n_before)}
 
 
 def of_weights(tower: nn.Module, weights: Mapping[str, Tensor], stated: Any = None) -> Size:

@@ -30,8 +30,8 @@ from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
 
 CONFIG = "open_clip_config.json"
-# of a folder whose members are exports (vlp.models.stages)
-STAGES = "vlp_stages.json"
+# of a folder whose members are exports (vlp.models.concatenated)
+CONCATENATED = "vlp_stages.json"
 # a folder of our exports: the configuration of a Hugging Face text tower
 TEXT_TOWER = "text_tower"
 # The names that open_clip gives the weights of a folder, in its order of preference.
@@ -44,7 +44,7 @@ OPEN_CLIP_WEIGHTS = (
 # Endings of weights; npz is big_vision's.
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
-Kind = Literal["run", "stages", "open_clip", "transformers", "file", "tag"]
+Kind = Literal["run", "concatenated", "open_clip", "transformers", "file", "tag"]
 
 # prefixes that say where to look
 _HUB = ("hf-hub:", "hf:")
@@ -58,7 +58,7 @@ _WORKING = (
 # A folder with one of these says its own architecture; the first that it holds tells its kind.
 _MARKS: dict[str, Kind] = {
     "manifest.json": "run",
-    STAGES: "stages",
+    CONCATENATED: "concatenated",
     CONFIG: "open_clip",
     "config.json": "transformers",
 }
@@ -243,18 +243,20 @@ def _check_sections(config: dict[str, Any], path: Path) -> None:
 
 
 def members_of(folder: Path) -> list[str]:
-    """The members of a folder of stages: folders in it, each an export; ValueError for others."""
-    members = read_json(folder / STAGES).get("members")
+    """The members of a folder of several models: folders in it, each an export; ValueError for
+    others.
+    """
+    members = read_json(folder / CONCATENATED).get("members")
     if not isinstance(members, list) or not members:
-        raise ValueError(f"{folder / STAGES} names no members; export the stages again")
+        raise ValueError(f"{folder / CONCATENATED} names no members; export them again")
 
     # A list is a stranger's: a path would lead out of the folder, and back into it for ever.
     for name in members:
         is_inside = isinstance(name, str) and name != ".." and Path(name).name == name
         if not is_inside or not (folder / name / CONFIG).is_file():
             raise ValueError(
-                f"{folder / STAGES} names {str(name)[:60]!r}, which is no folder beside it with "
-                f"{CONFIG}; export the stages again"
+                f"{folder / CONCATENATED} names {str(name)[:60]!r}, which is no folder beside it "
+                f"with {CONFIG}; export them again"
             )
     return members
 

@@ -88,7 +88,7 @@ def behind(reference: Reference) -> WeightFile:
         runs.verify(path)
         file = runs.TEACHER if reference.averaged else "model.safetensors"
         return WeightFile(path / file, read_json(path / "model.json"))
-    if reference.kind == "stages":
+    if reference.kind == "concatenated":
         members = references.members_of(path)
         raise ValueError(
             f"{reference.text} holds several models; name one of them, such as {path / members[0]}"

@@ -6,7 +6,8 @@ registry.
 
 A file holds `Options` and `open(options, config, model, engine) -> Selection`, called once at the
 start, before the engine takes over the model; it raises ValueError for settings that do not fit the
-model or the batch.
+model or the batch. `check(options, config, model)`, where a file has one, refuses as much of it as
+costs nothing: it is called for every stage of a run before the first one starts.
 """
 
 from __future__ import annotations
@@ -59,6 +60,16 @@ class Selection:
                 f"the selection reads the stored embeddings of one model, and the sources' "
                 f"`embeddings` are of {n_teachers}; name one of them"
             )
+
+
+def check(config: Config, model: DualEncoder) -> None:
+    """Refuse what the selection would refuse when it is built, as far as that is told without its
+    models and files. ValueError.
+    """
+    for plugin in config.selection:
+        check_options = getattr(plugin.module, "check", None)
+        if check_options is not None:
+            check_options(plugin.options, config, model)
 
 
 def build(config: Config, model: DualEncoder, engine: Engine) -> Selection:

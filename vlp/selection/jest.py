@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from vlp import dist, teacher
 from vlp.config import Config
 from vlp.engines import Engine
+from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
-from vlp.models.stages import Stages
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.step import Training
@@ -93,7 +93,7 @@ def open(options: Options, config: Config, model: DualEncoder, engine: Engine) -
 
     ValueError where batch, model and reference do not fit each other.
     """
-    _check(options, config, model)
+    check(options, config, model)
     loaded = config.train.batch * options.times
     if options.reference == "precomputed":
         needs = frozenset({"teacher_image", "teacher_text"})
@@ -110,7 +110,8 @@ def open(options: Options, config: Config, model: DualEncoder, engine: Engine) -
     return Selection(loaded, choose=chooser)
 
 
-def _check(options: Options, config: Config, model: DualEncoder) -> None:
+def check(options: Options, config: Config, model: DualEncoder) -> None:
+    """Refuse a batch, data or a model that jest cannot choose for. ValueError."""
     batch = config.train.batch
     if batch % options.chunks:
         raise ValueError(
@@ -163,7 +164,9 @@ class Embedded:
 class Chooser:
     """`Selection.choose` of jest. `reference`: None where the batch brings its embeddings."""
 
-    def __init__(self, options: Options, reference: DualEncoder | Stages | None = None) -> None:
+    def __init__(
+        self, options: Options, reference: DualEncoder | Concatenated | None = None
+    ) -> None:
         self.options, self.reference = options, reference
         self.scale, self.bias = options.scale, options.bias
         if reference is None:

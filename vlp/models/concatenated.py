@@ -23,7 +23,7 @@ from vlp.models.lengths import Cut
 from vlp.types import Features
 
 
-class Stages(nn.Module):
+class Concatenated(nn.Module):
     """Dual encoders of the same pixels and tokens, concatenated; called as a DualEncoder is."""
 
     def __init__(self, members: Sequence[DualEncoder]) -> None:
@@ -33,7 +33,7 @@ class Stages(nn.Module):
             same_pixels = other.image_spec == first.image_spec
             if not same_pixels or not same_tokens(other.text_spec, first.text_spec):
                 raise ValueError(
-                    "stages must read the same pixels and tokens, but these read "
+                    "models that become one must read the same pixels and tokens, but these read "
                     f"{first.image_spec}, {first.text_spec} and "
                     f"{other.image_spec}, {other.text_spec}; train them alike"
                 )
