@@ -22,6 +22,7 @@ from vlp import (
     log,
     losses,
     micro_batches,
+    online_judge,
     optim,
     selection,
     stages,
@@ -40,6 +41,7 @@ from vlp.midway import Evaluate, Midway
 from vlp.models.build import build as build_model
 from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
+from vlp.online_judge import OnlineJudge
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.pretrained.references import resolve as resolve_reference
@@ -200,6 +202,8 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
+    if training.judge is not None:
+        log.say(training.judge.cost(loader.widths.get("negatives", 0), plan.batch))
     return Part(model, selector, training, utilisation, validator)
 
 
@@ -213,6 +217,9 @@ def check_names(config: Config) -> None:
     for reference in (config.init_from, *config.teacher.models):
         if reference:
             resolve_reference(reference)
+    judge = online_judge.named(config.teacher)
+    if judge is not None:
+        judge.check()
 
 
 def initial_model(config: Config) -> DualEncoder:
@@ -244,7 +251,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
         rank=dist.rank(),
         world=dist.world_size(),
         pixels=not config.model.precomputed,
-        reads=losses.reads(config.objective) | selector.needs,
+        reads=losses.reads(config.objective) | selector.needs | online_judge.reads(config),
         store=None if stored_texts is None else TextStore(stored_texts),
     )
     selector.check(loader.carries, len(loader.teacher_widths))
@@ -265,7 +272,8 @@ def open_validation(
     if config.validation is None:
         return None
     validator = Validator(config.validation, config, labelled(config), model, loader)
-    validator.prepare(config, plan, model, teacher.supplies(config.teacher))
+    of_judge = online_judge.supplies(config.teacher) - loader.carries
+    validator.prepare(config, plan, model, teacher.supplies(config.teacher) | of_judge)
     return validator
 
 
@@ -322,11 +330,18 @@ def prepare(
         may_skip=config.train.max_skipped if config.train.non_finite == "skip" else 0,
     )
 
+    needs = objective.needs
+    if config.teacher.cross_encoder is not None:
+        training.judge = OnlineJudge(
+            config.teacher, objective, loader.carries, engine.device, training.dtype
+        )
+        needs |= training.judge.queued
+
     # After the engine: a moving average is a copy of what the engine made of the model.
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
         training.teacher = teacher.Teacher(
-            config.teacher, engine, model, objective.needs, saved, loader.teacher_shape
+            config.teacher, engine, model, needs, saved, loader.teacher_shape
         )
     return training
 
