@@ -53,14 +53,22 @@ def batch_of(rows=slice(None), step: int = 0):
     )
 
 
-def judging(micro_batches: int = 1, distill: list | None = None, queue: bool = False):
+def undecided(pictures: list, captions: list[str]) -> list[float | None]:
+    """The same, of captions that end in 1; it says nothing of others."""
+    scores = zip(captions, by_bytes(pictures, captions))
+    return [value if text.endswith("1") else None for text, value in scores]
+
+
+def judging(
+    micro_batches: int = 1, distill: list | None = None, queue: bool = False, judge: str = JUDGE
+):
     """A training whose terms ask a judge."""
     terms = distill or [RANKING | {"queue": queue}]
     training = make_training(micro_batches, objective={"infonce": {}, "distill": terms})
     options = config.Teacher(
         ema=0.7 if queue else None,
         queue=QUEUE if queue else 0,
-        cross_encoder=JUDGE,
+        cross_encoder=judge,
         cross_encoder_batch=5,
     )
     engine, objective = training.engine, training.objective
@@ -184,6 +192,17 @@ def test_hard_captions_are_judged_where_the_data_carry_no_scores():
         assert fields["teacher_scores"][i, k].item() == pytest.approx(wanted, rel=1e-6)
         n += 1
     assert n == 13 and not fields["teacher_scores"][~batch.negatives_valid].any()
+
+
+def test_a_judge_may_say_nothing():
+    training = judging(distill=BOTH, judge=f"{__name__}:undecided")
+    batch = batch_of()
+    fields = judged(training, training.objective, batch, embed(training, batch, 0), 0)
+    assert (~fields["pair_score"].isnan()).nonzero().flatten().tolist() == [1, 11]
+    unscored = fields["candidate_text_scores"].isnan()
+    assert unscored.any() and not unscored.all()
+    scalars = train_step(training, batch)
+    assert all(scalars[name].isfinite() for name in ("loss", "grad_norm", "distill.ranking"))
 
 
 def test_texts_travel_as_they_are_written():
