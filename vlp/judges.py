@@ -184,7 +184,13 @@ class OwnFunction:
         """What the function says; ValueError where that is not a number or None for each pair."""
         distinct, places = _distinct(pictures)
         images = [_as_image(picture) for picture in distinct]
-        answers = list(self.function([images[place] for place in places], list(captions)))
+        try:
+            answers = list(self.function([images[place] for place in places], list(captions)))
+        except Exception as error:  # whatever its author let pass
+            raise ValueError(
+                f"judge {self.ref} failed for {len(captions)} pairs: {type(error).__name__}: "
+                f"{str(error)[:300]}"
+            ) from error
         if len(answers) != len(captions):
             raise ValueError(
                 f"judge {self.ref} gave {len(answers)} scores for {len(captions)} pairs; return "

@@ -141,9 +141,17 @@ def test_what_is_no_judge_is_answered_without_its_weights(
         Judge.of(name.format(llava=judges / "llava"), "cpu", 4).check()
 
 
+def broken(pictures: list, captions: list[str]) -> list[float]:
+    raise KeyError("no such word")
+
+
 @pytest.mark.parametrize(
     "name, message",
-    [("one_too_few", "gave 1 scores for 2 pairs"), ("no_number", "gave 'true'; return finite")],
+    [
+        ("one_too_few", "gave 1 scores for 2 pairs"),
+        ("no_number", "gave 'true'; return finite"),
+        ("broken", "failed for 2 pairs: KeyError: 'no such word'"),
+    ],
 )
 def test_answers_of_a_function_are_checked(name: str, message: str) -> None:
     pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)

@@ -83,6 +83,7 @@ import torch
 from torch import Tensor
 
 from vlp.losses import _distill_candidates, _distill_captions, _distill_pairs
+from vlp.losses._distill_candidates import Asked
 from vlp.losses._inputs import Inputs
 from vlp.losses._softmax import cross_entropy
 from vlp.pairwise import Pairs
@@ -102,7 +103,7 @@ FORMS = {
     "concepts": frozenset({"concept_logits", "concept_targets"}),
 }
 MIN_HARDEST = 2  # a ranking of one candidate says nothing
-Asked, hardest = _distill_candidates.Asked, _distill_candidates.hardest
+hardest = _distill_candidates.hardest
 
 
 @dataclass(frozen=True)
