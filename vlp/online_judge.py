@@ -140,11 +140,11 @@ def _check_use(objective: losses.Objective, carries: frozenset[str]) -> None:
 
     for label, needs in objective.required.items():
         of_captions = needs & OF_CAPTIONS
-        stored = of_captions & carries
-        if stored and stored != of_captions:
+        carried = of_captions & carries
+        if carried and carried != of_captions:
             raise ValueError(
                 f"the term {label!r} compares score and teacher_scores, of which the data carry "
-                f"{sorted(stored)} and {KEY} would give the other: they would be of two judges; "
+                f"{sorted(carried)} and {KEY} would give the other: they would be of two judges; "
                 "store both (vlp data mine --judge), or neither"
             )
 

@@ -85,7 +85,7 @@ def with_peft(folder: Path, model: DualEncoder) -> DualEncoder:
 def cases(folder: Path) -> dict[str, tuple[dict, dict]]:
     """The model sections of a base and of what is tuned."""
     kinds = towers(folder)
-    both = {"image_tower": VIT | LORA, "text_tower": TEXT | LORA}
+    both = {"image_tower": VIT | LORA, "text_tower": TEXT | {"lora": {"r": 2}}}
     larger = {
         "image_tower": VIT | LORA | {"image_size": 48},
         "text_tower": TEXT | LORA | {"context": {"length": 24, "keep": 4}},

@@ -67,7 +67,7 @@ def write_adapters(
             "keep": fit.keep,
             "new_projection": fit.new_projection,
         }
-        write_json(folder / adapter_folder.NAME, about)
+        write_json(folder / references.ADAPTERS, about)
         card = _card(to.name, base_name, [SIDES[side] for side in scalings], license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _check_read_back(folder, adapters.merged(_of_towers(weights), scalings))
@@ -179,14 +179,20 @@ def _write_tower(
     from peft import LoraConfig
 
     tower = base.get_submodule(side)
-    tensors = _named_as_peft(adapters.adapters(weights), side, tower)
-    layers = sorted({name.removesuffix(end) for name in tensors for end in _ends(name)})
-    modules = [layer for layer in layers if not layer.endswith(adapter_folder.OUT_PROJ)]
-    rank = next(iter(tensors.values())).shape[0]
+    of_tower = {
+        name.removeprefix(f"{side}."): value
+        for name, value in adapters.adapters(weights).items()
+        if name.startswith(f"{side}.")
+    }
+    rank = next(value.shape[0] for name, value in of_tower.items() if "lora_A" in name)
+    tensors = _named_as_peft(of_tower, tower, rank)
 
+    layers = {name.removesuffix(adapter_folder.A) for name in tensors if "lora_A" in name}
+    modules = [layer for layer in sorted(layers) if not layer.endswith(adapter_folder.OUT_PROJ)]
+    alpha: Any = round(scaling * rank, 6)  # peft takes any number, and says int
     options = LoraConfig(
         r=rank,
-        lora_alpha=round(scaling * rank, 6),
+        lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=modules,
         base_model_name_or_path=base_name,
@@ -198,11 +204,9 @@ def _write_tower(
     save_weights(named, folder / adapter_folder.WEIGHTS)
 
 
-def _ends(name: str) -> list[str]:
-    return [end for end in (adapter_folder.A, adapter_folder.B) if name.endswith(end)]
-
-
-def _named_as_peft(tensors: Mapping[str, Tensor], side: str, tower: nn.Module) -> dict[str, Tensor]:
+def _named_as_peft(
+    of_tower: Mapping[str, Tensor], tower: nn.Module, rank: int
+) -> dict[str, Tensor]:
     """The tensors of a tower by peft's names for the plain one.
 
     peft adapts torch's attention as a whole. What it has of the output projection is zeros, and the
@@ -210,39 +214,31 @@ def _named_as_peft(tensors: Mapping[str, Tensor], side: str, tower: nn.Module) -
     an input projection that the run left alone.
     """
     named: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if not name.startswith(f"{side}."):
-            continue
-        layer = name.removeprefix(f"{side}.").replace(".default.", ".")
+    for name, value in of_tower.items():
+        layer = name.replace(".default.", ".")
         attention, _, part = layer.partition(".attn.")
         if not _is_torchs(tower, f"{attention}.attn"):
             named[layer] = value
         elif part.startswith("in_proj."):
             named[f"{attention}.attn.{part.removeprefix('in_proj.')}"] = value
-    rank = next(value.shape[0] for name, value in tensors.items() if "lora_A" in name)
-    return _zeros(tensors, side, tower, rank) | named
+    return _zeros(_attentions(of_tower, tower), tower, rank) | named
 
 
-def _zeros(
-    tensors: Mapping[str, Tensor], side: str, tower: nn.Module, rank: int
-) -> dict[str, Tensor]:
-    """Adapters that add nothing, for each of torch's attentions that has any."""
+def _zeros(places: set[str], tower: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Adapters that add nothing, for torch's attentions at `places`."""
     zeros = {}
-    for place in sorted(_attentions(tensors, side, tower)):
-        width = tower.get_submodule(place).embed_dim
+    for place in sorted(places):
+        attention: Any = tower.get_submodule(place)
+        width = attention.embed_dim
         for layer, n_out in ((place, 3 * width), (place + adapter_folder.OUT_PROJ, width)):
             zeros[layer + adapter_folder.A] = torch.zeros(rank, width)
             zeros[layer + adapter_folder.B] = torch.zeros(n_out, rank)
     return zeros
 
 
-def _attentions(names: Iterable[str], side: str, tower: nn.Module) -> set[str]:
+def _attentions(names: Iterable[str], tower: nn.Module) -> set[str]:
     """torch's attentions with adapters, by their names in the plain tower."""
-    places = {
-        name.removeprefix(f"{side}.").partition(".attn.")[0] + ".attn"
-        for name in names
-        if name.startswith(f"{side}.") and ".attn." in name
-    }
+    places = {name.partition(".attn.")[0] + ".attn" for name in names if ".attn." in name}
     return {place for place in places if _is_torchs(tower, place)}
 
 
@@ -260,10 +256,11 @@ def _out_projections(
     """The output projections of torch's attentions that have adapters, merged."""
     names = set()
     for side in scalings:
-        tensors = adapters.adapters(weights)
-        for place in _attentions(tensors, side, base.get_submodule(side)):
-            if any(name.startswith(f"{side}.{place}.out_proj.") for name in tensors):
-                names.add(f"{side}.{place}.out_proj.weight")
+        ending = f".out_proj{adapter_folder.A}".replace(".weight", ".default.weight")
+        for name in adapters.adapters(weights):
+            layer = name.removeprefix(f"{side}.").removesuffix(ending)
+            if name == f"{side}.{layer}{ending}" and _is_torchs(base.get_submodule(side), layer):
+                names.add(f"{side}.{layer}.out_proj.weight")
     return {n: v for n, v in adapters.merged(weights, scalings).items() if n in names}
 
 

@@ -83,7 +83,7 @@ import torch
 from torch import Tensor
 
 from vlp.losses import _distill_candidates, _distill_captions, _distill_pairs
-from vlp.losses._distill_candidates import Asked
+from vlp.losses._distill_candidates import Asked as Asked
 from vlp.losses._inputs import Inputs
 from vlp.losses._softmax import cross_entropy
 from vlp.pairwise import Pairs

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlp.pretrained import projections
 from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.folders import read_json
-from vlp.pretrained.references import ADAPTERS as NAME
+from vlp.pretrained.references import ADAPTERS
 
 REST = "rest.safetensors"
 SIDES = {"visual": "image", "text": "text"}  # a tower's name in the model: its folder
@@ -58,13 +58,13 @@ class AdapterFolder:
     @classmethod
     def read(cls, folder: Path) -> AdapterFolder:
         """ValueError for a folder that says something else."""
-        about = read_json(folder / NAME)
+        about = read_json(folder / ADAPTERS)
         kinds = {"base": str, "digest": str, "described": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(about.get(name), kind)]
         if wrong or "model_cfg" not in about["described"]:
+            missing = ", ".join(wrong) or "model_cfg"
             raise ValueError(
-                f"{folder / NAME} does not say {', '.join(wrong) or 'model_cfg'} of its adapters; "
-                f"{_REMEDY}"
+                f"{folder / ADAPTERS} does not say {missing} of its adapters; {_REMEDY}"
             )
         return cls(
             folder,
@@ -93,7 +93,7 @@ class AdapterFolder:
             raise ValueError(
                 f"{self.base} has other weights than {self.folder} was trained on (digest "
                 f"{found_digest[:12]}, expected {self.digest[:12]}); set base in "
-                f"{self.folder / NAME} to where those lie"
+                f"{self.folder / ADAPTERS} to where those lie"
             )
         for side in self._adapted():
             weights |= self._added(side, weights)
@@ -113,7 +113,7 @@ class AdapterFolder:
             if name is None or weights[name].shape != (b.shape[0], a.shape[1]):
                 raise ValueError(
                     f"{folder / WEIGHTS} adapts {side}.{layer} [{b.shape[0]}, {a.shape[1]}], which "
-                    f"{self.base} does not have; set base in {self.folder / NAME} to the model "
+                    f"{self.base} does not have; set base in {self.folder / ADAPTERS} to the model "
                     "that was adapted"
                 )
             # In float64: the sum is rounded once.
