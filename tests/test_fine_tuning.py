@@ -51,6 +51,39 @@ def test_a_run_with_adapters_starts_from_weights_and_resumes_bit_for_bit(setting
     assert not all(torch.equal(start[name], moved[name]) for name in towers)
 
 
+def test_adapters_learn_through_stages_and_a_stopped_stage_goes_on(settings):
+    """Over a joint where pictures grow, the base keeps every bit but its positions."""
+    first = train(settings("train.duration=1", out="first"))
+    staged = (
+        f"init_from={first}",
+        "model.image_tower.lora={r: 2}",
+        "train.duration=4",
+        "stages=[{duration: 2, image_size: 8, batch: 24}]",
+        "checkpoint={every: 1, keep: 9}",
+        "data.workers=0",
+    )
+    whole = train(settings(*staged, out="whole"))
+    assert losses(whole).keys() == {1, 2, 3, 4}
+    for step in (2, 3):
+        cut = whole.parent / f"cut {step}"
+        shutil.copytree(whole, cut)
+        for later in range(step + 1, 5):
+            shutil.rmtree(cut / f"checkpoints/step_{later:08d}")
+        assert losses(train(settings(*staged, "resume=auto", out=cut.name))) == losses(whole)
+
+    start = checkpoint.load_model(first).state_dict()
+    saved = checkpoint.load(checkpoint.newest(whole)).model
+    base = {
+        name.replace(".base_layer.", ".").replace("attn.in_proj.", "attn.in_proj_"): value
+        for name, value in saved.items()
+        if name.startswith("visual.") and "lora" not in name
+    }
+    moved = {name for name, value in base.items() if not torch.equal(value, start[name])}
+    assert len(base) > 10 and moved == {"visual.positional_embedding"}
+    adapters = [value for name, value in saved.items() if "lora_B" in name]
+    assert len(adapters) == 4 and all(value.any() for value in adapters)
+
+
 TUNED = {
     "image": {"lora": {"r": 2, "alpha": 8.0}},
     "text": {"locked": {"unlocked_groups": 2}},

@@ -19,6 +19,7 @@ from vlp import (
     log,
     losses,
     micro_batches,
+    online_judge,
     optim,
     selection,
     stages,
@@ -33,6 +34,7 @@ from vlp.engines import Engine
 from vlp.models.build import build as build_model
 from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
+from vlp.online_judge import OnlineJudge
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.resume import (
     go_on_from,
@@ -161,6 +163,8 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
     training = prepare(config, engine, model, objective, rate, loader, contents)
     if contents is not None:
         go_on_from(contents, training, loader)
+    if training.judge is not None:
+        log.say(training.judge.cost(loader.widths.get("negatives", 0), plan.batch))
     return Part(model, selector, training, utilisation, validator)
 
 
@@ -174,6 +178,9 @@ def check_names(config: Config) -> None:
     for reference in (config.init_from, *config.teacher.models):
         if reference:
             resolve_reference(reference)
+    judge = online_judge.named(config.teacher)
+    if judge is not None:
+        judge.check()
 
 
 def initial_model(config: Config) -> DualEncoder:
@@ -205,7 +212,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
         rank=dist.rank(),
         world=dist.world_size(),
         pixels=not config.model.precomputed,
-        reads=losses.reads(config.objective) | selector.needs,
+        reads=losses.reads(config.objective) | selector.needs | online_judge.reads(config),
         store=None if stored_texts is None else TextStore(stored_texts),
     )
     selector.check(loader.carries, len(loader.teacher_widths))
@@ -231,7 +238,9 @@ def open_validation(
     validator = Validator(
         config.validation, config, labelled(config), model, segment.text_spec(model), loader
     )
-    validator.prepare(config, segment.plan, model, teacher.supplies(config.teacher))
+    of_judge = online_judge.supplies(config.teacher) - loader.carries
+    supplies = teacher.supplies(config.teacher) | of_judge
+    validator.prepare(config, segment.plan, model, supplies)
     for other in later:
         validator.batches_of(config.validation.batch or other.plan.batch)
     return validator
@@ -290,11 +299,18 @@ def prepare(
         may_skip=config.train.max_skipped if config.train.non_finite == "skip" else 0,
     )
 
+    needs = objective.needs
+    if config.teacher.cross_encoder is not None:
+        training.judge = OnlineJudge(
+            config.teacher, objective, loader.carries, engine.device, training.dtype
+        )
+        needs |= training.judge.queued
+
     # After the engine: a moving average is a copy of what the engine made of the model.
     if teacher.supplies(config.teacher):
         saved = {} if contents is None else contents.teacher
         training.teacher = teacher.Teacher(
-            config.teacher, engine, model, objective.needs, saved, loader.teacher_shape
+            config.teacher, engine, model, needs, saved, loader.teacher_shape
         )
     return training
 

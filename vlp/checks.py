@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlp import dist, losses, teacher
+from vlp import dist, losses, online_judge, teacher
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
 from vlp.fields import CARRIED, FIELDS, supplier
@@ -67,11 +67,13 @@ def check_objective(
     """Refuse what the objective lacks, what is supplied and not read, and what cannot stand for the
     image tower.
     """
-    taught = teacher.supplies(config.teacher)
+    taught = teacher.supplies(config.teacher) | online_judge.supplies(config.teacher)
     stored = set() if loader.teacher_scale is None else {"teacher_scale"}
 
     check_needs(objective, loader.carries | stored | taught, model)
     check_use(objective, config, loader)
+    n_rows = config.train.batch // dist.world_size()
+    online_judge.check(config, objective, loader.carries, n_rows)
     check_roles(objective, config)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.

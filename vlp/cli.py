@@ -45,6 +45,7 @@ EXPORT_EXAMPLE = """examples:
   vlp export --average runs/a,runs/b,runs/c --to exported/soup
   vlp export --blend exported/published runs/tuned --alpha 0.5 --to exported/blend
   vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl
+  vlp export runs/tuned --form adapters --to exported/adapters
 
 Several runs become one model: their embeddings stand one after another. An average is of
 weights (vlp/averaging.py).
@@ -334,7 +335,18 @@ def _export(parser: argparse.ArgumentParser) -> None:
         help="other than trained: positions interpolated",
     )
 
+    parser.add_argument(
+        "--form",
+        choices=["model", "adapters"],
+        default="model",
+        help="adapters: those of a run with lora alone, for peft (needs pip install vlp[lora])",
+    )
+
     def run(options: argparse.Namespace) -> int:
+        if options.form == "adapters":
+            print("\n".join(_export_adapters(options)))
+            return 0
+
         from vlp.export.folder import export_average, export_concatenated, export_run
 
         members = averages.asked_for(options)
@@ -356,6 +368,29 @@ def _export(parser: argparse.ArgumentParser) -> None:
         return 0
 
     parser.set_defaults(run=run)
+
+
+def _export_adapters(options: argparse.Namespace) -> list[str]:
+    """`vlp export RUN --form adapters`; ValueError for options of a whole model."""
+    from vlp.export.adapters import write_adapters
+
+    of_models = {
+        "--average": options.average,
+        "--blend": options.blend,
+        "--ema": options.ema,
+        "--onnx": options.onnx,
+        "--image-size": options.image_size is not None,
+        "--dtype": options.dtype != "float32",
+    }
+    given = [option for option, value in of_models.items() if value]
+    if given or len(options.runs) != 1:
+        raise ValueError(
+            f"--form adapters takes one RUN and no option of a whole model; found "
+            f"{len(options.runs)} and {', '.join(given) or 'none'}"
+        )
+    return write_adapters(
+        options.runs[0], options.to, license=options.license, overwrite=options.overwrite
+    )
 
 
 def _push(parser: argparse.ArgumentParser) -> None:

@@ -104,7 +104,10 @@ _STORED = (
 )
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _PROJECTION = "a map to the teacher's width (model.heads.teacher)"
-_JUDGE = "the caller: a cross-encoder's scores of the pairs that vlp.losses.distill.hardest names"
+_JUDGE = (
+    "a cross-encoder (teacher.cross_encoder), or a caller's scores of the pairs that "
+    "vlp.losses.distill.hardest names"
+)
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
 _TEACHER_QUEUE = "a queue of a teacher's embeddings (teacher.queue and a teacher)"
 _DECODER = "a text decoder (model.heads.captions)"
@@ -152,7 +155,8 @@ class Carried:
         "b K",
         beside="negatives",
         json="negative_scores",
-        supplier="a teacher's scores of the hard captions (the JSON's `negative_scores`)",
+        supplier="a teacher's scores of the hard captions (the JSON's `negative_scores`), or a "
+        "cross-encoder (teacher.cross_encoder)",
     )
 
     # The caption with another number word, of the samples that count.
@@ -185,7 +189,8 @@ class Carried:
         "b",
         json="score",
         at_least=0,
-        supplier="shards with a relevance of each pair (the JSON's `score`)",
+        supplier="shards with a relevance of each pair (the JSON's `score`), or a cross-encoder "
+        "(teacher.cross_encoder)",
     )
     concept_targets: Tensor = numbers(
         "b M",
@@ -205,6 +210,12 @@ class Carried:
     # Pairs with one label are of one kind: the same caption, class or origin. Any whole numbers,
     # of which only equality counts; the loader's are below 2^48 (vlp.data.labels).
     label: Tensor = numbers("b", "int64", supplier=_LABELS)
+
+    # `text` and `negatives` as they are written, for a judge (vlp.data.raw_texts).
+    caption_bytes: Tensor = numbers("b U", "uint8", supplier="the loader: the caption as written")
+    negatives_bytes: Tensor = numbers(
+        "b K U", "uint8", beside="negatives", supplier="shards with hard captions"
+    )
 
 
 @dataclass(frozen=True)
@@ -261,6 +272,10 @@ class Readable(Carried):
     queue_teacher_text: Tensor = of_teachers(
         "", "Q D'", "Q T D'", unit=True, zeros=True, supplier=_TEACHER_QUEUE
     )
+
+    # Pictures and captions of those keys, for a judge.
+    queue_pixels: Tensor = computed("", "Q 3 H W", "uint8", supplier=_QUEUE)
+    queue_caption_bytes: Tensor = computed("", "Q U", "uint8", supplier=_QUEUE)
 
     # What a cross-encoder says of pairs of different samples: places in the group's texts (and
     # after them the queue's) of the candidates of each image, its scores of them, and the same of

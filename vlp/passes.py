@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlp import dist
 from vlp.fields import EMBEDDED, FIELDS, LABELS
+from vlp.losses import Objective
 from vlp.models import embedding
-from vlp.pairwise import reduction
+from vlp.pairwise import Pairs, reduction
 from vlp.seeds import derive
 from vlp.training import Training
 from vlp.types import Batch
@@ -96,6 +98,21 @@ def teacher_forward(training: Training, micro_batches: list[Batch]) -> dict[str,
 
     of_teacher |= training.teacher.queue
     return {name: _for_pairs(name, value, training) for name, value in of_teacher.items()}
+
+
+def judged(
+    training: Training,
+    objective: Objective,
+    batch: Batch,
+    rows: Mapping[str, Tensor],
+    step: int | None,
+) -> dict[str, Tensor]:
+    """What the run's judge says of all rows of a step, of which `rows` are the embeddings, and of
+    the candidates that these find hardest.
+    """
+    if training.judge is None:
+        return {}
+    return training.judge.scores(batch, rows, Pairs.at(objective.backend, step))
 
 
 def views_first(embedded: dict[str, Tensor]) -> dict[str, Tensor]:

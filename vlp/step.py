@@ -30,6 +30,7 @@ from vlp.passes import (
     attention,
     embed,
     first_pass,
+    judged,
     labels,
     leaf,
     passed,
@@ -73,18 +74,20 @@ def train_step(
     # 1. Embed. The forward pass moves a batch norm's statistics before it is known that the step
     # counts.
     statistics = Statistics(engine.model)
-    micro_batches = copied(batch, engine.device).split(training.micro_batches)
+    on_device = copied(batch, engine.device)
+    micro_batches = on_device.split(training.micro_batches)
     outputs = first_pass(training, micro_batches)
 
     # 2. One objective over all rows of the step. Its leaves cut the graph: the towers wait.
     leaves = {name: leaf(name, outputs, training) for name in outputs[0]}
     of_teacher = teacher_forward(training, micro_batches)
     constant = {**labels(training, micro_batches), **of_teacher, **training.constants}
+    of_judge = judged(training, training.objective, on_device, leaves | constant, step)
 
     # Seeded anew: how often the towers drew depends on the number of micro-batches.
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     total, terms, new_states = training.objective.evaluate(
-        **views_first(leaves), **constant, step=step
+        **views_first(leaves), **(constant | of_judge), step=step
     )
     gradients = gradients_of(total, leaves)
 
@@ -112,7 +115,7 @@ def train_step(
     statistics.put_back_unless(counts)
     training.objective.commit(new_states, counts)
     if training.teacher is not None:
-        training.teacher.follow(constant, step, counts)
+        training.teacher.follow({**constant, "pixels": on_device.image}, step, counts)
     training.step += 1
 
     # 5. The verdict of the step before, while the device still works on this one.

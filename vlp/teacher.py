@@ -6,7 +6,7 @@
            queue_text (MoCo, He et al. 2020); at the start zeros, which the terms leave out;
            queue_label, the pairs' labels, where a term reads it
            and the teachers' rows, where a term reads them: queue_teacher_image,
-           queue_teacher_text
+           queue_teacher_text; and pictures and captions, where a cross-encoder judges keys
     model  other, frozen models: teacher_image, teacher_text, teacher_scale
 
 Which fields each of them embeds stands in `vlp.fields`, under its prefix. The average and the queue
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlp import checkpoint, config, dist
+from vlp.data.raw_texts import CAPTION_BYTES
 from vlp.data.text import same_tokens
 from vlp.engines import Engine
 from vlp.fields import FIELDS
@@ -36,7 +37,9 @@ EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"  # prefixes of what each gives
 # the teachers.
 OF_AVERAGE = {"queue_image": "ema_image", "queue_text": "ema_text", "queue_label": "label"}
 OF_TEACHERS = {"queue_teacher_image": "teacher_image", "queue_teacher_text": "teacher_text"}
-ENTERS = OF_AVERAGE | OF_TEACHERS
+# Pictures and captions of the moving average's keys, which a judge reads (vlp.online_judge).
+OF_JUDGE = {"queue_pixels": "pixels", "queue_caption_bytes": "caption_bytes"}
+ENTERS = OF_AVERAGE | OF_TEACHERS | OF_JUDGE
 
 
 def embeds(prefix: str) -> set[str]:
@@ -92,7 +95,9 @@ class Teacher:
             check_map(model, widths)
             of_teachers = _row_shape(widths)
         self.queue: dict[str, Tensor] = {}
-        for name, rows in _empty_queue(options, model.embed_dim, of_teachers, needs).items():
+        empty = _empty_queue(options, model.embed_dim, of_teachers, needs)
+        empty |= _empty_pictures(options.queue, model.image_spec.size, needs)
+        for name, rows in empty.items():
             self.queue[name] = saved.get(name, rows).to(engine.device, copy=True)
         # Keys of another queue's length have no places in this one.
         if wrong := {len(keys) for keys in self.queue.values()} - {options.queue}:
@@ -216,6 +221,16 @@ def _empty_queue(
     for name in needs & OF_TEACHERS.keys():
         empty[name] = torch.zeros(options.queue, *of_teachers)
     return empty
+
+
+def _empty_pictures(n_keys: int, size: tuple[int, int], needs: frozenset[str]) -> dict[str, Tensor]:
+    """What the queue holds at the start for a judge, by name."""
+    row_shapes = {"queue_pixels": (3, *size), "queue_caption_bytes": (CAPTION_BYTES,)}
+    return {
+        name: torch.zeros(n_keys, *shape, dtype=torch.uint8)
+        for name, shape in row_shapes.items()
+        if name in needs
+    }
 
 
 def frozen(

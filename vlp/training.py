@@ -13,6 +13,7 @@ from vlp import dist, log
 from vlp.engines import Engine
 from vlp.losses import Objective
 from vlp.non_finite import NonFiniteError, message, named
+from vlp.online_judge import OnlineJudge
 from vlp.teacher import Teacher
 from vlp.verdict import Verdict
 
@@ -31,6 +32,7 @@ class Training:
     dtype: torch.dtype = torch.float32  # of the towers' arithmetic
     step: int = 0
     teacher: Teacher | None = None
+    judge: OnlineJudge | None = None
     # keywords of the objective that no step changes
     constants: Mapping[str, Any] = field(default_factory=dict)
     # the image tower does not run: the batch's teacher_image are its embeddings

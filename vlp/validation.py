@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlp import dist, losses, passes
+from vlp import dist, losses, online_judge, passes
 from vlp.checks import check_needs
 from vlp.config import Augment, Config, Data, Plan, Validation
 from vlp.copies import copied
@@ -99,6 +99,8 @@ class Validator:
         try:
             stored = set() if self.loader.teacher_scale is None else {"teacher_scale"}
             check_needs(self.objective, self.loader.carries | stored | supplied, model)
+            n_rows = self.batch // dist.world_size()
+            online_judge.check_candidates(config, self.objective, n_rows)
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
 
@@ -133,17 +135,20 @@ class Validator:
     ) -> dict[str, Tensor]:
         """This rank's shares of a batch's loss and terms."""
         n_parts = _parts(len(batch), self.rows_at_once)
-        parts = copied(batch, training.engine.device).split(n_parts)
+        on_device = copied(batch, training.engine.device)
+        parts = on_device.split(n_parts)
         outputs = [passes.embed_by(training, model, part) for part in parts]
         leaves = {name: passes.leaf(name, outputs, training) for name in outputs[0]}
         if self.scale is not None:
             leaves["scale"] = torch.full_like(leaves["scale"], self.scale)
 
         constant = passes.labels(training, parts) | passes.teacher_forward(training, parts)
+        rows = {**leaves, **constant}
+        of_judge = passes.judged(training, self.objective, on_device, rows, None)
         torch.manual_seed(derive(_SEED, "validation", number, dist.rank()))
         # Without a step: no state moves, and it does not matter when the loss is measured.
         total, terms, _ = self.objective.evaluate(
-            **passes.views_first(leaves), **constant, **training.constants
+            **passes.views_first(leaves), **(constant | of_judge), **training.constants
         )
         return {"loss": total, **terms}
 
@@ -206,7 +211,7 @@ def _loader(
         rank=dist.rank(),
         world=dist.world_size(),
         pixels=not config.model.precomputed,
-        reads=losses.reads(config.objective),
+        reads=losses.reads(config.objective) | online_judge.reads(config),
         store=store,
         stored_crops=False,
     )

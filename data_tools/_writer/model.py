@@ -5,13 +5,9 @@ are.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["masked", "causal", "seq2seq"]
 _CLASSES = {
@@ -19,7 +15,6 @@ _CLASSES = {
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-_PROBES = 64  # values of each weight that the fingerprint looks at
 
 
 class Loaded(NamedTuple):
@@ -85,27 +80,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the weights' names and shapes and of some values of each: a whole read of a large
-    model would take minutes.
-    """
-    import torch
-
-    total = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(_PROBES, len(flat)))
-        values = flat[places.long().to(flat.device)].float().cpu()
-        total.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
-    return total.hexdigest()
-
-
 @cache
 def _load(ref: str, device: str, bf16: bool) -> Loaded:
     import torch
     import transformers
 
     from vlp.joining import local_device
+    from vlp.pretrained.fingerprints import glance
 
     kind = _kind_of(ref)
     place = local_device(device, shared=True)
@@ -122,7 +103,7 @@ def _load(ref: str, device: str, bf16: bool) -> Loaded:
         ) from None
 
     model = model.eval().to(place)
-    return Loaded(model, tokenizer, kind, place, fingerprint(model))
+    return Loaded(model, tokenizer, kind, place, glance(model))
 
 
 def _kind_of(ref: str) -> Kind:

@@ -14,8 +14,9 @@ Written fields, as `vlp data negatives` writes them:
     KEY.negative.jpg, KEY.negative.1.jpg, …    with --images, their pictures
 
 --judge cross-encoder:MODEL (a head for image-text matching) or mllm:MODEL (asked whether the
-caption describes the picture, as UniME-V2 asks) drops what it scores above the sample's own pair
-less --delta: that may be true. An answer that is neither yes nor no drops the neighbour, counted.
+caption describes the picture, as UniME-V2 asks), or a function of one's own, package.module:
+function (pictures and captions to numbers), drops what it scores above the sample's own pair less
+--delta: that may be true. An answer that is neither yes nor no drops the neighbour, counted.
 
 --order G writes no negatives but a new order: each run of G samples holds neighbours and has an
 "origin" of its own, so that `data.together: G` makes batches of them.

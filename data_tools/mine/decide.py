@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp.data_tools._run.kept import Kept
-from vlp.data_tools.mine.judge import Judge, Pair
+from vlp.data_tools.mine.judge import Pair
+from vlp.data_tools.mine.judge import scores as scores_of
 from vlp.data_tools.mine.rules import Neighbours, Rules, choose, in_window
 from vlp.data_tools.mine.store import Identities, Store, identities, load, save
+from vlp.judges import Judge
 
 if TYPE_CHECKING:
     from vlp.data_tools._run.work import Result
@@ -76,7 +78,7 @@ class Decide:
         kept = Kept(self.folder / "_judged" / f"{shard:05d}.jsonl")
         # A sample's own pair beside those of its neighbours: its picture is read once.
         in_order = sorted(set(pairs), key=lambda pair: [int(n) for n in pair.split(":")])
-        kept.complete(in_order, judge.batch, lambda batch: judge.scores(self._pairs(batch)))
+        kept.complete(in_order, judge.batch, lambda batch: scores_of(judge, self._pairs(batch)))
 
         positive_scores = np.full(len(window), np.nan)
         scores = np.full(window.shape, np.nan)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlp.data_tools.mine.judge import Judge
     from vlp.data_tools.mine.rules import Rules
     from vlp.data_tools.mine.search import Method, Search
     from vlp.data_tools.mine.store import Store
+    from vlp.judges import Judge
 
 # What the output depends on, besides the input.
 _NAMES = (
@@ -115,7 +115,8 @@ def rule_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--judge",
         metavar="KIND:MODEL",
-        help="cross-encoder:MODEL or mllm:MODEL of transformers, name or folder",
+        help="cross-encoder:MODEL or mllm:MODEL of transformers, name or folder, or "
+        "package.module:function of your own",
     )
     add(
         "--delta",
@@ -157,7 +158,7 @@ def rules(args: argparse.Namespace) -> Rules:
 
 def judge(args: argparse.Namespace) -> Judge | None:
     """The judge, if any; raises ValueError where it cannot be loaded."""
-    from vlp.data_tools.mine.judge import Judge
+    from vlp.judges import Judge
 
     if not args.judge:
         return None

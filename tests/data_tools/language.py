@@ -79,14 +79,52 @@ def tokenizer(words: list[str] = WORDS):
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
+_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_VISION = _TOWER | {"image_size": 16, "patch_size": 8}
+_SIZE = {"height": 16, "width": 16}
+
+
 def write_judges(folder: Path) -> Path:
     """A cross-encoder (BLIP) and a multimodal language model (LLaVA)."""
+    write_cross_encoder(folder / "blip")
+    write_multimodal(folder / "llava")
+    return folder
+
+
+def write_cross_encoder(folder: Path) -> Path:
+    """BLIP with its head for matching, and random weights."""
     import torch
     from transformers import (
         BlipConfig,
         BlipForImageTextRetrieval,
         BlipImageProcessor,
         BlipProcessor,
+    )
+
+    torch.manual_seed(0)
+    text = _TOWER | {"vocab_size": len(ANSWERS), "encoder_hidden_size": 16, "projection_dim": 8}
+    text |= {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 3, "sep_token_id": 3}
+    blip = BlipConfig(
+        text_config=text, vision_config=_VISION, projection_dim=8, image_text_hidden_size=8
+    )
+    cross_encoder = BlipForImageTextRetrieval(blip)
+    for weight in cross_encoder.parameters():
+        # As they are drawn, they score all pairs alike.
+        weight.data.mul_(10)
+    cross_encoder.save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size=_SIZE), tokenizer(ANSWERS)).save_pretrained(folder)
+    return folder
+
+
+def write_multimodal(folder: Path) -> Path:
+    """LLaVA with random weights."""
+    import torch
+    from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
         LlamaConfig,
@@ -95,42 +133,21 @@ def write_judges(folder: Path) -> Path:
         LlavaProcessor,
     )
 
-    torch.manual_seed(0)
-    size = {"height": 16, "width": 16}
-    tower = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    text = tower | {"vocab_size": len(ANSWERS), "encoder_hidden_size": 16, "projection_dim": 8}
-    text |= {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 3, "sep_token_id": 3}
-    vision = tower | {"image_size": 16, "patch_size": 8}
-    blip = BlipConfig(
-        text_config=text, vision_config=vision, projection_dim=8, image_text_hidden_size=8
-    )
-    cross_encoder = BlipForImageTextRetrieval(blip)
-    for weight in cross_encoder.parameters():
-        # As they are drawn, they score all pairs alike.
-        weight.data.mul_(10)
-    cross_encoder.save_pretrained(folder / "blip")
-    images = BlipImageProcessor(size=size)
-    BlipProcessor(images, tokenizer(ANSWERS)).save_pretrained(folder / "blip")
-
+    torch.manual_seed(1)
     llama = LlamaConfig(
-        **tower, vocab_size=len(ANSWERS), num_key_value_heads=2, bos_token_id=2, eos_token_id=3
+        **_TOWER, vocab_size=len(ANSWERS), num_key_value_heads=2, bos_token_id=2, eos_token_id=3
     )
     llava = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision, projection_dim=8),
+        vision_config=CLIPVisionConfig(**_VISION, projection_dim=8),
         text_config=llama,
         image_token_index=ANSWERS.index("<image>"),
         vision_feature_layer=-1,
     )
-    LlavaForConditionalGeneration(llava).save_pretrained(folder / "llava")
+    LlavaForConditionalGeneration(llava).save_pretrained(folder)
     words = tokenizer(ANSWERS)
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})
     LlavaProcessor(
-        CLIPImageProcessor(size=size, crop_size=size),
+        CLIPImageProcessor(size=_SIZE, crop_size=_SIZE),
         words,
         patch_size=8,
         vision_feature_select_strategy="default",
@@ -138,5 +155,5 @@ def write_judges(folder: Path) -> Path:
         chat_template="{% for turn in messages %}{% for part in turn.content %}"
         "{% if part.type == 'image' %}<image> {% else %}{{ part.text }}{% endif %}"
         "{% endfor %}{% endfor %}",
-    ).save_pretrained(folder / "llava")
+    ).save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ from tests.export.test_export_more import described
 from tests.export.test_places import keys_of
 from tests.models.tiny import tiny
 from vlp import averaging, checkpoint
-from vlp.export.folder import export, export_average, export_run, export_stages
+from vlp.export.folder import export, export_average, export_concatenated, export_run
 
 TIMM = {"name": "timm", "model": "test_vit", "image_size": 64}
 # kind → how many blocks of code its card has: vlp's and the pictures' always
@@ -80,7 +80,7 @@ def test_a_card_says_how_its_model_came_about(tmp_path, monkeypatch):
     )
     checkpoint.save(tmp_path / "runs/c", 30, contents, keep=1)
     export_run(tmp_path / "runs/c", tmp_path / "trained")
-    export_stages(pair, tmp_path / "stages")
+    export_concatenated(pair, tmp_path / "stages")
 
     expected = {
         "runs/a": "An image-text dual encoder exported by vlp:",

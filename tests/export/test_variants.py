@@ -179,7 +179,7 @@ def test_what_no_model_can_be_written_by_is_refused_before_one_is_read(tmp_path,
     """The model itself is absent: whoever reads it first fails otherwise."""
     from vlp import averaging
     from vlp.export import onnx_form
-    from vlp.export.folder import export_average, export_run, export_stages
+    from vlp.export.folder import export_average, export_concatenated, export_run
 
     monkeypatch.setattr(onnx_form, "_NEEDED", ("onnx_that_is_not_there",))
     (tmp_path / "full").mkdir()
@@ -189,7 +189,7 @@ def test_what_no_model_can_be_written_by_is_refused_before_one_is_read(tmp_path,
     pair = averaging.Members([absent, absent], [0.5, 0.5])
     ways = [
         lambda to, **keys: export_run(absent, to, **keys),
-        lambda to, **keys: export_stages([absent, absent], to, **keys),
+        lambda to, **keys: export_concatenated([absent, absent], to, **keys),
         lambda to, **keys: export_average(pair, to, **keys),
     ]
     wishes = [

@@ -112,6 +112,37 @@ def test_candidates_come_from_the_queue_too():
     torch.testing.assert_close(value(queued, d), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "ranking"},
+        {"form": "ranking", "delta": 0.2},
+        {"form": "margin"},
+        {"form": "ranking", "divergence": "symmetric"},
+    ],
+)
+def test_what_a_judge_did_not_score_takes_no_part(options):
+    """NaN for a caption is as an invalid one, for a text as a sample without captions."""
+    d, objective = data(), build({"distill": options})
+    d["image"] = d["image"].detach().requires_grad_()
+    valid = d["negatives_valid"].clone()
+    valid[:, 1] = False
+    scores = d["teacher_scores"].clone()
+    scores[:, 1] = torch.nan
+    needs_text = "score" in objective.needs
+    texts = d["score"].clone()
+    if needs_text:
+        valid[3], texts[3] = False, torch.nan
+
+    results = []
+    for changes in ({"negatives_valid": valid}, {"teacher_scores": scores, "score": texts}):
+        total, _ = objective(**d | changes)
+        results.append((total, *torch.autograd.grad(total, d["image"])))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert results[0][0] > 0
+
+
 def test_widths_that_nothing_maps_are_named():
     d = data() | dict.fromkeys(("projected_image", "projected_text"))
     for form in FORMS[1:]:

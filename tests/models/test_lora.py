@@ -8,12 +8,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.models.test_locking import step, towers
+from tests.models.test_image_size import architecture
+from tests.models.test_locking import ALONE, step, towers
 from tests.models.tiny import TEXT, VIT, inputs, settings, tiny
 from vlp import checkpoint
-from vlp.export.adapters import write_adapters
 from vlp.models import lora
 from vlp.models.build import from_description
 from vlp.models.load import load
@@ -91,6 +90,27 @@ def test_only_adapters_learn_and_the_base_keeps_every_bit(tmp_path):
     assert len(decayed) == 2 * 2 * 4 * 2 and all("lora_" in name for name in decayed)
 
 
+def test_a_classifier_that_is_the_projection_learns_whole_beside_adapters(tmp_path):
+    """Where open_clip adds no projection to a timm trunk, its own classifier is it."""
+    tower = architecture(tmp_path, {"timm_model_name": "test_vit", "timm_proj": ""}, 64)
+    model = trained(image_tower=tower | LORA, **ALONE)
+    classifier = {"visual.trunk.head.weight", "visual.trunk.head.bias"}
+    adapted = {name for name in model.state_dict() if "lora_" in name}
+    assert len(adapted) > 8 and not any("trunk.head" in name for name in adapted)
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step(model)
+    moved = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert {name for name in moved if name.startswith("visual.")} == adapted | classifier
+
+    batch = inputs(model)
+    plain = tiny(seed=4, image_tower=tower, **ALONE)
+    state = {n: v for n, v in model.open_clip_state_dict().items() if "logit" not in n}
+    plain.load_state_dict(state | {"scaling.logit_scale": model.logit_scale}, strict=True)
+    for a, b in zip(embedded(model, batch), embedded(plain, batch)):
+        assert (a - b).abs().max() <= 1e-6
+
+
 def test_a_checkpoint_is_read_merged_and_by_itself(tmp_path):
     model = trained(image_tower=VIT | LORA)
     batch = inputs(model)
@@ -111,13 +131,6 @@ def test_a_checkpoint_is_read_merged_and_by_itself(tmp_path):
         assert (a - b).abs().max() <= 1e-6
     description = json.loads((tmp_path / "out/open_clip_config.json").read_text())
     assert "lora" not in description["vlp"] and from_description(description)
-
-    path = tmp_path / "small.safetensors"
-    assert write_adapters(tmp_path / "run", path) == 16
-    small = load_file(path)
-    assert small.keys() == {name for name in model.state_dict() if "lora_" in name}
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in small.items())
-    assert path.stat().st_size < (saved / "model.safetensors").stat().st_size / 100
 
 
 def test_targets_are_ends_of_names():

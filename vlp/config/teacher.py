@@ -19,6 +19,11 @@ class Teacher:
     # another, frozen model, or several, whose losses are averaged: any reference
     # (vlp.pretrained.references)
     model: str | list[str] | None = None
+    # what judges pictures and captions together, whose order distill learns (form: ranking, of the
+    # batch or of hard captions without stored scores; margin): cross-encoder:MODEL of
+    # transformers (or MODEL alone), mllm:MODEL, or a function of one's own, package.module:function
+    cross_encoder: str | None = None
+    cross_encoder_batch: int = 64  # pairs that it reads at once
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -30,6 +35,11 @@ class Teacher:
             )
         if self.queue < 0:
             raise ValueError(f"queue is {self.queue}; expected a size >= 0")
+        if self.cross_encoder_batch < 1:
+            raise ValueError(
+                f"cross_encoder_batch is {self.cross_encoder_batch}; expected a number of pairs, "
+                "at least 1"
+            )
         if self.model == []:
             raise ValueError("model is empty; name a model, several, or null for none")
 

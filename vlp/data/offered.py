@@ -9,6 +9,7 @@ import math
 from vlp.config import Augment, Data
 from vlp.data import labels, row_numbers
 from vlp.data.embedded import Ensemble
+from vlp.data.raw_texts import CAPTION_BYTES
 from vlp.data.row_texts import TEXTS
 from vlp.data.sources import Source
 from vlp.fields import CARRIED, EMBEDDED, family
@@ -45,6 +46,12 @@ def optional_fields(
     if data.labels is not None and (reads is None or "label" in reads):
         labels.check(sources, data.labels)
         widths["label"] = 1
+
+    # Captions as they are written, which every source has; most runs have no judge to read them.
+    if reads is not None and "caption_bytes" in reads:
+        widths["caption_bytes"] = CAPTION_BYTES
+    if reads is not None and "negatives_bytes" in reads and "negatives" in widths:
+        widths["negatives_bytes"] = widths["negatives"]
 
     # Teachers' embeddings, where every source has them: as many numbers a row as all have.
     stored = [source.embeddings for source in sources if source.embeddings is not None]

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from vlp.config import Data
 from vlp.data import decode, labels, row_numbers, text
 from vlp.data.mix import Mixture
+from vlp.data.raw_texts import CAPTION_BYTES, to_bytes
 from vlp.data.row import Row, choose_caption
 from vlp.data.row_texts import TEXTS, Texts
 from vlp.fields import CARRIED, EMBEDDED, LABELS
@@ -121,6 +122,7 @@ class Steps(Dataset):
         pixels = sum(math.prod(shape) for shape in self._picture_shapes().values())
         n_texts = 1 + sum(self.widths.get(name, 0) for name in TEXTS)
         n_numbers = sum(self.widths.get(name, 0) for name in LABELS)
+        n_numbers += self.widths.get("negatives_bytes", 0) * CAPTION_BYTES // 4
 
         text_bytes = 8 * self.text.context_length
         if self.store is not None:
@@ -274,6 +276,8 @@ class Steps(Dataset):
                 assert self.data.labels is not None, "the field is offered only with it"
                 kinds = [labels.of_row(row, self.data.labels) for row in rows]
                 result[name] = torch.tensor(kinds, dtype=torch.int64)
+            elif name == "caption_bytes":
+                result[name] = to_bytes([row.caption for row in rows])
         return result
 
     def _of_teachers(self, row: Row, name: str) -> np.ndarray:
@@ -296,6 +300,9 @@ class Steps(Dataset):
             report.n_texts += sum(sum(row.valid) for row in of_rows)
             if mask := EMBEDDED[name].valid:
                 result[mask] = _mask(mask, of_rows)
+            if f"{name}_bytes" in self.widths:
+                texts = list(itertools.chain.from_iterable(row.texts for row in of_rows))
+                result[f"{name}_bytes"] = to_bytes(texts).view(len(of_rows), width, -1)
 
         if "negative_images" in self.widths:
             width = self.widths["negative_images"]

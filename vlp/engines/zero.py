@@ -179,20 +179,23 @@ class ZeRO:
             return parameter.detach().cpu().clone()
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
-        if not moments:
+        """Take over the optimiser's part of `state`, at any number of ranks and from any engine; a
+        parameter that has none there starts anew, but for what is counted for all of them.
+        """
+        saved = optim.by_parameter(moments)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        # One that never had a gradient has no state with other engines.
+        known = {self.names[id(p)]: p for p in parameters if self.names[id(p)] in saved}
+        if not known:
             return
 
-        saved = optim.by_parameter(moments)
-        for parameter in self.module.parameters():
-            if not parameter.requires_grad:
-                continue
-            name = self.names[id(parameter)]
+        for name, parameter in known.items():
             for key in self.moments:
-                whole = optim.saved_value(saved.get(name, {}), key, name)
+                whole = optim.saved_value(saved[name], key, name)
                 self._scatter(parameter, whole.to(self.device), key)
 
         # Numbers are the same for all parameters: those of the last one.
+        name = next(reversed(known))
         for state in self.zero.optimizer.state.values():
             for key in self.numbers:
                 value = optim.saved_value(saved[name], key, name)

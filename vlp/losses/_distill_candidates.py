@@ -6,12 +6,21 @@ Whoever runs the cross-encoder asks `hardest` which pairs to judge, and gives th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from vlp.losses._distill_captions import list_mle
 from vlp.losses._inputs import Inputs
 from vlp.pairwise import Pairs, widened
+
+
+class Asked(NamedTuple):
+    """What a term asks a cross-encoder of each row."""
+
+    hardest: int  # R, candidates that are judged
+    queue: bool  # keys of the queue are among them
 
 
 @torch.no_grad()
@@ -29,10 +38,17 @@ def hardest(
     if queue is None:
         return pairs.hardest(rows, columns, k)
 
-    # The best of either; the best of both is among them. Empty places come last.
+    # The best of either; the best of both is among them.
     n_batch = pairs.candidates(len(columns))
     of_batch = pairs.hardest(rows, columns, min(k, n_batch - 1))
-    of_queue = pairs.alone.hardest(rows, queue, min(k, len(queue)), paired=False)
+    # Empty places come last, by a coordinate of their own: zeros score above negative cosines.
+    ones, below = rows.new_ones(len(rows), 1), -4 * (~queue.any(1, keepdim=True)).to(queue.dtype)
+    of_queue = pairs.alone.hardest(
+        torch.cat([rows, ones], 1),
+        torch.cat([queue, below], 1),
+        min(k, len(queue)),
+        paired=False,
+    )
     places = torch.cat([of_batch, n_batch + of_queue], 1)
 
     every = torch.cat([pairs.gather(columns), queue.to(columns.dtype)])

@@ -1,6 +1,7 @@
 """The forms of `distill` that learn a teacher's scores of candidates, each sample for itself.
 
-`inputs` are wide; captions that are not valid have no influence, be they NaN.
+`inputs` are wide; captions that are not valid have no influence, be they NaN. Nor have those that a
+judge did not score, whose score is NaN, and all of a sample whose own text it did not.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from vlp.pairwise import Pairs, logsumexp, softplus
 
 def ranking(inputs: Inputs, pairs: Pairs, delta: float | None) -> Tensor:
     """ListMLE of each sample's valid captions, up to the first that scores below its text − δ."""
-    valid = inputs.negatives_valid
+    valid = _scored(inputs, with_text=delta is not None)
     z = torch.as_tensor(inputs.scale) * torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
     if delta is not None:
         valid = valid & (inputs.teacher_scores >= inputs.score.unsqueeze(1) - delta)
     return pairs.mean(list_mle(z, inputs.teacher_scores, valid), valid.any(1))
+
+
+def _scored(inputs: Inputs, with_text: bool) -> Tensor:
+    """The valid captions with a score, [b, K]; `with_text`: of samples whose text has one too."""
+    valid = inputs.negatives_valid & ~inputs.teacher_scores.isnan()
+    return valid & ~inputs.score.isnan().unsqueeze(1) if with_text else valid
 
 
 def list_mle(z: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
@@ -41,7 +48,7 @@ def list_mle(z: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
 
 def margin(inputs: Inputs, pairs: Pairs, gamma: float) -> Tensor:
     """Squared error of the student's margins to γ times the teacher's, over valid (i, k)."""
-    valid = inputs.negatives_valid
+    valid = _scored(inputs, with_text=True)
     own = (inputs.image * inputs.text).sum(1, keepdim=True)
     margins = own - torch.einsum("bd,bkd->bk", inputs.image, inputs.negatives)
 
@@ -53,13 +60,15 @@ def margin(inputs: Inputs, pairs: Pairs, gamma: float) -> Tensor:
 
 def divergence(inputs: Inputs, pairs: Pairs, kind: str, temperature: float | None) -> Tensor:
     """Divergence of the student's distribution from the teacher's, over a text and its captions."""
-    valid = inputs.negatives_valid
+    valid = _scored(inputs, with_text=True)
     first = torch.ones_like(valid[:, :1])
     taking_part = torch.cat([first, valid], 1)  # [b, 1 + K]
 
     captions = torch.cat([inputs.text.unsqueeze(1), inputs.negatives], 1)
     cosines = torch.einsum("bd,bkd->bk", inputs.image, captions)
     scores = torch.cat([inputs.score.unsqueeze(1), inputs.teacher_scores], 1).detach()
+    # Of a row that takes no part as a whole: a gradient of 0 times NaN would be NaN.
+    scores = torch.where(scores.isnan(), 0, scores)
 
     # Where both learn one temperature, the teacher's share of it has no gradient.
     scale = torch.as_tensor(inputs.scale, device=cosines.device)

@@ -23,8 +23,9 @@ DTYPES = {
     "floats": (torch.float64, torch.float32, *HALF),
     "bool": (torch.bool,),
     "int64": (torch.int64,),
+    "uint8": (torch.uint8,),
 }
-CONVERSION = {"floats": ".float()", "bool": ".bool()", "int64": ".long()"}
+CONVERSION = {"floats": ".float()", "bool": ".bool()", "int64": ".long()", "uint8": ".byte()"}
 # Of a unit row's norm: rows that were normalised in bfloat16 are off by up to .004.
 TOLERANCE = 0.01
 

@@ -12,6 +12,7 @@ and may hold
     initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
                                      returns (value, new state), a `Write` standing for a table
     for_run(options, samples, steps) the options with what only the run knows
+    asks(options)                    the candidates of a batch that a cross-encoder has to judge
     exported_scale(options)          its 1/temperature, where it is not the model's learned scale
     label(options)                   its name in logs, where that is not the file's
 """

@@ -49,7 +49,7 @@ Papers:
   `objective: {infonce: {}, distill: {form: similarity}}`
 - CLIP-KD (arXiv 2307.12732), whose weight of 2,000 on a mean over B·D is 3.9 here at D = 512:
   `objective: {infonce: {}, distill: [{form: features, weight: 3.9}, {form: interactive}, {}]}`
-- CPRD (arXiv 2407.07479), ranking; of the batch only where the caller judges its pairs:
+- CPRD (arXiv 2407.07479), ranking of the batch, judged in every step (teacher.cross_encoder):
   `objective: {infonce: {}, distill: {form: ranking, candidates: batch, delta: 0.1}}`
 - DCD (arXiv 2207.01426) weighs by difficulty; the form of its weights could not be confirmed:
   `objective: {infonce: {}, distill: {focus: 1}}`
@@ -67,7 +67,8 @@ concept_logits and concept_targets
 
 Cost: similarity three passes over pairs, student, teacher and both together, cross six and
 interactive two over one direction, O(b·(D + D')) memory, `focus` one more; the others meet no other
-rows, but for R·b pairs of a direction through a cross-encoder, and O(n·D) memory
+rows, but for R·b pairs of a direction through a cross-encoder (R is `hardest`), and O(n·D) memory,
+O(n·H·W) in `vlp train`, where a rank gathers the pictures of its group
 
 Use: to train a small model from a large one; the order to try is features, interactive, similarity.
 Stored embeddings (`vlp data embed`) save the teacher's forward pass
@@ -82,6 +83,7 @@ import torch
 from torch import Tensor
 
 from vlp.losses import _distill_candidates, _distill_captions, _distill_pairs
+from vlp.losses._distill_candidates import Asked as Asked
 from vlp.losses._inputs import Inputs
 from vlp.losses._softmax import cross_entropy
 from vlp.pairwise import Pairs
@@ -100,6 +102,7 @@ FORMS = {
     "margin": OF_CAPTIONS | {"text", "score"},
     "concepts": frozenset({"concept_logits", "concept_targets"}),
 }
+MIN_HARDEST = 2  # a ranking of one candidate says nothing
 hardest = _distill_candidates.hardest
 
 
@@ -115,9 +118,12 @@ class Options:
     # interactive: the teacher's rows of earlier steps are candidates too; ranking of the batch:
     # the moving average's (teacher.queue)
     queue: bool = False
-    # ranking: of the sample's hard captions, or of the others of the batch, which a caller's
-    # cross-encoder judges (not in `vlp train`)
+    # ranking: of the sample's hard captions, or of the others of the batch, which a cross-encoder
+    # judges in every step (teacher.cross_encoder)
     candidates: Literal["captions", "batch"] = "captions"
+    # R, how many others of the batch are judged for each image, and as many for each text: those
+    # that the student finds hardest
+    hardest: int = 8
     # δ, by how much a candidate may score below the pair and still be ranked; null: all are
     delta: float | None = None
     gamma: float = 1.0  # margin: γ, the student's cosine for a unit of the teacher's score
@@ -136,6 +142,11 @@ class Options:
             raise ValueError(f"focus: found {self.focus}, expected a number >= 0")
         if self.delta is not None and self.delta < 0:
             raise ValueError(f"delta: found {self.delta}, expected a number >= 0, or null")
+        if self.hardest < MIN_HARDEST:
+            raise ValueError(
+                f"hardest: found {self.hardest}, expected at least {MIN_HARDEST}: of fewer there "
+                "is no order to learn"
+            )
         if self.gamma <= 0:
             raise ValueError(f"gamma: found {self.gamma}, expected a number > 0")
         if self.temperature is not None and self.divergence == "none":
@@ -150,6 +161,11 @@ class Options:
         belongs = {
             "divergence": (self.divergence != "none", of_captions, "form: ranking"),
             "candidates: batch": (self.candidates == "batch", of_batch, "form: ranking"),
+            "hardest": (
+                self.hardest != Options.hardest,
+                of_batch,
+                "a ranking of candidates: batch",
+            ),
             "delta": (self.delta is not None, self.form == "ranking", "form: ranking"),
             "gamma": (self.gamma != 1, self.form == "margin", "form: margin"),
             "focus": (
@@ -191,6 +207,12 @@ def needs(options: Options) -> frozenset[str]:
     if options.queue:
         needed |= {"queue_teacher_image", "queue_teacher_text"}
     return needed
+
+
+def asks(options: Options) -> Asked | None:
+    """What a cross-encoder has to judge in a step; None: nothing of the batch."""
+    of_batch = options.form == "ranking" and options.candidates == "batch"
+    return Asked(options.hardest, options.queue) if of_batch else None
 
 
 def optional(options: Options) -> frozenset[str]:

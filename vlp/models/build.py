@@ -17,6 +17,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
 from vlp.pretrained import fitting, image_size, packages, weight_files
+from vlp.pretrained.adapter_folder import AdapterFolder
 from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.schema import parse
 from vlp.towers.huggingface import language_config
@@ -52,7 +53,7 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
     clip = _instantiate(model_cfg)
     _load_trunk(model, clip)
     if weights is not None:
-        fitting.load_into(clip, weights.path, fit_of(model), weights.described)
+        fitting.load_into(clip, weights.path, fit_of(model), weights.stated, weights.adapters)
     model_cfg = without_downloads(model_cfg)
     encoder = DualEncoder(clip, model_cfg, preprocess_cfg, model.scale, model.heads)
     encoder.cut_captions = model.cut_captions
@@ -91,12 +92,14 @@ def from_description(
     weights: Path | None = None,
     fit: Fit = UNCHANGED,
     stated: Mapping[str, Any] | None = None,
+    added: AdapterFolder | None = None,
 ) -> DualEncoder:
     """The model that `DualEncoder.description` or an open_clip_config.json describes.
 
     `weights`: a file in any layout open_clip reads; None leaves the weights random. `fit`: how they
     enter (vlp.pretrained.fitting). `stated`: the description that the weights were made with, where
-    it is another one. Nothing is downloaded, except the configuration of a Hugging Face text tower.
+    it is another one. `added`: adapters of the model, for which `weights` are the base. Nothing is
+    downloaded, except the configuration of a Hugging Face text tower.
     A description without `vlp` gets the usual bound on the scale, 100.
     """
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
@@ -106,7 +109,7 @@ def from_description(
         )
     clip = _instantiate(model_cfg)
     if weights is not None:
-        fitting.load_into(clip, weights, fit, stated)
+        fitting.load_into(clip, weights, fit, stated, added)
 
     ours = described.get("vlp", {})
     scale = parse(config.Scale, ours.get("scale", {}))

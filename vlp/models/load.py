@@ -33,7 +33,9 @@ def load(
 
     weights = weight_files.behind(resolved)
     if weights.described:
-        return from_description(weights.described, weights.path)
+        return from_description(
+            weights.described, weights.path, stated=weights.stated, added=weights.adapters
+        )
     if like is None:
         raise ValueError(
             f"{resolved.text} holds weights, which do not say their architecture; write "

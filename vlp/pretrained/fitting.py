@@ -17,6 +17,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from vlp.pretrained import adapters, context, image_size, projections
+from vlp.pretrained.adapter_folder import AdapterFolder
 from vlp.pretrained.weight_files import read, same_activation, shortened
 
 
@@ -33,7 +34,11 @@ UNCHANGED = Fit()
 
 
 def load_into(
-    clip: nn.Module, path: Path, fit: Fit = UNCHANGED, described: Mapping[str, Any] | None = None
+    clip: nn.Module,
+    path: Path,
+    fit: Fit = UNCHANGED,
+    described: Mapping[str, Any] | None = None,
+    added: AdapterFolder | None = None,
 ) -> None:
     """Read weights of any known layout into a CustomTextCLIP; ValueError lists what does not fit.
 
@@ -41,8 +46,15 @@ def load_into(
     `context.fitted`). `described` is what is said beside the weights: their image size, and the
     adapters of a run, which are merged. The scale always comes from the weights. A bias comes from
     them only where the model has one: a model without drops it with a warning, and a model with one
-    keeps its own where the weights have none.
+    keeps its own where the weights have none. `added`: adapters for these weights.
     """
+    if added is not None:
+        # As the base entered the model that was tuned; its own projections come with the rest.
+        keep = added.keep if fit.keep is None else fit.keep
+        load_into(clip, path, Fit(keep, fit.new_projection or added.new_projection), described)
+        added.add_to(clip, own_projection=fit.new_projection)
+        return
+
     if path.suffix == ".npz":
         _load_big_vision(clip, path, fit)
         return

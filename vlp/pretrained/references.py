@@ -12,6 +12,7 @@
     ViT-B-32:laion2b_s34b_b79k               an open_clip architecture with one of its tags
     ViT-B-32:epoch_32.pt                     an architecture with a file of weights
     MY.json:epoch_32.pt                      the same for an architecture of your own
+    exported/adapters                        a folder of adapters, which names its base
     epoch_32.pt                              a file of weights, where the architecture is known
 """
 
@@ -32,6 +33,8 @@ from vlp.schema import did_you_mean
 CONFIG = "open_clip_config.json"
 # of a folder whose members are exports (vlp.models.concatenated)
 CONCATENATED = "vlp_stages.json"
+# of a folder of adapters, which names their base (vlp.pretrained.adapter_folder)
+ADAPTERS = "vlp_adapters.json"
 # a folder of our exports: the configuration of a Hugging Face text tower
 TEXT_TOWER = "text_tower"
 # The names that open_clip gives the weights of a folder, in its order of preference.
@@ -44,7 +47,7 @@ OPEN_CLIP_WEIGHTS = (
 # Endings of weights; npz is big_vision's.
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
-Kind = Literal["run", "concatenated", "open_clip", "transformers", "file", "tag"]
+Kind = Literal["run", "concatenated", "adapters", "open_clip", "transformers", "file", "tag"]
 
 # prefixes that say where to look
 _HUB = ("hf-hub:", "hf:")
@@ -59,6 +62,7 @@ _WORKING = (
 _MARKS: dict[str, Kind] = {
     "manifest.json": "run",
     CONCATENATED: "concatenated",
+    ADAPTERS: "adapters",
     CONFIG: "open_clip",
     "config.json": "transformers",
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlp import log
 from vlp.pretrained import clip_description, clip_layout, references, runs
+from vlp.pretrained.adapter_folder import AdapterFolder
 from vlp.pretrained.folders import listing, read_json
 from vlp.pretrained.references import OPEN_CLIP_WEIGHTS, Reference, read_config
 from vlp.schema import did_you_mean
@@ -43,6 +44,14 @@ class WeightFile:
 
     path: Path
     described: dict[str, Any] = field(default_factory=dict)
+    # what is added to them; then `described` is of the sum, and `of_file` of the weights
+    adapters: AdapterFolder | None = None
+    of_file: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """What is said about the weights of the file."""
+        return self.described if self.adapters is None else self.of_file
 
 
 def find(pretrained: str, architecture: str | None, quick_gelu: bool) -> WeightFile:
@@ -94,9 +103,30 @@ def behind(reference: Reference) -> WeightFile:
             f"{reference.text} holds several models; name one of them, such as {path / members[0]}"
         )
 
+    if reference.kind == "adapters":
+        return _beside_adapters(reference)
+
     open_clip_form = reference.kind == "open_clip"
     described = read_config(path) if open_clip_form else clip_description.describe(path)
     return WeightFile(weights_in(path, reference.kind), described)
+
+
+def _beside_adapters(reference: Reference) -> WeightFile:
+    """The base's weights, with the adapters that are added to them."""
+    added = AdapterFolder.read(reference.path)
+    try:
+        base = behind(references.resolve(added.base))
+    except (ValueError, runs.CheckpointError) as error:
+        raise ValueError(
+            f"{reference.text} holds adapters for {added.base}, which is not found: {error}. Set "
+            f"base in {reference.path / references.ADAPTERS} to where it lies"
+        ) from None
+    if base.adapters is not None or base.path.suffix == ".npz":
+        raise ValueError(
+            f"{reference.text} names {added.base} as its base, whose weights no adapters can be "
+            "added to; export that as a whole model first, and name it"
+        )
+    return WeightFile(base.path, added.described, added, base.described)
 
 
 def weights_in(folder: Path, kind: str = "open_clip") -> Path:
