@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,11 +48,12 @@ from vlp.resume import (
     alone_in,
     go_on_from,
     open_run,
-    save,
+    reader_of,
     set_branch_aside,
     start_from,
     with_precision,
 )
+from vlp.saving import Saver
 from vlp.seeds import derive
 from vlp.selection import Selection
 from vlp.stages import Segment
@@ -90,6 +91,7 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
         evaluate = in_final_form(evaluate, run.model.description())
     report: Reporter | None = None
     watch: Watch | None = None
+    saver = Saver(Path(config.out), config.checkpoint.keep)
 
     try:
         for segment in stages.left_of(run.segments, source):
@@ -103,7 +105,7 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
             report.plan, report.utilisation = plan, part.utilisation
             watch = watch or Watch(config, training.step)
             midway = Midway(config, plan, training, report, evaluate, part.validator)
-            loop(config, training, run.loader, part.selector, plan, midway, watch, report)
+            loop(config, training, run.loader, part.selector, plan, midway, watch, report, saver)
             if watch.reason() is not None:
                 break
 
@@ -284,7 +286,8 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     """Restore the model from a checkpoint; returns all that it holds, or None for a new run."""
     if source is None:
         return None
-    contents = checkpoint.load(source, verified=True)  # `open_run` has compared the hashes
+    # `open_run` has compared the hashes.
+    contents = checkpoint.load(source, verified=True, reader=reader_of(source))
     check_extent(contents.state["step"], plan, source)
     # At a joint it is of the stage before, whose pictures may have had another size.
     if contents.state["step"] == plan.first:
@@ -367,6 +370,7 @@ def loop(
     midway: Midway,
     watch: Watch,
     report: Reporter,
+    saver: Saver,
 ) -> None:
     """Train from the current step to the plan's end, where a stage is saved and a run is evaluated,
     or to a signal that asks to stop: then Stopped, once all is saved.
@@ -378,10 +382,16 @@ def loop(
         nonlocal saved_step
         settle(training)
         if saved_step != training.step:
-            save(config, training, loader)
+            keep_every = config.checkpoint.keep_every
+            stays = keep_every is not None and plan.due(keep_every, training.step)
+            saver.save(config, training, loader, stays)
             saved_step = training.step
 
-    with StopRequest() as stop, explained(config):
+    def save_and_wait() -> None:
+        save_unless_saved()
+        saver.wait()
+
+    with StopRequest() as stop, explained(config), closing(saver):
         while training.step < plan.end and watch.reason() is None:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
@@ -389,7 +399,7 @@ def loop(
             # A rank alone stops at once. Among several the vote travels with a step, for which a
             # rank that got no rows takes part with its last ones; before it had any, all meet here.
             if loaded is None or dist.world_size() == 1:
-                leave_if_asked(stop, training, save_unless_saved)
+                leave_if_asked(stop, training, save_and_wait)
             loaded = next(loader) if ready or loaded is None else loaded
 
             batch, selection_scalars = selector.choose(training, loaded)
@@ -403,6 +413,7 @@ def loop(
             # Whoever reports, saves or evaluates a step needs to know what it came to.
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
+            saves |= plan.due(config.checkpoint.keep_every, step)
             due = midway.due(step)
             if logged or saves or due or step == plan.end:
                 settle(training)
@@ -415,16 +426,16 @@ def loop(
                     report.training(step, values, loader.counters())
             report.stepped(step)
             if training.asked_to_stop and training.step < plan.total:
-                leave(stop, training, save_unless_saved)
+                leave(stop, training, save_and_wait)
 
             # Saved before it is evaluated: an evaluation takes long, and may fail.
             if saves:
                 save_unless_saved()
             if due and step < plan.total:
-                leave_if_asked(stop, training, save_unless_saved)
+                leave_if_asked(stop, training, save_and_wait)
                 with report.paused(), stop.console(), suppress(Interrupted):
                     if watch.note(midway.measure(step)):
-                        save_unless_saved()
+                        save_and_wait()
                         watch.keep(step)
 
         if (reason := watch.reason()) is not None:
@@ -435,14 +446,17 @@ def loop(
         # none to the next stage.
         loader.close()
         if plan.end < plan.total and watch.reason() is None:
+            saver.wait()  # the next stage starts from it
             return
         try:
             with report.paused(), stop.console():
                 # Also of a run resumed at its end.
-                if watch.note(midway.finish(training.step)):
+                improves = watch.note(midway.finish(training.step))
+                saver.wait()
+                if improves:
                     watch.keep(training.step)
         except Interrupted:
-            leave_if_asked(stop, training, save_unless_saved)
+            leave_if_asked(stop, training, save_and_wait)
 
 
 def in_final_form(evaluate: Evaluate, description: dict[str, Any]) -> Evaluate:
