@@ -16,11 +16,11 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
@@ -40,10 +40,11 @@ from vlp.engines.base import Named
 from vlp.files import naming
 from vlp.joining import PATIENCE
 from vlp.lifetime import launcher_grace_s
-from vlp.losses import Objective
-from vlp.losses._table import Table
 from vlp.pretrained.runs import KINDS
 from vlp.step import Training
+
+if TYPE_CHECKING:
+    from vlp.losses._table import Table
 
 # Packages whose versions decide numbers; a checkpoint records them.
 DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
@@ -216,30 +217,20 @@ def held(training: Training, staging: Staging) -> dict[str, dict[str, Tensor]]:
         own = staging.held(full_name, value)
         if own is not None:
             of_kinds[kind][name] = own
-    for name, table in named_tables(training.objective):
+    for name, table in training.objective.tables():
         of_kinds["objective"][name] = staging.held_table(name, table)
     staging.settle()
     return of_kinds
 
 
 def named_tensors(training: Training) -> Named:
-    """ "KIND/NAME" and tensor of all that a checkpoint holds, without tables. Collective."""
+    """Name, "KIND/NAME", and tensor of all that a checkpoint holds, without tables. Collective."""
     yield from training.engine.tensors()
     if training.teacher is not None:
         for name, value in training.teacher.tensors():
             yield f"teacher/{name}", value
-    for label, state in training.objective.state.items():
-        for name, value in state.items():
-            if not isinstance(value, Table):
-                yield f"objective/{label}/{name}", value
-
-
-def named_tables(objective: Objective) -> Iterator[tuple[str, Table]]:
-    """The tables of the objective's terms, as vlp.checkpoint.flat names them."""
-    for label, state in objective.state.items():
-        for name, value in state.items():
-            if isinstance(value, Table):
-                yield f"{label}/{name}", value
+    for name, value in training.objective.tensors():
+        yield f"objective/{name}", value
 
 
 # --- how several ranks write it -------------------------------------------------------------------
