@@ -145,9 +145,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(settings, monkeypatch):
 
 
 def test_checkpoints_that_stay(settings):
-    run = train(
-        settings("checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=4")
-    )
+    run = train(settings("checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=4"))
     kept = [int(path.name[5:]) for path in checkpoint.all_of(run)]
     assert kept == [4, 8, 9]
 

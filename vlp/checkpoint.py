@@ -108,11 +108,6 @@ class Contents:
     description: dict[str, Any] = field(default_factory=dict)  # of the model
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, which is nearly all that a checkpoint takes."""
-        return sum(sum(value.nbytes for value in getattr(self, name).values()) for name in KINDS)
-
 
 def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     """Write a checkpoint of `step` in one piece and then remove what is beyond `keep`. Called by

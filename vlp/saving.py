@@ -233,6 +233,16 @@ def named_tensors(training: Training) -> Named:
         yield f"objective/{name}", value
 
 
+def saved_bytes(training: Training) -> dict[str, int]:
+    """{kind: bytes} of a whole checkpoint's tensors, which are nearly all of it. Collective."""
+    sizes = dict.fromkeys(KINDS, 0)
+    for name, value in named_tensors(training):
+        sizes[name.partition("/")[0]] += value.numel() * value.element_size()
+    for _, table in training.objective.tables():
+        sizes["objective"] += table.samples * table.own[:1].nbytes
+    return sizes
+
+
 # --- how several ranks write it -------------------------------------------------------------------
 
 

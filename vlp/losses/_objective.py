@@ -175,7 +175,7 @@ class Objective:
                 yield name, value
 
     def tables(self) -> Iterator[tuple[str, Table]]:
-        """Name, "LABEL/NAME", and table of all numbers of samples, of which a rank holds its share."""
+        """Name, "LABEL/NAME", and table of what is kept of each sample, dealt over ranks."""
         for name, value in self._named_state():
             if isinstance(value, Table):
                 yield name, value
