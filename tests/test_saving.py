@@ -10,6 +10,8 @@ from tests.engines.test_engines import save
 from tests.test_step import make_batch, make_training, own_rows
 from tests.test_train import losses
 from vlp import checkpoint, dist, saving
+from vlp.export.checkpoints import write_checkpoint
+from vlp.export.place import ExportError
 from vlp.losses._table import Table
 from vlp.pretrained import runs
 from vlp.saving import Saver
@@ -174,3 +176,21 @@ def save_twice(run):
     save(training, run)
     training.step = 1
     save(training, run)
+
+
+def test_a_checkpoint_in_parts_is_exported_in_one_piece(tmp_path):
+    """Its tensors are those of the parts, and it needs nothing of them."""
+    ranks.run(2, save_twice, tmp_path / "run")
+    write_checkpoint(tmp_path / "run", tmp_path / "whole")
+    whole = checkpoint.load(tmp_path / "whole")
+    parts = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    n_compared = 0
+    for kind in runs.KINDS:
+        one, other = getattr(whole, kind), getattr(parts, kind)
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.equal(value, other[name])
+            n_compared += 1
+    assert n_compared > 60 and not checkpoint.in_parts(tmp_path / "whole")
+    with pytest.raises(ExportError, match="is no run"):
+        write_checkpoint("ViT-B-32:openai", tmp_path / "other")

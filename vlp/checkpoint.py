@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vlp import log
+from vlp import log, retention
 from vlp.data.text import same_tokens
 from vlp.files import save_tensors, sync
 from vlp.models.build import from_description
@@ -54,7 +54,6 @@ from vlp.pretrained.runs import (
     in_parts,
     looks_complete,
     moving_average,
-    named_best,
     newest,
     not_finite,
     resolve,
@@ -68,11 +67,9 @@ if TYPE_CHECKING:
     from vlp.pretrained.parts import Reader
 
 __all__ = [
-    "ABANDONED",
     "FOLDER",
     "CheckpointError",
     "Contents",
-    "abandon",
     "all_of",
     "check_alike",
     "flat",
@@ -83,7 +80,6 @@ __all__ = [
     "nested",
     "newest",
     "not_finite",
-    "prune",
     "resolve",
     "restore",
     "save",
@@ -92,8 +88,6 @@ __all__ = [
 ]
 
 Manifest = dict[str, dict[str, Any]]  # {file: {"bytes": …, "sha256": …}}
-
-ABANDONED = ".abandoned"  # ending of a checkpoint that the run did not go on from
 
 
 @dataclass
@@ -121,18 +115,24 @@ def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
     folder = temporary(run, step)
     try:
         make_empty(folder)
-        for kind in KINDS:
-            whole = {
-                name: value.detach().cpu().contiguous()
-                for name, value in getattr(contents, kind).items()
-            }
-            save_tensors(whole, folder / f"{kind}.safetensors")
-        files = described(folder.iterdir())
-        return finish(folder, files | write_texts(folder, contents), keep)
+        write_whole(folder, contents)
+        return finish(folder, keep)
     except BaseException:
         # Half a checkpoint would only fill the disk further.
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def write_whole(folder: Path, contents: Contents) -> None:
+    """Fill a folder with a checkpoint in one piece, complete with its manifest."""
+    for kind in KINDS:
+        whole = {
+            name: value.detach().cpu().contiguous()
+            for name, value in getattr(contents, kind).items()
+        }
+        save_tensors(whole, folder / f"{kind}.safetensors")
+    files = described(folder.glob("*.safetensors"))
+    write_manifest(folder, files | write_texts(folder, contents))
 
 
 def check_finite(step: int, contents: Contents) -> None:
@@ -178,16 +178,19 @@ def described(files: Iterable[Path]) -> Manifest:
     return entries
 
 
-def finish(folder: Path, manifest: Manifest, keep: int) -> Path:
-    """Write the manifest of a temporary folder, let it stand under its name, and remove what is
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """The last file, of what lies there: whatever is cut short later no longer fits it."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync(path)
+
+
+def finish(folder: Path, keep: int) -> Path:
+    """Let a temporary folder, complete with its manifest, stand under its name, and remove what is
     beyond `keep`; returns its place.
 
     A kill at any moment leaves either no folder of this name, or a whole one.
     """
-    # Last, of what lies there: whatever is cut short later no longer fits it.
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    sync(path)
     sync(folder)
 
     # Only there if an earlier save of this very step was found damaged.
@@ -197,62 +200,8 @@ def finish(folder: Path, manifest: Manifest, keep: int) -> Path:
     sync(final.parent)
 
     # Old ones go when the new one stands, not before.
-    prune(final.parent.parent, keep, final)
+    retention.prune(final.parent.parent, keep, final)
     return final
-
-
-def prune(run: Path, keep: int, latest: Path | None = None) -> None:
-    """Remove all but `latest` (by default the last one), the keep − 1 before it that look complete,
-    the best one, and those that stay for good. Called by one rank only.
-
-    Damaged ones go first, so that they take no place of a good one; abandoned ones go when the run
-    has passed them.
-    """
-    checkpoints = all_of(run)
-    if not checkpoints:
-        return
-    latest = latest or checkpoints[-1]
-
-    # By sizes alone: hashes of all would have to read them again after every save.
-    others = [path for path in checkpoints if path != latest]
-    complete = [path for path in others if looks_complete(path)]
-    # Of fewer than that all stay: a negative start would count from the end.
-    kept = set(complete[max(0, len(complete) - (keep - 1)) :])
-    kept |= {path for path in complete if stays(path)}
-    kept |= {named_best(run)}
-    for path in others:
-        if path not in kept:
-            shutil.rmtree(path)
-
-    for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):
-        if path.name.split(".")[0] <= latest.name:
-            shutil.rmtree(path)
-
-
-def stays(path: Path) -> bool:
-    """Whether a checkpoint was saved for good (checkpoint.keep_every)."""
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return bool(state.get("stays", False))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
-
-
-def abandon(run: Path, step: int) -> list[Path]:
-    """Set aside the checkpoints after `step`, from which the run goes on; returns their new places.
-
-    They belong to a branch that is no longer the run's: `newest` would otherwise go back to it.
-    They are removed when the run has saved a later step.
-    """
-    last_kept = f"step_{step:08d}"
-    moved = []
-    for path in all_of(run):
-        if path.name <= last_kept:
-            continue
-        place = path.with_name(path.name + ABANDONED)
-        shutil.rmtree(place, ignore_errors=True)  # of an even earlier branch
-        moved.append(path.rename(place))
-    return moved
 
 
 def load(path: Path, verified: bool = False, reader: Reader | None = None) -> Contents:

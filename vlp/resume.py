@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vlp import checkpoint, dist, locks, log
+from vlp import checkpoint, dist, locks, log, retention
 from vlp import config as configuration
 from vlp.config import Config
 from vlp.data.loader import Loader
@@ -277,10 +277,10 @@ def set_branch_aside(run: Path, step: int) -> None:
     if not dist.is_main():
         return
 
-    abandoned = checkpoint.abandon(run, step)
+    abandoned = retention.abandon(run, step)
     for path in abandoned:
         log.say(f"going on from step {step}: {path.name} is of the branch that is left")
 
     results = run / "results.json"
     if abandoned and results.exists():
-        results.replace(run / f"results{checkpoint.ABANDONED}.json")
+        results.replace(run / f"results{retention.ABANDONED}.json")

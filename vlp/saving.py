@@ -307,7 +307,8 @@ def _finish(folder: Path, contents: Contents, of_ranks: list[Manifest], keep: in
     manifest = checkpoint.write_texts(folder, contents)
     for of_rank in of_ranks:
         manifest |= of_rank
-    checkpoint.finish(folder, manifest, keep)
+    checkpoint.write_manifest(folder, manifest)
+    checkpoint.finish(folder, keep)
 
 
 def agree(group: dist.Group, doing: Callable[[], Any]) -> list[Any]:
