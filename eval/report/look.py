@@ -255,9 +255,11 @@ def _sheets(
     # A caption seeks its one image; an image any of its captions.
     image_ranks, text_ranks = metrics.retrieval_ranks(image, text, owner)
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
-    by_text = findings.queries(text, image, right, text_ranks, QUERIES)
-    by_image = findings.queries(image, text, right.T, image_ranks, QUERIES)
-    asked = findings.asked(text, image, right, text_ranks, ASKED)
+    of_texts = findings.Ranking(text, image, right, text_ranks)
+    of_images = findings.Ranking(image, text, right.T, image_ranks)
+    by_text = findings.queries(of_texts, QUERIES)
+    by_image = findings.queries(of_images, QUERIES)
+    asked = findings.asked(of_texts, ASKED)
 
     # Only pictures that the page shows become thumbnails.
     shown = {query.place for query in by_image}

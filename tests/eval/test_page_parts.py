@@ -52,7 +52,8 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
     # The third caption belongs to image 2 but looks like image 0.
     owner = torch.tensor([0, 1, 2, 2, 3])
     right = owner[:, None] == torch.arange(4)
-    got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
+    ranking = findings.Ranking(text, image, right, torch.tensor([1, 1, 3, 1, 1]))
+    got = findings.queries(ranking, 3)
     assert [q.place for q in got] == [2, 0, 1]
     assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
     shown, hits = findings.examples_to_show(
