@@ -9,7 +9,7 @@ import pytest
 from tests.test_train import ROOT
 from vlp.config import Duration, Train
 from vlp.engines import LaunchError, launched_processes, start
-from vlp.resume import _check_grace
+from vlp.saving import check_grace
 
 VARIABLES = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION",
@@ -224,17 +224,17 @@ def test_a_save_that_a_launcher_would_cut_off_is_warned_of(environment, monkeypa
     environment()
     for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
-    _check_grace(600)  # nobody kills
+    check_grace(600)  # nobody kills
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    _check_grace(14)
+    check_grace(14)
     assert not capsys.readouterr().err
-    _check_grace(40)
+    check_grace(40)
     said = capsys.readouterr().err
     assert "saving took 40 s" in said and "killed by its launcher after 30 s" in said
     assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=160" in said
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "160")
-    _check_grace(40)
+    check_grace(40)
     assert not capsys.readouterr().err
 
 

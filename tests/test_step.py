@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests import ranks
 from vlp import config, dist, engines, losses, plugin, schema
@@ -83,7 +82,7 @@ def make_training(
     torch.manual_seed(0)
     encoder = build(model)
     if weights:
-        encoder.load_state_dict(load_file(weights))
+        encoder.load_state_dict(dict(weights))
     made = engines.start(options)
     made.prepare(encoder.double() if double else encoder, options)
     return Training(

@@ -39,6 +39,7 @@ from vlp.pretrained.references import resolve as resolve_reference
 from vlp.resume import (
     go_on_from,
     open_run,
+    reader_of,
     start_from,
     with_precision,
 )
@@ -261,7 +262,8 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     """Restore the model from a checkpoint; returns all that it holds, or None for a new run."""
     if source is None:
         return None
-    contents = checkpoint.load(source, verified=True)  # `open_run` has compared the hashes
+    # `open_run` has compared the hashes.
+    contents = checkpoint.load(source, verified=True, reader=reader_of(source))
     check_extent(contents.state["step"], plan, source)
     # At a joint it is of the stage before, whose pictures may have had another size.
     if contents.state["step"] == plan.first:

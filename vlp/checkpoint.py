@@ -1,6 +1,6 @@
 """Checkpoints: atomic, checksummed, complete, the same for every engine and number of ranks.
 
-A checkpoint is a folder `RUN/checkpoints/step_00000100` with
+A checkpoint is a folder `RUN/checkpoints/step_00000100`, of a run of one process with
 
     model.safetensors       every parameter and buffer, whole, float32 where training holds float32
     optimizer.safetensors   AdamW's moments and step of every trained parameter: "exp_avg.<name>", …
@@ -10,6 +10,10 @@ A checkpoint is a folder `RUN/checkpoints/step_00000100` with
     model.json              DualEncoder.description(): architecture, preprocessing, tokenizer
     config.yaml             the resolved configuration
     manifest.json           size and SHA-256 of each file above, written last
+
+and of a run of several processes with parts in the place of the .safetensors files, one of each
+rank and kind (vlp.pretrained.parts); any number of ranks and any engine goes on from either
+form. `vlp.saving` writes both, beside the steps.
 
 It is written under a temporary name, synced and renamed, so a folder without the `.tmp` ending is
 complete unless the disk damaged it; reading verifies the manifest. A run that goes on from an older
@@ -27,12 +31,11 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlp import log
+from vlp import log, retention
 from vlp.data.text import same_tokens
 from vlp.files import save_tensors, sync
 from vlp.models.build import from_description
@@ -45,43 +48,46 @@ from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.pretrained.runs import (
     FOLDER,
+    KINDS,
     CheckpointError,
     all_of,
+    in_parts,
     looks_complete,
     moving_average,
-    named_best,
     newest,
     not_finite,
     resolve,
     sha256,
+    tensors_of,
     verify,
 )
 from vlp.pretrained.weight_files import same_activation
 
+if TYPE_CHECKING:
+    from vlp.pretrained.parts import Reader
+
 __all__ = [
-    "ABANDONED",
     "FOLDER",
     "CheckpointError",
     "Contents",
-    "abandon",
     "all_of",
     "check_alike",
     "flat",
+    "in_parts",
     "load",
     "load_any",
     "load_model",
     "nested",
     "newest",
     "not_finite",
-    "prune",
     "resolve",
     "restore",
     "save",
+    "tensors_of",
     "verify",
 ]
 
-ABANDONED = ".abandoned"  # ending of a checkpoint that the run did not go on from
-TENSORS = ("model", "optimizer", "objective", "teacher")  # each a .safetensors file
+Manifest = dict[str, dict[str, Any]]  # {file: {"bytes": …, "sha256": …}}
 
 
 @dataclass
@@ -96,45 +102,41 @@ class Contents:
     description: dict[str, Any] = field(default_factory=dict)  # of the model
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, which is nearly all that a checkpoint takes."""
-        return sum(sum(value.nbytes for value in getattr(self, name).values()) for name in TENSORS)
-
 
 def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
-    """Write a checkpoint of `step` and then remove what is beyond `keep`. Called by one rank only.
+    """Write a checkpoint of `step` in one piece and then remove what is beyond `keep`. Called by
+    one rank only.
 
     A failure (a full disk, say) leaves all earlier checkpoints as they were and nothing of the new
     one. Raises CheckpointError, having written nothing, for weights or moments with NaN or
     infinity.
     """
-    _check_finite(step, contents)
-    final = run / FOLDER / f"step_{step:08d}"
-
-    # A kill at any moment leaves either no folder of this name, or a whole one.
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    check_finite(step, contents)
+    folder = temporary(run, step)
     try:
-        _write(temporary, contents)
+        make_empty(folder)
+        write_whole(folder, contents)
+        return finish(folder, keep)
     except BaseException:
         # Half a checkpoint would only fill the disk further.
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
-    # Only there if an earlier save of this very step was found damaged.
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    sync(final.parent)
 
-    # Old ones go when the new one stands, not before.
-    _prune(run, final, keep)
-    return final
+def write_whole(folder: Path, contents: Contents) -> None:
+    """Fill a folder with a checkpoint in one piece, complete with its manifest."""
+    for kind in KINDS:
+        whole = {
+            name: value.detach().cpu().contiguous()
+            for name, value in getattr(contents, kind).items()
+        }
+        save_tensors(whole, folder / f"{kind}.safetensors")
+    files = described(folder.glob("*.safetensors"))
+    write_manifest(folder, files | write_texts(folder, contents))
 
 
-def _check_finite(step: int, contents: Contents) -> None:
-    """Refuse what a run could never go on from."""
+def check_finite(step: int, contents: Contents) -> None:
+    """Refuse what a run could never go on from: CheckpointError."""
     for name in ("model", "optimizer", "teacher"):
         spoilt = not_finite(getattr(contents, name))
         if spoilt:
@@ -144,14 +146,19 @@ def _check_finite(step: int, contents: Contents) -> None:
             )
 
 
-def _write(folder: Path, contents: Contents) -> None:
-    """All files of a checkpoint, on the disk when this returns."""
-    for name in TENSORS:
-        tensors = {
-            key: value.detach().cpu().contiguous() for key, value in getattr(contents, name).items()
-        }
-        save_tensors(tensors, folder / f"{name}.safetensors")
+def temporary(run: Path, step: int) -> Path:
+    """Where a checkpoint is written before it stands under its name."""
+    return run / FOLDER / f"step_{step:08d}.tmp"
 
+
+def make_empty(folder: Path) -> None:
+    """Make a folder new, whatever a killed run left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def write_texts(folder: Path, contents: Contents) -> Manifest:
+    """Write all that a checkpoint holds beside tensors; returns the entries of these files."""
     texts = {
         "state.json": json.dumps(contents.state, indent=1),
         "model.json": json.dumps(contents.description, indent=1),
@@ -159,70 +166,51 @@ def _write(folder: Path, contents: Contents) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+    return described(folder / name for name in texts)
 
-    # Last, of what lies there: whatever is cut short later no longer fits it.
-    manifest = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
-    for path in folder.iterdir():
+def described(files: Iterable[Path]) -> Manifest:
+    """The manifest's entries of files, which are on the disk when this returns."""
+    entries = {}
+    for path in sorted(files):
         sync(path)
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return entries
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """The last file, of what lies there: whatever is cut short later no longer fits it."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync(path)
+
+
+def finish(folder: Path, keep: int) -> Path:
+    """Let a temporary folder, complete with its manifest, stand under its name, and remove what is
+    beyond `keep`; returns its place.
+
+    A kill at any moment leaves either no folder of this name, or a whole one.
+    """
     sync(folder)
 
+    # Only there if an earlier save of this very step was found damaged.
+    final = folder.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(folder, final)
+    sync(final.parent)
 
-def _prune(run: Path, newest: Path, keep: int) -> None:
-    """Remove all but `newest`, which has just been written, and the latest keep − 1 others that
-    look complete.
-
-    Damaged ones go first, so that they take no place of a good one; abandoned ones go when the run
-    has passed them.
-    """
-    # By sizes alone: hashes of all would have to read them again after every save.
-    others = [path for path in all_of(run) if path != newest]
-    complete = [path for path in others if looks_complete(path)]
-    # Of fewer than that all stay: a negative start would count from the end.
-    kept = complete[max(0, len(complete) - (keep - 1)) :]
-    best = named_best(run)
-    for path in others:
-        if path not in kept and path != best:
-            shutil.rmtree(path)
-
-    for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):
-        if path.name.split(".")[0] <= newest.name:
-            shutil.rmtree(path)
+    # Old ones go when the new one stands, not before.
+    retention.prune(final.parent.parent, keep, final)
+    return final
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one. Called by one rank only."""
-    checkpoints = all_of(run)
-    if checkpoints:
-        _prune(run, checkpoints[-1], keep)
-
-
-def abandon(run: Path, step: int) -> list[Path]:
-    """Set aside the checkpoints after `step`, from which the run goes on; returns their new places.
-
-    They belong to a branch that is no longer the run's: `newest` would otherwise go back to it.
-    They are removed when the run has saved a later step.
-    """
-    last_kept = f"step_{step:08d}"
-    moved = []
-    for path in all_of(run):
-        if path.name <= last_kept:
-            continue
-        place = path.with_name(path.name + ABANDONED)
-        shutil.rmtree(place, ignore_errors=True)  # of an even earlier branch
-        moved.append(path.rename(place))
-    return moved
-
-
-def load(path: Path, verified: bool = False) -> Contents:
+def load(path: Path, verified: bool = False, reader: Reader | None = None) -> Contents:
     """Read and verify a checkpoint's folder; CheckpointError says which file is damaged and how.
 
     Tensors are mapped from their files, so that ranks of a machine share them and hold only what
-    they copy. verified: another rank has compared the hashes; sizes are compared in any case.
+    they copy; of a checkpoint in parts each is put together when it is asked for. verified: another
+    rank has compared the hashes; sizes are compared in any case. `reader`: of the parts, where
+    their headers have been read.
     """
     if not verified:
         verify(path)
@@ -233,16 +221,28 @@ def load(path: Path, verified: bool = False) -> Contents:
         )
 
     # Checkpoints of older versions lack some; `verify` has found complete what they name.
-    files = {name: path / f"{name}.safetensors" for name in TENSORS}
-    tensors = {name: load_file(file) for name, file in files.items() if file.exists()}
+    of_kinds = {kind: tensors_of(path, kind, reader) for kind in KINDS}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    of_kinds["objective"] = tables_whole(of_kinds["objective"], state.get("tables", {}))
     description = json.loads((path / "model.json").read_text(encoding="utf-8"))
     return Contents(
-        **tensors,
+        **of_kinds,
         state=state,
         config=(path / "config.yaml").read_text(encoding="utf-8"),
         description=description,
     )
+
+
+def tables_whole(objective: Mapping[str, Tensor], samples: Mapping[str, int]) -> dict[str, Tensor]:
+    """The objective's state with the tables [samples, c] in the place of their dealt form.
+
+    In parts a table is [rows, W, c], of which a rank wrote [rows, 1, c]: read row by row, its first
+    two dimensions are the samples in their order.
+    """
+    state = dict(objective)
+    for name, n_samples in samples.items():
+        state[name] = state[name].flatten(0, 1)[:n_samples]
+    return state
 
 
 def load_model(ref: str | Path, averaged: bool = False) -> DualEncoder:
@@ -253,7 +253,7 @@ def load_model(ref: str | Path, averaged: bool = False) -> DualEncoder:
     verify(path)
     description = json.loads((path / "model.json").read_text(encoding="utf-8"))
     model = from_description(description)
-    weights = moving_average(path) if averaged else load_file(path / "model.safetensors")
+    weights = moving_average(path) if averaged else tensors_of(path, "model")
     # Adapters are of training alone.
     restore(model, adapters.merged(weights, description["vlp"].get("lora", {})), path)
     return model.eval()

@@ -46,6 +46,7 @@ EXPORT_EXAMPLE = """examples:
   vlp export --blend exported/published runs/tuned --alpha 0.5 --to exported/blend
   vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl
   vlp export runs/tuned --form adapters --to exported/adapters
+  vlp export runs/large --form checkpoint --to checkpoints/large
 
 Several runs become one model: their embeddings stand one after another. An average is of
 weights (vlp/averaging.py).
@@ -337,14 +338,15 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--form",
-        choices=["model", "adapters"],
+        choices=["model", "adapters", "checkpoint"],
         default="model",
-        help="adapters: those of a run with lora alone, for peft (needs pip install vlp[lora])",
+        help="adapters: those of a run with lora alone, for peft (needs pip install vlp[lora]); "
+        "checkpoint: what a run goes on from, in one piece",
     )
 
     def run(options: argparse.Namespace) -> int:
-        if options.form == "adapters":
-            print("\n".join(_export_adapters(options)))
+        if options.form != "model":
+            print("\n".join(_export_part(options)))
             return 0
 
         from vlp.export.folder import export_average, export_concatenated, export_run
@@ -370,9 +372,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _export_adapters(options: argparse.Namespace) -> list[str]:
-    """`vlp export RUN --form adapters`; ValueError for options of a whole model."""
+def _export_part(options: argparse.Namespace) -> list[str]:
+    """`vlp export RUN --form adapters | checkpoint`; ValueError for options of a whole model."""
     from vlp.export.adapters import write_adapters
+    from vlp.export.checkpoints import write_checkpoint
 
     of_models = {
         "--average": options.average,
@@ -385,9 +388,15 @@ def _export_adapters(options: argparse.Namespace) -> list[str]:
     given = [option for option, value in of_models.items() if value]
     if given or len(options.runs) != 1:
         raise ValueError(
-            f"--form adapters takes one RUN and no option of a whole model; found "
+            f"--form {options.form} takes one RUN and no option of a whole model; found "
             f"{len(options.runs)} and {', '.join(given) or 'none'}"
         )
+    if options.form == "checkpoint":
+        if options.license is not None:
+            raise ValueError(
+                "--license is of a model's card, and a checkpoint has none; leave it out"
+            )
+        return write_checkpoint(options.runs[0], options.to, overwrite=options.overwrite)
     return write_adapters(
         options.runs[0], options.to, license=options.license, overwrite=options.overwrite
     )

@@ -21,7 +21,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from vlp import dist, engines, log, stages
 from vlp.assembly import Part, Run, begin, set_up
-from vlp.checkpoint import Contents
 from vlp.checks import check_batch, check_teacher
 from vlp.config import Config, Plan
 from vlp.data import server
@@ -31,7 +30,7 @@ from vlp.files import existing
 from vlp.measurements import peak_memory
 from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
-from vlp.resume import collect
+from vlp.saving import saved_bytes
 from vlp.step import Training, settle, train_step
 from vlp.types import Batch
 
@@ -68,14 +67,14 @@ def dry_run(config: Config) -> None:
         run.loader.close()
 
     # Collective, so before the first rank alone has the word.
-    saved = collect(run.config, part.training, run.loader)
+    saved = saved_bytes(part.training)
     if dist.is_main():
         lines = [
             *shapes(part, measured.batch),
             *parameters(part.model),
             *memory(part, measured, saved),
             duration(segment.plan, part, measured),
-            disk(config, saved.nbytes),
+            disk(config, segment.plan, sum(saved.values())),
             "dry run: nothing was written but the index of the data, where there was none",
         ]
         for line in lines:
@@ -196,13 +195,13 @@ def n_parameters(part: nn.Module, trained: bool) -> int:
     return sum(sizes)
 
 
-def memory(part: Part, measured: Measured, saved: Contents) -> Iterator[str]:
-    """Memory of a rank: what follows from the sizes of what is saved, and what was measured."""
+def memory(part: Part, measured: Measured, saved: dict[str, int]) -> Iterator[str]:
+    """Memory of a rank: what follows from the bytes that are `saved`, and what was measured."""
     training, world = part.training, dist.world_size()
     whole = {
-        "weights": sum(value.nbytes for value in saved.model.values()),
+        "weights": saved["model"],
         "gradients": 4 * n_parameters(part.model, trained=True),  # float32
-        "moments": sum(value.nbytes for value in saved.optimizer.values()),
+        "moments": saved["optimizer"],
     }
 
     yield "memory of a rank, GiB:"
@@ -251,11 +250,13 @@ def duration(plan: Plan, part: Part, measured: Measured) -> str:
     )
 
 
-def disk(config: Config, n_bytes: int) -> str:
+def disk(config: Config, plan: Plan, n_bytes: int) -> str:
     """What checkpoints take, beside the room that there is."""
     # An old checkpoint goes when the new one stands, and the best one stays.
     has_best = config.checkpoint.best is not None
     at_once = config.checkpoint.keep + (2 if has_best else 1)
+    if config.checkpoint.keep_every is not None:
+        at_once += len(plan.due_steps(config.checkpoint.keep_every))
     place = existing(Path(config.out))
     free = shutil.disk_usage(place).free
     verdict = "" if free > at_once * n_bytes else ": TOO LITTLE, set checkpoint.keep lower"

@@ -1,32 +1,29 @@
-"""A run's folder: who holds it, what the run goes on from, and what it leaves to go on from."""
+"""A run's folder: who holds it, and what the run goes on from."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlp import checkpoint, dist, locks, log
+from vlp import checkpoint, dist, locks, log, retention
 from vlp import config as configuration
 from vlp.config import Config
 from vlp.data.loader import Loader
 from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
-from vlp.lifetime import launcher_grace_s
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import context, image_size, projections
 from vlp.pretrained.fitting import UNCHANGED, Fit
+from vlp.pretrained.parts import Reader
 from vlp.step import Training
 
-# Packages whose versions decide numbers; a checkpoint records them.
-DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -50,33 +47,85 @@ def alone_in(run: Path) -> Iterator[None]:
 
 
 def open_run(config: Config) -> Path | None:
-    """The checkpoint to continue from, the same on every rank, or None. Refuses a folder that holds
-    another run.
+    """The checkpoint to continue from, whole and the same on every rank, or None. Refuses a folder
+    that holds another run. Collective.
     """
+    candidates = _agreed(lambda: _candidates(config, Path(config.out)))
+    source = None
+    for path in candidates:
+        problem = _problem_of(path, weights_too=config.resume == "auto")
+        if problem is None:
+            source = path
+            break
+        # Whatever the damage is, the one before it still serves.
+        if config.resume != "auto":
+            raise checkpoint.CheckpointError(problem)
+        if dist.is_main():
+            log.warn(f"{problem}; trying the checkpoint before it")
+
+    if candidates and source is None:
+        raise checkpoint.CheckpointError(
+            f"every checkpoint of {config.out} is damaged; choose another folder with out=…"
+        )
+    if source is not None:
+        _agreed(lambda: _check_recorded(config, source))
+    return source
+
+
+def _agreed(of_first: Callable[[], T]) -> T:
+    """What the first rank finds, on every rank; so is an error that a user can mend."""
     outcome: Any = None
     if dist.is_main():
         try:
-            outcome = _open_run(config, Path(config.out))
+            outcome = of_first()
         except (FileExistsError, checkpoint.CheckpointError) as error:
             outcome = error  # raised on every rank, so that none waits for another
-
-    # Hashing a large checkpoint takes longer than an exchange may.
-    dist.await_all("the first rank, which checks checkpoints")
     outcome = dist.broadcast_object(outcome)
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def _open_run(config: Config, run: Path) -> Path | None:
-    """`open_run` on the first rank."""
-    source = _source(config, run)
-    if source is not None:
-        recorded = configuration.recorded(source / "config.yaml")
-        _check_optimizer(recorded, config, source)
-        for key, (old, new) in changes(recorded, config).items():
-            log.say(f"resuming with another {key}: {old!r} -> {new!r}")
-    return source
+def _problem_of(path: Path, weights_too: bool) -> str | None:
+    """What is wrong with a checkpoint, at which every rank looks in part; None: it is whole.
+    `weights_too`: also NaN and infinity. Collective.
+    """
+    problem = None
+    try:
+        checkpoint.verify(path, (dist.rank(), dist.world_size()))
+    except checkpoint.CheckpointError as error:
+        problem = str(error)
+
+    # Hashing takes longer than an exchange may.
+    dist.await_all("the last rank, which checks its part of a checkpoint")
+    problems = [text for text in dist.gather_objects(problem) if text is not None]
+    if problems or not weights_too:
+        return problems[0] if problems else None
+
+    weights = checkpoint.tensors_of(path, "model", reader_of(path))
+    own_names = sorted(weights)[dist.rank() :: dist.world_size()]
+    spoilt = checkpoint.not_finite({name: weights[name] for name in own_names})
+    spoilt = [name for names in dist.gather_objects(spoilt) for name in names]
+    return f"{path} holds NaN or infinity in {spoilt[0]}" if spoilt else None
+
+
+def reader_of(path: Path) -> Reader | None:
+    """What reads a checkpoint in parts, whose headers the first rank looks at for all; None for one
+    in one piece. Collective.
+    """
+    reader = None
+    if dist.is_main() and checkpoint.in_parts(path):
+        reader = Reader(path)
+    metadata = dist.broadcast_object(None if reader is None else reader.read_metadata())
+    return None if metadata is None else Reader(path, metadata)
+
+
+def _check_recorded(config: Config, source: Path) -> None:
+    """Compare the configuration of a checkpoint with that of the run which goes on from it."""
+    recorded = configuration.recorded(source / "config.yaml")
+    _check_optimizer(recorded, config, source)
+    for key, (old, new) in changes(recorded, config).items():
+        log.say(f"resuming with another {key}: {old!r} -> {new!r}")
 
 
 def _check_optimizer(recorded: Config, config: Config, source: Path) -> None:
@@ -90,8 +139,10 @@ def _check_optimizer(recorded: Config, config: Config, source: Path) -> None:
         )
 
 
-def _source(config: Config, run: Path) -> Path | None:
-    """The checkpoint that `resume` means; FileExistsError where `run` holds what would be lost."""
+def _candidates(config: Config, run: Path) -> list[Path]:
+    """The checkpoints that `resume` may mean, in the order to try them; FileExistsError where `run`
+    holds what would be lost.
+    """
     holds_run = (run / "config.yaml").exists()
 
     if config.resume == "never":
@@ -100,28 +151,20 @@ def _source(config: Config, run: Path) -> Path | None:
                 f"{run} already holds a run; "
                 "continue it with resume=auto, or choose another with out=…"
             )
-        return None
+        return []
 
     if config.resume == "auto":
-        newest = checkpoint.newest(run)
-        if newest is None and checkpoint.all_of(run):
-            raise checkpoint.CheckpointError(
-                f"every checkpoint of {run} is damaged; choose another folder with out=…"
-            )
-        return newest
-
-    # A named checkpoint is verified here, once, and not by each rank that reads it.
-    source = checkpoint.resolve(config.resume)
-    checkpoint.verify(source)
+        return checkpoint.all_of(run)[::-1]
 
     # One of another run may only found a new run.
+    source = checkpoint.resolve(config.resume)
     if holds_run and source.parent.resolve() != (run / checkpoint.FOLDER).resolve():
         raise FileExistsError(
             f"{run} holds another run than {source}, which would be overwritten; "
             "choose a new folder with out=…, or "
             "continue the one that is there with resume=auto"
         )
-    return source
+    return [source]
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
@@ -234,69 +277,10 @@ def set_branch_aside(run: Path, step: int) -> None:
     if not dist.is_main():
         return
 
-    abandoned = checkpoint.abandon(run, step)
+    abandoned = retention.abandon(run, step)
     for path in abandoned:
         log.say(f"going on from step {step}: {path.name} is of the branch that is left")
 
     results = run / "results.json"
     if abandoned and results.exists():
-        results.replace(run / f"results{checkpoint.ABANDONED}.json")
-
-
-def save(config: Config, training: Training, loader: Loader) -> None:
-    """Write a checkpoint of the step just done. Collective."""
-    started = time.monotonic()
-    contents = collect(config, training, loader)
-
-    error = None
-    if dist.is_main():
-        try:
-            checkpoint.save(Path(config.out), training.step, contents, config.checkpoint.keep)
-        except (OSError, checkpoint.CheckpointError) as failure:
-            error = failure
-
-    dist.await_all("the first rank, which saves a checkpoint")
-
-    # No rank runs on, and perhaps is killed, before the checkpoint stands; and none waits where it
-    # could not be written.
-    error = dist.broadcast_object(error)
-    if error is not None:
-        raise error
-    if dist.is_main():
-        _check_grace(time.monotonic() - started)
-
-
-def collect(config: Config, training: Training, loader: Loader) -> checkpoint.Contents:
-    """What a checkpoint of the step just done holds; tensors on the first rank only. Collective."""
-    # Every rank takes part in gathering; only the first one gets the tensors.
-    model, optimizer = training.engine.state()
-    teacher = {} if training.teacher is None else training.teacher.state()
-    objective = checkpoint.flat(training.objective.state_dict())
-    state = {
-        "step": training.step,
-        "skipped": training.skipped,
-        # What is made ahead, or was not trained on in the end, is made again.
-        "loader": loader.state_dict(training.step),
-        "versions": {name: version(name) for name in DECIDING},
-    }
-    return checkpoint.Contents(
-        model=model,
-        optimizer=optimizer,
-        objective=objective,
-        state=state,
-        config=configuration.dump(config),
-        description=training.engine.description,
-        teacher=teacher,
-    )
-
-
-def _check_grace(save_s: float) -> None:
-    """Warn where the launcher would kill a run that was asked to stop before it has saved."""
-    # Half of it, because the step that is under way has to end before.
-    grace_s = launcher_grace_s()
-    if grace_s is not None and save_s > grace_s / 2:
-        log.warn(
-            f"saving took {save_s:.0f} s, but a run that is asked to stop is killed by its "
-            f"launcher after {grace_s:.0f} s, in which a step has to end, too; "
-            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(110, round(4 * save_s))} before launching"
-        )
+        results.replace(run / f"results{retention.ABANDONED}.json")

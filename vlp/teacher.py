@@ -26,6 +26,7 @@ from vlp import checkpoint, config, dist
 from vlp.data.raw_texts import CAPTION_BYTES
 from vlp.data.text import same_tokens
 from vlp.engines import Engine
+from vlp.engines.base import Named, gathered
 from vlp.fields import FIELDS
 from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
@@ -167,12 +168,16 @@ class Teacher:
             return None
         return self.engine.evaluation_model(self.average)
 
+    def tensors(self) -> Named:
+        """What a checkpoint holds: name and tensor, whole on every rank or a DTensor."""
+        if self.average is not None:
+            for name, value in self.average.state_dict().items():
+                yield EMA + name, value
+        yield from self.queue.items()
+
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: whole tensors on the first rank. Collective."""
-        average = {} if self.average is None else self.engine.whole(self.average)
-        # Whole on every rank; one of them saves it.
-        queue = self.queue if dist.is_main() else {}
-        return {EMA + name: value for name, value in average.items()} | queue
+        """What a checkpoint holds: whole tensors on the CPU of the first rank. Collective."""
+        return gathered(self.tensors(), keep=dist.is_main())
 
 
 def check_map(model: DualEncoder, widths: list[int]) -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
 from vlp.plugin import Plugin
 from vlp.reporter import Reporter
-from vlp.resume import alone_in, save, set_branch_aside
+from vlp.resume import alone_in, set_branch_aside
+from vlp.saving import Saver
 from vlp.stages import Segment
 from vlp.step import settle, train_step
 from vlp.types import Batch
@@ -57,6 +58,7 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
     report: Reporter | None = None
     watch: Watch | None = None
     stop: StopRequest | None = None
+    saver = Saver(Path(config.out), config.checkpoint.keep)
 
     try:
         with ExitStack() as signals:
@@ -74,7 +76,7 @@ def _train(run: Run, evaluate: Evaluate | None) -> Path:
 
                 # From the first step to the last, so that none is lost between two stages.
                 stop = stop or signals.enter_context(StopRequest())
-                loop(run, segment, part, midway, watch, report, stop)
+                loop(run, segment, part, midway, watch, report, saver, stop)
                 if watch.reason() is not None:
                     break
 
@@ -95,6 +97,7 @@ def loop(
     midway: Midway,
     watch: Watch,
     report: Reporter,
+    saver: Saver,
     stop: StopRequest,
 ) -> None:
     """Train from the current step to the segment's end, where a stage is saved and a run is
@@ -109,10 +112,16 @@ def loop(
         nonlocal saved_step
         settle(training)
         if saved_step != training.step:
-            save(config, training, loader)
+            keep_every = config.checkpoint.keep_every
+            stays = keep_every is not None and plan.due(keep_every, training.step)
+            saver.save(config, training, loader, stays)
             saved_step = training.step
 
-    with explained(config):
+    def save_and_wait() -> None:
+        save_unless_saved()
+        saver.wait()
+
+    with explained(config), closing(saver):
         while training.step < plan.end and watch.reason() is None:
             with report.waiting():
                 ready = loader.wait(lambda: stop.received != 0)
@@ -120,7 +129,7 @@ def loop(
             # A rank alone stops at once. Among several the vote travels with a step, for which a
             # rank that got no rows takes part with its last ones; before it had any, all meet here.
             if loaded is None or dist.world_size() == 1:
-                leave_if_asked(stop, training, save_unless_saved)
+                leave_if_asked(stop, training, save_and_wait)
             loaded = next(loader) if ready or loaded is None else loaded
 
             batch, selection_scalars = selector.choose(training, loaded)
@@ -134,6 +143,7 @@ def loop(
             # Whoever reports, saves or evaluates a step needs to know what it came to.
             step = training.step
             saves = plan.due(config.checkpoint.every, step)
+            saves |= plan.due(config.checkpoint.keep_every, step)
             due = midway.due(step)
             if logged or saves or due or step == plan.end:
                 settle(training)
@@ -146,16 +156,16 @@ def loop(
                     report.training(step, values, loader.counters())
             report.stepped(step)
             if training.asked_to_stop and training.step < plan.total:
-                leave(stop, training, save_unless_saved)
+                leave(stop, training, save_and_wait)
 
             # Saved before it is evaluated: an evaluation takes long, and may fail.
             if saves:
                 save_unless_saved()
             if due and step < plan.total:
-                leave_if_asked(stop, training, save_unless_saved)
+                leave_if_asked(stop, training, save_and_wait)
                 with report.paused(), stop.console(), suppress(Interrupted):
                     if watch.note(midway.measure(step)):
-                        save_unless_saved()
+                        save_and_wait()
                         watch.keep(step)
 
         if (reason := watch.reason()) is not None:
@@ -166,16 +176,19 @@ def loop(
         # none to the next stage.
         loader.close()
         if plan.end < plan.total and watch.reason() is None:
-            # Before the next stage is built, which may take minutes.
+            # The next stage starts from it; and it takes minutes to build.
+            saver.wait()
             leave_if_asked(stop, training, save_unless_saved)
             return
         try:
             with report.paused(), stop.console():
                 # Also of a run resumed at its end.
-                if watch.note(midway.finish(training.step)):
+                improves = watch.note(midway.finish(training.step))
+                saver.wait()
+                if improves:
                     watch.keep(training.step)
         except Interrupted:
-            leave_if_asked(stop, training, save_unless_saved)
+            leave_if_asked(stop, training, save_and_wait)
 
 
 def in_final_form(evaluate: Evaluate, description: dict[str, Any]) -> Evaluate:

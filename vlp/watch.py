@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vlp import checkpoint, dist, log
+from vlp import dist, log, retention
 from vlp.config import Best, Config, Stop
 from vlp.files import write_atomically
 from vlp.plugin import Plugin
@@ -73,7 +73,7 @@ class Watch:
             assert self.best is not None, "only a run with checkpoint.best improves"
             log.say(f"step {step} is the best by {self.best.metric}: {self.best_value:.4g}")
             self._write()
-            checkpoint.prune(self.run, self.keep_newest)
+            retention.prune(self.run, self.keep_newest)
 
     def reason(self) -> str | None:
         """Why the run should end now, in words; None: it should not."""

@@ -3,14 +3,15 @@ number of ranks.
 """
 
 import os
+import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests import ranks
 from tests.test_step import assert_close, make_batch, make_training, own_rows
-from vlp import dist
+from vlp import checkpoint
+from vlp.saving import Saver, held
 from vlp.step import train_step
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -22,29 +23,38 @@ def as_lists(tensors):
 
 
 def continue_from(engine, micro_batches, steps, read=None, write=None):
-    """`steps` float32 updates, starting from the state in folder `read`; the last state goes to
-    folder `write`.
+    """`steps` float32 updates, from the checkpoint in the run's folder `read`; the last state goes
+    to the run's folder `write`.
     """
     # DeepSpeed looks for ninja.
     os.environ["PATH"] = os.path.dirname(os.sys.executable) + os.pathsep + os.environ["PATH"]
+    saved = read and checkpoint.load(checkpoint.newest(read))
     training = make_training(
         micro_batches,
         engine=engine,
         double=False,
         clip_norm=CLIP_NORM,
-        weights=read and f"{read}/model",
+        weights=read and saved.model,
     )
     if read:
-        training.engine.load_moments(load_file(f"{read}/moments"))
+        training.engine.load_moments(saved.optimizer)
         training.step = 1
     norms = [train_step(training, make_batch(own_rows()))["grad_norm"].item() for _ in range(steps)]
     model, moments = training.engine.state(everywhere=True)
-    if write and dist.is_main():
-        save_file(model, f"{write}/model")
-        save_file(moments, f"{write}/moments")
+    if write:
+        save(training, write)
     with torch.no_grad():
         features = training.engine.evaluation_model()(make_batch().image).image
     return as_lists(model), as_lists(moments), norms, features.flatten().tolist()
+
+
+def save(training, run):
+    """Write a checkpoint as a run does: in parts where there are several ranks."""
+    saver = Saver(run, keep=2)
+    state = {"step": training.step, "tables": saver.staging.tables}
+    tensors = held(training, saver.staging)
+    saver.write(training.step, checkpoint.Contents(**tensors, state=state), time.monotonic())
+    saver.wait()
 
 
 def check(result, expected):
@@ -76,14 +86,13 @@ def test_engine_equals_one_process_and_states_travel(engine, tmp_path):
     theirs.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
     expected = continue_from("ddp", 1, 2)
-    continue_from("ddp", 1, 1, write=str(one))
+    continue_from("ddp", 1, 1, write=one)
     for result in ranks.run(2, continue_from, engine, 3, 2):
         check(result, expected)
-    for result in ranks.run(2, continue_from, engine, 3, 1, str(one)):
+    for result in ranks.run(2, continue_from, engine, 3, 1, one):
         check((*result[:2], [expected[2][0], *result[2]], result[3]), expected)
-    ranks.run(2, continue_from, engine, 3, 1, None, str(two))
-    result = continue_from("ddp", 1, 1, read=str(two))
+    ranks.run(2, continue_from, engine, 3, 1, None, two)
+    assert checkpoint.in_parts(checkpoint.newest(two))
+    result = continue_from("ddp", 1, 1, read=two)
     check((*result[:2], [expected[2][0], *result[2]], result[3]), expected)

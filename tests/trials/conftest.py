@@ -15,6 +15,7 @@ import pytest
 
 from tests.trials.starter import Life, Starter
 from vlp import checkpoint
+from vlp.pretrained.runs import KINDS
 
 CONFIG = """
 out: {out}
@@ -69,14 +70,19 @@ class Runs:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def outcome(self, name: str) -> dict[str, Any]:
-        """All that a run came to: the losses in order, and a digest of each tensor file."""
+        """All that a run came to: the losses in order, and a digest of each kind of tensors."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         losses = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
         last = checkpoint.all_of(self.folder / name)[-1]
-        files = {path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))}
-        digests = {key: hashlib.sha256(data).hexdigest() for key, data in files.items()}
-        return {"losses": losses, "checkpoint": last.name, "files": digests}
+        contents = checkpoint.load(last)
+        digests = {}
+        for kind in KINDS:
+            digest = hashlib.sha256()
+            for name, value in sorted(getattr(contents, kind).items()):
+                digest.update(name.encode() + value.numpy().tobytes())
+            digests[kind] = digest.hexdigest()
+        return {"losses": losses, "checkpoint": last.name, "tensors": digests}
 
 
 @pytest.fixture

@@ -85,6 +85,8 @@ class Checkpoint:
     # how often a checkpoint is written; one is written at the end in any case
     every: Duration = Duration(25, "%")
     keep: int = 2  # how many checkpoints stay, the newest ones
+    # how often one is written that stays for good; null: none does
+    keep_every: Duration | None = None
     # the score by which the best one stays beside them: LABEL.METRIC or {metric, mode: min | max}
     best: str | Best | None = None
 

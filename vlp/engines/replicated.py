@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlp import config, dist, optim
 from vlp.engines import compiling
-from vlp.engines.base import State
+from vlp.engines.base import Named, State, state_of
 from vlp.engines.copies import sharing
 from vlp.engines.precision import set_up
 from vlp.engines.processes import accelerator
@@ -110,22 +110,20 @@ class Replicated:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
-    def state(self, everywhere: bool = False) -> State:
-        """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
-        keep = everywhere or dist.is_main()
-        model = whole_state(self.module, keep=keep)
+    def tensors(self) -> Named:
+        """What a checkpoint holds of the model and of the optimiser."""
+        for name, value in self.module.state_dict().items():
+            yield f"model/{name}", value
 
-        moments: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
             for key, value in optim.named_values(self.optimizer, parameter, self.counters):
-                # Gathering is collective: ranks that keep nothing take part all the same.
-                whole = _whole(value)
-                if keep:
-                    moments[f"{key}.{name}"] = _copied(whole)
+                yield f"optimizer/{key}.{name}", value
 
-        return model, moments
+    def state(self, everywhere: bool = False) -> State:
+        """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
+        return state_of(self.tensors(), keep=everywhere or dist.is_main())
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
@@ -155,12 +153,6 @@ class Replicated:
 
         for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
             averaged_buffer.copy_(buffer)
-
-    def whole(self, average: nn.Module) -> dict[str, Tensor]:
-        """State of what `average` returned, as whole tensors on the CPU of the first rank.
-        Collective.
-        """
-        return whole_state(average, keep=dist.is_main())
 
     def evaluation_model(self, average: Any = None) -> DualEncoder:
         """A plain model with the current weights, or with those of an `average`, that each rank may
@@ -197,33 +189,8 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All ranks' parts in one tensor; every rank must call it for a sharded one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _copied(tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """A copy that later updates leave alone, in the order of a file."""
-    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-def whole_state(
-    module: nn.Module, device: torch.device | str = "cpu", keep: bool = True
-) -> dict[str, Tensor]:
-    """Whole copies on `device` of a module's parameters and buffers, empty on ranks that `keep`
-    nothing. Collective.
-    """
-    state = {}
-    for name, value in module.state_dict().items():
-        # One at a time: the ranks that keep nothing never hold more than one tensor.
-        whole = _whole(value)
-        if keep:
-            state[name] = _copied(whole, device)
-    return state
-
-
 def _part(whole: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_whole`: sharded as `like` is."""
+    """The inverse of `whole`: sharded as `like` is."""
     if isinstance(like, DTensor):
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(whole)  # in the order of the parameter's memory

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from vlp import config, dist
+from vlp.engines.base import gathered
 from vlp.engines.copies import filled, skeleton
 from vlp.engines.precision import compute_dtype
-from vlp.engines.replicated import Replicated, local_part, whole_state
+from vlp.engines.replicated import Replicated, local_part
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.exact import Scaling
 
@@ -68,7 +69,7 @@ class Sharded(Replicated):
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         # On the CPU, from where it is sharded block by block, as the model was.
-        whole = whole_state(self.module) if weights is None else weights
+        whole = gathered(self.module.state_dict().items()) if weights is None else weights
         copied = filled(self.skeleton, whole, torch.device("cpu"))
 
         # It runs once a step and micro-batch, without gradient: nothing is worth keeping whole.
@@ -91,7 +92,8 @@ class Sharded(Replicated):
 
     def evaluation_model(self, average: Any = None) -> DualEncoder:
         sharded = self.module if average is None else average
-        return filled(self.skeleton, whole_state(sharded, self.device), self.device)
+        whole = gathered(sharded.state_dict().items(), self.device)
+        return filled(self.skeleton, whole, self.device)
 
 
 def keeps_whole(

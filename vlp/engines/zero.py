@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp import config, dist, optim
-from vlp.engines.base import State
+from vlp.engines.base import Named, State, gathered, state_of
 from vlp.engines.copies import filled, skeleton
 from vlp.engines.precision import compute_dtype, set_up
 from vlp.engines.processes import accelerator
@@ -123,27 +123,28 @@ class ZeRO:
             return torch.tensor(torch.inf)
         return torch.as_tensor(self.model.get_global_grad_norm())
 
-    def state(self, everywhere: bool = False) -> State:
-        """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
+    def tensors(self) -> Named:
+        """What a checkpoint holds of the model and of the optimiser, each made whole in its turn.
+        Collective.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        keep = everywhere or dist.is_main()
-        model = self._weights(keep)
+        for name, value in self._weights():
+            yield f"model/{name}", value
 
-        moments: dict[str, Tensor] = {}
         for parameter in self.module.parameters():
             if not parameter.requires_grad:
                 continue
-
-            # Collective, so ranks that keep nothing take part all the same.
-            whole = {key: safe_get_full_optimizer_state(parameter, key) for key in self.moments}
-            if not keep:
-                continue
             name = self.names[id(parameter)]
-            for key, value in (self._numbers() | whole).items():
-                moments[f"{key}.{name}"] = value.detach().cpu().clone()
+            for key, value in self._numbers().items():
+                yield f"optimizer/{key}.{name}", value
+            for key in self.moments:
+                whole = safe_get_full_optimizer_state(parameter, key)
+                yield f"optimizer/{key}.{name}", whole
 
-        return (model, moments) if keep else ({}, {})
+    def state(self, everywhere: bool = False) -> State:
+        """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
+        return state_of(self.tensors(), keep=everywhere or dist.is_main())
 
     def _numbers(self) -> dict[str, Tensor]:
         """What the optimiser counts, the same for all parameters."""
@@ -151,54 +152,52 @@ class ZeRO:
         values = dict(optim.named_values(self.zero.optimizer, shard))
         return {key: values[key] for key in self.numbers}
 
-    def _weights(self, keep: bool = True) -> dict[str, Tensor]:
-        """Whole float32 copies of parameters and buffers on the CPU, where `keep`. Collective."""
+    def _weights(self) -> Named:
+        """Name and whole float32 values of every parameter and buffer. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         saved = self.skeleton.state_dict().keys()
-        weights = {
-            name: value.detach().cpu().clone()
-            for name, value in self.module.named_buffers()
-            if name in saved
-        }
+        for name, value in self.module.named_buffers():
+            if name in saved:
+                yield name, value
+
         for parameter in self.module.parameters():
             # DeepSpeed keeps no float32 copy of what is not trained.
             if parameter.requires_grad:
                 whole = safe_get_full_fp32_param(parameter)
             else:
                 whole = self._frozen(parameter)
-            if keep:
-                weights[self.names[id(parameter)]] = whole.detach().cpu().clone()
-        return weights
+            yield self.names[id(parameter)], whole
 
     def _frozen(self, parameter: nn.Parameter) -> Tensor:
         """A whole copy of a parameter that is not trained. Collective at stage 3."""
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], enabled=self.stage == 3):
-            return parameter.detach().cpu().clone()
+            return parameter.detach().clone()
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine; a
         parameter that has none there starts anew, but for what is counted for all of them.
         """
-        saved = optim.by_parameter(moments)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        # One that never had a gradient has no state with other engines.
-        known = {self.names[id(p)]: p for p in parameters if self.names[id(p)] in saved}
-        if not known:
-            return
-
-        for name, parameter in known.items():
+        trained = {
+            self.names[id(parameter)]: parameter
+            for parameter in self.module.parameters()
+            if parameter.requires_grad
+        }
+        numbers: dict[str, Tensor] = {}
+        for name, saved in optim.by_parameter(moments):
+            if name not in trained:
+                continue
             for key in self.moments:
-                whole = optim.saved_value(saved[name], key, name)
-                self._scatter(parameter, whole.to(self.device), key)
+                whole = optim.saved_value(saved, key, name)
+                self._scatter(trained[name], whole.to(self.device), key)
+            # Numbers are the same for all parameters: those of the last one.
+            numbers = {key: optim.saved_value(saved, key, name) for key in self.numbers}
 
-        # Numbers are the same for all parameters: those of the last one.
-        name = next(reversed(known))
+        # A parameter that has none, since it was locked before, starts anew as it is.
         for state in self.zero.optimizer.state.values():
-            for key in self.numbers:
-                value = optim.saved_value(saved[name], key, name)
+            for key, value in numbers.items():
                 if isinstance(state[key], Tensor):
                     state[key].copy_(value)  # of its own: every group counts in place
                 else:
@@ -228,7 +227,7 @@ class ZeRO:
         every stage.
         """
         # Whole at every stage: an average is read by the step, and never trained.
-        whole = self._weights() if weights is None else weights
+        whole = gathered(self._weights()) if weights is None else weights
         return filled(self.skeleton, whole, self.device)
 
     def follow(self, average: nn.Module, decay: float, counts: Tensor) -> None:
@@ -245,19 +244,13 @@ class ZeRO:
         for averaged_buffer, buffer in zip(average.buffers(), self.module.buffers()):
             averaged_buffer.copy_(buffer)
 
-    def whole(self, average: nn.Module) -> dict[str, Tensor]:
-        """State of what `average` returned, on the CPU of the first rank."""
-        if not dist.is_main():
-            return {}
-        return {name: value.cpu().clone() for name, value in average.state_dict().items()}
-
     def evaluation_model(self, average: nn.Module | None = None) -> DualEncoder:
         """A plain model with the current weights, or with those of an `average`, that each rank may
         call by itself. Collective.
         """
         if isinstance(average, DualEncoder):
             return average  # whole on every rank already
-        return filled(self.skeleton, self._weights(), self.device)
+        return filled(self.skeleton, gathered(self._weights()), self.device)
 
 
 def settings(stage: int, options: config.Train, device: torch.device) -> dict:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 from open_clip import list_pretrained_tags_by_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlp import checkpoint, config
@@ -42,7 +41,7 @@ def write_adapters(
     lora.check_installed()
     licenses.metadata(license)
     path, scalings = _adapted_run(run)
-    weights = load_file(path / "model.safetensors")
+    weights = dict(checkpoint.tensors_of(path, "model"))
     settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     base_name = _base_of(settings, run)
 

@@ -19,7 +19,7 @@ and may hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -168,6 +168,23 @@ class Objective:
                 for name, value in state.items()
             }
         return result
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name, "LABEL/NAME", and tensor of all state that every rank holds whole."""
+        for name, value in self._named_state():
+            if not isinstance(value, Table):
+                yield name, value
+
+    def tables(self) -> Iterator[tuple[str, Table]]:
+        """Name, "LABEL/NAME", and table of what is kept of each sample, dealt over ranks."""
+        for name, value in self._named_state():
+            if isinstance(value, Table):
+                yield name, value
+
+    def _named_state(self) -> Iterator[tuple[str, Tensor | Table]]:
+        for label, state in self.state.items():
+            for name, value in state.items():
+                yield f"{label}/{name}", value
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take what the first rank of any number of ranks saved; every rank brings the whole.

@@ -102,6 +102,12 @@ class Table:
                 places.copy_(part[: len(places)])
         return result
 
+    def rows(self) -> Tensor:
+        """[ceil(samples / W), c], what this rank keeps: row i is of sample i·W + rank. The last
+        ranks may hold a row more than there are samples.
+        """
+        return self.own[: self._n_rows()]
+
     def load(self, whole: Tensor) -> None:
         """Take this rank's share of a whole table, which every rank must bring. Collective.
 

@@ -103,13 +103,16 @@ def initial_states(
     return {parameter: {**base.state[c], **base.state[c].first} for parameter, c in copies.items()}
 
 
-def by_parameter(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Saved state, "key.name of the parameter" → tensor, as name → key → tensor."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for full_name, value in moments.items():
+def by_parameter(moments: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Saved state, "key.name of the parameter" → tensor, as (name, {key: tensor}) one parameter
+    after another: no more of it is read at a time.
+    """
+    names: dict[str, dict[str, str]] = {}
+    for full_name in moments:
         key, _, name = full_name.partition(".")
-        states.setdefault(name, {})[key] = value
-    return states
+        names.setdefault(name, {})[key] = full_name
+    for name, full_names in names.items():
+        yield name, {key: moments[full_name] for key, full_name in full_names.items()}
 
 
 def restore(
@@ -131,7 +134,7 @@ def restore(
     # Its form, and on which device each part of it lives, is the optimiser's affair.
     templates = initial_states(optimizer.param_groups, options)
     base = _base(optimizer)
-    for name, saved in by_parameter(moments).items():
+    for name, saved in by_parameter(moments):
         parameter = parameters.get(name)
         if parameter is None or parameter not in templates:
             continue

@@ -9,19 +9,27 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vlp import log
 
+if TYPE_CHECKING:
+    from vlp.pretrained.parts import Reader
+
 FOLDER = "checkpoints"
 BEST = "best.json"  # in FOLDER: which checkpoint is the best one
 AT_BEST = "@best"  # RUN@best means that one
+# What a checkpoint holds: each kind in a file of its name, or in the parts of several ranks, whose
+# files have the kind's place here as their number.
+KINDS = ("model", "optimizer", "objective", "teacher")
+PARTS = "shard-*.safetensors"
 AVERAGED = "ema."  # begins the labels of results that are the moving average's
-# of a checkpoint, the file with the moving average, and what begins the names of its weights there
-TEACHER, AVERAGE = "teacher.safetensors", "ema_"
+# of a checkpoint in one piece, the files with the weights and with their moving average, and what
+# begins the names of its weights there
+MODEL, TEACHER, AVERAGE = "model.safetensors", "teacher.safetensors", "ema_"
 
 
 class CheckpointError(RuntimeError):
@@ -88,7 +96,7 @@ def newest(run: Path) -> Path | None:
     for path in reversed(all_of(run)):
         try:
             verify(path)
-            spoilt = not_finite(load_file(path / "model.safetensors"))
+            spoilt = not_finite(tensors_of(path, "model"))
             if spoilt:
                 raise CheckpointError(f"{path} holds NaN or infinity in {spoilt[0]}")
             return path
@@ -104,6 +112,34 @@ def all_of(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).glob("step_*") if not path.suffix)
 
 
+def tensors_of(path: Path, kind: str, reader: Reader | None = None) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint of one kind ("model", "optimizer", "objective", "teacher"), whole
+    ones by name; empty where it holds none of that kind.
+
+    From one file they are mapped; of parts each is put together when it is asked for. `reader`: of
+    the parts, where there is one.
+    """
+    file = path / f"{kind}.safetensors"
+    if file.exists():
+        return load_file(file)
+    if not in_parts(path):
+        return {}
+
+    from vlp.pretrained.parts import Joined, Reader  # imports torch.distributed, half a second
+
+    return Joined(reader or Reader(path), kind)
+
+
+def in_parts(path: Path) -> bool:
+    """Whether several ranks wrote a checkpoint, each its part."""
+    return any(path.glob(PARTS))
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of a checkpoint holds parts."""
+    return Path(name).match(PARTS)
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors with NaN or infinity."""
     floating = ((name, value) for name, value in tensors.items() if value.is_floating_point())
@@ -111,9 +147,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in floating if not value.isfinite().all()]
 
 
-def verify(path: Path) -> None:
-    """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
-    for name, expected in _manifest(path).items():
+def verify(path: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise CheckpointError unless every file of the manifest is there with its size and hash.
+
+    share: (r, W) for the files r, r + W, … alone, of which W processes then look at all.
+    """
+    first, step = share
+    for name, expected in sorted(_manifest(path).items())[first::step]:
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"]:
@@ -145,7 +185,8 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         ) from None
 
     entries = manifest if isinstance(manifest, dict) else {}
-    missing = {"model.safetensors", "state.json", "model.json", "config.yaml"} - entries.keys()
+    weights = next(filter(is_part, entries), MODEL)
+    missing = {weights, "state.json", "model.json", "config.yaml"} - entries.keys()
     if missing:
         raise CheckpointError(
             f"{path} is no complete checkpoint: "
@@ -166,9 +207,7 @@ def moving_average(path: Path) -> dict[str, Tensor]:
     """The moving average of a checkpoint's weights, by the model's names; CheckpointError where the
     run kept none.
     """
-    file = path / TEACHER
-    # Absent in checkpoints from before there were teachers.
-    stored = load_file(file) if file.exists() else {}
+    stored = tensors_of(path, "teacher")
     average = {
         name.removeprefix(AVERAGE): value
         for name, value in stored.items()

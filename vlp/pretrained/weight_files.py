@@ -95,7 +95,8 @@ def behind(reference: Reference) -> WeightFile:
     if reference.kind == "run":
         path = runs.resolve(path)
         runs.verify(path)
-        file = runs.TEACHER if reference.averaged else "model.safetensors"
+        # Of a checkpoint in parts it stands for these, which `read` knows.
+        file = runs.TEACHER if reference.averaged else runs.MODEL
         return WeightFile(path / file, read_json(path / "model.json"))
     if reference.kind == "concatenated":
         members = references.members_of(path)
@@ -151,6 +152,8 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if path.name == runs.TEACHER:  # beside the average it holds a queue
         weights: dict[str, Tensor] = runs.moving_average(path.parent)
+    elif path.name == runs.MODEL and not path.exists():  # a checkpoint in parts
+        weights = dict(runs.tensors_of(path.parent, "model"))
     else:
         weights = _unwrapped(_tensors(path))
     if clip_layout.is_theirs(weights):

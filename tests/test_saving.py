@@ -1,0 +1,196 @@
+"""Checkpoints of several ranks, written in parts beside the steps."""
+
+import threading
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.engines.test_engines import save
+from tests.test_step import make_batch, make_training, own_rows
+from tests.test_train import losses
+from vlp import checkpoint, dist, saving
+from vlp.export.checkpoints import write_checkpoint
+from vlp.export.place import ExportError
+from vlp.losses._table import Table
+from vlp.pretrained import runs
+from vlp.saving import Saver
+from vlp.step import train_step
+from vlp.train import train
+
+OBJECTIVE = {"fastclip": {"version": "v2", "samples": 13}}
+
+
+def save_and_compare(engine, run):
+    """Train, save in parts, and read them on every rank; (what differs, bytes of this rank's
+    files).
+    """
+    training = make_training(1, engine=engine, objective=OBJECTIVE, double=False)
+    train_step(training, make_batch(own_rows()))
+    save(training, run)
+    model, moments = training.engine.state(everywhere=True)
+    objective = checkpoint.flat(training.objective.state_dict())
+
+    path = checkpoint.newest(run)
+    contents = checkpoint.load(path)
+    different = [k for k, v in model.items() if not torch.equal(v, contents.model[k])]
+    different += [k for k, v in moments.items() if not torch.equal(v, contents.optimizer[k])]
+    if dist.is_main():
+        different += [k for k, v in objective.items() if not torch.equal(v, contents.objective[k])]
+    assert len(contents.model) == len(model) and len(contents.optimizer) == len(moments) > 20
+    own = path.glob(f"shard-{dist.rank() + 1:05d}-*")
+    return different, sum(file.stat().st_size for file in own)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_parts_are_the_whole_and_each_rank_writes_its_share(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "ROWS_BYTES", 0)  # these tensors are small
+    results = ranks.run(4, save_and_compare, engine, tmp_path)
+    assert [different for different, _ in results] == [[]] * 4
+    sizes = [size for _, size in results]
+    # Headers have each rank's names: the tensors here are hardly larger.
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+def deal(n_samples):
+    """A table whose row is the sample's number, dealt and made whole again."""
+    saver = Saver("unused", keep=1)
+    table = Table([0.0], n_samples)
+    table.place(dist.world())
+    rows = torch.arange(n_samples)[dist.rank() :: dist.world_size()]
+    table.own[: len(rows), 0] = rows.float()
+    held = saver.staging.held_table("t/samples", table)
+    parts = dist.gather_objects(held.to_local())
+    whole = torch.cat(parts, dim=1)
+    state = checkpoint.tables_whole({"t/samples": whole}, saver.staging.tables)
+    return state["t/samples"][:, 0].tolist()
+
+
+@pytest.mark.parametrize("n_samples", [1, 3, 7, 9])
+def test_a_table_that_the_ranks_do_not_divide_keeps_its_order(n_samples):
+    for found in ranks.run(3, deal, n_samples):
+        assert found == list(range(n_samples))
+
+
+def fail_on_one(run, place):
+    """Save twice, the second time with an error on rank 1; what each rank raises."""
+    training = make_training(1, double=False)
+    save(training, run)
+    training.step = 1
+    if dist.rank() == 1:
+        real = getattr(saving, place)
+
+        def failing(*args):
+            real(*args)
+            raise OSError(28, "No space left on device", str(run))
+
+        setattr(saving, place, failing)
+    try:
+        save(training, run)
+    except OSError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("place", ["_save_tensors", "_manifest_of_own"])
+def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(place, tmp_path):
+    for said in ranks.run(2, fail_on_one, tmp_path, place):
+        assert "No space left" in said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000000"]
+    assert checkpoint.newest(tmp_path) is not None
+
+
+def spoil_and_save(run):
+    training = make_training(1, engine="fsdp2", double=False)
+    if dist.rank() == 1:
+        matrices = [value for value in training.engine.module.parameters() if value.ndim == 2]
+        matrices[0].to_local().data.fill_(torch.nan)
+    try:
+        save(training, run)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+
+
+def test_a_shard_that_is_not_finite_is_refused_on_all_ranks(tmp_path):
+    for said in ranks.run(2, spoil_and_save, tmp_path):
+        assert "step 0 is not saved: NaN or infinity in" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(settings, monkeypatch):
+    """The writer waits until two more steps are done, and writes what was there before them."""
+    real, done, waited = checkpoint.save, [], []
+    go_on = threading.Event()
+
+    def slow(run, step, *args):
+        if step == 3:
+            waited.append(go_on.wait(20))
+        return real(run, step, *args)
+
+    def counted(*args, **options):
+        done.append(1)
+        if len(done) == 5:
+            go_on.set()
+        return train_step(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr("vlp.train.train_step", counted)
+    run = train(settings("checkpoint.every=3", "checkpoint.keep=9"))
+    assert waited == [True] and list(losses(run)) == list(range(1, 10))
+    assert [p.name for p in checkpoint.all_of(run)] == [f"step_{n:08d}" for n in (3, 6, 9)]
+    monkeypatch.undo()
+    other = train(settings("checkpoint.every=3", "checkpoint.keep=9", out="other"))
+    for path, expected in zip(checkpoint.all_of(run), checkpoint.all_of(other), strict=True):
+        one, two = checkpoint.load(path), checkpoint.load(expected)
+        assert all(torch.equal(value, two.model[name]) for name, value in one.model.items())
+        assert all(torch.equal(value, two.optimizer[name]) for name, value in one.optimizer.items())
+
+
+def test_checkpoints_that_stay(settings):
+    run = train(settings("checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=4"))
+    kept = [int(path.name[5:]) for path in checkpoint.all_of(run)]
+    assert kept == [4, 8, 9]
+
+
+def test_parts_are_checked_as_files_are(tmp_path):
+    """A part that is missing, shorter or changed: the checkpoint before it is taken."""
+    ranks.run(2, save_twice, tmp_path)
+    newest = checkpoint.newest(tmp_path)
+    assert newest.name == "step_00000001" and checkpoint.in_parts(newest)
+    part = sorted(newest.glob("shard-00002-*"))[0]
+    good = part.read_bytes()
+    n_cases = 0
+    for damage in (None, good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
+        part.unlink()
+        if damage is not None:
+            part.write_bytes(damage)
+        assert checkpoint.newest(tmp_path).name == "step_00000000"
+        n_cases += 1
+        part.write_bytes(good)
+    assert n_cases == 3 and checkpoint.newest(tmp_path) == newest
+    assert runs.looks_complete(newest)
+
+
+def save_twice(run):
+    training = make_training(1, double=False)
+    save(training, run)
+    training.step = 1
+    save(training, run)
+
+
+def test_a_checkpoint_in_parts_is_exported_in_one_piece(tmp_path):
+    """Its tensors are those of the parts, and it needs nothing of them."""
+    ranks.run(2, save_twice, tmp_path / "run")
+    write_checkpoint(tmp_path / "run", tmp_path / "whole")
+    whole = checkpoint.load(tmp_path / "whole")
+    parts = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    n_compared = 0
+    for kind in runs.KINDS:
+        one, other = getattr(whole, kind), getattr(parts, kind)
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.equal(value, other[name])
+            n_compared += 1
+    assert n_compared > 60 and not checkpoint.in_parts(tmp_path / "whole")
+    with pytest.raises(ExportError, match="is no run"):
+        write_checkpoint("ViT-B-32:openai", tmp_path / "other")

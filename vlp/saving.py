@@ -1,0 +1,342 @@
+"""Checkpoints written beside the steps: copied to the host at once, written while training goes on.
+
+    saver = Saver(run, keep=2)
+    saver.save(config, training, loader)    the step just done; waits only for the copy, and for
+                                            the save before it
+    saver.wait()                            all that was asked for stands
+
+One process writes a checkpoint in one piece. Of several each writes its part through
+torch.distributed.checkpoint: 1/W of the bytes, of which it holds one copy. Sharded tensors are
+written as they lie; those that every rank holds are dealt, large ones row by row. The folder
+appears under its name when all parts are on the disk (vlp.checkpoint).
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from vlp import checkpoint, dist, log
+from vlp import config as configuration
+from vlp.checkpoint import Contents, Manifest
+from vlp.config import Config
+from vlp.data.loader import Loader
+from vlp.engines.base import Named
+from vlp.files import naming
+from vlp.joining import PATIENCE
+from vlp.lifetime import launcher_grace_s
+from vlp.pretrained.runs import KINDS
+from vlp.step import Training
+
+if TYPE_CHECKING:
+    from vlp.losses._table import Table
+
+# Packages whose versions decide numbers; a checkpoint records them.
+DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
+
+ROWS_BYTES = 2**16  # of a tensor that every rank holds: from here on its rows are dealt
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        """Collective: ranks get a process group for it, since the steps use the others."""
+        self.run, self.keep = run, keep
+        self.group = dist.Group()
+        self.staging = Staging()
+        if dist.world_size() > 1:
+            handle = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.group = dist.group_of(handle)
+            self.staging = Dealt(DeviceMesh.from_group(handle, "cpu"))
+        self.writing: threading.Thread | None = None
+        self.error: Exception | None = None  # of the last one, the same on every rank
+
+    def save(self, config: Config, training: Training, loader: Loader, stays: bool = False) -> None:
+        """Save the step just done, for good if it `stays`; raises what went wrong with the save
+        before. Collective.
+        """
+        self.wait()  # its copies on the host are used again
+        started = time.monotonic()
+        contents = collect(config, training, loader, self.staging)
+        contents.state["stays"] = stays
+        self.write(training.step, contents, started)
+
+    def write(self, step: int, contents: Contents, started: float) -> None:
+        """Begin to write what is on the host: every rank in a thread of its own, which exchange
+        over a group of their own.
+        """
+        arguments = (step, contents, started)
+        self.writing = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self.writing.start()
+
+    def wait(self) -> None:
+        """Return when the last save stands; raises what went wrong with it, on every rank."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Let the last save come to its end, whatever has happened beside it."""
+        if self.writing is not None:
+            self.writing.join()
+
+    def _write(self, step: int, contents: Contents, started: float) -> None:
+        try:
+            if self.group.size == 1:
+                checkpoint.save(self.run, step, contents, self.keep)
+            else:
+                write_parts(self.run, step, contents, self.keep, self.group)
+        except Exception as error:  # raised where the run next saves, or at its end
+            self.error = error
+            return
+        if dist.is_main():
+            check_grace(time.monotonic() - started)
+
+
+# --- what is saved --------------------------------------------------------------------------------
+
+
+class Staging:
+    """Copies of tensors on the host, in memory that is kept from save to save: page-locked for what
+    lies on a GPU, so that the copy is as fast as the bus.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+        self.tables: dict[str, int] = {}  # samples of those that are written in another shape
+
+    def held(self, name: str, value: Tensor) -> Tensor | None:
+        """What this process writes of a tensor, copied when `settle` returns; None: nothing."""
+        return self.copy(name, value)
+
+    def held_table(self, name: str, table: Table) -> Tensor:
+        return self.copy(name, table.rows()[: table.samples])
+
+    def settle(self) -> None:
+        """Wait for the copies from a GPU."""
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+
+    def copy(self, name: str, value: Tensor) -> Tensor:
+        value = value.detach()
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self.buffers[name] = buffer
+        return buffer.copy_(value, non_blocking=value.is_cuda)
+
+
+class Dealt(Staging):
+    """A rank's part: its shards of sharded tensors, and its share of those that all ranks hold."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+        self.loads = [0] * self.size  # bytes of whole tensors by the rank that writes them
+
+    def held(self, name: str, value: Tensor) -> Tensor | None:
+        if isinstance(value, DTensor):
+            return self._part(name, value.to_local(), value.placements, value.shape)
+        if value.ndim and len(value) >= self.size and value.nbytes >= ROWS_BYTES:
+            chunks = value.chunk(self.size)
+            own = chunks[self.rank] if self.rank < len(chunks) else value[:0]
+            return self._part(name, own, (Shard(0),), value.shape)
+
+        # Whole, by the rank that has least so far: all ranks see the same loads.
+        owner = self.loads.index(min(self.loads))
+        self.loads[owner] += value.nbytes
+        return self.copy(name, value) if owner == self.rank else None
+
+    def held_table(self, name: str, table: Table) -> Tensor:
+        """Of [rows, W, c], whose rows one after another are the samples
+        (vlp.checkpoint.tables_whole), this rank's [rows, 1, c].
+        """
+        self.tables[name] = table.samples
+        own = table.rows().unsqueeze(1)
+        whole_shape = torch.Size((len(own), self.size, own.shape[2]))
+        return self._part(name, own, (Shard(1),), whole_shape)
+
+    def settle(self) -> None:
+        super().settle()
+        self.loads = [0] * self.size
+
+    def _part(self, name: str, own: Tensor, placements: Any, shape: torch.Size) -> DTensor:
+        strides = torch.empty(shape, device="meta").stride()
+        copied = self.copy(name, own)
+        return DTensor.from_local(
+            copied, self.mesh, placements, run_check=False, shape=shape, stride=strides
+        )
+
+
+def collect(config: Config, training: Training, loader: Loader, staging: Staging) -> Contents:
+    """What a checkpoint of the step just done holds, on the host: of several ranks each one's part.
+    Collective.
+    """
+    tensors = held(training, staging)
+    state = {
+        "step": training.step,
+        "skipped": training.skipped,
+        # What is made ahead, or was not trained on in the end, is made again.
+        "loader": loader.state_dict(training.step),
+        "versions": {name: version(name) for name in DECIDING},
+        "tables": staging.tables,
+    }
+    return Contents(
+        **tensors,
+        state=state,
+        config=configuration.dump(config),
+        description=training.engine.description,
+    )
+
+
+def held(training: Training, staging: Staging) -> dict[str, dict[str, Tensor]]:
+    """{kind: {name: tensor}} of what this process writes, on the host. Collective."""
+    of_kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+    for full_name, value in named_tensors(training):
+        kind, _, name = full_name.partition("/")
+        own = staging.held(full_name, value)
+        if own is not None:
+            of_kinds[kind][name] = own
+    for name, table in training.objective.tables():
+        of_kinds["objective"][name] = staging.held_table(name, table)
+    staging.settle()
+    return of_kinds
+
+
+def named_tensors(training: Training) -> Named:
+    """Name, "KIND/NAME", and tensor of all that a checkpoint holds, without tables. Collective."""
+    yield from training.engine.tensors()
+    if training.teacher is not None:
+        for name, value in training.teacher.tensors():
+            yield f"teacher/{name}", value
+    for name, value in training.objective.tensors():
+        yield f"objective/{name}", value
+
+
+def saved_bytes(training: Training) -> dict[str, int]:
+    """{kind: bytes} of a whole checkpoint's tensors, which are nearly all of it. Collective."""
+    sizes = dict.fromkeys(KINDS, 0)
+    for name, value in named_tensors(training):
+        sizes[name.partition("/")[0]] += value.numel() * value.element_size()
+    for _, table in training.objective.tables():
+        sizes["objective"] += table.samples * table.own[:1].nbytes
+    return sizes
+
+
+# --- how several ranks write it -------------------------------------------------------------------
+
+
+def write_parts(run: Path, step: int, contents: Contents, keep: int, group: dist.Group) -> None:
+    """Write a checkpoint of `step` of which every rank holds its part, then remove what is beyond
+    `keep`. Collective over `group`; what fails on any rank is raised on all, and leaves nothing.
+    """
+    agree(group, partial(checkpoint.check_finite, step, contents))
+    is_first = group.index == 0
+    folder = checkpoint.temporary(run, step)
+    try:
+        agree(group, partial(checkpoint.make_empty, folder) if is_first else _nothing)
+        agree(group, partial(_save_tensors, folder, contents, group))
+
+        # Each rank reads its own files again, for the hashes: all of them at once.
+        of_ranks = agree(group, partial(_manifest_of_own, folder, group.index))
+        finish = partial(_finish, folder, contents, of_ranks, keep)
+        agree(group, finish if is_first else _nothing)
+    except Exception:
+        # Half a checkpoint would only fill the disk further.
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _save_tensors(folder: Path, contents: Contents, group: dist.Group) -> None:
+    """Write this rank's part of all tensors, one file a kind. Collective."""
+    tensors = {}
+    for kind in KINDS:
+        for name, value in getattr(contents, kind).items():
+            tensors[f"{kind}/{name}"] = value
+
+    writer = HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=FileOfKind(), save_distributed=True
+    )
+    try:
+        with naming(folder):
+            dcp.save(tensors, storage_writer=writer, process_group=group.handle)
+    except CheckpointException as failure:  # of several ranks at once, and no Exception
+        error, _ = next(iter(failure.failures.values()))
+        raise error from None
+
+
+class FileOfKind(dict[str, int]):
+    """The number of the file that a tensor belongs to, by the kind with which its name begins: one
+    mapping for the names of all ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({kind: number for number, kind in enumerate(KINDS, start=1)})
+
+    def __missing__(self, name: str) -> int:
+        return self[name.partition("/")[0]]
+
+
+def _manifest_of_own(folder: Path, index: int) -> Manifest:
+    return checkpoint.described(folder.glob(f"shard-{index + 1:05d}-*"))
+
+
+def _finish(folder: Path, contents: Contents, of_ranks: list[Manifest], keep: int) -> None:
+    """Write what is written once, and let the folder stand. Called by one rank only."""
+    manifest = checkpoint.write_texts(folder, contents)
+    for of_rank in of_ranks:
+        manifest |= of_rank
+    checkpoint.write_manifest(folder, manifest)
+    checkpoint.finish(folder, keep)
+
+
+def agree(group: dist.Group, doing: Callable[[], Any]) -> list[Any]:
+    """What `doing` returns on each rank; an exception of any rank is raised on all. Collective."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = doing()
+    except Exception as failure:
+        error = failure
+    outcomes = dist.gather_objects((result, error), group)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [outcome for outcome, _ in outcomes]
+
+
+def _nothing() -> None:
+    pass
+
+
+def check_grace(save_s: float) -> None:
+    """Warn where the launcher would kill a run that was asked to stop before it has saved."""
+    # Half of it, because the step that is under way has to end before.
+    grace_s = launcher_grace_s()
+    if grace_s is not None and save_s > grace_s / 2:
+        log.warn(
+            f"saving took {save_s:.0f} s, but a run that is asked to stop is killed by its "
+            f"launcher after {grace_s:.0f} s, in which a step has to end, too; "
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(110, round(4 * save_s))} before launching"
+        )
