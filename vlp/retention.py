@@ -29,9 +29,9 @@ def prune(run: Path, keep: int, latest: Path | None = None) -> None:
     # Of fewer than that all stay: a negative start would count from the end.
     kept = set(complete[max(0, len(complete) - (keep - 1)) :])
     kept |= {path for path in complete if stays(path)}
-    kept |= {named_best(run)}
+    best = named_best(run)
     for path in others:
-        if path not in kept:
+        if path not in kept and path != best:
             shutil.rmtree(path)
 
     for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -61,7 +61,7 @@ class Saver:
         self.group = dist.Group()
         self.staging = Staging()
         if dist.world_size() > 1:
-            handle = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
+            handle: Any = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
             self.group = dist.group_of(handle)
             self.staging = Dealt(DeviceMesh.from_group(handle, "cpu"))
         self.writing: threading.Thread | None = None
@@ -280,7 +280,7 @@ def _save_tensors(folder: Path, contents: Contents, group: dist.Group) -> None:
     )
     try:
         with naming(folder):
-            dcp.save(tensors, storage_writer=writer, process_group=group.handle)
+            save_parts(tensors, storage_writer=writer, process_group=group.handle)
     except CheckpointException as failure:  # of several ranks at once, and no Exception
         error, _ = next(iter(failure.failures.values()))
         raise error from None
@@ -320,9 +320,9 @@ def agree(group: dist.Group, doing: Callable[[], Any]) -> list[Any]:
     except Exception as failure:
         error = failure
     outcomes = dist.gather_objects((result, error), group)
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
+    for _, of_rank in outcomes:
+        if of_rank is not None:
+            raise of_rank
     return [outcome for outcome, _ in outcomes]
 
 

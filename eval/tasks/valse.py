@@ -58,7 +58,7 @@ def read(options: Options) -> GridSet:
 
 def scores(options: Options) -> list[str]:
     """The accuracy of each piece, and their mean."""
-    return choices.score_names(read(options).groups)
+    return choices.score_names(grid.group for grid in read(options).grids)
 
 
 def run(encoder: Encoder, data: GridSet, options: Options, context: Context) -> TaskResult:

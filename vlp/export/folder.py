@@ -168,6 +168,7 @@ def export_run(
     """
     check(to, license=license, onnx=onnx, overwrite=overwrite, dtype=dtype, image_size=image_size)
     reference = references.resolve(run)
+    about: dict[str, Any]
     if reference.kind != "run":
         loaded = checkpoint.load_any(reference)
         if not isinstance(loaded, DualEncoder):
@@ -189,7 +190,7 @@ def export_average(members: averaging.Members, to: Path | str, **settings: Any) 
     """
     check(to, **settings)
     model = averaging.average(members.references, members.weights)
-    about = {"provenance": "averaged by vlp", "origin": members.sentence()}
+    about: dict[str, Any] = {"provenance": "averaged by vlp", "origin": members.sentence()}
     return export(model, to, **about, **settings)
 
 

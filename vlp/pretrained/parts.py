@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 
 class Reader(HuggingFaceStorageReader):
@@ -51,7 +51,7 @@ class Joined(Mapping[str, Tensor]):
         with warnings.catch_warnings():
             # torch says that it reads in one process, which is meant.
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load({self.prefix + name: whole}, storage_reader=self.reader, no_dist=True)
+            load({self.prefix + name: whole}, storage_reader=self.reader, no_dist=True)
         return whole
 
     def __iter__(self) -> Iterator[str]:

@@ -1,0 +1,123 @@
+"""`vlp export`: its options, and what they ask for."""
+
+from __future__ import annotations
+
+import argparse
+
+from vlp.export import averages
+
+EXAMPLE = """examples:
+  vlp export runs/demo --to exported/demo
+  vlp export runs/demo/checkpoints/step_00000156 --to exported/half --license cc-by-4.0
+  vlp export runs/demo --ema --to exported/average
+  vlp export --average runs/a,runs/b,runs/c --to exported/soup
+  vlp export --blend exported/published runs/tuned --alpha 0.5 --to exported/blend
+  vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl
+  vlp export runs/tuned --form adapters --to exported/adapters
+  vlp export runs/large --form checkpoint --to checkpoints/large
+
+Several runs become one model: their embeddings stand one after another. An average is of
+weights (vlp/averaging.py).
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options."""
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="a run, a checkpoint, or any model; several: one model of them",
+    )
+    averages.arguments(parser)
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="folder to write; must not exist or be empty"
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence for the model card: of the Hub's list, or other:NAME",
+    )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="also write both towers as ONNX (needs pip install vlp[hub])",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier export; files that no export wrote stay",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bf16"], default="float32", help="of the weights"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="other than trained: positions interpolated",
+    )
+    parser.add_argument(
+        "--form",
+        choices=["model", "adapters", "checkpoint"],
+        default="model",
+        help="adapters: those of a run with lora alone, for peft (needs pip install vlp[lora]); "
+        "checkpoint: what a run goes on from, in one piece",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write what is asked for, and say what was written."""
+    if options.form != "model":
+        print("\n".join(_export_part(options)))
+        return 0
+
+    from vlp.export.folder import export_average, export_concatenated, export_run
+
+    members = averages.asked_for(options)
+    settings = {
+        "license": options.license,
+        "onnx": options.onnx,
+        "overwrite": options.overwrite,
+        "dtype": options.dtype,
+        "image_size": options.image_size,
+    }
+    runs = averages.runs(options.runs, options.ema)
+    if members is not None:
+        written = export_average(members, options.to, **settings)
+    elif len(runs) > 1:
+        written = export_concatenated(runs, options.to, **settings)
+    else:
+        written = export_run(runs[0], options.to, **settings)
+    print("\n".join(written))
+    return 0
+
+
+def _export_part(options: argparse.Namespace) -> list[str]:
+    """`vlp export RUN --form adapters | checkpoint`; ValueError for options of a whole model."""
+    from vlp.export.adapters import write_adapters
+    from vlp.export.checkpoints import write_checkpoint
+
+    of_models = {
+        "--average": options.average,
+        "--blend": options.blend,
+        "--ema": options.ema,
+        "--onnx": options.onnx,
+        "--image-size": options.image_size is not None,
+        "--dtype": options.dtype != "float32",
+    }
+    given = [option for option, value in of_models.items() if value]
+    if given or len(options.runs) != 1:
+        raise ValueError(
+            f"--form {options.form} takes one RUN and no option of a whole model; found "
+            f"{len(options.runs)} and {', '.join(given) or 'none'}"
+        )
+    if options.form == "checkpoint":
+        if options.license is not None:
+            raise ValueError(
+                "--license is of a model's card, and a checkpoint has none; leave it out"
+            )
+        return write_checkpoint(options.runs[0], options.to, overwrite=options.overwrite)
+    return write_adapters(
+        options.runs[0], options.to, license=options.license, overwrite=options.overwrite
+    )
