@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vlp import log
-from vlp.data.mix import Mixture
+from vlp.data.mix import Mixture, Rows
 from vlp.data.permutation import permute
 from vlp.data.sources import Source
 from vlp.files import write_atomically
@@ -174,11 +174,11 @@ class Cells(Mixture):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"cells": self._digest}
 
-    def batch(self, step: int, size: int) -> np.ndarray:
+    def rows(self, step: int, size: int, rows: range) -> Rows:
         epoch, cell, turn = self._place(step)
-        positions = turn * size + np.arange(size)
+        positions = turn * size + np.arange(rows.start, rows.stop)
         members = self._shuffled(int(self.sizes[cell]), positions, "cell", epoch, cell)
-        return self._samples(cell, members)
+        return Rows(self._samples(cell, members), None)
 
     def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
         """Stand-ins of the same cell, chosen as `Mixture` chooses among a source."""
