@@ -25,11 +25,18 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader or a crash sees the old file or the new one, never a
     part.
     """
+    with writing_atomically(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path`, as a whole, where the block ends well."""
     # Processes of several machines write into one folder, and may have one number.
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         with naming(path), open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
 
