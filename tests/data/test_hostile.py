@@ -391,7 +391,7 @@ def test_a_full_disk_under_the_index_is_survived(tmp_path, monkeypatch, capsys):
 
     index_module._temporary_folder.cache_clear()
     full.append(tmp_path.parents[-1])
-    with pytest.raises(ValueError, match="can be written neither there nor to .* make room"):
+    with pytest.raises(ValueError, match=r"can be written neither there nor to .* make room"):
         loader_of(data_of(tmp_path), 20)
 
 

@@ -12,11 +12,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tests.data.material import IMAGE, TEXT, data_of, encoded, picture
 from tests.data.test_mix import Numbers
 from vlp.data.deal import Deal
 from vlp.data.mix import Begin, Mixture
 from vlp.data.permutation import permute, permute_each
+from vlp.data.steps import Steps
 from vlp.seeds import derive
+from vlp.types import Sample
 
 # Of the batches of `trials()`, made before a process computed its own rows only.
 ORDER_SHA256 = "e6542053872e749b63025a8ad4580a1d2ce3a2f980d1c7df2d0e2d67eddd3036"
@@ -217,3 +220,41 @@ def test_a_changed_batch_goes_on_where_the_epoch_stood():
     after = [mix.rows(step, 70, range(70)).samples for step in range(10, 20)]
     assert len(set(np.concatenate(before + after).tolist())) == 1000
     assert mix.end(10, 30) == Begin(10, 300)
+
+
+class Pictures(Numbers):
+    """A source whose samples all have one picture, and none whose number ends in 7."""
+
+    PNG = encoded(picture(1, (8, 8)))
+
+    def __getitem__(self, i: int) -> Sample:
+        return Sample(i, f"k{i}", b"" if i % 10 == 7 else self.PNG, "png", ("x",))
+
+
+class Listing(Mixture):
+    """A mixture that tells how many whole steps it listed."""
+
+    n_listed = 0
+
+    def batch(self, step: int, size: int) -> np.ndarray:
+        self.n_listed += 1
+        return super().batch(step, size)
+
+
+def test_a_process_lists_the_whole_step_only_for_stand_ins(tmp_path):
+    mix = Listing([Pictures(10**6)], [None], seed=1)
+    data = data_of(tmp_path)
+    steps = Steps(mix, data, IMAGE, TEXT, 4000, rank=3, world=1000, widths={}, pixels=True)
+
+    n_replaced = n_steps_with_bad = 0
+    for step in range(12):
+        batch, report = steps[step]
+        wanted = mix.rows(step, 4000, steps.rows).samples
+        bad = wanted % 10 == 7
+        assert batch.sample_id[~bad].tolist() == wanted[~bad].tolist()
+        whole = set(Mixture.batch(mix, step, 4000).tolist())
+        assert not whole & set(batch.sample_id[bad].tolist()) and len(report.bad) >= bad.sum()
+        n_replaced += int(bad.sum())
+        n_steps_with_bad += bool(bad.any())
+    assert n_replaced > 2 and 0 < n_steps_with_bad < 12
+    assert mix.n_listed == n_steps_with_bad

@@ -239,7 +239,10 @@ def _save(folder: Path, shards: dict[str, Shard], names: Collection[str]) -> Non
 
     `names`: of the shards that are wanted now.
     """
-    present = {*os.listdir(folder), *names}
+    try:
+        present = {*os.listdir(folder), *names}
+    except OSError:  # one that may be entered, but not listed
+        present = set(shards)
     kept = {name: shards[name] for name in sorted(shards) if name in present}
 
     # A read-only folder is normal for shared data: the cache is the second place.
