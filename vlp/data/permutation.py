@@ -71,7 +71,7 @@ def _walked(
         result[places[inside]] = x[inside]
 
         places, x = places[outside], x[outside]
-        if keys.ndim > 1:
+        if isinstance(n, np.ndarray) and isinstance(half, np.ndarray):
             n, half, keys = n[outside], half[outside], keys[:, outside]
     return result
 

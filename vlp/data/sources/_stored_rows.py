@@ -157,7 +157,8 @@ class StoredRows:
             return self._moved[s]
         file, offset, n_bytes, n_extents = self._places[s].tolist()
         digest = bytes(self._digests[s].tolist()).hex()
-        return Stored(*self._files[file], offset, n_bytes, n_extents, digest)
+        path, head = self._files[file]
+        return Stored(path, head, offset, n_bytes, n_extents, digest)
 
     def _n_rows(self, s: int) -> int:
         _, _, n_bytes, n_extents = self._places[s].tolist()
