@@ -111,10 +111,10 @@ def test_an_index_of_the_version_before_is_read_and_written_anew(tmp_path, monke
 
     monkeypatch.setattr(index_module, "scan", lambda path: pytest.fail(f"{path} was read"))
     assert index(paths) == expected
-    assert "of an older version; it is written anew" in capsys.readouterr().out
+    assert "of an older version; it is written anew" in capsys.readouterr().err
     assert (folder / index_file.NAME).read_bytes() == written
     assert index(paths) == expected
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
 
 
 def test_a_start_reads_no_rows(tmp_path):
@@ -220,9 +220,9 @@ def test_one_process_makes_the_index_and_the_others_wait_for_it(
         assert [shard.count for shard in index(sorted(folder.glob("*.tar")))] == [5]
     assert scanned == (["00000.tar"] if dies else [])
     if not dies:
-        told = capsys.readouterr().out
-        assert re.search(r"waiting for \d+ s for another process, which makes the index of", told)
-        assert "Ctrl-C ends this one only" in told and f"process {other.pid} on" in told
+        told = capsys.readouterr().err
+        assert re.search(r"waiting for the index of \S+data \(\d+ s\): ", told)
+        assert "Ctrl-C ends this process only" in told and f"process {other.pid} on" in told
 
 
 def test_a_copy_of_another_index_is_not_taken_for_damage(tmp_path):

@@ -40,6 +40,7 @@ _N_COMPARED = 16  # samples of a tar whose inode changed
 _SAVED_AFTER_S = 60.0
 _POLL_S = 0.2  # between two looks whether another process is done
 _TOLD_AFTER_S = 2.0  # that one waits; then each time that it took four times as long
+_ADVICE = "Ctrl-C ends this process only, and loses nothing"
 _MEMORY = Path("/dev/shm")
 
 
@@ -107,7 +108,7 @@ def _made(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, 
             stale.append(path)
 
     if any(shard.stored is None for shard in shards.values()):
-        log.say(f"the index of {folder} is of an older version; it is written anew")
+        log.warn(f"the index of {folder} is of an older version; it is written anew")
     names = {path.name for path in paths}
     started = saved = time.monotonic()
     try:
@@ -115,7 +116,7 @@ def _made(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, 
             now = time.monotonic()
             # Who is ended in the middle, or followed by another, loses a part only.
             if now - saved > max(_SAVED_AFTER_S, (saved - started) / 2):
-                log.say(f"indexed {n_done:,} of {len(stale):,} shards of {folder}")
+                log.warn(f"indexed {n_done:,} of {len(stale):,} shards of {folder}")
                 _save(folder, shards, names)
                 saved = time.monotonic()
             shards[path.name] = scan(path)
@@ -197,20 +198,20 @@ def alone(place: Path, making: str) -> Iterator[None]:
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(locks.held(place, advice="", beside=True))
+                stack.enter_context(locks.held(place, advice=_ADVICE, beside=True))
                 break
             except locks.InUse as error:
-                waited_s = time.monotonic() - started
-                if waited_s > told_after_s:
-                    log.say(
-                        f"waiting for {locks.age_text(waited_s)} for another process, which makes "
-                        f"{making}: {error}Ctrl-C ends this one only, and loses nothing"
-                    )
-                    told_after_s = 4 * waited_s
-                time.sleep(_POLL_S)
+                in_use = error
             except OSError:
                 # A cache that cannot be written: each process makes it for itself.
                 break
+
+            waited_s = time.monotonic() - started
+            if waited_s > told_after_s:
+                # From every rank: on other machines none is the first.
+                log.warn(f"waiting for {making} ({locks.age_text(waited_s)}): {in_use}")
+                told_after_s = 4 * waited_s
+            time.sleep(_POLL_S)
         yield
 
 

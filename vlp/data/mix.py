@@ -320,6 +320,7 @@ class Mixture:
         """Element place[i] of the order of stream[i] in epoch[i]."""
         number = place.copy()
         pairs, which = np.unique(np.stack([stream, epoch]), axis=1, return_inverse=True)
+        which = which.reshape(-1)  # numpy 2.0 keeps two dimensions
 
         # Those whose elements are computed alike are computed together.
         together: list[tuple[int, int, int]] = []  # the pair, and size and key of its permutation
