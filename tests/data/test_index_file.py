@@ -28,6 +28,8 @@ from vlp.data.index_file import parse_index, save_index
 from vlp.data.rows import EXTENT
 from vlp.data.sources import _stored_rows
 from vlp.data.sources._remote_index import list_shards
+from vlp.data.sources.remote import Options as RemoteOptions
+from vlp.data.sources.remote import open as open_remote
 from vlp.data.sources.shards import Options, Shards
 from vlp.data.sources.shards import open as open_shards
 
@@ -255,6 +257,25 @@ def test_many_remote_shards_are_listed_at_once(monkeypatch):
     assert n_listed < 10 and len(asked) == n_listed + 4
     with pytest.raises(ValueError, match="no shard at"):
         list_shards("memory://many/{00000..00070}.tar", {})
+
+
+def test_the_index_beside_remote_shards_is_copied_once(tmp_path, monkeypatch):
+    folder = constant_shards(tmp_path / "data", 25, 10)
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    options = RemoteOptions(f"file://{folder}/")
+
+    # Of the version before as of this one; another index is another copy.
+    expected_copies = []
+    for rewrite in (write_version_5, lambda folder: index(sorted(folder.glob("*.tar")))):
+        rewrite(folder)
+        sources = [open_remote(options, Captions()) for _ in range(2)]
+        copies = sorted((tmp_path / "cache" / "index").glob("*.bin"))
+        assert set(expected_copies) < set(copies) and len(copies) == len(expected_copies) + 1
+        assert [[source[i].key for i in range(25)] for source in sources] == 2 * [
+            [f"k{i}" for i in range(25)]
+        ]
+        expected_copies = copies
+    assert len(expected_copies) == 2
 
 
 def test_shards_of_samples_are_found_by_counts(tmp_path):
