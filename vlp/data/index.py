@@ -115,7 +115,7 @@ def _made(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, 
         for n_done, path in enumerate(stale):
             now = time.monotonic()
             # Who is ended in the middle, or followed by another, loses a part only.
-            if now - saved > max(_SAVED_AFTER_S, (saved - started) / 2):
+            if n_done and now - saved > max(_SAVED_AFTER_S, (saved - started) / 2):
                 log.warn(f"indexed {n_done:,} of {len(stale):,} shards of {folder}")
                 _save(folder, shards, names)
                 saved = time.monotonic()
