@@ -12,7 +12,7 @@ The caption must score strictly above the others: a tie is wrong (vlp.eval.metri
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlp.data import tables
-from vlp.eval import embed, metrics
+from vlp.eval import confidence, embed, metrics
+from vlp.eval.datasets.annotated import Wanted
+from vlp.eval.datasets.tables import need_keys as need_keys  # for the tasks too
+from vlp.eval.datasets.tables import read_json as read_json
 from vlp.eval.models import Encoder
-from vlp.eval.pictures import Collection, DataError, Picture, refuse_missing
+from vlp.eval.pictures import DataError, Picture
 from vlp.eval.result import TaskResult
+
+MEAN = "mean"  # the score that is the mean over groups
+SCORES = ("acc", "text_acc", "image_acc", MEAN)  # what stands beside the scores of groups
+_MARK = "group:"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class ChoiceSet:
     skipped: list[str]  # images that are not there
     counts: dict[str, int] = field(default_factory=dict)  # what else reading has counted
 
+    def __post_init__(self) -> None:
+        need_texts((choice.picture, choice.captions) for choice in self.choices)
+
     @property
     def pictures(self) -> list[Picture]:
         return [choice.picture for choice in self.choices]
@@ -69,22 +78,18 @@ class ChoiceSet:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; a DataError says what is missing or broken."""
-    try:
-        return tables.read_json(path)
-    except FileNotFoundError:
-        raise DataError(
-            f"no annotations at {path}; fetch the published files and give their folder as data="
-        ) from None
-    except (ValueError, OSError) as error:
-        raise DataError(str(error)) from None
-
-
 def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The items of a published JSON file, a list or a mapping of their numbers to them.
+    """The items of a published JSON file; a DataError unless there are some, and every one has the
+    `keys`.
+    """
+    items = read_list(path)
+    need_keys(items, keys, path)
+    return items
 
-    Raises DataError unless every item has the `keys`.
+
+def read_list(path: Path) -> list[Any]:
+    """What a JSON file lists, by itself or as a mapping of numbers; a DataError for anything else,
+    and for nothing.
     """
     value = read_json(path)
     if not isinstance(value, (list, dict)):
@@ -92,30 +97,14 @@ def read_items(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
             f"{path}: found {type(value).__name__}, expected a list of items; "
             "is this the published file?"
         )
-
-    items = value if isinstance(value, list) else list(value.values())
-    need_keys(items, keys, path)
-    return items
-
-
-def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
-    """Raise DataError unless every row has the keys."""
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}: item {i} is {str(row)[:60]!r}, expected a mapping with {', '.join(keys)}"
-            )
-        missing_keys = [key for key in keys if key not in row]
-        if missing_keys:
-            raise DataError(
-                f"{path}: item {i} lacks {', '.join(missing_keys)} (it has {', '.join(row)}); "
-                "is this the published file?"
-            )
+    if not value:
+        raise DataError(f"{path} holds no items; is this the published file?")
+    return value if isinstance(value, list) else list(value.values())
 
 
 def with_pictures(
     rows: Sequence[dict[str, Any]],
-    image_keys: Sequence[str],  # under which a row names its images
+    image_keys: Sequence[str],  # under which a row names or holds its images
     images: str | Path,  # a folder or a .tar
     missing: Literal["error", "skip"],
 ) -> tuple[list[tuple[dict[str, Any], list[Picture]]], list[str]]:
@@ -123,21 +112,62 @@ def with_pictures(
 
     Raises DataError for absent images, unless `missing` is "skip" and something is left.
     """
-    # Annotations name images with and without folders and extensions: the collection knows which
-    # file is meant.
-    collection = Collection(images)
+    wanted = Wanted(images)
     kept: list[tuple[dict[str, Any], list[Picture]]] = []
-    absent: list[str] = []
     for row in rows:
-        picture_of = {key: collection.find(row[key]) for key in image_keys}
-        pictures = [picture for picture in picture_of.values() if picture is not None]
-        if len(pictures) < len(image_keys):
-            absent += [row[key] for key, picture in picture_of.items() if picture is None]
-        else:
+        sought = [wanted.find(row[key]) for key in image_keys]
+        pictures = [picture for picture in sought if picture is not None]
+        if len(pictures) == len(image_keys):
             kept.append((row, pictures))
 
-    refuse_missing(absent, len(image_keys) * len(rows), collection, missing)
-    return kept, absent
+    wanted.refuse_missing(missing)
+    return kept, wanted.absent
+
+
+def need_texts(items: Iterable[tuple[Picture, Sequence[str]]]) -> None:
+    """Raise DataError unless there are items, each with texts to choose among."""
+    is_empty = True
+    for picture, texts in items:
+        is_empty = False
+        is_listed = isinstance(texts, (list, tuple)) and len(texts) > 0
+        if not is_listed or not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"item of {picture.name}: found {str(texts)[:80]}, expected texts to choose among"
+            )
+    if is_empty:
+        raise DataError("the set has no item to choose in; is this the published file?")
+
+
+def cut(picture: Picture, row: dict[str, Any], keys: Sequence[str]) -> Picture:
+    """The part of a picture inside a row's box: `keys` of its left, upper, width and height."""
+    values = [row[key] for key in keys]
+    try:
+        left, upper, width, height = map(float, values)
+    except (TypeError, ValueError):
+        width = height = 0.0
+    if not (width > 0 and height > 0):
+        raise DataError(
+            f"{picture.name}: found the box {', '.join(map(str, values))}, expected numbers for "
+            f"{', '.join(keys)}, the last two above 0"
+        )
+    return replace(picture, box=(left, upper, left + width, upper + height))
+
+
+def need_groups(items: Sequence[CaptionChoice], names: Sequence[str], path: object) -> None:
+    """Raise DataError unless the groups of the items are those of the published set."""
+    # Without one, or with another, the mean would be another score under the same name.
+    present = {item.group for item in items}
+    empty = [name for name in names if name not in present]
+    if empty:
+        raise DataError(
+            f"{path} has no item of {', '.join(empty)}; the mean is over all {len(names)} subsets"
+        )
+    unknown = sorted(present - set(names))
+    if unknown:
+        raise DataError(
+            f"{path} has items of {', '.join(map(repr, unknown[:5]))}; expected the subsets "
+            f"{', '.join(names)}"
+        )
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -150,11 +180,11 @@ def cosines(
     context: embed.Context,
 ) -> list[Tensor]:
     """For each picture the cosines with its captions, [number of its captions]."""
-    image = embed.images(encoder, pictures, context)
-
-    # All captions in one go, so that each different one is embedded once.
+    # All captions in one go, so that each different one is embedded once; before the pictures,
+    # into which no time goes where the model cannot read the captions.
     every_caption = list(chain.from_iterable(captions))
     text = embed.texts(encoder, every_caption, context)
+    image = embed.images(encoder, pictures, context)
 
     # In float64: captions of a nearly collapsed model differ by less than float32's products.
     image = image.double()
@@ -183,24 +213,44 @@ def macro(hits: Tensor, groups: Sequence[Any]) -> Tensor:
     return torch.stack([hits.double() * weights, weights], 1)
 
 
-def by_group(
-    hits: Tensor,  # [n]
-    groups: Sequence[str],  # n, the group of each item
-    names: Iterable[str] | None = None,  # the groups in the order to report; None: as they come
-) -> dict[str, Tensor]:
-    """Items of the accuracy of each group, and of their "mean"."""
-    items = {}
-    for name in names or dict.fromkeys(groups):
-        of_group = torch.tensor([group == name for group in groups])
-        items[name] = accuracy(hits[of_group])
+def group_score(group: str) -> str:
+    """The name of a group's score: the group's own, marked where that is empty or another score's.
 
-    items["mean"] = macro(hits, groups)
-    return items
+    Different groups never share a name.
+    """
+    is_free = group and group not in SCORES and not group.startswith(_MARK)
+    return group if is_free else f"{_MARK}{group}"
+
+
+def score_groups(
+    result: TaskResult,
+    hits: Tensor,  # [n]
+    by_guessing: Sequence[float],  # n, the chance of each item
+    groups: Sequence[str],  # n, the group of each item
+    order: Iterable[str] | None = None,  # of the groups in the result; None: as they come
+    prefix: str = "",  # of the scores' names
+) -> None:
+    """Fill in accuracy and chance of each group, and of their mean, in which all weigh the same."""
+    expected = torch.tensor(by_guessing, dtype=torch.float64)
+    for group in order or dict.fromkeys(groups):
+        belongs = torch.tensor([other == group for other in groups])
+        name = f"{prefix}{group_score(group)}"
+        result.items[name] = accuracy(hits[belongs])
+        result.chance[name] = float(expected[belongs].mean())
+
+    # Guessing is averaged as the score is: groups differ in size and in what guessing gives.
+    result.items[f"{prefix}{MEAN}"] = macro(hits, groups)
+    result.chance[f"{prefix}{MEAN}"] = confidence.score(macro(expected, groups))
+
+
+def chances(captions: Sequence[Sequence[str]]) -> list[float]:
+    """Of each item what guessing gives, 1 / number of its captions."""
+    return [1 / len(of_item) for of_item in captions]
 
 
 def chance(captions: Sequence[Sequence[str]]) -> float:
-    """The expected share of right choices by guessing, the mean of 1 / number of captions."""
-    return sum(1 / len(group) for group in captions) / len(captions)
+    """The expected share of right choices by guessing over all items."""
+    return sum(chances(captions)) / len(captions)
 
 
 def run_grouped(
@@ -212,11 +262,8 @@ def run_grouped(
 ) -> TaskResult:
     """The result of a set whose score is the accuracy of each group, and their mean."""
     hits = first_is_best(cosines(encoder, data.pictures, data.captions, context))
-    items = by_group(hits, data.groups, groups)
-    return TaskResult(
+    result = TaskResult(
         name,
-        items=items,
-        chance=dict.fromkeys(items, chance(data.captions)),
         counts={
             "items": len(hits),
             **data.counts,
@@ -224,3 +271,5 @@ def run_grouped(
         },
         digest=context.digest(data.pictures, data.captions, data.groups),
     )
+    score_groups(result, hits, chances(data.captions), data.groups, groups)
+    return result

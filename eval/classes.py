@@ -302,6 +302,9 @@ def _from_json(text: str, path: Path) -> tuple[list[str], list[str]]:
     if isinstance(value, dict):
         # COCO keeps its categories beside images and annotations.
         inner = next((value[key] for key in _LIST_KEYS if key in value), None)
+        if inner is None and len(value) == 1 and not next(iter(value)).isdecimal():
+            # {set: [names]}, as clip_benchmark's files of a language are.
+            (inner,) = value.values()
         value = inner if isinstance(inner, (list, dict)) else value
     if isinstance(value, dict):
         return _from_mapping(value, path)

@@ -39,7 +39,10 @@ def wilson(hits: float, n: int, z: float = Z) -> tuple[float, float]:
     shrink = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exactly 0 and 1 at the ends, or rounding leaves the share outside of its own interval.
+    low = max(0.0, centre - half) if hits > 0 else 0.0
+    high = min(1.0, centre + half) if hits < n else 1.0
+    return low, high
 
 
 def interval(items: Tensor, seed: int = 0) -> tuple[float, float]:
@@ -78,15 +81,15 @@ def resampled(items: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Tenso
 
 def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float, float]:
     """score(a) − score(b) on the same units, with the 95 % bounds of its paired bootstrap, or
-    of its posterior for two accuracies on few units.
+    of its posterior for two shares on few units.
 
     The same units are drawn for both, so what makes a unit easy or hard for both models cancels.
     """
     if a.shape != b.shape:
         raise ValueError(f"paired scores need the same units, found {len(a)} and {len(b)}")
 
-    if len(a) < FEW and _is_plain(a) and _is_plain(b):
-        low, high = paired_posterior(a[:, 0], b[:, 0], seed)
+    if len(a) < FEW and _is_share(a) and _is_share(b):
+        low, high = paired_posterior(a, b, seed)
     else:
         low, high = middle(resampled(a, seed) - resampled(b, seed))
     return score(a) - score(b), low, high
@@ -99,22 +102,32 @@ DRAWS = 20_000  # from a posterior
 
 
 def paired_posterior(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % bounds of the difference of two accuracies on the same few units, hits [n] each of 0
-    and 1.
+    """95 % bounds of the difference of two shares on the same few units, items [n, 2] each.
 
-    The four counts of the 2×2 table have a Dirichlet(1, 1, 1, 1) prior, and the bounds are those of
-    p₁₀ − p₀₁ under its posterior: of some width also where no unit differs, unlike a bootstrap.
+    Units weigh as drawn from a Dirichlet in which each of them has 1, and so has each of four made
+    ones: both models right, either one, none, of the mean denominator. For accuracies that is a
+    Dirichlet(1, 1, 1, 1) prior of the four counts of the 2×2 table. Of some width also where no
+    unit differs, unlike a bootstrap.
     Source: Bowyer, Aitchison and Ivanova 2025, "Position: Don't use the CLT in LLM evals with fewer
-    than a few hundred datapoints".
+    than a few hundred datapoints", for accuracies; for other shares the same with weights.
     """
-    a, b = a.bool(), b.bool()
-    cells = [(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()]
-    posterior = 1 + torch.tensor([float(cell) for cell in cells], dtype=torch.float64)
+    units = torch.cat([a, b], 1).double()  # numerator, denominator; of a, then of b
+    both = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]], dtype=torch.float64)
+    denominators = units[:, [1, 3]].mean(0)
+    made = torch.stack([both * denominators, denominators.expand(4, 2)], 2).flatten(1)
 
-    # A Dirichlet draw is one of gammas over their sum; numpy's take a seed of their own.
-    gammas = np.random.default_rng(seed).standard_gamma(posterior.numpy(), (DRAWS, 4))
-    shares = torch.from_numpy(gammas / gammas.sum(1, keepdims=True))
-    return middle(shares[:, 1] - shares[:, 2])
+    # Equal units are drawn together: a sum of gammas is a gamma.
+    cells, counts = torch.cat([units, made]).unique(dim=0, return_counts=True)
+    shape = counts.double().numpy()
+    gammas = np.random.default_rng(seed).standard_gamma(shape, (DRAWS, len(shape)))
+    parts = torch.from_numpy(gammas) @ cells
+    return middle(parts[:, 0] / parts[:, 1] - parts[:, 2] / parts[:, 3])
+
+
+def _is_share(items: Tensor) -> bool:
+    """Whether every unit gives from none to all of its denominator, unlike a rank."""
+    numerator, denominator = items.unbind(1)
+    return bool(((numerator >= 0) & (numerator <= denominator)).all())
 
 
 def _is_plain(items: Tensor) -> bool:
@@ -150,23 +163,3 @@ def worst_group(hits: Tensor, groups: Sequence[str]) -> WorstGroup:
     bounds = wilson(sum(values), len(values))
     gap = max(accuracy.values()) - accuracy[name]
     return WorstGroup(name, accuracy[name], bounds, gap, len(values))
-
-
-def effective_robustness(
-    source: float,  # accuracy on the source set, in (0, 1)
-    shifted: float,  # accuracy on the shifted set
-    reference: Sequence[tuple[float, float]],  # (source, shifted) of at least two reference models
-) -> float:
-    """How far a model lies above the line that reference models draw between a set and its shift.
-
-    ρ = shifted − σ(a + b·logit(source)) with a, b the least squares of the references' logits.
-    Source: Taori et al. 2020, "Measuring robustness to natural distribution shifts".
-    """
-    points = torch.tensor(reference, dtype=torch.float64).logit()
-    if len(points) < 2 or not bool(torch.isfinite(points).all()):
-        raise ValueError("effective robustness needs two reference models or more, within (0, 1)")
-
-    design = torch.stack([torch.ones(len(points), dtype=torch.float64), points[:, 0]], 1)
-    intercept, slope = torch.linalg.lstsq(design, points[:, 1:]).solution[:, 0].tolist()
-    expected = intercept + slope * math.log(source / (1 - source))
-    return shifted - 1 / (1 + math.exp(-expected))

@@ -26,14 +26,13 @@ from torch import Tensor
 
 from vlp import caches, dist
 from vlp.data.cores import cores
-from vlp.eval import metrics
+from vlp.eval import legible, metrics
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.files import write_atomically
 from vlp.lifetime import Interrupted, give_way
 
 CACHE_VERSION = 2  # 2: transparency on white, Exif orientation, gray of 16 bits
-COUNTED = 8192  # texts that are tokenized at once to count the cut ones
 GATHERED = 64  # batches a rank that one exchange brings together
 PROGRESS_S = 5  # seconds between lines of progress
 
@@ -58,9 +57,8 @@ class Context:
     cache_bytes: int = 20 * 10**9  # of all that is kept there
     progress: bool = False  # lines on stderr, from the first rank
     contents: Contents | None = None  # content hashes; None: data are not hashed (inside training)
-    # of each list of texts, by its hash: how many were cut
-    truncated: dict[int, int] = field(default_factory=dict)
-    n_texts: dict[int, int] = field(default_factory=dict)  # and of how many
+    # of each list of texts, by its hash
+    readings: dict[int, legible.Reading] = field(default_factory=dict)
     # takes name -> reason of pictures, embedded as plain gray; None: an error
     unreadable: dict[str, str] | None = None
 
@@ -110,10 +108,7 @@ def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor
     """
     unique = list(dict.fromkeys(captions))
     # Counted also where the embeddings are kept.
-    context.truncated[hash(tuple(unique))] = sum(
-        encoder.n_truncated(unique[i : i + COUNTED]) for i in range(0, len(unique), COUNTED)
-    )
-    context.n_texts[hash(tuple(unique))] = len(unique)
+    legible.note(encoder, unique, context)
     key = _key(encoder, "text", context, lambda: hashlib.sha256(repr(unique).encode()).hexdigest())
     rows = _kept(key, context, "texts", unique, None, encoder.encode_texts)
     return _spread(rows, unique, captions)

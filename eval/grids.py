@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -32,6 +32,7 @@ Which = Literal["all", "any"]  # of several right ones must win
 Right = tuple[tuple[int, ...], ...]  # of each picture, the texts that are right for it
 _EXACT = 6  # scores of a grid whose orders are counted; more are drawn
 _DRAWS = 100_000
+_DRAWN_SCORES = 20_000_000  # of a large grid fewer orders are drawn: bounded memory
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,19 @@ class GridSet:
     grids: Sequence[Grid]
     skipped: list[str]  # images that are not there
     name: str = ""
+    counts: dict[str, int] = field(default_factory=dict)  # what else reading has counted
+
+    def __post_init__(self) -> None:
+        choices.need_texts((grid.pictures[0], grid.texts) for grid in self.grids)
 
 
 def cosines(encoder: Encoder, grids: Sequence[Grid], context: Context) -> list[Tensor]:
     """[P, C] float64 cosines of each grid."""
     pictures = list(itertools.chain.from_iterable(grid.pictures for grid in grids))
     texts = list(itertools.chain.from_iterable(grid.texts for grid in grids))
-    image = embed.images(encoder, pictures, context).double()
+    # Texts first: where the model cannot read them, no time goes into pictures.
     text = embed.texts(encoder, texts, context).double()
+    image = embed.images(encoder, pictures, context).double()
 
     of_grids = zip(
         image.split([len(grid.pictures) for grid in grids]),
@@ -116,7 +122,8 @@ def hits(scores: Sequence[Tensor], grids: Sequence[Grid], which: Which) -> dict[
 @lru_cache(maxsize=1024)
 def chance(right: Right, n_texts: int, which: Which) -> dict[str, float]:
     """The share of text, image and acc that random scores reach: rows and columns by counting, both
-    by counting the orders of up to six scores, else from 100,000 drawn ones.
+    by counting the orders of up to six scores, else from 100,000 drawn ones (of more than 200
+    scores from fewer).
     """
     belongs = mask(right, n_texts)
     by_row = [_of_row(int(row.sum()), len(row), which) for row in belongs]
@@ -143,12 +150,13 @@ def _orders(n: int) -> Tensor:
     if n <= _EXACT:
         return torch.tensor(list(itertools.permutations(range(n))), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(_DRAWS, n, generator=generator, dtype=torch.float64)
+    n_draws = min(_DRAWS, max(1, _DRAWN_SCORES // n))
+    return torch.rand(n_draws, n, generator=generator, dtype=torch.float64)
 
 
-def mean_chance(grids: Sequence[Grid], which: Which, name: str) -> float:
-    """The expectation of a score over a set by guessing."""
-    return sum(chance(grid.right, len(grid.texts), which)[name] for grid in grids) / len(grids)
+def chances(grids: Sequence[Grid], which: Which, score: str) -> list[float]:
+    """Of each grid what guessing gives."""
+    return [chance(grid.right, len(grid.texts), which)[score] for grid in grids]
 
 
 def run(
@@ -160,12 +168,14 @@ def run(
     scores: Sequence[str] = ("text_acc", "image_acc", "acc"),  # to report, where there are such
     of_groups: str = "acc",  # the score that is also reported for each group
 ) -> TaskResult:
-    """Accuracies over all grids, and of every group and their mean where there are several."""
+    """Accuracies over all grids, and of every group and their mean where there are several, or
+    where no score over all is asked for.
+    """
     grids = data.grids
     every_hit = hits(cosines(encoder, grids, context), grids, which)
     result = TaskResult(
         name,
-        counts={"items": len(grids), "skipped": len(data.skipped)},
+        counts={"items": len(grids), **data.counts, "skipped": len(data.skipped)},
         digest=context.digest(
             list(itertools.chain.from_iterable(grid.pictures for grid in grids)),
             [(grid.texts, grid.right, grid.group) for grid in grids],
@@ -174,13 +184,10 @@ def run(
     )
     for score in [score for score in scores if score in every_hit]:
         result.items[score] = choices.accuracy(every_hit[score])
-        result.chance[score] = mean_chance(grids, which, score)
+        result.chance[score] = sum(chances(grids, which, score)) / len(grids)
 
     groups = [grid.group for grid in grids]
-    if len(set(groups)) > 1:
-        by_group = choices.by_group(every_hit[of_groups], groups)
-        result.items |= by_group
-        for group in by_group:
-            members = [grid for grid in grids if group in (grid.group, "mean")]
-            result.chance[group] = mean_chance(members, which, of_groups)
+    if len(set(groups)) > 1 or not scores:
+        by_guessing = chances(grids, which, of_groups)
+        choices.score_groups(result, every_hit[of_groups], by_guessing, groups)
     return result

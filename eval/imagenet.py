@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlp.eval.pictures import DataError
+from vlp.eval.prompts import translated
 
 if TYPE_CHECKING:
     from vlp.eval.datasets.source import Source
@@ -23,8 +24,25 @@ N_CLASSES = 1000
 SUBSETS = ("imagenet_a", "imagenet_r")  # relatives that are scored among classes of their own
 
 
-def names() -> list[str]:
-    """The 1,000 class names that the field prompts with: open_clip's repair of the originals."""
+def is_list(choice: object) -> bool:
+    """Whether `classes=` names one of ImageNet's lists."""
+    return choice == "imagenet" or is_translated(choice)
+
+
+def is_translated(choice: object) -> bool:
+    """Whether `classes=` names a list in another language than English."""
+    return isinstance(choice, str) and choice in translated.IMAGENET
+
+
+def names(which: str = "imagenet") -> list[str]:
+    """The 1,000 class names that the field prompts with: open_clip's repair of the originals, or
+    their translations (imagenet_zh, …). DataError where those are not installed.
+    """
+    if which != "imagenet":
+        try:
+            return translated.class_names(which)
+        except ValueError as error:
+            raise DataError(str(error)) from None
     from open_clip import IMAGENET_CLASSNAMES
 
     return list(IMAGENET_CLASSNAMES)
@@ -56,14 +74,16 @@ def _counts_all(source: Source) -> bool:
     return {record.label for record in source.records} == set(map(str, range(N_CLASSES)))
 
 
-def classes_of(source: Source, partial: bool) -> tuple[list[str], dict[str, int]]:
+def classes_of(
+    source: Source, partial: bool, which: str = "imagenet"
+) -> tuple[list[str], dict[str, int]]:
     """(class names, folder -> class number) for a tree whose folders are synsets or numbers.
 
     The folders must be all 1,000 classes or the 200 of ImageNet-A or -R, since fewer classes make
-    the task easier: anything else is refused unless `partial`.
+    the task easier: anything else is refused unless `partial`. which: as for `names`.
     """
     folders = sorted({str(record.label) for record in source.records})
-    all_names = names()
+    all_names = names(which)
     listed = synsets() if _has_synsets(source) else map(str, range(len(all_names)))
     numbers = {folder: i for i, folder in enumerate(listed)}
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.eval.legible import Vocabulary, vocabulary_of
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.references import Reference
@@ -58,6 +59,7 @@ class Encoder:
     device: str | torch.device = "cpu"
     # how many sentences are longer than the context
     n_truncated: Callable[[list[str]], int] = _none_truncated
+    vocabulary: Vocabulary | None = None  # None: the tokenizer knows everything
     # content hash of weights and preprocessing; "": embeddings are not kept
     fingerprint: str = ""
     autocast: torch.dtype | None = None  # None: the model's own precision
@@ -178,6 +180,7 @@ def from_model(
         scale=scale,
         device=device,
         n_truncated=lambda texts: tokenizer.tokenize(texts)[1],
+        vocabulary=_vocabulary(tokenizer),
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
         decoding=model.image_spec.decoding,
@@ -254,6 +257,7 @@ def _open_clip(
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
         n_truncated=lambda texts: tokenizer.tokenize(texts)[1],
+        vocabulary=_vocabulary(tokenizer),
         fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
     )
@@ -287,12 +291,15 @@ def _transformers(
     def prepare(picture: Image.Image) -> Tensor:
         return processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
-    def text(texts: list[str]) -> Tensor:
+    def tokens_of(texts: list[str]) -> Any:
         # All sentences to the full length: SigLIP was trained without a mask, so its padding is
         # part of the input.
-        tokens = tokenizer(
+        return tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).to(device)
+        )
+
+    def text(texts: list[str]) -> Tensor:
+        tokens = tokens_of(texts).to(device)
         inputs = {key: tokens[key] for key in tokens if key in ("input_ids", "attention_mask")}
         return _pooled(model.get_text_features(**inputs))
 
@@ -312,6 +319,7 @@ def _transformers(
         scale=float(model.logit_scale.detach().float().exp()),
         device=device,
         n_truncated=n_truncated,
+        vocabulary=vocabulary_of(tokenizer, lambda texts: tokens_of(texts)["input_ids"]),
         fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
     )
@@ -367,6 +375,12 @@ def _ids(tokenizer: Any, sentence: str) -> list[int]:
     """The token ids of one sentence."""
     ids = tokenizer([sentence])
     return ids[0].tolist() if isinstance(ids, Tensor) else ids["input_ids"][0]
+
+
+def _vocabulary(tokenizer: Any) -> Vocabulary | None:
+    """Of a tokenizer of ours; only those of Hugging Face may not know something."""
+    hub = getattr(tokenizer, "hub", None)
+    return None if hub is None else vocabulary_of(hub, tokenizer)
 
 
 def _describe(tokenizer: Any) -> str:

@@ -7,6 +7,7 @@ threads. `Contents` hashes what the pictures hold, which names the embeddings th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import io
@@ -137,6 +138,12 @@ class Collection:
                 f"{root} holds no image ({types}){left_out}; "
                 "give their folder or .tar as images=PATH"
             )
+
+    def anew(self) -> Collection:
+        """The same images for other annotations: what one set calls them binds no other."""
+        other = copy.copy(self)
+        other._meant = {}
+        return other
 
     def find(self, name: str) -> Picture | None:
         """The picture an annotation means, or None; a DataError where another name means it and the

@@ -85,7 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status. Wrong input is a ValueError that helps."""
     if options.compare:
-        from vlp.eval.report.records import compare
+        from vlp.eval.report.comparison import compare
 
         print(compare(*options.compare))
         return 0
@@ -114,7 +114,8 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     tasks: list[Plugin] = (
         plugin.keyed("vlp.eval.tasks", _tasks(options)) if suite is None else suite.located.tasks
     )
-    blends = sweep.asked_for(options, [task.label for task in tasks])
+    labels = [task.label for task in tasks]
+    blends = sweep.asked_for(options, labels, has_average=suite is not None)
     reference = of_average(options.model) if options.ema else options.model
     context = _context(options)
     data = read_all(tasks)
@@ -133,12 +134,14 @@ def _evaluate_command(options: argparse.Namespace) -> int:
             print(f"{encoder.name} on {device}, {n_ranks} rank(s)", file=sys.stderr, flush=True)
         return evaluate(encoder, tasks, context, data)
 
-    def scores_of_blend(model: DualEncoder, name: str) -> list[dict[str, Any]]:
+    def scores_of_blend(
+        model: DualEncoder, name: str
+    ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         # Kept by a hash of the blend's own weights, so that no two are mixed up.
-        return scores(models.from_model(model, name, device, autocast, keep=True))[0]
+        return scores(models.from_model(model, name, device, autocast, keep=True))
 
     if blends is not None:
-        sweep.carry_out(blends, scores_of_blend, options.out)
+        sweep.carry_out(blends, scores_of_blend, options.out, suite)
     else:
         results, items = scores(models.load(reference, device, autocast))
         if dist.is_main() and suite is not None:
@@ -266,6 +269,7 @@ def evaluate(
     state is not touched.
     """
     from vlp import dist
+    from vlp.eval import legible
     from vlp.eval.report import records
 
     if data is None:
@@ -273,7 +277,7 @@ def evaluate(
 
     results: list[dict[str, Any]] = []
     items: dict[str, Tensor] = {}
-    cut: list[str] = []  # by task, for one warning
+    readings: dict[str, list[legible.Reading]] = {}  # by task, for one warning
     for task, opened in zip(tasks, data):
         if context.progress and dist.is_main():
             print(f"{task.label}: {getattr(task.options, 'data', '')}", file=sys.stderr, flush=True)
@@ -281,41 +285,22 @@ def evaluate(
         # Inside training the caller counts them: a rank that fails must not leave others waiting.
         skips = context.unreadable is None and _may_skip(task)
         task_context = replace(context, unreadable={}) if skips else context
-        context.truncated.clear()
-        context.n_texts.clear()
+        context.readings.clear()
         result = task.module.run(encoder, opened, task.options, task_context)
 
         if skips:
             _count_unreadable(task, result.counts, task_context)
-        n_truncated = sum(context.truncated.values())
-        if n_truncated:
-            result.counts["truncated_texts"] = n_truncated
-            cut.append(f"{n_truncated:,} of {sum(context.n_texts.values()):,} in {task.label}")
+        readings[task.label] = list(context.readings.values())
+        result.counts |= legible.count(readings[task.label])
         results.append(records.record(task, encoder, result))
         items |= {f"{task.label}/{name}": value for name, value in result.items.items()}
 
-    _tell_cut(cut)
+    legible.tell(readings)
 
     # Hashing large tars takes long; the next evaluation finds it done.
     if context.contents is not None and dist.is_main():
         context.contents.save()
     return results, items
-
-
-def _tell_cut(of_tasks: list[str]) -> None:
-    """Warn of texts that were cut, once a process: training evaluates many times."""
-    from vlp import dist, log
-
-    new = [line for line in of_tasks if line not in _told_cut]
-    _told_cut.update(new)
-    if new and dist.is_main():
-        log.warn(
-            f"texts were cut to the model's context: {'; '.join(new)}; the scores of long captions "
-            "are those of their beginnings"
-        )
-
-
-_told_cut: set[str] = set()
 
 
 def in_training(

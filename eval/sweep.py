@@ -5,6 +5,8 @@ Fine-tuning B from A raises what it was tuned on and lowers what A could besides
 lies a model with most of the gain and little of the loss; the table shows where:
 
     alpha   gain and its change from A   guard and its change from A
+
+Over a suite of sets the gain is its average, unless another score is asked for.
 """
 
 from __future__ import annotations
@@ -17,11 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlp.eval.suites.command import Asked
+    from vlp.eval.suites.summary import Summary
     from vlp.models.dual_encoder import DualEncoder
 
 ALPHAS = "0,0.25,0.5,0.75,1"
-# (a blend, its name) -> the tasks' records
-Evaluated = Callable[["DualEncoder", str], list[dict[str, Any]]]
+AVERAGE = "average"  # the score that is the mean of a suite's main scores
+# (a blend, its name) -> the tasks' records, and the outcomes by unit
+Evaluated = Callable[["DualEncoder", str], tuple[list[dict[str, Any]], dict[str, "Tensor"]]]
 
 
 @dataclass(frozen=True)
@@ -40,15 +47,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     blend_help = "in place of MODEL: (1 - alpha) A + alpha B of weights, for each of --alphas"
     add("--blend", nargs=2, metavar=("A", "B"), help=blend_help)
     add("--alphas", metavar="N,N", help=f"of --blend (default {ALPHAS})")
-    gain_help = "of --blend: what is to rise (default: the first task's first score)"
+    gain_help = (
+        "of --blend: what is to rise (default: the first task's first score; of --suite NAME its "
+        f"average, which is called {AVERAGE})"
+    )
     add("--gain", metavar="TASK.SCORE", help=gain_help)
-    guard_help = "of --blend: what is not to fall (default: the second task's first score)"
+    guard_help = (
+        "of --blend: what is not to fall (default: the second task's first score; of --suite NAME "
+        "nothing)"
+    )
     add("--guard", metavar="TASK.SCORE", help=guard_help)
 
 
-def asked_for(options: argparse.Namespace, labels: Sequence[str]) -> Sweep | None:
-    """The sweep that the options of `vlp eval` ask for over tasks with these labels, or None;
-    ValueError for options that do not go together.
+def asked_for(
+    options: argparse.Namespace, labels: Sequence[str], has_average: bool = False
+) -> Sweep | None:
+    """The sweep that the options of `vlp eval` ask for over tasks with these labels, or over a
+    suite, which has an average; or None. ValueError for options that do not go together.
     """
     belonging = {"--alphas": options.alphas, "--gain": options.gain, "--guard": options.guard}
     if not options.blend:
@@ -68,12 +83,14 @@ def asked_for(options: argparse.Namespace, labels: Sequence[str]) -> Sweep | Non
     from vlp.averaging import fractions
     from vlp.pretrained.references import resolve
 
-    for score in (options.gain, options.guard):
-        _check_task(score, labels)
+    gain = AVERAGE if options.gain is None and has_average else options.gain
+    for score in (gain, options.guard):
+        if score != AVERAGE or not has_average:
+            _check_task(score, labels)
     for reference in options.blend:
         resolve(reference)
     alphas = fractions("--alphas", ALPHAS if options.alphas is None else options.alphas)
-    return Sweep(options.blend, sorted(set(alphas)), options.gain, options.guard)
+    return Sweep(options.blend, sorted(set(alphas)), gain, options.guard)
 
 
 def _check_task(score: str | None, labels: Sequence[str]) -> None:
@@ -86,35 +103,49 @@ def _check_task(score: str | None, labels: Sequence[str]) -> None:
     )
 
 
-def carry_out(sweep: Sweep, evaluate: Evaluated, out: str | None) -> None:
-    """Evaluate every blend, print the table, and write all of it to the file `out`. Collective."""
+def carry_out(
+    sweep: Sweep, evaluate: Evaluated, out: str | None, suite: Asked | None = None
+) -> None:
+    """Evaluate every blend, print the table, and write all of it to the file `out`. Collective.
+
+    suite: whose sets are evaluated; every row then has what their main scores come to.
+    """
     from vlp import averaging, dist
+    from vlp.eval.suites import command
+    from vlp.eval.suites.summary import coverage
     from vlp.files import write_atomically
 
     # Both once; a blend is made of them in memory.
     models = list(averaging.loaded(sweep.references))
     gain, guard = sweep.gain, sweep.guard
     rows: list[dict[str, Any]] = []
+    summary: Summary | None = None
     for alpha in sweep.alphas:
         members = averaging.blend(sweep.references, alpha)
         blended = averaging.mean_of(models, members.weights, members.references)
         name = f"{1 - alpha:g} · {sweep.references[0]} + {alpha:g} · {sweep.references[1]}"
-        records = evaluate(blended, name)
+        records, items = evaluate(blended, name)
+        summary = None if suite is None else command.summary_of(suite, records, items)
 
         # Known from the first on, so that a wrong name costs one evaluation and not all.
-        gain, guard = _scores_of(records, gain, guard)
-        rows.append(
-            {
-                "alpha": alpha,
-                "gain": _value(records, gain),
-                "guard": None if guard is None else _value(records, guard),
-                "records": records,
-            }
-        )
+        if summary is None:
+            gain, guard = _scores_of(records, gain, guard)
+        row: dict[str, Any] = {
+            "alpha": alpha,
+            "gain": _value(records, str(gain), summary),
+            "guard": None if guard is None else _value(records, guard, summary),
+        }
+        if summary is not None:
+            row["suite"] = summary.plain()
+        rows.append({**row, "records": records})
 
     if not dist.is_main():
         return
-    print(table(rows, str(gain), guard))
+    lines = [table(rows, str(gain), guard)]
+    if summary is not None:
+        lines.append(f"{summary.title}: {AVERAGE} {coverage(summary)}")
+    # Every blend meets the same data, and lacks the same.
+    print("\n".join([*lines, *command.notes(suite, rows[0]["records"])]))
     if out is not None:
         a, b = sweep.references
         result = {"a": a, "b": b, "gain": gain, "guard": guard, "rows": rows}
@@ -137,9 +168,13 @@ def _scores_of(
     return gain, guard
 
 
-def _value(records: list[dict[str, Any]], score: str) -> float:
-    """A score "label.metric" of the records; ValueError lists those that there are."""
+def _value(records: list[dict[str, Any]], score: str, summary: Summary | None = None) -> float:
+    """A score "label.metric" of the records, or the average; ValueError lists those that there
+    are.
+    """
     values: dict[str, float] = {}
+    if summary is not None and summary.average is not None:
+        values[AVERAGE] = summary.average
     for record in records:
         for metric, value in record["metrics"].items():
             values[f"{record['label']}.{metric}"] = value

@@ -36,7 +36,6 @@ def test_a_damaged_line_of_metrics_does_not_end_a_resumed_run(line, tmp_path):
 
 
 def test_a_tracker_by_name_and_one_that_is_not_installed(tmp_path):
-    pytest.importorskip("tensorboard")
     trackers = log.Trackers(["tensorboard"], tmp_path / "run", {"seed": 1})
     trackers.write(1, {"loss": 2.0})
     trackers.close()

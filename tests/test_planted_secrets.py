@@ -15,7 +15,6 @@ from tests.data.loopback_store import store
 from tests.data.material import write_shards
 from tests.test_messages import CONFIG
 
-pytest.importorskip("aiohttp")
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("user", "password", "signature", "header", "option", "hub", "cloud", "tracker")
 SECRETS = {place: f"PLANTED{place}0123456789" for place in PLACES}

@@ -285,7 +285,7 @@ def test_an_evaluation_gives_way_on_every_rank_before_its_next_batch():
         stop.received = signal.SIGTERM
         with pytest.raises(Interrupted):
             encoder = SimpleNamespace(
-                fingerprint="", encode_texts=None, n_truncated=lambda texts: 0
+                fingerprint="", encode_texts=None, n_truncated=lambda texts: 0, vocabulary=None
             )
             embed.texts(encoder, ["a", "b"], embed.Context())
 

@@ -6,7 +6,8 @@ FOLDER/index/*.bin               indices that cannot lie beside their shards
 FOLDER/shards/NAME/              copies of remote shards
 
 A single file can go at any time: who has opened it keeps reading it. A folder that a process works
-with is held by a lock on its mark (`.used`), and is not removed meanwhile.
+with is held by a lock on its mark (`.used`), and is not removed meanwhile; on a file system without
+locks, not before it has been unused for 30 days.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ KINDS = {"embeddings": "embeddings", "search": "search", "indices": "index", "do
 OTHER = "other"  # what lies in the cache and is not ours to remove
 _MARK = ".used"
 _ABANDONED_S = 86400  # age at which an unfinished file has lost its writer
+_UNHELD_S = 30 * 86400  # unused for so long a folder is no process's, where none can hold it
 _UNITS = {"": 1e9, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _SPANS = {"min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
@@ -65,6 +67,9 @@ def hold(folder: Path) -> None:
     """
     folder = folder.absolute()
     if folder in _held:
+        # Where there are no locks, this alone says that it is still worked with.
+        with contextlib.suppress(OSError):
+            os.utime(_held[folder])
         return
 
     mark = folder / _MARK
@@ -77,7 +82,7 @@ def hold(folder: Path) -> None:
         except OSError:  # shared for reading, or full: what is to be written there says so
             return
 
-        # A file system without locks: `remove` goes by the age there.
+        # Without locks the mark's time, which is set next, has to do.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         with contextlib.suppress(OSError):
@@ -98,18 +103,23 @@ def touch(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no process works with a folder; none begins to while the block runs."""
+def _alone(folder: Path, last_use: float) -> Iterator[bool]:
+    """Whether no process works with a folder; none begins to while the block runs, but where there
+    are no locks: there a folder is worked with that was used in the last 30 days.
+    """
     with contextlib.ExitStack() as stack:
+        is_unused = True
         try:
             stack.enter_context(locks.held(folder, advice=""))
             descriptor = os.open(folder / _MARK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (locks.InUse, OSError):
-            yield False
-            return
-        yield True
+        except locks.InUse:
+            is_unused = False
+        except OSError as error:
+            has_no_locks = error.errno in locks.UNSUPPORTED
+            is_unused = has_no_locks and time.time() - last_use >= _UNHELD_S
+        yield is_unused
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -180,7 +190,7 @@ def remove(entry: Entry) -> bool:
         return True
 
     # Under another name first, so that nobody meets a part of it.
-    with _alone(path) as is_unused:
+    with _alone(path, entry.last_use) as is_unused:
         if not is_unused:
             return False
         leaving = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")

@@ -25,25 +25,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader or a crash sees the old file or the new one, never a
     part.
     """
-    with writing_atomically(path) as file:
+    with replacing(path) as temporary, open(temporary, "xb") as file:
         file.write(data)
 
 
 @contextmanager
-def writing_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path`, as a whole, where the block ends well."""
-    # Processes of several machines write into one folder, and may have one number.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
+def replacing(path: Path) -> Iterator[Path]:
+    """A name of its own beside `path` for the block to write a file under, which then gets its
+    name: whole, or not at all.
+    """
+    temporary = _temporary_name(path)
     try:
-        with naming(path), open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(path):
+            yield temporary
 
         # Only now: a name that pointed to content not yet on the disk could survive a crash.
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other writer has."""
+    # Processes of several machines write into one folder, and may have one number.
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
 
 
 def write_all(file: BinaryIO, data: bytes) -> None:
@@ -76,7 +82,7 @@ def save_tensors(
         save_file(dict(tensors), path, metadata=metadata)
 
     # Python can tell the umask only by changing it; a new file shows what it allows.
-    probe = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
+    probe = _temporary_name(path)
     try:
         probe.touch()
         shutil.copymode(probe, path)

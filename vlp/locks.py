@@ -31,7 +31,8 @@ OF_RUNS = (
     "Wait until it is done, or stop it and go on with resume=auto; "
     "or choose another folder with out=…"
 )
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+# what a file system without locks answers
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _TRIES = 40  # looks, 50 ms apart, for the owner to have written its name
 
 _held: Counter[Path] = Counter()  # by this process, which may enter again
@@ -117,7 +118,7 @@ def _take(path: Path, kind: int) -> int | None:
             os.close(descriptor)
             return None
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 os.close(descriptor)
                 raise
             log.warn(

@@ -5,12 +5,12 @@ works.
 from __future__ import annotations
 
 import lzma
-import os
 import shutil
 import zlib
 from pathlib import Path
 
 from vlp.data.tar import open_packed, packed_with
+from vlp.files import replacing
 
 FOLDER = "_unpacked"
 
@@ -46,13 +46,13 @@ class Unpacked:
 
 
 def _unpack(path: Path, copy: Path) -> None:
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
     try:
-        with open_packed(path) as stream, open(temporary, "wb") as file:
+        with (
+            replacing(copy) as temporary,
+            open_packed(path) as stream,
+            open(temporary, "wb") as file,
+        ):
             shutil.copyfileobj(stream, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, copy)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         # An errno is of the disk, not of the stream: the advice would be wrong.
         if getattr(error, "errno", None) is not None:
@@ -60,5 +60,3 @@ def _unpack(path: Path, copy: Path) -> None:
         raise ValueError(
             f"{path} cannot be unpacked to its end ({error}); fetch it again"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ is.
 folder with SPLIT/nshards.txt   clip_benchmark's webdataset layout: SPLIT/0.tar …, classnames.txt,
                                 zeroshot_classification_templates.txt, dataset_type.txt
 folder of Urban1k, DOCCI or DCI images and long captions (`long_captions`)
+folder of Chinese-CLIP, COCO-CN or Flickr30k-CN     Chinese captions (`chinese`)
 folder with .tar files          shards as `vlp data pack` and img2dataset write them (JSON "class",
                                 or captions)
 folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
@@ -20,7 +21,7 @@ hf:user/name                    any of the above in a data set repository on the
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from vlp.data import splits
@@ -29,7 +30,7 @@ from vlp.data.captions import Choice, Texts
 from vlp.data.members import is_hidden
 from vlp.data.paths import is_packed, plain_only, shards_in
 from vlp.data.tables import TableOptions
-from vlp.eval.datasets import long_captions, parquet, shards, tables, trees
+from vlp.eval.datasets import chinese, long_captions, parquet, shards, tables, trees
 from vlp.eval.datasets.source import Source
 from vlp.eval.pictures import DataError, open_archive
 
@@ -49,7 +50,10 @@ def open_source(
         raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
 
     # A file is a table or a tar; a folder is told by what lies in it.
-    if root.is_file() and not _may_be_tar(root):
+    if read := chinese.reader_of(root):
+        _refuse_choices(root, options, texts)
+        source = read(split, missing, images)
+    elif root.is_file() and not _may_be_tar(root):
         source = _from_file(root, images, split, missing, options)
     elif (root / split / "nshards.txt").exists():
         _refuse_images(root, images)
@@ -82,6 +86,27 @@ def _refuse_images(root: Path, images: str | None) -> None:
             f"images={images} says where the images of a table are, and {root} holds its own; "
             "leave it out, or give the table as data="
         )
+
+
+def _refuse_captions(root: Path, texts: Texts) -> None:
+    """Raise DataError for captions= where there are no shards to choose in."""
+    if texts.captions:
+        raise DataError(
+            f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no "
+            ".tar; leave it out"
+        )
+
+
+def _refuse_choices(root: Path, options: TableOptions, texts: Texts) -> None:
+    """Raise DataError for options of tables and shards where a layout says all by itself."""
+    _refuse_captions(root, texts)
+    for option in fields(TableOptions):
+        value = getattr(options, option.name)
+        if value != getattr(TableOptions(), option.name):
+            raise DataError(
+                f"{option.name}={value} says how a table is read, and {root} is a set of a known "
+                "layout; leave it out"
+            )
 
 
 def _may_be_tar(path: Path) -> bool:
@@ -148,19 +173,23 @@ def _by_content(
             f"give one of them, such as {tars[0]}, or keep them in folders of their own"
         )
     # Outside of shards every text has its place, and a choice would be ignored in silence.
-    if texts.captions:
-        raise DataError(
-            f"captions={list(texts.captions)} chooses among the texts of shards; {root} holds no "
-            ".tar; leave it out"
-        )
+    _refuse_captions(root, texts)
 
-    # Who says where the images are means the table, whatever lies beside it.
+    # Who says where the images are means the table, whatever lies beside it; and images in one
+    # folder without texts are no classes, so that a table beside them is what names them.
     files = _parquet_files(root, split, archive)
     is_table = not archive.names or images is not None
+    if files and images is None and not archive.texts and _in_one_folder(archive):
+        return parquet.from_parquet(root, files, split, options, str(root), missing)
     if files and (is_table or parquet.holds_images(files[0])):
         return parquet.from_parquet(root, files, split, options, images, missing)
     _refuse_images(root, images)
     return trees.from_tree(root, split, missing, archive, texts.lines or "one")
+
+
+def _in_one_folder(archive: Archive) -> bool:
+    """Whether all pictures, some at all, lie in one folder."""
+    return len({name.rpartition("/")[0] for name in archive.names}) == 1
 
 
 def _shards(root: Path, tars: list[Path], missing: str, texts: Texts) -> Source:

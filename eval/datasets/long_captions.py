@@ -6,7 +6,8 @@ DCI          splits.json, photos/ and complete/ or annotations/, also in densely
              an image's caption is its short_caption and its extra_caption, one under the other
 
 ShareGPT4V's is a table of dialogues, which `tables` reads; its validation set is the first 1,000
-rows, `rows=:1000`.
+rows, `rows=:1000`. IIW-400 is a table too, data.jsonl with DOCCI's images_aar/:
+`image_column=image/key caption_columns=IIW`.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlp.data.tables import TableOptions
 from vlp.data.tables.columns import (
+    CLASS_COLUMNS,
     IMAGE_COLUMNS,
     column,
     listed,
@@ -40,11 +42,43 @@ def holds_images(table: Path) -> bool:
     beside it.
     """
     import pyarrow
-    import pyarrow.parquet as parquet
 
-    schema = parquet.read_schema(table)
+    schema = _schema(table)
     image = usual(schema.names, IMAGE_COLUMNS)
     return bool(image) and not pyarrow.types.is_string(schema.field(image).type)
+
+
+def stores_bytes(table: Path) -> bool:
+    """Whether a parquet file holds pictures, or has columns made for them, at any depth."""
+    import pyarrow
+
+    def has_bytes(kind: Any) -> bool:
+        inner = [kind.field(i).type for i in range(kind.num_fields)]
+        is_binary = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+        return is_binary or any(has_bytes(part) for part in inner)
+
+    return any(has_bytes(column.type) for column in _schema(table))
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file whose cells hold pictures: as a `Picture`, or by their names."""
+    content, _ = _read(file)
+    opened = []
+    for number, row in enumerate(content.to_pylist()):
+        place = f"{file}:{number}"
+        opened.append({name: _opened(cell, f"{place}:{name}") for name, cell in row.items()})
+    return opened
+
+
+def _opened(cell: Any, place: str) -> Any:
+    """A cell with its bytes as pictures; of several the place says which."""
+    if isinstance(cell, list):
+        return [_opened(part, f"{place}:{number}") for number, part in enumerate(cell)]
+    if isinstance(cell, bytes):
+        return Picture(place, data=cell)
+    if isinstance(cell, dict) and cell.keys() == {"bytes", "path"}:
+        return Picture(place, data=cell["bytes"]) if cell["bytes"] else image_name(cell)
+    return cell
 
 
 def from_parquet(
@@ -83,24 +117,42 @@ def from_parquet(
 
 def _read(file: Path) -> tuple[Any, dict[str, Any]]:
     """A parquet file's table, and what `datasets` notes about its columns."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
+    with _whole(file):
         content = parquet.read_table(file)
-    except (ArrowException, OSError) as error:
-        raise DataError(
-            f"{file} is no whole parquet file ({str(error)[:120]}); fetch it again"
-        ) from None
 
     # `datasets` writes its features, class names among them, into the file's metadata.
     noted = json.loads((content.schema.metadata or {}).get(b"huggingface", b"{}"))
     return content, noted.get("info", {}).get("features", {})
 
 
+def _schema(file: Path) -> Any:
+    """The columns of a parquet file and their types."""
+    from pyarrow import parquet
+
+    with _whole(file):
+        return parquet.read_schema(file)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Raise DataError where pyarrow cannot read the file."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"{file} is no whole parquet file ({str(error)[:120]}); fetch it again"
+        ) from None
+
+
 def _columns(names: list[str], file: Path, split: str, options: TableOptions) -> _Columns:
     """The columns that the options name, else those of the usual names."""
     try:
-        image, label = usual(names, IMAGE_COLUMNS), usual(names, NUMBERS)
+        image = usual(names, IMAGE_COLUMNS)
+        label = usual(names, NUMBERS) or usual(names, CLASS_COLUMNS)
         if options.image_column:
             image = column(names, options.image_column, file)
         captions = [column(names, name, file) for name in options.named_captions]

@@ -78,7 +78,7 @@ def from_tars(
     skipped: list[str] = []
     text_names: Counter[str] = Counter()
     for tar in tars:
-        samples, left_out = _samples(tar, missing)
+        samples, left_out = samples_of(tar, missing)
         skipped += left_out
         for sample in samples:
             text_names.update(form_of(sample.content.meta, sample.content.text).keys())
@@ -93,7 +93,7 @@ def from_tars(
     return Source(str(root), records, skipped=skipped)
 
 
-def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
+def samples_of(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
     """The samples of a tar, and a line for each that is left out; a DataError names them unless
     they may be.
     """
@@ -122,14 +122,14 @@ def _samples(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
 def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
     """A sample of a tar as an evaluation record; its picture stays where it is."""
     content, image = sample.content, sample.members["image"]
-    picture = _member(tar, image)
+    picture = member_of(tar, image)
 
     # A sample may carry both its class's number and its name.
     other = "class" if prefer == "cls" else "cls"
     label = content.meta.get(prefer, content.meta.get(other))
     meta = content.meta
     if "npy" in sample.members:
-        values = _array(_member(tar, sample.members["npy"]))
+        values = _array(member_of(tar, sample.members["npy"]))
         meta = {**meta, "npy": values.tolist()}
         # Beside a class it says what else is known of the picture, as in the shards of WILDS.
         if label is None or prefer == "npy":
@@ -142,7 +142,7 @@ def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:
     return Record(picture, captions, label, meta)
 
 
-def _member(tar: Path, member: Any) -> Picture:
+def member_of(tar: Path, member: Any) -> Picture:
     """A file of a sample, where it lies in the tar."""
     return Picture(f"{tar}:{member.name}", str(tar), member.offset, member.size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,22 +36,40 @@ class Source:
     n_joined: int = 0  # records that went because their pictures equal another one's
 
 
-def join_equal_pictures(source: Source) -> tuple[Source, int]:
+def equal_pictures(pictures: Iterable[Picture]) -> dict[Picture, Picture]:
+    """Each picture with the first of those that hold the same, byte by byte, and are cut alike."""
+    distinct = list(dict.fromkeys(pictures))
+    sizes = Counter(picture.n_bytes() for picture in distinct)
+    first: dict[Any, Picture] = {}
+    first_of: dict[Picture, Picture] = {}
+    for number, picture in enumerate(distinct):
+        # Only pictures of one size can be equal: all others need not be read.
+        is_alone = sizes[picture.n_bytes()] == 1
+        content = number if is_alone else hashlib.sha256(picture.read()).digest()
+        first_of[picture] = first.setdefault((content, picture.box, picture.border), picture)
+    return first_of
+
+
+def join_equal_pictures(
+    source: Source,
+    first_of: dict[Picture, Picture] | None = None,  # of more sets than this; None: of this one
+) -> tuple[Source, int]:
     """The set with records of one picture, byte by byte, made one with the captions of all; and how
     many went.
 
     Otherwise the copies tie with each other, and a tie counts against every model.
     """
-    sizes = Counter(record.picture.n_bytes() for record in source.records)
-    first: dict[Any, int] = {}
-    joined: dict[int, Record] = {}
-    for i, record in enumerate(source.records):
-        # Only pictures of one size can be equal: all others need not be read.
-        is_alone = sizes[record.picture.n_bytes()] == 1
-        content = i if is_alone else hashlib.sha256(record.picture.read()).digest()
+    if first_of is None:
+        first_of = equal_pictures(record.picture for record in source.records)
 
-        earlier = first.setdefault((content, record.picture.box, record.picture.border), i)
-        joined[earlier] = record if earlier == i else _with_captions(joined[earlier], record)
+    joined: dict[Picture, Record] = {}
+    for record in source.records:
+        picture = first_of[record.picture]
+        earlier = joined.get(picture)
+        if earlier is None:
+            joined[picture] = replace(record, picture=picture)
+        else:
+            joined[picture] = _with_captions(earlier, record)
     return replace(source, records=list(joined.values())), len(source.records) - len(joined)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlp.data import tables
 from vlp.data.listing import settle
-from vlp.data.tables import TableOptions
+from vlp.data.tables import Listing, TableOptions
 from vlp.data.tables.values import shown
 from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import Collection, DataError, picture_of, refuse_missing
@@ -27,6 +27,33 @@ def read_rows(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
     return table.records(texts)
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file; a DataError says what is missing or broken."""
+    try:
+        return tables.read_json(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"no annotations at {path}; fetch the published files and give their folder as data="
+        ) from None
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from None
+
+
+def need_keys(rows: Sequence[dict[str, Any]], keys: Sequence[str], path: object) -> None:
+    """Raise DataError unless every row has the keys."""
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: item {i} is {str(row)[:60]!r}, expected a mapping with {', '.join(keys)}"
+            )
+        missing_keys = [key for key in keys if key not in row]
+        if missing_keys:
+            raise DataError(
+                f"{path}: item {i} lacks {', '.join(missing_keys)} (it has {', '.join(row)}); "
+                "is this the published file?"
+            )
+
+
 def beside(table: Path) -> Path:
     """Where a table's images are unless said otherwise: the .tar of the same name, else the table's
     folder.
@@ -39,14 +66,23 @@ def from_table(
     path: Path, images: str | None, split: str, missing: str, options: TableOptions
 ) -> Source:
     """The rows of a split as an evaluation set."""
+    listing = read_items(path, split, missing, options)
+    return with_pictures(path, listing, Collection(images or beside(path)), missing)
+
+
+def read_items(path: Path, split: str, missing: str, options: TableOptions) -> Listing:
+    """The rows of a split, an item an image; a DataError names rows that cannot be used."""
     try:
         listing = tables.items(path, options, split)
     except (ValueError, OSError) as error:
         raise DataError(str(error)) from None
     _refuse_rows(listing.problems, missing)
+    return listing
 
+
+def with_pictures(path: Path, listing: Listing, collection: Collection, missing: str) -> Source:
+    """The items of a table with their pictures, as an evaluation set."""
     # First that every image is there, then which rows name one image.
-    collection = Collection(images or beside(path))
     archive = collection.archive
     named = [(item, archive.find(item.image)) for item in listing.items]
     absent = [item.image for item, name in named if name is None]

@@ -4,8 +4,11 @@ A set is a text file beside this one, one template a line (`photo`, `ensemble`),
 `imagenet80` (the 80 of Radford et al. 2021) and `imagenet7` (their best seven), taken from the
 installed open_clip at run time.
 
+In other languages `photo_zh`, … and `imagenet_zh`, … (translated.py).
+
 A JSON file {class name: [sentences]} gives every class its own, as CuPL publishes them (Pratt et
-al. 2023, sarahpratt/CuPL, `all_prompts/`); `{}` in them is not needed.
+al. 2023, sarahpratt/CuPL, `all_prompts/`); `{}` in them is not needed. A file of one set,
+{set: [templates]}, as clip_benchmark's of a language are, is that set.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vlp.eval.prompts import translated
 
 # templates for every class, or class name -> its sentences
 Templates = list[str] | dict[str, list[str]]
@@ -26,7 +31,7 @@ FROM_OPEN_CLIP = {
 
 def sets() -> list[str]:
     """Names of the template sets."""
-    return sorted([*_files(), *FROM_OPEN_CLIP])
+    return sorted([*_files(), *FROM_OPEN_CLIP, *translated.sets()])
 
 
 def _files() -> dict[str, Path]:
@@ -54,6 +59,9 @@ def templates(choice: str | Sequence[str] | Mapping[str, Sequence[str]]) -> Temp
 
         return [template("{}") for template in getattr(open_clip, FROM_OPEN_CLIP[choice])]
 
+    if isinstance(choice, str) and translated.is_known(choice):
+        return translated.templates(choice)
+
     # `{c}` is how clip_benchmark writes the place of the name.
     lines = [line.strip().replace("{c}", "{}") for line in _lines(choice) if line.strip()]
     wrong = [line for line in lines if line.count("{}") != 1]
@@ -80,7 +88,17 @@ def _lines(choice: str | Sequence[str]) -> list[str]:
 def _of_json(path: Path) -> Templates:
     """Sentences by class, or a list of templates, from a JSON file."""
     value = read_json(path)
+    if isinstance(value, Mapping) and len(value) == 1:
+        # Sentences of one class are no set of a whole: only clip_benchmark's files are so.
+        (only,) = value.values()
+        value = only if _is_templates(only) else value
     return templates(value) if isinstance(value, list) else _of_mapping(value, str(path))
+
+
+def _is_templates(value: Any) -> bool:
+    """Whether every sentence of a list has a place for the class name."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(s, str) and ("{c}" in s or "{}" in s) for s in value)
 
 
 def read_json(path: Path) -> Any:

@@ -34,7 +34,7 @@ def curve(title: str, series: Sequence[Series], level: float | None = None) -> H
     """
     drawn = _drawable(series)
     if not drawn:
-        return _empty_card(title, "no finite value")
+        return empty_card(title, "no finite value")
 
     # One scale for all runs, with some room above and below; chance is always inside.
     points = list(chain.from_iterable(one.points for one in drawn))
@@ -42,7 +42,7 @@ def curve(title: str, series: Sequence[Series], level: float | None = None) -> H
     ys = [y for _, y in points]
     if level is not None:
         ys.append(level)
-    plot = _Plot(_domain(xs, 0), _domain(ys, 0.06))
+    plot = Plot(domain(xs, 0), domain(ys, 0.06))
 
     latest = drawn[0].points[-1][1]
     drawing = tag(
@@ -71,7 +71,7 @@ def _drawable(series: Sequence[Series]) -> list[Series]:
     return drawable
 
 
-def _empty_card(title: str, reason: str) -> Html:
+def empty_card(title: str, reason: str) -> Html:
     """A card that says why there is nothing to draw."""
     return tag("figure", tag("figcaption", title), tag("p", reason, class_="note"), class_="card")
 
@@ -157,10 +157,10 @@ def bars(title: str, rows: Sequence[tuple[str, float]], total: str = "") -> Html
     is shown. `total` stands beside the title.
     """
     if not rows:
-        return _empty_card(title, "nothing to count")
+        return empty_card(title, "nothing to count")
 
     highest = max(value for _, value in rows)
-    plot = _Plot((0, len(rows)), (0, highest or 1))
+    plot = Plot((0, len(rows)), (0, highest or 1))
     floor = HEIGHT - BOTTOM
 
     # A letter is about six pixels wide, and labels need a gap.
@@ -209,7 +209,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _domain(values: Sequence[float], margin: float) -> Point:
+def domain(values: Sequence[float], margin: float) -> Point:
     """The range of the values with a margin; of one value a range around it."""
     low, high = min(values), max(values)
     room = (high - low) * margin
@@ -224,7 +224,7 @@ def _pair(values: Point) -> str:
 
 
 @dataclass(frozen=True)
-class _Plot:
+class Plot:
     """The plane of a chart: the values at its edges, and what is drawn on it."""
 
     x: Point

@@ -8,6 +8,7 @@ from itertools import chain
 from vlp.eval.report.charts import Point, Series, curve
 from vlp.eval.report.markup import Html, more, note, number, section, table, tag
 from vlp.eval.report.numbers import headline, label_and_metric, name_of, tagged
+from vlp.eval.report.planes import Trail, trails
 from vlp.eval.report.runs import NOT_SCALARS, Run
 
 FIRST = ("loss",)
@@ -45,6 +46,8 @@ GEOMETRY = (
     "separability",
     "effective_rank",
     "temperature",
+    "tolerance",
+    "mean_cosine",
 )
 
 
@@ -161,6 +164,29 @@ def score_cards(runs: list[Run], keys: list[str]) -> Html:
     return _cards(
         ((key, titles[key], [run.score(key) for run in runs]) for key in keys), runs, chance
     )
+
+
+def tolerance_trails(runs: list[Run]) -> Html | None:
+    """A card for every set on which uniformity and tolerance were logged twice or more."""
+    cards = []
+    for key in scalar_keys(chain.from_iterable(run.evals for run in runs)):
+        label, metric = label_and_metric(key)
+        if metric != "tolerance":
+            continue
+        ways = [
+            Trail(run.name, _stops(run, f"{label}.uniformity_image", key), i)
+            for i, run in enumerate(runs)
+        ]
+        if max(len(way.stops) for way in ways) > 1:
+            title = f"{label} · tolerance against uniformity"
+            cards.append(trails(title, ("uniformity", "tolerance"), ways))
+    return tag("div", cards, class_="cards") if cards else None
+
+
+def _stops(run: Run, across: str, up: str) -> list[tuple[float, float, float]]:
+    """(step, value, value) of the evaluations that logged both scores."""
+    values = dict(run.score(across))
+    return [(step, values[step], value) for step, value in run.score(up) if step in values]
 
 
 # --- cards ----------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ class Space:
     captions: list[str]
     plane: findings.Projection
     measures: dict[str, float]
+    # of pairs and of all other combinations: the share of scores in bins from −1 to 1
+    shares: tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,16 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """How queries find the right ones among candidates."""
+
+    query: Tensor  # [q, D] unit rows
+    candidates: Tensor  # [c, D] unit rows
+    right: Tensor  # [q, c] bool
+    ranks: Tensor  # [q] int64, of the best right candidate
+
+
+@dataclass(frozen=True)
 class Query:
     """One query and its best candidates, best first."""
 
@@ -104,40 +114,30 @@ def confusions(
     return sorted(by_class, key=recall_then_size)[:worst]
 
 
-def queries(
-    query: Tensor,  # [q, D] unit rows
-    candidates: Tensor,  # [c, D] unit rows
-    right: Tensor,  # [q, c] bool
-    ranks: Tensor,  # [q] int64, of the best right candidate
-    n: int,
-) -> list[Query]:
+def queries(ranking: Ranking, n: int) -> list[Query]:
     """`n` queries, failures first (the lowest ranked of all first), then hits."""
+    ranks = ranking.ranks
     order = torch.argsort(ranks, descending=True, stable=True).tolist()
-    answers = [tuple(row.nonzero()[:, 0].tolist()) for row in right]
+    answers = [tuple(row.nonzero()[:, 0].tolist()) for row in ranking.right]
     order = _one_each(order, answers)
     # The order is by rank, so both lists keep the lowest ranked first.
     failures = [i for i in order if ranks[i] > 1]
     hits = [i for i in order if ranks[i] == 1]
 
     shown = _failures_then_hits(failures, hits, n)
-    return [_answered(i, query, candidates, right, ranks) for i in shown]
+    return [_answered(i, ranking) for i in shown]
 
 
-def asked(
-    query: Tensor,  # [q, D] unit rows
-    candidates: Tensor,  # [c, D] unit rows
-    right: Tensor,  # [q, c] bool
-    ranks: Tensor,  # [q] int64, of the best right candidate
-    n: int,
-) -> list[Query]:
+def asked(ranking: Ranking, n: int) -> list[Query]:
     """`n` queries evenly spread over all, whatever they come to."""
-    places = torch.linspace(0, len(query) - 1, min(n, len(query))).round().long().unique()
-    return [_answered(i, query, candidates, right, ranks) for i in places.tolist()]
+    n_queries = len(ranking.query)
+    places = torch.linspace(0, n_queries - 1, min(n, n_queries)).round().long().unique()
+    return [_answered(i, ranking) for i in places.tolist()]
 
 
-def _answered(i: int, query: Tensor, candidates: Tensor, right: Tensor, ranks: Tensor) -> Query:
+def _answered(i: int, ranking: Ranking) -> Query:
     """Query number i with its nearest candidates."""
-    scores = query[i] @ candidates.T
+    scores, right = ranking.query[i] @ ranking.candidates.T, ranking.right
     top = scores.topk(min(TOP, len(scores)))
     best = []
     for score, place in zip(top.values.tolist(), top.indices.tolist()):
@@ -145,7 +145,7 @@ def _answered(i: int, query: Tensor, candidates: Tensor, right: Tensor, ranks: T
 
     # The right answer is shown even where it is not among the best.
     best_right = int(scores.masked_fill(~right[i], -torch.inf).argmax())
-    return Query(i, int(ranks[i]), best, (best_right, float(scores[best_right])))
+    return Query(i, int(ranking.ranks[i]), best, (best_right, float(scores[best_right])))
 
 
 def _one_each(order: list[int], answers: list[tuple[int, ...]]) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlp import checkpoint, plugin
-from vlp.eval import choices, embed, metrics, models, prompts
+from vlp.eval import choices, distributions, embed, metrics, models, prompts
 from vlp.eval.pictures import Picture, thumbnail
 from vlp.eval.report import findings
 from vlp.eval.report.evidence import Confusion, Evidence, Example, ExampleSet, Sheets, Space
@@ -37,6 +37,8 @@ MEASURES = {
     "uniformity_text": "uniformity of texts",
     "effective_rank_image": "effective rank of images",
     "effective_rank_text": "effective rank of texts",
+    "auc": "pairs above others (AUC)",
+    "score_overlap": "overlap of their scores",
 }
 
 
@@ -238,9 +240,11 @@ def _sample(items: Sequence[Any], n: int) -> list:
 
 
 def _space(name: str, captions: list[str], image: Tensor, text: Tensor) -> Space:
-    values = metrics.geometry(image, text)
+    scores = distributions.pair_scores(image, text)
+    values = metrics.geometry(image, text) | scores.values
     measures = {shown_name: values[key] for key, shown_name in MEASURES.items()}
-    return Space(name, captions, findings.projection(image, text), measures)
+    own, other = (shares.tolist() for shares in scores.shares)
+    return Space(name, captions, findings.projection(image, text), measures, (own, other))
 
 
 def _sheets(
@@ -255,9 +259,11 @@ def _sheets(
     # A caption seeks its one image; an image any of its captions.
     image_ranks, text_ranks = metrics.retrieval_ranks(image, text, owner)
     right = owner[:, None] == torch.arange(len(image))  # [captions, images]
-    by_text = findings.queries(text, image, right, text_ranks, QUERIES)
-    by_image = findings.queries(image, text, right.T, image_ranks, QUERIES)
-    asked = findings.asked(text, image, right, text_ranks, ASKED)
+    of_texts = findings.Ranking(text, image, right, text_ranks)
+    of_images = findings.Ranking(image, text, right.T, image_ranks)
+    by_text = findings.queries(of_texts, QUERIES)
+    by_image = findings.queries(of_images, QUERIES)
+    asked = findings.asked(of_texts, ASKED)
 
     # Only pictures that the page shows become thumbnails.
     shown = {query.place for query in by_image}

@@ -12,6 +12,7 @@ from vlp.eval.report.charts import scatter
 from vlp.eval.report.evidence import Confusion, Evidence, Example, Sheets
 from vlp.eval.report.findings import ClassAnswers, Query
 from vlp.eval.report.markup import Html, more, note, number, section, table, tag
+from vlp.eval.report.planes import distributions
 from vlp.eval.report.runs import Run
 
 MAX_PAIRS = 200  # in the scatter plot; more hide each other
@@ -40,12 +41,12 @@ def _geometry_over_time(runs: list[Run]) -> list[Html | None] | Html:
     if not keys or max(len(run.evals) for run in runs) < 2:
         return note(
             "Gap, uniformity and alignment over time were not logged: "
-            "add the task representation with `every` to eval."
+            "add the task representation with `every` to eval, and tolerance for that of classes."
         )
 
     main, rest = curves.headlines_first(keys)
     folded = more("more measures", curves.score_cards(runs, rest)) if rest else None
-    return [curves.score_cards(runs, main), folded]
+    return [curves.score_cards(runs, main), curves.tolerance_trails(runs), folded]
 
 
 def _plane(of_model: Evidence, key: str) -> list[Html | None]:
@@ -65,7 +66,9 @@ def _plane(of_model: Evidence, key: str) -> list[Html | None]:
     rows = [[name, number(value)] for name, value in space.measures.items()]
     measures = table(["on these pairs", "value"], rows)
     drawing = scatter(pairs, ("images", "texts"), key)
-    return [tag("div", drawing, tag("div", tag("p", text), measures), class_="beside")]
+    kinds = list(zip(("pairs", "other combinations"), space.shares))
+    scores = distributions("cosines, shares of each kind", kinds, (-1.0, 1.0))
+    return [tag("div", drawing, tag("div", tag("p", text), measures, scores), class_="beside")]
 
 
 # --- confusions -----------------------------------------------------------------------------------

@@ -5,18 +5,18 @@ beside them what makes a number checkable: intervals, chance level, counts, prot
 options, content hashes of data and model, software versions. `results.json` has the same fields
 over all its `results`, so that `clip_benchmark build` reads it as one row, and a folder with a file
 a result as one row each. Outcomes unit by unit lie in `results.items.safetensors`; with them
-`compare` pairs two models on the same images.
+`vlp.eval.report.comparison` pairs two models on the same images.
 """
 
 from __future__ import annotations
 
 import json
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vlp.eval import confidence
@@ -31,8 +31,6 @@ from vlp.schema import plain
 PACKAGES = ("vlp", "torch", "torchvision", "open_clip_torch", "transformers", "pillow")
 # the fields of its result files
 CLIP_BENCHMARK = ("dataset", "model", "pretrained", "task", "metrics", "language")
-# of the scores that have outcomes by unit
-LOWER_IS_BETTER = ("_rank", "mean_distance", "linear_separability")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -136,29 +134,18 @@ def items_path(results: Path) -> Path:
     return results.with_name(f"{results.stem}.items.safetensors")
 
 
-def open_results(path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Records and outcomes of a results file, or of a folder with results.json or a file a
-    result.
+Opened = tuple[dict[str, Any], dict[str, Tensor]]  # a record, and its outcomes by score
+
+
+def open_results(path: str) -> list[Opened]:
+    """The records of a results file, or of a folder with results.json or a file a result, each with
+    its outcomes.
     """
     file = Path(path)
-    if file.is_dir() and not (file / "results.json").exists():
-        files = sorted(file.glob("*.json"))
-        if files:
-            return _open_each(files)
-    if file.is_dir():
-        file = file / "results.json"
-    return _open(file)
-
-
-def _open_each(files: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Records and outcomes of several files together."""
-    records: list[dict[str, Any]] = []
-    items: dict[str, Tensor] = {}
-    for file in files:
-        records_of_file, items_of_file = _open(file)
-        records += records_of_file
-        items |= items_of_file
-    return records, items
+    files = [file / "results.json" if file.is_dir() else file]
+    if file.is_dir() and not files[0].exists():
+        files = sorted(file.glob("*.json")) or files
+    return list(chain.from_iterable(map(_open, files)))
 
 
 def records_in(content: Any) -> Any:
@@ -170,7 +157,7 @@ def records_in(content: Any) -> Any:
     return [content] if _is_record(content) else content
 
 
-def _open(file: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def _open(file: Path) -> list[Opened]:
     """Records and outcomes of one file; a DataError says what is there instead."""
     try:
         records = records_in(json.loads(file.read_text(encoding="utf-8")))
@@ -186,12 +173,28 @@ def _open(file: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
             "expected a list of records with label and metrics"
         )
 
-    # Without outcomes scores are still shown, only not paired.
-    items = {}
-    if items_path(file).exists():
-        with safe_open(items_path(file), framework="pt") as tensors:
-            items = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    return records, items
+    # By record: those of several files may bear one label.
+    items = _outcomes(items_path(file))
+    opened = []
+    for record in records:
+        keys = {name: f"{record['label']}/{name}" for name in record["metrics"]}
+        opened.append((record, {name: items[key] for name, key in keys.items() if key in items}))
+    return opened
+
+
+def _outcomes(path: Path) -> dict[str, Tensor]:
+    """The outcomes of a file, [U, 2] by "label/score"; none where it is absent: nothing is paired
+    then.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors' own kinds, and the system's
+        raise DataError(
+            f"{path} is damaged ({error}); evaluate again, or remove it: scores are then compared "
+            "without intervals"
+        ) from None
 
 
 def _is_record(value: Any) -> bool:
@@ -251,74 +254,3 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-# --- two models -----------------------------------------------------------------------------------
-
-
-def compare(first: str, second: str) -> str:
-    """A table of A − B for every score that both results hold on the same data, by the paired
-    bootstrap.
-
-    Records of other data, protocol versions or options are listed as not comparable; DataError if
-    nothing is left.
-    """
-    (records_a, items_a), (records_b, items_b) = open_results(first), open_results(second)
-    rows: list[tuple[str, ...]] = [("task", "data", "score", "A", "B", "A − B", "verdict")]
-    refused = []
-    for a in records_a:
-        # Data, protocol and labels must agree: a difference of scores is then one of the models.
-        b = next((record for record in records_b if _same_task(a, record)), None)
-        reason = "only in A" if b is None else _why_not(a, b)
-        if b is None or reason:
-            refused.append(f"{a['label']} on {a['dataset']}: {reason}")
-            continue
-
-        for name, value in a["metrics"].items():
-            if name not in b["metrics"]:
-                continue
-            key = f"{a['label']}/{name}"
-            pair = None
-            if key in items_a and key in items_b:
-                pair = (items_a[key], items_b[key])
-            difference = _difference(name, value, b["metrics"][name], pair)
-            rows.append((a["label"], a["dataset"], name, *difference))
-
-    if len(rows) == 1:
-        raise DataError("nothing to compare: " + ("; ".join(refused) or "no record in A"))
-    lines = [
-        f"A = {first} ({records_a[0]['model']})",
-        f"B = {second} ({records_b[0]['model']})",
-        aligned(rows),
-    ]
-    return "\n".join(lines + [f"not comparable: {line}" for line in refused])
-
-
-def _same_task(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a["label"] == b["label"] and a["dataset"] == b["dataset"]
-
-
-def _why_not(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Why two records cannot be compared; "" if they can."""
-    if a["data_sha256"] != b["data_sha256"]:
-        return "the data differ (content hashes)"
-    version_a, version_b = a["protocol"]["version"], b["protocol"]["version"]
-    if version_a != version_b:
-        return f"protocol versions differ ({version_a} and {version_b}); evaluate again"
-    return ""
-
-
-def _difference(
-    name: str, a: float, b: float, pair: tuple[Tensor, Tensor] | None
-) -> tuple[str, str, str, str]:
-    """(A, B, A − B, verdict) of one score. `pair`: outcomes [U, 2] of both, or None."""
-    if pair is None:
-        return f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}", "no interval: no outcomes by unit"
-
-    difference, low, high = confidence.paired_difference(*pair)
-    lower_is_better = any(part in name for part in LOWER_IS_BETTER)
-    better = "B better" if (difference > 0) == lower_is_better else "A better"
-
-    # The interval of the difference decides, not whether the two intervals overlap.
-    verdict = better if low > 0 or high < 0 else "no difference shown"
-    return f"{a:.4f}", f"{b:.4f}", f"{difference:+.4f} ± {(high - low) / 2:.4f}", verdict

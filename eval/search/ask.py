@@ -166,34 +166,44 @@ def _index(opened: Library) -> Any:
 
 def _read_index(opened: Library) -> Any:
     """The inverted file of `_index`, from the disk or new."""
-    import numpy as np
-
-    from vlp import log
+    from vlp import locks, log
     from vlp.eval.search import nearest
 
     try:
-        faiss = nearest.import_faiss()
-    except ValueError as error:
+        nearest.import_faiss()
+        # Under the name of what it holds, so that a library that has grown gets another.
+        path = opened.folder / f"{opened.digest()}.faiss"
+        index = nearest.read_index(path)
+        if index is None:
+            with locks.held(opened.folder, advice="The next call finds what it makes."):
+                # Another call may have built it meanwhile.
+                index = nearest.read_index(path) or _built(opened, path)
+    except (ValueError, locks.InUse) as error:
         log.say(f"searching exactly, which takes long: {error}")
         return None
+    return index
 
-    # Under the name of what it holds, so that a library that has grown gets another.
-    path = opened.folder / f"{opened.digest()}.faiss"
-    if not path.exists():
-        n_cells = round(4 * len(opened.pictures) ** 0.5)
-        share = min(1.0, nearest.FITTED * n_cells / len(opened.pictures))
-        rng = np.random.default_rng(0)
-        fitted_to = [
-            rows[rows.any(1) & (rng.random(len(rows)) < share)] for _, rows in opened.blocks()
-        ]
-        index = nearest.inverted_file(np.concatenate(fitted_to).astype(np.float32), n_cells)
-        nearest.write_index(index, opened.blocks(), path)
 
-        # Whoever reads an older one has it open.
-        for stale in opened.folder.glob("*.faiss"):
-            if stale != path:
-                stale.unlink(missing_ok=True)
-    return faiss.read_index(str(path))
+def _built(opened: Library, path: Path) -> Any:
+    """A new inverted file in place of older ones. The library's lock is held."""
+    import numpy as np
+
+    from vlp.eval.search import nearest
+    from vlp.files import remove_leftovers
+
+    remove_leftovers(opened.folder)
+    n_cells = round(4 * len(opened.pictures) ** 0.5)
+    share = min(1.0, nearest.FITTED * n_cells / len(opened.pictures))
+    rng = np.random.default_rng(0)
+    fitted_to = [rows[rows.any(1) & (rng.random(len(rows)) < share)] for _, rows in opened.blocks()]
+    index = nearest.inverted_file(np.concatenate(fitted_to).astype(np.float32), n_cells)
+    nearest.write_index(index, opened.blocks(), path)
+
+    # Whoever reads an older one has it open.
+    for stale in opened.folder.glob("*.faiss"):
+        if stale != path:
+            stale.unlink(missing_ok=True)
+    return nearest.read_index(path)
 
 
 _indices: WeakKeyDictionary[Library, Any] = WeakKeyDictionary()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
-from vlp.files import sync
+from vlp import log
+from vlp.files import replacing
 
 EXACT_UP_TO = 1_000_000  # rows, where the method is left open
 LISTS_SEARCHED = 16  # of an inverted file: cells whose rows are compared with a query
@@ -73,7 +72,7 @@ def graph(width: int, top: int) -> Any:
 
 
 def write_index(index: Any, blocks: Blocks, path: Path) -> None:
-    """Fill an empty index with all rows and write it, whole or not at all."""
+    """Fill an empty index with all rows and write it, whole or not at all; raises ValueError."""
     faiss = import_faiss()
 
     # Under the rows' own numbers; rows of zeros get no place, or they would be found at score 0.
@@ -83,10 +82,23 @@ def write_index(index: Any, blocks: Blocks, path: Path) -> None:
         has_row = whole.any(1)
         numbered.add_with_ids(whole[has_row], first + np.flatnonzero(has_row))
 
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
-    faiss.write_index(numbered, str(temporary))
-    sync(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        try:
+            faiss.write_index(numbered, str(temporary))
+        except RuntimeError as error:  # FAISS's one kind, such as for a full disk
+            raise ValueError(f"{path} cannot be written: {str(error)[:200]}") from None
+
+
+def read_index(path: Path) -> Any:
+    """The index of a file; None where there is none, or one that is damaged, which is said."""
+    if not path.exists():
+        return None
+    try:
+        return import_faiss().read_index(str(path))
+    except RuntimeError as error:  # FAISS's one kind, also of a file that goes meanwhile
+        if path.exists():
+            log.warn(f"{path} is damaged ({str(error)[:200]}); it is built again")
+        return None
 
 
 def import_faiss() -> Any:

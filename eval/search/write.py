@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlp import locks
 from vlp.eval.search import options as shared
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ PHOTOS: a folder, a tar, a pattern of tars, a picture; several joined by ::. Pic
 once and kept as those of `vlp search`. For training, `vlp data embed` writes a file a shard.
 """
 _TEXTS = 1024  # texts of a block
+_ADVICE = "Wait until it is done, or write to another file with --to."
 
 Block = tuple[list[str], "np.ndarray"]  # names and rows [n, D] float32
 
@@ -55,6 +56,13 @@ def run(options: argparse.Namespace) -> int:
     if (options.photos is None) == (options.texts is None):
         raise ValueError("expected either PHOTOS or --texts FILE; give one of them")
 
+    # Two files for .npy: of two writers one's rows could meet the other's names.
+    with locks.held(target, advice=_ADVICE, beside=True):
+        return _write(options, target)
+
+
+def _write(options: argparse.Namespace, target: Path) -> int:
+    """Embed what is asked for, and write it."""
     if options.texts is not None:
         texts = _lines(Path(options.texts))
         encoder = shared.encoder(options)
@@ -122,10 +130,9 @@ def _write_npy(target: Path, blocks: Iterable[Block], n: int, width: int) -> Non
     """Both files, a block at a time; the rows get their name last."""
     import numpy as np
 
-    from vlp.files import sync, write_atomically
+    from vlp.files import replacing, write_atomically
 
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
+    with replacing(target) as temporary:
         rows = np.lib.format.open_memmap(temporary, "w+", np.float32, (n, width))
         lines, first = [], 0
         for names, block in blocks:
@@ -133,13 +140,9 @@ def _write_npy(target: Path, blocks: Iterable[Block], n: int, width: int) -> Non
             first += len(block)
             lines += [json.dumps(name, ensure_ascii=False) for name in names]
         rows.flush()
-        sync(temporary)
 
         text = "\n".join(lines) + "\n"
         write_atomically(target.with_suffix(".names.jsonl"), text.encode(errors="replace"))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_parquet(target: Path, blocks: Iterable[Block], n: int, width: int) -> None:
@@ -147,18 +150,12 @@ def _write_parquet(target: Path, blocks: Iterable[Block], n: int, width: int) ->
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    from vlp.files import sync
+    from vlp.files import replacing
 
     schema = pa.schema([("name", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with parquet.ParquetWriter(temporary, schema) as writer:
-            for names, block in blocks:
-                flat = pa.array(block.reshape(-1))
-                lists = pa.FixedSizeListArray.from_arrays(flat, width)
-                printable = [name.encode(errors="replace").decode() for name in names]
-                writer.write_table(pa.table([pa.array(printable), lists], schema=schema))
-        sync(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for names, block in blocks:
+            flat = pa.array(block.reshape(-1))
+            lists = pa.FixedSizeListArray.from_arrays(flat, width)
+            printable = [name.encode(errors="replace").decode() for name in names]
+            writer.write_table(pa.table([pa.array(printable), lists], schema=schema))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlp.eval.suites.places import Located
+    from vlp.eval.suites.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Asked:
 
     suite: Suite
     located: Located
+    lists_absent: bool = True  # not where sets are taken as they are found
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,7 @@ def asked_for(options: argparse.Namespace) -> Asked | None:
     # Where the page cannot be written, hours of work would have nowhere to go.
     if options.html:
         Path(options.html).parent.mkdir(parents=True, exist_ok=True)
-    return Asked(suite, located)
+    return Asked(suite, located, options.suite != ALL_LOCAL)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -113,6 +115,24 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--html shows one model's results; leave it out, or give MODEL")
 
 
+def summary_of(asked: Asked, records: list[dict[str, Any]], items: dict[str, Tensor]) -> Summary:
+    """What a model's results on the sets come to. items: "label/score" -> [U, 2]."""
+    from vlp.eval.suites.summary import summarise
+
+    return summarise(asked.suite.title, asked.suite.source, asked.located, records, items)
+
+
+def notes(asked: Asked | None, records: list[dict[str, Any]]) -> list[str]:
+    """What makes results not comparable, line by line: of a suite also the sets that are absent."""
+    from vlp.eval.report.records import not_comparable
+    from vlp.eval.suites.places import list_absent
+
+    lines = not_comparable(records)
+    if asked is not None and asked.located.absent and asked.lists_absent:
+        lines.append(f"absent:\n{list_absent(asked.located.absent)}")
+    return lines
+
+
 def tell(
     asked: Asked,
     records: list[dict[str, Any]],
@@ -120,17 +140,13 @@ def tell(
     options: argparse.Namespace,
 ) -> None:
     """Print the table, and write the results and the page that are asked for."""
-    from vlp.eval.report.records import not_comparable, put
+    from vlp.eval.report.records import put
     from vlp.eval.suites.page import page
-    from vlp.eval.suites.places import list_absent
-    from vlp.eval.suites.summary import summarise, table
+    from vlp.eval.suites.summary import table
     from vlp.files import write_atomically
 
-    summary = summarise(asked.suite.title, asked.suite.source, asked.located, records, items)
-    lines = [table(summary), *not_comparable(records)]
-    if asked.located.absent and options.suite != ALL_LOCAL:
-        lines.append(f"absent:\n{list_absent(asked.located.absent)}")
-    print("\n".join(lines))
+    summary = summary_of(asked, records, items)
+    print("\n".join([table(summary), *notes(asked, records)]))
 
     if options.out:
         put(options.out, records, items, summary.plain())

@@ -137,7 +137,12 @@ def average_line(summary: Summary) -> str:
     """The average, and what it is over."""
     if summary.average is None:
         return f"{summary.title}: no average, as no set has its main score"
-    line = f"{summary.title}: average {summary.average:.4f} over {len(summary.values)}"
-    if len(summary.values) < summary.n_sets:
-        return f"{line} of {summary.n_sets} sets, NOT COMPARABLE with averages over all"
-    return f"{line} sets"
+    return f"{summary.title}: average {summary.average:.4f} {coverage(summary)}"
+
+
+def coverage(summary: Summary) -> str:
+    """Over how many of its sets a suite's average is."""
+    n_scored = len(summary.values)
+    if n_scored < summary.n_sets:
+        return f"over {n_scored} of {summary.n_sets} sets, NOT COMPARABLE with averages over all"
+    return f"over {n_scored} sets"

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vlp.data.tables import TableOptions
 from vlp.eval import choices, embed, metrics
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, shared, zeroshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TableOptions):
+    """Which labelled set, and its splits."""
+
+    data: str  # as for zeroshot, with all splits
+    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
+    split: str = "test"  # whose images are classified
+    train_split: str = "train"  # from whose images is learnt
+    missing: Literal["error", "skip"] = "error"  # annotations without their image
 
 
 @dataclass
@@ -24,28 +37,37 @@ class Splits:
     test: zeroshot.Data
 
 
-def read(options: Any) -> Splits:
-    """Open both, as the options of a probe say; their classes must be the same."""
-    train, test = one(options, options.train_split), one(options, options.split)
-    names = f"splits {options.train_split!r} and {options.split!r} of {options.data}"
+def read(options: Options) -> Splits:
+    """Open both, as the options of a probe say."""
+    test = one(options, options.split)
+    return Splits(one(options, options.train_split, {options.split: test}), test)
 
-    # A class's number must mean the same in both.
-    if train.classes != test.classes:
-        in_one_only = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"{names} have different classes: {', '.join(in_one_only[:5])}")
-    if train.labels.ndim == 2:
+
+def one(
+    options: Options, split: str, others: Mapping[str, zeroshot.Data] | None = None
+) -> zeroshot.Data:
+    """One split as zero-shot classification reads it; a DataError where it does not go with the
+    others: each has the same classes and pictures of its own.
+    """
+    data = zeroshot.read(shared(zeroshot.Options, options, split=split, partial=True))
+    if data.labels.ndim == 2:
         raise DataError(f"{options.data} has several labels an image; probes need one")
 
-    # A picture in both splits would be its own nearest neighbour.
-    train_pictures = {record.picture for record in train.source.records}
-    if any(record.picture in train_pictures for record in test.source.records):
-        raise DataError(f"{names} share pictures; give separate splits")
-    return Splits(train, test)
-
-
-def one(options: Any, split: str) -> zeroshot.Data:
-    """One split as zero-shot classification reads it."""
-    return zeroshot.read(shared(zeroshot.Options, options, split=split, partial=True))
+    pictures = {record.picture for record in data.source.records}
+    for name, other in (others or {}).items():
+        names = f"splits {split!r} and {name!r} of {options.data}"
+        # A class's number must mean the same in both.
+        if data.classes != other.classes:
+            in_one_only = sorted(set(data.classes) ^ set(other.classes))
+            differing = ", ".join(in_one_only[:5]) or "in another order"
+            raise DataError(f"{names} have different classes: {differing}")
+        # A picture in both splits would be its own nearest neighbour.
+        common = [r.picture.name for r in other.source.records if r.picture in pictures]
+        if common:
+            raise DataError(
+                f"{names} share pictures ({len(common)}, e.g. {common[0]}); give separate splits"
+            )
+    return data
 
 
 def embedded(encoder: Encoder, data: zeroshot.Data, context: Context) -> Tensor:
@@ -53,8 +75,11 @@ def embedded(encoder: Encoder, data: zeroshot.Data, context: Context) -> Tensor:
     return embed.images(encoder, [record.picture for record in data.source.records], context)
 
 
-def result(ranks: Tensor, data: Splits, context: Context, *settings: Any) -> TaskResult:
-    """Accuracies from the ranks of the right classes."""
+def result(ranks: Tensor, data: Splits, context: Context, *annotations: Any) -> TaskResult:
+    """Accuracies from the ranks of the right classes.
+
+    annotations: what else of the data decides about the scores, for their hash.
+    """
     n_classes = len(data.test.classes)
     weights = metrics.per_class_weights(data.test.labels)
     first = (ranks == 1).double()
@@ -80,5 +105,5 @@ def result(ranks: Tensor, data: Splits, context: Context, *settings: Any) -> Tas
             "classes": n_classes,
             "skipped": sum(len(source.skipped) for source in sources),
         },
-        digest=context.digest(pictures, *labels, settings),
+        digest=context.digest(pictures, *labels, annotations),
     )

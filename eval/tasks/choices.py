@@ -1,8 +1,8 @@
 """Any choices between pictures and texts, from a table that anybody can write.
 
-A row of the table (.jsonl, .csv, .parquet, …) is an item:
+A row of the table (.jsonl, .csv, .parquet, …), or the JSON of a sample of shards, is an item:
 
-    image, or images, or image_1, image_2, …   names of its pictures
+    image, or images, or image_1, image_2, …   its pictures, by name or inside (parquet, shards)
     texts, or text_1, text_2, …                its texts
     right    which texts are right: a number for a single picture, from 0 (left out: 0); a list of
              numbers if several are; for several pictures a list for each (left out: the first text
@@ -10,8 +10,9 @@ A row of the table (.jsonl, .csv, .parquet, …) is an item:
     group    what it tests; left out: nothing
 
 Reported are `acc`, of several pictures also `text_acc` (each picture chooses its texts) and
-`image_acc` (each text its pictures), and the accuracy of every group and their mean. Ties are
-wrong; chance is computed from the shape of every item (vlp.eval.grids).
+`image_acc` (each text its pictures), and the accuracy of every group and their mean; a group that
+is called as one of these scores, or not at all, is reported as `group:NAME`. Ties are wrong; chance
+is computed from the shape of every item (vlp.eval.grids), and averaged as its score is.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlp.eval import choices, grids
-from vlp.eval.datasets.tables import beside, read_rows
+from vlp.eval.datasets import annotated
+from vlp.eval.datasets.annotated import Wanted
 from vlp.eval.embed import Context
 from vlp.eval.grids import Grid, GridSet, Right
 from vlp.eval.models import Encoder
-from vlp.eval.pictures import Collection, DataError, refuse_missing
+from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 let groups called mean or acc write over those scores
 KNOWN_AS = "image_caption_selection"
 MAIN = "acc"
 
@@ -39,7 +41,7 @@ MAIN = "acc"
 class Options(choices.Options):
     """Where the table and the images are, and how several right ones count."""
 
-    data: str  # a table of any kind
+    data: str  # a table of any kind, or parquet files or shards with the pictures inside
     # of several right texts: every one must be above every wrong one, or one of them
     right: Literal["all", "any"] = "all"
 
@@ -47,32 +49,28 @@ class Options(choices.Options):
 def read(options: Options) -> GridSet:
     """The items whose pictures are all there."""
     path = Path(options.data)
-    if not path.is_file():
-        raise DataError(f"no table at {path}; expected a file such as choices.jsonl")
-
-    collection = Collection(options.images or beside(path))
-    rows = read_rows(path)
-    grids_of_rows, absent = [], []
-    for number, row in enumerate(rows, 1):
+    source = annotated.read(path, missing=options.missing)
+    wanted = Wanted(options.images or source.beside)
+    grids_of_rows = []
+    for number, row in enumerate(source.rows, 1):
         place = f"{path}, item {number}"
-        names = _listed(row, "image", "images", place)
-        texts = _listed(row, "text", "texts", place)
-        right = _right(row.get("right"), len(names), len(texts), place)
+        cells = _listed(row, "image", "images", place)
+        # A table may have read a text such as "12" as a number.
+        texts = tuple(str(text) for text in _listed(row, "text", "texts", place))
+        right = _right(row.get("right"), len(cells), len(texts), place)
 
-        pictures = [collection.find(name) for name in names]
-        absent += [name for name, picture in zip(names, pictures) if picture is None]
-        present = [picture for picture in pictures if picture is not None]
-        if len(present) == len(names):
+        sought = [wanted.find(cell) for cell in cells]
+        present = tuple(picture for picture in sought if picture is not None)
+        if len(present) == len(cells):
             group = "" if row.get("group") is None else str(row["group"])
-            grids_of_rows.append(Grid(tuple(present), tuple(texts), right, group))
+            grids_of_rows.append(Grid(present, texts, right, group))
 
-    n_named = len(absent) + sum(len(grid.pictures) for grid in grids_of_rows)
-    refuse_missing(absent, n_named, collection, options.missing)
-    return GridSet(grids_of_rows, absent, path.stem)
+    wanted.refuse_missing(options.missing)
+    return GridSet(grids_of_rows, source.skipped + wanted.absent, path.stem)
 
 
-def _listed(row: dict[str, Any], one: str, several: str, place: str) -> list[str]:
-    """The values of `several` (a list), of one_1, one_2, …, or of `one`, as texts."""
+def _listed(row: dict[str, Any], one: str, several: str, place: str) -> list[Any]:
+    """The values of `several` (a list), of one_1, one_2, …, or of `one`."""
     values: Any = row.get(several)
     if isinstance(values, str):
         values = _json(values, several, place)
@@ -82,13 +80,14 @@ def _listed(row: dict[str, Any], one: str, several: str, place: str) -> list[str
     if not values and row.get(one) is not None:
         values = [row[one]]
 
-    if not isinstance(values, list) or not values:
+    # A text that is no text would be read as "None" or "['a']".
+    is_listed = isinstance(values, list) and len(values) > 0
+    if not is_listed or any(value is None or isinstance(value, list) for value in values):
         raise DataError(
             f"{place}: found {', '.join(row)}, expected {several} (a list), {one}_1, {one}_2, … or "
             f"{one}"
         )
-    # A table may have read a name or a text such as "12" as a number.
-    return [str(value) for value in values]
+    return values
 
 
 def _right(value: Any, n_pictures: int, n_texts: int, place: str) -> Right:

@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.data.tables import TableOptions
 from vlp.eval import probes
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
@@ -32,13 +31,9 @@ MAIN = "lp_acc1"
 
 
 @dataclass(frozen=True)
-class Options(TableOptions):
+class Options(_labelled.Options):
     """Which labelled set, and how the layer is fitted."""
 
-    data: str  # as for zeroshot, with all splits
-    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"  # whose images are classified
-    train_split: str = "train"  # on which the layer is fitted
     val_split: str | None = None  # by which the decay is chosen
     val_proportion: float | None = None  # instead, this share of the training images
     shots: int | None = None  # training images a class; None: all
@@ -48,7 +43,6 @@ class Options(TableOptions):
     learning_rate: float = 0.1  # at the start
     batch: int = 64  # images a step
     seed: int = 0  # of the layer's start and of the order of images
-    missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
         if self.val_split is not None and self.val_proportion is not None:
@@ -65,20 +59,18 @@ class Data:
 
     splits: _labelled.Splits
     validation: zeroshot.Data | None
+    fitted: Tensor  # [n] places of the training images that the layer is fitted to, in their order
+    held_out: Tensor  # [h] places of those by which the decay is chosen
 
 
 def read(options: Options) -> Data:
-    """All splits, with the same classes."""
+    """All splits, and which training images are for what: that depends on labels and seed alone."""
     splits = _labelled.read(options)
-    if options.val_split is None:
-        return Data(splits, None)
-
-    validation = _labelled.one(options, options.val_split)
-    if validation.classes != splits.test.classes:
-        raise DataError(
-            f"split {options.val_split!r} of {options.data} has other classes than the others"
-        )
-    return Data(splits, validation)
+    validation = None
+    if options.val_split is not None:
+        others = {options.train_split: splits.train, options.split: splits.test}
+        validation = _labelled.one(options, options.val_split, others)
+    return Data(splits, validation, *_divided(splits.train, options))
 
 
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
@@ -86,11 +78,14 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     if options.features == "unprojected":
         encoder = unprojected(encoder)
     splits = data.splits
-    features = _labelled.embedded(encoder, splits.train, context)
-    train, validation = _divided(features, splits.train.labels, options)
+    features, labels = _labelled.embedded(encoder, splits.train, context), splits.train.labels
+    train = (features[data.fitted], labels[data.fitted])
+    validation = None
     if data.validation is not None:
         rows = _labelled.embedded(encoder, data.validation, context)
         validation = (rows, data.validation.labels)
+    elif len(data.held_out):
+        validation = (features[data.held_out], labels[data.held_out])
 
     weight, bias, decay = _fitted(train, validation, options)
     # A class without training images has no row of the layer, and is never the answer.
@@ -100,7 +95,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     ranks = probes.ranks(
         _labelled.embedded(encoder, splits.test, context), splits.test.labels, weight, bias
     )
-    result = _labelled.result(ranks, splits, context, options.features, options.shots)
+    result = _labelled.result(ranks, splits, context, *_annotated(data.validation, context))
     result.items = {f"lp_{name}": items for name, items in result.items.items()}
     result.chance = {f"lp_{name}": chance for name, chance in result.chance.items()}
     result.values["weight_decay"] = decay
@@ -110,28 +105,44 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
 Rows = tuple[Tensor, Tensor]  # features [n, D] and labels [n]
 
 
-def _divided(features: Tensor, labels: Tensor, options: Options) -> tuple[Rows, Rows | None]:
-    """The training rows in a drawn order, `shots` of each class, and the share for validation."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(options.seed))
-    held_out = None
+def _annotated(validation: zeroshot.Data | None, context: Context) -> list[str]:
+    """The hash of the images that choose the decay, where they are a split of their own."""
+    if validation is None:
+        return []
+    pictures = [record.picture for record in validation.source.records]
+    return [context.digest(pictures, validation.labels.tolist())]
+
+
+def _divided(train: zeroshot.Data, options: Options) -> tuple[Tensor, Tensor]:
+    """Places of the training images to fit to, in a drawn order and `shots` of each class, and of
+    the share for validation.
+    """
+    n = len(train.labels)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed))
+    n_held_out = 0
     if options.val_proportion is not None:
-        n_held_out = round(options.val_proportion * len(order))
-        places, order = order[:n_held_out], order[n_held_out:]
-        held_out = (features[places], labels[places])
+        n_held_out = round(options.val_proportion * n)
+        if not 0 < n_held_out < n:
+            raise DataError(
+                f"val_proportion={options.val_proportion} of {n} training images is {n_held_out}; "
+                f"expected at least one of them, and one to fit to"
+            )
 
+    held_out, order = order[:n_held_out], order[n_held_out:]
     if options.shots is not None:
-        order = _first_of_each(order, labels, options.shots)
-    return (features[order], labels[order]), held_out
+        order = _first_of_each(order, train, options.shots)
+    return order, held_out
 
 
-def _first_of_each(order: Tensor, labels: Tensor, shots: int) -> Tensor:
+def _first_of_each(order: Tensor, train: zeroshot.Data, shots: int) -> Tensor:
     """The first `shots` of each class in this order; a DataError for a class with fewer."""
     kept = []
-    for number in labels.unique():
-        of_class = order[labels[order] == number]
+    for number in train.labels.unique():
+        of_class = order[train.labels[order] == number]
         if len(of_class) < shots:
             raise DataError(
-                f"class {int(number)} has {len(of_class)} training images, fewer than shots={shots}"
+                f"class {train.classes[int(number)]!r} has {len(of_class)} training images, fewer "
+                f"than shots={shots}; ask for fewer"
             )
         kept.append(of_class[:shots])
     chosen = torch.cat(kept)

@@ -35,8 +35,7 @@ def read(options: Options) -> GridSet:
     """The pairs whose two pictures are there."""
     path = Path(options.data)
     rows = []
-    value = choices.read_json(path)
-    for number, entry in enumerate(value if isinstance(value, list) else [value]):
+    for number, entry in enumerate(choices.read_list(path)):
         if not isinstance(entry, list) or len(entry) != 4 or not all(map(_is_text, entry)):
             raise DataError(
                 f"{path}: item {number} is {str(entry)[:60]!r}, expected [image 1, caption 1, "

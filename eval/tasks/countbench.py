@@ -2,9 +2,9 @@
 
 For each picture its caption is said with each of the nine numbers in place of its own; the true one
 must score strictly highest. Reported: accuracy, and the mean distance between the number chosen and
-the true one. Reads a Hugging Face parquet folder (`image, text, number`), or a table of rows with
-`text, number` and the image's name in `image` (the published CountBench.json has only `image_url`:
-fetch the pictures and add their names).
+the true one. Rows have `text, number` and the picture in `image`, inside or by its name: the hub's
+parquet files, a table, or shards (vlp.eval.datasets.annotated). The published CountBench.json has
+only `image_url`: fetch the pictures and add their names.
 """
 
 from __future__ import annotations
@@ -15,102 +15,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vlp.eval import choices, metrics
-from vlp.eval.datasets.tables import beside, read_rows
+from vlp.eval import choices, grids
+from vlp.eval.datasets import annotated
 from vlp.eval.embed import Context
+from vlp.eval.grids import Grid, GridSet
 from vlp.eval.models import Encoder
-from vlp.eval.pictures import DataError, Picture
+from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 tied what a nearly collapsed model tells apart
 KNOWN_AS = "countbench"
 MAIN = "acc"
 SCORES = ("acc", "mean_distance")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 KEYS = ("image", "text", "number")
-RowsWithPictures = list[tuple[dict[str, Any], Picture]]
 
 
 @dataclass(frozen=True)
 class Options(choices.Options):
     """Where the benchmark is."""
 
-    data: str  # folder of parquet files, or a table (.json, .jsonl, .csv, …)
+    data: str  # folder of parquet files or shards, or a table (.json, .jsonl, .csv, …)
 
 
-@dataclass
-class Data:
-    """Pictures, each with its nine captions and its number (2 … 10)."""
-
-    pictures: list[Picture]
-    captions: list[list[str]]
-    numbers: list[int]
-    skipped: list[str]
-
-
-def read(options: Options) -> Data:
-    """Pictures with their captions in all nine numbers."""
+def read(options: Options) -> GridSet:
+    """Each picture with its caption in all nine numbers, the true one by its place."""
     path = Path(options.data)
-    if path.is_dir():
-        rows, absent = _parquet(path), list[str]()
-    else:
-        rows, absent = _table(path, options)
+    source = annotated.read(path, ("image", "text"), options.missing)
+    choices.need_keys(source.rows, KEYS, path)
 
-    wrong = [row["text"] for row, _ in rows if not _says_its_number(row)]
+    wrong = [row["text"] for row in source.rows if not _says_its_number(row)]
     if wrong:
         raise DataError(
             f"{path}: {len(wrong)} captions do not say their number as a word, e.g. {wrong[0]!r}"
         )
 
-    # Each caption in all nine numbers.
-    captions = []
-    for row, _ in rows:
-        captions.append([say(row["text"], row["number"], other) for other in range(2, 11)])
-
-    pictures = [picture for _, picture in rows]
-    numbers = [row["number"] for row, _ in rows]
-    return Data(pictures, captions, numbers, absent)
-
-
-def _table(path: Path, options: Options) -> tuple[RowsWithPictures, list[str]]:
-    """The rows of a table whose pictures are there, and the names of the absent."""
-    rows = read_rows(path, ("image", "text"))
-    choices.need_keys(rows, KEYS, path)
-    images = options.images or beside(path)
-    kept_rows, absent = choices.with_pictures(rows, ["image"], images, options.missing)
-    return [(row, picture) for row, (picture,) in kept_rows], absent
-
-
-def _parquet(folder: Path) -> RowsWithPictures:
-    """The rows of the hub's files, each with its picture."""
-    import pyarrow.parquet as parquet
-
-    rows: list[dict[str, Any]] = []
-    for file in sorted(folder.rglob("*.parquet")):
-        rows += [row | {"file": str(file)} for row in parquet.read_table(file).to_pylist()]
-    if not rows:
-        raise DataError(f"no .parquet file under {folder}")
-
-    choices.need_keys(rows, KEYS, folder)
-
-    # Rows without their picture would shrink the benchmark unnoticed.
-    present = [row for row in rows if row["image"] and row["image"]["bytes"]]
-    if len(present) < len(rows):
-        raise DataError(
-            f"{len(rows) - len(present)} of {len(rows)} rows under {folder} hold no image bytes; "
-            "fetch the full set"
-        )
-    return [
-        (row, Picture(f"{row['file']}:{i}", data=row["image"]["bytes"]))
-        for i, row in enumerate(rows)
-    ]
+    images = options.images or source.beside
+    kept_rows, absent = choices.with_pictures(source.rows, ["image"], images, options.missing)
+    grids_of_rows = []
+    for row, (picture,) in kept_rows:
+        number = int(row["number"])
+        captions = tuple(say(row["text"], number, other) for other in range(2, 11))
+        grids_of_rows.append(Grid((picture,), captions, ((number - 2,),)))
+    return GridSet(grids_of_rows, source.skipped + absent, "countbench")
 
 
 def _says_its_number(row: dict[str, Any]) -> bool:
     """Whether a caption holds the word of its number, from two to ten."""
     in_range = row["number"] in range(2, 11)
-    return in_range and bool(_pattern(row["number"]).search(row["text"]))
+    return in_range and bool(_pattern(int(row["number"])).search(str(row["text"])))
 
 
 def _pattern(number: int) -> re.Pattern[str]:
@@ -131,26 +86,32 @@ def say(caption: str, number: int, other: int) -> str:
     return _pattern(number).sub(in_its_case, caption)
 
 
-def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
+def run(encoder: Encoder, data: GridSet, options: Options, context: Context) -> TaskResult:
     """Accuracy, and how far the number chosen lies from the true one."""
-    cosines = choices.cosines(encoder, data.pictures, data.captions, context)
-    scores = torch.stack(cosines)  # [n, 9]
-    true_numbers = torch.tensor(data.numbers)
-    true_places = true_numbers[:, None] - 2
+    cosines = grids.cosines(encoder, data.grids, context)
+    hits = grids.hits(cosines, data.grids, "all")["acc"]
+    distance = _distance(torch.cat(cosines), data, hits)
 
-    # The true number stands at its own place among the nine, so every other one is a rival.
-    true_scores = scores.gather(1, true_places)
-    is_rival = torch.ones_like(scores, dtype=torch.bool).scatter_(1, true_places, False)
-    tie = metrics.tie_of_groups(cosines)
-    hits = (metrics.strictly_above(true_scores, scores, tie) | ~is_rival).all(1)
-
-    # A tie is no hit, so the number chosen is the best of the others and not the argmax of all.
-    best_rivals = scores.masked_fill(~is_rival, -torch.inf).argmax(1) + 2
-    distance = torch.where(hits, 0, (best_rivals - true_numbers).abs())
+    pictures = [grid.pictures[0] for grid in data.grids]
+    captions = [list(grid.texts) for grid in data.grids]
+    numbers = [grid.right[0][0] + 2 for grid in data.grids]
     return TaskResult(
         "countbench",
         items={"acc": choices.accuracy(hits), "mean_distance": choices.accuracy(distance)},
         chance={"acc": 1 / len(NUMBERS)},
-        counts={"images": len(true_numbers), "skipped": len(data.skipped)},
-        digest=context.digest(data.pictures, data.captions, data.numbers),
+        counts={"images": len(data.grids), "skipped": len(data.skipped)},
+        digest=context.digest(pictures, captions, numbers),
     )
+
+
+def _distance(
+    scores: Tensor,  # [n, 9]
+    data: GridSet,
+    hits: Tensor,  # [n]
+) -> Tensor:
+    """[n] between the place of the number chosen and that of the true one."""
+    # A tie is no hit, so the number chosen is the best of the others and not the argmax of all.
+    true_places = torch.tensor([grid.right[0][0] for grid in data.grids])
+    is_true = torch.nn.functional.one_hot(true_places, len(NUMBERS)).bool()
+    chosen = scores.masked_fill(is_true, -torch.inf).argmax(1)
+    return torch.where(hits.bool(), 0, (chosen - true_places).abs())

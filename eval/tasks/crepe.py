@@ -11,7 +11,8 @@ Source: RAIVNLab/CREPE@1fa81c4, `crepe_eval_utils.py`, `crepe_params.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 took files of one name for one group
 KNOWN_AS = "image_caption_selection"
 MAIN = "mean"
 NEGATIVES = (
@@ -50,13 +51,12 @@ def read(options: Options) -> ChoiceSet:
     rows: list[dict[str, Any]] = []
     for file in files:
         rows += _rows(file)
+    _name_groups(rows, root if root.is_dir() else root.parent)
     images = options.images or (root if root.is_dir() else root.parent)
     kept, absent = choices.with_pictures(rows, ["image"], images, options.missing)
     items = []
     for row, (picture,) in kept:
-        left, upper, width, height = (float(row[key]) for key in BOX)
-        cut = replace(picture, box=(left, upper, left + width, upper + height))
-        items.append(CaptionChoice(cut, row["texts"], row["group"]))
+        items.append(CaptionChoice(choices.cut(picture, row, BOX), row["texts"], row["group"]))
     return ChoiceSet(items, absent)
 
 
@@ -72,14 +72,23 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     for name in columns:
         kind = name.removeprefix("valid_hard_negs_")
         group = file.stem if len(columns) == 1 else f"{file.stem}_{kind}"
+        common = {"group": group, "from": (file, name)}
         for row in table:
             negatives = texts_in(row[name])
             if negatives:
                 texts = [row["caption"], *negatives]
-                rows.append(
-                    row | {"image": f"{row['image_id']}.jpg", "texts": texts, "group": group}
-                )
+                rows.append(row | {"image": f"{row['image_id']}.jpg", "texts": texts} | common)
     return rows
+
+
+def _name_groups(rows: list[dict[str, Any]], root: Path) -> None:
+    """Let files of one name, or columns that come to one, be groups of their own by their paths."""
+    origins = dict.fromkeys((row["group"], row["from"]) for row in rows)
+    n_origins = Counter(group for group, _ in origins)
+    for row in rows:
+        if n_origins[row["group"]] > 1:
+            file, column = row["from"]
+            row["group"] = f"{file.relative_to(root).with_suffix('').as_posix()}:{column}"
 
 
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:

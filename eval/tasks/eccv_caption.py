@@ -110,8 +110,9 @@ def _answers(folder: Path, of_set: str, file: str) -> dict[int, list[int]]:
 
 def run(encoder: Encoder, data: Data, options: Options, context: Context) -> TaskResult:
     """All measures, both ways."""
-    image = embed.images(encoder, data.pictures, context)
+    # Texts first: where the model cannot read them, no time goes into pictures.
     text = embed.texts(encoder, data.captions, context)
+    image = embed.images(encoder, data.pictures, context)
     result = TaskResult(
         "eccv_caption",
         counts={
@@ -119,7 +120,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
             "captions": len(text),
             "skipped": len(data.skipped),
         },
-        digest=context.digest(data.pictures, data.captions, data.right),
+        digest=context.digest(data.pictures, data.captions, data.right, data.n_right),
     )
     sides = {"text_retrieval": (image, text), "image_retrieval": (text, image)}
     for (of_set, way), right in data.right.items():
@@ -150,7 +151,8 @@ def _score(
             values.setdefault(measure, []).append(value)
 
     for measure, of_queries in values.items():
-        result.items[f"{name}_{measure}"] = choices.accuracy(torch.tensor(of_queries))
+        shares = torch.tensor(of_queries, dtype=torch.float64)
+        result.items[f"{name}_{measure}"] = choices.accuracy(shares)
         result.chance[f"{name}_{measure}"] = _chance(measure, n_right, len(sought))
 
 

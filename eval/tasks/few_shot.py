@@ -9,12 +9,10 @@ class (k = 1: the largest).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vlp.data.tables import TableOptions
 from vlp.eval import choices, probes
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
@@ -27,19 +25,14 @@ MAIN = "acc1_16_shots"
 
 
 @dataclass(frozen=True)
-class Options(TableOptions):
+class Options(_labelled.Options):
     """Which labelled set, how many images a class, and the grid."""
 
-    data: str  # as for zeroshot, with both splits
-    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"  # whose images are classified
-    train_split: str = "train"  # from which the shots are drawn
     classes: str | list[str] | None = None  # as for zeroshot
     templates: str | list[str] | dict[str, list[str]] | None = None  # as for zeroshot
     shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])  # images a class
     decays: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0])  # λ
     seed: int = 0  # of the draw
-    missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
         if not self.shots or min(self.shots) < 1 or not self.decays or min(self.decays) <= 0:
@@ -71,8 +64,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
         return choices.accuracy(probes.ranks(test, data.test.labels, weight, bias) == 1)
 
     zero_shot = accuracy_items(start, torch.zeros(len(start), dtype=torch.float64))
-    settings = (options.shots, options.decays, options.seed)
-    result = _labelled.result(torch.ones(len(test)), data, context, *settings)
+    result = _labelled.result(torch.ones(len(test)), data, context, names, templates)
     result.items = {"acc1_0_shots": zero_shot}
     places = _drawn(data.train.labels, max(options.shots), options.seed)
     for shots in options.shots:

@@ -1,7 +1,10 @@
 """Zero-shot classification over groups of pictures: every group's accuracy, and the worst.
 
 As `zeroshot`, and of each group acc1 and acc5; `worst_group_acc1` and `worst_group_acc5` are those
-of the group that has the lowest, with its Wilson interval and the distance from the best group;
+of the group that has the lowest, with its Wilson interval and the distance from the best group.
+The chance beside them is that of any one group: the lowest of several groups lies below it also by
+guessing, the more so the smaller they are.
+
 `f1_macro` is the mean over the classes that occur of their F1, as WILDS reports iWildCam. Sources:
 Koh et al. 2021 and p-lambda/wilds, `common/metrics/all_metrics.py`; mlfoundations/datacomp@4afedc4,
 `eval_utils/wilds_eval.py` and `fairness_eval.py`.
@@ -9,6 +12,7 @@ Koh et al. 2021 and p-lambda/wilds, `common/metrics/all_metrics.py`; mlfoundatio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +102,11 @@ def _beginning(lines: list[str] | None, start: str) -> list[str]:
 def _group(record: Record, where: int | str) -> str:
     """The group of a record; of a vector whole numbers, as WILDS takes them."""
     value = _noted(record, where)
-    return str(int(value)) if isinstance(where, int) else str(value)
+    if isinstance(where, str):
+        return str(value)
+    if not _is_number(value):
+        raise DataError(f"{record.picture.name}: group {value!r}, expected a number")
+    return str(int(value))
 
 
 def _noted(record: Record, where: int | str) -> Any:
@@ -119,10 +127,14 @@ def _noted(record: Record, where: int | str) -> Any:
     return vector[where]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _number(record: Record, where: int | str, n_classes: int) -> int:
     """A class number that a record notes."""
     value = _noted(record, where)
-    if not isinstance(value, (int, float)) or value != int(value) or not 0 <= value < n_classes:
+    if not _is_number(value) or value != int(value) or not 0 <= value < n_classes:
         raise DataError(
             f"{record.picture.name}: class {value!r}, expected a number from 0 to {n_classes - 1}"
         )

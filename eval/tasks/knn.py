@@ -5,31 +5,24 @@ al. 2018).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from vlp.data.tables import TableOptions
 from vlp.eval import metrics
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
 from vlp.eval.tasks import TaskResult, _labelled
 
-VERSION = 1
+VERSION = 2  # 1 saw transparency on black, and pictures unturned
 KNOWN_AS = "knn"
 MAIN = "acc1"
 SCORES = ("acc1", "acc5", "mean_per_class_recall")
 
 
 @dataclass(frozen=True)
-class Options(TableOptions):
+class Options(_labelled.Options):
     """Which labelled set, and how many neighbours."""
 
-    data: str  # as for zeroshot, with both splits
-    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"  # whose images are classified
-    train_split: str = "train"  # whose images vote
     k: int = 20  # neighbours that vote
     temperature: float = 0.07  # T of the votes' weights
-    missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.temperature <= 0:
@@ -58,4 +51,4 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
         options.k,
         options.temperature,
     )
-    return _labelled.result(ranks, data, context, options.k, options.temperature)
+    return _labelled.result(ranks, data, context)

@@ -14,33 +14,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.data.tables import TableOptions
 from vlp.eval import probes
 from vlp.eval.embed import Context
 from vlp.eval.models import Encoder
+from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, _labelled, zeroshot
 from vlp.eval.unprojected import unprojected
 
-VERSION = 1
+VERSION = 2  # 1 saw transparency on black, and pictures unturned
 KNOWN_AS = "linear_probe_lbfgs"  # clip_benchmark's linear_probe is clip_benchmark_probe
 MAIN = "acc1"
 SCORES = ("acc1", "acc5", "mean_per_class_recall", "decay")
+HELD_OUT_EVERY = 5  # of each class, the images that choose the decay
 
 
 @dataclass(frozen=True)
-class Options(TableOptions):
+class Options(_labelled.Options):
     """Which labelled set, and the grid."""
 
-    data: str  # as for zeroshot, with both splits
-    images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
-    split: str = "test"  # whose images are classified
-    train_split: str = "train"  # on which the classifier is fitted
     # λ of λ/2‖W‖²
     decays: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
     max_iterations: int = 300  # of L-BFGS, a fit
     # of the shared space, or before the projection into it
     features: Literal["projected", "unprojected"] = "projected"
-    missing: Literal["error", "skip"] = "error"  # annotations without their image
 
     def __post_init__(self) -> None:
         if not self.decays or min(self.decays) <= 0:
@@ -48,8 +44,15 @@ class Options(TableOptions):
 
 
 def read(options: Options) -> _labelled.Splits:
-    """The training and the test split."""
-    return _labelled.read(options)
+    """The training and the test split; a DataError where no decay could be chosen."""
+    data = _labelled.read(options)
+    most = int(torch.bincount(data.train.labels).max())
+    if len(options.decays) > 1 and most < HELD_OUT_EVERY:
+        raise DataError(
+            f"no class of {options.data} has {HELD_OUT_EVERY} training images (the largest has "
+            f"{most}), of which one would choose the decay; give one decay: decays=[0.01]"
+        )
+    return data
 
 
 def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Context) -> TaskResult:
@@ -71,7 +74,7 @@ def run(encoder: Encoder, data: _labelled.Splits, options: Options, context: Con
         train, labels, n_classes, decay, options.max_iterations
     )
     ranks = _ranks(test, data.test.labels, weight, bias)
-    result = _labelled.result(ranks, data, context, options.decays)
+    result = _labelled.result(ranks, data, context)
     result.values["decay"] = decay
     return result
 
@@ -89,7 +92,7 @@ def choose(train: Tensor, labels: Tensor, n_classes: int, options: Options) -> f
     for number in range(n_classes):
         of_class = labels == number
         position[of_class] = torch.arange(int(of_class.sum()))
-    held_out = position % 5 == 4
+    held_out = position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
     accuracies = {}
     for decay in options.decays:

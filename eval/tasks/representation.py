@@ -8,7 +8,10 @@ linear_separability   held-out accuracy of a logistic regression that tells imag
 uniformity_image, _text; alignment     Wang and Isola 2020
 effective_rank_image, _text            Roy and Vetterli 2007
 score_mean, _sd; other_score_mean, _sd; score_overlap   of pairs, and of all other combinations
-auc                   how often a pair scores above another combination; 0.5 by guessing
+auc, auc_error        how often a pair scores above another combination (0.5 by guessing), over all
+                      of them, and by how much that may be wrong at most
+auc_by_image, _text   the same of each image among its own combinations alone, and of each text: the
+                      mean over queries, which takes no notice of how their scores lie to each other
 temperature           1 / scale
 
 Pairs are the images with their first captions.
@@ -30,7 +33,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult, retrieval, shared
 
-VERSION = 2  # 1 took equal pictures for several images
+VERSION = 3  # 1 took equal pictures for several images; 2 saw transparency on black
 KNOWN_AS = "representation"
 MAIN = "modality_gap"
 
@@ -66,15 +69,20 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
 
     # How well a plane divides images from texts says what the distance of centroids cannot.
     hits = told_apart(image, text, options.seed)
+    pairs = distributions.pair_scores(image, text)
     return TaskResult(
         data.name,
-        items={"linear_separability": choices.accuracy(hits)},
+        items={
+            "linear_separability": choices.accuracy(hits),
+            "auc_by_image": choices.accuracy(pairs.auc_by_image),
+            "auc_by_text": choices.accuracy(pairs.auc_by_text),
+        },
         values={
             **metrics.geometry(image, text),
-            **distributions.pair_scores(image, text),
+            **pairs.values,
             "temperature": 1 / encoder.scale,
         },
-        chance={"linear_separability": 0.5, "auc": 0.5},
+        chance=dict.fromkeys(("linear_separability", "auc", "auc_by_image", "auc_by_text"), 0.5),
         counts={"pairs": len(image), "skipped": len(data.skipped)},
         digest=context.digest(pictures, captions),
     )

@@ -65,7 +65,7 @@ def _paired(path: Path) -> list[dict[str, Any]]:
     # COCO writes its numbers with twelve digits.
     digits = 12 if path.name.startswith("coco") else 0
     rows = []
-    for number, entry in enumerate(choices.read_json(path)):
+    for number, entry in enumerate(choices.read_list(path)):
         if not isinstance(entry, list) or len(entry) < 3:
             raise DataError(
                 f"{path}: item {number} is {str(entry)[:60]!r}, expected [image, right caption, "
@@ -77,11 +77,4 @@ def _paired(path: Path) -> list[dict[str, Any]]:
 
 def run(encoder: Encoder, data: ChoiceSet, options: Options, context: Context) -> TaskResult:
     """The accuracy of every file, and their mean."""
-    result = choices.run_grouped("whatsup", encoder, data, context)
-    # Files differ in the number of captions, and so in what guessing gives.
-    of_group: dict[str, list[list[str]]] = {}
-    for choice in data.choices:
-        of_group.setdefault(choice.group, []).append(choice.captions)
-    result.chance = {group: choices.chance(captions) for group, captions in of_group.items()}
-    result.chance["mean"] = sum(result.chance.values()) / len(of_group)
-    return result
+    return choices.run_grouped("whatsup", encoder, data, context)

@@ -28,7 +28,7 @@ from vlp.eval.models import Encoder
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import TaskResult
 
-VERSION = 1
+VERSION = 2  # 1 saw transparency on black; called ImageNet-V2's classes by number
 KNOWN_AS = "zeroshot_classification"
 MAIN = "acc1"  # mean_average_precision for several labels
 SCORES = ("acc1", "acc5", "mean_per_class_recall", "mean_average_precision")
@@ -41,10 +41,11 @@ class Options(TableOptions):
     data: str  # see vlp.eval.datasets
     images: str | None = None  # where a table's images are: a folder or a .tar; None: beside it
     split: str = "test"  # which split of the data is scored
-    # names, a file of them (vlp.eval.classes), or imagenet; None: the data's own
+    # names, a file of them (vlp.eval.classes), imagenet, or imagenet_zh, _ja, _it, _ar (from
+    # clip_benchmark's package); None: the data's own
     classes: str | list[str] | None = None
     # a set, a file or sentences, for all classes or (.json) for each; None: the data's own,
-    # imagenet80 or photo
+    # imagenet80, the language's of `classes`, or photo
     templates: str | list[str] | dict[str, list[str]] | None = None
     partial: bool = False  # score among some of ImageNet's classes only
     missing: Literal["error", "skip"] = "error"  # annotations without their image
@@ -118,10 +119,12 @@ def _templates(source: Source, options: Options, names: list[str]) -> prompts.Te
     # ObjectNet is among ImageNet's relatives: clip_benchmark and wise-ft prompt it alike.
     is_imagenet = (
         imagenet.looks_like(source)
-        or options.classes == "imagenet"
+        or imagenet.is_list(options.classes)
         or imagenet.objectnet_folders(Path(options.data)) is not None
     )
     usual = "imagenet80" if is_imagenet else "photo"
+    if imagenet.is_translated(options.classes):
+        usual = str(options.classes)
     return checked_templates(options.templates or source.templates or usual, names)
 
 
@@ -147,7 +150,8 @@ def _listed_classes(options: Options) -> ClassList | None:
     path = Path(options.classes).expanduser()
     if not path.exists():
         raise DataError(
-            f"classes={options.classes!r} is neither imagenet nor a file with a class name a line"
+            f"classes={options.classes!r} is neither imagenet, imagenet_zh, … nor a file with a "
+            "class name a line"
         )
     return classes.read_list(path)
 
@@ -155,8 +159,11 @@ def _listed_classes(options: Options) -> ClassList | None:
 def _named(source: Source, options: Options) -> tuple[list[str], Tensor]:
     """Classes that the data call by name (folders, "class" in JSON)."""
     labels = [str(record.label) for record in source.records]
-    if options.classes == "imagenet" or (options.classes is None and imagenet.looks_like(source)):
-        names, number = imagenet.classes_of(source, options.partial)
+    if imagenet.is_list(options.classes) or (
+        options.classes is None and imagenet.looks_like(source)
+    ):
+        which = str(options.classes or "imagenet")
+        names, number = imagenet.classes_of(source, options.partial, which)
         return names, torch.tensor([number[label] for label in labels])
 
     # A list of the options goes before the set's own; without any the labels are the names.
@@ -176,8 +183,8 @@ def _named(source: Source, options: Options) -> tuple[list[str], Tensor]:
 def _numbered(source: Source, options: Options) -> tuple[list[str], Tensor]:
     """Classes that the data give by number (.cls, .npy, a label column)."""
     listed: ClassList | None
-    if options.classes == "imagenet":
-        listed = ClassList(imagenet.names())
+    if imagenet.is_list(options.classes):
+        listed = ClassList(imagenet.names(str(options.classes)))
     else:
         listed = _listed_classes(options)
     names_of_set = source.classes

@@ -4,6 +4,9 @@ clip_benchmark's, in one run.
     python tests/benchmarks/retrieval.py                         ours alone
     python tests/benchmarks/retrieval.py --peer .../bin/python   and clip_benchmark's own functions,
                                                                  from an environment that has them
+    python tests/benchmarks/retrieval.py --images 5000 10000 20000 40000 --repeats 1 \\
+        --extrapolate 200000                                     ours by size, and what a larger set
+                                                                 would take
 
 Each side runs in a process of its own, so that its peak memory is its own; the table gives the time
 of all recalls (1, 5, 10, both ways; ours with all ranks) and the resident memory gained over the
@@ -14,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -53,17 +58,18 @@ class Peak(threading.Thread):
 # Clones, because the file is mapped: its pages would count as they are first read.
 rows = {name: value.clone() for name, value in load_file(sys.argv[1]).items()}
 image, text, owner = rows["image"], rows["text"], rows["owner"]
-best, result, gained = float("inf"), None, 0.0
+best, busy, result, gained = float("inf"), float("inf"), None, 0.0
 for _ in range(int(sys.argv[2])):
     peak = Peak()
     peak.start()
-    start = time.perf_counter()
+    start, busy_before = time.perf_counter(), time.process_time()
     result = measure(image, text, owner)
     best = min(best, time.perf_counter() - start)
+    busy = min(busy, time.process_time() - busy_before)
     peak.on = False
     peak.join()
     gained = max(gained, peak.most - peak.start_at)
-print(json.dumps({"seconds": best, "memory_mib": gained, "metrics": result}))
+print(json.dumps({"seconds": best, "cpu_s": busy, "memory_mib": gained, "metrics": result}))
 """
 MEASURE_OURS = """
 def measure(image, text, owner):
@@ -94,22 +100,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--peer", metavar="PYTHON", help="interpreter of an environment that has clip-benchmark"
-    )
-    parser.add_argument("--images", type=int, default=5000)
+    peer_help = "interpreter of an environment that has clip-benchmark"
+    parser.add_argument("--peer", metavar="PYTHON", help=peer_help)
+    images_help = "several: a row each, without a peer"
+    parser.add_argument("--images", type=int, nargs="+", default=[5000], help=images_help)
+    extrapolate_help = "of several: a last row, computed from the largest two"
+    parser.add_argument("--extrapolate", type=int, metavar="IMAGES", help=extrapolate_help)
     parser.add_argument("--captions", type=int, default=5, help="an image")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3, help="the best time counts")
     report.add_arguments(parser)
     options = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.safetensors"
-        embed(rows, options.images, options.captions, options.dim)
-        results = {"vlp": measure(sys.executable, OURS + MEASURE_OURS + RUN, rows, options.repeats)}
-        if options.peer:
-            results["clip_benchmark"] = measure(options.peer, PEER + MEASURE_PEER + RUN, rows, 1)
+    if options.peer and (len(options.images) > 1 or options.extrapolate):
+        parser.error("--peer compares at one size; give one number of images")
+    if options.extrapolate and len(options.images) < 2:
+        parser.error("--extrapolate needs at least two numbers of images")
+    if len(options.images) > 1:
+        by_size(options)
+    else:
+        beside_peer(options)
+
+
+def beside_peer(options: argparse.Namespace) -> None:
+    """Publish one size, ours and where there is an interpreter for it clip_benchmark's."""
+    (n_images,) = options.images
+    results = {"vlp": measured(options, n_images, sys.executable, OURS + MEASURE_OURS)}
+    if options.peer:
+        once = argparse.Namespace(**{**vars(options), "repeats": 1})
+        peer = measured(once, n_images, options.peer, PEER + MEASURE_PEER)
+        results["clip_benchmark"] = peer
 
     peer_seconds = results["clip_benchmark"]["seconds"] if options.peer else None
     table = [
@@ -124,9 +144,9 @@ def main() -> None:
         for name, result in results.items()
     ]
 
-    n_captions = options.images * options.captions
+    n_captions = n_images * options.captions
     notes = (
-        f"{n_captions:,} captions, {options.images:,} images, D = {options.dim}; all recalls at 1, "
+        f"{n_captions:,} captions, {n_images:,} images, D = {options.dim}; all recalls at 1, "
         "5 and 10."
     )
     if options.peer:
@@ -136,6 +156,66 @@ def main() -> None:
     else:
         notes += " clip_benchmark was not run: name an interpreter that has it with --peer."
     report.publish("retrieval", "Exact retrieval, once embedded", table, options, notes)
+
+
+def by_size(options: argparse.Namespace) -> None:
+    """Publish ours at several sizes, and if asked for what a larger one comes to."""
+    rows = []
+    for n_images in sorted(options.images):
+        result = measured(options, n_images, sys.executable, OURS + MEASURE_OURS)
+        rows.append(size_row(options, n_images, result["cpu_s"], result["memory_mib"]))
+        rows[-1]["elapsed s"] = result["seconds"]
+
+    notes = (
+        f"D = {options.dim}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), "
+        f"{options.repeats} repeat(s), on a machine that others use too, so that CPU seconds and "
+        "not elapsed ones tell the cost; extra MiB are over the embeddings."
+    )
+    if options.extrapolate:
+        rows.append(extrapolated(options, rows))
+        notes += (
+            f" The row of {options.extrapolate:,} images was NOT run: its CPU seconds are those of "
+            "the largest measured row by the number of scores, its memory the line through the two "
+            "largest rows."
+        )
+    report.publish(
+        "retrieval_sizes", "Exact retrieval of large sets, once embedded", rows, options, notes
+    )
+
+
+def size_row(
+    options: argparse.Namespace, n_images: int, cpu_s: float, memory_mib: float
+) -> dict[str, Any]:
+    """A line of the table of sizes."""
+    n_captions = n_images * options.captions
+    return {
+        "images": n_images,
+        "captions": n_captions,
+        "extra MiB": memory_mib,
+        "full matrix, MiB": n_images * n_captions * 4 / 2**20,
+        "CPU s": cpu_s,
+        "10⁹ scores a CPU s": n_images * n_captions / cpu_s / 1e9,
+        "elapsed s": None,
+    }
+
+
+def extrapolated(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line of a size that was not run: time by scores, memory by rows."""
+    before, largest = rows[-2:]
+    growth = options.extrapolate / largest["images"]
+    slope = (largest["extra MiB"] - before["extra MiB"]) / (largest["images"] - before["images"])
+
+    more_mib = slope * (options.extrapolate - largest["images"])
+    cpu_s, memory_mib = largest["CPU s"] * growth**2, largest["extra MiB"] + more_mib
+    return size_row(options, options.extrapolate, cpu_s, memory_mib)
+
+
+def measured(options: argparse.Namespace, n_images: int, python: str, code: str) -> dict[str, Any]:
+    """Seconds, memory and recalls of one side on rows of one size."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.safetensors"
+        embed(rows, n_images, options.captions, options.dim)
+        return measure(python, code + RUN, rows, options.repeats)
 
 
 def embed(path: Path, n_images: int, n_captions: int, dim: int) -> None:

@@ -20,7 +20,8 @@ from vlp.types import ImageSpec, TextSpec
 
 REAL = Path(os.environ.get("VLP_DATA") or Path(__file__).parents[3] / "shared" / "data")
 needs_data = pytest.mark.skipif(
-    not (REAL / "coco_open.tar").exists(), reason=f"real photos are not at {REAL} (set VLP_DATA)"
+    not (REAL / "coco_open.tar").exists(),
+    reason=f"{REAL} is absent; set VLP_DATA to the folder with the real data",
 )
 
 IMAGE = ImageSpec((32, 32))

@@ -183,7 +183,8 @@ def test_columns_of_a_table_are_roles(tmp_path, kind):
         (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
         source |= {"name": kind, "path": str(tmp_path), "captions": str(tmp_path / "table.jsonl")}
     else:
-        datasets = pytest.importorskip("datasets")
+        import datasets
+
         for row in rows:
             row["image"] = str(tmp_path / row["image"])
         table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())

@@ -373,14 +373,14 @@ def test_a_full_disk_under_the_index_is_survived(tmp_path, monkeypatch, capsys):
 
     write_shards(tmp_path, 20, 10)
     (tmp_path / "_index.bin").unlink()
-    writing, full = index_file.writing_atomically, [tmp_path]
+    replacing, full = index_file.replacing, [tmp_path]
 
     def refused(path):
         if any(folder in path.parents for folder in full):
             raise OSError(28, "No space left on device")
-        return writing(path)
+        return replacing(path)
 
-    monkeypatch.setattr(index_file, "writing_atomically", refused)
+    monkeypatch.setattr(index_file, "replacing", refused)
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     # Neither beside the shards nor in the cache: it lies in memory while the process runs.
     loader = loader_of(data_of(tmp_path), 20)

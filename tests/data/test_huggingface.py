@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 
+import datasets
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ from vlp.config import Captions
 from vlp.data.sources.huggingface import Options
 from vlp.data.sources.huggingface import open as open_set
 
-datasets = pytest.importorskip("datasets")
 N = 40
 
 

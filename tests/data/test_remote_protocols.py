@@ -15,8 +15,6 @@ from vlp.data import fetch
 from vlp.data.loader import DataError
 from vlp.data.sources import shards as shard_files
 
-pytest.importorskip("aiohttp")
-
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
@@ -43,8 +41,6 @@ def s3(server) -> dict:
 
 @pytest.mark.parametrize("kind", [http, s3])
 def test_batches_equal_those_of_the_same_files_here(server, kind):
-    if kind is s3:
-        pytest.importorskip("s3fs")
     here = {"name": "remote", "path": f"file://{server.root}/train/", "window": 2}
     reference = take(loader_of(data_of(here), 10), 25)
     loader = loader_of(data_of(kind(server)), 10)
@@ -58,8 +54,6 @@ def test_batches_equal_those_of_the_same_files_here(server, kind):
 @pytest.mark.parametrize("kind", [http, s3])
 @pytest.mark.parametrize("fault", ["error", "drop", "stall"])
 def test_a_server_that_fails_now_and_then_costs_nothing_but_time(server, kind, fault):
-    if kind is s3:
-        pytest.importorskip("s3fs")
     reference = take(loader_of(data_of(kind(server)), 10), 8)
     for copy in (fetch.cache_folder() / "shards").glob("*/*.tar"):
         copy.unlink()
@@ -177,7 +171,8 @@ def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):
 
 @pytest.mark.parametrize("kind", [http, s3])
 def test_a_shard_that_changed_in_the_store_is_noticed_at_equal_size(server, kind):
-    s3fs = pytest.importorskip("s3fs")
+    import s3fs
+
     shards = server.root / "train"
     (shards / "_index.bin").unlink()
     before = take(loader_of(data_of(kind(server)), 10), 20)

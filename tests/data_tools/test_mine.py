@@ -72,7 +72,6 @@ def test_the_search_is_that_of_all_pairs_at_once() -> None:
 def test_an_index_of_faiss_finds_what_the_exact_search_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
 ) -> None:
-    pytest.importorskip("faiss", reason="FAISS is an optional dependency: vlp[mine]")
     image = rows(3)
     image[4] = 0
     opened = Store(

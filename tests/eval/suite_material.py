@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.eval import (
     material,
+    test_chinese,
     test_choices,
     test_long_captions,
     test_multilingual,
@@ -81,24 +82,25 @@ def write_compositional(root: Path) -> None:
 
 
 def write_long(root: Path) -> None:
-    """All four; ShareGPT4V without the row whose image is not there."""
+    """All five; ShareGPT4V without the row whose image is not there."""
     for write in (test_long_captions.urban1k, test_long_captions.docci, test_long_captions.dci):
         write(made(root / write.__name__))
+    test_long_captions.iiw(root)
     path = test_long_captions.sharegpt4v(made(root / "sharegpt4v"))
     path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
 
 
 def write_multilingual(root: Path) -> None:
-    """All five; the Chinese two as tables."""
+    """All five; the Chinese two as Chinese-CLIP and COCO-CN have them."""
     test_multilingual.crossmodal(made(root / "xm3600"))
     test_multilingual.xtd(made(root / "xtd"))
-    test_multilingual.tables(made(root / "multilingual_mscoco_captions"))
-    for name in ("flickr30k_cn", "coco_cn"):
-        rows = []
-        for i in range(3):
-            test_multilingual.put(root / name / "images" / f"{i}.jpg", i)
-            rows.append({"image": f"{i}.jpg", "caption": [f"zh {i}"]})
-        (root / name / f"{name}_test.json").write_text(json.dumps(rows))
+    coco = made(root / "multilingual_mscoco_captions")
+    test_multilingual.tables(coco)
+    images = made(coco / "multilingual_mscoco" / "images")
+    for picture in sorted(coco.glob("*.jpg")):
+        picture.rename(images / picture.name)
+    test_chinese.chinese_clip(root / "Flickr30k-CN")
+    test_chinese.coco_cn(root)
 
 
 def write_faces(root: Path) -> None:
@@ -124,6 +126,13 @@ def write_datacomp(root: Path) -> None:
         folder = root / entry.at[0]
         if not folder.exists():
             folder.symlink_to(grouped if entry.task == "grouped" else plain)
+
+
+def write_vtab(root: Path) -> None:
+    """All 35, one set under as many names."""
+    plain = write_wds(made(root / "plain"))
+    for entry in suites.read("vtab+").entries:
+        (root / entry.at[0]).symlink_to(plain)
 
 
 def write_retrieval(root: Path) -> None:

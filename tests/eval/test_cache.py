@@ -1,5 +1,7 @@
 """`vlp cache`: one folder for all that is kept, listed, bounded and cleared."""
 
+import errno
+import fcntl
 import os
 import re
 import subprocess
@@ -158,6 +160,27 @@ sys.stdin.read()
     # Held no longer, whatever ended the process.
     assert "1 items" in ask(capsys, "clear")[1]
     assert not (cache / kind).exists()
+
+
+def test_without_locks_what_was_used_lately_is_left_alone(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    removed = {}
+    for days in (29, 31):
+        folder = tmp_path / "search" / f"{days:024x}"
+        caches.hold(folder)
+        used = time.time() - days * 86400
+        for path in (folder, folder / ".used"):
+            os.utime(path, (used, used))
+        (entry,) = [e for e in caches.entries(tmp_path) if e.path == folder]
+        removed[days] = caches.remove(entry), folder.exists()
+        if days == 29:
+            # Who works with it says so again and again.
+            caches.hold(folder)
+            assert time.time() - (folder / ".used").stat().st_mtime < 60
+    assert removed == {29: (False, True), 31: (True, False)}
 
 
 def test_unfinished_files_go_only_when_their_writer_is_gone(cache, capsys):

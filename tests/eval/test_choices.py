@@ -13,7 +13,7 @@ from tests.eval import material
 from vlp import plugin
 from vlp.eval import models, run
 from vlp.eval.embed import Context
-from vlp.eval.pictures import Contents, DataError
+from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.eval.tasks import aro, countbench, order, sugarcrepe, sugarcrepe_pp
 
 
@@ -144,6 +144,16 @@ def small(task, root):
     return {"data": str(data), "images": str(images)}
 
 
+def test_a_table_of_sugarcrepe_has_its_subsets_alone(tmp_path):
+    images = pictures(tmp_path / "images", 1)
+    row = {"image": "0.png", "caption": "yes", "negative_caption": "no"}
+    rows = [row | {"subset": subset} for subset in (*sugarcrepe.SUBSETS, "swap_verb")]
+    table = tmp_path / "t.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="items of 'swap_verb'; expected the subsets add_att"):
+        evaluate("sugarcrepe", likes("yes"), data=str(table), images=str(images))
+
+
 def test_sugarcrepe_refuses_absent_files_and_images(tmp_path):
     options = small("sugarcrepe", tmp_path)
     with pytest.raises(
@@ -250,6 +260,14 @@ def test_aro_leaves_out_rare_attributes_and_the_published_relations_on_cut_pictu
     with pytest.raises(DataError, match="no group of at least 25 items"):
         evaluate("aro", likes("yes"), **options)
 
+    # Two pairs that a common character would make one.
+    rows = json.loads(path.read_text())
+    pairs = [row | {"attributes": ["a_b", "c"]} for row in rows]
+    pairs += [row | {"attributes": ["a", "b_c"]} for row in rows]
+    path.write_text(json.dumps(pairs * 2))
+    record, _ = evaluate("aro", likes("yes"), **options)
+    assert record["counts"]["vg_attribution_groups"] == 2
+
 
 def test_winoground_scores_text_image_and_group(tmp_path):
     options = small("winoground", tmp_path)
@@ -312,6 +330,44 @@ def test_countbench_scores_accuracy_and_distance(tmp_path):
         evaluate("countbench", counts_cats(), **options)
 
 
+# Of three random encoders, as scored before both tasks went over to grids.
+BEFORE = {
+    1: ({"acc": 2 / 9, "mean_distance": 32 / 9}, {"existence": 1 / 2, "foil-it": 1 / 3}),
+    2: ({"acc": 1 / 9, "mean_distance": 34 / 9}, {"existence": 1.0, "foil-it": 2 / 3}),
+    5: ({"acc": 2 / 9, "mean_distance": 28 / 9}, {"existence": 0.0, "foil-it": 1 / 3}),
+}
+
+
+@pytest.mark.parametrize("seed", BEFORE)
+def test_countbench_and_valse_score_as_before_they_were_grids(tmp_path, seed):
+    encoder = material.random_encoder(seed)
+    of_countbench, of_valse = BEFORE[seed]
+    (tmp_path / "count").mkdir()
+    counted, _ = evaluate("countbench", encoder, **small("countbench", tmp_path / "count"))
+    assert counted["metrics"] == of_countbench
+    assert counted["counts"] == {"images": 9, "skipped": 0} and counted["chance"] == {"acc": 1 / 9}
+
+    options = small("valse", tmp_path)
+    for piece in ("existence", "foil-it"):
+        path = tmp_path / "data" / f"{piece}.json"
+        items = json.loads(path.read_text())
+        for number, item in enumerate(items.values()):
+            item |= {"caption": f"yes {piece} {number}", "foil": f"no {piece} {number}"}
+        path.write_text(json.dumps(items))
+    told, _ = evaluate("valse", encoder, **options)
+    mean = (of_valse["existence"] + of_valse["foil-it"]) / 2
+    assert told["metrics"] == pytest.approx(of_valse | {"mean": mean}, abs=1e-15)
+    assert told["chance"] == dict.fromkeys(told["metrics"], 1 / 2)
+
+    # Results of then and now stay comparable: the hash is over the same parts.
+    rows = [("existence", i) for i in (0, 1)] + [("foil-it", i) for i in (0, 1, 3)]
+    images = [Picture("", str(tmp_path / "images" / f"{i}.png")) for _, i in rows]
+    captions = [[f"yes {piece} {i}", f"no {piece} {i}"] for piece, i in rows]
+    pieces = [piece for piece, _ in rows]
+    context = Context(contents=Contents())
+    assert told["data_sha256"] == context.digest(images, captions, pieces)
+
+
 def test_countbench_reads_the_hub_form(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -328,7 +384,7 @@ def test_countbench_reads_the_hub_form(tmp_path):
     assert evaluate("countbench", counts_cats(), data=str(tmp_path))[0]["metrics"]["acc"] == 1
     rows[3]["image"] = None
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
-    with pytest.raises(DataError, match=r"1 of 9 rows .* hold no image bytes"):
+    with pytest.raises(DataError, match=r"1 of 9 rows hold no image bytes and no image's name"):
         evaluate("countbench", counts_cats(), data=str(tmp_path))
 
 
@@ -458,6 +514,23 @@ def test_negatives_in_shards_are_ranked_below_their_caption(tmp_path):
     material.write_tar(tmp_path / "t" / "00000.tar", members[-2:])
     with pytest.raises(DataError, match="vlp data negatives"):
         evaluate("negatives", likes("yes"), data=str(tmp_path / "t"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "scores"),
+    [
+        (["swap att", "swap_att"], {"acc_swap att": 1, "acc_swap_att": 0}),
+        (["swap att", ""], {"acc_swap_att": 1, "acc_": 0}),
+        (["swap", None], {}),
+        (["swap"], {}),
+    ],
+)
+def test_kinds_of_negatives_are_told_apart(tmp_path, kinds, scores):
+    meta = {"caption": "yes", "negatives": ["no", "yes not"], "negative_kinds": kinds}
+    members = [("0.png", material.png(material.picture(0))), ("0.json", json.dumps(meta).encode())]
+    material.write_tar(tmp_path / "00000.tar", members)
+    record, _ = evaluate("negatives", likes("yes"), data=str(tmp_path))
+    assert record["metrics"] == {"acc": 0} | scores
 
 
 def test_every_caption_stands_against_its_own_negatives(tmp_path):

@@ -26,7 +26,8 @@ def test_pair_scores_equal_the_loop(n):
     own = [scores[i][i] for i in range(n)]
     others = [s for i, row in enumerate(scores) for j, s in enumerate(row) if i != j]
 
-    measured = distributions.pair_scores(image, text)
+    pairs = distributions.pair_scores(image, text)
+    measured = pairs.values
     mean = sum(others) / len(others)
     assert measured["score_mean"] == pytest.approx(sum(own) / n)
     assert measured["other_score_mean"] == pytest.approx(mean)
@@ -42,6 +43,58 @@ def test_pair_scores_equal_the_loop(n):
 
     overlap = sum(map(min, shares(own), shares(others)))
     assert measured["score_overlap"] == pytest.approx(overlap)
+    drawn = distributions.pair_scores(image, text).shares
+    assert drawn[0].tolist() == pytest.approx(shares(own))
+    assert drawn[1].tolist() == pytest.approx(shares(others))
+
+
+@pytest.mark.parametrize("tile", [(1024, 2048), (3, 5)])
+@pytest.mark.parametrize("n", [2, 7, 30])
+def test_auc_of_every_query_equals_the_loop(n, tile, monkeypatch):
+    """Some texts are the same: their scores tie however they are computed."""
+    monkeypatch.setattr(distributions, "_TILE_ROWS", tile[0])
+    monkeypatch.setattr(distributions, "_TILE_COLUMNS", tile[1])
+    text = rows(n, 0)[[i - (i % 3 == 1) for i in range(n)]]
+    image = torch.nn.functional.normalize(text + 0.5 * rows(n, 1), dim=1)
+    scores = [[sum(a * b for a, b in zip(x, t)) for t in text.tolist()] for x in image.tolist()]
+
+    def points(own, other):
+        return 0.5 if abs(own - other) < 1e-12 else float(own > other)
+
+    pairs = distributions.pair_scores(image, text)
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        by_image = [points(scores[i][i], scores[i][j]) for j in others]
+        by_text = [points(scores[i][i], scores[j][i]) for j in others]
+        assert float(pairs.auc_by_image[i]) == pytest.approx(sum(by_image) / (n - 1))
+        assert float(pairs.auc_by_text[i]) == pytest.approx(sum(by_text) / (n - 1))
+    assert 0.5 in [points(scores[0][0], scores[0][1])] and pairs.values["auc_error"] == 0
+
+    # Pooled, pairs of one query compete with those of all others.
+    own = [scores[i][i] for i in range(n)]
+    others = [scores[i][j] for i in range(n) for j in range(n) if i != j]
+    pooled = [points(a, b) for a in own for b in others]
+    assert pairs.values["auc"] == pytest.approx(sum(pooled) / len(pooled))
+
+
+def test_memory_does_not_grow_with_the_pairs_of_pairs(monkeypatch):
+    """No tensor that is made is larger than a tile, but for histograms."""
+    monkeypatch.setattr(distributions, "_TILE_ROWS", 32)
+    monkeypatch.setattr(distributions, "_TILE_COLUMNS", 64)
+    n, sizes = 400, []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            tensors = filter(torch.is_tensor, torch.utils._pytree.tree_leaves(made))
+            sizes.extend(tensor.numel() for tensor in tensors)
+            return made
+
+    image, text = rows(n, 0, 2), rows(n, 1, 2)
+    with Sizes():
+        distributions.pair_scores(image, text)
+        distributions.tolerance(image, torch.arange(n) % 3)
+    assert len(sizes) > 500 and {n for n in sizes if n > 32 * 64} == {distributions.BINS}
 
 
 def test_auc_counts_ties_half_and_its_bins_say_how_wrong_they_may_be():

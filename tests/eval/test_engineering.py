@@ -3,8 +3,10 @@ the command, training.
 """
 
 import argparse
+import dataclasses
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from vlp import cli, plugin
 from vlp.eval import embed, models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
-from vlp.eval.report import records
+from vlp.eval.report import comparison, records
+from vlp.eval.tasks import zeroshot
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +233,17 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
         == 0
     )
     shown = capsys.readouterr().out
-    (record,) = records.open_results(str(out))[0]
+    ((record, items),) = records.open_results(str(out))
     assert set(records.CLIP_BENCHMARK) <= record.keys()
     assert (record["dataset"], record["task"], record["language"]) == (
         "photos",
         "zeroshot_classification",
         "en",
     )
-    assert record["protocol"]["version"] == 1 and record["protocol"]["options"]["split"] == "test"
+    assert (
+        record["protocol"]["version"] == zeroshot.VERSION
+        and record["protocol"]["options"]["split"] == "test"
+    )
     assert len(record["data_sha256"]) == len(record["model_sha256"]) == 64
     assert torch.__version__.startswith(record["versions"]["torch"])
     assert (
@@ -248,8 +254,7 @@ def test_the_command_writes_results_that_others_read(room, tmp_path, capsys):
     assert "mean_per_class_recall" in shown and "chance" in shown and "NOT COMPARABLE" not in shown
     left_out = record | {"counts": {"images": 3, "skipped": 2}}
     assert "zeroshot: NOT COMPARABLE, 2 left out" in records.table([left_out])
-    items = records.open_results(str(out))[1]
-    assert items["zeroshot/acc1"][:, 0].mean().item() == pytest.approx(record["metrics"]["acc1"])
+    assert items["acc1"][:, 0].mean().item() == pytest.approx(record["metrics"]["acc1"])
     assert not list(out.parent.glob(".*"))
 
 
@@ -281,12 +286,14 @@ def test_clip_benchmark_builds_its_table_from_one_file_or_one_a_result(room, tmp
 
     # All forms, the list that training writes among them, hold the same for our own tools.
     (tmp_path / "list.json").write_text(json.dumps(whole["results"]))
-    each, items_of_each = records.open_results(str(tmp_path / "each"))
-    by_label = {record["label"]: record for record in each}
+    each = records.open_results(str(tmp_path / "each"))
+    by_label = {record["label"]: (record, sorted(items)) for record, items in each}
     for form in ("all.json", "list.json"):
-        opened, items = records.open_results(str(tmp_path / form))
-        assert {record["label"]: record for record in opened} == by_label
-        assert form == "list.json" or items.keys() == items_of_each.keys()
+        opened = records.open_results(str(tmp_path / form))
+        for record, items in opened:
+            expected_items = [] if form == "list.json" else by_label[record["label"]][1]
+            assert (record, sorted(items)) == (by_label[record["label"]][0], expected_items)
+        assert len(opened) == len(by_label) == 2
     capsys.readouterr()
     assert command("--compare", tmp_path / "each", tmp_path / "all.json") == 0
     assert "no difference shown" in capsys.readouterr().out
@@ -309,7 +316,7 @@ def test_two_models_are_compared_on_the_same_photos(room, tmp_path, capsys):
     assert command("--compare", tmp_path / "0", tmp_path / "1" / "results.json") == 0
     shown = capsys.readouterr().out
     a, b = (
-        records.open_results(str(tmp_path / s))[0][1]["metrics"]["text_retrieval_recall@5"]
+        records.open_results(str(tmp_path / s))[1][0]["metrics"]["text_retrieval_recall@5"]
         for s in "01"
     )
     line = next(line for line in shown.splitlines() if "text_retrieval_recall@5" in line)
@@ -336,14 +343,14 @@ def test_a_real_difference_is_called_and_its_direction_known(tmp_path):
         return str(tmp_path / f"{name}.json")
 
     a, b, c = result("a", 0.6, 3.0), result("b", 0.5, 4.0), result("c", 0.6, 3.0)
-    lines = records.compare(a, b).splitlines()
+    lines = comparison.compare(a, b).splitlines()
     assert all("A better" in line for line in lines if "retrieval" in line)
     assert all(
-        "B better" in line for line in records.compare(b, a).splitlines() if "retrieval" in line
+        "B better" in line for line in comparison.compare(b, a).splitlines() if "retrieval" in line
     )
     assert all(
         "no difference shown" in line
-        for line in records.compare(a, c).splitlines()
+        for line in comparison.compare(a, c).splitlines()
         if "retrieval" in line
     )
 
@@ -354,12 +361,73 @@ def test_results_of_other_data_or_protocols_are_not_compared(tmp_path):
     records.write(tmp_path / "c.json", [RECORD | {"protocol": {"version": 2}}], {})
     for other, reason in (("b", "the data differ"), ("c", "protocol versions differ")):
         with pytest.raises(DataError, match=reason):
-            records.compare(str(tmp_path / "a.json"), str(tmp_path / f"{other}.json"))
-    assert "no outcomes by unit" in records.compare(
+            comparison.compare(str(tmp_path / "a.json"), str(tmp_path / f"{other}.json"))
+    assert "no outcomes by unit" in comparison.compare(
         str(tmp_path / "a.json"), str(tmp_path / "a.json")
     )
     with pytest.raises(DataError, match="no results at"):
-        records.compare(str(tmp_path / "a.json"), str(tmp_path / "none.json"))
+        comparison.compare(str(tmp_path / "a.json"), str(tmp_path / "none.json"))
+
+
+def test_every_setting_of_every_task_is_compared(tmp_path):
+    """Each option by itself, set to something else in one of two results."""
+    n_settings = n_of_data = 0
+    places = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    for name in plugin.names("vlp.eval.tasks"):
+        for key in dataclasses.fields(plugin.load("vlp.eval.tasks", name).Options):
+            for value, place in enumerate(places, 1):
+                protocol = {"name": name, "version": 1, "options": {key.name: value}}
+                Path(place).write_text(json.dumps([RECORD | {"protocol": protocol}]))
+            if key.name in comparison.OF_DATA:
+                n_of_data += 1
+                assert "acc1" in comparison.compare(*places)
+                continue
+            n_settings += 1
+            with pytest.raises(DataError, match=rf"options differ: {key.name} \(1 and 2\)"):
+                comparison.compare(*places)
+    assert n_settings >= 24 and n_of_data >= 150
+
+
+def test_settings_that_a_result_does_not_name_are_the_defaults(tmp_path):
+    def place(side, options, **more):
+        protocol = {"name": "knn", "version": 1, "options": options}
+        records.write(tmp_path / f"{side}.json", [RECORD | {"protocol": protocol} | more], {})
+        return str(tmp_path / f"{side}.json")
+
+    assert "acc1" in comparison.compare(place("a", {"data": "x"}), place("b", {"k": 20}))
+    with pytest.raises(DataError, match=r"options differ: k \(20 and 5\)$"):
+        comparison.compare(place("a", {"data": "x"}), place("b", {"k": 5}))
+
+    other_task = [RECORD | {"protocol": {"name": "linear_probe", "version": 1}}]
+    (tmp_path / "c.json").write_text(json.dumps(other_task))
+    with pytest.raises(DataError, match=r"the tasks differ \(knn and linear_probe\)"):
+        comparison.compare(place("a", {"data": "x"}), str(tmp_path / "c.json"))
+
+    # In training nothing is hashed: there the places must be the same.
+    unhashed = {"data_sha256": ""}
+    with pytest.raises(DataError, match=r"data \(x and y\), and the data were not hashed"):
+        comparison.compare(place("a", {"data": "x"}, **unhashed), place("b", {"data": "y"}))
+    same = place("a", {"data": "x"}, **unhashed), place("b", {"data": "x"}, **unhashed)
+    assert "acc1" in comparison.compare(*same)
+    with pytest.raises(DataError, match="failed in B: ValueError"):
+        comparison.compare(same[0], place("b", {"data": "x"}, error="ValueError: no"))
+
+
+def test_results_of_one_label_are_paired_by_their_data(tmp_path):
+    """Two files of one task on other sets, in two folders: outcomes stay with their records."""
+    for model, hits in (("a", (1, 1)), ("b", (1, 0))):
+        for n, of_set in ((40, "x"), (60, "y")):
+            outcomes = torch.ones(n, 2, dtype=torch.float64)
+            outcomes[:, 0] = hits[0] if of_set == "x" else hits[1]
+            record = RECORD | {"data_sha256": of_set, "metrics": {"acc1": hits[of_set == "y"]}}
+            path = tmp_path / model / f"{of_set}.json"
+            records.write(path, [record], {"zeroshot/acc1": outcomes})
+    lines = comparison.compare(str(tmp_path / "a"), str(tmp_path / "b")).splitlines()[3:]
+    assert ["no difference shown" in line for line in lines] == [True, False]
+
+    (tmp_path / "a" / "x.items.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(DataError, match=r"x\.items\.safetensors is damaged"):
+        comparison.compare(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,30 @@ def test_anybody_can_write_choices_as_a_table(tmp_path):
     ] == {"acc": 0}
 
 
+def test_groups_keep_their_names_and_what_guessing_gives_them(tmp_path):
+    """Groups of other sizes and shapes, some called as scores are, or not at all."""
+    images = pictures(tmp_path / "images", 1)
+    n_texts = {"mean": [2], "acc": [4, 4, 4], "": [3], "group:mean": [2, 5], "täst a": [2]}
+    rows = []
+    for group, numbers in n_texts.items():
+        rows += [{"image": "0.png", "texts": ["see 0"] * n, "group": group} for n in numbers]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = str(tmp_path / "t.jsonl")
+    record = evaluate("choices", material.constant(), data=table, images=str(images))
+
+    marked = {"mean": "group:mean", "acc": "group:acc", "": "group:"}
+    marked |= {"group:mean": "group:group:mean", "täst a": "täst a"}
+    of_groups = {g: sum(1 / n for n in numbers) / len(numbers) for g, numbers in n_texts.items()}
+    assert len({*marked.values()}) == 5
+    assert set(record["metrics"]) == {"acc", "mean", *marked.values()}
+    for group, expected in of_groups.items():
+        assert record["chance"][marked[group]] == pytest.approx(expected)
+    assert record["chance"]["mean"] == pytest.approx(sum(of_groups.values()) / 5)
+    pooled = [1 / n for numbers in n_texts.values() for n in numbers]
+    assert record["chance"]["acc"] == pytest.approx(sum(pooled) / len(pooled))
+    assert record["chance"]["acc"] != pytest.approx(record["chance"]["mean"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -46,13 +46,45 @@ def test_worst_group_of_a_vector_in_the_shards(tmp_path):
     assert record["metrics"]["acc1_group_0"] == 1.0
     assert record["metrics"]["worst_group_acc1"] == pytest.approx(2 / 3)
     assert record["intervals_95"]["worst_group_acc1"] == list(confidence.wilson(2, 3))
-    assert record["chance"]["worst_group_acc1"] == pytest.approx(1 / 3)
+    of_groups = ("worst_group_acc1", "acc1_group_0", "acc1_group_1")
+    assert [record["chance"][name] for name in of_groups] == pytest.approx([1 / 3] * 3)
     assert record["metrics"]["group_gap_acc1"] == pytest.approx(1 / 3)
     assert record["counts"]["groups"] == 2
 
     # F1 of cat: 2 right of 3 chosen and 2 true; of dog: 1 of 1 and 2; of hot dog all.
     expected = (4 / 5 + 2 / 3 + 1) / 3
     assert record["metrics"]["f1_macro"] == pytest.approx(expected)
+
+
+def test_languages_of_one_prefix_and_one_called_mean_are_apart(tmp_path):
+    n = 4
+    for i in range(n):
+        (tmp_path / f"{i}.jpg").write_bytes(material.png(material.picture(i)))
+    (tmp_path / "test_image_names.txt").write_text("\n".join(f"{i}.jpg" for i in range(n)))
+    # Of every language as many captions stand at their own picture as its number says.
+    right = {"fi": 4, "fil": 2, "mean": 0}
+    for language, n_right in right.items():
+        said = [i if i < n_right else (i + 1) % n for i in range(n)]
+        if n_right == 2:
+            said = [0, 1, 3, 2]
+        lines = "\n".join(f"{language} {number}" for number in said)
+        (tmp_path / f"test_1kcaptions_{language}.txt").write_text(lines)
+
+    encoder = material.known_encoder(
+        lambda number: material.direction(number),
+        lambda text: material.direction(int(text.split()[-1])),
+    )
+    (chosen,) = plugin.keyed("vlp.eval.tasks", {"multilingual": {"data": str(tmp_path)}})
+    (record,), _ = run.evaluate(encoder, [chosen], Context(workers=0))
+    names = {"fi": "fi", "fil": "fil", "mean": "group:mean"}
+    at_1 = "image_retrieval_recall@1"
+    scores = {language: record["metrics"][f"{name}_{at_1}"] for language, name in names.items()}
+    assert scores == {"fi": 1, "fil": 1 / 2, "mean": 0}
+    assert record["metrics"][f"mean_{at_1}"] == pytest.approx(1 / 2)
+    n_scores = [
+        sum(key.startswith(f"{name}_") for key in record["metrics"]) for name in names.values()
+    ]
+    assert len(set(n_scores)) == 1 and n_scores[0] >= 6
 
 
 def test_macro_f1_is_the_mean_over_the_classes_that_occur():
@@ -95,6 +127,10 @@ def test_one_question_of_a_set_with_several(tmp_path):
         evaluate("grouped", root, objective="kind", label=0, group=9)
     with pytest.raises(DataError, match="no 'region' noted"):
         evaluate("grouped", root, objective="kind", label=0, group="region")
+    add_vectors(root, [[i % 3, float("nan")] for i in range(6)])
+    for place in ({"label": 0, "group": 1}, {"label": 1}):
+        with pytest.raises(DataError, match=r"(group|class) nan, expected a number"):
+            evaluate("grouped", root, objective="kind", **place)
 
 
 def test_every_class_has_the_mean_of_its_own_prompts(tmp_path):

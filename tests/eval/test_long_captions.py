@@ -82,7 +82,22 @@ def sharegpt4v(root: Path) -> Path:
     return path
 
 
+def iiw(root: Path) -> Path:
+    """IIW-400: pictures of DOCCI by their names without an ending, two descriptions a row."""
+    pictures(root / "docci" / "images_aar", *(f"aar_test_{i:05d}.jpg" for i in range(N)))
+    rows = []
+    for i in range(N):
+        row = {"image/key": f"aar_test_{i:05d}", "IIW": caption(i), "IIW-P5B": "of a machine"}
+        rows.append(row | {"objects": [{"label": "dog", "description": "a dog"}]})
+    path = root / "iiw" / "IIW-400" / "data.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+IIW = {"image_column": "image/key", "caption_columns": "IIW"}
 LAYOUTS = [
+    (iiw, IIW, N),
     (urban1k, {}, N),
     (docci, {}, N),
     (docci, {"split": "train"}, N),
@@ -96,6 +111,8 @@ LAYOUTS = [
 @pytest.mark.parametrize(("write", "options", "n"), LAYOUTS)
 def test_a_set_is_read_by_its_layout_and_scored(tmp_path, write, options, n):
     path = str(write(tmp_path))
+    if write is iiw:
+        options = options | {"images": str(tmp_path / "docci" / "images_aar")}
     source = retrieval.read(retrieval.Options(path, **options))
     read = [" ".join(record.captions[0].split()) for record in source.records]
     assert len(read) == n and all(len(record.captions) == 1 for record in source.records)

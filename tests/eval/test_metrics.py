@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -267,7 +268,7 @@ def test_the_tie_follows_the_spread_between_two_bounds():
     assert metrics.tie_of_groups([]) == metrics.ROUNDING
 
 
-# --- few units, groups, robustness ----------------------------------------------------------------
+# --- few units, groups ----------------------------------------------------------------------------
 
 
 def plain(hits) -> torch.Tensor:
@@ -289,15 +290,41 @@ def test_a_difference_on_few_units_has_a_width_though_none_differs():
     assert confidence.paired_difference(a, a) == (0, 0, 0)
 
 
-def test_the_posterior_covers_as_often_as_it_says():
+def test_the_posterior_of_accuracies_is_that_of_the_four_counts():
+    a, b = plain([1] * 10 + [0] * 10), plain([1] * 7 + [0] * 11 + [1] * 2)
+    gammas = np.random.default_rng(1).standard_gamma([1 + 7, 1 + 3, 1 + 2, 1 + 8], (40_000, 4))
+    shares = torch.from_numpy(gammas / gammas.sum(1, keepdims=True))
+    expected = confidence.middle(shares[:, 1] - shares[:, 2])
+    assert confidence.paired_posterior(a, b) == pytest.approx(expected, abs=6e-3)
+
+
+@pytest.mark.parametrize("n", [1, 20, 299])
+def test_shares_of_several_captions_have_a_width_too(n):
+    """Recalls of images with five captions, and recalls weighted by class: 0 wide before."""
+    captions = torch.tensor([[5.0, 5.0]]).repeat(n, 1)
+    weighted = torch.stack([torch.ones(n) / 7, torch.ones(n) / 7], 1)
+    for items in (captions, weighted):
+        difference, low, high = confidence.paired_difference(items, items)
+        assert difference == 0 and low < -0.002 and high > 0.002
+
+    # A rank is no share: its difference keeps the bootstrap.
+    ranks = torch.tensor([[3.0, 1.0]]).repeat(n, 1)
+    assert confidence.paired_difference(ranks, ranks) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_the_posterior_covers_as_often_as_it_says(captions, monkeypatch):
+    monkeypatch.setattr(confidence, "DRAWS", 2000)
     generator = torch.Generator().manual_seed(0)
     covered = []
     for trial in range(200):
-        a = (torch.rand(40, generator=generator) < 0.6).double()
-        b = torch.where(torch.rand(40, generator=generator) < 0.2, 1 - a, a)
-        low, high = confidence.paired_posterior(a, b, trial)
+        a = (torch.rand(40, captions, generator=generator) < 0.6).double()
+        b = torch.where(torch.rand(40, captions, generator=generator) < 0.2, 1 - a, a)
+        denominator = torch.full((40,), captions, dtype=torch.float64)
+        sides = [torch.stack([hits.sum(1), denominator], 1) for hits in (a, b)]
+        low, high = confidence.paired_posterior(*sides, trial)
         covered.append(low <= 0.6 - (0.6 * 0.8 + 0.4 * 0.2) <= high)
-    assert sum(covered) / len(covered) >= 0.9
+    assert 0.9 <= sum(covered) / len(covered) <= 0.995
 
 
 def test_the_worst_group_is_named_with_its_interval():
@@ -308,15 +335,26 @@ def test_the_worst_group_is_named_with_its_interval():
     assert worst.gap == pytest.approx(2 / 3 - 2 / 5)
 
 
-def test_effective_robustness_is_the_distance_from_the_references_line():
-    def shift(p):
-        return 1 / (1 + math.exp(-(0.9 * math.log(p / (1 - p)) - 0.5)))
+def test_the_worst_group_at_its_edges():
+    """None of n, all of n, one picture in a group, one group: bounds stay sound and hold it."""
+    groups = ["a"] * 6 + ["b"]
+    cases = {
+        (1, 1, 1, 1, 1, 1, 0): ("b", 0.0, (0.0, 0.7935), 1.0),
+        (0, 0, 0, 0, 0, 0, 1): ("a", 0.0, (0.0, 0.3903), 1.0),
+        (1, 1, 1, 1, 1, 1, 1): ("a", 1.0, (0.6097, 1.0), 0.0),
+        (0, 0, 0, 0, 0, 0, 0): ("a", 0.0, (0.0, 0.3903), 0.0),
+    }
+    for hits, (name, accuracy, bounds, gap) in cases.items():
+        worst = confidence.worst_group(torch.tensor(hits), groups)
+        assert (worst.name, worst.accuracy, worst.gap) == (name, accuracy, gap)
+        assert worst.interval == pytest.approx(bounds, abs=1e-4)
+        assert worst.interval[0] <= accuracy <= worst.interval[1]
+    assert len(cases) == 4
+    assert confidence.worst_group(torch.tensor([1.0]), ["only"]).gap == 0
 
-    line = [(p, shift(p)) for p in (0.3, 0.5, 0.7, 0.8)]
-    assert confidence.effective_robustness(0.6, shift(0.6), line) == pytest.approx(0, abs=1e-9)
-    assert confidence.effective_robustness(0.6, shift(0.6) + 0.1, line) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="two reference models or more"):
-        confidence.effective_robustness(0.6, 0.5, line[:1])
+    # The bounds are 0 and 1 themselves, not a rounding beside them.
+    for n in range(1, 400):
+        assert confidence.wilson(0, n)[0] == 0 and confidence.wilson(n, n)[1] == 1, n
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-4], ids=["float32", "float64 of a near collapse"])

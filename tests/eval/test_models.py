@@ -271,9 +271,9 @@ def test_truncated_texts_are_counted_by_every_kind_of_encoder(tiny, tmp_path):
     assert models.from_model(material.our_model().eval()).n_truncated(long) == 2
     encoder, context = models.load(folders["open_clip"]), embed.Context(cache=tmp_path / "cache")
     for _ in range(2):  # computed, then kept
-        context.truncated.clear()
+        context.readings.clear()
         embed.texts(encoder, [*long, long[0]], context)
-        assert sum(context.truncated.values()) == 2
+        assert [reading.n_truncated for reading in context.readings.values()] == [2]
 
 
 def test_a_record_tells_of_truncated_texts(tiny, tmp_path):

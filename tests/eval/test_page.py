@@ -68,6 +68,26 @@ def test_whole_run_shows_everything(whole):
     assert not [p for p in whole.iterdir() if p.name.endswith(".part")]
 
 
+def test_score_distributions_and_the_way_of_uniformity_and_tolerance_are_drawn(whole, tmp_path):
+    got = read(whole / "report.html")
+    assert got.count("svg", class_="areas") == 1 and got.count("polygon") == 2
+    assert "other combinations" in got.sections["space"]
+    assert "pairs above others (AUC)" in got.sections["space"]
+    assert got.count("svg", class_="plane") == 0  # not logged
+
+    run = make_run(tmp_path / "logged", checkpoints=False)
+    lines = [
+        {"step": s, "kind": "eval", "tolerance.tolerance": s / 10, "tolerance.uniformity_image": -s}
+        for s in (3, 6)
+    ]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    got = read(page.write(run, with_model=False))
+    assert got.count("svg", class_="plane") == 1
+    assert "tolerance · tolerance against uniformity" in got.sections["space"]
+    assert "logged, step 6: uniformity -6, tolerance 0.6" in got.sections["space"]
+
+
 def test_page_holds_no_place_beyond_the_run(whole, scenes):
     text = (whole / "report.html").read_text()
     assert (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlp.eval.report import charts, findings, settings
+from vlp.eval.report import charts, findings, planes, settings
 from vlp.eval.report.runs import Run
 from vlp.privacy import private
 
@@ -32,6 +32,25 @@ def test_curves_of_one_point_and_of_none():
     assert "no finite value" in charts.curve("x", [charts.Series("a", [(1.0, float("nan"))])])
 
 
+def test_trails_and_distributions_draw_what_is_finite():
+    ways = [
+        planes.Trail("a", [(1.0, -3.0, 0.2), (2.0, -2.0, 0.4), (3.0, float("nan"), 0.5)]),
+        planes.Trail("b", [(1.0, -1.0, 0.9)], 1),
+    ]
+    drawn = planes.trails("t", ("uniformity", "tolerance"), ways)
+    assert drawn.count("<circle") == 3 and drawn.count("<polyline") == 2
+    assert "a, step 2: uniformity -2, tolerance 0.4" in drawn and ">2</text>" in drawn
+    assert "no finite value" in planes.trails("t", ("x", "y"), [planes.Trail("a", [])])
+
+    # Bins 3 and 5 of ten are filled: what is drawn reaches from bin 2 to bin 6.
+    own, other = [0.0] * 10, [0.0] * 10
+    own[5], other[3] = 1.0, 1.0
+    drawn = planes.distributions("d", [("own", own), ("other", other)], (-1.0, 1.0))
+    outline = drawn.partition('points="')[2].partition('"')[0].split()
+    assert drawn.count("<polygon") == 2 and len(outline) == 2 + 2 * 5
+    assert "no scores" in planes.distributions("d", [("own", [0.0] * 4)], (0.0, 1.0))
+
+
 def test_projection_is_the_singular_value_decomposition():
     rows = torch.randn(14, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     plane = findings.projection(rows[:7], rows[7:])
@@ -52,7 +71,8 @@ def test_failures_come_first_and_an_image_is_asked_for_once():
     # The third caption belongs to image 2 but looks like image 0.
     owner = torch.tensor([0, 1, 2, 2, 3])
     right = owner[:, None] == torch.arange(4)
-    got = findings.queries(text, image, right, torch.tensor([1, 1, 3, 1, 1]), 3)
+    ranking = findings.Ranking(text, image, right, torch.tensor([1, 1, 3, 1, 1]))
+    got = findings.queries(ranking, 3)
     assert [q.place for q in got] == [2, 0, 1]
     assert got[0].rank == 3 and got[0].best[0] == (0, 1.0, False) and got[0].right == (2, 0.0)
     shown, hits = findings.examples_to_show(

@@ -109,6 +109,69 @@ def test_what_the_probe_cannot_do_is_said_at_the_start(tmp_path):
         evaluate(material.random_encoder(), data=str(tmp_path), features="unprojected")
 
 
+def read(task, **options):
+    return run.read_all(plugin.keyed("vlp.eval.tasks", {task: options}))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("clip_benchmark_probe", {"val_split": "test"}, "'test' and 'test' of .* share pictures"),
+        ("clip_benchmark_probe", {"val_split": "train"}, "share pictures (8, e.g. "),
+        ("clip_benchmark_probe", {"val_split": "few"}, "different classes: d"),
+        ("clip_benchmark_probe", {"shots": 3}, "class 'a' has 2 training images, fewer than"),
+        ("clip_benchmark_probe", {"val_proportion": 0.01}, "of 8 training images is 0; expected"),
+        ("clip_benchmark_probe", {"val_proportion": 0.99}, "of 8 training images is 8; expected"),
+        ("clip_benchmark_probe", {"val_proportion": 0.5, "shots": 2}, "fewer than shots=2"),
+        ("linear_probe", {}, "no class of .* has 5 training images"),
+        ("few_shot", {"shots": [3]}, "2 training images, fewer than shots=3"),
+        ("few_shot", {"train_split": "few"}, "different classes: d"),
+        ("knn", {"train_split": "test"}, "'test' and 'test' of .* share pictures"),
+    ],
+)
+def test_splits_that_do_not_go_together_are_told_before_anything_is_embedded(
+    tmp_path, task, options, message
+):
+    photos(tmp_path, 8)
+    few = tmp_path / "few"
+    for name in "abc":
+        (few / name).mkdir(parents=True)
+        (few / name / "0.png").write_bytes(material.png(material.picture(500 + ord(name))))
+    with pytest.raises(DataError, match=message.replace("(", r"\(")):
+        read(task, data=str(tmp_path), **options)
+
+
+def test_what_decides_about_a_probe_is_in_the_hash_of_its_data(tmp_path):
+    """Names, prompts, and the images that choose the decay; each by itself."""
+    photos(tmp_path, 8)
+    (tmp_path / "val2").mkdir()
+    for i, name in enumerate("abcd"):
+        (tmp_path / "val2" / name).mkdir()
+        path = tmp_path / "val2" / name / "0.png"
+        path.write_bytes(material.png(material.picture(900 + i)))
+    cases = {
+        "few_shot": [
+            {"shots": [1], "templates": ["a {}"]},
+            {"shots": [1], "templates": ["the {}"]},
+            {"shots": [1], "templates": ["a {}"], "classes": ["a", "b", "c", "d"]},
+            {"shots": [1], "templates": ["a {}"], "classes": ["b", "a", "c", "d"]},
+        ],
+        "clip_benchmark_probe": [{}, {"val_split": "val"}, {"val_split": "val2"}],
+    }
+    encoder = material.random_encoder()
+    hashes = {}
+    for task, options in cases.items():
+        more = {"epochs": 1} if task == "clip_benchmark_probe" else {}
+        every = [{"data": str(tmp_path), **chosen, **more} for chosen in options]
+        chosen = plugin.keyed("vlp.eval.tasks", {task: every})
+        records, _ = run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))
+        hashes[task] = [record["data_sha256"] for record in records]
+
+    # The same names said, or taken from the folders, are the same data.
+    assert hashes["few_shot"][0] == hashes["few_shot"][2]
+    assert len(set(hashes["few_shot"])) == len(set(hashes["clip_benchmark_probe"])) == 3
+
+
 def test_features_before_the_projection_are_those_it_reads(tmp_path):
     """Times the projection they are the projected features again; the tower is left as it was."""
     material.tiny_open_clip(tmp_path / "model")

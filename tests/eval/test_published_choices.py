@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 
@@ -70,14 +71,15 @@ def whatsup(folder):
 
 def crepe(folder):
     box = {"x": 2, "y": 2, "width": 4, "height": 4}
-    for kind, negatives in (("swap", "['a 2', 'a 3']"), ("atom", "['a 1', 'a 4']")):
+    for kind, negatives in (("swap", "['a 2', 'a 3']"), ("atom", "['a 1']")):
         path = folder / kind / f"prod_vg_hard_negs_{kind}_complexity_4.csv"
         path.parent.mkdir()
         row = {"image_id": 7, "caption": "a 1", "hard_negs": negatives, **box}
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
-            writer.writerow(row)
+            # One file has more regions than the other.
+            writer.writerows([row] * (3 if kind == "swap" else 1))
     put(folder / "VG_100K" / "7.jpg", 1)
     return {"data": str(folder)}
 
@@ -86,7 +88,11 @@ CASES = [
     (mmvp, {"image_acc": 3 / 4, "Texts": 1 / 2, "mean": 3 / 4}, {"image_acc": 1 / 4}),
     (cola, {"image_acc": 2 / 3}, {"image_acc": 1 / 4}),
     (whatsup, {"coco_qa_one_obj": 0, "mean": 1 / 2}, {"mean": 3 / 8}),
-    (crepe, {"prod_vg_hard_negs_swap_complexity_4": 1, "mean": 1 / 2}, {"mean": 1 / 3}),
+    (
+        crepe,
+        {"prod_vg_hard_negs_swap_complexity_4": 1, "mean": 1 / 2},
+        {"mean": (1 / 3 + 1 / 2) / 2},
+    ),
 ]
 
 
@@ -104,3 +110,68 @@ def test_published_files_are_scored_as_their_authors_do(tmp_path, write, scores,
     pictures[0].unlink()
     with pytest.raises(DataError, match=r"name images that are not in|no images at|holds no image"):
         evaluate(write.__name__, knows(), **options)
+
+
+def test_files_of_one_name_are_groups_of_their_own(tmp_path):
+    options = crepe(tmp_path)
+    swap, atom = tmp_path / "swap", tmp_path / "atom"
+    (swap / "prod_vg_hard_negs_swap_complexity_4.csv").rename(swap / "x_hard_negs_y.csv")
+    (atom / "prod_vg_hard_negs_atom_complexity_4.csv").rename(atom / "x_hard_negs_y.csv")
+    record = evaluate("crepe", knows(), **options)
+    names = {"swap/x_hard_negs_y:hard_negs": 1, "atom/x_hard_negs_y:hard_negs": 0, "mean": 1 / 2}
+    assert record["metrics"] == pytest.approx(names)
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def bad_files(folder):
+    """(task, options, message) of sets with one thing that cannot be, in files of their own."""
+    put(folder / "im" / "0.png", 0)
+    images = str(folder / "im")
+    aro_row = {"image_path": "0.png", "true_caption": "a", "false_caption": "b"}
+    aro_row |= {"relation_name": "on", "bbox_x": 1, "bbox_y": 1, "bbox_w": 4, "bbox_h": 4}
+    for number, text in enumerate((None, 5, ["x"])):
+        place = folder / f"text {number}"
+        row = {"image_0": "0.png", "image_1": "0.png", "caption_0": text, "caption_1": "b"}
+        write_json(place / "examples.jsonl", row)
+        yield "winoground", {"data": str(place), "images": images}, "expected texts to choose among"
+        options = [{"image_path": "0.png", "caption_options": [text, "b"]}]
+        write_json(place / "controlled_images_dataset.json", options)
+        yield "whatsup", {"data": str(place), "images": images}, "expected texts to choose among"
+        rows = [aro_row | {"true_caption": text}]
+        write_json(place / "visual_genome_relation.json", rows)
+        yield "aro", {"data": str(place), "images": images}, "expected texts to choose among"
+    for number, text in enumerate((None, ["x"])):
+        write_json(folder / f"{number}.jsonl", {"image": "0.png", "texts": [text, "b"]})
+        data = {"data": str(folder / f"{number}.jsonl"), "images": images}
+        yield "choices", data, "expected texts (a list)"
+
+    changed = {
+        "box": ({"bbox_w": 0}, "the last two above 0"),
+        "word": ({"bbox_h": "x"}, "the box 1, 1, 4, x"),
+        "group": ({"relation_name": 5}, "found 5, expected a relation's name"),
+    }
+    for name, (change, message) in changed.items():
+        write_json(folder / name / "visual_genome_relation.json", [aro_row | change])
+        yield "aro", {"data": str(folder / name), "images": images}, message
+    for number, value in enumerate(([], {}, "x", None)):
+        place = folder / f"empty {number}"
+        write_json(place / "cola.json", value)
+        message = "holds no items" if value in ([], {}) else "expected a list of items"
+        yield "cola", {"data": str(place / "cola.json"), "images": images}, message
+        write_json(place / "vg_qa_one_obj.json", value)
+        yield "whatsup", {"data": str(place), "images": images}, message
+        for subset in ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
+            write_json(place / f"{subset}.json", value)
+        yield "sugarcrepe_pp", {"data": str(place), "images": images}, message
+
+
+def test_what_cannot_be_scored_is_named_before_a_model_is_loaded(tmp_path):
+    cases = list(bad_files(tmp_path))
+    for task, options, message in cases:
+        with pytest.raises(DataError, match=re.escape(message)):
+            run.read_all(plugin.keyed("vlp.eval.tasks", {task: options}))
+    assert len(cases) == 26

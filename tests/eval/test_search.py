@@ -1,7 +1,10 @@
 """Pictures embedded once and asked: what is listed, what is embedded again, what is found."""
 
+import fcntl
 import json
+import os
 import shutil
+import socket
 import tarfile
 
 import numpy as np
@@ -173,6 +176,63 @@ def test_an_index_of_faiss_finds_the_same(photos, tmp_path, monkeypatch):
     indexed = [found(opened, encoder, str(number), 3) for number in range(20, 60)]
     assert indexed == exact
     assert len(list((tmp_path / "library").glob("*.faiss"))) == 1
+
+
+def of_another_call(path):
+    """Hold a lock as another process does, with its name in it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": "vlp x", "since": 0}
+    os.write(descriptor, json.dumps(owner).encode())
+    return descriptor
+
+
+def test_one_call_builds_the_index_and_the_other_searches_without(
+    photos, tmp_path, monkeypatch, capsys
+):
+    for number in range(20, 80):
+        (photos / f"{number}.png").write_bytes(png(picture(number)))
+    monkeypatch.setattr(nearest, "EXACT_UP_TO", 50)
+    monkeypatch.setattr(nearest, "LISTS_SEARCHED", 1000)
+    encoder, _ = counting_encoder()
+    folder = tmp_path / "library"
+
+    def opened_and_asked():
+        opened = library.update(folder, encoder, pictures_in(str(photos)), QUIET)
+        return lambda: [found(opened, encoder, str(number))[0] for number in (20, 50)]
+
+    expected = [str(photos / "20.png"), str(photos / "50.png")]
+    ask_it = opened_and_asked()
+    descriptor = of_another_call(folder / ".lock")
+    assert ask_it() == expected and not list(folder.glob("*.faiss"))
+    assert "searching exactly, which takes long" in capsys.readouterr().out
+    os.close(descriptor)
+
+    # What a killed call left goes; a damaged index is built again.
+    (folder / ".0.faiss.0123456789ab.tmp").write_bytes(b"")
+    assert opened_and_asked()() == expected
+    (index,) = folder.glob("*.faiss")
+    whole = index.stat().st_size
+    index.write_bytes(b"no index")
+    assert opened_and_asked()() == expected and index.stat().st_size == whole
+    assert "is damaged" in capsys.readouterr().err
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_two_writers_of_one_file_do_not_meet(small_world, tmp_path, capsys):
+    texts, to = tmp_path / "texts.txt", tmp_path / "rows.npy"
+    texts.write_text("a thing\n")
+    descriptor = of_another_call(tmp_path / ".rows.npy.lock")
+    command = ["embed", str(small_world["run"]), "--texts", str(texts), "--to", str(to)]
+    assert main(command) == 1
+    assert "is in use by 'vlp x'" in capsys.readouterr().err and not to.exists()
+    os.close(descriptor)
+    (tmp_path / ".rows.npy.lock").unlink()
+    assert main(command) == 0 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "rows.names.jsonl",
+        "rows.npy",
+        "texts.txt",
+    ]
 
 
 def test_the_commands(small_world, tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ N_SETS = {
     "compositional": 10,
     "datacomp": 38,
     "faces": 4,
-    "long": 4,
+    "long": 5,
     "multilingual": 5,
     "retrieval": 3,
     "vtab+": 35,
@@ -43,7 +43,7 @@ def test_every_suite_names_tasks_options_and_scores_that_exist():
         n_seen[name] = len(suite.entries)
 
     assert n_seen == N_SETS
-    assert len(suites.read("all-local").entries) == 69
+    assert len(suites.read("all-local").entries) == 70
 
 
 def test_datacomp_has_its_published_main_metrics():
@@ -163,6 +163,7 @@ def test_suites_run_whole_on_the_published_layouts(tiny, tmp_path, capsys):
         "long": suite_material.write_long,
         "multilingual": suite_material.write_multilingual,
         "retrieval": suite_material.write_retrieval,
+        "vtab+": suite_material.write_vtab,
     }
     for name, write in writers.items():
         root, out = tmp_path / name, tmp_path / f"{name}.json"
@@ -174,7 +175,7 @@ def test_suites_run_whole_on_the_published_layouts(tiny, tmp_path, capsys):
         assert told["average_over"] == told["n_sets"] == N_SETS[name]
         assert all(row["value"] is not None for row in told["main_scores"]), told
         assert "NOT COMPARABLE" not in capsys.readouterr().out
-    assert len(writers) == 6
+    assert writers.keys() == N_SETS.keys()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_suites_run_whole_on_the_published_layouts(tiny, tmp_path, capsys):
         (["--task", "knn", "--data", ".", "--missing", "skip"], "belongs to --suite"),
         (["--task", "knn", "--data", ".", "--html", "x.html"], "belongs to --suite"),
         (["--suite", "datacomp", "--data", ".", "--html", "."], "is a folder"),
-        (["--suite", "long", "--data", "."], "none of the 4 sets"),
+        (["--suite", "long", "--data", "."], "none of the 5 sets"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, monkeypatch, capsys, arguments, message):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.eval.suite_material import write_wds
 from tests.test_averaging import two
 from vlp.cli import main
 
@@ -50,9 +51,39 @@ def test_a_sweep_shows_gain_against_guard_for_every_alpha(sweep, two, tmp_path, 
         assert [r["metrics"] for r in records] == [r["metrics"] for r in row["records"]]
 
 
+def test_a_sweep_over_a_suite_shows_its_average(two, tmp_path, capsys):
+    for name in ("pets", "cifar10"):
+        write_wds(tmp_path / "sets" / f"wds_{name}")
+    file, out = tmp_path / "suite.yaml", tmp_path / "sweep.json"
+    file.write_text(
+        "title: Mine\nat: ['wds_{name}']\nget: 'https://x.org/{name}'\n"
+        "main: mean_per_class_recall\n"
+        "sets: {pets: {}, cifar10: {main: acc1}, mnist: {}}\n"
+    )
+    models = ["--blend", str(two / "a"), str(two / "b"), "--alphas", "0,1", "--device", "cpu"]
+    data = ["--suite", str(file), "--data", str(tmp_path / "sets"), "--quiet", "--cache", "none"]
+    assert main(["eval", *models, *data]) == 1
+    assert "1 of the 3 sets" in capsys.readouterr().err
+    arguments = [*models, *data, "--missing", "skip", "--guard", "pets.acc1", "--out", str(out)]
+    assert main(["eval", *arguments]) == 0
+    printed = capsys.readouterr().out
+
+    result = json.loads(out.read_text())
+    assert (result["gain"], result["guard"]) == ("average", "pets.acc1")
+    for row in result["rows"]:
+        pets, cifar = (record["metrics"] for record in row["records"])
+        expected = (pets["mean_per_class_recall"] + cifar["acc1"]) / 2
+        assert row["gain"] == row["suite"]["average"] == pytest.approx(expected)
+        assert row["suite"]["average_over"] == 2 and row["suite"]["n_sets"] == 3
+    assert len(result["rows"]) == 2 and "gain: average" in printed
+    assert "Mine: average over 2 of 3 sets, NOT COMPARABLE" in printed
+    assert "mnist: no wds_mnist; get it from https://x.org/mnist" in printed
+
+
 def test_a_wrong_sweep_is_answered_before_a_model_is_read(sweep, two, capsys):
     cases = {
         ("--gain", "zeroshod.acc1"): "no score of a task evaluated here",
+        ("--gain", "average"): "no score of a task evaluated here",
         ("--alphas", "0,2"): "--alphas is '0,2'; expected numbers of 0 to 1",
         ("--ema",): "write RUN@ema",
         (str(two / "a"),): "found MODEL",

@@ -5,8 +5,6 @@ the results.
 import json
 import os
 import stat
-import subprocess
-import sys
 
 import numpy as np
 import open_clip
@@ -538,69 +536,3 @@ def test_a_run_is_exported_with_its_results(tmp_path):
             export_run(run, tmp_path / "damaged")
     assert not (tmp_path / "damaged").exists()
     assert load(tmp_path / "earlier")(None, None).scale.item() == pytest.approx(np.e)
-
-
-FRESH = """
-import json, sys
-import numpy, open_clip, torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor, pipeline
-folder, kept = sys.argv[1:]
-assert "vlp" not in sys.modules
-data = torch.load(kept)
-noise = numpy.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=numpy.uint8)
-image = Image.fromarray(noise)
-normalize = torch.nn.functional.normalize
-with torch.no_grad():
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
-    network = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    texts = dict(text=["a cat", "a dog"], padding=True)
-    inputs = processor(images=image, return_tensors="pt", **texts)
-    probabilities = network(**inputs).logits_per_image.softmax(dim=-1)[0]
-    found = [
-        theirs.encode_image(data["pixels"], normalize=True),
-        theirs.encode_text(data["ids"], normalize=True),
-        normalize(network.get_image_features(data["pixels"]).pooler_output, dim=-1),
-        normalize(network.get_text_features(data["ids"]).pooler_output, dim=-1),
-    ]
-classify = pipeline("zero-shot-image-classification", model=folder)
-answers = classify(image, candidate_labels=["cat", "dog"], hypothesis_template="a {}")
-scores = {answer["label"]: answer["score"] for answer in answers}
-scored = torch.tensor([scores["cat"], scores["dog"]])
-pairs = [*zip(found, [data["image"], data["text"]] * 2), (scored, probabilities)]
-print(json.dumps([(a - b).abs().max().item() for a, b in pairs]))
-"""
-
-
-def test_a_fresh_process_without_network_or_vlp_loads_it(exported, tmp_path):
-    model = load(exported).eval()
-    pixels, ids = inputs(model)
-    kept = tmp_path / "kept.pt"
-    with torch.no_grad():
-        features = model(pixels, ids)
-    torch.save(
-        {
-            "pixels": model.pixels(pixels),
-            "ids": ids,
-            "image": features.image,
-            "text": features.text,
-        },
-        kept,
-    )
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "empty"),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    ran = subprocess.run(
-        [sys.executable, "-c", FRESH, str(exported), str(kept)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    differences = json.loads(ran.stdout.strip().splitlines()[-1])
-    assert len(differences) == 5 and max(differences) <= TOLERANCE

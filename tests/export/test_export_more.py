@@ -106,6 +106,58 @@ def test_sentence_transformers_and_transformers_embed_texts_and_pictures(kind, t
     assert (output.image_embeds - expected[1]).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("kind", ["timm", "huggingface", "huggingface, mean"])
+def test_texts_of_every_length_are_pooled_as_in_training(kind, tmp_path):
+    """Alone, beside longer ones, and padded to the context."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor
+
+    model = tiny(**described(kind, tmp_path))
+    export(model, tmp_path / "out")
+    context = model.text_spec.context_length
+    texts = ["dog " * n_words for n_words in range(context + 2)]
+    expected = models.from_model(model).encode_texts(texts)
+    # No two lengths give one embedding, so that a wrong place to read shows.
+    apart = torch.cdist(expected[: context - 2], expected[: context - 2])
+    assert apart.fill_diagonal_(1).min() > 1e-3
+
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)
+    for batch_size in (1, 64):
+        rows = theirs.encode(texts, batch_size=batch_size, convert_to_tensor=True)
+        assert (rows - expected).abs().max() <= 1e-6
+
+    if CONSUMED[kind] is None:
+        return
+    place = tmp_path / "out/transformers"
+    network = AutoModel.from_pretrained(place).eval()
+    processor = AutoProcessor.from_pretrained(place)
+    for padding in (True, "max_length"):
+        prepared = processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            output = network.get_text_features(**prepared)
+        rows = torch.nn.functional.normalize(output.pooler_output, dim=-1)
+        assert (rows - expected).abs().max() <= 1e-6
+
+
+def test_forms_are_compared_on_texts_from_one_token_to_the_context(tmp_path, monkeypatch):
+    from vlp.export import parts
+
+    model = tiny(**described("huggingface, mean", tmp_path))
+    _, ids = parts.example(model)
+    n_tokens = (ids != model.text.config.pad_token_id).sum(dim=1)
+    assert n_tokens.tolist() == [1, 2, 6, 11, 12]
+
+    # Without its mask the tower pools padding, too.
+    monkeypatch.setattr(parts, "text_inputs", lambda model, ids: parts_without_mask(ids))
+    notes = export(model, tmp_path / "out")
+    assert any("because its embeddings differ by" in note for note in notes)
+    assert not (tmp_path / "out/modules.json").exists()
+
+
+def parts_without_mask(ids):
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 @pytest.mark.parametrize("length", [12, 64, 70])
 def test_transformers_pipeline_takes_a_siglip_of_any_context(length, tmp_path, monkeypatch):
     tower = siglip(tmp_path, context_length=length)
@@ -134,10 +186,10 @@ def test_transformers_pipeline_takes_a_siglip_of_any_context(length, tmp_path, m
     torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=1e-7)
 
 
-def test_a_timm_tower_of_another_size_is_no_form_of_transformers(tmp_path):
-    tower = {"name": "timm", "model": "test_vit", "image_size": 64}
-    notes = export(tiny(image_tower=tower), tmp_path / "out")
-    assert any("was built for another size than timm states" in note for note in notes)
+def test_a_context_beyond_the_language_models_positions_is_no_form_of_transformers(tmp_path):
+    text = described("huggingface", tmp_path)["text_tower"] | {"context_length": 20}
+    notes = export(tiny(text_tower=text), tmp_path / "out")
+    assert any("20 tokens, and its language model has 16 positions" in note for note in notes)
     assert not (tmp_path / "out/modules.json").exists()
 
 
@@ -150,11 +202,11 @@ def test_captions_that_only_training_cleaned_are_no_form_of_transformers(tmp_pat
 
 SLOW = [
     pytest.param(kind, marks=pytest.mark.slow)
-    for kind in ("mean pooling", "timm", "mobilenet", "resnet", "siglip", "huggingface")
+    for kind in ("clip", "mean pooling", "timm", "mobilenet", "resnet", "siglip", "huggingface")
 ]
 
 
-@pytest.mark.parametrize("kind", ["clip", *SLOW])
+@pytest.mark.parametrize("kind", SLOW)  # a sample: test_consumers
 def test_onnx(kind, tmp_path):
     import onnxruntime
 
@@ -188,7 +240,7 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     from vlp.export import onnx_form
 
     monkeypatch.setattr(onnx_form, "_NEEDED", ("onnx_that_is_not_there",))
-    with pytest.raises(onnx_form.OnnxError, match="pip install onnx_that_is_not_there"):
+    with pytest.raises(onnx_form.OnnxError, match=r"needs onnx_that_is_not_there.*vlp\[hub\]"):
         export(tiny(), tmp_path / "out", onnx=True)
     assert list(tmp_path.iterdir()) == []
 

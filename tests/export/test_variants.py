@@ -47,6 +47,10 @@ def test_half_of_the_bytes_and_nearly_the_same_embeddings(kind, name, tmp_path):
         assert wide <= {"logit_scale", "logit_bias"}, path
         whole = tmp_path / "whole" / path.relative_to(tmp_path / "half")
         assert path.stat().st_size < 0.7 * whole.stat().st_size
+        for key, value in load_file(whole).items():
+            spacing = torch.finfo(stored[key].dtype)
+            apart = (stored[key].double() - value.double()).abs()
+            assert (apart <= value.abs() * spacing.eps / 2 + spacing.smallest_normal).all(), key
 
     pixels, ids = inputs(model)
     with torch.no_grad():
@@ -114,6 +118,21 @@ def test_another_size_is_open_clips_force_image_size(size, tmp_path):
     assert described["vision_config"]["image_size"] == size
 
 
+@pytest.mark.parametrize("is_another", [True, False])
+def test_scores_of_another_size_are_not_told_as_the_exports(is_another, tmp_path):
+    """The card, and what the Hub reads above it."""
+    model = tiny()
+    size = 48 if is_another else model.image_spec.size[0]
+    record = {"task": "zeroshot_classification", "dataset": "pets", "metrics": {"acc1": 0.8765}}
+    export(model, tmp_path / "out", results=[record], image_size=size)
+    card = (tmp_path / "out" / "README.md").read_text()
+    if is_another:
+        assert "Not evaluated." in card and "not evaluated at this size" in card
+        assert "0.8765" not in card and "87.65" not in card and "pets" not in card
+    else:
+        assert "pets" in card and "Not evaluated." not in card
+
+
 SMALL_VIT = {"name": "vit", "patch_size": 8, "width": 16, "layers": 1, "head_width": 16}
 # image towers of other kinds, and a size that each can be brought to
 OTHERS = {
@@ -154,3 +173,66 @@ def test_a_size_that_the_tower_refuses_is_answered_with_ones_that_work(tmp_path)
         with pytest.raises(ExportError, match=message):
             export(tiny(image_tower=tower), tmp_path / "out", image_size=size)
     assert len(refused) == 3 and not (tmp_path / "out").exists()
+
+
+def test_what_no_model_can_be_written_by_is_refused_before_one_is_read(tmp_path, monkeypatch):
+    """The model itself is absent: whoever reads it first fails otherwise."""
+    from vlp import averaging
+    from vlp.export import onnx_form
+    from vlp.export.folder import export_average, export_run, export_stages
+
+    monkeypatch.setattr(onnx_form, "_NEEDED", ("onnx_that_is_not_there",))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("precious")
+    absent = str(tmp_path / "absent")
+    out = tmp_path / "out"
+    pair = averaging.Members([absent, absent], [0.5, 0.5])
+    ways = [
+        lambda to, **keys: export_run(absent, to, **keys),
+        lambda to, **keys: export_stages([absent, absent], to, **keys),
+        lambda to, **keys: export_average(pair, to, **keys),
+    ]
+    wishes = [
+        (out, {"dtype": "fp8"}, "expected one of float32, float16, bf16"),
+        (out, {"license": "apache2.0"}, "did you mean 'apache-2.0'"),
+        (out, {"image_size": 0}, "image_size is 0; expected pixels"),
+        (out, {"onnx": True}, "needs onnx_that_is_not_there"),
+        (tmp_path / "full", {}, "is a folder that is not empty"),
+        (tmp_path / "full/file", {"overwrite": True}, "is a file"),
+        (".", {}, "has no name of its own"),
+        (tmp_path / "..", {"overwrite": True}, "has no name of its own"),
+    ]
+    n_refused = 0
+    for to, keys, message in wishes:
+        for way in ways:
+            with pytest.raises(ValueError, match=message):
+                way(to, **keys)
+            n_refused += 1
+    assert n_refused == 24 and sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+RECORD = {"task": "zeroshot_classification", "dataset": "photos", "metrics": {"acc1": 0.2749}}
+
+
+def test_scores_of_one_size_are_not_those_of_another(tmp_path):
+    from vlp import checkpoint
+    from vlp.export.folder import export_run
+
+    model = tiny()
+    contents = checkpoint.Contents(
+        model.state_dict(), {}, config="out: run", description=model.description()
+    )
+    checkpoint.save(tmp_path / "run", 1, contents, keep=1)
+    (tmp_path / "run/results.json").write_text(json.dumps([RECORD]))
+    sizes = {"trained": None, "the same": 32, "larger": 48}
+    for name, size in sizes.items():
+        export_run(tmp_path / "run", tmp_path / name, image_size=size)
+        card = (tmp_path / name / "README.md").read_text()
+        is_trained = size in (None, 32)
+        assert ("| photos |  | acc1 | 0.2749 |" in card) == ("model-index" in card) == is_trained
+        assert ("not evaluated at this size" in card) == ("Not evaluated." in card) != is_trained
+
+    # Exported once more, neither.
+    export_run(tmp_path / "larger", tmp_path / "again")
+    assert "0.2749" not in (tmp_path / "again/README.md").read_text()
+    assert len(sizes) == 3

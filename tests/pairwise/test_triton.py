@@ -128,7 +128,8 @@ def _not_a_number(triton) -> bool:
 
 @pytest.fixture(scope="module")
 def results():
-    pytest.importorskip("triton")
+    if sys.platform != "linux":
+        pytest.skip("Triton is made for Linux alone")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.pairwise.test_triton"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
@@ -165,7 +166,8 @@ print(json.dumps([rows, "wgmma" in float32.asm["ptx"], float32.metadata.shared])
 
 
 def test_kernels_compile_for_hopper():
-    pytest.importorskip("triton")
+    if sys.platform != "linux":
+        pytest.skip("Triton is made for Linux alone")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],

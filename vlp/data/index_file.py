@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 from vlp.data.digests import UNKNOWN
 from vlp.data.rows import EXTENT, FURTHER_LABELS, ROW, Kind, Shard, Stored
 from vlp.data.summary import summarize
-from vlp.files import writing_atomically
+from vlp.files import replacing
 
 NAME = "_index.bin"
 _FAMILY = b"vlp shard index "
@@ -256,7 +256,7 @@ def save_index(path: Path, shards: Mapping[str, Shard]) -> None:
     head = beginning[len(_MAGIC) : len(_MAGIC) + _SUM_BYTES]
     path.parent.mkdir(parents=True, exist_ok=True)
     places = []
-    with writing_atomically(path) as file:
+    with replacing(path) as temporary, temporary.open("xb") as file:
         file.write(beginning)
         for shard, body in zip(shards.values(), bodies):
             offset = file.tell()

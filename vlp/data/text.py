@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlp.data.prompted import PromptedTokenizer, is_prompted
+from vlp.pretrained import packages
 from vlp.types import TextSpec
 
 # Threads of the tokenizers library do not survive a fork.
@@ -139,7 +140,9 @@ def _lower(text: str) -> str:
 
 
 class HubTokenizer:
-    """A Hugging Face tokenizer by name or folder, with the semantics of open_clip's HFTokenizer."""
+    """A Hugging Face tokenizer (`hub`) by name or folder, with the semantics of open_clip's
+    HFTokenizer.
+    """
 
     def __init__(self, spec: TextSpec) -> None:
         from vlp.data._clip_text import tokenizers
@@ -147,10 +150,12 @@ class HubTokenizer:
         # Its folder may bring code along, and options that ask for it.
         options: dict[str, Any] = {**spec.options, "trust_remote_code": False}
         self.context_length = spec.context_length
+        place = packages.local(spec.tokenizer)
         self._inner = tokenizers.HFTokenizer(
-            spec.tokenizer, context_length=spec.context_length, clean=spec.clean, **options
+            place, context_length=spec.context_length, clean=spec.clean, **options
         )
-        self.vocab_size = len(self._inner.tokenizer)
+        self.hub = self._inner.tokenizer
+        self.vocab_size = len(self.hub)
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Token ids, int64 [n, L], padded as the tokenizer does."""
@@ -159,7 +164,7 @@ class HubTokenizer:
     def tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
         """Token ids, int64 [n, L], and how many texts were truncated."""
         ids = self._inner(texts)
-        pad = self._inner.tokenizer.pad_token_id
+        pad = self.hub.pad_token_id
 
         # Only rows without padding can have been cut; whether they were, their whole length tells.
         n_truncated = 0
@@ -167,7 +172,7 @@ class HubTokenizer:
             if pad is not None and row[-1] == pad:
                 continue
             cleaned = self._inner.clean_fn(text)
-            whole = self._inner.tokenizer(cleaned, verbose=False).input_ids
+            whole = self.hub(cleaned, verbose=False).input_ids
             if len(whole) > self.context_length:
                 n_truncated += 1
 

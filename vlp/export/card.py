@@ -12,18 +12,18 @@ from typing import Any
 import yaml
 
 from vlp import losses, plugin
-from vlp.export import licenses
-from vlp.export.dual_form import FOLDER
+from vlp.export import licenses, usage
+from vlp.models import language
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.stages import Stages
+from vlp.pretrained import image_size
 from vlp.privacy import shareable
 from vlp.types import ON_WHITE
 
+VLP = "vlp"
 # of the Hub, by the transformers class that the folder loads as
-VLP = "vlp"  # of a folder that vlp alone loads
 _TAGS: dict[str | None, list[str]] = {
     None: [],
-    VLP: [],
     "CLIPModel": ["transformers", "clip"],
     "SiglipModel": ["transformers", "siglip"],
     "VisionTextDualEncoderModel": ["transformers", "vision-text-dual-encoder"],
@@ -40,21 +40,26 @@ def render(
     training: Mapping[str, Any] | None,
     step: int | None,
     license: str | None,
+    provenance: str,
     origin: str | None = None,
 ) -> str:
-    """The README.md of an exported folder called `name`. `form` is the transformers class it loads
-    as, VLP, or None; `origin` a sentence on weights that are an average.
+    """The README.md of an exported folder called `name`.
+
+    form: the transformers class it loads as, or None. provenance: how the model came about, in a
+    few words ("trained with vlp"). origin: a sentence on weights that are an average.
     """
     libraries = {note.partition(":")[0] for note in notes}
+    if not of_open_clip(model):
+        libraries.discard("open_clip")
     parts = [
-        _front_matter(name, form, results, license, "sentence-transformers" in libraries),
+        _front_matter(name, form, libraries, results, license),
         f"# {name}",
-        _summary(model, step),
+        _summary(model, provenance, step),
     ]
     parts += [] if origin is None else [origin]
     if training is not None and (scale := of_scale(training)):
         parts.append(scale)
-    parts += ["## Use", _usage(name, form, libraries, model.text_spec.context_length)]
+    parts += ["## Use", usage.blocks(name, form, libraries, model.text_spec.context_length)]
     parts += ["## Pictures", _pictures(model, form)]
     parts += ["## Forms", "\n".join(f"- {note}" for note in notes)]
     parts += ["## Results", _results(results)]
@@ -72,7 +77,7 @@ def render(
 def render_stages(model: Stages, name: str, members: Sequence[str], license: str | None) -> str:
     """The README.md of a folder of several stages."""
     metadata: dict[str, Any] = {
-        "library_name": "vlp",
+        "library_name": VLP,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["contrastive"],
     }
@@ -85,11 +90,11 @@ def render_stages(model: Stages, name: str, members: Sequence[str], license: str
 
 # {name}
 
-{len(members)} image-text dual encoders, trained in stages with vlp. An embedding is theirs, one
+{len(members)} image-text dual encoders, which vlp joins as stages. An embedding is theirs, one
 after another, divided by √{len(members)}: {dims} = {model.embed_dim} dimensions, unit length. Its
 cosine is the mean of theirs, and so is its scale, {model().scale.item():.4g}.
 
-{_vlp_block(name)}
+{usage.vlp_block(name)}
 
 Other libraries load each stage by itself: {links}.
 """
@@ -106,20 +111,24 @@ repairs text (HTML entities, curly quotes, full-width letters, wrongly decoded c
 tokenizes."""
 
 
+def of_open_clip(model: DualEncoder) -> bool:
+    """Whether open_clip builds the towers of `model`."""
+    is_ours = language.is_described(model.open_clip_config)
+    return not is_ours and image_size.is_default(model.visual)
+
+
 def _front_matter(
     name: str,
     form: str | None,
+    libraries: set[str],
     results: Sequence[Mapping[str, Any]],
     license: str | None,
-    sentence_transformers: bool,
 ) -> str:
     # Keys and values are the Hub's: it sorts and filters models by them.
-    readers = [] if form == VLP else ["open_clip"]
+    readers = [name for name in ("open_clip", "sentence-transformers") if name in libraries]
     tags = ["contrastive", *readers, *_TAGS[form]]
-    if sentence_transformers:
-        tags.append("sentence-transformers")
     # The Hub shows how this library loads the repository itself, not a subfolder of it.
-    library = VLP if form == VLP else "open_clip"
+    library = readers[0] if readers else VLP
     if form in ("CLIPModel", "SiglipModel"):
         library = "transformers"
     metadata: dict[str, Any] = {
@@ -165,14 +174,14 @@ def _numbers(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     return sorted(finite.items())
 
 
-def _summary(model: DualEncoder, step: int | None) -> str:
+def _summary(model: DualEncoder, provenance: str, step: int | None) -> str:
     n_parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     height, width = model.image_spec.size
     scale, bias = model.scaling()
     steps = "" if step is None else f", {step} steps"
     biased = "" if bias is None else f", bias {bias.item():.4g}"
     return (
-        f"An image-text dual encoder trained with vlp{steps}: {n_parameters:.1f} million "
+        f"An image-text dual encoder {provenance}{steps}: {n_parameters:.1f} million "
         f"parameters, {height}×{width} pixels, {model.text_spec.context_length} tokens, "
         f"{model.embed_dim}-dimensional embeddings, scale {scale.item():.4g}{biased}."
     )
@@ -197,108 +206,6 @@ def of_scale(training: Mapping[str, Any]) -> str:
     )
 
 
-def _usage(name: str, form: str | None, libraries: set[str], length: int) -> str:
-    """How each library loads the model, as code that runs where the folder lies; `published` makes
-    it the repository's.
-    """
-    # Every block is run by the tests, against a Hub of their own.
-    blocks = [] if form == VLP else [_open_clip_block(name)]
-    if form not in (None, VLP):
-        blocks.append(_transformers_block(name, form, length))
-    if "sentence-transformers" in libraries:
-        blocks.append(_sentence_transformers_block(name))
-    blocks.append(_vlp_block(name))
-    if "ONNX" in libraries:
-        blocks.append(
-            "`onnx/image.onnx` and `onnx/text.onnx` take what open_clip's `preprocess` and "
-            "`tokenizer` give."
-        )
-    return "\n\n".join(blocks)
-
-
-def _open_clip_block(name: str) -> str:
-    return f"""```python
-import open_clip
-import torch
-from PIL import Image
-
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")
-tokenizer = open_clip.get_tokenizer("local-dir:{name}")
-model.eval()
-with torch.no_grad():
-    pixels = preprocess(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
-    image = model.encode_image(pixels, normalize=True)
-    text = model.encode_text(tokenizer(["a cat", "a dog"]), normalize=True)
-print(image @ text.T)
-```"""
-
-
-def _transformers_block(name: str, form: str, length: int) -> str:
-    siglip = form == "SiglipModel"
-    place = f'"{name}"'
-    if form == "VisionTextDualEncoderModel":
-        place += f', subfolder="{FOLDER}"'
-    padding = '"max_length"' if siglip else "True"
-    to_probabilities = "sigmoid()" if siglip else "softmax(dim=-1)"
-    # Fewer raise there, and more change the embedding: the last token is pooled. 5.23 drops its
-    # documented argument tokenizer_kwargs, so that its parameters have to be set.
-    kwargs = f'dict(padding="max_length", max_length={length}, truncation=True)'
-    pipeline = f"""
-
-transformers' pipeline gives a SiglipModel 64 tokens, unless told that this one takes {length}:
-
-```python
-from transformers import pipeline
-
-classify = pipeline("zero-shot-image-classification", model="{name}")
-classify._preprocess_params["tokenizer_kwargs"] = {kwargs}
-print(classify("photo.jpg", candidate_labels=["cat", "dog"]))
-```"""
-    return f"""```python
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained({place})
-processor = AutoProcessor.from_pretrained({place})
-image = Image.open("photo.jpg").convert("RGB")
-texts = dict(text=["a cat", "a dog"], padding={padding}, truncation=True)
-inputs = processor(images=image, return_tensors="pt", **texts)
-with torch.no_grad():
-    print(model(**inputs).logits_per_image.{to_probabilities})
-```{pipeline if siglip and length != 64 else ""}"""
-
-
-def _sentence_transformers_block(name: str) -> str:
-    return f"""```python
-from PIL import Image
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
-image = model.encode([Image.open("photo.jpg").convert("RGB")])
-text = model.encode(["a cat", "a dog"])
-print(model.similarity(image, text))
-```"""
-
-
-def _vlp_block(name: str) -> str:
-    return f"""```python
-from vlp.models.load import load
-
-model = load("local-dir:{name}").eval()
-```"""
-
-
-def published(card: str, name: str, repository: str) -> str:
-    """The card of the folder `name` as it stands in a repository: its code loads from there."""
-    # By its quotes: the name alone may stand in a sentence.
-    card = card.replace(f'"local-dir:{name}"', f'"hf-hub:{repository}"')
-    card = card.replace(f'model="{name}")', f'model="{repository}")')
-    for end in (")", ", subfolder="):
-        card = card.replace(f'("{name}"{end}', f'("{repository}"{end}')
-    return card
-
-
 def _pictures(model: DualEncoder, form: str | None) -> str:
     """What the model saw of stored pictures, what other libraries show it, and how to show it the
     same.
@@ -317,7 +224,7 @@ def _pictures(model: DualEncoder, form: str | None) -> str:
         f"and every picture was {turned}.",
         "open_clip's transform drops transparency, so that hidden colours show, and turns nothing.",
     ]
-    if form not in (None, VLP):
+    if form is not None:
         lines += [
             "transformers' processors put transparent pixels on white and turn nothing;",
             "its pipelines turn a picture and drop its transparency.",

@@ -23,10 +23,10 @@ from typing import Any
 import yaml
 
 from vlp import averaging, checkpoint
-from vlp.export import licenses, variants
+from vlp.export import licenses, onnx_form, variants
 from vlp.export.card import own_scale, render, render_stages
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
-from vlp.export.place import ExportError, appearing, write_json
+from vlp.export.place import ExportError, appearing, check_free, write_json
 from vlp.files import naming
 from vlp.locks import held
 from vlp.models import language
@@ -53,6 +53,7 @@ def export(
     dtype: str = "float32",
     image_size: int | None = None,
     home: Path | None = None,
+    provenance: str = "",
     origin: str | None = None,
 ) -> list[str]:
     """Write `model` to the folder `to`, and say in one line a form what was written, or why it was
@@ -63,12 +64,12 @@ def export(
     another. onnx: also write both towers as ONNX (needs onnx and onnxscript). dtype: of the stored
     weights, float32, float16 or bf16 (ONNX computes in float32, with their values). image_size:
     pixels, square, other than the model's. home: where the folder will lie in the end, if not at
-    `to`. origin: a sentence for the card on weights that are an average. The folder appears
-    complete or not at all; ExportError if it exists and is not empty, unless `overwrite`, which
-    keeps every file that no export wrote.
+    `to`. provenance: how the model came about, in the card's words, if not by training; origin: a
+    sentence on weights that are an average. The folder appears complete or not at all; ExportError
+    if it exists and is not empty, unless `overwrite`, which keeps every file that no export wrote.
     """
+    check(to, license=license, onnx=onnx, overwrite=overwrite, dtype=dtype, image_size=image_size)
     to, stored = Path(to), variants.known(dtype)
-    licenses.metadata(license)  # a mistyped one before anything is written
     if onnx and language.is_described(model.open_clip_config):
         raise ExportError(
             "ONNX has no form for a language model as text tower; leave out --onnx. vlp loads the "
@@ -79,6 +80,8 @@ def export(
         model = variants.resized(model, image_size)
     if model.image_spec.size != trained_at:
         results = ()  # they are the scores of another size
+    if not provenance:
+        provenance = "exported by vlp" if training is None else "trained with vlp"
 
     # Two exports to one place would mix their files.
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
@@ -99,9 +102,7 @@ def export(
         form, transformers_notes = write_transformers(reference, weights, folder)
         notes += transformers_notes
         if onnx:
-            from vlp.export.onnx_form import write_onnx
-
-            notes += write_onnx(reference, folder / "onnx", TOLERANCE)
+            notes += onnx_form.write_onnx(reference, folder / "onnx", TOLERANCE)
         notes += variants.note(model, reference, stored)
         if model.image_spec.size != trained_at:
             height, width = trained_at
@@ -120,10 +121,32 @@ def export(
             training=training,
             step=step,
             license=license,
+            provenance=provenance,
             origin=origin,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
+
+
+def check(
+    to: Path | str,
+    *,
+    license: str | None = None,
+    onnx: bool = False,
+    overwrite: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
+) -> None:
+    """Raise ValueError for settings of `export` that no model can be written by, before one is
+    read.
+    """
+    variants.known(dtype)
+    licenses.metadata(license)
+    if image_size is not None and image_size < 1:
+        raise ExportError(f"image_size is {image_size}; expected pixels, at least 1")
+    if onnx:
+        onnx_form.check_installed()
+    check_free(Path(to), overwrite)
 
 
 def export_run(
@@ -143,12 +166,14 @@ def export_run(
     results.json describes a run's last step; an earlier checkpoint is exported without results. Any
     other reference to a model (vlp.pretrained.references) is exported as it is.
     """
+    check(to, license=license, onnx=onnx, overwrite=overwrite, dtype=dtype, image_size=image_size)
     reference = references.resolve(run)
     if reference.kind != "run":
-        loaded, about = checkpoint.load_any(reference), {}
+        loaded = checkpoint.load_any(reference)
         if not isinstance(loaded, DualEncoder):
             raise ExportError(f"{run} holds several models as one already; copy the folder")
-        model = loaded
+        name = averaging.card_name(reference.text)
+        model, about = loaded, {"provenance": f"imported by vlp from `{name}`"}
     else:
         path = checkpoint.resolve(reference.path)
         model = checkpoint.load_model(path, reference.averaged)
@@ -159,9 +184,13 @@ def export_run(
 
 
 def export_average(members: averaging.Members, to: Path | str, **settings: Any) -> list[str]:
-    """`export` of an average of several models' weights (vlp.averaging), with its settings."""
+    """`export` of an average of several models' weights (vlp.averaging), with the settings of
+    `check`.
+    """
+    check(to, **settings)
     model = averaging.average(members.references, members.weights)
-    return export(model, to, origin=members.sentence(), **settings)
+    about = {"provenance": "averaged by vlp", "origin": members.sentence()}
+    return export(model, to, **about, **settings)
 
 
 _SCORES_ADVICE = "evaluate the run again, or delete the file to export it without scores"
@@ -234,15 +263,16 @@ def export_stages(
     A run may also be an export or hf-hub:user/name (the pretrained model that stages start from).
     Only vlp loads the whole. ValueError where one reads other pixels or tokens than the first.
     """
+    settings: dict[str, Any] = {
+        "license": license,
+        "onnx": onnx,
+        "dtype": dtype,
+        "image_size": image_size,
+    }
+    check(to, overwrite=overwrite, **settings)
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for run, name in zip(runs, names):
-            settings: dict[str, Any] = {
-                "license": license,
-                "onnx": onnx,
-                "dtype": dtype,
-                "image_size": image_size,
-            }
             export_run(run, folder / name, home=to / name, **settings)
         write_json(folder / references.STAGES, {"members": names})
         card = render_stages(load_stages(folder), to.name, names, license)

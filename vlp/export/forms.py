@@ -13,13 +13,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form
-from vlp.export.card import VLP
+from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form, usage
+from vlp.export.card import of_open_clip
 from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
 from vlp.models import language
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import image_size, references, weight_files
+from vlp.pretrained import image_size, packages, references, weight_files
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
@@ -39,8 +39,9 @@ def write_open_clip(
 
     A language model's text tower is in it under keys of ours, so that only vlp reads the whole.
     """
-    is_ours = language.is_described(model.description()["model_cfg"])
-    notes = [f"{'vlp' if is_ours else 'open_clip'}: {references.CONFIG}, {weight_files.WEIGHTS}"]
+    is_ours = language.is_described(model.open_clip_config)
+    reader = "open_clip" if of_open_clip(model) else "vlp"
+    notes = [f"{reader}: {references.CONFIG}, {weight_files.WEIGHTS}"]
 
     # A copy, because what points into this machine is renamed; without the heads, which embed
     # nothing.
@@ -54,27 +55,29 @@ def write_open_clip(
 
     reference = language.reference_of(text)
     if reference:
+        # Notes are published in the card: of a folder they show the last name alone.
+        place = Path(text["hf_model_name"])
+        if place.is_dir():
+            reference = language.reference_of(text | {"hf_model_name": place.name})
         notes.append(f"vlp: runs the language model {reference}, which is not in this folder")
     if model.text_spec.tokenizer != "clip" and not reference:
         from transformers import AutoTokenizer
 
-        source = model.text_spec.tokenizer
+        source = packages.local(model.text_spec.tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         tokenizer.save_pretrained(folder)
-        if Path(text["hf_tokenizer_name"]).is_dir():
+        if Path(source).is_dir():
             text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
 
     # transformers, which open_clip asks for the text tower, takes a path or a repository. A path
     # must be whole; `vlp push` writes the repository.
     if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
-        if Path(text["hf_model_name"]).is_dir():
-            text["hf_model_name"] = str(home / references.TEXT_TOWER)
+        if Path(packages.local(text["hf_model_name"])).is_dir():
+            text["hf_model_name"] = f"./{references.TEXT_TOWER}"
             if not is_ours:
-                notes.append(
-                    "open_clip: finds the text tower by this folder's path; vlp reads it wherever "
-                    "the folder is moved"
-                )
+                text["hf_model_name"] = str(home / references.TEXT_TOWER)
+                notes.append(usage.BY_PATH)
     if not image_size.is_default(model.visual):
         notes.append(
             "open_clip: builds this timm tower for the size that timm states, and cannot load its "
@@ -94,11 +97,9 @@ def write_open_clip(
 def write_transformers(
     model: DualEncoder, weights: dict[str, Tensor], folder: Path
 ) -> tuple[str | None, list[str]]:
-    """Write the forms that fit; returns the class of transformers' form, or None, and notes. A
-    model that only vlp loads is of the form VLP.
-    """
+    """Write the forms that fit; returns the class of transformers' form, or None, and notes."""
     if language.is_described(model.open_clip_config):
-        return VLP, [
+        return None, [
             "open_clip, transformers, sentence-transformers: no model of theirs has a language "
             "model as text tower; vlp eval, vlp.models.load and the data tools read this folder"
         ]
@@ -207,7 +208,7 @@ def _companions(model: DualEncoder, name: str, folder: Path) -> Iterator[str]:
 @torch.no_grad()
 def _difference(model: DualEncoder, network: nn.Module) -> float:
     """The largest difference of a coordinate between a transformers model's embeddings and ours."""
-    pixels, ids = model.example(4)
+    pixels, ids = parts.example(model)
     ours = model(pixels, ids)
     theirs = network(pixel_values=pixels, **parts.text_inputs(model, ids))
     return _largest_apart((ours.image, theirs.image_embeds), (ours.text, theirs.text_embeds))
@@ -216,7 +217,7 @@ def _difference(model: DualEncoder, network: nn.Module) -> float:
 @torch.no_grad()
 def _difference_of_parts(model: DualEncoder, towers: Mapping[str, parts.Part]) -> float:
     """The same for towers that are models of their own."""
-    pixels, ids = model.example(4)
+    pixels, ids = parts.example(model)
     ours = model(pixels, ids)
     images = parts.embed(towers["image"], pixel_values=pixels)
     texts = parts.embed(towers["text"], **parts.text_inputs(model, ids))

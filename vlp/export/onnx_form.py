@@ -33,15 +33,20 @@ def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
     PyTorch at other sizes than the traced ones; a line a file says how close they are.
 
     Texts may be shorter than the context where padding changes no embedding, as it does SigLIP's.
-    OnnxError for missing packages, or beyond `tolerance`.
+    OnnxError beyond `tolerance`; `check_installed` comes before.
     """
+    folder.mkdir(parents=True)
+    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _INPUTS]
+
+
+def check_installed() -> None:
+    """Raise OnnxError where a package is absent."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise OnnxError(
-            f"ONNX needs packages that are not installed; run: pip install {' '.join(missing)}"
+            f"ONNX needs {', '.join(missing)}, not installed; install it with "
+            "pip install 'vlp[hub]', or leave out --onnx"
         )
-    folder.mkdir(parents=True)
-    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _INPUTS]
 
 
 class _Tower(nn.Module):
@@ -90,18 +95,19 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
     difference = 0.0
     try:
         with _quiet():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 tower.eval(),
                 (tower.example(2),),
-                str(path),
                 dynamo=True,
                 dynamic_shapes=(tower.dynamic_axes(),),
                 opset_version=OPSET,
                 input_names=[input_name],
                 output_names=[output_name],
-                external_data=n_bytes > 2**30,
                 verbose=False,
             )
+            assert program is not None
+            _forget_sources(program.model)
+            program.save(str(path), external_data=n_bytes > 2**30)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
         # Other numbers of rows and tokens than the traced ones: a frozen axis shows here.
@@ -127,6 +133,17 @@ def _write(tower: _Tower, path: Path, tolerance: float) -> str:
         f"ONNX: {path.parent.name}/{path.name}, opset {OPSET}, any number of {varying}, embeddings "
         f"within {difference:.1e} of PyTorch's"
     )
+
+
+def _forget_sources(model: Any) -> None:
+    """Take out what the exporter notes of each node: the lines of code that it came from, by their
+    paths on this machine.
+    """
+    graphs = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
 
 
 @contextmanager

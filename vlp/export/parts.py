@@ -4,6 +4,7 @@ that project what it pools.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from vlp.export import clip_form
 from vlp.models.dual_encoder import DualEncoder
+from vlp.pretrained import image_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,12 +70,17 @@ def _timm(model: DualEncoder, tower: TimmModel) -> Part:
     if hasattr(tower.head, "pool"):
         raise NoPart("its timm tower is pooled by open_clip's attention")
 
-    pool = section.get("timm_pool") or ""
-    settings = TimmWrapperConfig(
-        architecture=section["timm_model_name"],
-        model_args={"global_pool": pool} if pool else {},
-    )
-    network = TimmWrapperModel(settings).eval()
+    arguments: dict[str, Any] = {}
+    if section.get("timm_pool"):
+        arguments["global_pool"] = section["timm_pool"]
+    # By itself timm makes the trunk for the size that it states.
+    if not image_size.is_default(tower):
+        arguments["img_size"] = list(image_size.pair(tower.image_size))
+    settings = TimmWrapperConfig(architecture=section["timm_model_name"], model_args=arguments)
+    try:
+        network = TimmWrapperModel(settings).eval()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise NoPart(f"timm cannot make its image tower by name ({error})") from None
 
     # timm's own classifier is a projection where open_clip added none of its own.
     trunk = dict(tower.trunk.state_dict())
@@ -106,6 +113,13 @@ def text(model: DualEncoder, weights: Mapping[str, Tensor]) -> Part:
 
     if getattr(tower.config, "is_encoder_decoder", False):
         raise NoPart(f"its text tower is the encoder of a {tower.config.model_type} model alone")
+    # Nothing stops a run whose captions are short; longer ones would fail in every library.
+    positions = getattr(tower.config, "max_position_embeddings", None) or math.inf
+    if model.text_spec.context_length > positions:
+        raise NoPart(
+            f"its context is {model.text_spec.context_length} tokens, and its language model has "
+            f"{positions} positions"
+        )
     poolings: dict[type, Literal["own", "mean", "cls"]] = {
         MeanPooler: "mean",
         ClsLastHiddenStatePooler: "cls",
@@ -158,12 +172,33 @@ def _load(network: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> Non
     network.load_state_dict(named)
 
 
+def example(model: DualEncoder) -> tuple[Tensor, Tensor]:
+    """Inputs to compare forms on: pixels [5, 3, H, W], and ids [5, L] of texts from one token to as
+    many as fit: at the shorter ones shows what masks or pools otherwise.
+    """
+    pixels, ids = model.example(5)
+    padding, end, length = _padding(model), model.text.vocab_size - 1, ids.shape[1]
+    ordinary = min({1, 2, 3} - {padding, end})
+    ids[(ids == padding) | (ids == end)] = ordinary
+
+    for row, n_tokens in zip(ids, (1, 2, length // 2, length - 1, length)):
+        row[n_tokens - 1] = end
+        row[n_tokens:] = padding
+    return pixels, ids
+
+
 def text_inputs(model: DualEncoder, ids: Tensor) -> dict[str, Tensor]:
     """Token ids [b, L] as a transformers model takes them: a language model with its mask."""
     if not isinstance(model.text, HFTextEncoder):
         return {"input_ids": ids}
-    mask = (ids != model.text.config.pad_token_id).long()
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": (ids != _padding(model)).long()}
+
+
+def _padding(model: DualEncoder) -> int:
+    """The id that fills a text up; towers without a mask read up to the largest id, or all."""
+    if isinstance(model.text, HFTextEncoder):
+        return model.text.config.pad_token_id
+    return 0
 
 
 @torch.no_grad()

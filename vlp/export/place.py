@@ -20,13 +20,11 @@ class ExportError(ValueError):
     """A model that cannot be written where or as it was asked to be."""
 
 
-@contextmanager
-def appearing(to: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `to` that takes its name once everything in it is on the disk.
-
-    It ends with the list of its files (MANIFEST). Of a folder that it replaces, files that no
-    export wrote are carried over.
-    """
+def check_free(to: Path, overwrite: bool) -> None:
+    """Raise ExportError where no folder can appear at `to`."""
+    # "." and ".." are places without a name, and cannot be replaced.
+    if to.name in ("", ".."):
+        raise ExportError(f"{to} has no name of its own; name a new folder, such as exported/model")
     if to.is_file():
         raise ExportError(f"{to} is a file; choose another place")
     if to.is_dir() and any(to.iterdir()) and not overwrite:
@@ -34,6 +32,15 @@ def appearing(to: Path, overwrite: bool) -> Iterator[Path]:
             f"{to} is a folder that is not empty; choose another place or add --overwrite"
         )
 
+
+@contextmanager
+def appearing(to: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `to` that takes its name once everything in it is on the disk.
+
+    It ends with the list of its files (MANIFEST). Of a folder that it replaces, files that no
+    export wrote are carried over.
+    """
+    check_free(to, overwrite)
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.parent / f".{to.name}.partial-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)

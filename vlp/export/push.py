@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from vlp.export import card
+from vlp.export import usage
 from vlp.models import language
 from vlp.pretrained.folders import MANIFEST, exported_files, files_of, read_json
 from vlp.pretrained.hub import http_error
@@ -146,7 +146,7 @@ def _contents(
     # What loads by this folder's name loads by the repository's there.
     title = read_json(folder / MANIFEST)["name"]
     local_card = (folder / "README.md").read_text(encoding="utf-8")
-    contents["README.md"] = card.published(local_card, title, repository).encode()
+    contents["README.md"] = usage.published(local_card, title, repository).encode()
     for name in names:
         if name.rpartition("/")[2] == CONFIG:
             at_root = name == CONFIG
@@ -163,10 +163,11 @@ def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> by
     text = described["model_cfg"]["text_cfg"]
     if repository and text.get("hf_tokenizer_name") == ".":
         text["hf_tokenizer_name"] = repository
-    is_absolute = Path(text.get("hf_model_name") or "").is_absolute()
+    language_model = Path(text.get("hf_model_name") or "")
+    is_absolute = language_model.is_absolute()
     # A language model that is not in the folder keeps its name, which others must be able to find.
     outside = language.reference_of(text)
-    if outside and is_absolute:
+    if outside and (is_absolute or language_model.is_dir()):
         raise PushError(
             f"the text tower runs the language model {outside}, a folder of this machine; publish "
             "that model, embed the captions by its Hub name and train anew"

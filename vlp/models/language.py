@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp.data.prompted import unmarked
+from vlp.pretrained import packages
 from vlp.pretrained.fingerprints import fingerprint
 from vlp.towers.huggingface import language_config, reason
 
@@ -244,7 +245,7 @@ def _language_model(text_cfg: dict[str, Any]) -> nn.Module:
     try:
         if text_cfg["hf_model_pretrained"]:
             model, report = AutoModel.from_pretrained(
-                name, config=config, output_loading_info=True, **options
+                packages.local(name), config=config, output_loading_info=True, **options
             )
             unfilled = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
         else:

@@ -1,11 +1,16 @@
-"""Files that an installed Python package brings along: `package:NAME/FILE` in a configuration."""
+"""Files that an installed Python package brings along: `package:NAME/FILE` in a configuration.
+
+Checkpoints keep the reference as it was written, and every use looks the place up: it is another on
+each machine.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+from pathlib import Path, PurePath
 
 PREFIX = "package:"
+_INSTALLED = ("site-packages", "dist-packages")  # folders that hold a machine's packages
 
 
 def local(reference: str) -> str:
@@ -13,6 +18,8 @@ def local(reference: str) -> str:
 
     Nothing of the package is imported. ValueError where it is not installed or holds no such file.
     """
+    # Older checkpoints hold the path of the machine that wrote them.
+    reference = _of_other_machine(reference) or reference
     if not reference.startswith(PREFIX):
         return reference
     name, _, inside = reference.removeprefix(PREFIX).partition("/")
@@ -34,3 +41,13 @@ def local(reference: str) -> str:
             f"{reference}: the package holds no {inside!r}; it holds {', '.join(held[:8])}"
         )
     return str(place)
+
+
+def _of_other_machine(reference: str) -> str | None:
+    """The package that an absolute path which is absent here lay in; None for other references."""
+    place = PurePath(reference)
+    folders = [folder for folder in _INSTALLED if folder in place.parts[:-1]]
+    if not place.is_absolute() or not folders or Path(place).exists():
+        return None
+    inside = place.parts[place.parts.index(folders[0]) + 1 :]
+    return PREFIX + "/".join(inside)

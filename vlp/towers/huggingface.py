@@ -41,28 +41,33 @@ class Options:
 
 
 def text_cfg(options: Options) -> dict[str, Any]:
-    model = packages.local(options.model)
+    tokenizer = options.tokenizer or options.model
+    # What is not installed shows here, before anything is built.
+    for reference in (options.model, tokenizer):
+        packages.local(reference)
+
     return {
-        "hf_model_name": model,
+        "hf_model_name": options.model,
         "hf_model_pretrained": options.pretrained,
-        "hf_tokenizer_name": packages.local(options.tokenizer or model),
+        "hf_tokenizer_name": tokenizer,
         "hf_proj_type": None if options.proj == "none" else options.proj,
-        "hf_pooler_type": options.pooler or _usual_pooler(model),
+        "hf_pooler_type": options.pooler or _usual_pooler(options.model),
         "context_length": options.context_length,
         "tokenizer_kwargs": {"clean": options.clean},
     }
 
 
 def language_config(model: str) -> PretrainedConfig:
-    """transformers' configuration of a language model by name or folder; ValueError for none, and
-    for one with code.
+    """transformers' configuration of a language model by name, folder or package; ValueError for
+    none, and for one with code.
 
     Code that a folder or repository brings along is never run, nor asked about.
     """
     from transformers import AutoConfig
 
+    place = packages.local(model)
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"no Hugging Face model configuration at {model!r}: {reason(error)}"
@@ -137,7 +142,7 @@ def _json_of(model: str, name: str) -> Any:
     from transformers.utils.hub import cached_file
 
     path = cached_file(
-        model,
+        packages.local(model),
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

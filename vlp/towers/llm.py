@@ -33,7 +33,8 @@ class Adaptor:
 
 @dataclass(frozen=True)
 class Options:
-    # Hub name or local folder of a decoder-only model, with its tokenizer
+    # Hub name, local folder, or package:NAME/FOLDER of an installed package: a decoder-only model
+    # with its tokenizer
     model: str
     # where a caption is read: at its last token; as the mean of its tokens, without the prompt's;
     # at the end token, which is added; or as that mean after attention to learned latents

@@ -22,7 +22,7 @@ from vlp.data.index_file import NAME, UNDIGESTED, open_index, save_index
 from vlp.data.paths import is_packed
 from vlp.data.rows import Shard
 from vlp.data.scan import scan
-from vlp.files import writing_atomically
+from vlp.files import replacing
 from vlp.privacy import address
 
 # Shards of a folder from which on it is listed as a whole: stores give a thousand names at once.
@@ -222,7 +222,7 @@ def _copy(first: bytes, source: BinaryIO, copy: Path, name: str) -> None:
         if copy.exists():
             return
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with writing_atomically(copy) as target:
+        with replacing(copy) as temporary, temporary.open("xb") as target:
             target.write(first)
             shutil.copyfileobj(source, target, 8 << 20)
 
